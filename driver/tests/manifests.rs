@@ -101,19 +101,16 @@ const POD_STATUS: [&str; 6] = [
 ];
 
 #[rstest]
-#[case("secretproviderclasses", "v1", &CLASS_SPEC, &[".status: object"])]
-#[case("secretproviderclasses", "v1alpha1", &CLASS_SPEC, &[".status.byPod[].id: string", ".status.byPod[].namespace: string"])]
-#[case("secretproviderclasspodstatuses", "v1", &POD_STATUS, &[])]
-#[case("secretproviderclasspodstatuses", "v1alpha1", &POD_STATUS, &[])]
-fn the_committed_crds_have_the_fields_of_the_contract(
-    #[case] plural: &str,
+#[case(crds::secret_provider_class(), "v1", &CLASS_SPEC, &[".status: object"])]
+#[case(crds::secret_provider_class(), "v1alpha1", &CLASS_SPEC, &[".status.byPod[].id: string", ".status.byPod[].namespace: string"])]
+#[case(crds::secret_provider_class_pod_status(), "v1", &POD_STATUS, &[])]
+#[case(crds::secret_provider_class_pod_status(), "v1alpha1", &POD_STATUS, &[])]
+fn crds_have_the_fields_of_the_contract(
+    #[case] definition: CustomResourceDefinition,
     #[case] version: &str,
     #[case] expected: &[&str],
     #[case] status: &[&str],
 ) {
-    let file = deploy(&format!("secrets-store.csi.x-k8s.io_{plural}.yaml"));
-    let text = fs::read_to_string(file).unwrap();
-    let definition: CustomResourceDefinition = serde_saphyr::from_str(&text).unwrap();
     let version = definition
         .spec
         .versions
