@@ -1,6 +1,7 @@
 //! Temporary: declares the leaf modules so that they build and test on their own.
 
 pub mod config;
+pub mod logging;
 
 /// Everything asked of the API server.
 pub mod cluster {
