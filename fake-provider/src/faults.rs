@@ -55,8 +55,6 @@ pub(crate) struct Faults(Mutex<Inner>);
 #[derive(Default)]
 struct Inner {
     at_run_time: Vec<Fault>,
-    /// How often faults were set at run time; each time, they strike anew.
-    generation: u64,
     struck: HashMap<(Origin, usize, Caller), u32>,
 }
 
@@ -65,7 +63,7 @@ struct Inner {
 enum Origin {
     /// The text of a class's parameter: a changed text counts anew.
     Class(String),
-    RunTime(u64),
+    RunTime,
 }
 
 /// Reads the YAML of a list of faults.
@@ -80,11 +78,11 @@ pub(crate) fn parse_faults(text: &str) -> Result<Vec<Fault>, String> {
 }
 
 impl Faults {
-    /// Replaces the faults that hold for all classes; none to clear them.
+    /// Replaces the faults that hold for all classes, which then strike anew; none to clear
+    /// them.
     pub(crate) fn set(&self, faults: Vec<Fault>) {
         let mut inner = lock(&self.0);
         inner.at_run_time = faults;
-        inner.generation += 1;
         inner
             .struck
             .retain(|(origin, ..), _| matches!(origin, Origin::Class(_)));
@@ -108,7 +106,7 @@ impl Faults {
         let at_run_time = inner.at_run_time.clone();
         let lists = [
             (Origin::Class(text.to_owned()), of_class),
-            (Origin::RunTime(inner.generation), at_run_time),
+            (Origin::RunTime, at_run_time),
         ];
         let mut striking = Vec::new();
         for (origin, list) in lists {
