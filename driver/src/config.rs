@@ -10,6 +10,7 @@
 mod value;
 
 use std::ffi::OsString;
+use std::fmt;
 use std::fmt::Write as _;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -40,8 +41,9 @@ pub struct Config {
     pub driver_name: String,
     /// Name of the node that this driver runs on.
     pub node_id: String,
-    /// The directory that publish targets lie below, at `pods/`.
-    pub kubelet_root_dir: PathBuf,
+    /// kubelet's root directory, below whose `pods/` targets must lie; absent: wherever a
+    /// target has the form that kubelet gives it.
+    pub kubelet_root_dir: Option<PathBuf>,
     /// Where the records of published volumes are kept.
     pub state_dir: PathBuf,
     /// Where the built-in registrar puts its socket; absent: a sidecar registers the driver.
@@ -86,6 +88,15 @@ pub enum Endpoint {
     Unix(PathBuf),
     /// A TCP address, for tests; kubelet only knows sockets in the file system.
     Tcp(SocketAddr),
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+            Self::Tcp(address) => write!(f, "tcp://{address}"),
+        }
+    }
 }
 
 /// Why the process ends before it has started.
@@ -199,7 +210,7 @@ impl Default for Config {
             endpoint: Endpoint::Unix("/tmp/csi.sock".into()),
             driver_name: "secrets-store.csi.k8s.io".to_owned(),
             node_id: String::new(),
-            kubelet_root_dir: "/var/lib/kubelet".into(),
+            kubelet_root_dir: None,
             state_dir: PathBuf::new(),
             registration_dir: None,
             kubelet_registration_path: PathBuf::new(),
@@ -274,9 +285,9 @@ const FLAGS: &[Flag] = &[
     flag!("nodeid" "NAME" = "",
         "Name of the node that this driver runs on.",
         |c, v| put(&mut c.node_id, v)),
-    flag!("kubelet-root-dir" "DIR" = "/var/lib/kubelet",
-        "kubelet's root directory. Volumes are only published below its pods/.",
-        |c, v| { c.kubelet_root_dir = absolute(v)?; Ok(()) }),
+    flag!("kubelet-root-dir" "DIR" = "",
+        "Publish only below the pods/ of this kubelet root directory; empty: wherever a target has kubelet's form.",
+        |c, v| { c.kubelet_root_dir = (!v.is_empty()).then(|| absolute(v)).transpose()?; Ok(()) }),
     flag!("state-dir" "DIR" = "",
         "Where the records of published volumes are kept; empty: records/ beside the CSI socket.",
         |c, v| put(&mut c.state_dir, v)),
