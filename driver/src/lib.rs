@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod logging;
+pub mod metrics;
 
 /// Everything asked of the API server.
 pub mod cluster {
