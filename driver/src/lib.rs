@@ -3,6 +3,7 @@
 pub mod config;
 pub mod logging;
 pub mod metrics;
+pub mod registration;
 
 /// Everything asked of the API server.
 pub mod cluster {
