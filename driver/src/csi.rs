@@ -7,7 +7,13 @@
 //! A call's work runs in a task of its own: a caller that goes away cannot leave a half-made
 //! volume behind, and a panic answers its own call with INTERNAL and harms no other.
 
-use std::{collections::HashMap, io, os::unix::fs::FileTypeExt as _, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use proto::csi::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest,
@@ -35,6 +41,7 @@ use crate::{
     config::Endpoint,
     error::{Error, Result},
     metrics::Metrics,
+    registration::listen_privately,
     secret::SecretMap,
     volume::{Outcome, PublishRequest, TOKENS, TargetPath, Volumes, record::Pod},
 };
@@ -67,7 +74,7 @@ pub struct Csi {
 /// A socket on which CSI is served.
 pub enum Listener {
     /// What kubelet uses.
-    Unix(UnixListener, std::path::PathBuf),
+    Unix(UnixListener, PathBuf),
     /// For tests from afar.
     Tcp(TcpListener),
 }
@@ -80,19 +87,7 @@ impl Listener {
     pub async fn bind(endpoint: &Endpoint) -> io::Result<Self> {
         match endpoint {
             Endpoint::Tcp(address) => Ok(Self::Tcp(TcpListener::bind(address).await?)),
-            Endpoint::Unix(path) => {
-                match std::fs::symlink_metadata(path) {
-                    Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path)?,
-                    Ok(_) => {
-                        return Err(io::Error::other(
-                            "there is something that is not a socket; it is left alone",
-                        ));
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    Err(error) => return Err(error),
-                }
-                Ok(Self::Unix(UnixListener::bind(path)?, path.clone()))
-            }
+            Endpoint::Unix(path) => Ok(Self::Unix(listen_privately(path)?, path.clone())),
         }
     }
 }
@@ -318,7 +313,7 @@ where
 fn publish_request(
     request: NodePublishVolumeRequest,
     deadline: Instant,
-    root: Option<&std::path::Path>,
+    root: Option<&Path>,
 ) -> Result<PublishRequest> {
     if request.volume_capability.is_none() {
         return Err(Error::invalid("Volume capability missing in request"));
@@ -380,7 +375,7 @@ fn publish_request(
 
 fn unpublish_request(
     request: &NodeUnpublishVolumeRequest,
-    root: Option<&std::path::Path>,
+    root: Option<&Path>,
 ) -> Result<TargetPath> {
     if request.volume_id.is_empty() {
         return Err(Error::invalid("Volume ID missing in request"));

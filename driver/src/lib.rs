@@ -46,14 +46,15 @@ pub mod registration;
 pub mod secret;
 pub mod volume;
 
-use std::{io, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc};
 
+use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use cluster::Cluster;
 use config::{BUILD_VERSION, Config};
 use csi::{Csi, Listener};
-use metrics::Metrics;
+use metrics::{Metrics, http};
 use mount::Tmpfs;
 use provider::Providers;
 use registration::Registrar;
@@ -110,24 +111,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     tracing::info!(endpoint = %config.endpoint, driver = config.driver_name, version = BUILD_VERSION, "listening");
 
     // Each of these ends at `stop`. The first that fails before ends the others with it.
-    let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn({
-        let stop = stop.clone();
-        async move { csi.serve(listener, stop).await.map_err(io::Error::other) }
-    });
+    let mut tasks = JoinSet::new();
     if let Some(address) = config.metrics_addr {
-        let (metrics, stop) = (metrics.clone(), stop.clone());
-        tasks.spawn(async move {
-            let served = metrics::serve(address, metrics, stop).await;
-            served.map_err(|error| about(error, format!("--metrics-addr {address}")))
-        });
+        let listener = listen("--metrics-addr", address).await?;
+        tasks.spawn(http::serve(listener, metrics, stop.clone()));
     }
     if let Some(address) = config.healthz_addr {
-        let (endpoint, stop) = (config.endpoint.clone(), stop.clone());
-        tasks.spawn(async move {
-            let served = metrics::serve_health(address, endpoint, stop).await;
-            served.map_err(|error| about(error, format!("--healthz-addr {address}")))
-        });
+        let listener = listen("--healthz-addr", address).await?;
+        tasks.spawn(http::serve_health(listener, config.endpoint, stop.clone()));
     }
     if let Some(dir) = config.registration_dir {
         let registrar = Registrar {
@@ -141,6 +132,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             Ok(())
         });
     }
+    let serving = stop.clone();
+    tasks.spawn(async move {
+        let served = csi.serve(listener, serving).await;
+        served.map_err(io::Error::other)
+    });
 
     let mut outcome = Ok(());
     while let Some(ended) = tasks.join_next().await {
@@ -151,6 +147,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         stop.cancel();
     }
     outcome
+}
+
+async fn listen(flag: &str, address: SocketAddr) -> io::Result<TcpListener> {
+    let listener = http::listen(address).await;
+    listener.map_err(|error| about(error, format!("{flag} {address}")))
 }
 
 fn about(error: io::Error, what: String) -> io::Error {
