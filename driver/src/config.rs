@@ -105,9 +105,11 @@ impl Config {
     /// `--help` and `--version`.
     pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Self, Exit> {
         let mut config = Self::default();
-        let mut args = args
-            .map(|arg| arg.to_string_lossy().into_owned())
-            .peekable();
+        let args = args
+            .map(|arg| arg.into_string())
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|arg| wrong(format!("argument {arg:?} is not UTF-8")))?;
+        let mut args = args.into_iter().peekable();
         while let Some(argument) = args.next_if(|arg| arg.len() > 1 && arg.starts_with('-')) {
             if argument == "--" {
                 break;
@@ -578,6 +580,14 @@ mod tests {
     #[case("--enable-pprof --enable-pprof=false", &[])]
     fn flags_that_do_nothing_yet_are_known(#[case] line: &str, #[case] names: &[&str]) {
         assert_eq!(parse(line).unwrap().without_effect(), names);
+    }
+
+    #[test]
+    fn an_argument_that_cannot_be_read_is_not_guessed_at() {
+        let argument = std::os::unix::ffi::OsStringExt::from_vec(b"--state-dir=/\xff".to_vec());
+        let exit = Config::parse(std::iter::once(argument)).unwrap_err();
+        assert_eq!(exit.code, 2);
+        assert_eq!(exit.text, r#"argument "--state-dir=/\xFF" is not UTF-8"#);
     }
 
     #[test]
