@@ -81,11 +81,13 @@ struct Connected {
     client: CsiDriverProviderClient<Channel>,
 }
 
-/// Tells a socket from one that replaced it under the same path.
+/// Tells a socket from one that replaced it under the same path. Inode numbers are used again
+/// at once by some file systems, so the time of the change counts too.
 #[derive(PartialEq, Eq, Clone, Copy)]
 struct SocketId {
     device: u64,
     inode: u64,
+    changed: (i64, i64),
 }
 
 impl Providers {
@@ -288,6 +290,7 @@ fn socket_id(path: &Path) -> io::Result<Option<SocketId>> {
         Ok(metadata) if metadata.file_type().is_socket() => Ok(Some(SocketId {
             device: metadata.dev(),
             inode: metadata.ino(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
         })),
         Ok(_) => Err(io::Error::other("it is not a socket")),
         Err(error)
