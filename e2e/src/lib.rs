@@ -1,1 +1,3 @@
-//! x
+//! Clusters behind one interface, the scenarios and their snapshots, and the demo.
+
+pub mod embedded;
