@@ -123,7 +123,10 @@ mod tests {
         let request = csi::NodePublishVolumeRequest {
             volume_id: "csi-1".into(),
             target_path: "/t".into(),
-            secrets: map(&[("password", CANARY), ("csi.storage.k8s.io/serviceAccount.tokens", CANARY)]),
+            secrets: map(&[
+                ("password", CANARY),
+                ("csi.storage.k8s.io/serviceAccount.tokens", CANARY),
+            ]),
             volume_context: map(&[
                 ("csi.storage.k8s.io/pod.name", "web"),
                 ("csi.storage.k8s.io/serviceAccount.tokens", CANARY),
@@ -139,18 +142,34 @@ mod tests {
 
     #[test]
     fn debug_of_the_other_secret_bearing_messages_prints_no_secret() {
-        let file = provider::File { path: "db/password".into(), mode: 0o600, contents: CANARY.into() };
-        let response = provider::MountResponse { files: vec![file.clone()], ..Default::default() };
+        let file = provider::File {
+            path: "db/password".into(),
+            mode: 0o600,
+            contents: CANARY.into(),
+        };
+        let response = provider::MountResponse {
+            files: vec![file.clone()],
+            ..Default::default()
+        };
         let request = provider::MountRequest {
             attributes: CANARY.into(),
             secrets: CANARY.into(),
             target_path: "/t".into(),
             ..Default::default()
         };
-        let stage = csi::NodeStageVolumeRequest { secrets: map(&[("k", CANARY)]), ..Default::default() };
-        let expand = csi::NodeExpandVolumeRequest { secrets: map(&[("k", CANARY)]), ..Default::default() };
+        let stage = csi::NodeStageVolumeRequest {
+            secrets: map(&[("k", CANARY)]),
+            ..Default::default()
+        };
+        let expand = csi::NodeExpandVolumeRequest {
+            secrets: map(&[("k", CANARY)]),
+            ..Default::default()
+        };
         let text = format!("{file:?} {response:?} {request:?} {stage:?} {expand:?}");
-        assert!(text.contains("db/password") && text.contains("0600"), "{text}");
+        assert!(
+            text.contains("db/password") && text.contains("0600"),
+            "{text}"
+        );
         assert!(!text.contains(CANARY), "{text}");
         let bytes = format!("{:?}", CANARY.as_bytes());
         assert!(!text.contains(bytes.trim_matches(['[', ']'])), "{text}");

@@ -1,0 +1,6 @@
+//! The embedded cluster.
+
+mod daemonsets;
+mod kubelet;
+mod namespaces;
+mod processes;
