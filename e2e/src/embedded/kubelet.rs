@@ -17,7 +17,7 @@ pub(crate) mod tokens;
 mod volumes;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
@@ -61,6 +61,11 @@ pub(crate) fn node_labels(node: &str) -> BTreeMap<String, String> {
     [("os", "linux"), ("arch", arch), ("hostname", node)]
         .map(|(key, value)| (format!("kubernetes.io/{key}"), value.to_owned()))
         .into()
+}
+
+/// Where a driver is told to mount a pod's volume.
+pub(crate) fn target(root: &Path, uid: &str, volume: &str) -> PathBuf {
+    volumes::Volume::new(root, uid, volume, "").target()
 }
 
 /// Runs until it is dropped.
@@ -239,7 +244,7 @@ async fn finished(context: Context, uid: String, desired: watch::Receiver<Desire
     uid
 }
 
-fn pods_on_disk(root: &std::path::Path) -> Vec<String> {
+fn pods_on_disk(root: &Path) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(root.join("pods")) else {
         return Vec::new();
     };
