@@ -67,7 +67,7 @@ pub(crate) enum Command {
 
 /// Why a node did not do as told.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(super) enum Error {
     /// The node itself says no.
     #[error("node: {0}")]
     Refused(String),

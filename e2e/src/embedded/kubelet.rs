@@ -13,6 +13,8 @@ mod csi;
 mod events;
 mod pods;
 mod registration;
+#[cfg(test)]
+mod tests;
 pub(crate) mod tokens;
 mod volumes;
 
