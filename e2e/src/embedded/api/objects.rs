@@ -1,0 +1,781 @@
+//! The verbs: create, update, patch, delete over the store, with the bookkeeping a real API server
+//! does for every kind (uid, generation, managed fields, preconditions, graceful deletion).
+//!
+//! A write that changes nothing is not a write: the object keeps its resource version.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use jiff::{SignedDuration, Timestamp};
+use rand::Rng;
+use serde_json::{Value, json};
+
+use super::{
+    admission,
+    body::{self, Target, WriteOptions},
+    fields::{now, time_text, track_update},
+    patch,
+    resources::Resource,
+    selectors::Selector,
+    status::{FieldError, Status},
+    store::{ObjectKey, Raced, Store},
+};
+
+/// The outcome of a write.
+pub(super) struct Written {
+    pub(super) object: Arc<Value>,
+    pub(super) created: bool,
+    pub(super) warnings: Vec<String>,
+}
+
+/// What a delete request asks for.
+#[derive(Debug, Clone, Default)]
+pub(super) struct DeleteOptions {
+    pub(super) grace_period: Option<u64>,
+    pub(super) uid: Option<String>,
+    pub(super) resource_version: Option<String>,
+    pub(super) orphan: bool,
+    pub(super) dry_run: bool,
+}
+
+/// The outcome of a delete.
+pub(super) struct Deleted {
+    /// The last state, or the state in which the object waits to go.
+    pub(super) object: Arc<Value>,
+    pub(super) gone: bool,
+}
+
+/// The body of a patch request, by its content type.
+pub(super) enum Patch {
+    Merge(Value),
+    Strategic(Value),
+    Json(Value),
+    /// Server-side apply, and whether to take fields from other managers.
+    Apply {
+        config: Value,
+        force: bool,
+    },
+}
+
+/// Who the fields of a write belong to afterwards.
+enum Ownership {
+    /// Changed fields go to the manager of the request.
+    Track,
+    /// The object already says so.
+    Written,
+}
+
+/// Metadata only the server writes.
+const SERVER_METADATA: &[&str] = &[
+    "uid",
+    "creationTimestamp",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+    "generation",
+    "resourceVersion",
+    "managedFields",
+    "selfLink",
+];
+
+impl Store {
+    /// POST to a collection.
+    pub(super) fn create(
+        &self,
+        target: &Target,
+        body: Value,
+        options: &WriteOptions,
+    ) -> Result<Written, Status> {
+        let mut warnings = Vec::new();
+        let mut object = body::read(target, body, options.unknown_fields, &mut warnings)?;
+        if text(&object, "name").is_empty() && !text(&object, "generateName").is_empty() {
+            let generated = format!("{}{}", text(&object, "generateName"), random_suffix());
+            object["metadata"]["name"] = json!(generated);
+        }
+        let object = self.create_prepared(target, object, options, Ownership::Track)?;
+        Ok(Written {
+            object,
+            created: true,
+            warnings,
+        })
+    }
+
+    fn create_prepared(
+        &self,
+        target: &Target,
+        mut object: Value,
+        options: &WriteOptions,
+        ownership: Ownership,
+    ) -> Result<Arc<Value>, Status> {
+        let resource = &target.resource;
+        let name = text(&object, "name").to_owned();
+        if name.is_empty() {
+            let missing = FieldError::required("metadata.name", "name or generateName is required");
+            return Err(Status::invalid(resource, "", &[missing]));
+        }
+        if !text(&object, "resourceVersion").is_empty() {
+            return Err(Status::version_on_create());
+        }
+        let managed = object["metadata"]["managedFields"].take();
+        if let Some(metadata) = object["metadata"].as_object_mut() {
+            SERVER_METADATA
+                .iter()
+                .for_each(|&field| drop(metadata.remove(field)));
+            if matches!(ownership, Ownership::Written) {
+                metadata.insert("managedFields".to_owned(), managed);
+            }
+            metadata.insert("uid".to_owned(), json!(random_uid()));
+            metadata.insert("creationTimestamp".to_owned(), json!(now()));
+            if resource.built_in_row().is_none_or(|row| row.generation) {
+                metadata.insert("generation".to_owned(), json!(1));
+            }
+        }
+        // A node registers itself with its status; every other status starts from nothing.
+        if target.has_status()
+            && resource.qualified != "nodes"
+            && let Some(map) = object.as_object_mut()
+        {
+            map.remove("status");
+        }
+        body::to_storage(target, &mut object)?;
+        admission::set_defaults(resource, &mut object);
+        let definition = self.check(resource, None, &mut object)?;
+        admission::check_surroundings(self, resource, &object)?;
+        if matches!(ownership, Ownership::Track) {
+            track_update(None, &mut object, &options.manager, target.layout());
+        }
+        if options.dry_run {
+            return Ok(Arc::new(object));
+        }
+        let object = self.insert(resource, object)?;
+        if let Some(definition) = definition {
+            self.serve(definition);
+        }
+        if resource.qualified == "namespaces" {
+            self.create_default_account(&name)?;
+        }
+        Ok(object)
+    }
+
+    /// Validates an object; for a CustomResourceDefinition, also returns the kind it describes.
+    fn check(
+        &self,
+        resource: &Resource,
+        old: Option<&Value>,
+        object: &mut Value,
+    ) -> Result<Option<Resource>, Status> {
+        let name = text(object, "name").to_owned();
+        let errors = admission::errors(resource, old, object);
+        if !errors.is_empty() {
+            return Err(Status::invalid(resource, &name, &errors));
+        }
+        if !resource.is("apiextensions.k8s.io", "customresourcedefinitions") {
+            return Ok(None);
+        }
+        let kind = Resource::from_definition(object)
+            .map_err(|error| Status::invalid(resource, &name, &[error]))?;
+        establish(old, object);
+        Ok(Some(kind))
+    }
+
+    fn create_default_account(&self, namespace: &str) -> Result<(), Status> {
+        let Some(accounts) = self.resource("serviceaccounts") else {
+            return Err(Status::no_such_resource());
+        };
+        let account = json!({
+            "apiVersion": "v1",
+            "kind": "ServiceAccount",
+            "metadata": {
+                "name": "default",
+                "namespace": namespace,
+                "uid": random_uid(),
+                "creationTimestamp": now(),
+            },
+        });
+        self.insert(&accounts, account).map(drop)
+    }
+
+    /// PUT of an object or its status.
+    pub(super) fn update(
+        &self,
+        target: &Target,
+        body: Value,
+        options: &WriteOptions,
+    ) -> Result<Written, Status> {
+        let resource = &target.resource;
+        let mut warnings = Vec::new();
+        let object = body::read(target, body, options.unknown_fields, &mut warnings)?;
+        let asked = text(&object, "resourceVersion").to_owned();
+        if asked.is_empty() && !unconditional_update(resource) {
+            let missing = FieldError::invalid(
+                "metadata.resourceVersion",
+                &json!(0),
+                "must be specified for an update",
+            );
+            return Err(Status::invalid(resource, &target.name, &[missing]));
+        }
+        loop {
+            let current = self.current(target)?;
+            match self.put(target, &current, object.clone(), options, Ownership::Track)? {
+                Ok(object) => {
+                    return Ok(Written {
+                        object,
+                        created: false,
+                        warnings,
+                    });
+                }
+                Err(Raced) => continue,
+            }
+        }
+    }
+
+    /// PATCH of an object or its status.
+    pub(super) fn patch(
+        &self,
+        target: &Target,
+        patch: &Patch,
+        options: &WriteOptions,
+    ) -> Result<Written, Status> {
+        let mut warnings = Vec::new();
+        let config = match patch {
+            Patch::Apply { config, .. } => {
+                Some(read_config(target, config, options, &mut warnings)?)
+            }
+            _ => None,
+        };
+        loop {
+            let current = match self.current(target) {
+                Ok(current) => current,
+                Err(missing) => {
+                    let Some(config) = config.clone().filter(|_| target.subresource.is_empty())
+                    else {
+                        return Err(missing);
+                    };
+                    let object = self.apply_new(target, config, options)?;
+                    return Ok(Written {
+                        object,
+                        created: true,
+                        warnings,
+                    });
+                }
+            };
+            let seen = body::at_version(&target.resource, &target.version, &current);
+            let (patched, ownership) = match (patch, &config) {
+                (Patch::Apply { force, .. }, Some(config)) => {
+                    let mut config = config.clone();
+                    self.check_identity(target, &current, &config)?;
+                    if let Some(metadata) = config["metadata"].as_object_mut() {
+                        SERVER_METADATA
+                            .iter()
+                            .for_each(|&field| drop(metadata.remove(field)));
+                    }
+                    let applied = patch::apply(
+                        Some(&seen),
+                        config,
+                        &options.manager,
+                        *force,
+                        target.layout(),
+                    )?;
+                    (applied, Ownership::Written)
+                }
+                _ => {
+                    let mut patched = seen.into_owned();
+                    match patch {
+                        Patch::Merge(patch) => patch::merge(&mut patched, patch),
+                        Patch::Strategic(patch) => {
+                            patch::strategic_merge(&mut patched, patch, target.layout())
+                        }
+                        Patch::Json(patch) => patch::json_patch(&mut patched, patch)?,
+                        Patch::Apply { .. } => {}
+                    }
+                    (patched, Ownership::Track)
+                }
+            };
+            warnings.clear();
+            let patched = body::read(target, patched, options.unknown_fields, &mut warnings)?;
+            match self.put(target, &current, patched, options, ownership)? {
+                Ok(object) => {
+                    return Ok(Written {
+                        object,
+                        created: false,
+                        warnings,
+                    });
+                }
+                Err(Raced) => continue,
+            }
+        }
+    }
+
+    fn apply_new(
+        &self,
+        target: &Target,
+        config: Value,
+        options: &WriteOptions,
+    ) -> Result<Arc<Value>, Status> {
+        let uid = text(&config, "uid");
+        if !uid.is_empty() {
+            let why = format!(
+                "uid mismatch: the provided object specified uid {uid}, and no existing object was found"
+            );
+            return Err(Status::conflict(&target.resource, &target.name, &why));
+        }
+        let mut created = patch::apply(None, config, &options.manager, false, target.layout())?;
+        if let Some(metadata) = created["metadata"].as_object_mut() {
+            // An apply that creates may carry a version; real servers create all the same.
+            metadata.remove("resourceVersion");
+        }
+        self.create_prepared(target, created, options, Ownership::Written)
+    }
+
+    fn current(&self, target: &Target) -> Result<Arc<Value>, Status> {
+        self.get(&target.resource.qualified, &target.namespace, &target.name)
+            .ok_or_else(|| Status::not_found(&target.resource, &target.name))
+    }
+
+    /// Refuses a write that names another uid or an older version than the current one.
+    fn check_identity(
+        &self,
+        target: &Target,
+        current: &Value,
+        object: &Value,
+    ) -> Result<(), Status> {
+        let resource = &target.resource;
+        let (asked, found) = (text(object, "uid"), text(current, "uid"));
+        if !asked.is_empty() && asked != found {
+            let why = format!(
+                "StorageError: invalid object, Code: 4, Key: {}, ResourceVersion: 0, AdditionalErrorMsg: \
+                 Precondition failed: UID in precondition: {asked}, UID in object meta: {found}",
+                storage_key(target)
+            );
+            return Err(Status::conflict(resource, &target.name, &why));
+        }
+        let asked = text(object, "resourceVersion");
+        if !asked.is_empty() && asked != text(current, "resourceVersion") {
+            return Err(Status::modified(resource, &target.name));
+        }
+        Ok(())
+    }
+
+    /// Replaces `current` by `object`, which [`body::read`] has read.
+    fn put(
+        &self,
+        target: &Target,
+        current: &Arc<Value>,
+        object: Value,
+        options: &WriteOptions,
+        ownership: Ownership,
+    ) -> Result<Result<Arc<Value>, Raced>, Status> {
+        self.check_identity(target, current, &object)?;
+        let resource = &target.resource;
+        let mut new = combine(target, current, object);
+        body::to_storage(target, &mut new)?;
+        admission::set_defaults(resource, &mut new);
+        count_generation(target, current, &mut new);
+        let definition = self.check(resource, Some(current), &mut new)?;
+        if matches!(ownership, Ownership::Track) {
+            new["metadata"]["managedFields"] = current["metadata"]["managedFields"].clone();
+            track_update(Some(current), &mut new, &options.manager, target.layout());
+        }
+        if new == **current {
+            return Ok(Ok(current.clone()));
+        }
+        if options.dry_run {
+            return Ok(Ok(Arc::new(new)));
+        }
+        let key = ObjectKey::of(resource, current);
+        let released = !text(current, "deletionTimestamp").is_empty()
+            && !has_finalizers(&new)
+            && current["metadata"]["deletionGracePeriodSeconds"]
+                .as_u64()
+                .unwrap_or(0)
+                == 0
+            && resource.qualified != "namespaces";
+        if released {
+            return Ok(self.remove(&key, current));
+        }
+        let written = self.replace(&key, current, new);
+        if written.is_ok()
+            && let Some(definition) = definition
+        {
+            self.serve(definition);
+        }
+        Ok(written)
+    }
+
+    /// POST to `pods/binding`: assigns a pod to a node.
+    pub(super) fn bind(&self, target: &Target, binding: &Value) -> Result<(), Status> {
+        loop {
+            let current = self.current(target)?;
+            if let Some(node) = current["spec"]["nodeName"]
+                .as_str()
+                .filter(|node| !node.is_empty())
+            {
+                let why = format!("pod {} is already assigned to node {node:?}", target.name);
+                return Err(Status::conflict(&target.resource, &target.name, &why));
+            }
+            let mut bound = Value::clone(&current);
+            bound["spec"]["nodeName"] = binding["target"]["name"].clone();
+            if self
+                .replace(&ObjectKey::of(&target.resource, &current), &current, bound)
+                .is_ok()
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    /// DELETE of an object.
+    pub(super) fn delete(
+        &self,
+        target: &Target,
+        options: &DeleteOptions,
+    ) -> Result<Deleted, Status> {
+        let resource = &target.resource;
+        loop {
+            let current = self.current(target)?;
+            check_preconditions(target, &current, options)?;
+            let key = ObjectKey::of(resource, &current);
+            let waiting = dying(resource, &current, options);
+            if options.dry_run {
+                return Ok(Deleted {
+                    object: current,
+                    gone: waiting.is_none(),
+                });
+            }
+            if options.orphan {
+                self.orphan(text(&current, "uid"));
+            }
+            let gone = waiting.is_none();
+            let object = match waiting {
+                Some(waiting) if waiting == *current => Ok(current),
+                Some(waiting) => self.replace(&key, &current, waiting),
+                None => self.remove(&key, &current),
+            };
+            let Ok(object) = object else { continue };
+            if gone && resource.is("apiextensions.k8s.io", "customresourcedefinitions") {
+                self.delete_kind(&target.name);
+            }
+            return Ok(Deleted { object, gone });
+        }
+    }
+
+    /// DELETE of a collection: every matching object by itself.
+    pub(super) fn delete_collection(
+        &self,
+        target: &Target,
+        selector: &Selector,
+        options: &DeleteOptions,
+    ) -> Result<Vec<Arc<Value>>, Status> {
+        let namespace = (!target.namespace.is_empty()).then_some(target.namespace.as_str());
+        let (_, objects) = self.list(&target.resource.qualified, namespace);
+        let mut deleted = Vec::new();
+        for object in objects.iter().filter(|object| selector.matches(object)) {
+            let each = Target::of(
+                target.resource.clone(),
+                text(object, "namespace"),
+                text(object, "name"),
+            );
+            match self.delete(&each, options) {
+                Ok(done) => deleted.push(done.object),
+                Err(status) if status.code == 404 => {}
+                Err(status) => return Err(status),
+            }
+        }
+        Ok(deleted)
+    }
+
+    /// Takes the owner with this uid out of everything it owns.
+    fn orphan(&self, uid: &str) {
+        for key in self.dependents(uid) {
+            self.retain_owners(&key, |reference| reference["uid"] != uid);
+        }
+    }
+
+    /// Keeps only the owner references that fit.
+    pub(super) fn retain_owners(&self, key: &ObjectKey, keep: impl Fn(&Value) -> bool) {
+        while let Some(current) = self.get(&key.resource, &key.namespace, &key.name) {
+            let mut new = Value::clone(&current);
+            if let Some(references) = new["metadata"]["ownerReferences"].as_array_mut() {
+                references.retain(&keep);
+                if references.is_empty()
+                    && let Some(metadata) = new["metadata"].as_object_mut()
+                {
+                    metadata.remove("ownerReferences");
+                }
+            }
+            if new == *current || self.replace(key, &current, new).is_ok() {
+                return;
+            }
+        }
+    }
+
+    /// Deletes all objects of a kind whose definition is gone, and the kind.
+    fn delete_kind(&self, qualified: &str) {
+        let Some(resource) = self.resource(qualified) else {
+            return;
+        };
+        loop {
+            let (_, objects) = self.list(qualified, None);
+            if objects.is_empty() {
+                break;
+            }
+            for object in objects {
+                // Raced means somebody wrote it; the next round sees what became of it.
+                let _ = self.remove(&ObjectKey::of(&resource, &object), &object);
+            }
+        }
+        self.unserve(qualified);
+    }
+}
+
+/// The applied configuration as an object of its kind, without what an apply cannot set.
+fn read_config(
+    target: &Target,
+    config: &Value,
+    options: &WriteOptions,
+    warnings: &mut Vec<String>,
+) -> Result<Value, Status> {
+    if config["metadata"]["managedFields"]
+        .as_array()
+        .is_some_and(|fields| !fields.is_empty())
+    {
+        return Err(Status::bad_request("metadata.managedFields must be nil"));
+    }
+    let mut config = body::read(target, config.clone(), options.unknown_fields, warnings)?;
+    if let Some(map) = config.as_object_mut() {
+        if target.subresource == "status" {
+            map.retain(|name, _| {
+                matches!(name.as_str(), "apiVersion" | "kind" | "metadata" | "status")
+            });
+        } else if target.has_status() {
+            map.remove("status");
+        }
+    }
+    Ok(config)
+}
+
+/// The new object out of the current one and the one sent: status or everything else, and the
+/// server's metadata.
+fn combine(target: &Target, current: &Value, sent: Value) -> Value {
+    let status_only = target.subresource == "status";
+    let mut new = if status_only {
+        let mut new = body::at_version(&target.resource, &target.version, current).into_owned();
+        new["status"] = sent["status"].clone();
+        new["metadata"]["managedFields"] = sent["metadata"]["managedFields"].clone();
+        new
+    } else {
+        let mut new = sent;
+        if target.has_status() {
+            new["status"] = current["status"].clone();
+        }
+        for &field in SERVER_METADATA
+            .iter()
+            .filter(|&&field| field != "managedFields")
+        {
+            new["metadata"][field] = current["metadata"][field].clone();
+        }
+        new
+    };
+    drop_null(&mut new, "status");
+    if let Some(metadata) = new["metadata"].as_object_mut() {
+        metadata.retain(|_, value| !value.is_null());
+    }
+    new
+}
+
+fn drop_null(object: &mut Value, field: &str) {
+    if object[field].is_null()
+        && let Some(map) = object.as_object_mut()
+    {
+        map.remove(field);
+    }
+}
+
+/// Counts a change of the desired state: for custom kinds without `/status`, any change outside
+/// `metadata`; else any change outside `metadata` and `status`.
+fn count_generation(target: &Target, current: &Value, new: &mut Value) {
+    if target
+        .resource
+        .built_in_row()
+        .is_some_and(|row| !row.generation)
+    {
+        return;
+    }
+    let content = |object: &Value| -> BTreeMap<String, Value> {
+        let ignored = |name: &str| name == "metadata" || (name == "status" && target.has_status());
+        let fields = object.as_object().into_iter().flatten();
+        fields
+            .filter(|(name, _)| !ignored(name))
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect()
+    };
+    if content(current) != content(new) {
+        let generation = current["metadata"]["generation"].as_u64().unwrap_or(0);
+        new["metadata"]["generation"] = json!(generation + 1);
+    }
+}
+
+fn check_preconditions(
+    target: &Target,
+    current: &Value,
+    options: &DeleteOptions,
+) -> Result<(), Status> {
+    if let Some(uid) = options
+        .uid
+        .as_deref()
+        .filter(|&uid| uid != text(current, "uid"))
+    {
+        let why = format!(
+            "the UID in the precondition ({uid}) does not match the UID in record ({}). \
+             The object might have been deleted and then recreated",
+            text(current, "uid")
+        );
+        return Err(Status::conflict(&target.resource, &target.name, &why));
+    }
+    let version = options.resource_version.as_deref();
+    if let Some(version) = version.filter(|&version| version != text(current, "resourceVersion")) {
+        let why = format!(
+            "the ResourceVersion in the precondition ({version}) does not match the ResourceVersion in record ({}). \
+             The object might have been modified",
+            text(current, "resourceVersion")
+        );
+        return Err(Status::conflict(&target.resource, &target.name, &why));
+    }
+    Ok(())
+}
+
+/// The state in which an object waits for others before it goes, or nothing when it goes at once.
+fn dying(resource: &Resource, current: &Value, options: &DeleteOptions) -> Option<Value> {
+    let grace = match resource.qualified.as_str() {
+        "pods" => pod_grace(current, options.grace_period),
+        _ => 0,
+    };
+    let waits = grace > 0 || has_finalizers(current) || resource.qualified == "namespaces";
+    if !waits {
+        return None;
+    }
+    let mut dying = current.clone();
+    let already = current["metadata"]["deletionGracePeriodSeconds"].as_u64();
+    // A second delete can only shorten the wait.
+    if text(current, "deletionTimestamp").is_empty()
+        || already.is_some_and(|already| grace < already)
+    {
+        let seconds = i64::try_from(grace).unwrap_or(i64::MAX);
+        let end = Timestamp::now()
+            .checked_add(SignedDuration::from_secs(seconds))
+            .unwrap_or(Timestamp::MAX);
+        dying["metadata"]["deletionTimestamp"] = json!(time_text(end));
+        if resource.qualified == "namespaces" {
+            dying["status"]["phase"] = json!("Terminating");
+        } else {
+            dying["metadata"]["deletionGracePeriodSeconds"] = json!(grace);
+        }
+        if let Some(generation) = current["metadata"]["generation"].as_u64() {
+            dying["metadata"]["generation"] = json!(generation + 1);
+        }
+    }
+    Some(dying)
+}
+
+fn pod_grace(pod: &Value, asked: Option<u64>) -> u64 {
+    let unassigned = pod["spec"]["nodeName"]
+        .as_str()
+        .unwrap_or_default()
+        .is_empty();
+    let finished = matches!(
+        pod["status"]["phase"].as_str(),
+        Some("Failed" | "Succeeded")
+    );
+    if unassigned || finished {
+        return 0;
+    }
+    asked
+        .or_else(|| pod["metadata"]["deletionGracePeriodSeconds"].as_u64())
+        .or_else(|| pod["spec"]["terminationGracePeriodSeconds"].as_u64())
+        .unwrap_or(30)
+}
+
+/// Writes the status of a CustomResourceDefinition: this server serves it at once.
+fn establish(old: Option<&Value>, definition: &mut Value) {
+    let since = old.map_or_else(
+        || json!(now()),
+        |old| old["status"]["conditions"][0]["lastTransitionTime"].clone(),
+    );
+    let condition = |kind: &str, reason: &str, message: &str| json!({"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": since});
+    let mut stored: Vec<Value> = old
+        .and_then(|old| old["status"]["storedVersions"].as_array().cloned())
+        .unwrap_or_default();
+    for version in definition["spec"]["versions"]
+        .as_array()
+        .into_iter()
+        .flatten()
+    {
+        if version["storage"] == true && !stored.contains(&version["name"]) {
+            stored.push(version["name"].clone());
+        }
+    }
+    definition["status"] = json!({
+        "conditions": [
+            condition("NamesAccepted", "NoConflicts", "no conflicts found"),
+            condition("Established", "InitialNamesAccepted", "the initial names have been accepted"),
+        ],
+        "acceptedNames": definition["spec"]["names"],
+        "storedVersions": stored,
+    });
+}
+
+/// Kinds of which a real server accepts an update that names no resource version.
+fn unconditional_update(resource: &Resource) -> bool {
+    resource.built_in_row().is_some()
+        && !matches!(
+            resource.plural.as_str(),
+            "leases" | "csidrivers" | "csinodes" | "customresourcedefinitions"
+        )
+}
+
+fn storage_key(target: &Target) -> String {
+    let mut key = String::from("/registry/");
+    for part in [
+        &target.resource.group,
+        &target.resource.plural,
+        &target.namespace,
+    ] {
+        if !part.is_empty() {
+            key.push_str(part);
+            key.push('/');
+        }
+    }
+    key + &target.name
+}
+
+fn has_finalizers(object: &Value) -> bool {
+    object["metadata"]["finalizers"]
+        .as_array()
+        .is_some_and(|list| !list.is_empty())
+}
+
+/// A string of an object's metadata, or "".
+pub(super) fn text<'a>(object: &'a Value, field: &str) -> &'a str {
+    object["metadata"][field].as_str().unwrap_or_default()
+}
+
+fn random_suffix() -> String {
+    const LETTERS: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
+    let mut random = rand::rng();
+    (0..5)
+        .map(|_| char::from(LETTERS[random.random_range(0..LETTERS.len())]))
+        .collect()
+}
+
+/// A random UUID (version 4).
+pub(super) fn random_uid() -> String {
+    let bits: u128 = rand::random();
+    let bits = (bits & !(0xf << 76) & !(0x3 << 62)) | (0x4 << 76) | (0x2 << 62);
+    let hex = format!("{bits:032x}");
+    format!(
+        "{}-{}-{}-{}-{}",
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..]
+    )
+}

@@ -1,0 +1,180 @@
+//! What a request asks for, read from its method and address.
+
+use std::collections::HashMap;
+
+use axum::extract::Query;
+use http::{Method, Uri};
+
+use super::{resources::qualified, status::Status};
+
+/// A request's verb and object, as the authoriser and the record of requests name them.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct RequestInfo {
+    /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, `deletecollection`; for a path
+    /// that is no resource, the method in lower case.
+    pub(super) verb: &'static str,
+    pub(super) path: String,
+    pub(super) group: String,
+    pub(super) version: String,
+    /// Empty for paths that are no resource.
+    pub(super) resource: String,
+    pub(super) subresource: String,
+    /// For the kind `namespaces`, the name, as real servers have it.
+    pub(super) namespace: String,
+    pub(super) name: String,
+    query: HashMap<String, String>,
+}
+
+impl RequestInfo {
+    /// # Errors
+    /// 400 for a query that cannot be read.
+    pub(super) fn parse(method: &Method, uri: &Uri) -> Result<RequestInfo, Status> {
+        let Query(query) = Query::<HashMap<String, String>>::try_from_uri(uri)
+            .map_err(|error| Status::bad_request(error.to_string()))?;
+        let mut info = RequestInfo {
+            verb: match *method {
+                Method::GET => "get",
+                Method::HEAD => "head",
+                Method::POST => "post",
+                Method::PUT => "put",
+                Method::PATCH => "patch",
+                Method::DELETE => "delete",
+                _ => "options",
+            },
+            path: uri.path().to_owned(),
+            group: String::new(),
+            version: String::new(),
+            resource: String::new(),
+            subresource: String::new(),
+            namespace: String::new(),
+            name: String::new(),
+            query,
+        };
+        let parts: Vec<&str> = uri
+            .path()
+            .split('/')
+            .filter(|part| !part.is_empty())
+            .collect();
+        let rest = match parts.as_slice() {
+            ["api", version, rest @ ..] => {
+                info.version = (*version).to_owned();
+                rest
+            }
+            ["apis", group, version, rest @ ..] => {
+                info.group = (*group).to_owned();
+                info.version = (*version).to_owned();
+                rest
+            }
+            _ => &[],
+        };
+        let object = match rest {
+            [] => return Ok(info),
+            ["namespaces", namespace, resource, object @ ..]
+                if !matches!(*resource, "status" | "finalize") =>
+            {
+                info.namespace = (*namespace).to_owned();
+                info.resource = (*resource).to_owned();
+                object
+            }
+            [resource, object @ ..] => {
+                info.resource = (*resource).to_owned();
+                object
+            }
+        };
+        info.name = object.first().copied().unwrap_or_default().to_owned();
+        info.subresource = object.get(1..).unwrap_or_default().join("/");
+        if info.resource == "namespaces" && info.group.is_empty() {
+            info.namespace.clone_from(&info.name);
+        }
+        info.verb = match (info.verb, info.name.is_empty()) {
+            ("get", true) if info.flag("watch") => "watch",
+            ("get", true) => "list",
+            ("post", _) => "create",
+            ("put", _) => "update",
+            ("delete", true) => "deletecollection",
+            (verb, _) => verb,
+        };
+        Ok(info)
+    }
+
+    pub(super) fn is_resource(&self) -> bool {
+        !self.resource.is_empty()
+    }
+
+    /// The resource with its group.
+    pub(super) fn qualified(&self) -> String {
+        qualified(&self.resource, &self.group)
+    }
+
+    /// A parameter that is there and not empty.
+    pub(super) fn query(&self, name: &str) -> Option<&str> {
+        self.query
+            .get(name)
+            .map(String::as_str)
+            .filter(|value| !value.is_empty())
+    }
+
+    pub(super) fn flag(&self, name: &str) -> bool {
+        matches!(self.query(name), Some("true" | "1"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case("GET", "/api/v1/pods?watch=1", "watch", "pods", "", "", "")]
+    #[case("GET", "/api/v1/namespaces/a", "get", "namespaces", "a", "a", "")]
+    #[case(
+        "PUT",
+        "/api/v1/namespaces/a/status",
+        "update",
+        "namespaces",
+        "a",
+        "a",
+        "status"
+    )]
+    #[case(
+        "POST",
+        "/api/v1/namespaces/a/serviceaccounts/b/token",
+        "create",
+        "serviceaccounts",
+        "a",
+        "b",
+        "token"
+    )]
+    #[case(
+        "DELETE",
+        "/apis/x.io/v1/namespaces/a/things",
+        "deletecollection",
+        "things.x.io",
+        "a",
+        "",
+        ""
+    )]
+    #[case("GET", "/apis/x.io/v1", "get", "", "", "", "")]
+    fn reads_addresses(
+        #[case] method: &str,
+        #[case] uri: &str,
+        #[case] verb: &str,
+        #[case] resource: &str,
+        #[case] namespace: &str,
+        #[case] name: &str,
+        #[case] subresource: &str,
+    ) {
+        let info = RequestInfo::parse(&method.parse().unwrap(), &uri.parse().unwrap()).unwrap();
+        let found = (
+            info.verb,
+            info.namespace.as_str(),
+            info.name.as_str(),
+            info.subresource.as_str(),
+        );
+        assert_eq!(found, (verb, namespace, name, subresource));
+        if !resource.is_empty() {
+            assert_eq!(info.qualified(), resource);
+        }
+    }
+}

@@ -1,0 +1,563 @@
+//! One request from its bytes to its answer: who asks, whether he may, what is done.
+
+use std::{
+    convert::Infallible,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use http::{HeaderMap, HeaderValue, Request as HttpRequest, Response, header};
+use http_body_util::{BodyExt, Full, Limited, StreamBody, combinators::BoxBody};
+use hyper::body::{Frame, Incoming};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::{
+    Disturbance, Request,
+    body::{Target, UnknownFields, WriteOptions, at_version},
+    discovery,
+    fields::Manager,
+    objects::{DeleteOptions, Patch, Written},
+    rbac::{self, Identity},
+    render::{self, Form, render},
+    request::RequestInfo,
+    selectors::Selector,
+    status::{FieldError, Status},
+    store::Store,
+    tokens::Tokens,
+    watch::{Start, Watch},
+};
+
+/// The largest body a real server reads.
+const MAX_BODY: usize = 3 * 1024 * 1024;
+/// How long a watch lasts if the client does not say.
+const WATCH_TIMEOUT: Duration = Duration::from_secs(1800);
+
+pub(super) type Answer = Response<BoxBody<Bytes, Infallible>>;
+
+/// Which socket a request came in by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Entrance {
+    /// Everybody who can open it is an administrator.
+    Admin,
+    /// Identity by bearer token; subject to disturbances and recorded.
+    Pods,
+}
+
+/// The connection is closed without an answer.
+#[derive(Debug, thiserror::Error)]
+#[error("the connection is refused by a disturbance")]
+pub(super) struct Refused;
+
+/// Everything a request may need.
+pub(super) struct Server {
+    pub(super) store: Arc<Store>,
+    pub(super) tokens: Tokens,
+    pub(super) requests: Mutex<Vec<Request>>,
+    pub(super) disturbance: watch::Sender<Disturbance>,
+}
+
+impl Server {
+    /// Answers one request.
+    ///
+    /// # Errors
+    /// A disturbance wants the connection closed.
+    pub(super) async fn serve(
+        self: Arc<Self>,
+        entrance: Entrance,
+        request: HttpRequest<Incoming>,
+    ) -> Result<Answer, Refused> {
+        let (head, body) = request.into_parts();
+        let info = match RequestInfo::parse(&head.method, &head.uri) {
+            Ok(info) => info,
+            Err(status) => return Ok(failure(&status)),
+        };
+        if entrance == Entrance::Admin {
+            let answer = self
+                .answer(&Identity::Admin, &info, &head.headers, body)
+                .await;
+            return Ok(answer.unwrap_or_else(|status| failure(&status)));
+        }
+
+        let identity = self.identify(&head.headers);
+        let answer = match (self.disturb(&info).await?, &identity) {
+            (Some(status), _) => Err(status),
+            (None, Err(status)) => Err(status.clone()),
+            (None, Ok(identity)) => self.answer(identity, &info, &head.headers, body).await,
+        };
+        let answer = answer.unwrap_or_else(|status| failure(&status));
+        self.record(identity.ok(), info, answer.status().as_u16());
+        Ok(answer)
+    }
+
+    fn identify(&self, headers: &HeaderMap) -> Result<Identity, Status> {
+        let Some(credentials) = headers.get(header::AUTHORIZATION) else {
+            return Ok(Identity::anonymous());
+        };
+        let token = credentials
+            .to_str()
+            .ok()
+            .and_then(|value| value.strip_prefix("Bearer "));
+        self.tokens
+            .identify(&self.store, token.ok_or_else(Status::unauthorized)?)
+    }
+
+    /// Waits, fails or refuses as the test wants it.
+    async fn disturb(&self, info: &RequestInfo) -> Result<Option<Status>, Refused> {
+        let mut changes = self.disturbance.subscribe();
+        loop {
+            let current = changes.borrow_and_update().clone();
+            match current {
+                Disturbance::None => return Ok(None),
+                Disturbance::Refuse => return Err(Refused),
+                Disturbance::Slow(delay) => {
+                    tokio::time::sleep(delay).await;
+                    return Ok(None);
+                }
+                Disturbance::Hang => {
+                    if changes.changed().await.is_err() {
+                        return Err(Refused);
+                    }
+                }
+                Disturbance::Fail { .. } => {
+                    return Ok(self.take_failure(info).map(Status::disturbed));
+                }
+            }
+        }
+    }
+
+    /// The status to fail this request with, which uses up one of the times.
+    fn take_failure(&self, info: &RequestInfo) -> Option<u16> {
+        let mut taken = None;
+        self.disturbance.send_if_modified(|disturbance| {
+            let Disturbance::Fail {
+                status,
+                verb,
+                resource,
+                times,
+            } = disturbance
+            else {
+                return false;
+            };
+            let hit = verb.as_ref().is_none_or(|verb| verb == info.verb)
+                && resource
+                    .as_ref()
+                    .is_none_or(|resource| *resource == info.resource)
+                && *times > 0;
+            if hit {
+                taken = Some(*status);
+                *times -= 1;
+            }
+            if *times == 0 {
+                *disturbance = Disturbance::None;
+            }
+            hit
+        });
+        taken
+    }
+
+    fn record(&self, identity: Option<Identity>, info: RequestInfo, status: u16) {
+        let user = match identity {
+            Some(Identity::User { name, .. }) => name,
+            Some(Identity::Admin) | None => String::new(),
+        };
+        let request = Request {
+            user,
+            verb: info.verb.to_owned(),
+            group: info.group,
+            resource: info.resource,
+            subresource: info.subresource,
+            namespace: info.namespace,
+            name: info.name,
+            status,
+        };
+        self.requests
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(request);
+    }
+
+    async fn answer(
+        &self,
+        identity: &Identity,
+        info: &RequestInfo,
+        headers: &HeaderMap,
+        body: Incoming,
+    ) -> Result<Answer, Status> {
+        rbac::authorize(&self.store, identity, info)?;
+        if !info.is_resource() {
+            return self.plain_path(info);
+        }
+        let target = self.target(info)?;
+        let mut answer = self.resource(info, &target, headers, body).await?;
+        if let Some(warning) = target
+            .served()
+            .and_then(|version| version.warning.as_deref())
+        {
+            warn(&mut answer, warning);
+        }
+        Ok(answer)
+    }
+
+    fn plain_path(&self, info: &RequestInfo) -> Result<Answer, Status> {
+        if info.verb != "get" {
+            return Err(Status::method_not_allowed());
+        }
+        if matches!(info.path.as_str(), "/healthz" | "/livez" | "/readyz") {
+            return Ok(text(200, "ok"));
+        }
+        match discovery::document(&self.store, &info.path) {
+            Some(document) => Ok(json_answer(200, document.to_string().into_bytes())),
+            None => Ok(text(404, "404 page not found\n")),
+        }
+    }
+
+    fn target(&self, info: &RequestInfo) -> Result<Target, Status> {
+        let resource = self
+            .store
+            .resource(&info.qualified())
+            .filter(|resource| resource.version(&info.version).is_some())
+            .ok_or_else(Status::no_such_resource)?;
+        let namespaced_path = !info.namespace.is_empty() && resource.qualified != "namespaces";
+        // A namespaced kind has its objects under a namespace, a cluster-scoped kind never.
+        if namespaced_path != resource.namespaced
+            && (namespaced_path
+                || !info.name.is_empty()
+                || info.verb == "create"
+                || info.verb == "deletecollection")
+        {
+            return Err(Status::no_such_resource());
+        }
+        Ok(Target {
+            version: info.version.clone(),
+            namespace: if resource.namespaced {
+                info.namespace.clone()
+            } else {
+                String::new()
+            },
+            name: info.name.clone(),
+            subresource: info.subresource.clone(),
+            resource,
+        })
+    }
+
+    async fn resource(
+        &self,
+        info: &RequestInfo,
+        target: &Target,
+        headers: &HeaderMap,
+        body: Incoming,
+    ) -> Result<Answer, Status> {
+        let form = Form::accepted(headers);
+        match (info.verb, info.subresource.as_str()) {
+            ("create", "token") if target.resource.qualified == "serviceaccounts" => {
+                let token =
+                    self.tokens
+                        .issue(&self.store, target, read_body(headers, body).await?)?;
+                return Ok(json_answer(201, token.to_string().into_bytes()));
+            }
+            ("create", "binding") if target.resource.qualified == "pods" => {
+                self.store.bind(target, &read_body(headers, body).await?)?;
+                let done = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201});
+                return Ok(json_answer(201, done.to_string().into_bytes()));
+            }
+            (_, "") => {}
+            ("get" | "update" | "patch", "status") if target.has_status() => {}
+            _ => return Err(Status::no_such_resource()),
+        }
+        match info.verb {
+            "get" => {
+                let object = self
+                    .store
+                    .get(&target.resource.qualified, &target.namespace, &target.name)
+                    .ok_or_else(|| Status::not_found(&target.resource, &target.name))?;
+                Ok(object_answer(200, target, &object, form))
+            }
+            "list" => {
+                let selector = selector(info, target)?;
+                let namespace = (!target.namespace.is_empty()).then_some(target.namespace.as_str());
+                let (revision, mut objects) =
+                    self.store.list(&target.resource.qualified, namespace);
+                objects.retain(|object| selector.matches(object));
+                Ok(json_answer(
+                    200,
+                    render::list(target, revision, &objects, form),
+                ))
+            }
+            "watch" => self.watch(info, target, form),
+            "create" if target.name.is_empty() => {
+                let options = write_options(info, target, headers, false)?;
+                let written =
+                    self.store
+                        .create(target, read_body(headers, body).await?, &options)?;
+                Ok(written_answer(target, written, form))
+            }
+            "update" => {
+                let options = write_options(info, target, headers, false)?;
+                let written =
+                    self.store
+                        .update(target, read_body(headers, body).await?, &options)?;
+                Ok(written_answer(target, written, form))
+            }
+            "patch" => {
+                let patch = read_patch(info, target, headers, body).await?;
+                let options =
+                    write_options(info, target, headers, matches!(patch, Patch::Apply { .. }))?;
+                let written = self.store.patch(target, &patch, &options)?;
+                Ok(written_answer(target, written, form))
+            }
+            "delete" => {
+                let options = delete_options(info, &read_body(headers, body).await?);
+                self.delete(target, &options, form)
+            }
+            "deletecollection" => {
+                let options = delete_options(info, &read_body(headers, body).await?);
+                let selector = selector(info, target)?;
+                let deleted = self.store.delete_collection(target, &selector, &options)?;
+                Ok(json_answer(
+                    200,
+                    render::list(target, self.store.revision(), &deleted, form),
+                ))
+            }
+            _ => Err(Status::method_not_allowed()),
+        }
+    }
+
+    fn watch(&self, info: &RequestInfo, target: &Target, form: Form) -> Result<Answer, Status> {
+        let number = |name: &str| {
+            let value = info.query(name).map(str::parse::<u64>).transpose();
+            value.map_err(|error| Status::bad_request(format!("invalid value for {name}: {error}")))
+        };
+        let start = Start {
+            resource_version: number("resourceVersion")?,
+            initial_events: info.flag("sendInitialEvents"),
+            timeout: number("timeoutSeconds")?.map_or(WATCH_TIMEOUT, Duration::from_secs),
+        };
+        let selector = selector(info, target)?;
+        let watch = Watch::begin(self.store.clone(), target.clone(), selector, form, &start)?;
+        let frames = watch.into_stream().map(|lines| Ok(Frame::data(lines)));
+        let mut answer = Response::new(BoxBody::new(StreamBody::new(frames)));
+        answer.headers_mut().insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        Ok(answer)
+    }
+
+    fn delete(
+        &self,
+        target: &Target,
+        options: &DeleteOptions,
+        form: Form,
+    ) -> Result<Answer, Status> {
+        let deleted = self.store.delete(target, options)?;
+        let returns_object = matches!(
+            target.resource.qualified.as_str(),
+            "pods" | "serviceaccounts"
+        );
+        if !deleted.gone || returns_object {
+            return Ok(object_answer(200, target, &deleted.object, form));
+        }
+        let mut details = json!({
+            "name": target.name,
+            "kind": target.resource.plural,
+            "uid": deleted.object["metadata"]["uid"],
+        });
+        if !target.resource.group.is_empty() {
+            details["group"] = json!(target.resource.group);
+        }
+        let done = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
+        Ok(json_answer(200, done.to_string().into_bytes()))
+    }
+}
+
+fn selector(info: &RequestInfo, target: &Target) -> Result<Selector, Status> {
+    let labels = info.query("labelSelector").unwrap_or_default();
+    Selector::parse(
+        &target.resource,
+        labels,
+        info.query("fieldSelector").unwrap_or_default(),
+    )
+}
+
+fn write_options(
+    info: &RequestInfo,
+    target: &Target,
+    headers: &HeaderMap,
+    apply: bool,
+) -> Result<WriteOptions, Status> {
+    let name = match info.query("fieldManager") {
+        Some(name) => name.to_owned(),
+        None if apply => {
+            let missing = FieldError::required("fieldManager", "is required for apply patch");
+            return Err(Status::unprocessable(format!(
+                "PatchOptions.meta.k8s.io \"\" is invalid: {}: {}",
+                missing.field, missing.message
+            )));
+        }
+        None => {
+            let agent = headers
+                .get(header::USER_AGENT)
+                .and_then(|value| value.to_str().ok());
+            let program = agent
+                .and_then(|agent| agent.split('/').next())
+                .filter(|program| !program.is_empty());
+            program.unwrap_or("unknown").to_owned()
+        }
+    };
+    Ok(WriteOptions {
+        manager: Manager {
+            name,
+            apply,
+            api_version: target.resource.api_version(&target.version),
+            subresource: target.subresource.clone(),
+        },
+        dry_run: info.query("dryRun").is_some(),
+        unknown_fields: match info.query("fieldValidation") {
+            Some("Ignore") => UnknownFields::Ignore,
+            Some("Strict") => UnknownFields::Refuse,
+            _ => UnknownFields::Warn,
+        },
+    })
+}
+
+fn delete_options(info: &RequestInfo, body: &Value) -> DeleteOptions {
+    let text = |value: &Value| {
+        value
+            .as_str()
+            .filter(|value| !value.is_empty())
+            .map(str::to_owned)
+    };
+    let query = |name: &str| info.query(name).map(str::to_owned);
+    DeleteOptions {
+        grace_period: body["gracePeriodSeconds"]
+            .as_u64()
+            .or_else(|| info.query("gracePeriodSeconds")?.parse().ok()),
+        uid: text(&body["preconditions"]["uid"]),
+        resource_version: text(&body["preconditions"]["resourceVersion"]),
+        orphan: text(&body["propagationPolicy"])
+            .or_else(|| query("propagationPolicy"))
+            .as_deref()
+            == Some("Orphan"),
+        dry_run: body["dryRun"]
+            .as_array()
+            .is_some_and(|list| !list.is_empty())
+            || query("dryRun").is_some(),
+    }
+}
+
+/// The body as JSON; nothing is `null`.
+async fn read_body(headers: &HeaderMap, body: Incoming) -> Result<Value, Status> {
+    let bytes = Limited::new(body, MAX_BODY)
+        .collect()
+        .await
+        .map_err(|error| Status {
+            code: 413,
+            reason: "RequestEntityTooLarge",
+            message: format!("Request entity too large: limit is {MAX_BODY} ({error})"),
+            details: None,
+        })?;
+    let bytes = bytes.to_bytes();
+    if bytes.is_empty() {
+        return Ok(Value::Null);
+    }
+    let kind = content_type(headers);
+    let parsed = if kind.ends_with("yaml") && bytes.first() != Some(&b'{') {
+        serde_saphyr::from_slice(&bytes).map_err(|error| error.to_string())
+    } else if kind.is_empty() || kind.ends_with("json") || kind.ends_with("yaml") {
+        serde_json::from_slice(&bytes).map_err(|error| error.to_string())
+    } else {
+        return Err(Status::unsupported_media_type(kind));
+    };
+    parsed.map_err(|error| {
+        Status::bad_request(format!("error decoding the body of the request: {error}"))
+    })
+}
+
+async fn read_patch(
+    info: &RequestInfo,
+    target: &Target,
+    headers: &HeaderMap,
+    body: Incoming,
+) -> Result<Patch, Status> {
+    let patch = read_body(headers, body).await?;
+    let kind = content_type(headers);
+    if info.flag("force") && kind != "application/apply-patch+yaml" {
+        return Err(Status::unprocessable(
+            "PatchOptions.meta.k8s.io \"\" is invalid: force: Forbidden: may not be specified for non-apply patch",
+        ));
+    }
+    match kind {
+        "application/merge-patch+json" => Ok(Patch::Merge(patch)),
+        "application/json-patch+json" => Ok(Patch::Json(patch)),
+        "application/apply-patch+yaml" => Ok(Patch::Apply {
+            config: patch,
+            force: info.flag("force"),
+        }),
+        "application/strategic-merge-patch+json" if target.resource.built_in_row().is_some() => {
+            Ok(Patch::Strategic(patch))
+        }
+        kind => Err(Status::unsupported_media_type(kind)),
+    }
+}
+
+fn content_type(headers: &HeaderMap) -> &str {
+    let value = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    value.split(';').next().unwrap_or_default().trim()
+}
+
+fn written_answer(target: &Target, written: Written, form: Form) -> Answer {
+    let code = if written.created { 201 } else { 200 };
+    let mut answer = object_answer(code, target, &written.object, form);
+    for warning in &written.warnings {
+        warn(&mut answer, warning);
+    }
+    answer
+}
+
+fn object_answer(code: u16, target: &Target, object: &Value, form: Form) -> Answer {
+    let object = at_version(&target.resource, &target.version, object);
+    json_answer(code, render(&object, form).to_string().into_bytes())
+}
+
+fn failure(status: &Status) -> Answer {
+    let mut answer = json_answer(status.code, status.to_value().to_string().into_bytes());
+    if status.code == 429 {
+        answer
+            .headers_mut()
+            .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    answer
+}
+
+fn json_answer(code: u16, body: Vec<u8>) -> Answer {
+    with_type(code, "application/json", body)
+}
+
+fn text(code: u16, body: &'static str) -> Answer {
+    with_type(code, "text/plain; charset=utf-8", body.as_bytes().to_vec())
+}
+
+fn with_type(code: u16, kind: &'static str, body: Vec<u8>) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::from(body)).boxed());
+    // A test may ask for any number; what is no HTTP status becomes a server error.
+    *answer.status_mut() =
+        http::StatusCode::from_u16(code).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);
+    answer
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    answer
+}
+
+/// Adds a `Warning` header, as kubectl and client-go print it.
+fn warn(answer: &mut Answer, warning: &str) {
+    let quoted = warning.replace('\\', "\\\\").replace('"', "\\\"");
+    if let Ok(value) = HeaderValue::from_str(&format!("299 - \"{quoted}\"")) {
+        answer.headers_mut().append(header::WARNING, value);
+    }
+}

@@ -1,0 +1,362 @@
+//! Refusals, in the words of a real API server: every error a client sees is a `metav1.Status`
+//! built here. The texts are those of Kubernetes 1.37, because the driver's messages and the
+//! snapshots quote them.
+
+use serde_json::{Value, json};
+
+use super::resources::Resource;
+
+/// An error answer: HTTP code, machine-readable reason, sentence and details.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Status {
+    pub(super) code: u16,
+    /// Empty where a real server leaves the reason out.
+    pub(super) reason: &'static str,
+    pub(super) message: String,
+    pub(super) details: Option<Value>,
+}
+
+/// One field at fault in an object that is invalid as a whole.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct FieldError {
+    pub(super) field: String,
+    pub(super) reason: &'static str,
+    /// What is wrong, without the field's name in front.
+    pub(super) message: String,
+}
+
+impl FieldError {
+    pub(super) fn required(field: impl Into<String>, hint: &str) -> FieldError {
+        let message = match hint {
+            "" => "Required value".to_owned(),
+            hint => format!("Required value: {hint}"),
+        };
+        FieldError {
+            field: field.into(),
+            reason: "FieldValueRequired",
+            message,
+        }
+    }
+
+    /// `value` is shown as JSON, as real servers do.
+    pub(super) fn invalid(field: impl Into<String>, value: &Value, why: &str) -> FieldError {
+        FieldError {
+            field: field.into(),
+            reason: "FieldValueInvalid",
+            message: format!("Invalid value: {value}: {why}"),
+        }
+    }
+
+    /// A value of the wrong JSON type; `found` is the name of the type it has.
+    pub(super) fn wrong_type(field: &str, found: &str, wanted: &str) -> FieldError {
+        FieldError {
+            field: field.to_owned(),
+            reason: "FieldValueTypeInvalid",
+            message: format!(
+                "Invalid value: \"{found}\": {field} in body must be of type {wanted}: \"{found}\""
+            ),
+        }
+    }
+
+    pub(super) fn unsupported(field: &str, value: &Value, supported: &[Value]) -> FieldError {
+        let supported: Vec<String> = supported.iter().map(Value::to_string).collect();
+        FieldError {
+            field: field.to_owned(),
+            reason: "FieldValueNotSupported",
+            message: format!(
+                "Unsupported value: {value}: supported values: {}",
+                supported.join(", ")
+            ),
+        }
+    }
+
+    pub(super) fn forbidden(field: &str, why: &str) -> FieldError {
+        FieldError {
+            field: field.to_owned(),
+            reason: "FieldValueForbidden",
+            message: format!("Forbidden: {why}"),
+        }
+    }
+
+    pub(super) fn duplicate(field: &str, value: &Value) -> FieldError {
+        FieldError {
+            field: field.to_owned(),
+            reason: "FieldValueDuplicate",
+            message: format!("Duplicate value: {value}"),
+        }
+    }
+
+    pub(super) fn too_long(field: &str, bytes: usize) -> FieldError {
+        FieldError {
+            field: field.to_owned(),
+            reason: "FieldValueTooLong",
+            message: format!("Too long: may not be more than {bytes} bytes"),
+        }
+    }
+
+    fn sentence(&self) -> String {
+        format!("{}: {}", self.field, self.message)
+    }
+}
+
+impl Status {
+    fn about(
+        resource: &Resource,
+        name: &str,
+        code: u16,
+        reason: &'static str,
+        message: String,
+    ) -> Status {
+        let mut details = json!({ "name": name, "kind": resource.plural });
+        if !resource.group.is_empty() {
+            details["group"] = json!(resource.group);
+        }
+        Status {
+            code,
+            reason,
+            message,
+            details: Some(details),
+        }
+    }
+
+    fn plain(code: u16, reason: &'static str, message: impl Into<String>) -> Status {
+        Status {
+            code,
+            reason,
+            message: message.into(),
+            details: None,
+        }
+    }
+
+    pub(super) fn not_found(resource: &Resource, name: &str) -> Status {
+        let message = format!("{} \"{name}\" not found", resource.qualified);
+        Status::about(resource, name, 404, "NotFound", message)
+    }
+
+    /// The answer for a kind or subresource nobody serves.
+    pub(super) fn no_such_resource() -> Status {
+        Status {
+            details: Some(json!({})),
+            ..Status::plain(
+                404,
+                "NotFound",
+                "the server could not find the requested resource",
+            )
+        }
+    }
+
+    pub(super) fn already_exists(resource: &Resource, name: &str) -> Status {
+        let message = format!("{} \"{name}\" already exists", resource.qualified);
+        Status::about(resource, name, 409, "AlreadyExists", message)
+    }
+
+    pub(super) fn conflict(resource: &Resource, name: &str, why: &str) -> Status {
+        let message = format!(
+            "Operation cannot be fulfilled on {} \"{name}\": {why}",
+            resource.qualified
+        );
+        Status::about(resource, name, 409, "Conflict", message)
+    }
+
+    /// The conflict of a writer who read an older version.
+    pub(super) fn modified(resource: &Resource, name: &str) -> Status {
+        Status::conflict(
+            resource,
+            name,
+            "the object has been modified; please apply your changes to the latest version and try again",
+        )
+    }
+
+    /// Server-side apply met fields of other managers; `causes` are (manager text, field path).
+    pub(super) fn apply_conflict(message: String, causes: &[(String, String)]) -> Status {
+        let causes: Vec<Value> = causes
+            .iter()
+            .map(|(manager, field)| {
+                json!({
+                    "reason": "FieldManagerConflict",
+                    "message": format!("conflict with {manager}"),
+                    "field": field,
+                })
+            })
+            .collect();
+        Status {
+            details: Some(json!({ "causes": causes })),
+            ..Status::plain(409, "Conflict", message)
+        }
+    }
+
+    /// What admission and the authoriser answer. An empty name shows as in a request to create.
+    pub(super) fn forbidden(resource: &Resource, name: &str, why: &str) -> Status {
+        let message = match name {
+            "" => format!("{} is forbidden: {why}", resource.qualified),
+            name => format!("{} \"{name}\" is forbidden: {why}", resource.qualified),
+        };
+        Status::about(resource, name, 403, "Forbidden", message)
+    }
+
+    /// The authoriser's answer where no kind is known: an unknown resource or a plain path.
+    pub(super) fn forbidden_text(message: String) -> Status {
+        Status {
+            details: Some(json!({})),
+            ..Status::plain(403, "Forbidden", message)
+        }
+    }
+
+    pub(super) fn namespace_terminating(
+        resource: &Resource,
+        name: &str,
+        namespace: &str,
+    ) -> Status {
+        let why = format!(
+            "unable to create new content in namespace {namespace} because it is being terminated"
+        );
+        let mut status = Status::forbidden(resource, name, &why);
+        if let Some(details) = &mut status.details {
+            details["causes"] = json!([{
+                "reason": "NamespaceTerminating",
+                "message": format!("namespace {namespace} is being terminated"),
+                "field": "metadata.namespace",
+            }]);
+        }
+        status
+    }
+
+    /// `errors` must not be empty.
+    pub(super) fn invalid(resource: &Resource, name: &str, errors: &[FieldError]) -> Status {
+        let sentences: Vec<String> = errors.iter().map(FieldError::sentence).collect();
+        let text = match sentences.as_slice() {
+            [one] => one.clone(),
+            many => format!("[{}]", many.join(", ")),
+        };
+        let causes: Vec<Value> = errors
+            .iter()
+            .map(|e| json!({ "reason": e.reason, "message": e.message, "field": e.field }))
+            .collect();
+        let mut details = json!({ "name": name, "kind": resource.kind, "causes": causes });
+        if !resource.group.is_empty() {
+            details["group"] = json!(resource.group);
+        }
+        Status {
+            details: Some(details),
+            ..Status::plain(
+                422,
+                "Invalid",
+                format!(
+                    "{} \"{name}\" is invalid: {text}",
+                    resource.qualified_kind()
+                ),
+            )
+        }
+    }
+
+    pub(super) fn unprocessable(message: impl Into<String>) -> Status {
+        Status::plain(422, "Invalid", message)
+    }
+
+    pub(super) fn bad_request(message: impl Into<String>) -> Status {
+        Status::plain(400, "BadRequest", message)
+    }
+
+    pub(super) fn unauthorized() -> Status {
+        Status::plain(401, "Unauthorized", "Unauthorized")
+    }
+
+    pub(super) fn method_not_allowed() -> Status {
+        Status {
+            details: Some(json!({})),
+            ..Status::plain(
+                405,
+                "MethodNotAllowed",
+                "the server does not allow this method on the requested resource",
+            )
+        }
+    }
+
+    pub(super) fn unsupported_media_type(found: &str) -> Status {
+        Status::plain(
+            415,
+            "UnsupportedMediaType",
+            format!(
+                "the body of the request was in an unknown format ({found}); this server reads JSON and YAML"
+            ),
+        )
+    }
+
+    pub(super) fn expired(asked: u64, oldest: u64) -> Status {
+        Status::plain(
+            410,
+            "Expired",
+            format!("too old resource version: {asked} ({oldest})"),
+        )
+    }
+
+    pub(super) fn internal(message: impl Into<String>) -> Status {
+        Status::plain(
+            500,
+            "InternalError",
+            format!("Internal error occurred: {}", message.into()),
+        )
+    }
+
+    /// A create with a resourceVersion: real servers answer 500 without a reason.
+    pub(super) fn version_on_create() -> Status {
+        Status::plain(
+            500,
+            "",
+            "resourceVersion should not be set on objects to be created",
+        )
+    }
+
+    /// The answer a test asked for.
+    pub(super) fn disturbed(code: u16) -> Status {
+        let (reason, message) = match code {
+            401 => ("Unauthorized", "Unauthorized"),
+            403 => ("Forbidden", "forbidden: refused by a disturbance"),
+            404 => (
+                "NotFound",
+                "the server could not find the requested resource",
+            ),
+            409 => (
+                "Conflict",
+                "Operation cannot be fulfilled: refused by a disturbance",
+            ),
+            410 => ("Expired", "too old resource version: 1 (2)"),
+            429 => (
+                "TooManyRequests",
+                "too many requests, please try again later",
+            ),
+            503 => (
+                "ServiceUnavailable",
+                "the server is currently unable to handle the request",
+            ),
+            504 => (
+                "Timeout",
+                "Timeout: request did not complete within requested timeout",
+            ),
+            _ => (
+                "InternalError",
+                "Internal error occurred: refused by a disturbance",
+            ),
+        };
+        Status::plain(code, reason, message)
+    }
+
+    /// The object on the wire.
+    pub(super) fn to_value(&self) -> Value {
+        let mut value = json!({
+            "kind": "Status",
+            "apiVersion": "v1",
+            "metadata": {},
+            "status": "Failure",
+            "message": self.message,
+            "code": self.code,
+        });
+        if !self.reason.is_empty() {
+            value["reason"] = json!(self.reason);
+        }
+        if let Some(details) = &self.details {
+            value["details"] = details.clone();
+        }
+        value
+    }
+}

@@ -1,0 +1,207 @@
+//! Service account tokens: issued by the `token` subresource, bound to their pod, verified here.
+//!
+//! A token is shaped like a JWT, with the claims a provider may read. Its signature is random:
+//! only this server can verify it, by remembering a digest of what it issued.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
+
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use jiff::{SignedDuration, Timestamp};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::{
+    body::Target,
+    fields::time_text,
+    objects::{random_uid, text},
+    rbac::Identity,
+    status::{FieldError, Status},
+    store::Store,
+};
+
+/// The audience of the API server itself, and the issuer of every token.
+pub(super) const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
+
+/// The tokens that were issued and are not expired.
+#[derive(Default)]
+pub(super) struct Tokens {
+    issued: Mutex<HashMap<[u8; 32], Grant>>,
+}
+
+struct Grant {
+    namespace: String,
+    account: String,
+    account_uid: String,
+    /// Name and uid.
+    pod: Option<(String, String)>,
+    audiences: Vec<String>,
+    expires: Timestamp,
+}
+
+impl Tokens {
+    /// POST to `serviceaccounts/token`: the TokenRequest with its status filled in.
+    ///
+    /// # Errors
+    /// 404 for an unknown account or pod, 409 for a pod that was replaced, 422 for a duration under
+    /// ten minutes.
+    pub(super) fn issue(
+        &self,
+        store: &Store,
+        target: &Target,
+        mut request: Value,
+    ) -> Result<Value, Status> {
+        let account = store
+            .get("serviceaccounts", &target.namespace, &target.name)
+            .ok_or_else(|| Status::not_found(&target.resource, &target.name))?;
+        if !request["spec"].is_object() {
+            return Err(Status::bad_request(
+                "the body of a token request must be a TokenRequest",
+            ));
+        }
+        let spec = &request["spec"];
+        let mut audiences: Vec<String> = spec["audiences"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|audience| audience.as_str().map(str::to_owned))
+            .collect();
+        if audiences.is_empty() {
+            audiences.push(ISSUER.to_owned());
+        }
+        let seconds = spec["expirationSeconds"].as_i64().unwrap_or(3600);
+        if seconds < 600 {
+            let why = "may not specify a duration less than 10 minutes";
+            let error = FieldError::invalid("spec.expirationSeconds", &json!(seconds), why);
+            let mut status = Status::invalid(&target.resource, &target.name, &[error]);
+            status.message = status.message.replacen(
+                "ServiceAccount ",
+                "TokenRequest.authentication.k8s.io ",
+                1,
+            );
+            return Err(status);
+        }
+        let pod = bound_pod(store, target, &spec["boundObjectRef"])?;
+
+        let now = Timestamp::now();
+        let expires = now
+            .checked_add(SignedDuration::from_secs(seconds))
+            .map_err(|error| Status::internal(error.to_string()))?;
+        let mut kubernetes = json!({
+            "namespace": target.namespace,
+            "serviceaccount": {"name": target.name, "uid": text(&account, "uid")},
+        });
+        if let Some((name, uid)) = &pod {
+            kubernetes["pod"] = json!({"name": name, "uid": uid});
+        }
+        let claims = json!({
+            "aud": audiences,
+            "exp": expires.as_second(),
+            "iat": now.as_second(),
+            "nbf": now.as_second(),
+            "iss": ISSUER,
+            "jti": random_uid(),
+            "sub": format!("system:serviceaccount:{}:{}", target.namespace, target.name),
+            "kubernetes.io": kubernetes,
+        });
+        let part = |value: &Value| BASE64_URL_SAFE_NO_PAD.encode(value.to_string());
+        let signature: [u8; 32] = rand::random();
+        let token = format!(
+            "{}.{}.{}",
+            part(&json!({"alg": "RS256", "kid": "embedded"})),
+            part(&claims),
+            BASE64_URL_SAFE_NO_PAD.encode(signature)
+        );
+
+        let mut issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        issued.retain(|_, grant| grant.expires > now);
+        issued.insert(
+            digest(&token),
+            Grant {
+                namespace: target.namespace.clone(),
+                account: target.name.clone(),
+                account_uid: text(&account, "uid").to_owned(),
+                pod,
+                audiences: audiences.clone(),
+                expires,
+            },
+        );
+        drop(issued);
+
+        request["kind"] = json!("TokenRequest");
+        request["apiVersion"] = json!("authentication.k8s.io/v1");
+        request["metadata"] = json!({"name": target.name, "namespace": target.namespace, "creationTimestamp": time_text(now)});
+        request["spec"]["audiences"] = json!(audiences);
+        request["spec"]["expirationSeconds"] = json!(seconds);
+        request["status"] = json!({"token": token, "expirationTimestamp": time_text(expires)});
+        Ok(request)
+    }
+
+    /// Whose token it is.
+    ///
+    /// # Errors
+    /// 401 when it was not issued here, is expired, is for another audience, or its account or pod
+    /// is gone.
+    pub(super) fn identify(&self, store: &Store, token: &str) -> Result<Identity, Status> {
+        let issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        let grant = issued
+            .get(&digest(token))
+            .filter(|grant| {
+                grant.expires > Timestamp::now()
+                    && grant.audiences.iter().any(|audience| audience == ISSUER)
+            })
+            .ok_or_else(Status::unauthorized)?;
+        let is_there = |resource: &str, name: &str, uid: &str| {
+            let found = store.get(resource, &grant.namespace, name);
+            found.is_some_and(|object| text(&object, "uid") == uid)
+        };
+        let pod_is_there = grant
+            .pod
+            .as_ref()
+            .is_none_or(|(name, uid)| is_there("pods", name, uid));
+        if !is_there("serviceaccounts", &grant.account, &grant.account_uid) || !pod_is_there {
+            return Err(Status::unauthorized());
+        }
+        Ok(Identity::service_account(&grant.namespace, &grant.account))
+    }
+}
+
+fn bound_pod(
+    store: &Store,
+    target: &Target,
+    reference: &Value,
+) -> Result<Option<(String, String)>, Status> {
+    if reference.is_null() {
+        return Ok(None);
+    }
+    if reference["kind"] != "Pod" {
+        return Err(Status::bad_request(format!(
+            "cannot bind token to object of type {}: this server binds tokens to pods only",
+            reference["kind"]
+        )));
+    }
+    let name = reference["name"].as_str().unwrap_or_default();
+    let Some(pods) = store.resource("pods") else {
+        return Err(Status::no_such_resource());
+    };
+    let pod = store
+        .get("pods", &target.namespace, name)
+        .ok_or_else(|| Status::not_found(&pods, name))?;
+    let uid = text(&pod, "uid");
+    match reference["uid"].as_str() {
+        Some(asked) if !asked.is_empty() && asked != uid => {
+            let why = format!(
+                "the UID in the bound object reference ({asked}) does not match the UID in record. \
+                 The object might have been deleted and then recreated"
+            );
+            Err(Status::conflict(&pods, name, &why))
+        }
+        _ => Ok(Some((name.to_owned(), uid.to_owned()))),
+    }
+}
+
+fn digest(token: &str) -> [u8; 32] {
+    Sha256::digest(token).into()
+}
