@@ -1,3 +1,6 @@
 //! Clusters behind one interface, the scenarios and their snapshots, and the demo.
 
+pub mod binaries;
+pub mod cluster;
 pub mod embedded;
+pub mod tree;

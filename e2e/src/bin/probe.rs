@@ -1,1 +1,49 @@
-fn main() {}
+//! A small static binary that runs inside a pod, where there is no shell:
+//!
+//! - `probe tree [--reader] <directory>` prints what stands below a directory, as JSON;
+//! - `probe sleep` waits for SIGTERM or SIGINT: the main process of a test's pod.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use e2e::tree::{Tree, View};
+use nix::sys::signal::{SigSet, Signal};
+
+const USAGE: &str = "usage: probe tree [--reader] <directory> | probe sleep";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let outcome = match args[..] {
+        ["tree", path] => tree(path, View::Disk),
+        ["tree", "--reader", path] => tree(path, View::Reader),
+        ["sleep"] => sleep(),
+        _ => Err(USAGE.to_owned()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn tree(path: &str, view: View) -> Result<(), String> {
+    let tree = Tree::read(Path::new(path), view).map_err(|error| error.to_string())?;
+    let json = serde_json::to_string(&tree).map_err(|error| error.to_string())?;
+    println!("{json}");
+    Ok(())
+}
+
+/// As process 1 of a container it gets no signal that it does not ask for.
+fn sleep() -> Result<(), String> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    signals
+        .thread_block()
+        .and_then(|()| signals.wait())
+        .map(|_| ())
+        .map_err(|error| format!("wait for a signal: {error}"))
+}

@@ -1,0 +1,402 @@
+//! What the scheduler and the workload controllers do, as far as scenarios need it: pods get a
+//! node, Deployments become ReplicaSets, these become pods, and a DaemonSet's status says on how
+//! many nodes it runs.
+//!
+//! Names of pods are counted, not drawn: a pod is replaced only when the last of its name is
+//! gone. An old ReplicaSet is scaled to nothing at once. What owns what is deleted by the API
+//! server's own collector.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, ReplicaSetSpec};
+use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
+use kube::api::{Api, DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::reflector::{self, Store};
+use kube::runtime::watcher::{self, watcher};
+use kube::{Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
+
+use super::control::{Command, Control};
+use super::processes::Status;
+use super::{daemonsets, kubelet};
+use crate::tree::hex;
+
+/// How often the nodes are asked what runs there.
+const DAEMON_SET_PERIOD: Duration = Duration::from_millis(250);
+/// After a failed write.
+const RETRY: Duration = Duration::from_millis(200);
+const TEMPLATE_HASH: &str = "pod-template-hash";
+
+/// Gives pods without a node one, in turn.
+pub(crate) async fn schedule(client: kube::Client, nodes: Vec<String>) {
+    let unassigned = watcher::Config::default().fields("spec.nodeName=");
+    let mut pods = watcher(Api::<Pod>::all(client.clone()), unassigned)
+        .default_backoff()
+        .applied_objects()
+        .boxed();
+    let mut turn = 0;
+    while let Some(pod) = pods.next().await {
+        let Ok(pod) = pod else { continue };
+        if pod.metadata.deletion_timestamp.is_some() {
+            continue;
+        }
+        let selector = pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.node_selector.clone())
+            .unwrap_or_default();
+        let fits = |node: &&String| {
+            let labels = kubelet::node_labels(node);
+            selector
+                .iter()
+                .all(|(key, value)| labels.get(key) == Some(value))
+        };
+        let candidates: Vec<_> = nodes.iter().filter(fits).collect();
+        if candidates.is_empty() {
+            tracing::warn!(pod = pod.name_any(), "no node fits the pod's node selector");
+            continue;
+        }
+        let node = candidates[turn % candidates.len()];
+        turn += 1;
+        if let Err(error) = bind(&client, &pod, node).await {
+            tracing::warn!(pod = pod.name_any(), node, %error, "not bound");
+        }
+    }
+}
+
+async fn bind(client: &kube::Client, pod: &Pod, node: &str) -> kube::Result<()> {
+    let name = pod.name_any();
+    let binding = json!({
+        "apiVersion": "v1",
+        "kind": "Binding",
+        "metadata": {"name": name},
+        "target": {"apiVersion": "v1", "kind": "Node", "name": node},
+    });
+    let pods: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
+    let _status: Value = pods
+        .create_subresource("binding", &name, &PostParams::default(), &binding)
+        .await?;
+    Ok(())
+}
+
+/// Keeps Deployments and ReplicaSets at what they ask for.
+pub(crate) async fn reconcile_workloads(client: kube::Client) {
+    let changed = Arc::new(Notify::new());
+    let (deployments, watch_deployments) = cache::<Deployment>(&client, &changed, "");
+    let (sets, watch_sets) = cache::<ReplicaSet>(&client, &changed, "");
+    // Only what a ReplicaSet made carries the label.
+    let (pods, watch_pods) = cache::<Pod>(&client, &changed, TEMPLATE_HASH);
+    let reconcile = async {
+        loop {
+            changed.notified().await;
+            let mut retry = false;
+            for deployment in deployments.state() {
+                retry |= report(reconcile_deployment(&client, &deployment, &sets.state()).await);
+            }
+            for set in sets.state() {
+                retry |= report(reconcile_set(&client, &set, &pods.state()).await);
+            }
+            if retry {
+                tokio::time::sleep(RETRY).await;
+                changed.notify_one();
+            }
+        }
+    };
+    tokio::join!(watch_deployments, watch_sets, watch_pods, reconcile);
+}
+
+/// A kind's objects as last seen, and the task that keeps them so.
+fn cache<K>(
+    client: &kube::Client,
+    changed: &Arc<Notify>,
+    labels: &str,
+) -> (Store<K>, impl Future<Output = ()>)
+where
+    K: Resource<DynamicType = ()>
+        + Clone
+        + DeserializeOwned
+        + std::fmt::Debug
+        + Send
+        + Sync
+        + 'static,
+{
+    let (store, writer) = reflector::store::<K>();
+    let config = watcher::Config::default().labels(labels);
+    let stream = watcher(Api::<K>::all(client.clone()), config).default_backoff();
+    let changed = Arc::clone(changed);
+    let task = reflector::reflector(writer, stream).for_each(move |_| {
+        changed.notify_one();
+        std::future::ready(())
+    });
+    (store, task)
+}
+
+/// Whether it should be tried again. A conflict or an object that is there already only says
+/// that the cache is behind, and the cache says when it no longer is.
+fn report(outcome: kube::Result<()>) -> bool {
+    match outcome {
+        Ok(()) => false,
+        Err(kube::Error::Api(status)) if status.code == 409 || status.code == 404 => false,
+        Err(error) => {
+            tracing::warn!(%error, "a workload is not as it should be");
+            true
+        }
+    }
+}
+
+async fn reconcile_deployment(
+    client: &kube::Client,
+    deployment: &Deployment,
+    sets: &[Arc<ReplicaSet>],
+) -> kube::Result<()> {
+    if deployment.metadata.deletion_timestamp.is_some() {
+        return Ok(());
+    }
+    let namespace = deployment.namespace().unwrap_or_default();
+    let api: Api<ReplicaSet> = Api::namespaced(client.clone(), &namespace);
+    let spec = &deployment.spec;
+    let template = serde_json::to_vec(&spec.template).map_err(kube::Error::SerdeError)?;
+    let hash = hex(&Sha256::digest(&template)[..5]);
+    let name = format!("{}-{hash}", deployment.name_any());
+    let replicas = spec.replicas.unwrap_or(1);
+    let owned: Vec<_> = sets
+        .iter()
+        .filter(|set| owned_by(set.as_ref(), deployment))
+        .collect();
+    let mut ready = 0;
+    let mut there = false;
+    for set in owned {
+        let current = set.name_any() == name;
+        there |= current;
+        ready += set
+            .status
+            .as_ref()
+            .and_then(|status| status.ready_replicas)
+            .unwrap_or(0);
+        let wanted = if current { replicas } else { 0 };
+        if set.spec.replicas != Some(wanted) {
+            let patch = Patch::Merge(json!({"spec": {"replicas": wanted}}));
+            api.patch(&set.name_any(), &PatchParams::default(), &patch)
+                .await?;
+        }
+    }
+    if !there {
+        let mut labelled = spec.template.clone();
+        let metadata = labelled.metadata.get_or_insert_default();
+        metadata
+            .labels
+            .get_or_insert_default()
+            .insert(TEMPLATE_HASH.to_owned(), hash.clone());
+        let mut selector = spec.selector.clone();
+        selector
+            .match_labels
+            .get_or_insert_default()
+            .insert(TEMPLATE_HASH.to_owned(), hash);
+        let set = ReplicaSet {
+            metadata: ObjectMeta {
+                name: Some(name),
+                namespace: Some(namespace.clone()),
+                labels: labelled
+                    .metadata
+                    .as_ref()
+                    .and_then(|metadata| metadata.labels.clone()),
+                owner_references: deployment
+                    .controller_owner_ref(&())
+                    .map(|owner| vec![owner]),
+                ..ObjectMeta::default()
+            },
+            spec: ReplicaSetSpec {
+                replicas: Some(replicas),
+                selector,
+                template: Some(labelled),
+                ..ReplicaSetSpec::default()
+            },
+            ..ReplicaSet::default()
+        };
+        api.create(&PostParams::default(), &set).await?;
+    }
+    let known = deployment.status.clone().unwrap_or_default();
+    if known.ready_replicas.unwrap_or(0) != ready
+        || known.observed_generation != deployment.metadata.generation
+    {
+        let status = json!({"status": {
+            "observedGeneration": deployment.metadata.generation,
+            "replicas": replicas,
+            "updatedReplicas": replicas,
+            "readyReplicas": ready,
+            "availableReplicas": ready,
+        }});
+        let api: Api<Deployment> = Api::namespaced(client.clone(), &namespace);
+        api.patch_status(
+            &deployment.name_any(),
+            &PatchParams::default(),
+            &Patch::Merge(status),
+        )
+        .await?;
+    }
+    Ok(())
+}
+
+async fn reconcile_set(
+    client: &kube::Client,
+    set: &ReplicaSet,
+    pods: &[Arc<Pod>],
+) -> kube::Result<()> {
+    if set.metadata.deletion_timestamp.is_some() {
+        return Ok(());
+    }
+    let namespace = set.namespace().unwrap_or_default();
+    let api: Api<Pod> = Api::namespaced(client.clone(), &namespace);
+    let replicas = usize::try_from(set.spec.replicas.unwrap_or(1)).unwrap_or(0);
+    let owned: BTreeMap<String, &Arc<Pod>> = pods
+        .iter()
+        .filter(|pod| owned_by(pod.as_ref(), set))
+        .map(|pod| (pod.name_any(), pod))
+        .collect();
+    let wanted: Vec<String> = (0..replicas)
+        .map(|number| format!("{}-{number}", set.name_any()))
+        .collect();
+    for name in wanted.iter().filter(|name| !owned.contains_key(*name)) {
+        if let Some(template) = &set.spec.template {
+            api.create(&PostParams::default(), &pod_of(set, name, template))
+                .await?;
+        }
+    }
+    for (name, pod) in &owned {
+        if !wanted.contains(name) && pod.metadata.deletion_timestamp.is_none() {
+            api.delete(name, &DeleteParams::default()).await?;
+        }
+    }
+    let ready = owned
+        .values()
+        .filter(|pod| crate::cluster::is_ready(pod))
+        .count();
+    let known = set.status.clone().unwrap_or_default();
+    let count = |number: usize| i32::try_from(number).unwrap_or(i32::MAX);
+    if known.replicas != count(owned.len()) || known.ready_replicas.unwrap_or(0) != count(ready) {
+        let status = json!({"status": {
+            "observedGeneration": set.metadata.generation,
+            "replicas": owned.len(),
+            "fullyLabeledReplicas": owned.len(),
+            "readyReplicas": ready,
+            "availableReplicas": ready,
+        }});
+        let api: Api<ReplicaSet> = Api::namespaced(client.clone(), &namespace);
+        api.patch_status(
+            &set.name_any(),
+            &PatchParams::default(),
+            &Patch::Merge(status),
+        )
+        .await?;
+    }
+    Ok(())
+}
+
+fn pod_of(set: &ReplicaSet, name: &str, template: &PodTemplateSpec) -> Pod {
+    let from = template.metadata.clone().unwrap_or_default();
+    Pod {
+        metadata: ObjectMeta {
+            name: Some(name.to_owned()),
+            namespace: set.namespace(),
+            labels: from.labels,
+            annotations: from.annotations,
+            owner_references: set.controller_owner_ref(&()).map(|owner| vec![owner]),
+            ..ObjectMeta::default()
+        },
+        spec: template.spec.clone(),
+        ..Pod::default()
+    }
+}
+
+fn owned_by(object: &impl ResourceExt, owner: &impl ResourceExt) -> bool {
+    let uid = owner.uid();
+    object
+        .owner_references()
+        .iter()
+        .any(|reference| Some(&reference.uid) == uid.as_ref())
+}
+
+/// Names of the containers that a DaemonSet has on a node.
+pub(crate) fn containers_of(set: &DaemonSet, node: &str) -> Vec<String> {
+    // A set that cannot run anywhere says so in the log of every node.
+    let containers = daemonsets::containers(set, node, &kubelet::node_labels(node), Path::new("/"));
+    containers
+        .unwrap_or_default()
+        .into_iter()
+        .map(|container| container.name)
+        .collect()
+}
+
+/// Says in each DaemonSet's status on how many of the nodes it runs.
+pub(crate) async fn report_daemon_sets(client: kube::Client, nodes: Vec<(String, Control)>) {
+    let api: Api<DaemonSet> = Api::all(client.clone());
+    let mut written: BTreeMap<String, Value> = BTreeMap::new();
+    loop {
+        tokio::time::sleep(DAEMON_SET_PERIOD).await;
+        let Ok(sets) = api.list(&kube::api::ListParams::default()).await else {
+            continue;
+        };
+        let mut running = BTreeMap::new();
+        for (node, control) in &nodes {
+            // A node that does not answer runs nothing.
+            let statuses: Vec<Status> =
+                control.send(&Command::Containers).await.unwrap_or_default();
+            running.insert(node, statuses);
+        }
+        for set in sets {
+            let placed: Vec<_> = nodes
+                .iter()
+                .map(|(node, _)| (node, containers_of(&set, node)))
+                .filter(|(_, containers)| !containers.is_empty())
+                .collect();
+            let runs = |node: &&String, containers: &[String]| {
+                let there = |name: &String| {
+                    running[*node]
+                        .iter()
+                        .any(|s| s.name == *name && s.pid.is_some())
+                };
+                containers.iter().all(there)
+            };
+            let ready = placed
+                .iter()
+                .filter(|(node, containers)| runs(node, containers))
+                .count();
+            let status = json!({"status": {
+                "observedGeneration": set.metadata.generation,
+                "desiredNumberScheduled": placed.len(),
+                "currentNumberScheduled": placed.len(),
+                "updatedNumberScheduled": placed.len(),
+                "numberMisscheduled": 0,
+                "numberReady": ready,
+                "numberAvailable": ready,
+            }});
+            let uid = set.uid().unwrap_or_default();
+            if written.get(&uid) == Some(&status) {
+                continue;
+            }
+            let api: Api<DaemonSet> =
+                Api::namespaced(client.clone(), &set.namespace().unwrap_or_default());
+            match api
+                .patch_status(
+                    &set.name_any(),
+                    &PatchParams::default(),
+                    &Patch::Merge(&status),
+                )
+                .await
+            {
+                Ok(_) => {
+                    written.insert(uid, status);
+                }
+                Err(error) => tracing::warn!(set = set.name_any(), %error, "status not written"),
+            }
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! The node agent of the embedded cluster: does to a CSI driver what kubelet does.
+//!
+//! It registers drivers, publishes and unpublishes the inline CSI volumes of the pods bound to
+//! its node, in kubelet's order, with kubelet's files, deadlines, pauses, judgement of errors
+//! and events (contract D.1 and F.5). After a restart it picks up where the directories say it
+//! was, pods that have vanished meanwhile included.
+//!
+//! What it deliberately does not do: pull images, run a pod's containers (they are said to
+//! run), cache service account tokens, mount volumes other than inline CSI.
+
+mod backoff;
+mod csi;
+mod events;
+mod pods;
+mod registration;
+#[cfg(test)]
+mod tests;
+pub(crate) mod tokens;
+mod volumes;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::time::Duration;
+
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::{Node as NodeObject, Pod};
+use k8s_openapi::api::storage::v1::{CSIDriver, CSINode};
+use kube::ResourceExt;
+use kube::api::{Api, Patch, PatchParams};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::reflector;
+use kube::runtime::watcher::{self, Event, watcher};
+use serde_json::json;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use pods::{Context, Desired};
+
+const MANAGER: &str = "kubelet";
+
+/// What tells one kubelet from another.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    /// The node's name.
+    pub(crate) node: String,
+    /// `/var/lib/kubelet`, or a directory that stands for it.
+    pub(crate) root: PathBuf,
+    /// Deadline of every call to a driver: two minutes in kubelet.
+    pub(crate) csi_timeout: Duration,
+    /// How often volumes are republished for drivers that ask for it; never when absent.
+    pub(crate) sync_period: Option<Duration>,
+}
+
+/// The labels of an embedded node.
+pub(crate) fn node_labels(node: &str) -> BTreeMap<String, String> {
+    let arch = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    [("os", "linux"), ("arch", arch), ("hostname", node)]
+        .map(|(key, value)| (format!("kubernetes.io/{key}"), value.to_owned()))
+        .into()
+}
+
+/// Where a driver is told to mount a pod's volume.
+pub(crate) fn target(root: &Path, uid: &str, volume: &str) -> PathBuf {
+    volumes::Volume::new(root, uid, volume, "").target()
+}
+
+/// Runs until it is dropped.
+///
+/// # Errors
+/// When the node cannot be registered.
+pub(crate) async fn run(config: Config, client: kube::Client) -> kube::Result<()> {
+    register(&config, &client).await?;
+    let (classes, writer) = reflector::store::<CSIDriver>();
+    let drivers = registration::Drivers::default();
+    let registrar = registration::Registrar {
+        client: client.clone(),
+        node: config.node.clone(),
+        dir: config.root.join("plugins_registry"),
+        drivers: drivers.clone(),
+        csi_timeout: config.csi_timeout,
+    };
+    let context = Context {
+        events: events::Events::new(client.clone(), config.node.clone()),
+        node: volumes::Node {
+            client: client.clone(),
+            name: config.node.clone(),
+            root: config.root.clone(),
+            drivers,
+            classes: classes.clone(),
+            csi_timeout: config.csi_timeout,
+        },
+        sync_period: config.sync_period,
+        last_ip: Arc::new(AtomicU32::new(0)),
+    };
+    let stream = watcher(
+        Api::<CSIDriver>::all(client.clone()),
+        watcher::Config::default(),
+    );
+    let cache = reflector::reflector(writer, stream.default_backoff()).for_each(async |_| {});
+    let watch_pods = async {
+        // kubelet starts no pod before its caches are filled.
+        if classes.wait_until_ready().await.is_ok() {
+            watch(context, client).await;
+        }
+    };
+    tokio::join!(registrar.run(), cache, watch_pods);
+    Ok(())
+}
+
+/// Makes or renews the Node and its CSINode, the latter without drivers: they register anew.
+async fn register(config: &Config, client: &kube::Client) -> kube::Result<()> {
+    let name = &config.node;
+    let node = json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": node_labels(name)},
+    });
+    let csi_node = json!({
+        "apiVersion": "storage.k8s.io/v1",
+        "kind": "CSINode",
+        "metadata": {"name": name},
+        "spec": {"drivers": []},
+    });
+    let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::now());
+    let status = json!({"status": {
+        "addresses": [{"type": "Hostname", "address": name}, {"type": "InternalIP", "address": "127.0.0.1"}],
+        "capacity": {"pods": "1000"},
+        "allocatable": {"pods": "1000"},
+        "conditions": [{
+            "type": "Ready",
+            "status": "True",
+            "reason": "KubeletReady",
+            "message": "kubelet is posting ready status",
+            "lastHeartbeatTime": now,
+            "lastTransitionTime": now,
+        }],
+    }});
+    let apply = PatchParams::apply(MANAGER).force();
+    let nodes: Api<NodeObject> = Api::all(client.clone());
+    nodes.patch(name, &apply, &Patch::Apply(&node)).await?;
+    nodes
+        .patch_status(name, &PatchParams::default(), &Patch::Merge(&status))
+        .await?;
+    let csi_nodes: Api<CSINode> = Api::all(client.clone());
+    csi_nodes
+        .patch(name, &apply, &Patch::Apply(&csi_node))
+        .await?;
+    csi_nodes
+        .patch(
+            name,
+            &PatchParams::default(),
+            &Patch::Merge(json!({"spec": {"drivers": []}})),
+        )
+        .await?;
+    Ok(())
+}
+
+/// One task per pod, from its binding to this node until nothing of it is left.
+async fn watch(context: Context, client: kube::Client) {
+    let mut tasks = JoinSet::new();
+    let mut workers: BTreeMap<String, watch::Sender<Desired>> = BTreeMap::new();
+    // What lies on disk and is in no list was deleted while this kubelet was away.
+    let mut orphans = pods_on_disk(&context.node.root);
+    let mut listed: Option<Vec<String>> = None;
+    let only_mine =
+        watcher::Config::default().fields(&format!("spec.nodeName={}", context.node.name));
+    let mut events = watcher(Api::<Pod>::all(client), only_mine)
+        .default_backoff()
+        .boxed();
+    loop {
+        tokio::select! {
+            event = events.next() => match event {
+                None => return,
+                Some(Err(error)) => tracing::warn!(%error, "watch of pods interrupted"),
+                Some(Ok(Event::Init)) => listed = Some(Vec::new()),
+                Some(Ok(Event::InitApply(pod))) => {
+                    if let Some(listed) = &mut listed {
+                        listed.extend(pod.uid());
+                    }
+                    update(&context, &mut tasks, &mut workers, pod);
+                }
+                Some(Ok(Event::InitDone)) => {
+                    let listed = listed.take().unwrap_or_default();
+                    for uid in orphans.drain(..).filter(|uid| !listed.contains(uid)) {
+                        tracing::info!(uid, "cleaning up after a pod that is gone");
+                        let (set, desired) = watch::channel(Desired::Gone);
+                        tasks.spawn(finished(context.clone(), uid.clone(), desired));
+                        workers.insert(uid, set);
+                    }
+                    for (uid, desired) in &workers {
+                        if !listed.contains(uid) {
+                            desired.send_replace(Desired::Gone);
+                        }
+                    }
+                }
+                Some(Ok(Event::Apply(pod))) => update(&context, &mut tasks, &mut workers, pod),
+                Some(Ok(Event::Delete(pod))) => {
+                    if let Some(desired) = workers.get(&pod.uid().unwrap_or_default()) {
+                        desired.send_replace(Desired::Gone);
+                    }
+                }
+            },
+            Some(done) = tasks.join_next() => match done {
+                Ok(uid) => {
+                    workers.remove(&uid);
+                }
+                Err(error) => tracing::error!(%error, "a pod's task broke off"),
+            },
+        }
+    }
+}
+
+fn update(
+    context: &Context,
+    tasks: &mut JoinSet<String>,
+    workers: &mut BTreeMap<String, watch::Sender<Desired>>,
+    pod: Pod,
+) {
+    let Some(uid) = pod.uid() else { return };
+    let desired = match pod.metadata.deletion_timestamp {
+        None => Desired::Run(Arc::new(pod)),
+        Some(_) => Desired::End(Arc::new(pod)),
+    };
+    match workers.get(&uid) {
+        // A pod that began to end does not come back.
+        Some(known) if known.borrow().is_run() => {
+            known.send_replace(desired);
+        }
+        Some(_) => {}
+        None => {
+            let (set, desired) = watch::channel(desired);
+            tasks.spawn(finished(context.clone(), uid.clone(), desired));
+            workers.insert(uid, set);
+        }
+    }
+}
+
+async fn finished(context: Context, uid: String, desired: watch::Receiver<Desired>) -> String {
+    pods::run(context, uid.clone(), desired).await;
+    uid
+}
+
+fn pods_on_disk(root: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(root.join("pods")) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
+}

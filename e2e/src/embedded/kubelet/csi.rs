@@ -1,0 +1,222 @@
+//! kubelet's side of the CSI wire: a connection per operation, a deadline per call, and what
+//! an error means for the volume.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use proto::csi::node_client::NodeClient;
+use proto::csi::node_service_capability::{Type, rpc};
+use proto::csi::{
+    NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodeGetInfoResponse, NodePublishVolumeRequest,
+    NodeUnpublishVolumeRequest,
+};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Request, Status};
+
+/// An error of a call as kubelet prints it and judges it.
+#[derive(Clone, Debug)]
+pub(crate) struct CallError {
+    code: Code,
+    message: String,
+}
+
+impl std::fmt::Display for CallError {
+    /// The words of grpc-go, which end in the pod's events.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "rpc error: code = {} desc = {}",
+            go_name(self.code),
+            self.message
+        )
+    }
+}
+
+impl CallError {
+    /// Whether the driver may still have done, or be doing, what it was asked: kubelet then
+    /// keeps the volume's directory and asks again.
+    pub(crate) fn is_uncertain(&self) -> bool {
+        matches!(
+            self.code,
+            Code::Cancelled
+                | Code::DeadlineExceeded
+                | Code::Unavailable
+                | Code::ResourceExhausted
+                | Code::Aborted
+        )
+    }
+
+    fn timed_out() -> Self {
+        Self {
+            code: Code::DeadlineExceeded,
+            message: "context deadline exceeded".to_owned(),
+        }
+    }
+}
+
+impl From<Status> for CallError {
+    fn from(status: Status) -> Self {
+        use std::error::Error as _;
+        // A status with a source was made here and not by the driver: the connection broke, or
+        // the deadline in the request's own header was met. tonic names these otherwise than
+        // the grpc-go in kubelet.
+        let local = status.source().is_some();
+        match status.code() {
+            Code::Cancelled if status.message() == "Timeout expired" => Self::timed_out(),
+            Code::Cancelled | Code::Unknown | Code::Internal if local => Self {
+                code: Code::Unavailable,
+                message: "error reading from server: EOF".to_owned(),
+            },
+            code => Self {
+                code,
+                message: status.message().to_owned(),
+            },
+        }
+    }
+}
+
+/// A connection to a driver.
+#[derive(Debug)]
+pub(crate) struct Driver {
+    channel: Channel,
+    timeout: Duration,
+}
+
+/// What a driver can do that kubelet asks before every publish.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Capabilities {
+    /// The driver applies the pod's `fsGroup` itself.
+    pub(crate) volume_mount_group: bool,
+}
+
+impl Driver {
+    /// Connects to the driver's socket; `timeout` bounds this and every call.
+    pub(crate) async fn connect(socket: &Path, timeout: Duration) -> Result<Self, CallError> {
+        let channel = connect(socket, timeout).await?;
+        Ok(Self { channel, timeout })
+    }
+
+    pub(crate) async fn node_info(&self) -> Result<NodeGetInfoResponse, CallError> {
+        let mut client = NodeClient::new(self.channel.clone());
+        self.bounded(NodeGetInfoRequest {}, async |request| {
+            client.node_get_info(request).await
+        })
+        .await
+    }
+
+    pub(crate) async fn capabilities(&self) -> Result<Capabilities, CallError> {
+        let mut client = NodeClient::new(self.channel.clone());
+        let response = self
+            .bounded(NodeGetCapabilitiesRequest {}, async |request| {
+                client.node_get_capabilities(request).await
+            })
+            .await?;
+        let mut capabilities = Capabilities::default();
+        for capability in response.capabilities {
+            if let Some(Type::Rpc(call)) = capability.r#type
+                && call.r#type() == rpc::Type::VolumeMountGroup
+            {
+                capabilities.volume_mount_group = true;
+            }
+        }
+        Ok(capabilities)
+    }
+
+    pub(crate) async fn publish(&self, request: NodePublishVolumeRequest) -> Result<(), CallError> {
+        let mut client = NodeClient::new(self.channel.clone());
+        self.bounded(request, async |request| {
+            client.node_publish_volume(request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    pub(crate) async fn unpublish(
+        &self,
+        request: NodeUnpublishVolumeRequest,
+    ) -> Result<(), CallError> {
+        let mut client = NodeClient::new(self.channel.clone());
+        self.bounded(request, async |request| {
+            client.node_unpublish_volume(request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    async fn bounded<Q, A>(
+        &self,
+        request: Q,
+        call: impl AsyncFnOnce(Request<Q>) -> Result<tonic::Response<A>, Status>,
+    ) -> Result<A, CallError> {
+        let mut request = Request::new(request);
+        request.set_timeout(self.timeout);
+        match tokio::time::timeout(self.timeout, call(request)).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(status.into()),
+            Err(_) => Err(CallError::timed_out()),
+        }
+    }
+}
+
+/// Opens a gRPC connection over a Unix socket, with `:authority` `localhost` as grpc-go sends.
+pub(crate) async fn connect(socket: &Path, timeout: Duration) -> Result<Channel, CallError> {
+    let path: PathBuf = socket.to_owned();
+    let connector = tower::service_fn(move |_: Uri| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    let endpoint = Endpoint::from_static("http://localhost");
+    let connecting = endpoint.connect_with_connector(connector);
+    match tokio::time::timeout(timeout, connecting).await {
+        Ok(Ok(channel)) => Ok(channel),
+        Ok(Err(error)) => Err(CallError {
+            code: Code::Unavailable,
+            message: format!(
+                "connection error: desc = \"transport: Error while dialing: dial unix {}: connect: {}\"",
+                socket.display(),
+                innermost(&error)
+            ),
+        }),
+        Err(_) => Err(CallError::timed_out()),
+    }
+}
+
+/// The last cause, in Go's words where they differ.
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    match cause
+        .downcast_ref::<std::io::Error>()
+        .map(std::io::Error::kind)
+    {
+        Some(std::io::ErrorKind::NotFound) => "no such file or directory".to_owned(),
+        Some(std::io::ErrorKind::ConnectionRefused) => "connection refused".to_owned(),
+        _ => cause.to_string(),
+    }
+}
+
+fn go_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "Canceled",
+        Code::Unknown => "Unknown",
+        Code::InvalidArgument => "InvalidArgument",
+        Code::DeadlineExceeded => "DeadlineExceeded",
+        Code::NotFound => "NotFound",
+        Code::AlreadyExists => "AlreadyExists",
+        Code::PermissionDenied => "PermissionDenied",
+        Code::ResourceExhausted => "ResourceExhausted",
+        Code::FailedPrecondition => "FailedPrecondition",
+        Code::Aborted => "Aborted",
+        Code::OutOfRange => "OutOfRange",
+        Code::Unimplemented => "Unimplemented",
+        Code::Internal => "Internal",
+        Code::Unavailable => "Unavailable",
+        Code::DataLoss => "DataLoss",
+        Code::Unauthenticated => "Unauthenticated",
+    }
+}

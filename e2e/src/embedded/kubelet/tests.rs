@@ -1,0 +1,588 @@
+//! The kubelet against the embedded API server and a CSI driver of a few lines, without
+//! namespaces: its root is a temporary directory and nothing is mounted.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+
+use k8s_openapi::api::core::v1::Event as EventObject;
+use kube::api::{DeleteParams, PostParams};
+use proto::csi::node_server::{Node, NodeServer};
+use proto::csi::{self as wire, node_service_capability::rpc};
+use proto::registration::registration_server::{Registration, RegistrationServer};
+use proto::registration::{
+    InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse,
+};
+use tokio::net::UnixListener;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Code, Request, Response, Status};
+
+use super::*;
+use crate::embedded::api::ApiServer;
+
+const DRIVER: &str = "secrets-store.csi.k8s.io";
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A driver that does as it is told and remembers what it was asked.
+#[derive(Clone, Default)]
+struct Fake {
+    published: Arc<Mutex<Vec<wire::NodePublishVolumeRequest>>>,
+    /// `publish` and `unpublish` as they begin and end.
+    log: Arc<Mutex<Vec<&'static str>>>,
+    /// Errors for the next publishes.
+    errors: Arc<Mutex<VecDeque<Status>>>,
+    /// When there, every publish waits for a permit.
+    gate: Option<Arc<Semaphore>>,
+    versions: Vec<String>,
+    endpoint: String,
+    notified: Option<mpsc::UnboundedSender<RegistrationStatus>>,
+}
+
+impl Fake {
+    fn log(&self, what: &'static str) {
+        self.log.lock().unwrap().push(what);
+    }
+}
+
+#[tonic::async_trait]
+impl Node for Fake {
+    async fn node_publish_volume(
+        &self,
+        request: Request<wire::NodePublishVolumeRequest>,
+    ) -> Result<Response<wire::NodePublishVolumeResponse>, Status> {
+        assert!(
+            request.metadata().contains_key("grpc-timeout"),
+            "a deadline is sent"
+        );
+        let request = request.into_inner();
+        self.log("publish");
+        self.published.lock().unwrap().push(request.clone());
+        if let Some(gate) = &self.gate {
+            gate.acquire().await.unwrap().forget();
+        }
+        let target = Path::new(&request.target_path);
+        assert!(!target.exists(), "the driver makes the target");
+        assert!(
+            target.with_file_name("vol_data.json").exists(),
+            "written before"
+        );
+        if let Some(error) = self.errors.lock().unwrap().pop_front() {
+            return Err(error);
+        }
+        std::fs::create_dir(target)?;
+        self.log("published");
+        Ok(Response::new(wire::NodePublishVolumeResponse {}))
+    }
+
+    async fn node_unpublish_volume(
+        &self,
+        request: Request<wire::NodeUnpublishVolumeRequest>,
+    ) -> Result<Response<wire::NodeUnpublishVolumeResponse>, Status> {
+        self.log("unpublish");
+        let _absent = std::fs::remove_dir(&request.get_ref().target_path);
+        Ok(Response::new(wire::NodeUnpublishVolumeResponse {}))
+    }
+
+    async fn node_get_capabilities(
+        &self,
+        _: Request<wire::NodeGetCapabilitiesRequest>,
+    ) -> Result<Response<wire::NodeGetCapabilitiesResponse>, Status> {
+        let rpc = wire::node_service_capability::Rpc {
+            r#type: rpc::Type::VolumeMountGroup.into(),
+        };
+        let capability = wire::NodeServiceCapability {
+            r#type: Some(wire::node_service_capability::Type::Rpc(rpc)),
+        };
+        Ok(Response::new(wire::NodeGetCapabilitiesResponse {
+            capabilities: vec![capability],
+        }))
+    }
+
+    async fn node_get_info(
+        &self,
+        _: Request<wire::NodeGetInfoRequest>,
+    ) -> Result<Response<wire::NodeGetInfoResponse>, Status> {
+        Ok(Response::new(wire::NodeGetInfoResponse {
+            node_id: "id-1".into(),
+            ..Default::default()
+        }))
+    }
+
+    async fn node_stage_volume(
+        &self,
+        _: Request<wire::NodeStageVolumeRequest>,
+    ) -> Result<Response<wire::NodeStageVolumeResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn node_unstage_volume(
+        &self,
+        _: Request<wire::NodeUnstageVolumeRequest>,
+    ) -> Result<Response<wire::NodeUnstageVolumeResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn node_get_volume_stats(
+        &self,
+        _: Request<wire::NodeGetVolumeStatsRequest>,
+    ) -> Result<Response<wire::NodeGetVolumeStatsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn node_expand_volume(
+        &self,
+        _: Request<wire::NodeExpandVolumeRequest>,
+    ) -> Result<Response<wire::NodeExpandVolumeResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+#[tonic::async_trait]
+impl Registration for Fake {
+    async fn get_info(&self, _: Request<InfoRequest>) -> Result<Response<PluginInfo>, Status> {
+        Ok(Response::new(PluginInfo {
+            r#type: "CSIPlugin".into(),
+            name: DRIVER.into(),
+            endpoint: self.endpoint.clone(),
+            supported_versions: self.versions.clone(),
+        }))
+    }
+
+    async fn notify_registration_status(
+        &self,
+        request: Request<RegistrationStatus>,
+    ) -> Result<Response<RegistrationStatusResponse>, Status> {
+        if let Some(notified) = &self.notified {
+            notified.send(request.into_inner()).unwrap();
+        }
+        Ok(Response::new(RegistrationStatusResponse {}))
+    }
+}
+
+/// A node's directory, an API server, and a kubelet.
+struct World {
+    dir: tempfile::TempDir,
+    api: ApiServer,
+    tasks: JoinSet<()>,
+}
+
+impl World {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("kubelet/plugins_registry")).unwrap();
+        let api = ApiServer::start(&dir.path().join("api")).await.unwrap();
+        let class = format!(
+            "apiVersion: storage.k8s.io/v1\nkind: CSIDriver\nmetadata: {{name: {DRIVER}}}\n\
+             spec: {{attachRequired: false, podInfoOnMount: true, volumeLifecycleModes: [Ephemeral]}}"
+        );
+        crate::cluster::apply(&api.client(), "default", &class)
+            .await
+            .unwrap();
+        let mut world = Self {
+            dir,
+            api,
+            tasks: JoinSet::new(),
+        };
+        world.start_kubelet();
+        world
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.path().join("kubelet")
+    }
+
+    fn start_kubelet(&mut self) {
+        let config = Config {
+            node: "n".to_owned(),
+            root: self.root(),
+            csi_timeout: Duration::from_secs(60),
+            sync_period: None,
+        };
+        let client = self.api.client();
+        self.tasks
+            .spawn(async move { run(config, client).await.unwrap() });
+    }
+
+    /// Serves the driver and the registration; the sockets go when the result is dropped.
+    fn serve(&mut self, mut fake: Fake) -> PathBuf {
+        let csi = self.dir.path().join("csi.sock");
+        let registration = self.root().join("plugins_registry/d-reg.sock");
+        fake.endpoint = csi.display().to_string();
+        if fake.versions.is_empty() {
+            fake.versions = vec!["1.0.0".to_owned()];
+        }
+        let node = UnixListenerStream::new(UnixListener::bind(&csi).unwrap());
+        let service = NodeServer::new(fake.clone());
+        self.tasks.spawn(async move {
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(node)
+                .await
+                .unwrap();
+        });
+        let incoming = UnixListenerStream::new(UnixListener::bind(&registration).unwrap());
+        let service = RegistrationServer::new(fake);
+        self.tasks.spawn(async move {
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(incoming)
+                .await
+                .unwrap();
+        });
+        registration
+    }
+
+    async fn drivers(&self) -> Vec<(String, String)> {
+        let nodes: Api<CSINode> = Api::all(self.api.client());
+        let node = nodes.get_opt("n").await.unwrap();
+        let drivers = node.map(|node| node.spec.drivers).unwrap_or_default();
+        drivers
+            .into_iter()
+            .map(|driver| (driver.name, driver.node_id))
+            .collect()
+    }
+
+    async fn registered(&self) {
+        eventually("the driver is in the CSINode", async || {
+            self.drivers().await == [(DRIVER.to_owned(), "id-1".to_owned())]
+        })
+        .await;
+    }
+
+    async fn create_pod(&self, extra: serde_json::Value) -> Pod {
+        let mut pod = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "p", "namespace": "default"},
+            "spec": {
+                "nodeName": "n",
+                "terminationGracePeriodSeconds": 1,
+                "securityContext": {"fsGroup": 1004},
+                "containers": [{"name": "c", "image": "i"}],
+                "volumes": [{"name": "secrets", "csi": {
+                    "driver": DRIVER,
+                    "readOnly": true,
+                    "volumeAttributes": {"secretProviderClass": "s", "csi.storage.k8s.io/pod.name": "forged"},
+                }}],
+            },
+        });
+        if !extra.is_null() {
+            pod["spec"]["containers"][0]["env"] = extra;
+        }
+        let pod: Pod = serde_json::from_value(pod).unwrap();
+        self.pods()
+            .create(&PostParams::default(), &pod)
+            .await
+            .unwrap()
+    }
+
+    fn pods(&self) -> Api<Pod> {
+        Api::namespaced(self.api.client(), "default")
+    }
+
+    async fn ready(&self) {
+        eventually("the pod is ready", async || {
+            let pod = self.pods().get("p").await.unwrap();
+            crate::cluster::is_ready(&pod)
+        })
+        .await;
+    }
+
+    async fn gone(&self) {
+        eventually("the pod is gone", async || {
+            self.pods().get_opt("p").await.unwrap().is_none()
+        })
+        .await;
+        assert_eq!(pods_on_disk(&self.root()), Vec::<String>::new());
+    }
+
+    async fn event(&self, reason: &str) -> EventObject {
+        let events: Api<EventObject> = Api::namespaced(self.api.client(), "default");
+        let mut found = None;
+        eventually("an event", async || {
+            let list = events
+                .list(&kube::api::ListParams::default())
+                .await
+                .unwrap();
+            found = list
+                .items
+                .into_iter()
+                .find(|event| event.reason.as_deref() == Some(reason));
+            found.is_some()
+        })
+        .await;
+        found.unwrap()
+    }
+}
+
+async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + LIMIT;
+    while !check().await {
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "not in {LIMIT:?}: {what}"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_pod_is_published_as_kubelet_does_and_leaves_nothing() {
+    let mut world = World::new().await;
+    let fake = Fake::default();
+    world.serve(fake.clone());
+    world.registered().await;
+    let pod = world.create_pod(serde_json::Value::Null).await;
+    world.ready().await;
+
+    let uid = pod.uid().unwrap();
+    let volume = world
+        .root()
+        .join(format!("pods/{uid}/volumes/kubernetes.io~csi/secrets"));
+    let requests = fake.published.lock().unwrap().clone();
+    let [request] = &requests[..] else {
+        panic!("{requests:?}")
+    };
+    assert!(request.volume_id.starts_with("csi-") && request.volume_id.len() == 68);
+    assert_eq!(
+        request.target_path,
+        volume.join("mount").display().to_string()
+    );
+    assert!(request.readonly);
+    let expected: BTreeMap<&str, &str> = BTreeMap::from([
+        ("secretProviderClass", "s"),
+        ("csi.storage.k8s.io/pod.name", "p"),
+        ("csi.storage.k8s.io/pod.namespace", "default"),
+        ("csi.storage.k8s.io/pod.uid", &uid),
+        ("csi.storage.k8s.io/serviceAccount.name", "default"),
+        ("csi.storage.k8s.io/ephemeral", "true"),
+    ]);
+    let context: BTreeMap<&str, &str> = request
+        .volume_context
+        .iter()
+        .map(|(k, v)| (k.as_str(), v.as_str()))
+        .collect();
+    assert_eq!(context, expected);
+    let capability = request.volume_capability.clone().unwrap();
+    assert_eq!(
+        capability.access_mode.unwrap().mode,
+        wire::volume_capability::access_mode::Mode::SingleNodeWriter as i32
+    );
+    let Some(wire::volume_capability::AccessType::Mount(mount)) = capability.access_type else {
+        panic!()
+    };
+    assert_eq!(mount.volume_mount_group, "1004");
+
+    let data: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(volume.join("vol_data.json")).unwrap()).unwrap();
+    assert_eq!(data["volumeHandle"], request.volume_id);
+    assert_eq!(data["specVolID"], "secrets");
+    assert_eq!(data["driverName"], DRIVER);
+    assert_eq!(data["nodeName"], "n");
+    assert_eq!(data["volumeLifecycleMode"], "Ephemeral");
+    assert!(data["attachmentID"].as_str().unwrap().starts_with("csi-"));
+
+    world
+        .pods()
+        .delete("p", &DeleteParams::default())
+        .await
+        .unwrap();
+    world.gone().await;
+    assert_eq!(
+        *fake.log.lock().unwrap(),
+        ["publish", "published", "unpublish"]
+    );
+}
+
+#[tokio::test]
+async fn a_final_error_cleans_up_and_is_told_in_kubelets_words() {
+    let mut world = World::new().await;
+    let fake = Fake::default();
+    fake.errors
+        .lock()
+        .unwrap()
+        .push_back(Status::new(Code::Unknown, "no such class"));
+    fake.errors
+        .lock()
+        .unwrap()
+        .push_back(Status::new(Code::Unknown, "no such class"));
+    world.serve(fake.clone());
+    world.registered().await;
+    world.create_pod(serde_json::Value::Null).await;
+    let event = world.event("FailedMount").await;
+    assert_eq!(
+        event.message.as_deref(),
+        Some(
+            "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unknown desc = no such class"
+        )
+    );
+    assert_eq!(event.source.unwrap().host.as_deref(), Some("n"));
+    let uid = world.pods().get("p").await.unwrap().uid().unwrap();
+    let csi = world
+        .root()
+        .join(format!("pods/{uid}/volumes/kubernetes.io~csi"));
+    assert_eq!(std::fs::read_dir(csi).unwrap().count(), 0);
+    world.ready().await;
+    assert_eq!(world.event("FailedMount").await.count, Some(2));
+}
+
+#[tokio::test]
+async fn after_an_uncertain_error_the_volume_is_unpublished_all_the_same() {
+    let mut world = World::new().await;
+    let fake = Fake::default();
+    let busy = || Status::new(Code::Aborted, "busy");
+    fake.errors
+        .lock()
+        .unwrap()
+        .extend([busy(), busy(), busy(), busy()]);
+    world.serve(fake.clone());
+    world.registered().await;
+    world.create_pod(serde_json::Value::Null).await;
+    world.event("FailedMount").await;
+    let uid = world.pods().get("p").await.unwrap().uid().unwrap();
+    let data = world.root().join(format!(
+        "pods/{uid}/volumes/kubernetes.io~csi/secrets/vol_data.json"
+    ));
+    assert!(data.exists());
+    world
+        .pods()
+        .delete("p", &DeleteParams::default())
+        .await
+        .unwrap();
+    world.gone().await;
+    assert_eq!(fake.log.lock().unwrap().last(), Some(&"unpublish"));
+}
+
+#[tokio::test]
+async fn a_pod_deleted_during_its_publish_waits_for_the_answer() {
+    let mut world = World::new().await;
+    let gate = Arc::new(Semaphore::new(0));
+    let fake = Fake {
+        gate: Some(Arc::clone(&gate)),
+        ..Fake::default()
+    };
+    world.serve(fake.clone());
+    world.registered().await;
+    world.create_pod(serde_json::Value::Null).await;
+    eventually("publish begins", async || {
+        !fake.log.lock().unwrap().is_empty()
+    })
+    .await;
+    world
+        .pods()
+        .delete("p", &DeleteParams::default())
+        .await
+        .unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(*fake.log.lock().unwrap(), ["publish"]);
+    gate.add_permits(1);
+    world.gone().await;
+    assert_eq!(
+        *fake.log.lock().unwrap(),
+        ["publish", "published", "unpublish"]
+    );
+}
+
+#[tokio::test]
+async fn a_restarted_kubelet_cleans_up_after_a_pod_that_vanished() {
+    let mut world = World::new().await;
+    let fake = Fake::default();
+    let socket = world.serve(fake.clone());
+    world.registered().await;
+    world.create_pod(serde_json::Value::Null).await;
+    world.ready().await;
+    world.tasks.shutdown().await;
+    let now = DeleteParams {
+        grace_period_seconds: Some(0),
+        ..DeleteParams::default()
+    };
+    world.pods().delete("p", &now).await.unwrap();
+    std::fs::remove_file(&socket).unwrap();
+    std::fs::remove_file(world.dir.path().join("csi.sock")).unwrap();
+    world.start_kubelet();
+    // The driver comes back later than kubelet.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    world.serve(fake.clone());
+    eventually("nothing is left", async || {
+        pods_on_disk(&world.root()).is_empty()
+    })
+    .await;
+    assert_eq!(fake.log.lock().unwrap().last(), Some(&"unpublish"));
+}
+
+#[tokio::test]
+async fn a_driver_is_refused_and_told_why_and_goes_with_its_socket() {
+    let mut world = World::new().await;
+    let (notified, mut told) = mpsc::unbounded_channel();
+    let refused = Fake {
+        versions: vec!["2.0.0".into()],
+        notified: Some(notified.clone()),
+        ..Fake::default()
+    };
+    let socket = world.serve(refused);
+    let status = told.recv().await.unwrap();
+    assert!(!status.plugin_registered);
+    assert!(status.error.contains("2.0.0"), "{}", status.error);
+
+    std::fs::remove_file(&socket).unwrap();
+    std::fs::remove_file(world.dir.path().join("csi.sock")).unwrap();
+    let socket = world.serve(Fake {
+        notified: Some(notified),
+        ..Fake::default()
+    });
+    while !told.recv().await.unwrap().plugin_registered {}
+    world.registered().await;
+
+    std::fs::remove_file(&socket).unwrap();
+    eventually("the driver is gone", async || {
+        world.drivers().await.is_empty()
+    })
+    .await;
+    world.create_pod(serde_json::Value::Null).await;
+    let message = world.event("FailedMount").await.message.unwrap();
+    assert!(
+        message.ends_with(
+            "driver name secrets-store.csi.k8s.io not found in the list of registered CSI drivers"
+        ),
+        "{message}"
+    );
+}
+
+#[tokio::test]
+async fn a_container_waits_for_the_secret_in_its_environment() {
+    let mut world = World::new().await;
+    world.serve(Fake::default());
+    world.registered().await;
+    let reference = json!({"name": "s", "key": "k"});
+    world
+        .create_pod(json!([{"name": "A", "valueFrom": {"secretKeyRef": reference}}]))
+        .await;
+    eventually("the container waits", async || {
+        let status = world
+            .pods()
+            .get("p")
+            .await
+            .unwrap()
+            .status
+            .unwrap_or_default();
+        let containers = status.container_statuses.unwrap_or_default();
+        containers.iter().any(|container| {
+            let waiting = container
+                .state
+                .as_ref()
+                .and_then(|state| state.waiting.as_ref());
+            waiting.and_then(|waiting| waiting.reason.as_deref())
+                == Some("CreateContainerConfigError")
+        })
+    })
+    .await;
+    assert_eq!(
+        world.event("Failed").await.message.as_deref(),
+        Some("Error: secret \"s\" not found")
+    );
+    let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {k: v}";
+    crate::cluster::apply(&world.api.client(), "default", secret)
+        .await
+        .unwrap();
+    world.ready().await;
+}

@@ -1,0 +1,335 @@
+//! A node's own world: mount and network namespaces around a root directory of its own.
+//!
+//! Afterwards the process sees the paths of the manifests (`/var/lib/kubelet`, `/run`, `/etc`)
+//! and nothing of the host but its programs, read-only. Its network is a loopback: nothing can
+//! leave the machine. Mounts vanish with the last process of the namespace; the directories
+//! under the root stay, as a node's disk does over a reboot, and `/run` does not, as there.
+//!
+//! What this deliberately does not do: a process namespace (the node's children are ordinary
+//! processes of the host) and users other than the caller.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::unistd::{chdir, getegid, geteuid, pivot_root};
+
+/// Where a node sees the cluster's state directory.
+pub(crate) const STATE: &str = "/run/e2e";
+/// Where a node sees the workspace's executables.
+pub(crate) const BINARIES: &str = "/opt/e2e/bin";
+/// The kubelet's root.
+pub(crate) const KUBELET_ROOT: &str = "/var/lib/kubelet";
+
+/// Programs and their libraries: directories are bound read-only, links are made anew.
+const PROGRAMS: [&str; 8] = [
+    "usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "nix",
+];
+/// The kernel's own file systems.
+const KERNEL: [&str; 3] = ["proc", "dev", "sys"];
+/// What programs read of `/etc` when they start or resolve `localhost`.
+const ETC: [&str; 8] = [
+    "group",
+    "hosts",
+    "ld.so.cache",
+    "localtime",
+    "nsswitch.conf",
+    "passwd",
+    "protocols",
+    "resolv.conf",
+];
+/// Directories that a node has from the start, besides what is bound. The provider directories
+/// are not among them: the manifests make those.
+const OWN: [&str; 8] = [
+    "etc",
+    "opt/e2e/bin",
+    "run",
+    "tmp",
+    "var/lib/kubelet/plugins",
+    "var/lib/kubelet/plugins_registry",
+    "var/lib/kubelet/pods",
+    "var/log",
+];
+
+/// What the world is made of.
+#[derive(Debug)]
+pub(crate) struct World<'a> {
+    /// The node's root directory; made when absent, kept as it is otherwise.
+    pub(crate) root: &'a Path,
+    /// Bound to [`STATE`].
+    pub(crate) state: &'a Path,
+    /// Executables, bound into [`BINARIES`] under the given names.
+    pub(crate) binaries: &'a [(&'a str, PathBuf)],
+}
+
+/// Why a node has no world of its own.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The system refuses new namespaces to this user.
+    #[error(
+        "this user may not make namespaces ({0}). Run as root, or allow user namespaces: sysctl \
+         kernel.unprivileged_userns_clone=1 (where it exists), user.max_user_namespaces > 0, \
+         kernel.apparmor_restrict_unprivileged_userns=0 (where it exists)"
+    )]
+    Refused(Errno),
+    /// Any other step.
+    #[error("{step}: {source}")]
+    Step {
+        /// What was tried.
+        step: String,
+        /// The system's words.
+        source: io::Error,
+    },
+}
+
+/// Moves this process into new namespaces and makes `world.root` its root.
+///
+/// The process must have one thread: a namespace of users cannot be entered by a process with
+/// more, and mounts seen by one thread only would be no help.
+///
+/// # Errors
+/// [`Error::Refused`] with what to do about it; otherwise the step that failed.
+pub(crate) fn enter(world: &World<'_>) -> Result<(), Error> {
+    unshare_as_caller()?;
+    let everything = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    change_propagation(Path::new("/"), everything)?;
+    build_root(world)?;
+    change_root(world.root)?;
+    bind(
+        Path::new(KUBELET_ROOT),
+        Path::new(KUBELET_ROOT),
+        Access::Write,
+    )?;
+    // As the kubelet itself does: the driver's mounts must reach every other namespace.
+    change_propagation(
+        Path::new(KUBELET_ROOT),
+        MsFlags::MS_REC | MsFlags::MS_SHARED,
+    )?;
+    bring_loopback_up()
+}
+
+fn unshare_as_caller() -> Result<(), Error> {
+    let own = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET;
+    let (uid, gid) = (geteuid(), getegid());
+    if uid.is_root() {
+        match unshare(own) {
+            Ok(()) => return Ok(()),
+            // Root of a container without CAP_SYS_ADMIN is an ordinary user here.
+            Err(Errno::EPERM) => {}
+            Err(error) => return Err(Error::Refused(error)),
+        }
+    }
+    unshare(own | CloneFlags::CLONE_NEWUSER).map_err(Error::Refused)?;
+    let maps = [
+        // The kernel wants this before a group map by someone without privileges.
+        ("/proc/self/setgroups", "deny".to_owned()),
+        ("/proc/self/uid_map", format!("0 {uid} 1")),
+        ("/proc/self/gid_map", format!("0 {gid} 1")),
+    ];
+    for (file, line) in maps {
+        fs::write(file, &line).map_err(|error| {
+            // AppArmor lets the namespace be made and then gives it no rights.
+            match error.kind() {
+                io::ErrorKind::PermissionDenied => Error::Refused(Errno::EPERM),
+                _ => Error::Step {
+                    step: format!("write {line:?} to {file}"),
+                    source: error,
+                },
+            }
+        })?;
+    }
+    Ok(())
+}
+
+fn build_root(world: &World<'_>) -> Result<(), Error> {
+    let root = world.root;
+    make_dir(root)?;
+    // The new root must be a mount of its own.
+    bind(root, root, Access::Write)?;
+    for name in OWN {
+        make_dir(&root.join(name))?;
+    }
+    for name in PROGRAMS {
+        let host = Path::new("/").join(name);
+        match fs::read_link(&host) {
+            Ok(target) => link(&target, &root.join(name))?,
+            Err(_) if host.is_dir() => {
+                make_dir(&root.join(name))?;
+                bind(&host, &root.join(name), Access::Read)?;
+            }
+            Err(_) => {}
+        }
+    }
+    for name in KERNEL {
+        make_dir(&root.join(name))?;
+        bind(&Path::new("/").join(name), &root.join(name), Access::Write)?;
+    }
+    for name in ETC {
+        let host = Path::new("/etc").join(name);
+        if host.is_file() {
+            bind_file(&host, &root.join("etc").join(name))?;
+        }
+    }
+    let run = root.join("run");
+    step(format!("mount a tmpfs on {}", run.display()), || {
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        mount(Some("tmpfs"), &run, Some("tmpfs"), flags, Some("mode=0755"))
+    })?;
+    link(Path::new("/run"), &root.join("var/run"))?;
+    let state = inside(root, STATE);
+    make_dir(&state)?;
+    step(format!("bind {}", world.state.display()), || {
+        mount(
+            Some(world.state),
+            &state,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        )
+    })?;
+    for (name, path) in world.binaries {
+        bind_file(path, &inside(root, BINARIES).join(name))?;
+    }
+    Ok(())
+}
+
+/// Leaves the host's mounts behind for good, which a `chroot` would not.
+fn change_root(root: &Path) -> Result<(), Error> {
+    step(format!("enter {}", root.display()), || chdir(root))?;
+    // With one directory for both, the old root lies on top of the new one and is taken off.
+    step(format!("make {} the root", root.display()), || {
+        pivot_root(".", ".")
+    })?;
+    step("leave the host's mounts".to_owned(), || {
+        umount2(".", MntFlags::MNT_DETACH)
+    })?;
+    step("enter the new root".to_owned(), || chdir("/"))
+}
+
+/// How a bound directory may be used.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Access {
+    Read,
+    Write,
+}
+
+/// Binds with everything mounted below, without which a user namespace may not bind at all.
+fn bind(from: &Path, to: &Path, access: Access) -> Result<(), Error> {
+    step(
+        format!("bind {} to {}", from.display(), to.display()),
+        || {
+            mount(
+                Some(from),
+                to,
+                None::<&str>,
+                MsFlags::MS_BIND | MsFlags::MS_REC,
+                None::<&str>,
+            )?;
+            if access == Access::Read {
+                let flags =
+                    MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | locked_flags(to)?;
+                mount(None::<&str>, to, None::<&str>, flags, None::<&str>)?;
+            }
+            Ok(())
+        },
+    )
+}
+
+fn bind_file(from: &Path, to: &Path) -> Result<(), Error> {
+    if !to.exists() {
+        fs::write(to, "").map_err(|source| Error::Step {
+            step: format!("make {}", to.display()),
+            source,
+        })?;
+    }
+    bind(from, to, Access::Read)
+}
+
+/// The flags that a user namespace may not drop when it mounts again what it was given.
+fn locked_flags(path: &Path) -> nix::Result<MsFlags> {
+    let pairs = [
+        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
+        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
+        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+        (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
+        (FsFlags::ST_NODIRATIME, MsFlags::MS_NODIRATIME),
+        (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
+    ];
+    let present = statvfs(path)?.flags();
+    Ok(pairs
+        .into_iter()
+        .filter(|(flag, _)| present.contains(*flag))
+        .fold(MsFlags::empty(), |flags, (_, flag)| flags | flag))
+}
+
+fn change_propagation(path: &Path, flags: MsFlags) -> Result<(), Error> {
+    step(
+        format!("change how mounts below {} spread", path.display()),
+        || mount(None::<&str>, path, None::<&str>, flags, None::<&str>),
+    )
+}
+
+/// A new network namespace has a loopback, but down.
+#[allow(unsafe_code)]
+fn bring_loopback_up() -> Result<(), Error> {
+    use nix::libc;
+    use std::os::fd::AsRawFd;
+
+    let fail = |source| Error::Step {
+        step: "bring the loopback up".to_owned(),
+        source,
+    };
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").map_err(fail)?;
+    // SAFETY: `ifreq` is plain data, for which zeroes are a value. Both calls get a descriptor
+    // that outlives them and a pointer to an `ifreq` on this stack, whose name is
+    // NUL-terminated; the kernel reads and writes nothing beyond it. The union's flags are what
+    // the first call filled in.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+            *to = *from as libc::c_char;
+        }
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS as _, &mut request) < 0 {
+            return Err(fail(io::Error::last_os_error()));
+        }
+        request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short;
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request) < 0 {
+            return Err(fail(io::Error::last_os_error()));
+        }
+    }
+    Ok(())
+}
+
+fn make_dir(path: &Path) -> Result<(), Error> {
+    fs::create_dir_all(path).map_err(|source| Error::Step {
+        step: format!("make {}", path.display()),
+        source,
+    })
+}
+
+/// Makes a link, or leaves the one of an earlier boot.
+fn link(target: &Path, path: &Path) -> Result<(), Error> {
+    match symlink(target, path) {
+        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => Err(Error::Step {
+            step: format!("make the link {}", path.display()),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn inside(root: &Path, path: &str) -> PathBuf {
+    root.join(path.trim_start_matches('/'))
+}
+
+fn step(name: String, action: impl FnOnce() -> nix::Result<()>) -> Result<(), Error> {
+    action().map_err(|error| Error::Step {
+        step: name,
+        source: error.into(),
+    })
+}

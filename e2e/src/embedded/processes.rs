@@ -1,0 +1,356 @@
+//! A node's containers as child processes: each with its own mounts, restarted when it exits,
+//! gone with the node.
+//!
+//! A container starts in two steps: the node runs its own executable as `e2e container`, which
+//! is single-threaded and so may make the container's mount namespace in safe code, and then
+//! becomes the container's program.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, getppid};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use super::namespaces::BINARIES;
+
+/// Between a container's exit and its restart; doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// A container that ran this long is not crash-looping.
+const SETTLED: Duration = Duration::from_secs(5);
+/// From SIGTERM to SIGKILL, as `terminationGracePeriodSeconds` by default.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Everything needed to start a container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Container {
+    /// Unique on the node.
+    pub(crate) name: String,
+    /// Path in the node.
+    pub(crate) program: PathBuf,
+    pub(crate) args: Vec<String>,
+    pub(crate) env: BTreeMap<String, String>,
+    pub(crate) mounts: Vec<Mount>,
+}
+
+/// A directory of the node at a path of the container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Mount {
+    pub(crate) from: PathBuf,
+    pub(crate) to: PathBuf,
+    /// `mountPropagation: Bidirectional`.
+    pub(crate) bidirectional: bool,
+}
+
+/// What a container does at the moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The container's name.
+    pub name: String,
+    /// Its process, if it runs.
+    pub pid: Option<i32>,
+    /// How often it was started again after it had exited by itself.
+    pub restarts: u32,
+}
+
+/// The second step: makes the container's mounts and becomes its program. Returns only on
+/// failure.
+pub(crate) fn become_container(container: &Container, node: i32) -> io::Error {
+    match prepare(container, Pid::from_raw(node)) {
+        Ok(()) => std::process::Command::new(&container.program)
+            .args(&container.args)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .envs(&container.env)
+            .exec(),
+        Err(error) => error,
+    }
+}
+
+fn prepare(container: &Container, node: Pid) -> io::Result<()> {
+    set_pdeathsig(Signal::SIGKILL)?;
+    // The node may have died before the line above.
+    if getppid() != node {
+        return Err(io::Error::other("the node is gone"));
+    }
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    for Mount {
+        from,
+        to,
+        bidirectional,
+    } in &container.mounts
+    {
+        fs::create_dir_all(from)?;
+        if from == to {
+            continue;
+        }
+        fs::create_dir_all(to)?;
+        let fail = |error: nix::Error| {
+            io::Error::other(format!(
+                "bind {} to {}: {error}",
+                from.display(),
+                to.display()
+            ))
+        };
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+        mount(Some(from), to, None::<&str>, flags, None::<&str>).map_err(fail)?;
+        if !bidirectional {
+            let flags = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+            mount(None::<&str>, to, None::<&str>, flags, None::<&str>).map_err(fail)?;
+        }
+    }
+    Ok(())
+}
+
+/// The containers of one node.
+#[derive(Clone, Debug)]
+pub(crate) struct Processes {
+    logs: PathBuf,
+    running: Arc<Mutex<BTreeMap<String, Supervised>>>,
+}
+
+#[derive(Debug)]
+struct Supervised {
+    container: Container,
+    wanted: watch::Sender<Wanted>,
+    status: watch::Receiver<Status>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    Running,
+    Stopped,
+    /// The supervisor ends when its process has.
+    Removed,
+}
+
+/// Why a container could not be told something.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("no container {name:?} on this node; there are {there:?}")]
+    Unknown { name: String, there: Vec<String> },
+    #[error("container {0:?} has no process to kill")]
+    NotRunning(String),
+    #[error("container {name:?}: {reason}")]
+    System { name: String, reason: String },
+}
+
+impl Processes {
+    /// Logs go to `<logs>/<container>.log`.
+    pub(crate) fn new(logs: PathBuf) -> Self {
+        Self {
+            logs,
+            running: Arc::default(),
+        }
+    }
+
+    /// Runs a container and keeps it running; one of the same name that differs is replaced.
+    pub(crate) async fn apply(&self, container: Container) {
+        let same = self
+            .lock()
+            .get(&container.name)
+            .is_some_and(|known| known.container == container);
+        if same {
+            return;
+        }
+        self.remove(&container.name).await;
+        let name = container.name.clone();
+        let (wanted, wanted_seen) = watch::channel(Wanted::Running);
+        let first = Status {
+            name: name.clone(),
+            pid: None,
+            restarts: 0,
+        };
+        let (status_set, status) = watch::channel(first);
+        let log = self.log(&name);
+        tokio::spawn(supervise(container.clone(), log, wanted_seen, status_set));
+        self.lock().insert(
+            name,
+            Supervised {
+                container,
+                wanted,
+                status,
+            },
+        );
+    }
+
+    /// Stops a container for good.
+    pub(crate) async fn remove(&self, name: &str) {
+        let Some(supervised) = self.lock().remove(name) else {
+            return;
+        };
+        supervised.wanted.send_replace(Wanted::Removed);
+        let mut status = supervised.status;
+        // Ends with an error when the supervisor is gone, which is as good.
+        let _ended = status.wait_for(|status| status.pid.is_none()).await;
+    }
+
+    /// SIGTERM, or SIGKILL after the grace period; returns when the process is gone. It stays
+    /// away until [`Processes::start`].
+    pub(crate) async fn stop(&self, name: &str) -> Result<(), Error> {
+        self.want(name, Wanted::Stopped, |status| status.pid.is_none())
+            .await
+    }
+
+    /// Starts a stopped container; returns when there is a process.
+    pub(crate) async fn start(&self, name: &str) -> Result<(), Error> {
+        self.want(name, Wanted::Running, |status| status.pid.is_some())
+            .await
+    }
+
+    /// SIGKILL; returns when the process is gone. It is restarted as after any crash.
+    pub(crate) async fn kill(&self, name: &str) -> Result<(), Error> {
+        let (_, mut status) = self.find(name)?;
+        let pid = status
+            .borrow()
+            .pid
+            .ok_or_else(|| Error::NotRunning(name.to_owned()))?;
+        kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|error| self.system(name, &error))?;
+        status
+            .wait_for(|status| status.pid != Some(pid))
+            .await
+            .map_err(|error| self.system(name, &error))?;
+        Ok(())
+    }
+
+    /// What every container does.
+    pub(crate) fn list(&self) -> Vec<Status> {
+        self.lock()
+            .values()
+            .map(|supervised| supervised.status.borrow().clone())
+            .collect()
+    }
+
+    /// Where a container's output goes.
+    pub(crate) fn log(&self, name: &str) -> PathBuf {
+        self.logs.join(format!("{name}.log"))
+    }
+
+    async fn want(
+        &self,
+        name: &str,
+        wanted: Wanted,
+        reached: fn(&Status) -> bool,
+    ) -> Result<(), Error> {
+        let (set, mut status) = self.find(name)?;
+        set.send_replace(wanted);
+        status
+            .wait_for(reached)
+            .await
+            .map_err(|error| self.system(name, &error))?;
+        Ok(())
+    }
+
+    fn find(&self, name: &str) -> Result<(watch::Sender<Wanted>, watch::Receiver<Status>), Error> {
+        let running = self.lock();
+        match running.get(name) {
+            Some(supervised) => Ok((supervised.wanted.clone(), supervised.status.clone())),
+            None => Err(Error::Unknown {
+                name: name.to_owned(),
+                there: running.keys().cloned().collect(),
+            }),
+        }
+    }
+
+    #[expect(clippy::unused_self, reason = "reads as part of the caller's sentence")]
+    fn system(&self, name: &str, reason: &dyn std::fmt::Display) -> Error {
+        Error::System {
+            name: name.to_owned(),
+            reason: reason.to_string(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Supervised>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn supervise(
+    container: Container,
+    log: PathBuf,
+    mut wanted: watch::Receiver<Wanted>,
+    status: watch::Sender<Status>,
+) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        // An error here and below means that nobody holds the other end: the node ends.
+        match wanted
+            .wait_for(|wanted| *wanted != Wanted::Stopped)
+            .await
+            .map(|wanted| *wanted)
+        {
+            Ok(Wanted::Running) => {}
+            _ => return,
+        }
+        let started = tokio::time::Instant::now();
+        match spawn(&container, &log) {
+            Ok(mut child) => {
+                let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
+                status.send_modify(|status| status.pid = pid);
+                tokio::select! {
+                    exit = child.wait() => tracing::info!(container = container.name, ?exit, "exited"),
+                    () = no_more_wanted(&mut wanted) => terminate(&mut child, pid).await,
+                }
+                status.send_modify(|status| status.pid = None);
+            }
+            Err(error) => tracing::error!(container = container.name, %error, "does not start"),
+        }
+        if *wanted.borrow() != Wanted::Running {
+            pause = FIRST_PAUSE;
+            continue;
+        }
+        if started.elapsed() > SETTLED {
+            pause = FIRST_PAUSE;
+        }
+        status.send_modify(|status| status.restarts += 1);
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            _ = wanted.changed() => {}
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Returns also when nobody is left to want anything.
+async fn no_more_wanted(wanted: &mut watch::Receiver<Wanted>) {
+    let _seen = wanted.wait_for(|wanted| *wanted != Wanted::Running).await;
+}
+
+async fn terminate(child: &mut tokio::process::Child, pid: Option<i32>) {
+    if let Some(pid) = pid {
+        // It may have exited by itself just now.
+        let _gone = kill(Pid::from_raw(pid), Signal::SIGTERM);
+    }
+    if tokio::time::timeout(GRACE, child.wait()).await.is_err()
+        && let Err(error) = child.kill().await
+    {
+        tracing::error!(%error, "a container outlives SIGKILL");
+    }
+}
+
+fn spawn(container: &Container, log: &Path) -> io::Result<tokio::process::Child> {
+    if let Some(dir) = log.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    let output = OpenOptions::new().create(true).append(true).open(log)?;
+    tokio::process::Command::new(Path::new(BINARIES).join("e2e"))
+        .arg("container")
+        .arg(std::process::id().to_string())
+        .arg(serde_json::to_string(container)?)
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output)
+        .kill_on_drop(true)
+        .spawn()
+}
