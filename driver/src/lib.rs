@@ -1,1 +1,159 @@
-//! x
+//! The Secrets Store CSI driver: the node agent that fetches a pod's secrets from an external
+//! store, through a provider, and mounts them into the pod as files on a tmpfs.
+//!
+//! # The walk
+//!
+//! A `NodePublishVolume` goes down through these rooms once and comes back up once. A room knows
+//! the rooms below it, never one above; `tests/rooms.rs` keeps it so.
+//!
+//! ```text
+//! csi              the wire: a request's form, an error's status; one span, one count
+//!   volume         one volume's life: the decision, the order of steps, their undo
+//!     record       what this node knows of a volume, on disk, without secrets
+//!     cluster      everything asked of the API server: the class, the pod status
+//!     provider     finds the socket, keeps a lazy channel, speaks v1alpha1
+//!     mount        tmpfs on, tmpfs off, is it there
+//!     files        validated paths and modes, the atomic swap of ..data
+//! ```
+//!
+//! Beside the walk: [`config`] (the command line), [`registration`] (the built-in registrar),
+//! [`metrics`] (`/metrics`, `/healthz`), [`logging`], [`secret`] (a value that cannot be
+//! printed), [`error`] (the one error type). This file is the only wiring.
+//!
+//! # Invariants
+//!
+//! - A volume is published when its record says so, its mount is there and its content is there.
+//!   Nothing else means published.
+//! - A live mount is never replaced or taken away by a publish; a failed first publish leaves
+//!   nothing behind.
+//! - Nothing is watched or listed. An API write happens only when something changed.
+//! - Unpublish needs neither the API server nor a provider; CSI and registration come up without
+//!   them.
+//! - Protobuf types stop at `csi` and `provider`, the kube crate at `cluster`, system calls at
+//!   `mount` and `files`.
+//! - A secret is a [`secret::Secret`]; errors never embed their input.
+
+pub mod cluster;
+pub mod config;
+pub mod csi;
+pub mod error;
+pub mod files;
+pub mod logging;
+pub mod metrics;
+pub mod mount;
+pub mod provider;
+pub mod registration;
+pub mod secret;
+pub mod volume;
+
+use std::{io, net::SocketAddr, sync::Arc};
+
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use cluster::Cluster;
+use config::{BUILD_VERSION, Config};
+use csi::{Csi, Listener};
+use metrics::{Metrics, http};
+use mount::Tmpfs;
+use provider::Providers;
+use registration::Registrar;
+use volume::{Busy, Volumes, record::Records};
+
+/// Runs the driver until `stop`, then finishes the calls that run.
+///
+/// # Errors
+/// When it cannot start: the socket, the state directory or an address cannot be had. Names
+/// which, and what to do.
+pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
+    for flag in config.without_effect() {
+        tracing::warn!(flag, "this flag is accepted and has no effect yet");
+    }
+    for argument in &config.ignored_arguments {
+        tracing::warn!(
+            argument,
+            "ignored: flags end before the first argument that is not one"
+        );
+    }
+    let records = Records::open(&config.state_dir).map_err(|error| {
+        about(
+            error,
+            format!("the state directory {}", config.state_dir.display()),
+        )
+    })?;
+    match records.remove_orphans() {
+        Ok(0) => {}
+        Ok(removed) => tracing::info!(removed, "forgot volumes whose pods are gone"),
+        Err(error) => {
+            tracing::warn!(%error, "the records of volumes whose pods are gone could not be removed")
+        }
+    }
+
+    let metrics = Metrics::new();
+    let csi = Csi {
+        driver_name: config.driver_name.clone(),
+        version: BUILD_VERSION.to_owned(),
+        node_id: config.node_id.clone(),
+        metrics: metrics.clone(),
+        volumes: Arc::new(Volumes {
+            node: config.node_id.clone(),
+            kubelet_root: config.kubelet_root_dir.clone(),
+            records,
+            cluster: Cluster::new(config.kubeconfig.clone(), BUILD_VERSION),
+            providers: Providers::new(config.provider_dirs(), config.max_call_recv_msg_size),
+            tmpfs: Arc::new(Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)),
+            busy: Busy::default(),
+        }),
+    };
+    let listener = Listener::bind(&config.endpoint)
+        .await
+        .map_err(|error| about(error, format!("--endpoint {}", config.endpoint)))?;
+    tracing::info!(endpoint = %config.endpoint, driver = config.driver_name, version = BUILD_VERSION, "listening");
+
+    // Each of these ends at `stop`. The first that fails before ends the others with it.
+    let mut tasks = JoinSet::new();
+    if let Some(address) = config.metrics_addr {
+        let listener = listen("--metrics-addr", address).await?;
+        tasks.spawn(http::serve(listener, metrics, stop.clone()));
+    }
+    if let Some(address) = config.healthz_addr {
+        let listener = listen("--healthz-addr", address).await?;
+        tasks.spawn(http::serve_health(listener, config.endpoint, stop.clone()));
+    }
+    if let Some(dir) = config.registration_dir {
+        let registrar = Registrar {
+            dir,
+            driver_name: config.driver_name,
+            endpoint: config.kubelet_registration_path,
+        };
+        let stop = stop.clone();
+        tasks.spawn(async move {
+            registrar.run(stop).await;
+            Ok(())
+        });
+    }
+    let serving = stop.clone();
+    tasks.spawn(async move {
+        let served = csi.serve(listener, serving).await;
+        served.map_err(io::Error::other)
+    });
+
+    let mut outcome = Ok(());
+    while let Some(ended) = tasks.join_next().await {
+        let ended = ended.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+        if outcome.is_ok() {
+            outcome = ended;
+        }
+        stop.cancel();
+    }
+    outcome
+}
+
+async fn listen(flag: &str, address: SocketAddr) -> io::Result<TcpListener> {
+    let listener = http::listen(address).await;
+    listener.map_err(|error| about(error, format!("{flag} {address}")))
+}
+
+fn about(error: io::Error, what: String) -> io::Error {
+    io::Error::new(error.kind(), format!("{what}: {error}"))
+}

@@ -1,1 +1,96 @@
-fn main() {}
+//! The binary: flags, logging, the runtime, signals and the exit code.
+
+use std::{process::ExitCode, time::Duration};
+
+use driver::config::Config;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Threads for file system work. The async part needs one: disk and peers decide the pace.
+const BLOCKING_THREADS: usize = 4;
+
+/// How often memory that a burst of publishes took is given back to the system.
+const TRIM_EVERY: Duration = Duration::from_secs(5);
+
+fn main() -> ExitCode {
+    let config = match Config::parse(std::env::args_os().skip(1)) {
+        Ok(config) => config,
+        Err(exit) => return say(&exit),
+    };
+    if let Err(error) = driver::logging::init(&config) {
+        return say(&driver::config::Exit {
+            code: 1,
+            text: format!("no logging: {error}"),
+        });
+    }
+    one_arena();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .build();
+    let ended = runtime.and_then(|runtime| runtime.block_on(serve(config)));
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("the driver cannot run: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(config: Config) -> std::io::Result<()> {
+    let stop = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let signalled = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping: running calls are finished first");
+        signalled.cancel();
+    });
+    tokio::spawn(async {
+        loop {
+            tokio::time::sleep(TRIM_EVERY).await;
+            trim();
+        }
+    });
+    driver::run(config, stop).await
+}
+
+#[expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "what --version and --help are for"
+)]
+fn say(exit: &driver::config::Exit) -> ExitCode {
+    if exit.code == 0 {
+        println!("{}", exit.text);
+    } else {
+        eprintln!("{}", exit.text);
+    }
+    ExitCode::from(u8::try_from(exit.code).unwrap_or(1))
+}
+
+/// One heap for all threads: with several, memory freed in one is no use to another, and the
+/// driver would keep several times what it needs after a burst (measured: rust-stack.md 1.3).
+#[allow(unsafe_code)]
+fn one_arena() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt(3) only sets a number inside the allocator.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// Gives free memory in the middle of the heap back to the system.
+#[allow(unsafe_code)]
+fn trim() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim(3) takes the allocator's own lock and only releases free pages.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

@@ -10,7 +10,7 @@
 //!   request    verb and object out of method and address      rbac       roles and bindings
 //!   discovery  what is served                                 tokens     service account tokens
 //!   render     objects and lists on the wire                  watch      changes on the wire
-//! objects      create, update, patch, delete for every kind
+//! objects      create, update, patch for every kind          deletion   delete for every kind
 //!   body       from a body to the stored form and back        admission  defaults and rules of built-in kinds
 //!   schema     rules of custom kinds                          patch      the four ways to patch
 //!   fields     sets of fields and their managers              selectors  labels and fields
@@ -26,6 +26,7 @@
 mod admission;
 mod body;
 mod collector;
+mod deletion;
 mod discovery;
 mod fields;
 mod listener;
@@ -146,7 +147,7 @@ pub enum Disturbance {
     Refuse,
     /// Every answer comes that much later.
     Slow(Duration),
-    /// No request is answered until the disturbance is another one.
+    /// No request is answered until the disturbance is another one; watches under way go on.
     Hang,
     /// Matching requests are refused with this status; afterwards nothing is disturbed any more.
     Fail {

@@ -140,13 +140,12 @@ pub(super) fn errors(resource: &Resource, old: Option<&Value>, object: &Value) -
     let mut errors = metadata_errors(resource, object);
     match resource.qualified.as_str() {
         "secrets" => secret_errors(old, object, &mut errors),
-        "pods" => {
+        "pods"
             if object["spec"]["containers"]
                 .as_array()
-                .is_none_or(Vec::is_empty)
-            {
-                errors.push(FieldError::required("spec.containers", ""));
-            }
+                .is_none_or(Vec::is_empty) =>
+        {
+            errors.push(FieldError::required("spec.containers", ""));
         }
         "events" => {
             let involved = object["involvedObject"]["namespace"]
@@ -164,14 +163,14 @@ pub(super) fn errors(resource: &Resource, old: Option<&Value>, object: &Value) -
         }
         "csidrivers.storage.k8s.io" => csi_driver_errors(old, &object["spec"], &mut errors),
         "clusterrolebindings.rbac.authorization.k8s.io"
-        | "rolebindings.rbac.authorization.k8s.io" => {
-            if old.is_some_and(|old| old["roleRef"] != object["roleRef"]) {
-                errors.push(FieldError::invalid(
-                    "roleRef",
-                    &object["roleRef"],
-                    "cannot change roleRef",
-                ));
-            }
+        | "rolebindings.rbac.authorization.k8s.io"
+            if old.is_some_and(|old| old["roleRef"] != object["roleRef"]) =>
+        {
+            errors.push(FieldError::invalid(
+                "roleRef",
+                &object["roleRef"],
+                "cannot change roleRef",
+            ));
         }
         _ => {}
     }

@@ -9,7 +9,8 @@ use tokio::sync::mpsc;
 
 use super::{
     body::Target,
-    objects::{DeleteOptions, text},
+    deletion::DeleteOptions,
+    objects::text,
     store::{Chore, ObjectKey, Store},
 };
 

@@ -1,21 +1,19 @@
-//! The verbs: create, update, patch, delete over the store, with the bookkeeping a real API server
-//! does for every kind (uid, generation, managed fields, preconditions, graceful deletion).
+//! The verbs: create, update, patch over the store, with the bookkeeping a real API server
+//! does for every kind (uid, generation, managed fields).
 //!
 //! A write that changes nothing is not a write: the object keeps its resource version.
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use jiff::{SignedDuration, Timestamp};
 use rand::Rng;
 use serde_json::{Value, json};
 
 use super::{
     admission,
     body::{self, Target, WriteOptions},
-    fields::{now, time_text, track_update},
+    fields::{now, track_update},
     patch,
     resources::Resource,
-    selectors::Selector,
     status::{FieldError, Status},
     store::{ObjectKey, Raced, Store},
 };
@@ -25,23 +23,6 @@ pub(super) struct Written {
     pub(super) object: Arc<Value>,
     pub(super) created: bool,
     pub(super) warnings: Vec<String>,
-}
-
-/// What a delete request asks for.
-#[derive(Debug, Clone, Default)]
-pub(super) struct DeleteOptions {
-    pub(super) grace_period: Option<u64>,
-    pub(super) uid: Option<String>,
-    pub(super) resource_version: Option<String>,
-    pub(super) orphan: bool,
-    pub(super) dry_run: bool,
-}
-
-/// The outcome of a delete.
-pub(super) struct Deleted {
-    /// The last state, or the state in which the object waits to go.
-    pub(super) object: Arc<Value>,
-    pub(super) gone: bool,
 }
 
 /// The body of a patch request, by its content type.
@@ -249,12 +230,17 @@ impl Store {
                     else {
                         return Err(missing);
                     };
-                    let object = self.apply_new(target, config, options)?;
-                    return Ok(Written {
-                        object,
-                        created: true,
-                        warnings,
-                    });
+                    match self.apply_new(target, config, options) {
+                        // Somebody else was faster: apply to what he created.
+                        Err(status) if status.reason == "AlreadyExists" => continue,
+                        created => {
+                            return created.map(|object| Written {
+                                object,
+                                created: true,
+                                warnings,
+                            });
+                        }
+                    }
                 }
             };
             let seen = body::at_version(&target.resource, &target.version, &current);
@@ -325,7 +311,7 @@ impl Store {
         self.create_prepared(target, created, options, Ownership::Written)
     }
 
-    fn current(&self, target: &Target) -> Result<Arc<Value>, Status> {
+    pub(super) fn current(&self, target: &Target) -> Result<Arc<Value>, Status> {
         self.get(&target.resource.qualified, &target.namespace, &target.name)
             .ok_or_else(|| Status::not_found(&target.resource, &target.name))
     }
@@ -421,109 +407,6 @@ impl Store {
             }
         }
     }
-
-    /// DELETE of an object.
-    pub(super) fn delete(
-        &self,
-        target: &Target,
-        options: &DeleteOptions,
-    ) -> Result<Deleted, Status> {
-        let resource = &target.resource;
-        loop {
-            let current = self.current(target)?;
-            check_preconditions(target, &current, options)?;
-            let key = ObjectKey::of(resource, &current);
-            let waiting = dying(resource, &current, options);
-            if options.dry_run {
-                return Ok(Deleted {
-                    object: current,
-                    gone: waiting.is_none(),
-                });
-            }
-            if options.orphan {
-                self.orphan(text(&current, "uid"));
-            }
-            let gone = waiting.is_none();
-            let object = match waiting {
-                Some(waiting) if waiting == *current => Ok(current),
-                Some(waiting) => self.replace(&key, &current, waiting),
-                None => self.remove(&key, &current),
-            };
-            let Ok(object) = object else { continue };
-            if gone && resource.is("apiextensions.k8s.io", "customresourcedefinitions") {
-                self.delete_kind(&target.name);
-            }
-            return Ok(Deleted { object, gone });
-        }
-    }
-
-    /// DELETE of a collection: every matching object by itself.
-    pub(super) fn delete_collection(
-        &self,
-        target: &Target,
-        selector: &Selector,
-        options: &DeleteOptions,
-    ) -> Result<Vec<Arc<Value>>, Status> {
-        let namespace = (!target.namespace.is_empty()).then_some(target.namespace.as_str());
-        let (_, objects) = self.list(&target.resource.qualified, namespace);
-        let mut deleted = Vec::new();
-        for object in objects.iter().filter(|object| selector.matches(object)) {
-            let each = Target::of(
-                target.resource.clone(),
-                text(object, "namespace"),
-                text(object, "name"),
-            );
-            match self.delete(&each, options) {
-                Ok(done) => deleted.push(done.object),
-                Err(status) if status.code == 404 => {}
-                Err(status) => return Err(status),
-            }
-        }
-        Ok(deleted)
-    }
-
-    /// Takes the owner with this uid out of everything it owns.
-    fn orphan(&self, uid: &str) {
-        for key in self.dependents(uid) {
-            self.retain_owners(&key, |reference| reference["uid"] != uid);
-        }
-    }
-
-    /// Keeps only the owner references that fit.
-    pub(super) fn retain_owners(&self, key: &ObjectKey, keep: impl Fn(&Value) -> bool) {
-        while let Some(current) = self.get(&key.resource, &key.namespace, &key.name) {
-            let mut new = Value::clone(&current);
-            if let Some(references) = new["metadata"]["ownerReferences"].as_array_mut() {
-                references.retain(&keep);
-                if references.is_empty()
-                    && let Some(metadata) = new["metadata"].as_object_mut()
-                {
-                    metadata.remove("ownerReferences");
-                }
-            }
-            if new == *current || self.replace(key, &current, new).is_ok() {
-                return;
-            }
-        }
-    }
-
-    /// Deletes all objects of a kind whose definition is gone, and the kind.
-    fn delete_kind(&self, qualified: &str) {
-        let Some(resource) = self.resource(qualified) else {
-            return;
-        };
-        loop {
-            let (_, objects) = self.list(qualified, None);
-            if objects.is_empty() {
-                break;
-            }
-            for object in objects {
-                // Raced means somebody wrote it; the next round sees what became of it.
-                let _ = self.remove(&ObjectKey::of(&resource, &object), &object);
-            }
-        }
-        self.unserve(qualified);
-    }
 }
 
 /// The applied configuration as an object of its kind, without what an apply cannot set.
@@ -613,86 +496,6 @@ fn count_generation(target: &Target, current: &Value, new: &mut Value) {
     }
 }
 
-fn check_preconditions(
-    target: &Target,
-    current: &Value,
-    options: &DeleteOptions,
-) -> Result<(), Status> {
-    if let Some(uid) = options
-        .uid
-        .as_deref()
-        .filter(|&uid| uid != text(current, "uid"))
-    {
-        let why = format!(
-            "the UID in the precondition ({uid}) does not match the UID in record ({}). \
-             The object might have been deleted and then recreated",
-            text(current, "uid")
-        );
-        return Err(Status::conflict(&target.resource, &target.name, &why));
-    }
-    let version = options.resource_version.as_deref();
-    if let Some(version) = version.filter(|&version| version != text(current, "resourceVersion")) {
-        let why = format!(
-            "the ResourceVersion in the precondition ({version}) does not match the ResourceVersion in record ({}). \
-             The object might have been modified",
-            text(current, "resourceVersion")
-        );
-        return Err(Status::conflict(&target.resource, &target.name, &why));
-    }
-    Ok(())
-}
-
-/// The state in which an object waits for others before it goes, or nothing when it goes at once.
-fn dying(resource: &Resource, current: &Value, options: &DeleteOptions) -> Option<Value> {
-    let grace = match resource.qualified.as_str() {
-        "pods" => pod_grace(current, options.grace_period),
-        _ => 0,
-    };
-    let waits = grace > 0 || has_finalizers(current) || resource.qualified == "namespaces";
-    if !waits {
-        return None;
-    }
-    let mut dying = current.clone();
-    let already = current["metadata"]["deletionGracePeriodSeconds"].as_u64();
-    // A second delete can only shorten the wait.
-    if text(current, "deletionTimestamp").is_empty()
-        || already.is_some_and(|already| grace < already)
-    {
-        let seconds = i64::try_from(grace).unwrap_or(i64::MAX);
-        let end = Timestamp::now()
-            .checked_add(SignedDuration::from_secs(seconds))
-            .unwrap_or(Timestamp::MAX);
-        dying["metadata"]["deletionTimestamp"] = json!(time_text(end));
-        if resource.qualified == "namespaces" {
-            dying["status"]["phase"] = json!("Terminating");
-        } else {
-            dying["metadata"]["deletionGracePeriodSeconds"] = json!(grace);
-        }
-        if let Some(generation) = current["metadata"]["generation"].as_u64() {
-            dying["metadata"]["generation"] = json!(generation + 1);
-        }
-    }
-    Some(dying)
-}
-
-fn pod_grace(pod: &Value, asked: Option<u64>) -> u64 {
-    let unassigned = pod["spec"]["nodeName"]
-        .as_str()
-        .unwrap_or_default()
-        .is_empty();
-    let finished = matches!(
-        pod["status"]["phase"].as_str(),
-        Some("Failed" | "Succeeded")
-    );
-    if unassigned || finished {
-        return 0;
-    }
-    asked
-        .or_else(|| pod["metadata"]["deletionGracePeriodSeconds"].as_u64())
-        .or_else(|| pod["spec"]["terminationGracePeriodSeconds"].as_u64())
-        .unwrap_or(30)
-}
-
 /// Writes the status of a CustomResourceDefinition: this server serves it at once.
 fn establish(old: Option<&Value>, definition: &mut Value) {
     let since = old.map_or_else(
@@ -746,7 +549,7 @@ fn storage_key(target: &Target) -> String {
     key + &target.name
 }
 
-fn has_finalizers(object: &Value) -> bool {
+pub(super) fn has_finalizers(object: &Value) -> bool {
     object["metadata"]["finalizers"]
         .as_array()
         .is_some_and(|list| !list.is_empty())

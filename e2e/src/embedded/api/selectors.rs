@@ -109,7 +109,8 @@ impl FieldTerm {
         let equal = match found {
             Value::String(text) => *text == self.value,
             Value::Null => self.value.is_empty(),
-            other => other.to_string() == self.value,
+            Value::Bool(flag) => (if *flag { "true" } else { "false" }) == self.value,
+            _ => false,
         };
         equal == self.equal
     }

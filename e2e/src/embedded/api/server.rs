@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use futures::StreamExt;
 use http::{HeaderMap, HeaderValue, Request as HttpRequest, Response, header};
-use http_body_util::{BodyExt, Full, Limited, StreamBody, combinators::BoxBody};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited, StreamBody, combinators::BoxBody};
 use hyper::body::{Frame, Incoming};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -17,9 +17,10 @@ use tokio::sync::watch;
 use super::{
     Disturbance, Request,
     body::{Target, UnknownFields, WriteOptions, at_version},
+    deletion::DeleteOptions,
     discovery,
     fields::Manager,
-    objects::{DeleteOptions, Patch, Written},
+    objects::{Patch, Written},
     rbac::{self, Identity},
     render::{self, Form, render},
     request::RequestInfo,
@@ -453,11 +454,12 @@ async fn read_body(headers: &HeaderMap, body: Incoming) -> Result<Value, Status>
     let bytes = Limited::new(body, MAX_BODY)
         .collect()
         .await
-        .map_err(|error| Status {
-            code: 413,
-            reason: "RequestEntityTooLarge",
-            message: format!("Request entity too large: limit is {MAX_BODY} ({error})"),
-            details: None,
+        .map_err(|error| {
+            if error.is::<LengthLimitError>() {
+                Status::too_large(MAX_BODY)
+            } else {
+                Status::bad_request(format!("the body of the request broke off: {error}"))
+            }
         })?;
     let bytes = bytes.to_bytes();
     if bytes.is_empty() {
@@ -469,7 +471,9 @@ async fn read_body(headers: &HeaderMap, body: Incoming) -> Result<Value, Status>
     } else if kind.is_empty() || kind.ends_with("json") || kind.ends_with("yaml") {
         serde_json::from_slice(&bytes).map_err(|error| error.to_string())
     } else {
-        return Err(Status::unsupported_media_type(kind));
+        return Err(Status::unsupported_media_type(
+            "application/json, application/yaml",
+        ));
     };
     parsed.map_err(|error| {
         Status::bad_request(format!("error decoding the body of the request: {error}"))
@@ -499,7 +503,17 @@ async fn read_patch(
         "application/strategic-merge-patch+json" if target.resource.built_in_row().is_some() => {
             Ok(Patch::Strategic(patch))
         }
-        kind => Err(Status::unsupported_media_type(kind)),
+        _ => {
+            let known = "application/json-patch+json, application/merge-patch+json";
+            Err(Status::unsupported_media_type(
+                &match target.layout().built_in {
+                    true => format!(
+                        "{known}, application/strategic-merge-patch+json, application/apply-patch+yaml"
+                    ),
+                    false => format!("{known}, application/apply-patch+yaml"),
+                },
+            ))
+        }
     }
 }
 

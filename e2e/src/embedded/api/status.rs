@@ -272,13 +272,22 @@ impl Status {
         }
     }
 
-    pub(super) fn unsupported_media_type(found: &str) -> Status {
+    /// `known` are the media types that would do.
+    pub(super) fn unsupported_media_type(known: &str) -> Status {
         Status::plain(
             415,
             "UnsupportedMediaType",
             format!(
-                "the body of the request was in an unknown format ({found}); this server reads JSON and YAML"
+                "the body of the request was in an unknown format - accepted media types include: {known}"
             ),
+        )
+    }
+
+    pub(super) fn too_large(limit: usize) -> Status {
+        Status::plain(
+            413,
+            "RequestEntityTooLarge",
+            format!("Request entity too large: limit is {limit}"),
         )
     }
 

@@ -1,0 +1,191 @@
+//! Everything asked of the API server, each with a time limit. The kube crate stops here.
+//!
+//! Nothing is watched or listed: a publish reads one class by name and writes one pod status,
+//! and so the cost is bounded by what runs on the node. A driver that has no API server still
+//! serves CSI; a publish then says so.
+
+pub mod pod_status;
+pub mod resources;
+
+use std::{
+    collections::BTreeMap, error::Error as StdError, future::Future, path::PathBuf, time::Duration,
+};
+
+use kube::{
+    Api, Client, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use tokio::sync::OnceCell;
+use tonic::Code;
+
+use crate::{
+    error::{Error, Reason, Result},
+    volume::record,
+};
+use resources::SecretProviderClass;
+
+/// How long one request may take. Short against kubelet's two minutes, so that a publish can
+/// say what hung.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The API server.
+pub struct Cluster {
+    kubeconfig: Option<PathBuf>,
+    user_agent: String,
+    client: OnceCell<Client>,
+}
+
+/// What a volume needs of a SecretProviderClass.
+#[derive(Debug, Clone)]
+pub struct Class {
+    /// Which class, and which state of it.
+    pub identity: record::Class,
+    /// `spec.provider`, not empty.
+    pub provider: String,
+    /// `spec.parameters`, not empty.
+    pub parameters: BTreeMap<String, String>,
+}
+
+impl Cluster {
+    /// The API server that a kubeconfig file names, or else the one of the cluster that this
+    /// process runs in. Nothing is read or connected before the first request.
+    pub fn new(kubeconfig: Option<PathBuf>, version: &str) -> Self {
+        Self {
+            kubeconfig,
+            user_agent: format!(
+                "csi-secrets-store/controller/{version} ({}/{})",
+                std::env::consts::OS,
+                std::env::consts::ARCH
+            ),
+            client: OnceCell::new(),
+        }
+    }
+
+    /// Reads a class.
+    ///
+    /// # Errors
+    /// When it cannot be read, or says no provider or no parameters.
+    pub async fn class(&self, namespace: &str, name: &str) -> Result<Class> {
+        let failed = |error: Error| {
+            error
+                .context(format_args!(
+                    "failed to get secretproviderclass {namespace}/{name}"
+                ))
+                .with_reason(Reason::SecretProviderClassNotFound)
+        };
+        let api: Api<SecretProviderClass> =
+            Api::namespaced(self.client().await.map_err(failed)?, namespace);
+        let spc = limited(api.get(name))
+            .await
+            .map_err(|failure| failed(failure.into_error()))?;
+
+        if spc.spec.provider.is_empty() {
+            return Err(Error::precondition(format!(
+                "provider not set in {namespace}/{name}: set spec.provider of the SecretProviderClass"
+            )));
+        }
+        if spc.spec.parameters.is_empty() {
+            return Err(Error::precondition(format!(
+                "parameters not set in {namespace}/{name}: set spec.parameters of the SecretProviderClass to what provider {:?} needs",
+                spc.spec.provider
+            )));
+        }
+        Ok(Class {
+            identity: record::Class {
+                name: name.to_owned(),
+                uid: spc.metadata.uid.unwrap_or_default(),
+                generation: spc.metadata.generation,
+                resource_version: spc.metadata.resource_version.unwrap_or_default(),
+            },
+            provider: spc.spec.provider,
+            parameters: spc.spec.parameters,
+        })
+    }
+
+    /// The client, made at the first use that finds a configuration.
+    async fn client(&self) -> Result<Client> {
+        self.client
+            .get_or_try_init(|| self.connect())
+            .await
+            .cloned()
+    }
+
+    async fn connect(&self) -> Result<Client> {
+        let config = match &self.kubeconfig {
+            None => Config::incluster().map_err(|error| {
+                Error::unavailable(format!("no API server: {error}; run in a cluster with a service account token, or give --kubeconfig"))
+            })?,
+            Some(path) => {
+                let wrong = |error: &dyn StdError| Error::unavailable(format!("no API server: --kubeconfig {}: {error}", path.display()));
+                let file = Kubeconfig::read_from(path).map_err(|error| wrong(&error))?;
+                Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(|error| wrong(&error))?
+            }
+        };
+        let mut config = config;
+        config.headers.push((
+            http::header::USER_AGENT,
+            http::HeaderValue::from_str(&self.user_agent)
+                .map_err(|error| Error::internal(format!("user agent: {error}")))?,
+        ));
+        Client::try_from(config)
+            .map_err(|error| Error::unavailable(format!("no API server: {error}")))
+    }
+}
+
+/// Why a request failed.
+enum Failure {
+    /// The API server answered with an error; its `Status` message is for people.
+    Refused { code: u16, message: String },
+    /// It did not answer, or not in a way that can be understood.
+    NoAnswer(String),
+}
+
+impl Failure {
+    /// The error for whoever waits for this request. 404 and 403 are the user's to mend and
+    /// final; everything else is worth another try.
+    fn into_error(self) -> Error {
+        match self {
+            Self::NoAnswer(why) => {
+                Error::unavailable(format!("the API server did not answer: {why}"))
+            }
+            Self::Refused { code, message } => {
+                let code = match code {
+                    400 | 422 => Code::InvalidArgument,
+                    401 => Code::Unauthenticated,
+                    403 => Code::PermissionDenied,
+                    404 => Code::NotFound,
+                    _ => Code::Unavailable,
+                };
+                Error::new(code, message)
+            }
+        }
+    }
+}
+
+/// Runs a request within [`REQUEST_TIMEOUT`]. No error carries a response's body.
+async fn limited<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, Failure> {
+    match tokio::time::timeout(REQUEST_TIMEOUT, request).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(kube::Error::Api(status))) => Err(Failure::Refused {
+            code: status.code,
+            message: status.message,
+        }),
+        Ok(Err(kube::Error::SerdeError(_))) => Err(Failure::NoAnswer(
+            "its answer is not the object that was asked for".to_owned(),
+        )),
+        Ok(Err(error)) => Err(Failure::NoAnswer(innermost(&error))),
+        Err(_) => Err(Failure::NoAnswer(format!(
+            "no answer within {} seconds",
+            REQUEST_TIMEOUT.as_secs()
+        ))),
+    }
+}
+
+/// The error at the bottom of a chain: "connection refused" rather than "service error".
+fn innermost(error: &dyn StdError) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}

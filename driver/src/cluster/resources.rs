@@ -1,0 +1,274 @@
+//! The two custom resources as Rust types, at the storage version `v1`.
+//!
+//! An object that leaves everything out deserializes: each field has a default, and what a class
+//! must say is checked where it is needed, with a message for the person who wrote it. Empty
+//! fields are left out when serializing, as Kubernetes does. The CRDs in `deploy/` are rendered
+//! from these types and their comments by `tests/manifests.rs`.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use kube::core::{NamespaceResourceScope, ObjectMeta, Resource};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The API group of both custom resources.
+pub const GROUP: &str = "secrets-store.csi.x-k8s.io";
+/// The version that is stored, and the only one the driver speaks. Objects written as `v1alpha1`
+/// arrive as `v1` through the API server.
+pub const VERSION: &str = "v1";
+/// [`GROUP`] and [`VERSION`] as an object's `apiVersion` spells them.
+pub const API_VERSION: &str = "secrets-store.csi.x-k8s.io/v1";
+
+/// Which objects of an external store a volume holds, and which provider brings them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SecretProviderClass {
+    /// Always [`API_VERSION`]; a field because objects carry it on the wire.
+    #[schemars(skip)]
+    pub api_version: String,
+    /// Always `SecretProviderClass`.
+    #[schemars(skip)]
+    pub kind: String,
+    /// Name, namespace, uid and the like.
+    #[schemars(skip)]
+    pub metadata: ObjectMeta,
+    /// The provider, what to ask it for, and which Secrets to keep in step with the answer.
+    pub spec: SecretProviderClassSpec,
+}
+
+/// The wish of a [`SecretProviderClass`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SecretProviderClassSpec {
+    /// Name of the provider. The driver finds it at the socket of this name in the provider
+    /// directories of the node.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub provider: String,
+    /// What the provider needs to know to find the objects. The driver passes it on and does not
+    /// look inside.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub parameters: BTreeMap<String, String>,
+    /// Secrets to make of the mounted objects. A Secret exists while a pod that mounts this class
+    /// does.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub secret_objects: Vec<SecretObject>,
+}
+
+/// One Secret to make of mounted objects.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SecretObject {
+    /// Name of the Secret, in the namespace of the class.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub secret_name: String,
+    /// Type of the Secret, such as Opaque or kubernetes.io/tls.
+    #[serde(rename = "type", skip_serializing_if = "String::is_empty")]
+    pub type_: String,
+    /// Labels that the Secret gets.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// Annotations that the Secret gets.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+    /// Keys of the Secret and the object that each one's value comes from.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<SecretObjectData>,
+}
+
+/// One key of a synced Secret.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SecretObjectData {
+    /// Path of the mounted object inside the volume.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub object_name: String,
+    /// Key in the Secret.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub key: String,
+}
+
+/// What the driver has mounted into one volume of one pod. The driver writes it, people and the
+/// Secret sync read it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SecretProviderClassPodStatus {
+    /// Always [`API_VERSION`]; a field because objects carry it on the wire.
+    #[schemars(skip)]
+    pub api_version: String,
+    /// Always `SecretProviderClassPodStatus`.
+    #[schemars(skip)]
+    pub kind: String,
+    /// Name, namespace, labels, owner and the like.
+    #[schemars(skip)]
+    pub metadata: ObjectMeta,
+    /// The mounted volume. It is part of the object itself: there is no status subresource.
+    pub status: PodStatus,
+}
+
+/// The content of a [`SecretProviderClassPodStatus`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PodStatus {
+    /// Name of the pod that mounts the volume.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub pod_name: String,
+    /// Name of the SecretProviderClass that the volume was made from.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub secret_provider_class_name: String,
+    /// Whether the volume is mounted with its content.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub mounted: bool,
+    /// Where on the node the volume is mounted.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub target_path: String,
+    /// The objects in the volume and their versions, sorted by id.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub objects: Vec<ObjectVersion>,
+}
+
+/// One object of the external store, at one version.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ObjectVersion {
+    /// What the provider calls the object.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub id: String,
+    /// The version of the object that is mounted, as the provider reported it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub version: String,
+}
+
+impl Default for SecretProviderClass {
+    fn default() -> Self {
+        Self {
+            api_version: API_VERSION.to_owned(),
+            kind: Self::kind(&()).into_owned(),
+            metadata: ObjectMeta::default(),
+            spec: SecretProviderClassSpec::default(),
+        }
+    }
+}
+
+impl Default for SecretProviderClassPodStatus {
+    fn default() -> Self {
+        Self {
+            api_version: API_VERSION.to_owned(),
+            kind: Self::kind(&()).into_owned(),
+            metadata: ObjectMeta::default(),
+            status: PodStatus::default(),
+        }
+    }
+}
+
+/// Tells the kube client where a custom resource lives.
+macro_rules! custom_resource {
+    ($type:ty, kind: $kind:literal, plural: $plural:literal) => {
+        impl Resource for $type {
+            type DynamicType = ();
+            type Scope = NamespaceResourceScope;
+
+            fn kind(_: &()) -> Cow<'_, str> {
+                Cow::Borrowed($kind)
+            }
+            fn group(_: &()) -> Cow<'_, str> {
+                Cow::Borrowed(GROUP)
+            }
+            fn version(_: &()) -> Cow<'_, str> {
+                Cow::Borrowed(VERSION)
+            }
+            fn plural(_: &()) -> Cow<'_, str> {
+                Cow::Borrowed($plural)
+            }
+            fn meta(&self) -> &ObjectMeta {
+                &self.metadata
+            }
+            fn meta_mut(&mut self) -> &mut ObjectMeta {
+                &mut self.metadata
+            }
+        }
+    };
+}
+
+custom_resource!(SecretProviderClass, kind: "SecretProviderClass", plural: "secretproviderclasses");
+custom_resource!(
+    SecretProviderClassPodStatus,
+    kind: "SecretProviderClassPodStatus",
+    plural: "secretproviderclasspodstatuses"
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_class_with_nothing_in_it_deserializes() {
+        let spc: SecretProviderClass = serde_json::from_value(json!({
+            "apiVersion": API_VERSION, "kind": "SecretProviderClass", "metadata": {"name": "empty"},
+        }))
+        .unwrap();
+        assert_eq!(spc.spec, SecretProviderClassSpec::default());
+        assert_eq!(spc.metadata.name.as_deref(), Some("empty"));
+    }
+
+    #[test]
+    fn a_full_class_keeps_every_field() {
+        let full = json!({
+            "apiVersion": API_VERSION,
+            "kind": "SecretProviderClass",
+            "metadata": {"name": "db", "namespace": "shop"},
+            "spec": {
+                "provider": "vault",
+                "parameters": {"roleName": "shop"},
+                "secretObjects": [{
+                    "secretName": "db", "type": "Opaque",
+                    "labels": {"team": "shop"}, "annotations": {"note": "x"},
+                    "data": [{"objectName": "db/password", "key": "password"}],
+                }],
+            },
+        });
+        let spc: SecretProviderClass = serde_json::from_value(full.clone()).unwrap();
+        assert_eq!(
+            spc.spec.secret_objects[0].data[0].object_name,
+            "db/password"
+        );
+        assert_eq!(serde_json::to_value(&spc).unwrap(), full);
+    }
+
+    #[test]
+    fn a_pod_status_goes_over_the_wire_as_kubernetes_writes_it() {
+        let status = SecretProviderClassPodStatus {
+            metadata: ObjectMeta {
+                name: Some("web-shop-db".into()),
+                ..Default::default()
+            },
+            status: PodStatus {
+                pod_name: "web".into(),
+                mounted: true,
+                objects: vec![ObjectVersion {
+                    id: "secret/db".into(),
+                    version: "7".into(),
+                }],
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        assert_eq!(
+            serde_json::to_value(&status).unwrap(),
+            json!({
+                "apiVersion": API_VERSION,
+                "kind": "SecretProviderClassPodStatus",
+                "metadata": {"name": "web-shop-db"},
+                "status": {
+                    "podName": "web", "mounted": true,
+                    "objects": [{"id": "secret/db", "version": "7"}],
+                },
+            })
+        );
+        assert_eq!(
+            SecretProviderClassPodStatus::url_path(&(), Some("shop")),
+            "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses"
+        );
+    }
+}

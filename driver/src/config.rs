@@ -1,0 +1,453 @@
+//! The command line: every flag of the existing driver with its default, and a few of ours.
+//!
+//! The syntax is that of Go's `flag` package, because installed manifests rely on it: one or two
+//! dashes, `--flag=value` or `--flag value`, a switch only as `--flag` or `--flag=bool`, a
+//! repeated flag takes its last value, parsing ends at the first argument that is not a flag.
+//! A wrong command line ends the process with code 2 and a sentence, before anything has started.
+//!
+//! Nothing here touches the system: whether a directory exists is found out by who uses it.
+
+mod flag;
+mod value;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Version of this build, from `BUILD_VERSION` at compile time.
+pub const BUILD_VERSION: &str = match option_env!("BUILD_VERSION") {
+    Some(version) => version,
+    None => "local-dev",
+};
+const GIT_COMMIT: &str = match option_env!("GIT_COMMIT") {
+    Some(commit) => commit,
+    None => "unknown",
+};
+const BUILD_DATE: &str = match option_env!("BUILD_DATE") {
+    Some(date) => date,
+    None => "unknown",
+};
+
+/// What the command line asks for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Where the CSI services listen.
+    pub endpoint: Endpoint,
+    /// The CSI driver's name, as pods name it in their volumes.
+    pub driver_name: String,
+    /// Name of the node that this driver runs on.
+    pub node_id: String,
+    /// kubelet's root directory, below whose `pods/` targets must lie; absent: wherever a
+    /// target has the form that kubelet gives it.
+    pub kubelet_root_dir: Option<PathBuf>,
+    /// Where the records of published volumes are kept.
+    pub state_dir: PathBuf,
+    /// Where the built-in registrar puts its socket; absent: a sidecar registers the driver.
+    pub registration_dir: Option<PathBuf>,
+    /// The CSI socket as kubelet sees it.
+    pub kubelet_registration_path: PathBuf,
+    /// Where `/healthz` is served; absent: a sidecar does it.
+    pub healthz_addr: Option<SocketAddr>,
+    /// Where `/metrics` is served; absent: nowhere.
+    pub metrics_addr: Option<SocketAddr>,
+    /// The directory of provider sockets that is searched last.
+    pub provider_volume: PathBuf,
+    /// The directories of provider sockets that are searched first, in this order.
+    pub additional_provider_volume_paths: Vec<PathBuf>,
+    /// Largest answer of a provider that is accepted, in bytes.
+    pub max_call_recv_msg_size: usize,
+    /// Whether mounted volumes are refreshed.
+    pub enable_secret_rotation: bool,
+    /// Shortest time between two refreshes of one volume.
+    pub rotation_poll_interval: Duration,
+    /// Whether the providers are asked for their version from time to time.
+    pub provider_health_check: bool,
+    /// Time between two of those questions.
+    pub provider_health_check_interval: Duration,
+    /// How to reach the API server; absent: as a pod does.
+    pub kubeconfig: Option<PathBuf>,
+    /// Whether log lines are JSON objects.
+    pub log_format_json: bool,
+    /// How much is logged: 0 says what happened, 4 adds how, 6 adds every step.
+    pub verbosity: u32,
+    /// What followed the first argument that is not a flag, that argument included. It has no
+    /// effect, and usually is a mistake such as `--switch false`.
+    pub ignored_arguments: Vec<String>,
+    without_effect: Vec<&'static str>,
+    print_version: bool,
+}
+
+/// Where the CSI services listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A socket in the file system, at an absolute path.
+    Unix(PathBuf),
+    /// A TCP address, for tests; kubelet only knows sockets in the file system.
+    Tcp(SocketAddr),
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+            Self::Tcp(address) => write!(f, "tcp://{address}"),
+        }
+    }
+}
+
+/// Why the process ends before it has started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// The process's exit code: 0 if the text is what was asked for, 2 if it is a complaint.
+    pub code: i32,
+    /// For standard output with code 0, otherwise for standard error. Ends without a newline.
+    pub text: String,
+}
+
+impl Config {
+    /// Reads the command line, without the program's name.
+    ///
+    /// # Errors
+    /// An [`Exit`] with code 2 for a command line that makes no sense, and with code 0 for
+    /// `--help` and `--version`.
+    pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Self, Exit> {
+        let mut config = Self::default();
+        let args = args
+            .map(|arg| arg.into_string())
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|arg| wrong(format!("argument {arg:?} is not UTF-8")))?;
+        let mut args = args.into_iter().peekable();
+        while let Some(argument) = args.next_if(|arg| arg.len() > 1 && arg.starts_with('-')) {
+            if argument == "--" {
+                break;
+            }
+            let (name, value) = split(&argument)?;
+            if name == "h" || name == "help" {
+                return Err(Exit {
+                    code: 0,
+                    text: flag::help(),
+                });
+            }
+            let flag = flag::find(name)?;
+            let value = match value {
+                Some(value) => value.to_owned(),
+                None if flag.is_switch() => "true".to_owned(),
+                None => args.next().ok_or_else(|| {
+                    wrong(format!(
+                        "flag --{name} needs a value: --{name}={}",
+                        flag.value
+                    ))
+                })?,
+            };
+            (flag.set)(&mut config, &value).map_err(|problem| {
+                wrong(format!("invalid value {value:?} for --{name}: {problem}"))
+            })?;
+            config
+                .without_effect
+                .retain(|earlier| *earlier != flag.name);
+            if flag.pending && value != flag.default {
+                config.without_effect.push(flag.name);
+            }
+        }
+        config.ignored_arguments = args.collect();
+        if config.print_version {
+            return Err(Exit {
+                code: 0,
+                text: version_line(),
+            });
+        }
+        config.resolve()
+    }
+
+    /// Flags that were given, ask for something other than their default, and do nothing yet.
+    pub fn without_effect(&self) -> Vec<&'static str> {
+        self.without_effect.clone()
+    }
+
+    /// The directories to look for a provider's socket in, first match wins.
+    pub fn provider_dirs(&self) -> Vec<PathBuf> {
+        let last = Some(&self.provider_volume).filter(|dir| !dir.as_os_str().is_empty());
+        self.additional_provider_volume_paths
+            .iter()
+            .chain(last)
+            .cloned()
+            .collect()
+    }
+
+    /// Fills in what follows from other flags.
+    fn resolve(mut self) -> Result<Self, Exit> {
+        let socket = match &self.endpoint {
+            Endpoint::Unix(path) => Some(path.clone()),
+            Endpoint::Tcp(_) => None,
+        };
+        if self.state_dir.as_os_str().is_empty() {
+            self.state_dir = socket
+                .as_deref()
+                .and_then(Path::parent)
+                .map(|dir| dir.join("records"))
+                .ok_or_else(|| wrong("--state-dir is needed with a tcp:// endpoint".to_owned()))?;
+        }
+        if self.kubelet_registration_path.as_os_str().is_empty() {
+            match socket {
+                Some(socket) => self.kubelet_registration_path = socket,
+                None if self.registration_dir.is_some() => {
+                    let text = "--registration-dir needs a unix:// endpoint: kubelet reaches drivers by a socket";
+                    return Err(wrong(text.to_owned()));
+                }
+                None => {}
+            }
+        }
+        Ok(self)
+    }
+}
+
+impl Default for Config {
+    /// The defaults of the single flags. What follows from other flags is still empty.
+    fn default() -> Self {
+        Self {
+            endpoint: Endpoint::Unix("/tmp/csi.sock".into()),
+            driver_name: "secrets-store.csi.k8s.io".to_owned(),
+            node_id: String::new(),
+            kubelet_root_dir: None,
+            state_dir: PathBuf::new(),
+            registration_dir: None,
+            kubelet_registration_path: PathBuf::new(),
+            healthz_addr: None,
+            metrics_addr: Some(SocketAddr::from((Ipv6Addr::UNSPECIFIED, 8095))),
+            provider_volume: "/var/run/secrets-store-csi-providers".into(),
+            additional_provider_volume_paths: vec![
+                "/etc/kubernetes/secrets-store-csi-providers".into(),
+            ],
+            max_call_recv_msg_size: 4 * 1024 * 1024,
+            enable_secret_rotation: false,
+            rotation_poll_interval: Duration::from_secs(120),
+            provider_health_check: false,
+            provider_health_check_interval: Duration::from_secs(120),
+            kubeconfig: None,
+            log_format_json: false,
+            verbosity: 0,
+            ignored_arguments: Vec::new(),
+            without_effect: Vec::new(),
+            print_version: false,
+        }
+    }
+}
+
+/// Splits an argument that starts with a dash into the flag's name and its value, if it has one.
+fn split(argument: &str) -> Result<(&str, Option<&str>), Exit> {
+    let flag = argument
+        .strip_prefix("--")
+        .or_else(|| argument.strip_prefix('-'))
+        .unwrap_or(argument);
+    let (name, value) = match flag.split_once('=') {
+        Some((name, value)) => (name, Some(value)),
+        None => (flag, None),
+    };
+    if name.is_empty() || name.starts_with('-') {
+        return Err(wrong(format!(
+            "{argument:?} is not a flag: write --flag=value"
+        )));
+    }
+    Ok((name, value))
+}
+
+fn wrong(text: String) -> Exit {
+    Exit { code: 2, text }
+}
+
+fn version_line() -> String {
+    serde_json::to_string(&Version {
+        build_version: BUILD_VERSION,
+        git_commit: GIT_COMMIT,
+        build_date: BUILD_DATE,
+    })
+    .unwrap_or_default()
+}
+
+#[derive(serde::Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Version {
+    build_version: &'static str,
+    git_commit: &'static str,
+    build_date: &'static str,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flag::FLAGS;
+    use rstest::rstest;
+
+    fn parse(line: &str) -> Result<Config, Exit> {
+        Config::parse(line.split_whitespace().map(OsString::from))
+    }
+
+    #[test]
+    fn the_defaults_in_the_help_are_the_defaults() {
+        for flag in FLAGS {
+            let mut config = Config::default();
+            (flag.set)(&mut config, flag.default)
+                .unwrap_or_else(|e| panic!("--{}: {e}", flag.name));
+            assert_eq!(config, Config::default(), "--{}", flag.name);
+        }
+        let config = parse("").unwrap();
+        assert_eq!(config.state_dir, Path::new("/tmp/records"));
+        assert_eq!(config.kubelet_registration_path, Path::new("/tmp/csi.sock"));
+        assert_eq!(
+            config.provider_dirs(),
+            [
+                "/etc/kubernetes/secrets-store-csi-providers",
+                "/var/run/secrets-store-csi-providers"
+            ]
+            .map(PathBuf::from)
+        );
+    }
+
+    #[rstest]
+    #[case::one_dash("-nodeid=a", "a", 0, false)]
+    #[case::two_dashes("--nodeid=a", "a", 0, false)]
+    #[case::separate_value("-nodeid a -v 5", "a", 5, false)]
+    #[case::value_that_looks_like_a_flag("--nodeid --v=5 --v=3", "--v=5", 3, false)]
+    #[case::value_with_equals("--nodeid=a=b", "a=b", 0, false)]
+    #[case::empty_value("--nodeid=a --nodeid=", "", 0, false)]
+    #[case::last_one_wins("-v=5 --nodeid=a --v=2 --nodeid=b", "b", 2, false)]
+    #[case::switch("--log-format-json -v=1", "", 1, true)]
+    #[case::switch_off("--log-format-json --log-format-json=F", "", 0, false)]
+    #[case::switch_takes_no_separate_value("--log-format-json false -v=9", "", 0, true)]
+    #[case::terminator("-v=1 -- -v=9", "", 1, false)]
+    #[case::lone_dash("-v=1 - -v=9", "", 1, false)]
+    #[case::hexadecimal("-v=0x10", "", 16, false)]
+    fn syntax(#[case] line: &str, #[case] node: &str, #[case] v: u32, #[case] json: bool) {
+        let config = parse(line).unwrap();
+        assert_eq!(
+            (
+                config.node_id.as_str(),
+                config.verbosity,
+                config.log_format_json
+            ),
+            (node, v, json)
+        );
+    }
+
+    #[test]
+    fn what_is_not_parsed_can_be_reported() {
+        let config = parse("--log-format-json false -v=9").unwrap();
+        assert_eq!(config.ignored_arguments, ["false", "-v=9"]);
+        assert!(parse("-v=9").unwrap().ignored_arguments.is_empty());
+    }
+
+    #[rstest]
+    #[case(
+        "--filtered-watch-secret",
+        "unknown flag --filtered-watch-secret; --help lists the flags"
+    )]
+    #[case("--node-id=a", "unknown flag --node-id; did you mean --nodeid?")]
+    #[case(
+        "-metric-addr=:1",
+        "unknown flag --metric-addr; did you mean --metrics-addr?"
+    )]
+    #[case("---v=1", "\"---v=1\" is not a flag: write --flag=value")]
+    #[case("--=1", "\"--=1\" is not a flag: write --flag=value")]
+    #[case("--nodeid", "flag --nodeid needs a value: --nodeid=NAME")]
+    #[case(
+        "-v=high",
+        "invalid value \"high\" for --v: write a number, zero or more"
+    )]
+    #[case("-v=-1", "invalid value \"-1\" for --v: write a number, zero or more")]
+    #[case(
+        "--log-format-json=yes",
+        "invalid value \"yes\" for --log-format-json: write true or false"
+    )]
+    #[case(
+        "--metrics-backend=stackdriver",
+        "invalid value \"stackdriver\" for --metrics-backend: the only metrics backend is Prometheus"
+    )]
+    #[case(
+        "--max-call-recv-msg-size=0",
+        "invalid value \"0\" for --max-call-recv-msg-size: no answer has no bytes"
+    )]
+    #[case(
+        "--drivername=../x",
+        "invalid value \"../x\" for --drivername: write 1 to 63 letters, digits, dashes and dots, with a letter or digit at both ends"
+    )]
+    #[case(
+        "--kubelet-root-dir=var",
+        "invalid value \"var\" for --kubelet-root-dir: the path must start with /"
+    )]
+    #[case(
+        "--rotation-poll-interval=x --rotation-poll-interval=2m",
+        "invalid value \"x\" for --rotation-poll-interval: write a duration such as 30s, 2m or 1h30m"
+    )]
+    #[case("--endpoint=tcp://:1", "--state-dir is needed with a tcp:// endpoint")]
+    #[case(
+        "--endpoint=tcp://:1 --state-dir=/s --registration-dir=/r",
+        "--registration-dir needs a unix:// endpoint: kubelet reaches drivers by a socket"
+    )]
+    #[case(
+        "--version --nonsense",
+        "unknown flag --nonsense; --help lists the flags"
+    )]
+    fn a_wrong_command_line_says_what_is_wrong(#[case] line: &str, #[case] text: &str) {
+        assert_eq!(
+            parse(line),
+            Err(Exit {
+                code: 2,
+                text: text.to_owned()
+            })
+        );
+    }
+
+    #[rstest]
+    #[case("--additional-provider-volume-paths=/a,,/b, --provider-volume=/c", &["/a", "/b", "/c"])]
+    #[case("--additional-provider-volume-paths= --provider-volume=/c", &["/c"])]
+    #[case("--additional-provider-volume-paths=/a --provider-volume=", &["/a"])]
+    fn providers_are_searched_in_order(#[case] line: &str, #[case] dirs: &[&str]) {
+        let expected: Vec<PathBuf> = dirs.iter().map(PathBuf::from).collect();
+        assert_eq!(parse(line).unwrap().provider_dirs(), expected);
+    }
+
+    #[rstest]
+    #[case("--endpoint=unix:///csi/csi.sock --nodeid=n --enable-secret-rotation=false --rotation-poll-interval=2m", &[])]
+    #[case("--log_dir=/x --enable-secret-rotation --log_dir=/y", &["enable-secret-rotation", "log_dir"])]
+    #[case("--enable-pprof --enable-pprof=false", &[])]
+    fn flags_that_do_nothing_yet_are_known(#[case] line: &str, #[case] names: &[&str]) {
+        assert_eq!(parse(line).unwrap().without_effect(), names);
+    }
+
+    #[test]
+    fn an_argument_that_cannot_be_read_is_not_guessed_at() {
+        let argument = std::os::unix::ffi::OsStringExt::from_vec(b"--state-dir=/\xff".to_vec());
+        let exit = Config::parse(std::iter::once(argument)).unwrap_err();
+        assert_eq!(exit.code, 2);
+        assert_eq!(exit.text, r#"argument "--state-dir=/\xFF" is not UTF-8"#);
+    }
+
+    #[test]
+    fn version_is_one_line_of_json() {
+        let exit = parse("--version -v=1").unwrap_err();
+        assert_eq!(exit.code, 0);
+        assert_eq!(
+            exit.text,
+            r#"{"BuildVersion":"local-dev","GitCommit":"unknown","BuildDate":"unknown"}"#
+        );
+        assert!(parse("--version --version=false").is_ok());
+    }
+
+    #[rstest]
+    #[case("-h")]
+    #[case("--help")]
+    #[case("-v=1 -help --nonsense")]
+    fn help_lists_every_flag(#[case] line: &str) {
+        let exit = parse(line).unwrap_err();
+        assert_eq!(exit.code, 0);
+        for flag in FLAGS {
+            assert!(
+                exit.text.contains(&format!("\n  --{}", flag.name)),
+                "{}",
+                flag.name
+            );
+        }
+    }
+}

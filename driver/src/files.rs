@@ -1,0 +1,278 @@
+//! What a volume contains: validated paths, modes and contents.
+//!
+//! A [`Payload`] is the whole content of a volume as one value, checked before anything is
+//! written: a provider cannot name a path outside the volume, one path twice, or a file where
+//! a directory is needed. [`swap`] writes it.
+
+pub mod swap;
+
+use std::{collections::BTreeMap, fmt};
+
+use crate::secret::Secret;
+
+/// The mode of a file for which the provider gives none. This is the line that decides it.
+pub const DEFAULT_MODE: u32 = 0o644;
+
+/// Linux's limits (limits.h: NAME_MAX, PATH_MAX without the closing NUL's worth).
+const MAX_COMPONENT_BYTES: usize = 255;
+const MAX_PATH_BYTES: usize = 4096;
+
+/// A path inside a volume: relative, clean, and unable to leave it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FilePath(String);
+
+impl FilePath {
+    /// The path's components, at least one.
+    pub fn components(&self) -> impl DoubleEndedIterator<Item = &str> {
+        self.0.split('/')
+    }
+
+    /// The first component: the name that appears at the volume's root.
+    pub fn first(&self) -> &str {
+        self.0.split('/').next().unwrap_or(&self.0)
+    }
+
+    /// The path as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for FilePath {
+    type Error = InvalidFile;
+
+    fn try_from(path: String) -> Result<Self, InvalidFile> {
+        let refuse = |why| {
+            Err(InvalidFile {
+                path: Quoted::of(&path),
+                why,
+            })
+        };
+        if path.is_empty() {
+            return refuse("the path is empty");
+        }
+        if path.len() > MAX_PATH_BYTES {
+            return refuse("the path is longer than 4096 bytes");
+        }
+        if path.contains('\0') {
+            return refuse("the path contains a NUL byte");
+        }
+        if path.starts_with('/') {
+            return refuse("the path is absolute; it must be relative to the volume");
+        }
+        for component in path.split('/') {
+            match component {
+                "" => {
+                    return refuse("the path has an empty component (\"//\" or a trailing \"/\")");
+                }
+                "." => return refuse("the path has a \".\" component"),
+                ".." => return refuse("the path has a \"..\" component"),
+                name if name.starts_with("..") => {
+                    return refuse("a name starts with \"..\", which is reserved for the driver");
+                }
+                name if name.len() > MAX_COMPONENT_BYTES => {
+                    return refuse("a name is longer than 255 bytes");
+                }
+                _ => {}
+            }
+        }
+        Ok(Self(path))
+    }
+}
+
+/// A file's mode and content.
+#[derive(Clone, PartialEq, Eq)]
+pub struct File {
+    /// Permission bits, 0000 to 0777.
+    pub mode: u32,
+    /// What is in it.
+    pub contents: Secret,
+}
+
+impl File {
+    /// A file with the mode that a provider gave. 0 means that it gave none; what lies beyond
+    /// the permission bits (a set-user-ID bit, a file type) is dropped, as in the existing driver.
+    pub fn new(provider_mode: i32, contents: impl Into<Secret>) -> Self {
+        let mode = match provider_mode {
+            0 => DEFAULT_MODE,
+            mode => mode.cast_unsigned() & 0o777,
+        };
+        Self {
+            mode,
+            contents: contents.into(),
+        }
+    }
+}
+
+/// The whole content of a volume.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct Payload(BTreeMap<FilePath, File>);
+
+impl Payload {
+    /// Checks all files and the tree that they make.
+    ///
+    /// # Errors
+    /// The first file that is wrong, with its path and why.
+    pub fn new(files: impl IntoIterator<Item = (String, File)>) -> Result<Self, InvalidFile> {
+        let mut tree = BTreeMap::new();
+        for (path, file) in files {
+            let path = FilePath::try_from(path)?;
+            if tree.contains_key(&path) {
+                return Err(InvalidFile {
+                    path: Quoted::of(path.as_str()),
+                    why: "the provider sent two files with this path",
+                });
+            }
+            tree.insert(path, file);
+        }
+        for path in tree.keys() {
+            for (slash, _) in path.as_str().match_indices('/') {
+                let directory = FilePath(path.as_str()[..slash].to_owned());
+                if tree.contains_key(&directory) {
+                    return Err(InvalidFile {
+                        path: Quoted::of(directory.as_str()),
+                        why: "it is a file, and another file's path needs it to be a directory",
+                    });
+                }
+            }
+        }
+        Ok(Self(tree))
+    }
+
+    /// The files by path, in order.
+    pub fn files(&self) -> impl Iterator<Item = (&FilePath, &File)> {
+        self.0.iter()
+    }
+
+    /// The content of a path.
+    pub fn get(&self, path: &FilePath) -> Option<&File> {
+        self.0.get(path)
+    }
+
+    /// How many files there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none: the provider writes its files itself.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The names that appear at the volume's root, each once, in order.
+    pub fn roots(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = self.0.keys().map(FilePath::first).collect();
+        names.dedup();
+        names
+    }
+}
+
+/// A file that a provider may not have. Its content is not in here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InvalidFile {
+    path: Quoted,
+    why: &'static str,
+}
+
+impl fmt::Display for InvalidFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "file {} is refused: {}", self.path.0, self.why)
+    }
+}
+
+impl std::error::Error for InvalidFile {}
+
+/// A path out of a provider's answer as it may stand in a message: escaped and not too long.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Quoted(String);
+
+impl Quoted {
+    fn of(path: &str) -> Self {
+        const MAX_CHARS: usize = 80;
+        if path.chars().count() <= MAX_CHARS {
+            return Self(format!("{path:?}"));
+        }
+        let start: String = path.chars().take(MAX_CHARS).collect();
+        Self(format!("{start:?}... ({} bytes)", path.len()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case::plain("foo")]
+    #[case::nested("db/creds/password")]
+    #[case::hidden(".netrc")]
+    #[case::dots_inside("a..b/c..")]
+    #[case::spaces(" a b ")]
+    #[case::longest_name(&"n".repeat(255))]
+    #[case::not_ascii("pässword/😀")]
+    fn accepts(#[case] path: &str) {
+        assert!(FilePath::try_from(path.to_owned()).is_ok());
+    }
+
+    #[rstest]
+    #[case::empty("", "empty")]
+    #[case::absolute("/etc/passwd", "absolute")]
+    #[case::parent("../x", "\"..\" component")]
+    #[case::parent_inside("a/../../x", "\"..\" component")]
+    #[case::parent_at_the_end("a/..", "\"..\" component")]
+    #[case::here("./a", "\".\" component")]
+    #[case::here_inside("a/./b", "\".\" component")]
+    #[case::double_slash("a//b", "empty component")]
+    #[case::trailing_slash("a/", "empty component")]
+    #[case::reserved("..data", "reserved")]
+    #[case::reserved_inside("a/..b", "reserved")]
+    #[case::three_dots("...", "reserved")]
+    #[case::nul("a\0b", "NUL")]
+    #[case::long_name(&"n".repeat(256), "255 bytes")]
+    #[case::long_path(&"n/".repeat(2049), "4096 bytes")]
+    fn refuses(#[case] path: &str, #[case] why: &str) {
+        let error = FilePath::try_from(path.to_owned()).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+        assert!(error.len() < 300, "{error}");
+    }
+
+    #[rstest]
+    #[case::twice(&["a", "a"], "two files")]
+    #[case::file_then_directory(&["a", "a/b"], "directory")]
+    #[case::directory_then_file(&["a/b/c", "a/b"], "directory")]
+    #[case::a_neighbour_sorts_between(&["a", "a-b", "a/c"], "directory")]
+    fn refuses_trees_that_cannot_be(#[case] paths: &[&str], #[case] why: &str) {
+        let files = paths
+            .iter()
+            .map(|path| ((*path).to_owned(), File::new(0, vec![])));
+        let error = Payload::new(files).err().unwrap().to_string();
+        assert!(error.contains(why), "{error}");
+    }
+
+    #[rstest]
+    #[case::none(0, 0o644)]
+    #[case::given(0o400, 0o400)]
+    #[case::all(0o777, 0o777)]
+    #[case::set_user_id(0o4755, 0o755)]
+    #[case::with_file_type(0o100_640, 0o640)]
+    fn modes(#[case] from_provider: i32, #[case] on_disk: u32) {
+        assert_eq!(File::new(from_provider, vec![]).mode, on_disk);
+    }
+
+    proptest! {
+        #[test]
+        fn an_accepted_path_never_leaves_the_volume(path in "[a./\0]{0,12}") {
+            if let Ok(accepted) = FilePath::try_from(path.clone()) {
+                let joined = std::path::Path::new("/volume").join(accepted.as_str());
+                let mut depth = 0;
+                for component in joined.components().skip(2) {
+                    prop_assert!(matches!(component, std::path::Component::Normal(_)), "{path:?}");
+                    depth += 1;
+                }
+                prop_assert!(depth >= 1);
+                prop_assert_eq!(accepted.components().count(), depth);
+            }
+        }
+    }
+}

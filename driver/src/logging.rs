@@ -1,0 +1,387 @@
+//! Log lines on standard error, in klog's form or as JSON objects.
+//!
+//! The form is klog's because people and tools already read it: a failure is a line that starts
+//! with `E`. A line carries the fields of the spans it was written in, so that each line of a
+//! publish names its pod and volume. Everything from outside is quoted: no value can start a
+//! line of its own.
+//!
+//! Crates of others are heard from `WARN` on. `kube_client` is heard from `ERROR` on, whatever
+//! the verbosity: when it cannot decode an answer it logs the answer's body, and a body may be a
+//! Secret.
+
+use std::fmt::{self, Write as _};
+use std::io::Write as _;
+
+use jiff::Timestamp;
+use serde::Serializer as _;
+use serde_json::Value;
+use tracing::field::{Field, Visit};
+use tracing::level_filters::LevelFilter;
+use tracing::span::{Attributes, Id, Record};
+use tracing::subscriber::SetGlobalDefaultError;
+use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
+use tracing_subscriber::registry::{LookupSpan, Registry};
+
+use crate::config::Config;
+
+/// Crates whose lines follow the verbosity.
+const OURS: [&str; 3] = ["driver", "proto", "secrets_store_csi"];
+
+/// Starts logging to standard error, for the whole process.
+///
+/// # Errors
+/// If the process already logs somewhere.
+pub fn init(config: &Config) -> Result<(), SetGlobalDefaultError> {
+    tracing::subscriber::set_global_default(subscriber(config, std::io::stderr))
+}
+
+/// What [`init`] installs, with the lines going to `out`.
+fn subscriber<W>(config: &Config, out: W) -> impl Subscriber + Send + Sync + 'static
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    let form = if config.log_format_json {
+        json_line
+    } else {
+        klog_line
+    };
+    Registry::default().with(Lines { form, out }.with_filter(filter(config.verbosity)))
+}
+
+/// Who is heard, from which level on. The verbosity counts like klog's: from 4 on it is for
+/// people who look for a fault, from 6 on for people who look for a bug.
+fn filter(verbosity: u32) -> Targets {
+    let ours = match verbosity {
+        0..4 => LevelFilter::INFO,
+        4..6 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    Targets::new()
+        .with_default(LevelFilter::WARN)
+        .with_target("kube_client", LevelFilter::ERROR)
+        .with_targets(OURS.map(|name| (name, ours)))
+}
+
+/// Writes one line for each event.
+struct Lines<W> {
+    form: fn(Timestamp, &Metadata<'_>, &Fields) -> String,
+    out: W,
+}
+
+impl<S, W> Layer<S> for Lines<W>
+where
+    S: Subscriber + for<'s> LookupSpan<'s>,
+    W: for<'w> MakeWriter<'w> + 'static,
+{
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        if let Some(span) = context.span(id) {
+            let mut fields = Fields::default();
+            attributes.record(&mut fields);
+            span.extensions_mut().insert(fields);
+        }
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
+        if let Some(span) = context.span(id)
+            && let Some(fields) = span.extensions_mut().get_mut::<Fields>()
+        {
+            values.record(fields);
+        }
+    }
+
+    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        for span in context.event_scope(event).into_iter().flatten() {
+            if let Some(outer) = span.extensions().get::<Fields>() {
+                fields.inherit(outer);
+            }
+        }
+        let line = (self.form)(Timestamp::now(), event.metadata(), &fields);
+        // Whoever cannot write to standard error has nowhere to say so.
+        let _ = self.out.make_writer().write_all(line.as_bytes());
+    }
+}
+
+/// The fields of an event or a span, in the order of the source.
+#[derive(Default)]
+struct Fields {
+    message: String,
+    named: Vec<(&'static str, Value)>,
+}
+
+impl Fields {
+    fn set(&mut self, field: &Field, value: Value) {
+        match self
+            .named
+            .iter_mut()
+            .find(|(name, _)| *name == field.name())
+        {
+            Some((_, old)) => *old = value,
+            None => self.named.push((field.name(), value)),
+        }
+    }
+
+    /// Takes on the fields of an enclosing span that are not set further in.
+    fn inherit(&mut self, outer: &Fields) {
+        for (name, value) in &outer.named {
+            if !self.named.iter().any(|(known, _)| known == name) {
+                self.named.push((name, value.clone()));
+            }
+        }
+    }
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        let text = format!("{value:?}");
+        if field.name() == "message" {
+            self.message = text;
+        } else {
+            self.set(field, text.into());
+        }
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "message" {
+            self.message = value.to_owned();
+        } else {
+            self.set(field, value.into());
+        }
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.set(field, value.into());
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.set(field, value.into());
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.set(field, value.into());
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.set(field, value.into());
+    }
+}
+
+/// `I1123 16:19:05.123456       1 volume.rs:42] "message" key="value"`, in UTC. The column after
+/// the time is the process id, as in klog.
+fn klog_line(now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) -> String {
+    let severity = match *metadata.level() {
+        Level::ERROR => 'E',
+        Level::WARN => 'W',
+        Level::INFO | Level::DEBUG | Level::TRACE => 'I',
+    };
+    let mut line = format!(
+        "{severity}{} {:7} {}] {:?}",
+        now.strftime("%m%d %H:%M:%S.%6f"),
+        std::process::id(),
+        source(metadata),
+        fields.message,
+    );
+    for (name, value) in &fields.named {
+        // Writing to a String does not fail.
+        let _ = match value {
+            Value::String(text) => write!(line, " {name}={text:?}"),
+            other => write!(line, " {name}={other}"),
+        };
+    }
+    line.push('\n');
+    line
+}
+
+/// One JSON object: `ts`, `level`, `caller`, `msg`, then the fields.
+fn json_line(now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) -> String {
+    let head = [
+        (
+            "ts",
+            Value::from(now.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string()),
+        ),
+        (
+            "level",
+            metadata.level().as_str().to_ascii_lowercase().into(),
+        ),
+        ("caller", source(metadata).into()),
+        ("msg", fields.message.as_str().into()),
+    ];
+    let mut line = Vec::new();
+    let members = head
+        .iter()
+        .chain(&fields.named)
+        .map(|(name, value)| (name, value));
+    match serde_json::Serializer::new(&mut line).collect_map(members) {
+        Ok(()) => String::from_utf8_lossy(&line).into_owned() + "\n",
+        // Keys and values are plain JSON values, so this does not happen; if it does, say so.
+        Err(error) => format!("{{\"level\":\"error\",\"msg\":{:?}}}\n", error.to_string()),
+    }
+}
+
+/// The file, without its directories, and the line that wrote the event.
+fn source(metadata: &Metadata<'_>) -> String {
+    let file = metadata.file().and_then(|path| path.rsplit('/').next());
+    format!(
+        "{}:{}",
+        file.unwrap_or("unknown"),
+        metadata.line().unwrap_or_default()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+    use std::sync::{Arc, Mutex};
+    use tracing::{debug, error, info, info_span, trace, warn};
+
+    /// Runs `body` under the subscriber that `flags` ask for and returns its lines.
+    fn logged(flags: &[&str], body: impl FnOnce()) -> Vec<String> {
+        #[derive(Clone, Default)]
+        struct Page(Arc<Mutex<Vec<u8>>>);
+        impl std::io::Write for Page {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                self.0.lock().unwrap().extend(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let page = Page::default();
+        let out = page.clone();
+        let config = Config::parse(flags.iter().map(Into::into)).unwrap();
+        tracing::subscriber::with_default(subscriber(&config, move || out.clone()), body);
+        let text = String::from_utf8(page.0.lock().unwrap().clone()).unwrap();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn klog_lines_have_a_header_and_quoted_values() {
+        let lines = logged(&[], || {
+            let _span = info_span!("publish", pod = "shop/web", volume = "csi-1").entered();
+            info!(
+                files = 2,
+                ok = true,
+                volume = "csi-2",
+                "volume \"published\""
+            );
+            error!(error = %"first\nE1123 forged", "publish failed");
+            warn!("slow");
+        });
+        let pid = format!(" {:7} logging.rs:", std::process::id());
+        let texts: Vec<String> = lines
+            .iter()
+            .map(|line| {
+                let (header, text) = line.split_once("] ").unwrap();
+                let (stamp, number) = header.split_once(&pid).unwrap();
+                assert!(number.parse::<u32>().is_ok(), "{line}");
+                let shape = stamp.replace(|c: char| c.is_ascii_digit(), "0");
+                assert_eq!(&shape[1..], "0000 00:00:00.000000", "{line}");
+                format!("{} {text}", &stamp[..1])
+            })
+            .collect();
+        assert_eq!(
+            texts,
+            [
+                r#"I "volume \"published\"" files=2 ok=true volume="csi-2" pod="shop/web""#,
+                r#"E "publish failed" error="first\nE1123 forged" pod="shop/web" volume="csi-1""#,
+                r#"W "slow" pod="shop/web" volume="csi-1""#,
+            ]
+        );
+    }
+
+    #[test]
+    fn json_lines_are_objects_with_the_fields_flattened() {
+        let lines = logged(&["--log-format-json"], || {
+            let span = info_span!(
+                "publish",
+                pod = "shop/web",
+                provider = tracing::field::Empty
+            );
+            let _span = span.enter();
+            span.record("provider", "vault");
+            warn!(attempt = 3, took = 0.5, "provider is \"away\"\n");
+        });
+        let [line] = lines.as_slice() else {
+            panic!("{lines:?}")
+        };
+        let mut value: Value = serde_json::from_str(line).unwrap();
+        let members = value.as_object_mut().unwrap();
+        let ts = members.remove("ts").unwrap();
+        let ts: Timestamp = ts.as_str().unwrap().parse().unwrap();
+        assert!(Timestamp::now().duration_since(ts).as_secs() < 60, "{ts}");
+        let caller = members.remove("caller").unwrap();
+        assert!(
+            caller.as_str().unwrap().starts_with("logging.rs:"),
+            "{caller}"
+        );
+        assert_eq!(
+            value,
+            serde_json::json!({
+                "level": "warn", "msg": "provider is \"away\"\n",
+                "attempt": 3, "took": 0.5, "pod": "shop/web", "provider": "vault",
+            })
+        );
+        assert!(line.starts_with(r#"{"ts":"#), "{line}");
+    }
+
+    fn every_level() {
+        error!("error");
+        warn!("warn");
+        info!("info");
+        debug!("debug");
+        trace!("trace");
+    }
+
+    #[rstest]
+    #[case("-v=0", &["error", "warn", "info"])]
+    #[case("-v=3", &["error", "warn", "info"])]
+    #[case("-v=4", &["error", "warn", "info", "debug"])]
+    #[case("-v=6", &["error", "warn", "info", "debug", "trace"])]
+    fn our_lines_follow_the_verbosity(#[case] flag: &str, #[case] expected: &[&str]) {
+        let messages: Vec<String> = logged(&[flag], every_level)
+            .iter()
+            .map(|line| line.split('"').nth(1).unwrap_or_default().to_owned())
+            .collect();
+        assert_eq!(messages, expected);
+    }
+
+    #[test]
+    fn crates_of_others_are_quiet_however_verbose_we_are() {
+        let lines = logged(&["-v=9"], || {
+            warn!(target: "kube_client::client", "a body with a secret");
+            error!(target: "kube_client::client", "kept: kube_client");
+            for_each_crate();
+        });
+        let kept: Vec<&str> = lines
+            .iter()
+            .filter_map(|line| line.split('"').nth(1))
+            .collect();
+        assert_eq!(
+            kept,
+            [
+                "kept: kube_client",
+                "kept: h2",
+                "kept: hyper",
+                "kept: tower",
+                "kept: rustls"
+            ]
+        );
+    }
+
+    fn for_each_crate() {
+        macro_rules! emit {
+            ($($target:literal)*) => { $(
+                warn!(target: $target, "kept: {}", $target.split("::").next().unwrap());
+                info!(target: $target, "dropped");
+                trace!(target: $target, "dropped");
+            )* };
+        }
+        emit!("h2::codec" "hyper::client" "tower::buffer" "rustls::client");
+    }
+}

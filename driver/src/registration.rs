@@ -1,0 +1,452 @@
+//! The built-in registrar: tells kubelet that the driver is there, without a sidecar.
+//!
+//! kubelet watches a directory. For each socket that appears it asks `GetInfo`, calls the CSI
+//! endpoint named there, and reports the outcome by `NotifyRegistrationStatus`. When the socket
+//! goes away the driver is no longer registered. So the registrar keeps its socket in that
+//! directory as long as it runs: it waits for a missing directory, comes back when somebody
+//! removes the socket, and when kubelet refuses it reports why and offers itself anew.
+//!
+//! It asks nothing of the driver and nothing depends on it: kubelet can be away for any time.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::time::Duration;
+
+use nix::sys::stat::{Mode, fchmod};
+use proto::registration::registration_server::{Registration, RegistrationServer};
+use proto::registration::{
+    InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse,
+};
+use tokio::net::{UnixListener, UnixSocket};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, transport};
+use tracing::{error, info, warn};
+
+/// The plugin type that kubelet registers as a CSI driver.
+const PLUGIN_TYPE: &str = "CSIPlugin";
+/// Versions of the CSI wire; kubelet accepts 0.x and 1.x and looks at nothing else.
+const SUPPORTED_VERSIONS: [&str; 1] = ["1.0.0"];
+/// How often to look whether the socket is still ours, and whether the directory is there.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Pauses before offering again after a failure: each is twice the one before.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// What an answer to kubelet may take when the socket is taken away.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+/// How many connections may wait; kubelet makes one at a time.
+const BACKLOG: u32 = 16;
+
+/// Registers one driver with the kubelet of this node.
+#[derive(Clone, Debug)]
+pub struct Registrar {
+    /// kubelet's directory of registration sockets, usually `/var/lib/kubelet/plugins_registry`.
+    pub dir: PathBuf,
+    /// The CSI driver's name.
+    pub driver_name: String,
+    /// The CSI socket, as kubelet sees it.
+    pub endpoint: PathBuf,
+}
+
+/// Why an offer ended.
+enum End {
+    Stopped,
+    /// The socket is gone: kubelet or a person cleaned the directory.
+    Wiped,
+    /// Another file has taken the socket's place.
+    Replaced,
+    /// kubelet did not take the driver, and said why.
+    Refused(String),
+}
+
+impl Registrar {
+    /// Offers the driver to kubelet until `stop`, then takes the socket away. Every failure is
+    /// logged and tried again.
+    pub async fn run(self, stop: CancellationToken) {
+        let socket = self.dir.join(format!("{}-reg.sock", self.driver_name));
+        let socket = socket.as_path();
+        let mut pause = SHORTEST_PAUSE;
+        loop {
+            if !self.directory_exists(&stop).await {
+                return;
+            }
+            let started = Instant::now();
+            match self.offer(socket, &stop).await {
+                Ok(End::Stopped) => return,
+                Ok(End::Wiped) => {
+                    info!(socket = %socket.display(), "registration socket was removed, offering a new one");
+                    continue;
+                }
+                Ok(End::Replaced) => warn!(
+                    socket = %socket.display(),
+                    "another process replaced the registration socket; does a node-driver-registrar run beside --registration-dir?"
+                ),
+                Ok(End::Refused(reason)) => error!(
+                    driver = self.driver_name,
+                    endpoint = %self.endpoint.display(),
+                    reason,
+                    "kubelet refused to register the driver; --kubelet-registration-path must be the CSI socket as kubelet sees it"
+                ),
+                Err(error) => error!(%error, "cannot offer the driver to kubelet"),
+            }
+            if started.elapsed() > LONGEST_PAUSE {
+                pause = SHORTEST_PAUSE;
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
+            }
+        }
+    }
+
+    /// Waits for kubelet's directory, which kubelet makes when it starts. False: stopped.
+    async fn directory_exists(&self, stop: &CancellationToken) -> bool {
+        let mut told = false;
+        while !self.dir.is_dir() {
+            if !told {
+                warn!(dir = %self.dir.display(), "waiting for the registration directory; kubelet makes it");
+                told = true;
+            }
+            tokio::select! {
+                () = stop.cancelled() => return false,
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+        }
+        true
+    }
+
+    /// Puts the socket there and serves it until there is a reason to end.
+    async fn offer(&self, socket: &Path, stop: &CancellationToken) -> io::Result<End> {
+        let listener = listen_privately(socket)?;
+        let ours = identity(socket)?;
+        let (outcome, mut outcomes) = mpsc::channel(1);
+        let service = RegistrationServer::new(Service {
+            info: PluginInfo {
+                r#type: PLUGIN_TYPE.to_owned(),
+                name: self.driver_name.clone(),
+                endpoint: self.endpoint.display().to_string(),
+                supported_versions: SUPPORTED_VERSIONS.map(str::to_owned).to_vec(),
+            },
+            outcome,
+        });
+        let ended = CancellationToken::new();
+        let mut server = pin!(
+            transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming_shutdown(
+                    UnixListenerStream::new(listener),
+                    ended.clone().cancelled_owned(),
+                )
+        );
+        info!(socket = %socket.display(), endpoint = %self.endpoint.display(), "offering the driver to kubelet");
+
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let end = loop {
+            tokio::select! {
+                () = stop.cancelled() => break End::Stopped,
+                result = &mut server => return match result {
+                    Ok(()) => Err(io::Error::other("the registration server ended by itself")),
+                    Err(error) => Err(io::Error::other(error)),
+                },
+                Some(outcome) = outcomes.recv() => match outcome {
+                    Ok(()) => info!(driver = self.driver_name, "kubelet registered the driver"),
+                    Err(reason) => break End::Refused(reason),
+                },
+                _ = look.tick() => match identity(socket) {
+                    Ok(found) if found == ours => {}
+                    Ok(_) => break End::Replaced,
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => break End::Wiped,
+                    Err(error) => return Err(error),
+                },
+            }
+        };
+
+        ended.cancel();
+        // kubelet is waiting for the answer to its refusal. It may also keep the connection
+        // open for no reason, so what matters is that the socket is gone, not how this ends.
+        let _ = tokio::time::timeout(DRAIN_TIMEOUT, server).await;
+        if identity(socket).is_ok_and(|found| found == ours) {
+            std::fs::remove_file(socket)?;
+        }
+        Ok(end)
+    }
+}
+
+/// What tells one file from another that later has the same path. The time is part of it because
+/// file systems give a freed inode number to the next file.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    changed: (i64, i64),
+}
+
+fn identity(path: &Path) -> io::Result<Identity> {
+    let metadata = std::fs::symlink_metadata(path)?;
+    Ok(Identity {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        changed: (metadata.ctime(), metadata.ctime_nsec()),
+    })
+}
+
+/// Listens on a socket in the file system that only the process's own user can connect to, in
+/// the place of a socket that an earlier process left behind.
+///
+/// The socket has mode 0600 from its first moment. A umask would do that too, but it belongs to
+/// the whole process and would change the modes of files that other threads make meanwhile; a
+/// `chmod` after the bind leaves a moment in which anybody may connect. Linux gives the file
+/// that `bind` makes the mode of the unbound socket, so that is where the mode is set.
+///
+/// # Errors
+/// If there is something other than a socket at the path, which is left alone, or if the system
+/// refuses.
+pub fn listen_privately(path: &Path) -> io::Result<UnixListener> {
+    let at_path =
+        |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    match std::fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.file_type().is_socket() => {
+            std::fs::remove_file(path).map_err(at_path)?;
+        }
+        Ok(_) => {
+            let text = "there is a file that is not a socket; remove it";
+            return Err(at_path(io::Error::new(io::ErrorKind::AlreadyExists, text)));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(at_path(error)),
+    }
+    let socket = UnixSocket::new_stream()?;
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    socket.bind(path).map_err(at_path)?;
+    socket.listen(BACKLOG).map_err(at_path)
+}
+
+/// What kubelet talks to.
+struct Service {
+    info: PluginInfo,
+    outcome: mpsc::Sender<Result<(), String>>,
+}
+
+#[tonic::async_trait]
+impl Registration for Service {
+    async fn get_info(&self, _: Request<InfoRequest>) -> Result<Response<PluginInfo>, Status> {
+        Ok(Response::new(self.info.clone()))
+    }
+
+    async fn notify_registration_status(
+        &self,
+        request: Request<RegistrationStatus>,
+    ) -> Result<Response<RegistrationStatusResponse>, Status> {
+        let status = request.into_inner();
+        let outcome = if status.plugin_registered {
+            Ok(())
+        } else {
+            Err(status.error)
+        };
+        // Nobody listens any more when this offer has ended; the next one gets its own outcome.
+        let _ = self.outcome.send(outcome).await;
+        Ok(Response::new(RegistrationStatusResponse {}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proto::registration::registration_client::RegistrationClient;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+    use tokio::task::JoinHandle;
+    use tonic::transport::Channel;
+
+    struct Run {
+        dir: tempfile::TempDir,
+        stop: CancellationToken,
+        task: JoinHandle<()>,
+    }
+
+    impl Run {
+        fn start(dir: tempfile::TempDir) -> Self {
+            let stop = CancellationToken::new();
+            let registrar = Registrar {
+                dir: dir.path().join("plugins_registry"),
+                driver_name: "driver.example".into(),
+                endpoint: "/var/lib/kubelet/plugins/driver/csi.sock".into(),
+            };
+            let task = tokio::spawn(registrar.run(stop.clone()));
+            Self { dir, stop, task }
+        }
+
+        fn with_directory() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            fs::create_dir(dir.path().join("plugins_registry")).unwrap();
+            Self::start(dir)
+        }
+
+        fn socket(&self) -> PathBuf {
+            socket_in(&self.dir)
+        }
+
+        /// Waits for a registration socket that can be connected to.
+        async fn client(&self) -> RegistrationClient<Channel> {
+            let uri = format!("unix://{}", self.socket().display());
+            let endpoint = transport::Endpoint::from_shared(uri).unwrap();
+            let connected = async {
+                loop {
+                    if let Ok(channel) = endpoint.connect().await {
+                        return RegistrationClient::new(channel);
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(5), connected)
+                .await
+                .expect("a registration socket")
+        }
+
+        async fn end(self) {
+            self.stop.cancel();
+            tokio::time::timeout(Duration::from_secs(2), self.task)
+                .await
+                .unwrap()
+                .unwrap();
+            assert!(!socket_in(&self.dir).exists());
+        }
+    }
+
+    fn socket_in(dir: &tempfile::TempDir) -> PathBuf {
+        dir.path().join("plugins_registry/driver.example-reg.sock")
+    }
+
+    fn refused() -> RegistrationStatus {
+        RegistrationStatus {
+            plugin_registered: false,
+            error: "no such socket".into(),
+        }
+    }
+
+    #[tokio::test]
+    async fn kubelet_shakes_hands() {
+        let run = Run::with_directory();
+        let mut client = run.client().await;
+        let info = client.get_info(InfoRequest {}).await.unwrap().into_inner();
+        assert_eq!(
+            info,
+            PluginInfo {
+                r#type: "CSIPlugin".into(),
+                name: "driver.example".into(),
+                endpoint: "/var/lib/kubelet/plugins/driver/csi.sock".into(),
+                supported_versions: vec!["1.0.0".into()],
+            }
+        );
+        let status = RegistrationStatus {
+            plugin_registered: true,
+            error: String::new(),
+        };
+        client.notify_registration_status(status).await.unwrap();
+        assert_eq!(
+            fs::metadata(run.socket()).unwrap().permissions().mode() & 0o7777,
+            0o600
+        );
+        let before = identity(&run.socket()).unwrap();
+        tokio::time::sleep(LOOK_EVERY * 2).await;
+        assert_eq!(
+            identity(&run.socket()).unwrap(),
+            before,
+            "a registered driver stays"
+        );
+        run.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_answered_and_the_driver_offered_anew() {
+        let run = Run::with_directory();
+        let mut client = run.client().await;
+        // kubelet hears the answer to its refusal, and sees the socket go and come again.
+        client.notify_registration_status(refused()).await.unwrap();
+        let refused_at = Instant::now();
+        let gone = async {
+            while run.socket().exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(SHORTEST_PAUSE * 2, gone)
+            .await
+            .unwrap();
+        let mut client = run.client().await;
+        assert!(refused_at.elapsed() >= SHORTEST_PAUSE);
+        client.get_info(InfoRequest {}).await.unwrap();
+        run.end().await;
+    }
+
+    #[tokio::test]
+    async fn the_socket_comes_back_when_it_or_the_directory_is_wiped() {
+        let run = Run::with_directory();
+        run.client().await;
+        fs::remove_file(run.socket()).unwrap();
+        run.client().await.get_info(InfoRequest {}).await.unwrap();
+
+        let registry = run.dir.path().join("plugins_registry");
+        fs::remove_dir_all(&registry).unwrap();
+        tokio::time::sleep(LOOK_EVERY * 2).await;
+        assert!(!registry.exists(), "the directory is kubelet's to make");
+        fs::create_dir(&registry).unwrap();
+        run.client().await.get_info(InfoRequest {}).await.unwrap();
+        run.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_missing_directory_is_waited_for() {
+        let run = Run::start(tempfile::tempdir().unwrap());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        fs::create_dir(run.dir.path().join("plugins_registry")).unwrap();
+        run.client().await.get_info(InfoRequest {}).await.unwrap();
+        run.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("plugins_registry")).unwrap();
+        // A listener that is dropped leaves its file behind, as a killed process does.
+        drop(std::os::unix::net::UnixListener::bind(socket_in(&dir)).unwrap());
+        assert!(socket_in(&dir).exists());
+        let run = Run::start(dir);
+        run.client().await.get_info(InfoRequest {}).await.unwrap();
+        run.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_file_in_the_way_is_left_alone_and_registration_follows_its_removal() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("plugins_registry")).unwrap();
+        fs::write(socket_in(&dir), "precious").unwrap();
+        let error = listen_privately(&socket_in(&dir)).unwrap_err();
+        assert!(
+            error.to_string().ends_with(
+                "driver.example-reg.sock: there is a file that is not a socket; remove it"
+            )
+        );
+        let run = Run::start(dir);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(fs::read_to_string(run.socket()).unwrap(), "precious");
+        fs::remove_file(run.socket()).unwrap();
+        run.client().await.get_info(InfoRequest {}).await.unwrap();
+        run.end().await;
+    }
+
+    #[tokio::test]
+    async fn the_socket_of_another_process_is_not_taken_away_at_the_end() {
+        let run = Run::with_directory();
+        run.client().await;
+        fs::remove_file(run.socket()).unwrap();
+        let _other = std::os::unix::net::UnixListener::bind(run.socket()).unwrap();
+        run.stop.cancel();
+        run.task.await.unwrap();
+        assert!(socket_in(&run.dir).exists());
+    }
+}

@@ -1,0 +1,489 @@
+//! What an operator installs says what the contract says, and the generated part of it is up to
+//! date. `UPDATE_DEPLOY=1 cargo test -p driver --test manifests` writes the generated files anew.
+
+// A test crate outside of its #[test] functions.
+#![allow(clippy::panic, clippy::unwrap_used)]
+
+#[path = "manifests/crds.rs"]
+mod crds;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use driver::cluster::resources::GROUP;
+use driver::config::{Config, Endpoint};
+use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::core::v1::{PodSpec, ServiceAccount, Toleration};
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+use k8s_openapi::api::storage::v1::{CSIDriver, CSIDriverSpec};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
+};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use kube::core::Resource;
+use rstest::rstest;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+fn deploy(file: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../deploy")
+        .join(file)
+}
+
+#[rstest]
+#[case(
+    "secrets-store.csi.x-k8s.io_secretproviderclasses.yaml",
+    crds::secret_provider_class()
+)]
+#[case(
+    "secrets-store.csi.x-k8s.io_secretproviderclasspodstatuses.yaml",
+    crds::secret_provider_class_pod_status()
+)]
+fn crds_are_rendered_from_the_rust_types(
+    #[case] file: &str,
+    #[case] definition: CustomResourceDefinition,
+) {
+    let yaml = serde_saphyr::to_string(&definition).unwrap();
+    let rendered = format!(
+        "# Rendered from driver/src/cluster/resources.rs by driver/tests/manifests.rs.\n{yaml}"
+    );
+    if std::env::var_os("UPDATE_DEPLOY").is_some() {
+        fs::write(deploy(file), &rendered).unwrap();
+    }
+    let committed = fs::read_to_string(deploy(file)).unwrap_or_default();
+    assert!(
+        committed == rendered,
+        "deploy/{file} is stale: run UPDATE_DEPLOY=1 cargo test -p driver --test manifests"
+    );
+}
+
+/// The tree of fields, as `path: type` lines without the three fields every object has.
+fn fields(path: &str, schema: &JSONSchemaProps, lines: &mut Vec<String>) {
+    let kind = schema.type_.as_deref().unwrap_or("?");
+    match (&schema.items, &schema.additional_properties) {
+        (Some(JSONSchemaPropsOrArray::Schema(items)), _) => {
+            fields(&format!("{path}[]"), items, lines)
+        }
+        (_, Some(JSONSchemaPropsOrBool::Schema(values))) => {
+            fields(&format!("{path}{{}}"), values, lines)
+        }
+        _ if schema.properties.is_none() => lines.push(format!("{path}: {kind}")),
+        _ => {}
+    }
+    for (name, property) in schema.properties.iter().flatten() {
+        let common = path.is_empty() && ["apiVersion", "kind", "metadata"].contains(&name.as_str());
+        if !common {
+            fields(&format!("{path}.{name}"), property, lines);
+        }
+    }
+    let bare = JSONSchemaProps {
+        type_: schema.type_.clone(),
+        description: schema.description.clone(),
+        items: schema.items.clone(),
+        properties: schema.properties.clone(),
+        additional_properties: schema.additional_properties.clone(),
+        ..Default::default()
+    };
+    assert_eq!(
+        *schema, bare,
+        "{path} says more than a type and a description"
+    );
+}
+
+const CLASS_SPEC: [&str; 8] = [
+    ".spec.parameters{}: string",
+    ".spec.provider: string",
+    ".spec.secretObjects[].annotations{}: string",
+    ".spec.secretObjects[].data[].key: string",
+    ".spec.secretObjects[].data[].objectName: string",
+    ".spec.secretObjects[].labels{}: string",
+    ".spec.secretObjects[].secretName: string",
+    ".spec.secretObjects[].type: string",
+];
+const POD_STATUS: [&str; 6] = [
+    ".status.mounted: boolean",
+    ".status.objects[].id: string",
+    ".status.objects[].version: string",
+    ".status.podName: string",
+    ".status.secretProviderClassName: string",
+    ".status.targetPath: string",
+];
+
+#[rstest]
+#[case(crds::secret_provider_class(), "v1", &CLASS_SPEC, &[".status: object"])]
+#[case(crds::secret_provider_class(), "v1alpha1", &CLASS_SPEC, &[".status.byPod[].id: string", ".status.byPod[].namespace: string"])]
+#[case(crds::secret_provider_class_pod_status(), "v1", &POD_STATUS, &[])]
+#[case(crds::secret_provider_class_pod_status(), "v1alpha1", &POD_STATUS, &[])]
+fn crds_have_the_fields_of_the_contract(
+    #[case] definition: CustomResourceDefinition,
+    #[case] version: &str,
+    #[case] expected: &[&str],
+    #[case] status: &[&str],
+) {
+    let version = definition
+        .spec
+        .versions
+        .iter()
+        .find(|v| v.name == version)
+        .unwrap();
+    let schema = version
+        .schema
+        .as_ref()
+        .unwrap()
+        .open_api_v3_schema
+        .as_ref()
+        .unwrap();
+    let mut lines = Vec::new();
+    fields("", schema, &mut lines);
+    assert_eq!(lines, [expected, status].concat());
+}
+
+/// The objects of type `K` in a file. Fails on a field that Kubernetes does not know.
+fn objects<K: Resource<DynamicType = ()> + DeserializeOwned + Serialize>(file: &str) -> Vec<K> {
+    let text = fs::read_to_string(deploy(file)).unwrap();
+    let documents: Vec<Value> = serde_saphyr::from_multiple(&text).unwrap();
+    let ours = |document: &Value| {
+        document["apiVersion"] == *K::api_version(&()) && document["kind"] == *K::kind(&())
+    };
+    documents
+        .into_iter()
+        .filter(ours)
+        .map(|document| {
+            let object: K = serde_json::from_value(document.clone()).unwrap();
+            assert_eq!(serde_json::to_value(&object).unwrap(), document, "{file}");
+            object
+        })
+        .collect()
+}
+
+fn object<K: Resource<DynamicType = ()> + DeserializeOwned + Serialize>(file: &str) -> K {
+    let mut found = objects(file);
+    assert_eq!(found.len(), 1, "{file}");
+    found.remove(0)
+}
+
+fn daemon_set() -> (DaemonSet, PodSpec) {
+    let daemon_set: DaemonSet = object("secrets-store-csi-driver.yaml");
+    let pod = daemon_set.spec.template.spec.clone().unwrap();
+    (daemon_set, pod)
+}
+
+#[test]
+fn the_files_are_those_that_operators_know() {
+    let mut names: Vec<String> = fs::read_dir(deploy(""))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.ends_with(".yaml"))
+        .collect();
+    names.sort();
+    assert_eq!(
+        names,
+        [
+            "csidriver.yaml",
+            "rbac-secretproviderclass.yaml",
+            "rbac-secretprovidersyncing.yaml",
+            "role-secretproviderclasses-admin.yaml",
+            "role-secretproviderclasses-viewer.yaml",
+            "role-secretproviderclasspodstatuses-viewer.yaml",
+            "secrets-store-csi-driver.yaml",
+            "secrets-store.csi.x-k8s.io_secretproviderclasses.yaml",
+            "secrets-store.csi.x-k8s.io_secretproviderclasspodstatuses.yaml",
+        ]
+    );
+}
+
+#[test]
+fn the_csi_driver_object_asks_kubelet_for_what_the_driver_needs() {
+    let csi_driver: CSIDriver = object("csidriver.yaml");
+    assert_eq!(
+        csi_driver.metadata.name.as_deref(),
+        Some("secrets-store.csi.k8s.io")
+    );
+    assert_eq!(
+        csi_driver.spec,
+        CSIDriverSpec {
+            attach_required: Some(false),
+            pod_info_on_mount: Some(true),
+            requires_republish: Some(true),
+            volume_lifecycle_modes: Some(vec!["Ephemeral".into()]),
+            ..Default::default()
+        }
+    );
+}
+
+#[test]
+fn the_daemon_set_is_found_by_its_names_and_runs_everywhere() {
+    let (daemon_set, pod) = daemon_set();
+    assert_eq!(
+        daemon_set.metadata.name.as_deref(),
+        Some("csi-secrets-store")
+    );
+    assert_eq!(
+        daemon_set.metadata.namespace.as_deref(),
+        Some("kube-system")
+    );
+    let spec = daemon_set.spec;
+    let label = BTreeMap::from([("app".to_owned(), "csi-secrets-store".to_owned())]);
+    assert_eq!(spec.selector.match_labels, Some(label.clone()));
+    let template = spec.template.metadata.unwrap();
+    assert_eq!(template.labels, Some(label));
+    assert_eq!(
+        template.annotations.unwrap()["kubectl.kubernetes.io/default-container"],
+        "secrets-store"
+    );
+    assert_eq!(
+        pod.service_account_name.as_deref(),
+        Some("secrets-store-csi-driver")
+    );
+    assert_eq!(pod.node_selector.unwrap()["kubernetes.io/os"], "linux");
+    let [toleration] = pod.tolerations.as_deref().unwrap() else {
+        panic!("one toleration")
+    };
+    assert_eq!(
+        *toleration,
+        Toleration {
+            operator: Some("Exists".into()),
+            ..Default::default()
+        }
+    );
+}
+
+#[rstest]
+#[case(0, "node-driver-registrar", &[
+    "--v=5",
+    "--csi-address=/csi/csi.sock",
+    "--kubelet-registration-path=/var/lib/kubelet/plugins/csi-secrets-store/csi.sock",
+], &["plugin-dir /csi", "registration-dir /registration"])]
+#[case(1, "secrets-store", &[
+    "--endpoint=$(CSI_ENDPOINT)",
+    "--nodeid=$(KUBE_NODE_NAME)",
+    "--provider-volume=/var/run/secrets-store-csi-providers",
+    "--additional-provider-volume-paths=/etc/kubernetes/secrets-store-csi-providers",
+    "--metrics-addr=:8095",
+    "--enable-secret-rotation=false",
+    "--rotation-poll-interval=2m",
+    "--provider-health-check=false",
+    "--provider-health-check-interval=2m",
+], &[
+    "plugin-dir /csi",
+    "mountpoint-dir /var/lib/kubelet/pods Bidirectional",
+    "providers-dir /etc/kubernetes/secrets-store-csi-providers",
+    "providers-dir-0 /var/run/secrets-store-csi-providers",
+])]
+#[case(2, "liveness-probe", &[
+    "--csi-address=/csi/csi.sock",
+    "--probe-timeout=3s",
+    "--http-endpoint=0.0.0.0:9808",
+    "-v=2",
+], &["plugin-dir /csi"])]
+fn containers_keep_their_place_name_arguments_and_mounts(
+    #[case] position: usize,
+    #[case] name: &str,
+    #[case] args: &[&str],
+    #[case] mounts: &[&str],
+) {
+    let (_, pod) = daemon_set();
+    assert_eq!(pod.containers.len(), 3);
+    let container = &pod.containers[position];
+    assert_eq!(container.name, name);
+    assert_eq!(container.args.as_deref().unwrap(), args);
+    let found: Vec<String> = container
+        .volume_mounts
+        .iter()
+        .flatten()
+        .map(|mount| {
+            let propagation = mount.mount_propagation.as_deref().unwrap_or_default();
+            format!("{} {} {propagation}", mount.name, mount.mount_path)
+                .trim()
+                .to_owned()
+        })
+        .collect();
+    assert_eq!(found, mounts);
+    let privileged = container
+        .security_context
+        .as_ref()
+        .and_then(|context| context.privileged);
+    assert_eq!(privileged, (position == 1).then_some(true));
+}
+
+#[test]
+fn volumes_are_the_paths_of_the_node() {
+    let (_, pod) = daemon_set();
+    let found: Vec<String> = pod
+        .volumes
+        .unwrap()
+        .into_iter()
+        .map(|volume| {
+            let host = volume.host_path.unwrap();
+            format!("{} {} {}", volume.name, host.path, host.type_.unwrap())
+        })
+        .collect();
+    assert_eq!(
+        found,
+        [
+            "mountpoint-dir /var/lib/kubelet/pods DirectoryOrCreate",
+            // Must exist: kubelet would not watch a directory that it did not make.
+            "registration-dir /var/lib/kubelet/plugins_registry/ Directory",
+            "plugin-dir /var/lib/kubelet/plugins/csi-secrets-store/ DirectoryOrCreate",
+            "providers-dir /etc/kubernetes/secrets-store-csi-providers DirectoryOrCreate",
+            "providers-dir-0 /var/run/secrets-store-csi-providers DirectoryOrCreate",
+        ]
+    );
+}
+
+#[test]
+fn kubelet_probes_the_driver_through_the_sidecar() {
+    let (_, pod) = daemon_set();
+    let driver = &pod.containers[1];
+    let ports: Vec<_> = driver
+        .ports
+        .iter()
+        .flatten()
+        .map(|port| (port.name.as_deref().unwrap(), port.container_port))
+        .collect();
+    assert_eq!(ports, [("healthz", 9808), ("metrics", 8095)]);
+    let probe = driver.liveness_probe.as_ref().unwrap();
+    let request = probe.http_get.as_ref().unwrap();
+    assert_eq!(request.path.as_deref(), Some("/healthz"));
+    assert_eq!(request.port, IntOrString::String("healthz".into()));
+    let times = [
+        probe.initial_delay_seconds,
+        probe.timeout_seconds,
+        probe.period_seconds,
+        probe.failure_threshold,
+    ];
+    assert_eq!(times, [Some(30), Some(10), Some(15), Some(5)]);
+}
+
+#[test]
+fn the_driver_understands_its_own_manifest() {
+    let (_, pod) = daemon_set();
+    let driver = &pod.containers[1];
+    let env: Vec<_> = driver.env.iter().flatten().collect();
+    let [endpoint, node] = env.as_slice() else {
+        panic!("two variables")
+    };
+    assert_eq!(endpoint.name, "CSI_ENDPOINT");
+    assert_eq!(node.name, "KUBE_NODE_NAME");
+    let field = node
+        .value_from
+        .as_ref()
+        .unwrap()
+        .field_ref
+        .as_ref()
+        .unwrap();
+    assert_eq!(field.field_path, "spec.nodeName");
+
+    let args = driver.args.iter().flatten().map(|arg| {
+        arg.replace("$(CSI_ENDPOINT)", endpoint.value.as_deref().unwrap())
+            .replace("$(KUBE_NODE_NAME)", "node-1")
+            .into()
+    });
+    let config = Config::parse(args).unwrap();
+    assert_eq!(config.endpoint, Endpoint::Unix("/csi/csi.sock".into()));
+    assert_eq!(config.node_id, "node-1");
+    assert!(config.ignored_arguments.is_empty());
+    assert!(
+        config.without_effect().is_empty(),
+        "{:?}",
+        config.without_effect()
+    );
+}
+
+#[rstest]
+#[case("rbac-secretproviderclass.yaml", "secretproviderclasses-role", &[], &[
+    "/events: create patch".to_owned(),
+    "/pods: get list watch".to_owned(),
+    format!("{GROUP}/secretproviderclasses: get list watch"),
+    format!("{GROUP}/secretproviderclasspodstatuses: create delete get list patch update watch"),
+    format!("{GROUP}/secretproviderclasspodstatuses/status: get patch update"),
+    "storage.k8s.io/csidrivers secrets-store.csi.k8s.io: get list watch".to_owned(),
+])]
+#[case("rbac-secretprovidersyncing.yaml", "secretprovidersyncing-role", &[], &[
+    "/secrets: create delete get list patch update watch".to_owned(),
+])]
+#[case("role-secretproviderclasses-admin.yaml", "secretproviderclasses-admin-role", &["admin", "edit"], &[
+    format!("{GROUP}/secretproviderclasses: get list watch create update patch delete"),
+])]
+#[case("role-secretproviderclasses-viewer.yaml", "secretproviderclasses-viewer-role", &["view"], &[
+    format!("{GROUP}/secretproviderclasses: get list watch"),
+])]
+#[case("role-secretproviderclasspodstatuses-viewer.yaml", "secretproviderclasspodstatuses-viewer-role", &["view"], &[
+    format!("{GROUP}/secretproviderclasspodstatuses: get list watch"),
+])]
+fn roles_grant_this_and_nothing_else(
+    #[case] file: &str,
+    #[case] name: &str,
+    #[case] aggregated_to: &[&str],
+    #[case] rules: &[String],
+) {
+    let role: ClusterRole = object(file);
+    assert_eq!(role.metadata.name.as_deref(), Some(name));
+    let labels = aggregated_to.iter().map(|to| {
+        (
+            format!("rbac.authorization.k8s.io/aggregate-to-{to}"),
+            "true".to_owned(),
+        )
+    });
+    assert_eq!(role.metadata.labels.unwrap_or_default(), labels.collect());
+    let found: Vec<String> = role
+        .rules
+        .unwrap()
+        .iter()
+        .map(|rule| {
+            let groups = rule
+                .api_groups
+                .iter()
+                .flatten()
+                .cloned()
+                .collect::<Vec<_>>()
+                .join(",");
+            let resources = rule
+                .resources
+                .iter()
+                .flatten()
+                .cloned()
+                .collect::<Vec<_>>()
+                .join(",");
+            let names: String = rule
+                .resource_names
+                .iter()
+                .flatten()
+                .map(|name| format!(" {name}"))
+                .collect();
+            format!("{groups}/{resources}{names}: {}", rule.verbs.join(" "))
+        })
+        .collect();
+    assert_eq!(found, rules);
+}
+
+#[rstest]
+#[case("rbac-secretproviderclass.yaml", "secretproviderclasses-role")]
+#[case("rbac-secretprovidersyncing.yaml", "secretprovidersyncing-role")]
+fn the_drivers_account_has_its_role(#[case] file: &str, #[case] role: &str) {
+    let binding: ClusterRoleBinding = object(file);
+    assert_eq!(binding.metadata.name, Some(format!("{role}binding")));
+    assert_eq!(
+        (
+            binding.role_ref.kind.as_str(),
+            binding.role_ref.name.as_str()
+        ),
+        ("ClusterRole", role)
+    );
+    let subjects = binding.subjects.unwrap();
+    let [subject] = subjects.as_slice() else {
+        panic!("one subject")
+    };
+    let account: ServiceAccount = object("rbac-secretproviderclass.yaml");
+    assert_eq!(subject.kind, "ServiceAccount");
+    assert_eq!(subject.name, "secrets-store-csi-driver");
+    assert_eq!(
+        account.metadata.name.as_deref(),
+        Some("secrets-store-csi-driver")
+    );
+    assert_eq!(subject.namespace.as_deref(), Some("kube-system"));
+    assert_eq!(account.metadata.namespace.as_deref(), Some("kube-system"));
+}

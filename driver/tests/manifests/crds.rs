@@ -1,0 +1,172 @@
+//! Renders the two CRDs from the Rust types, for every served version.
+//!
+//! It lives beside the tests because nothing in the product renders a CRD: an operator applies
+//! the files in `deploy/`.
+
+use std::collections::BTreeMap;
+
+use driver::cluster::resources::{GROUP, SecretProviderClass, SecretProviderClassPodStatus};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, CustomResourceDefinitionNames, CustomResourceDefinitionSpec,
+    CustomResourceDefinitionVersion, CustomResourceValidation, JSONSchemaProps,
+};
+use kube::core::{ObjectMeta, Resource};
+use schemars::JsonSchema;
+use schemars::generate::SchemaSettings;
+use serde_json::{Map, Value, json};
+
+/// The CRD of SecretProviderClass.
+///
+/// The driver neither reads nor writes a class's `status`, so its types have none. The schemas
+/// have one because objects of the existing driver may carry it.
+pub(crate) fn secret_provider_class() -> CustomResourceDefinition {
+    let schema_with_status = |status: Value| {
+        let mut schema = schema_of::<SecretProviderClass>();
+        schema["properties"]["status"] = status;
+        schema
+    };
+    let v1 = schema_with_status(json!({
+        "type": "object",
+        "description": "Unused.",
+    }));
+    let v1alpha1 = schema_with_status(json!({
+        "type": "object",
+        "description": "Unused.",
+        "properties": {
+            "byPod": {
+                "type": "array",
+                "description": "Unused.",
+                "items": {
+                    "type": "object",
+                    "properties": {"id": {"type": "string"}, "namespace": {"type": "string"}},
+                },
+            },
+        },
+    }));
+    let warning =
+        format!("{GROUP}/v1alpha1 is deprecated: write SecretProviderClass as {GROUP}/v1");
+    definition::<SecretProviderClass>("secretproviderclass", v1, v1alpha1, Some(warning))
+}
+
+/// The CRD of SecretProviderClassPodStatus.
+pub(crate) fn secret_provider_class_pod_status() -> CustomResourceDefinition {
+    let schema = schema_of::<SecretProviderClassPodStatus>();
+    definition::<SecretProviderClassPodStatus>(
+        "secretproviderclasspodstatus",
+        schema.clone(),
+        schema,
+        None,
+    )
+}
+
+fn definition<K: Resource<DynamicType = ()>>(
+    singular: &str,
+    v1: Value,
+    v1alpha1: Value,
+    deprecation_warning: Option<String>,
+) -> CustomResourceDefinition {
+    let (kind, plural) = (K::kind(&()), K::plural(&()));
+    CustomResourceDefinition {
+        metadata: ObjectMeta {
+            name: Some(format!("{plural}.{GROUP}")),
+            // Tools and older manifests look for it; it says which dialect of schema this is.
+            annotations: Some(BTreeMap::from([(
+                "controller-gen.kubebuilder.io/version".to_owned(),
+                "v0.16.3".to_owned(),
+            )])),
+            ..Default::default()
+        },
+        spec: CustomResourceDefinitionSpec {
+            group: GROUP.to_owned(),
+            names: CustomResourceDefinitionNames {
+                kind: kind.to_string(),
+                list_kind: Some(format!("{kind}List")),
+                plural: plural.to_string(),
+                singular: Some(singular.to_owned()),
+                ..Default::default()
+            },
+            scope: "Namespaced".to_owned(),
+            versions: vec![
+                version("v1", v1),
+                CustomResourceDefinitionVersion {
+                    storage: false,
+                    deprecated: Some(true),
+                    deprecation_warning,
+                    ..version("v1alpha1", v1alpha1)
+                },
+            ],
+            ..Default::default()
+        },
+        ..Default::default()
+    }
+}
+
+fn version(name: &str, schema: Value) -> CustomResourceDefinitionVersion {
+    let schema: JSONSchemaProps = serde_json::from_value(schema).unwrap();
+    CustomResourceDefinitionVersion {
+        name: name.to_owned(),
+        served: true,
+        storage: true,
+        schema: Some(CustomResourceValidation {
+            open_api_v3_schema: Some(schema),
+        }),
+        ..Default::default()
+    }
+}
+
+/// The schema of a custom resource: types and descriptions from the Rust type, and the three
+/// fields that every object has.
+fn schema_of<K: JsonSchema>() -> Value {
+    let mut settings = SchemaSettings::openapi3();
+    settings.inline_subschemas = true;
+    let mut schema = plain(
+        settings
+            .into_generator()
+            .into_root_schema_for::<K>()
+            .to_value(),
+    );
+    let properties = schema["properties"].as_object_mut().unwrap();
+    properties.insert(
+        "apiVersion".to_owned(),
+        json!({"type": "string", "description": "Group and version of this object's schema."}),
+    );
+    properties.insert(
+        "kind".to_owned(),
+        json!({"type": "string", "description": "Which kind of object this is."}),
+    );
+    properties.insert("metadata".to_owned(), json!({"type": "object"}));
+    schema
+}
+
+/// Keeps what a schema of ours says (types and descriptions) and drops what the generator adds:
+/// defaults, formats, titles. Every field stays optional and nothing is refused but a wrong type.
+fn plain(schema: Value) -> Value {
+    let Value::Object(schema) = schema else {
+        return schema;
+    };
+    let mut kept = Map::new();
+    for (keyword, value) in schema {
+        match keyword.as_str() {
+            "type" => drop(kept.insert(keyword, value)),
+            // Rust comments are wrapped and link to Rust items; a manifest's reader sees neither.
+            "description" => {
+                let text = value
+                    .as_str()
+                    .unwrap()
+                    .replace('\n', " ")
+                    .replace(['[', ']', '`'], "");
+                kept.insert(keyword, Value::String(text));
+            }
+            "items" | "additionalProperties" => drop(kept.insert(keyword, plain(value))),
+            "properties" => {
+                let Value::Object(properties) = value else {
+                    panic!("properties: {value}")
+                };
+                let properties = properties.into_iter().map(|(k, v)| (k, plain(v))).collect();
+                kept.insert(keyword, Value::Object(properties));
+            }
+            _ => {}
+        }
+    }
+    Value::Object(kept)
+}

@@ -1,0 +1,148 @@
+//! Who may do what, and disturbances.
+
+use super::*;
+
+#[tokio::test]
+async fn service_accounts_may_do_what_roles_say() {
+    let setup = Setup::new().await;
+    setup.define_classes().await;
+    setup
+        .create(json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "r"},
+            "rules": [
+                {"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]},
+                {"apiGroups": ["storage.k8s.io"], "resources": ["csidrivers"], "verbs": ["list"],
+                    "resourceNames": ["secrets-store.csi.k8s.io"]},
+            ]}))
+        .await;
+    setup
+        .create(json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
+            "metadata": {"name": "r"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "r"},
+            "subjects": [{"kind": "ServiceAccount", "name": "driver", "namespace": "default"}]}))
+        .await;
+    let client = setup.pod_client("driver").await;
+
+    let pods: Api<Pod> = Api::namespaced(client.clone(), "default");
+    assert_eq!(
+        refusal(pods.get("p").await),
+        (404, "pods \"p\" not found".to_owned())
+    );
+    assert_eq!(
+        refusal(pods.patch_status("p", &PatchParams::default(), &Patch::Merge(json!({}))).await),
+        (
+            403,
+            "pods \"p\" is forbidden: User \"system:serviceaccount:default:driver\" cannot patch resource \
+             \"pods/status\" in API group \"\" in the namespace \"default\""
+                .to_owned()
+        )
+    );
+    assert_eq!(
+        refusal(classes(client.clone(), "v1", "x").get("spc").await),
+        (
+            403,
+            "secretproviderclasses.secrets-store.csi.x-k8s.io \"spc\" is forbidden: User \
+             \"system:serviceaccount:default:driver\" cannot get resource \"secretproviderclasses\" in API group \
+             \"secrets-store.csi.x-k8s.io\" in the namespace \"x\""
+                .to_owned()
+        )
+    );
+    let drivers: Api<k8s_openapi::api::storage::v1::CSIDriver> = Api::all(client.clone());
+    let ours = ListParams::default().fields("metadata.name=secrets-store.csi.k8s.io");
+    drivers.list(&ours).await.unwrap();
+    let (code, message) = refusal(drivers.list(&ListParams::default()).await);
+    assert_eq!(code, 403);
+    assert!(
+        message.ends_with("in API group \"storage.k8s.io\" at the cluster scope"),
+        "{message}"
+    );
+    client.apiserver_version().await.unwrap();
+
+    let statuses: Vec<_> = setup
+        .server
+        .requests()
+        .into_iter()
+        .map(|r| (r.verb, r.resource, r.status))
+        .collect();
+    assert_eq!(statuses[0], ("get".to_owned(), "pods".to_owned(), 404));
+    assert_eq!(statuses.len(), 6);
+    setup.server.reset_requests();
+    assert_eq!(setup.server.requests(), []);
+}
+
+#[tokio::test]
+async fn tokens_are_worth_what_they_are_bound_to() {
+    let setup = Setup::new().await;
+    let bad = setup.client_with(Some("a.b.c".to_owned())).await;
+    assert_eq!(
+        refusal(bad.apiserver_version().await),
+        (401, "Unauthorized".to_owned())
+    );
+    let nobody: Api<Pod> = Api::namespaced(setup.client_with(None).await, "default");
+    let (code, message) = refusal(nobody.get("p").await);
+    assert!(
+        code == 403 && message.contains("User \"system:anonymous\""),
+        "{message}"
+    );
+
+    let pods: Api<Pod> = setup.api();
+    pods.create(&POST, &pod("p", None)).await.unwrap();
+    let mut spec = TokenRequestSpec {
+        bound_object_ref: Some(BoundObjectReference {
+            kind: Some("Pod".to_owned()),
+            name: Some("p".to_owned()),
+            ..BoundObjectReference::default()
+        }),
+        ..TokenRequestSpec::default()
+    };
+    let client = setup
+        .client_with(Some(setup.token("default", &spec).await.unwrap()))
+        .await;
+    client.apiserver_version().await.unwrap();
+    pods.delete("p", &DeleteParams::default()).await.unwrap();
+    assert_eq!(refusal(client.apiserver_version().await).0, 401);
+    assert_eq!(refusal(setup.token("default", &spec).await).0, 404);
+
+    spec.bound_object_ref = None;
+    spec.audiences = Some(vec!["vault".to_owned()]);
+    let foreign = setup
+        .client_with(Some(setup.token("default", &spec).await.unwrap()))
+        .await;
+    assert_eq!(refusal(foreign.apiserver_version().await).0, 401);
+    spec.expiration_seconds = Some(60);
+    assert_eq!(refusal(setup.token("default", &spec).await).0, 422);
+}
+
+#[tokio::test]
+async fn disturbances_hit_everybody_but_administrators() {
+    let setup = Setup::new().await;
+    let client = setup.pod_client("default").await;
+    let ask =
+        async || tokio::time::timeout(Duration::from_millis(500), client.apiserver_version()).await;
+    assert!(ask().await.unwrap().is_ok());
+
+    setup.server.disturb(Disturbance::Fail {
+        status: 500,
+        verb: Some("get".to_owned()),
+        resource: Some("pods".to_owned()),
+        times: 1,
+    });
+    assert!(ask().await.unwrap().is_ok(), "another resource");
+    let pods: Api<Pod> = Api::namespaced(client.clone(), "default");
+    assert_eq!(refusal(pods.get("p").await).0, 500);
+    assert_eq!(refusal(pods.get("p").await).0, 403, "one time only");
+
+    setup.server.disturb(Disturbance::Hang);
+    assert!(ask().await.is_err());
+    setup.server.client().apiserver_version().await.unwrap();
+    setup
+        .server
+        .disturb(Disturbance::Slow(Duration::from_millis(200)));
+    let start = std::time::Instant::now();
+    assert!(ask().await.unwrap().is_ok());
+    assert!(start.elapsed() >= Duration::from_millis(200));
+
+    setup.server.disturb(Disturbance::Refuse);
+    assert!(matches!(ask().await, Ok(Err(error)) if !matches!(error, KubeError::Api(_))));
+    setup.server.disturb(Disturbance::None);
+    assert!(ask().await.unwrap().is_ok());
+}

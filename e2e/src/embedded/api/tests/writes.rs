@@ -1,0 +1,197 @@
+//! Creating, updating, patching, applying.
+
+use super::*;
+
+#[tokio::test]
+async fn objects_are_created_read_and_refused_as_in_a_cluster() {
+    let setup = Setup::new().await;
+    let secrets: Api<Secret> = setup.api();
+    let created = value(&secrets.create(&POST, &secret("s")).await.unwrap());
+    assert_eq!(created["data"], json!({"key": "dmFsdWU="}));
+    assert_eq!(
+        (&created["type"], &created["stringData"]),
+        (&json!("Opaque"), &Value::Null)
+    );
+    assert_eq!(value(&secrets.get("s").await.unwrap()), created);
+
+    assert_eq!(
+        refusal(secrets.create(&POST, &secret("s")).await),
+        (409, "secrets \"s\" already exists".to_owned())
+    );
+    assert_eq!(
+        refusal(secrets.get("x").await),
+        (404, "secrets \"x\" not found".to_owned())
+    );
+    let elsewhere: Api<Secret> = Api::namespaced(setup.server.client(), "nowhere");
+    assert_eq!(
+        refusal(elsewhere.create(&POST, &secret("s")).await),
+        (404, "namespaces \"nowhere\" not found".to_owned())
+    );
+
+    let event = json!({"metadata": {"generateName": "e-"}, "involvedObject": {"namespace": "default"}, "reason": "R"});
+    let events: Api<Event> = setup.api();
+    let event = events.create(&POST, &object(event)).await.unwrap();
+    assert_eq!(event.metadata.name.unwrap().len(), 7);
+    let some = ListParams::default().fields("involvedObject.namespace=default,reason=R");
+    assert_eq!(events.list(&some).await.unwrap().items.len(), 1);
+}
+
+#[tokio::test]
+async fn updates_need_the_version_they_read_and_a_reason() {
+    let setup = Setup::new().await;
+    let secrets: Api<Secret> = setup.api();
+    let first = secrets.create(&POST, &secret("s")).await.unwrap();
+    let same = secrets.replace("s", &POST, &first).await.unwrap();
+    assert_eq!(same, first, "an update that changes nothing is no write");
+
+    let patch = json!({"data": {"more": "eA=="}, "metadata": {"labels": {"a": "b"}}});
+    let second = secrets
+        .patch("s", &PatchParams::default(), &Patch::Merge(&patch))
+        .await
+        .unwrap();
+    assert_eq!(
+        value(&second)["data"],
+        json!({"key": "dmFsdWU=", "more": "eA=="})
+    );
+    let again = secrets
+        .patch("s", &PatchParams::default(), &Patch::Strategic(&patch))
+        .await
+        .unwrap();
+    assert_eq!(again, second);
+
+    assert_eq!(
+        refusal(secrets.replace("s", &POST, &first).await),
+        (
+            409,
+            "Operation cannot be fulfilled on secrets \"s\": the object has been modified; \
+             please apply your changes to the latest version and try again"
+                .to_owned()
+        )
+    );
+    let mut other_uid = second.clone();
+    other_uid.metadata.uid = Some("other".to_owned());
+    assert_eq!(
+        refusal(secrets.replace("s", &POST, &other_uid).await).0,
+        409
+    );
+    let mut unconditional = first;
+    unconditional.metadata.resource_version = None;
+    secrets.replace("s", &POST, &unconditional).await.unwrap();
+
+    setup.define_classes().await;
+    let spc = setup
+        .classes("v1")
+        .create(&POST, &class("v1", json!({"provider": "a"})))
+        .await
+        .unwrap();
+    assert_eq!(spc.metadata.generation, Some(1));
+    let (code, message) = refusal(
+        setup
+            .classes("v1")
+            .replace("spc", &POST, &class("v1", json!({})))
+            .await,
+    );
+    assert_eq!(code, 422);
+    assert!(
+        message.ends_with(
+            "metadata.resourceVersion: Invalid value: 0: must be specified for an update"
+        ),
+        "{message}"
+    );
+}
+
+#[tokio::test]
+async fn two_managers_apply_to_one_secret() {
+    let setup = Setup::new().await;
+    let secrets: Api<Secret> = setup.api();
+    let apply = async |manager: &str, owner: &str, data: Value| {
+        let config = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "ownerReferences": [
+            {"apiVersion": "v1", "kind": "Namespace", "name": owner, "uid": uid_of(&setup, owner).await}]}, "data": data});
+        secrets
+            .patch("s", &PatchParams::apply(manager), &Patch::Apply(&config))
+            .await
+    };
+    apply("one", "default", json!({"a": "MQ=="})).await.unwrap();
+    let both = apply("two", "kube-system", json!({"b": "MQ=="}))
+        .await
+        .unwrap();
+    assert_eq!(both.metadata.owner_references.as_ref().unwrap().len(), 2);
+    let again = apply("two", "kube-system", json!({"b": "MQ=="}))
+        .await
+        .unwrap();
+    assert_eq!(
+        again.metadata.resource_version,
+        both.metadata.resource_version
+    );
+
+    assert_eq!(
+        refusal(apply("two", "kube-system", json!({"a": "Mg=="})).await),
+        (
+            409,
+            "Apply failed with 1 conflict: conflict with \"one\": .data.a".to_owned()
+        )
+    );
+    let after = apply("two", "kube-system", json!({"c": "MQ=="}))
+        .await
+        .unwrap();
+    assert_eq!(value(&after)["data"], json!({"a": "MQ==", "c": "MQ=="}));
+
+    let ghost =
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "gone", "uid": "u"}});
+    let (code, message) = refusal(
+        secrets
+            .patch("gone", &PatchParams::apply("one"), &Patch::Apply(&ghost))
+            .await,
+    );
+    assert!(code == 409 && message.contains("uid mismatch"), "{message}");
+}
+
+async fn uid_of(setup: &Setup, namespace: &str) -> String {
+    let namespaces: Api<Namespace> = Api::all(setup.server.client());
+    namespaces
+        .get(namespace)
+        .await
+        .unwrap()
+        .metadata
+        .uid
+        .unwrap()
+}
+
+#[tokio::test]
+async fn metadata_alone_can_be_asked_for() {
+    let setup = Setup::new().await;
+    let secrets: Api<Secret> = setup.api();
+    secrets.create(&POST, &secret("s")).await.unwrap();
+    let list = secrets.list_metadata(&ListParams::default()).await.unwrap();
+    assert_eq!(
+        list.items[0].types.as_ref().unwrap().kind,
+        "PartialObjectMetadata"
+    );
+    let one = value(&secrets.get_metadata("s").await.unwrap());
+    assert_eq!(
+        (&one["metadata"]["name"], &one["data"]),
+        (&json!("s"), &Value::Null)
+    );
+}
+
+/// Run with `cargo test -p e2e --lib creates_per_second -- --ignored --nocapture`.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn creates_per_second() {
+    const COUNT: usize = 10_000;
+    let setup = Setup::new().await;
+    let secrets: Api<Secret> = setup.api();
+    let start = std::time::Instant::now();
+    futures::stream::iter(0..COUNT)
+        .for_each_concurrent(50, async |number| {
+            secrets
+                .create(&POST, &secret(&format!("s{number}")))
+                .await
+                .unwrap();
+        })
+        .await;
+    println!(
+        "{:.0} creates per second",
+        COUNT as f64 / start.elapsed().as_secs_f64()
+    );
+}

@@ -1,0 +1,482 @@
+//! What a class asks for in its parameter `objects`, and what each object holds.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use proto::provider::MountRequest;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use crate::source::{Stored, StoredObjects};
+
+/// The attribute, or secret, in which a pod's service account tokens arrive: JSON, audience
+/// to token. Source: Kubernetes' CSI inline volume contract.
+pub(crate) const TOKENS_KEY: &str = "csi.storage.k8s.io/serviceAccount.tokens";
+
+/// The version of every object that is given none, as in upstream's provider.
+const VERSION: &str = "v1";
+
+/// The most bytes that a class can make us invent. More is a mistake, not a test.
+pub(crate) const MAX_INVENTED: usize = 1 << 30;
+
+/// A JSON object of strings, as the driver sends attributes and secrets.
+pub(crate) type Strings = BTreeMap<String, String>;
+
+/// One object that a class asks for.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Asked {
+    object_name: Option<String>,
+    path: Option<String>,
+    mode: Option<String>,
+    version: Option<String>,
+    content: Option<String>,
+    content_base64: Option<String>,
+    content_size: Option<usize>,
+    content_from: Option<Echo>,
+}
+
+/// A part of the request that an object can hold.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "camelCase")]
+enum Echo {
+    Attributes,
+    Secrets,
+    Permission,
+    TargetPath,
+    CurrentObjectVersion,
+}
+
+/// One object as it will be sent.
+pub(crate) struct Object {
+    pub(crate) name: String,
+    pub(crate) path: String,
+    pub(crate) mode: i32,
+    pub(crate) contents: Vec<u8>,
+    pub(crate) version: String,
+}
+
+/// What objects are made from, besides the class.
+pub(crate) struct Material<'a> {
+    pub(crate) request: &'a MountRequest,
+    pub(crate) attributes: &'a Strings,
+    pub(crate) secrets: &'a Strings,
+    /// Objects from [`crate::Options::objects`].
+    pub(crate) stored: &'a StoredObjects,
+    /// Whether objects of upstream's table have their second content.
+    pub(crate) rotated: bool,
+}
+
+/// Reads the class parameter `objects`.
+///
+/// # Errors
+///
+/// A sentence that says which entry is wrong, without any of it.
+pub(crate) fn parse_objects(parameter: &str) -> Result<Vec<Asked>, String> {
+    #[derive(Deserialize)]
+    struct Parameter {
+        array: Option<Vec<Entry>>,
+    }
+    let parameter: Parameter =
+        parse_yaml(parameter).map_err(|reason| format!("parameter objects: {reason}"))?;
+    let asked = parameter
+        .array
+        .unwrap_or_default()
+        .into_iter()
+        .enumerate()
+        .map(|(index, entry)| match entry {
+            Entry::Map(asked) => Ok(*asked),
+            Entry::Text(text) => parse_yaml(&text)
+                .map_err(|reason| format!("parameter objects: array[{index}]: {reason}")),
+        });
+    asked.collect()
+}
+
+/// Asks for everything that is stored.
+pub(crate) fn all_of(stored: &StoredObjects) -> Vec<Asked> {
+    stored
+        .keys()
+        .map(|name| Asked {
+            object_name: Some(name.clone()),
+            ..Asked::default()
+        })
+        .collect()
+}
+
+impl Asked {
+    pub(crate) fn name(&self) -> &str {
+        self.object_name.as_deref().unwrap_or_default()
+    }
+
+    /// The object with its content.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that names the object and what is wrong with its entry.
+    pub(crate) fn resolve(&self, material: &Material<'_>) -> Result<Object, String> {
+        let name = self.name();
+        let named = |reason: String| format!("object {name:?}: {reason}");
+
+        let found = match self.given(material).map_err(named)? {
+            Some(contents) => Stored {
+                mode: 0,
+                contents,
+                version: VERSION.to_owned(),
+            },
+            None => look_up(name, material),
+        };
+        let mode = self
+            .mode
+            .as_deref()
+            .map(parse_mode)
+            .transpose()
+            .map_err(named)?;
+        Ok(Object {
+            name: name.to_owned(),
+            path: self.path.as_deref().unwrap_or(name).to_owned(),
+            mode: mode.unwrap_or(found.mode),
+            contents: found.contents,
+            version: self.version.clone().unwrap_or(found.version),
+        })
+    }
+
+    /// The content that the entry itself gives, if it gives one.
+    fn given(&self, material: &Material<'_>) -> Result<Option<Vec<u8>>, String> {
+        match (
+            &self.content,
+            &self.content_base64,
+            self.content_size,
+            self.content_from,
+        ) {
+            (None, None, None, None) => Ok(None),
+            (Some(text), None, None, None) => Ok(Some(text.clone().into_bytes())),
+            (None, Some(base64), None, None) => decode_base64(base64).map(Some),
+            (None, None, Some(size), None) => pattern(size).map(Some),
+            (None, None, None, Some(echo)) => material.echo(echo).map(Some),
+            _ => Err("give one of content, contentBase64, contentSize and contentFrom".to_owned()),
+        }
+    }
+}
+
+/// An object that the class only names: stored, or of upstream's table (contract C.2).
+fn look_up(name: &str, material: &Material<'_>) -> Stored {
+    if let Some(stored) = material.stored.get(name) {
+        return Stored {
+            mode: stored.mode,
+            contents: stored.contents.clone(),
+            version: stored.version.clone(),
+        };
+    }
+    let (contents, version) = match name {
+        _ if material.rotated => ("rotated", "v2"),
+        "foo" => ("secret", VERSION),
+        "fookey" => (
+            "-----BEGIN PUBLIC KEY-----\nThis is mock key\n-----END PUBLIC KEY-----",
+            VERSION,
+        ),
+        _ => ("", VERSION),
+    };
+    Stored {
+        mode: 0,
+        contents: contents.into(),
+        version: version.to_owned(),
+    }
+}
+
+impl Material<'_> {
+    fn echo(&self, echo: Echo) -> Result<Vec<u8>, String> {
+        #[derive(Serialize)]
+        struct Version<'a> {
+            id: &'a str,
+            version: &'a str,
+        }
+        let request = self.request;
+        let json = match echo {
+            Echo::Permission => return Ok(request.permission.clone().into_bytes()),
+            Echo::TargetPath => return Ok(request.target_path.clone().into_bytes()),
+            Echo::Secrets if request.secrets.trim() == "null" => return Ok(b"null".to_vec()),
+            Echo::Secrets => serde_json::to_vec_pretty(&without_tokens(self.secrets)),
+            Echo::Attributes => serde_json::to_vec_pretty(&without_tokens(self.attributes)),
+            Echo::CurrentObjectVersion => {
+                let versions = request.current_object_version.iter();
+                let versions = versions.map(|v| Version {
+                    id: &v.id,
+                    version: &v.version,
+                });
+                serde_json::to_vec_pretty(&versions.collect::<Vec<_>>())
+            }
+        };
+        json.map_err(|error| error.to_string())
+    }
+}
+
+/// Keeps the audiences, whose presence a test wants to see, and hides the tokens.
+fn without_tokens(strings: &Strings) -> Strings {
+    let mut strings = strings.clone();
+    if let Some(tokens) = strings.get_mut(TOKENS_KEY) {
+        let hidden = audiences_of(tokens).map(|audiences| {
+            let hidden: BTreeMap<_, _> = audiences
+                .into_iter()
+                .map(|name| (name, "<token>"))
+                .collect();
+            serde_json::json!(hidden).to_string()
+        });
+        *tokens = hidden.unwrap_or_else(|| "<token>".to_owned());
+    }
+    strings
+}
+
+/// The audiences for which there are tokens; `None` if it is no JSON object.
+pub(crate) fn audiences_of(tokens: &str) -> Option<Vec<String>> {
+    let tokens: BTreeMap<String, serde::de::IgnoredAny> = serde_json::from_str(tokens).ok()?;
+    Some(tokens.into_keys().collect())
+}
+
+/// `size` bytes in lines of 16, each the offset at which it stands, so that a piece that is
+/// missing or misplaced shows.
+///
+/// # Errors
+///
+/// A sentence if `size` is over [`MAX_INVENTED`].
+pub(crate) fn pattern(size: usize) -> Result<Vec<u8>, String> {
+    if size > MAX_INVENTED {
+        return Err(format!(
+            "{size} bytes are more than the {MAX_INVENTED} that can be made up"
+        ));
+    }
+    let mut bytes = Vec::with_capacity(size + 16);
+    while bytes.len() < size {
+        bytes.extend_from_slice(format!("{:015x}\n", bytes.len()).as_bytes());
+    }
+    bytes.truncate(size);
+    Ok(bytes)
+}
+
+pub(crate) fn decode_base64(text: &str) -> Result<Vec<u8>, String> {
+    // YAML's block scalars wrap and end in a newline.
+    let compact: String = text.split_whitespace().collect();
+    STANDARD
+        .decode(compact)
+        .map_err(|_| "contentBase64 is not base64".to_owned())
+}
+
+/// Octal digits however they were written: `"0640"`, `0640`, `640`, `0o640`.
+pub(crate) fn parse_mode(text: &str) -> Result<i32, String> {
+    let digits = text.strip_prefix("0o").unwrap_or(text);
+    let octal = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    let mode = octal.then(|| i32::from_str_radix(digits, 8).ok()).flatten();
+    mode.ok_or_else(|| "mode must be octal digits, such as \"0640\"".to_owned())
+}
+
+/// Parses YAML. What is wrong is said by its place alone, because the parser's own words
+/// quote the input.
+pub(crate) fn parse_yaml<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    let options = serde_saphyr::options! { with_snippet: false };
+    serde_saphyr::from_str_with_options(text, options).map_err(|error| match error.location() {
+        Some(at) => format!(
+            "YAML not understood at line {}, column {}",
+            at.line(),
+            at.column()
+        ),
+        None => "YAML not understood".to_owned(),
+    })
+}
+
+/// An entry of the array: a string that is YAML, as upstream writes it, or the map itself.
+enum Entry {
+    Text(String),
+    Map(Box<Asked>),
+}
+
+/// By hand and not `untagged`, which would turn the mode `0640` into a number on the way.
+impl<'de> Deserialize<'de> for Entry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct EntryVisitor;
+        impl<'de> Visitor<'de> for EntryVisitor {
+            type Value = Entry;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object's map, or a string that is YAML of it")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Entry, E> {
+                Ok(Entry::Text(text.to_owned()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Entry, A::Error> {
+                Asked::deserialize(MapAccessDeserializer::new(map))
+                    .map(|asked| Entry::Map(Box::new(asked)))
+            }
+        }
+        deserializer.deserialize_any(EntryVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proto::provider::ObjectVersion;
+    use rstest::rstest;
+
+    fn resolve(parameter: &str) -> Result<Vec<Object>, String> {
+        let tokens = r#"{"aud1":{"token":"hunter2"},"aud2":{"token":"hunter2"}}"#;
+        let strings = Strings::from([(TOKENS_KEY.into(), tokens.into()), ("k".into(), "v".into())]);
+        let request = MountRequest {
+            permission: "420".into(),
+            target_path: "/t".into(),
+            current_object_version: vec![ObjectVersion {
+                id: "secret/a".into(),
+                version: "v1".into(),
+            }],
+            ..Default::default()
+        };
+        let stored = Stored {
+            mode: 0o600,
+            contents: b"stored".to_vec(),
+            version: "s1".into(),
+        };
+        let material = Material {
+            request: &request,
+            attributes: &strings,
+            secrets: &strings,
+            stored: &StoredObjects::from([("kept".to_owned(), stored)]),
+            rotated: false,
+        };
+        parse_objects(parameter)?
+            .iter()
+            .map(|asked| asked.resolve(&material))
+            .collect()
+    }
+
+    fn one(entry: &str) -> Result<(String, i32, String, String), String> {
+        let o = resolve(&format!("array:\n- {entry}"))?.remove(0);
+        Ok((
+            o.path,
+            o.mode,
+            String::from_utf8_lossy(&o.contents).into_owned(),
+            o.version,
+        ))
+    }
+
+    #[rstest]
+    #[case::as_upstream_writes_it(
+        "|\n  objectName: foo\n  objectVersion: v7\n  objectType: x",
+        "foo",
+        0,
+        "secret",
+        "v1"
+    )]
+    #[case::a_map("{objectName: foo}", "foo", 0, "secret", "v1")]
+    #[case::unknown("{objectName: bar}", "bar", 0, "", "v1")]
+    #[case::no_name("{objectVersion: v1}", "", 0, "", "v1")]
+    #[case::numeric_name("{objectName: 12}", "12", 0, "", "v1")]
+    #[case::path_and_text(
+        "{objectName: a, path: ../b, content: x, version: 9}",
+        "../b",
+        0,
+        "x",
+        "9"
+    )]
+    #[case::quoted_mode("{objectName: a, mode: '0640', content: x}", "a", 0o640, "x", "v1")]
+    #[case::bare_mode("{objectName: a, mode: 0640, content: x}", "a", 0o640, "x", "v1")]
+    #[case::mode_in_text("\"{objectName: a, mode: 0640, content: x}\"", "a", 0o640, "x", "v1")]
+    #[case::short_mode("{objectName: a, mode: 4755, content: x}", "a", 0o4755, "x", "v1")]
+    #[case::base64("{objectName: a, contentBase64: c2Vj cmV0}", "a", 0, "secret", "v1")]
+    #[case::size(
+        "{objectName: a, contentSize: 18}",
+        "a",
+        0,
+        "000000000000000\n00",
+        "v1"
+    )]
+    #[case::stored("{objectName: kept}", "kept", 0o600, "stored", "s1")]
+    #[case::stored_overridden(
+        "{objectName: kept, mode: 444, version: s2}",
+        "kept",
+        0o444,
+        "stored",
+        "s2"
+    )]
+    #[case::permission("{objectName: a, contentFrom: permission}", "a", 0, "420", "v1")]
+    #[case::target_path("{objectName: a, contentFrom: targetPath}", "a", 0, "/t", "v1")]
+    fn an_entry_becomes_a_file(
+        #[case] entry: &str,
+        #[case] path: &str,
+        #[case] mode: i32,
+        #[case] contents: &str,
+        #[case] version: &str,
+    ) {
+        assert_eq!(
+            one(entry).unwrap(),
+            (
+                path.to_owned(),
+                mode,
+                contents.to_owned(),
+                version.to_owned()
+            )
+        );
+    }
+
+    #[rstest]
+    #[case("attributes")]
+    #[case("secrets")]
+    fn an_echo_shows_audiences_and_no_token(#[case] from: &str) {
+        let contents = one(&format!("{{objectName: a, contentFrom: {from}}}"))
+            .unwrap()
+            .2;
+        let echoed: Strings = serde_json::from_str(&contents).unwrap();
+        assert_eq!(echoed[TOKENS_KEY], r#"{"aud1":"<token>","aud2":"<token>"}"#);
+        assert_eq!(echoed["k"], "v");
+    }
+
+    #[test]
+    fn versions_are_echoed_as_json() {
+        let contents = one("{objectName: a, contentFrom: currentObjectVersion}")
+            .unwrap()
+            .2;
+        let echoed: serde_json::Value = serde_json::from_str(&contents).unwrap();
+        assert_eq!(
+            echoed,
+            serde_json::json!([{"id": "secret/a", "version": "v1"}])
+        );
+    }
+
+    #[rstest]
+    #[case(
+        "array:\n- {objectName: a, content: hunter2, contentSize: 1}",
+        "object \"a\": give one of"
+    )]
+    #[case(
+        "array:\n- {objectName: a, contentBase64: hunter2}",
+        "object \"a\": contentBase64 is not base64"
+    )]
+    #[case(
+        "array:\n- {objectName: a, mode: '0o8', content: hunter2}",
+        "object \"a\": mode must be octal"
+    )]
+    #[case(
+        "array:\n- {objectName: a, mode: '-1', content: hunter2}",
+        "object \"a\": mode must be octal"
+    )]
+    #[case(
+        "array:\n- {objectName: a, contentSize: 2000000000}",
+        "object \"a\": 2000000000 bytes"
+    )]
+    #[case(
+        "array:\n- {objectName: a, contentFrom: hunter2}",
+        "YAML not understood at line 2"
+    )]
+    #[case(
+        "array:\n- 'content: [hunter2'",
+        "array[0]: YAML not understood at line 1"
+    )]
+    #[case("hunter2", "parameter objects: YAML not understood")]
+    fn mistakes_are_named_without_quoting(#[case] parameter: &str, #[case] expected: &str) {
+        let error = resolve(parameter).err().unwrap();
+        assert!(error.contains(expected), "{error}");
+        assert!(!error.contains("hunter2"), "{error}");
+    }
+}
