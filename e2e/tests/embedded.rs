@@ -1,6 +1,9 @@
 //! The embedded cluster with all that it runs for real: `deploy/` as it stands, the driver, the
 //! provider. One walk through what the `Cluster` interface promises; the scenarios are elsewhere.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,8 +11,9 @@ use e2e::binaries::Binaries;
 use e2e::cluster::{Cluster, Error};
 use e2e::embedded::{Embedded, Options};
 use e2e::tree::View;
-use k8s_openapi::api::apps::v1::DaemonSet;
-use kube::Api;
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
 
 const NODE: &str = "node-1";
 const PODS: &str = "/var/lib/kubelet/pods";
@@ -49,14 +53,39 @@ spec:
       volumeAttributes: {secretProviderClass: class}
 ";
 
-async fn start() -> Embedded {
+const DEPLOYMENT: &str = r"
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+spec:
+  replicas: 2
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec:
+      terminationGracePeriodSeconds: 0
+      containers:
+      - name: app
+        image: probe:e2e
+        volumeMounts: [{name: secrets, mountPath: /mnt/secrets-store, readOnly: true}]
+      volumes:
+      - name: secrets
+        csi:
+          driver: secrets-store.csi.k8s.io
+          readOnly: true
+          volumeAttributes: {secretProviderClass: class}
+";
+
+async fn start(nodes: usize) -> Embedded {
     let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {}))
         .await
         .unwrap()
         .unwrap();
-    Embedded::start(Options::standard().unwrap(), binaries)
-        .await
-        .unwrap()
+    let options = Options {
+        nodes,
+        ..Options::standard().unwrap()
+    };
+    Embedded::start(options, binaries).await.unwrap()
 }
 
 async fn secret(cluster: &Embedded, namespace: &str) -> Option<String> {
@@ -69,7 +98,7 @@ async fn secret(cluster: &Embedded, namespace: &str) -> Option<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_secret_is_mounted_survives_a_reboot_and_leaves_nothing() {
-    let cluster = start().await;
+    let cluster = start(1).await;
     let ns = cluster.namespace().await.unwrap();
 
     cluster.apply(&ns, POD).await.unwrap();
@@ -167,4 +196,63 @@ async fn a_secret_is_mounted_survives_a_reboot_and_leaves_nothing() {
         .unwrap()
         .unwrap();
     assert_eq!(left.entries.len(), 1, "{left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deployment_is_spread_scaled_and_gone() {
+    let cluster = start(2).await;
+    let ns = cluster.namespace().await.unwrap();
+    cluster.apply(&ns, CLASS).await.unwrap();
+    cluster.apply(&ns, DEPLOYMENT).await.unwrap();
+    let pods: Api<Pod> = Api::namespaced(cluster.client(), &ns);
+    let deployments: Api<Deployment> = Api::namespaced(cluster.client(), &ns);
+    let ready = async || {
+        let status = deployments
+            .get("web")
+            .await
+            .unwrap()
+            .status
+            .unwrap_or_default();
+        status.ready_replicas.unwrap_or_default()
+    };
+    let all = ListParams::default().labels("app=web");
+    eventually("both pods are ready", async || ready().await == 2).await;
+    let list = pods.list(&all).await.unwrap().items;
+    let nodes: BTreeSet<_> = list
+        .iter()
+        .map(|pod| pod.spec.clone().unwrap().node_name.unwrap())
+        .collect();
+    assert_eq!(nodes.into_iter().collect::<Vec<_>>(), ["node-1", "node-2"]);
+
+    let one = Patch::Merge(serde_json::json!({"spec": {"replicas": 1}}));
+    deployments
+        .patch("web", &PatchParams::default(), &one)
+        .await
+        .unwrap();
+    eventually("one pod is left", async || {
+        pods.list(&all).await.unwrap().items.len() == 1
+    })
+    .await;
+    deployments
+        .delete("web", &DeleteParams::default())
+        .await
+        .unwrap();
+    eventually("no pod is left", async || {
+        pods.list(&all).await.unwrap().items.is_empty()
+    })
+    .await;
+    for pod in &list {
+        cluster.wait_cleaned_up(pod, LIMIT).await.unwrap();
+    }
+}
+
+async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + LIMIT;
+    while !check().await {
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "not in {LIMIT:?}: {what}"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
