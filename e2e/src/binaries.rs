@@ -117,6 +117,13 @@ impl Binaries {
         if !cfg!(debug_assertions) {
             command.arg("--release");
         }
+        // Build scripts of dependencies look at these, and what they saw last was not this
+        // crate's: with them in place every run would compile half the world anew.
+        for (name, _) in std::env::vars_os() {
+            if name.to_str().is_some_and(is_of_this_crate) {
+                command.env_remove(name);
+            }
+        }
         let mut child = command.spawn().map_err(failed)?;
         let mut executables = BTreeMap::new();
         if let Some(stdout) = child.stdout.take() {
@@ -159,6 +166,18 @@ impl Binaries {
 pub fn workspace() -> &'static Path {
     let crate_dir = Path::new(env!("CARGO_MANIFEST_DIR"));
     crate_dir.parent().unwrap_or(crate_dir)
+}
+
+/// Whether a variable is one that cargo sets for the crate whose program it runs.
+fn is_of_this_crate(variable: &str) -> bool {
+    const PREFIXES: [&str; 4] = [
+        "CARGO_PKG_",
+        "CARGO_BIN_",
+        "CARGO_MANIFEST_",
+        "CARGO_CRATE_",
+    ];
+    PREFIXES.iter().any(|prefix| variable.starts_with(prefix))
+        || ["CARGO_PRIMARY_PACKAGE", "OUT_DIR"].contains(&variable)
 }
 
 /// The part of cargo's `compiler-artifact` message that is of interest.

@@ -24,6 +24,8 @@ use crate::tree::{Tree, View};
 
 /// Owner of the fields that a scenario applies.
 const MANAGER: &str = "e2e";
+/// Where a node keeps its pods.
+const PODS: &str = "/var/lib/kubelet/pods";
 /// Between two looks at what is waited for.
 const POLL: Duration = Duration::from_millis(25);
 
@@ -285,6 +287,43 @@ pub trait Cluster: Send + Sync {
             let what = format!("pod {namespace}/{name} to be gone");
             let gone = |pod: Option<Pod>| pod.is_none().then_some(());
             self.wait_pod(namespace, name, &what, limit, gone).await
+        }
+    }
+
+    /// Waits until nothing of a pod is left on its node: no mount and no directory. A pod
+    /// without grace period leaves the API before that. Needs [`Ability::LookAtNodes`].
+    fn wait_cleaned_up(
+        &self,
+        pod: &Pod,
+        limit: Duration,
+    ) -> impl Future<Output = Result<()>> + Send {
+        async move {
+            let what = format!("node to be rid of pod {}", pod.name_any());
+            let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
+            let node = node
+                .ok_or_else(|| Error::Impossible(format!("pod {} has no node", pod.name_any())))?;
+            let dir = Path::new(PODS).join(pod.uid().unwrap_or_default());
+            let deadline = tokio::time::Instant::now() + limit;
+            loop {
+                let mounts = self.mounts(node, &dir).await?;
+                let tree = self.node_tree(node, &dir).await?;
+                if mounts.is_empty() && tree.is_none() {
+                    return Ok(());
+                }
+                if tokio::time::Instant::now() > deadline {
+                    let paths = tree.map(|tree| tree.entries).unwrap_or_default();
+                    let paths: Vec<_> = paths.into_iter().map(|entry| entry.path).collect();
+                    return Err(Error::Timeout {
+                        what,
+                        after: limit,
+                        last: format!(
+                            "in {} there are mounts {mounts:?} and {paths:?}",
+                            dir.display()
+                        ),
+                    });
+                }
+                tokio::time::sleep(POLL).await;
+            }
         }
     }
 

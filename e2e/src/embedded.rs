@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::api::storage::v1::CSINode;
+use k8s_openapi::api::storage::v1::{CSINode, CSINodeDriver};
 use kube::api::{Api, ListParams, Patch, PatchParams};
 use tokio::process::{Child, Command as Program};
 use tokio::sync::Mutex;
@@ -40,17 +40,17 @@ use crate::binaries::{Binaries, workspace};
 use crate::cluster::{
     Ability, Action, Cluster, Component, Error, HttpAnswer, Result, api as api_error, apply,
 };
-use crate::tree::{Kind, Tree, View};
+use crate::tree::{Tree, View};
 use api::{ApiServer, Disturbance};
 use control::{Command, Control};
 use namespaces::KUBELET_ROOT;
+use processes::Container;
 pub use processes::Status;
 
 /// For a node and the containers on it to come up.
 const START_LIMIT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(20);
 const DRIVER_NAME: &str = "secrets-store.csi.k8s.io";
-const PROVIDERS: &str = "/var/run/secrets-store-csi-providers";
 
 /// What an embedded cluster is made of.
 #[derive(Clone, Debug)]
@@ -254,7 +254,7 @@ impl Embedded {
             .list(&ListParams::default())
             .await
             .map_err(api_error("list DaemonSets".to_owned()))?;
-        let wanted: Vec<String> = sets
+        let wanted: Vec<Container> = sets
             .iter()
             .flat_map(|set| controllers::containers_of(set, name))
             .collect();
@@ -278,43 +278,31 @@ impl Embedded {
     }
 
     /// The first thing that a node lacks.
-    async fn lacking(&self, name: &str, wanted: &[String]) -> Option<String> {
+    async fn lacking(&self, name: &str, wanted: &[Container]) -> Option<String> {
         let statuses = match self.containers(name).await {
             Ok(statuses) => statuses,
             Err(error) => return Some(error.to_string()),
         };
-        let runs = |name: &String| {
-            statuses
-                .iter()
-                .any(|status| status.name == *name && status.pid.is_some())
-        };
-        if let Some(container) = wanted.iter().find(|name| !runs(name)) {
-            return Some(format!("a process of container {container}"));
-        }
         let nodes: Api<CSINode> = Api::all(self.client());
-        let csi_node = nodes.get_opt(name).await.ok().flatten();
-        let Some(csi_node) = csi_node else {
+        let Some(csi_node) = nodes.get_opt(name).await.ok().flatten() else {
             return Some("its CSINode".to_owned());
         };
-        let driver = Component::Driver.container();
-        if wanted.iter().any(|name| name == driver)
-            && csi_node
-                .spec
-                .drivers
-                .iter()
-                .all(|driver| driver.name != DRIVER_NAME)
-        {
-            return Some(format!("driver {DRIVER_NAME} in its CSINode"));
-        }
-        if wanted.iter().any(|name| name != driver) {
-            let tree = self
-                .node_tree(name, Path::new(PROVIDERS))
-                .await
-                .ok()
-                .flatten()
-                .unwrap_or_default();
-            if tree.entries.iter().all(|entry| entry.kind != Kind::Other) {
-                return Some(format!("a provider's socket in {PROVIDERS}"));
+        for container in wanted {
+            let runs = |status: &Status| status.name == container.name && status.pid.is_some();
+            if !statuses.iter().any(runs) {
+                return Some(format!("a process of container {}", container.name));
+            }
+            let registered = |driver: &CSINodeDriver| driver.name == DRIVER_NAME;
+            if container.flag("registration-dir").is_some()
+                && !csi_node.spec.drivers.iter().any(registered)
+            {
+                return Some(format!("driver {DRIVER_NAME} in its CSINode"));
+            }
+            if let Some(socket) = container.provider_socket() {
+                let tree = self.node_tree(name, &socket).await.ok().flatten();
+                if tree.is_none() {
+                    return Some(format!("the provider's socket {}", socket.display()));
+                }
             }
         }
         None

@@ -199,6 +199,10 @@ async fn probe(path: &Path, view: View) -> Result<Option<Tree>, String> {
         .await
         .map_err(|error| format!("run probe: {error}"))?;
     if !output.status.success() {
+        // A volume may go while it is looked at.
+        if !path.exists() {
+            return Ok(None);
+        }
         return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
     }
     serde_json::from_slice(&output.stdout).map_err(|error| format!("probe's output: {error}"))

@@ -25,7 +25,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use super::control::{Command, Control};
-use super::processes::Status;
+use super::processes::{Container, Status};
 use super::{daemonsets, kubelet};
 use crate::tree::hex;
 
@@ -324,15 +324,11 @@ fn owned_by(object: &impl ResourceExt, owner: &impl ResourceExt) -> bool {
         .any(|reference| Some(&reference.uid) == uid.as_ref())
 }
 
-/// Names of the containers that a DaemonSet has on a node.
-pub(crate) fn containers_of(set: &DaemonSet, node: &str) -> Vec<String> {
+/// The containers that a DaemonSet has on a node.
+pub(crate) fn containers_of(set: &DaemonSet, node: &str) -> Vec<Container> {
     // A set that cannot run anywhere says so in the log of every node.
     let containers = daemonsets::containers(set, node, &kubelet::node_labels(node), Path::new("/"));
-    containers
-        .unwrap_or_default()
-        .into_iter()
-        .map(|container| container.name)
-        .collect()
+    containers.unwrap_or_default()
 }
 
 /// Says in each DaemonSet's status on how many of the nodes it runs.
@@ -357,11 +353,12 @@ pub(crate) async fn report_daemon_sets(client: kube::Client, nodes: Vec<(String,
                 .map(|(node, _)| (node, containers_of(&set, node)))
                 .filter(|(_, containers)| !containers.is_empty())
                 .collect();
-            let runs = |node: &&String, containers: &[String]| {
-                let there = |name: &String| {
-                    running[*node]
+            let runs = |node: &&String, containers: &[Container]| {
+                let there = |wanted: &Container| {
+                    let statuses = &running[*node];
+                    statuses
                         .iter()
-                        .any(|s| s.name == *name && s.pid.is_some())
+                        .any(|s| s.name == wanted.name && s.pid.is_some())
                 };
                 containers.iter().all(there)
             };

@@ -44,6 +44,30 @@ pub(crate) struct Container {
     pub(crate) mounts: Vec<Mount>,
 }
 
+impl Container {
+    /// The value of a flag `--name=value`; the last one counts.
+    pub(crate) fn flag(&self, name: &str) -> Option<&str> {
+        let args = self.args.iter().rev();
+        args.filter_map(|arg| arg.trim_start_matches('-').strip_prefix(name))
+            .find_map(|rest| rest.strip_prefix('='))
+    }
+
+    /// Where on the node the socket of a provider will be.
+    pub(crate) fn provider_socket(&self) -> Option<PathBuf> {
+        if !self.program.ends_with("fake-provider") {
+            return None;
+        }
+        let socket = Path::new(self.flag("endpoint")?.strip_prefix("unix://")?);
+        let mount = self
+            .mounts
+            .iter()
+            .find(|mount| socket.starts_with(&mount.to));
+        let within =
+            mount.and_then(|mount| Some(mount.from.join(socket.strip_prefix(&mount.to).ok()?)));
+        within.or_else(|| Some(socket.to_owned()))
+    }
+}
+
 /// A directory of the node at a path of the container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Mount {

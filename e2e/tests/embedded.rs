@@ -1,0 +1,258 @@
+//! The embedded cluster with all that it runs for real: `deploy/` as it stands, the driver, the
+//! provider. One walk through what the `Cluster` interface promises; the scenarios are elsewhere.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use e2e::binaries::Binaries;
+use e2e::cluster::{Cluster, Error};
+use e2e::embedded::{Embedded, Options};
+use e2e::tree::View;
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
+
+const NODE: &str = "node-1";
+const PODS: &str = "/var/lib/kubelet/pods";
+const LIMIT: Duration = Duration::from_secs(20);
+
+const CLASS: &str = r"
+apiVersion: secrets-store.csi.x-k8s.io/v1
+kind: SecretProviderClass
+metadata: {name: class}
+spec:
+  provider: e2e-provider
+  parameters:
+    objects: |
+      array:
+        - |
+          objectName: foo
+          objectVersion: v1
+";
+
+const POD: &str = r"
+apiVersion: v1
+kind: Pod
+metadata: {name: pod}
+spec:
+  terminationGracePeriodSeconds: 0
+  nodeSelector: {kubernetes.io/os: linux}
+  containers:
+  - name: app
+    image: probe:e2e
+    args: [sleep]
+    volumeMounts: [{name: secrets, mountPath: /mnt/secrets-store, readOnly: true}]
+  volumes:
+  - name: secrets
+    csi:
+      driver: secrets-store.csi.k8s.io
+      readOnly: true
+      volumeAttributes: {secretProviderClass: class}
+";
+
+const DEPLOYMENT: &str = r"
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+spec:
+  replicas: 2
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec:
+      terminationGracePeriodSeconds: 0
+      containers:
+      - name: app
+        image: probe:e2e
+        volumeMounts: [{name: secrets, mountPath: /mnt/secrets-store, readOnly: true}]
+      volumes:
+      - name: secrets
+        csi:
+          driver: secrets-store.csi.k8s.io
+          readOnly: true
+          volumeAttributes: {secretProviderClass: class}
+";
+
+async fn start(nodes: usize) -> Embedded {
+    let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {}))
+        .await
+        .unwrap()
+        .unwrap();
+    let options = Options {
+        nodes,
+        ..Options::standard().unwrap()
+    };
+    Embedded::start(options, binaries).await.unwrap()
+}
+
+async fn secret(cluster: &Embedded, namespace: &str) -> Option<String> {
+    let tree = cluster
+        .tree(namespace, "pod", "/mnt/secrets-store", View::Reader)
+        .await
+        .unwrap();
+    tree.texts().get("foo").map(|text| (*text).to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_is_mounted_survives_a_reboot_and_leaves_nothing() {
+    let cluster = start(1).await;
+    let ns = cluster.namespace().await.unwrap();
+
+    cluster.apply(&ns, POD).await.unwrap();
+    let missing = format!("failed to get secretproviderclass {ns}/class");
+    let event = cluster
+        .wait_event(
+            &ns,
+            "pod",
+            "FailedMount",
+            |text| text.contains(&missing),
+            LIMIT,
+        )
+        .await
+        .unwrap();
+    assert!(
+        event
+            .message
+            .unwrap()
+            .starts_with("MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = ")
+    );
+    let error = cluster
+        .wait_ready(&ns, "pod", Duration::from_millis(100))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::Timeout { last, .. } if last.contains(&missing)),
+        "{error}"
+    );
+
+    cluster.apply(&ns, CLASS).await.unwrap();
+    cluster.wait_ready(&ns, "pod", LIMIT).await.unwrap();
+    assert_eq!(secret(&cluster, &ns).await.as_deref(), Some("secret"));
+    assert_eq!(
+        cluster.mounts(NODE, Path::new(PODS)).await.unwrap().len(),
+        1
+    );
+
+    assert!(
+        cluster
+            .driver(NODE)
+            .metrics()
+            .await
+            .unwrap()
+            .contains("node_publish_total")
+    );
+    assert_eq!(
+        cluster
+            .driver(NODE)
+            .get(9808, "/healthz")
+            .await
+            .unwrap()
+            .status,
+        200
+    );
+    assert_eq!(
+        cluster
+            .provider(NODE, "fake-provider")
+            .get(8080, "/rotation?rotated=false")
+            .await
+            .unwrap()
+            .status,
+        200
+    );
+    let sets: Api<DaemonSet> = Api::namespaced(cluster.client(), "kube-system");
+    let status = sets.get("csi-secrets-store").await.unwrap().status.unwrap();
+    assert_eq!(
+        (status.desired_number_scheduled, status.number_ready),
+        (1, 1)
+    );
+
+    cluster.driver(NODE).kill().await.unwrap();
+    assert_eq!(secret(&cluster, &ns).await.as_deref(), Some("secret"));
+
+    cluster.reboot(NODE).await.unwrap();
+    let deadline = tokio::time::Instant::now() + LIMIT;
+    while secret(&cluster, &ns).await.is_none() {
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "not published again"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    let pod = cluster.pod(&ns, "pod").await.unwrap().unwrap();
+    cluster.delete_pod(&ns, "pod").await.unwrap();
+    cluster.wait_gone(&ns, "pod", LIMIT).await.unwrap();
+    cluster.wait_cleaned_up(&pod, LIMIT).await.unwrap();
+    assert_eq!(
+        cluster.mounts(NODE, Path::new(PODS)).await.unwrap(),
+        Vec::<PathBuf>::new()
+    );
+    let left = cluster
+        .node_tree(NODE, Path::new(PODS))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(left.entries.len(), 1, "{left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deployment_is_spread_scaled_and_gone() {
+    let cluster = start(2).await;
+    let ns = cluster.namespace().await.unwrap();
+    cluster.apply(&ns, CLASS).await.unwrap();
+    cluster.apply(&ns, DEPLOYMENT).await.unwrap();
+    let pods: Api<Pod> = Api::namespaced(cluster.client(), &ns);
+    let deployments: Api<Deployment> = Api::namespaced(cluster.client(), &ns);
+    let ready = async || {
+        let status = deployments
+            .get("web")
+            .await
+            .unwrap()
+            .status
+            .unwrap_or_default();
+        status.ready_replicas.unwrap_or_default()
+    };
+    let all = ListParams::default().labels("app=web");
+    eventually("both pods are ready", async || ready().await == 2).await;
+    let list = pods.list(&all).await.unwrap().items;
+    let nodes: BTreeSet<_> = list
+        .iter()
+        .map(|pod| pod.spec.clone().unwrap().node_name.unwrap())
+        .collect();
+    assert_eq!(nodes.into_iter().collect::<Vec<_>>(), ["node-1", "node-2"]);
+
+    let one = Patch::Merge(serde_json::json!({"spec": {"replicas": 1}}));
+    deployments
+        .patch("web", &PatchParams::default(), &one)
+        .await
+        .unwrap();
+    eventually("one pod is left", async || {
+        pods.list(&all).await.unwrap().items.len() == 1
+    })
+    .await;
+    deployments
+        .delete("web", &DeleteParams::default())
+        .await
+        .unwrap();
+    eventually("no pod is left", async || {
+        pods.list(&all).await.unwrap().items.is_empty()
+    })
+    .await;
+    for pod in &list {
+        cluster.wait_cleaned_up(pod, LIMIT).await.unwrap();
+    }
+}
+
+async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + LIMIT;
+    while !check().await {
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "not in {LIMIT:?}: {what}"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
