@@ -203,10 +203,7 @@ async fn a_provider_that_writes_its_own_files() {
     s.ready("web").await;
     insta::assert_snapshot!(s.state("web").await);
     s.delete("web").await;
-    insta::assert_snapshot!(
-        "a_provider_that_writes_its_own_files_unpublished",
-        s.leftovers(&s.node()).await
-    );
+    s.nothing_is_left().await;
 }
 
 /// The volume is a tmpfs with the promised options.

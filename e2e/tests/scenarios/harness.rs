@@ -212,10 +212,16 @@ impl Scenario {
             .fold(String::new(), |text, line| text + line + "\n")
     }
 
-    /// Waits until neither a pod nor the driver has left anything on the node.
+    /// Waits until neither a pod nor the driver has left anything on the node: a pod without
+    /// grace period is gone from the API before kubelet has taken down its volumes.
     pub async fn nothing_is_left(&self) {
+        self.nothing_is_left_on(&self.node()).await;
+    }
+
+    /// The same on one of several nodes.
+    pub async fn nothing_is_left_on(&self, node: &str) {
         until("nothing is left on the node", async || {
-            self.leftovers(&self.node()).await == "nothing\n"
+            self.leftovers(node).await == "nothing\n"
         })
         .await;
     }

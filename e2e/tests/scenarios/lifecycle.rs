@@ -16,7 +16,7 @@ async fn a_deleted_pod_leaves_nothing() {
     s.ready("web").await;
     insta::assert_snapshot!("a_running_pod_on_its_node", s.leftovers(&s.node()).await);
     s.delete("web").await;
-    assert_eq!(s.leftovers(&s.node()).await, "nothing\n");
+    s.nothing_is_left().await;
     s.no_pod_statuses().await;
     assert_eq!(s.metric("node_unpublish_total", &[]).await, 1.0);
     let log = s.cluster.driver(&s.node()).log().await.unwrap();
@@ -40,7 +40,7 @@ async fn unpublish_needs_nobody() {
         .await
         .unwrap();
     s.delete("web").await;
-    assert_eq!(s.leftovers(&s.node()).await, "nothing\n");
+    s.nothing_is_left().await;
 }
 
 /// A hung provider does not hold up a pod that is going away for longer than kubelet's deadline.
@@ -55,7 +55,7 @@ async fn a_pod_deleted_while_its_publish_hangs() {
         .wait_gone(&s.namespace, "web", SOON)
         .await
         .unwrap();
-    assert_eq!(s.leftovers(&s.node()).await, "nothing\n");
+    s.nothing_is_left().await;
     assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
 }
 
@@ -77,7 +77,7 @@ async fn the_same_pod_name_on_another_node() {
     s.apply(&on("node-2")).await;
     s.ready("web-0").await;
     insta::assert_snapshot!(before + &s.pod_statuses().await);
-    assert_eq!(s.leftovers("node-1").await, "nothing\n");
+    s.nothing_is_left_on("node-1").await;
 }
 
 /// What an earlier pod of that name left on another node is taken over, others' labels kept.

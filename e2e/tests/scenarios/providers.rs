@@ -52,10 +52,11 @@ async fn provider_errors(#[case] name: &str, #[case] fault: &str) {
     let s = Scenario::start().await;
     s.apply(&class_with("db", OBJECT, fault)).await;
     s.apply(&pod("web", &["db"])).await;
-    insta::assert_snapshot!(
-        format!("provider_error_{name}"),
-        s.failed_mount("web", "rpc error").await
-    );
+    let event = s.failed_mount("web", "rpc error").await;
+    // How a connection breaks depends on the moment.
+    insta::with_settings!({filters => vec![(r"attempts \([^)]*\)", "attempts ([how])")]}, {
+        insta::assert_snapshot!(format!("provider_error_{name}"), event);
+    });
     assert_eq!(s.leftovers_of_the_driver(&s.node()).await, "");
     assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
 
@@ -89,24 +90,16 @@ async fn a_moment_of_unavailability_is_bridged() {
 #[tokio::test]
 async fn a_dead_socket_fails_in_seconds() {
     let s = Scenario::start().await;
-    s.cluster
-        .provider(&s.node(), "fake-provider")
-        .stop()
-        .await
-        .unwrap();
-    // A listener that is dropped leaves its socket file, as a crash does.
-    let socket = s.disk("/var/run/secrets-store-csi-providers/e2e-provider.sock");
-    drop(std::os::unix::net::UnixListener::bind(socket).unwrap());
+    // A listener that is dropped leaves its socket file, as a crash does. This directory is
+    // searched before the one with the provider's own socket.
+    let socket = s.disk("/etc/kubernetes/secrets-store-csi-providers/e2e-provider.sock");
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
     s.apply(&class("db", OBJECT)).await;
     let started = std::time::Instant::now();
     s.apply(&pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
     assert!(started.elapsed().as_secs() < 10, "{:?}", started.elapsed());
-    s.cluster
-        .provider(&s.node(), "fake-provider")
-        .start()
-        .await
-        .unwrap();
+    std::fs::remove_file(socket).unwrap();
     s.ready("web").await;
 }
 
@@ -122,7 +115,7 @@ async fn a_provider_that_never_answers() {
         .wait_gone(&s.namespace, "web", SOON)
         .await
         .unwrap();
-    assert_eq!(s.leftovers(&s.node()).await, "nothing\n");
+    s.nothing_is_left().await;
 }
 
 /// Objects were named and no file came: a pod does not start with an empty volume.

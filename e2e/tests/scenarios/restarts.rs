@@ -67,7 +67,7 @@ async fn killed_after_everything() {
         "a published volume asks nobody"
     );
     s.delete("web").await;
-    assert_eq!(s.leftovers(&s.node()).await, "nothing\n");
+    s.nothing_is_left().await;
 }
 
 /// A failed write of the pod status undoes the mount; nothing of it stays.
@@ -129,7 +129,7 @@ async fn a_node_that_reboots() {
         "the provider was restarted and asked once more"
     );
     s.delete("web").await;
-    assert_eq!(s.leftovers(&s.node()).await, "nothing\n");
+    s.nothing_is_left().await;
 }
 
 /// A pod that is deleted while its node is down is torn down from what lies on disk.
@@ -167,7 +167,7 @@ async fn a_volume_of_an_earlier_driver() {
     assert_eq!(s.state("web").await, before);
     assert_eq!(s.mounts().await, mounts, "the very same mount");
     s.delete("web").await;
-    assert_eq!(s.leftovers(&s.node()).await, "nothing\n");
+    s.nothing_is_left().await;
 }
 
 /// The same while nothing works: what the container holds stays, and kubelet keeps it.
@@ -191,5 +191,5 @@ async fn a_volume_of_an_earlier_driver_whose_class_is_gone() {
     );
     assert_eq!(s.volume("web", MOUNT).await, before);
     s.delete("web").await;
-    assert_eq!(s.leftovers(&s.node()).await, "nothing\n");
+    s.nothing_is_left().await;
 }

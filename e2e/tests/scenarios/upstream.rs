@@ -99,6 +99,7 @@ async fn ep_09_to_13_v1_and_unmount() {
     reads_foo_and_fookey(&s, MOUNT).await;
     insta::assert_snapshot!(s.state("secrets-store-inline-crd").await);
     s.delete("secrets-store-inline-crd").await;
+    s.nothing_is_left().await;
     let log = s.cluster.driver(&s.node()).log().await.unwrap();
     assert!(log.contains("unpublished"), "{log}");
     let failed = |line: &str| {
