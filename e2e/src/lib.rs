@@ -3,5 +3,7 @@
 pub mod binaries;
 pub mod cluster;
 pub mod embedded;
+mod host;
 pub mod images;
+pub mod local;
 pub mod tree;
