@@ -97,6 +97,7 @@ pub(super) fn restore(state: &Path) -> Result<()> {
     }
     // Only what is ours below what was there before.
     remove_links(Path::new("/var/log/containers"), state);
+    remove_network_results(Path::new("/var/lib/cni/results"), state);
     for path in lines(&state.join("elsewhere")).iter().rev() {
         remove_if_unmounted(Path::new(path), &mut problems);
     }
@@ -363,6 +364,16 @@ fn unmount(state: &Path, problems: &mut Vec<String>) {
 fn remove_links(dir: &Path, to: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(to)) {
+            let _gone = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// What the network plugins remember of each pod, with the path of its namespace.
+fn remove_network_results(dir: &Path, state: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let text = fs::read(entry.path()).unwrap_or_default();
+        if contains(&text, state.as_os_str().as_encoded_bytes()) {
             let _gone = fs::remove_file(entry.path());
         }
     }
