@@ -47,7 +47,10 @@ const SYNC: Duration = Duration::from_millis(300);
 
 pub enum Target {
     Embedded(Box<Embedded>),
-    Local(Local, #[expect(dead_code, reason = "held")] MutexGuard<'static, ()>),
+    Local(
+        Local,
+        #[expect(dead_code, reason = "held")] MutexGuard<'static, ()>,
+    ),
 }
 
 /// Scenarios take turns on a shared cluster: they restart its driver and count its calls.
