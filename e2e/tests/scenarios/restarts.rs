@@ -252,3 +252,51 @@ async fn a_volume_of_an_earlier_driver_whose_class_is_gone() {
     s.delete("web").await;
     s.nothing_is_left().await;
 }
+
+/// A kubelet that restarts finds driver and volumes where it left them.
+#[tokio::test]
+async fn a_kubelet_that_restarts() {
+    let needs = Needs {
+        kubelet_restart: true,
+        ..Needs::default()
+    };
+    let Some(s) = Scenario::needing(needs).await else {
+        return;
+    };
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let (before, mounts) = (s.state("web").await, s.mounts().await);
+    s.cluster.restart_kubelet().await;
+    s.apply(&pod("later", &["db"])).await;
+    s.ready("later").await;
+    s.delete("later").await;
+    assert_eq!(s.state("web").await, before);
+    s.delete("web").await;
+    s.nothing_is_left().await;
+    assert_eq!(mounts.len(), 1);
+}
+
+/// Whoever empties kubelet's directory of plugins, the driver is registered again by itself.
+#[tokio::test]
+async fn a_wiped_plugin_directory() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT)).await;
+    let directory = s.disk("/var/lib/kubelet/plugins_registry");
+    let sockets = || {
+        std::fs::read_dir(&directory)
+            .unwrap()
+            .map(|e| e.unwrap().path())
+    };
+    assert_eq!(sockets().count(), 1);
+    for socket in sockets() {
+        std::fs::remove_file(socket).unwrap();
+    }
+    until("the driver offers itself again", async || {
+        sockets().count() == 1
+    })
+    .await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    assert_eq!(s.reads("web", MOUNT).await.texts()["password"], "hunter2");
+}

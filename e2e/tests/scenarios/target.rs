@@ -29,6 +29,8 @@ pub struct Needs {
     pub csi_timeout: Option<Duration>,
     /// Whether kubelet publishes volumes again within a second or so.
     pub republish: bool,
+    /// Whether kubelet can be restarted without the node.
+    pub kubelet_restart: bool,
 }
 
 impl Default for Needs {
@@ -38,6 +40,7 @@ impl Default for Needs {
             abilities: &[],
             csi_timeout: None,
             republish: false,
+            kubelet_restart: false,
         }
     }
 }
@@ -63,6 +66,10 @@ impl Target {
     pub async fn find(needs: &Needs) -> Option<Self> {
         let cluster = std::env::var("E2E_CLUSTER").unwrap_or_else(|_| "embedded".to_owned());
         match cluster.as_str() {
+            "embedded" if needs.kubelet_restart => {
+                skip("the embedded cluster has no kubelet that restarts without its node");
+                None
+            }
             "embedded" => Some(Self::Embedded(Box::new(embedded(needs).await))),
             "local" => {
                 if let Some(lacking) = lacking_on_local(needs) {
@@ -86,6 +93,14 @@ impl Target {
                 .join(path.trim_start_matches('/')),
             // This machine is the node.
             Self::Local(..) => path.into(),
+        }
+    }
+
+    /// Restarts kubelet, where that was asked for.
+    pub async fn restart_kubelet(&self) {
+        match self {
+            Self::Embedded(_) => unreachable!("the scenario is skipped"),
+            Self::Local(cluster, _) => cluster.restart_kubelet().await.unwrap(),
         }
     }
 
