@@ -245,6 +245,13 @@ async fn start(context: &Context, pod: &Pod, states: Vec<watch::Receiver<State>>
             return std::future::pending().await;
         }
     }
+    if let Some(refusal) = log_directory_refused(pod) {
+        context
+            .events
+            .warn(pod, "FailedCreatePodSandBox", &refusal)
+            .await;
+        return std::future::pending().await;
+    }
     let mut told = None;
     while let Some(lacking) = missing_secret(context, pod).await {
         if told.as_ref() != Some(&lacking) {
@@ -277,6 +284,16 @@ async fn start(context: &Context, pod: &Pod, states: Vec<watch::Receiver<State>>
         &status(pod, "Running", started, Some(&ip), containers),
     )
     .await;
+}
+
+/// Why kubelet cannot make the directory of a pod's logs: its name holds three others, and may
+/// have 255 bytes like any.
+fn log_directory_refused(pod: &Pod) -> Option<String> {
+    let (namespace, uid) = (pod.namespace()?, pod.uid()?);
+    let name = format!("{namespace}_{}_{uid}", pod.name_any());
+    (name.len() > 255).then(|| {
+        format!("Failed to create pod sandbox: mkdir /var/log/pods/{name}: file name too long")
+    })
 }
 
 /// The first Secret that the pod's containers need for their environment and do not find.
