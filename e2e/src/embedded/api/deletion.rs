@@ -40,6 +40,11 @@ impl Store {
         options: &DeleteOptions,
     ) -> Result<Deleted, Status> {
         let resource = &target.resource;
+        let lasting = ["default", "kube-system", "kube-public"];
+        if resource.qualified == "namespaces" && lasting.contains(&target.name.as_str()) {
+            let why = "this namespace may not be deleted";
+            return Err(Status::forbidden(resource, &target.name, why));
+        }
         loop {
             let current = self.current(target)?;
             check_preconditions(target, &current, options)?;

@@ -165,6 +165,14 @@ async fn a_namespace_goes_with_all_that_is_in_it() {
     pods.delete("p", &DeleteParams::default().grace_period(0))
         .await
         .unwrap();
+    let lasting = namespaces.delete("default", &DeleteParams::default()).await;
+    assert_eq!(
+        refusal(lasting),
+        (
+            403,
+            "namespaces \"default\" is forbidden: this namespace may not be deleted".to_owned()
+        )
+    );
     eventually("the namespace goes", async || {
         namespaces.get_opt("n").await.unwrap().is_none()
     })

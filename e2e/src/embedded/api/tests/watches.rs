@@ -48,6 +48,12 @@ async fn a_watch_sees_every_change_in_order() {
         let version = pod.metadata.resource_version.unwrap().parse().unwrap();
         assert!(version > last, "versions rise");
         last = version;
+        let label = pod.metadata.labels.unwrap_or_default().remove("app");
+        assert_eq!(
+            label.as_deref(),
+            Some("x"),
+            "only selected states are shown"
+        );
         seen.push((kind, pod.status.unwrap().phase.unwrap()));
     }
     let seen: Vec<_> = seen

@@ -1,0 +1,86 @@
+//! SecretProviderClasses that are missing, late or incomplete.
+
+use crate::harness::{Scenario, class, pod};
+
+/// kubelet's event is the one that tools look for, and the pod starts once the class is there.
+#[tokio::test]
+async fn a_missing_class_that_appears() {
+    let s = Scenario::start().await;
+    s.apply(&pod("web", &["db"])).await;
+    let event = s
+        .failed_mount("web", "failed to get secretproviderclass")
+        .await;
+    insta::assert_snapshot!(event);
+    // Contract C.8: `FailedMount.*failed to get secretproviderclass <ns>/<name>.*not found`.
+    let tail = event
+        .split_once("failed to get secretproviderclass [namespace]/db")
+        .unwrap()
+        .1;
+    assert!(tail.contains("not found"), "{event}");
+    assert_eq!(s.leftovers_of_the_driver(&s.node()).await, "");
+    assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
+    assert!(
+        s.metric(
+            "node_publish_error_total",
+            &["error_type=\"SecretProviderClassNotFound\""]
+        )
+        .await
+            >= 1.0
+    );
+
+    s.apply(&class("db", "- {objectName: password, content: hunter2}"))
+        .await;
+    s.ready("web").await;
+    insta::assert_snapshot!("a_class_that_appeared", s.state("web").await);
+}
+
+#[tokio::test]
+async fn a_class_in_another_namespace_is_not_found() {
+    let s = Scenario::start().await;
+    let elsewhere = class("db", "- {objectName: password}")
+        .replace("name: db\n", "name: db\n  namespace: default\n");
+    s.apply(&elsewhere).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.failed_mount("web", "failed to get secretproviderclass")
+        .await;
+}
+
+#[tokio::test]
+async fn classes_that_say_too_little() {
+    let s = Scenario::start().await;
+    let kind =
+        "apiVersion: secrets-store.csi.x-k8s.io/v1\nkind: SecretProviderClass\nmetadata:\n  name: ";
+    s.apply(&format!("{kind}nothing\n")).await;
+    s.apply(&format!(
+        "{kind}no-provider\nspec:\n  parameters:\n    a: b\n"
+    ))
+    .await;
+    s.apply(&format!(
+        "{kind}no-parameters\nspec:\n  provider: e2e-provider\n"
+    ))
+    .await;
+    s.apply(&class("no-objects", "")).await;
+    let mut events = Vec::new();
+    for name in ["nothing", "no-provider", "no-parameters", "no-objects"] {
+        s.apply(&pod(name, &[name])).await;
+        events.push(s.failed_mount(name, "rpc error").await);
+    }
+    insta::assert_snapshot!(events.join("\n"));
+    assert_eq!(s.leftovers_of_the_driver(&s.node()).await, "");
+}
+
+#[tokio::test]
+async fn a_volume_that_is_not_read_only_or_names_no_class() {
+    let s = Scenario::start().await;
+    let writable = pod("writable", &["db"]).replace(
+        "        readOnly: true\n        volumeAttributes",
+        "        volumeAttributes",
+    );
+    let without = pod("without", &["db"]).replace("secretProviderClass: db", "anything: else");
+    let mut events = Vec::new();
+    for (name, manifest) in [("writable", writable), ("without", without)] {
+        s.apply(&manifest).await;
+        events.push(s.failed_mount(name, "rpc error").await);
+    }
+    insta::assert_snapshot!(events.join("\n"));
+}

@@ -1,0 +1,490 @@
+//! What every scenario starts from, and how what it sees becomes text.
+
+use std::{
+    fmt::Write as _,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use e2e::{
+    binaries::Binaries,
+    cluster::{Ability, Cluster, Component},
+    embedded::{Embedded, Options},
+    tree::{Content, Entry, Kind, Tree, View},
+};
+use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams};
+use serde_json::{Value, json};
+
+/// For whatever should happen at once. Long, because the machine may be busy.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// Where the pods of [`pod`] mount their first volume.
+pub const MOUNT: &str = "/mnt/secrets-store";
+
+/// A cluster with a namespace of its own.
+pub struct Scenario {
+    pub cluster: Embedded,
+    pub namespace: String,
+}
+
+impl Scenario {
+    /// One node, as `deploy/` installs it, and the fake provider.
+    pub async fn start() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    /// The same with other options.
+    pub async fn with(change: impl FnOnce(&mut Options)) -> Self {
+        let cluster = std::env::var("E2E_CLUSTER").unwrap_or_else(|_| "embedded".to_owned());
+        assert_eq!(
+            cluster, "embedded",
+            "E2E_CLUSTER: this cluster is not built yet"
+        );
+        let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {}))
+            .await
+            .unwrap();
+        let mut options = Options::standard().unwrap();
+        change(&mut options);
+        let cluster = Embedded::start(options, binaries.unwrap())
+            .await
+            .unwrap_or_else(|error| panic!("{error}"));
+        let namespace = cluster.namespace().await.unwrap();
+        Self { cluster, namespace }
+    }
+
+    /// The node on which a scenario with one node runs.
+    pub fn node(&self) -> String {
+        self.cluster.nodes().remove(0)
+    }
+
+    pub async fn apply(&self, manifest: &str) {
+        self.cluster
+            .apply(&self.namespace, manifest)
+            .await
+            .unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    pub async fn ready(&self, pod: &str) {
+        self.cluster
+            .wait_ready(&self.namespace, pod, SOON)
+            .await
+            .unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    pub async fn delete(&self, pod: &str) {
+        self.cluster.delete_pod(&self.namespace, pod).await.unwrap();
+        self.gone(pod).await;
+    }
+
+    pub async fn gone(&self, pod: &str) {
+        self.cluster
+            .wait_gone(&self.namespace, pod, SOON)
+            .await
+            .unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    /// Waits for kubelet's word that a volume cannot be mounted, and returns it.
+    pub async fn failed_mount(&self, pod: &str, says: &str) -> String {
+        let event = self
+            .cluster
+            .wait_event(
+                &self.namespace,
+                pod,
+                "FailedMount",
+                |message| message.contains(says),
+                SOON,
+            )
+            .await
+            .unwrap_or_else(|error| panic!("{error}"));
+        self.redacted(&event.message.unwrap_or_default())
+    }
+
+    /// What the pod's container reads below a path.
+    pub async fn reads(&self, pod: &str, path: &str) -> Tree {
+        self.cluster
+            .tree(&self.namespace, pod, path, View::Reader)
+            .await
+            .unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The volume as the container reads it, and as it is on disk.
+    pub async fn volume(&self, pod: &str, path: &str) -> String {
+        let reads = self.reads(pod, path).await;
+        let disk = self
+            .cluster
+            .tree(&self.namespace, pod, path, View::Disk)
+            .await
+            .unwrap();
+        self.redacted(&format!(
+            "{pod} reads in {path}\n{}on disk\n{}",
+            lines(&reads, true),
+            lines(&disk, false)
+        ))
+    }
+
+    /// The pod statuses of the namespace.
+    pub async fn pod_statuses(&self) -> String {
+        let mut text = "pod statuses\n".to_owned();
+        for object in self.objects("SecretProviderClassPodStatus").await {
+            let labels = object.metadata.labels.unwrap_or_default();
+            let owners: Vec<_> = object
+                .metadata
+                .owner_references
+                .unwrap_or_default()
+                .iter()
+                .map(|o| json!({"apiVersion": o.api_version, "kind": o.kind, "name": o.name, "uid": o.uid, "controller": o.controller}))
+                .collect();
+            let shown = json!({
+                "name": object.metadata.name, "labels": labels, "owners": owners,
+                "status": object.data.get("status"),
+            });
+            let yaml = serde_saphyr::to_string(&without_nulls(shown)).unwrap();
+            for (number, line) in yaml.lines().enumerate() {
+                writeln!(text, "  {} {line}", if number == 0 { "-" } else { " " }).unwrap();
+            }
+        }
+        self.redacted(&text)
+    }
+
+    /// Volume and pod statuses: the snapshot of most scenarios.
+    pub async fn state(&self, pod: &str) -> String {
+        format!(
+            "{}{}",
+            self.volume(pod, MOUNT).await,
+            self.pod_statuses().await
+        )
+    }
+
+    /// Objects of a custom resource in the namespace, by name.
+    pub async fn objects(&self, kind: &str) -> Vec<DynamicObject> {
+        let gvk = GroupVersionKind::gvk("secrets-store.csi.x-k8s.io", "v1", kind);
+        let plural = match kind {
+            "SecretProviderClass" => "secretproviderclasses",
+            _ => "secretproviderclasspodstatuses",
+        };
+        let resource = ApiResource::from_gvk_with_plural(&gvk, plural);
+        let api = Api::<DynamicObject>::namespaced_with(
+            self.cluster.client(),
+            &self.namespace,
+            &resource,
+        );
+        api.list(&ListParams::default()).await.unwrap().items
+    }
+
+    /// What is left of pods on a node: mounts, directories of their volumes, records.
+    pub async fn leftovers(&self, node: &str) -> String {
+        assert!(self.cluster.can(Ability::LookAtNodes));
+        let mut text = String::new();
+        for mount in self
+            .cluster
+            .mounts(node, "/var/lib/kubelet/pods".as_ref())
+            .await
+            .unwrap()
+        {
+            // kubelet's root is a mount of the node's own.
+            if mount.components().count() > 5 {
+                writeln!(text, "mount {}", mount.display()).unwrap();
+            }
+        }
+        for below in ["pods", "plugins/csi-secrets-store/records"] {
+            let path = format!("/var/lib/kubelet/{below}");
+            if let Some(tree) = self.cluster.node_tree(node, path.as_ref()).await.unwrap() {
+                for entry in tree.entries.iter().filter(|entry| entry.path != ".") {
+                    writeln!(text, "{below}/{}", entry.path).unwrap();
+                }
+            }
+        }
+        if text.is_empty() {
+            "nothing\n".to_owned()
+        } else {
+            self.redacted(&text)
+        }
+    }
+
+    /// The same without what kubelet itself keeps while it tries again.
+    pub async fn leftovers_of_the_driver(&self, node: &str) -> String {
+        let all = self.leftovers(node).await;
+        let kept = |line: &&str| {
+            line.starts_with("mount ") || line.starts_with("plugins") || line.ends_with("/mount")
+        };
+        all.lines()
+            .filter(kept)
+            .fold(String::new(), |text, line| text + line + "\n")
+    }
+
+    /// Waits until neither a pod nor the driver has left anything on the node: a pod without
+    /// grace period is gone from the API before kubelet has taken down its volumes.
+    pub async fn nothing_is_left(&self) {
+        self.nothing_is_left_on(&self.node()).await;
+    }
+
+    /// The same on one of several nodes.
+    pub async fn nothing_is_left_on(&self, node: &str) {
+        until("nothing is left on the node", async || {
+            self.leftovers(node).await == "nothing\n"
+        })
+        .await;
+    }
+
+    /// Waits until the pod statuses are collected with their pods.
+    pub async fn no_pod_statuses(&self) {
+        until("no pod status is left", async || {
+            self.objects("SecretProviderClassPodStatus")
+                .await
+                .is_empty()
+        })
+        .await;
+    }
+
+    /// Mount calls that the provider has had for a pod since it started.
+    pub async fn provider_calls(&self, pod: &str) -> u64 {
+        let provider = Component::Provider("fake-provider".to_owned());
+        let answer = self
+            .cluster
+            .get(&self.node(), &provider, 8080, "/calls")
+            .await
+            .unwrap();
+        let calls: Value = serde_json::from_str(&answer.body).unwrap();
+        calls["mountCallsByPod"][format!("{}/{pod}", self.namespace)]
+            .as_u64()
+            .unwrap_or(0)
+    }
+
+    /// Waits until the provider has been called for a pod.
+    pub async fn provider_is_called(&self, pod: &str) {
+        until("the provider is called", async || {
+            self.provider_calls(pod).await > 0
+        })
+        .await;
+    }
+
+    pub async fn delete_class(&self, name: &str) {
+        let gvk = GroupVersionKind::gvk("secrets-store.csi.x-k8s.io", "v1", "SecretProviderClass");
+        let resource = ApiResource::from_gvk_with_plural(&gvk, "secretproviderclasses");
+        let api = Api::<DynamicObject>::namespaced_with(
+            self.cluster.client(),
+            &self.namespace,
+            &resource,
+        );
+        api.delete(name, &DeleteParams::default()).await.unwrap();
+    }
+
+    /// A path of the node's disk, as this process sees it.
+    pub fn disk(&self, path: &str) -> PathBuf {
+        assert!(self.cluster.can(Ability::LookAtNodes));
+        self.cluster
+            .state()
+            .join("nodes")
+            .join(self.node())
+            .join("root")
+            .join(path.trim_start_matches('/'))
+    }
+
+    /// The records of the driver.
+    pub fn records(&self) -> Vec<PathBuf> {
+        let directory =
+            std::fs::read_dir(self.disk("/var/lib/kubelet/plugins/csi-secrets-store/records"));
+        directory
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect()
+    }
+
+    /// Whether the node's one volume has its content.
+    pub async fn written(&self) -> bool {
+        let pods = self
+            .cluster
+            .node_tree(&self.node(), "/var/lib/kubelet/pods".as_ref())
+            .await;
+        pods.unwrap().is_some_and(|tree| {
+            tree.entries
+                .iter()
+                .any(|entry| entry.path.ends_with("/..data"))
+        })
+    }
+
+    /// The lines of the kernel's mount table that are volumes, as the driver sees them. The first
+    /// word of each is the mount's own number.
+    pub async fn mounts(&self) -> Vec<String> {
+        let containers = self.cluster.containers(&self.node()).await.unwrap();
+        let driver = containers
+            .into_iter()
+            .find(|c| c.name == Component::Driver.container())
+            .unwrap();
+        let table =
+            std::fs::read_to_string(format!("/proc/{}/mountinfo", driver.pid.unwrap())).unwrap();
+        table
+            .lines()
+            .filter(|line| line.contains("/kubernetes.io~csi/"))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// A counter of the driver: the sum of all series whose line contains each of `parts`.
+    pub async fn metric(&self, name: &str, parts: &[&str]) -> f64 {
+        let page = self.cluster.driver(&self.node()).metrics().await.unwrap();
+        page.lines()
+            .filter(|line| {
+                line.starts_with(&format!("{name}{{"))
+                    && parts.iter().all(|part| line.contains(part))
+            })
+            .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
+            .sum()
+    }
+
+    /// What differs from run to run, named for what it is.
+    pub fn redacted(&self, text: &str) -> String {
+        let mut out = text.replace(&self.namespace, "[namespace]");
+        for node in self.cluster.nodes() {
+            out = out.replace(&node, &format!("[{node}]"));
+        }
+        redact_words(&out)
+    }
+}
+
+/// Waits until something holds.
+pub async fn until(what: &str, holds: impl AsyncFn() -> bool) {
+    let started = Instant::now();
+    while !holds().await {
+        assert!(started.elapsed() < SOON, "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Replaces UIDs and the names of timestamped directories. Each UID keeps a number of its own,
+/// so that a snapshot shows which are the same.
+fn redact_words(text: &str) -> String {
+    let mut uids: Vec<String> = Vec::new();
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        if let Some(uid) = rest.get(..36).filter(|word| is_uid(word)) {
+            let number = uids
+                .iter()
+                .position(|known| known == uid)
+                .unwrap_or_else(|| {
+                    uids.push(uid.to_owned());
+                    uids.len() - 1
+                });
+            write!(out, "[uid {}]", number + 1).unwrap();
+            rest = &rest[36..];
+        } else if rest.starts_with("..20") {
+            let end = rest
+                .find(|c: char| !(c.is_ascii_digit() || "._".contains(c)))
+                .unwrap_or(rest.len());
+            out.push_str("..[time]");
+            rest = &rest[end..];
+        } else if let Some(hex) = rest
+            .strip_prefix("csi-")
+            .and_then(|r| r.get(..64))
+            .filter(|h| h.bytes().all(|b| b.is_ascii_hexdigit()))
+        {
+            out.push_str("csi-[handle]");
+            rest = &rest[4 + hex.len()..];
+        } else {
+            out.push(c);
+            rest = &rest[c.len_utf8()..];
+        }
+    }
+    out
+}
+
+fn is_uid(word: &str) -> bool {
+    word.bytes().enumerate().all(|(at, byte)| match at {
+        8 | 13 | 18 | 23 => byte == b'-',
+        _ => byte.is_ascii_hexdigit(),
+    })
+}
+
+/// One line an entry: mode, owner, path and what it is.
+fn lines(tree: &Tree, with_content: bool) -> String {
+    tree.entries.iter().fold(String::new(), |mut text, entry| {
+        writeln!(text, "  {}", line(entry, with_content)).unwrap();
+        text
+    })
+}
+
+fn line(entry: &Entry, with_content: bool) -> String {
+    let Entry {
+        path,
+        mode,
+        uid,
+        gid,
+        ..
+    } = entry;
+    match (&entry.kind, &entry.target, &entry.content) {
+        (Kind::Link, Some(target), _) => format!("link         {path} -> {target}"),
+        (Kind::Dir, ..) => format!("{mode} {uid}:{gid}     {path}/"),
+        (_, _, Some(content)) if with_content => {
+            format!("{mode} {uid}:{gid}     {path} = {}", shown(content))
+        }
+        _ => format!("{mode} {uid}:{gid}     {path}"),
+    }
+}
+
+fn shown(content: &Content) -> String {
+    match content {
+        Content::Text(text) => format!("{text:?}"),
+        Content::Base64(text) => format!("base64 {text}"),
+        Content::Digest { size, sha256 } => format!("{size} bytes, sha256 {sha256}"),
+    }
+}
+
+fn without_nulls(value: Value) -> Value {
+    match value {
+        Value::Object(map) => map
+            .into_iter()
+            .filter(|(_, value)| !value.is_null())
+            .map(|(key, value)| (key, without_nulls(value)))
+            .collect(),
+        Value::Array(items) => items.into_iter().map(without_nulls).collect(),
+        other => other,
+    }
+}
+
+/// A class of the fake provider whose parameter `objects` is this YAML list.
+pub fn class(name: &str, objects: &str) -> String {
+    class_with(name, objects, "")
+}
+
+/// The same with faults, a YAML list too.
+pub fn class_with(name: &str, objects: &str, faults: &str) -> String {
+    let mut parameters = format!("    objects: |\n      array:\n{}", indented(objects, 8));
+    if !faults.is_empty() {
+        write!(parameters, "    faults: |\n{}", indented(faults, 6)).unwrap();
+    }
+    format!(
+        "apiVersion: secrets-store.csi.x-k8s.io/v1\nkind: SecretProviderClass\nmetadata:\n  name: {name}\nspec:\n  provider: e2e-provider\n  parameters:\n{parameters}"
+    )
+}
+
+fn indented(text: &str, by: usize) -> String {
+    text.lines()
+        .filter(|line| !line.trim().is_empty())
+        .fold(String::new(), |mut out, line| {
+            writeln!(out, "{:by$}{line}", "").unwrap();
+            out
+        })
+}
+
+/// A pod that mounts these classes: the first at [`MOUNT`], further ones at the same with a number.
+pub fn pod(name: &str, classes: &[&str]) -> String {
+    let mut mounts = String::new();
+    let mut volumes = String::new();
+    for (number, class) in classes.iter().enumerate() {
+        let suffix = if number == 0 {
+            String::new()
+        } else {
+            format!("-{number}")
+        };
+        write!(mounts, "        - name: secrets{suffix}\n          mountPath: {MOUNT}{suffix}\n          readOnly: true\n").unwrap();
+        write!(
+            volumes,
+            "    - name: secrets{suffix}\n      csi:\n        driver: secrets-store.csi.k8s.io\n        readOnly: true\n        volumeAttributes:\n          secretProviderClass: {class}\n"
+        )
+        .unwrap();
+    }
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\nspec:\n  terminationGracePeriodSeconds: 0\n  containers:\n    - name: main\n      image: probe:e2e\n      args: [sleep]\n      volumeMounts:\n{mounts}  volumes:\n{volumes}"
+    )
+}

@@ -1,0 +1,127 @@
+//! Pods that go, come again, and move.
+
+use std::time::Duration;
+
+use e2e::cluster::Cluster as _;
+
+use crate::harness::{MOUNT, SOON, Scenario, class, class_with, pod};
+
+const OBJECT: &str = "- {objectName: password, content: hunter2}";
+
+#[tokio::test]
+async fn a_deleted_pod_leaves_nothing() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    insta::assert_snapshot!("a_running_pod_on_its_node", s.leftovers(&s.node()).await);
+    s.delete("web").await;
+    s.nothing_is_left().await;
+    s.no_pod_statuses().await;
+    assert_eq!(s.metric("node_unpublish_total", &[]).await, 1.0);
+    let log = s.cluster.driver(&s.node()).log().await.unwrap();
+    assert!(log.lines().all(|line| !line.starts_with('E')), "{log}");
+}
+
+/// Unpublish asks nobody: neither the provider nor the API server.
+#[tokio::test]
+async fn unpublish_needs_nobody() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    s.cluster
+        .provider(&s.node(), "fake-provider")
+        .stop()
+        .await
+        .unwrap();
+    s.cluster
+        .disturb_api(e2e::embedded::api::Disturbance::Refuse)
+        .await
+        .unwrap();
+    s.delete("web").await;
+    s.nothing_is_left().await;
+}
+
+/// A hung provider does not hold up a pod that is going away for longer than kubelet's deadline.
+#[tokio::test]
+async fn a_pod_deleted_while_its_publish_hangs() {
+    let s = Scenario::with(|options| options.csi_timeout = Duration::from_secs(5)).await;
+    s.apply(&class_with("db", OBJECT, "- {hang: true}")).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.provider_is_called("web").await;
+    s.cluster.delete_pod(&s.namespace, "web").await.unwrap();
+    s.cluster
+        .wait_gone(&s.namespace, "web", SOON)
+        .await
+        .unwrap();
+    s.nothing_is_left().await;
+    assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
+}
+
+/// A StatefulSet's pod keeps its name and comes back as another pod, elsewhere.
+#[tokio::test]
+async fn the_same_pod_name_on_another_node() {
+    let s = Scenario::with(|options| options.nodes = 2).await;
+    s.apply(&class("db", OBJECT)).await;
+    let on = |node: &str| {
+        pod("web-0", &["db"]).replace(
+            "spec:\n  term",
+            &format!("spec:\n  nodeName: {node}\n  term"),
+        )
+    };
+    s.apply(&on("node-1")).await;
+    s.ready("web-0").await;
+    let before = s.pod_statuses().await;
+    s.delete("web-0").await;
+    s.apply(&on("node-2")).await;
+    s.ready("web-0").await;
+    insta::assert_snapshot!(before + &s.pod_statuses().await);
+    s.nothing_is_left_on("node-1").await;
+}
+
+/// What an earlier pod of that name left on another node is taken over, others' labels kept.
+#[tokio::test]
+async fn a_pod_status_that_another_node_left_is_taken_over() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT)).await;
+    let stale = format!(
+        "apiVersion: secrets-store.csi.x-k8s.io/v1
+kind: SecretProviderClassPodStatus
+metadata:
+  name: web-0-{}-db
+  labels:
+    internal.secrets-store.csi.k8s.io/node-name: another-node
+    team: shop
+status:
+  podName: web-0
+  secretProviderClassName: db
+  mounted: true
+  targetPath: /var/lib/kubelet/pods/00000000-0000-0000-0000-000000000000/volumes/kubernetes.io~csi/secrets/mount
+  objects: [{{id: secret/gone, version: v0}}]
+",
+        s.namespace
+    );
+    s.apply(&stale).await;
+    s.apply(&pod("web-0", &["db"])).await;
+    s.ready("web-0").await;
+    insta::assert_snapshot!(s.pod_statuses().await);
+}
+
+/// Names that the API does not take as they are get a readable beginning and a hash.
+#[tokio::test]
+async fn a_name_too_long_for_a_pod_status() {
+    let s = Scenario::start().await;
+    let (web, db) = (
+        format!("web-{}", "w".repeat(200)),
+        format!("db-{}", "d".repeat(200)),
+    );
+    s.apply(&class(&db, OBJECT)).await;
+    s.apply(&pod(&web, &[&db])).await;
+    s.ready(&web).await;
+    assert_eq!(s.reads(&web, MOUNT).await.texts()["password"], "hunter2");
+    let statuses = s.objects("SecretProviderClassPodStatus").await;
+    let name = statuses[0].metadata.name.as_deref().unwrap();
+    assert!(name.starts_with("web-www") && name.len() == 253, "{name}");
+    assert_eq!(statuses[0].data["status"]["podName"], web.as_str());
+}

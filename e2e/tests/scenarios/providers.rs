@@ -1,0 +1,134 @@
+//! Providers that are missing, late, wrong or slow.
+
+use e2e::cluster::Cluster as _;
+use rstest::rstest;
+
+use crate::harness::{MOUNT, SOON, Scenario, class, class_with, pod};
+
+const OBJECT: &str = "- {objectName: password, content: hunter2}";
+
+#[tokio::test]
+async fn an_unknown_provider_that_arrives() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT).replace("provider: e2e-provider", "provider: late"))
+        .await;
+    s.apply(&pod("web", &["db"])).await;
+    insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
+    let late = include_str!("../../manifests/fake-provider.yaml")
+        .replace("name: fake-provider\n", "name: late-provider\n")
+        .replace("e2e-provider.sock", "late.sock\n            - --http-addr=");
+    s.apply(&late).await;
+    s.ready("web").await;
+    assert_eq!(s.reads("web", MOUNT).await.texts()["password"], "hunter2");
+}
+
+#[tokio::test]
+async fn a_name_that_is_no_providers() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT).replace("provider: e2e-provider", "provider: ../../csi/csi"))
+        .await;
+    s.apply(&pod("web", &["db"])).await;
+    insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
+}
+
+/// Codes that a provider answers reach kubelet, and a transient fault is over after a retry.
+#[rstest]
+#[case::not_found("not_found", "- {status: {code: NOT_FOUND, message: no such secret}}")]
+#[case::denied(
+    "denied",
+    "- {status: {code: PERMISSION_DENIED, message: role csi may not read}}"
+)]
+#[case::exhausted(
+    "exhausted",
+    "- {status: {code: RESOURCE_EXHAUSTED, message: throttled}}"
+)]
+#[case::unavailable("unavailable", "- {status: {code: UNAVAILABLE, message: sealed}}")]
+#[case::error_code("error_code", "- {errorCode: AuthenticationFailed}")]
+#[case::missing_versions("missing_versions", "- {missingVersions: true}")]
+#[case::oversize("oversize", "- {oversize: 5000000}")]
+#[case::crash("crash", "- {crash: true}")]
+#[tokio::test]
+async fn provider_errors(#[case] name: &str, #[case] fault: &str) {
+    let s = Scenario::start().await;
+    s.apply(&class_with("db", OBJECT, fault)).await;
+    s.apply(&pod("web", &["db"])).await;
+    let event = s.failed_mount("web", "rpc error").await;
+    // How a connection breaks depends on the moment.
+    insta::with_settings!({filters => vec![(r"attempts \([^)]*\)", "attempts ([how])")]}, {
+        insta::assert_snapshot!(format!("provider_error_{name}"), event);
+    });
+    assert_eq!(s.leftovers_of_the_driver(&s.node()).await, "");
+    assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
+
+    // The pod starts when the provider is well again.
+    s.apply(&class("db", OBJECT)).await;
+    s.ready("web").await;
+    assert_eq!(s.reads("web", MOUNT).await.texts()["password"], "hunter2");
+    insta::assert_snapshot!("provider_is_well_again", s.pod_statuses().await);
+}
+
+/// UNAVAILABLE is tried again within the same call, so that the pod does not wait for kubelet.
+#[tokio::test]
+async fn a_moment_of_unavailability_is_bridged() {
+    let s = Scenario::start().await;
+    let fault = "- {times: 2, status: {code: UNAVAILABLE, message: restarting}}";
+    s.apply(&class_with("db", OBJECT, fault)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    assert_eq!(s.provider_calls("web").await, 3);
+    assert!(
+        s.cluster
+            .events(&s.namespace, "web")
+            .await
+            .unwrap()
+            .iter()
+            .all(|e| e.reason.as_deref() != Some("FailedMount"))
+    );
+}
+
+/// A socket that nobody listens on fails in seconds, not at kubelet's deadline.
+#[tokio::test]
+async fn a_dead_socket_fails_in_seconds() {
+    let s = Scenario::start().await;
+    // A listener that is dropped leaves its socket file, as a crash does. This directory is
+    // searched before the one with the provider's own socket.
+    let socket = s.disk("/etc/kubernetes/secrets-store-csi-providers/e2e-provider.sock");
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    s.apply(&class("db", OBJECT)).await;
+    let started = std::time::Instant::now();
+    s.apply(&pod("web", &["db"])).await;
+    insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
+    assert!(started.elapsed().as_secs() < 10, "{:?}", started.elapsed());
+    std::fs::remove_file(socket).unwrap();
+    s.ready("web").await;
+}
+
+/// The caller's deadline bounds the provider's, and what hung is named.
+#[tokio::test]
+async fn a_provider_that_never_answers() {
+    let s = Scenario::with(|options| options.csi_timeout = std::time::Duration::from_secs(3)).await;
+    s.apply(&class_with("db", OBJECT, "- {hang: true}")).await;
+    s.apply(&pod("web", &["db"])).await;
+    insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
+    s.cluster.delete_pod(&s.namespace, "web").await.unwrap();
+    s.cluster
+        .wait_gone(&s.namespace, "web", SOON)
+        .await
+        .unwrap();
+    s.nothing_is_left().await;
+}
+
+/// Objects were named and no file came: a pod does not start with an empty volume.
+#[tokio::test]
+async fn an_answer_without_files_is_not_a_mounted_volume() {
+    let s = Scenario::start().await;
+    s.apply(&class_with(
+        "db",
+        "- {objectName: ../outside, content: x}",
+        "- {writeFiles: true}",
+    ))
+    .await;
+    s.apply(&pod("web", &["db"])).await;
+    s.failed_mount("web", "rpc error").await;
+    assert_eq!(s.leftovers_of_the_driver(&s.node()).await, "");
+}

@@ -1,0 +1,195 @@
+//! Drivers and nodes that go down at the worst moment. A pod never starts with an empty or half
+//! volume, and one that runs never loses what it holds.
+
+use std::time::Duration;
+
+use e2e::{cluster::Cluster as _, embedded::api::Disturbance};
+
+use crate::harness::{MOUNT, Scenario, class, class_with, pod, until};
+
+const OBJECT: &str = "- {objectName: password, content: hunter2}";
+
+/// How often kubelet looks again, where a scenario needs it to.
+const SYNC: Option<Duration> = Some(Duration::from_millis(300));
+
+#[tokio::test]
+async fn killed_between_mount_and_write() {
+    let s = Scenario::start().await;
+    s.apply(&class_with("db", OBJECT, "- {hang: true, times: 1}"))
+        .await;
+    s.apply(&pod("web", &["db"])).await;
+    s.provider_is_called("web").await;
+    assert_eq!(s.mounts().await.len(), 1);
+    s.cluster.driver(&s.node()).kill().await.unwrap();
+    s.ready("web").await;
+    insta::assert_snapshot!(s.state("web").await);
+    assert_eq!(
+        s.mounts().await.len(),
+        1,
+        "the mount was filled, not covered"
+    );
+}
+
+#[tokio::test]
+async fn killed_between_write_and_status() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT)).await;
+    // Each answer takes long enough for the driver to be killed while it waits for that of the
+    // pod status.
+    s.cluster
+        .disturb_api(Disturbance::Slow(Duration::from_secs(4)))
+        .await
+        .unwrap();
+    s.apply(&pod("web", &["db"])).await;
+    until("the files are written", async || s.written().await).await;
+    assert!(s.objects("SecretProviderClassPodStatus").await.is_empty() && s.records().is_empty());
+    s.cluster.driver(&s.node()).kill().await.unwrap();
+    s.cluster.disturb_api(Disturbance::None).await.unwrap();
+    s.ready("web").await;
+    insta::assert_snapshot!(s.state("web").await);
+    assert_eq!(s.mounts().await.len(), 1);
+}
+
+#[tokio::test]
+async fn killed_after_everything() {
+    let s = Scenario::with(|options| options.sync_period = SYNC).await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let before = s.state("web").await;
+    s.cluster.driver(&s.node()).kill().await.unwrap();
+    // Long enough for kubelet to have looked again, more than once.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(s.state("web").await, before);
+    assert_eq!(
+        s.provider_calls("web").await,
+        1,
+        "a published volume asks nobody"
+    );
+    s.delete("web").await;
+    s.nothing_is_left().await;
+}
+
+/// A failed write of the pod status undoes the mount; nothing of it stays.
+#[tokio::test]
+async fn an_api_server_that_does_not_take_the_status() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT)).await;
+    let refused = Disturbance::Fail {
+        status: 500,
+        verb: Some("create".to_owned()),
+        resource: Some("secretproviderclasspodstatuses".to_owned()),
+        times: u32::MAX,
+    };
+    s.cluster.disturb_api(refused).await.unwrap();
+    s.apply(&pod("web", &["db"])).await;
+    insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
+    assert!(s.mounts().await.is_empty());
+    s.cluster.disturb_api(Disturbance::None).await.unwrap();
+    s.ready("web").await;
+}
+
+/// CSI and registration come up without the API server; a publish says what is missing.
+#[tokio::test]
+async fn an_api_server_that_is_away() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT)).await;
+    s.cluster.disturb_api(Disturbance::Refuse).await.unwrap();
+    s.cluster.driver(&s.node()).kill().await.unwrap();
+    s.apply(&pod("web", &["db"])).await;
+    let event = s
+        .failed_mount("web", "failed to get secretproviderclass")
+        .await;
+    assert!(
+        event.contains("code = Unavailable") && event.contains("the API server did not answer"),
+        "{event}"
+    );
+    s.cluster.disturb_api(Disturbance::None).await.unwrap();
+    s.ready("web").await;
+}
+
+/// After a reboot the tmpfs is gone, directories and records are not: that proves nothing.
+#[tokio::test]
+async fn a_node_that_reboots() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let before = s.state("web").await;
+    let calls = s.provider_calls("web").await;
+    s.cluster.reboot(&s.node()).await.unwrap();
+    until("the volume is mounted again", async || {
+        s.mounts().await.len() == 1 && s.written().await
+    })
+    .await;
+    assert_eq!(s.state("web").await, before);
+    assert_eq!(
+        (calls, s.provider_calls("web").await),
+        (1, 1),
+        "the provider was restarted and asked once more"
+    );
+    s.delete("web").await;
+    s.nothing_is_left().await;
+}
+
+/// A pod that is deleted while its node is down is torn down from what lies on disk.
+#[tokio::test]
+async fn unpublish_after_a_reboot() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    s.cluster
+        .provider(&s.node(), "fake-provider")
+        .stop()
+        .await
+        .unwrap();
+    s.cluster.delete_pod(&s.namespace, "web").await.unwrap();
+    s.cluster.reboot(&s.node()).await.unwrap();
+    s.gone("web").await;
+    s.nothing_is_left().await;
+}
+
+/// A volume of an earlier driver has a mount and no record. It is taken over in place: the same
+/// mount, because the running container holds it.
+#[tokio::test]
+async fn a_volume_of_an_earlier_driver() {
+    let s = Scenario::with(|options| options.sync_period = SYNC).await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let before = s.state("web").await;
+    let mounts = s.mounts().await;
+    for record in s.records() {
+        std::fs::remove_file(record).unwrap();
+    }
+    until("the volume is recorded", async || s.records().len() == 1).await;
+    assert_eq!(s.state("web").await, before);
+    assert_eq!(s.mounts().await, mounts, "the very same mount");
+    s.delete("web").await;
+    s.nothing_is_left().await;
+}
+
+/// The same while nothing works: what the container holds stays, and kubelet keeps it.
+#[tokio::test]
+async fn a_volume_of_an_earlier_driver_whose_class_is_gone() {
+    let s = Scenario::with(|options| options.sync_period = SYNC).await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let before = s.volume("web", MOUNT).await;
+    s.delete_class("db").await;
+    for record in s.records() {
+        std::fs::remove_file(record).unwrap();
+    }
+    let event = s
+        .failed_mount("web", "failed to get secretproviderclass")
+        .await;
+    assert!(
+        event.contains("code = Unavailable"),
+        "not final, so that kubelet cleans nothing away: {event}"
+    );
+    assert_eq!(s.volume("web", MOUNT).await, before);
+    s.delete("web").await;
+    s.nothing_is_left().await;
+}
