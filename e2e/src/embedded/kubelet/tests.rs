@@ -1,165 +1,25 @@
 //! The kubelet against the embedded API server and a CSI driver of a few lines, without
 //! namespaces: its root is a temporary directory and nothing is mounted.
 
-use std::collections::VecDeque;
-use std::sync::Mutex;
+mod fake_driver;
 
 use k8s_openapi::api::core::v1::Event as EventObject;
 use kube::api::{DeleteParams, PostParams};
-use proto::csi::node_server::{Node, NodeServer};
-use proto::csi::{self as wire, node_service_capability::rpc};
-use proto::registration::registration_server::{Registration, RegistrationServer};
-use proto::registration::{
-    InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse,
-};
+use proto::csi as wire;
+use proto::csi::node_server::NodeServer;
+use proto::registration::registration_server::RegistrationServer;
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::UnixListenerStream;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Status};
 
 use super::volumes::Volume;
 use super::*;
 use crate::embedded::api::ApiServer;
+use fake_driver::Fake;
 
 const DRIVER: &str = "secrets-store.csi.k8s.io";
 const LIMIT: Duration = Duration::from_secs(10);
-
-/// A driver that does as it is told and remembers what it was asked.
-#[derive(Clone, Default)]
-struct Fake {
-    published: Arc<Mutex<Vec<wire::NodePublishVolumeRequest>>>,
-    /// `publish` and `unpublish` as they begin and end.
-    log: Arc<Mutex<Vec<&'static str>>>,
-    /// Errors for the next publishes.
-    errors: Arc<Mutex<VecDeque<Status>>>,
-    /// When there, every publish waits for a permit.
-    gate: Option<Arc<Semaphore>>,
-    versions: Vec<String>,
-    endpoint: String,
-    notified: Option<mpsc::UnboundedSender<RegistrationStatus>>,
-}
-
-impl Fake {
-    fn log(&self, what: &'static str) {
-        self.log.lock().unwrap().push(what);
-    }
-}
-
-#[tonic::async_trait]
-impl Node for Fake {
-    async fn node_publish_volume(
-        &self,
-        request: Request<wire::NodePublishVolumeRequest>,
-    ) -> Result<Response<wire::NodePublishVolumeResponse>, Status> {
-        assert!(
-            request.metadata().contains_key("grpc-timeout"),
-            "a deadline is sent"
-        );
-        let request = request.into_inner();
-        self.log("publish");
-        self.published.lock().unwrap().push(request.clone());
-        if let Some(gate) = &self.gate {
-            gate.acquire().await.unwrap().forget();
-        }
-        let target = Path::new(&request.target_path);
-        let first = !self.log.lock().unwrap().contains(&"published");
-        assert_eq!(target.exists(), !first, "the driver makes the target");
-        assert!(
-            target.with_file_name("vol_data.json").exists(),
-            "written before"
-        );
-        if let Some(error) = self.errors.lock().unwrap().pop_front() {
-            return Err(error);
-        }
-        std::fs::create_dir_all(target)?;
-        self.log("published");
-        Ok(Response::new(wire::NodePublishVolumeResponse {}))
-    }
-
-    async fn node_unpublish_volume(
-        &self,
-        request: Request<wire::NodeUnpublishVolumeRequest>,
-    ) -> Result<Response<wire::NodeUnpublishVolumeResponse>, Status> {
-        self.log("unpublish");
-        let _absent = std::fs::remove_dir(&request.get_ref().target_path);
-        Ok(Response::new(wire::NodeUnpublishVolumeResponse {}))
-    }
-
-    async fn node_get_capabilities(
-        &self,
-        _: Request<wire::NodeGetCapabilitiesRequest>,
-    ) -> Result<Response<wire::NodeGetCapabilitiesResponse>, Status> {
-        let rpc = wire::node_service_capability::Rpc {
-            r#type: rpc::Type::VolumeMountGroup.into(),
-        };
-        let capability = wire::NodeServiceCapability {
-            r#type: Some(wire::node_service_capability::Type::Rpc(rpc)),
-        };
-        Ok(Response::new(wire::NodeGetCapabilitiesResponse {
-            capabilities: vec![capability],
-        }))
-    }
-
-    async fn node_get_info(
-        &self,
-        _: Request<wire::NodeGetInfoRequest>,
-    ) -> Result<Response<wire::NodeGetInfoResponse>, Status> {
-        Ok(Response::new(wire::NodeGetInfoResponse {
-            node_id: "id-1".into(),
-            ..Default::default()
-        }))
-    }
-
-    async fn node_stage_volume(
-        &self,
-        _: Request<wire::NodeStageVolumeRequest>,
-    ) -> Result<Response<wire::NodeStageVolumeResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn node_unstage_volume(
-        &self,
-        _: Request<wire::NodeUnstageVolumeRequest>,
-    ) -> Result<Response<wire::NodeUnstageVolumeResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn node_get_volume_stats(
-        &self,
-        _: Request<wire::NodeGetVolumeStatsRequest>,
-    ) -> Result<Response<wire::NodeGetVolumeStatsResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn node_expand_volume(
-        &self,
-        _: Request<wire::NodeExpandVolumeRequest>,
-    ) -> Result<Response<wire::NodeExpandVolumeResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-}
-
-#[tonic::async_trait]
-impl Registration for Fake {
-    async fn get_info(&self, _: Request<InfoRequest>) -> Result<Response<PluginInfo>, Status> {
-        Ok(Response::new(PluginInfo {
-            r#type: "CSIPlugin".into(),
-            name: DRIVER.into(),
-            endpoint: self.endpoint.clone(),
-            supported_versions: self.versions.clone(),
-        }))
-    }
-
-    async fn notify_registration_status(
-        &self,
-        request: Request<RegistrationStatus>,
-    ) -> Result<Response<RegistrationStatusResponse>, Status> {
-        if let Some(notified) = &self.notified {
-            notified.send(request.into_inner()).unwrap();
-        }
-        Ok(Response::new(RegistrationStatusResponse {}))
-    }
-}
 
 /// A node's directory, an API server, and a kubelet.
 struct World {
