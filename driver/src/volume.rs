@@ -1,8 +1,8 @@
 //! One volume's life: publish and unpublish.
 //!
 //! A volume is published when its record says so, its mount is there and its content is there;
-//! [`plan`] decides from these three and nothing else. The order of steps of a publish, and
-//! what undoes them, stand in [`Volumes::publish`] and [`Volumes::fill`].
+//! the function `plan` decides from these three and nothing else. The order of steps of a publish,
+//! and what undoes them, stand in `Volumes::carry_out`.
 //!
 //! A live mount is never replaced or taken away by a publish, because a running container may
 //! hold it: a mount without a record is filled in place. What a failed publish made itself goes

@@ -2,7 +2,8 @@
 
 use std::{
     fmt::Write as _,
-    path::PathBuf,
+    fs::File,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -303,16 +304,27 @@ impl Scenario {
         })
     }
 
-    /// The lines of the kernel's mount table that are volumes, as the driver sees them. The first
-    /// word of each is the mount's own number.
-    pub async fn mounts(&self) -> Vec<String> {
+    /// Holds the node's one volume open, as a running container does, wherever it is mounted.
+    pub async fn hold_volume(&self) -> File {
+        let pods = Path::new("/var/lib/kubelet/pods");
+        let mounts = self.cluster.mounts(&self.node(), pods).await.unwrap();
+        let target = mounts.iter().find(|path| path.ends_with("mount")).unwrap();
+        let target = target.strip_prefix("/").unwrap();
+        let root = PathBuf::from(format!("/proc/{}/root", self.driver_pid().await));
+        File::open(root.join(target)).unwrap()
+    }
+
+    async fn driver_pid(&self) -> i32 {
         let containers = self.cluster.containers(&self.node()).await.unwrap();
-        let driver = containers
-            .into_iter()
-            .find(|c| c.name == Component::Driver.container())
-            .unwrap();
-        let table =
-            std::fs::read_to_string(format!("/proc/{}/mountinfo", driver.pid.unwrap())).unwrap();
+        let mut containers = containers.into_iter();
+        let driver = containers.find(|c| c.name == Component::Driver.container());
+        driver.unwrap().pid.unwrap()
+    }
+
+    /// The lines of the kernel's mount table that are volumes, as the driver sees them.
+    pub async fn mounts(&self) -> Vec<String> {
+        let table = format!("/proc/{}/mountinfo", self.driver_pid().await);
+        let table = std::fs::read_to_string(table).unwrap();
         table
             .lines()
             .filter(|line| line.contains("/kubernetes.io~csi/"))
