@@ -120,6 +120,30 @@ fn the_readme_has_every_value() {
     );
 }
 
+/// Versions of distributions, such as v1.35.6-eks-1, are pre-releases to a comparison, which only
+/// lets those in if it names a pre-release itself. `helm template` cuts such suffixes off, so that
+/// rendering does not show it.
+#[test]
+fn version_gates_let_distributions_in() {
+    let mut gates = 0;
+    for file in [
+        "Chart.yaml",
+        "templates/_helpers.tpl",
+        "templates/NOTES.txt",
+    ] {
+        let text = fs::read_to_string(deploy("chart").join(file)).unwrap();
+        for (_, version) in text
+            .match_indices("\">=")
+            .map(|(at, _)| text.split_at(at + 3))
+        {
+            let version = version.split('"').next().unwrap();
+            assert!(version.ends_with("-0"), "{file}: {version}");
+            gates += 1;
+        }
+    }
+    assert_eq!(gates, 3);
+}
+
 const EVERYTHING: &str = include_str!("chart/everything.yaml");
 const REUSED: &str = include_str!("chart/values-of-1.6.yaml");
 const TOKENS: &str = "tokenRequests: [{audience: vault}]";

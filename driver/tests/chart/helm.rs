@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Once;
 
 use tempfile::TempDir;
 
@@ -63,10 +64,11 @@ impl Helm {
             .chain(std::env::split_paths(&path).map(|dir| dir.join("helm")))
             .chain(["/var/cache/e2e-tools/helm".into()])
             .find(|candidate| candidate.is_file());
+        static ONCE: Once = Once::new();
         if found.is_none() {
             // Not by eprintln!, which the test harness keeps to itself when the test passes.
             let line = "skipped: rendering the chart needs helm in $HELM or $PATH\n";
-            std::io::stderr().write_all(line.as_bytes()).unwrap();
+            ONCE.call_once(|| std::io::stderr().write_all(line.as_bytes()).unwrap());
         }
         found.map(Self)
     }
