@@ -14,8 +14,9 @@ use std::process::{ChildStdin, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use futures::StreamExt;
 use nix::unistd::geteuid;
-use testcontainers::bollard::query_parameters::ImportImageOptions;
+use testcontainers::bollard::query_parameters::{ImportImageOptions, RemoveImageOptions};
 use testcontainers::bollard::{API_DEFAULT_VERSION, Docker, body_full};
 
 use e2e::images::Images;
@@ -181,15 +182,25 @@ fn connect(host: &str) -> Option<Docker> {
 async fn load(host: &str, images: &Images) {
     let docker = connect(host).unwrap();
     for image in &images.archives {
+        let before = docker.inspect_image(&image.name).await.ok();
         let archive = fs::read(&image.archive).unwrap();
-        let answers = docker.import_image(
-            ImportImageOptions::default(),
-            body_full(archive.into()),
-            None,
-        );
-        let lines: Vec<_> = futures::StreamExt::collect(answers).await;
-        for line in lines {
-            line.unwrap_or_else(|error| panic!("load image {}: {error}", image.name));
+        let options = ImportImageOptions::default();
+        let answers: Vec<_> = docker
+            .import_image(options, body_full(archive.into()), None)
+            .collect()
+            .await;
+        for answer in answers {
+            answer.unwrap_or_else(|error| panic!("load image {}: {error}", image.name));
+        }
+        // Otherwise every change of the code would leave an image without a name.
+        let after = docker.inspect_image(&image.name).await.unwrap();
+        if let Some(old) = before.and_then(|before| before.id)
+            && after.id.as_ref() != Some(&old)
+        {
+            // Refused where it has another name or a container, and then it is somebody's.
+            let _ = docker
+                .remove_image(&old, None::<RemoveImageOptions>, None)
+                .await;
         }
     }
 }

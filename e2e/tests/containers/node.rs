@@ -22,6 +22,7 @@ use proto::csi::{
 use testcontainers::bollard::query_parameters::KillContainerOptions;
 use testcontainers::core::WaitFor;
 use testcontainers::core::client::docker_client_instance;
+use testcontainers::core::logs::LogFrame;
 use testcontainers::runners::AsyncRunner;
 use testcontainers::{ContainerAsync, ContainerRequest, GenericImage, ImageExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
@@ -232,6 +233,8 @@ fn hardened(image: &str, line: &str) -> ContainerRequest<GenericImage> {
     let (name, tag) = image.split_once(':').unwrap();
     GenericImage::new(name, tag)
         .with_wait_for(WaitFor::message_on_stderr(line))
+        // Shown when the test fails.
+        .with_log_consumer(|frame: &LogFrame| eprint!("{}", String::from_utf8_lossy(frame.bytes())))
         .with_readonly_rootfs(true)
         .with_cap_drop("ALL")
         .with_security_opt("no-new-privileges")
