@@ -350,7 +350,7 @@ impl CsiDriverProvider for Provider {
         let file = |path: &str, size: usize| File {
             path: path.to_owned(),
             mode: 0o644,
-            contents: format!("{CANARY}content").repeat(size).into_bytes().into(),
+            contents: format!("{CANARY}content").repeat(size).into_bytes(),
         };
         let mut response = MountResponse {
             object_version: vec![ObjectVersion {

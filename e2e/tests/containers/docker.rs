@@ -10,7 +10,7 @@ use std::env;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -44,8 +44,8 @@ rm -rf "$dir"
 /// A daemon that has the images.
 struct Daemon {
     host: String,
-    /// While this is open, a daemon of our own lives.
-    _alive: Option<ChildStdin>,
+    /// A daemon of our own lives while the standard input of its keeper is open.
+    _keeper: Option<Child>,
 }
 
 static DAEMON: OnceLock<Result<Daemon, String>> = OnceLock::new();
@@ -101,7 +101,7 @@ impl Daemon {
         let daemon = if runtime.block_on(answers(&usual)) {
             Self {
                 host: usual,
-                _alive: None,
+                _keeper: None,
             }
         } else if env::var_os(HOST).is_some() {
             return Err(format!("no Docker daemon answers at $DOCKER_HOST, {usual}"));
@@ -145,12 +145,12 @@ impl Daemon {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let alive = keeper.stdin.take();
         let deadline = Instant::now() + Duration::from_secs(LIMIT_SECONDS);
         while !runtime.block_on(answers(&host)) {
             let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
-            // Dropping `alive` makes the keeper tidy up.
             if log.contains("failed to start daemon") || Instant::now() > deadline {
+                drop(keeper.stdin.take());
+                keeper.wait().unwrap();
                 let last = log.lines().last().unwrap_or("it said nothing");
                 return Err(format!("a dockerd started here does not come up: {last}"));
             }
@@ -158,7 +158,7 @@ impl Daemon {
         }
         Ok(Self {
             host,
-            _alive: alive,
+            _keeper: Some(keeper),
         })
     }
 }

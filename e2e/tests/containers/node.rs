@@ -40,7 +40,7 @@ const NAMESPACE: &str = "default";
 const PODS: &str = "/var/lib/kubelet/pods";
 const LIMIT: Duration = Duration::from_secs(20);
 /// What docker grants a process between SIGTERM and SIGKILL.
-const GRACE_SECONDS: i32 = 20;
+const GRACE_SECONDS: i32 = 30;
 
 /// Waits until something is so.
 pub(crate) async fn until(what: &str, mut so: impl FnMut() -> bool) {
