@@ -469,6 +469,12 @@ impl Busy {
         self.enter(target, CancellationToken::new(), CancellationToken::cancel)
     }
 
+    /// Tells every publish that runs to stop, and to undo what it has not finished.
+    pub fn give_up(&self) {
+        let targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        targets.values().for_each(CancellationToken::cancel);
+    }
+
     fn enter(
         &self,
         target: &TargetPath,

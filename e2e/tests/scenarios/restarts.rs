@@ -70,6 +70,22 @@ async fn killed_after_everything() {
     s.nothing_is_left().await;
 }
 
+/// SIGTERM, as in a roll of the DaemonSet: the call that runs is answered first.
+#[tokio::test]
+async fn stopped_while_a_publish_runs() {
+    let s = Scenario::start().await;
+    s.apply(&class_with("db", OBJECT, "- {delay: 2s}")).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.provider_is_called("web").await;
+    s.cluster.driver(&s.node()).stop().await.unwrap();
+    assert_eq!(s.records().len(), 1, "the publish was finished");
+    s.cluster.driver(&s.node()).start().await.unwrap();
+    s.ready("web").await;
+    assert_eq!(s.provider_calls("web").await, 1);
+    s.delete("web").await;
+    s.nothing_is_left().await;
+}
+
 /// A failed write of the pod status undoes the mount; nothing of it stays.
 #[tokio::test]
 async fn an_api_server_that_does_not_take_the_status() {
