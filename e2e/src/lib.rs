@@ -5,4 +5,5 @@ pub mod budget;
 pub mod cluster;
 pub mod demo;
 pub mod embedded;
+pub mod images;
 pub mod tree;
