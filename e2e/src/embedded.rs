@@ -91,7 +91,7 @@ impl Options {
 }
 
 /// The `*.yaml` files of a directory by name; those that define kinds come first.
-fn read_manifests(dir: &Path) -> Result<Vec<String>> {
+pub(crate) fn read_manifests(dir: &Path) -> Result<Vec<String>> {
     let failed =
         |path: &Path, error: std::io::Error| Error::Start(format!("{}: {error}", path.display()));
     let mut paths = Vec::new();

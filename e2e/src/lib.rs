@@ -5,5 +5,7 @@ pub mod budget;
 pub mod cluster;
 pub mod demo;
 pub mod embedded;
+mod host;
 pub mod images;
+pub mod local;
 pub mod tree;

@@ -8,13 +8,13 @@ use std::{
 };
 
 use e2e::{
-    binaries::Binaries,
     cluster::{Ability, Cluster, Component},
-    embedded::{Embedded, Options},
     tree::{Content, Entry, Kind, Tree, View},
 };
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams};
 use serde_json::{Value, json};
+
+use crate::target::{Needs, Target};
 
 /// For whatever should happen at once. Long, because the machine may be busy.
 pub const SOON: Duration = Duration::from_secs(60);
@@ -24,33 +24,41 @@ pub const MOUNT: &str = "/mnt/secrets-store";
 
 /// A cluster with a namespace of its own.
 pub struct Scenario {
-    pub cluster: Embedded,
+    pub cluster: Target,
     pub namespace: String,
+    /// UIDs of pods whose directories were there before: those of the driver and the provider,
+    /// and what kubelet has not yet cleaned up.
+    earlier_pods: Vec<String>,
 }
 
 impl Scenario {
     /// One node, as `deploy/` installs it, and the fake provider.
     pub async fn start() -> Self {
-        Self::with(|_| {}).await
+        let scenario = Self::needing(Needs::default()).await;
+        scenario.expect("every cluster has a node")
     }
 
-    /// The same with other options.
-    pub async fn with(change: impl FnOnce(&mut Options)) -> Self {
-        let cluster = std::env::var("E2E_CLUSTER").unwrap_or_else(|_| "embedded".to_owned());
-        assert_eq!(
-            cluster, "embedded",
-            "E2E_CLUSTER: this cluster is not built yet"
-        );
-        let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {}))
-            .await
-            .unwrap();
-        let mut options = Options::standard().unwrap();
-        change(&mut options);
-        let cluster = Embedded::start(options, binaries.unwrap())
+    /// The same with what not every cluster has; none where it is missing.
+    pub async fn needing(needs: Needs) -> Option<Self> {
+        let cluster = Target::find(&needs).await?;
+        let mut earlier_pods = Vec::new();
+        for node in cluster.nodes() {
+            let pods = "/var/lib/kubelet/pods".as_ref();
+            let tree = cluster.node_tree(&node, pods).await.unwrap();
+            let entries = tree.into_iter().flat_map(|tree| tree.entries);
+            earlier_pods.extend(entries.map(|entry| entry.path));
+        }
+        // Of each, the directory itself says enough.
+        earlier_pods.retain(|path| !path.contains('/'));
+        let namespace = cluster
+            .namespace()
             .await
             .unwrap_or_else(|error| panic!("{error}"));
-        let namespace = cluster.namespace().await.unwrap();
-        Self { cluster, namespace }
+        Some(Self {
+            cluster,
+            namespace,
+            earlier_pods,
+        })
     }
 
     /// The node on which a scenario with one node runs.
@@ -183,7 +191,7 @@ impl Scenario {
             .unwrap()
         {
             // kubelet's root is a mount of the node's own.
-            if mount.components().count() > 5 {
+            if mount.components().count() > 5 && self.is_of_a_volume(&mount.to_string_lossy()) {
                 writeln!(text, "mount {}", mount.display()).unwrap();
             }
         }
@@ -191,7 +199,9 @@ impl Scenario {
             let path = format!("/var/lib/kubelet/{below}");
             if let Some(tree) = self.cluster.node_tree(node, path.as_ref()).await.unwrap() {
                 for entry in tree.entries.iter().filter(|entry| entry.path != ".") {
-                    writeln!(text, "{below}/{}", entry.path).unwrap();
+                    if below != "pods" || self.is_of_a_volume(&entry.path) {
+                        writeln!(text, "{below}/{}", entry.path).unwrap();
+                    }
                 }
             }
         }
@@ -199,6 +209,21 @@ impl Scenario {
             "nothing\n".to_owned()
         } else {
             self.redacted(&text)
+        }
+    }
+
+    /// Whether a path below kubelet's pods belongs to a CSI volume of this scenario, or is a
+    /// directory on the way to one. A real kubelet keeps more there, and more pods.
+    fn is_of_a_volume(&self, path: &str) -> bool {
+        let path = path.strip_prefix("/var/lib/kubelet/pods/").unwrap_or(path);
+        let parts: Vec<&str> = path.split('/').collect();
+        if self.earlier_pods.iter().any(|uid| uid == parts[0]) {
+            return false;
+        }
+        match parts[1..] {
+            [] | ["volumes"] => true,
+            ["volumes", plugin, ..] => plugin == "kubernetes.io~csi",
+            _ => false,
         }
     }
 
@@ -273,12 +298,7 @@ impl Scenario {
     /// A path of the node's disk, as this process sees it.
     pub fn disk(&self, path: &str) -> PathBuf {
         assert!(self.cluster.can(Ability::LookAtNodes));
-        self.cluster
-            .state()
-            .join("nodes")
-            .join(self.node())
-            .join("root")
-            .join(path.trim_start_matches('/'))
+        self.cluster.disk(&self.node(), path)
     }
 
     /// The records of the driver.
@@ -300,7 +320,7 @@ impl Scenario {
         pods.unwrap().is_some_and(|tree| {
             tree.entries
                 .iter()
-                .any(|entry| entry.path.ends_with("/..data"))
+                .any(|entry| self.is_of_a_volume(&entry.path) && entry.path.ends_with("/..data"))
         })
     }
 
@@ -309,22 +329,13 @@ impl Scenario {
         let pods = Path::new("/var/lib/kubelet/pods");
         let mounts = self.cluster.mounts(&self.node(), pods).await.unwrap();
         let target = mounts.iter().find(|path| path.ends_with("mount")).unwrap();
-        let target = target.strip_prefix("/").unwrap();
-        let root = PathBuf::from(format!("/proc/{}/root", self.driver_pid().await));
-        File::open(root.join(target)).unwrap()
+        let root = self.cluster.root_of(&self.node()).await;
+        File::open(root.join(target.strip_prefix("/").unwrap())).unwrap()
     }
 
-    async fn driver_pid(&self) -> i32 {
-        let containers = self.cluster.containers(&self.node()).await.unwrap();
-        let mut containers = containers.into_iter();
-        let driver = containers.find(|c| c.name == Component::Driver.container());
-        driver.unwrap().pid.unwrap()
-    }
-
-    /// The lines of the kernel's mount table that are volumes, as the driver sees them.
+    /// The lines of the kernel's mount table that are volumes, as kubelet sees them.
     pub async fn mounts(&self) -> Vec<String> {
-        let table = format!("/proc/{}/mountinfo", self.driver_pid().await);
-        let table = std::fs::read_to_string(table).unwrap();
+        let table = self.cluster.mount_table(&self.node()).await;
         table
             .lines()
             .filter(|line| line.contains("/kubernetes.io~csi/"))

@@ -3,7 +3,10 @@
 use e2e::cluster::Cluster as _;
 use rstest::rstest;
 
-use crate::harness::{MOUNT, SOON, Scenario, class, class_with, pod};
+use crate::{
+    harness::{MOUNT, SOON, Scenario, class, class_with, pod},
+    target::Needs,
+};
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
 
@@ -54,7 +57,7 @@ async fn provider_errors(#[case] name: &str, #[case] fault: &str) {
     s.apply(&pod("web", &["db"])).await;
     let event = s.failed_mount("web", "rpc error").await;
     // How a connection breaks depends on the moment.
-    insta::with_settings!({filters => vec![(r"attempts \([^)]*\)", "attempts ([how])")]}, {
+    insta::with_settings!({filters => vec![(r"attempts \(.*\);", "attempts ([how]);")]}, {
         insta::assert_snapshot!(format!("provider_error_{name}"), event);
     });
     assert_eq!(s.leftovers_of_the_driver(&s.node()).await, "");
@@ -109,7 +112,14 @@ async fn a_dead_socket_fails_in_seconds() {
 /// The caller's deadline bounds the provider's, and what hung is named.
 #[tokio::test]
 async fn a_provider_that_never_answers() {
-    let s = Scenario::with(|options| options.csi_timeout = std::time::Duration::from_secs(3)).await;
+    let Some(s) = Scenario::needing(Needs {
+        csi_timeout: Some(std::time::Duration::from_secs(3)),
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class_with("db", OBJECT, "- {hang: true}")).await;
     s.apply(&pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);

@@ -3,14 +3,17 @@
 
 use std::{os::fd::AsRawFd as _, path::PathBuf, time::Duration};
 
-use e2e::{cluster::Cluster as _, embedded::api::Disturbance};
+use e2e::{
+    cluster::{Ability, Cluster as _},
+    embedded::api::Disturbance,
+};
 
-use crate::harness::{MOUNT, Scenario, class, class_with, pod, until};
+use crate::{
+    harness::{MOUNT, Scenario, class, class_with, pod, until},
+    target::Needs,
+};
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
-
-/// How often kubelet looks again, where a scenario needs it to.
-const SYNC: Option<Duration> = Some(Duration::from_millis(300));
 
 #[tokio::test]
 async fn killed_between_mount_and_write() {
@@ -32,7 +35,14 @@ async fn killed_between_mount_and_write() {
 
 #[tokio::test]
 async fn killed_between_write_and_status() {
-    let s = Scenario::start().await;
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::DisturbApi],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     // Each answer takes long enough for the driver to be killed while it waits for that of the
     // pod status.
@@ -52,7 +62,14 @@ async fn killed_between_write_and_status() {
 
 #[tokio::test]
 async fn killed_after_everything() {
-    let s = Scenario::with(|options| options.sync_period = SYNC).await;
+    let Some(s) = Scenario::needing(Needs {
+        republish: true,
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
@@ -89,7 +106,14 @@ async fn stopped_while_a_publish_runs() {
 /// A failed write of the pod status undoes the mount; nothing of it stays.
 #[tokio::test]
 async fn an_api_server_that_does_not_take_the_status() {
-    let s = Scenario::start().await;
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::DisturbApi],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     let refused = Disturbance::Fail {
         status: 500,
@@ -108,7 +132,14 @@ async fn an_api_server_that_does_not_take_the_status() {
 /// CSI and registration come up without the API server; a publish says what is missing.
 #[tokio::test]
 async fn an_api_server_that_is_away() {
-    let s = Scenario::start().await;
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::DisturbApi],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.cluster.disturb_api(Disturbance::Refuse).await.unwrap();
     s.cluster.driver(&s.node()).kill().await.unwrap();
@@ -127,7 +158,14 @@ async fn an_api_server_that_is_away() {
 /// After a reboot the tmpfs is gone, directories and records are not: that proves nothing.
 #[tokio::test]
 async fn a_node_that_reboots() {
-    let s = Scenario::start().await;
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::Reboot],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
@@ -151,7 +189,14 @@ async fn a_node_that_reboots() {
 /// A pod that is deleted while its node is down is torn down from what lies on disk.
 #[tokio::test]
 async fn unpublish_after_a_reboot() {
-    let s = Scenario::start().await;
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::Reboot, Ability::StopProcesses],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
@@ -170,7 +215,14 @@ async fn unpublish_after_a_reboot() {
 /// mount, because the running container holds it.
 #[tokio::test]
 async fn a_volume_of_an_earlier_driver() {
-    let s = Scenario::with(|options| options.sync_period = SYNC).await;
+    let Some(s) = Scenario::needing(Needs {
+        republish: true,
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
@@ -196,7 +248,14 @@ async fn a_volume_of_an_earlier_driver() {
 /// The same while nothing works: what the container holds stays, and kubelet keeps it.
 #[tokio::test]
 async fn a_volume_of_an_earlier_driver_whose_class_is_gone() {
-    let s = Scenario::with(|options| options.sync_period = SYNC).await;
+    let Some(s) = Scenario::needing(Needs {
+        republish: true,
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
