@@ -19,6 +19,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use jiff::Timestamp;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -283,16 +284,17 @@ impl Volumes {
         content: Content,
         pod_status: &str,
     ) -> Result<()> {
-        let record = Record::now(
-            request.volume_id.clone(),
-            request.target.0.clone(),
-            request.pod.clone(),
-            class.identity,
-            class.provider,
-            pod_status.to_owned(),
+        let record = Record {
+            volume_id: request.volume_id.clone(),
+            target_path: request.target.0.clone(),
+            pod: request.pod.clone(),
+            class: class.identity,
+            provider: class.provider,
+            pod_status: pod_status.to_owned(),
             objects,
             content,
-        );
+            last_success: Timestamp::now(),
+        };
         let records = self.records.clone();
         blocking(move || records.put(&record))
             .await
