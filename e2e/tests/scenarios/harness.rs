@@ -2,7 +2,8 @@
 
 use std::{
     fmt::Write as _,
-    path::PathBuf,
+    fs::File,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -323,8 +324,16 @@ impl Scenario {
         })
     }
 
-    /// The lines of the kernel's mount table that are volumes, as kubelet sees them. The first
-    /// word of each is the mount's own number.
+    /// Holds the node's one volume open, as a running container does, wherever it is mounted.
+    pub async fn hold_volume(&self) -> File {
+        let pods = Path::new("/var/lib/kubelet/pods");
+        let mounts = self.cluster.mounts(&self.node(), pods).await.unwrap();
+        let target = mounts.iter().find(|path| path.ends_with("mount")).unwrap();
+        let root = self.cluster.root_of(&self.node()).await;
+        File::open(root.join(target.strip_prefix("/").unwrap())).unwrap()
+    }
+
+    /// The lines of the kernel's mount table that are volumes, as kubelet sees them.
     pub async fn mounts(&self) -> Vec<String> {
         let table = self.cluster.mount_table(&self.node()).await;
         table

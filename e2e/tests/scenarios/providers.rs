@@ -1,5 +1,7 @@
 //! Providers that are missing, late, wrong or slow.
 
+use std::os::fd::AsRawFd as _;
+
 use e2e::cluster::Cluster as _;
 use rstest::rstest;
 
@@ -95,8 +97,12 @@ async fn a_dead_socket_fails_in_seconds() {
     let s = Scenario::start().await;
     // A listener that is dropped leaves its socket file, as a crash does. This directory is
     // searched before the one with the provider's own socket.
-    let socket = s.disk("/etc/kubernetes/secrets-store-csi-providers/e2e-provider.sock");
-    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    let directory = s.disk("/etc/kubernetes/secrets-store-csi-providers");
+    let socket = directory.join("e2e-provider.sock");
+    // A socket's path has a limit, which the path of a node's disk may be over.
+    let opened = std::fs::File::open(&directory).unwrap();
+    let short = format!("/proc/self/fd/{}/e2e-provider.sock", opened.as_raw_fd());
+    drop(std::os::unix::net::UnixListener::bind(short).unwrap());
     s.apply(&class("db", OBJECT)).await;
     let started = std::time::Instant::now();
     s.apply(&pod("web", &["db"])).await;

@@ -1,7 +1,7 @@
 //! Drivers and nodes that go down at the worst moment. A pod never starts with an empty or half
 //! volume, and one that runs never loses what it holds.
 
-use std::time::Duration;
+use std::{os::fd::AsRawFd as _, path::PathBuf, time::Duration};
 
 use e2e::{
     cluster::{Ability, Cluster as _},
@@ -83,6 +83,22 @@ async fn killed_after_everything() {
         1,
         "a published volume asks nobody"
     );
+    s.delete("web").await;
+    s.nothing_is_left().await;
+}
+
+/// SIGTERM, as in a roll of the DaemonSet: the call that runs is answered first.
+#[tokio::test]
+async fn stopped_while_a_publish_runs() {
+    let s = Scenario::start().await;
+    s.apply(&class_with("db", OBJECT, "- {delay: 2s}")).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.provider_is_called("web").await;
+    s.cluster.driver(&s.node()).stop().await.unwrap();
+    assert_eq!(s.records().len(), 1, "the publish was finished");
+    s.cluster.driver(&s.node()).start().await.unwrap();
+    s.ready("web").await;
+    assert_eq!(s.provider_calls("web").await, 1);
     s.delete("web").await;
     s.nothing_is_left().await;
 }
@@ -211,13 +227,20 @@ async fn a_volume_of_an_earlier_driver() {
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.state("web").await;
-    let mounts = s.mounts().await;
+    let held = s.hold_volume().await;
     for record in s.records() {
         std::fs::remove_file(record).unwrap();
     }
     until("the volume is recorded", async || s.records().len() == 1).await;
     assert_eq!(s.state("web").await, before);
-    assert_eq!(s.mounts().await, mounts, "the very same mount");
+    // A container sees its volume through what it holds, not through the path.
+    let through = PathBuf::from(format!("/proc/self/fd/{}", held.as_raw_fd()));
+    assert_eq!(
+        std::fs::read_to_string(through.join("password")).unwrap(),
+        "hunter2"
+    );
+    assert_eq!(s.mounts().await.len(), 1);
+    drop(held);
     s.delete("web").await;
     s.nothing_is_left().await;
 }

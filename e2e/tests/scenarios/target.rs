@@ -106,7 +106,18 @@ impl Target {
 
     /// The kernel's mount table, as the node's kubelet sees it.
     pub async fn mount_table(&self, node: &str) -> String {
-        let process = match self {
+        let process = self.process_on(node).await;
+        std::fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap()
+    }
+
+    /// The root directory of the node, its mounts included, as this process can reach it.
+    pub async fn root_of(&self, node: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root", self.process_on(node).await))
+    }
+
+    /// A process that sees the node's mounts, as a name in `/proc`.
+    async fn process_on(&self, node: &str) -> String {
+        match self {
             Self::Embedded(cluster) => {
                 let containers = cluster.containers(node).await.unwrap();
                 let driver = containers
@@ -116,8 +127,7 @@ impl Target {
                 driver.pid.unwrap().to_string()
             }
             Self::Local(..) => "self".to_owned(),
-        };
-        std::fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap()
+        }
     }
 }
 
