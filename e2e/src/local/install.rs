@@ -1,5 +1,6 @@
 //! What runs in the cluster: `deploy/` as an operator installs it, and the provider of the tests.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::apps::v1::DaemonSet;
@@ -7,9 +8,10 @@ use k8s_openapi::api::storage::v1::CSINode;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::ResourceExt;
 use kube::api::{Api, ListParams};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::layout::NODE;
+use crate::binaries::workspace;
 use crate::cluster::{Error, Result, api, apply};
 
 /// Where everything runs.
@@ -17,7 +19,6 @@ pub(super) const NAMESPACE: &str = "kube-system";
 const DRIVER_NAME: &str = "secrets-store.csi.k8s.io";
 /// The driver's DaemonSet and its container.
 pub(super) const DRIVER: &str = "csi-secrets-store";
-const CONTAINER: &str = "secrets-store";
 const POLL: Duration = Duration::from_millis(100);
 
 /// Applies manifests and waits until all that they install runs.
@@ -126,45 +127,22 @@ fn is_rolled_out(set: &DaemonSet) -> bool {
         && status.number_available == Some(wanted)
 }
 
-/// The lean form of the driver's manifest: the driver registers itself and answers kubelet's
-/// probe, and needs no sidecars. Other documents stay as they are.
+/// The lean form of a manifest: for that of the driver, what replaces it in `deploy/lean`, in
+/// which it registers itself and answers kubelet's probe. Others stay as they are.
 ///
 /// # Errors
-/// [`Error::Manifest`] when it is no YAML.
+/// [`Error::Manifest`] when it is no YAML, or there is no lean form.
 pub(super) fn lean(manifest: &str) -> Result<String> {
-    let mut documents = parse(manifest)?;
-    for document in &mut documents {
-        if document["kind"] != "DaemonSet" || document["metadata"]["name"] != DRIVER {
-            continue;
-        }
-        let containers = &mut document["spec"]["template"]["spec"]["containers"];
-        let Some(list) = containers.as_array_mut() else {
-            continue;
-        };
-        list.retain(|container| container["name"] == CONTAINER);
-        for container in list {
-            for (field, value) in [
-                ("args", json!("--registration-dir=/registration")),
-                (
-                    "args",
-                    json!(
-                        "--kubelet-registration-path=/var/lib/kubelet/plugins/csi-secrets-store/csi.sock"
-                    ),
-                ),
-                ("args", json!("--healthz-addr=:9808")),
-                (
-                    "volumeMounts",
-                    json!({"name": "registration-dir", "mountPath": "/registration"}),
-                ),
-            ] {
-                if let Some(values) = container[field].as_array_mut() {
-                    values.push(value);
-                }
-            }
-        }
+    let documents = parse(manifest)?;
+    let mut kinds = documents
+        .iter()
+        .map(|document| (&document["kind"], &document["metadata"]["name"]));
+    if !kinds.any(|(kind, name)| kind == "DaemonSet" && name == DRIVER) {
+        return Ok(manifest.to_owned());
     }
-    let texts: Vec<String> = documents.iter().map(Value::to_string).collect();
-    Ok(texts.join("\n---\n"))
+    let path = workspace().join("deploy/lean/secrets-store-csi-driver.yaml");
+    fs::read_to_string(&path)
+        .map_err(|error| Error::Manifest(format!("{}: {error}", path.display())))
 }
 
 /// The images that the driver's manifest names, by the last part of their path.
@@ -213,6 +191,7 @@ mod tests {
         let [driver] = containers.as_slice() else {
             panic!("{containers:?}")
         };
+        assert_eq!(lean("kind: Other").unwrap(), "kind: Other");
         let args = driver["args"].to_string();
         assert!(
             args.contains("--registration-dir=/registration") && args.contains("--healthz-addr")
