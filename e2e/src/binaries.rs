@@ -96,58 +96,16 @@ impl Binaries {
         Self::from(at)
     }
 
-    fn build(mut progress: impl FnMut(&str)) -> Result<Self, Error> {
-        // Set by cargo for everything it runs; by hand, the one on the path serves as well.
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let failed = |reason: std::io::Error| Error::Run {
-            cargo: cargo.clone(),
-            reason: reason.to_string(),
-        };
-        let mut command = Command::new(&cargo);
-        command
-            .args([
-                "build",
-                "--workspace",
-                "--bins",
-                "--message-format=json-render-diagnostics",
-            ])
-            .current_dir(workspace())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped());
+    fn build(progress: impl FnMut(&str)) -> Result<Self, Error> {
+        let mut args = vec!["--workspace", "--bins"];
         if !cfg!(debug_assertions) {
-            command.arg("--release");
+            args.push("--release");
         }
-        // Build scripts of dependencies look at these, and what they saw last was not this
-        // crate's: with them in place every run would compile half the world anew.
-        for (name, _) in std::env::vars_os() {
-            if name.to_str().is_some_and(is_of_this_crate) {
-                command.env_remove(name);
-            }
-        }
-        let mut child = command.spawn().map_err(failed)?;
-        let mut executables = BTreeMap::new();
-        if let Some(stdout) = child.stdout.take() {
-            for line in BufReader::new(stdout).lines() {
-                let line = line.map_err(failed)?;
-                // The other kinds of message have none of these fields.
-                let Ok(artifact) = serde_json::from_str::<Artifact>(&line) else {
-                    continue;
-                };
-                progress(&artifact.target.name);
-                if let Some(executable) = artifact.executable {
-                    executables.insert(artifact.target.name, executable);
-                }
-            }
-        }
-        if !child.wait().map_err(failed)?.success() {
-            return Err(Error::Build {
-                command: format!("{command:?}"),
-            });
-        }
+        let (mut executables, command) = cargo_build(&args, &[], progress)?;
         Self::from(|name| {
             executables.remove(name).ok_or_else(|| Error::Missing {
                 name,
-                place: format!("the output of {command:?}"),
+                place: format!("the output of {command}"),
             })
         })
     }
@@ -159,6 +117,58 @@ impl Binaries {
             probe: at("probe")?,
             e2e: at("e2e")?,
         })
+    }
+}
+
+/// Runs `cargo build` in the workspace: what it built by name, and the command for a complaint.
+///
+/// # Errors
+/// When cargo cannot be run or the workspace does not build.
+pub(crate) fn cargo_build(
+    args: &[&str],
+    variables: &[(&str, OsString)],
+    mut progress: impl FnMut(&str),
+) -> Result<(BTreeMap<String, PathBuf>, String), Error> {
+    // Set by cargo for everything it runs; by hand, the one on the path serves as well.
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let failed = |reason: std::io::Error| Error::Run {
+        cargo: cargo.clone(),
+        reason: reason.to_string(),
+    };
+    let mut command = Command::new(&cargo);
+    command
+        .args(["build", "--message-format=json-render-diagnostics"])
+        .args(args)
+        .current_dir(workspace())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    // Build scripts of dependencies look at these, and what they saw last was not this
+    // crate's: with them in place every run would compile half the world anew.
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(is_of_this_crate) {
+            command.env_remove(name);
+        }
+    }
+    command.envs(variables.iter().cloned());
+    let mut child = command.spawn().map_err(failed)?;
+    let mut executables = BTreeMap::new();
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).lines() {
+            let line = line.map_err(failed)?;
+            // The other kinds of message have none of these fields.
+            let Ok(artifact) = serde_json::from_str::<Artifact>(&line) else {
+                continue;
+            };
+            progress(&artifact.target.name);
+            if let Some(executable) = artifact.executable {
+                executables.insert(artifact.target.name, executable);
+            }
+        }
+    }
+    let shown = format!("{command:?}");
+    match child.wait().map_err(failed)?.success() {
+        true => Ok((executables, shown)),
+        false => Err(Error::Build { command: shown }),
     }
 }
 

@@ -3,4 +3,5 @@
 pub mod binaries;
 pub mod cluster;
 pub mod embedded;
+pub mod images;
 pub mod tree;

@@ -1,0 +1,323 @@
+//! Container images out of this workspace's own executables, without a builder or a registry.
+//!
+//! Each image is one static executable and nothing else (`FROM scratch`): no shell, no libraries.
+//! It is written as the archive that `docker save` writes, which `docker load`, `kind load
+//! image-archive` and `ctr images import` read. The same executable gives the same bytes.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+use crate::binaries::{self, cargo_build, workspace};
+use crate::tree::hex;
+
+/// `release` builds the images' executables as they are shipped; absent, as for tests.
+pub const PROFILE_VARIABLE: &str = "E2E_PROFILE";
+
+/// The driver as `deploy/` names it.
+pub const DRIVER: &str = concat!("secrets-store-csi:", env!("CARGO_PKG_VERSION"));
+/// The provider of `e2e/manifests`.
+pub const FAKE_PROVIDER: &str = "fake-provider:e2e";
+/// What runs in the pods of the scenarios.
+pub const PROBE: &str = "probe:e2e";
+/// What keeps a pod's namespaces alive where the container runtime pulls nothing.
+pub const PAUSE: &str = "pause:e2e";
+
+/// An image in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// Repository and tag, as a manifest names it.
+    pub name: String,
+    /// The archive.
+    pub archive: PathBuf,
+}
+
+/// All images of this workspace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Images {
+    /// [`DRIVER`], [`FAKE_PROVIDER`], [`PROBE`] and [`PAUSE`].
+    pub archives: Vec<Image>,
+}
+
+/// Why there is no image.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its executable does not build.
+    #[error(transparent)]
+    Build(#[from] binaries::Error),
+    /// Its executable cannot be read, or the archive not be written.
+    #[error("image {name}: {path}: {source}", path = path.display())]
+    Write {
+        /// The image.
+        name: String,
+        /// The file.
+        path: PathBuf,
+        /// The system's words.
+        source: io::Error,
+    },
+}
+
+/// Builds the static executables and writes the images below cargo's target directory.
+///
+/// `progress` hears the name of each crate as it is done. Blocks, on a fresh clone for minutes.
+///
+/// # Errors
+/// When an executable does not build, or a file cannot be written.
+pub fn build(progress: impl FnMut(&str)) -> Result<Images, Error> {
+    // A directory of its own, for the flags make every dependency another one.
+    let target = target_dir().join("static");
+    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let mut args = vec!["--target", &triple];
+    args.extend(["-p", "driver", "-p", "fake-provider", "-p", "e2e"]);
+    for name in ["secrets-store-csi", "fake-provider", "probe"] {
+        args.extend(["--bin", name]);
+    }
+    if std::env::var(PROFILE_VARIABLE).is_ok_and(|profile| profile == "release") {
+        args.push("--release");
+    }
+    // With a target named, these flags do not reach build scripts, which must stay dynamic.
+    let variables = [
+        ("RUSTFLAGS", OsString::from("-C target-feature=+crt-static")),
+        ("CARGO_TARGET_DIR", target.into_os_string()),
+    ];
+    let (executables, command) = cargo_build(&args, &variables, progress)?;
+    let mut archives = Vec::new();
+    for (image, executable, arguments) in [
+        (DRIVER, "secrets-store-csi", &[][..]),
+        (FAKE_PROVIDER, "fake-provider", &[]),
+        (PROBE, "probe", &[]),
+        (PAUSE, "probe", &["sleep"]),
+    ] {
+        let path = executables
+            .get(executable)
+            .ok_or_else(|| binaries::Error::Missing {
+                name: executable,
+                place: format!("the output of {command}"),
+            })?;
+        archives.push(of_executable(image, path, arguments)?);
+    }
+    Ok(Images { archives })
+}
+
+/// Writes an image that holds one static executable at `/` and runs it.
+///
+/// `arguments` always stand before those that a manifest gives.
+///
+/// # Errors
+/// When the executable cannot be read or the archive cannot be written.
+pub fn of_executable(name: &str, executable: &Path, arguments: &[&str]) -> Result<Image, Error> {
+    let dir = target_dir().join("images");
+    let archive = dir.join(format!("{}.tar", name.replace(['/', ':'], "_")));
+    let failed = |path: &Path| {
+        let (name, path) = (name.to_owned(), path.to_owned());
+        move |source| Error::Write { name, path, source }
+    };
+    fs::create_dir_all(&dir).map_err(failed(&dir))?;
+    if !is_static(executable).map_err(failed(executable))? {
+        let reason = "it needs a dynamic linker, and there is none in an image without files";
+        return Err(failed(executable)(io::Error::other(reason)));
+    }
+    let program = stripped(executable).map_err(failed(executable))?;
+    let file_name = executable.file_name().unwrap_or_default().to_string_lossy();
+    // Renamed into place, so that nobody reads half an archive.
+    let written = tempfile::NamedTempFile::new_in(&dir)
+        .and_then(|mut file| {
+            write_archive(&mut file, name, &file_name, &program, arguments)?;
+            Ok(file)
+        })
+        .map_err(failed(&archive))?;
+    written
+        .persist(&archive)
+        .map_err(|error| failed(&archive)(error.error))?;
+    Ok(Image {
+        name: name.to_owned(),
+        archive,
+    })
+}
+
+/// An executable's bytes without symbols, which are most of a test build's; with them where
+/// there is no `strip`.
+fn stripped(executable: &Path) -> io::Result<Vec<u8>> {
+    let dir = tempfile::tempdir()?;
+    let small = dir.path().join("stripped");
+    let outcome = Command::new("strip")
+        .arg("-o")
+        .arg(&small)
+        .arg(executable)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    match outcome {
+        Ok(status) if status.success() => fs::read(small),
+        _ => fs::read(executable),
+    }
+}
+
+/// Where cargo builds.
+fn target_dir() -> PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(dir) => workspace().join(dir),
+        None => workspace().join("target"),
+    }
+}
+
+fn write_archive(
+    to: &mut impl Write,
+    image: &str,
+    file_name: &str,
+    program: &[u8],
+    arguments: &[&str],
+) -> io::Result<()> {
+    let mut layer = Vec::with_capacity(program.len() + 4 * BLOCK);
+    tar_entry(&mut layer, file_name, 0o755, program)?;
+    tar_end(&mut layer)?;
+    let program_path = format!("/{file_name}");
+    let entrypoint: Vec<&str> = std::iter::once(program_path.as_str())
+        .chain(arguments.iter().copied())
+        .collect();
+    let config = json!({
+        "architecture": match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            other => other,
+        },
+        "os": "linux",
+        // Without a time the archive does not depend on when it was made.
+        "created": "1970-01-01T00:00:00Z",
+        "config": {"Entrypoint": entrypoint},
+        "rootfs": {"type": "layers", "diff_ids": [digest(&layer)]},
+    });
+    let manifest = json!([{
+        "Config": "config.json",
+        "RepoTags": [image],
+        "Layers": ["layer.tar"],
+    }]);
+    tar_entry(to, "manifest.json", 0o644, manifest.to_string().as_bytes())?;
+    tar_entry(to, "config.json", 0o644, config.to_string().as_bytes())?;
+    tar_entry(to, "layer.tar", 0o644, &layer)?;
+    tar_end(to)
+}
+
+fn digest(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex(&Sha256::digest(bytes)))
+}
+
+/// The unit of a tar archive.
+const BLOCK: usize = 512;
+
+/// One regular file of root's, in the POSIX `ustar` format, from 1970.
+fn tar_entry(to: &mut impl Write, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+    let mut header = [0_u8; BLOCK];
+    let mut put = |at: usize, bytes: &[u8]| {
+        header[at..at + bytes.len()].copy_from_slice(bytes);
+    };
+    if name.len() > 100 {
+        return Err(io::Error::other(format!("{name:?} is too long for tar")));
+    }
+    put(0, name.as_bytes());
+    put(100, format!("{mode:07o}").as_bytes());
+    put(108, b"0000000");
+    put(116, b"0000000");
+    put(124, format!("{:011o}", content.len()).as_bytes());
+    put(136, b"00000000000");
+    // The checksum counts itself as spaces.
+    put(148, b"        ");
+    put(156, b"0");
+    put(257, b"ustar\x0000");
+    let sum: u32 = header.iter().copied().map(u32::from).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    to.write_all(&header)?;
+    to.write_all(content)?;
+    let padding = content.len().next_multiple_of(BLOCK) - content.len();
+    to.write_all(&[0; BLOCK][..padding])
+}
+
+fn tar_end(to: &mut impl Write) -> io::Result<()> {
+    to.write_all(&[0; 2 * BLOCK])
+}
+
+/// Whether a 64-bit ELF executable runs without a dynamic linker.
+fn is_static(executable: &Path) -> io::Result<bool> {
+    /// Program header type of the path of the dynamic linker.
+    const PT_INTERP: u32 = 3;
+    let mut file = File::open(executable)?;
+    let mut header = [0; 64];
+    file.read_exact(&mut header)?;
+    let u16_at = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+    let mut offset = [0; 8];
+    offset.copy_from_slice(&header[32..40]);
+    let (size, count) = (u64::from(u16_at(54)), u64::from(u16_at(56)));
+    for number in 0..count {
+        file.seek(SeekFrom::Start(u64::from_le_bytes(offset) + number * size))?;
+        let mut kind = [0; 4];
+        file.read_exact(&mut kind)?;
+        if u32::from_le_bytes(kind) == PT_INTERP {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn archive(program: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        write_archive(&mut bytes, "probe:e2e", "probe", program, &["sleep"]).unwrap();
+        bytes
+    }
+
+    /// The system's tar reads what is written here, checksums included.
+    #[test]
+    fn an_archive_is_what_tar_and_container_runtimes_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let outer = dir.path().join("image.tar");
+        fs::write(&outer, archive(b"not really a program")).unwrap();
+        for file in ["image.tar", "layer.tar"] {
+            let status = Command::new("tar")
+                .args(["-xpf", file])
+                .current_dir(&dir)
+                .status();
+            assert!(status.unwrap().success(), "{file}");
+        }
+        let program = dir.path().join("probe");
+        assert_eq!(fs::read(&program).unwrap(), b"not really a program");
+        let mode =
+            std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&program).unwrap().permissions());
+        assert_eq!(mode & 0o7777, 0o755);
+
+        let read = |name: &str| -> serde_json::Value {
+            serde_json::from_slice(&fs::read(dir.path().join(name)).unwrap()).unwrap()
+        };
+        let layer = fs::read(dir.path().join("layer.tar")).unwrap();
+        let config = read("config.json");
+        assert_eq!(config["rootfs"]["diff_ids"][0], digest(&layer));
+        assert_eq!(config["config"]["Entrypoint"], json!(["/probe", "sleep"]));
+        assert_eq!(read("manifest.json")[0]["RepoTags"][0], "probe:e2e");
+    }
+
+    #[test]
+    fn the_same_program_gives_the_same_archive() {
+        assert_eq!(archive(b"a"), archive(b"a"));
+        assert_ne!(archive(b"a"), archive(b"b"));
+    }
+
+    #[test]
+    fn the_driver_is_named_as_the_manifest_names_it() {
+        let manifest = workspace().join("deploy/secrets-store-csi-driver.yaml");
+        let manifest = fs::read_to_string(manifest).unwrap();
+        assert!(manifest.contains(&format!("image: {DRIVER}\n")));
+    }
+
+    /// A test binary is linked dynamically.
+    #[test]
+    fn a_dynamic_executable_is_told_from_a_static_one() {
+        assert!(!is_static(&std::env::current_exe().unwrap()).unwrap());
+    }
+}
