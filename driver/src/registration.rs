@@ -8,6 +8,8 @@
 //!
 //! It asks nothing of the driver and nothing depends on it: kubelet can be away for any time.
 
+mod authority;
+
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -22,6 +24,7 @@ use proto::registration::{
 use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, transport};
@@ -138,7 +141,8 @@ impl Registrar {
             transport::Server::builder()
                 .add_service(service)
                 .serve_with_incoming_shutdown(
-                    UnixListenerStream::new(listener),
+                    UnixListenerStream::new(listener)
+                        .map(|connection| connection.map(authority::mended)),
                     ended.clone().cancelled_owned(),
                 )
         );
