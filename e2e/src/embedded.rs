@@ -42,6 +42,7 @@ use crate::cluster::{
 };
 use crate::tree::{Tree, View};
 use api::{ApiServer, Disturbance};
+pub(crate) use control::mount_points;
 use control::{Command, Control};
 use namespaces::KUBELET_ROOT;
 use processes::Container;
@@ -91,7 +92,7 @@ impl Options {
 }
 
 /// The `*.yaml` files of a directory by name; those that define kinds come first.
-fn read_manifests(dir: &Path) -> Result<Vec<String>> {
+pub(crate) fn read_manifests(dir: &Path) -> Result<Vec<String>> {
     let failed =
         |path: &Path, error: std::io::Error| Error::Start(format!("{}: {error}", path.display()));
     let mut paths = Vec::new();

@@ -11,11 +11,12 @@ mod tools;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use http_body_util::BodyExt as _;
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Pod};
 use k8s_openapi::api::storage::v1::CSINode;
 use kube::ResourceExt;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{Api, DeleteParams, ListParams, LogParams, Patch, PatchParams};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -24,6 +25,8 @@ use crate::cluster::{
     Ability, Action, Cluster, Component, Error, HttpAnswer, Result, api as api_error, apply,
 };
 use crate::embedded::api::Disturbance;
+use crate::embedded::{mount_points, read_manifests};
+use crate::images::Images;
 use crate::tree::{Tree, View};
 use tools::{A_MOMENT, Tools};
 
@@ -128,6 +131,29 @@ pub struct Load {
     pub manifests: Vec<String>,
 }
 
+impl Load {
+    /// What `deploy/` installs, in its lean form, and the fake provider.
+    ///
+    /// # Errors
+    /// When a manifest cannot be read.
+    pub fn standard(images: Images) -> Result<Self> {
+        let deploy = workspace().join("deploy");
+        let mut manifests = read_manifests(&deploy)?;
+        manifests.retain(|manifest| !manifest.contains("kind: DaemonSet"));
+        manifests.extend(read_manifests(&deploy.join("lean"))?);
+        manifests.extend(read_manifests(&workspace().join("e2e/manifests"))?);
+        Ok(Self {
+            images: images
+                .archives
+                .into_iter()
+                .map(|image| image.archive)
+                .collect(),
+            probe: images.probe,
+            manifests,
+        })
+    }
+}
+
 /// A running kind cluster. It outlives this value: [`Kind::stop`] ends it.
 pub struct Kind {
     tools: Tools,
@@ -216,7 +242,10 @@ impl Kind {
         let to = dir.as_os_str();
         let export = ["export".as_ref(), "logs".as_ref(), to];
         self.tools
-            .kind(export.into_iter().chain(["--name".as_ref(), NAME.as_ref()]), A_MOMENT)
+            .kind(
+                export.into_iter().chain(["--name".as_ref(), NAME.as_ref()]),
+                A_MOMENT,
+            )
             .await
             .map(|_| ())
             .map_err(failed)
@@ -244,11 +273,10 @@ impl Kind {
             {
                 let deleted = sets.delete(name, &DeleteParams::foreground()).await;
                 deleted.map_err(api_error(format!("delete DaemonSet {name}")))?;
-                self.until(&format!("DaemonSet {name} to be gone"), async || {
-                    let set = sets.get_opt(name).await;
-                    Ok(set.is_ok_and(|set| set.is_none()).then_some(()).ok_or_else(String::new)?)
-                })
-                .await?;
+                let patience = Patience::new(format!("DaemonSet {name} to be gone"));
+                while sets.get_opt(name).await.is_ok_and(|set| set.is_some()) {
+                    patience.wait("its pods are being deleted").await?;
+                }
             }
         }
         Ok(())
@@ -259,12 +287,21 @@ impl Kind {
     /// off: see [`fence`].
     async fn keep_pods_on_the_first_node(&self) -> Result<()> {
         for other in self.nodes().iter().skip(1) {
-            self.kubectl(&["cordon", other]).await.map_err(start_error)?;
+            self.kubectl(&["cordon", other])
+                .await
+                .map_err(start_error)?;
         }
-        self.kubectl(&["-n", "kube-system", "scale", "deployment", "coredns", "--replicas=0"])
-            .await
-            .map(|_| ())
-            .map_err(start_error)
+        self.kubectl(&[
+            "-n",
+            "kube-system",
+            "scale",
+            "deployment",
+            "coredns",
+            "--replicas=0",
+        ])
+        .await
+        .map(|_| ())
+        .map_err(start_error)
     }
 
     async fn install(&self, load: &Load) -> Result<()> {
@@ -279,7 +316,10 @@ impl Kind {
         for node in self.options.nodes.names() {
             let to = format!("{node}:{PROBE}");
             self.tools
-                .docker(["cp".as_ref(), load.probe.as_os_str(), to.as_ref()], A_MOMENT)
+                .docker(
+                    ["cp".as_ref(), load.probe.as_os_str(), to.as_ref()],
+                    A_MOMENT,
+                )
                 .await
                 .map_err(start_error)?;
         }
@@ -292,14 +332,19 @@ impl Kind {
     /// Waits until nodes have what every node has: the driver, registered, and the provider.
     async fn wait_installed(&self, nodes: &[String]) -> Result<()> {
         let what = format!("driver and provider to run on {}", nodes.join(", "));
-        self.until(&what, async || {
-            self.rolled_out().await?;
-            for node in nodes {
-                self.registered(node).await?;
-            }
-            Ok(())
-        })
-        .await
+        let patience = Patience::new(what);
+        while let Err(lacking) = self.is_installed(nodes).await {
+            patience.wait(&lacking).await?;
+        }
+        Ok(())
+    }
+
+    async fn is_installed(&self, nodes: &[String]) -> std::result::Result<(), String> {
+        self.rolled_out().await?;
+        for node in nodes {
+            self.registered(node).await?;
+        }
+        Ok(())
     }
 
     /// Whether every DaemonSet of the cluster has all its pods; else, what is lacking.
@@ -324,8 +369,16 @@ impl Kind {
 
     async fn registered(&self, node: &str) -> std::result::Result<(), String> {
         let csi_nodes: Api<CSINode> = Api::all(self.client());
-        let csi_node = csi_nodes.get(node).await.map_err(|error| error.to_string())?;
-        if csi_node.spec.drivers.iter().all(|driver| driver.name != DRIVER_NAME) {
+        let csi_node = csi_nodes
+            .get(node)
+            .await
+            .map_err(|error| error.to_string())?;
+        if csi_node
+            .spec
+            .drivers
+            .iter()
+            .all(|driver| driver.name != DRIVER_NAME)
+        {
             return Err(format!("driver {DRIVER_NAME} is not in CSINode {node}"));
         }
         let socket = Path::new("/var/run/secrets-store-csi-providers/e2e-provider.sock");
@@ -333,28 +386,6 @@ impl Kind {
             Ok(Some(_)) => Ok(()),
             Ok(None) => Err(format!("node {node} has no {}", socket.display())),
             Err(error) => Err(error.to_string()),
-        }
-    }
-
-    /// Waits for something of the whole cluster, which says what it lacks.
-    async fn until(
-        &self,
-        what: &str,
-        holds: impl AsyncFn() -> std::result::Result<(), String>,
-    ) -> Result<()> {
-        let deadline = Instant::now() + START_LIMIT;
-        loop {
-            let Err(lacking) = holds().await else {
-                return Ok(());
-            };
-            if Instant::now() > deadline {
-                return Err(Error::Timeout {
-                    what: what.to_owned(),
-                    after: START_LIMIT,
-                    last: lacking,
-                });
-            }
-            tokio::time::sleep(POLL).await;
         }
     }
 
@@ -393,6 +424,256 @@ impl Kind {
                 Error::Impossible(format!("no pod of node {node} has a container {container}"))
             })
     }
+
+    /// The containerd id of a component's running container.
+    async fn container_of(&self, node: &str, component: &Component) -> Result<Option<String>> {
+        let pod = self.pod_of(node, component).await?;
+        let statuses = pod.status.and_then(|status| status.container_statuses);
+        let status = statuses
+            .into_iter()
+            .flatten()
+            .find(|status| status.name == component.container());
+        Ok(status
+            .filter(|status| {
+                status
+                    .state
+                    .as_ref()
+                    .is_some_and(|state| state.running.is_some())
+            })
+            .and_then(|status| {
+                Some(
+                    status
+                        .container_id?
+                        .strip_prefix("containerd://")?
+                        .to_owned(),
+                )
+            }))
+    }
+
+    /// Waits until another container than the one that was killed runs. kubelet lets a container
+    /// that dies often wait ever longer; its pod is then made anew.
+    async fn wait_restarted(&self, node: &str, component: &Component, killed: &str) -> Result<()> {
+        let what = format!("container {} of {node} to come back", component.container());
+        let patience = Patience::new(what);
+        loop {
+            let last = match self.container_of(node, component).await {
+                Ok(Some(id)) if id != killed => break,
+                Ok(_) => "no other container runs yet".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            self.do_not_let_wait(node, component).await?;
+            patience.wait(&last).await?;
+        }
+        self.wait_installed(&[node.to_owned()]).await
+    }
+
+    async fn do_not_let_wait(&self, node: &str, component: &Component) -> Result<()> {
+        let Ok(pod) = self.pod_of(node, component).await else {
+            return Ok(());
+        };
+        if !backs_off(&pod, component) {
+            return Ok(());
+        }
+        let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+        let pods: Api<Pod> = Api::namespaced(self.client(), &namespace);
+        let now = DeleteParams::default().grace_period(0);
+        let deleted = pods.delete(&name, &now).await;
+        deleted
+            .map(|_| ())
+            .map_err(api_error(format!("delete pod {name}")))
+    }
+}
+
+fn backs_off(pod: &Pod, component: &Component) -> bool {
+    let statuses = pod
+        .status
+        .iter()
+        .flat_map(|status| status.container_statuses.iter().flatten());
+    statuses
+        .filter(|status| status.name == component.container())
+        .filter_map(|status| status.state.as_ref()?.waiting.as_ref()?.reason.as_deref())
+        .any(|reason| reason == "CrashLoopBackOff")
+}
+
+impl Cluster for Kind {
+    fn name(&self) -> &'static str {
+        "kind"
+    }
+
+    fn client(&self) -> kube::Client {
+        self.client.clone()
+    }
+
+    fn nodes(&self) -> Vec<String> {
+        let mut names = self.options.nodes.names();
+        match self.options.nodes {
+            Nodes::One => names,
+            Nodes::Three => names.split_off(1),
+        }
+    }
+
+    fn can(&self, ability: Ability) -> bool {
+        match ability {
+            Ability::LookAtNodes | Ability::Reboot => true,
+            Ability::DisturbApi | Ability::StopProcesses => false,
+        }
+    }
+
+    async fn tree(&self, namespace: &str, pod: &str, mount_path: &str, view: View) -> Result<Tree> {
+        let mut args = vec!["-n", namespace, "exec", pod, "--", "/probe", "tree"];
+        if view == View::Reader {
+            args.push("--reader");
+        }
+        args.push(mount_path);
+        let json = self.kubectl(&args).await.map_err(Error::Impossible)?;
+        serde_json::from_str(&json)
+            .map_err(|error| Error::Impossible(format!("probe in pod {namespace}/{pod}: {error}")))
+    }
+
+    async fn node_tree(&self, node: &str, path: &Path) -> Result<Option<Tree>> {
+        let path = path.to_string_lossy();
+        // A path may go while it is looked at.
+        let look = format!(
+            "{PROBE} tree \"$1\" || {{ [ -e \"$1\" ] && exit 1; echo '{ABSENT}' >&2; exit 1; }}"
+        );
+        let json = match self.on(node, &["sh", "-c", &look, "sh", &path]).await {
+            Ok(json) => json,
+            Err(reason) if reason.ends_with(ABSENT) => return Ok(None),
+            Err(reason) => return Err(node_error(node, reason)),
+        };
+        serde_json::from_str(&json)
+            .map(Some)
+            .map_err(|error| node_error(node, format!("probe: {error}")))
+    }
+
+    async fn mounts(&self, node: &str, below: &Path) -> Result<Vec<PathBuf>> {
+        let table = self
+            .on(node, &["cat", "/proc/self/mountinfo"])
+            .await
+            .map_err(|reason| node_error(node, reason))?;
+        Ok(mount_points(&table, below))
+    }
+
+    async fn act(&self, node: &str, component: &Component, action: Action) -> Result<()> {
+        if action != Action::Kill {
+            return Err(Error::Impossible(
+                "kubelet starts what was stopped, at once".to_owned(),
+            ));
+        }
+        let id = self.container_of(node, component).await?;
+        let id = id.ok_or_else(|| {
+            node_error(
+                node,
+                format!("container {} does not run", component.container()),
+            )
+        })?;
+        self.on(
+            node,
+            &[
+                "ctr",
+                "--namespace",
+                "k8s.io",
+                "tasks",
+                "kill",
+                "--signal",
+                "SIGKILL",
+                &id,
+            ],
+        )
+        .await
+        .map_err(|reason| node_error(node, reason))?;
+        self.wait_restarted(node, component, &id).await
+    }
+
+    async fn log(&self, node: &str, component: &Component) -> Result<String> {
+        let pod = self.pod_of(node, component).await?;
+        let name = pod.name_any();
+        let pods: Api<Pod> = Api::namespaced(self.client(), &pod.namespace().unwrap_or_default());
+        let mut params = LogParams {
+            container: Some(component.container().to_owned()),
+            ..LogParams::default()
+        };
+        let now = pods.logs(&name, &params).await;
+        let now = now.map_err(api_error(format!("logs of pod {name}")))?;
+        // What it printed before it was last restarted; an error where it never was.
+        params.previous = true;
+        let before = pods.logs(&name, &params).await.unwrap_or_default();
+        Ok(before + &now)
+    }
+
+    async fn get(
+        &self,
+        node: &str,
+        component: &Component,
+        port: u16,
+        path: &str,
+    ) -> Result<HttpAnswer> {
+        let pod = self.pod_of(node, component).await?;
+        let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+        let proxy = format!("/api/v1/namespaces/{namespace}/pods/{name}:{port}/proxy{path}");
+        let what = format!("GET {proxy}");
+        let request = http::Request::get(proxy)
+            .body(kube::client::Body::empty())
+            .map_err(|error| Error::Impossible(format!("{what}: {error}")))?;
+        let answer = self.client.send(request).await;
+        let answer = answer.map_err(api_error(what.clone()))?;
+        let status = answer.status().as_u16();
+        let body = answer.into_body().collect().await;
+        let body = body.map_err(api_error(what))?.to_bytes();
+        Ok(HttpAnswer {
+            status,
+            body: String::from_utf8_lossy(&body).into_owned(),
+        })
+    }
+
+    async fn reboot(&self, node: &str) -> Result<()> {
+        // So that what is waited for below is the new registration.
+        let csi_nodes: Api<CSINode> = Api::all(self.client());
+        let none = Patch::Merge(json!({"spec": {"drivers": []}}));
+        csi_nodes
+            .patch(node, &PatchParams::default(), &none)
+            .await
+            .map_err(api_error(format!("patch CSINode {node}")))?;
+        self.tools
+            .docker(["restart", "--time", "0", node], A_MOMENT)
+            .await
+            .map_err(|reason| node_error(node, reason))?;
+        self.wait_installed(&[node.to_owned()]).await
+    }
+
+    async fn disturb_api(&self, _: Disturbance) -> Result<()> {
+        Err(Error::Impossible(
+            "kind's API server cannot be made to misbehave".to_owned(),
+        ))
+    }
+}
+
+/// Waiting for something, for [`START_LIMIT`] at most.
+struct Patience {
+    what: String,
+    deadline: Instant,
+}
+
+impl Patience {
+    fn new(what: String) -> Self {
+        Self {
+            what,
+            deadline: Instant::now() + START_LIMIT,
+        }
+    }
+
+    /// Until the next look; an error when it has been long enough.
+    async fn wait(&self, last: &str) -> Result<()> {
+        if Instant::now() > self.deadline {
+            return Err(Error::Timeout {
+                what: self.what.clone(),
+                after: START_LIMIT,
+                last: last.to_owned(),
+            });
+        }
+        tokio::time::sleep(POLL).await;
+        Ok(())
+    }
 }
 
 /// Whether the cluster exists, has these nodes and is made from this image.
@@ -407,7 +688,12 @@ async fn is_there(tools: &Tools, options: &Options, node_image: &str) -> Result<
         return Ok(false);
     }
     for node in nodes {
-        let image = ["inspect", "--format", "{{.State.Running}} {{.Config.Image}}", node];
+        let image = [
+            "inspect",
+            "--format",
+            "{{.State.Running}} {{.Config.Image}}",
+            node,
+        ];
         let image = tools.docker(image, A_MOMENT).await.map_err(start_error)?;
         if image.trim() != format!("true {node_image}") {
             return Ok(false);
@@ -424,7 +710,9 @@ async fn create(tools: &Tools, options: &Options, node_image: &str) -> Result<()
     let scratch = tempfile::tempdir().map_err(failed)?;
     let kubeconfig = scratch.path().join("kubeconfig");
     let configuration = workspace().join(options.nodes.configuration());
-    let args = ["create", "cluster", "--name", NAME, "--image", node_image, "--wait", "120s"];
+    let args = [
+        "create", "cluster", "--name", NAME, "--image", node_image, "--wait", "120s",
+    ];
     let files = [
         "--config".as_ref(),
         configuration.as_os_str(),
@@ -454,7 +742,8 @@ async fn delete(tools: &Tools) -> Result<()> {
 
 /// A client with the credentials that kind keeps in the first node.
 async fn connect(tools: &Tools) -> Result<kube::Client> {
-    let failed = |error: &dyn std::fmt::Display| Error::Start(format!("kind's kubeconfig: {error}"));
+    let failed =
+        |error: &dyn std::fmt::Display| Error::Start(format!("kind's kubeconfig: {error}"));
     let yaml = tools
         .kind(["get", "kubeconfig", "--name", NAME], A_MOMENT)
         .await

@@ -4,4 +4,5 @@ pub mod binaries;
 pub mod cluster;
 pub mod embedded;
 pub mod images;
+pub mod kind;
 pub mod tree;

@@ -266,7 +266,7 @@ fn wipe(dir: &Path) -> io::Result<()> {
 }
 
 /// Mount points at and below a path, in the order they were mounted.
-fn mount_points(table: &str, below: &Path) -> Vec<PathBuf> {
+pub(crate) fn mount_points(table: &str, below: &Path) -> Vec<PathBuf> {
     table
         .lines()
         .filter_map(|line| line.split(' ').nth(4))

@@ -34,12 +34,16 @@ exit 1
 /// When Docker refuses either: without the fence there is no cluster.
 pub(super) async fn put_up(tools: &Tools, node_image: &str) -> Result<()> {
     let failed = |reason: String| Error::Start(format!("Docker network {NETWORK}: {reason}"));
-    let there = tools.docker(["network", "inspect", NETWORK], A_MOMENT).await;
+    let there = tools
+        .docker(["network", "inspect", NETWORK], A_MOMENT)
+        .await;
     if there.is_err() {
         let bridge = format!("com.docker.network.bridge.name={NETWORK}");
         tools
             .docker(
-                ["network", "create", "--driver", "bridge", "--opt", &bridge, NETWORK],
+                [
+                    "network", "create", "--driver", "bridge", "--opt", &bridge, NETWORK,
+                ],
                 A_MOMENT,
             )
             .await
@@ -71,6 +75,17 @@ async fn rule(
     action: &str,
 ) -> std::result::Result<String, String> {
     let container = ["run", "--rm", "--network", "host", "--cap-add", "NET_ADMIN"];
-    let program = ["--entrypoint", "sh", node_image, "-c", RULE, "sh", action, NETWORK];
-    tools.docker(container.iter().chain(&program), A_MOMENT).await
+    let program = [
+        "--entrypoint",
+        "sh",
+        node_image,
+        "-c",
+        RULE,
+        "sh",
+        action,
+        NETWORK,
+    ];
+    tools
+        .docker(container.iter().chain(&program), A_MOMENT)
+        .await
 }

@@ -28,7 +28,13 @@ pub(super) async fn choose(tools: &Tools, asked: Option<&str>) -> Result<String>
         return asked_for(&rows, asked).map_err(failed);
     }
     for row in &rows {
-        let there = ["image", "inspect", "--format", "{{.Id}}", row.image.as_str()];
+        let there = [
+            "image",
+            "inspect",
+            "--format",
+            "{{.Id}}",
+            row.image.as_str(),
+        ];
         if tools.docker(there, A_MOMENT).await.is_ok() {
             return Ok(row.image.clone());
         }
