@@ -225,8 +225,15 @@ pub trait Cluster: Send + Sync {
                 .create(&PostParams::default(), &namespace)
                 .await
                 .map_err(api(format!("create namespace {name}")))?;
+            self.wait_namespace(&name).await?;
             Ok(name)
         }
+    }
+
+    /// Waits until a new namespace can have pods. Where controllers fill it, that is later.
+    #[doc(hidden)]
+    fn wait_namespace(&self, _: &str) -> impl Future<Output = Result<()>> + Send {
+        std::future::ready(Ok(()))
     }
 
     /// Applies every document of a manifest, in its order. Objects that name no namespace go to

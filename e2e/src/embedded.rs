@@ -42,7 +42,6 @@ use crate::cluster::{
 };
 use crate::tree::{Tree, View};
 use api::{ApiServer, Disturbance};
-pub(crate) use control::mount_points;
 use control::{Command, Control};
 use namespaces::KUBELET_ROOT;
 use processes::Container;

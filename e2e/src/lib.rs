@@ -3,6 +3,10 @@
 pub mod binaries;
 pub mod cluster;
 pub mod embedded;
+mod host;
 pub mod images;
+mod install;
 pub mod kind;
+pub mod local;
+mod real;
 pub mod tree;

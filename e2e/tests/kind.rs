@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use e2e::cluster::{Ability, Cluster};
-use e2e::kind::{Kind, Load, Options};
+use e2e::kind::{Load, Options, Running};
 use e2e::tree::View;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -56,9 +56,10 @@ async fn what_the_interface_promises() {
     let images = tokio::task::spawn_blocking(|| e2e::images::build(|_| {}));
     let load = Load::standard(images.await.unwrap().unwrap()).unwrap();
     let started = std::time::Instant::now();
-    let cluster = Kind::start(options, &load)
+    let running = Running::start(options, &load, |step| eprintln!("{step}"))
         .await
         .unwrap_or_else(|error| panic!("{error}"));
+    let cluster = running.connect().await.unwrap();
     eprintln!("started after {:?}", started.elapsed());
     let node = cluster.nodes().remove(0);
     let namespace = cluster.namespace().await.unwrap();
@@ -108,7 +109,7 @@ async fn what_the_interface_promises() {
     cluster.delete_pod(&namespace, "pod").await.unwrap();
     cluster.wait_gone(&namespace, "pod", LIMIT).await.unwrap();
     let dir = tempfile::tempdir().unwrap();
-    cluster.keep_logs(dir.path()).await.unwrap();
+    running.keep_logs(dir.path()).await.unwrap();
     assert!(dir.path().join("objects.yaml").is_file());
-    cluster.stop().await.unwrap();
+    running.stop().await.unwrap();
 }

@@ -6,25 +6,20 @@
 //! `curl --unix-socket control.sock -d '"containers"' http://node/`.
 
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, StatusCode, header};
-use http_body_util::{BodyExt, Full};
-use hyper_util::rt::TokioIo;
+use http_body_util::Full;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpStream, UnixListener, UnixStream};
+use tokio::net::{UnixListener, UnixStream};
 
 use super::namespaces::{BINARIES, KUBELET_ROOT};
 use super::processes::{Processes, Status};
-use crate::cluster::HttpAnswer;
+use crate::host::{exchange, fetch, mount_points};
 use crate::tree::{Tree, View};
-
-/// For an answer over the node's loopback.
-const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What can be asked of a node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -166,14 +161,15 @@ impl Server {
                     std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
                 json(&String::from_utf8_lossy(&log))
             }
-            Command::Fetch { port, path } => json(&fetch(port, &path).await?),
+            Command::Fetch { port, path } => {
+                json(&fetch((Ipv4Addr::LOCALHOST, port).into(), &path).await?)
+            }
             Command::WipePlugins => wipe(&Path::new(KUBELET_ROOT).join("plugins_registry"))
                 .map(done)
                 .map_err(|error| error.to_string()),
             Command::Mounts { below } => {
-                let table = std::fs::read_to_string("/proc/self/mountinfo")
-                    .map_err(|error| format!("/proc/self/mountinfo: {error}"))?;
-                json(&mount_points(&table, &below))
+                let points = mount_points(&below);
+                json(&points.map_err(|error| format!("/proc/self/mountinfo: {error}"))?)
             }
         }
     }
@@ -208,52 +204,6 @@ async fn probe(path: &Path, view: View) -> Result<Option<Tree>, String> {
     serde_json::from_slice(&output.stdout).map_err(|error| format!("probe's output: {error}"))
 }
 
-async fn fetch(port: u16, path: &str) -> Result<HttpAnswer, String> {
-    let failed = |reason: String| format!("GET http://127.0.0.1:{port}{path}: {reason}");
-    let request = Request::get(path)
-        .header(header::HOST, format!("127.0.0.1:{port}"))
-        .body(Full::default())
-        .map_err(|error| failed(error.to_string()))?;
-    let exchanged = async {
-        let stream = TcpStream::connect(("127.0.0.1", port))
-            .await
-            .map_err(|error| error.to_string())?;
-        exchange(stream, request).await
-    };
-    let (status, body) = tokio::time::timeout(FETCH_TIMEOUT, exchanged)
-        .await
-        .map_err(|_| failed(format!("no answer within {FETCH_TIMEOUT:?}")))?
-        .map_err(failed)?;
-    Ok(HttpAnswer {
-        status: status.as_u16(),
-        body: String::from_utf8_lossy(&body).into_owned(),
-    })
-}
-
-/// One request and its answer over a connection of their own.
-async fn exchange<S>(
-    stream: S,
-    request: Request<Full<Bytes>>,
-) -> Result<(StatusCode, Bytes), String>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let io = TokioIo::new(stream);
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(io)
-        .await
-        .map_err(|error| error.to_string())?;
-    // Ends with the exchange; what went wrong with it is told to the sender as well.
-    let connection = tokio::spawn(connection);
-    let answer = async {
-        let answer = sender.send_request(request).await?;
-        let status = answer.status();
-        Ok((status, answer.into_body().collect().await?.to_bytes()))
-    };
-    let answer: hyper::Result<_> = answer.await;
-    connection.abort();
-    answer.map_err(|error| error.to_string())
-}
-
 fn wipe(dir: &Path) -> io::Result<()> {
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();
@@ -265,49 +215,11 @@ fn wipe(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Mount points at and below a path, in the order they were mounted.
-pub(crate) fn mount_points(table: &str, below: &Path) -> Vec<PathBuf> {
-    table
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|path| PathBuf::from(unescape(path)))
-        .filter(|path| path.starts_with(below))
-        .collect()
-}
-
-/// Undoes the kernel's `\040` for characters that would break its columns.
-fn unescape(path: &str) -> String {
-    [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ]
-    .iter()
-    .fold(path.to_owned(), |path, (code, character)| {
-        path.replace(code, character)
-    })
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::time::Duration;
 
-    #[test]
-    fn mount_points_below_a_path_are_told_from_its_neighbours() {
-        let table = "\
-            1 0 8:1 / / rw - ext4 /dev/sda rw\n\
-            2 1 0:9 / /var/lib/kubelet/pods/u/mount rw shared:1 - tmpfs tmpfs rw\n\
-            3 1 0:9 / /var/lib/kubelet/pods/a\\040b rw - tmpfs tmpfs rw\n\
-            4 1 0:9 / /var/lib/kubelet/pods-too rw - tmpfs tmpfs rw\n";
-        assert_eq!(
-            mount_points(table, Path::new("/var/lib/kubelet/pods")),
-            [
-                Path::new("/var/lib/kubelet/pods/u/mount"),
-                Path::new("/var/lib/kubelet/pods/a b")
-            ]
-        );
-    }
+    use super::*;
 
     #[tokio::test]
     async fn a_node_says_why_it_does_not_obey() {

@@ -2,18 +2,22 @@
 
 use std::{
     fmt::Write as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use e2e::{
-    binaries::Binaries,
     cluster::{Ability, Cluster, Component},
-    embedded::{Embedded, Options},
     tree::{Content, Entry, Kind, Tree, View},
 };
-use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams};
+use k8s_openapi::api::core::v1::Pod;
+use kube::{
+    ResourceExt,
+    api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams},
+};
 use serde_json::{Value, json};
+
+use crate::target::{Needs, Target};
 
 /// For whatever should happen at once. Long, because the machine may be busy.
 pub const SOON: Duration = Duration::from_secs(60);
@@ -23,33 +27,33 @@ pub const MOUNT: &str = "/mnt/secrets-store";
 
 /// A cluster with a namespace of its own.
 pub struct Scenario {
-    pub cluster: Embedded,
+    pub cluster: Target,
     pub namespace: String,
+    /// Pods that were there before: those of the driver and the provider.
+    earlier_pods: Vec<String>,
 }
 
 impl Scenario {
     /// One node, as `deploy/` installs it, and the fake provider.
     pub async fn start() -> Self {
-        Self::with(|_| {}).await
+        let scenario = Self::needing(Needs::default()).await;
+        scenario.expect("every cluster has a node")
     }
 
-    /// The same with other options.
-    pub async fn with(change: impl FnOnce(&mut Options)) -> Self {
-        let cluster = std::env::var("E2E_CLUSTER").unwrap_or_else(|_| "embedded".to_owned());
-        assert_eq!(
-            cluster, "embedded",
-            "E2E_CLUSTER: this cluster is not built yet"
-        );
-        let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {}))
-            .await
-            .unwrap();
-        let mut options = Options::standard().unwrap();
-        change(&mut options);
-        let cluster = Embedded::start(options, binaries.unwrap())
+    /// The same with what not every cluster has; none where it is missing.
+    pub async fn needing(needs: Needs) -> Option<Self> {
+        let cluster = Target::find(&needs).await?;
+        let pods = Api::<Pod>::all(cluster.client());
+        let pods = pods.list(&ListParams::default()).await.unwrap();
+        let namespace = cluster
+            .namespace()
             .await
             .unwrap_or_else(|error| panic!("{error}"));
-        let namespace = cluster.namespace().await.unwrap();
-        Self { cluster, namespace }
+        Some(Self {
+            cluster,
+            namespace,
+            earlier_pods: pods.iter().filter_map(ResourceExt::uid).collect(),
+        })
     }
 
     /// The node on which a scenario with one node runs.
@@ -182,7 +186,7 @@ impl Scenario {
             .unwrap()
         {
             // kubelet's root is a mount of the node's own.
-            if mount.components().count() > 5 {
+            if mount.components().count() > 5 && self.is_of_a_volume(&mount.to_string_lossy()) {
                 writeln!(text, "mount {}", mount.display()).unwrap();
             }
         }
@@ -190,7 +194,9 @@ impl Scenario {
             let path = format!("/var/lib/kubelet/{below}");
             if let Some(tree) = self.cluster.node_tree(node, path.as_ref()).await.unwrap() {
                 for entry in tree.entries.iter().filter(|entry| entry.path != ".") {
-                    writeln!(text, "{below}/{}", entry.path).unwrap();
+                    if below != "pods" || self.is_of_a_volume(&entry.path) {
+                        writeln!(text, "{below}/{}", entry.path).unwrap();
+                    }
                 }
             }
         }
@@ -198,6 +204,21 @@ impl Scenario {
             "nothing\n".to_owned()
         } else {
             self.redacted(&text)
+        }
+    }
+
+    /// Whether a path below kubelet's pods belongs to a CSI volume of this scenario, or is a
+    /// directory on the way to one. A real kubelet keeps more there, and more pods.
+    fn is_of_a_volume(&self, path: &str) -> bool {
+        let path = path.strip_prefix("/var/lib/kubelet/pods/").unwrap_or(path);
+        let parts: Vec<&str> = path.split('/').collect();
+        if self.earlier_pods.iter().any(|uid| uid == parts[0]) {
+            return false;
+        }
+        match parts[1..] {
+            [] | ["volumes"] => true,
+            ["volumes", plugin, ..] => plugin == "kubernetes.io~csi",
+            _ => false,
         }
     }
 
@@ -269,25 +290,23 @@ impl Scenario {
         api.delete(name, &DeleteParams::default()).await.unwrap();
     }
 
-    /// A path of the node's disk, as this process sees it.
-    pub fn disk(&self, path: &str) -> PathBuf {
+    /// The records of the driver.
+    pub async fn records(&self) -> Vec<PathBuf> {
         assert!(self.cluster.can(Ability::LookAtNodes));
-        self.cluster
-            .state()
-            .join("nodes")
-            .join(self.node())
-            .join("root")
-            .join(path.trim_start_matches('/'))
+        let dir = Path::new("/var/lib/kubelet/plugins/csi-secrets-store/records");
+        let tree = self.cluster.node_tree(&self.node(), dir).await.unwrap();
+        let entries = tree.unwrap().entries.into_iter();
+        entries
+            .filter(|entry| entry.path != ".")
+            .map(|entry| dir.join(entry.path))
+            .collect()
     }
 
-    /// The records of the driver.
-    pub fn records(&self) -> Vec<PathBuf> {
-        let directory =
-            std::fs::read_dir(self.disk("/var/lib/kubelet/plugins/csi-secrets-store/records"));
-        directory
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-            .collect()
+    /// Removes them, as if an earlier driver had published.
+    pub async fn forget_records(&self) {
+        for record in self.records().await {
+            self.cluster.remove_file(&self.node(), &record).await;
+        }
     }
 
     /// Whether the node's one volume has its content.
@@ -299,20 +318,14 @@ impl Scenario {
         pods.unwrap().is_some_and(|tree| {
             tree.entries
                 .iter()
-                .any(|entry| entry.path.ends_with("/..data"))
+                .any(|entry| self.is_of_a_volume(&entry.path) && entry.path.ends_with("/..data"))
         })
     }
 
-    /// The lines of the kernel's mount table that are volumes, as the driver sees them. The first
+    /// The lines of the kernel's mount table that are volumes, as kubelet sees them. The first
     /// word of each is the mount's own number.
     pub async fn mounts(&self) -> Vec<String> {
-        let containers = self.cluster.containers(&self.node()).await.unwrap();
-        let driver = containers
-            .into_iter()
-            .find(|c| c.name == Component::Driver.container())
-            .unwrap();
-        let table =
-            std::fs::read_to_string(format!("/proc/{}/mountinfo", driver.pid.unwrap())).unwrap();
+        let table = self.cluster.mount_table(&self.node()).await;
         table
             .lines()
             .filter(|line| line.contains("/kubernetes.io~csi/"))
@@ -335,9 +348,15 @@ impl Scenario {
     /// What differs from run to run, named for what it is.
     pub fn redacted(&self, text: &str) -> String {
         let mut out = text.replace(&self.namespace, "[namespace]");
-        for node in self.cluster.nodes() {
-            out = out.replace(&node, &format!("[{node}]"));
+        let nodes = self.cluster.nodes().into_iter();
+        let mut nodes: Vec<_> = nodes.enumerate().collect();
+        // One name may begin with another.
+        nodes.sort_by_key(|(_, name)| std::cmp::Reverse(name.len()));
+        for (number, name) in nodes {
+            out = out.replace(&name, &format!("[node {}]", number + 1));
         }
+        // The replacement itself must hold no node's name while others are replaced.
+        out = out.replace("[node ", "[node-");
         redact_words(&out)
     }
 }

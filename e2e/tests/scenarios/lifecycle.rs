@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use e2e::cluster::Cluster as _;
+use e2e::cluster::{Ability, Cluster as _};
 
-use crate::harness::{MOUNT, SOON, Scenario, class, class_with, pod};
+use crate::{
+    harness::{MOUNT, SOON, Scenario, class, class_with, pod},
+    target::Needs,
+};
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
 
@@ -26,7 +29,14 @@ async fn a_deleted_pod_leaves_nothing() {
 /// Unpublish asks nobody: neither the provider nor the API server.
 #[tokio::test]
 async fn unpublish_needs_nobody() {
-    let s = Scenario::start().await;
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::DisturbApi, Ability::StopProcesses],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
@@ -46,7 +56,14 @@ async fn unpublish_needs_nobody() {
 /// A hung provider does not hold up a pod that is going away for longer than kubelet's deadline.
 #[tokio::test]
 async fn a_pod_deleted_while_its_publish_hangs() {
-    let s = Scenario::with(|options| options.csi_timeout = Duration::from_secs(5)).await;
+    let Some(s) = Scenario::needing(Needs {
+        csi_timeout: Some(Duration::from_secs(5)),
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class_with("db", OBJECT, "- {hang: true}")).await;
     s.apply(&pod("web", &["db"])).await;
     s.provider_is_called("web").await;
@@ -62,7 +79,14 @@ async fn a_pod_deleted_while_its_publish_hangs() {
 /// A StatefulSet's pod keeps its name and comes back as another pod, elsewhere.
 #[tokio::test]
 async fn the_same_pod_name_on_another_node() {
-    let s = Scenario::with(|options| options.nodes = 2).await;
+    let Some(s) = Scenario::needing(Needs {
+        nodes: 2,
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     let on = |node: &str| {
         pod("web-0", &["db"]).replace(
@@ -70,14 +94,15 @@ async fn the_same_pod_name_on_another_node() {
             &format!("spec:\n  nodeName: {node}\n  term"),
         )
     };
-    s.apply(&on("node-1")).await;
+    let nodes = s.cluster.nodes();
+    s.apply(&on(&nodes[0])).await;
     s.ready("web-0").await;
     let before = s.pod_statuses().await;
     s.delete("web-0").await;
-    s.apply(&on("node-2")).await;
+    s.apply(&on(&nodes[1])).await;
     s.ready("web-0").await;
     insta::assert_snapshot!(before + &s.pod_statuses().await);
-    s.nothing_is_left_on("node-1").await;
+    s.nothing_is_left_on(&nodes[0]).await;
 }
 
 /// What an earlier pod of that name left on another node is taken over, others' labels kept.

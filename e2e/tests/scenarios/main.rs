@@ -20,4 +20,5 @@ mod lifecycle;
 mod paths;
 mod providers;
 mod restarts;
+mod target;
 mod upstream;

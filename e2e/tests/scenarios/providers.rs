@@ -1,9 +1,14 @@
 //! Providers that are missing, late, wrong or slow.
 
+use std::path::Path;
+
 use e2e::cluster::Cluster as _;
 use rstest::rstest;
 
-use crate::harness::{MOUNT, SOON, Scenario, class, class_with, pod};
+use crate::{
+    harness::{MOUNT, SOON, Scenario, class, class_with, pod},
+    target::Needs,
+};
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
 
@@ -90,23 +95,29 @@ async fn a_moment_of_unavailability_is_bridged() {
 #[tokio::test]
 async fn a_dead_socket_fails_in_seconds() {
     let s = Scenario::start().await;
-    // A listener that is dropped leaves its socket file, as a crash does. This directory is
-    // searched before the one with the provider's own socket.
-    let socket = s.disk("/etc/kubernetes/secrets-store-csi-providers/e2e-provider.sock");
-    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    // This directory is searched before the one with the provider's own socket.
+    let socket = Path::new("/etc/kubernetes/secrets-store-csi-providers/e2e-provider.sock");
+    s.cluster.leave_dead_socket(&s.node(), socket).await;
     s.apply(&class("db", OBJECT)).await;
     let started = std::time::Instant::now();
     s.apply(&pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
     assert!(started.elapsed().as_secs() < 10, "{:?}", started.elapsed());
-    std::fs::remove_file(socket).unwrap();
+    s.cluster.remove_file(&s.node(), socket).await;
     s.ready("web").await;
 }
 
 /// The caller's deadline bounds the provider's, and what hung is named.
 #[tokio::test]
 async fn a_provider_that_never_answers() {
-    let s = Scenario::with(|options| options.csi_timeout = std::time::Duration::from_secs(3)).await;
+    let Some(s) = Scenario::needing(Needs {
+        csi_timeout: Some(std::time::Duration::from_secs(3)),
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class_with("db", OBJECT, "- {hang: true}")).await;
     s.apply(&pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);

@@ -3,14 +3,17 @@
 
 use std::time::Duration;
 
-use e2e::{cluster::Cluster as _, embedded::api::Disturbance};
+use e2e::{
+    cluster::{Ability, Cluster as _},
+    embedded::api::Disturbance,
+};
 
-use crate::harness::{MOUNT, Scenario, class, class_with, pod, until};
+use crate::{
+    harness::{MOUNT, Scenario, class, class_with, pod, until},
+    target::Needs,
+};
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
-
-/// How often kubelet looks again, where a scenario needs it to.
-const SYNC: Option<Duration> = Some(Duration::from_millis(300));
 
 #[tokio::test]
 async fn killed_between_mount_and_write() {
@@ -32,7 +35,14 @@ async fn killed_between_mount_and_write() {
 
 #[tokio::test]
 async fn killed_between_write_and_status() {
-    let s = Scenario::start().await;
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::DisturbApi],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     // Each answer takes long enough for the driver to be killed while it waits for that of the
     // pod status.
@@ -42,7 +52,9 @@ async fn killed_between_write_and_status() {
         .unwrap();
     s.apply(&pod("web", &["db"])).await;
     until("the files are written", async || s.written().await).await;
-    assert!(s.objects("SecretProviderClassPodStatus").await.is_empty() && s.records().is_empty());
+    assert!(
+        s.objects("SecretProviderClassPodStatus").await.is_empty() && s.records().await.is_empty()
+    );
     s.cluster.driver(&s.node()).kill().await.unwrap();
     s.cluster.disturb_api(Disturbance::None).await.unwrap();
     s.ready("web").await;
@@ -52,7 +64,14 @@ async fn killed_between_write_and_status() {
 
 #[tokio::test]
 async fn killed_after_everything() {
-    let s = Scenario::with(|options| options.sync_period = SYNC).await;
+    let Some(s) = Scenario::needing(Needs {
+        republish: true,
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
@@ -73,7 +92,14 @@ async fn killed_after_everything() {
 /// A failed write of the pod status undoes the mount; nothing of it stays.
 #[tokio::test]
 async fn an_api_server_that_does_not_take_the_status() {
-    let s = Scenario::start().await;
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::DisturbApi],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     let refused = Disturbance::Fail {
         status: 500,
@@ -92,7 +118,14 @@ async fn an_api_server_that_does_not_take_the_status() {
 /// CSI and registration come up without the API server; a publish says what is missing.
 #[tokio::test]
 async fn an_api_server_that_is_away() {
-    let s = Scenario::start().await;
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::DisturbApi],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.cluster.disturb_api(Disturbance::Refuse).await.unwrap();
     s.cluster.driver(&s.node()).kill().await.unwrap();
@@ -111,7 +144,14 @@ async fn an_api_server_that_is_away() {
 /// After a reboot the tmpfs is gone, directories and records are not: that proves nothing.
 #[tokio::test]
 async fn a_node_that_reboots() {
-    let s = Scenario::start().await;
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::Reboot],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
@@ -135,7 +175,14 @@ async fn a_node_that_reboots() {
 /// A pod that is deleted while its node is down is torn down from what lies on disk.
 #[tokio::test]
 async fn unpublish_after_a_reboot() {
-    let s = Scenario::start().await;
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::Reboot, Ability::StopProcesses],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
@@ -154,16 +201,24 @@ async fn unpublish_after_a_reboot() {
 /// mount, because the running container holds it.
 #[tokio::test]
 async fn a_volume_of_an_earlier_driver() {
-    let s = Scenario::with(|options| options.sync_period = SYNC).await;
+    let Some(s) = Scenario::needing(Needs {
+        republish: true,
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.state("web").await;
     let mounts = s.mounts().await;
-    for record in s.records() {
-        std::fs::remove_file(record).unwrap();
-    }
-    until("the volume is recorded", async || s.records().len() == 1).await;
+    s.forget_records().await;
+    until("the volume is recorded", async || {
+        s.records().await.len() == 1
+    })
+    .await;
     assert_eq!(s.state("web").await, before);
     assert_eq!(s.mounts().await, mounts, "the very same mount");
     s.delete("web").await;
@@ -173,15 +228,20 @@ async fn a_volume_of_an_earlier_driver() {
 /// The same while nothing works: what the container holds stays, and kubelet keeps it.
 #[tokio::test]
 async fn a_volume_of_an_earlier_driver_whose_class_is_gone() {
-    let s = Scenario::with(|options| options.sync_period = SYNC).await;
+    let Some(s) = Scenario::needing(Needs {
+        republish: true,
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
     s.apply(&class("db", OBJECT)).await;
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.volume("web", MOUNT).await;
     s.delete_class("db").await;
-    for record in s.records() {
-        std::fs::remove_file(record).unwrap();
-    }
+    s.forget_records().await;
     let event = s
         .failed_mount("web", "failed to get secretproviderclass")
         .await;

@@ -1,0 +1,235 @@
+//! What runs in the cluster: `deploy/` as an operator installs it, and the provider of the tests.
+
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::storage::v1::CSINode;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::ResourceExt;
+use kube::api::{Api, ListParams};
+use serde_json::{Value, json};
+
+use crate::cluster::{Error, Result, api, apply};
+
+/// Where everything runs.
+pub(crate) const NAMESPACE: &str = "kube-system";
+const DRIVER_NAME: &str = "secrets-store.csi.k8s.io";
+/// The driver's DaemonSet and its container.
+pub(crate) const DRIVER: &str = "csi-secrets-store";
+const CONTAINER: &str = "secrets-store";
+const POLL: Duration = Duration::from_millis(100);
+
+/// Applies manifests and waits until all that they install runs.
+///
+/// # Errors
+/// What the API server refuses, or what is still lacking after `limit`.
+pub(crate) async fn install(
+    client: &kube::Client,
+    manifests: &[String],
+    limit: Duration,
+) -> Result<()> {
+    for manifest in manifests {
+        apply(client, NAMESPACE, manifest).await?;
+        wait_established(client, limit).await?;
+    }
+    wait_rolled_out(client, limit).await
+}
+
+/// Waits until the API server serves all custom kinds.
+async fn wait_established(client: &kube::Client, limit: Duration) -> Result<()> {
+    let definitions = Api::<CustomResourceDefinition>::all(client.clone());
+    let started = Instant::now();
+    loop {
+        let list = definitions
+            .list(&ListParams::default())
+            .await
+            .map_err(api("list CustomResourceDefinitions".to_owned()))?;
+        let lacking = list.iter().find(|definition| {
+            let conditions = definition
+                .status
+                .iter()
+                .flat_map(|status| &status.conditions);
+            !conditions
+                .flatten()
+                .any(|c| c.type_ == "Established" && c.status == "True")
+        });
+        let Some(lacking) = lacking else {
+            return Ok(());
+        };
+        let lacking = format!("{} to be served", lacking.name_any());
+        wait_or_give_up(lacking, started, limit).await?;
+    }
+}
+
+/// Waits until every DaemonSet runs as it is written now, and kubelet knows the driver.
+///
+/// # Errors
+/// What is still lacking after `limit`.
+pub(crate) async fn wait_rolled_out(client: &kube::Client, limit: Duration) -> Result<()> {
+    let started = Instant::now();
+    while let Some(lacking) = lacking(client).await? {
+        wait_or_give_up(lacking, started, limit).await?;
+    }
+    Ok(())
+}
+
+async fn wait_or_give_up(what: String, started: Instant, limit: Duration) -> Result<()> {
+    if started.elapsed() > limit {
+        return Err(Error::Timeout {
+            what,
+            after: limit,
+            last: "see kubectl describe and the logs below the state directory".to_owned(),
+        });
+    }
+    tokio::time::sleep(POLL).await;
+    Ok(())
+}
+
+/// What of the above is not yet so.
+///
+/// # Errors
+/// When the API server does not answer.
+pub(crate) async fn lacking(client: &kube::Client) -> Result<Option<String>> {
+    let sets = Api::<DaemonSet>::namespaced(client.clone(), NAMESPACE);
+    let sets = sets
+        .list(&ListParams::default())
+        .await
+        .map_err(api("list DaemonSets".to_owned()))?;
+    for set in &sets {
+        if !is_rolled_out(set) {
+            return Ok(Some(format!("DaemonSet {} to run", set.name_any())));
+        }
+    }
+    if sets.iter().all(|set| set.name_any() != DRIVER) {
+        return Ok(None);
+    }
+    let nodes = Api::<CSINode>::all(client.clone())
+        .list(&ListParams::default())
+        .await
+        .map_err(api("list CSINodes".to_owned()))?;
+    let lacks = |node: &&CSINode| {
+        let mut drivers = node.spec.drivers.iter();
+        drivers.all(|driver| driver.name != DRIVER_NAME)
+    };
+    Ok(nodes.iter().find(lacks).map(|node| {
+        format!(
+            "driver {DRIVER_NAME} to be registered on {}",
+            node.name_any()
+        )
+    }))
+}
+
+fn is_rolled_out(set: &DaemonSet) -> bool {
+    let Some(status) = &set.status else {
+        return false;
+    };
+    let wanted = status.desired_number_scheduled;
+    status.observed_generation == set.metadata.generation
+        && wanted > 0
+        && status.updated_number_scheduled == Some(wanted)
+        && status.number_ready == wanted
+        && status.number_available == Some(wanted)
+}
+
+/// The lean form of the driver's manifest: the driver registers itself and answers kubelet's
+/// probe, and needs no sidecars. Other documents stay as they are.
+///
+/// # Errors
+/// [`Error::Manifest`] when it is no YAML.
+pub(crate) fn lean(manifest: &str) -> Result<String> {
+    let mut documents = parse(manifest)?;
+    for document in &mut documents {
+        if document["kind"] != "DaemonSet" || document["metadata"]["name"] != DRIVER {
+            continue;
+        }
+        let containers = &mut document["spec"]["template"]["spec"]["containers"];
+        let Some(list) = containers.as_array_mut() else {
+            continue;
+        };
+        list.retain(|container| container["name"] == CONTAINER);
+        for container in list {
+            for (field, value) in [
+                ("args", json!("--registration-dir=/registration")),
+                (
+                    "args",
+                    json!(
+                        "--kubelet-registration-path=/var/lib/kubelet/plugins/csi-secrets-store/csi.sock"
+                    ),
+                ),
+                ("args", json!("--healthz-addr=:9808")),
+                (
+                    "volumeMounts",
+                    json!({"name": "registration-dir", "mountPath": "/registration"}),
+                ),
+            ] {
+                if let Some(values) = container[field].as_array_mut() {
+                    values.push(value);
+                }
+            }
+        }
+    }
+    let texts: Vec<String> = documents.iter().map(Value::to_string).collect();
+    Ok(texts.join("\n---\n"))
+}
+
+/// The images that the driver's manifest names, by the last part of their path.
+///
+/// # Errors
+/// [`Error::Manifest`] when it is no YAML.
+pub(crate) fn image_of(manifest: &str, program: &str) -> Result<Option<String>> {
+    let documents = parse(manifest)?;
+    let containers = documents.iter().flat_map(|document| {
+        document["spec"]["template"]["spec"]["containers"]
+            .as_array()
+            .into_iter()
+            .flatten()
+    });
+    let mut images = containers.filter_map(|container| container["image"].as_str());
+    Ok(images
+        .find(|image| {
+            let last = image.rsplit('/').next().unwrap_or_default();
+            last.split(':').next() == Some(program)
+        })
+        .map(str::to_owned))
+}
+
+fn parse(manifest: &str) -> Result<Vec<Value>> {
+    let documents: Vec<Value> = serde_saphyr::from_multiple(manifest)
+        .map_err(|error| Error::Manifest(error.to_string()))?;
+    Ok(documents
+        .into_iter()
+        .filter(|document| !document.is_null())
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MANIFEST: &str = include_str!("../../deploy/secrets-store-csi-driver.yaml");
+
+    #[test]
+    fn the_lean_form_has_one_container_that_does_the_sidecars_work() {
+        let documents = parse(&lean(MANIFEST).unwrap()).unwrap();
+        let set = documents.iter().find(|d| d["kind"] == "DaemonSet").unwrap();
+        let containers = set["spec"]["template"]["spec"]["containers"]
+            .as_array()
+            .unwrap();
+        let [driver] = containers.as_slice() else {
+            panic!("{containers:?}")
+        };
+        let args = driver["args"].to_string();
+        assert!(
+            args.contains("--registration-dir=/registration") && args.contains("--healthz-addr")
+        );
+        let mounts = driver["volumeMounts"].to_string();
+        assert!(mounts.contains("registration-dir"));
+    }
+
+    #[test]
+    fn images_are_found_by_the_program_in_them() {
+        let image = image_of(MANIFEST, "livenessprobe").unwrap().unwrap();
+        assert!(image.contains("/livenessprobe:v"), "{image}");
+        assert_eq!(image_of(MANIFEST, "nobody").unwrap(), None);
+    }
+}

@@ -1,0 +1,290 @@
+//! The local cluster: real Kubernetes on this machine, without Docker, systemd or a registry.
+//!
+//! ```text
+//! tools       which programs, and where one gets what is missing
+//! machine     what is changed on this machine, and undone: kubelet's root, network, kernel settings
+//! processes   daemons with logs, found again by a later run
+//! pki         certificates and kubeconfigs
+//! daemons     control plane, container runtime and kubelet, with their settings
+//! node        the Cluster interface: looking into pods, breaking their processes
+//! ```
+//!
+//! One node, `node-1`. At most one such cluster runs on a machine at a time: whoever runs it
+//! holds a lock. Whatever happens, nothing stays: a guard process tears down when the process
+//! that started the cluster is gone, and should that be killed as well, the next start does.
+//! Nothing that runs in the cluster reaches anything outside of this machine.
+
+mod daemons;
+mod layout;
+mod machine;
+mod node;
+mod pki;
+mod processes;
+mod tools;
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use crate::binaries::workspace;
+use crate::cluster::{Error, Result};
+use crate::embedded::read_manifests;
+use crate::images::{self, Image, Images};
+use crate::install;
+use daemons::Daemons;
+use layout::{LOCK, STATE};
+pub use node::Local;
+use pki::Pki;
+use processes::Processes;
+use tools::Tools;
+pub use tools::{ASSETS_VARIABLE, assets};
+
+/// For everything that is installed to run.
+const INSTALL_LIMIT: Duration = Duration::from_secs(120);
+
+/// How the cluster is made.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The folder with the Kubernetes binaries.
+    pub assets: PathBuf,
+    /// The images that the pods run.
+    pub images: Images,
+    /// Whether the driver runs with its two sidecars, whose binaries are then in the assets,
+    /// instead of by itself.
+    pub sidecars: bool,
+    /// An executable that, run as `<guard> guard`, calls [`guard`]; without one, nobody tears
+    /// down when this process is killed.
+    pub guard: Option<PathBuf>,
+}
+
+impl Options {
+    /// The lean form of the driver, with binaries from where [`assets`] says, and guarded.
+    ///
+    /// # Errors
+    /// When an image does not build.
+    pub fn standard(progress: impl FnMut(&str), guard: PathBuf) -> Result<Self> {
+        let images = images::build(progress).map_err(|error| Error::Start(error.to_string()))?;
+        Ok(Self {
+            assets: assets(),
+            images,
+            sidecars: false,
+            guard: Some(guard),
+        })
+    }
+}
+
+/// A running local cluster. Dropping it tears it down.
+pub struct Running {
+    tools: Tools,
+    pki: Pki,
+    _lock: Lock,
+    guard: Option<Child>,
+}
+
+impl Running {
+    /// Starts a cluster; returns when all that is installed runs and the driver is registered.
+    /// What an earlier run left is torn down first. Blocks, and not from within a runtime.
+    ///
+    /// `progress` hears each step as it begins.
+    ///
+    /// # Errors
+    /// [`Error::Start`] with the programs that are missing, or with the last lines of the daemon
+    /// that did not come up. Nothing stays then.
+    pub fn start(options: &Options, mut progress: impl FnMut(&str)) -> Result<Self> {
+        let tools = Tools::find(&options.assets)?;
+        if !nix::unistd::geteuid().is_root() {
+            return Err(Error::Start("the local cluster needs root".to_owned()));
+        }
+        let lock = Lock::take(&mut progress)?;
+        undo()?;
+        let guard = options.guard.as_deref().map(spawn_guard).transpose()?;
+        let state = Path::new(STATE);
+        progress("network, mounts and certificates");
+        let made = machine::prepare(state).and_then(|()| Pki::make(state));
+        let pki = match made {
+            Ok(pki) => pki,
+            Err(error) => return Err(undone(error)),
+        };
+        let running = Self {
+            tools,
+            pki,
+            _lock: lock,
+            guard,
+        };
+        // From here on, dropping it undoes it.
+        running.bring_up(options, &mut progress)?;
+        Ok(running)
+    }
+
+    fn bring_up(&self, options: &Options, progress: &mut impl FnMut(&str)) -> Result<()> {
+        let (manifests, mut images) = manifests_and_images(options)?;
+        images.extend(options.images.archives.iter().cloned());
+        progress("control plane and node");
+        let processes = Processes::new(Path::new(STATE));
+        self.daemons(&processes).start(&images)?;
+        progress("the driver and the provider");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| Error::Start(format!("runtime: {error}")))?;
+        runtime.block_on(async {
+            let client = self.connect().await?.kube_client();
+            install::install(&client, &manifests, INSTALL_LIMIT).await
+        })
+    }
+
+    fn daemons<'a>(&'a self, processes: &'a Processes) -> Daemons<'a> {
+        Daemons {
+            state: Path::new(STATE),
+            tools: &self.tools,
+            pki: &self.pki,
+            processes,
+        }
+    }
+
+    /// A way to the cluster, for one runtime.
+    ///
+    /// # Errors
+    /// When the kubeconfig cannot be used.
+    pub async fn connect(&self) -> Result<Local> {
+        Local::connect(
+            &self.kubeconfig(),
+            self.tools.kubectl.clone(),
+            self.tools.ctr.clone(),
+            PathBuf::from(STATE),
+        )
+        .await
+    }
+
+    /// An administrator's kubeconfig.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.pki.kubeconfig("admin")
+    }
+
+    /// Where the cluster keeps the logs of its daemons.
+    pub fn logs(&self) -> PathBuf {
+        Path::new(STATE).join("logs")
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Err(error) = undo() {
+            eprintln!("local cluster: {error}");
+        }
+        if let Some(guard) = &mut self.guard {
+            // It waits for the end of its input, then for the lock, which goes with this.
+            drop(guard.stdin.take());
+        }
+    }
+}
+
+/// Waits until the process that started the cluster is gone, which closes standard input, and
+/// then tears down what it left.
+///
+/// # Errors
+/// What could not be undone.
+pub fn guard() -> Result<()> {
+    let _gone = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+    tear_down()
+}
+
+/// Tears down what an earlier run left, if anything. Waits for a run that still goes on.
+///
+/// # Errors
+/// What could not be undone.
+pub fn tear_down() -> Result<()> {
+    let _lock = Lock::take(&mut |_| {})?;
+    undo()
+}
+
+/// Stops every daemon and undoes every change. The caller holds the lock.
+fn undo() -> Result<()> {
+    let state = Path::new(STATE);
+    if !state.exists() {
+        return Ok(());
+    }
+    let processes = Processes::new(state);
+    for name in daemons::NAMES {
+        processes.stop(name)?;
+    }
+    machine::restore(state)
+}
+
+/// Tears down after a failed start; the error names both failures, if there are two.
+fn undone(error: Error) -> Error {
+    match undo() {
+        Ok(()) => error,
+        Err(left) => Error::Start(format!("{error}; {left}")),
+    }
+}
+
+fn spawn_guard(program: &Path) -> Result<Child> {
+    Command::new(program)
+        .arg("guard")
+        // An interrupt at the terminal is for the test, and its end for the guard.
+        .process_group(0)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .map_err(|error| Error::Start(format!("guard {}: {error}", program.display())))
+}
+
+/// What is installed, and the images of sidecars in it.
+fn manifests_and_images(options: &Options) -> Result<(Vec<String>, Vec<Image>)> {
+    let mut manifests = read_manifests(&workspace().join("deploy"))?;
+    manifests.extend(read_manifests(&workspace().join("e2e/manifests"))?);
+    let mut images = Vec::new();
+    for manifest in &mut manifests {
+        if !options.sidecars {
+            *manifest = install::lean(manifest)?;
+            continue;
+        }
+        for program in ["csi-node-driver-registrar", "livenessprobe"] {
+            if let Some(name) = install::image_of(manifest, program)? {
+                let executable = options.assets.join(program);
+                let image = images::of_executable(&name, &executable, &[])
+                    .map_err(|error| Error::Start(error.to_string()))?;
+                images.push(image);
+            }
+        }
+    }
+    Ok((manifests, images))
+}
+
+/// Held as long as this machine's one local cluster is ours.
+struct Lock(File);
+
+impl Lock {
+    fn take(progress: &mut dyn FnMut(&str)) -> Result<Self> {
+        let path = Path::new(LOCK);
+        let failed = |error: std::io::Error| Error::Start(format!("{LOCK}: {error}"));
+        loop {
+            let file = File::options()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(path)
+                .map_err(failed)?;
+            if file.try_lock().is_err() {
+                progress("waiting for another local cluster to end");
+                file.lock().map_err(failed)?;
+            }
+            // Whoever held it before has removed it.
+            let inode = file.metadata().map_err(failed)?.ino();
+            if fs::metadata(path).is_ok_and(|current| current.ino() == inode) {
+                return Ok(Self(file));
+            }
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _not_there = fs::remove_file(LOCK);
+        let _closes_anyway = self.0.unlock();
+    }
+}

@@ -1,0 +1,428 @@
+//! What the cluster changes on the machine, and how it is undone.
+//!
+//! Everything is written down in the state directory before it is changed. Undoing needs only
+//! that directory, and does no harm where there is nothing to undo.
+
+use std::fmt::Display;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::layout::{
+    API_PORT, BRIDGE, CONTAINERD_SOCKET, KUBELET_ROOT, NODE_ADDRESS, PODS, SERVICE_ADDRESS,
+    SERVICES,
+};
+use crate::cluster::{Error, Result};
+use crate::host::mount_points;
+
+/// What kubelet and the network plugins set for the whole machine.
+const SYSCTLS: [&str; 7] = [
+    "vm/overcommit_memory",
+    "vm/panic_on_oom",
+    "kernel/panic",
+    "kernel/panic_on_oops",
+    "kernel/keys/root_maxkeys",
+    "kernel/keys/root_maxbytes",
+    "net/ipv4/ip_forward",
+];
+
+/// Directories outside of the state directory that come to be, parents before what is in them.
+const ELSEWHERE: [&str; 7] = [
+    KUBELET_ROOT,
+    "/etc/kubernetes",
+    "/etc/kubernetes/secrets-store-csi-providers",
+    "/var/run/secrets-store-csi-providers",
+    "/var/lib/cni",
+    "/var/log/containers",
+    "/var/log/pods",
+];
+/// Those of containerd's shims, whose place cannot be chosen. Docker's are there as well.
+const SHIM_SOCKETS: [&str; 2] = ["/run/containerd/s", "/run/containerd"];
+
+/// Our chains with the chains that jump to them. Nobody else has chains of these names.
+const CHAINS: [(&str, &str, &[&str]); 3] = [
+    ("nat", "E2E-LOCAL-SERVICE", &["PREROUTING", "OUTPUT"]),
+    ("filter", "E2E-LOCAL-FORWARD", &["FORWARD"]),
+    ("filter", "E2E-LOCAL-OUTPUT", &["OUTPUT"]),
+];
+
+/// Prepares the machine.
+///
+/// # Errors
+/// When the machine runs another kubelet, or does not let itself be changed.
+pub(super) fn prepare(state: &Path) -> Result<()> {
+    refuse_another_kubelet()?;
+    fs::create_dir_all(state).map_err(|error| failed(state, &error))?;
+    let absent: Vec<&str> = ELSEWHERE
+        .into_iter()
+        .filter(|path| !Path::new(path).exists())
+        .collect();
+    write(&state.join("elsewhere"), &absent.join("\n"))?;
+    let mut saved = String::new();
+    for name in SYSCTLS {
+        if let Ok(value) = fs::read_to_string(Path::new("/proc/sys").join(name)) {
+            saved.push_str(&format!("{name} {}\n", value.trim()));
+        }
+    }
+    write(&state.join("sysctls"), &saved)?;
+    mount_kubelet_root(state)?;
+    make_network()
+}
+
+/// Undoes all that [`prepare`] and the daemons have done, once these are stopped.
+///
+/// # Errors
+/// What could not be undone; everything else is.
+pub(super) fn restore(state: &Path) -> Result<()> {
+    let mut problems = Vec::new();
+    kill_shims(state);
+    kill_pods(&mut problems);
+    unmount(state, &mut problems);
+    for (table, chain, hooks) in CHAINS {
+        remove_chain(table, chain, hooks);
+    }
+    if Path::new("/sys/class/net").join(BRIDGE).exists() {
+        note(&mut problems, run("ip", &["link", "delete", BRIDGE]));
+    }
+    for line in lines(&state.join("sysctls")) {
+        if let Some((name, value)) = line.split_once(' ') {
+            let path = Path::new("/proc/sys").join(name);
+            note(&mut problems, write(&path, value));
+        }
+    }
+    // Only what is ours below what was there before.
+    remove_links(Path::new("/var/log/containers"), state);
+    remove_network_results(Path::new("/var/lib/cni/results"), state);
+    for path in lines(&state.join("elsewhere")).iter().rev() {
+        remove_if_unmounted(Path::new(path), &mut problems);
+    }
+    for path in SHIM_SOCKETS {
+        // As long as somebody uses it, it stays.
+        let _in_use = fs::remove_dir(path);
+    }
+    // Last, because it says what there is to undo.
+    if problems.is_empty() {
+        remove_if_unmounted(state, &mut problems);
+    }
+    match problems.is_empty() {
+        true => Ok(()),
+        false => Err(Error::Start(format!("not undone: {}", problems.join("; ")))),
+    }
+}
+
+fn refuse_another_kubelet() -> Result<()> {
+    let refuse = |what: String| {
+        Err(Error::Start(format!(
+            "{what}: this machine seems to run a kubelet already, and the local cluster would \
+             interfere with it"
+        )))
+    };
+    let mut entries = fs::read_dir(KUBELET_ROOT).into_iter().flatten();
+    if entries.next().is_some() {
+        return refuse(format!("{KUBELET_ROOT} is not empty"));
+    }
+    match pod_cgroups().first() {
+        Some(path) => refuse(format!("{} exists", path.display())),
+        None => Ok(()),
+    }
+}
+
+/// A bind mount of our own, shared: what the driver mounts below it appears on the node.
+fn mount_kubelet_root(state: &Path) -> Result<()> {
+    let root = Path::new(KUBELET_ROOT);
+    let inner = state.join("kubelet");
+    for dir in [root, &inner] {
+        fs::create_dir_all(dir).map_err(|error| failed(dir, &error))?;
+    }
+    let none = None::<&str>;
+    mount(Some(&inner), root, none, MsFlags::MS_BIND, none)
+        .map_err(|error| failed(root, &error))?;
+    // Its peers would get the mounts, too, if it were shared with the state directory's.
+    for kind in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
+        mount(none, root, none, kind | MsFlags::MS_REC, none)
+            .map_err(|error| failed(root, &error))?;
+    }
+    Ok(())
+}
+
+/// The bridge, and the rules that keep what the cluster sends on this machine.
+fn make_network() -> Result<()> {
+    let address = format!("{NODE_ADDRESS}/16");
+    run("ip", &["link", "add", BRIDGE, "type", "bridge"])?;
+    run("ip", &["address", "add", &address, "dev", BRIDGE])?;
+    run("ip", &["link", "set", BRIDGE, "up"])?;
+    // So that a machine without a default route reaches services as well.
+    run("ip", &["route", "add", SERVICES, "dev", BRIDGE])?;
+    for (table, chain, hooks) in CHAINS {
+        run("iptables", &["-w", "-t", table, "-N", chain])?;
+        for hook in hooks {
+            run("iptables", &["-w", "-t", table, "-I", hook, "-j", chain])?;
+        }
+    }
+    let api = format!("{NODE_ADDRESS}:{API_PORT}");
+    let rules: [&[&str]; 6] = [
+        // There is no kube-proxy, and this is the only service in use.
+        &[
+            "-t",
+            "nat",
+            "-A",
+            "E2E-LOCAL-SERVICE",
+            "-d",
+            SERVICE_ADDRESS,
+            "-p",
+            "tcp",
+            "--dport",
+            "443",
+            "-j",
+            "DNAT",
+            "--to-destination",
+            &api,
+        ],
+        // Pods reach each other and the node, which is no forwarding.
+        &[
+            "-A",
+            "E2E-LOCAL-FORWARD",
+            "-i",
+            BRIDGE,
+            "-o",
+            BRIDGE,
+            "-j",
+            "ACCEPT",
+        ],
+        &["-A", "E2E-LOCAL-FORWARD", "-i", BRIDGE, "-j", "REJECT"],
+        &["-A", "E2E-LOCAL-FORWARD", "-o", BRIDGE, "-j", "REJECT"],
+        // Addresses that nobody holds.
+        &["-A", "E2E-LOCAL-OUTPUT", "-d", SERVICES, "-j", "REJECT"],
+        &[
+            "-A",
+            "E2E-LOCAL-OUTPUT",
+            "-d",
+            PODS,
+            "!",
+            "-o",
+            BRIDGE,
+            "-m",
+            "addrtype",
+            "!",
+            "--dst-type",
+            "LOCAL",
+            "-j",
+            "REJECT",
+        ],
+    ];
+    for rule in rules {
+        let mut args = vec!["-w"];
+        args.extend(rule);
+        run("iptables", &args)?;
+    }
+    Ok(())
+}
+
+fn remove_chain(table: &str, chain: &str, hooks: &[&str]) {
+    // Each fails when there is nothing left to remove, which is what is wanted.
+    for hook in hooks {
+        while run("iptables", &["-w", "-t", table, "-D", hook, "-j", chain]).is_ok() {}
+    }
+    for action in ["-F", "-X"] {
+        let _nothing_there = run("iptables", &["-w", "-t", table, action, chain]);
+    }
+}
+
+/// Kills the shims of our containerd, which survive it, and removes their sockets.
+fn kill_shims(state: &Path) {
+    let socket = state.join(CONTAINERD_SOCKET).into_os_string();
+    let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    for (pid, process) in processes() {
+        let command = fs::read(process.join("cmdline")).unwrap_or_default();
+        let is_shim = command
+            .split(|byte| *byte == 0)
+            .any(|argument| argument == socket.as_encoded_bytes())
+            && command.starts_with(b"/")
+            && contains(&command, b"containerd-shim");
+        if !is_shim {
+            continue;
+        }
+        let held = held_sockets(&process, &sockets);
+        let _gone = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        for path in held {
+            let _not_there = fs::remove_file(path);
+        }
+    }
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}
+
+fn processes() -> Vec<(i32, PathBuf)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
+        .collect()
+}
+
+/// Paths of the listening sockets below containerd's directory that a process has open.
+fn held_sockets(process: &Path, table: &str) -> Vec<PathBuf> {
+    let descriptors = fs::read_dir(process.join("fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let inodes: Vec<String> = descriptors
+        .filter_map(|entry| {
+            let target = fs::read_link(entry.path()).ok()?;
+            let target = target.to_str()?.strip_prefix("socket:[")?;
+            Some(target.strip_suffix(']')?.to_owned())
+        })
+        .collect();
+    table
+        .lines()
+        .filter_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let (inode, path) = (fields.get(6)?, fields.get(7)?);
+            let ours = path.starts_with("/run/containerd/") && inodes.iter().any(|i| i == inode);
+            ours.then(|| PathBuf::from(path))
+        })
+        .collect()
+}
+
+/// The cgroups of pods, one in each hierarchy.
+fn pod_cgroups() -> Vec<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    let mut candidates = vec![root.join("kubepods")];
+    let hierarchies = fs::read_dir(root).into_iter().flatten().flatten();
+    candidates.extend(hierarchies.map(|entry| entry.path().join("kubepods")));
+    candidates.retain(|path| path.is_dir());
+    candidates
+}
+
+/// Kills what still runs in pods and removes their cgroups.
+fn kill_pods(problems: &mut Vec<String>) {
+    let mut left = Vec::new();
+    for _ in 0..20 {
+        left.clear();
+        for path in pod_cgroups() {
+            remove_cgroup(&path, &mut left);
+        }
+        if left.is_empty() {
+            return;
+        }
+        for pid in &left {
+            let _gone = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    problems.push(format!("processes {left:?} of pods do not go"));
+}
+
+/// Removes a cgroup and those in it; collects the processes that are in the way.
+fn remove_cgroup(path: &Path, left: &mut Vec<i32>) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            remove_cgroup(&entry.path(), left);
+        }
+    }
+    let processes = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+    left.extend(
+        processes
+            .lines()
+            .filter_map(|line| line.parse::<i32>().ok()),
+    );
+    // Fails while there are processes; these are reported.
+    let _in_use = fs::remove_dir(path);
+}
+
+/// Takes down every mount at and below the state directory and kubelet's root, innermost first.
+fn unmount(state: &Path, problems: &mut Vec<String>) {
+    for root in [state, Path::new(KUBELET_ROOT)] {
+        let mut points = match mount_points(root) {
+            Ok(points) => points,
+            Err(error) => {
+                problems.push(format!("mounts at {}: {error}", root.display()));
+                continue;
+            }
+        };
+        points.reverse();
+        for point in points {
+            let unmounted = umount2(&point, MntFlags::empty())
+                .or_else(|_| umount2(&point, MntFlags::MNT_DETACH));
+            // One that went with another is gone, too.
+            if let Err(error) = unmounted
+                && mount_points(&point).is_ok_and(|left| left.contains(&point))
+            {
+                problems.push(format!("mount {}: {error}", point.display()));
+            }
+        }
+    }
+}
+
+/// kubelet links to each container's log.
+fn remove_links(dir: &Path, to: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(to)) {
+            let _gone = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// What the network plugins remember of each pod, with the path of its namespace.
+fn remove_network_results(dir: &Path, state: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let text = fs::read(entry.path()).unwrap_or_default();
+        if contains(&text, state.as_os_str().as_encoded_bytes()) {
+            let _gone = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Removes a directory, but nothing that is mounted in it.
+fn remove_if_unmounted(path: &Path, problems: &mut Vec<String>) {
+    match mount_points(path) {
+        Ok(points) if points.is_empty() => {}
+        _ => return problems.push(format!("{} has mounts in it", path.display())),
+    }
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            problems.push(format!("{}: {error}", path.display()));
+        }
+        _ => {}
+    }
+}
+
+fn lines(path: &Path) -> Vec<String> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
+}
+
+fn note(problems: &mut Vec<String>, outcome: Result<()>) {
+    if let Err(error) = outcome {
+        problems.push(error.to_string());
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).map_err(|error| failed(path, &error))
+}
+
+/// Runs a program of the system to its end.
+fn run(program: &str, args: &[&str]) -> Result<()> {
+    let failed =
+        |reason: &dyn Display| Error::Start(format!("{program} {}: {reason}", args.join(" ")));
+    let output = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| failed(&error))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(failed(&String::from_utf8_lossy(&output.stderr).trim())),
+    }
+}
+
+fn failed(path: &Path, error: &dyn Display) -> Error {
+    Error::Start(format!("{}: {error}", path.display()))
+}

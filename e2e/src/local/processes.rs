@@ -1,0 +1,219 @@
+//! The cluster's daemons: started with a log each, remembered on disk, so that a later run can
+//! stop what an earlier one left.
+
+use std::ffi::OsStr;
+use std::fmt::Display;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::cluster::{Error, Result};
+
+const POLL: Duration = Duration::from_millis(50);
+/// From SIGTERM to SIGKILL.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// The daemons of one state directory.
+pub(super) struct Processes {
+    pids: PathBuf,
+    logs: PathBuf,
+}
+
+impl Processes {
+    pub(super) fn new(state: &Path) -> Self {
+        Self {
+            pids: state.join("pids"),
+            logs: state.join("logs"),
+        }
+    }
+
+    /// Starts a daemon with its output in `logs/<name>.log`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub(super) fn start<I>(&self, name: &str, program: &Path, args: I) -> Result<()>
+    where
+        I: IntoIterator<Item: AsRef<OsStr>>,
+    {
+        let mut command = Command::new(program);
+        command.args(args);
+        self.start_command(name, command)
+    }
+
+    /// The same for a command with an environment or a directory of its own.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub(super) fn start_command(&self, name: &str, mut command: Command) -> Result<()> {
+        let failed = |error: &dyn Display| Error::Start(format!("start {name}: {error}"));
+        for dir in [&self.pids, &self.logs] {
+            fs::create_dir_all(dir).map_err(|error| failed(&error))?;
+        }
+        let mut log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log(name))
+            .map_err(|error| failed(&error))?;
+        writeln!(log, "{command:?}").map_err(|error| failed(&error))?;
+        let errors = log.try_clone().map_err(|error| failed(&error))?;
+        let child = command
+            // An interrupt at the terminal is for the test; it stops the daemons itself.
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(errors)
+            .spawn()
+            .map_err(|error| failed(&error))?;
+        let pid = child.id();
+        let started = start_time(pid).ok_or_else(|| failed(&self.tail(name)))?;
+        fs::write(self.pids.join(name), format!("{pid} {started}")).map_err(|error| failed(&error))
+    }
+
+    /// Whether the very process that was started under that name still runs.
+    pub(super) fn is_alive(&self, name: &str) -> bool {
+        self.pid(name).is_some()
+    }
+
+    /// Stops a daemon, by SIGKILL if need be. It may be gone already.
+    ///
+    /// # Errors
+    /// When it does not go.
+    pub(super) fn stop(&self, name: &str) -> Result<()> {
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+            let Some(pid) = self.pid(name) else { break };
+            // It may be gone between the look and the signal.
+            let _gone = kill(pid, signal);
+            let asked = Instant::now();
+            while self.is_alive(name) && asked.elapsed() < GRACE {
+                std::thread::sleep(POLL);
+            }
+        }
+        match self.pid(name) {
+            Some(pid) => Err(Error::Start(format!(
+                "{name}, process {pid}, does not stop"
+            ))),
+            None => {
+                let _not_there = fs::remove_file(self.pids.join(name));
+                Ok(())
+            }
+        }
+    }
+
+    /// Waits until something holds that a daemon has to bring about.
+    ///
+    /// # Errors
+    /// [`Error::Start`] with the daemon's last lines when it dies or takes too long.
+    pub(super) fn wait_for(
+        &self,
+        name: &str,
+        what: &str,
+        limit: Duration,
+        mut holds: impl FnMut() -> bool,
+    ) -> Result<()> {
+        let started = Instant::now();
+        while !holds() {
+            let why = if !self.is_alive(name) {
+                "died".to_owned()
+            } else if started.elapsed() > limit {
+                format!("took more than {limit:?}")
+            } else {
+                std::thread::sleep(POLL);
+                continue;
+            };
+            let tail = self.tail(name);
+            return Err(Error::Start(format!(
+                "{what}: {name} {why}; its last lines:\n{tail}"
+            )));
+        }
+        Ok(())
+    }
+
+    fn pid(&self, name: &str) -> Option<Pid> {
+        let text = fs::read_to_string(self.pids.join(name)).ok()?;
+        let (pid, started) = text.split_once(' ')?;
+        let pid = pid.parse().ok()?;
+        let same = start_time(pid)? == started.trim().parse::<u64>().ok()?;
+        same.then_some(Pid::from_raw(i32::try_from(pid).ok()?))
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.logs.join(format!("{name}.log"))
+    }
+
+    fn tail(&self, name: &str) -> String {
+        let log = fs::read(self.log(name)).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(15)..].join("\n")
+    }
+}
+
+/// When a process was started, in the kernel's ticks: with its number, what tells it from any
+/// other. None for one that is gone or only waits for its parent to notice.
+pub(super) fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let fields: Vec<&str> = rest.split(' ').collect();
+    if matches!(fields.first(), Some(&("Z" | "X"))) {
+        return None;
+    }
+    fields.get(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_is_found_again_and_stopped_by_a_later_run() {
+        let state = tempfile::tempdir().unwrap();
+        let earlier = Processes::new(state.path());
+        earlier
+            .start("sleeper", Path::new("/bin/sleep"), ["600"])
+            .unwrap();
+        let later = Processes::new(state.path());
+        assert!(later.is_alive("sleeper"));
+        later.stop("sleeper").unwrap();
+        assert!(!earlier.is_alive("sleeper"));
+        later.stop("sleeper").unwrap();
+    }
+
+    /// Numbers come again.
+    #[test]
+    fn another_process_with_the_same_number_is_not_touched() {
+        let state = tempfile::tempdir().unwrap();
+        let processes = Processes::new(state.path());
+        fs::create_dir_all(&processes.pids).unwrap();
+        let me = std::process::id();
+        fs::write(processes.pids.join("other"), format!("{me} 1")).unwrap();
+        assert!(!processes.is_alive("other"));
+        processes.stop("other").unwrap();
+    }
+
+    #[test]
+    fn a_daemon_that_dies_is_quoted() {
+        let state = tempfile::tempdir().unwrap();
+        let processes = Processes::new(state.path());
+        processes
+            .start(
+                "broken",
+                Path::new("/bin/sh"),
+                ["-c", "echo no way; sleep 0.2; exit 1"],
+            )
+            .unwrap();
+        let error = processes
+            .wait_for("broken", "an answer", GRACE, || false)
+            .unwrap_err();
+        assert!(
+            error.to_string().contains("broken died") && error.to_string().contains("no way"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,361 @@
+//! The cluster that a scenario runs in: one of its own, or its turn on one that all share.
+//!
+//! `E2E_CLUSTER` says which: `embedded` (default), `local` or `kind`. A shared cluster is started once
+//! per run. It is torn down by its guard, for nothing tells the last test that it is the last.
+
+use std::{
+    io::Write as _,
+    os::unix::net::UnixListener,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+    time::Duration,
+};
+
+use e2e::{
+    binaries::Binaries,
+    cluster::{Ability, Action, Cluster, Component, HttpAnswer, Result},
+    embedded::{Embedded, Options, api::Disturbance},
+    images,
+    kind::{self, Kind},
+    local::{self, Local, Running},
+    tree::{Tree, View},
+};
+use tokio::sync::{Mutex, MutexGuard, OnceCell};
+
+/// What a scenario needs that not every cluster has.
+#[derive(Clone, Debug)]
+pub struct Needs {
+    /// How many nodes.
+    pub nodes: usize,
+    pub abilities: &'static [Ability],
+    /// kubelet's deadline, where it is not to be two minutes.
+    pub csi_timeout: Option<Duration>,
+    /// Whether kubelet publishes volumes again within a second or so.
+    pub republish: bool,
+}
+
+impl Default for Needs {
+    fn default() -> Self {
+        Self {
+            nodes: 1,
+            abilities: &[],
+            csi_timeout: None,
+            republish: false,
+        }
+    }
+}
+
+/// How often the embedded kubelet looks again, where a scenario needs it to.
+const SYNC: Duration = Duration::from_millis(300);
+
+pub enum Target {
+    Embedded(Box<Embedded>),
+    Local(
+        Local,
+        #[expect(dead_code, reason = "held")] MutexGuard<'static, ()>,
+    ),
+    Kind(
+        Kind,
+        #[expect(dead_code, reason = "held")] MutexGuard<'static, ()>,
+    ),
+}
+
+/// Scenarios take turns on a shared cluster: they restart its driver and count its calls.
+static TURN: Mutex<()> = Mutex::const_new(());
+/// The one local cluster of this process, or why there is none.
+static LOCAL: OnceLock<std::result::Result<Running, String>> = OnceLock::new();
+/// The same for kind.
+static KIND: OnceCell<std::result::Result<kind::Running, String>> = OnceCell::const_new();
+
+impl Target {
+    /// A cluster that has what is needed; none, and a line that says so, where there is not.
+    pub async fn find(needs: &Needs) -> Option<Self> {
+        let cluster = std::env::var("E2E_CLUSTER").unwrap_or_else(|_| "embedded".to_owned());
+        match cluster.as_str() {
+            "embedded" => Some(Self::Embedded(Box::new(embedded(needs).await))),
+            "local" => {
+                if let Some(lacking) = lacking_on_local(needs) {
+                    skip(&format!("the local cluster has no {lacking}"));
+                    return None;
+                }
+                Some(local().await)
+            }
+            "kind" => {
+                let options = kind_options();
+                if let Some(lacking) = lacking_on_kind(needs, options.nodes) {
+                    skip(&format!("the kind cluster has no {lacking}"));
+                    return None;
+                }
+                Some(kind(options).await)
+            }
+            other => panic!("E2E_CLUSTER={other}: it is embedded, local or kind"),
+        }
+    }
+
+    /// Where this process finds a path of a node's disk, if it does.
+    fn disk(&self, node: &str, path: &Path) -> Option<PathBuf> {
+        match self {
+            Self::Embedded(cluster) => {
+                let root = cluster.state().join("nodes").join(node).join("root");
+                Some(root.join(path.strip_prefix("/").unwrap()))
+            }
+            // This machine is the node.
+            Self::Local(..) => Some(path.to_owned()),
+            Self::Kind(..) => None,
+        }
+    }
+
+    pub async fn remove_file(&self, node: &str, path: &Path) {
+        match (self.disk(node, path), self) {
+            (Some(path), _) => std::fs::remove_file(path).unwrap(),
+            (None, Self::Kind(cluster, _)) => cluster.remove_file(node, path).await.unwrap(),
+            _ => unreachable!(),
+        }
+    }
+
+    /// A listener that is dropped leaves its socket file, as a crash does.
+    pub async fn leave_dead_socket(&self, node: &str, path: &Path) {
+        match (self.disk(node, path), self) {
+            (Some(path), _) => drop(UnixListener::bind(path).unwrap()),
+            (None, Self::Kind(cluster, _)) => cluster.leave_dead_socket(node, path).await.unwrap(),
+            _ => unreachable!(),
+        }
+    }
+
+    /// The kernel's mount table, as the node's kubelet sees it.
+    pub async fn mount_table(&self, node: &str) -> String {
+        let process = match self {
+            Self::Embedded(cluster) => {
+                let containers = cluster.containers(node).await.unwrap();
+                let driver = containers
+                    .into_iter()
+                    .find(|c| c.name == Component::Driver.container())
+                    .unwrap();
+                driver.pid.unwrap().to_string()
+            }
+            Self::Local(..) => "self".to_owned(),
+            Self::Kind(cluster, _) => return cluster.mount_table(node).await.unwrap(),
+        };
+        std::fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap()
+    }
+}
+
+async fn embedded(needs: &Needs) -> Embedded {
+    let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {}))
+        .await
+        .unwrap();
+    let mut options = Options::standard().unwrap();
+    options.nodes = needs.nodes;
+    options.csi_timeout = needs.csi_timeout.unwrap_or(options.csi_timeout);
+    options.sync_period = needs.republish.then_some(SYNC);
+    Embedded::start(options, binaries.unwrap())
+        .await
+        .unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// It has one node and a real kubelet's deadline, and publishes again every second anyway.
+fn lacking_on_local(needs: &Needs) -> Option<String> {
+    if needs.nodes > 1 {
+        return Some(format!("{} nodes", needs.nodes));
+    }
+    if let Some(timeout) = needs.csi_timeout {
+        return Some(format!("deadline of {timeout:?} for calls of kubelet"));
+    }
+    let lacking = needs
+        .abilities
+        .iter()
+        .find(|ability| matches!(ability, Ability::DisturbApi | Ability::Reboot));
+    lacking.map(|ability| format!("way to do this: {ability:?}"))
+}
+
+async fn local() -> Target {
+    let turn = TURN.lock().await;
+    // A thread of its own, because it makes a runtime of its own.
+    let running = tokio::task::spawn_blocking(|| {
+        let start = || LOCAL.get_or_init(start_local);
+        std::thread::scope(|scope| scope.spawn(start).join().unwrap())
+    });
+    let running = match running.await.unwrap() {
+        Ok(running) => running,
+        Err(error) => panic!("{error}"),
+    };
+    let cluster = running.connect().await.unwrap();
+    cluster
+        .renew()
+        .await
+        .unwrap_or_else(|error| panic!("{error}"));
+    Target::Local(cluster, turn)
+}
+
+fn start_local() -> std::result::Result<Running, String> {
+    let guard = PathBuf::from(env!("CARGO_BIN_EXE_local"));
+    let mut options = local::Options::standard(|_| {}, guard).map_err(|error| error.to_string())?;
+    options.sidecars = std::env::var_os("E2E_SIDECARS").is_some();
+    Running::start(&options, |step| say(&format!("local cluster: {step}")))
+        .map_err(|error| error.to_string())
+}
+
+fn kind_options() -> kind::Options {
+    let options = kind::Options::from_env().unwrap_or_else(|error| panic!("{error}"));
+    kind::Options {
+        guard: Some(env!("CARGO_BIN_EXE_e2e-kind").into()),
+        ..options
+    }
+}
+
+/// The three-node cluster has two nodes for pods.
+fn lacking_on_kind(needs: &Needs, nodes: kind::Nodes) -> Option<String> {
+    let nodes = match nodes {
+        kind::Nodes::One => 1,
+        kind::Nodes::Three => 2,
+    };
+    if needs.nodes > nodes {
+        return Some(format!("{} nodes for pods", needs.nodes));
+    }
+    if let Some(timeout) = needs.csi_timeout {
+        return Some(format!("deadline of {timeout:?} for calls of kubelet"));
+    }
+    let disturbs = needs.abilities.contains(&Ability::DisturbApi);
+    disturbs.then(|| format!("way to do this: {:?}", Ability::DisturbApi))
+}
+
+async fn kind(options: kind::Options) -> Target {
+    let turn = TURN.lock().await;
+    let running = match KIND.get_or_init(|| start_kind(options)).await {
+        Ok(running) => running,
+        Err(error) => panic!("{error}"),
+    };
+    let cluster = running.connect().await.unwrap();
+    cluster
+        .renew()
+        .await
+        .unwrap_or_else(|error| panic!("{error}"));
+    Target::Kind(cluster, turn)
+}
+
+async fn start_kind(options: kind::Options) -> std::result::Result<kind::Running, String> {
+    let images = tokio::task::spawn_blocking(|| images::build(|_| {}));
+    let images = images.await.unwrap().map_err(|error| error.to_string())?;
+    let load = kind::Load::standard(images).map_err(|error| error.to_string())?;
+    kind::Running::start(options, &load, |step| say(&format!("kind cluster: {step}")))
+        .await
+        .map_err(|error| error.to_string())
+}
+
+/// What a failed scenario leaves is kept before the next one clears it away.
+impl Drop for Target {
+    fn drop(&mut self) {
+        let (Self::Kind(..), Some(Ok(running)), true) =
+            (&*self, KIND.get(), std::thread::panicking())
+        else {
+            return;
+        };
+        let thread = std::thread::current();
+        let scenario = thread.name().unwrap_or("scenario").replace("::", "-");
+        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
+            .join("failed")
+            .join(scenario);
+        // This thread is already driving a runtime.
+        let kept = std::thread::scope(|scope| {
+            let keep = || {
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build();
+                runtime.unwrap().block_on(running.keep_logs(&dir))
+            };
+            scope.spawn(keep).join()
+        });
+        match kept {
+            Ok(Ok(())) => say(&format!("logs and objects are in {}", dir.display())),
+            Ok(Err(error)) => say(&error.to_string()),
+            Err(_) => say("logs could not be kept"),
+        }
+    }
+}
+
+/// A line that is seen even of a test that passes.
+fn say(line: &str) {
+    let _nobody_listens = writeln!(std::io::stderr(), "{line}");
+}
+
+fn skip(why: &str) {
+    let thread = std::thread::current();
+    say(&format!(
+        "skipped: {}: {why}",
+        thread.name().unwrap_or("a scenario")
+    ));
+}
+
+/// Runs the same call on whichever cluster it is.
+macro_rules! on {
+    ($target:expr, $cluster:ident => $call:expr) => {
+        match $target {
+            Target::Embedded($cluster) => {
+                let $cluster = $cluster.as_ref();
+                $call
+            }
+            Target::Local($cluster, _) => $call,
+            Target::Kind($cluster, _) => $call,
+        }
+    };
+}
+
+impl Cluster for Target {
+    fn name(&self) -> &'static str {
+        on!(self, cluster => cluster.name())
+    }
+
+    fn client(&self) -> kube::Client {
+        on!(self, cluster => cluster.client())
+    }
+
+    fn nodes(&self) -> Vec<String> {
+        on!(self, cluster => cluster.nodes())
+    }
+
+    fn can(&self, ability: Ability) -> bool {
+        on!(self, cluster => cluster.can(ability))
+    }
+
+    async fn tree(&self, namespace: &str, pod: &str, path: &str, view: View) -> Result<Tree> {
+        on!(self, cluster => cluster.tree(namespace, pod, path, view).await)
+    }
+
+    async fn node_tree(&self, node: &str, path: &Path) -> Result<Option<Tree>> {
+        on!(self, cluster => cluster.node_tree(node, path).await)
+    }
+
+    async fn mounts(&self, node: &str, below: &Path) -> Result<Vec<PathBuf>> {
+        on!(self, cluster => cluster.mounts(node, below).await)
+    }
+
+    async fn act(&self, node: &str, component: &Component, action: Action) -> Result<()> {
+        on!(self, cluster => cluster.act(node, component, action).await)
+    }
+
+    async fn log(&self, node: &str, component: &Component) -> Result<String> {
+        on!(self, cluster => cluster.log(node, component).await)
+    }
+
+    async fn get(
+        &self,
+        node: &str,
+        component: &Component,
+        port: u16,
+        path: &str,
+    ) -> Result<HttpAnswer> {
+        on!(self, cluster => cluster.get(node, component, port, path).await)
+    }
+
+    async fn reboot(&self, node: &str) -> Result<()> {
+        on!(self, cluster => cluster.reboot(node).await)
+    }
+
+    async fn disturb_api(&self, disturbance: Disturbance) -> Result<()> {
+        on!(self, cluster => cluster.disturb_api(disturbance).await)
+    }
+
+    async fn wait_namespace(&self, namespace: &str) -> Result<()> {
+        on!(self, cluster => cluster.wait_namespace(namespace).await)
+    }
+}
