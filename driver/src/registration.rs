@@ -30,6 +30,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, transport};
 use tracing::{error, info, warn};
 
+use authority::AnyAuthority;
+
 /// The plugin type that kubelet registers as a CSI driver.
 const PLUGIN_TYPE: &str = "CSIPlugin";
 /// Versions of the CSI wire; kubelet accepts 0.x and 1.x and looks at nothing else.
@@ -141,8 +143,7 @@ impl Registrar {
             transport::Server::builder()
                 .add_service(service)
                 .serve_with_incoming_shutdown(
-                    UnixListenerStream::new(listener)
-                        .map(|connection| connection.map(authority::mended)),
+                    UnixListenerStream::new(listener).map(|stream| stream.map(AnyAuthority::new)),
                     ended.clone().cancelled_owned(),
                 )
         );
@@ -363,6 +364,45 @@ mod tests {
             before,
             "a registered driver stays"
         );
+        run.end().await;
+    }
+
+    /// kubelet's gRPC library makes the socket's path the request's authority.
+    #[tokio::test]
+    async fn kubelet_may_name_the_socket_as_the_authority() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let run = Run::with_directory();
+        run.client().await;
+        let path = "/pluginregistration.Registration/GetInfo";
+        let authority = "%2Fvar%2Flib%2Fkubelet%2Fplugins_registry%2Fdriver.example-reg.sock";
+        // `:method POST`, `:scheme http`, then fields with names of the static table.
+        let mut block = vec![0x83, 0x86];
+        let fields = [(0x44, path), (0x41, authority), (0x5f, "application/grpc")];
+        for (field, value) in fields {
+            block.extend([field, u8::try_from(value.len()).unwrap()]);
+            block.extend(value.as_bytes());
+        }
+        let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        bytes.extend([0, 0, 0, 4, 0, 0, 0, 0, 0]); // SETTINGS
+        let length = u8::try_from(block.len()).unwrap();
+        bytes.extend([0, 0, length, 1, 4, 0, 0, 0, 1]); // HEADERS, and no more of them
+        bytes.extend(block);
+        bytes.extend([0, 0, 5, 0, 1, 0, 0, 0, 1]); // DATA: an empty message, and the end
+        bytes.extend([0; 5]);
+        let mut stream = tokio::net::UnixStream::connect(run.socket()).await.unwrap();
+        stream.write_all(&bytes).await.unwrap();
+        // The answer holds the driver's name as it is.
+        let mut answer = Vec::new();
+        let name = b"driver.example";
+        let answered = async {
+            while !answer.windows(name.len()).any(|part| part == name) {
+                assert_ne!(stream.read_buf(&mut answer).await.unwrap(), 0, "{answer:?}");
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), answered)
+            .await
+            .unwrap();
+        drop(stream);
         run.end().await;
     }
 

@@ -1,261 +1,304 @@
-//! Makes kubelet's calls readable for an HTTP/2 server that checks `:authority`.
+//! Requests whose authority is a socket's path, made acceptable.
 //!
-//! kubelet dials a registration socket by its path and lets that path stand as `:authority`, with
-//! its slashes as `%2F` (`dial` in `pkg/kubelet/pluginmanager/operationexecutor`; its CSI calls
-//! say `localhost`). That is no valid authority, and the server of this crate's stack answers
-//! such a request with `RST_STREAM PROTOCOL_ERROR` before any of our code sees it. So the bytes
-//! are read on their way in, and the value is replaced by `localhost`.
+//! kubelet connects to a registration socket by its path, and its gRPC library then sends that
+//! path, percent-encoded, as the `:authority` of each request (gRPC for Go, `encodeAuthority`).
+//! That is no authority in the sense of RFC 3986, and the HTTP/2 library used here resets such a
+//! request before anybody sees it. Nothing depends on the value. So it is replaced on the wire,
+//! between the socket and the HTTP/2 library.
 //!
-//! It is a narrow thing: frames (RFC 9113, section 4) are passed on as they are but for HEADERS,
-//! and of those only the value of a literal field whose name is entry 1 of the static table
-//! (RFC 7541, section 6.2 and appendix A). No value is decoded. A request that refers to the
-//! field by its index in the dynamic table finds what the first one put there: our value.
+//! Only the length of a header field is needed for that, never its Huffman coding. The field is
+//! found by its index in HPACK's static table, which every encoder uses for it. What a client's
+//! encoder believes about the dynamic table stays true enough: the entry is never longer than
+//! what was sent, so that no entry leaves this side's table too early.
 
 use std::io;
+use std::ops::Range;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
-use tokio::net::unix::OwnedReadHalf;
+use tonic::transport::server::{Connected, UdsConnectInfo};
 
-/// What stands in for a path, length first: seven bits of length, not Huffman-coded.
-const LOCALHOST: &[u8] = b"\x09localhost";
-/// The client's first bytes: RFC 9113, section 3.4.
-const PREFACE: usize = 24;
-const FRAME_HEADER: usize = 9;
+/// What a client sends before its first frame (RFC 9113, 3.4).
+const PREFACE_BYTES: usize = 24;
+const FRAME_HEADER_BYTES: usize = 9;
+/// The frame type with a request's header, and the flags that put something around the block.
 const HEADERS: u8 = 0x1;
-const END_HEADERS: u8 = 0x4;
 const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
-/// A frame may not be larger unless the server says so, and ours does not.
-const MAX_FRAME: usize = 16 * 1024;
-/// `:authority` in the static table.
-const AUTHORITY: usize = 1;
+const PRIORITY_BYTES: usize = 5;
+/// The largest frame that this side accepts, by the protocol's default.
+const LARGEST_FRAME: usize = 16 * 1024;
+/// `:authority` in the static table (RFC 7541, appendix A).
+const AUTHORITY_INDEX: usize = 1;
+/// A string without Huffman coding: its length and itself.
+const LOCALHOST: &[u8] = b"\x09localhost";
+const READ_BYTES: usize = 4 * 1024;
 
-/// The same connection, as a server can read it.
-pub(super) fn mended(connection: UnixStream) -> DuplexStream {
-    let (server_end, our_end) = tokio::io::duplex(MAX_FRAME);
-    let (from_kubelet, mut to_kubelet) = connection.into_split();
-    let (mut from_server, to_server) = tokio::io::split(our_end);
-    // Each ends with the connection: when kubelet or the server closes it.
-    tokio::spawn(pass_on(from_kubelet, to_server));
-    tokio::spawn(async move {
-        let _closed = tokio::io::copy(&mut from_server, &mut to_kubelet).await;
-        let _gone = to_kubelet.shutdown().await;
-    });
-    server_end
+/// A connection on which every request's authority is acceptable.
+pub(super) struct AnyAuthority {
+    stream: UnixStream,
+    rewriter: Rewriter,
+    /// Rewritten and not yet read.
+    ready: Vec<u8>,
 }
 
-/// Until one side closes, or sends what is not HTTP/2; the server then sees the end.
-async fn pass_on(
-    mut from: OwnedReadHalf,
-    mut to: tokio::io::WriteHalf<DuplexStream>,
-) -> io::Result<()> {
-    let mut frame = vec![0; PREFACE];
-    from.read_exact(&mut frame).await?;
-    to.write_all(&frame).await?;
-    loop {
-        frame.resize(FRAME_HEADER, 0);
-        from.read_exact(&mut frame).await?;
-        let length =
-            usize::from(frame[0]) << 16 | usize::from(frame[1]) << 8 | usize::from(frame[2]);
-        if length > MAX_FRAME {
-            to.shutdown().await?;
-            return Err(io::Error::other("a frame larger than allowed"));
-        }
-        frame.resize(FRAME_HEADER + length, 0);
-        from.read_exact(&mut frame[FRAME_HEADER..]).await?;
-        match mend(&frame) {
-            Some(mended) => to.write_all(&mended).await?,
-            None => to.write_all(&frame).await?,
+impl AnyAuthority {
+    pub(super) fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            rewriter: Rewriter::default(),
+            ready: Vec::new(),
         }
     }
 }
 
-/// The frame with another authority; none when it has no literal one, or is not understood.
-fn mend(frame: &[u8]) -> Option<Vec<u8>> {
-    let (kind, flags) = (frame[3], frame[4]);
-    // A block that continues in further frames is larger than any of kubelet's.
-    if kind != HEADERS || flags & END_HEADERS == 0 || flags & PADDED != 0 {
-        return None;
+impl AsyncRead for AnyAuthority {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        to: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        while this.ready.is_empty() {
+            let mut bytes = [0; READ_BYTES];
+            let mut read = ReadBuf::new(&mut bytes);
+            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
+            if read.filled().is_empty() {
+                // The end; half a frame is of no use to anybody.
+                return Poll::Ready(Ok(()));
+            }
+            this.rewriter.push(read.filled(), &mut this.ready);
+        }
+        let count = this.ready.len().min(to.remaining());
+        to.put_slice(&this.ready[..count]);
+        this.ready.drain(..count);
+        Poll::Ready(Ok(()))
     }
-    let fields = FRAME_HEADER + if flags & PRIORITY == 0 { 0 } else { 5 };
-    let value = authority(frame.get(fields..)?)?;
-    let mut mended = frame[..fields + value.start].to_vec();
-    mended.extend_from_slice(LOCALHOST);
-    mended.extend_from_slice(&frame[fields + value.end..]);
-    let length = u32::try_from(mended.len() - FRAME_HEADER).ok()?;
-    mended[..3].copy_from_slice(&length.to_be_bytes()[1..]);
-    Some(mended)
 }
 
-/// Where in a block of fields the value of `:authority` stands, with its length.
-fn authority(block: &[u8]) -> Option<std::ops::Range<usize>> {
+impl AsyncWrite for AnyAuthority {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
+
+impl Connected for AnyAuthority {
+    type ConnectInfo = UdsConnectInfo;
+
+    fn connect_info(&self) -> UdsConnectInfo {
+        self.stream.connect_info()
+    }
+}
+
+/// Takes a client's bytes as they come and gives them on with other authorities.
+struct Rewriter {
+    /// The beginning of something of which the rest has not come.
+    pending: Vec<u8>,
+    /// How much of what comes next is none of this module's business.
+    pass: usize,
+}
+
+impl Default for Rewriter {
+    fn default() -> Self {
+        Self {
+            pending: Vec::new(),
+            pass: PREFACE_BYTES,
+        }
+    }
+}
+
+impl Rewriter {
+    fn push(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
+        self.pending.extend_from_slice(bytes);
+        let mut rest = self.pending.as_slice();
+        loop {
+            let passed = self.pass.min(rest.len());
+            out.extend_from_slice(&rest[..passed]);
+            rest = &rest[passed..];
+            self.pass -= passed;
+            let Some((header, payload)) = rest.split_at_checked(FRAME_HEADER_BYTES) else {
+                break;
+            };
+            let length =
+                usize::from(header[0]) << 16 | usize::from(header[1]) << 8 | usize::from(header[2]);
+            // What is too large is for the HTTP/2 library to refuse.
+            if header[3] != HEADERS || length > LARGEST_FRAME {
+                self.pass = FRAME_HEADER_BYTES + length;
+                continue;
+            }
+            let Some((payload, after)) = payload.split_at_checked(length) else {
+                break;
+            };
+            rewrite_frame(header, payload, out);
+            rest = after;
+        }
+        self.pending = rest.to_vec();
+    }
+}
+
+/// Writes a HEADERS frame with another authority; as it is if it makes no sense.
+fn rewrite_frame(header: &[u8], payload: &[u8], out: &mut Vec<u8>) {
+    let Some(value) = authority(header[4], payload) else {
+        out.extend_from_slice(header);
+        out.extend_from_slice(payload);
+        return;
+    };
+    let length = payload.len() - value.len() + LOCALHOST.len();
+    // It became no longer, so its length fits into the three bytes that it came in.
+    out.extend(
+        length
+            .to_be_bytes()
+            .into_iter()
+            .skip(size_of::<usize>() - 3),
+    );
+    out.extend_from_slice(&header[3..]);
+    out.extend_from_slice(&payload[..value.start]);
+    out.extend_from_slice(LOCALHOST);
+    out.extend_from_slice(&payload[value.end..]);
+}
+
+/// Where in a HEADERS frame's payload the authority's value is, if it is as long as ours or
+/// longer. A shorter one cannot be a path that matters.
+fn authority(flags: u8, payload: &[u8]) -> Option<Range<usize>> {
     let mut at = 0;
-    while let Some(first) = block.get(at) {
-        // Section 6: indexed, literal with indexing, size update, literal without.
-        let (prefix, literal) = match first {
+    let mut end = payload.len();
+    if flags & PADDED != 0 {
+        end = end.checked_sub(usize::from(*payload.first()?))?;
+        at += 1;
+    }
+    if flags & PRIORITY != 0 {
+        at += PRIORITY_BYTES;
+    }
+    let block = payload.get(..end)?;
+    while at < block.len() {
+        let first = block[at];
+        // RFC 7541, 6: an indexed field, one that enters the table, a new size of the table, and
+        // two kinds that do not enter it.
+        let (prefix, is_literal) = match first {
             0x80.. => (7, false),
-            0x40..0x80 => (6, true),
-            0x20..0x40 => (5, false),
-            ..0x20 => (4, true),
+            0x40.. => (6, true),
+            0x20.. => (5, false),
+            _ => (4, true),
         };
-        let (name, after) = integer(block, at, prefix)?;
-        at = after;
-        if !literal {
+        let index;
+        (index, at) = integer(block, at, prefix)?;
+        if !is_literal {
             continue;
         }
-        if name == 0 {
-            at = after_text(block, at)?;
+        if index == 0 {
+            at = string(block, at)?.end;
         }
-        let end = after_text(block, at)?;
-        if name == AUTHORITY {
-            return Some(at..end);
+        let value = string(block, at)?;
+        if index == AUTHORITY_INDEX {
+            return (value.len() >= LOCALHOST.len()).then_some(value);
         }
-        at = end;
+        at = value.end;
     }
     None
 }
 
-/// An integer whose first `prefix` bits stand in the byte at a position, and what comes after.
+/// A string with its length in front (RFC 7541, 5.2).
+fn string(block: &[u8], at: usize) -> Option<Range<usize>> {
+    let (length, start) = integer(block, at, 7)?;
+    let end = start.checked_add(length)?;
+    (end <= block.len()).then_some(at..end)
+}
+
+/// An integer in the low bits of a byte and those after it, and where it ends (RFC 7541, 5.1).
 fn integer(block: &[u8], at: usize, prefix: u32) -> Option<(usize, usize)> {
-    let full = (1_usize << prefix) - 1;
-    let mut value = usize::from(*block.get(at)?) & full;
-    let mut next = at + 1;
-    if value < full {
-        return Some((value, next));
+    let mask = (1_usize << prefix) - 1;
+    let mut value = usize::from(*block.get(at)?) & mask;
+    let mut at = at + 1;
+    if value < mask {
+        return Some((value, at));
     }
+    // Three more bytes say more than a frame can hold.
     for shift in [0, 7, 14] {
-        let byte = usize::from(*block.get(next)?);
-        next += 1;
+        let byte = usize::from(*block.get(at)?);
+        at += 1;
         value += (byte & 0x7f) << shift;
         if byte & 0x80 == 0 {
-            return Some((value, next));
+            return Some((value, at));
         }
     }
     None
-}
-
-/// What comes after a text with its length before it.
-fn after_text(block: &[u8], at: usize) -> Option<usize> {
-    let (length, start) = integer(block, at, 7)?;
-    let end = start + length;
-    (end <= block.len()).then_some(end)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registration::Registrar;
-    use std::time::Duration;
-    use tokio_util::sync::CancellationToken;
+    use rstest::rstest;
 
-    /// The path of a registration socket as grpc-go writes it, with its length.
-    const PATH: &[u8] = b"\x23%2Fvar%2Flib%2Fkubelet%2Fd-reg.sock";
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-    fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
-        let length = u8::try_from(payload.len()).unwrap();
-        let mut frame = vec![0, 0, length, kind, flags, 0, 0, 0, stream];
-        frame.extend_from_slice(payload);
+    fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
+        let mut frame = vec![0, 0, u8::try_from(payload.len()).unwrap(), kind, flags];
+        frame.extend([0, 0, 0, 1]);
+        frame.extend(payload);
         frame
     }
 
-    /// POST, http, the path of `GetInfo`, then this field, and what gRPC demands.
-    fn get_info(authority: &[u8]) -> Vec<u8> {
-        let mut block = vec![0x83, 0x86];
-        let path = b"/pluginregistration.Registration/GetInfo";
-        block.extend_from_slice(&[0x44, u8::try_from(path.len()).unwrap()]);
-        block.extend_from_slice(path);
-        block.extend_from_slice(authority);
-        block.extend_from_slice(b"\x5f\x10application/grpc");
-        block.extend_from_slice(b"\x40\x02te\x08trailers");
-        block
+    /// `:method POST`, a literal `:path`, and the authority in one of its forms.
+    fn block(authority: &[u8]) -> Vec<u8> {
+        [&[0x83, 0x44, 0x02, b'/', b'x'][..], authority, &[0x86]].concat()
     }
 
-    fn literal() -> Vec<u8> {
-        [&[0x41], PATH].concat()
+    fn through(chunk: usize, bytes: &[u8]) -> Vec<u8> {
+        let (mut rewriter, mut out) = (Rewriter::default(), Vec::new());
+        for part in bytes.chunks(chunk) {
+            rewriter.push(part, &mut out);
+        }
+        out
+    }
+
+    #[rstest]
+    #[case::enters_the_table(&[0x41])]
+    #[case::does_not(&[0x01])]
+    #[case::never(&[0x11])]
+    fn a_path_becomes_localhost_however_the_bytes_arrive(#[case] form: &[u8]) {
+        let path = b"%2Fvar%2Flib%2Freg.sock";
+        let sent = [form, &[u8::try_from(path.len()).unwrap()], path].concat();
+        let wanted = [form, LOCALHOST].concat();
+        let ping = frame(6, 0, &[0; 8]);
+        let before = [PREFACE, &ping, &frame(HEADERS, 4, &block(&sent)), &ping].concat();
+        let after = [PREFACE, &ping, &frame(HEADERS, 4, &block(&wanted)), &ping].concat();
+        for chunk in [1, 7, before.len()] {
+            assert_eq!(through(chunk, &before), after, "{chunk} bytes at a time");
+        }
     }
 
     #[test]
-    fn only_the_authority_changes() {
-        let sent = frame(HEADERS, END_HEADERS, 1, &get_info(&literal()));
-        let mended = mend(&sent).unwrap();
-        let wanted = get_info(b"\x41\x09localhost");
-        assert_eq!(mended, frame(HEADERS, END_HEADERS, 1, &wanted));
-        // With a priority before the fields.
-        let weight = [0, 0, 0, 0, 1];
-        let sent = [&weight, &get_info(&literal())[..]].concat();
-        let mended = mend(&frame(HEADERS, END_HEADERS | PRIORITY, 1, &sent)).unwrap();
-        assert_eq!(mended[FRAME_HEADER..], [&weight, &wanted[..]].concat());
-        // A name in full, and one of many bytes, stand before it.
-        let before = [b"\x00\x01a\x01b\x0f\x2f\x01c".as_slice(), &literal()].concat();
-        assert_eq!(authority(&before), Some(10..before.len()));
+    fn padding_and_priority_stay_where_they_are() {
+        let around = |authority: &[u8]| {
+            let payload = [&[2, 0, 0, 0, 0, 16][..], &block(authority), &[0, 0]].concat();
+            [PREFACE, &frame(HEADERS, PADDED | PRIORITY, &payload)].concat()
+        };
+        let sent = around(b"\x41\x11%2Frun%2Freg.sock");
+        assert_eq!(through(1000, &sent), around(&[&[0x41], LOCALHOST].concat()));
     }
 
-    #[test]
-    fn what_is_not_understood_is_passed_on() {
-        let block = get_info(&literal());
-        assert_eq!(mend(&frame(HEADERS, 0, 1, &block)), None);
-        assert_eq!(mend(&frame(0, END_HEADERS, 1, &block)), None);
-        assert_eq!(
-            mend(&frame(HEADERS, END_HEADERS, 1, &get_info(&[0xbe]))),
-            None
-        );
-        for length in 0..block.len() {
-            // Cut anywhere: no panic.
-            let _ = mend(&frame(HEADERS, END_HEADERS, 1, &block[..length]));
-        }
-        assert_eq!(integer(&[0x7f, 0xff, 0xff, 0xff, 0xff, 0xff], 0, 7), None);
-    }
-
-    /// kubelet's two calls on one connection, byte by byte: the second names the authority by
-    /// its index alone.
-    #[tokio::test]
-    async fn kubelets_bytes_are_answered() {
-        let dir = tempfile::tempdir().unwrap();
-        let stop = CancellationToken::new();
-        let registrar = Registrar {
-            dir: dir.path().to_owned(),
-            driver_name: "driver.example".into(),
-            endpoint: "/csi.sock".into(),
-        };
-        let running = tokio::spawn(registrar.run(stop.clone()));
-        let socket = dir.path().join("driver.example-reg.sock");
-        let mut kubelet = loop {
-            match UnixStream::connect(&socket).await {
-                Ok(stream) => break stream,
-                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
-            }
-        };
-        let mut sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
-        sent.extend(frame(4, 0, 0, &[]));
-        // After the first request and the second path it is entry 65 of the table.
-        for (stream, authority) in [(1, literal()), (3, vec![0xc1])] {
-            sent.extend(frame(HEADERS, END_HEADERS, stream, &get_info(&authority)));
-            // An empty message, and the end of the stream.
-            sent.extend(frame(0, 1, stream, &[0; 5]));
-        }
-        kubelet.write_all(&sent).await.unwrap();
-        let mut answer = Vec::new();
-        let names = |answer: &[u8]| {
-            let name = b"driver.example";
-            answer
-                .windows(name.len())
-                .filter(|found| found == name)
-                .count()
-        };
-        let answered = async {
-            while names(&answer) < 2 {
-                assert_ne!(
-                    kubelet.read_buf(&mut answer).await.unwrap(),
-                    0,
-                    "{answer:?}"
-                );
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(5), answered)
-            .await
-            .expect("two answers");
-        stop.cancel();
-        running.await.unwrap();
+    #[rstest]
+    #[case::acceptable(&block(&[0x41, 0x04, b'h', b'o', b's', b't']))]
+    #[case::from_the_table(&block(&[0xbe]))]
+    #[case::cut_off(&[0x83, 0x41, 0x7f])]
+    #[case::endless_integer(&[0x41, 0xff, 0xff, 0xff, 0xff, 0xff])]
+    #[case::empty(&[])]
+    fn anything_else_stays_as_it_is(#[case] block: &[u8]) {
+        let bytes = [PREFACE, &frame(HEADERS, 4, block)].concat();
+        assert_eq!(through(3, &bytes), bytes);
     }
 }
