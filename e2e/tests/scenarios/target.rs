@@ -32,6 +32,8 @@ pub struct Needs {
     pub csi_timeout: Option<Duration>,
     /// Whether kubelet publishes volumes again within a second or so.
     pub republish: bool,
+    /// Kubernetes' own controllers, for what the embedded cluster's do not know.
+    pub controllers: bool,
 }
 
 impl Default for Needs {
@@ -41,6 +43,7 @@ impl Default for Needs {
             abilities: &[],
             csi_timeout: None,
             republish: false,
+            controllers: false,
         }
     }
 }
@@ -72,6 +75,10 @@ impl Target {
     pub async fn find(needs: &Needs) -> Option<Self> {
         let cluster = std::env::var("E2E_CLUSTER").unwrap_or_else(|_| "embedded".to_owned());
         match cluster.as_str() {
+            "embedded" if needs.controllers => {
+                skip("the embedded cluster has no controllers of Kubernetes");
+                None
+            }
             "embedded" => Some(Self::Embedded(Box::new(embedded(needs).await))),
             "local" => {
                 if let Some(lacking) = lacking_on_local(needs) {
