@@ -12,7 +12,7 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1 as core;
 
 use super::namespaces::BINARIES;
-use super::processes::{Container, Mount};
+use super::processes::{Container, Mount, Propagation};
 
 /// Where a pod finds its service account, as every in-cluster client expects it.
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
@@ -117,7 +117,7 @@ impl PodFacts<'_> {
         mounts.push(Mount {
             from: credentials.to_owned(),
             to: SERVICE_ACCOUNT.into(),
-            bidirectional: false,
+            propagation: Propagation::None,
         });
         // `command` replaces an image's entry point, which is the program in ours.
         let args = from
@@ -185,7 +185,9 @@ impl PodFacts<'_> {
             mounts.push(Mount {
                 from: PathBuf::from(host.path.trim_end_matches('/')),
                 to: PathBuf::from(mount.mount_path.trim_end_matches('/')),
-                bidirectional: mount.mount_propagation.as_deref() == Some("Bidirectional"),
+                propagation: Propagation::named(mount.mount_propagation.as_deref()).ok_or_else(
+                    || format!("volume {} has an unknown mountPropagation", mount.name),
+                )?,
             });
         }
         Ok(mounts)
@@ -357,17 +359,29 @@ spec:
                 (
                     m.from.to_str().unwrap(),
                     m.to.to_str().unwrap(),
-                    m.bidirectional,
+                    m.propagation,
                 )
             })
             .collect();
         assert_eq!(
             mounts,
             [
-                ("/var/lib/kubelet/plugins/csi-secrets-store", "/csi", false),
-                ("/var/lib/kubelet/pods", "/var/lib/kubelet/pods", true),
-                ("/run/sa", SERVICE_ACCOUNT, false),
-                ("/var/lib/kubelet/plugins_registry", "/registration", false),
+                (
+                    "/var/lib/kubelet/plugins/csi-secrets-store",
+                    "/csi",
+                    Propagation::None
+                ),
+                (
+                    "/var/lib/kubelet/pods",
+                    "/var/lib/kubelet/pods",
+                    Propagation::Bidirectional
+                ),
+                ("/run/sa", SERVICE_ACCOUNT, Propagation::None),
+                (
+                    "/var/lib/kubelet/plugins_registry",
+                    "/registration",
+                    Propagation::None
+                ),
             ]
         );
         assert_eq!(driver.env["KUBERNETES_SERVICE_PORT"], "6443");

@@ -22,7 +22,7 @@ use nix::unistd::{Pid, getppid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::namespaces::BINARIES;
+use super::namespaces::{BINARIES, KUBELET_ROOT};
 
 /// Between a container's exit and its restart; doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -73,8 +73,40 @@ impl Container {
 pub(crate) struct Mount {
     pub(crate) from: PathBuf,
     pub(crate) to: PathBuf,
-    /// `mountPropagation: Bidirectional`.
-    pub(crate) bidirectional: bool,
+    pub(crate) propagation: Propagation,
+}
+
+/// Whether mounts that are made below a [`Mount`] later are seen on the other side of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) enum Propagation {
+    /// Neither way.
+    #[default]
+    None,
+    /// The container sees those of the node.
+    HostToContainer,
+    /// Both see those of the other.
+    Bidirectional,
+}
+
+impl Propagation {
+    /// The kernel's name for what is less than both ways, which is what binds begin with.
+    fn restriction(self) -> Option<MsFlags> {
+        match self {
+            Self::None => Some(MsFlags::MS_PRIVATE),
+            Self::HostToContainer => Some(MsFlags::MS_SLAVE),
+            Self::Bidirectional => None,
+        }
+    }
+
+    /// From a manifest's `mountPropagation`.
+    pub(crate) fn named(name: Option<&str>) -> Option<Self> {
+        match name {
+            None | Some("" | "None") => Some(Self::None),
+            Some("HostToContainer") => Some(Self::HostToContainer),
+            Some("Bidirectional") => Some(Self::Bidirectional),
+            Some(_) => None,
+        }
+    }
 }
 
 /// What a container does at the moment.
@@ -112,7 +144,7 @@ fn prepare(container: &Container, node: Pid) -> io::Result<()> {
     for Mount {
         from,
         to,
-        bidirectional,
+        propagation,
     } in &container.mounts
     {
         fs::create_dir_all(from)?;
@@ -127,12 +159,35 @@ fn prepare(container: &Container, node: Pid) -> io::Result<()> {
                 to.display()
             ))
         };
+        let none = None::<&str>;
         let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
-        mount(Some(from), to, None::<&str>, flags, None::<&str>).map_err(fail)?;
-        if !bidirectional {
-            let flags = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-            mount(None::<&str>, to, None::<&str>, flags, None::<&str>).map_err(fail)?;
+        mount(Some(from), to, none, flags, none).map_err(fail)?;
+        if let Some(kind) = propagation.restriction() {
+            mount(none, to, none, kind | MsFlags::MS_REC, none).map_err(fail)?;
         }
+    }
+    restrict_kubelet_root(container)
+}
+
+/// Of kubelet's directory a container sees what it mounts, and mounts below it as it says. The
+/// rest of the node's disk, programs and libraries, every container sees.
+fn restrict_kubelet_root(container: &Container) -> io::Result<()> {
+    let root = Path::new(KUBELET_ROOT);
+    if !root.exists() {
+        return Ok(());
+    }
+    let fail = |error: nix::Error| io::Error::other(format!("restrict {KUBELET_ROOT}: {error}"));
+    let none = None::<&str>;
+    let below = container
+        .mounts
+        .iter()
+        .filter(|mount| mount.to.starts_with(root));
+    let widest = below.map(|mount| mount.propagation).max();
+    if let Some(kind) = widest.unwrap_or_default().restriction() {
+        mount(none, root, none, kind | MsFlags::MS_REC, none).map_err(fail)?;
+    }
+    if widest.is_none() {
+        mount(Some("none"), root, Some("tmpfs"), MsFlags::MS_RDONLY, none).map_err(fail)?;
     }
     Ok(())
 }

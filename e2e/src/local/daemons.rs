@@ -10,8 +10,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::layout::{
-    API_PORT, BRIDGE, CONTAINERD_SOCKET, ETCD_PORT, KUBELET_ROOT, NODE, NODE_ADDRESS, PODS,
-    SERVICES,
+    API_PORT, BRIDGE, CONTAINERD_SOCKET, DNS_ADDRESS, ETCD_PORT, KUBELET_ROOT, NODE, NODE_ADDRESS,
+    PODS, SERVICES,
 };
 use super::pki::Pki;
 use super::processes::Processes;
@@ -284,6 +284,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
             "cgroupDriver": "cgroupfs",
             "containerRuntimeEndpoint": format!("unix://{}", self.socket().display()),
             "clusterDomain": "cluster.local",
+            // Nobody answers there. With the node's own servers, pods would ask outside.
+            "clusterDNS": [DNS_ADDRESS],
             "failSwapOn": false,
             // What is not allowed to raise limits may not lower its score either.
             "oomScoreAdj": 0,

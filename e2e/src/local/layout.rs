@@ -16,6 +16,8 @@ pub(super) const PODS: &str = "10.88.0.0/16";
 pub(super) const SERVICES: &str = "10.96.0.0/16";
 /// The service `kubernetes` in namespace `default`.
 pub(super) const SERVICE_ADDRESS: &str = "10.96.0.1";
+/// Where pods ask for names, in vain.
+pub(super) const DNS_ADDRESS: &str = "10.96.0.10";
 pub(super) const API_PORT: u16 = 6443;
 pub(super) const ETCD_PORT: u16 = 12379;
 /// containerd's socket below the state directory.

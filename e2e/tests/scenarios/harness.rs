@@ -10,11 +10,7 @@ use e2e::{
     cluster::{Ability, Cluster, Component},
     tree::{Content, Entry, Kind, Tree, View},
 };
-use k8s_openapi::api::core::v1::Pod;
-use kube::{
-    ResourceExt,
-    api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams},
-};
+use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams};
 use serde_json::{Value, json};
 
 use crate::target::{Needs, Target};
@@ -29,7 +25,8 @@ pub const MOUNT: &str = "/mnt/secrets-store";
 pub struct Scenario {
     pub cluster: Target,
     pub namespace: String,
-    /// Pods that were there before: those of the driver and the provider.
+    /// UIDs of pods whose directories were there before: those of the driver and the provider,
+    /// and what kubelet has not yet cleaned up.
     earlier_pods: Vec<String>,
 }
 
@@ -43,8 +40,15 @@ impl Scenario {
     /// The same with what not every cluster has; none where it is missing.
     pub async fn needing(needs: Needs) -> Option<Self> {
         let cluster = Target::find(&needs).await?;
-        let pods = Api::<Pod>::all(cluster.client());
-        let pods = pods.list(&ListParams::default()).await.unwrap();
+        let mut earlier_pods = Vec::new();
+        for node in cluster.nodes() {
+            let pods = "/var/lib/kubelet/pods".as_ref();
+            let tree = cluster.node_tree(&node, pods).await.unwrap();
+            let entries = tree.into_iter().flat_map(|tree| tree.entries);
+            earlier_pods.extend(entries.map(|entry| entry.path));
+        }
+        // Of each, the directory itself says enough.
+        earlier_pods.retain(|path| !path.contains('/'));
         let namespace = cluster
             .namespace()
             .await
@@ -52,7 +56,7 @@ impl Scenario {
         Some(Self {
             cluster,
             namespace,
-            earlier_pods: pods.iter().filter_map(ResourceExt::uid).collect(),
+            earlier_pods,
         })
     }
 
