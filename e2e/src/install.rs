@@ -17,6 +17,8 @@ const DRIVER_NAME: &str = "secrets-store.csi.k8s.io";
 /// The driver's DaemonSet and its container.
 pub(crate) const DRIVER: &str = "csi-secrets-store";
 const CONTAINER: &str = "secrets-store";
+/// A label that no node has: a DaemonSet that selects it runs nowhere.
+pub(crate) const STOPPED: &str = "e2e/stopped";
 const POLL: Duration = Duration::from_millis(100);
 
 /// Applies manifests and waits until all that they install runs.
@@ -124,11 +126,21 @@ fn is_rolled_out(set: &DaemonSet) -> bool {
         return false;
     };
     let wanted = status.desired_number_scheduled;
+    if is_stopped(set) {
+        return status.observed_generation == set.metadata.generation && wanted == 0;
+    }
     status.observed_generation == set.metadata.generation
         && wanted > 0
         && status.updated_number_scheduled == Some(wanted)
         && status.number_ready == wanted
         && status.number_available == Some(wanted)
+}
+
+/// Whether somebody has taken it off all nodes.
+fn is_stopped(set: &DaemonSet) -> bool {
+    let spec = set.spec.template.spec.as_ref();
+    let selector = spec.and_then(|spec| spec.node_selector.as_ref());
+    selector.is_some_and(|labels| labels.contains_key(STOPPED))
 }
 
 /// The lean form of the driver's manifest: the driver registers itself and answers kubelet's

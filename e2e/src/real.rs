@@ -13,13 +13,11 @@ use kube::api::{
 use serde_json::json;
 
 use crate::cluster::{Component, Error, Result, api as api_error};
-use crate::install::{DRIVER, NAMESPACE, wait_rolled_out};
+use crate::install::{DRIVER, NAMESPACE, STOPPED, wait_rolled_out};
 
 const POLL: Duration = Duration::from_millis(50);
 /// For whatever kubelet or a controller has to do.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
-/// A label that no node has: a DaemonSet that selects it runs nowhere.
-const STOPPED: &str = "e2e/stopped";
 /// The DaemonSet of the tests' provider.
 const PROVIDER: &str = "fake-provider";
 

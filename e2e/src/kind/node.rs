@@ -297,7 +297,12 @@ impl Cluster for Kind {
             };
             patience.wait(&last).await?;
         }
-        self.wait_provider(node).await
+        // Unless a scenario has stopped it.
+        let provider = Component::Provider("fake-provider".to_owned());
+        match real::pod_of(&self.client, node, &provider).await? {
+            Some(_) => self.wait_provider(node).await,
+            None => Ok(()),
+        }
     }
 
     async fn disturb_api(&self, _: Disturbance) -> Result<()> {
