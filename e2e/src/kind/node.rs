@@ -208,8 +208,17 @@ impl Cluster for Kind {
             args.push("--reader");
         }
         args.push(mount_path);
-        let json = kubectl(&self.tools, &args).await;
-        let json = json.map_err(|reason| failed(&reason))?;
+        let patience = Patience::new(format!("the container of pod {namespace}/{pod} to run"));
+        let json = loop {
+            match kubectl(&self.tools, &args).await {
+                Ok(json) => break json,
+                // After a reboot the API server knows of the pod as it was before.
+                Err(reason) if reason.contains("container not found") => {
+                    patience.wait(&reason).await?;
+                }
+                Err(reason) => return Err(failed(&reason)),
+            }
+        };
         serde_json::from_str(&json).map_err(|error| failed(&error))
     }
 
