@@ -12,9 +12,13 @@ demo:
 test:
     cargo test --workspace
 
-# Run the scenarios on a cluster: embedded (the others come with issue 3).
+# Run the scenarios on a cluster: embedded, or local (real Kubernetes without Docker, as root).
 e2e cluster="embedded":
-    E2E_CLUSTER={{cluster}} cargo test -p e2e
+    E2E_CLUSTER={{cluster}} cargo test -p e2e --test scenarios
+
+# Test the images, in Docker.
+containers:
+    cargo test -p e2e --test containers
 
 # Check formatting, lints and documentation as the gate does.
 lint:
@@ -26,9 +30,9 @@ lint:
 budget:
     cargo run --release -p e2e -- budget
 
-# Write the CRDs in deploy/ anew from the Rust types.
+# Write what is generated in deploy/ anew: the CRDs, the lean manifest, the chart's tables.
 manifests:
-    UPDATE_DEPLOY=1 cargo test -p driver --test manifests
+    UPDATE_DEPLOY=1 cargo test -p driver --test manifests --test chart
 
 # Run everything that a pull request has to pass.
 gate:

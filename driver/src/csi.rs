@@ -298,7 +298,7 @@ where
         Ok(Ok(answer)) => Ok(Response::new(answer)),
         Ok(Err(error)) => Err(Status::new(error.code(), error.to_string())),
         Err(_) => {
-            // The panic's own text may hold anything; the hook has printed where it was.
+            // The panic's own text may hold anything; the hook has logged where it was.
             span.in_scope(|| {
                 tracing::error!("a bug in the driver ended this call; nothing else is affected")
             });
@@ -493,6 +493,32 @@ mod tests {
         assert_eq!(parsed.attributes.expose(TOKENS), None);
         assert_eq!(parsed.attributes.expose("mine"), Some("kept"));
         assert!(parsed.secrets.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_panic_answers_its_own_call_and_says_nothing_of_what_it_fell_over() {
+        let span = tracing::Span::none();
+        let ended: Result<Response<()>, Status> =
+            to_the_end(span, async |_| panic!("canary-5f1c")).await;
+        let status = ended.unwrap_err();
+        assert_eq!(status.code(), Code::Internal);
+        assert!(!status.message().contains("canary"), "{status}");
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_goes_away_is_noticed_by_the_work() {
+        let (told, hears) = tokio::sync::oneshot::channel();
+        let call = to_the_end(
+            tracing::Span::none(),
+            async move |gone: CancellationToken| {
+                gone.cancelled().await;
+                let _ = told.send(());
+                Ok(())
+            },
+        );
+        let waited = tokio::time::timeout(Duration::from_millis(50), call).await;
+        assert!(waited.is_err(), "the work ended by itself");
+        hears.await.unwrap();
     }
 
     #[rstest]

@@ -46,7 +46,7 @@ pub mod registration;
 pub mod secret;
 pub mod volume;
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -59,6 +59,10 @@ use mount::Tmpfs;
 use provider::Providers;
 use registration::Registrar;
 use volume::{Busy, Volumes, record::Records};
+
+/// How long calls that run may go on after `stop`. What is not finished by then is undone, before
+/// Kubernetes' usual grace period of 30 seconds ends with a SIGKILL.
+const FINISH_WITHIN: Duration = Duration::from_secs(20);
 
 /// Runs the driver until `stop`, then finishes the calls that run.
 ///
@@ -75,6 +79,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             "ignored: flags end before the first argument that is not one"
         );
     }
+    if config.node_id.is_empty() {
+        tracing::warn!("--nodeid is empty; kubelet does not register a driver without a node name");
+    }
     let records = Records::open(&config.state_dir).map_err(|error| {
         about(
             error,
@@ -90,20 +97,21 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     }
 
     let metrics = Metrics::new();
+    let volumes = Arc::new(Volumes {
+        node: config.node_id.clone(),
+        kubelet_root: config.kubelet_root_dir.clone(),
+        records,
+        cluster: Cluster::new(config.kubeconfig.clone(), BUILD_VERSION),
+        providers: Providers::new(config.provider_dirs(), config.max_call_recv_msg_size),
+        tmpfs: Arc::new(Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)),
+        busy: Busy::default(),
+    });
     let csi = Csi {
         driver_name: config.driver_name.clone(),
         version: BUILD_VERSION.to_owned(),
         node_id: config.node_id.clone(),
         metrics: metrics.clone(),
-        volumes: Arc::new(Volumes {
-            node: config.node_id.clone(),
-            kubelet_root: config.kubelet_root_dir.clone(),
-            records,
-            cluster: Cluster::new(config.kubeconfig.clone(), BUILD_VERSION),
-            providers: Providers::new(config.provider_dirs(), config.max_call_recv_msg_size),
-            tmpfs: Arc::new(Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)),
-            busy: Busy::default(),
-        }),
+        volumes: Arc::clone(&volumes),
     };
     let listener = Listener::bind(&config.endpoint)
         .await
@@ -132,6 +140,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             Ok(())
         });
     }
+    let stopped = stop.clone();
+    tokio::spawn(async move {
+        stopped.cancelled().await;
+        tokio::time::sleep(FINISH_WITHIN).await;
+        volumes.busy.give_up();
+    });
     let serving = stop.clone();
     tasks.spawn(async move {
         let served = csi.serve(listener, serving).await;

@@ -23,6 +23,14 @@ fn main() -> ExitCode {
             text: format!("no logging: {error}"),
         });
     }
+    std::panic::set_hook(Box::new(|panic| {
+        // Where, and not what: a panic's text may hold a piece of what it fell over.
+        let place = panic
+            .location()
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        tracing::error!(place, "a bug in the driver");
+    }));
     one_arena();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

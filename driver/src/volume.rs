@@ -1,8 +1,8 @@
 //! One volume's life: publish and unpublish.
 //!
 //! A volume is published when its record says so, its mount is there and its content is there;
-//! [`plan`] decides from these three and nothing else. The order of steps of a publish, and
-//! what undoes them, stand in [`Volumes::publish`] and [`Volumes::fill`].
+//! the function `plan` decides from these three and nothing else. The order of steps of a publish,
+//! and what undoes them, stand in `Volumes::carry_out`.
 //!
 //! A live mount is never replaced or taken away by a publish, because a running container may
 //! hold it: a mount without a record is filled in place. What a failed publish made itself goes
@@ -19,6 +19,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use jiff::Timestamp;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -283,16 +284,17 @@ impl Volumes {
         content: Content,
         pod_status: &str,
     ) -> Result<()> {
-        let record = Record::now(
-            request.volume_id.clone(),
-            request.target.0.clone(),
-            request.pod.clone(),
-            class.identity,
-            class.provider,
-            pod_status.to_owned(),
+        let record = Record {
+            volume_id: request.volume_id.clone(),
+            target_path: request.target.0.clone(),
+            pod: request.pod.clone(),
+            class: class.identity,
+            provider: class.provider,
+            pod_status: pod_status.to_owned(),
             objects,
             content,
-        );
+            last_success: Timestamp::now(),
+        };
         let records = self.records.clone();
         blocking(move || records.put(&record))
             .await
@@ -467,6 +469,12 @@ impl Busy {
     /// a pod that is going away.
     fn unpublishing(&self, target: &TargetPath) -> Result<BusyGuard<'_>> {
         self.enter(target, CancellationToken::new(), CancellationToken::cancel)
+    }
+
+    /// Tells every publish that runs to stop, and to undo what it has not finished.
+    pub fn give_up(&self) {
+        let targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        targets.values().for_each(CancellationToken::cancel);
     }
 
     fn enter(

@@ -6,13 +6,16 @@
 
 #[path = "manifests/crds.rs"]
 mod crds;
+#[path = "manifests/lean.rs"]
+mod lean;
+#[path = "manifests/objects.rs"]
+mod objects;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
 
 use driver::cluster::resources::GROUP;
-use driver::config::{Config, Endpoint};
+use driver::config::Endpoint;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{PodSpec, ServiceAccount, Toleration};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
@@ -22,16 +25,10 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 };
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::core::Resource;
+use objects::{config, deploy, keep, objects};
 use rstest::rstest;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
-
-fn deploy(file: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../deploy")
-        .join(file)
-}
 
 #[rstest]
 #[case(
@@ -50,14 +47,8 @@ fn crds_are_rendered_from_the_rust_types(
     let rendered = format!(
         "# Rendered from driver/src/cluster/resources.rs by driver/tests/manifests.rs.\n{yaml}"
     );
-    if std::env::var_os("UPDATE_DEPLOY").is_some() {
-        fs::write(deploy(file), &rendered).unwrap();
-    }
-    let committed = fs::read_to_string(deploy(file)).unwrap_or_default();
-    assert!(
-        committed == rendered,
-        "deploy/{file} is stale: run UPDATE_DEPLOY=1 cargo test -p driver --test manifests"
-    );
+    keep(file, &rendered);
+    keep(&format!("chart/crds/{file}"), &rendered);
 }
 
 /// The tree of fields, as `path: type` lines without the three fields every object has.
@@ -141,28 +132,59 @@ fn crds_have_the_fields_of_the_contract(
     assert_eq!(lines, [expected, status].concat());
 }
 
-/// The objects of type `K` in a file. Fails on a field that Kubernetes does not know.
-fn objects<K: Resource<DynamicType = ()> + DeserializeOwned + Serialize>(file: &str) -> Vec<K> {
-    let text = fs::read_to_string(deploy(file)).unwrap();
-    let documents: Vec<Value> = serde_saphyr::from_multiple(&text).unwrap();
-    let ours = |document: &Value| {
-        document["apiVersion"] == *K::api_version(&()) && document["kind"] == *K::kind(&())
-    };
-    documents
-        .into_iter()
-        .filter(ours)
-        .map(|document| {
-            let object: K = serde_json::from_value(document.clone()).unwrap();
-            assert_eq!(serde_json::to_value(&object).unwrap(), document, "{file}");
-            object
-        })
-        .collect()
-}
-
 fn object<K: Resource<DynamicType = ()> + DeserializeOwned + Serialize>(file: &str) -> K {
-    let mut found = objects(file);
+    let mut found = objects(&fs::read_to_string(deploy(file)).unwrap());
     assert_eq!(found.len(), 1, "{file}");
     found.remove(0)
+}
+
+#[rstest]
+#[case(crds::secret_provider_class(), &["Provider .spec.provider"])]
+#[case(crds::secret_provider_class_pod_status(), &[
+    "Pod .status.podName",
+    "Class .status.secretProviderClassName",
+    "Mounted .status.mounted",
+])]
+fn crds_show_their_gist_and_nothing_that_scripts_would_trip_over(
+    #[case] definition: CustomResourceDefinition,
+    #[case] columns: &[&str],
+) {
+    // A line of `kubectl api-resources --no-headers`. Scripts take the version from column 2,
+    // which would be the short names if there were any.
+    let names = &definition.spec.names;
+    let line = format!(
+        "{} {} {GROUP}/{} true {}",
+        names.plural,
+        names
+            .short_names
+            .iter()
+            .flatten()
+            .cloned()
+            .collect::<Vec<_>>()
+            .join(","),
+        definition.spec.versions[0].name,
+        names.kind
+    );
+    let column_2 = line.split_whitespace().nth(1);
+    assert_eq!(column_2, Some("secrets-store.csi.x-k8s.io/v1"));
+    assert_eq!(names.categories, None);
+
+    for version in definition.spec.versions {
+        let shown: Vec<String> = version
+            .additional_printer_columns
+            .iter()
+            .flatten()
+            .map(|column| format!("{} {}", column.name, column.json_path))
+            .collect();
+        assert_eq!(
+            shown,
+            [columns, &["Age .metadata.creationTimestamp"]].concat()
+        );
+        assert_eq!(
+            (version.subresources, version.selectable_fields),
+            (None, None)
+        );
+    }
 }
 
 fn daemon_set() -> (DaemonSet, PodSpec) {
@@ -302,11 +324,40 @@ fn containers_keep_their_place_name_arguments_and_mounts(
         })
         .collect();
     assert_eq!(found, mounts);
-    let privileged = container
-        .security_context
-        .as_ref()
-        .and_then(|context| context.privileged);
-    assert_eq!(privileged, (position == 1).then_some(true));
+}
+
+#[test]
+fn only_the_driver_is_privileged_and_no_container_writes_to_its_image() {
+    let (_, pod) = daemon_set();
+    for container in &pod.containers {
+        let driver = container.name == "secrets-store";
+        let context = container.security_context.as_ref().unwrap();
+        assert_eq!(context.read_only_root_filesystem, Some(true));
+        assert_eq!(context.privileged, driver.then_some(true));
+        if !driver {
+            let dropped = context.capabilities.as_ref().unwrap().drop.as_ref();
+            assert_eq!(dropped.unwrap(), &["ALL"]);
+            assert_eq!(context.allow_privilege_escalation, Some(false));
+        }
+    }
+    let seccomp = pod.security_context.unwrap().seccomp_profile.unwrap();
+    assert_eq!(seccomp.type_, "RuntimeDefault");
+    assert_eq!((pod.host_network, pod.host_pid), (None, None));
+}
+
+#[test]
+fn the_lean_daemon_set_is_rendered_from_the_full_one() {
+    let (full, _) = daemon_set();
+    let yaml = serde_saphyr::to_string(&lean::lean(full)).unwrap();
+    let file = "lean/secrets-store-csi-driver.yaml";
+    keep(
+        file,
+        &format!(
+            "# The driver alone on every Linux node: one container instead of the three of\n\
+             # ../secrets-store-csi-driver.yaml, which this replaces. Apply it after that directory.\n\
+             # Rendered from that file by driver/tests/manifests.rs.\n{yaml}"
+        ),
+    );
 }
 
 #[test]
@@ -358,39 +409,28 @@ fn kubelet_probes_the_driver_through_the_sidecar() {
     assert_eq!(times, [Some(30), Some(10), Some(15), Some(5)]);
 }
 
-#[test]
-fn the_driver_understands_its_own_manifest() {
-    let (_, pod) = daemon_set();
-    let driver = &pod.containers[1];
-    let env: Vec<_> = driver.env.iter().flatten().collect();
-    let [endpoint, node] = env.as_slice() else {
-        panic!("two variables")
-    };
-    assert_eq!(endpoint.name, "CSI_ENDPOINT");
-    assert_eq!(node.name, "KUBE_NODE_NAME");
-    let field = node
-        .value_from
-        .as_ref()
-        .unwrap()
-        .field_ref
-        .as_ref()
-        .unwrap();
-    assert_eq!(field.field_path, "spec.nodeName");
-
-    let args = driver.args.iter().flatten().map(|arg| {
-        arg.replace("$(CSI_ENDPOINT)", endpoint.value.as_deref().unwrap())
-            .replace("$(KUBE_NODE_NAME)", "node-1")
-            .into()
-    });
-    let config = Config::parse(args).unwrap();
+#[rstest]
+#[case("secrets-store-csi-driver.yaml", 1)]
+#[case("lean/secrets-store-csi-driver.yaml", 0)]
+fn the_driver_understands_its_own_manifest(#[case] file: &str, #[case] position: usize) {
+    let daemon_set: DaemonSet = object(file);
+    let pod = daemon_set.spec.template.spec.unwrap();
+    let config = config(&pod.containers[position]);
     assert_eq!(config.endpoint, Endpoint::Unix("/csi/csi.sock".into()));
     assert_eq!(config.node_id, "node-1");
-    assert!(config.ignored_arguments.is_empty());
-    assert!(
-        config.without_effect().is_empty(),
-        "{:?}",
-        config.without_effect()
+    assert_eq!(config.without_effect(), Vec::<&str>::new());
+    let lean = pod.containers.len() == 1;
+    assert_eq!(config.healthz_addr.is_some(), lean);
+    assert_eq!(
+        config.registration_dir,
+        lean.then(|| "/registration".into())
     );
+    if lean {
+        assert_eq!(
+            config.kubelet_registration_path.to_str(),
+            Some("/var/lib/kubelet/plugins/csi-secrets-store/csi.sock")
+        );
+    }
 }
 
 #[rstest]

@@ -492,7 +492,7 @@ impl<C: ?Sized> fmt::Debug for Process<'_, C> {
 ///
 /// # Errors
 /// [`Error::Manifest`] for what is no object, [`Error::Api`] for what the server refuses.
-pub(crate) async fn apply(
+pub async fn apply(
     client: &kube::Client,
     namespace: &str,
     manifest: &str,

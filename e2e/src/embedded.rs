@@ -244,6 +244,47 @@ impl Embedded {
             .ok_or_else(|| Error::Impossible(format!("there is no node {name}")))
     }
 
+    /// Takes back what the API says of a node that went without a word, as the node controller
+    /// does: its pods are not ready, its drivers not registered. What is waited for from then on
+    /// is new.
+    async fn declare_down(&self, name: &str) -> Result<()> {
+        let csi_nodes: Api<CSINode> = Api::all(self.client());
+        let none = Patch::Merge(serde_json::json!({"spec": {"drivers": []}}));
+        csi_nodes
+            .patch(name, &PatchParams::default(), &none)
+            .await
+            .map_err(api_error(format!("patch CSINode {name}")))?;
+        let of_node = ListParams::default().fields(&format!("spec.nodeName={name}"));
+        let pods: Api<Pod> = Api::all(self.client());
+        let pods = pods
+            .list(&of_node)
+            .await
+            .map_err(api_error(format!("list pods of node {name}")))?;
+        for pod in pods {
+            let mut conditions = pod
+                .status
+                .and_then(|status| status.conditions)
+                .unwrap_or_default();
+            for condition in &mut conditions {
+                if condition.type_ == "Ready" {
+                    condition.status = "False".to_owned();
+                }
+            }
+            let (pod_name, namespace) = (
+                pod.metadata.name.unwrap_or_default(),
+                pod.metadata.namespace.unwrap_or_default(),
+            );
+            let status = Patch::Merge(serde_json::json!({"status": {"conditions": conditions}}));
+            Api::<Pod>::namespaced(self.client(), &namespace)
+                .patch_status(&pod_name, &PatchParams::default(), &status)
+                .await
+                .map_err(api_error(format!(
+                    "patch status of pod {namespace}/{pod_name}"
+                )))?;
+        }
+        Ok(())
+    }
+
     /// Waits until a node runs all that the DaemonSets want there and has registered the driver,
     /// if it is among that.
     async fn wait_for_node(&self, name: &str) -> Result<()> {
@@ -387,13 +428,7 @@ impl Cluster for Embedded {
                 .kill()
                 .await
                 .map_err(|error| refused(name, &error))?;
-            // So that what is waited for below is the new registration.
-            let nodes: Api<CSINode> = Api::all(self.client());
-            let none = Patch::Merge(serde_json::json!({"spec": {"drivers": []}}));
-            nodes
-                .patch(name, &PatchParams::default(), &none)
-                .await
-                .map_err(api_error(format!("patch CSINode {name}")))?;
+            self.declare_down(name).await?;
             *process = spawn_node(self.state.path(), name, &self.options, &self.binaries)?;
         }
         self.wait_for_node(name).await

@@ -1,7 +1,9 @@
 //! Clusters behind one interface, the scenarios and their snapshots, and the demo.
 
 pub mod binaries;
+pub mod budget;
 pub mod cluster;
+pub mod demo;
 pub mod embedded;
 mod host;
 pub mod images;

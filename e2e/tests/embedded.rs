@@ -173,14 +173,8 @@ async fn a_secret_is_mounted_survives_a_reboot_and_leaves_nothing() {
     assert_eq!(secret(&cluster, &ns).await.as_deref(), Some("secret"));
 
     cluster.reboot(NODE).await.unwrap();
-    let deadline = tokio::time::Instant::now() + LIMIT;
-    while secret(&cluster, &ns).await.is_none() {
-        assert!(
-            tokio::time::Instant::now() < deadline,
-            "not published again"
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    cluster.wait_ready(&ns, "pod", LIMIT).await.unwrap();
+    assert_eq!(secret(&cluster, &ns).await.as_deref(), Some("secret"));
 
     let pod = cluster.pod(&ns, "pod").await.unwrap().unwrap();
     cluster.delete_pod(&ns, "pod").await.unwrap();

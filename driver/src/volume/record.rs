@@ -23,7 +23,6 @@ const FORMAT: u32 = 1;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Record {
-    format: u32,
     /// The volume handle that kubelet uses.
     pub volume_id: String,
     /// Where it is mounted.
@@ -94,37 +93,12 @@ pub enum Content {
     Provider,
 }
 
-impl Record {
-    /// A record of a publish that has just succeeded.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "each is a field, named where it is called"
-    )]
-    pub fn now(
-        volume_id: String,
-        target_path: PathBuf,
-        pod: Pod,
-        class: Class,
-        provider: String,
-        pod_status: String,
-        objects: Vec<Object>,
-        content: Content,
-    ) -> Self {
-        let last_success = Timestamp::now();
-        let format = FORMAT;
-        Self {
-            format,
-            volume_id,
-            target_path,
-            pod,
-            class,
-            provider,
-            pod_status,
-            objects,
-            content,
-            last_success,
-        }
-    }
+/// A record with the number of its format, as a file holds it.
+#[derive(Serialize, Deserialize)]
+struct Filed<R> {
+    format: u32,
+    #[serde(flatten)]
+    record: R,
 }
 
 /// The records of this node: a directory with a file for each volume.
@@ -159,8 +133,8 @@ impl Records {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        match serde_json::from_slice::<Record>(&bytes) {
-            Ok(record) if record.format == FORMAT && record.volume_id == volume_id => {
+        match serde_json::from_slice::<Filed<Record>>(&bytes) {
+            Ok(Filed { format, record }) if format == FORMAT && record.volume_id == volume_id => {
                 Ok(Some(record))
             }
             Ok(_) => Ok(None),
@@ -178,7 +152,8 @@ impl Records {
     pub fn put(&self, record: &Record) -> io::Result<()> {
         let path = self.path(&record.volume_id);
         let tmp = path.with_extension("tmp");
-        let bytes = serde_json::to_vec(record)?;
+        let format = FORMAT;
+        let bytes = serde_json::to_vec(&Filed { format, record })?;
         let written = fs::OpenOptions::new()
             .write(true)
             .create(true)
@@ -217,8 +192,8 @@ impl Records {
                 Some("tmp") => true,
                 Some("json") => fs::read(&path)
                     .ok()
-                    .and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok())
-                    .is_some_and(|record| record.target_path.parent().is_some_and(is_gone)),
+                    .and_then(|bytes| serde_json::from_slice::<Filed<Record>>(&bytes).ok())
+                    .is_some_and(|filed| filed.record.target_path.parent().is_some_and(is_gone)),
                 _ => false,
             };
             if orphan {
@@ -257,28 +232,29 @@ mod tests {
     use rstest::rstest;
 
     fn record(volume_id: &str, target: &Path) -> Record {
-        Record::now(
-            volume_id.to_owned(),
-            target.to_owned(),
-            Pod {
+        Record {
+            volume_id: volume_id.to_owned(),
+            target_path: target.to_owned(),
+            pod: Pod {
                 name: "web".into(),
                 namespace: "default".into(),
                 uid: "u".into(),
             },
-            Class {
+            class: Class {
                 name: "c".into(),
                 uid: "cu".into(),
                 generation: Some(1),
                 resource_version: "7".into(),
             },
-            "vault".into(),
-            "web-default-c".into(),
-            vec![Object {
+            provider: "vault".into(),
+            pod_status: "web-default-c".into(),
+            objects: vec![Object {
                 id: "secret/a".into(),
                 version: "v1".into(),
             }],
-            Content::Driver,
-        )
+            content: Content::Driver,
+            last_success: Timestamp::now(),
+        }
     }
 
     #[rstest]

@@ -80,6 +80,40 @@ impl Kind {
         self.on(node, &["cat", "/proc/self/mountinfo"]).await
     }
 
+    /// Restarts a node's kubelet; returns when it has registered the driver.
+    ///
+    /// # Errors
+    /// When it does not come back.
+    pub async fn restart_kubelet(&self, node: &str) -> Result<()> {
+        self.forget_registration(node).await?;
+        self.on(node, &["systemctl", "restart", "kubelet"]).await?;
+        self.wait_registered(node).await
+    }
+
+    /// So that what is waited for next is a new registration.
+    async fn forget_registration(&self, node: &str) -> Result<()> {
+        let none = Patch::Merge(json!({"spec": {"drivers": []}}));
+        Api::<CSINode>::all(self.client())
+            .patch(node, &PatchParams::default(), &none)
+            .await
+            .map(drop)
+            .map_err(api_error(format!("patch CSINode {node}")))
+    }
+
+    /// Waits until every DaemonSet runs and every kubelet knows the driver. The API server may
+    /// be down with its node for a while.
+    async fn wait_registered(&self, node: &str) -> Result<()> {
+        let patience = Patience::of(format!("node {node} to be back"), START_LIMIT);
+        loop {
+            let last = match lacking(&self.client).await {
+                Ok(None) => return Ok(()),
+                Ok(Some(lacking)) => lacking,
+                Err(error) => error.to_string(),
+            };
+            patience.wait(&last).await?;
+        }
+    }
+
     /// Removes a file of a node's disk.
     ///
     /// # Errors
@@ -284,28 +318,13 @@ impl Cluster for Kind {
     }
 
     async fn reboot(&self, node: &str) -> Result<()> {
-        // So that what is waited for below is the new registration. The provider's socket is in
-        // memory, and gone with the node.
-        let csi_nodes: Api<CSINode> = Api::all(self.client());
-        let none = Patch::Merge(json!({"spec": {"drivers": []}}));
-        csi_nodes
-            .patch(node, &PatchParams::default(), &none)
-            .await
-            .map_err(api_error(format!("patch CSINode {node}")))?;
+        self.forget_registration(node).await?;
         self.tools
             .docker(["restart", "--time", "0", node], A_MOMENT)
             .await
             .map_err(|reason| node_error(node, reason))?;
-        let patience = Patience::of(format!("node {node} to be back"), START_LIMIT);
-        loop {
-            // The API server may have gone down with the node.
-            let last = match lacking(&self.client).await {
-                Ok(None) => break,
-                Ok(Some(lacking)) => lacking,
-                Err(error) => error.to_string(),
-            };
-            patience.wait(&last).await?;
-        }
+        self.wait_registered(node).await?;
+        // The provider's socket is in memory, and gone with the node.
         // Unless a scenario has stopped it.
         let provider = Component::Provider("fake-provider".to_owned());
         match real::pod_of(&self.client, node, &provider).await? {

@@ -1,5 +1,6 @@
 //! The [`Cluster`] interface over a real API server and the machine that is the node.
 
+use std::fs::{self, DirEntry};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -19,7 +20,7 @@ use serde_json::json;
 
 use super::daemons::ctr;
 use super::layout::{KUBELET_ROOT, NODE};
-use super::processes::start_time;
+use super::processes::{Processes, start_time};
 use crate::cluster::{
     Ability, Action, Cluster, Component, Error, HttpAnswer, Result, api as api_error,
 };
@@ -95,6 +96,8 @@ impl Local {
                     .map_err(api_error(format!("delete DaemonSet {name}")))?;
             }
         }
+        // By the driver that is still there: the new one counts from nothing.
+        self.wait_for_volumes_to_go(started).await?;
         let pods = Api::<Pod>::namespaced(self.client(), NAMESPACE);
         let list_pods = async || {
             pods.list(&ListParams::default())
@@ -120,8 +123,19 @@ impl Local {
             self.give_up(started, &format!("pod {} to go", left.name_any()))
                 .await?;
         }
-        wait_rolled_out(&self.client, LIMIT).await?;
-        self.wait_for_volumes_to_go(started).await
+        wait_rolled_out(&self.client, LIMIT).await
+    }
+
+    /// Restarts kubelet, whose containers go on meanwhile. Returns when it is registered anew.
+    ///
+    /// # Errors
+    /// When it does not come back.
+    pub async fn restart_kubelet(&self) -> Result<()> {
+        let state = self.state.clone();
+        let restarted =
+            tokio::task::spawn_blocking(move || Processes::new(&state).restart("kubelet"));
+        restarted.await.map_err(|error| refused(&error))??;
+        wait_rolled_out(&self.client, LIMIT).await
     }
 
     async fn delete_namespaces(&self) -> Result<()> {
@@ -162,13 +176,12 @@ impl Local {
             .map_err(api_error("delete classes in default".to_owned()))
     }
 
-    /// kubelet is done with a pod later than the API server is.
+    /// kubelet is done with a pod later than the API server is. A volume's directory goes after
+    /// the driver was called.
     async fn wait_for_volumes_to_go(&self, started: Instant) -> Result<()> {
         let pods = Path::new(KUBELET_ROOT).join("pods");
         loop {
-            let csi = |path: &PathBuf| path.to_string_lossy().contains("/kubernetes.io~csi/");
-            let mounts = mount_points(&pods).map_err(|error| refused(&error))?;
-            let Some(left) = mounts.into_iter().find(csi) else {
+            let Some(left) = csi_volume_in(&pods) else {
                 return Ok(());
             };
             self.give_up(started, &format!("volume {} to go", left.display()))
@@ -444,6 +457,16 @@ impl Cluster for Local {
                 .await?;
         }
     }
+}
+
+/// A CSI volume's directory that is still there, of whatever pod.
+fn csi_volume_in(pods: &Path) -> Option<PathBuf> {
+    let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten();
+    let volumes = |pod: DirEntry| entries(&pod.path().join("volumes/kubernetes.io~csi"));
+    entries(pods)
+        .flat_map(volumes)
+        .map(|volume| volume.path())
+        .next()
 }
 
 /// The process of a container out of `ctr tasks ls`.

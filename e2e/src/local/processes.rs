@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fmt::Display;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -62,17 +63,35 @@ impl Processes {
             .map_err(|error| failed(&error))?;
         writeln!(log, "{command:?}").map_err(|error| failed(&error))?;
         let errors = log.try_clone().map_err(|error| failed(&error))?;
-        let child = command
+        command
             // An interrupt at the terminal is for the test; it stops the daemons itself.
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(log)
-            .stderr(errors)
-            .spawn()
-            .map_err(|error| failed(&error))?;
+            .stderr(errors);
+        let child = command.spawn().map_err(|error| failed(&error))?;
+        fs::write(
+            self.pids.join(format!("{name}.command")),
+            command_line(&command),
+        )
+        .map_err(|error| failed(&error))?;
         let pid = child.id();
         let started = start_time(pid).ok_or_else(|| failed(&self.tail(name)))?;
         fs::write(self.pids.join(name), format!("{pid} {started}")).map_err(|error| failed(&error))
+    }
+
+    /// Stops a daemon and starts it again with the same arguments.
+    ///
+    /// # Errors
+    /// When it does not stop or start, or was never started.
+    pub(super) fn restart(&self, name: &str) -> Result<()> {
+        let path = self.pids.join(format!("{name}.command"));
+        let line = fs::read(&path)
+            .map_err(|error| Error::Start(format!("{}: {error}", path.display())))?;
+        self.stop(name)?;
+        let mut words = line.split(|byte| *byte == 0).map(OsStr::from_bytes);
+        let program = words.next().unwrap_or_default();
+        self.start(name, Path::new(program), words)
     }
 
     /// Whether the very process that was started under that name still runs.
@@ -154,6 +173,14 @@ impl Processes {
     }
 }
 
+/// Program and arguments with zeroes between them, as the kernel shows them.
+fn command_line(command: &Command) -> Vec<u8> {
+    let mut words = vec![command.get_program()];
+    words.extend(command.get_args());
+    let words: Vec<&[u8]> = words.into_iter().map(OsStr::as_bytes).collect();
+    words.join(&0)
+}
+
 /// When a process was started, in the kernel's ticks: with its number, what tells it from any
 /// other. None for one that is gone or only waits for its parent to notice.
 pub(super) fn start_time(pid: u32) -> Option<u64> {
@@ -180,6 +207,9 @@ mod tests {
             .unwrap();
         let later = Processes::new(state.path());
         assert!(later.is_alive("sleeper"));
+        let before = later.pid("sleeper");
+        later.restart("sleeper").unwrap();
+        assert!(later.is_alive("sleeper") && later.pid("sleeper") != before);
         later.stop("sleeper").unwrap();
         assert!(!earlier.is_alive("sleeper"));
         later.stop("sleeper").unwrap();

@@ -2,6 +2,7 @@
 
 use std::{
     fmt::Write as _,
+    fs::File,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -296,8 +297,14 @@ impl Scenario {
 
     /// The records of the driver.
     pub async fn records(&self) -> Vec<PathBuf> {
+        self.files("/var/lib/kubelet/plugins/csi-secrets-store/records")
+            .await
+    }
+
+    /// What stands in a directory of the node.
+    pub async fn files(&self, directory: &str) -> Vec<PathBuf> {
         assert!(self.cluster.can(Ability::LookAtNodes));
-        let dir = Path::new("/var/lib/kubelet/plugins/csi-secrets-store/records");
+        let dir = Path::new(directory);
         let tree = self.cluster.node_tree(&self.node(), dir).await.unwrap();
         let entries = tree.unwrap().entries.into_iter();
         entries
@@ -326,8 +333,16 @@ impl Scenario {
         })
     }
 
-    /// The lines of the kernel's mount table that are volumes, as kubelet sees them. The first
-    /// word of each is the mount's own number.
+    /// Holds the node's one volume open, as a running container does, wherever it is mounted.
+    pub async fn hold_volume(&self) -> Option<File> {
+        let pods = Path::new("/var/lib/kubelet/pods");
+        let mounts = self.cluster.mounts(&self.node(), pods).await.unwrap();
+        let target = mounts.iter().find(|path| path.ends_with("mount")).unwrap();
+        let root = self.cluster.root_of(&self.node()).await?;
+        Some(File::open(root.join(target.strip_prefix("/").unwrap())).unwrap())
+    }
+
+    /// The lines of the kernel's mount table that are volumes, as kubelet sees them.
     pub async fn mounts(&self) -> Vec<String> {
         let table = self.cluster.mount_table(&self.node()).await;
         table

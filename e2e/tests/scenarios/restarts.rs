@@ -1,7 +1,7 @@
 //! Drivers and nodes that go down at the worst moment. A pod never starts with an empty or half
 //! volume, and one that runs never loses what it holds.
 
-use std::time::Duration;
+use std::{os::fd::AsRawFd as _, path::PathBuf, time::Duration};
 
 use e2e::{
     cluster::{Ability, Cluster as _},
@@ -85,6 +85,22 @@ async fn killed_after_everything() {
         1,
         "a published volume asks nobody"
     );
+    s.delete("web").await;
+    s.nothing_is_left().await;
+}
+
+/// SIGTERM, as in a roll of the DaemonSet: the call that runs is answered first.
+#[tokio::test]
+async fn stopped_while_a_publish_runs() {
+    let s = Scenario::start().await;
+    s.apply(&class_with("db", OBJECT, "- {delay: 2s}")).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.provider_is_called("web").await;
+    s.cluster.driver(&s.node()).stop().await.unwrap();
+    assert_eq!(s.records().await.len(), 1, "the publish was finished");
+    s.cluster.driver(&s.node()).start().await.unwrap();
+    s.ready("web").await;
+    assert_eq!(s.provider_calls("web").await, 1);
     s.delete("web").await;
     s.nothing_is_left().await;
 }
@@ -213,14 +229,22 @@ async fn a_volume_of_an_earlier_driver() {
     s.apply(&pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.state("web").await;
-    let mounts = s.mounts().await;
+    let held = s.hold_volume().await;
     s.forget_records().await;
     until("the volume is recorded", async || {
         s.records().await.len() == 1
     })
     .await;
     assert_eq!(s.state("web").await, before);
-    assert_eq!(s.mounts().await, mounts, "the very same mount");
+    // A container sees its volume through what it holds, not through the path. Where only the
+    // pod's own container holds it, that is what was just compared.
+    if let Some(held) = &held {
+        let through = PathBuf::from(format!("/proc/self/fd/{}", held.as_raw_fd()));
+        let text = std::fs::read_to_string(through.join("password"));
+        assert_eq!(text.unwrap(), "hunter2");
+    }
+    assert_eq!(s.mounts().await.len(), 1);
+    drop(held);
     s.delete("web").await;
     s.nothing_is_left().await;
 }
@@ -252,4 +276,48 @@ async fn a_volume_of_an_earlier_driver_whose_class_is_gone() {
     assert_eq!(s.volume("web", MOUNT).await, before);
     s.delete("web").await;
     s.nothing_is_left().await;
+}
+
+/// A kubelet that restarts finds driver and volumes where it left them.
+#[tokio::test]
+async fn a_kubelet_that_restarts() {
+    let needs = Needs {
+        kubelet_restart: true,
+        ..Needs::default()
+    };
+    let Some(s) = Scenario::needing(needs).await else {
+        return;
+    };
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let (before, mounts) = (s.state("web").await, s.mounts().await);
+    s.cluster.restart_kubelet().await;
+    s.apply(&pod("later", &["db"])).await;
+    s.ready("later").await;
+    s.delete("later").await;
+    assert_eq!(s.state("web").await, before);
+    s.delete("web").await;
+    s.nothing_is_left().await;
+    assert_eq!(mounts.len(), 1);
+}
+
+/// Whoever empties kubelet's directory of plugins, the driver is registered again by itself.
+#[tokio::test]
+async fn a_wiped_plugin_directory() {
+    let s = Scenario::start().await;
+    s.apply(&class("db", OBJECT)).await;
+    let directory = "/var/lib/kubelet/plugins_registry";
+    let sockets = s.files(directory).await;
+    assert_eq!(sockets.len(), 1);
+    for socket in sockets {
+        s.cluster.remove_file(&s.node(), &socket).await;
+    }
+    until("the driver offers itself again", async || {
+        s.files(directory).await.len() == 1
+    })
+    .await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    assert_eq!(s.reads("web", MOUNT).await.texts()["password"], "hunter2");
 }

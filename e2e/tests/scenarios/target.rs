@@ -4,8 +4,9 @@
 //! per run. It is torn down by its guard, for nothing tells the last test that it is the last.
 
 use std::{
+    fs::File,
     io::Write as _,
-    os::unix::net::UnixListener,
+    os::{fd::AsRawFd as _, unix::net::UnixListener},
     path::{Path, PathBuf},
     sync::OnceLock,
     time::Duration,
@@ -34,6 +35,8 @@ pub struct Needs {
     pub republish: bool,
     /// Kubernetes' own controllers, for what the embedded cluster's do not know.
     pub controllers: bool,
+    /// Whether kubelet can be restarted without the node.
+    pub kubelet_restart: bool,
 }
 
 impl Default for Needs {
@@ -44,6 +47,7 @@ impl Default for Needs {
             csi_timeout: None,
             republish: false,
             controllers: false,
+            kubelet_restart: false,
         }
     }
 }
@@ -77,6 +81,10 @@ impl Target {
         match cluster.as_str() {
             "embedded" if needs.controllers => {
                 skip("the embedded cluster has no controllers of Kubernetes");
+                None
+            }
+            "embedded" if needs.kubelet_restart => {
+                skip("the embedded cluster has no kubelet that restarts without its node");
                 None
             }
             "embedded" => Some(Self::Embedded(Box::new(embedded(needs).await))),
@@ -123,14 +131,45 @@ impl Target {
     /// A listener that is dropped leaves its socket file, as a crash does.
     pub async fn leave_dead_socket(&self, node: &str, path: &Path) {
         match (self.disk(node, path), self) {
-            (Some(path), _) => drop(UnixListener::bind(path).unwrap()),
+            (Some(path), _) => {
+                // A socket's path has a limit, which the path of a node's disk may be over.
+                let directory = File::open(path.parent().unwrap()).unwrap();
+                let name = path.file_name().unwrap().to_string_lossy();
+                let short = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
+                drop(UnixListener::bind(short).unwrap());
+            }
             (None, Self::Kind(cluster, _)) => cluster.leave_dead_socket(node, path).await.unwrap(),
             _ => unreachable!(),
         }
     }
 
+    /// Restarts kubelet, where that was asked for.
+    pub async fn restart_kubelet(&self) {
+        match self {
+            Self::Embedded(_) => unreachable!("the scenario is skipped"),
+            Self::Local(cluster, _) => cluster.restart_kubelet().await.unwrap(),
+            Self::Kind(cluster, _) => cluster.restart_kubelet(&cluster.nodes()[0]).await.unwrap(),
+        }
+    }
+
     /// The kernel's mount table, as the node's kubelet sees it.
     pub async fn mount_table(&self, node: &str) -> String {
+        if let Self::Kind(cluster, _) = self {
+            return cluster.mount_table(node).await.unwrap();
+        }
+        let process = self.process_on(node).await.unwrap();
+        std::fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap()
+    }
+
+    /// The root directory of the node, its mounts included, if this process can reach it.
+    pub async fn root_of(&self, node: &str) -> Option<PathBuf> {
+        let process = self.process_on(node).await?;
+        Some(PathBuf::from(format!("/proc/{process}/root")))
+    }
+
+    /// A process that sees the node's mounts, as a name in `/proc`; none where it is another
+    /// user's.
+    async fn process_on(&self, node: &str) -> Option<String> {
         let process = match self {
             Self::Embedded(cluster) => {
                 let containers = cluster.containers(node).await.unwrap();
@@ -141,9 +180,9 @@ impl Target {
                 driver.pid.unwrap().to_string()
             }
             Self::Local(..) => "self".to_owned(),
-            Self::Kind(cluster, _) => return cluster.mount_table(node).await.unwrap(),
+            Self::Kind(..) => return None,
         };
-        std::fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap()
+        Some(process)
     }
 }
 

@@ -228,13 +228,17 @@ fn mount_failed(volume: &Volume, message: &str) -> String {
 /// Waits for the volumes and the environment, and says in the pod's status how far it is.
 async fn start(context: &Context, pod: &Pod, states: Vec<watch::Receiver<State>>) {
     let started = Timestamp::now();
+    // A pod that ran before this kubelet did goes on running, though it is not ready again yet.
+    let phase = match pod
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref())
+    {
+        Some("Running") => "Running",
+        _ => "Pending",
+    };
     let creating = || waiting(pod, "ContainerCreating", None);
-    write_status(
-        context,
-        pod,
-        &status(pod, "Pending", started, None, creating()),
-    )
-    .await;
+    write_status(context, pod, &status(pod, phase, started, None, creating())).await;
     for mut state in states {
         // The task ends before its volume is there only when the pod should end.
         if state
@@ -245,16 +249,18 @@ async fn start(context: &Context, pod: &Pod, states: Vec<watch::Receiver<State>>
             return std::future::pending().await;
         }
     }
+    if let Some(refusal) = log_directory_refused(pod) {
+        context
+            .events
+            .warn(pod, "FailedCreatePodSandBox", &refusal)
+            .await;
+        return std::future::pending().await;
+    }
     let mut told = None;
     while let Some(lacking) = missing_secret(context, pod).await {
         if told.as_ref() != Some(&lacking) {
             let containers = waiting(pod, "CreateContainerConfigError", Some(&lacking));
-            write_status(
-                context,
-                pod,
-                &status(pod, "Pending", started, None, containers),
-            )
-            .await;
+            write_status(context, pod, &status(pod, phase, started, None, containers)).await;
             context
                 .events
                 .warn(pod, "Failed", &format!("Error: {lacking}"))
@@ -277,6 +283,16 @@ async fn start(context: &Context, pod: &Pod, states: Vec<watch::Receiver<State>>
         &status(pod, "Running", started, Some(&ip), containers),
     )
     .await;
+}
+
+/// Why kubelet cannot make the directory of a pod's logs: its name holds three others, and may
+/// have 255 bytes like any.
+fn log_directory_refused(pod: &Pod) -> Option<String> {
+    let (namespace, uid) = (pod.namespace()?, pod.uid()?);
+    let name = format!("{namespace}_{}_{uid}", pod.name_any());
+    (name.len() > 255).then(|| {
+        format!("Failed to create pod sandbox: mkdir /var/log/pods/{name}: file name too long")
+    })
 }
 
 /// The first Secret that the pod's containers need for their environment and do not find.

@@ -1,187 +1,61 @@
 //! The kubelet against the embedded API server and a CSI driver of a few lines, without
 //! namespaces: its root is a temporary directory and nothing is mounted.
 
-use std::collections::VecDeque;
-use std::sync::Mutex;
+mod fake_driver;
 
 use k8s_openapi::api::core::v1::Event as EventObject;
 use kube::api::{DeleteParams, PostParams};
-use proto::csi::node_server::{Node, NodeServer};
-use proto::csi::{self as wire, node_service_capability::rpc};
-use proto::registration::registration_server::{Registration, RegistrationServer};
-use proto::registration::{
-    InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse,
-};
+use proto::csi as wire;
+use proto::csi::node_server::NodeServer;
+use proto::registration::registration_server::RegistrationServer;
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::UnixListenerStream;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Status};
 
+use super::volumes::Volume;
 use super::*;
 use crate::embedded::api::ApiServer;
+use fake_driver::Fake;
 
 const DRIVER: &str = "secrets-store.csi.k8s.io";
 const LIMIT: Duration = Duration::from_secs(10);
-
-/// A driver that does as it is told and remembers what it was asked.
-#[derive(Clone, Default)]
-struct Fake {
-    published: Arc<Mutex<Vec<wire::NodePublishVolumeRequest>>>,
-    /// `publish` and `unpublish` as they begin and end.
-    log: Arc<Mutex<Vec<&'static str>>>,
-    /// Errors for the next publishes.
-    errors: Arc<Mutex<VecDeque<Status>>>,
-    /// When there, every publish waits for a permit.
-    gate: Option<Arc<Semaphore>>,
-    versions: Vec<String>,
-    endpoint: String,
-    notified: Option<mpsc::UnboundedSender<RegistrationStatus>>,
-}
-
-impl Fake {
-    fn log(&self, what: &'static str) {
-        self.log.lock().unwrap().push(what);
-    }
-}
-
-#[tonic::async_trait]
-impl Node for Fake {
-    async fn node_publish_volume(
-        &self,
-        request: Request<wire::NodePublishVolumeRequest>,
-    ) -> Result<Response<wire::NodePublishVolumeResponse>, Status> {
-        assert!(
-            request.metadata().contains_key("grpc-timeout"),
-            "a deadline is sent"
-        );
-        let request = request.into_inner();
-        self.log("publish");
-        self.published.lock().unwrap().push(request.clone());
-        if let Some(gate) = &self.gate {
-            gate.acquire().await.unwrap().forget();
-        }
-        let target = Path::new(&request.target_path);
-        assert!(!target.exists(), "the driver makes the target");
-        assert!(
-            target.with_file_name("vol_data.json").exists(),
-            "written before"
-        );
-        if let Some(error) = self.errors.lock().unwrap().pop_front() {
-            return Err(error);
-        }
-        std::fs::create_dir(target)?;
-        self.log("published");
-        Ok(Response::new(wire::NodePublishVolumeResponse {}))
-    }
-
-    async fn node_unpublish_volume(
-        &self,
-        request: Request<wire::NodeUnpublishVolumeRequest>,
-    ) -> Result<Response<wire::NodeUnpublishVolumeResponse>, Status> {
-        self.log("unpublish");
-        let _absent = std::fs::remove_dir(&request.get_ref().target_path);
-        Ok(Response::new(wire::NodeUnpublishVolumeResponse {}))
-    }
-
-    async fn node_get_capabilities(
-        &self,
-        _: Request<wire::NodeGetCapabilitiesRequest>,
-    ) -> Result<Response<wire::NodeGetCapabilitiesResponse>, Status> {
-        let rpc = wire::node_service_capability::Rpc {
-            r#type: rpc::Type::VolumeMountGroup.into(),
-        };
-        let capability = wire::NodeServiceCapability {
-            r#type: Some(wire::node_service_capability::Type::Rpc(rpc)),
-        };
-        Ok(Response::new(wire::NodeGetCapabilitiesResponse {
-            capabilities: vec![capability],
-        }))
-    }
-
-    async fn node_get_info(
-        &self,
-        _: Request<wire::NodeGetInfoRequest>,
-    ) -> Result<Response<wire::NodeGetInfoResponse>, Status> {
-        Ok(Response::new(wire::NodeGetInfoResponse {
-            node_id: "id-1".into(),
-            ..Default::default()
-        }))
-    }
-
-    async fn node_stage_volume(
-        &self,
-        _: Request<wire::NodeStageVolumeRequest>,
-    ) -> Result<Response<wire::NodeStageVolumeResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn node_unstage_volume(
-        &self,
-        _: Request<wire::NodeUnstageVolumeRequest>,
-    ) -> Result<Response<wire::NodeUnstageVolumeResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn node_get_volume_stats(
-        &self,
-        _: Request<wire::NodeGetVolumeStatsRequest>,
-    ) -> Result<Response<wire::NodeGetVolumeStatsResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn node_expand_volume(
-        &self,
-        _: Request<wire::NodeExpandVolumeRequest>,
-    ) -> Result<Response<wire::NodeExpandVolumeResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-}
-
-#[tonic::async_trait]
-impl Registration for Fake {
-    async fn get_info(&self, _: Request<InfoRequest>) -> Result<Response<PluginInfo>, Status> {
-        Ok(Response::new(PluginInfo {
-            r#type: "CSIPlugin".into(),
-            name: DRIVER.into(),
-            endpoint: self.endpoint.clone(),
-            supported_versions: self.versions.clone(),
-        }))
-    }
-
-    async fn notify_registration_status(
-        &self,
-        request: Request<RegistrationStatus>,
-    ) -> Result<Response<RegistrationStatusResponse>, Status> {
-        if let Some(notified) = &self.notified {
-            notified.send(request.into_inner()).unwrap();
-        }
-        Ok(Response::new(RegistrationStatusResponse {}))
-    }
-}
 
 /// A node's directory, an API server, and a kubelet.
 struct World {
     dir: tempfile::TempDir,
     api: ApiServer,
     tasks: JoinSet<()>,
+    sync_period: Option<Duration>,
 }
 
 impl World {
     async fn new() -> Self {
+        Self::with(json!({}), None).await
+    }
+
+    /// With more fields of the CSIDriver's spec.
+    async fn with(fields: serde_json::Value, sync_period: Option<Duration>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("kubelet/plugins_registry")).unwrap();
         let api = ApiServer::start(&dir.path().join("api")).await.unwrap();
-        let class = format!(
-            "apiVersion: storage.k8s.io/v1\nkind: CSIDriver\nmetadata: {{name: {DRIVER}}}\n\
-             spec: {{attachRequired: false, podInfoOnMount: true, volumeLifecycleModes: [Ephemeral]}}"
-        );
-        crate::cluster::apply(&api.client(), "default", &class)
+        let mut class = json!({
+            "apiVersion": "storage.k8s.io/v1",
+            "kind": "CSIDriver",
+            "metadata": {"name": DRIVER},
+            "spec": {"attachRequired": false, "podInfoOnMount": true, "volumeLifecycleModes": ["Ephemeral"]},
+        });
+        for (name, value) in fields.as_object().unwrap() {
+            class["spec"][name] = value.clone();
+        }
+        crate::cluster::apply(&api.client(), "default", &class.to_string())
             .await
             .unwrap();
         let mut world = Self {
             dir,
             api,
             tasks: JoinSet::new(),
+            sync_period,
         };
         world.start_kubelet();
         world
@@ -196,7 +70,7 @@ impl World {
             node: "n".to_owned(),
             root: self.root(),
             csi_timeout: Duration::from_secs(60),
-            sync_period: None,
+            sync_period: self.sync_period,
         };
         let client = self.api.client();
         self.tasks
@@ -249,7 +123,7 @@ impl World {
         .await;
     }
 
-    async fn create_pod(&self, extra: serde_json::Value) -> Pod {
+    async fn create_pod(&self, change: impl FnOnce(&mut serde_json::Value)) -> Pod {
         let mut pod = json!({
             "apiVersion": "v1",
             "kind": "Pod",
@@ -266,9 +140,7 @@ impl World {
                 }}],
             },
         });
-        if !extra.is_null() {
-            pod["spec"]["containers"][0]["env"] = extra;
-        }
+        change(&mut pod["spec"]);
         let pod: Pod = serde_json::from_value(pod).unwrap();
         self.pods()
             .create(&PostParams::default(), &pod)
@@ -332,7 +204,7 @@ async fn a_pod_is_published_as_kubelet_does_and_leaves_nothing() {
     let fake = Fake::default();
     world.serve(fake.clone());
     world.registered().await;
-    let pod = world.create_pod(serde_json::Value::Null).await;
+    let pod = world.create_pod(|_| {}).await;
     world.ready().await;
 
     let uid = pod.uid().unwrap();
@@ -408,7 +280,7 @@ async fn a_final_error_cleans_up_and_is_told_in_kubelets_words() {
         .push_back(Status::new(Code::Unknown, "no such class"));
     world.serve(fake.clone());
     world.registered().await;
-    world.create_pod(serde_json::Value::Null).await;
+    world.create_pod(|_| {}).await;
     let event = world.event("FailedMount").await;
     assert_eq!(
         event.message.as_deref(),
@@ -437,7 +309,7 @@ async fn after_an_uncertain_error_the_volume_is_unpublished_all_the_same() {
         .extend([busy(), busy(), busy(), busy()]);
     world.serve(fake.clone());
     world.registered().await;
-    world.create_pod(serde_json::Value::Null).await;
+    world.create_pod(|_| {}).await;
     world.event("FailedMount").await;
     let uid = world.pods().get("p").await.unwrap().uid().unwrap();
     let data = world.root().join(format!(
@@ -463,7 +335,7 @@ async fn a_pod_deleted_during_its_publish_waits_for_the_answer() {
     };
     world.serve(fake.clone());
     world.registered().await;
-    world.create_pod(serde_json::Value::Null).await;
+    world.create_pod(|_| {}).await;
     eventually("publish begins", async || {
         !fake.log.lock().unwrap().is_empty()
     })
@@ -489,7 +361,7 @@ async fn a_restarted_kubelet_cleans_up_after_a_pod_that_vanished() {
     let fake = Fake::default();
     let socket = world.serve(fake.clone());
     world.registered().await;
-    world.create_pod(serde_json::Value::Null).await;
+    world.create_pod(|_| {}).await;
     world.ready().await;
     world.tasks.shutdown().await;
     let now = DeleteParams {
@@ -538,7 +410,7 @@ async fn a_driver_is_refused_and_told_why_and_goes_with_its_socket() {
         world.drivers().await.is_empty()
     })
     .await;
-    world.create_pod(serde_json::Value::Null).await;
+    world.create_pod(|_| {}).await;
     let message = world.event("FailedMount").await.message.unwrap();
     assert!(
         message.ends_with(
@@ -555,7 +427,10 @@ async fn a_container_waits_for_the_secret_in_its_environment() {
     world.registered().await;
     let reference = json!({"name": "s", "key": "k"});
     world
-        .create_pod(json!([{"name": "A", "valueFrom": {"secretKeyRef": reference}}]))
+        .create_pod(|spec| {
+            spec["containers"][0]["env"] =
+                json!([{"name": "A", "valueFrom": {"secretKeyRef": reference}}])
+        })
         .await;
     eventually("the container waits", async || {
         let status = world
@@ -585,4 +460,78 @@ async fn a_container_waits_for_the_secret_in_its_environment() {
         .await
         .unwrap();
     world.ready().await;
+}
+
+#[tokio::test]
+async fn a_failed_republish_is_told_and_changes_nothing() {
+    let period = Some(Duration::from_millis(100));
+    let mut world = World::with(json!({"requiresRepublish": true}), period).await;
+    let fake = Fake::default();
+    world.serve(fake.clone());
+    world.registered().await;
+    let pod = world.create_pod(|_| {}).await;
+    world.ready().await;
+    let publishes = || fake.published.lock().unwrap().len();
+    eventually("it is republished", async || publishes() > 2).await;
+    let failure = Status::new(Code::Internal, "provider away");
+    fake.errors.lock().unwrap().push_back(failure);
+    let message = world.event("FailedMount").await.message.unwrap();
+    assert!(
+        message.ends_with("code = Internal desc = provider away"),
+        "{message}"
+    );
+    let volume = Volume::new(&world.root(), &pod.uid().unwrap(), "secrets", DRIVER);
+    assert!(volume.target().exists());
+    let before = publishes();
+    eventually("it is tried again", async || publishes() > before).await;
+    world.ready().await;
+    world
+        .pods()
+        .delete("p", &DeleteParams::default())
+        .await
+        .unwrap();
+    world.gone().await;
+}
+
+#[tokio::test]
+async fn tokens_and_the_publish_secret_reach_the_driver() {
+    let class = json!({"tokenRequests": [{"audience": "a"}, {"audience": "b"}]});
+    let mut world = World::with(class, None).await;
+    let fake = Fake::default();
+    world.serve(fake.clone());
+    world.registered().await;
+    let with_secret = |spec: &mut serde_json::Value| {
+        spec["volumes"][0]["csi"]["nodePublishSecretRef"] = json!({"name": "s"});
+    };
+    world.create_pod(with_secret).await;
+    let message = world.event("FailedMount").await.message.unwrap();
+    assert!(
+        message.contains("fetching NodePublishSecretRef default/s failed"),
+        "{message}"
+    );
+    let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {k: v}";
+    crate::cluster::apply(&world.api.client(), "default", secret)
+        .await
+        .unwrap();
+    world.ready().await;
+    let request = fake.published.lock().unwrap()[0].clone();
+    assert_eq!(
+        request.secrets.iter().collect::<Vec<_>>(),
+        [(&"k".to_owned(), &"v".to_owned())]
+    );
+    let tokens = &request.volume_context["csi.storage.k8s.io/serviceAccount.tokens"];
+    let tokens: serde_json::Value = serde_json::from_str(tokens).unwrap();
+    for audience in ["a", "b"] {
+        assert!(
+            tokens[audience]["token"]
+                .as_str()
+                .is_some_and(|token| token.len() > 20)
+        );
+        assert!(
+            tokens[audience]["expirationTimestamp"]
+                .as_str()
+                .unwrap()
+                .ends_with('Z')
+        );
+    }
 }

@@ -1,0 +1,73 @@
+//! Reads the files of `deploy/`, and keeps the generated ones up to date.
+
+use std::fs;
+use std::path::PathBuf;
+
+use driver::config::Config;
+use k8s_openapi::api::core::v1::Container;
+use kube::core::Resource;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// A file of `deploy/`.
+pub(crate) fn deploy(file: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../deploy")
+        .join(file)
+}
+
+/// Fails if a generated file of `deploy/` is not what it would be now. With `UPDATE_DEPLOY` set,
+/// writes it.
+pub(crate) fn keep(file: &str, generated: &str) {
+    if std::env::var_os("UPDATE_DEPLOY").is_some() {
+        fs::write(deploy(file), generated).unwrap();
+    }
+    let committed = fs::read_to_string(deploy(file)).unwrap_or_default();
+    assert!(
+        committed == generated,
+        "deploy/{file} is stale: run `just manifests`"
+    );
+}
+
+/// The objects of type `K` in a manifest. Fails on a field that Kubernetes does not know.
+pub(crate) fn objects<K: Resource<DynamicType = ()> + DeserializeOwned + Serialize>(
+    manifest: &str,
+) -> Vec<K> {
+    let documents: Vec<Value> = serde_saphyr::from_multiple(manifest).unwrap();
+    let ours = |document: &Value| {
+        document["apiVersion"] == *K::api_version(&()) && document["kind"] == *K::kind(&())
+    };
+    documents
+        .into_iter()
+        .filter(ours)
+        .map(|document| {
+            let object: K = serde_json::from_value(document.clone()).unwrap();
+            assert_eq!(serde_json::to_value(&object).unwrap(), document);
+            object
+        })
+        .collect()
+}
+
+/// What the driver makes of its container's arguments on a node `node-1`.
+pub(crate) fn config(container: &Container) -> Config {
+    let value = |name: &str| {
+        let mut env = container.env.iter().flatten();
+        env.find(|variable| variable.name == name).unwrap().clone()
+    };
+    let endpoint = value("CSI_ENDPOINT").value.unwrap();
+    let node = value("KUBE_NODE_NAME")
+        .value_from
+        .unwrap()
+        .field_ref
+        .unwrap();
+    assert_eq!(node.field_path, "spec.nodeName");
+    let args = container.args.iter().flatten().map(|arg| {
+        arg.replace("$(CSI_ENDPOINT)", &endpoint)
+            .replace("$(KUBE_NODE_NAME)", "node-1")
+            .into()
+    });
+    let config = Config::parse(args).unwrap();
+    assert!(config.ignored_arguments.is_empty());
+    config
+}

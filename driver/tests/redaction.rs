@@ -1,0 +1,393 @@
+//! No secret leaves the driver but into the volume and to the provider. The binary publishes, at
+//! its most verbose, volumes with a different canary in every place that can hold a secret:
+//! once with success, and in many ways without. No canary may turn up in the log, an answer, the
+//! metrics, a record or an object in the API.
+//!
+//! The driver gets a mount namespace of its own, with `unshare` of util-linux, so that it may
+//! mount. The API server and the provider are as small as they can be.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+
+use std::{
+    fs,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    body::Bytes,
+    extract::State,
+    http::{Method, StatusCode, Uri},
+};
+use proto::{
+    csi::{
+        NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability,
+        node_client::NodeClient,
+    },
+    provider::{
+        File, MountRequest, MountResponse, ObjectVersion, VersionRequest, VersionResponse,
+        csi_driver_provider_server::{CsiDriverProvider, CsiDriverProviderServer},
+    },
+};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream, UnixListener},
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{
+    Code, Request, Response, Status,
+    transport::{Channel, Endpoint, Server},
+};
+
+const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
+const UID: &str = "7a6ab1a5-0d1d-4a5a-9a7c-3d6c1f3e0a11";
+/// Every canary begins with it; the rest says where it was put.
+const CANARY: &str = "canary-";
+
+/// What is wrong with a publish: the class says it to the API server and the provider below.
+const CASES: [(&str, Code); 14] = [
+    ("ok", Code::Ok),
+    ("absent", Code::NotFound),
+    ("garbled", Code::Unavailable),
+    ("no-such-provider", Code::FailedPrecondition),
+    ("bad-path", Code::FailedPrecondition),
+    ("two-of-a-name", Code::FailedPrecondition),
+    ("too-large", Code::ResourceExhausted),
+    ("error", Code::PermissionDenied),
+    ("error-code", Code::Unknown),
+    ("status-refused", Code::PermissionDenied),
+    ("writable", Code::InvalidArgument),
+    ("no-capability", Code::InvalidArgument),
+    ("no-class", Code::InvalidArgument),
+    ("elsewhere", Code::InvalidArgument),
+];
+
+#[tokio::test]
+async fn no_canary_leaves_the_driver() {
+    let dir = tempfile::tempdir().unwrap();
+    let bodies = Bodies::default();
+    let api = serve_api(bodies.clone()).await;
+    let asked = serve_provider(dir.path()).await;
+    let driver = Driver::start(dir.path(), &api);
+    let mut csi = driver.connect().await;
+
+    let mut said = Vec::new();
+    let mut codes = Vec::new();
+    for (case, _) in CASES {
+        let request = request(dir.path(), case);
+        let unpublish = NodeUnpublishVolumeRequest {
+            volume_id: request.volume_id.clone(),
+            target_path: request.target_path.clone(),
+        };
+        let answer = csi.node_publish_volume(request).await;
+        let status = answer.err().unwrap_or_else(|| Status::new(Code::Ok, ""));
+        codes.push((case, status.code()));
+        said.push((format!("the answer for {case}"), format!("{status:?}")));
+        if case != "elsewhere" {
+            csi.node_unpublish_volume(unpublish).await.unwrap();
+        }
+    }
+    assert_eq!(codes, CASES, "{said:#?}");
+    // One more stays published, so that its record is there to be looked at.
+    csi.node_publish_volume(request(dir.path(), "ok"))
+        .await
+        .unwrap();
+    said.push(("/metrics".to_owned(), driver.metrics().await));
+    let log = driver.end();
+    for line in ["\"published\"", "failed to publish", "unpublished"] {
+        assert!(log.contains(line), "no {line} in the log:\n{log}");
+    }
+    said.push(("the log".to_owned(), log));
+    let written = bodies.0.lock().unwrap().join("\n");
+    assert!(written.contains("SecretProviderClassPodStatus"));
+    said.push(("an object".to_owned(), written));
+    let records = files_below(&dir.path().join("state"));
+    assert!(!records.is_empty());
+    said.extend(records);
+
+    // The canaries did travel: the provider got them all.
+    let asked = asked.lock().unwrap().join("\n");
+    for place in ["parameter", "attribute", "secret", "token"] {
+        assert!(asked.contains(&format!("{CANARY}{place}")), "{place}");
+    }
+    for (place, text) in said {
+        let found = text.lines().find(|line| line.contains(CANARY));
+        assert_eq!(found, None, "{place} has a secret");
+    }
+}
+
+/// What kubelet sends, with canaries.
+fn request(dir: &Path, case: &str) -> NodePublishVolumeRequest {
+    let canary = |place: &str| format!("{CANARY}{place}");
+    let tokens =
+        json!({"vault": {"token": canary("token"), "expirationTimestamp": "2026-11-23T18:00:00Z"}});
+    let pods = dir.join("kubelet/pods").join(UID);
+    let volume = pods.join("volumes/kubernetes.io~csi").join(case);
+    fs::create_dir_all(&volume).unwrap();
+    let mut request = NodePublishVolumeRequest {
+        volume_id: format!("csi-{case}"),
+        target_path: volume.join("mount").display().to_string(),
+        readonly: true,
+        volume_capability: Some(VolumeCapability::default()),
+        volume_context: [
+            ("csi.storage.k8s.io/pod.name", "web".to_owned()),
+            ("csi.storage.k8s.io/pod.namespace", "default".to_owned()),
+            ("csi.storage.k8s.io/pod.uid", UID.to_owned()),
+            ("secretProviderClass", case.to_owned()),
+            ("attribute", canary("attribute")),
+            (TOKENS, tokens.to_string()),
+        ]
+        .map(|(key, value)| (key.to_owned(), value))
+        .into(),
+        secrets: [
+            ("password".to_owned(), canary("secret")),
+            // As Kubernetes 1.35 may send them.
+            (TOKENS.to_owned(), tokens.to_string()),
+        ]
+        .into(),
+        publish_context: [("publish".to_owned(), canary("publish"))].into(),
+        ..Default::default()
+    };
+    match case {
+        "writable" => request.readonly = false,
+        "no-capability" => request.volume_capability = None,
+        "no-class" => drop(request.volume_context.remove("secretProviderClass")),
+        "elsewhere" => request.target_path = dir.join("etc").display().to_string(),
+        _ => {}
+    }
+    request
+}
+
+/// The driver's process, killed when dropped.
+struct Driver {
+    process: Child,
+    dir: PathBuf,
+    metrics: u16,
+}
+
+impl Driver {
+    fn start(dir: &Path, api: &str) -> Self {
+        let kubeconfig = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "clusters": [{"name": "c", "cluster": {"server": api}}],
+            "users": [{"name": "u", "user": {"token": format!("{CANARY}of-the-driver")}}],
+        });
+        fs::write(dir.join("kubeconfig"), kubeconfig.to_string()).unwrap();
+        let free = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let metrics = free.local_addr().unwrap().port();
+        drop(free);
+        let mut command = Command::new("unshare");
+        if !nix::unistd::geteuid().is_root() {
+            command.args(["--user", "--map-root-user"]);
+        }
+        let process = command
+            .args(["--mount", env!("CARGO_BIN_EXE_secrets-store-csi")])
+            .arg(format!(
+                "--endpoint=unix://{}",
+                dir.join("csi.sock").display()
+            ))
+            .arg(format!("--state-dir={}", dir.join("state").display()))
+            .arg(format!("--kubeconfig={}", dir.join("kubeconfig").display()))
+            .arg(format!("--provider-volume={}", dir.display()))
+            .arg(format!("--metrics-addr=127.0.0.1:{metrics}"))
+            .args(["--nodeid=node-1", "--max-call-recv-msg-size=65536", "-v=10"])
+            .stderr(fs::File::create(dir.join("log")).unwrap())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self {
+            process,
+            dir: dir.to_owned(),
+            metrics,
+        }
+    }
+
+    async fn connect(&self) -> NodeClient<Channel> {
+        let socket = self.dir.join("csi.sock");
+        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            match endpoint.connect().await {
+                Ok(channel) => return NodeClient::new(channel),
+                Err(_) if Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Err(error) => panic!("{error}: {}", self.log()),
+            }
+        }
+    }
+
+    async fn metrics(&self) -> String {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.metrics))
+            .await
+            .unwrap();
+        let request = "GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut page = String::new();
+        stream.read_to_string(&mut page).await.unwrap();
+        assert!(page.contains("node_publish_total"), "{page}");
+        page
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("log")).unwrap()
+    }
+
+    /// Ends it; what it logged in its life.
+    fn end(mut self) -> String {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        self.log()
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // Fails only if it has ended already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// What was written to the API.
+#[derive(Clone, Default)]
+struct Bodies(Arc<Mutex<Vec<String>>>);
+
+/// An API server that knows a class for every case, and takes pod statuses; its address.
+async fn serve_api(bodies: Bodies) -> String {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let router = Router::new().fallback(answer).with_state(bodies);
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    format!("http://{address}")
+}
+
+async fn answer(
+    State(bodies): State<Bodies>,
+    method: Method,
+    uri: Uri,
+    body: Bytes,
+) -> (StatusCode, String) {
+    let refusal = |code: StatusCode| {
+        let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
+            "code": code.as_u16(), "reason": "Refused", "message": "refused by the test"});
+        (code, status.to_string())
+    };
+    let text = String::from_utf8_lossy(&body).into_owned();
+    if method == Method::POST {
+        let object: Value = serde_json::from_str(&text).unwrap();
+        bodies.0.lock().unwrap().push(text.clone());
+        return match object["status"]["secretProviderClassName"].as_str() {
+            Some("status-refused") => refusal(StatusCode::FORBIDDEN),
+            _ => (StatusCode::CREATED, text),
+        };
+    }
+    match uri.path().rsplit('/').next().unwrap() {
+        "absent" => refusal(StatusCode::NOT_FOUND),
+        "garbled" => (
+            StatusCode::OK,
+            json!({"spec": format!("{CANARY}body")}).to_string(),
+        ),
+        class if method == Method::GET && uri.path().contains("/secretproviderclasses/") => {
+            let provider = match class {
+                "no-such-provider" => "nobody",
+                _ => "test",
+            };
+            let object = json!({
+                "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
+                "metadata": {"name": class, "namespace": "default", "uid": "1", "resourceVersion": "1"},
+                "spec": {"provider": provider, "parameters": {
+                    "case": class, "parameter": format!("{CANARY}parameter"),
+                }},
+            });
+            (StatusCode::OK, object.to_string())
+        }
+        _ => refusal(StatusCode::NOT_FOUND),
+    }
+}
+
+/// Keeps what it is asked, and answers as the class's `case` says.
+struct Provider(Arc<Mutex<Vec<String>>>);
+
+/// Starts it; what it is asked.
+async fn serve_provider(dir: &Path) -> Arc<Mutex<Vec<String>>> {
+    let asked = Arc::default();
+    let listener = UnixListener::bind(dir.join("test.sock")).unwrap();
+    let service = CsiDriverProviderServer::new(Provider(Arc::clone(&asked)));
+    tokio::spawn(
+        Server::builder()
+            .add_service(service)
+            .serve_with_incoming(UnixListenerStream::new(listener)),
+    );
+    asked
+}
+
+#[tonic::async_trait]
+impl CsiDriverProvider for Provider {
+    async fn version(
+        &self,
+        _: Request<VersionRequest>,
+    ) -> Result<Response<VersionResponse>, Status> {
+        Err(Status::unimplemented("not needed"))
+    }
+
+    async fn mount(
+        &self,
+        request: Request<MountRequest>,
+    ) -> Result<Response<MountResponse>, Status> {
+        let request = request.into_inner();
+        let attributes: Value = serde_json::from_str(&request.attributes).unwrap();
+        self.0
+            .lock()
+            .unwrap()
+            .push(request.attributes + &request.secrets);
+        let file = |path: &str, size: usize| File {
+            path: path.to_owned(),
+            mode: 0o644,
+            contents: format!("{CANARY}content").repeat(size).into_bytes(),
+        };
+        let mut response = MountResponse {
+            object_version: vec![ObjectVersion {
+                id: "secret/object".to_owned(),
+                version: "v1".to_owned(),
+            }],
+            files: vec![file("object", 1)],
+            ..Default::default()
+        };
+        match attributes["case"].as_str().unwrap() {
+            "bad-path" => response.files.push(file("../object", 1)),
+            "two-of-a-name" => response.files.push(file("object", 2)),
+            "too-large" => response.files.push(file("large", 10_000)),
+            "error" => return Err(Status::permission_denied("the store says no")),
+            "error-code" => {
+                response.error = Some(proto::provider::Error {
+                    code: "STORE_SAYS_NO".to_owned(),
+                });
+            }
+            _ => {}
+        }
+        Ok(Response::new(response))
+    }
+}
+
+/// The text of every file below a directory.
+fn files_below(dir: &Path) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files_below(&path));
+        } else {
+            let text = fs::read(&path).unwrap();
+            let text = String::from_utf8_lossy(&text).into_owned();
+            found.push((path.display().to_string(), text));
+        }
+    }
+    found
+}

@@ -1,0 +1,351 @@
+//! What the driver may cost, measured on the release binary in an embedded cluster.
+//!
+//! Publishes go straight to the driver's CSI socket, as kubelet's would, so that the driver is
+//! measured and not the embedded kubelet. The API server, over TLS, and the provider, over its
+//! socket, are asked for real, and share the machine.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use futures::{StreamExt as _, stream};
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
+use kube::api::{Api, PostParams};
+use proto::csi::node_client::NodeClient;
+use proto::csi::volume_capability::{AccessType, MountVolume};
+use proto::csi::{NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability};
+use serde_json::json;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::binaries::Binaries;
+use crate::cluster::{Cluster as _, Component, Error, Result};
+use crate::embedded::{Embedded, Options};
+
+const MIB: f64 = 1024.0 * 1024.0;
+const PUBLISHES: usize = 1000;
+const MANY: usize = 50;
+
+/// Two objects of 16 KiB.
+const CLASS: &str = r"
+apiVersion: secrets-store.csi.x-k8s.io/v1
+kind: SecretProviderClass
+metadata: {name: budget}
+spec:
+  provider: e2e-provider
+  parameters:
+    objects: |
+      array:
+        - {objectName: one, contentSize: 16384}
+        - {objectName: two, contentSize: 16384}
+";
+
+/// Measures, prints a table, and holds it against the budgets.
+///
+/// # Errors
+/// When something is over its budget, or cannot be measured.
+pub async fn run() -> Result<()> {
+    if cfg!(debug_assertions) {
+        return Err(Error::Impossible(
+            "budgets are those of the release binary: cargo run --release -p e2e -- budget"
+                .to_owned(),
+        ));
+    }
+    let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {})).await;
+    let binaries = binaries
+        .map_err(|error| failed("build", &error))?
+        .map_err(|error| failed("build", &error))?;
+    let mut table = Table::default();
+    let size = fs::metadata(&binaries.driver)
+        .map_err(|error| failed("the binary", &error))?
+        .len();
+    #[expect(clippy::cast_precision_loss, reason = "a few megabytes")]
+    table.at_most("binary, MB", size as f64 / 1e6, 10.0);
+
+    let cluster = Embedded::start(Options::standard()?, binaries).await?;
+    let bench = Bench::prepare(&cluster).await?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    table.at_most("idle VmRSS, MiB", bench.rss()?, 10.0);
+
+    for concurrency in [1, MANY] {
+        let pods = bench.pods(concurrency).await?;
+        cluster.api().reset_requests();
+        let started = Instant::now();
+        let latencies = bench.publish_all(&pods, concurrency).await?;
+        let seconds = started.elapsed().as_secs_f64();
+        let at = format!("at concurrency {concurrency}");
+        table.note(&format!("publish p50 {at}, ms"), percentile(&latencies, 50));
+        table.note(&format!("publish p99 {at}, ms"), percentile(&latencies, 99));
+        let rate = f64::from(u32::try_from(pods.len()).unwrap_or(u32::MAX)) / seconds;
+        if concurrency == MANY {
+            table.at_least(&format!("publishes a second {at}"), rate, 300.0);
+        } else {
+            table.note(&format!("publishes a second {at}"), rate);
+        }
+        let (reads, writes) = bench.requests();
+        table.at_most(
+            &format!("API reads per publish {at}"),
+            reads / per(&pods),
+            1.0,
+        );
+        table.at_most(
+            &format!("API writes per publish {at}"),
+            writes / per(&pods),
+            1.0,
+        );
+        table.at_most(
+            &format!("VmRSS after {} publishes {at}, MiB", pods.len()),
+            bench.rss()?,
+            14.0,
+        );
+
+        cluster.api().reset_requests();
+        bench.unpublish_all(&pods).await?;
+        let (reads, writes) = bench.requests();
+        table.at_most(
+            &format!("API requests per unpublish {at}"),
+            (reads + writes) / per(&pods),
+            0.0,
+        );
+    }
+    table.print();
+    table.verdict()
+}
+
+/// A cluster whose driver is called directly.
+struct Bench<'a> {
+    cluster: &'a Embedded,
+    namespace: String,
+    node: NodeClient<Channel>,
+    pid: i32,
+    /// The node's disk, as this process sees it.
+    disk: PathBuf,
+}
+
+struct Volume {
+    pod: String,
+    uid: String,
+}
+
+impl<'a> Bench<'a> {
+    async fn prepare(cluster: &'a Embedded) -> Result<Self> {
+        let name = cluster.nodes().remove(0);
+        let namespace = cluster.namespace().await?;
+        cluster.apply(&namespace, CLASS).await?;
+        let containers = cluster.containers(&name).await?;
+        let driver = containers
+            .into_iter()
+            .find(|c| c.name == Component::Driver.container());
+        let pid = driver
+            .and_then(|c| c.pid)
+            .ok_or_else(|| failed("the driver", &"does not run"))?;
+        let disk = cluster.state().join("nodes").join(&name).join("root");
+        let socket = disk.join("var/lib/kubelet/plugins/csi-secrets-store/csi.sock");
+        let channel = Endpoint::from_shared(format!("unix://{}", socket.display()))
+            .map_err(|error| failed("the CSI socket", &error))?
+            .connect()
+            .await
+            .map_err(|error| failed("the CSI socket", &error))?;
+        Ok(Self {
+            cluster,
+            namespace,
+            node: NodeClient::new(channel),
+            pid,
+            disk,
+        })
+    }
+
+    /// Pods that no kubelet runs, so that pod statuses have a living owner.
+    async fn pods(&self, run: usize) -> Result<Vec<Volume>> {
+        let api = Api::<Pod>::namespaced(self.cluster.client(), &self.namespace);
+        let made = stream::iter(0..PUBLISHES).map(|number| {
+            let api = api.clone();
+            async move {
+                let pod = json!({
+                    "metadata": {"name": format!("pod-{run}-{number}")},
+                    "spec": {"nodeName": "elsewhere", "containers": [{"name": "main", "image": "none"}]},
+                });
+                let pod: Pod = serde_json::from_value(pod).map_err(|error| failed("a pod", &error))?;
+                let made = api.create(&PostParams::default(), &pod).await;
+                let made = made.map_err(|error| failed("a pod", &error))?;
+                let volume = Volume { pod: made.name_any(), uid: made.uid().unwrap_or_default() };
+                // kubelet's part: the parent of the target.
+                let parent = self.disk.join(self.target(&volume).trim_start_matches('/'));
+                let parent = parent.parent().unwrap_or(Path::new("/")).to_owned();
+                fs::create_dir_all(parent).map_err(|error| failed("a pod's directory", &error))?;
+                Ok(volume)
+            }
+        });
+        made.buffer_unordered(MANY)
+            .collect::<Vec<_>>()
+            .await
+            .into_iter()
+            .collect()
+    }
+
+    fn target(&self, volume: &Volume) -> String {
+        format!(
+            "/var/lib/kubelet/pods/{}/volumes/kubernetes.io~csi/secrets/mount",
+            volume.uid
+        )
+    }
+
+    /// How long each publish took, in milliseconds, in order.
+    async fn publish_all(&self, pods: &[Volume], concurrency: usize) -> Result<Vec<f64>> {
+        let calls = stream::iter(pods).map(|volume| async {
+            let started = Instant::now();
+            let called = self
+                .node
+                .clone()
+                .node_publish_volume(self.request(volume))
+                .await;
+            called.map_err(|status| failed("publish", &status.message()))?;
+            Ok(started.elapsed().as_secs_f64() * 1000.0)
+        });
+        let results: Vec<Result<f64>> = calls.buffer_unordered(concurrency).collect().await;
+        let mut latencies = results.into_iter().collect::<Result<Vec<f64>>>()?;
+        latencies.sort_by(f64::total_cmp);
+        Ok(latencies)
+    }
+
+    fn request(&self, volume: &Volume) -> NodePublishVolumeRequest {
+        let context = [
+            ("secretProviderClass", "budget"),
+            ("csi.storage.k8s.io/pod.name", &volume.pod),
+            ("csi.storage.k8s.io/pod.namespace", &self.namespace),
+            ("csi.storage.k8s.io/pod.uid", &volume.uid),
+            ("csi.storage.k8s.io/serviceAccount.name", "default"),
+            ("csi.storage.k8s.io/ephemeral", "true"),
+        ];
+        NodePublishVolumeRequest {
+            volume_id: format!("csi-{}", volume.uid),
+            target_path: self.target(volume),
+            volume_capability: Some(VolumeCapability {
+                access_type: Some(AccessType::Mount(MountVolume::default())),
+                ..Default::default()
+            }),
+            readonly: true,
+            volume_context: context
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .into(),
+            ..Default::default()
+        }
+    }
+
+    async fn unpublish_all(&self, pods: &[Volume]) -> Result<()> {
+        let calls = stream::iter(pods).map(|volume| async {
+            let request = NodeUnpublishVolumeRequest {
+                volume_id: format!("csi-{}", volume.uid),
+                target_path: self.target(volume),
+            };
+            let called = self.node.clone().node_unpublish_volume(request).await;
+            called
+                .map(|_| ())
+                .map_err(|status| failed("unpublish", &status.message()))
+        });
+        let results: Vec<Result<()>> = calls.buffer_unordered(MANY).collect().await;
+        results.into_iter().collect()
+    }
+
+    /// What the driver asked of the API server since the last reset: reads and writes.
+    fn requests(&self) -> (f64, f64) {
+        let requests = self.cluster.api().requests();
+        let reads = requests
+            .iter()
+            .filter(|r| ["get", "list", "watch"].contains(&r.verb.as_str()))
+            .count();
+        let count = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
+        (count(reads), count(requests.len() - reads))
+    }
+
+    fn rss(&self) -> Result<f64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid));
+        let status = status.map_err(|error| failed("the driver's memory", &error))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok());
+        kib.map(|kib| kib * 1024.0 / MIB)
+            .ok_or_else(|| failed("the driver's memory", &io::Error::other("no VmRSS")))
+    }
+}
+
+fn per(pods: &[Volume]) -> f64 {
+    f64::from(u32::try_from(pods.len()).unwrap_or(u32::MAX))
+}
+
+/// Of values in order.
+fn percentile(sorted: &[f64], percent: usize) -> f64 {
+    let at = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
+    sorted.get(at).copied().unwrap_or(f64::NAN)
+}
+
+fn failed(what: &str, why: &dyn std::fmt::Display) -> Error {
+    Error::Start(format!("budget: {what}: {why}"))
+}
+
+/// What was measured, and what it may be.
+#[derive(Default)]
+struct Table(Vec<(String, f64, Option<Bound>)>);
+
+#[derive(Clone, Copy)]
+enum Bound {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+impl Bound {
+    fn holds(self, value: f64) -> bool {
+        match self {
+            Self::AtMost(bound) => value <= bound,
+            Self::AtLeast(bound) => value >= bound,
+        }
+    }
+}
+
+impl Table {
+    fn at_most(&mut self, name: &str, value: f64, bound: f64) {
+        self.0
+            .push((name.to_owned(), value, Some(Bound::AtMost(bound))));
+    }
+
+    fn at_least(&mut self, name: &str, value: f64, bound: f64) {
+        self.0
+            .push((name.to_owned(), value, Some(Bound::AtLeast(bound))));
+    }
+
+    fn note(&mut self, name: &str, value: f64) {
+        self.0.push((name.to_owned(), value, None));
+    }
+
+    fn print(&self) {
+        for (name, value, bound) in &self.0 {
+            let budget = match bound {
+                None => String::new(),
+                Some(Bound::AtMost(bound)) => format!("at most {bound}"),
+                Some(Bound::AtLeast(bound)) => format!("at least {bound}"),
+            };
+            let verdict = match bound {
+                Some(bound) if !bound.holds(*value) => "OVER BUDGET",
+                Some(_) => "ok",
+                None => "",
+            };
+            println!("{name:<52} {value:>9.2}   {budget:<14} {verdict}");
+        }
+    }
+
+    fn verdict(&self) -> Result<()> {
+        let over: Vec<&str> = self
+            .0
+            .iter()
+            .filter(|(_, value, bound)| bound.is_some_and(|bound| !bound.holds(*value)))
+            .map(|(name, ..)| name.as_str())
+            .collect();
+        if over.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Impossible(format!(
+            "over budget: {}",
+            over.join("; ")
+        )))
+    }
+}

@@ -1,0 +1,196 @@
+//! The demo: the driver's main job on an embedded cluster, told as it happens.
+
+use std::io::{self, IsTerminal as _, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, ListParams};
+
+use crate::binaries::Binaries;
+use crate::cluster::{Cluster as _, Result};
+use crate::embedded::{Embedded, Options};
+use crate::tree::{Content, Entry, Kind, View};
+
+const MANIFEST: &str = include_str!("../demo/shop.yaml");
+const POD: &str = "shop";
+const MOUNT: &str = "/mnt/secrets";
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Runs the demo, printing to standard output.
+///
+/// # Errors
+/// The first step that did not work.
+pub async fn run() -> Result<()> {
+    let mut told = Told::default();
+    let started = Instant::now();
+    told.title("The main job of the Secrets Store CSI driver, end to end");
+
+    told.step("Build the driver, a provider and a probe");
+    let binaries = binaries(&told).await?;
+    told.done(started);
+
+    let moment = Instant::now();
+    told.step("Bring up a cluster: an API server, and a node with kubelet, driver and provider");
+    let cluster = Embedded::start(Options::standard()?, binaries).await?;
+    let namespace = cluster.namespace().await?;
+    let node = cluster.nodes().remove(0);
+    told.done(moment);
+
+    let moment = Instant::now();
+    told.step("Apply a SecretProviderClass and a Pod");
+    told.quote(MANIFEST);
+    cluster.apply(&namespace, MANIFEST).await?;
+    let pod = cluster.wait_ready(&namespace, POD, LIMIT).await?;
+    told.done(moment);
+
+    told.step(&format!("Look into the pod, at {MOUNT}"));
+    let tree = cluster.tree(&namespace, POD, MOUNT, View::Reader).await?;
+    for entry in tree.entries.iter().filter(|entry| entry.kind == Kind::File) {
+        told.fact(&format!("{} {}", entry.mode, entry.path), &shown(entry));
+    }
+    let kubelet_dir = format!(
+        "/var/lib/kubelet/pods/{}",
+        pod.metadata.uid.unwrap_or_default()
+    );
+    for mount in cluster.mounts(&node, Path::new(&kubelet_dir)).await? {
+        told.fact("tmpfs on the node", &mount.display().to_string());
+    }
+
+    told.step("Read what the driver reports: the SecretProviderClassPodStatus");
+    for status in pod_statuses(&cluster, &namespace).await? {
+        told.fact("name", status.metadata.name.as_deref().unwrap_or_default());
+        let yaml = serde_saphyr::to_string(&status.data["status"]).unwrap_or_default();
+        told.quote(&yaml);
+    }
+
+    let moment = Instant::now();
+    told.step("Delete the pod, and see that nothing is left");
+    cluster.delete_pod(&namespace, POD).await?;
+    cluster.wait_gone(&namespace, POD, LIMIT).await?;
+    told.fact(
+        "mounts",
+        &left(cluster.mounts(&node, Path::new(&kubelet_dir)).await?.len()),
+    );
+    let directory = cluster.node_tree(&node, Path::new(&kubelet_dir)).await?;
+    told.fact("directories", &left(usize::from(directory.is_some())));
+    let mut statuses = pod_statuses(&cluster, &namespace).await?.len();
+    while statuses > 0 && moment.elapsed() < LIMIT {
+        // They are the pod's, and collected with it.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        statuses = pod_statuses(&cluster, &namespace).await?.len();
+    }
+    told.fact("pod statuses", &left(statuses));
+    told.done(moment);
+
+    told.title(&format!(
+        "Done, in {:.1} s.",
+        started.elapsed().as_secs_f64()
+    ));
+    Ok(())
+}
+
+/// Finds or builds the executables, naming each crate while it takes a while.
+async fn binaries(told: &Told) -> Result<Binaries> {
+    let terminal = told.terminal;
+    let found = tokio::task::spawn_blocking(move || {
+        let mut built = 0_usize;
+        let found = Binaries::find(|name| {
+            built += 1;
+            if terminal {
+                let mut out = io::stdout();
+                // Losing a progress line is no reason to stop.
+                let _ = write!(out, "\r\x1b[2K      {built} crates, {name}");
+                let _ = out.flush();
+            }
+        });
+        if terminal {
+            print!("\r\x1b[2K");
+        }
+        found
+    });
+    let failed = |error: &dyn std::fmt::Display| crate::cluster::Error::Start(error.to_string());
+    found
+        .await
+        .map_err(|error| failed(&error))?
+        .map_err(|error| failed(&error))
+}
+
+async fn pod_statuses(cluster: &Embedded, namespace: &str) -> Result<Vec<DynamicObject>> {
+    let gvk = GroupVersionKind::gvk(
+        "secrets-store.csi.x-k8s.io",
+        "v1",
+        "SecretProviderClassPodStatus",
+    );
+    let resource = ApiResource::from_gvk_with_plural(&gvk, "secretproviderclasspodstatuses");
+    let api = Api::<DynamicObject>::namespaced_with(cluster.client(), namespace, &resource);
+    let list = api.list(&ListParams::default()).await;
+    Ok(list
+        .map_err(crate::cluster::api("list pod statuses".to_owned()))?
+        .items)
+}
+
+fn shown(entry: &Entry) -> String {
+    match &entry.content {
+        Some(Content::Text(text)) => format!("{text:?}"),
+        Some(Content::Base64(text)) => format!("base64 {text}"),
+        Some(Content::Digest { size, .. }) => format!("{size} bytes"),
+        None => String::new(),
+    }
+}
+
+fn left(count: usize) -> String {
+    match count {
+        0 => "none".to_owned(),
+        count => format!("{count} left!"),
+    }
+}
+
+/// What the demo says, with colours where somebody watches.
+struct Told {
+    terminal: bool,
+    steps: usize,
+}
+
+impl Default for Told {
+    fn default() -> Self {
+        let terminal = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        Self { terminal, steps: 0 }
+    }
+}
+
+impl Told {
+    fn styled(&self, style: &str, text: &str) -> String {
+        if self.terminal {
+            format!("\x1b[{style}m{text}\x1b[0m")
+        } else {
+            text.to_owned()
+        }
+    }
+
+    fn title(&self, text: &str) {
+        println!("\n{}", self.styled("1", text));
+    }
+
+    fn step(&mut self, text: &str) {
+        self.steps += 1;
+        println!(
+            "\n{}",
+            self.styled("1;36", &format!("{:>3}. {text}", self.steps))
+        );
+    }
+
+    fn quote(&self, text: &str) {
+        for line in text.lines() {
+            println!("{}", self.styled("2", &format!("     | {line}")));
+        }
+    }
+
+    fn fact(&self, name: &str, value: &str) {
+        println!("     {name:<22} {}", self.styled("32", value));
+    }
+
+    fn done(&self, since: Instant) {
+        let took = format!("{:.2} s", since.elapsed().as_secs_f64());
+        println!("     {}", self.styled("32", &format!("ok, {took}")));
+    }
+}

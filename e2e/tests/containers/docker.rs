@@ -1,0 +1,212 @@
+//! A Docker daemon with our images in it: the one that runs here, or one of our own, which
+//! ends with the tests.
+//!
+//! testcontainers finds its daemon by `DOCKER_HOST` alone, and a process cannot safely change
+//! its own environment. So each test runs itself again in a process of its own, whose
+//! environment says where the daemon is; this also keeps tests from sharing a connection whose
+//! runtime is gone.
+
+use std::env;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use nix::unistd::geteuid;
+use testcontainers::bollard::query_parameters::{ImportImageOptions, RemoveImageOptions};
+use testcontainers::bollard::{API_DEFAULT_VERSION, Docker, body_full};
+
+use e2e::images::Images;
+
+/// Set for the process in which a test really runs.
+const INNER: &str = "E2E_CONTAINERS_INNER";
+const HOST: &str = "DOCKER_HOST";
+const USUAL_SOCKET: &str = "/var/run/docker.sock";
+/// For a daemon to answer, or to load an image.
+const LIMIT_SECONDS: u64 = 60;
+
+/// Starts a daemon, ends it when standard input does, which happens with the process that holds
+/// the other end, however that one ends; then removes what the daemon leaves. `$1` is its
+/// directory, the rest its command line.
+const KEEPER: &str = r#"
+dir=$1; shift
+"$@" >"$dir/log" 2>&1 </dev/null &
+daemon=$!
+cat >/dev/null
+kill "$daemon"; wait "$daemon"
+grep -o " $dir/[^ ]*" /proc/self/mounts | sort -r | xargs -r umount -l
+rm -rf "$dir"
+"#;
+
+/// A daemon that has the images.
+struct Daemon {
+    host: String,
+    /// A daemon of our own lives while the standard input of its keeper is open.
+    _keeper: Option<Child>,
+}
+
+static DAEMON: OnceLock<Result<Daemon, String>> = OnceLock::new();
+
+/// Runs a test where a Docker daemon can be had; elsewhere says why not, and passes.
+pub(crate) fn on_docker<T: AsyncFnOnce()>(test: T) {
+    if env::var_os(INNER).is_some() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        return runtime.block_on(test());
+    }
+    // `containers::<test>::{{closure}}`
+    let name = std::any::type_name::<T>().split("::").nth(1).unwrap();
+    let daemon = match DAEMON.get_or_init(Daemon::get) {
+        Ok(daemon) => daemon,
+        Err(why) => {
+            // Not by a macro: the test harness would keep it to itself.
+            let line = format!("skipped {name}: {why}\n");
+            std::io::stderr().write_all(line.as_bytes()).unwrap();
+            return;
+        }
+    };
+    let output = Command::new(env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture"])
+        .env(INNER, "1")
+        .env(HOST, &daemon.host)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}"
+    );
+}
+
+impl Daemon {
+    /// Finds or starts one and loads the images.
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn get() -> Result<Self, String> {
+        if !geteuid().is_root() {
+            return Err("the driver's socket is for root only, and this is not root".to_owned());
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let given = env::var(HOST).ok();
+        let usual = given.unwrap_or_else(|| format!("unix://{USUAL_SOCKET}"));
+        let daemon = if runtime.block_on(answers(&usual)) {
+            Self {
+                host: usual,
+                _keeper: None,
+            }
+        } else if env::var_os(HOST).is_some() {
+            return Err(format!("no Docker daemon answers at $DOCKER_HOST, {usual}"));
+        } else {
+            Self::start(&runtime)
+                .map_err(|why| format!("no Docker daemon answers at {usual}, and {why}"))?
+        };
+        let images = e2e::images::build(|_| {}).expect("the images cannot be built");
+        runtime.block_on(load(&daemon.host, &images));
+        Ok(daemon)
+    }
+
+    /// Starts a daemon that touches nothing of the host outside of its directory, and no network.
+    fn start(runtime: &tokio::runtime::Runtime) -> Result<Self, String> {
+        let Some(program) = on_path("dockerd") else {
+            return Err("there is no dockerd to start one (Debian: apt install docker.io)".into());
+        };
+        let dir = tempfile::Builder::new()
+            .prefix("e2e-docker-")
+            .tempdir_in("/var/tmp")
+            .unwrap()
+            .keep();
+        let at = |name: &str| dir.join(name).display().to_string();
+        let host = format!("unix://{}", at("docker.sock"));
+        let name = dir.file_name().unwrap().display();
+        let mut keeper = Command::new("sh")
+            .args(["-c", KEEPER, "keeper"])
+            .arg(&dir)
+            .arg(program)
+            .arg(format!("--host={host}"))
+            .arg(format!("--data-root={}", at("data")))
+            .arg(format!("--exec-root={}", at("exec")))
+            .arg(format!("--pidfile={}", at("pid")))
+            // Where a containerd runs already, dockerd uses it.
+            .arg(format!("--containerd-namespace={name}"))
+            .arg(format!("--containerd-plugins-namespace=plugins.{name}"))
+            .args(["--bridge=none", "--iptables=false", "--ip6tables=false"])
+            .args(["--ip-forward=false", "--ip-masq=false"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let deadline = Instant::now() + Duration::from_secs(LIMIT_SECONDS);
+        while !runtime.block_on(answers(&host)) {
+            let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
+            if log.contains("failed to start daemon") || Instant::now() > deadline {
+                drop(keeper.stdin.take());
+                keeper.wait().unwrap();
+                let last = log.lines().last().unwrap_or("it said nothing");
+                return Err(format!("a dockerd started here does not come up: {last}"));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(Self {
+            host,
+            _keeper: Some(keeper),
+        })
+    }
+}
+
+async fn answers(host: &str) -> bool {
+    match connect(host) {
+        Some(docker) => docker.ping().await.is_ok(),
+        None => false,
+    }
+}
+
+fn connect(host: &str) -> Option<Docker> {
+    match host.strip_prefix("unix://") {
+        // Checked here, because an absent socket is an error of the connection already.
+        Some(path) if !Path::new(path).exists() => None,
+        Some(path) => Docker::connect_with_unix(path, LIMIT_SECONDS, API_DEFAULT_VERSION).ok(),
+        None => Docker::connect_with_http(host, LIMIT_SECONDS, API_DEFAULT_VERSION).ok(),
+    }
+}
+
+async fn load(host: &str, images: &Images) {
+    let docker = connect(host).unwrap();
+    for image in &images.archives {
+        let before = docker.inspect_image(&image.name).await.ok();
+        let archive = fs::read(&image.archive).unwrap();
+        let options = ImportImageOptions::default();
+        let answers: Vec<_> = docker
+            .import_image(options, body_full(archive.into()), None)
+            .collect()
+            .await;
+        for answer in answers {
+            answer.unwrap_or_else(|error| panic!("load image {}: {error}", image.name));
+        }
+        // Otherwise every change of the code would leave an image without a name.
+        let after = docker.inspect_image(&image.name).await.unwrap();
+        if let Some(old) = before.and_then(|before| before.id)
+            && after.id.as_ref() != Some(&old)
+        {
+            // Refused where it has another name or a container, and then it is somebody's.
+            let _ = docker
+                .remove_image(&old, None::<RemoveImageOptions>, None)
+                .await;
+        }
+    }
+}
+
+fn on_path(program: &str) -> Option<PathBuf> {
+    env::split_paths(&env::var_os("PATH")?)
+        .map(|dir| dir.join(program))
+        .find(|path| path.is_file())
+}
