@@ -27,7 +27,8 @@ pub(crate) fn mount_points(below: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(mount_points_in(&table, below))
 }
 
-fn mount_points_in(table: &str, below: &Path) -> Vec<PathBuf> {
+/// The same of a table that was read elsewhere.
+pub(crate) fn mount_points_in(table: &str, below: &Path) -> Vec<PathBuf> {
     table
         .lines()
         .filter_map(|line| line.split(' ').nth(4))

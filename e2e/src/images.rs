@@ -42,6 +42,8 @@ pub struct Image {
 pub struct Images {
     /// [`DRIVER`], [`FAKE_PROVIDER`], [`PROBE`] and [`PAUSE`].
     pub archives: Vec<Image>,
+    /// The static `probe` itself.
+    pub probe: PathBuf,
 }
 
 /// Why there is no image.
@@ -86,6 +88,14 @@ pub fn build(progress: impl FnMut(&str)) -> Result<Images, Error> {
         ("CARGO_TARGET_DIR", target.into_os_string()),
     ];
     let (executables, command) = cargo_build(&args, &variables, progress)?;
+    let built = |name: &'static str| {
+        executables
+            .get(name)
+            .ok_or_else(|| binaries::Error::Missing {
+                name,
+                place: format!("the output of {command}"),
+            })
+    };
     let mut archives = Vec::new();
     for (image, executable, arguments) in [
         (DRIVER, "secrets-store-csi", &[][..]),
@@ -93,15 +103,12 @@ pub fn build(progress: impl FnMut(&str)) -> Result<Images, Error> {
         (PROBE, "probe", &[]),
         (PAUSE, "probe", &["sleep"]),
     ] {
-        let path = executables
-            .get(executable)
-            .ok_or_else(|| binaries::Error::Missing {
-                name: executable,
-                place: format!("the output of {command}"),
-            })?;
-        archives.push(of_executable(image, path, arguments)?);
+        archives.push(of_executable(image, built(executable)?, arguments)?);
     }
-    Ok(Images { archives })
+    Ok(Images {
+        archives,
+        probe: built("probe")?.clone(),
+    })
 }
 
 /// Writes an image that holds one static executable at `/` and runs it.

@@ -7,5 +7,8 @@ pub mod demo;
 pub mod embedded;
 mod host;
 pub mod images;
+mod install;
+pub mod kind;
 pub mod local;
+mod real;
 pub mod tree;

@@ -6,7 +6,6 @@
 //! processes   daemons with logs, found again by a later run
 //! pki         certificates and kubeconfigs
 //! daemons     control plane, container runtime and kubelet, with their settings
-//! install     deploy/ and the tests' provider
 //! node        the Cluster interface: looking into pods, breaking their processes
 //! ```
 //!
@@ -16,7 +15,6 @@
 //! Nothing that runs in the cluster reaches anything outside of this machine.
 
 mod daemons;
-mod install;
 mod layout;
 mod machine;
 mod node;
@@ -35,6 +33,7 @@ use crate::binaries::workspace;
 use crate::cluster::{Error, Result};
 use crate::embedded::read_manifests;
 use crate::images::{self, Image, Images};
+use crate::install;
 use daemons::Daemons;
 use layout::{LOCK, STATE};
 pub use node::Local;

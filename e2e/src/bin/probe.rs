@@ -1,15 +1,18 @@
 //! A small static binary that runs inside a pod, where there is no shell:
 //!
 //! - `probe tree [--reader] <directory>` prints what stands below a directory, as JSON;
-//! - `probe sleep` waits for SIGTERM or SIGINT: the main process of a test's pod.
+//! - `probe sleep` waits for SIGTERM or SIGINT: the main process of a test's pod;
+//! - `probe dead-socket <path>` leaves a socket that nobody listens on, as a crash does.
 
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
 
 use e2e::tree::{Tree, View};
 use nix::sys::signal::{SigSet, Signal};
 
-const USAGE: &str = "usage: probe tree [--reader] <directory> | probe sleep";
+const USAGE: &str = "usage: probe tree [--reader] <directory> | probe sleep \
+     | probe dead-socket <path>";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -18,6 +21,9 @@ fn main() -> ExitCode {
         ["tree", path] => tree(path, View::Disk),
         ["tree", "--reader", path] => tree(path, View::Reader),
         ["sleep"] => sleep(),
+        ["dead-socket", path] => UnixListener::bind(path)
+            .map(drop)
+            .map_err(|error| format!("{path}: {error}")),
         _ => Err(USAGE.to_owned()),
     };
     match outcome {

@@ -19,7 +19,6 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use super::daemons::ctr;
-use super::install::{DRIVER, NAMESPACE, wait_rolled_out};
 use super::layout::{KUBELET_ROOT, NODE};
 use super::processes::{Processes, start_time};
 use crate::cluster::{
@@ -27,6 +26,7 @@ use crate::cluster::{
 };
 use crate::embedded::api::Disturbance;
 use crate::host::{fetch, mount_points};
+use crate::install::{DRIVER, NAMESPACE, wait_rolled_out};
 use crate::tree::{Tree, View};
 
 const POLL: Duration = Duration::from_millis(50);

@@ -295,20 +295,29 @@ impl Scenario {
         api.delete(name, &DeleteParams::default()).await.unwrap();
     }
 
-    /// A path of the node's disk, as this process sees it.
-    pub fn disk(&self, path: &str) -> PathBuf {
-        assert!(self.cluster.can(Ability::LookAtNodes));
-        self.cluster.disk(&self.node(), path)
+    /// The records of the driver.
+    pub async fn records(&self) -> Vec<PathBuf> {
+        self.files("/var/lib/kubelet/plugins/csi-secrets-store/records")
+            .await
     }
 
-    /// The records of the driver.
-    pub fn records(&self) -> Vec<PathBuf> {
-        let directory =
-            std::fs::read_dir(self.disk("/var/lib/kubelet/plugins/csi-secrets-store/records"));
-        directory
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
+    /// What stands in a directory of the node.
+    pub async fn files(&self, directory: &str) -> Vec<PathBuf> {
+        assert!(self.cluster.can(Ability::LookAtNodes));
+        let dir = Path::new(directory);
+        let tree = self.cluster.node_tree(&self.node(), dir).await.unwrap();
+        let entries = tree.unwrap().entries.into_iter();
+        entries
+            .filter(|entry| entry.path != ".")
+            .map(|entry| dir.join(entry.path))
             .collect()
+    }
+
+    /// Removes them, as if an earlier driver had published.
+    pub async fn forget_records(&self) {
+        for record in self.records().await {
+            self.cluster.remove_file(&self.node(), &record).await;
+        }
     }
 
     /// Whether the node's one volume has its content.
@@ -325,12 +334,12 @@ impl Scenario {
     }
 
     /// Holds the node's one volume open, as a running container does, wherever it is mounted.
-    pub async fn hold_volume(&self) -> File {
+    pub async fn hold_volume(&self) -> Option<File> {
         let pods = Path::new("/var/lib/kubelet/pods");
         let mounts = self.cluster.mounts(&self.node(), pods).await.unwrap();
         let target = mounts.iter().find(|path| path.ends_with("mount")).unwrap();
-        let root = self.cluster.root_of(&self.node()).await;
-        File::open(root.join(target.strip_prefix("/").unwrap())).unwrap()
+        let root = self.cluster.root_of(&self.node()).await?;
+        Some(File::open(root.join(target.strip_prefix("/").unwrap())).unwrap())
     }
 
     /// The lines of the kernel's mount table that are volumes, as kubelet sees them.
@@ -358,9 +367,15 @@ impl Scenario {
     /// What differs from run to run, named for what it is.
     pub fn redacted(&self, text: &str) -> String {
         let mut out = text.replace(&self.namespace, "[namespace]");
-        for node in self.cluster.nodes() {
-            out = out.replace(&node, &format!("[{node}]"));
+        let nodes = self.cluster.nodes().into_iter();
+        let mut nodes: Vec<_> = nodes.enumerate().collect();
+        // One name may begin with another.
+        nodes.sort_by_key(|(_, name)| std::cmp::Reverse(name.len()));
+        for (number, name) in nodes {
+            out = out.replace(&name, &format!("[node {}]", number + 1));
         }
+        // The replacement itself must hold no node's name while others are replaced.
+        out = out.replace("[node ", "[node-");
         redact_words(&out)
     }
 }

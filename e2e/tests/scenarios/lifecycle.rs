@@ -94,14 +94,15 @@ async fn the_same_pod_name_on_another_node() {
             &format!("spec:\n  nodeName: {node}\n  term"),
         )
     };
-    s.apply(&on("node-1")).await;
+    let nodes = s.cluster.nodes();
+    s.apply(&on(&nodes[0])).await;
     s.ready("web-0").await;
     let before = s.pod_statuses().await;
     s.delete("web-0").await;
-    s.apply(&on("node-2")).await;
+    s.apply(&on(&nodes[1])).await;
     s.ready("web-0").await;
     insta::assert_snapshot!(before + &s.pod_statuses().await);
-    s.nothing_is_left_on("node-1").await;
+    s.nothing_is_left_on(&nodes[0]).await;
 }
 
 /// What an earlier pod of that name left on another node is taken over, others' labels kept.

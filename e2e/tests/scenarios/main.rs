@@ -20,5 +20,6 @@ mod lifecycle;
 mod paths;
 mod providers;
 mod restarts;
+mod rollouts;
 mod target;
 mod upstream;

@@ -1,6 +1,6 @@
 //! Providers that are missing, late, wrong or slow.
 
-use std::os::fd::AsRawFd as _;
+use std::path::Path;
 
 use e2e::cluster::Cluster as _;
 use rstest::rstest;
@@ -95,20 +95,15 @@ async fn a_moment_of_unavailability_is_bridged() {
 #[tokio::test]
 async fn a_dead_socket_fails_in_seconds() {
     let s = Scenario::start().await;
-    // A listener that is dropped leaves its socket file, as a crash does. This directory is
-    // searched before the one with the provider's own socket.
-    let directory = s.disk("/etc/kubernetes/secrets-store-csi-providers");
-    let socket = directory.join("e2e-provider.sock");
-    // A socket's path has a limit, which the path of a node's disk may be over.
-    let opened = std::fs::File::open(&directory).unwrap();
-    let short = format!("/proc/self/fd/{}/e2e-provider.sock", opened.as_raw_fd());
-    drop(std::os::unix::net::UnixListener::bind(short).unwrap());
+    // This directory is searched before the one with the provider's own socket.
+    let socket = Path::new("/etc/kubernetes/secrets-store-csi-providers/e2e-provider.sock");
+    s.cluster.leave_dead_socket(&s.node(), socket).await;
     s.apply(&class("db", OBJECT)).await;
     let started = std::time::Instant::now();
     s.apply(&pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
     assert!(started.elapsed().as_secs() < 10, "{:?}", started.elapsed());
-    std::fs::remove_file(socket).unwrap();
+    s.cluster.remove_file(&s.node(), socket).await;
     s.ready("web").await;
 }
 

@@ -1,10 +1,12 @@
 //! The cluster that a scenario runs in: one of its own, or its turn on one that all share.
 //!
-//! `E2E_CLUSTER` says which: `embedded` (default) or `local`. A shared cluster is started once
+//! `E2E_CLUSTER` says which: `embedded` (default), `local` or `kind`. A shared cluster is started once
 //! per run. It is torn down by its guard, for nothing tells the last test that it is the last.
 
 use std::{
+    fs::File,
     io::Write as _,
+    os::{fd::AsRawFd as _, unix::net::UnixListener},
     path::{Path, PathBuf},
     sync::OnceLock,
     time::Duration,
@@ -14,10 +16,12 @@ use e2e::{
     binaries::Binaries,
     cluster::{Ability, Action, Cluster, Component, HttpAnswer, Result},
     embedded::{Embedded, Options, api::Disturbance},
+    images,
+    kind::{self, Kind},
     local::{self, Local, Running},
     tree::{Tree, View},
 };
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
 /// What a scenario needs that not every cluster has.
 #[derive(Clone, Debug)]
@@ -29,6 +33,8 @@ pub struct Needs {
     pub csi_timeout: Option<Duration>,
     /// Whether kubelet publishes volumes again within a second or so.
     pub republish: bool,
+    /// Kubernetes' own controllers, for what the embedded cluster's do not know.
+    pub controllers: bool,
     /// Whether kubelet can be restarted without the node.
     pub kubelet_restart: bool,
 }
@@ -40,6 +46,7 @@ impl Default for Needs {
             abilities: &[],
             csi_timeout: None,
             republish: false,
+            controllers: false,
             kubelet_restart: false,
         }
     }
@@ -54,18 +61,28 @@ pub enum Target {
         Local,
         #[expect(dead_code, reason = "held")] MutexGuard<'static, ()>,
     ),
+    Kind(
+        Kind,
+        #[expect(dead_code, reason = "held")] MutexGuard<'static, ()>,
+    ),
 }
 
 /// Scenarios take turns on a shared cluster: they restart its driver and count its calls.
 static TURN: Mutex<()> = Mutex::const_new(());
 /// The one local cluster of this process, or why there is none.
 static LOCAL: OnceLock<std::result::Result<Running, String>> = OnceLock::new();
+/// The same for kind.
+static KIND: OnceCell<std::result::Result<kind::Running, String>> = OnceCell::const_new();
 
 impl Target {
     /// A cluster that has what is needed; none, and a line that says so, where there is not.
     pub async fn find(needs: &Needs) -> Option<Self> {
         let cluster = std::env::var("E2E_CLUSTER").unwrap_or_else(|_| "embedded".to_owned());
         match cluster.as_str() {
+            "embedded" if needs.controllers => {
+                skip("the embedded cluster has no controllers of Kubernetes");
+                None
+            }
             "embedded" if needs.kubelet_restart => {
                 skip("the embedded cluster has no kubelet that restarts without its node");
                 None
@@ -78,21 +95,51 @@ impl Target {
                 }
                 Some(local().await)
             }
-            other => panic!("E2E_CLUSTER={other}: it is either embedded or local"),
+            "kind" => {
+                let options = kind_options();
+                if let Some(lacking) = lacking_on_kind(needs, options.nodes) {
+                    skip(&format!("the kind cluster has no {lacking}"));
+                    return None;
+                }
+                Some(kind(options).await)
+            }
+            other => panic!("E2E_CLUSTER={other}: it is embedded, local or kind"),
         }
     }
 
-    /// Where this process finds a path of a node's disk.
-    pub fn disk(&self, node: &str, path: &str) -> PathBuf {
+    /// Where this process finds a path of a node's disk, if it does.
+    fn disk(&self, node: &str, path: &Path) -> Option<PathBuf> {
         match self {
-            Self::Embedded(cluster) => cluster
-                .state()
-                .join("nodes")
-                .join(node)
-                .join("root")
-                .join(path.trim_start_matches('/')),
+            Self::Embedded(cluster) => {
+                let root = cluster.state().join("nodes").join(node).join("root");
+                Some(root.join(path.strip_prefix("/").unwrap()))
+            }
             // This machine is the node.
-            Self::Local(..) => path.into(),
+            Self::Local(..) => Some(path.to_owned()),
+            Self::Kind(..) => None,
+        }
+    }
+
+    pub async fn remove_file(&self, node: &str, path: &Path) {
+        match (self.disk(node, path), self) {
+            (Some(path), _) => std::fs::remove_file(path).unwrap(),
+            (None, Self::Kind(cluster, _)) => cluster.remove_file(node, path).await.unwrap(),
+            _ => unreachable!(),
+        }
+    }
+
+    /// A listener that is dropped leaves its socket file, as a crash does.
+    pub async fn leave_dead_socket(&self, node: &str, path: &Path) {
+        match (self.disk(node, path), self) {
+            (Some(path), _) => {
+                // A socket's path has a limit, which the path of a node's disk may be over.
+                let directory = File::open(path.parent().unwrap()).unwrap();
+                let name = path.file_name().unwrap().to_string_lossy();
+                let short = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
+                drop(UnixListener::bind(short).unwrap());
+            }
+            (None, Self::Kind(cluster, _)) => cluster.leave_dead_socket(node, path).await.unwrap(),
+            _ => unreachable!(),
         }
     }
 
@@ -101,23 +148,29 @@ impl Target {
         match self {
             Self::Embedded(_) => unreachable!("the scenario is skipped"),
             Self::Local(cluster, _) => cluster.restart_kubelet().await.unwrap(),
+            Self::Kind(cluster, _) => cluster.restart_kubelet(&cluster.nodes()[0]).await.unwrap(),
         }
     }
 
     /// The kernel's mount table, as the node's kubelet sees it.
     pub async fn mount_table(&self, node: &str) -> String {
-        let process = self.process_on(node).await;
+        if let Self::Kind(cluster, _) = self {
+            return cluster.mount_table(node).await.unwrap();
+        }
+        let process = self.process_on(node).await.unwrap();
         std::fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap()
     }
 
-    /// The root directory of the node, its mounts included, as this process can reach it.
-    pub async fn root_of(&self, node: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root", self.process_on(node).await))
+    /// The root directory of the node, its mounts included, if this process can reach it.
+    pub async fn root_of(&self, node: &str) -> Option<PathBuf> {
+        let process = self.process_on(node).await?;
+        Some(PathBuf::from(format!("/proc/{process}/root")))
     }
 
-    /// A process that sees the node's mounts, as a name in `/proc`.
-    async fn process_on(&self, node: &str) -> String {
-        match self {
+    /// A process that sees the node's mounts, as a name in `/proc`; none where it is another
+    /// user's.
+    async fn process_on(&self, node: &str) -> Option<String> {
+        let process = match self {
             Self::Embedded(cluster) => {
                 let containers = cluster.containers(node).await.unwrap();
                 let driver = containers
@@ -127,7 +180,9 @@ impl Target {
                 driver.pid.unwrap().to_string()
             }
             Self::Local(..) => "self".to_owned(),
-        }
+            Self::Kind(..) => return None,
+        };
+        Some(process)
     }
 }
 
@@ -186,6 +241,84 @@ fn start_local() -> std::result::Result<Running, String> {
         .map_err(|error| error.to_string())
 }
 
+fn kind_options() -> kind::Options {
+    let options = kind::Options::from_env().unwrap_or_else(|error| panic!("{error}"));
+    kind::Options {
+        guard: Some(env!("CARGO_BIN_EXE_e2e-kind").into()),
+        ..options
+    }
+}
+
+/// The three-node cluster has two nodes for pods.
+fn lacking_on_kind(needs: &Needs, nodes: kind::Nodes) -> Option<String> {
+    let nodes = match nodes {
+        kind::Nodes::One => 1,
+        kind::Nodes::Three => 2,
+    };
+    if needs.nodes > nodes {
+        return Some(format!("{} nodes for pods", needs.nodes));
+    }
+    if let Some(timeout) = needs.csi_timeout {
+        return Some(format!("deadline of {timeout:?} for calls of kubelet"));
+    }
+    let disturbs = needs.abilities.contains(&Ability::DisturbApi);
+    disturbs.then(|| format!("way to do this: {:?}", Ability::DisturbApi))
+}
+
+async fn kind(options: kind::Options) -> Target {
+    let turn = TURN.lock().await;
+    let running = match KIND.get_or_init(|| start_kind(options)).await {
+        Ok(running) => running,
+        Err(error) => panic!("{error}"),
+    };
+    let cluster = running.connect().await.unwrap();
+    cluster
+        .renew()
+        .await
+        .unwrap_or_else(|error| panic!("{error}"));
+    Target::Kind(cluster, turn)
+}
+
+async fn start_kind(options: kind::Options) -> std::result::Result<kind::Running, String> {
+    let images = tokio::task::spawn_blocking(|| images::build(|_| {}));
+    let images = images.await.unwrap().map_err(|error| error.to_string())?;
+    let load = kind::Load::standard(images).map_err(|error| error.to_string())?;
+    kind::Running::start(options, &load, |step| say(&format!("kind cluster: {step}")))
+        .await
+        .map_err(|error| error.to_string())
+}
+
+/// What a failed scenario leaves is kept before the next one clears it away.
+impl Drop for Target {
+    fn drop(&mut self) {
+        let (Self::Kind(..), Some(Ok(running)), true) =
+            (&*self, KIND.get(), std::thread::panicking())
+        else {
+            return;
+        };
+        let thread = std::thread::current();
+        let scenario = thread.name().unwrap_or("scenario").replace("::", "-");
+        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
+            .join("failed")
+            .join(scenario);
+        // This thread is already driving a runtime.
+        let kept = std::thread::scope(|scope| {
+            let keep = || {
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build();
+                runtime.unwrap().block_on(running.keep_logs(&dir))
+            };
+            scope.spawn(keep).join()
+        });
+        match kept {
+            Ok(Ok(())) => say(&format!("logs and objects are in {}", dir.display())),
+            Ok(Err(error)) => say(&error.to_string()),
+            Err(_) => say("logs could not be kept"),
+        }
+    }
+}
+
 /// A line that is seen even of a test that passes.
 fn say(line: &str) {
     let _nobody_listens = writeln!(std::io::stderr(), "{line}");
@@ -208,6 +341,7 @@ macro_rules! on {
                 $call
             }
             Target::Local($cluster, _) => $call,
+            Target::Kind($cluster, _) => $call,
         }
     };
 }

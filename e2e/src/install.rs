@@ -10,22 +10,23 @@ use kube::ResourceExt;
 use kube::api::{Api, ListParams};
 use serde_json::Value;
 
-use super::layout::NODE;
 use crate::binaries::workspace;
 use crate::cluster::{Error, Result, api, apply};
 
 /// Where everything runs.
-pub(super) const NAMESPACE: &str = "kube-system";
+pub(crate) const NAMESPACE: &str = "kube-system";
 const DRIVER_NAME: &str = "secrets-store.csi.k8s.io";
 /// The driver's DaemonSet and its container.
-pub(super) const DRIVER: &str = "csi-secrets-store";
+pub(crate) const DRIVER: &str = "csi-secrets-store";
+/// A label that no node has: a DaemonSet that selects it runs nowhere.
+pub(crate) const STOPPED: &str = "e2e/stopped";
 const POLL: Duration = Duration::from_millis(100);
 
 /// Applies manifests and waits until all that they install runs.
 ///
 /// # Errors
 /// What the API server refuses, or what is still lacking after `limit`.
-pub(super) async fn install(
+pub(crate) async fn install(
     client: &kube::Client,
     manifests: &[String],
     limit: Duration,
@@ -67,7 +68,7 @@ async fn wait_established(client: &kube::Client, limit: Duration) -> Result<()> 
 ///
 /// # Errors
 /// What is still lacking after `limit`.
-pub(super) async fn wait_rolled_out(client: &kube::Client, limit: Duration) -> Result<()> {
+pub(crate) async fn wait_rolled_out(client: &kube::Client, limit: Duration) -> Result<()> {
     let started = Instant::now();
     while let Some(lacking) = lacking(client).await? {
         wait_or_give_up(lacking, started, limit).await?;
@@ -87,7 +88,11 @@ async fn wait_or_give_up(what: String, started: Instant, limit: Duration) -> Res
     Ok(())
 }
 
-async fn lacking(client: &kube::Client) -> Result<Option<String>> {
+/// What of the above is not yet so.
+///
+/// # Errors
+/// When the API server does not answer.
+pub(crate) async fn lacking(client: &kube::Client) -> Result<Option<String>> {
     let sets = Api::<DaemonSet>::namespaced(client.clone(), NAMESPACE);
     let sets = sets
         .list(&ListParams::default())
@@ -101,18 +106,20 @@ async fn lacking(client: &kube::Client) -> Result<Option<String>> {
     if sets.iter().all(|set| set.name_any() != DRIVER) {
         return Ok(None);
     }
-    let nodes = Api::<CSINode>::all(client.clone());
-    let node = nodes
-        .get_opt(NODE)
+    let nodes = Api::<CSINode>::all(client.clone())
+        .list(&ListParams::default())
         .await
-        .map_err(api(format!("get CSINode {NODE}")))?;
-    let registered = node.is_some_and(|node| {
-        node.spec
-            .drivers
-            .iter()
-            .any(|driver| driver.name == DRIVER_NAME)
-    });
-    Ok((!registered).then(|| format!("driver {DRIVER_NAME} to be registered on {NODE}")))
+        .map_err(api("list CSINodes".to_owned()))?;
+    let lacks = |node: &&CSINode| {
+        let mut drivers = node.spec.drivers.iter();
+        drivers.all(|driver| driver.name != DRIVER_NAME)
+    };
+    Ok(nodes.iter().find(lacks).map(|node| {
+        format!(
+            "driver {DRIVER_NAME} to be registered on {}",
+            node.name_any()
+        )
+    }))
 }
 
 fn is_rolled_out(set: &DaemonSet) -> bool {
@@ -120,6 +127,9 @@ fn is_rolled_out(set: &DaemonSet) -> bool {
         return false;
     };
     let wanted = status.desired_number_scheduled;
+    if is_stopped(set) {
+        return status.observed_generation == set.metadata.generation && wanted == 0;
+    }
     status.observed_generation == set.metadata.generation
         && wanted > 0
         && status.updated_number_scheduled == Some(wanted)
@@ -127,12 +137,19 @@ fn is_rolled_out(set: &DaemonSet) -> bool {
         && status.number_available == Some(wanted)
 }
 
+/// Whether somebody has taken it off all nodes.
+fn is_stopped(set: &DaemonSet) -> bool {
+    let spec = set.spec.template.spec.as_ref();
+    let selector = spec.and_then(|spec| spec.node_selector.as_ref());
+    selector.is_some_and(|labels| labels.contains_key(STOPPED))
+}
+
 /// The lean form of a manifest: for that of the driver, what replaces it in `deploy/lean`, in
 /// which it registers itself and answers kubelet's probe. Others stay as they are.
 ///
 /// # Errors
 /// [`Error::Manifest`] when it is no YAML, or there is no lean form.
-pub(super) fn lean(manifest: &str) -> Result<String> {
+pub(crate) fn lean(manifest: &str) -> Result<String> {
     let documents = parse(manifest)?;
     let mut kinds = documents
         .iter()
@@ -149,7 +166,7 @@ pub(super) fn lean(manifest: &str) -> Result<String> {
 ///
 /// # Errors
 /// [`Error::Manifest`] when it is no YAML.
-pub(super) fn image_of(manifest: &str, program: &str) -> Result<Option<String>> {
+pub(crate) fn image_of(manifest: &str, program: &str) -> Result<Option<String>> {
     let documents = parse(manifest)?;
     let containers = documents.iter().flat_map(|document| {
         document["spec"]["template"]["spec"]["containers"]
@@ -179,7 +196,7 @@ fn parse(manifest: &str) -> Result<Vec<Value>> {
 mod tests {
     use super::*;
 
-    const MANIFEST: &str = include_str!("../../../deploy/secrets-store-csi-driver.yaml");
+    const MANIFEST: &str = include_str!("../../deploy/secrets-store-csi-driver.yaml");
 
     #[test]
     fn the_lean_form_has_one_container_that_does_the_sidecars_work() {

@@ -1,0 +1,352 @@
+//! The [`Cluster`] interface over kind: the API server from here, the nodes through Docker.
+
+use std::path::{Path, PathBuf};
+
+use http_body_util::BodyExt as _;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::storage::v1::CSINode;
+use kube::ResourceExt;
+use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use serde_json::json;
+
+use super::tools::{A_MOMENT, Tools};
+use super::{Nodes, PROBE, START_LIMIT, kubectl};
+use crate::cluster::{
+    Ability, Action, Cluster, Component, Error, HttpAnswer, Result, api as api_error,
+};
+use crate::embedded::api::Disturbance;
+use crate::host::mount_points_in;
+use crate::install::{NAMESPACE, lacking};
+use crate::real::{self, Patience, running_pod_of, status_of};
+use crate::tree::{Tree, View};
+
+/// What `sh` says when a path of a node is not there.
+const ABSENT: &str = "e2e: nothing there";
+/// Where the tests' provider listens.
+const PROVIDER_SOCKET: &str = "/var/run/secrets-store-csi-providers/e2e-provider.sock";
+const KUBELET_PODS: &str = "/var/lib/kubelet/pods";
+
+/// A way to the cluster. It belongs to the runtime in which it was made.
+pub struct Kind {
+    tools: Tools,
+    nodes: Nodes,
+    client: kube::Client,
+}
+
+impl Kind {
+    pub(super) async fn connect(tools: Tools, nodes: Nodes, kubeconfig: &str) -> Result<Self> {
+        let failed =
+            |error: &dyn std::fmt::Display| Error::Start(format!("kind's kubeconfig: {error}"));
+        let read = Kubeconfig::from_yaml(kubeconfig).map_err(|error| failed(&error))?;
+        let config = kube::Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
+            .await
+            .map_err(|error| failed(&error))?;
+        Ok(Self {
+            tools,
+            nodes,
+            client: kube::Client::try_from(config).map_err(|error| failed(&error))?,
+        })
+    }
+
+    /// Makes the cluster as new: what earlier scenarios left is gone, driver and provider run
+    /// and have just been started.
+    ///
+    /// # Errors
+    /// What does not go or does not come.
+    pub async fn renew(&self) -> Result<()> {
+        real::renew(&self.client).await?;
+        for node in self.nodes() {
+            self.wait_provider(&node).await?;
+            // kubelet is done with a pod later than the API server is.
+            let patience = Patience::new(format!("volumes on {node} to go"));
+            loop {
+                let mounts = self.mounts(&node, KUBELET_PODS.as_ref()).await?;
+                let csi = |path: &&PathBuf| path.to_string_lossy().contains("/kubernetes.io~csi/");
+                let Some(left) = mounts.iter().find(csi) else {
+                    break;
+                };
+                patience.wait(&left.to_string_lossy()).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The kernel's mount table, as a node's kubelet sees it.
+    ///
+    /// # Errors
+    /// When Docker does not reach the node.
+    pub async fn mount_table(&self, node: &str) -> Result<String> {
+        self.on(node, &["cat", "/proc/self/mountinfo"]).await
+    }
+
+    /// Restarts a node's kubelet; returns when it has registered the driver.
+    ///
+    /// # Errors
+    /// When it does not come back.
+    pub async fn restart_kubelet(&self, node: &str) -> Result<()> {
+        self.forget_registration(node).await?;
+        self.on(node, &["systemctl", "restart", "kubelet"]).await?;
+        self.wait_registered(node).await
+    }
+
+    /// So that what is waited for next is a new registration.
+    async fn forget_registration(&self, node: &str) -> Result<()> {
+        let none = Patch::Merge(json!({"spec": {"drivers": []}}));
+        Api::<CSINode>::all(self.client())
+            .patch(node, &PatchParams::default(), &none)
+            .await
+            .map(drop)
+            .map_err(api_error(format!("patch CSINode {node}")))
+    }
+
+    /// Waits until every DaemonSet runs and every kubelet knows the driver. The API server may
+    /// be down with its node for a while.
+    async fn wait_registered(&self, node: &str) -> Result<()> {
+        let patience = Patience::of(format!("node {node} to be back"), START_LIMIT);
+        loop {
+            let last = match lacking(&self.client).await {
+                Ok(None) => return Ok(()),
+                Ok(Some(lacking)) => lacking,
+                Err(error) => error.to_string(),
+            };
+            patience.wait(&last).await?;
+        }
+    }
+
+    /// Removes a file of a node's disk.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub async fn remove_file(&self, node: &str, path: &Path) -> Result<()> {
+        let path = path.to_string_lossy();
+        self.on(node, &["rm", &path]).await.map(drop)
+    }
+
+    /// Leaves a socket on a node's disk that nobody listens on.
+    ///
+    /// # Errors
+    /// When something is in its place.
+    pub async fn leave_dead_socket(&self, node: &str, path: &Path) -> Result<()> {
+        let path = path.to_string_lossy();
+        self.on(node, &[PROBE, "dead-socket", &path])
+            .await
+            .map(drop)
+    }
+
+    /// Runs a program on a node.
+    async fn on(&self, node: &str, args: &[&str]) -> Result<String> {
+        let args = ["exec", node].into_iter().chain(args.iter().copied());
+        let output = self.tools.docker(args, A_MOMENT).await;
+        output.map_err(|reason| node_error(node, reason))
+    }
+
+    /// A socket that the provider of before a restart has left is no sign of the new one, so
+    /// this is for nodes that have just come up.
+    async fn wait_provider(&self, node: &str) -> Result<()> {
+        let patience = Patience::of(format!("{PROVIDER_SOCKET} on {node}"), START_LIMIT);
+        while self
+            .node_tree(node, PROVIDER_SOCKET.as_ref())
+            .await?
+            .is_none()
+        {
+            patience.wait("it is not there").await?;
+        }
+        Ok(())
+    }
+
+    /// The containerd id of a component's container, if it runs.
+    async fn container_of(&self, node: &str, component: &Component) -> Result<Option<String>> {
+        let pod = real::pod_of(&self.client, node, component).await?;
+        let status = pod.and_then(|pod| status_of(pod, component));
+        let runs = status.filter(|status| {
+            let state = status.state.as_ref();
+            state.is_some_and(|state| state.running.is_some())
+        });
+        let id = runs.and_then(|status| status.container_id);
+        Ok(id.map(|id| id.trim_start_matches("containerd://").to_owned()))
+    }
+
+    /// SIGKILL from outside of its namespaces, where nothing holds it back. Waits until another
+    /// container runs, and the driver is registered again.
+    async fn kill(&self, node: &str, component: &Component) -> Result<()> {
+        let name = component.container();
+        let id = self.container_of(node, component).await?;
+        let id = id.ok_or_else(|| Error::Impossible(format!("{name} does not run on {node}")))?;
+        let kill = [
+            "ctr",
+            "--namespace",
+            "k8s.io",
+            "tasks",
+            "kill",
+            "--signal",
+            "SIGKILL",
+            &id,
+        ];
+        self.on(node, &kill).await?;
+        let patience = Patience::new(format!("{name} to come back on {node}"));
+        loop {
+            match self.container_of(node, component).await? {
+                Some(new) if new != id => return Ok(()),
+                _ => self.do_not_let_wait(node, component).await?,
+            }
+            patience.wait("no other container runs").await?;
+        }
+    }
+
+    /// kubelet lets a container that dies often wait ever longer; its pod is then made anew.
+    async fn do_not_let_wait(&self, node: &str, component: &Component) -> Result<()> {
+        let Some(pod) = real::pod_of(&self.client, node, component).await? else {
+            return Ok(());
+        };
+        let name = pod.name_any();
+        let waiting = status_of(pod, component).and_then(|status| status.state?.waiting);
+        if waiting.and_then(|waiting| waiting.reason).as_deref() != Some("CrashLoopBackOff") {
+            return Ok(());
+        }
+        let pods = Api::<Pod>::namespaced(self.client(), NAMESPACE);
+        let now = DeleteParams::default().grace_period(0);
+        let deleted = pods.delete(&name, &now).await;
+        deleted
+            .map(drop)
+            .map_err(api_error(format!("delete pod {name}")))
+    }
+}
+
+impl Cluster for Kind {
+    fn name(&self) -> &'static str {
+        "kind"
+    }
+
+    fn client(&self) -> kube::Client {
+        self.client.clone()
+    }
+
+    fn nodes(&self) -> Vec<String> {
+        self.nodes.for_pods()
+    }
+
+    fn can(&self, ability: Ability) -> bool {
+        match ability {
+            Ability::LookAtNodes | Ability::Reboot | Ability::StopProcesses => true,
+            Ability::DisturbApi => false,
+        }
+    }
+
+    async fn tree(&self, namespace: &str, pod: &str, mount_path: &str, view: View) -> Result<Tree> {
+        let failed = |reason: &dyn std::fmt::Display| {
+            Error::Impossible(format!("probe in pod {namespace}/{pod}: {reason}"))
+        };
+        let mut args = vec!["-n", namespace, "exec", pod, "--", "/probe", "tree"];
+        if view == View::Reader {
+            args.push("--reader");
+        }
+        args.push(mount_path);
+        let patience = Patience::new(format!("the container of pod {namespace}/{pod} to run"));
+        let json = loop {
+            match kubectl(&self.tools, &args).await {
+                Ok(json) => break json,
+                // After a reboot the API server knows of the pod as it was before.
+                Err(reason) if reason.contains("container not found") => {
+                    patience.wait(&reason).await?;
+                }
+                Err(reason) => return Err(failed(&reason)),
+            }
+        };
+        serde_json::from_str(&json).map_err(|error| failed(&error))
+    }
+
+    async fn node_tree(&self, node: &str, path: &Path) -> Result<Option<Tree>> {
+        let path = path.to_string_lossy();
+        // A path may go while it is looked at.
+        let look = format!(
+            "{PROBE} tree \"$1\" || {{ [ -e \"$1\" ] && exit 1; echo '{ABSENT}' >&2; exit 1; }}"
+        );
+        let args = ["exec", node, "sh", "-c", &look, "sh", &path];
+        let json = match self.tools.docker(args, A_MOMENT).await {
+            Ok(json) => json,
+            Err(reason) if reason.ends_with(ABSENT) => return Ok(None),
+            Err(reason) => return Err(node_error(node, reason)),
+        };
+        serde_json::from_str(&json)
+            .map(Some)
+            .map_err(|error| node_error(node, format!("probe: {error}")))
+    }
+
+    async fn mounts(&self, node: &str, below: &Path) -> Result<Vec<PathBuf>> {
+        Ok(mount_points_in(&self.mount_table(node).await?, below))
+    }
+
+    async fn act(&self, node: &str, component: &Component, action: Action) -> Result<()> {
+        match action {
+            Action::Kill => self.kill(node, component).await,
+            Action::Stop => real::stop(&self.client, node, component).await,
+            Action::Start => real::start(&self.client, node, component).await,
+        }
+    }
+
+    async fn log(&self, node: &str, component: &Component) -> Result<String> {
+        real::log(&self.client, node, component).await
+    }
+
+    /// Over the API server, which reaches every pod: this process may not reach the nodes.
+    async fn get(
+        &self,
+        node: &str,
+        component: &Component,
+        port: u16,
+        path: &str,
+    ) -> Result<HttpAnswer> {
+        let pod = running_pod_of(&self.client, node, component).await?;
+        let proxy = format!(
+            "/api/v1/namespaces/{NAMESPACE}/pods/{}:{port}/proxy{path}",
+            pod.name_any()
+        );
+        let what = format!("GET {proxy}");
+        let request = http::Request::get(proxy)
+            .body(kube::client::Body::empty())
+            .map_err(|error| Error::Impossible(format!("{what}: {error}")))?;
+        let answer = self.client.send(request).await;
+        let answer = answer.map_err(api_error(what.clone()))?;
+        let status = answer.status().as_u16();
+        let body = answer.into_body().collect().await;
+        let body = body.map_err(api_error(what))?.to_bytes();
+        Ok(HttpAnswer {
+            status,
+            body: String::from_utf8_lossy(&body).into_owned(),
+        })
+    }
+
+    async fn reboot(&self, node: &str) -> Result<()> {
+        self.forget_registration(node).await?;
+        self.tools
+            .docker(["restart", "--time", "0", node], A_MOMENT)
+            .await
+            .map_err(|reason| node_error(node, reason))?;
+        self.wait_registered(node).await?;
+        // The provider's socket is in memory, and gone with the node.
+        // Unless a scenario has stopped it.
+        let provider = Component::Provider("fake-provider".to_owned());
+        match real::pod_of(&self.client, node, &provider).await? {
+            Some(_) => self.wait_provider(node).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn disturb_api(&self, _: Disturbance) -> Result<()> {
+        Err(Error::Impossible(
+            "the API server is a real one, which does not misbehave".to_owned(),
+        ))
+    }
+
+    async fn wait_namespace(&self, namespace: &str) -> Result<()> {
+        real::wait_namespace(&self.client, namespace).await
+    }
+}
+
+fn node_error(node: &str, reason: String) -> Error {
+    Error::Node {
+        node: node.to_owned(),
+        reason,
+    }
+}

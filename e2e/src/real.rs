@@ -1,0 +1,317 @@
+//! What clusters of real Kubernetes have in common: the driver and the provider run in pods of
+//! DaemonSets, which are found, read, stopped and renewed through the API server.
+
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Namespace, Pod, ServiceAccount};
+use kube::ResourceExt;
+use kube::api::{
+    Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, LogParams, Patch,
+    PatchParams,
+};
+use serde_json::json;
+
+use crate::cluster::{Component, Error, Result, api as api_error};
+use crate::install::{DRIVER, NAMESPACE, STOPPED, wait_rolled_out};
+
+const POLL: Duration = Duration::from_millis(50);
+/// For whatever kubelet or a controller has to do.
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+/// The DaemonSet of the tests' provider.
+const PROVIDER: &str = "fake-provider";
+
+/// Waits for something, for so long in all.
+pub(crate) struct Patience {
+    what: String,
+    limit: Duration,
+    started: Instant,
+}
+
+impl Patience {
+    /// For [`LIMIT`].
+    pub(crate) fn new(what: String) -> Self {
+        Self::of(what, LIMIT)
+    }
+
+    pub(crate) fn of(what: String, limit: Duration) -> Self {
+        Self {
+            what,
+            limit,
+            started: Instant::now(),
+        }
+    }
+
+    /// Until the next look.
+    ///
+    /// # Errors
+    /// When it has been long enough; with what was last seen.
+    pub(crate) async fn wait(&self, last: &str) -> Result<()> {
+        if self.started.elapsed() > self.limit {
+            return Err(Error::Timeout {
+                what: self.what.clone(),
+                after: self.limit,
+                last: last.to_owned(),
+            });
+        }
+        tokio::time::sleep(POLL).await;
+        Ok(())
+    }
+}
+
+/// Makes the cluster as new: what earlier scenarios left is gone from the API server, driver and
+/// provider run and have just been started. Volumes of deleted pods may still be on a node.
+///
+/// # Errors
+/// What does not go or does not come.
+pub(crate) async fn renew(client: &kube::Client) -> Result<()> {
+    delete_namespaces(client).await?;
+    delete_classes_of_default(client).await?;
+    let sets = Api::<DaemonSet>::namespaced(client.clone(), NAMESPACE);
+    let list = sets
+        .list(&ListParams::default())
+        .await
+        .map_err(api_error("list DaemonSets".to_owned()))?;
+    let mut old = Vec::new();
+    for set in list {
+        let name = set.name_any();
+        if name == DRIVER || name == PROVIDER {
+            run_daemon_set(client, &name, true).await?;
+            old.extend(pods_of(client, &set).await?);
+        } else if set.labels().contains_key("app") && name.ends_with("-provider") {
+            old.extend(pods_of(client, &set).await?);
+            sets.delete(&name, &DeleteParams::default())
+                .await
+                .map_err(api_error(format!("delete DaemonSet {name}")))?;
+        }
+    }
+    let pods = Api::<Pod>::namespaced(client.clone(), NAMESPACE);
+    for pod in &old {
+        let deleted = pods.delete(&pod.name_any(), &DeleteParams::default()).await;
+        match deleted {
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            other => drop(other.map_err(api_error(format!("delete pod {}", pod.name_any())))?),
+        }
+    }
+    let patience = Patience::new("pods of driver and provider to be replaced".to_owned());
+    for pod in &old {
+        while is_there(&pods, pod).await? {
+            patience
+                .wait(&format!("{} is there", pod.name_any()))
+                .await?;
+        }
+    }
+    wait_rolled_out(client, LIMIT).await
+}
+
+async fn is_there(pods: &Api<Pod>, pod: &Pod) -> Result<bool> {
+    let now = pods.get_opt(&pod.name_any()).await;
+    let now = now.map_err(api_error(format!("get pod {}", pod.name_any())))?;
+    Ok(now.is_some_and(|now| now.uid() == pod.uid()))
+}
+
+async fn pods_of(client: &kube::Client, set: &DaemonSet) -> Result<Vec<Pod>> {
+    let pods = Api::<Pod>::namespaced(client.clone(), NAMESPACE);
+    let list = pods
+        .list(&ListParams::default())
+        .await
+        .map_err(api_error(format!("list pods in {NAMESPACE}")))?;
+    let is_of_set = |pod: &Pod| {
+        let mut owners = pod.owner_references().iter();
+        owners.any(|owner| Some(&owner.uid) == set.metadata.uid.as_ref())
+    };
+    Ok(list.items.into_iter().filter(is_of_set).collect())
+}
+
+async fn delete_namespaces(client: &kube::Client) -> Result<()> {
+    let namespaces = Api::<Namespace>::all(client.clone());
+    let list = namespaces
+        .list(&ListParams::default())
+        .await
+        .map_err(api_error("list namespaces".to_owned()))?;
+    let now = DeleteParams {
+        grace_period_seconds: Some(0),
+        ..DeleteParams::default()
+    };
+    for namespace in list {
+        let name = namespace.name_any();
+        if !name.starts_with("e2e-") || namespace.metadata.deletion_timestamp.is_some() {
+            continue;
+        }
+        // Sooner than the namespace's own deletion would.
+        let pods = Api::<Pod>::namespaced(client.clone(), &name);
+        pods.delete_collection(&now, &ListParams::default())
+            .await
+            .map_err(api_error(format!("delete pods in {name}")))?;
+        namespaces
+            .delete(&name, &DeleteParams::default())
+            .await
+            .map_err(api_error(format!("delete namespace {name}")))?;
+    }
+    Ok(())
+}
+
+async fn delete_classes_of_default(client: &kube::Client) -> Result<()> {
+    let kind = GroupVersionKind::gvk("secrets-store.csi.x-k8s.io", "v1", "SecretProviderClass");
+    let resource = ApiResource::from_gvk_with_plural(&kind, "secretproviderclasses");
+    Api::<DynamicObject>::namespaced_with(client.clone(), "default", &resource)
+        .delete_collection(&DeleteParams::default(), &ListParams::default())
+        .await
+        .map(drop)
+        .map_err(api_error("delete classes in default".to_owned()))
+}
+
+/// Lets a DaemonSet run on the nodes or not, as an administrator stops one.
+async fn run_daemon_set(client: &kube::Client, name: &str, run: bool) -> Result<()> {
+    let value = match run {
+        true => json!(null),
+        false => json!("true"),
+    };
+    let patch = json!({"spec": {"template": {"spec": {"nodeSelector": {STOPPED: value}}}}});
+    Api::<DaemonSet>::namespaced(client.clone(), NAMESPACE)
+        .patch(name, &PatchParams::default(), &Patch::Merge(patch))
+        .await
+        .map(drop)
+        .map_err(api_error(format!("patch DaemonSet {name}")))
+}
+
+/// The DaemonSet to which a component's pod belongs.
+fn daemon_set_of(component: &Component) -> &str {
+    match component {
+        Component::Driver => DRIVER,
+        Component::Provider(name) => name,
+    }
+}
+
+/// Takes a component's DaemonSet off all nodes; returns when its pod on this one is gone.
+///
+/// # Errors
+/// When it does not run there, or does not go.
+pub(crate) async fn stop(client: &kube::Client, node: &str, component: &Component) -> Result<()> {
+    let pods = Api::<Pod>::namespaced(client.clone(), NAMESPACE);
+    let set = daemon_set_of(component);
+    let pod = running_pod_of(client, node, component).await?;
+    run_daemon_set(client, set, false).await?;
+    let patience = Patience::new(format!("{set} to stop on {node}"));
+    while is_there(&pods, &pod).await? {
+        patience.wait("its pod is there").await?;
+    }
+    Ok(())
+}
+
+/// Undoes [`stop`]; returns when the DaemonSet runs and the driver is registered.
+///
+/// # Errors
+/// When it does not come.
+pub(crate) async fn start(client: &kube::Client, node: &str, component: &Component) -> Result<()> {
+    let set = daemon_set_of(component);
+    run_daemon_set(client, set, true).await?;
+    let patience = Patience::new(format!("{set} to start on {node}"));
+    while pod_of(client, node, component).await?.is_none() {
+        patience.wait("it has no pod there").await?;
+    }
+    wait_rolled_out(client, LIMIT).await
+}
+
+/// The pod of a component on a node that is not on its way out.
+///
+/// # Errors
+/// When the API server does not answer.
+pub(crate) async fn pod_of(
+    client: &kube::Client,
+    node: &str,
+    component: &Component,
+) -> Result<Option<Pod>> {
+    let there = ListParams::default().fields(&format!("spec.nodeName={node}"));
+    let pods = Api::<Pod>::namespaced(client.clone(), NAMESPACE)
+        .list(&there)
+        .await
+        .map_err(api_error(format!("list pods in {NAMESPACE}")))?;
+    let has_it = |pod: &Pod| {
+        let spec = pod.spec.iter();
+        spec.flat_map(|spec| &spec.containers)
+            .any(|container| container.name == component.container())
+    };
+    let mut pods = pods.items.into_iter();
+    Ok(pods.find(|pod| pod.metadata.deletion_timestamp.is_none() && has_it(pod)))
+}
+
+/// The same where there has to be one.
+///
+/// # Errors
+/// When there is none.
+pub(crate) async fn running_pod_of(
+    client: &kube::Client,
+    node: &str,
+    component: &Component,
+) -> Result<Pod> {
+    let pod = pod_of(client, node, component).await?;
+    pod.ok_or_else(|| {
+        Error::Impossible(format!("{} does not run on {node}", component.container()))
+    })
+}
+
+/// What kubelet says of a component's container.
+pub(crate) fn status_of(pod: Pod, component: &Component) -> Option<ContainerStatus> {
+    let statuses = pod.status?.container_statuses?;
+    statuses
+        .into_iter()
+        .find(|status| status.name == component.container())
+}
+
+/// The log of the container before its last restart, which is all that kubelet keeps, and that
+/// since.
+///
+/// # Errors
+/// When it does not run, or kubelet has no log.
+pub(crate) async fn log(
+    client: &kube::Client,
+    node: &str,
+    component: &Component,
+) -> Result<String> {
+    let pod = running_pod_of(client, node, component).await?;
+    let name = pod.name_any();
+    let restarted = status_of(pod, component).is_some_and(|status| status.restart_count > 0);
+    let pods = Api::<Pod>::namespaced(client.clone(), NAMESPACE);
+    let mut text = String::new();
+    for previous in [true, false] {
+        if previous && !restarted {
+            continue;
+        }
+        let params = LogParams {
+            container: Some(component.container().to_owned()),
+            previous,
+            ..LogParams::default()
+        };
+        let log = pods.logs(&name, &params).await;
+        text += &log.map_err(api_error(format!("logs of pod {name}")))?;
+    }
+    Ok(text)
+}
+
+/// Waits until a new namespace can have pods: a pod is refused without the account, and waits
+/// with a complaint without the authority.
+///
+/// # Errors
+/// When the controllers do not fill it.
+pub(crate) async fn wait_namespace(client: &kube::Client, namespace: &str) -> Result<()> {
+    let accounts = Api::<ServiceAccount>::namespaced(client.clone(), namespace);
+    let maps = Api::<ConfigMap>::namespaced(client.clone(), namespace);
+    let patience = Patience::new(format!("namespace {namespace} to be filled"));
+    loop {
+        let account = accounts
+            .get_opt("default")
+            .await
+            .map_err(api_error(format!("get ServiceAccount in {namespace}")))?;
+        let authority = maps
+            .get_opt("kube-root-ca.crt")
+            .await
+            .map_err(api_error(format!("get ConfigMap in {namespace}")))?;
+        if account.is_some() && authority.is_some() {
+            return Ok(());
+        }
+        patience
+            .wait("it has no service account or no authority")
+            .await?;
+    }
+}

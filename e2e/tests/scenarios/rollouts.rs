@@ -1,0 +1,170 @@
+//! What only Kubernetes' own controllers bring about: a new driver under running pods, and a
+//! StatefulSet's pod that moves.
+
+use e2e::cluster::Cluster as _;
+use k8s_openapi::api::{
+    apps::v1::DaemonSet,
+    core::v1::{Node, Pod},
+};
+use kube::{
+    ResourceExt,
+    api::{Api, ListParams, Patch, PatchParams},
+};
+use serde_json::json;
+
+use crate::{
+    harness::{MOUNT, SOON, Scenario, class, pod, until},
+    target::Needs,
+};
+
+const OBJECT: &str = "- {objectName: password, content: hunter2}";
+
+/// UIDs of the driver's pods.
+async fn drivers(s: &Scenario) -> Vec<String> {
+    let pods = Api::<Pod>::namespaced(s.cluster.client(), "kube-system");
+    let driver = ListParams::default().labels("app=csi-secrets-store");
+    let mut uids: Vec<_> = pods
+        .list(&driver)
+        .await
+        .unwrap()
+        .iter()
+        .filter_map(ResourceExt::uid)
+        .collect();
+    uids.sort();
+    uids
+}
+
+/// Replaces the driver's pods one after the other, as an upgrade does.
+async fn roll_out(s: &Scenario) {
+    let before = drivers(s).await;
+    let sets = Api::<DaemonSet>::namespaced(s.cluster.client(), "kube-system");
+    let annotations = json!({"e2e/for": s.namespace});
+    let patch = json!({"spec": {"template": {"metadata": {"annotations": annotations}}}});
+    sets.patch(
+        "csi-secrets-store",
+        &PatchParams::default(),
+        &Patch::Merge(patch),
+    )
+    .await
+    .unwrap();
+    until("every driver is a new one", async || {
+        let set = sets.get("csi-secrets-store").await.unwrap();
+        let status = set.status.unwrap_or_default();
+        let now = drivers(s).await;
+        status.observed_generation == set.metadata.generation
+            && status.updated_number_scheduled == Some(status.desired_number_scheduled)
+            && status.number_available == Some(status.desired_number_scheduled)
+            && now.len() == before.len()
+            && now.iter().all(|uid| !before.contains(uid))
+    })
+    .await;
+}
+
+/// The pods of before keep their volumes, which are the very same mounts, nobody is asked for
+/// what they hold, and the new driver takes them down.
+#[tokio::test]
+async fn a_new_driver_under_running_pods() {
+    let Some(s) = Scenario::needing(Needs {
+        controllers: true,
+        republish: true,
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let (before, mounts) = (s.state("web").await, s.mounts().await);
+    roll_out(&s).await;
+    // It publishes again what is published, which is then known to its metrics.
+    until("the new driver has been asked", async || {
+        let log = s.cluster.driver(&s.node()).log().await.unwrap();
+        log.contains("kubelet registered the driver")
+    })
+    .await;
+    s.apply(&pod("later", &["db"])).await;
+    s.ready("later").await;
+    let later = s.reads("later", MOUNT).await;
+    assert_eq!(later.texts()["password"], "hunter2");
+    s.delete("later").await;
+    // The kubelet has long looked again by then.
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert_eq!(s.state("web").await, before);
+    assert_eq!(s.mounts().await, mounts, "the very same mount");
+    assert_eq!(s.provider_calls("web").await, 1);
+    s.delete("web").await;
+    // The new driver's own pod is not a leftover.
+    until("no volume is left on the node", async || {
+        s.leftovers_of_the_driver(&s.node()).await.is_empty()
+    })
+    .await;
+    s.no_pod_statuses().await;
+}
+
+fn stateful_set() -> String {
+    let pod = pod("web", &["db"]);
+    let (_, spec) = pod.split_once("spec:\n").unwrap();
+    let spec = spec
+        .lines()
+        .fold(String::new(), |text, line| text + "    " + line + "\n");
+    format!(
+        "apiVersion: apps/v1\nkind: StatefulSet\nmetadata:\n  name: web\nspec:\n  replicas: 1\n  \
+         serviceName: web\n  selector:\n    matchLabels:\n      app: web\n  template:\n    \
+         metadata:\n      labels:\n        app: web\n    spec:\n{spec}"
+    )
+}
+
+/// Its name stays and its node does not: the pod status follows it, and the node it leaves is
+/// left clean.
+#[tokio::test]
+async fn a_stateful_sets_pod_moves() {
+    let Some(s) = Scenario::needing(Needs {
+        controllers: true,
+        nodes: 2,
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
+    let nodes = s.cluster.nodes();
+    let api = Api::<Node>::all(s.cluster.client());
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&stateful_set()).await;
+    let mut statuses = Vec::new();
+    // The scheduler places pods on the first node, and for a while on the second.
+    for (from, to) in [(None, 0), (Some(0), 1), (Some(1), 0)] {
+        if let Some(from) = from {
+            api.uncordon(&nodes[to]).await.unwrap();
+            api.cordon(&nodes[from]).await.unwrap();
+            let before = s.cluster.pod(&s.namespace, "web-0").await.unwrap().unwrap();
+            s.cluster.delete_pod(&s.namespace, "web-0").await.unwrap();
+            until("the pod is another", async || {
+                let now = s.cluster.pod(&s.namespace, "web-0").await.unwrap();
+                now.is_some_and(|now| now.uid() != before.uid())
+            })
+            .await;
+        }
+        s.ready("web-0").await;
+        let pod = s.cluster.wait_ready(&s.namespace, "web-0", SOON).await;
+        let node = pod.unwrap().spec.unwrap().node_name.unwrap();
+        assert_eq!(node, nodes[to]);
+        let tree = s.reads("web-0", MOUNT).await;
+        assert_eq!(tree.texts()["password"], "hunter2");
+        if let Some(from) = from {
+            s.nothing_is_left_on(&nodes[from]).await;
+        }
+        until("one pod status is of this node", async || {
+            let objects = s.objects("SecretProviderClassPodStatus").await;
+            let label = "internal.secrets-store.csi.k8s.io/node-name";
+            objects.len() == 1 && objects[0].labels().get(label) == Some(&node)
+        })
+        .await;
+        statuses.push(s.pod_statuses().await);
+    }
+    // Back where it began, all is as it was.
+    assert_eq!(statuses[0], statuses[2]);
+    assert_ne!(statuses[0], statuses[1]);
+}
