@@ -12,7 +12,7 @@ demo:
 test:
     cargo test --workspace
 
-# Run the scenarios on a cluster: embedded, or local (real Kubernetes without Docker, as root).
+# Run the scenarios on a cluster: embedded, local (real Kubernetes without Docker, as root) or kind.
 e2e cluster="embedded":
     E2E_CLUSTER={{cluster}} cargo test -p e2e --test scenarios
 
