@@ -9,7 +9,7 @@
 //! Every other code is final for that attempt: kubelet removes what it made and starts afresh
 //! (`isFinalError` in kubelet's `csi_client.go`). Either way kubelet tries again with a backoff.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use tonic::Code;
 
@@ -19,6 +19,7 @@ pub struct Error {
     code: Code,
     reason: Reason,
     message: Arc<str>,
+    retry_after: Option<Duration>,
 }
 
 /// A result whose error is [`Error`].
@@ -65,6 +66,7 @@ impl Error {
             code,
             reason: Reason::FailedToMount,
             message: message.into().into(),
+            retry_after: None,
         }
     }
 
@@ -100,6 +102,13 @@ impl Error {
         self
     }
 
+    /// Sets how long whoever answered wants to be left alone.
+    #[must_use]
+    pub fn with_retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
+        self
+    }
+
     /// Puts words before the message: the step, the pod.
     #[must_use]
     pub fn context(mut self, words: impl fmt::Display) -> Self {
@@ -132,6 +141,11 @@ impl Error {
     /// The gRPC code.
     pub fn code(&self) -> Code {
         self.code
+    }
+
+    /// How long whoever answered wants to be left alone, if they said so.
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.retry_after
     }
 
     /// The metric label.

@@ -56,8 +56,19 @@ pub struct MountCall<'a> {
     pub target: &'a Path,
     /// What the volume holds now.
     pub current: &'a [Object],
+    /// Who goes ahead when the provider has as much to do as it may have.
+    pub urgency: Urgency,
     /// When the answer must be there.
     pub deadline: Instant,
+}
+
+/// How much waits for a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Urgency {
+    /// A pod that cannot start.
+    FirstMount,
+    /// Nothing: the pod runs with what it has.
+    Refresh,
 }
 
 /// What a provider answered.

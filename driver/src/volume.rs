@@ -31,7 +31,7 @@ use crate::{
     files::{Payload, swap},
     metrics::PublishGuard,
     mount::{self, State, Tmpfs},
-    provider::{MountCall, Providers, Reply},
+    provider::{MountCall, Providers, Reply, Urgency},
     secret::SecretMap,
 };
 use record::{Content, Object, Pod, Record, Records};
@@ -269,6 +269,7 @@ impl Volumes {
                 secrets,
                 target: &request.target.0,
                 current: &[],
+                urgency: Urgency::FirstMount,
                 deadline: request.deadline,
             })
             .await
