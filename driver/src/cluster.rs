@@ -4,18 +4,20 @@
 //! and so the cost is bounded by what runs on the node. A driver that has no API server still
 //! serves CSI; a publish then says so.
 
+pub mod events;
 pub mod pod_status;
 pub mod resources;
 
 use std::{
-    collections::BTreeMap, error::Error as StdError, future::Future, path::PathBuf, time::Duration,
+    collections::BTreeMap, error::Error as StdError, future::Future, path::PathBuf, sync::Arc,
+    time::Duration,
 };
 
 use kube::{
     Api, Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore};
 use tonic::Code;
 
 use crate::{
@@ -28,11 +30,14 @@ use resources::SecretProviderClass;
 /// say what hung.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// The API server.
+/// The API server. Clones share one client.
+#[derive(Clone)]
 pub struct Cluster {
     kubeconfig: Option<PathBuf>,
     user_agent: String,
-    client: OnceCell<Client>,
+    node: String,
+    client: Arc<OnceCell<Client>>,
+    waiting_events: Arc<Semaphore>,
 }
 
 /// What a volume needs of a SecretProviderClass.
@@ -48,8 +53,9 @@ pub struct Class {
 
 impl Cluster {
     /// The API server that a kubeconfig file names, or else the one of the cluster that this
-    /// process runs in. Nothing is read or connected before the first request.
-    pub fn new(kubeconfig: Option<PathBuf>, version: &str) -> Self {
+    /// process runs in. Nothing is read or connected before the first request. Events say that
+    /// they come from `node`.
+    pub fn new(kubeconfig: Option<PathBuf>, version: &str, node: &str) -> Self {
         Self {
             kubeconfig,
             user_agent: format!(
@@ -57,7 +63,9 @@ impl Cluster {
                 std::env::consts::OS,
                 std::env::consts::ARCH
             ),
-            client: OnceCell::new(),
+            node: node.to_owned(),
+            client: Arc::default(),
+            waiting_events: Arc::new(Semaphore::new(events::MOST_WAITING)),
         }
     }
 

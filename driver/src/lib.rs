@@ -101,7 +101,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         node: config.node_id.clone(),
         kubelet_root: config.kubelet_root_dir.clone(),
         records,
-        cluster: Cluster::new(config.kubeconfig.clone(), BUILD_VERSION),
+        cluster: Cluster::new(config.kubeconfig.clone(), BUILD_VERSION, &config.node_id),
         providers: Providers::new(config.provider_dirs(), config.max_call_recv_msg_size),
         tmpfs: Arc::new(Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)),
         busy: Busy::default(),
