@@ -44,6 +44,7 @@ pub mod mount;
 pub mod provider;
 pub mod registration;
 pub mod secret;
+pub mod sync;
 pub mod volume;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
