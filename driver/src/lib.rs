@@ -8,7 +8,7 @@
 //!
 //! ```text
 //! csi              the wire: a request's form, an error's status; one span, one count
-//!   volume         one volume's life: the decision, the order of steps, their undo
+//!   volume         one volume's life: the decision, the order of steps, their undo; when to refresh
 //!     record       what this node knows of a volume, on disk, without secrets
 //!     cluster      everything asked of the API server: the class, the pod status
 //!     provider     finds the socket, keeps a lazy channel, speaks v1alpha1
@@ -58,7 +58,12 @@ use metrics::{Metrics, http};
 use mount::Tmpfs;
 use provider::Providers;
 use registration::Registrar;
-use volume::{Busy, Volumes, record::Records};
+use volume::{
+    Clock, Volumes,
+    policy::{Failing, Policy},
+    record::Records,
+    target::Busy,
+};
 
 /// How long calls that run may go on after `stop`. What is not finished by then is undone, before
 /// Kubernetes' usual grace period of 30 seconds ends with a SIGKILL.
@@ -105,6 +110,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         providers: Providers::new(config.provider_dirs(), config.max_call_recv_msg_size),
         tmpfs: Arc::new(Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)),
         busy: Busy::default(),
+        policy: Policy {
+            enabled: config.enable_secret_rotation,
+            interval: config.rotation_poll_interval,
+            least_interval: config.min_rotation_poll_interval,
+            surface_errors: config.surface_republish_errors,
+            first_wait: config.rotation_backoff,
+            longest_wait: config.rotation_backoff_max,
+        },
+        failing: Failing::default(),
+        metrics: metrics.clone(),
+        clock: Clock::start(),
     });
     let csi = Csi {
         driver_name: config.driver_name.clone(),

@@ -9,6 +9,7 @@
 //! things.
 
 pub mod http;
+mod rotation;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -23,6 +24,8 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
+
+pub use rotation::RefreshGuard;
 
 use crate::config::BUILD_VERSION;
 
@@ -52,6 +55,7 @@ struct Inner {
     publish_error: Family<PublishFailed, Counter>,
     unpublish: Family<Unpublished, Counter>,
     unpublish_error: Family<Unpublished, Counter>,
+    rotation: rotation::Series,
     providers: Bounded,
     error_types: Bounded,
 }
@@ -114,12 +118,14 @@ impl Metrics {
             "Failed unpublish calls",
             unpublish_error.clone(),
         );
+        let rotation = rotation::Series::register(scoped);
         Self(Arc::new(Inner {
             registry,
             publish,
             publish_error,
             unpublish,
             unpublish_error,
+            rotation,
             providers: Bounded::default(),
             error_types: Bounded::default(),
         }))
