@@ -9,6 +9,7 @@
 //! things.
 
 pub mod http;
+pub mod provider;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -52,6 +53,7 @@ struct Inner {
     publish_error: Family<PublishFailed, Counter>,
     unpublish: Family<Unpublished, Counter>,
     unpublish_error: Family<Unpublished, Counter>,
+    provider_calls: provider::ProviderCalls,
     providers: Bounded,
     error_types: Bounded,
 }
@@ -92,6 +94,7 @@ impl Metrics {
                 "What this process is",
                 ConstGauge::new(1_u64),
             );
+        let provider_calls = provider::ProviderCalls::register(&mut registry);
         let scope = SCOPE.map(|(name, value)| (name.into(), value.into()));
         let scoped = registry.sub_registry_with_labels(scope.into_iter());
         let publish = Family::default();
@@ -120,6 +123,7 @@ impl Metrics {
             publish_error,
             unpublish,
             unpublish_error,
+            provider_calls,
             providers: Bounded::default(),
             error_types: Bounded::default(),
         }))
