@@ -58,6 +58,10 @@ pub struct Config {
     pub additional_provider_volume_paths: Vec<PathBuf>,
     /// Largest answer of a provider that is accepted, in bytes.
     pub max_call_recv_msg_size: usize,
+    /// Calls in flight to one provider, at most.
+    pub provider_max_calls: usize,
+    /// Memory for the answers of one provider in bytes; always enough for one call.
+    pub provider_max_bytes: usize,
     /// Whether mounted volumes are refreshed.
     pub enable_secret_rotation: bool,
     /// Shortest time between two refreshes of one volume.
@@ -78,7 +82,7 @@ pub struct Config {
     pub kubeconfig: Option<PathBuf>,
     /// Whether log lines are JSON objects.
     pub log_format_json: bool,
-    /// How much is logged: 0 says what happened, 4 adds how, 6 adds every step.
+    /// How much is logged: 0 says what happened, 5 adds every call, 6 every step.
     pub verbosity: u32,
     /// What followed the first argument that is not a flag, that argument included. It has no
     /// effect, and usually is a mistake such as `--switch false`.
@@ -238,6 +242,8 @@ impl Default for Config {
                 "/etc/kubernetes/secrets-store-csi-providers".into(),
             ],
             max_call_recv_msg_size: 4 * 1024 * 1024,
+            provider_max_calls: 16,
+            provider_max_bytes: 64 * 1024 * 1024,
             enable_secret_rotation: false,
             rotation_poll_interval: Duration::from_secs(120),
             min_rotation_poll_interval: Duration::from_secs(30),

@@ -9,6 +9,7 @@
 //! things.
 
 pub mod http;
+pub mod provider;
 mod rotation;
 
 use std::collections::BTreeSet;
@@ -56,6 +57,7 @@ struct Inner {
     unpublish: Family<Unpublished, Counter>,
     unpublish_error: Family<Unpublished, Counter>,
     rotation: rotation::Series,
+    provider_calls: provider::ProviderCalls,
     providers: Bounded,
     error_types: Bounded,
 }
@@ -96,6 +98,7 @@ impl Metrics {
                 "What this process is",
                 ConstGauge::new(1_u64),
             );
+        let provider_calls = provider::ProviderCalls::register(&mut registry);
         let scope = SCOPE.map(|(name, value)| (name.into(), value.into()));
         let scoped = registry.sub_registry_with_labels(scope.into_iter());
         let publish = Family::default();
@@ -126,6 +129,7 @@ impl Metrics {
             unpublish,
             unpublish_error,
             rotation,
+            provider_calls,
             providers: Bounded::default(),
             error_types: Bounded::default(),
         }))

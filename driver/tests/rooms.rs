@@ -34,7 +34,10 @@ const MAY_USE: [(&str, &[&str]); 14] = [
     ("record", &[]),
     ("cluster", &["error", "record", "resources"]),
     ("resources", &[]),
-    ("provider", &["error", "files", "record", "secret"]),
+    (
+        "provider",
+        &["error", "files", "metrics", "record", "secret"],
+    ),
     ("mount", &[]),
     ("files", &["secret"]),
     ("secret", &[]),

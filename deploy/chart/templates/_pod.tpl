@@ -126,6 +126,12 @@ args:
   {{- with .Values.maxCallRecvMsgSize }}
   - --max-call-recv-msg-size={{ . | int64 }}
   {{- end }}
+  {{- with .Values.providerMaxCalls }}
+  - --provider-max-calls={{ . | int64 }}
+  {{- end }}
+  {{- with .Values.providerMaxBytes }}
+  - --provider-max-bytes={{ . | int64 }}
+  {{- end }}
   {{- if ne (toString $linux.driver.checkKubeletRootDir) "false" }}
   - --kubelet-root-dir={{ $root }}
   {{- end }}

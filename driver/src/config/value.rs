@@ -256,6 +256,14 @@ pub(super) fn size(text: &str) -> Result<usize, String> {
     }
 }
 
+/// How many calls may be in flight.
+pub(super) fn count(text: &str) -> Result<usize, String> {
+    match u32::read(text)? {
+        0 => Err("then nothing could ever be called".to_owned()),
+        count => usize::try_from(count).map_err(|_| "the number is too large".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
