@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use crate::binaries::{self, cargo_build, workspace};
+use crate::binaries::{self, cargo_build, target_dir};
 use crate::tree::hex;
 
 /// `release` builds the images' executables as they are shipped; absent, as for tests.
@@ -165,14 +165,6 @@ fn stripped(executable: &Path) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Where cargo builds.
-fn target_dir() -> PathBuf {
-    match std::env::var_os("CARGO_TARGET_DIR") {
-        Some(dir) => workspace().join(dir),
-        None => workspace().join("target"),
-    }
-}
-
 fn write_archive(
     to: &mut impl Write,
     image: &str,
@@ -273,6 +265,7 @@ fn is_static(executable: &Path) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::binaries::workspace;
 
     fn archive(program: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();

@@ -17,11 +17,12 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 
-use crate::binaries::workspace;
+use crate::binaries::{kept, workspace};
 use crate::cluster::{Cluster as _, Error, Result};
 use crate::embedded::read_manifests;
 use crate::images::Images;
 use crate::install::{self, install};
+use crate::real::KEPT_KINDS;
 use tools::{A_MOMENT, Tools};
 
 pub use node::Kind;
@@ -43,10 +44,6 @@ const START_LIMIT: Duration = Duration::from_secs(120);
 const READY: &str = "ready";
 /// Where `probe` is put on every node.
 const PROBE: &str = "/usr/local/bin/e2e-probe";
-/// What of a failed run is worth reading besides logs. No Secrets.
-const KEPT_KINDS: &str = "nodes,csinodes,csidrivers,namespaces,pods,daemonsets,events,\
-     secretproviderclasses,secretproviderclasspodstatuses";
-
 /// What a kind cluster is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -178,8 +175,8 @@ impl Running {
     /// `progress` hears each step as it begins.
     ///
     /// # Errors
-    /// [`Error::Start`] with what is missing or went wrong. The cluster is left for a look, and
-    /// is replaced by the next start.
+    /// [`Error::Start`] with what is missing or went wrong, and where the cluster's logs are kept.
+    /// Without a guard the cluster is left for a look, and replaced by the next start.
     pub async fn start(
         options: Options,
         load: &Load,
@@ -210,17 +207,25 @@ impl Running {
             kubeconfig,
             _guard: guard,
         };
-        running.calm().await?;
-        progress("images");
-        running.load(load).await?;
-        progress("the driver and the provider");
-        install(
-            &running.connect().await?.client(),
-            &load.manifests,
-            START_LIMIT,
-        )
-        .await?;
+        if let Err(error) = running.fill(load, &mut progress).await {
+            let dir = kept("start");
+            let failed = match running.keep_logs(&dir).await {
+                Ok(()) => format!("{error}; logs and objects are in {}", dir.display()),
+                Err(not_kept) => format!("{error}; {not_kept}"),
+            };
+            return Err(Error::Start(failed));
+        }
         Ok(running)
+    }
+
+    /// Images and what they run in.
+    async fn fill(&self, load: &Load, progress: &mut impl FnMut(&str)) -> Result<()> {
+        self.calm().await?;
+        progress("images");
+        self.load(load).await?;
+        progress("the driver and the provider");
+        let client = self.connect().await?.client();
+        install(&client, &load.manifests, START_LIMIT).await
     }
 
     /// A way to the cluster, for one runtime.
@@ -251,17 +256,15 @@ impl Running {
     pub async fn keep_logs(&self, dir: &Path) -> Result<()> {
         let failed = |reason: String| Error::Start(format!("keep logs: {reason}"));
         std::fs::create_dir_all(dir).map_err(|error| failed(error.to_string()))?;
-        let objects = ["get", KEPT_KINDS, "--all-namespaces", "--output=yaml"];
-        let objects = kubectl(&self.tools, &objects).await.map_err(failed)?;
-        std::fs::write(dir.join("objects.yaml"), objects)
-            .map_err(|error| failed(error.to_string()))?;
         let export = ["export".as_ref(), "logs".as_ref(), dir.as_os_str()];
         let name = ["--name".as_ref(), NAME.as_ref()];
         self.tools
             .kind(export.into_iter().chain(name), A_MOMENT)
             .await
-            .map(drop)
-            .map_err(failed)
+            .map_err(failed)?;
+        let objects = ["get", KEPT_KINDS, "--all-namespaces", "--output=yaml"];
+        let objects = kubectl(&self.tools, &objects).await.map_err(failed)?;
+        std::fs::write(dir.join("objects.yaml"), objects).map_err(|error| failed(error.to_string()))
     }
 
     /// A scenario with one node looks at the first, so that is where the scheduler may place

@@ -29,11 +29,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use crate::binaries::workspace;
+use crate::binaries::{kept, workspace};
 use crate::cluster::{Error, Result};
 use crate::embedded::read_manifests;
 use crate::images::{self, Image, Images};
 use crate::install;
+use crate::real::KEPT_KINDS;
 use daemons::Daemons;
 use layout::{LOCK, STATE};
 pub use node::Local;
@@ -115,7 +116,14 @@ impl Running {
             guard,
         };
         // From here on, dropping it undoes it.
-        running.bring_up(options, &mut progress)?;
+        if let Err(error) = running.bring_up(options, &mut progress) {
+            let dir = kept("start");
+            let failed = match running.keep_logs(&dir) {
+                Ok(()) => format!("{error}; logs and objects are in {}", dir.display()),
+                Err(not_kept) => format!("{error}; {not_kept}"),
+            };
+            return Err(Error::Start(failed));
+        }
         Ok(running)
     }
 
@@ -162,6 +170,23 @@ impl Running {
     /// An administrator's kubeconfig.
     pub fn kubeconfig(&self) -> PathBuf {
         self.pki.kubeconfig("admin")
+    }
+
+    /// Copies the logs of every daemon and container, and writes the objects without the Secrets,
+    /// into a folder. Blocks.
+    ///
+    /// # Errors
+    /// When they cannot be had or written.
+    pub fn keep_logs(&self, dir: &Path) -> Result<()> {
+        let failed = |reason: String| Error::Start(format!("keep logs: {reason}"));
+        for logs in ["logs", "pod-logs"] {
+            copy_files(&Path::new(STATE).join(logs), &dir.join(logs))
+                .map_err(|error| failed(error.to_string()))?;
+        }
+        let processes = Processes::new(Path::new(STATE));
+        let objects = ["get", KEPT_KINDS, "--all-namespaces", "--output=yaml"];
+        let objects = self.daemons(&processes).kubectl(&objects).map_err(failed)?;
+        fs::write(dir.join("objects.yaml"), objects).map_err(|error| failed(error.to_string()))
     }
 
     /// Where the cluster keeps the logs of its daemons.
@@ -253,6 +278,23 @@ fn manifests_and_images(options: &Options) -> Result<(Vec<String>, Vec<Image>)> 
         }
     }
     Ok((manifests, images))
+}
+
+/// Copies what stands below a directory, which may be absent. What goes meanwhile is left out.
+fn copy_files(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    let Ok(entries) = fs::read_dir(from) else {
+        return Ok(());
+    };
+    for entry in entries.flatten() {
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_files(&entry.path(), &target)?;
+        } else if entry.path().exists() {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
 }
 
 /// Held as long as this machine's one local cluster is ours.

@@ -13,7 +13,7 @@ use std::{
 };
 
 use e2e::{
-    binaries::Binaries,
+    binaries::{Binaries, kept},
     cluster::{Ability, Action, Cluster, Component, HttpAnswer, Result},
     embedded::{Embedded, Options, api::Disturbance},
     images,
@@ -291,30 +291,36 @@ async fn start_kind(options: kind::Options) -> std::result::Result<kind::Running
 /// What a failed scenario leaves is kept before the next one clears it away.
 impl Drop for Target {
     fn drop(&mut self) {
-        let (Self::Kind(..), Some(Ok(running)), true) =
-            (&*self, KIND.get(), std::thread::panicking())
-        else {
+        if !std::thread::panicking() {
             return;
-        };
+        }
         let thread = std::thread::current();
-        let scenario = thread.name().unwrap_or("scenario").replace("::", "-");
-        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
-            .join("failed")
-            .join(scenario);
+        let dir = kept(&thread.name().unwrap_or("scenario").replace("::", "-"));
         // This thread is already driving a runtime.
-        let kept = std::thread::scope(|scope| {
-            let keep = || {
+        let outcome = std::thread::scope(|scope| scope.spawn(|| self.keep_logs(&dir)).join());
+        match outcome {
+            Ok(None) => {}
+            Ok(Some(Ok(()))) => say(&format!("logs and objects are in {}", dir.display())),
+            Ok(Some(Err(error))) => say(&error.to_string()),
+            Err(_) => say("logs could not be kept"),
+        }
+    }
+}
+
+impl Target {
+    /// None where the cluster is the scenario's own and says all in its error.
+    fn keep_logs(&self, dir: &Path) -> Option<Result<()>> {
+        match self {
+            Self::Embedded(_) => None,
+            Self::Local(..) => Some(LOCAL.get()?.as_ref().ok()?.keep_logs(dir)),
+            Self::Kind(..) => {
+                let running = KIND.get()?.as_ref().ok()?;
                 let runtime = tokio::runtime::Builder::new_current_thread()
                     .enable_all()
-                    .build();
-                runtime.unwrap().block_on(running.keep_logs(&dir))
-            };
-            scope.spawn(keep).join()
-        });
-        match kept {
-            Ok(Ok(())) => say(&format!("logs and objects are in {}", dir.display())),
-            Ok(Err(error)) => say(&error.to_string()),
-            Err(_) => say("logs could not be kept"),
+                    .build()
+                    .unwrap();
+                Some(runtime.block_on(running.keep_logs(dir)))
+            }
         }
     }
 }
