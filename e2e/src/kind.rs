@@ -19,9 +19,8 @@ use tokio::process::{Child, Command};
 
 use crate::binaries::{kept, workspace};
 use crate::cluster::{Cluster as _, Error, Result};
-use crate::embedded::read_manifests;
 use crate::images::Images;
-use crate::install::{self, install};
+use crate::install::{Form, Installation, install};
 use crate::real::KEPT_KINDS;
 use tools::{A_MOMENT, Tools};
 
@@ -126,34 +125,21 @@ impl Options {
 /// What is put into a cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Load {
-    /// Archives of images, as `docker save` writes them.
-    pub images: Vec<PathBuf>,
+    /// What is installed.
+    pub installation: Installation,
     /// A static `probe`.
     pub probe: PathBuf,
-    /// Applied in order, each with any number of documents.
-    pub manifests: Vec<String>,
 }
 
 impl Load {
-    /// What `deploy/` installs, in its lean form, and the fake provider.
+    /// What `deploy/` installs, and the fake provider.
     ///
     /// # Errors
-    /// When a manifest cannot be read.
-    pub fn standard(images: Images) -> Result<Self> {
-        let deploy = workspace().join("deploy");
-        let mut manifests = Vec::new();
-        for manifest in read_manifests(&deploy)? {
-            manifests.push(install::lean(&manifest)?);
-        }
-        manifests.extend(read_manifests(&workspace().join("e2e/manifests"))?);
+    /// As of [`Installation::standard`].
+    pub fn standard(images: &Images, form: &Form) -> Result<Self> {
         Ok(Self {
-            images: images
-                .archives
-                .into_iter()
-                .map(|image| image.archive)
-                .collect(),
-            probe: images.probe,
-            manifests,
+            installation: Installation::standard(images, form)?,
+            probe: images.probe.clone(),
         })
     }
 }
@@ -221,11 +207,33 @@ impl Running {
     /// Images and what they run in.
     async fn fill(&self, load: &Load, progress: &mut impl FnMut(&str)) -> Result<()> {
         self.calm().await?;
-        progress("images");
-        self.load(load).await?;
-        progress("the driver and the provider");
+        for node in self.options.nodes.names() {
+            let to = format!("{node}:{PROBE}");
+            let args = ["cp".as_ref(), load.probe.as_os_str(), to.as_ref()];
+            let copied = self.tools.docker(args, A_MOMENT).await;
+            copied.map_err(Error::Start)?;
+        }
+        progress("images, the driver and the provider");
+        self.install(&load.installation).await
+    }
+
+    /// Installs, over what is installed; returns when all of it runs and the driver is registered.
+    ///
+    /// # Errors
+    /// What the API server refuses or does not come up.
+    pub async fn install(&self, installation: &Installation) -> Result<()> {
+        for image in &installation.images {
+            let archive = image.archive.as_os_str();
+            let args = ["load".as_ref(), "image-archive".as_ref(), archive];
+            let name = ["--name".as_ref(), NAME.as_ref()];
+            let loaded = self
+                .tools
+                .kind(args.into_iter().chain(name), A_MOMENT)
+                .await;
+            loaded.map_err(Error::Start)?;
+        }
         let client = self.connect().await?.client();
-        install(&client, &load.manifests, START_LIMIT).await
+        install(&client, &installation.manifests, START_LIMIT).await
     }
 
     /// A way to the cluster, for one runtime.
@@ -285,25 +293,6 @@ impl Running {
         ];
         let scaled = kubectl(&self.tools, &scale).await;
         scaled.map(drop).map_err(Error::Start)
-    }
-
-    async fn load(&self, load: &Load) -> Result<()> {
-        for image in &load.images {
-            let args = ["load".as_ref(), "image-archive".as_ref(), image.as_os_str()];
-            let name = ["--name".as_ref(), NAME.as_ref()];
-            let loaded = self
-                .tools
-                .kind(args.into_iter().chain(name), A_MOMENT)
-                .await;
-            loaded.map_err(Error::Start)?;
-        }
-        for node in self.options.nodes.names() {
-            let to = format!("{node}:{PROBE}");
-            let args = ["cp".as_ref(), load.probe.as_os_str(), to.as_ref()];
-            let copied = self.tools.docker(args, A_MOMENT).await;
-            copied.map_err(Error::Start)?;
-        }
-        Ok(())
     }
 }
 
