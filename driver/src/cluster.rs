@@ -15,6 +15,7 @@ use std::{
 
 use kube::{
     Api, Client, Config,
+    api::GetParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
 use tokio::sync::{OnceCell, Semaphore};
@@ -29,6 +30,9 @@ use resources::SecretProviderClass;
 /// How long one request may take. Short against kubelet's two minutes, so that a publish can
 /// say what hung.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Annotations that start like this are addressed to this driver.
+const OUR_ANNOTATIONS: &str = "secrets-store.csi.k8s.io/";
 
 /// The API server. Clones share one client.
 #[derive(Clone)]
@@ -69,11 +73,25 @@ impl Cluster {
         }
     }
 
-    /// Reads a class.
+    /// Reads a class, as it is now.
     ///
     /// # Errors
     /// When it cannot be read, or says no provider or no parameters.
     pub async fn class(&self, namespace: &str, name: &str) -> Result<Class> {
+        self.read_class(namespace, name, &GetParams::default())
+            .await
+    }
+
+    /// Reads a class as the API server remembers it: perhaps a moment old, and cheap for it,
+    /// because it need not ask its store.
+    ///
+    /// # Errors
+    /// As [`Cluster::class`].
+    pub async fn remembered_class(&self, namespace: &str, name: &str) -> Result<Class> {
+        self.read_class(namespace, name, &GetParams::any()).await
+    }
+
+    async fn read_class(&self, namespace: &str, name: &str, how: &GetParams) -> Result<Class> {
         let failed = |error: Error| {
             error
                 .context(format_args!(
@@ -83,7 +101,7 @@ impl Cluster {
         };
         let api: Api<SecretProviderClass> =
             Api::namespaced(self.client().await.map_err(failed)?, namespace);
-        let spc = limited(api.get(name))
+        let spc = limited(api.get_with(name, how))
             .await
             .map_err(|failure| failed(failure.into_error()))?;
 
@@ -104,6 +122,13 @@ impl Cluster {
                 uid: spc.metadata.uid.unwrap_or_default(),
                 generation: spc.metadata.generation,
                 resource_version: spc.metadata.resource_version.unwrap_or_default(),
+                annotations: spc
+                    .metadata
+                    .annotations
+                    .unwrap_or_default()
+                    .into_iter()
+                    .filter(|(name, _)| name.starts_with(OUR_ANNOTATIONS))
+                    .collect(),
             },
             provider: spc.spec.provider,
             parameters: spc.spec.parameters,

@@ -4,6 +4,7 @@
 //! It is written as the archive that `docker save` writes, which `docker load`, `kind load
 //! image-archive` and `ctr images import` read. The same executable gives the same bytes.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -13,7 +14,7 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use crate::binaries::{self, cargo_build, workspace};
+use crate::binaries::{self, cargo_build, target_dir};
 use crate::tree::hex;
 
 /// `release` builds the images' executables as they are shipped; absent, as for tests.
@@ -71,23 +72,11 @@ pub enum Error {
 /// # Errors
 /// When an executable does not build, or a file cannot be written.
 pub fn build(progress: impl FnMut(&str)) -> Result<Images, Error> {
-    // A directory of its own, for the flags make every dependency another one.
-    let target = target_dir().join("static");
-    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    let mut args = vec!["--target", &triple];
-    args.extend(["-p", "driver", "-p", "fake-provider", "-p", "e2e"]);
+    let mut args = vec!["-p", "driver", "-p", "fake-provider", "-p", "e2e"];
     for name in ["secrets-store-csi", "fake-provider", "probe"] {
         args.extend(["--bin", name]);
     }
-    if std::env::var(PROFILE_VARIABLE).is_ok_and(|profile| profile == "release") {
-        args.push("--release");
-    }
-    // With a target named, these flags do not reach build scripts, which must stay dynamic.
-    let variables = [
-        ("RUSTFLAGS", OsString::from("-C target-feature=+crt-static")),
-        ("CARGO_TARGET_DIR", target.into_os_string()),
-    ];
-    let (executables, command) = cargo_build(&args, &variables, progress)?;
+    let (executables, command) = build_static(&args, progress)?;
     let built = |name: &'static str| {
         executables
             .get(name)
@@ -109,6 +98,31 @@ pub fn build(progress: impl FnMut(&str)) -> Result<Images, Error> {
         archives,
         probe: built("probe")?.clone(),
     })
+}
+
+/// Runs `cargo build` for static executables: what it built by name, and the command for a
+/// complaint.
+///
+/// # Errors
+/// When cargo cannot be run or something does not build.
+pub(crate) fn build_static(
+    args: &[&str],
+    progress: impl FnMut(&str),
+) -> Result<(BTreeMap<String, PathBuf>, String), binaries::Error> {
+    // A directory of its own, for the flags make every dependency another one.
+    let target = target_dir().join("static");
+    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let mut args = args.to_vec();
+    args.extend(["--target", &triple]);
+    if std::env::var(PROFILE_VARIABLE).is_ok_and(|profile| profile == "release") {
+        args.push("--release");
+    }
+    // With a target named, these flags do not reach build scripts, which must stay dynamic.
+    let variables = [
+        ("RUSTFLAGS", OsString::from("-C target-feature=+crt-static")),
+        ("CARGO_TARGET_DIR", target.into_os_string()),
+    ];
+    cargo_build(&args, &variables, progress)
 }
 
 /// Writes an image that holds one static executable at `/` and runs it.
@@ -162,14 +176,6 @@ fn stripped(executable: &Path) -> io::Result<Vec<u8>> {
     match outcome {
         Ok(status) if status.success() => fs::read(small),
         _ => fs::read(executable),
-    }
-}
-
-/// Where cargo builds.
-fn target_dir() -> PathBuf {
-    match std::env::var_os("CARGO_TARGET_DIR") {
-        Some(dir) => workspace().join(dir),
-        None => workspace().join("target"),
     }
 }
 
@@ -273,6 +279,7 @@ fn is_static(executable: &Path) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::binaries::workspace;
 
     fn archive(program: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
