@@ -266,11 +266,7 @@ impl Cluster {
     }
 
     /// Makes the Secret, with its owners, and with what others had put on an earlier one.
-    async fn create(
-        &self,
-        wanted: &Wanted<'_>,
-        earlier: Option<&Existing>,
-    ) -> Result<(), Failure> {
+    async fn create(&self, wanted: &Wanted<'_>, earlier: Option<&Existing>) -> Result<(), Failure> {
         let body = serde_json::to_vec(&wanted.object(earlier))
             .map_err(|error| Failure::NoAnswer(error.to_string()))?;
         let request = Request::new(path(wanted.namespace)).create(&PostParams::default(), body);
@@ -296,7 +292,7 @@ impl Cluster {
         if holder.name == wanted.class.name {
             return Ok(false);
         }
-        match self.cached_class(wanted.namespace, &holder.name).await {
+        match self.remembered_class(wanted.namespace, &holder.name).await {
             Ok(class) => Ok(class.identity.uid == holder.uid
                 && class
                     .secret_objects
@@ -411,9 +407,9 @@ impl Existing {
 
     fn has(&self, data: &BTreeMap<String, Secret>) -> bool {
         self.data.len() == data.len()
-            && data.iter().all(|(key, value)| {
-                self.data.get(key).is_some_and(|there| there.0 == *value)
-            })
+            && data
+                .iter()
+                .all(|(key, value)| self.data.get(key).is_some_and(|there| there.0 == *value))
     }
 }
 
@@ -541,7 +537,11 @@ fn decide<'a>(existing: &'a Existing, wanted: &Wanted<'a>, released: bool) -> De
 /// The owners that a Secret should have, if they are not those it has: all that it has, but for
 /// earlier objects of the name of one of ours, and ours.
 fn owners(existing: &Existing, ours: &[Owner]) -> Option<Vec<OwnerReference>> {
-    let group = |api_version: &str| api_version.split_once('/').map(|(group, _)| group.to_owned());
+    let group = |api_version: &str| {
+        api_version
+            .split_once('/')
+            .map(|(group, _)| group.to_owned())
+    };
     let is_earlier = |there: &OwnerReference| {
         ours.iter().any(|owner| {
             owner.uid != there.uid
@@ -603,8 +603,16 @@ impl<'a> Wanted<'a> {
     /// Labels and annotations: set what is asked for, take away what no longer is.
     fn change_metadata(&self, existing: &'a Existing, change: &mut Change<'a>) {
         let set = |there: Option<&String>, value: &str| there.map(String::as_str) != Some(value);
-        let earlier = |key: &str| existing.annotation(key).map_or("", String::as_str).split(',');
-        let (labels, annotations) = (&mut change.metadata.labels, &mut change.metadata.annotations);
+        let earlier = |key: &str| {
+            existing
+                .annotation(key)
+                .map_or("", String::as_str)
+                .split(',')
+        };
+        let (labels, annotations) = (
+            &mut change.metadata.labels,
+            &mut change.metadata.annotations,
+        );
         for key in earlier(LABELS) {
             if existing.label(key).is_some() && !self.labels.contains_key(key) && key != MANAGED {
                 labels.insert(key, None);

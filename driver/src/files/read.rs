@@ -41,19 +41,33 @@ pub struct Snapshot {
 /// What the system says. NotFound also when the content was replaced meanwhile; trying again
 /// helps.
 pub fn snapshot(volume: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<Snapshot> {
+    let (tree, since) = open(volume)?;
+    let mut files = BTreeMap::new();
+    read_below(&tree, "", &wanted, &mut files, 0)?;
+    Ok(Snapshot { files, since })
+}
+
+/// Since when a volume's content is as it is.
+///
+/// # Errors
+/// What the system says.
+pub fn since(volume: &Path) -> io::Result<Timestamp> {
+    open(volume).map(|(_, since)| since)
+}
+
+/// The directory with the content, and since when it has been that.
+fn open(volume: &Path) -> io::Result<(OwnedFd, Timestamp)> {
     let root = open_root(volume)?;
     let name = current(&root)?;
     let (tree, since) = match &name {
         Some(name) => (open_directory(root.as_fd(), name.as_str())?, time_in(name)),
-        None => (root.try_clone()?, None),
+        None => (root, None),
     };
     let since = match since {
         Some(since) => since,
         None => changed(&tree)?,
     };
-    let mut files = BTreeMap::new();
-    read_below(&tree, "", &wanted, &mut files, 0)?;
-    Ok(Snapshot { files, since })
+    Ok((tree, since))
 }
 
 /// The moment that the name of a directory tells: `..2026_11_23_16_19_05.123456789`.
@@ -63,7 +77,9 @@ fn time_in(name: &str) -> Option<Timestamp> {
 }
 
 fn changed(directory: &OwnedFd) -> io::Result<Timestamp> {
-    let modified = StdFile::from(directory.try_clone()?).metadata()?.modified()?;
+    let modified = StdFile::from(directory.try_clone()?)
+        .metadata()?
+        .modified()?;
     let since = modified
         .duration_since(SystemTime::UNIX_EPOCH)
         .map_err(io::Error::other)?;
@@ -137,15 +153,20 @@ mod tests {
             };
             Payload::new(files.map(file)).unwrap()
         };
+        let replace = |payload: Payload| {
+            if let Some(staged) = swap::stage(dir.path(), payload).unwrap() {
+                staged.commit().unwrap();
+            }
+        };
         let before = Timestamp::now();
-        swap::replace(dir.path(), &payload("1")).unwrap();
+        replace(payload("1"));
         let first = snapshot(dir.path(), |_| true).unwrap();
         let expected = BTreeMap::from([("a", "1".to_owned()), ("deep/er/b", "2".to_owned())]);
         assert_eq!(texts(&first), expected);
         assert!(before <= first.since && first.since <= Timestamp::now());
-        swap::replace(dir.path(), &payload("1")).unwrap();
+        replace(payload("1"));
         assert_eq!(snapshot(dir.path(), |_| true).unwrap().since, first.since);
-        swap::replace(dir.path(), &payload("3")).unwrap();
+        replace(payload("3"));
         let second = snapshot(dir.path(), |path| path == "a").unwrap();
         assert!(second.since > first.since);
         assert_eq!(texts(&second), BTreeMap::from([("a", "3".to_owned())]));

@@ -461,12 +461,20 @@ fn remove_at<N: NixPath + ?Sized>(parent: BorrowedFd<'_>, name: &N) -> io::Resul
     Ok(unlinkat(parent, name, UnlinkatFlags::RemoveDir)?)
 }
 
-pub(super) fn open_directory<N: NixPath + ?Sized>(parent: BorrowedFd<'_>, name: &N) -> io::Result<OwnedFd> {
+pub(super) fn open_directory<N: NixPath + ?Sized>(
+    parent: BorrowedFd<'_>,
+    name: &N,
+) -> io::Result<OwnedFd> {
     Ok(openat(parent, name, directory_flags(), Mode::empty())?)
 }
 
 /// openat2(2) with the resolution confined below `parent`: no "..", no links, no way out.
-pub(super) fn open_beneath(parent: &OwnedFd, path: &str, flags: OFlag, mode: Mode) -> nix::Result<OwnedFd> {
+pub(super) fn open_beneath(
+    parent: &OwnedFd,
+    path: &str,
+    flags: OFlag,
+    mode: Mode,
+) -> nix::Result<OwnedFd> {
     let how = OpenHow::new()
         .flags(flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
         .mode(mode)

@@ -42,7 +42,10 @@ const REQUIRED: [(&str, &[&str]); 7] = [
     ("kubernetes.io/dockerconfigjson", &[".dockerconfigjson"]),
     ("kubernetes.io/dockercfg", &[".dockercfg"]),
     ("kubernetes.io/ssh-auth", &["ssh-privatekey"]),
-    ("bootstrap.kubernetes.io/token", &["token-id", "token-secret"]),
+    (
+        "bootstrap.kubernetes.io/token",
+        &["token-id", "token-secret"],
+    ),
     // Either of them does.
     ("kubernetes.io/basic-auth", &["username", "password"]),
     ("kubernetes.io/service-account-token", &[]),
@@ -155,10 +158,7 @@ impl Place<'_> {
 }
 
 fn invalid(what: String) -> Problem {
-    Problem::new(
-        Trouble::InvalidClass,
-        format!("SecretProviderClass {what}"),
-    )
+    Problem::new(Trouble::InvalidClass, format!("SecretProviderClass {what}"))
 }
 
 /// The value of each key. What is named wins over what "*" brings.
@@ -185,7 +185,13 @@ fn values(
             for (path, content) in files {
                 let key = key_of(path);
                 check_key(at, &key)?;
-                let value = picked(at, &key, entry.json_key.trim(), entry.encoding.trim(), content)?;
+                let value = picked(
+                    at,
+                    &key,
+                    entry.json_key.trim(),
+                    entry.encoding.trim(),
+                    content,
+                )?;
                 if all.insert(key.clone(), value).is_some() {
                     return Err(at.invalid(format!(
                         "two mounted objects would both become key {key:?}: name them one by one"
@@ -208,7 +214,13 @@ fn values(
                 ),
             ));
         };
-        let value = picked(at, key, entry.json_key.trim(), entry.encoding.trim(), content)?;
+        let value = picked(
+            at,
+            key,
+            entry.json_key.trim(),
+            entry.encoding.trim(),
+            content,
+        )?;
         named.insert(key.to_owned(), value);
     }
     all.extend(named);
@@ -243,7 +255,9 @@ fn picked(
         value = field(value.expose(), json_key).ok_or_else(|| {
             at.problem(
                 Trouble::InvalidValue,
-                format_args!("key {key}: the object is not a JSON object with a field {json_key:.100?}"),
+                format_args!(
+                    "key {key}: the object is not a JSON object with a field {json_key:.100?}"
+                ),
             )
         })?;
     }
@@ -315,7 +329,12 @@ fn split(
     files: &BTreeMap<String, Secret>,
     data: &mut BTreeMap<String, Secret>,
 ) -> Result<(), Problem> {
-    let format = match class.annotations.get(TLS_KEY_FORMAT).map(|v| v.trim()) {
+    let format = match class
+        .identity
+        .annotations
+        .get(TLS_KEY_FORMAT)
+        .map(|v| v.trim())
+    {
         None | Some("traditional") => KeyFormat::Traditional,
         Some("original") => KeyFormat::Original,
         Some(other) => {
@@ -325,10 +344,18 @@ fn split(
         }
     };
     let source = |key: &str| {
-        let named = object.data.iter().rev().find(|entry| entry.key.trim() == key);
+        let named = object
+            .data
+            .iter()
+            .rev()
+            .find(|entry| entry.key.trim() == key);
         match named {
             Some(entry) => entry.object_name.trim().to_owned(),
-            None => files.keys().find(|path| key_of(path) == key).cloned().unwrap_or_default(),
+            None => files
+                .keys()
+                .find(|path| key_of(path) == key)
+                .cloned()
+                .unwrap_or_default(),
         }
     };
     let parts = |key: &str| -> Result<Option<Parts>, Problem> {
@@ -338,7 +365,10 @@ fn split(
         let parts = Parts::read(value.expose()).map_err(|why| {
             at.problem(
                 Trouble::InvalidCertificate,
-                format_args!("key {key}: object {:.100?} cannot be used: {why}", source(key)),
+                format_args!(
+                    "key {key}: object {:.100?} cannot be used: {why}",
+                    source(key)
+                ),
             )
         })?;
         Ok(Some(parts))
@@ -383,8 +413,14 @@ fn check(
         }
         _ => {
             if let Some(key) = keys.iter().find(|key| !there(key)) {
-                let how = if data.contains_key(*key) { "is empty" } else { "is not there" };
-                return Err(missing(format!("type {type_} needs key {key}, and it {how}")));
+                let how = if data.contains_key(*key) {
+                    "is empty"
+                } else {
+                    "is not there"
+                };
+                return Err(missing(format!(
+                    "type {type_} needs key {key}, and it {how}"
+                )));
             }
         }
     }

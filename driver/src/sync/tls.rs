@@ -20,7 +20,7 @@ use key::{Key, Match};
 
 /// In which form a private key is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum KeyFormat {
+pub(super) enum KeyFormat {
     /// RSA as PKCS#1 and elliptic curves as SEC1, as the existing driver writes them; other
     /// kinds as PKCS#8.
     #[default]
@@ -31,7 +31,7 @@ pub enum KeyFormat {
 
 /// Why an object has no usable parts. A sentence without any of the object's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unusable(String);
+pub(super) struct Unusable(String);
 
 impl fmt::Display for Unusable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -44,17 +44,17 @@ fn unusable<T>(why: impl Into<String>) -> Result<T, Unusable> {
 }
 
 /// What an object holds.
-pub struct Parts {
+pub(super) struct Parts {
     certificates: Vec<Certificate>,
     keys: Vec<Key>,
 }
 
 /// The two values of a Secret of type kubernetes.io/tls.
-pub struct Pair {
+pub(super) struct Pair {
     /// `tls.crt`: PEM, the leaf first, then its chain, then whatever else there was.
-    pub certificate: Secret,
+    pub(super) certificate: Secret,
     /// `tls.key`: PEM.
-    pub key: Secret,
+    pub(super) key: Secret,
 }
 
 struct Certificate {
@@ -67,7 +67,7 @@ impl Parts {
     ///
     /// # Errors
     /// Says what the object is, as far as that can be told, and what to do.
-    pub fn read(object: &[u8]) -> Result<Self, Unusable> {
+    pub(super) fn read(object: &[u8]) -> Result<Self, Unusable> {
         if object.trim_ascii().is_empty() {
             return unusable("it is empty");
         }
@@ -121,7 +121,11 @@ impl Parts {
 /// # Errors
 /// When one has no certificate or the other no key, or the key belongs to none of the
 /// certificates.
-pub fn pair(certificates: &Parts, keys: &Parts, format: KeyFormat) -> Result<Pair, Unusable> {
+pub(super) fn pair(
+    certificates: &Parts,
+    keys: &Parts,
+    format: KeyFormat,
+) -> Result<Pair, Unusable> {
     let certificates = &certificates.certificates;
     if certificates.is_empty() {
         return unusable("the object of tls.crt has no certificate");

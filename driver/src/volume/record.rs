@@ -152,6 +152,26 @@ impl Records {
         }
     }
 
+    /// All records of this format.
+    ///
+    /// # Errors
+    /// When the directory cannot be listed.
+    pub fn all(&self) -> io::Result<Vec<Record>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir(&self.directory)? {
+            let path = entry?.path();
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "json")
+            {
+                let bytes = fs::read(&path).unwrap_or_default();
+                let filed = serde_json::from_slice::<Filed<Record>>(&bytes);
+                all.extend(filed.ok().filter(|f| f.format == FORMAT).map(|f| f.record));
+            }
+        }
+        Ok(all)
+    }
+
     /// Writes a record, replacing an earlier one in one step.
     ///
     /// # Errors

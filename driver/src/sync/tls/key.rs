@@ -164,11 +164,7 @@ fn ec_matches(sec1: &[u8], curve: ObjectIdentifier, public: &[u8]) -> Option<boo
     };
     // Computes the public key and compares.
     let random = SystemRandom::new();
-    let pair = EcdsaKeyPair::from_private_key_and_public_key(
-        algorithm,
-        key.private_key,
-        public,
-        &random,
-    );
+    let pair =
+        EcdsaKeyPair::from_private_key_and_public_key(algorithm, key.private_key, public, &random);
     Some(pair.is_ok())
 }

@@ -210,8 +210,12 @@ fn decrypt(
     for password in EMPTY {
         let derive = |purpose, length| derive(password, salt.as_bytes(), rounds, purpose, length);
         let plain = match scheme {
-            SHA1_3DES => unpad::<cbc::Decryptor<des::TdesEde3>>(&derive(1, 24), &derive(2, 8), ciphertext),
-            SHA1_2DES => unpad::<cbc::Decryptor<des::TdesEde2>>(&derive(1, 16), &derive(2, 8), ciphertext),
+            SHA1_3DES => {
+                unpad::<cbc::Decryptor<des::TdesEde3>>(&derive(1, 24), &derive(2, 8), ciphertext)
+            }
+            SHA1_2DES => {
+                unpad::<cbc::Decryptor<des::TdesEde2>>(&derive(1, 16), &derive(2, 8), ciphertext)
+            }
             SHA1_RC2_128 => unpad_rc2(&derive(1, 16), &derive(2, 8), ciphertext),
             SHA1_RC2_40 => unpad_rc2(&derive(1, 5), &derive(2, 8), ciphertext),
             other => return Err(Failure::Scheme(other)),

@@ -90,7 +90,14 @@ fn leaf_first_then_its_chain_whatever_the_order() {
     }
     // Twice the same is once; what belongs to another chain comes last; text between is passed over.
     let messy = joined(&[
-        b"Bag Attributes\n  friendlyName: x\n", root, other, root, b"\r\n# leaf\r\n", leaf, middle, key,
+        b"Bag Attributes\n  friendlyName: x\n",
+        root,
+        other,
+        root,
+        b"\r\n# leaf\r\n",
+        leaf,
+        middle,
+        key,
     ]);
     let (crt, _) = both(&messy, KeyFormat::Traditional);
     assert_eq!(crt, text(&joined(&[leaf, middle, root, other])));
@@ -105,7 +112,10 @@ fn certificate_and_key_may_come_from_two_objects() {
         KeyFormat::Traditional,
     )
     .unwrap_or_else(|error| panic!("{error}"));
-    assert_eq!(text(pair.key.expose()), text(fixture!("rsa.traditional.pem")));
+    assert_eq!(
+        text(pair.key.expose()),
+        text(fixture!("rsa.traditional.pem"))
+    );
 }
 
 #[rstest]
@@ -145,8 +155,14 @@ fn pkcs12_with_an_edwards_key() {
 #[case::deep(&[0x30; 4000], "neither PEM nor PKCS#12")]
 #[case::with_a_password(fixture!("password.p12"), "empty password does not open")]
 #[case::encrypted_key(fixture!("encrypted.key.pem"), "passphrase")]
-#[case::no_key_in_a_key(b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "cannot be read")]
-#[case::no_certificate_in_a_certificate(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "X.509")]
+#[case::no_key_in_a_key(
+    b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+    "cannot be read"
+)]
+#[case::no_certificate_in_a_certificate(
+    b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+    "X.509"
+)]
 fn what_is_no_certificate_is_refused(#[case] object: &[u8], #[case] why: &str) {
     let error = Parts::read(object).err().unwrap().to_string();
     assert!(error.contains(why), "{error}");
