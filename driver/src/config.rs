@@ -58,10 +58,22 @@ pub struct Config {
     pub additional_provider_volume_paths: Vec<PathBuf>,
     /// Largest answer of a provider that is accepted, in bytes.
     pub max_call_recv_msg_size: usize,
+    /// Calls in flight to one provider, at most.
+    pub provider_max_calls: usize,
+    /// Memory for the answers of one provider in bytes; always enough for one call.
+    pub provider_max_bytes: usize,
     /// Whether mounted volumes are refreshed.
     pub enable_secret_rotation: bool,
     /// Shortest time between two refreshes of one volume.
     pub rotation_poll_interval: Duration,
+    /// The shortest interval that a class or a volume may ask for.
+    pub min_rotation_poll_interval: Duration,
+    /// Whether kubelet hears of failed refreshes.
+    pub surface_republish_errors: bool,
+    /// How long a volume is left alone after a failed refresh.
+    pub rotation_backoff: Duration,
+    /// The longest that a volume is left alone.
+    pub rotation_backoff_max: Duration,
     /// Whether the providers are asked for their version from time to time.
     pub provider_health_check: bool,
     /// Time between two of those questions.
@@ -70,13 +82,22 @@ pub struct Config {
     pub kubeconfig: Option<PathBuf>,
     /// Whether log lines are JSON objects.
     pub log_format_json: bool,
-    /// How much is logged: 0 says what happened, 4 adds how, 6 adds every step.
+    /// How much is logged: 0 says what happened, 5 adds every call, 6 every step.
     pub verbosity: u32,
     /// What followed the first argument that is not a flag, that argument included. It has no
     /// effect, and usually is a mistake such as `--switch false`.
     pub ignored_arguments: Vec<String>,
     without_effect: Vec<&'static str>,
     print_version: bool,
+}
+
+/// Reads a duration as Go writes it, such as `90s` or `1h30m`: durations are spelled the same
+/// wherever this driver reads one.
+///
+/// # Errors
+/// The end of a sentence that says what is wrong with it.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    value::Value::read(text)
 }
 
 /// Where the CSI services listen.
@@ -221,8 +242,14 @@ impl Default for Config {
                 "/etc/kubernetes/secrets-store-csi-providers".into(),
             ],
             max_call_recv_msg_size: 4 * 1024 * 1024,
+            provider_max_calls: 16,
+            provider_max_bytes: 64 * 1024 * 1024,
             enable_secret_rotation: false,
             rotation_poll_interval: Duration::from_secs(120),
+            min_rotation_poll_interval: Duration::from_secs(30),
+            surface_republish_errors: false,
+            rotation_backoff: Duration::from_secs(10),
+            rotation_backoff_max: Duration::from_secs(300),
             provider_health_check: false,
             provider_health_check_interval: Duration::from_secs(120),
             kubeconfig: None,
@@ -410,7 +437,7 @@ mod tests {
 
     #[rstest]
     #[case("--endpoint=unix:///csi/csi.sock --nodeid=n --enable-secret-rotation=false --rotation-poll-interval=2m", &[])]
-    #[case("--log_dir=/x --enable-secret-rotation --log_dir=/y", &["enable-secret-rotation", "log_dir"])]
+    #[case("--log_dir=/x --one_output --log_dir=/y", &["one_output", "log_dir"])]
     #[case("--enable-pprof --enable-pprof=false", &[])]
     fn flags_that_do_nothing_yet_are_known(#[case] line: &str, #[case] names: &[&str]) {
         assert_eq!(parse(line).unwrap().without_effect(), names);

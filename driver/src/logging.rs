@@ -51,12 +51,12 @@ where
     Registry::default().with(Lines { form, out }.with_filter(filter(config.verbosity)))
 }
 
-/// Who is heard, from which level on. The verbosity counts like klog's: from 4 on it is for
-/// people who look for a fault, from 6 on for people who look for a bug.
+/// Who is heard, from which level on. The verbosity counts like klog's: 0 is for what changes,
+/// from 5 on every call has its lines, from 6 on every step.
 fn filter(verbosity: u32) -> Targets {
     let ours = match verbosity {
-        0..4 => LevelFilter::INFO,
-        4..6 => LevelFilter::DEBUG,
+        0..5 => LevelFilter::INFO,
+        5 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
     Targets::new()
@@ -340,8 +340,8 @@ mod tests {
 
     #[rstest]
     #[case("-v=0", &["error", "warn", "info"])]
-    #[case("-v=3", &["error", "warn", "info"])]
-    #[case("-v=4", &["error", "warn", "info", "debug"])]
+    #[case("-v=4", &["error", "warn", "info"])]
+    #[case("-v=5", &["error", "warn", "info", "debug"])]
     #[case("-v=6", &["error", "warn", "info", "debug", "trace"])]
     fn our_lines_follow_the_verbosity(#[case] flag: &str, #[case] expected: &[&str]) {
         let messages: Vec<String> = logged(&[flag], every_level)

@@ -9,6 +9,8 @@
 //! things.
 
 pub mod http;
+pub mod provider;
+mod rotation;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -23,6 +25,8 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
+
+pub use rotation::RefreshGuard;
 
 use crate::config::BUILD_VERSION;
 
@@ -52,6 +56,8 @@ struct Inner {
     publish_error: Family<PublishFailed, Counter>,
     unpublish: Family<Unpublished, Counter>,
     unpublish_error: Family<Unpublished, Counter>,
+    rotation: rotation::Series,
+    provider_calls: provider::ProviderCalls,
     providers: Bounded,
     error_types: Bounded,
 }
@@ -92,6 +98,7 @@ impl Metrics {
                 "What this process is",
                 ConstGauge::new(1_u64),
             );
+        let provider_calls = provider::ProviderCalls::register(&mut registry);
         let scope = SCOPE.map(|(name, value)| (name.into(), value.into()));
         let scoped = registry.sub_registry_with_labels(scope.into_iter());
         let publish = Family::default();
@@ -114,12 +121,15 @@ impl Metrics {
             "Failed unpublish calls",
             unpublish_error.clone(),
         );
+        let rotation = rotation::Series::register(scoped);
         Self(Arc::new(Inner {
             registry,
             publish,
             publish_error,
             unpublish,
             unpublish_error,
+            rotation,
+            provider_calls,
             providers: Bounded::default(),
             error_types: Bounded::default(),
         }))

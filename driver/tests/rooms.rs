@@ -16,6 +16,7 @@ const MAY_USE: [(&str, &[&str]); 14] = [
         &[
             "config",
             "error",
+            "files",
             "metrics",
             "record",
             "registration",
@@ -26,13 +27,17 @@ const MAY_USE: [(&str, &[&str]); 14] = [
     (
         "volume",
         &[
-            "cluster", "error", "files", "metrics", "mount", "provider", "record", "secret",
+            "cluster", "config", "error", "files", "metrics", "mount", "provider", "record",
+            "secret",
         ],
     ),
     ("record", &[]),
     ("cluster", &["error", "record", "resources"]),
     ("resources", &[]),
-    ("provider", &["error", "files", "record", "secret"]),
+    (
+        "provider",
+        &["error", "files", "metrics", "record", "secret"],
+    ),
     ("mount", &[]),
     ("files", &["secret"]),
     ("secret", &[]),

@@ -116,6 +116,12 @@ args:
   {{- with .Values.rotationPollInterval }}
   - --rotation-poll-interval={{ . }}
   {{- end }}
+  {{- with .Values.minRotationPollInterval }}
+  - --min-rotation-poll-interval={{ . }}
+  {{- end }}
+  {{- if eq (toString .Values.republishErrors) "surface" }}
+  - --republish-errors=surface
+  {{- end }}
   - --metrics-addr={{ $linux.metricsAddr }}
   {{- if .Values.providerHealthCheck }}
   - --provider-health-check=true
@@ -125,6 +131,12 @@ args:
   {{- end }}
   {{- with .Values.maxCallRecvMsgSize }}
   - --max-call-recv-msg-size={{ . | int64 }}
+  {{- end }}
+  {{- with .Values.providerMaxCalls }}
+  - --provider-max-calls={{ . | int64 }}
+  {{- end }}
+  {{- with .Values.providerMaxBytes }}
+  - --provider-max-bytes={{ . | int64 }}
   {{- end }}
   {{- if ne (toString $linux.driver.checkKubeletRootDir) "false" }}
   - --kubelet-root-dir={{ $root }}

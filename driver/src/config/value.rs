@@ -9,6 +9,14 @@ use std::time::Duration;
 
 use super::Endpoint;
 
+/// The place of a word among those that are allowed.
+pub(super) fn one_of<const N: usize>(text: &str, words: [&str; N]) -> Result<usize, String> {
+    words
+        .iter()
+        .position(|word| *word == text)
+        .ok_or_else(|| format!("write {}", words.join(" or ")))
+}
+
 /// A type that a flag's value is read as.
 pub(super) trait Value: Sized {
     fn read(text: &str) -> Result<Self, String>;
@@ -245,6 +253,14 @@ pub(super) fn size(text: &str) -> Result<usize, String> {
     match u32::read(text)? {
         0 => Err("no answer has no bytes".to_owned()),
         bytes => usize::try_from(bytes).map_err(|_| "the number is too large".to_owned()),
+    }
+}
+
+/// How many calls may be in flight.
+pub(super) fn count(text: &str) -> Result<usize, String> {
+    match u32::read(text)? {
+        0 => Err("then nothing could ever be called".to_owned()),
+        count => usize::try_from(count).map_err(|_| "the number is too large".to_owned()),
     }
 }
 

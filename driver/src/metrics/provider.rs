@@ -1,0 +1,190 @@
+//! What is counted of the calls to providers.
+
+use std::time::Instant;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::family::{Family, MetricConstructor};
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+use super::Metrics;
+
+/// Upper bounds of the buckets in seconds: from a provider that has its answer in memory to one
+/// that uses up kubelet's deadline.
+const BOUNDS: [f64; 14] = [
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
+];
+
+/// The outcome of a call that its caller gave up.
+const CANCELLED: &str = "CANCELLED";
+
+/// The series of provider calls.
+pub(super) struct ProviderCalls {
+    duration: Family<Ended, Histogram, Buckets>,
+    in_flight: Family<Of, Gauge>,
+    waiting: Family<Of, Gauge>,
+}
+
+#[derive(Clone)]
+struct Buckets;
+
+impl MetricConstructor<Histogram> for Buckets {
+    fn new_metric(&self) -> Histogram {
+        Histogram::new(BOUNDS)
+    }
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Ended {
+    provider: String,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Of {
+    provider: String,
+}
+
+impl ProviderCalls {
+    pub(super) fn register(registry: &mut Registry) -> Self {
+        let calls = Self {
+            duration: Family::new_with_constructor(Buckets),
+            in_flight: Family::default(),
+            waiting: Family::default(),
+        };
+        registry.register_with_unit(
+            "secrets_store_provider_call_duration",
+            "How long calls to providers took, the wait for their turn not included",
+            Unit::Seconds,
+            calls.duration.clone(),
+        );
+        registry.register(
+            "secrets_store_provider_calls_in_flight",
+            "Calls that a provider has not answered yet",
+            calls.in_flight.clone(),
+        );
+        registry.register(
+            "secrets_store_provider_calls_waiting",
+            "Calls that wait because the provider has as many as it may have",
+            calls.waiting.clone(),
+        );
+        calls
+    }
+}
+
+impl Metrics {
+    /// Starts to count one call, which waits for its turn.
+    pub fn provider_call(&self, provider: &str) -> CallGuard {
+        let provider = self.0.providers.admit(provider);
+        let calls = &self.0.provider_calls;
+        let of = Of {
+            provider: provider.clone(),
+        };
+        let now = calls.waiting.get_or_create_owned(&of);
+        now.inc();
+        CallGuard {
+            metrics: self.clone(),
+            in_flight: calls.in_flight.get_or_create_owned(&of),
+            now,
+            provider,
+            started: None,
+        }
+    }
+}
+
+/// Counts one call to a provider: as given up when dropped without a word. One that never was
+/// sent has no duration.
+#[derive(Debug)]
+#[must_use = "dropping the guard counts a call that was given up"]
+pub struct CallGuard {
+    metrics: Metrics,
+    provider: String,
+    in_flight: Gauge,
+    /// The gauge that counts this call now.
+    now: Gauge,
+    started: Option<Instant>,
+}
+
+impl CallGuard {
+    /// The call is sent.
+    pub fn started(&mut self) {
+        self.now.dec();
+        self.now = self.in_flight.clone();
+        self.now.inc();
+        self.started = Some(Instant::now());
+    }
+
+    /// The call is over, with a gRPC code or another of a few words.
+    pub fn ended(mut self, outcome: &'static str) {
+        self.observe(outcome);
+    }
+
+    fn observe(&mut self, outcome: &'static str) {
+        if let Some(started) = self.started.take() {
+            let labels = Ended {
+                provider: std::mem::take(&mut self.provider),
+                outcome,
+            };
+            let duration = &self.metrics.0.provider_calls.duration;
+            duration
+                .get_or_create(&labels)
+                .observe(started.elapsed().as_secs_f64());
+        }
+    }
+}
+
+impl Drop for CallGuard {
+    fn drop(&mut self) {
+        self.observe(CANCELLED);
+        self.now.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(metrics: &Metrics, name: &str) -> Vec<String> {
+        let page = metrics.render();
+        let mut lines: Vec<String> = page
+            .lines()
+            .filter(|line| line.starts_with(&format!("secrets_store_provider_{name}")))
+            .map(str::to_owned)
+            .collect();
+        lines.sort();
+        lines
+    }
+
+    #[test]
+    fn a_call_is_counted_where_it_is_and_by_how_it_ended() {
+        let metrics = Metrics::new();
+        let mut call = metrics.provider_call("vault");
+        let waiting = "calls_waiting{provider=\"vault\"}";
+        let in_flight = "calls_in_flight{provider=\"vault\"}";
+        let value = |name: &str| {
+            let lines = lines(&metrics, name);
+            lines
+                .iter()
+                .find_map(|line| line.split(' ').nth(1)?.parse::<i64>().ok())
+        };
+        assert_eq!((value(waiting), value(in_flight)), (Some(1), Some(0)));
+        call.started();
+        assert_eq!((value(waiting), value(in_flight)), (Some(0), Some(1)));
+        call.ended("OK");
+        assert_eq!((value(waiting), value(in_flight)), (Some(0), Some(0)));
+
+        let mut given_up = metrics.provider_call("vault");
+        given_up.started();
+        drop(given_up);
+        drop(metrics.provider_call("vault"));
+        assert_eq!((value(waiting), value(in_flight)), (Some(0), Some(0)));
+        assert_eq!(
+            lines(&metrics, "call_duration_seconds_count"),
+            [
+                "secrets_store_provider_call_duration_seconds_count{provider=\"vault\",outcome=\"CANCELLED\"} 1",
+                "secrets_store_provider_call_duration_seconds_count{provider=\"vault\",outcome=\"OK\"} 1",
+            ]
+        );
+    }
+}

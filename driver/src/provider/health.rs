@@ -1,0 +1,102 @@
+//! Asks the providers from time to time who they are, and logs what changes (`--provider-health-check`).
+//!
+//! Nothing depends on the answer and nobody waits for it: a pod that needs a provider finds out
+//! by itself. Providers are asked all at once and without holding anything that a call needs.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use proto::provider::VersionRequest;
+use tokio::{task::JoinSet, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::Request;
+
+use super::{Providers, refusal, socket::Found};
+
+/// How long a provider has to answer (contract A.7).
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The shortest time between two rounds, for an interval that is a mistake.
+const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The interface version that the driver speaks.
+const VERSION: &str = "v1alpha1";
+
+/// What was last known of a provider.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Health {
+    /// It answered: its name and version, as it says them.
+    Well { runtime: String, version: String },
+    /// It did not, for this reason.
+    Unwell(String),
+}
+
+impl Providers {
+    /// Asks every provider, then waits for `interval`, until `stop`.
+    pub async fn watch_health(&self, interval: Duration, stop: CancellationToken) {
+        let mut known = BTreeMap::new();
+        let watching = async {
+            loop {
+                let now = self.ask_all().await;
+                report(&known, &now);
+                known = now;
+                tokio::time::sleep(interval.max(SHORTEST_INTERVAL)).await;
+            }
+        };
+        stop.run_until_cancelled(watching).await;
+    }
+
+    async fn ask_all(&self) -> BTreeMap<String, Health> {
+        let mut asking = JoinSet::new();
+        for (name, found) in self.sockets.all() {
+            asking.spawn(async move { (name, ask(found).await) });
+        }
+        asking.join_all().await.into_iter().collect()
+    }
+}
+
+async fn ask(mut found: Found) -> Health {
+    let request = Request::new(VersionRequest {
+        version: VERSION.to_owned(),
+    });
+    match timeout(PATIENCE, found.client.version(request)).await {
+        Err(_) => Health::Unwell(format!("no answer within {PATIENCE:?}")),
+        Ok(Err(status)) => Health::Unwell(refusal::in_short(&status)),
+        Ok(Ok(answer)) => {
+            let answer = answer.into_inner();
+            if answer.version != VERSION {
+                return Health::Unwell(format!(
+                    "it speaks version {:.60?} of the provider interface, not {VERSION:?}",
+                    answer.version
+                ));
+            }
+            Health::Well {
+                runtime: answer.runtime_name,
+                version: answer.runtime_version,
+            }
+        }
+    }
+}
+
+/// A change is worth a line always, a provider that is as it was only for who looks closely.
+fn report(before: &BTreeMap<String, Health>, now: &BTreeMap<String, Health>) {
+    for (provider, health) in now {
+        match health {
+            health if before.get(provider) == Some(health) => {
+                tracing::debug!(provider, ?health, "the provider is as before");
+            }
+            Health::Well { runtime, version } => {
+                tracing::info!(provider, runtime, version, "the provider is well");
+            }
+            Health::Unwell(reason) => {
+                tracing::warn!(
+                    provider,
+                    reason,
+                    "the provider is not well; pods that need it may not start"
+                );
+            }
+        }
+    }
+    for provider in before.keys().filter(|name| !now.contains_key(*name)) {
+        tracing::warn!(provider, "the provider's socket is gone");
+    }
+}

@@ -1,0 +1,278 @@
+//! What a provider's failure means: whether to try again, when, and what to tell the person with
+//! the broken pod.
+
+use std::{path::Path, time::Duration};
+
+use prost::Message as _;
+use tonic::{Code, Status};
+
+use crate::error::{Error, Reason};
+
+/// Nobody is believed who wants to be left alone for longer.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
+
+/// The trailer by which a server tells gRPC clients when to try again (gRFC A6).
+const PUSHBACK: &str = "grpc-retry-pushback-ms";
+
+/// The type of the detail that says the same (`google/rpc/error_details.proto`).
+const RETRY_INFO: &str = "google.rpc.RetryInfo";
+
+/// `google.rpc.Status` as far as it is read: the trailer `grpc-status-details-bin` holds one.
+#[derive(Clone, PartialEq, prost::Message)]
+struct RichStatus {
+    #[prost(message, repeated, tag = "3")]
+    details: Vec<Detail>,
+}
+
+/// `google.protobuf.Any`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Detail {
+    #[prost(string, tag = "1")]
+    type_url: String,
+    #[prost(bytes = "vec", tag = "2")]
+    value: Vec<u8>,
+}
+
+/// `google.rpc.RetryInfo`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct RetryInfo {
+    #[prost(message, optional, tag = "1")]
+    retry_delay: Option<Delay>,
+}
+
+/// `google.protobuf.Duration`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Delay {
+    #[prost(int64, tag = "1")]
+    seconds: i64,
+    #[prost(int32, tag = "2")]
+    nanos: i32,
+}
+
+/// When the provider wants to be asked again, if it says so.
+pub(super) fn retry_after(status: &Status) -> Option<Duration> {
+    let pushback = status
+        .metadata()
+        .get(PUSHBACK)
+        .and_then(|value| value.to_str().ok()?.parse().ok())
+        .map(Duration::from_millis);
+    let details = RichStatus::decode(status.details()).unwrap_or_default();
+    let told = details
+        .details
+        .iter()
+        .filter(|detail| detail.type_url.rsplit('/').next() == Some(RETRY_INFO))
+        .find_map(|detail| RetryInfo::decode(detail.value.as_slice()).ok()?.retry_delay)
+        .and_then(|delay| {
+            let seconds = u64::try_from(delay.seconds).ok()?;
+            let nanos = u32::try_from(delay.nanos).ok()?;
+            Some(Duration::from_secs(seconds).saturating_add(Duration::from_nanos(nanos.into())))
+        });
+    let longest = pushback.max(told)?;
+    Some(longest.min(LONGEST_RETRY_AFTER))
+}
+
+/// Whether trying again at once may help: the provider says so, or its connection broke. A
+/// connection that breaks under a call shows as CANCELLED or UNKNOWN with a transport error
+/// inside.
+pub(super) fn is_transient(status: &Status) -> bool {
+    status.code() == Code::Unavailable || connection_failure(status).is_some()
+}
+
+/// What is known of a call that failed.
+pub(super) struct Failed<'a> {
+    pub(super) provider: &'a str,
+    pub(super) socket: &'a Path,
+    pub(super) attempts: usize,
+    /// What an answer may have.
+    pub(super) max_message_bytes: usize,
+    /// Whether the call brought service account tokens.
+    pub(super) with_tokens: bool,
+}
+
+impl Failed<'_> {
+    /// Turns a provider's status into a sentence. A provider's own message goes into it: it is
+    /// what the person with the broken pod needs, and providers know what they may say.
+    pub(super) fn explain(&self, status: &Status) -> Error {
+        let at = format!("provider {:?} at {}", self.provider, self.socket.display());
+        let times = if self.attempts > 1 {
+            format!(" after {} attempts", self.attempts)
+        } else {
+            String::new()
+        };
+        let error = if is_over_the_limit(status) {
+            Error::new(
+                Code::ResourceExhausted,
+                format!(
+                    "{at} answered with more than {} bytes; raise --max-call-recv-msg-size of the driver (chart value maxCallRecvMsgSize), or split the SecretProviderClass",
+                    self.max_message_bytes
+                ),
+            )
+        } else if let Some(why) = connection_failure(status) {
+            Error::unavailable(format!(
+                "{at} does not answer{times} ({why}); is the provider running on this node?"
+            ))
+        } else if status.code() == Code::DeadlineExceeded {
+            Error::new(
+                Code::DeadlineExceeded,
+                format!("{at} did not answer in time{times}"),
+            )
+        } else {
+            Error::new(
+                status.code(),
+                format!(
+                    "{at} answered {}{times}: {}{}",
+                    code_name(status.code()),
+                    status.message(),
+                    token_hint(status.message(), self.with_tokens),
+                ),
+            )
+        };
+        let error = error.with_reason(Reason::GrpcProviderError);
+        match retry_after(status) {
+            Some(wait) => error.with_retry_after(wait),
+            None => error,
+        }
+    }
+}
+
+/// What to add to a provider's words when they read as if a service account token were missing,
+/// and none was sent.
+pub(super) fn token_hint(words: &str, with_tokens: bool) -> &'static str {
+    let words = words.to_ascii_lowercase();
+    let about_tokens = ["token", "audience"]
+        .iter()
+        .any(|word| words.contains(word));
+    if with_tokens || !about_tokens {
+        return "";
+    }
+    ". No service account token was sent, because the CSIDriver asks for none; if this provider needs one, name its audience in spec.tokenRequests of the CSIDriver (chart value tokenRequests)"
+}
+
+/// A status for a log line.
+pub(super) fn in_short(status: &Status) -> String {
+    connection_failure(status)
+        .unwrap_or_else(|| format!("{}: {}", code_name(status.code()), status.message()))
+}
+
+/// What a status that tonic made of a broken connection is about; none for a status that a
+/// provider sent.
+fn connection_failure(status: &Status) -> Option<String> {
+    let mut source = std::error::Error::source(status)?;
+    while let Some(deeper) = source.source() {
+        source = deeper;
+    }
+    Some(source.to_string())
+}
+
+/// tonic refuses a message over the limit with OUT_OF_RANGE, before it decodes it.
+fn is_over_the_limit(status: &Status) -> bool {
+    status.code() == Code::OutOfRange
+        && status
+            .message()
+            .contains("decoded message length too large")
+}
+
+/// A code as the gRPC specification spells it.
+pub(super) fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+    use tonic::metadata::MetadataMap;
+
+    fn throttled(details: &RichStatus, pushback: Option<&str>) -> Status {
+        let mut metadata = MetadataMap::new();
+        if let Some(pushback) = pushback {
+            metadata.insert(PUSHBACK, pushback.parse().unwrap());
+        }
+        Status::with_details_and_metadata(
+            Code::ResourceExhausted,
+            "throttled",
+            details.encode_to_vec().into(),
+            metadata,
+        )
+    }
+
+    fn told(type_url: &str, seconds: i64, nanos: i32) -> RichStatus {
+        let retry_delay = Some(Delay { seconds, nanos });
+        RichStatus {
+            details: vec![Detail {
+                type_url: type_url.to_owned(),
+                value: RetryInfo { retry_delay }.encode_to_vec(),
+            }],
+        }
+    }
+
+    const TYPE: &str = "type.googleapis.com/google.rpc.RetryInfo";
+
+    #[rstest]
+    #[case::nothing(RichStatus::default(), None, None)]
+    #[case::retry_info(told(TYPE, 7, 500_000_000), None, Some(7500))]
+    #[case::another_detail(told("type.googleapis.com/google.rpc.ErrorInfo", 7, 0), None, None)]
+    #[case::pushback(RichStatus::default(), Some("1500"), Some(1500))]
+    #[case::do_not_retry(RichStatus::default(), Some("-1"), None)]
+    #[case::the_longer_one(told(TYPE, 2, 0), Some("1500"), Some(2000))]
+    #[case::in_the_past(told(TYPE, -2, 0), None, None)]
+    #[case::for_ever(told(TYPE, i64::MAX, 0), None, Some(3_600_000))]
+    fn a_provider_says_when_to_ask_again(
+        #[case] details: RichStatus,
+        #[case] pushback: Option<&str>,
+        #[case] milliseconds: Option<u64>,
+    ) {
+        let status = throttled(&details, pushback);
+        let expected = milliseconds.map(Duration::from_millis);
+        assert_eq!(retry_after(&status), expected);
+        let failed = Failed {
+            provider: "vault",
+            socket: Path::new("/p/vault.sock"),
+            attempts: 1,
+            max_message_bytes: 1,
+            with_tokens: false,
+        };
+        let error = failed.explain(&status);
+        assert_eq!(error.retry_after(), expected);
+        assert_eq!(error.code(), Code::ResourceExhausted);
+    }
+
+    #[test]
+    fn details_that_are_no_protobuf_say_nothing() {
+        let garbage = vec![0xff; 9].into();
+        let status = Status::with_details(Code::ResourceExhausted, "throttled", garbage);
+        assert_eq!(retry_after(&status), None);
+    }
+
+    #[rstest]
+    #[case("csi.storage.k8s.io/serviceAccount.tokens is not set", false, true)]
+    #[case("No token for audience vault", false, true)]
+    #[case("no token for audience vault", true, false)]
+    #[case("no such secret", false, false)]
+    fn a_missing_token_is_explained(
+        #[case] words: &str,
+        #[case] with_tokens: bool,
+        #[case] hinted: bool,
+    ) {
+        let hint = token_hint(words, with_tokens);
+        assert_eq!(hint.contains("spec.tokenRequests"), hinted, "{hint}");
+    }
+}

@@ -1,0 +1,240 @@
+//! Where a provider is: its socket, and a lazy channel to it.
+//!
+//! A socket is looked up again for every call, and its channel is kept only while the same
+//! socket file is there: a provider that restarted, moved or was replaced is found without a
+//! restart of the driver.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use http::Uri;
+use proto::provider::csi_driver_provider_client::CsiDriverProviderClient;
+use tokio::time::{Instant, sleep};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::error::{Error, Reason, Result};
+
+/// A unix socket either accepts at once or has a full backlog.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a first mount waits for a socket, at most; less when its deadline is near. On a new
+/// node the provider's pod often starts together with the first pod that needs it.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// How many sockets an error message names.
+const MOST_NAMED: usize = 20;
+
+/// The ending of a provider's socket.
+const ENDING: &str = ".sock";
+
+/// The directories of sockets, and the channels to those that were called.
+pub(super) struct Sockets {
+    search: Vec<PathBuf>,
+    max_message_bytes: usize,
+    clients: Mutex<HashMap<PathBuf, Connected>>,
+}
+
+/// A provider's client and the socket it talks to.
+pub(super) struct Found {
+    pub(super) path: PathBuf,
+    pub(super) client: CsiDriverProviderClient<Channel>,
+}
+
+/// A channel and the socket file it leads to.
+struct Connected {
+    socket: SocketId,
+    client: CsiDriverProviderClient<Channel>,
+}
+
+/// Tells a socket from one that replaced it under the same path. Inode numbers are used again
+/// at once by some file systems, so the time of the change counts too.
+#[derive(PartialEq, Eq, Clone, Copy)]
+struct SocketId {
+    device: u64,
+    inode: u64,
+    changed: (i64, i64),
+}
+
+impl Sockets {
+    pub(super) fn new(search: Vec<PathBuf>, max_message_bytes: usize) -> Self {
+        Self {
+            search,
+            max_message_bytes,
+            clients: Mutex::default(),
+        }
+    }
+
+    /// The provider's socket and a client for it. The first directory that has one wins.
+    ///
+    /// # Errors
+    /// Says where was searched and what is there.
+    pub(super) fn find(&self, name: &str) -> Result<Found> {
+        match self.look(name)? {
+            Some(found) => Ok(found),
+            None => Err(self.not_found(name)),
+        }
+    }
+
+    /// The same, for who can wait a moment until the provider has started.
+    ///
+    /// # Errors
+    /// As [`Sockets::find`], after the wait.
+    pub(super) async fn wait(&self, name: &str, deadline: Instant) -> Result<()> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let give_up = Instant::now() + LONGEST_WAIT.min(left / 4);
+        loop {
+            if self.look(name)?.is_some() {
+                return Ok(());
+            }
+            if Instant::now() >= give_up {
+                return Err(self.not_found(name));
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Name and client of every provider there is, each name once.
+    pub(super) fn all(&self) -> Vec<(String, Found)> {
+        let mut names: Vec<String> = self
+            .files()
+            .filter_map(|file| Some(file.strip_suffix(ENDING)?.to_owned()))
+            .filter(|name| is_provider_name(name))
+            .collect();
+        names.sort();
+        names.dedup();
+        names
+            .into_iter()
+            .filter_map(|name| {
+                let found = self.look(&name).ok()??;
+                Some((name, found))
+            })
+            .collect()
+    }
+
+    fn look(&self, name: &str) -> Result<Option<Found>> {
+        if !is_provider_name(name) {
+            return Err(lookup(format!(
+                "invalid provider: provider {name:.60?} is not a provider name; spec.provider of the SecretProviderClass has 1 to 30 letters, digits, \"-\" or \"_\""
+            )));
+        }
+        for directory in &self.search {
+            let path = directory.join(format!("{name}{ENDING}"));
+            match socket_id(&path) {
+                Ok(Some(socket)) => {
+                    let client = self.client(&path, socket)?;
+                    return Ok(Some(Found { path, client }));
+                }
+                Ok(None) => self.forget(&path),
+                Err(error) => {
+                    return Err(lookup(format!(
+                        "provider {name:?}: cannot look at {}: {error}",
+                        path.display()
+                    )));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn not_found(&self, name: &str) -> Error {
+        let searched: Vec<_> = self
+            .search
+            .iter()
+            .map(|d| d.display().to_string())
+            .collect();
+        let mut there: Vec<String> = self.files().take(MOST_NAMED).collect();
+        there.sort();
+        if there.is_empty() {
+            there.push("none".to_owned());
+        }
+        lookup(format!(
+            "provider not found: provider {name:?} has no socket {name}.sock in {}; the sockets there are: {}. Is the provider running on this node, and is spec.provider of the SecretProviderClass right?",
+            searched.join(", "),
+            there.join(", "),
+        ))
+    }
+
+    /// The names of the sockets there are.
+    fn files(&self) -> impl Iterator<Item = String> {
+        self.search
+            .iter()
+            .filter_map(|directory| fs::read_dir(directory).ok())
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter(|name| name.ends_with(ENDING))
+    }
+
+    fn client(&self, path: &Path, socket: SocketId) -> Result<CsiDriverProviderClient<Channel>> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connected) = clients.get(path)
+            && connected.socket == socket
+        {
+            return Ok(connected.client.clone());
+        }
+        let channel = Endpoint::from_shared(format!("unix://{}", path.display()))
+            .map_err(|error| {
+                Error::internal(format!(
+                    "the provider socket {} is no address: {error}",
+                    path.display()
+                ))
+            })?
+            // Providers refuse any other authority (contract C.2).
+            .origin(Uri::from_static("http://localhost"))
+            .connect_timeout(CONNECT_TIMEOUT)
+            .connect_lazy();
+        let client =
+            CsiDriverProviderClient::new(channel).max_decoding_message_size(self.max_message_bytes);
+        clients.insert(
+            path.to_owned(),
+            Connected {
+                socket,
+                client: client.clone(),
+            },
+        );
+        Ok(client)
+    }
+
+    fn forget(&self, path: &Path) {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.remove(path);
+    }
+}
+
+fn lookup(message: String) -> Error {
+    Error::precondition(message).with_reason(Reason::FailedToLookupProviderGrpcClient)
+}
+
+/// A name that cannot leave the socket directory (contract C.8, less the empty name).
+fn is_provider_name(name: &str) -> bool {
+    (1..=30).contains(&name.len())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+}
+
+fn socket_id(path: &Path) -> io::Result<Option<SocketId>> {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.file_type().is_socket() => Ok(Some(SocketId {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        })),
+        Ok(_) => Err(io::Error::other("it is not a socket")),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
