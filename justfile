@@ -1,6 +1,7 @@
 # What a contributor does here. Each recipe is a thin call that works without just, too.
 
 # List the recipes.
+[private]
 default:
     @just --list --unsorted
 
@@ -23,6 +24,13 @@ e2e cluster="kind":
 [group('clusters')]
 e2e-multi-node:
     KIND_NODES=3 just e2e kind
+
+# Upgrade under pods that run, from $E2E_PREVIOUS (the last release, else the last commit) and from the existing driver.
+[group('clusters')]
+e2e-upgrade cluster="kind":
+    E2E_CLUSTER={{cluster}} \
+    E2E_PREVIOUS="${E2E_PREVIOUS:-$(git describe --tags --match 'v*' --abbrev=0 HEAD^ 2>/dev/null || git rev-parse HEAD^)}" \
+    cargo test -p e2e --test scenarios upgrades
 
 # Check formatting, lints and documentation as the gate does.
 [group('before a pull request')]
@@ -50,3 +58,8 @@ manifests:
 [group('before a pull request')]
 gate:
     .ci/run
+
+# Take one step of a release: images, sbom, push, sign, chart, manifests or publish ($VERSION, $REGISTRY).
+[group('releases')]
+release step:
+    .ci/release {{step}}

@@ -25,6 +25,7 @@
 //!
 //! - A volume is published when its record says so, its mount is there and its content is there.
 //!   Nothing else means published.
+//! - A failed refresh leaves the last good content alone, and is announced once.
 //! - A live mount is never replaced or taken away by a publish; a failed first publish leaves
 //!   nothing behind.
 //! - Nothing is watched or listed. An API write happens only when something changed.
@@ -105,6 +106,16 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     }
 
     let metrics = Metrics::new();
+    match records.all() {
+        Ok(records) => {
+            for record in records {
+                metrics.success(&record.provider, record.last_success);
+            }
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the records of volumes could not be read; the metrics know of no success before the next")
+        }
+    }
     let limits = Limits {
         max_calls: config.provider_max_calls,
         max_bytes: config.provider_max_bytes,

@@ -132,6 +132,20 @@ pub(crate) fn build_static(
 /// # Errors
 /// When the executable cannot be read or the archive cannot be written.
 pub fn of_executable(name: &str, executable: &Path, arguments: &[&str]) -> Result<Image, Error> {
+    let file_name = executable.file_name().unwrap_or_default().to_string_lossy();
+    of_executables(name, &[(&file_name, executable)], arguments)
+}
+
+/// The same with further executables; each has its path in the image, without the first `/`. The
+/// first is the one that runs.
+///
+/// # Errors
+/// As of [`of_executable`].
+pub fn of_executables(
+    name: &str,
+    executables: &[(&str, &Path)],
+    arguments: &[&str],
+) -> Result<Image, Error> {
     let dir = target_dir().join("images");
     let archive = dir.join(format!("{}.tar", name.replace(['/', ':'], "_")));
     let failed = |path: &Path| {
@@ -139,16 +153,18 @@ pub fn of_executable(name: &str, executable: &Path, arguments: &[&str]) -> Resul
         move |source| Error::Write { name, path, source }
     };
     fs::create_dir_all(&dir).map_err(failed(&dir))?;
-    if !is_static(executable).map_err(failed(executable))? {
-        let reason = "it needs a dynamic linker, and there is none in an image without files";
-        return Err(failed(executable)(io::Error::other(reason)));
+    let mut programs = Vec::new();
+    for (path, executable) in executables {
+        if !is_static(executable).map_err(failed(executable))? {
+            let reason = "it needs a dynamic linker, and there is none in an image without files";
+            return Err(failed(executable)(io::Error::other(reason)));
+        }
+        programs.push((*path, stripped(executable).map_err(failed(executable))?));
     }
-    let program = stripped(executable).map_err(failed(executable))?;
-    let file_name = executable.file_name().unwrap_or_default().to_string_lossy();
     // Renamed into place, so that nobody reads half an archive.
     let written = tempfile::NamedTempFile::new_in(&dir)
         .and_then(|mut file| {
-            write_archive(&mut file, name, &file_name, &program, arguments)?;
+            write_archive(&mut file, name, &programs, arguments)?;
             Ok(file)
         })
         .map_err(failed(&archive))?;
@@ -182,14 +198,15 @@ fn stripped(executable: &Path) -> io::Result<Vec<u8>> {
 fn write_archive(
     to: &mut impl Write,
     image: &str,
-    file_name: &str,
-    program: &[u8],
+    programs: &[(&str, Vec<u8>)],
     arguments: &[&str],
 ) -> io::Result<()> {
-    let mut layer = Vec::with_capacity(program.len() + 4 * BLOCK);
-    tar_entry(&mut layer, file_name, 0o755, program)?;
+    let mut layer = Vec::new();
+    for (path, program) in programs {
+        tar_entry(&mut layer, path, 0o755, program)?;
+    }
     tar_end(&mut layer)?;
-    let program_path = format!("/{file_name}");
+    let program_path = format!("/{}", programs.first().map_or("", |(path, _)| *path));
     let entrypoint: Vec<&str> = std::iter::once(program_path.as_str())
         .chain(arguments.iter().copied())
         .collect();
@@ -283,7 +300,8 @@ mod tests {
 
     fn archive(program: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
-        write_archive(&mut bytes, "probe:e2e", "probe", program, &["sleep"]).unwrap();
+        let programs = [("probe", program.to_vec())];
+        write_archive(&mut bytes, "probe:e2e", &programs, &["sleep"]).unwrap();
         bytes
     }
 

@@ -74,7 +74,8 @@ impl Installation {
             for program in ["csi-node-driver-registrar", "livenessprobe"] {
                 if let Some(name) = image_of(manifest, program)? {
                     let executable = executables.join(program);
-                    images.push(image(&name, &executable)?);
+                    let image = images::of_executable(&name, &executable, &[]);
+                    images.push(image.map_err(|error| Error::Start(error.to_string()))?);
                 }
             }
         }
@@ -93,17 +94,17 @@ impl Installation {
         Ok(standard)
     }
 
-    /// The same with an executable as the driver, in an image of that name.
+    /// The same with this image as the driver.
     ///
     /// # Errors
-    /// When the executable is not there or not static, or no manifest names the driver.
-    pub fn with_driver(mut self, name: &str, executable: &Path) -> Result<Self> {
+    /// When no manifest names the driver.
+    pub fn with_driver(mut self, driver: Image) -> Result<Self> {
         let program = "secrets-store-csi";
         let mut found = false;
         for manifest in &mut self.manifests {
             if let Some(old) = image_of(manifest, program)? {
-                let old = format!("image: {old}\n");
-                *manifest = manifest.replace(&old, &format!("image: {name}\n"));
+                let new = format!("image: {}\n", driver.name);
+                *manifest = manifest.replace(&format!("image: {old}\n"), &new);
                 found = true;
             }
         }
@@ -111,13 +112,9 @@ impl Installation {
             let reason = format!("no container has an image {program}");
             return Err(Error::Manifest(reason));
         }
-        self.images.push(image(name, executable)?);
+        self.images.push(driver);
         Ok(self)
     }
-}
-
-fn image(name: &str, executable: &Path) -> Result<Image> {
-    images::of_executable(name, executable, &[]).map_err(|error| Error::Start(error.to_string()))
 }
 
 /// Applies manifests and waits until all that they install runs.

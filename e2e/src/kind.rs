@@ -305,6 +305,17 @@ impl Running {
 /// # Errors
 /// What could not be deleted.
 pub async fn guard() -> Result<()> {
+    let _held = lock()?;
+    println!("{READY}");
+    let _gone = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+    if Options::from_env()?.keep {
+        return Ok(());
+    }
+    undo().await
+}
+
+/// Held by whoever makes or deletes the cluster, until the file is dropped.
+fn lock() -> Result<File> {
     let path = std::env::temp_dir().join("e2e-kind.lock");
     let failed = |error: std::io::Error| Error::Start(format!("{}: {error}", path.display()));
     let lock = File::options()
@@ -313,14 +324,8 @@ pub async fn guard() -> Result<()> {
         .write(true)
         .open(&path)
         .map_err(failed)?;
-    // Held until this process ends.
     lock.lock().map_err(failed)?;
-    println!("{READY}");
-    let _gone = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-    if Options::from_env()?.keep {
-        return Ok(());
-    }
-    tear_down().await
+    Ok(lock)
 }
 
 async fn spawn_guard(program: &Path) -> Result<Child> {
@@ -343,11 +348,17 @@ async fn spawn_guard(program: &Path) -> Result<Child> {
     Ok(guard)
 }
 
-/// Deletes the cluster of an earlier run, if there is one, its network and the fence.
+/// Deletes the cluster of an earlier run, if there is one, its network and the fence. Waits for a
+/// guard that is at it.
 ///
 /// # Errors
 /// When Docker or kind is not there, or does not let go of something.
 pub async fn tear_down() -> Result<()> {
+    let _held = lock()?;
+    undo().await
+}
+
+async fn undo() -> Result<()> {
     let tools = Tools::find().await?;
     let options = Options::from_env()?;
     let node_image = node_image::choose(&tools, options.node_image.as_deref()).await?;

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use crate::binaries::{target_dir, workspace};
 use crate::cluster::{Error, Result};
-use crate::images::build_static;
+use crate::images::{build_static, of_executable, of_executables};
 use crate::install::{Form, Installation};
 use crate::local::assets;
 
@@ -44,8 +44,9 @@ pub fn commit(reference: &str) -> Result<Installation> {
         true => Form::Sidecars(sidecars),
         false => Form::Lean,
     };
-    Installation::read(&source.join("deploy"), &form)?
-        .with_driver("secrets-store-csi:previous", driver)
+    let image = of_executable("secrets-store-csi:previous", driver, &[]);
+    let image = image.map_err(|error| failed(error.to_string()))?;
+    Installation::read(&source.join("deploy"), &form)?.with_driver(image)
 }
 
 /// The files of a commit, below cargo's target directory.
@@ -99,12 +100,19 @@ pub fn upstream_driver() -> PathBuf {
 }
 
 /// The existing driver by its executable, which must be static. It is installed by our manifests
-/// with three containers, which say what its own say.
+/// with three containers, which say what its own say. It runs `mount` and `umount`: the static
+/// `probe` can stand for these.
 ///
 /// # Errors
 /// When an executable is not there, or is not static.
-pub fn upstream(driver: &Path) -> Result<Installation> {
+pub fn upstream(driver: &Path, probe: &Path) -> Result<Installation> {
+    let programs = [
+        ("secrets-store-csi", driver),
+        ("bin/mount", probe),
+        ("bin/umount", probe),
+    ];
+    let image = of_executables("secrets-store-csi:existing", &programs, &[]);
+    let image = image.map_err(|error| Error::Start(error.to_string()))?;
     let deploy = workspace().join("deploy");
-    Installation::read(&deploy, &Form::Sidecars(assets()))?
-        .with_driver("secrets-store-csi:existing", driver)
+    Installation::read(&deploy, &Form::Sidecars(assets()))?.with_driver(image)
 }

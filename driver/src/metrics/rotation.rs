@@ -3,6 +3,8 @@
 //!
 //! `rotated` says whether the content changed. (The existing driver says `true` always.)
 
+use std::sync::atomic::Ordering;
+
 use jiff::Timestamp;
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -94,13 +96,12 @@ impl Metrics {
         }
     }
 
-    /// A volume of this provider has been published or refreshed.
+    /// A volume of this provider has been published or refreshed. The latest counts.
     pub fn success(&self, provider: &str, at: Timestamp) {
         let provider = self.0.providers.admit(provider);
         let series = &self.0.rotation.last_success;
-        series
-            .get_or_create(&Provider { provider })
-            .set(at.as_second());
+        let latest = series.get_or_create_owned(&Provider { provider });
+        latest.inner().fetch_max(at.as_second(), Ordering::Relaxed);
     }
 }
 

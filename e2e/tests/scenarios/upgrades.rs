@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use e2e::{
     cluster::Cluster as _,
+    images,
     install::Installation,
     previous::{self, PREVIOUS_VARIABLE, UPSTREAM_VARIABLE},
 };
@@ -15,8 +16,9 @@ use crate::{
     target::{Needs, skip},
 };
 
+/// All with a mode, because the existing driver makes a file without one unreadable.
 const OBJECTS: &str = "\
-- {objectName: password, content: hunter2, version: \"3\"}
+- {objectName: password, content: hunter2, mode: \"0644\", version: \"3\"}
 - {objectName: tls/key, content: \"-----BEGIN\", mode: \"0400\", version: \"1\"}";
 
 /// Long enough for kubelet to have looked at every volume again.
@@ -123,6 +125,8 @@ async fn from_the_existing_driver() {
         return;
     }
     let Some(s) = scenario().await else { return };
-    let before = previous::upstream(&driver).unwrap_or_else(|error| panic!("{error}"));
+    let images = tokio::task::spawn_blocking(|| images::build(|_| {}));
+    let probe = images.await.unwrap().unwrap().probe;
+    let before = previous::upstream(&driver, &probe).unwrap_or_else(|error| panic!("{error}"));
     replace(&s, &before, 4).await;
 }
