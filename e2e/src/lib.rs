@@ -10,5 +10,7 @@ pub mod images;
 mod install;
 pub mod kind;
 pub mod local;
+pub mod reader;
 mod real;
 pub mod tree;
+pub mod user;

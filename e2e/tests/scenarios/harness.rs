@@ -452,6 +452,9 @@ fn line(entry: &Entry, with_content: bool) -> String {
     } = entry;
     match (&entry.kind, &entry.target, &entry.content) {
         (Kind::Link, Some(target), _) => format!("link         {path} -> {target}"),
+        (Kind::Dir, _, Some(Content::Denied)) => {
+            format!("{mode} {uid}:{gid}     {path}/ permission denied")
+        }
         (Kind::Dir, ..) => format!("{mode} {uid}:{gid}     {path}/"),
         (_, _, Some(content)) if with_content => {
             format!("{mode} {uid}:{gid}     {path} = {}", shown(content))
@@ -464,6 +467,7 @@ fn shown(content: &Content) -> String {
     match content {
         Content::Text(text) => format!("{text:?}"),
         Content::Base64(text) => format!("base64 {text}"),
+        Content::Denied => "permission denied".to_owned(),
         Content::Digest { size, sha256 } => format!("{size} bytes, sha256 {sha256}"),
     }
 }

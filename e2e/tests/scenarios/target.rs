@@ -19,7 +19,7 @@ use e2e::{
     images,
     kind::{self, Kind},
     local::{self, Local, Running},
-    tree::{Tree, View},
+    tree::Tree,
 };
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
@@ -363,8 +363,14 @@ impl Cluster for Target {
         on!(self, cluster => cluster.can(ability))
     }
 
-    async fn tree(&self, namespace: &str, pod: &str, path: &str, view: View) -> Result<Tree> {
-        on!(self, cluster => cluster.tree(namespace, pod, path, view).await)
+    async fn probe(
+        &self,
+        namespace: &str,
+        pod: &str,
+        path: &str,
+        arguments: &[String],
+    ) -> Result<String> {
+        on!(self, cluster => cluster.probe(namespace, pod, path, arguments).await)
     }
 
     async fn node_tree(&self, node: &str, path: &Path) -> Result<Option<Tree>> {
