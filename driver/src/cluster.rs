@@ -4,18 +4,21 @@
 //! and so the cost is bounded by what runs on the node. A driver that has no API server still
 //! serves CSI; a publish then says so.
 
+pub mod events;
 pub mod pod_status;
 pub mod resources;
 
 use std::{
-    collections::BTreeMap, error::Error as StdError, future::Future, path::PathBuf, time::Duration,
+    collections::BTreeMap, error::Error as StdError, future::Future, path::PathBuf, sync::Arc,
+    time::Duration,
 };
 
 use kube::{
     Api, Client, Config,
+    api::GetParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore};
 use tonic::Code;
 
 use crate::{
@@ -28,11 +31,17 @@ use resources::SecretProviderClass;
 /// say what hung.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// The API server.
+/// Annotations that start like this are addressed to this driver.
+const OUR_ANNOTATIONS: &str = "secrets-store.csi.k8s.io/";
+
+/// The API server. Clones share one client.
+#[derive(Clone)]
 pub struct Cluster {
     kubeconfig: Option<PathBuf>,
     user_agent: String,
-    client: OnceCell<Client>,
+    node: String,
+    client: Arc<OnceCell<Client>>,
+    waiting_events: Arc<Semaphore>,
 }
 
 /// What a volume needs of a SecretProviderClass.
@@ -48,8 +57,9 @@ pub struct Class {
 
 impl Cluster {
     /// The API server that a kubeconfig file names, or else the one of the cluster that this
-    /// process runs in. Nothing is read or connected before the first request.
-    pub fn new(kubeconfig: Option<PathBuf>, version: &str) -> Self {
+    /// process runs in. Nothing is read or connected before the first request. Events say that
+    /// they come from `node`.
+    pub fn new(kubeconfig: Option<PathBuf>, version: &str, node: &str) -> Self {
         Self {
             kubeconfig,
             user_agent: format!(
@@ -57,15 +67,31 @@ impl Cluster {
                 std::env::consts::OS,
                 std::env::consts::ARCH
             ),
-            client: OnceCell::new(),
+            node: node.to_owned(),
+            client: Arc::default(),
+            waiting_events: Arc::new(Semaphore::new(events::MOST_WAITING)),
         }
     }
 
-    /// Reads a class.
+    /// Reads a class, as it is now.
     ///
     /// # Errors
     /// When it cannot be read, or says no provider or no parameters.
     pub async fn class(&self, namespace: &str, name: &str) -> Result<Class> {
+        self.read_class(namespace, name, &GetParams::default())
+            .await
+    }
+
+    /// Reads a class as the API server remembers it: perhaps a moment old, and cheap for it,
+    /// because it need not ask its store.
+    ///
+    /// # Errors
+    /// As [`Cluster::class`].
+    pub async fn remembered_class(&self, namespace: &str, name: &str) -> Result<Class> {
+        self.read_class(namespace, name, &GetParams::any()).await
+    }
+
+    async fn read_class(&self, namespace: &str, name: &str, how: &GetParams) -> Result<Class> {
         let failed = |error: Error| {
             error
                 .context(format_args!(
@@ -75,7 +101,7 @@ impl Cluster {
         };
         let api: Api<SecretProviderClass> =
             Api::namespaced(self.client().await.map_err(failed)?, namespace);
-        let spc = limited(api.get(name))
+        let spc = limited(api.get_with(name, how))
             .await
             .map_err(|failure| failed(failure.into_error()))?;
 
@@ -96,6 +122,13 @@ impl Cluster {
                 uid: spc.metadata.uid.unwrap_or_default(),
                 generation: spc.metadata.generation,
                 resource_version: spc.metadata.resource_version.unwrap_or_default(),
+                annotations: spc
+                    .metadata
+                    .annotations
+                    .unwrap_or_default()
+                    .into_iter()
+                    .filter(|(name, _)| name.starts_with(OUR_ANNOTATIONS))
+                    .collect(),
             },
             provider: spc.spec.provider,
             parameters: spc.spec.parameters,

@@ -66,6 +66,14 @@ pub struct Config {
     pub enable_secret_rotation: bool,
     /// Shortest time between two refreshes of one volume.
     pub rotation_poll_interval: Duration,
+    /// The shortest interval that a class or a volume may ask for.
+    pub min_rotation_poll_interval: Duration,
+    /// Whether kubelet hears of failed refreshes.
+    pub surface_republish_errors: bool,
+    /// How long a volume is left alone after a failed refresh.
+    pub rotation_backoff: Duration,
+    /// The longest that a volume is left alone.
+    pub rotation_backoff_max: Duration,
     /// Whether the providers are asked for their version from time to time.
     pub provider_health_check: bool,
     /// Time between two of those questions.
@@ -81,6 +89,15 @@ pub struct Config {
     pub ignored_arguments: Vec<String>,
     without_effect: Vec<&'static str>,
     print_version: bool,
+}
+
+/// Reads a duration as Go writes it, such as `90s` or `1h30m`: durations are spelled the same
+/// wherever this driver reads one.
+///
+/// # Errors
+/// The end of a sentence that says what is wrong with it.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    value::Value::read(text)
 }
 
 /// Where the CSI services listen.
@@ -229,6 +246,10 @@ impl Default for Config {
             provider_max_bytes: 64 * 1024 * 1024,
             enable_secret_rotation: false,
             rotation_poll_interval: Duration::from_secs(120),
+            min_rotation_poll_interval: Duration::from_secs(30),
+            surface_republish_errors: false,
+            rotation_backoff: Duration::from_secs(10),
+            rotation_backoff_max: Duration::from_secs(300),
             provider_health_check: false,
             provider_health_check_interval: Duration::from_secs(120),
             kubeconfig: None,
@@ -416,7 +437,7 @@ mod tests {
 
     #[rstest]
     #[case("--endpoint=unix:///csi/csi.sock --nodeid=n --enable-secret-rotation=false --rotation-poll-interval=2m", &[])]
-    #[case("--log_dir=/x --enable-secret-rotation --log_dir=/y", &["enable-secret-rotation", "log_dir"])]
+    #[case("--log_dir=/x --one_output --log_dir=/y", &["one_output", "log_dir"])]
     #[case("--enable-pprof --enable-pprof=false", &[])]
     fn flags_that_do_nothing_yet_are_known(#[case] line: &str, #[case] names: &[&str]) {
         assert_eq!(parse(line).unwrap().without_effect(), names);

@@ -7,13 +7,9 @@
 //! A call's work runs in a task of its own: a caller that goes away cannot leave a half-made
 //! volume behind, and a panic answers its own call with INTERNAL and harms no other.
 
-use std::{
-    collections::HashMap,
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+mod request;
+
+use std::{collections::HashMap, io, path::PathBuf, sync::Arc};
 
 use proto::csi::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest,
@@ -34,27 +30,17 @@ use tokio::{
 };
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, metadata::MetadataMap, transport::Server};
+use tonic::{Request, Response, Status, transport::Server};
 use tracing::Instrument as _;
 
 use crate::{
     config::Endpoint,
-    error::{Error, Result},
+    error::Result,
     metrics::Metrics,
     registration::listen_privately,
-    secret::SecretMap,
-    volume::{Outcome, PublishRequest, TOKENS, TargetPath, Volumes, record::Pod},
+    volume::{Outcome, Volumes},
 };
-
-/// What kubelet puts into a volume's context (contract F.5).
-const POD_NAME: &str = "csi.storage.k8s.io/pod.name";
-const POD_NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
-const POD_UID: &str = "csi.storage.k8s.io/pod.uid";
-/// The volume attribute that names the class.
-const CLASS: &str = "secretProviderClass";
-
-/// kubelet's deadline for a call, assumed for a caller that sends none.
-const USUAL_DEADLINE: Duration = Duration::from_secs(120);
+use request::{POD_NAME, POD_NAMESPACE, deadline, publish_request, unpublish_request};
 
 /// The two services.
 #[derive(Clone)]
@@ -181,6 +167,15 @@ impl Node for Csi {
                     tracing::info!(milliseconds = millis(started), "published");
                     counted.succeeded();
                 }
+                Ok(Outcome::Refreshed { changed }) => {
+                    match changed {
+                        true => tracing::info!(milliseconds = millis(started), "refreshed: the content changed"),
+                        false => tracing::debug!(milliseconds = millis(started), "refreshed: nothing changed"),
+                    }
+                    counted.succeeded();
+                }
+                // kubelet must not take a pod that runs for one that cannot.
+                Ok(Outcome::Kept(error)) => counted.failed(error.reason().label()),
                 Err(error) => {
                     tracing::error!(code = ?error.code(), milliseconds = millis(started), "failed to publish: {error}");
                     counted.failed(error.reason().label());
@@ -225,7 +220,7 @@ impl Node for Csi {
         &self,
         _: Request<NodeGetCapabilitiesRequest>,
     ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
-        let offered: [rpc::Type; 0] = [];
+        let offered = [rpc::Type::VolumeMountGroup];
         Ok(Response::new(NodeGetCapabilitiesResponse {
             capabilities: offered
                 .into_iter()
@@ -309,83 +304,6 @@ where
     }
 }
 
-/// Checks the form of a publish, in the order of contract F.5; `readOnly` before anything is read.
-fn publish_request(
-    request: NodePublishVolumeRequest,
-    deadline: Instant,
-    root: Option<&Path>,
-) -> Result<PublishRequest> {
-    if request.volume_capability.is_none() {
-        return Err(Error::invalid("Volume capability missing in request"));
-    }
-    if request.volume_id.is_empty() {
-        return Err(Error::invalid("Volume ID missing in request"));
-    }
-    if request.target_path.is_empty() {
-        return Err(Error::invalid("Target path missing in request"));
-    }
-    if request.volume_context.is_empty() {
-        return Err(Error::invalid("Volume attributes missing in request"));
-    }
-    if !request.readonly {
-        return Err(Error::invalid(
-            "Readonly is not true in request: set `readOnly: true` in the pod's spec.volumes[].csi of this volume",
-        ));
-    }
-    let mut attributes: SecretMap = request.volume_context.into_iter().collect();
-    let mut secrets: SecretMap = request.secrets.into_iter().collect();
-    // Since Kubernetes 1.35 tokens may come in `secrets`. They leave both maps, so that a
-    // provider gets them once, where it looks for them.
-    let in_context = attributes.remove(TOKENS);
-    let tokens = secrets
-        .remove(TOKENS)
-        .or(in_context)
-        .filter(|tokens| !tokens.is_empty());
-
-    let required = |key: &str| match attributes.expose(key) {
-        Some(value) if !value.is_empty() => Ok(value.to_owned()),
-        _ => Err(Error::invalid(format!(
-            "{key} missing in request: the CSIDriver object of this driver needs `podInfoOnMount: true`"
-        ))),
-    };
-    let class = match attributes.expose(CLASS) {
-        Some(class) if !class.is_empty() => class.to_owned(),
-        _ => {
-            return Err(Error::invalid(
-                "secretProviderClass is not set: name the SecretProviderClass in the pod's spec.volumes[].csi.volumeAttributes.secretProviderClass",
-            ));
-        }
-    };
-    let pod = Pod {
-        name: required(POD_NAME)?,
-        namespace: required(POD_NAMESPACE)?,
-        uid: required(POD_UID)?,
-    };
-    Ok(PublishRequest {
-        target: TargetPath::parse(&request.target_path, root, Some(&pod.uid))?,
-        volume_id: request.volume_id,
-        pod,
-        class,
-        attributes,
-        secrets,
-        tokens,
-        deadline,
-    })
-}
-
-fn unpublish_request(
-    request: &NodeUnpublishVolumeRequest,
-    root: Option<&Path>,
-) -> Result<TargetPath> {
-    if request.volume_id.is_empty() {
-        return Err(Error::invalid("Volume ID missing in request"));
-    }
-    if request.target_path.is_empty() {
-        return Err(Error::invalid("Target path missing in request"));
-    }
-    TargetPath::parse(&request.target_path, root, None)
-}
-
 fn pod_of(context: &HashMap<String, String>) -> String {
     let part = |key| context.get(key).map_or("?", String::as_str);
     format!("{}/{}", part(POD_NAMESPACE), part(POD_NAME))
@@ -395,105 +313,11 @@ fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
-/// When a provider must have answered for the call to end within its caller's deadline: a fifth
-/// of the time, at most ten seconds, is kept for what comes after.
-fn deadline(metadata: &MetadataMap) -> Instant {
-    let whole = metadata
-        .get("grpc-timeout")
-        .and_then(|value| grpc_timeout(value.to_str().ok()?))
-        .map_or(USUAL_DEADLINE, |timeout| timeout.min(USUAL_DEADLINE));
-    let kept = (whole / 5).min(Duration::from_secs(10));
-    Instant::now() + (whole - kept)
-}
-
-/// The header that carries a deadline: up to eight digits and a unit (gRPC over HTTP/2).
-fn grpc_timeout(value: &str) -> Option<Duration> {
-    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
-    let amount: u64 = digits.parse().ok()?;
-    match unit {
-        "H" => amount.checked_mul(3600).map(Duration::from_secs),
-        "M" => amount.checked_mul(60).map(Duration::from_secs),
-        "S" => Some(Duration::from_secs(amount)),
-        "m" => Some(Duration::from_millis(amount)),
-        "u" => Some(Duration::from_micros(amount)),
-        "n" => Some(Duration::from_nanos(amount)),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proto::csi::VolumeCapability;
-    use rstest::rstest;
+    use std::time::Duration;
     use tonic::Code;
-
-    fn wanted() -> NodePublishVolumeRequest {
-        let context = [
-            (POD_NAME, "web"),
-            (POD_NAMESPACE, "shop"),
-            (POD_UID, "u-1"),
-            (CLASS, "vault"),
-            ("mine", "kept"),
-        ];
-        NodePublishVolumeRequest {
-            volume_id: "csi-1".into(),
-            target_path: "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/s/mount".into(),
-            volume_capability: Some(VolumeCapability::default()),
-            readonly: true,
-            volume_context: context.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
-            ..Default::default()
-        }
-    }
-
-    fn parse(request: NodePublishVolumeRequest) -> Result<PublishRequest> {
-        publish_request(request, Instant::now(), None)
-    }
-
-    #[rstest]
-    #[case::capability(|r: &mut NodePublishVolumeRequest| r.volume_capability = None, "Volume capability missing")]
-    #[case::id(|r: &mut NodePublishVolumeRequest| r.volume_id.clear(), "Volume ID missing")]
-    #[case::target(|r: &mut NodePublishVolumeRequest| r.target_path.clear(), "Target path missing")]
-    #[case::context(|r: &mut NodePublishVolumeRequest| r.volume_context.clear(), "Volume attributes missing")]
-    #[case::read_only(|r: &mut NodePublishVolumeRequest| r.readonly = false, "readOnly: true")]
-    #[case::class(|r: &mut NodePublishVolumeRequest| { r.volume_context.remove(CLASS); }, "secretProviderClass is not set")]
-    #[case::pod_info(|r: &mut NodePublishVolumeRequest| { r.volume_context.remove(POD_UID); }, "podInfoOnMount")]
-    #[case::another_pods_target(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(POD_UID.into(), "u-2".into()); }, "does not belong")]
-    fn what_is_wrong_with_a_request_is_named(
-        #[case] spoil: fn(&mut NodePublishVolumeRequest),
-        #[case] why: &str,
-    ) {
-        let mut request = wanted();
-        spoil(&mut request);
-        let error = parse(request).err().unwrap();
-        assert!(error.to_string().contains(why), "{error}");
-        assert_eq!(error.code(), Code::InvalidArgument);
-    }
-
-    #[rstest]
-    #[case::nowhere(None, None, None)]
-    #[case::in_the_context(Some("context"), None, Some("context"))]
-    #[case::in_secrets(None, Some("secrets"), Some("secrets"))]
-    #[case::secrets_first(Some("context"), Some("secrets"), Some("secrets"))]
-    #[case::empty(Some(""), None, None)]
-    fn tokens_are_taken_out_of_both_maps(
-        #[case] context: Option<&str>,
-        #[case] secrets: Option<&str>,
-        #[case] expected: Option<&str>,
-    ) {
-        let mut request = wanted();
-        if let Some(tokens) = context {
-            request.volume_context.insert(TOKENS.into(), tokens.into());
-        }
-        if let Some(tokens) = secrets {
-            request.secrets.insert(TOKENS.into(), tokens.into());
-        }
-        let parsed = parse(request).ok().unwrap();
-        assert_eq!(parsed.tokens.as_ref().map(|t| t.as_str()), expected);
-        assert_eq!(parsed.attributes.expose(TOKENS), None);
-        assert_eq!(parsed.attributes.expose("mine"), Some("kept"));
-        assert!(parsed.secrets.is_empty());
-    }
 
     #[tokio::test]
     async fn a_panic_answers_its_own_call_and_says_nothing_of_what_it_fell_over() {
@@ -519,18 +343,5 @@ mod tests {
         let waited = tokio::time::timeout(Duration::from_millis(50), call).await;
         assert!(waited.is_err(), "the work ended by itself");
         hears.await.unwrap();
-    }
-
-    #[rstest]
-    #[case::kubelets("119999m", Some(Duration::from_millis(119_999)))]
-    #[case::seconds("5S", Some(Duration::from_secs(5)))]
-    #[case::hours("1H", Some(Duration::from_secs(3600)))]
-    #[case::nanos("99999999n", Some(Duration::from_nanos(99_999_999)))]
-    #[case::no_unit("5", None)]
-    #[case::no_digits("S", None)]
-    #[case::empty("", None)]
-    #[case::not_ascii("5µ", None)]
-    fn deadlines(#[case] header: &str, #[case] expected: Option<Duration>) {
-        assert_eq!(grpc_timeout(header), expected);
     }
 }

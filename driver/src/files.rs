@@ -10,7 +10,8 @@ use std::{collections::BTreeMap, fmt};
 
 use crate::secret::Secret;
 
-/// The mode of a file for which the provider gives none. This is the line that decides it.
+/// The mode of a file for which neither the provider nor the pod gives one. This is the line
+/// that decides it.
 pub const DEFAULT_MODE: u32 = 0o644;
 
 /// Linux's limits (limits.h: NAME_MAX, PATH_MAX without the closing NUL's worth).
@@ -80,11 +81,28 @@ impl TryFrom<String> for FilePath {
     }
 }
 
+/// Who may read a volume, as far as its provider does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Access {
+    /// The mode of files for which the provider gives none.
+    pub default_mode: u32,
+    /// The group that everything in the volume belongs to: the pod's fsGroup.
+    pub group: Option<u32>,
+}
+
+impl Default for Access {
+    fn default() -> Self {
+        Self {
+            default_mode: DEFAULT_MODE,
+            group: None,
+        }
+    }
+}
+
 /// A file's mode and content.
 #[derive(Clone, PartialEq, Eq)]
 pub struct File {
-    /// Permission bits, 0000 to 0777.
-    pub mode: u32,
+    mode: Option<u32>,
     /// What is in it.
     pub contents: Secret,
 }
@@ -93,20 +111,25 @@ impl File {
     /// A file with the mode that a provider gave. 0 means that it gave none; what lies beyond
     /// the permission bits (a set-user-ID bit, a file type) is dropped, as in the existing driver.
     pub fn new(provider_mode: i32, contents: impl Into<Secret>) -> Self {
-        let mode = match provider_mode {
-            0 => DEFAULT_MODE,
-            mode => mode.cast_unsigned() & 0o777,
-        };
+        let mode = (provider_mode != 0).then_some(provider_mode.cast_unsigned() & 0o777);
         Self {
             mode,
             contents: contents.into(),
         }
     }
+
+    /// Permission bits, 0000 to 0777.
+    pub fn mode(&self) -> u32 {
+        self.mode.unwrap_or(DEFAULT_MODE)
+    }
 }
 
 /// The whole content of a volume.
 #[derive(Clone, PartialEq, Eq, Default)]
-pub struct Payload(BTreeMap<FilePath, File>);
+pub struct Payload {
+    files: BTreeMap<FilePath, File>,
+    group: Option<u32>,
+}
 
 impl Payload {
     /// Checks all files and the tree that they make.
@@ -136,32 +159,50 @@ impl Payload {
                 }
             }
         }
-        Ok(Self(tree))
+        Ok(Self {
+            files: tree,
+            group: None,
+        })
+    }
+
+    /// Gives the files what their provider left open.
+    #[must_use]
+    pub fn accessible(mut self, access: Access) -> Self {
+        for file in self.files.values_mut() {
+            file.mode.get_or_insert(access.default_mode);
+        }
+        self.group = access.group;
+        self
+    }
+
+    /// The group that everything in the volume belongs to, if it is to be a certain one.
+    pub fn group(&self) -> Option<u32> {
+        self.group
     }
 
     /// The files by path, in order.
     pub fn files(&self) -> impl Iterator<Item = (&FilePath, &File)> {
-        self.0.iter()
+        self.files.iter()
     }
 
     /// The content of a path.
     pub fn get(&self, path: &FilePath) -> Option<&File> {
-        self.0.get(path)
+        self.files.get(path)
     }
 
     /// How many files there are.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.files.len()
     }
 
     /// Whether there are none: the provider writes its files itself.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.files.is_empty()
     }
 
     /// The names that appear at the volume's root, each once, in order.
     pub fn roots(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = self.0.keys().map(FilePath::first).collect();
+        let mut names: Vec<&str> = self.files.keys().map(FilePath::first).collect();
         names.dedup();
         names
     }
@@ -257,7 +298,22 @@ mod tests {
     #[case::set_user_id(0o4755, 0o755)]
     #[case::with_file_type(0o100_640, 0o640)]
     fn modes(#[case] from_provider: i32, #[case] on_disk: u32) {
-        assert_eq!(File::new(from_provider, vec![]).mode, on_disk);
+        assert_eq!(File::new(from_provider, vec![]).mode(), on_disk);
+    }
+
+    #[test]
+    fn a_default_mode_is_for_files_without_one() {
+        let access = Access {
+            default_mode: 0o440,
+            group: Some(7),
+        };
+        let files = [(0, "a"), (0o600, "b")].map(|(m, p)| (p.to_owned(), File::new(m, vec![])));
+        let payload = Payload::new(files).unwrap().accessible(access);
+        let modes: Vec<u32> = payload.files().map(|(_, file)| file.mode()).collect();
+        assert_eq!(
+            (modes.as_slice(), payload.group()),
+            (&[0o440, 0o600][..], Some(7))
+        );
     }
 
     proptest! {

@@ -8,7 +8,7 @@
 //!
 //! ```text
 //! csi              the wire: a request's form, an error's status; one span, one count
-//!   volume         one volume's life: the decision, the order of steps, their undo
+//!   volume         one volume's life: the decision, the order of steps, their undo; when to refresh
 //!     record       what this node knows of a volume, on disk, without secrets
 //!     cluster      everything asked of the API server: the class, the pod status
 //!     provider     finds the socket, keeps a lazy channel, bounds calls, speaks v1alpha1
@@ -58,7 +58,12 @@ use metrics::{Metrics, http};
 use mount::Tmpfs;
 use provider::{Limits, Providers};
 use registration::Registrar;
-use volume::{Busy, Volumes, record::Records};
+use volume::{
+    Clock, Volumes,
+    policy::{Failing, Policy},
+    record::Records,
+    target::Busy,
+};
 
 /// How long calls that run may go on after `stop`. What is not finished by then is undone, before
 /// Kubernetes' usual grace period of 30 seconds ends with a SIGKILL.
@@ -106,10 +111,21 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         node: config.node_id.clone(),
         kubelet_root: config.kubelet_root_dir.clone(),
         records,
-        cluster: Cluster::new(config.kubeconfig.clone(), BUILD_VERSION),
+        cluster: Cluster::new(config.kubeconfig.clone(), BUILD_VERSION, &config.node_id),
         providers: Providers::new(config.provider_dirs(), limits, metrics.clone()),
         tmpfs: Arc::new(Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)),
         busy: Busy::default(),
+        policy: Policy {
+            enabled: config.enable_secret_rotation,
+            interval: config.rotation_poll_interval,
+            least_interval: config.min_rotation_poll_interval,
+            surface_errors: config.surface_republish_errors,
+            first_wait: config.rotation_backoff,
+            longest_wait: config.rotation_backoff_max,
+        },
+        failing: Failing::default(),
+        metrics: metrics.clone(),
+        clock: Clock::start(),
     });
     let csi = Csi {
         driver_name: config.driver_name.clone(),

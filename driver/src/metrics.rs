@@ -10,6 +10,7 @@
 
 pub mod http;
 pub mod provider;
+mod rotation;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -24,6 +25,8 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
+
+pub use rotation::RefreshGuard;
 
 use crate::config::BUILD_VERSION;
 
@@ -53,6 +56,7 @@ struct Inner {
     publish_error: Family<PublishFailed, Counter>,
     unpublish: Family<Unpublished, Counter>,
     unpublish_error: Family<Unpublished, Counter>,
+    rotation: rotation::Series,
     provider_calls: provider::ProviderCalls,
     providers: Bounded,
     error_types: Bounded,
@@ -117,12 +121,14 @@ impl Metrics {
             "Failed unpublish calls",
             unpublish_error.clone(),
         );
+        let rotation = rotation::Series::register(scoped);
         Self(Arc::new(Inner {
             registry,
             publish,
             publish_error,
             unpublish,
             unpublish_error,
+            rotation,
             provider_calls,
             providers: Bounded::default(),
             error_types: Bounded::default(),

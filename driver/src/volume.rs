@@ -1,23 +1,21 @@
-//! One volume's life: publish and unpublish.
+//! One volume's life: publish, refresh and unpublish.
 //!
 //! A volume is published when its record says so, its mount is there and its content is there;
 //! the function `plan` decides from these three and nothing else. The order of steps of a publish,
-//! and what undoes them, stand in `Volumes::carry_out`.
+//! and what undoes them, stand in `Volumes::carry_out`; those of a refresh in `Volumes::refresh`.
 //!
 //! A live mount is never replaced or taken away by a publish, because a running container may
 //! hold it: a mount without a record is filled in place. What a failed publish made itself goes
-//! away again, whichever way the publish ends: by an error, a cancelled call or a panic.
+//! away again, whichever way the publish ends: by an error, a cancelled call or a panic. A refresh
+//! that fails leaves content and pod status as they were, and is repeated later.
 
+mod content;
+pub mod policy;
 pub mod record;
+mod refresh;
+pub mod target;
 
-use std::{
-    collections::HashMap,
-    fmt, fs,
-    future::Future,
-    io,
-    path::{Component, Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{future::Future, io, path::PathBuf, sync::Arc};
 
 use jiff::Timestamp;
 use tokio::time::Instant;
@@ -28,19 +26,19 @@ use zeroize::Zeroizing;
 use crate::{
     cluster::{Class, Cluster, pod_status::Mounted},
     error::{Error, Reason, Result},
-    files::{Payload, swap},
-    metrics::PublishGuard,
+    files::{Access, swap},
+    metrics::{Metrics, PublishGuard},
     mount::{self, State, Tmpfs},
     provider::{MountCall, Providers, Reply, Urgency},
     secret::SecretMap,
 };
+use content::{Stage, Undo, blocking, commit_files, stage_files, take_down};
+use policy::{Every, Failing, Policy};
 use record::{Content, Object, Pod, Record, Records};
+use target::{Busy, TargetPath};
 
 /// Where kubelet passes service account tokens, and where a provider looks for them.
 pub const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
-
-/// How many mounts may lie on top of each other at one target; earlier drivers could stack them.
-const MAX_STACKED: usize = 32;
 
 /// A NodePublishVolume, checked for form.
 pub struct PublishRequest {
@@ -58,17 +56,52 @@ pub struct PublishRequest {
     pub secrets: SecretMap,
     /// Service account tokens as kubelet's JSON, when the CSIDriver asks for them.
     pub tokens: Option<Zeroizing<String>>,
+    /// Who may read the files.
+    pub access: Access,
+    /// How often the volume wants to be refreshed, if it says so itself.
+    pub every: Option<Every>,
     /// When the provider must have answered, so that there is time left to finish or undo.
     pub deadline: Instant,
 }
 
 /// What a publish found or did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Outcome {
-    /// The volume was published already; nobody was asked anything.
+    /// The volume was published already and not due for a refresh; no provider was asked.
     AlreadyPublished,
     /// The volume is published now.
     Published,
+    /// The volume was published already and has been refreshed.
+    Refreshed {
+        /// Whether its content changed.
+        changed: bool,
+    },
+    /// The volume was published already, its refresh failed, and it keeps what it holds.
+    Kept(Error),
+}
+
+/// The time of the day that does not jump: as it was when the driver started, and what has
+/// passed since.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock {
+    at_start: Timestamp,
+    started: Instant,
+}
+
+impl Clock {
+    /// A clock that starts now.
+    pub fn start() -> Self {
+        Self {
+            at_start: Timestamp::now(),
+            started: Instant::now(),
+        }
+    }
+
+    fn now(&self) -> Timestamp {
+        self.at_start
+            .saturating_add(self.started.elapsed())
+            .unwrap_or(self.at_start)
+    }
 }
 
 /// All volumes of this node.
@@ -87,16 +120,25 @@ pub struct Volumes {
     pub tmpfs: Arc<Tmpfs>,
     /// The targets that are being worked on.
     pub busy: Busy,
+    /// Which refreshes there are.
+    pub policy: Policy,
+    /// The volumes whose refreshes fail.
+    pub failing: Failing,
+    /// What counts refreshes.
+    pub metrics: Metrics,
+    /// What time it is.
+    pub clock: Clock,
 }
 
 impl Volumes {
-    /// Publishes a volume.
+    /// Publishes a volume, or refreshes one that is published and due.
     ///
     /// `cancelled` says that nobody waits for the result any more. A publish that has not got
     /// the provider's answer by then ends and is undone; one that has it finishes.
     ///
     /// # Errors
-    /// Names the step and the pod. A first publish that failed has left nothing behind.
+    /// Names the step and the pod. A first publish that failed has left nothing behind; a
+    /// refresh that failed has changed nothing.
     pub async fn publish(
         &self,
         request: &PublishRequest,
@@ -105,11 +147,15 @@ impl Volumes {
     ) -> Result<Outcome> {
         let _busy = self.busy.publishing(&request.target, cancelled)?;
         let found = self.look(request).await?;
-        let plan = plan(&found);
-        if plan == Plan::Nothing {
-            return Ok(Outcome::AlreadyPublished);
-        }
-        match self.carry_out(plan, request, metrics, cancelled).await {
+        let published = match plan(&found) {
+            Plan::Keep(record) => {
+                metrics.provider(&record.provider);
+                return self.keep_fresh(record.clone(), request, cancelled).await;
+            }
+            Plan::FillInPlace => self.carry_out(false, request, metrics, cancelled).await,
+            Plan::MountAndFill => self.carry_out(true, request, metrics, cancelled).await,
+        };
+        match published {
             Ok(()) => Ok(Outcome::Published),
             // A running container may use what lies there: kubelet must not clean it away.
             Err(error) if found.complete => Err(error.not_final()),
@@ -120,7 +166,7 @@ impl Volumes {
     /// The steps of a publish, in their order. Dropping `undo` takes a new mount away again.
     async fn carry_out(
         &self,
-        plan: Plan,
+        needs_mount: bool,
         request: &PublishRequest,
         metrics: &mut PublishGuard,
         cancelled: &CancellationToken,
@@ -133,25 +179,38 @@ impl Volumes {
         .await?;
         metrics.provider(&class.provider);
 
-        let undo = match plan {
-            Plan::MountAndFill => Some(self.mount(request).await?),
-            Plan::FillInPlace | Plan::Nothing => None,
+        let undo = match needs_mount {
+            true => Some(self.mount(request).await?),
+            false => None,
         };
-        let reply = unless(cancelled, self.ask_provider(request, &class)).await?;
-        let content = write_files(request, reply.files).await?;
-        let pod_status = self
-            .cluster
-            .write_pod_status(&Mounted {
-                pod,
-                class: &request.class,
-                target_path: request.target.as_str(),
-                node: &self.node,
-                objects: &reply.objects,
-            })
-            .await?;
+        let ask = self.ask_provider(request, &class, &[], Urgency::FirstMount);
+        let reply = unless(cancelled, ask).await?;
+        let content = match stage_files(request, reply.files, None).await? {
+            Stage::Files(staged) => {
+                commit_files(request, staged).await?;
+                Content::Driver
+            }
+            Stage::Unchanged => Content::Driver,
+            Stage::OfProvider => Content::Provider,
+        };
+        let pod_status = self.write_pod_status(request, &reply.objects).await?;
 
+        let now = self.clock.now();
+        let provider = class.provider.clone();
         let committed = self
-            .commit(request, class, reply.objects, content, &pod_status)
+            .commit(Record {
+                volume_id: request.volume_id.clone(),
+                target_path: request.target.as_path().to_owned(),
+                pod: pod.clone(),
+                class: class.identity,
+                provider: class.provider,
+                pod_status: pod_status.clone(),
+                objects: reply.objects,
+                content,
+                last_success: now,
+                last_change: now,
+                failing_since: None,
+            })
             .await;
         if let Err(error) = committed {
             if undo.is_some()
@@ -164,7 +223,24 @@ impl Volumes {
         if let Some(undo) = undo {
             undo.forget();
         }
+        self.metrics.success(&provider, now);
         Ok(())
+    }
+
+    async fn write_pod_status(
+        &self,
+        request: &PublishRequest,
+        objects: &[Object],
+    ) -> Result<String> {
+        self.cluster
+            .write_pod_status(&Mounted {
+                pod: &request.pod,
+                class: &request.class,
+                target_path: request.target.as_str(),
+                node: &self.node,
+                objects,
+            })
+            .await
     }
 
     /// Unpublishes a volume: content, mount, directory and record. Asks nobody, and finds
@@ -175,8 +251,9 @@ impl Volumes {
     /// system says.
     pub async fn unpublish(&self, volume_id: &str, target: &TargetPath) -> Result<()> {
         let _busy = self.busy.unpublishing(target)?;
+        self.failing.forget(volume_id);
         let records = self.records.clone();
-        let (volume_id, path) = (volume_id.to_owned(), target.0.clone());
+        let (volume_id, path) = (volume_id.to_owned(), target.as_path().to_owned());
         blocking(move || {
             // The record first: without it nothing counts as published, however far this gets.
             records.remove(&volume_id)?;
@@ -195,7 +272,7 @@ impl Volumes {
         let records = self.records.clone();
         let (volume_id, target, uid) = (
             request.volume_id.clone(),
-            request.target.0.clone(),
+            request.target.as_path().to_owned(),
             request.pod.uid.clone(),
         );
         blocking(move || {
@@ -211,7 +288,7 @@ impl Volumes {
                     None => swap::is_complete(&target)? || !swap::is_empty(&target)?,
                 };
             Ok(Found {
-                recorded: record.is_some(),
+                record,
                 state,
                 complete,
             })
@@ -229,10 +306,10 @@ impl Volumes {
     /// Makes the directory and mounts an empty tmpfs on it.
     async fn mount(&self, request: &PublishRequest) -> Result<Undo> {
         let tmpfs = Arc::clone(&self.tmpfs);
-        let target = request.target.0.clone();
+        let target = request.target.as_path().to_owned();
         let parent = request.target.parent();
         blocking(move || {
-            let undo = Undo { target: target.clone(), armed: true };
+            let undo = Undo::of(target.clone());
             // What an interrupted attempt left is taken away first, contents included.
             take_down(&target)?;
             mount::make_target(&target)?;
@@ -249,7 +326,13 @@ impl Volumes {
         })
     }
 
-    async fn ask_provider(&self, request: &PublishRequest, class: &Class) -> Result<Reply> {
+    async fn ask_provider(
+        &self,
+        request: &PublishRequest,
+        class: &Class,
+        current: &[Object],
+        urgency: Urgency,
+    ) -> Result<Reply> {
         let failed = |error: Error| {
             error.context(format_args!(
                 "failed to mount secrets store objects for pod {}",
@@ -267,9 +350,9 @@ impl Volumes {
                 provider: &class.provider,
                 attributes: attributes(class, request).expose_json().map_err(no_json)?,
                 secrets,
-                target: &request.target.0,
-                current: &[],
-                urgency: Urgency::FirstMount,
+                target: request.target.as_path(),
+                current,
+                urgency,
                 deadline: request.deadline,
             })
             .await
@@ -277,32 +360,14 @@ impl Volumes {
     }
 
     /// Writes the record that makes the volume a published one.
-    async fn commit(
-        &self,
-        request: &PublishRequest,
-        class: Class,
-        objects: Vec<Object>,
-        content: Content,
-        pod_status: &str,
-    ) -> Result<()> {
-        let record = Record {
-            volume_id: request.volume_id.clone(),
-            target_path: request.target.0.clone(),
-            pod: request.pod.clone(),
-            class: class.identity,
-            provider: class.provider,
-            pod_status: pod_status.to_owned(),
-            objects,
-            content,
-            last_success: Timestamp::now(),
-        };
+    async fn commit(&self, record: Record) -> Result<()> {
         let records = self.records.clone();
+        let pod = record.pod.clone();
         blocking(move || records.put(&record))
             .await
             .map_err(|error| {
                 Error::internal(format!(
-                    "failed to record the volume of pod {} on the node's disk: {error}",
-                    request.pod
+                    "failed to record the volume of pod {pod} on the node's disk: {error}"
                 ))
             })
     }
@@ -310,17 +375,17 @@ impl Volumes {
 
 /// What [`Volumes::look`] found.
 struct Found {
-    recorded: bool,
+    record: Option<Record>,
     state: State,
     /// Whether the mount holds content.
     complete: bool,
 }
 
 /// What a publish has to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Plan {
-    /// Nothing: the volume is published.
-    Nothing,
+#[derive(Debug, PartialEq, Eq)]
+enum Plan<'a> {
+    /// Nothing but to keep it fresh: the volume is published.
+    Keep(&'a Record),
     /// Write the content into the mount that is there.
     FillInPlace,
     /// All of it.
@@ -328,11 +393,11 @@ enum Plan {
 }
 
 /// The decision. A directory proves nothing, and neither does a mount without a record.
-fn plan(found: &Found) -> Plan {
-    match found.state {
-        State::Mounted if found.recorded && found.complete => Plan::Nothing,
-        State::Mounted => Plan::FillInPlace,
-        State::Absent | State::Directory | State::NotADirectory => Plan::MountAndFill,
+fn plan(found: &Found) -> Plan<'_> {
+    match (found.state, &found.record) {
+        (State::Mounted, Some(record)) if found.complete => Plan::Keep(record),
+        (State::Mounted, _) => Plan::FillInPlace,
+        (State::Absent | State::Directory | State::NotADirectory, _) => Plan::MountAndFill,
     }
 }
 
@@ -351,100 +416,6 @@ fn attributes(class: &Class, request: &PublishRequest) -> SecretMap {
     attributes
 }
 
-/// Checks the provider's files and makes the volume hold them. None: the provider has written
-/// its files itself, and something must be there.
-async fn write_files(
-    request: &PublishRequest,
-    files: Vec<(String, crate::files::File)>,
-) -> Result<Content> {
-    let failed = |error: Error| {
-        error
-            .context(format_args!(
-                "failed to write the files of pod {}",
-                request.pod
-            ))
-            .with_reason(Reason::FileWriteError)
-    };
-    let payload =
-        Payload::new(files).map_err(|invalid| failed(Error::precondition(invalid.to_string())))?;
-    let volume = request.target.0.clone();
-    let written = blocking(move || {
-        if !payload.is_empty() {
-            swap::replace(&volume, &payload)?;
-            return Ok(Some(Content::Driver));
-        }
-        Ok((!swap::is_empty(&volume)?).then_some(Content::Provider))
-    })
-    .await;
-    match written {
-        Ok(Some(content)) => Ok(content),
-        Ok(None) => Err(failed(Error::precondition(
-            "the provider named objects but sent no files and wrote none itself; the volume would be empty",
-        ))),
-        Err(error) if error.kind() == io::ErrorKind::StorageFull => Err(failed(Error::new(
-            Code::ResourceExhausted,
-            format!(
-                "{error}: the volume is bounded by what --max-call-recv-msg-size lets a provider send; raise it"
-            ),
-        ))),
-        Err(error) => Err(failed(Error::internal(error.to_string()))),
-    }
-}
-
-/// A publish's own mount, taken away again when this is dropped.
-struct Undo {
-    target: PathBuf,
-    armed: bool,
-}
-
-impl Undo {
-    /// The publish has succeeded.
-    fn forget(mut self) {
-        self.armed = false;
-    }
-}
-
-impl Drop for Undo {
-    fn drop(&mut self) {
-        if self.armed
-            && let Err(error) = take_down(&self.target)
-        {
-            tracing::warn!(target_path = %self.target.display(), %error, "a failed publish could not be undone; the next publish or unpublish tries again");
-        }
-    }
-}
-
-/// Removes content, mounts and directory at a target path, never through a link.
-fn take_down(target: &Path) -> io::Result<()> {
-    for _ in 0..MAX_STACKED {
-        match mount::state(target)? {
-            State::Absent => return Ok(()),
-            State::NotADirectory => return fs::remove_file(target),
-            State::Directory => {
-                swap::clear(target)?;
-                return fs::remove_dir(target);
-            }
-            State::Mounted => {
-                swap::clear(target)?;
-                mount::unmount(target)?;
-            }
-        }
-    }
-    Err(io::Error::other(
-        "more mounts lie on top of each other than can be taken off",
-    ))
-}
-
-/// Runs file system work where it may block.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-    }
-}
-
 /// Awaits a step, unless nobody waits for the publish any more.
 async fn unless<T>(
     cancelled: &CancellationToken,
@@ -457,248 +428,72 @@ async fn unless<T>(
     }
 }
 
-/// The targets that are being worked on: one call at a time for each.
-#[derive(Default)]
-pub struct Busy(Mutex<HashMap<PathBuf, CancellationToken>>);
-
-impl Busy {
-    fn publishing(&self, target: &TargetPath, stop: &CancellationToken) -> Result<BusyGuard<'_>> {
-        self.enter(target, stop.clone(), |_| {})
-    }
-
-    /// Also tells a publish that is running to stop, so that a hung provider does not hold up
-    /// a pod that is going away.
-    fn unpublishing(&self, target: &TargetPath) -> Result<BusyGuard<'_>> {
-        self.enter(target, CancellationToken::new(), CancellationToken::cancel)
-    }
-
-    /// Tells every publish that runs to stop, and to undo what it has not finished.
-    pub fn give_up(&self) {
-        let targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        targets.values().for_each(CancellationToken::cancel);
-    }
-
-    fn enter(
-        &self,
-        target: &TargetPath,
-        token: CancellationToken,
-        if_taken: impl FnOnce(&CancellationToken),
-    ) -> Result<BusyGuard<'_>> {
-        let mut targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(running) = targets.get(&target.0) {
-            if_taken(running);
-            return Err(Error::aborted(format!(
-                "another call for {target} is still running"
-            )));
-        }
-        targets.insert(target.0.clone(), token);
-        Ok(BusyGuard {
-            busy: self,
-            target: target.0.clone(),
-        })
-    }
-}
-
-struct BusyGuard<'a> {
-    busy: &'a Busy,
-    target: PathBuf,
-}
-
-impl Drop for BusyGuard<'_> {
-    fn drop(&mut self) {
-        self.busy
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&self.target);
-    }
-}
-
-/// A target path as kubelet makes them:
-/// `<root>/pods/<pod uid>/volumes/kubernetes.io~csi/<volume name>/mount`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TargetPath(PathBuf);
-
-impl TargetPath {
-    /// Checks a path from a request. `root` is kubelet's root directory, where it is known;
-    /// `pod_uid` the pod that the path must belong to, where the request names one.
-    ///
-    /// # Errors
-    /// Says what is wrong with the path.
-    pub fn parse(path: &str, root: Option<&Path>, pod_uid: Option<&str>) -> Result<Self> {
-        let refuse = |why: String| Err(Error::invalid(format!("target path {path:.300?} {why}")));
-        let parsed = Path::new(path);
-        // Comparing with what the components make again refuses "//", "/./" and a trailing "/".
-        let clean = parsed
-            .components()
-            .all(|c| matches!(c, Component::RootDir | Component::Normal(_)))
-            && parsed.components().collect::<PathBuf>().as_os_str() == path
-            && !path.contains('\0');
-        if !parsed.is_absolute() || !clean {
-            return refuse(
-                "is not an absolute path without \".\", \"..\" and doubled slashes".into(),
-            );
-        }
-        let names: Vec<&str> = path.split('/').collect();
-        let [.., pods, uid, volumes, plugin, volume, mount] = names.as_slice() else {
-            return refuse("is not a path that kubelet makes".into());
-        };
-        let kubelets = *pods == "pods"
-            && *volumes == "volumes"
-            && *plugin == "kubernetes.io~csi"
-            && *mount == "mount"
-            && !uid.is_empty()
-            && !volume.is_empty();
-        if !kubelets {
-            return refuse("is not of the form <kubelet root>/pods/<pod uid>/volumes/kubernetes.io~csi/<volume>/mount".into());
-        }
-        if let Some(root) = root
-            && parsed.ancestors().nth(6) != Some(root)
-        {
-            return refuse(format!(
-                "is not below {}, the --kubelet-root-dir of the driver",
-                root.display()
-            ));
-        }
-        if let Some(pod_uid) = pod_uid
-            && pod_uid != *uid
-        {
-            return refuse(format!("does not belong to the pod with UID {pod_uid:.64}"));
-        }
-        Ok(Self(parsed.to_owned()))
-    }
-
-    fn as_str(&self) -> &str {
-        self.0.to_str().unwrap_or_default()
-    }
-
-    fn parent(&self) -> PathBuf {
-        self.0.parent().unwrap_or(&self.0).to_owned()
-    }
-}
-
-impl fmt::Display for TargetPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use rstest::rstest;
 
+    #[derive(Debug, PartialEq)]
+    enum Does {
+        Keep,
+        Fill,
+        Mount,
+    }
+
+    fn some_record() -> Record {
+        Record {
+            volume_id: "csi-1".into(),
+            target_path: "/t".into(),
+            pod: Pod {
+                name: "p".into(),
+                namespace: "n".into(),
+                uid: "u".into(),
+            },
+            class: record::Class {
+                name: "c".into(),
+                uid: "u".into(),
+                generation: None,
+                resource_version: "1".into(),
+                annotations: Default::default(),
+            },
+            provider: "vault".into(),
+            pod_status: "s".into(),
+            objects: Vec::new(),
+            content: Content::Driver,
+            last_success: Timestamp::UNIX_EPOCH,
+            last_change: Timestamp::UNIX_EPOCH,
+            failing_since: None,
+        }
+    }
+
     #[rstest]
-    #[case::published(true, State::Mounted, true, Plan::Nothing)]
-    #[case::killed_between_mount_and_write(false, State::Mounted, false, Plan::FillInPlace)]
-    #[case::killed_between_write_and_record(false, State::Mounted, true, Plan::FillInPlace)]
-    #[case::of_an_earlier_driver(false, State::Mounted, true, Plan::FillInPlace)]
-    #[case::content_lost(true, State::Mounted, false, Plan::FillInPlace)]
-    #[case::first(false, State::Absent, false, Plan::MountAndFill)]
-    #[case::a_directory_proves_nothing(false, State::Directory, false, Plan::MountAndFill)]
-    #[case::after_a_reboot(true, State::Directory, false, Plan::MountAndFill)]
-    #[case::directory_lost(true, State::Absent, false, Plan::MountAndFill)]
-    #[case::something_else_lies_there(false, State::NotADirectory, false, Plan::MountAndFill)]
+    #[case::published(true, State::Mounted, true, Does::Keep)]
+    #[case::killed_between_mount_and_write(false, State::Mounted, false, Does::Fill)]
+    #[case::killed_between_write_and_record(false, State::Mounted, true, Does::Fill)]
+    #[case::of_an_earlier_driver(false, State::Mounted, true, Does::Fill)]
+    #[case::content_lost(true, State::Mounted, false, Does::Fill)]
+    #[case::first(false, State::Absent, false, Does::Mount)]
+    #[case::a_directory_proves_nothing(false, State::Directory, false, Does::Mount)]
+    #[case::after_a_reboot(true, State::Directory, false, Does::Mount)]
+    #[case::directory_lost(true, State::Absent, false, Does::Mount)]
+    #[case::something_else_lies_there(false, State::NotADirectory, false, Does::Mount)]
     fn decisions(
         #[case] recorded: bool,
         #[case] state: State,
         #[case] complete: bool,
-        #[case] expected: Plan,
+        #[case] expected: Does,
     ) {
-        assert_eq!(
-            plan(&Found {
-                recorded,
-                state,
-                complete
-            }),
-            expected
-        );
-    }
-
-    const TARGET: &str = "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/secrets/mount";
-
-    #[rstest]
-    #[case::any_root(TARGET, None, None)]
-    #[case::the_root(TARGET, Some("/var/lib/kubelet"), Some("u-1"))]
-    #[case::another_root(
-        "/k/pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
-        Some("/k"),
-        None
-    )]
-    fn kubelets_targets_are_accepted(
-        #[case] path: &str,
-        #[case] root: Option<&str>,
-        #[case] uid: Option<&str>,
-    ) {
-        assert_eq!(
-            TargetPath::parse(path, root.map(Path::new), uid)
-                .unwrap()
-                .as_str(),
-            path
-        );
-    }
-
-    #[rstest]
-    #[case::relative(
-        "var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
-        "absolute"
-    )]
-    #[case::climbs(
-        "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/../mount",
-        "\"..\""
-    )]
-    #[case::doubled(
-        "/var/lib/kubelet//pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
-        "doubled"
-    )]
-    #[case::dot(
-        "/var/lib/kubelet/./pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
-        "\".\""
-    )]
-    #[case::trailing(
-        "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/secrets/mount/",
-        "absolute"
-    )]
-    #[case::short("/mount", "kubelet makes")]
-    #[case::another_plugin(
-        "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~secret/secrets/mount",
-        "form"
-    )]
-    #[case::another_place(
-        "/etc/pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
-        "--kubelet-root-dir"
-    )]
-    #[case::deeper(
-        "/var/lib/kubelet/x/pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
-        "--kubelet-root-dir"
-    )]
-    #[case::another_pod(
-        "/var/lib/kubelet/pods/u-2/volumes/kubernetes.io~csi/secrets/mount",
-        "does not belong"
-    )]
-    fn other_targets_are_refused(#[case] path: &str, #[case] why: &str) {
-        let root = Some(Path::new("/var/lib/kubelet"));
-        let error = TargetPath::parse(path, root, Some("u-1")).unwrap_err();
-        assert!(error.to_string().contains(why), "{error}");
-        assert_eq!(error.code(), Code::InvalidArgument);
-    }
-
-    #[test]
-    fn one_call_at_a_time_for_a_target_and_unpublish_stops_a_publish() {
-        let busy = Busy::default();
-        let target = TargetPath::parse(TARGET, None, None).unwrap();
-        let stop = CancellationToken::new();
-        let publish = busy.publishing(&target, &stop).unwrap();
-        let second = busy
-            .publishing(&target, &CancellationToken::new())
-            .err()
-            .unwrap();
-        assert_eq!(second.code(), Code::Aborted);
-        assert!(!stop.is_cancelled());
-        let unpublish = busy.unpublishing(&target).err().unwrap();
-        assert_eq!(unpublish.code(), Code::Aborted);
-        assert!(stop.is_cancelled());
-        drop(publish);
-        assert!(busy.unpublishing(&target).is_ok());
+        let record = recorded.then(some_record);
+        let found = Found {
+            record,
+            state,
+            complete,
+        };
+        let does = match plan(&found) {
+            Plan::Keep(_) => Does::Keep,
+            Plan::FillInPlace => Does::Fill,
+            Plan::MountAndFill => Does::Mount,
+        };
+        assert_eq!(does, expected);
     }
 }

@@ -67,6 +67,16 @@ const CASES: [(&str, Code); 14] = [
     ("elsewhere", Code::InvalidArgument),
 ];
 
+/// What goes wrong when a volume that was published well is refreshed.
+const REFRESHES: [&str; 6] = [
+    "refresh-ok",
+    "refresh-absent",
+    "refresh-garbled",
+    "refresh-bad-path",
+    "refresh-too-large",
+    "refresh-error",
+];
+
 #[tokio::test]
 async fn no_canary_leaves_the_driver() {
     let dir = tempfile::tempdir().unwrap();
@@ -93,18 +103,33 @@ async fn no_canary_leaves_the_driver() {
         }
     }
     assert_eq!(codes, CASES, "{said:#?}");
+    for case in REFRESHES {
+        for time in ["first", "again", "and again"] {
+            let answer = csi.node_publish_volume(request(dir.path(), case)).await;
+            assert!(answer.is_ok(), "{case} {time}: {answer:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
     // One more stays published, so that its record is there to be looked at.
     csi.node_publish_volume(request(dir.path(), "ok"))
         .await
         .unwrap();
     said.push(("/metrics".to_owned(), driver.metrics().await));
     let log = driver.end();
-    for line in ["\"published\"", "failed to publish", "unpublished"] {
+    for line in [
+        "\"published\"",
+        "failed to publish",
+        "unpublished",
+        "refreshed",
+        "the refresh failed",
+    ] {
         assert!(log.contains(line), "no {line} in the log:\n{log}");
     }
     said.push(("the log".to_owned(), log));
     let written = bodies.0.lock().unwrap().join("\n");
     assert!(written.contains("SecretProviderClassPodStatus"));
+    let announced = written.matches("MountRotationFailed").count();
+    assert_eq!(announced, REFRESHES.len() - 1, "{written}");
     said.push(("an object".to_owned(), written));
     let records = files_below(&dir.path().join("state"));
     assert!(!records.is_empty());
@@ -197,6 +222,11 @@ impl Driver {
             .arg(format!("--provider-volume={}", dir.display()))
             .arg(format!("--metrics-addr=127.0.0.1:{metrics}"))
             .args(["--nodeid=node-1", "--max-call-recv-msg-size=65536", "-v=10"])
+            .args([
+                "--enable-secret-rotation",
+                "--rotation-poll-interval=1ms",
+                "--rotation-backoff=1ms",
+            ])
             .stderr(fs::File::create(dir.join("log")).unwrap())
             .stdout(Stdio::null())
             .spawn()
@@ -255,9 +285,23 @@ impl Drop for Driver {
     }
 }
 
-/// What was written to the API.
+/// What was written to the API, and the classes that were read.
 #[derive(Clone, Default)]
-struct Bodies(Arc<Mutex<Vec<String>>>);
+struct Bodies(Arc<Mutex<Vec<String>>>, Arc<Mutex<Vec<String>>>);
+
+impl Bodies {
+    /// What a class's name asks for. With `refresh-`, only once it has been read well.
+    fn case<'a>(&self, class: &'a str) -> &'a str {
+        let mut read = self.1.lock().unwrap();
+        let first = !read.iter().any(|earlier| earlier == class);
+        read.push(class.to_owned());
+        match class.strip_prefix("refresh-") {
+            Some(_) if first => class,
+            Some(case) => case,
+            None => class,
+        }
+    }
+}
 
 /// An API server that knows a class for every case, and takes pod statuses; its address.
 async fn serve_api(bodies: Bodies) -> String {
@@ -288,22 +332,23 @@ async fn answer(
             _ => (StatusCode::CREATED, text),
         };
     }
-    match uri.path().rsplit('/').next().unwrap() {
+    let name = uri.path().rsplit('/').next().unwrap();
+    match bodies.case(name) {
         "absent" => refusal(StatusCode::NOT_FOUND),
         "garbled" => (
             StatusCode::OK,
             json!({"spec": format!("{CANARY}body")}).to_string(),
         ),
-        class if method == Method::GET && uri.path().contains("/secretproviderclasses/") => {
-            let provider = match class {
+        _ if method == Method::GET && uri.path().contains("/secretproviderclasses/") => {
+            let provider = match name {
                 "no-such-provider" => "nobody",
                 _ => "test",
             };
             let object = json!({
                 "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
-                "metadata": {"name": class, "namespace": "default", "uid": "1", "resourceVersion": "1"},
+                "metadata": {"name": name, "namespace": "default", "uid": "1", "resourceVersion": "1"},
                 "spec": {"provider": provider, "parameters": {
-                    "case": class, "parameter": format!("{CANARY}parameter"),
+                    "case": name, "parameter": format!("{CANARY}parameter"),
                 }},
             });
             (StatusCode::OK, object.to_string())
@@ -343,6 +388,14 @@ impl CsiDriverProvider for Provider {
     ) -> Result<Response<MountResponse>, Status> {
         let request = request.into_inner();
         let attributes: Value = serde_json::from_str(&request.attributes).unwrap();
+        let mut case = attributes["case"].as_str().unwrap();
+        if let Some(at_refresh) = case.strip_prefix("refresh-") {
+            let mine = format!("\"case\":\"{case}\"");
+            let earlier = self.0.lock().unwrap();
+            if earlier.iter().any(|asked| asked.contains(&mine)) {
+                case = at_refresh;
+            }
+        }
         self.0
             .lock()
             .unwrap()
@@ -360,7 +413,7 @@ impl CsiDriverProvider for Provider {
             files: vec![file("object", 1)],
             ..Default::default()
         };
-        match attributes["case"].as_str().unwrap() {
+        match case {
             "bad-path" => response.files.push(file("../object", 1)),
             "two-of-a-name" => response.files.push(file("object", 2)),
             "too-large" => response.files.push(file("large", 10_000)),

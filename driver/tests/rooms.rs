@@ -16,6 +16,7 @@ const MAY_USE: [(&str, &[&str]); 14] = [
         &[
             "config",
             "error",
+            "files",
             "metrics",
             "record",
             "registration",
@@ -26,7 +27,8 @@ const MAY_USE: [(&str, &[&str]); 14] = [
     (
         "volume",
         &[
-            "cluster", "error", "files", "metrics", "mount", "provider", "record", "secret",
+            "cluster", "config", "error", "files", "metrics", "mount", "provider", "record",
+            "secret",
         ],
     ),
     ("record", &[]),

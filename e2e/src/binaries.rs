@@ -178,6 +178,19 @@ pub fn workspace() -> &'static Path {
     crate_dir.parent().unwrap_or(crate_dir)
 }
 
+/// Where cargo builds.
+pub(crate) fn target_dir() -> PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(dir) => workspace().join(dir),
+        None => workspace().join("target"),
+    }
+}
+
+/// The folder for what a failed run leaves, by the run's name.
+pub fn kept(run: &str) -> PathBuf {
+    target_dir().join("e2e").join(run)
+}
+
 /// Whether a variable is one that cargo sets for the crate whose program it runs.
 fn is_of_this_crate(variable: &str) -> bool {
     const PREFIXES: [&str; 4] = [

@@ -63,7 +63,7 @@ pub async fn run() -> Result<()> {
     #[expect(clippy::cast_precision_loss, reason = "a few megabytes")]
     table.at_most("binary, MB", size as f64 / 1e6, 10.0);
 
-    let cluster = Embedded::start(Options::standard()?, binaries).await?;
+    let cluster = Embedded::start(rotating()?, binaries).await?;
     let bench = Bench::prepare(&cluster).await?;
     tokio::time::sleep(Duration::from_secs(2)).await;
     table.at_most("idle VmRSS, MiB", bench.rss()?, 10.0);
@@ -100,6 +100,10 @@ pub async fn run() -> Result<()> {
             14.0,
         );
 
+        if concurrency == MANY {
+            bench.rest(&pods, &mut table).await?;
+        }
+
         cluster.api().reset_requests();
         bench.unpublish_all(&pods).await?;
         let (reads, writes) = bench.requests();
@@ -111,6 +115,20 @@ pub async fn run() -> Result<()> {
     }
     table.print();
     table.verdict()
+}
+
+/// What `deploy/` installs, with rotation and an interval that does not pass while this runs.
+fn rotating() -> Result<Options> {
+    let mut options = Options::standard()?;
+    for manifest in &mut options.manifests {
+        *manifest = manifest
+            .replace(
+                "--enable-secret-rotation=false",
+                "--enable-secret-rotation=true",
+            )
+            .replace("--rotation-poll-interval=2m", "--rotation-poll-interval=1h");
+    }
+    Ok(options)
 }
 
 /// A cluster whose driver is called directly.
@@ -207,6 +225,49 @@ impl<'a> Bench<'a> {
         let mut latencies = results.into_iter().collect::<Result<Vec<f64>>>()?;
         latencies.sort_by(f64::total_cmp);
         Ok(latencies)
+    }
+
+    /// What published volumes cost: when kubelet looks and none is due, and when all are due
+    /// and nothing has changed.
+    async fn rest(&self, pods: &[Volume], table: &mut Table) -> Result<()> {
+        for (what, reads, calls) in [("a look", 1.0, 0.0), ("a refresh without change", 1.0, 1.0)] {
+            if calls > 0.0 {
+                let asked = CLASS.replace(
+                    "{name: budget}",
+                    r#"{name: budget, annotations: {secrets-store.csi.k8s.io/refresh: "1"}}"#,
+                );
+                self.cluster.apply(&self.namespace, &asked).await?;
+            }
+            self.cluster.api().reset_requests();
+            let called_before = self.provider_calls().await?;
+            let latencies = self.publish_all(pods, MANY).await?;
+            let called = self.provider_calls().await? - called_before;
+            let (read, written) = self.requests();
+            table.note(
+                &format!("{what}, p50 at concurrency {MANY}, ms"),
+                percentile(&latencies, 50),
+            );
+            table.at_most(&format!("API reads per {what}"), read / per(pods), reads);
+            table.at_most(&format!("API writes per {what}"), written / per(pods), 0.0);
+            table.at_most(
+                &format!("provider calls per {what}"),
+                called / per(pods),
+                calls,
+            );
+        }
+        Ok(())
+    }
+
+    /// How many Mount calls the provider has had.
+    async fn provider_calls(&self) -> Result<f64> {
+        let node = self.cluster.nodes().remove(0);
+        let provider = Component::Provider("fake-provider".to_owned());
+        let answer = self.cluster.get(&node, &provider, 8080, "/calls").await?;
+        let calls: serde_json::Value = serde_json::from_str(&answer.body)
+            .map_err(|error| failed("the provider's calls", &error))?;
+        calls["mountCalls"]
+            .as_f64()
+            .ok_or_else(|| failed("the provider's calls", &answer.body))
     }
 
     fn request(&self, volume: &Volume) -> NodePublishVolumeRequest {

@@ -4,6 +4,7 @@
 //! It is written as the archive that `docker save` writes, which `docker load`, `kind load
 //! image-archive` and `ctr images import` read. The same executable gives the same bytes.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -13,7 +14,7 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use crate::binaries::{self, cargo_build, workspace};
+use crate::binaries::{self, cargo_build, target_dir};
 use crate::tree::hex;
 
 /// `release` builds the images' executables as they are shipped; absent, as for tests.
@@ -71,23 +72,11 @@ pub enum Error {
 /// # Errors
 /// When an executable does not build, or a file cannot be written.
 pub fn build(progress: impl FnMut(&str)) -> Result<Images, Error> {
-    // A directory of its own, for the flags make every dependency another one.
-    let target = target_dir().join("static");
-    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    let mut args = vec!["--target", &triple];
-    args.extend(["-p", "driver", "-p", "fake-provider", "-p", "e2e"]);
+    let mut args = vec!["-p", "driver", "-p", "fake-provider", "-p", "e2e"];
     for name in ["secrets-store-csi", "fake-provider", "probe"] {
         args.extend(["--bin", name]);
     }
-    if std::env::var(PROFILE_VARIABLE).is_ok_and(|profile| profile == "release") {
-        args.push("--release");
-    }
-    // With a target named, these flags do not reach build scripts, which must stay dynamic.
-    let variables = [
-        ("RUSTFLAGS", OsString::from("-C target-feature=+crt-static")),
-        ("CARGO_TARGET_DIR", target.into_os_string()),
-    ];
-    let (executables, command) = cargo_build(&args, &variables, progress)?;
+    let (executables, command) = build_static(&args, progress)?;
     let built = |name: &'static str| {
         executables
             .get(name)
@@ -111,6 +100,31 @@ pub fn build(progress: impl FnMut(&str)) -> Result<Images, Error> {
     })
 }
 
+/// Runs `cargo build` for static executables: what it built by name, and the command for a
+/// complaint.
+///
+/// # Errors
+/// When cargo cannot be run or something does not build.
+pub(crate) fn build_static(
+    args: &[&str],
+    progress: impl FnMut(&str),
+) -> Result<(BTreeMap<String, PathBuf>, String), binaries::Error> {
+    // A directory of its own, for the flags make every dependency another one.
+    let target = target_dir().join("static");
+    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let mut args = args.to_vec();
+    args.extend(["--target", &triple]);
+    if std::env::var(PROFILE_VARIABLE).is_ok_and(|profile| profile == "release") {
+        args.push("--release");
+    }
+    // With a target named, these flags do not reach build scripts, which must stay dynamic.
+    let variables = [
+        ("RUSTFLAGS", OsString::from("-C target-feature=+crt-static")),
+        ("CARGO_TARGET_DIR", target.into_os_string()),
+    ];
+    cargo_build(&args, &variables, progress)
+}
+
 /// Writes an image that holds one static executable at `/` and runs it.
 ///
 /// `arguments` always stand before those that a manifest gives.
@@ -118,6 +132,20 @@ pub fn build(progress: impl FnMut(&str)) -> Result<Images, Error> {
 /// # Errors
 /// When the executable cannot be read or the archive cannot be written.
 pub fn of_executable(name: &str, executable: &Path, arguments: &[&str]) -> Result<Image, Error> {
+    let file_name = executable.file_name().unwrap_or_default().to_string_lossy();
+    of_executables(name, &[(&file_name, executable)], arguments)
+}
+
+/// The same with further executables; each has its path in the image, without the first `/`. The
+/// first is the one that runs.
+///
+/// # Errors
+/// As of [`of_executable`].
+pub fn of_executables(
+    name: &str,
+    executables: &[(&str, &Path)],
+    arguments: &[&str],
+) -> Result<Image, Error> {
     let dir = target_dir().join("images");
     let archive = dir.join(format!("{}.tar", name.replace(['/', ':'], "_")));
     let failed = |path: &Path| {
@@ -125,16 +153,18 @@ pub fn of_executable(name: &str, executable: &Path, arguments: &[&str]) -> Resul
         move |source| Error::Write { name, path, source }
     };
     fs::create_dir_all(&dir).map_err(failed(&dir))?;
-    if !is_static(executable).map_err(failed(executable))? {
-        let reason = "it needs a dynamic linker, and there is none in an image without files";
-        return Err(failed(executable)(io::Error::other(reason)));
+    let mut programs = Vec::new();
+    for (path, executable) in executables {
+        if !is_static(executable).map_err(failed(executable))? {
+            let reason = "it needs a dynamic linker, and there is none in an image without files";
+            return Err(failed(executable)(io::Error::other(reason)));
+        }
+        programs.push((*path, stripped(executable).map_err(failed(executable))?));
     }
-    let program = stripped(executable).map_err(failed(executable))?;
-    let file_name = executable.file_name().unwrap_or_default().to_string_lossy();
     // Renamed into place, so that nobody reads half an archive.
     let written = tempfile::NamedTempFile::new_in(&dir)
         .and_then(|mut file| {
-            write_archive(&mut file, name, &file_name, &program, arguments)?;
+            write_archive(&mut file, name, &programs, arguments)?;
             Ok(file)
         })
         .map_err(failed(&archive))?;
@@ -165,25 +195,18 @@ fn stripped(executable: &Path) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Where cargo builds.
-fn target_dir() -> PathBuf {
-    match std::env::var_os("CARGO_TARGET_DIR") {
-        Some(dir) => workspace().join(dir),
-        None => workspace().join("target"),
-    }
-}
-
 fn write_archive(
     to: &mut impl Write,
     image: &str,
-    file_name: &str,
-    program: &[u8],
+    programs: &[(&str, Vec<u8>)],
     arguments: &[&str],
 ) -> io::Result<()> {
-    let mut layer = Vec::with_capacity(program.len() + 4 * BLOCK);
-    tar_entry(&mut layer, file_name, 0o755, program)?;
+    let mut layer = Vec::new();
+    for (path, program) in programs {
+        tar_entry(&mut layer, path, 0o755, program)?;
+    }
     tar_end(&mut layer)?;
-    let program_path = format!("/{file_name}");
+    let program_path = format!("/{}", programs.first().map_or("", |(path, _)| *path));
     let entrypoint: Vec<&str> = std::iter::once(program_path.as_str())
         .chain(arguments.iter().copied())
         .collect();
@@ -273,10 +296,12 @@ fn is_static(executable: &Path) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::binaries::workspace;
 
     fn archive(program: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
-        write_archive(&mut bytes, "probe:e2e", "probe", program, &["sleep"]).unwrap();
+        let programs = [("probe", program.to_vec())];
+        write_archive(&mut bytes, "probe:e2e", &programs, &["sleep"]).unwrap();
         bytes
     }
 

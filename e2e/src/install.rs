@@ -1,6 +1,7 @@
 //! What runs in the cluster: `deploy/` as an operator installs it, and the provider of the tests.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::apps::v1::DaemonSet;
@@ -12,6 +13,12 @@ use serde_json::Value;
 
 use crate::binaries::workspace;
 use crate::cluster::{Error, Result, api, apply};
+use crate::embedded::read_manifests;
+use crate::images::{self, Image, Images};
+use crate::local::assets;
+
+/// Not empty: the driver runs with its two sidecars instead of by itself.
+pub const SIDECARS_VARIABLE: &str = "E2E_SIDECARS";
 
 /// Where everything runs.
 pub(crate) const NAMESPACE: &str = "kube-system";
@@ -21,6 +28,94 @@ pub(crate) const DRIVER: &str = "csi-secrets-store";
 /// A label that no node has: a DaemonSet that selects it runs nowhere.
 pub(crate) const STOPPED: &str = "e2e/stopped";
 const POLL: Duration = Duration::from_millis(100);
+
+/// Which of its two forms the driver is installed in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// `lean/` below the manifests: one container.
+    Lean,
+    /// The manifests themselves: beside the driver the registrar and the liveness probe of
+    /// Kubernetes, whose static executables are in this folder.
+    Sidecars(PathBuf),
+}
+
+impl Form {
+    /// What `$E2E_SIDECARS` asks for.
+    pub fn from_env() -> Self {
+        match std::env::var_os(SIDECARS_VARIABLE).is_some_and(|value| !value.is_empty()) {
+            true => Self::Sidecars(assets()),
+            false => Self::Lean,
+        }
+    }
+}
+
+/// What is put into a cluster of real Kubernetes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Installation {
+    /// Applied in order, each with any number of documents.
+    pub manifests: Vec<String>,
+    /// What they run.
+    pub images: Vec<Image>,
+}
+
+impl Installation {
+    /// What a folder like `deploy/` installs, without an image for the driver.
+    ///
+    /// # Errors
+    /// When a manifest cannot be read, or a sidecar's executable is not there or not static.
+    pub fn read(deploy: &Path, form: &Form) -> Result<Self> {
+        let mut manifests = read_manifests(deploy)?;
+        let mut images = Vec::new();
+        for manifest in &mut manifests {
+            let Form::Sidecars(executables) = form else {
+                *manifest = lean(manifest, deploy)?;
+                continue;
+            };
+            for program in ["csi-node-driver-registrar", "livenessprobe"] {
+                if let Some(name) = image_of(manifest, program)? {
+                    let executable = executables.join(program);
+                    let image = images::of_executable(&name, &executable, &[]);
+                    images.push(image.map_err(|error| Error::Start(error.to_string()))?);
+                }
+            }
+        }
+        Ok(Self { manifests, images })
+    }
+
+    /// What this workspace's `deploy/` installs, and the tests' provider.
+    ///
+    /// # Errors
+    /// As of [`Installation::read`].
+    pub fn standard(images: &Images, form: &Form) -> Result<Self> {
+        let mut standard = Self::read(&workspace().join("deploy"), form)?;
+        let of_tests = read_manifests(&workspace().join("e2e/manifests"))?;
+        standard.manifests.extend(of_tests);
+        standard.images.extend(images.archives.iter().cloned());
+        Ok(standard)
+    }
+
+    /// The same with this image as the driver.
+    ///
+    /// # Errors
+    /// When no manifest names the driver.
+    pub fn with_driver(mut self, driver: Image) -> Result<Self> {
+        let program = "secrets-store-csi";
+        let mut found = false;
+        for manifest in &mut self.manifests {
+            if let Some(old) = image_of(manifest, program)? {
+                let new = format!("image: {}\n", driver.name);
+                *manifest = manifest.replace(&format!("image: {old}\n"), &new);
+                found = true;
+            }
+        }
+        if !found {
+            let reason = format!("no container has an image {program}");
+            return Err(Error::Manifest(reason));
+        }
+        self.images.push(driver);
+        Ok(self)
+    }
+}
 
 /// Applies manifests and waits until all that they install runs.
 ///
@@ -144,12 +239,12 @@ fn is_stopped(set: &DaemonSet) -> bool {
     selector.is_some_and(|labels| labels.contains_key(STOPPED))
 }
 
-/// The lean form of a manifest: for that of the driver, what replaces it in `deploy/lean`, in
-/// which it registers itself and answers kubelet's probe. Others stay as they are.
+/// The lean form of a manifest: for that of the driver, what replaces it in `lean/`, in which it
+/// registers itself and answers kubelet's probe. Others stay as they are.
 ///
 /// # Errors
 /// [`Error::Manifest`] when it is no YAML, or there is no lean form.
-pub(crate) fn lean(manifest: &str) -> Result<String> {
+fn lean(manifest: &str, deploy: &Path) -> Result<String> {
     let documents = parse(manifest)?;
     let mut kinds = documents
         .iter()
@@ -157,7 +252,7 @@ pub(crate) fn lean(manifest: &str) -> Result<String> {
     if !kinds.any(|(kind, name)| kind == "DaemonSet" && name == DRIVER) {
         return Ok(manifest.to_owned());
     }
-    let path = workspace().join("deploy/lean/secrets-store-csi-driver.yaml");
+    let path = deploy.join("lean/secrets-store-csi-driver.yaml");
     fs::read_to_string(&path)
         .map_err(|error| Error::Manifest(format!("{}: {error}", path.display())))
 }
@@ -166,7 +261,7 @@ pub(crate) fn lean(manifest: &str) -> Result<String> {
 ///
 /// # Errors
 /// [`Error::Manifest`] when it is no YAML.
-pub(crate) fn image_of(manifest: &str, program: &str) -> Result<Option<String>> {
+fn image_of(manifest: &str, program: &str) -> Result<Option<String>> {
     let documents = parse(manifest)?;
     let containers = documents.iter().flat_map(|document| {
         document["spec"]["template"]["spec"]["containers"]
@@ -200,7 +295,8 @@ mod tests {
 
     #[test]
     fn the_lean_form_has_one_container_that_does_the_sidecars_work() {
-        let documents = parse(&lean(MANIFEST).unwrap()).unwrap();
+        let deploy = workspace().join("deploy");
+        let documents = parse(&lean(MANIFEST, &deploy).unwrap()).unwrap();
         let set = documents.iter().find(|d| d["kind"] == "DaemonSet").unwrap();
         let containers = set["spec"]["template"]["spec"]["containers"]
             .as_array()
@@ -208,7 +304,7 @@ mod tests {
         let [driver] = containers.as_slice() else {
             panic!("{containers:?}")
         };
-        assert_eq!(lean("kind: Other").unwrap(), "kind: Other");
+        assert_eq!(lean("kind: Other", &deploy).unwrap(), "kind: Other");
         let args = driver["args"].to_string();
         assert!(
             args.contains("--registration-dir=/registration") && args.contains("--healthz-addr")

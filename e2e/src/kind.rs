@@ -17,11 +17,11 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 
-use crate::binaries::workspace;
+use crate::binaries::{kept, workspace};
 use crate::cluster::{Cluster as _, Error, Result};
-use crate::embedded::read_manifests;
 use crate::images::Images;
-use crate::install::{self, install};
+use crate::install::{Form, Installation, install};
+use crate::real::KEPT_KINDS;
 use tools::{A_MOMENT, Tools};
 
 pub use node::Kind;
@@ -43,10 +43,6 @@ const START_LIMIT: Duration = Duration::from_secs(120);
 const READY: &str = "ready";
 /// Where `probe` is put on every node.
 const PROBE: &str = "/usr/local/bin/e2e-probe";
-/// What of a failed run is worth reading besides logs. No Secrets.
-const KEPT_KINDS: &str = "nodes,csinodes,csidrivers,namespaces,pods,daemonsets,events,\
-     secretproviderclasses,secretproviderclasspodstatuses";
-
 /// What a kind cluster is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -129,34 +125,21 @@ impl Options {
 /// What is put into a cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Load {
-    /// Archives of images, as `docker save` writes them.
-    pub images: Vec<PathBuf>,
+    /// What is installed.
+    pub installation: Installation,
     /// A static `probe`.
     pub probe: PathBuf,
-    /// Applied in order, each with any number of documents.
-    pub manifests: Vec<String>,
 }
 
 impl Load {
-    /// What `deploy/` installs, in its lean form, and the fake provider.
+    /// What `deploy/` installs, and the fake provider.
     ///
     /// # Errors
-    /// When a manifest cannot be read.
-    pub fn standard(images: Images) -> Result<Self> {
-        let deploy = workspace().join("deploy");
-        let mut manifests = Vec::new();
-        for manifest in read_manifests(&deploy)? {
-            manifests.push(install::lean(&manifest)?);
-        }
-        manifests.extend(read_manifests(&workspace().join("e2e/manifests"))?);
+    /// As of [`Installation::standard`].
+    pub fn standard(images: &Images, form: &Form) -> Result<Self> {
         Ok(Self {
-            images: images
-                .archives
-                .into_iter()
-                .map(|image| image.archive)
-                .collect(),
-            probe: images.probe,
-            manifests,
+            installation: Installation::standard(images, form)?,
+            probe: images.probe.clone(),
         })
     }
 }
@@ -178,8 +161,8 @@ impl Running {
     /// `progress` hears each step as it begins.
     ///
     /// # Errors
-    /// [`Error::Start`] with what is missing or went wrong. The cluster is left for a look, and
-    /// is replaced by the next start.
+    /// [`Error::Start`] with what is missing or went wrong, and where the cluster's logs are kept.
+    /// Without a guard the cluster is left for a look, and replaced by the next start.
     pub async fn start(
         options: Options,
         load: &Load,
@@ -210,17 +193,47 @@ impl Running {
             kubeconfig,
             _guard: guard,
         };
-        running.calm().await?;
-        progress("images");
-        running.load(load).await?;
-        progress("the driver and the provider");
-        install(
-            &running.connect().await?.client(),
-            &load.manifests,
-            START_LIMIT,
-        )
-        .await?;
+        if let Err(error) = running.fill(load, &mut progress).await {
+            let dir = kept("start");
+            let failed = match running.keep_logs(&dir).await {
+                Ok(()) => format!("{error}; logs and objects are in {}", dir.display()),
+                Err(not_kept) => format!("{error}; {not_kept}"),
+            };
+            return Err(Error::Start(failed));
+        }
         Ok(running)
+    }
+
+    /// Images and what they run in.
+    async fn fill(&self, load: &Load, progress: &mut impl FnMut(&str)) -> Result<()> {
+        self.calm().await?;
+        for node in self.options.nodes.names() {
+            let to = format!("{node}:{PROBE}");
+            let args = ["cp".as_ref(), load.probe.as_os_str(), to.as_ref()];
+            let copied = self.tools.docker(args, A_MOMENT).await;
+            copied.map_err(Error::Start)?;
+        }
+        progress("images, the driver and the provider");
+        self.install(&load.installation).await
+    }
+
+    /// Installs, over what is installed; returns when all of it runs and the driver is registered.
+    ///
+    /// # Errors
+    /// What the API server refuses or does not come up.
+    pub async fn install(&self, installation: &Installation) -> Result<()> {
+        for image in &installation.images {
+            let archive = image.archive.as_os_str();
+            let args = ["load".as_ref(), "image-archive".as_ref(), archive];
+            let name = ["--name".as_ref(), NAME.as_ref()];
+            let loaded = self
+                .tools
+                .kind(args.into_iter().chain(name), A_MOMENT)
+                .await;
+            loaded.map_err(Error::Start)?;
+        }
+        let client = self.connect().await?.client();
+        install(&client, &installation.manifests, START_LIMIT).await
     }
 
     /// A way to the cluster, for one runtime.
@@ -251,17 +264,15 @@ impl Running {
     pub async fn keep_logs(&self, dir: &Path) -> Result<()> {
         let failed = |reason: String| Error::Start(format!("keep logs: {reason}"));
         std::fs::create_dir_all(dir).map_err(|error| failed(error.to_string()))?;
-        let objects = ["get", KEPT_KINDS, "--all-namespaces", "--output=yaml"];
-        let objects = kubectl(&self.tools, &objects).await.map_err(failed)?;
-        std::fs::write(dir.join("objects.yaml"), objects)
-            .map_err(|error| failed(error.to_string()))?;
         let export = ["export".as_ref(), "logs".as_ref(), dir.as_os_str()];
         let name = ["--name".as_ref(), NAME.as_ref()];
         self.tools
             .kind(export.into_iter().chain(name), A_MOMENT)
             .await
-            .map(drop)
-            .map_err(failed)
+            .map_err(failed)?;
+        let objects = ["get", KEPT_KINDS, "--all-namespaces", "--output=yaml"];
+        let objects = kubectl(&self.tools, &objects).await.map_err(failed)?;
+        std::fs::write(dir.join("objects.yaml"), objects).map_err(|error| failed(error.to_string()))
     }
 
     /// A scenario with one node looks at the first, so that is where the scheduler may place
@@ -283,25 +294,6 @@ impl Running {
         let scaled = kubectl(&self.tools, &scale).await;
         scaled.map(drop).map_err(Error::Start)
     }
-
-    async fn load(&self, load: &Load) -> Result<()> {
-        for image in &load.images {
-            let args = ["load".as_ref(), "image-archive".as_ref(), image.as_os_str()];
-            let name = ["--name".as_ref(), NAME.as_ref()];
-            let loaded = self
-                .tools
-                .kind(args.into_iter().chain(name), A_MOMENT)
-                .await;
-            loaded.map_err(Error::Start)?;
-        }
-        for node in self.options.nodes.names() {
-            let to = format!("{node}:{PROBE}");
-            let args = ["cp".as_ref(), load.probe.as_os_str(), to.as_ref()];
-            let copied = self.tools.docker(args, A_MOMENT).await;
-            copied.map_err(Error::Start)?;
-        }
-        Ok(())
-    }
 }
 
 /// Waits until the process that made the cluster is gone, which closes standard input, and deletes
@@ -313,6 +305,17 @@ impl Running {
 /// # Errors
 /// What could not be deleted.
 pub async fn guard() -> Result<()> {
+    let _held = lock()?;
+    println!("{READY}");
+    let _gone = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+    if Options::from_env()?.keep {
+        return Ok(());
+    }
+    undo().await
+}
+
+/// Held by whoever makes or deletes the cluster, until the file is dropped.
+fn lock() -> Result<File> {
     let path = std::env::temp_dir().join("e2e-kind.lock");
     let failed = |error: std::io::Error| Error::Start(format!("{}: {error}", path.display()));
     let lock = File::options()
@@ -321,14 +324,8 @@ pub async fn guard() -> Result<()> {
         .write(true)
         .open(&path)
         .map_err(failed)?;
-    // Held until this process ends.
     lock.lock().map_err(failed)?;
-    println!("{READY}");
-    let _gone = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-    if Options::from_env()?.keep {
-        return Ok(());
-    }
-    tear_down().await
+    Ok(lock)
 }
 
 async fn spawn_guard(program: &Path) -> Result<Child> {
@@ -351,11 +348,17 @@ async fn spawn_guard(program: &Path) -> Result<Child> {
     Ok(guard)
 }
 
-/// Deletes the cluster of an earlier run, if there is one, its network and the fence.
+/// Deletes the cluster of an earlier run, if there is one, its network and the fence. Waits for a
+/// guard that is at it.
 ///
 /// # Errors
 /// When Docker or kind is not there, or does not let go of something.
 pub async fn tear_down() -> Result<()> {
+    let _held = lock()?;
+    undo().await
+}
+
+async fn undo() -> Result<()> {
     let tools = Tools::find().await?;
     let options = Options::from_env()?;
     let node_image = node_image::choose(&tools, options.node_image.as_deref()).await?;

@@ -29,11 +29,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use crate::binaries::workspace;
+use crate::binaries::kept;
 use crate::cluster::{Error, Result};
-use crate::embedded::read_manifests;
-use crate::images::{self, Image, Images};
-use crate::install;
+use crate::images;
+use crate::install::{Form, Installation, install};
+use crate::real::KEPT_KINDS;
 use daemons::Daemons;
 use layout::{LOCK, STATE};
 pub use node::Local;
@@ -50,27 +50,23 @@ const INSTALL_LIMIT: Duration = Duration::from_secs(120);
 pub struct Options {
     /// The folder with the Kubernetes binaries.
     pub assets: PathBuf,
-    /// The images that the pods run.
-    pub images: Images,
-    /// Whether the driver runs with its two sidecars, whose binaries are then in the assets,
-    /// instead of by itself.
-    pub sidecars: bool,
+    /// What is installed.
+    pub installation: Installation,
     /// An executable that, run as `<guard> guard`, calls [`guard`]; without one, nobody tears
     /// down when this process is killed.
     pub guard: Option<PathBuf>,
 }
 
 impl Options {
-    /// The lean form of the driver, with binaries from where [`assets`] says, and guarded.
+    /// Binaries from where [`assets`] says, the form that the environment asks for, guarded.
     ///
     /// # Errors
-    /// When an image does not build.
+    /// When an image does not build, or a manifest cannot be read.
     pub fn standard(progress: impl FnMut(&str), guard: PathBuf) -> Result<Self> {
         let images = images::build(progress).map_err(|error| Error::Start(error.to_string()))?;
         Ok(Self {
             assets: assets(),
-            images,
-            sidecars: false,
+            installation: Installation::standard(&images, &Form::from_env())?,
             guard: Some(guard),
         })
     }
@@ -115,16 +111,22 @@ impl Running {
             guard,
         };
         // From here on, dropping it undoes it.
-        running.bring_up(options, &mut progress)?;
+        if let Err(error) = running.bring_up(options, &mut progress) {
+            let dir = kept("start");
+            let failed = match running.keep_logs(&dir) {
+                Ok(()) => format!("{error}; logs and objects are in {}", dir.display()),
+                Err(not_kept) => format!("{error}; {not_kept}"),
+            };
+            return Err(Error::Start(failed));
+        }
         Ok(running)
     }
 
     fn bring_up(&self, options: &Options, progress: &mut impl FnMut(&str)) -> Result<()> {
-        let (manifests, mut images) = manifests_and_images(options)?;
-        images.extend(options.images.archives.iter().cloned());
+        let installation = &options.installation;
         progress("control plane and node");
         let processes = Processes::new(Path::new(STATE));
-        self.daemons(&processes).start(&images)?;
+        self.daemons(&processes).start(&installation.images)?;
         progress("the driver and the provider");
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -132,8 +134,19 @@ impl Running {
             .map_err(|error| Error::Start(format!("runtime: {error}")))?;
         runtime.block_on(async {
             let client = self.connect().await?.kube_client();
-            install::install(&client, &manifests, INSTALL_LIMIT).await
+            install(&client, &installation.manifests, INSTALL_LIMIT).await
         })
+    }
+
+    /// Installs, over what is installed; returns when all of it runs and the driver is registered.
+    ///
+    /// # Errors
+    /// What the API server refuses or does not come up.
+    pub async fn install(&self, installation: &Installation) -> Result<()> {
+        let processes = Processes::new(Path::new(STATE));
+        self.daemons(&processes).import(&installation.images)?;
+        let client = self.connect().await?.kube_client();
+        install(&client, &installation.manifests, INSTALL_LIMIT).await
     }
 
     fn daemons<'a>(&'a self, processes: &'a Processes) -> Daemons<'a> {
@@ -162,6 +175,23 @@ impl Running {
     /// An administrator's kubeconfig.
     pub fn kubeconfig(&self) -> PathBuf {
         self.pki.kubeconfig("admin")
+    }
+
+    /// Copies the logs of every daemon and container, and writes the objects without the Secrets,
+    /// into a folder. Blocks.
+    ///
+    /// # Errors
+    /// When they cannot be had or written.
+    pub fn keep_logs(&self, dir: &Path) -> Result<()> {
+        let failed = |reason: String| Error::Start(format!("keep logs: {reason}"));
+        for logs in ["logs", "pod-logs"] {
+            copy_files(&Path::new(STATE).join(logs), &dir.join(logs))
+                .map_err(|error| failed(error.to_string()))?;
+        }
+        let processes = Processes::new(Path::new(STATE));
+        let objects = ["get", KEPT_KINDS, "--all-namespaces", "--output=yaml"];
+        let objects = self.daemons(&processes).kubectl(&objects).map_err(failed)?;
+        fs::write(dir.join("objects.yaml"), objects).map_err(|error| failed(error.to_string()))
     }
 
     /// Where the cluster keeps the logs of its daemons.
@@ -233,26 +263,21 @@ fn spawn_guard(program: &Path) -> Result<Child> {
         .map_err(|error| Error::Start(format!("guard {}: {error}", program.display())))
 }
 
-/// What is installed, and the images of sidecars in it.
-fn manifests_and_images(options: &Options) -> Result<(Vec<String>, Vec<Image>)> {
-    let mut manifests = read_manifests(&workspace().join("deploy"))?;
-    manifests.extend(read_manifests(&workspace().join("e2e/manifests"))?);
-    let mut images = Vec::new();
-    for manifest in &mut manifests {
-        if !options.sidecars {
-            *manifest = install::lean(manifest)?;
-            continue;
-        }
-        for program in ["csi-node-driver-registrar", "livenessprobe"] {
-            if let Some(name) = install::image_of(manifest, program)? {
-                let executable = options.assets.join(program);
-                let image = images::of_executable(&name, &executable, &[])
-                    .map_err(|error| Error::Start(error.to_string()))?;
-                images.push(image);
-            }
+/// Copies what stands below a directory, which may be absent. What goes meanwhile is left out.
+fn copy_files(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    let Ok(entries) = fs::read_dir(from) else {
+        return Ok(());
+    };
+    for entry in entries.flatten() {
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_files(&entry.path(), &target)?;
+        } else if entry.path().exists() {
+            fs::copy(entry.path(), target)?;
         }
     }
-    Ok((manifests, images))
+    Ok(())
 }
 
 /// Held as long as this machine's one local cluster is ours.

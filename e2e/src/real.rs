@@ -12,7 +12,7 @@ use kube::api::{
 };
 use serde_json::json;
 
-use crate::cluster::{Component, Error, Result, api as api_error};
+use crate::cluster::{Cluster, Component, Error, Result, api as api_error};
 use crate::install::{DRIVER, NAMESPACE, STOPPED, wait_rolled_out};
 
 const POLL: Duration = Duration::from_millis(50);
@@ -20,6 +20,14 @@ const POLL: Duration = Duration::from_millis(50);
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 /// The DaemonSet of the tests' provider.
 const PROVIDER: &str = "fake-provider";
+
+const KUBELET_PODS: &str = "/var/lib/kubelet/pods";
+/// Of a path there that belongs to a CSI volume.
+const CSI_VOLUMES: &str = "/volumes/kubernetes.io~csi/";
+
+/// What of a failed run is worth reading besides logs. No Secrets.
+pub(crate) const KEPT_KINDS: &str = "nodes,csinodes,csidrivers,namespaces,pods,daemonsets,events,\
+     secretproviderclasses,secretproviderclasspodstatuses";
 
 /// Waits for something, for so long in all.
 pub(crate) struct Patience {
@@ -59,12 +67,13 @@ impl Patience {
     }
 }
 
-/// Makes the cluster as new: what earlier scenarios left is gone from the API server, driver and
-/// provider run and have just been started. Volumes of deleted pods may still be on a node.
+/// Makes the cluster as new: what earlier scenarios left is gone, driver and provider run and
+/// have just been started.
 ///
 /// # Errors
 /// What does not go or does not come.
-pub(crate) async fn renew(client: &kube::Client) -> Result<()> {
+pub(crate) async fn renew(cluster: &impl Cluster) -> Result<()> {
+    let client = &cluster.client();
     delete_namespaces(client).await?;
     delete_classes_of_default(client).await?;
     let sets = Api::<DaemonSet>::namespaced(client.clone(), NAMESPACE);
@@ -85,6 +94,10 @@ pub(crate) async fn renew(client: &kube::Client) -> Result<()> {
                 .map_err(api_error(format!("delete DaemonSet {name}")))?;
         }
     }
+    // By the driver that is still there: the new one counts from nothing.
+    for node in cluster.nodes() {
+        wait_for_volumes_to_go(cluster, &node).await?;
+    }
     let pods = Api::<Pod>::namespaced(client.clone(), NAMESPACE);
     for pod in &old {
         let deleted = pods.delete(&pod.name_any(), &DeleteParams::default()).await;
@@ -102,6 +115,27 @@ pub(crate) async fn renew(client: &kube::Client) -> Result<()> {
         }
     }
     wait_rolled_out(client, LIMIT).await
+}
+
+/// kubelet is done with a pod later than the API server is. A volume's directory goes after the
+/// driver was called.
+async fn wait_for_volumes_to_go(cluster: &impl Cluster, node: &str) -> Result<()> {
+    let patience = Patience::new(format!("volumes on {node} to go"));
+    loop {
+        let last = match cluster.node_tree(node, KUBELET_PODS.as_ref()).await {
+            Ok(tree) => {
+                let entries = tree.into_iter().flat_map(|tree| tree.entries);
+                let mut paths = entries.map(|entry| entry.path);
+                match paths.find(|path| path.contains(CSI_VOLUMES)) {
+                    Some(left) => format!("{left} is there"),
+                    None => return Ok(()),
+                }
+            }
+            // kubelet takes directories away while they are read.
+            Err(error) => error.to_string(),
+        };
+        patience.wait(&last).await?;
+    }
 }
 
 async fn is_there(pods: &Api<Pod>, pod: &Pod) -> Result<bool> {

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use e2e::cluster::{Ability, Cluster};
+use e2e::install::Form;
 use e2e::kind::{Load, Options, Running};
 use e2e::tree::View;
 
@@ -54,7 +55,7 @@ async fn what_the_interface_promises() {
     }
     let options = Options::from_env().unwrap();
     let images = tokio::task::spawn_blocking(|| e2e::images::build(|_| {}));
-    let load = Load::standard(images.await.unwrap().unwrap()).unwrap();
+    let load = Load::standard(&images.await.unwrap().unwrap(), &Form::from_env()).unwrap();
     let started = std::time::Instant::now();
     let running = Running::start(options, &load, |step| eprintln!("{step}"))
         .await

@@ -116,6 +116,12 @@ args:
   {{- with .Values.rotationPollInterval }}
   - --rotation-poll-interval={{ . }}
   {{- end }}
+  {{- with .Values.minRotationPollInterval }}
+  - --min-rotation-poll-interval={{ . }}
+  {{- end }}
+  {{- if eq (toString .Values.republishErrors) "surface" }}
+  - --republish-errors=surface
+  {{- end }}
   - --metrics-addr={{ $linux.metricsAddr }}
   {{- if .Values.providerHealthCheck }}
   - --provider-health-check=true

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::value::{absolute, address, check, count, driver_name, prometheus, put, size};
+use super::value::{absolute, address, check, count, driver_name, one_of, prometheus, put, size};
 use super::{Config, Exit, wrong};
 
 /// One flag of the command line.
@@ -99,12 +99,24 @@ pub(super) const FLAGS: &[Flag] = &[
         "Time between two health checks of the providers.",
         |c, v| put(&mut c.provider_health_check_interval, v)),
 
-    pending!("enable-secret-rotation" "" = "false",
-        "Refresh mounted volumes from time to time.",
+    flag!("enable-secret-rotation" "" = "false",
+        "Refresh mounted volumes when kubelet publishes them again (CSIDriver: requiresRepublish).",
         |c, v| put(&mut c.enable_secret_rotation, v)),
-    pending!("rotation-poll-interval" "DURATION" = "2m",
-        "Shortest time between two refreshes of one volume.",
+    flag!("rotation-poll-interval" "DURATION" = "2m",
+        "Shortest time between two refreshes of one volume, where neither its class nor the volume says another.",
         |c, v| put(&mut c.rotation_poll_interval, v)),
+    flag!("min-rotation-poll-interval" "DURATION" = "30s",
+        "The shortest interval that a class or a volume may ask for.",
+        |c, v| put(&mut c.min_rotation_poll_interval, v)),
+    flag!("republish-errors" "MODE" = "mask",
+        "Whether kubelet hears of a failed refresh: mask (the pod keeps its content, an event tells) or surface.",
+        |c, v| { c.surface_republish_errors = one_of(v, ["mask", "surface"])? == 1; Ok(()) }),
+    flag!("rotation-backoff" "DURATION" = "10s",
+        "How long a volume is left alone after a failed refresh; doubles with each failure.",
+        |c, v| put(&mut c.rotation_backoff, v)),
+    flag!("rotation-backoff-max" "DURATION" = "5m",
+        "The longest that a volume is left alone, unless its provider asks for more.",
+        |c, v| put(&mut c.rotation_backoff_max, v)),
 
     flag!("kubeconfig" "FILE" = "",
         "How to reach the API server; empty: as a pod does.",

@@ -9,6 +9,14 @@ use std::time::Duration;
 
 use super::Endpoint;
 
+/// The place of a word among those that are allowed.
+pub(super) fn one_of<const N: usize>(text: &str, words: [&str; N]) -> Result<usize, String> {
+    words
+        .iter()
+        .position(|word| *word == text)
+        .ok_or_else(|| format!("write {}", words.join(" or ")))
+}
+
 /// A type that a flag's value is read as.
 pub(super) trait Value: Sized {
     fn read(text: &str) -> Result<Self, String>;

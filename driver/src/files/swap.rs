@@ -9,7 +9,8 @@
 //! ```
 //!
 //! New content is written beside the old and `..data` is renamed over, so that a reader who
-//! opens paths sees all of the old content or all of the new. Everything happens relative to
+//! opens paths sees all of the old content or all of the new. The old stays for a moment
+//! ([`GRACE`]): a reader may have followed `..data` and not yet opened the file. Everything happens relative to
 //! an open directory and never through a link: even a path that slipped past [`FilePath`] could not leave the volume.
 
 use std::{
@@ -21,6 +22,7 @@ use std::{
         unix::fs::MetadataExt as _,
     },
     path::Path,
+    time::Duration,
 };
 
 use nix::{
@@ -28,8 +30,11 @@ use nix::{
     dir::Dir,
     errno::Errno,
     fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat, renameat},
-    sys::stat::{Mode, fchmod, fstatat, mkdirat},
-    unistd::{UnlinkatFlags, symlinkat, unlinkat},
+    sys::{
+        stat::{Mode, UtimensatFlags, fchmod, fstat, fstatat, mkdirat, utimensat},
+        time::TimeSpec,
+    },
+    unistd::{Gid, UnlinkatFlags, fchown, fchownat, symlinkat, unlinkat},
 };
 
 use super::{File, FilePath, Payload};
@@ -38,51 +43,125 @@ const DATA: &str = "..data";
 const DATA_TMP: &str = "..data_tmp";
 const LINK_TMP: &str = "..link_tmp";
 
-/// What [`replace`] did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Change {
-    /// The volume had exactly this content; nothing was touched.
-    Unchanged,
-    /// The volume has this content now.
-    Replaced,
+/// How long the content before stays after a swap, for readers who found their way to it before.
+pub const GRACE: Duration = Duration::from_secs(2);
+
+/// New content that lies beside the old, where no reader looks. Dropped, it goes away again.
+#[must_use = "staged content is not the volume's content before it is committed"]
+pub struct Staged {
+    root: OwnedFd,
+    payload: Payload,
+    old: Option<String>,
+    new: String,
+    committed: bool,
 }
 
-/// Gives the volume this content and no other.
+/// The content before a swap.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Former(String);
+
+/// Writes new content beside the old. None: the volume has exactly this content, and nothing
+/// was touched.
 ///
 /// # Errors
 /// What the system says, with the path. The volume then holds what it held before.
-pub fn replace(volume: &Path, payload: &Payload) -> io::Result<Change> {
+pub fn stage(volume: &Path, payload: Payload) -> io::Result<Option<Staged>> {
     let root = open_root(volume)?;
     let old = current(&root)?;
     if let Some(old) = &old
-        && holds(&root, old, payload)?
+        && holds(&root, old, &payload)?
     {
-        return Ok(Change::Unchanged);
+        remove_former(&root, old)?;
+        return Ok(None);
     }
-
-    let new = fresh_name();
-    let written = write_tree(&root, &new, payload).and_then(|()| {
-        point_data_at(&root, &new)?;
-        link_names(&root, payload).inspect_err(|_| {
-            // Back to where readers were. If that fails too there is nothing left to try.
-            let _ = match &old {
-                Some(old) => point_data_at(&root, old),
-                None => remove_at(root.as_fd(), DATA),
-            };
-        })
-    });
-    if let Err(error) = written {
-        // The first error is the one to report; what cannot be removed goes with the next
-        // successful replace.
-        let _ = remove_at(root.as_fd(), new.as_str());
-        let _ = remove_dangling_links(&root);
-        return Err(error);
+    if let Some(group) = payload.group() {
+        give(&root, group).at("/")?;
     }
-    remove_all_but(&root, &new, payload)?;
-    Ok(Change::Replaced)
+    let staged = Staged {
+        new: fresh_name(),
+        root,
+        payload,
+        old,
+        committed: false,
+    };
+    write_tree(&staged.root, &staged.new, &staged.payload)?;
+    Ok(Some(staged))
 }
 
-/// Whether [`replace`] has completed here: `..data` leads to a directory.
+impl Staged {
+    /// Makes the staged content the volume's, in one step. The content before stays for those
+    /// who are reading it; [`remove`] takes it away after [`GRACE`].
+    ///
+    /// # Errors
+    /// What the system says, with the path. The volume then holds what it held before.
+    pub fn commit(mut self) -> io::Result<Option<Former>> {
+        point_data_at(&self.root, &self.new)?;
+        link_names(&self.root, &self.payload).inspect_err(|_| {
+            // Back to where readers were. If that fails too there is nothing left to try.
+            let _ = match &self.old {
+                Some(old) => point_data_at(&self.root, old),
+                None => remove_at(self.root.as_fd(), DATA),
+            };
+        })?;
+        self.committed = true;
+        if let Some(group) = self.payload.group() {
+            self.give_links(group)?;
+        }
+        let old = self.old.take();
+        remove_all_but(&self.root, &self.new, old.as_deref(), &self.payload)?;
+        let Some(old) = old.filter(|old| *old != self.new) else {
+            return Ok(None);
+        };
+        // From now on its age says how long it has been out of use.
+        match utimensat(
+            &self.root,
+            old.as_str(),
+            &TimeSpec::UTIME_NOW,
+            &TimeSpec::UTIME_NOW,
+            UtimensatFlags::NoFollowSymlink,
+        ) {
+            Ok(()) => Ok(Some(Former(old))),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(errno) => Err(errno).at(old),
+        }
+    }
+
+    fn give_links(&self, group: u32) -> io::Result<()> {
+        for name in self.payload.roots().into_iter().chain([DATA]) {
+            let group = Some(Gid::from_raw(group));
+            fchownat(&self.root, name, None, group, AtFlags::AT_SYMLINK_NOFOLLOW).at(name)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Whoever drops this has an error to report already, or a call that was given up;
+            // what cannot be removed goes with the next successful commit.
+            let _ = remove_at(self.root.as_fd(), self.new.as_str());
+            let _ = remove_dangling_links(&self.root);
+        }
+    }
+}
+
+/// Takes the content before a swap away. Gone already, or unmounted with its volume, is success.
+///
+/// # Errors
+/// What the system says, with the path.
+pub fn remove(volume: &Path, former: &Former) -> io::Result<()> {
+    let root = match open_root(volume) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        root => root?,
+    };
+    if current(&root)?.as_deref() == Some(&former.0) {
+        return Ok(());
+    }
+    remove_at(root.as_fd(), former.0.as_str())
+}
+
+/// Whether content has been committed here: `..data` leads to a directory.
 ///
 /// # Errors
 /// When the volume cannot be examined.
@@ -146,8 +225,13 @@ fn holds(root: &OwnedFd, old: &str, payload: &Payload) -> io::Result<bool> {
     let Ok(data) = open_directory(root.as_fd(), old) else {
         return Ok(false);
     };
+    if let Some(group) = payload.group()
+        && !(belongs_to(root, group)? && belongs_to(&data, group)?)
+    {
+        return Ok(false);
+    }
     for (path, file) in payload.files() {
-        if !is_file(&data, path, file)? {
+        if !is_file(&data, path, file, payload.group())? {
             return Ok(false);
         }
     }
@@ -158,7 +242,7 @@ fn holds(root: &OwnedFd, old: &str, payload: &Payload) -> io::Result<bool> {
     let mut found = 0;
     for name in names(root.as_fd())? {
         match name.to_str() {
-            Ok(name) if name == DATA || name == old => {}
+            Ok(name) if name == DATA || is_generation(name) => {}
             Ok(name) if wanted.binary_search(&name).is_ok() && is_link_of_ours(root, name) => {
                 found += 1;
             }
@@ -168,7 +252,7 @@ fn holds(root: &OwnedFd, old: &str, payload: &Payload) -> io::Result<bool> {
     Ok(found == wanted.len())
 }
 
-fn is_file(data: &OwnedFd, path: &FilePath, wanted: &File) -> io::Result<bool> {
+fn is_file(data: &OwnedFd, path: &FilePath, wanted: &File, group: Option<u32>) -> io::Result<bool> {
     let Ok(fd) = open_beneath(data, path.as_str(), OFlag::O_RDONLY, Mode::empty()) else {
         return Ok(false);
     };
@@ -176,7 +260,8 @@ fn is_file(data: &OwnedFd, path: &FilePath, wanted: &File) -> io::Result<bool> {
     let metadata = file.metadata()?;
     let contents = wanted.contents.expose();
     if !metadata.is_file()
-        || metadata.mode() & 0o7777 != wanted.mode
+        || metadata.mode() & 0o7777 != wanted.mode()
+        || group.is_some_and(|group| metadata.gid() != group)
         || metadata.len() != contents.len() as u64
     {
         return Ok(false);
@@ -212,26 +297,30 @@ fn write_tree(root: &OwnedFd, name: &str, payload: &Payload) -> io::Result<()> {
     let tree = open_directory(root.as_fd(), name)?;
     // mkdir(2) obeys the process's umask; readers need these bits whatever it is.
     fchmod(&tree, Mode::from_bits_truncate(0o755)).at(name)?;
+    let group = payload.group();
+    give_to(&tree, group).at(name)?;
     for (path, file) in payload.files() {
         let mut parent = tree.try_clone()?;
         let mut components = path.components().peekable();
         while let Some(component) = components.next() {
             if components.peek().is_some() {
-                parent = make_directory(&parent, component).map_err(|e| about(e, path.as_str()))?;
+                parent = make_directory(&parent, component, group)
+                    .map_err(|e| about(e, path.as_str()))?;
             } else {
-                write_file(&parent, component, file).map_err(|e| about(e, path.as_str()))?;
+                write_file(&parent, component, file, group).map_err(|e| about(e, path.as_str()))?;
             }
         }
     }
     Ok(())
 }
 
-fn make_directory(parent: &OwnedFd, name: &str) -> io::Result<OwnedFd> {
+fn make_directory(parent: &OwnedFd, name: &str, group: Option<u32>) -> io::Result<OwnedFd> {
     let mode = Mode::from_bits_truncate(0o755);
     match mkdirat(parent, name, mode) {
         Ok(()) => {
             let made = open_directory(parent.as_fd(), name)?;
             fchmod(&made, mode)?;
+            give_to(&made, group)?;
             Ok(made)
         }
         Err(Errno::EEXIST) => open_directory(parent.as_fd(), name),
@@ -239,7 +328,7 @@ fn make_directory(parent: &OwnedFd, name: &str) -> io::Result<OwnedFd> {
     }
 }
 
-fn write_file(parent: &OwnedFd, name: &str, file: &File) -> io::Result<()> {
+fn write_file(parent: &OwnedFd, name: &str, file: &File, group: Option<u32>) -> io::Result<()> {
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
     let mut out = StdFile::from(open_beneath(
         parent,
@@ -248,7 +337,21 @@ fn write_file(parent: &OwnedFd, name: &str, file: &File) -> io::Result<()> {
         Mode::from_bits_truncate(0o600),
     )?);
     out.write_all(file.contents.expose())?;
-    Ok(fchmod(&out, Mode::from_bits_truncate(file.mode))?)
+    // The group first: before the mode is set, nobody but the owner may read.
+    give_to(&out, group)?;
+    Ok(fchmod(&out, Mode::from_bits_truncate(file.mode()))?)
+}
+
+fn give_to(file: impl AsFd, group: Option<u32>) -> nix::Result<()> {
+    group.map_or(Ok(()), |group| give(file, group))
+}
+
+fn give(file: impl AsFd, group: u32) -> nix::Result<()> {
+    fchown(file, None, Some(Gid::from_raw(group)))
+}
+
+fn belongs_to(file: &OwnedFd, group: u32) -> io::Result<bool> {
+    Ok(fstat(file)?.st_gid == group)
 }
 
 fn point_data_at(root: &OwnedFd, name: &str) -> io::Result<()> {
@@ -287,13 +390,45 @@ fn is_link_of_ours(root: &OwnedFd, name: &str) -> bool {
     })
 }
 
-/// Removes the old content, names that are gone from the payload, and leftovers of a crash.
-fn remove_all_but(root: &OwnedFd, new: &str, payload: &Payload) -> io::Result<()> {
+/// Whether a name at the root is one that [`fresh_name`] makes.
+fn is_generation(name: &str) -> bool {
+    name.strip_prefix("..")
+        .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+}
+
+/// Removes former content that has been out of use for long enough.
+fn remove_former(root: &OwnedFd, current: &str) -> io::Result<()> {
+    for name in names(root.as_fd())? {
+        let former = name
+            .to_str()
+            .is_ok_and(|name| is_generation(name) && name != current);
+        if former
+            && let Ok(directory) = open_directory(root.as_fd(), name.as_c_str())
+            && StdFile::from(directory)
+                .metadata()?
+                .modified()?
+                .elapsed()
+                .is_ok_and(|age| age > GRACE)
+        {
+            remove_at(root.as_fd(), name.as_c_str())?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes names that are gone from the payload, leftovers of a crash, and former content but
+/// the last.
+fn remove_all_but(
+    root: &OwnedFd,
+    new: &str,
+    old: Option<&str>,
+    payload: &Payload,
+) -> io::Result<()> {
     let keep = payload.roots();
     for name in names(root.as_fd())? {
-        let stays = name
-            .to_str()
-            .is_ok_and(|name| name == DATA || name == new || keep.binary_search(&name).is_ok());
+        let stays = name.to_str().is_ok_and(|name| {
+            name == DATA || name == new || Some(name) == old || keep.binary_search(&name).is_ok()
+        });
         if !stays {
             remove_at(root.as_fd(), name.as_c_str())?;
         }
@@ -378,6 +513,23 @@ mod tests {
     use rstest::rstest;
     use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt as _, path::PathBuf};
 
+    #[derive(Debug, PartialEq, Eq)]
+    enum Change {
+        Unchanged,
+        Replaced,
+    }
+
+    /// Stages, commits, and takes the former content away.
+    fn replace(volume: &Path, payload: &Payload) -> io::Result<Change> {
+        let Some(staged) = stage(volume, payload.clone())? else {
+            return Ok(Change::Unchanged);
+        };
+        if let Some(former) = staged.commit()? {
+            remove(volume, &former)?;
+        }
+        Ok(Change::Replaced)
+    }
+
     type Tree<'a> = &'a [(&'a str, &'a str, i32)];
 
     fn payload(tree: Tree<'_>) -> Payload {
@@ -440,7 +592,7 @@ mod tests {
             .files()
             .map(|(path, file)| {
                 let text = String::from_utf8(file.contents.expose().to_vec()).unwrap();
-                (path.as_str().to_owned(), (file.mode, text))
+                (path.as_str().to_owned(), (file.mode(), text))
             })
             .collect()
     }
@@ -528,6 +680,121 @@ mod tests {
             assert_eq!(replace(volume.path(), &tree).unwrap(), Change::Replaced);
             assert_eq!(seen(volume.path()), expected(&tree));
         }
+    }
+
+    #[test]
+    fn former_content_stays_for_those_who_read_it_and_goes_later() {
+        let volume = tempfile::tempdir().unwrap();
+        let [one, two, three] = ["1", "2", "3"].map(|text| payload(&[("a", text, 0)]));
+        replace(volume.path(), &one).unwrap();
+        let reader = fs::canonicalize(volume.path().join("a")).unwrap();
+
+        let staged = stage(volume.path(), two.clone()).unwrap().unwrap();
+        assert_eq!(
+            seen(volume.path()),
+            expected(&one),
+            "staged is not committed"
+        );
+        let former = staged.commit().unwrap().unwrap();
+        assert_eq!(seen(volume.path()), expected(&two));
+        assert_eq!(fs::read_to_string(&reader).unwrap(), "1");
+
+        // An unchanged volume is seen as such while its former content is still there.
+        assert!(stage(volume.path(), two.clone()).unwrap().is_none());
+        assert!(reader.exists());
+
+        // A driver that went away before it took the former content away.
+        stage(volume.path(), three.clone())
+            .unwrap()
+            .unwrap()
+            .commit()
+            .unwrap();
+        assert!(!reader.exists(), "only the last former content stays");
+        assert_eq!(hidden(volume.path()), 3);
+        remove(volume.path(), &former).unwrap();
+        let leftover = fs::read_dir(volume.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .find(|path| {
+                let name = path.file_name().unwrap().to_str().unwrap();
+                is_generation(name)
+                    && current(&open_root(volume.path()).unwrap())
+                        .unwrap()
+                        .as_deref()
+                        != Some(name)
+            })
+            .unwrap();
+        let long_ago = std::time::SystemTime::now() - 2 * GRACE;
+        fs::File::open(&leftover)
+            .unwrap()
+            .set_modified(long_ago)
+            .unwrap();
+        assert!(stage(volume.path(), three.clone()).unwrap().is_none());
+        assert_eq!(hidden(volume.path()), 2);
+        assert_eq!(seen(volume.path()), expected(&three));
+    }
+
+    #[test]
+    fn staged_content_that_is_dropped_leaves_nothing() {
+        let volume = tempfile::tempdir().unwrap();
+        replace(volume.path(), &payload(&[("a", "1", 0)])).unwrap();
+        drop(
+            stage(volume.path(), payload(&[("b", "2", 0)]))
+                .unwrap()
+                .unwrap(),
+        );
+        assert_eq!(seen(volume.path()), expected(&payload(&[("a", "1", 0)])));
+        assert_eq!(hidden(volume.path()), 2);
+    }
+
+    /// Needs a group that this user may give files to.
+    #[test]
+    fn everything_belongs_to_the_group() {
+        let own = nix::unistd::getgid().as_raw();
+        let other = if nix::unistd::geteuid().is_root() {
+            1004
+        } else {
+            own
+        };
+        let volume = tempfile::tempdir().unwrap();
+        let tree = payload(&[("a", "1", 0o640), ("b/c", "2", 0o600)]);
+        replace(volume.path(), &tree).unwrap();
+        let of = |group| {
+            tree.clone().accessible(super::super::Access {
+                default_mode: 0o644,
+                group: Some(group),
+            })
+        };
+        for (group, change) in [
+            (own, Change::Unchanged),
+            (
+                other,
+                if other == own {
+                    Change::Unchanged
+                } else {
+                    Change::Replaced
+                },
+            ),
+            (other, Change::Unchanged),
+        ] {
+            assert_eq!(replace(volume.path(), &of(group)).unwrap(), change);
+        }
+        let mut left = vec![volume.path().to_owned()];
+        let mut seen = 0;
+        while let Some(path) = left.pop() {
+            let metadata = fs::symlink_metadata(&path).unwrap();
+            assert_eq!(metadata.gid(), other, "{}", path.display());
+            seen += 1;
+            if metadata.is_dir() {
+                left.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+            }
+        }
+        assert_eq!(
+            seen, 8,
+            "the root, two links, ..data, its directory, b, and two files"
+        );
+        let mode = fs::metadata(volume.path().join("b/c")).unwrap().mode() & 0o7777;
+        assert_eq!(mode, 0o600, "modes stay as the provider gave them");
     }
 
     #[test]

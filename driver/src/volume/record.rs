@@ -5,6 +5,7 @@
 //! goes away with the kernel that holds the page cache.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
@@ -41,6 +42,10 @@ pub struct Record {
     pub content: Content,
     /// The last time that the provider answered and the content was made to match.
     pub last_success: Timestamp,
+    /// The last time that the provider's answer changed the content.
+    pub last_change: Timestamp,
+    /// Since when refreshes fail, if the last one did.
+    pub failing_since: Option<Timestamp>,
 }
 
 /// The pod of a volume.
@@ -72,6 +77,8 @@ pub struct Class {
     pub generation: Option<i64>,
     /// Its resource version.
     pub resource_version: String,
+    /// Those of its annotations that are addressed to this driver.
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// An object of the external store.
@@ -245,6 +252,7 @@ mod tests {
                 uid: "cu".into(),
                 generation: Some(1),
                 resource_version: "7".into(),
+                annotations: BTreeMap::new(),
             },
             provider: "vault".into(),
             pod_status: "web-default-c".into(),
@@ -254,6 +262,8 @@ mod tests {
             }],
             content: Content::Driver,
             last_success: Timestamp::now(),
+            last_change: Timestamp::UNIX_EPOCH,
+            failing_since: None,
         }
     }
 

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use e2e::cluster::Error;
 use e2e::images;
+use e2e::install::Form;
 use e2e::kind::{self, Load, Options, Running};
 
 const USAGE: &str = "usage: e2e-kind up | e2e-kind down";
@@ -33,7 +34,7 @@ async fn main() -> ExitCode {
 
 async fn up() -> Result<(), Error> {
     let images = images::build(|_| {}).map_err(|error| Error::Start(error.to_string()))?;
-    let load = Load::standard(images)?;
+    let load = Load::standard(&images, &Form::from_env())?;
     let started = Running::start(Options::from_env()?, &load, |step| eprintln!("{step}")).await?;
     println!("kind export kubeconfig --name e2e");
     // Left as it is: nobody guards it.

@@ -1,6 +1,6 @@
 //! The local cluster by hand:
 //!
-//! - `local up [--sidecars]` starts it, says how to use it, and tears it down when interrupted;
+//! - `local up` starts it, says how to use it, and tears it down when interrupted;
 //! - `local down` tears down what a killed run left;
 //! - `local guard` is started by tests: it tears down when they are gone.
 
@@ -10,14 +10,13 @@ use e2e::cluster::Error;
 use e2e::local::{self, Options, Running};
 use nix::sys::signal::{SigSet, Signal};
 
-const USAGE: &str = "usage: local up [--sidecars] | local down";
+const USAGE: &str = "usage: local up | local down";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let outcome = match args[..] {
-        ["up"] => up(false),
-        ["up", "--sidecars"] => up(true),
+        ["up"] => up(),
         ["down"] => local::tear_down(),
         ["guard"] => local::guard(),
         _ => Err(Error::Impossible(USAGE.to_owned())),
@@ -31,7 +30,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn up(sidecars: bool) -> Result<(), Error> {
+fn up() -> Result<(), Error> {
     let failed = |error: &dyn std::fmt::Display| Error::Start(error.to_string());
     // Before there is a second thread, so that no thread dies of them.
     let mut signals = SigSet::empty();
@@ -39,10 +38,7 @@ fn up(sidecars: bool) -> Result<(), Error> {
     signals.add(Signal::SIGINT);
     signals.thread_block().map_err(|error| failed(&error))?;
     let guard = std::env::current_exe().map_err(|error| failed(&error))?;
-    let options = Options {
-        sidecars,
-        ..Options::standard(|_| {}, guard)?
-    };
+    let options = Options::standard(|_| {}, guard)?;
     let running = Running::start(&options, |step| eprintln!("{step}"))?;
     println!("export KUBECONFIG={}", running.kubeconfig().display());
     println!("logs are in {}; Ctrl-C ends it", running.logs().display());

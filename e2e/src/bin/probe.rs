@@ -4,7 +4,9 @@
 //! - `probe read <last> <seconds> <file>... <directory>` reads files over and over until one holds
 //!   the last number, and prints what it saw, as JSON;
 //! - `probe sleep` waits for SIGTERM or SIGINT: the main process of a test's pod;
-//! - `probe dead-socket <path>` leaves a socket that nobody listens on, as a crash does.
+//! - `probe dead-socket <path>` leaves a socket that nobody listens on, as a crash does;
+//! - under the names `mount` and `umount` it does what these do, for a driver that runs them:
+//!   `mount -t <type> <source> <target>`, `umount <target>`.
 //!
 //! `probe --as <uid>,<gid>[,<group>...]` before one of these that take a directory does it as that
 //! user. The directory is entered before, for a container's mounts lie where its user may go.
@@ -16,6 +18,8 @@ use std::process::ExitCode;
 use e2e::reader::Wanted;
 use e2e::tree::{Tree, View};
 use e2e::user::User;
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{SigSet, Signal};
 
 const USAGE: &str = "usage: probe [--as <uid>,<gid>[,<group>...]] tree [--reader] <directory> \
@@ -25,7 +29,12 @@ const USAGE: &str = "usage: probe [--as <uid>,<gid>[,<group>...]] tree [--reader
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let outcome = match args[..] {
+    let name = std::env::args().next().unwrap_or_default();
+    let name = Path::new(&name).file_name().unwrap_or_default();
+    if name == "mount" || name == "umount" {
+        return exit(mount_or_unmount(&args));
+    }
+    exit(match args[..] {
         ["--as", user, ref args @ .., directory] => {
             enter_as(user, directory).and_then(|()| look(args, Path::new(".")))
         }
@@ -35,7 +44,10 @@ fn main() -> ExitCode {
             .map_err(|error| format!("{path}: {error}")),
         [ref args @ .., directory] => look(args, Path::new(directory)),
         [] => Err(USAGE.to_owned()),
-    };
+    })
+}
+
+fn exit(outcome: Result<(), String>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
@@ -70,6 +82,19 @@ fn print(seen: std::io::Result<impl serde::Serialize>) -> Result<(), String> {
     let json = serde_json::to_string(&seen).map_err(|error| error.to_string())?;
     println!("{json}");
     Ok(())
+}
+
+fn mount_or_unmount(args: &[&str]) -> Result<(), String> {
+    let failed = |target: &str, error: Errno| format!("{target}: {error}");
+    match *args {
+        ["-t", kind, source, target] => {
+            let flags = MsFlags::empty();
+            mount(Some(source), target, Some(kind), flags, None::<&str>)
+                .map_err(|error| failed(target, error))
+        }
+        [target] => umount(target).map_err(|error| failed(target, error)),
+        _ => Err(format!("{args:?} is not what a driver asks for")),
+    }
 }
 
 /// As process 1 of a container it gets no signal that it does not ask for.

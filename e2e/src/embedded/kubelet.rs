@@ -8,6 +8,7 @@
 //! What it deliberately does not do: pull images, run a pod's containers (they are said to
 //! run), cache service account tokens, mount volumes other than inline CSI.
 
+mod authority;
 mod backoff;
 mod csi;
 mod events;

@@ -55,12 +55,19 @@ pub(super) async fn put_up(tools: &Tools, node_image: &str) -> Result<()> {
     Ok(())
 }
 
-/// Removes both.
+/// Removes both, if they are there.
 ///
 /// # Errors
 /// When a container still uses the network.
 pub(super) async fn take_down(tools: &Tools, node_image: &str) -> Result<()> {
     let failed = |reason: String| Error::Start(format!("Docker network {NETWORK}: {reason}"));
+    let there = tools
+        .docker(["network", "inspect", NETWORK], A_MOMENT)
+        .await;
+    if there.is_err() {
+        // Whoever removes the network removes the rule; without the first there is no second.
+        return Ok(());
+    }
     tools
         .docker(["network", "rm", NETWORK], A_MOMENT)
         .await

@@ -25,7 +25,6 @@ use crate::tree::Tree;
 const ABSENT: &str = "e2e: nothing there";
 /// Where the tests' provider listens.
 const PROVIDER_SOCKET: &str = "/var/run/secrets-store-csi-providers/e2e-provider.sock";
-const KUBELET_PODS: &str = "/var/lib/kubelet/pods";
 
 /// A way to the cluster. It belongs to the runtime in which it was made.
 pub struct Kind {
@@ -55,19 +54,9 @@ impl Kind {
     /// # Errors
     /// What does not go or does not come.
     pub async fn renew(&self) -> Result<()> {
-        real::renew(&self.client).await?;
+        real::renew(self).await?;
         for node in self.nodes() {
             self.wait_provider(&node).await?;
-            // kubelet is done with a pod later than the API server is.
-            let patience = Patience::new(format!("volumes on {node} to go"));
-            loop {
-                let mounts = self.mounts(&node, KUBELET_PODS.as_ref()).await?;
-                let csi = |path: &&PathBuf| path.to_string_lossy().contains("/kubernetes.io~csi/");
-                let Some(left) = mounts.iter().find(csi) else {
-                    break;
-                };
-                patience.wait(&left.to_string_lossy()).await?;
-            }
         }
         Ok(())
     }

@@ -255,7 +255,11 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
             })
     }
 
-    fn import(&self, images: &[Image]) -> Result<()> {
+    /// Makes images known to the container runtime.
+    ///
+    /// # Errors
+    /// Its complaint.
+    pub(super) fn import(&self, images: &[Image]) -> Result<()> {
         for image in images {
             let archive = image.archive.display().to_string();
             self.ctr(&["images", "import", &archive])

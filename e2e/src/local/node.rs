@@ -1,40 +1,23 @@
 //! The [`Cluster`] interface over a real API server and the machine that is the node.
 
-use std::fs::{self, DirEntry};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
 
-use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, ServiceAccount};
 use kube::ResourceExt;
-use kube::api::{
-    Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, LogParams, Patch,
-    PatchParams,
-};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::json;
 
 use super::daemons::ctr;
-use super::layout::{KUBELET_ROOT, NODE};
+use super::layout::NODE;
 use super::processes::{Processes, start_time};
-use crate::cluster::{
-    Ability, Action, Cluster, Component, Error, HttpAnswer, Result, api as api_error,
-};
+use crate::cluster::{Ability, Action, Cluster, Component, Error, HttpAnswer, Result};
 use crate::embedded::api::Disturbance;
 use crate::host::{fetch, mount_points};
-use crate::install::{DRIVER, NAMESPACE, wait_rolled_out};
+use crate::install::wait_rolled_out;
+use crate::real::{self, LIMIT, Patience, running_pod_of, status_of};
 use crate::tree::{Tree, View};
-
-const POLL: Duration = Duration::from_millis(50);
-const LIMIT: Duration = Duration::from_secs(60);
-/// A label that no node has: a DaemonSet that selects it runs nowhere.
-const STOPPED: &str = "e2e/stopped";
-/// The DaemonSet of the tests' provider.
-const PROVIDER: &str = "fake-provider";
 
 /// A way to the cluster. It belongs to the runtime in which it was made.
 pub struct Local {
@@ -78,52 +61,7 @@ impl Local {
     /// # Errors
     /// What does not go or does not come.
     pub async fn renew(&self) -> Result<()> {
-        self.delete_namespaces().await?;
-        self.delete_classes_of_default().await?;
-        let started = Instant::now();
-        let sets = Api::<DaemonSet>::namespaced(self.client(), NAMESPACE);
-        let list = sets
-            .list(&ListParams::default())
-            .await
-            .map_err(api_error("list DaemonSets".to_owned()))?;
-        for set in list {
-            let name = set.name_any();
-            if name == DRIVER || name == PROVIDER {
-                self.run_daemon_set(&name, true).await?;
-            } else {
-                sets.delete(&name, &DeleteParams::default())
-                    .await
-                    .map_err(api_error(format!("delete DaemonSet {name}")))?;
-            }
-        }
-        // By the driver that is still there: the new one counts from nothing.
-        self.wait_for_volumes_to_go(started).await?;
-        let pods = Api::<Pod>::namespaced(self.client(), NAMESPACE);
-        let list_pods = async || {
-            pods.list(&ListParams::default())
-                .await
-                .map_err(api_error(format!("list pods in {NAMESPACE}")))
-        };
-        let old = list_pods().await?.items;
-        for pod in &old {
-            let deleted = pods.delete(&pod.name_any(), &DeleteParams::default()).await;
-            match deleted {
-                Err(kube::Error::Api(status)) if status.code == 404 => {}
-                other => {
-                    other.map_err(api_error(format!("delete pod {}", pod.name_any())))?;
-                }
-            }
-        }
-        loop {
-            let now = list_pods().await?.items;
-            let left = now
-                .iter()
-                .find(|pod| old.iter().any(|old| old.uid() == pod.uid()));
-            let Some(left) = left else { break };
-            self.give_up(started, &format!("pod {} to go", left.name_any()))
-                .await?;
-        }
-        wait_rolled_out(&self.client, LIMIT).await
+        real::renew(self).await
     }
 
     /// Restarts kubelet, whose containers go on meanwhile. Returns when it is registered anew.
@@ -138,119 +76,11 @@ impl Local {
         wait_rolled_out(&self.client, LIMIT).await
     }
 
-    async fn delete_namespaces(&self) -> Result<()> {
-        let namespaces = Api::<Namespace>::all(self.client());
-        let list = namespaces
-            .list(&ListParams::default())
-            .await
-            .map_err(api_error("list namespaces".to_owned()))?;
-        let now = DeleteParams {
-            grace_period_seconds: Some(0),
-            ..DeleteParams::default()
-        };
-        for namespace in list {
-            let name = namespace.name_any();
-            if !name.starts_with("e2e-") || namespace.metadata.deletion_timestamp.is_some() {
-                continue;
-            }
-            // Sooner than the namespace's own deletion would.
-            let pods = Api::<Pod>::namespaced(self.client(), &name);
-            pods.delete_collection(&now, &ListParams::default())
-                .await
-                .map_err(api_error(format!("delete pods in {name}")))?;
-            namespaces
-                .delete(&name, &DeleteParams::default())
-                .await
-                .map_err(api_error(format!("delete namespace {name}")))?;
-        }
-        Ok(())
-    }
-
-    async fn delete_classes_of_default(&self) -> Result<()> {
-        let kind = GroupVersionKind::gvk("secrets-store.csi.x-k8s.io", "v1", "SecretProviderClass");
-        let resource = ApiResource::from_gvk_with_plural(&kind, "secretproviderclasses");
-        Api::<DynamicObject>::namespaced_with(self.client(), "default", &resource)
-            .delete_collection(&DeleteParams::default(), &ListParams::default())
-            .await
-            .map(drop)
-            .map_err(api_error("delete classes in default".to_owned()))
-    }
-
-    /// kubelet is done with a pod later than the API server is. A volume's directory goes after
-    /// the driver was called.
-    async fn wait_for_volumes_to_go(&self, started: Instant) -> Result<()> {
-        let pods = Path::new(KUBELET_ROOT).join("pods");
-        loop {
-            let Some(left) = csi_volume_in(&pods) else {
-                return Ok(());
-            };
-            self.give_up(started, &format!("volume {} to go", left.display()))
-                .await?;
-        }
-    }
-
-    async fn give_up(&self, started: Instant, what: &str) -> Result<()> {
-        if started.elapsed() > LIMIT {
-            return Err(Error::Timeout {
-                what: what.to_owned(),
-                after: LIMIT,
-                last: format!("see {}/logs", self.state.display()),
-            });
-        }
-        tokio::time::sleep(POLL).await;
-        Ok(())
-    }
-
-    /// Lets a DaemonSet run on the node or not, as an administrator stops one.
-    async fn run_daemon_set(&self, name: &str, run: bool) -> Result<()> {
-        let value = match run {
-            true => json!(null),
-            false => json!("true"),
-        };
-        let patch = json!({"spec": {"template": {"spec": {"nodeSelector": {STOPPED: value}}}}});
-        Api::<DaemonSet>::namespaced(self.client(), NAMESPACE)
-            .patch(name, &PatchParams::default(), &Patch::Merge(patch))
-            .await
-            .map(drop)
-            .map_err(api_error(format!("patch DaemonSet {name}")))
-    }
-
-    /// The pod of a component that is not on its way out.
-    async fn pod_of(&self, node: &str, component: &Component) -> Result<Option<Pod>> {
-        if node != NODE {
-            return Err(Error::Impossible(format!("there is no node {node}")));
-        }
-        let pods = Api::<Pod>::namespaced(self.client(), NAMESPACE)
-            .list(&ListParams::default())
-            .await
-            .map_err(api_error(format!("list pods in {NAMESPACE}")))?;
-        Ok(pods.items.into_iter().find(|pod| {
-            pod.metadata.deletion_timestamp.is_none()
-                && pod.spec.iter().any(|spec| {
-                    spec.containers
-                        .iter()
-                        .any(|container| container.name == component.container())
-                })
-        }))
-    }
-
-    async fn running_pod_of(&self, node: &str, component: &Component) -> Result<Pod> {
-        let pod = self.pod_of(node, component).await?;
-        pod.ok_or_else(|| {
-            Error::Impossible(format!("{} does not run on {node}", component.container()))
-        })
-    }
-
     /// SIGKILL from outside of its namespaces, where nothing holds it back.
     async fn kill(&self, node: &str, component: &Component) -> Result<()> {
-        let pod = self.running_pod_of(node, component).await?;
-        let statuses = pod.status.and_then(|status| status.container_statuses);
-        let id = statuses
-            .unwrap_or_default()
-            .into_iter()
-            .find(|status| status.name == component.container())
-            .and_then(|status| status.container_id)
-            .unwrap_or_default();
+        let pod = running_pod_of(&self.client, node, component).await?;
+        let id = status_of(pod, component).and_then(|status| status.container_id);
+        let id = id.unwrap_or_default();
         let id = id.trim_start_matches("containerd://");
         let tasks =
             ctr(&self.ctr, &self.state, &["tasks", "ls"]).map_err(|error| refused(&error))?;
@@ -259,20 +89,11 @@ impl Local {
         })?;
         let before = start_time(pid.unsigned_abs());
         kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|error| refused(&error))?;
-        let started = Instant::now();
+        let patience = Patience::new(format!("process {pid} to go"));
         while start_time(pid.unsigned_abs()) == before && before.is_some() {
-            self.give_up(started, &format!("process {pid} to go"))
-                .await?;
+            patience.wait("it is there").await?;
         }
         Ok(())
-    }
-
-    /// The DaemonSet to which a component's pod belongs.
-    fn daemon_set_of(component: &Component) -> &str {
-        match component {
-            Component::Driver => DRIVER,
-            Component::Provider(name) => name,
-        }
     }
 }
 
@@ -352,60 +173,15 @@ impl Cluster for Local {
     /// A process is stopped by taking its DaemonSet off the node, as an administrator does it.
     /// kubelet would start a single stopped process again.
     async fn act(&self, node: &str, component: &Component, action: Action) -> Result<()> {
-        let set = Self::daemon_set_of(component);
-        let started = Instant::now();
         match action {
             Action::Kill => self.kill(node, component).await,
-            Action::Stop => {
-                let pods = Api::<Pod>::namespaced(self.client(), NAMESPACE);
-                let pod = self.running_pod_of(node, component).await?;
-                self.run_daemon_set(set, false).await?;
-                loop {
-                    let now = pods
-                        .get_opt(&pod.name_any())
-                        .await
-                        .map_err(api_error(format!("get pod {}", pod.name_any())))?;
-                    if now.is_none_or(|now| now.uid() != pod.uid()) {
-                        return Ok(());
-                    }
-                    self.give_up(started, &format!("{set} to stop")).await?;
-                }
-            }
-            Action::Start => {
-                self.run_daemon_set(set, true).await?;
-                while self.pod_of(node, component).await?.is_none() {
-                    self.give_up(started, &format!("{set} to start")).await?;
-                }
-                wait_rolled_out(&self.client, LIMIT).await
-            }
+            Action::Stop => real::stop(&self.client, node, component).await,
+            Action::Start => real::start(&self.client, node, component).await,
         }
     }
 
-    /// The log of the container before its last restart, which is all that kubelet keeps, and
-    /// that since.
     async fn log(&self, node: &str, component: &Component) -> Result<String> {
-        let pod = self.running_pod_of(node, component).await?;
-        let name = pod.name_any();
-        let statuses = pod.status.and_then(|status| status.container_statuses);
-        let restarted = statuses
-            .unwrap_or_default()
-            .iter()
-            .any(|status| status.name == component.container() && status.restart_count > 0);
-        let pods = Api::<Pod>::namespaced(self.client(), NAMESPACE);
-        let mut text = String::new();
-        for previous in [true, false] {
-            if previous && !restarted {
-                continue;
-            }
-            let params = LogParams {
-                container: Some(component.container().to_owned()),
-                previous,
-                ..LogParams::default()
-            };
-            let log = pods.logs(&name, &params).await;
-            text += &log.map_err(api_error(format!("logs of pod {name}")))?;
-        }
-        Ok(text)
+        real::log(&self.client, node, component).await
     }
 
     async fn get(
@@ -415,7 +191,7 @@ impl Cluster for Local {
         port: u16,
         path: &str,
     ) -> Result<HttpAnswer> {
-        let pod = self.running_pod_of(node, component).await?;
+        let pod = running_pod_of(&self.client, node, component).await?;
         let address: Option<IpAddr> = pod
             .status
             .as_ref()
@@ -439,37 +215,9 @@ impl Cluster for Local {
         ))
     }
 
-    /// A pod is refused without the account, and waits with a complaint without the authority.
     async fn wait_namespace(&self, namespace: &str) -> Result<()> {
-        let accounts = Api::<ServiceAccount>::namespaced(self.client(), namespace);
-        let maps = Api::<ConfigMap>::namespaced(self.client(), namespace);
-        let started = Instant::now();
-        loop {
-            let account = accounts
-                .get_opt("default")
-                .await
-                .map_err(api_error(format!("get ServiceAccount in {namespace}")))?;
-            let authority = maps
-                .get_opt("kube-root-ca.crt")
-                .await
-                .map_err(api_error(format!("get ConfigMap in {namespace}")))?;
-            if account.is_some() && authority.is_some() {
-                return Ok(());
-            }
-            self.give_up(started, &format!("namespace {namespace} to be filled"))
-                .await?;
-        }
+        real::wait_namespace(&self.client, namespace).await
     }
-}
-
-/// A CSI volume's directory that is still there, of whatever pod.
-fn csi_volume_in(pods: &Path) -> Option<PathBuf> {
-    let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten();
-    let volumes = |pod: DirEntry| entries(&pod.path().join("volumes/kubernetes.io~csi"));
-    entries(pods)
-        .flat_map(volumes)
-        .map(|volume| volume.path())
-        .next()
 }
 
 /// The process of a container out of `ctr tasks ls`.

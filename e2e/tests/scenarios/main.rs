@@ -22,4 +22,5 @@ mod providers;
 mod restarts;
 mod rollouts;
 mod target;
+mod upgrades;
 mod upstream;

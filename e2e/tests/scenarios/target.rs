@@ -8,15 +8,19 @@ use std::{
     io::Write as _,
     os::{fd::AsRawFd as _, unix::net::UnixListener},
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use e2e::{
-    binaries::Binaries,
+    binaries::{Binaries, kept},
     cluster::{Ability, Action, Cluster, Component, HttpAnswer, Result},
     embedded::{Embedded, Options, api::Disturbance},
     images,
+    install::{Form, Installation},
     kind::{self, Kind},
     local::{self, Local, Running},
     tree::Tree,
@@ -73,6 +77,10 @@ static TURN: Mutex<()> = Mutex::const_new(());
 static LOCAL: OnceLock<std::result::Result<Running, String>> = OnceLock::new();
 /// The same for kind.
 static KIND: OnceCell<std::result::Result<kind::Running, String>> = OnceCell::const_new();
+/// What is installed into a shared cluster when it starts.
+static STANDARD: OnceLock<Installation> = OnceLock::new();
+/// Whether a scenario has installed something else and not yet undone it.
+static ANOTHER: AtomicBool = AtomicBool::new(false);
 
 impl Target {
     /// A cluster that has what is needed; none, and a line that says so, where there is not.
@@ -152,6 +160,51 @@ impl Target {
         }
     }
 
+    /// Installs something over what is installed, as an operator does on a cluster of real
+    /// Kubernetes.
+    pub async fn install(&self, installation: &Installation) {
+        ANOTHER.store(true, Ordering::Relaxed);
+        self.apply_installation(installation).await;
+    }
+
+    /// Installs what a cluster starts with.
+    pub async fn install_standard(&self) {
+        self.apply_installation(STANDARD.get().unwrap()).await;
+        ANOTHER.store(false, Ordering::Relaxed);
+    }
+
+    /// Undoes what a scenario that failed has installed.
+    async fn install_standard_again(&self) {
+        if ANOTHER.load(Ordering::Relaxed) {
+            self.install_standard().await;
+        }
+    }
+
+    /// Makes a shared cluster as new.
+    async fn renew(&self) {
+        let renewed = match self {
+            Self::Embedded(_) => return,
+            Self::Local(cluster, _) => cluster.renew().await,
+            Self::Kind(cluster, _) => cluster.renew().await,
+        };
+        renewed.unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    async fn apply_installation(&self, installation: &Installation) {
+        let done = match self {
+            Self::Embedded(_) => unreachable!("the scenario is skipped"),
+            Self::Local(..) => {
+                let running = LOCAL.get().unwrap().as_ref().unwrap();
+                running.install(installation).await
+            }
+            Self::Kind(..) => {
+                let running = KIND.get().unwrap().as_ref().unwrap();
+                running.install(installation).await
+            }
+        };
+        done.unwrap_or_else(|error| panic!("{error}"));
+    }
+
     /// The kernel's mount table, as the node's kubelet sees it.
     pub async fn mount_table(&self, node: &str) -> String {
         if let Self::Kind(cluster, _) = self {
@@ -225,18 +278,16 @@ async fn local() -> Target {
         Ok(running) => running,
         Err(error) => panic!("{error}"),
     };
-    let cluster = running.connect().await.unwrap();
-    cluster
-        .renew()
-        .await
-        .unwrap_or_else(|error| panic!("{error}"));
-    Target::Local(cluster, turn)
+    let target = Target::Local(running.connect().await.unwrap(), turn);
+    target.install_standard_again().await;
+    target.renew().await;
+    target
 }
 
 fn start_local() -> std::result::Result<Running, String> {
     let guard = PathBuf::from(env!("CARGO_BIN_EXE_local"));
-    let mut options = local::Options::standard(|_| {}, guard).map_err(|error| error.to_string())?;
-    options.sidecars = std::env::var_os("E2E_SIDECARS").is_some();
+    let options = local::Options::standard(|_| {}, guard).map_err(|error| error.to_string())?;
+    STANDARD.get_or_init(|| options.installation.clone());
     Running::start(&options, |step| say(&format!("local cluster: {step}")))
         .map_err(|error| error.to_string())
 }
@@ -271,18 +322,17 @@ async fn kind(options: kind::Options) -> Target {
         Ok(running) => running,
         Err(error) => panic!("{error}"),
     };
-    let cluster = running.connect().await.unwrap();
-    cluster
-        .renew()
-        .await
-        .unwrap_or_else(|error| panic!("{error}"));
-    Target::Kind(cluster, turn)
+    let target = Target::Kind(running.connect().await.unwrap(), turn);
+    target.install_standard_again().await;
+    target.renew().await;
+    target
 }
 
 async fn start_kind(options: kind::Options) -> std::result::Result<kind::Running, String> {
     let images = tokio::task::spawn_blocking(|| images::build(|_| {}));
     let images = images.await.unwrap().map_err(|error| error.to_string())?;
-    let load = kind::Load::standard(images).map_err(|error| error.to_string())?;
+    let load =
+        kind::Load::standard(&images, &Form::from_env()).map_err(|error| error.to_string())?;
     kind::Running::start(options, &load, |step| say(&format!("kind cluster: {step}")))
         .await
         .map_err(|error| error.to_string())
@@ -291,30 +341,36 @@ async fn start_kind(options: kind::Options) -> std::result::Result<kind::Running
 /// What a failed scenario leaves is kept before the next one clears it away.
 impl Drop for Target {
     fn drop(&mut self) {
-        let (Self::Kind(..), Some(Ok(running)), true) =
-            (&*self, KIND.get(), std::thread::panicking())
-        else {
+        if !std::thread::panicking() {
             return;
-        };
+        }
         let thread = std::thread::current();
-        let scenario = thread.name().unwrap_or("scenario").replace("::", "-");
-        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
-            .join("failed")
-            .join(scenario);
+        let dir = kept(&thread.name().unwrap_or("scenario").replace("::", "-"));
         // This thread is already driving a runtime.
-        let kept = std::thread::scope(|scope| {
-            let keep = || {
+        let outcome = std::thread::scope(|scope| scope.spawn(|| self.keep_logs(&dir)).join());
+        match outcome {
+            Ok(None) => {}
+            Ok(Some(Ok(()))) => say(&format!("logs and objects are in {}", dir.display())),
+            Ok(Some(Err(error))) => say(&error.to_string()),
+            Err(_) => say("logs could not be kept"),
+        }
+    }
+}
+
+impl Target {
+    /// None where the cluster is the scenario's own and says all in its error.
+    fn keep_logs(&self, dir: &Path) -> Option<Result<()>> {
+        match self {
+            Self::Embedded(_) => None,
+            Self::Local(..) => Some(LOCAL.get()?.as_ref().ok()?.keep_logs(dir)),
+            Self::Kind(..) => {
+                let running = KIND.get()?.as_ref().ok()?;
                 let runtime = tokio::runtime::Builder::new_current_thread()
                     .enable_all()
-                    .build();
-                runtime.unwrap().block_on(running.keep_logs(&dir))
-            };
-            scope.spawn(keep).join()
-        });
-        match kept {
-            Ok(Ok(())) => say(&format!("logs and objects are in {}", dir.display())),
-            Ok(Err(error)) => say(&error.to_string()),
-            Err(_) => say("logs could not be kept"),
+                    .build()
+                    .unwrap();
+                Some(runtime.block_on(running.keep_logs(dir)))
+            }
         }
     }
 }
@@ -324,7 +380,7 @@ fn say(line: &str) {
     let _nobody_listens = writeln!(std::io::stderr(), "{line}");
 }
 
-fn skip(why: &str) {
+pub fn skip(why: &str) {
     let thread = std::thread::current();
     say(&format!(
         "skipped: {}: {why}",

@@ -1,6 +1,7 @@
 //! kubelet's side of the CSI wire: a connection per operation, a deadline per call, and what
 //! an error means for the volume.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use proto::csi::{
     NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodeGetInfoResponse, NodePublishVolumeRequest,
     NodeUnpublishVolumeRequest,
 };
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Status};
@@ -162,10 +164,28 @@ impl Driver {
 
 /// Opens a gRPC connection over a Unix socket, with `:authority` `localhost` as grpc-go sends.
 pub(crate) async fn connect(socket: &Path, timeout: Duration) -> Result<Channel, CallError> {
+    connect_through(socket, timeout, |stream| stream).await
+}
+
+/// The same with something between the socket and the HTTP/2 library.
+///
+/// # Errors
+/// As of [`connect`].
+pub(super) async fn connect_through<S>(
+    socket: &Path,
+    timeout: Duration,
+    through: impl Fn(UnixStream) -> S + Clone + Send + 'static,
+) -> Result<Channel, CallError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let path: PathBuf = socket.to_owned();
     let connector = tower::service_fn(move |_: Uri| {
-        let path = path.clone();
-        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        let (path, through) = (path.clone(), through.clone());
+        async move {
+            let stream = UnixStream::connect(path).await?;
+            Ok::<_, io::Error>(TokioIo::new(through(stream)))
+        }
     });
     let endpoint = Endpoint::from_static("http://localhost");
     let connecting = endpoint.connect_with_connector(connector);

@@ -13,6 +13,7 @@ use proto::registration::registration_client::RegistrationClient;
 use proto::registration::{InfoRequest, PluginInfo, RegistrationStatus};
 use tokio::time::Instant;
 
+use super::authority::PathAuthority;
 use super::backoff::Backoff;
 use super::csi::{self, Driver};
 
@@ -122,9 +123,11 @@ impl Registrar {
 
     /// The handshake. Whatever becomes of it after GetInfo, the plugin is told.
     async fn register(&self, socket: &Path) -> Result<String, String> {
-        let channel = csi::connect(socket, DIAL_TIMEOUT)
-            .await
-            .map_err(|error| error.to_string())?;
+        let path = socket.to_owned();
+        let connecting = csi::connect_through(socket, DIAL_TIMEOUT, move |stream| {
+            PathAuthority::new(stream, &path)
+        });
+        let channel = connecting.await.map_err(|error| error.to_string())?;
         let mut client = RegistrationClient::new(channel);
         let info = within(INFO_TIMEOUT, client.get_info(InfoRequest {})).await?;
         let outcome = self.install(socket, &info).await;

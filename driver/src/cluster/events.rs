@@ -1,0 +1,169 @@
+//! Posts events on pods: what `kubectl describe pod` shows besides kubelet's own.
+//!
+//! An event is news of a change, so it may be late, and it may be lost when the API server stays
+//! away; nobody waits for one.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::core::v1::{Event as PodEvent, EventSource, ObjectReference},
+    apimachinery::pkg::apis::meta::v1::Time,
+};
+use kube::{Api, api::PostParams, core::ObjectMeta};
+use tokio::time::sleep;
+
+use super::{Cluster, Failure, limited};
+use crate::{error::Result, volume::record::Pod};
+
+/// Who reports, as `kubectl describe` names it.
+const COMPONENT: &str = "secrets-store-csi-driver";
+
+/// Waits before another attempt to post.
+const WAITS: [Duration; 3] = [
+    Duration::from_secs(2),
+    Duration::from_secs(15),
+    Duration::from_secs(60),
+];
+
+/// How many events may wait to be posted; those beyond are logged only.
+pub(super) const MOST_WAITING: usize = 64;
+
+/// Limits of the API for an event's message and name.
+const MAX_MESSAGE: usize = 1024;
+const MAX_NAME: usize = 253;
+
+/// Whether an event is about trouble.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Severity {
+    /// Things go their way.
+    Normal,
+    /// Somebody should look.
+    Warning,
+}
+
+impl Cluster {
+    /// Posts an event on a pod, in the background. `reason` is one word in CamelCase; `message`
+    /// a sentence for whoever runs the pod.
+    pub fn announce(&self, pod: &Pod, severity: Severity, reason: &'static str, message: &str) {
+        match severity {
+            Severity::Normal => tracing::info!(pod = %pod, reason, "{message}"),
+            Severity::Warning => tracing::warn!(pod = %pod, reason, "{message}"),
+        }
+        let Ok(place) = self.waiting_events.clone().try_acquire_owned() else {
+            tracing::warn!(pod = %pod, reason, "no event is posted: too many are waiting");
+            return;
+        };
+        let event = event(pod, &self.node, severity, reason, message);
+        let (cluster, pod) = (self.clone(), pod.clone());
+        tokio::spawn(async move {
+            let _place = place;
+            if let Err(error) = cluster.post(&pod, &event).await {
+                tracing::warn!(pod = %pod, reason, %error, "the event could not be posted");
+            }
+        });
+    }
+
+    async fn post(&self, pod: &Pod, event: &PodEvent) -> Result<()> {
+        let mut waits = WAITS.iter();
+        loop {
+            let error = match self.client().await {
+                Ok(client) => {
+                    let api: Api<PodEvent> = Api::namespaced(client, &pod.namespace);
+                    match limited(api.create(&PostParams::default(), event)).await {
+                        // The namespace or the pod's event of that name is there already or gone.
+                        Ok(_)
+                        | Err(Failure::Refused {
+                            code: 404 | 409, ..
+                        }) => return Ok(()),
+                        Err(failure @ Failure::Refused { code: 403, .. }) => {
+                            return Err(failure.into_error());
+                        }
+                        Err(failure) => failure.into_error(),
+                    }
+                }
+                Err(error) => error,
+            };
+            match waits.next() {
+                Some(wait) => sleep(*wait).await,
+                None => return Err(error),
+            }
+        }
+    }
+}
+
+fn event(pod: &Pod, node: &str, severity: Severity, reason: &str, message: &str) -> PodEvent {
+    let now = Timestamp::now();
+    let unique = format!(".{:x}", now.as_nanosecond());
+    let room = MAX_NAME - unique.len();
+    PodEvent {
+        metadata: ObjectMeta {
+            name: Some(format!("{}{unique}", clipped(&pod.name, room))),
+            namespace: Some(pod.namespace.clone()),
+            ..ObjectMeta::default()
+        },
+        involved_object: ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Pod".to_owned()),
+            name: Some(pod.name.clone()),
+            namespace: Some(pod.namespace.clone()),
+            uid: Some(pod.uid.clone()),
+            ..ObjectReference::default()
+        },
+        type_: Some(
+            match severity {
+                Severity::Normal => "Normal",
+                Severity::Warning => "Warning",
+            }
+            .to_owned(),
+        ),
+        reason: Some(reason.to_owned()),
+        message: Some(clipped(message, MAX_MESSAGE).to_owned()),
+        count: Some(1),
+        first_timestamp: Some(Time(now)),
+        last_timestamp: Some(Time(now)),
+        source: Some(EventSource {
+            component: Some(COMPONENT.to_owned()),
+            host: Some(node.to_owned()),
+        }),
+        reporting_component: Some(COMPONENT.to_owned()),
+        reporting_instance: Some(node.to_owned()),
+        ..PodEvent::default()
+    }
+}
+
+/// As much of a text as fits, in whole characters.
+fn clipped(text: &str, max: usize) -> &str {
+    let mut end = text.len().min(max);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.get(..end).unwrap_or(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_fits_the_api_and_names_its_pod() {
+        let pod = Pod {
+            name: "p".repeat(253),
+            namespace: "shop".into(),
+            uid: "u-1".into(),
+        };
+        let made = event(
+            &pod,
+            "node-1",
+            Severity::Warning,
+            "RefreshFailed",
+            &"ü".repeat(600),
+        );
+        let name = made.metadata.name.unwrap();
+        assert!(name.len() <= MAX_NAME && name.starts_with("ppp"), "{name}");
+        let message = made.message.unwrap();
+        assert!(message.len() <= MAX_MESSAGE && message.chars().all(|c| c == 'ü'));
+        assert_eq!(made.involved_object.uid.as_deref(), Some("u-1"));
+        assert_eq!(made.type_.as_deref(), Some("Warning"));
+    }
+}

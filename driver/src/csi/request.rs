@@ -1,0 +1,315 @@
+//! The form of a request: what must be in it, and what it means to the rooms below.
+
+use std::{path::Path, time::Duration};
+
+use proto::csi::{
+    NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability,
+    volume_capability::AccessType,
+};
+use tokio::time::Instant;
+use tonic::metadata::MetadataMap;
+
+use crate::{
+    error::{Error, Result},
+    files::{self, Access},
+    secret::SecretMap,
+    volume::{
+        PublishRequest, TOKENS,
+        policy::{self, Every},
+        record::Pod,
+        target::TargetPath,
+    },
+};
+
+/// What kubelet puts into a volume's context (contract F.5).
+pub(super) const POD_NAME: &str = "csi.storage.k8s.io/pod.name";
+pub(super) const POD_NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
+const POD_UID: &str = "csi.storage.k8s.io/pod.uid";
+/// The volume attribute that names the class.
+const CLASS: &str = "secretProviderClass";
+
+/// The volume attribute that says the mode of files for which the provider gives none, in octal.
+const DEFAULT_MODE: &str = "secrets-store.csi.k8s.io/default-mode";
+
+/// kubelet's deadline for a call, assumed for a caller that sends none.
+const USUAL_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Checks the form of a publish, in the order of contract F.5; `readOnly` before anything is read.
+pub(super) fn publish_request(
+    request: NodePublishVolumeRequest,
+    deadline: Instant,
+    root: Option<&Path>,
+) -> Result<PublishRequest> {
+    let Some(capability) = request.volume_capability else {
+        return Err(Error::invalid("Volume capability missing in request"));
+    };
+    if request.volume_id.is_empty() {
+        return Err(Error::invalid("Volume ID missing in request"));
+    }
+    if request.target_path.is_empty() {
+        return Err(Error::invalid("Target path missing in request"));
+    }
+    if request.volume_context.is_empty() {
+        return Err(Error::invalid("Volume attributes missing in request"));
+    }
+    if !request.readonly {
+        return Err(Error::invalid(
+            "Readonly is not true in request: set `readOnly: true` in the pod's spec.volumes[].csi of this volume",
+        ));
+    }
+    let mut attributes: SecretMap = request.volume_context.into_iter().collect();
+    let mut secrets: SecretMap = request.secrets.into_iter().collect();
+    // What is said to the driver is not the provider's.
+    let every = attributes
+        .remove(policy::INTERVAL)
+        .map(|text| Every::parse(&text).map_err(|why| wrong_attribute(policy::INTERVAL, &why)))
+        .transpose()?;
+    let default_mode = attributes
+        .remove(DEFAULT_MODE)
+        .map(|text| mode(&text).map_err(|why| wrong_attribute(DEFAULT_MODE, why)))
+        .transpose()?
+        .unwrap_or(files::DEFAULT_MODE);
+    let access = Access {
+        default_mode,
+        group: group(&capability)?,
+    };
+    // Since Kubernetes 1.35 tokens may come in `secrets`. They leave both maps, so that a
+    // provider gets them once, where it looks for them.
+    let in_context = attributes.remove(TOKENS);
+    let tokens = secrets
+        .remove(TOKENS)
+        .or(in_context)
+        .filter(|tokens| !tokens.is_empty());
+
+    let required = |key: &str| match attributes.expose(key) {
+        Some(value) if !value.is_empty() => Ok(value.to_owned()),
+        _ => Err(Error::invalid(format!(
+            "{key} missing in request: the CSIDriver object of this driver needs `podInfoOnMount: true`"
+        ))),
+    };
+    let class = match attributes.expose(CLASS) {
+        Some(class) if !class.is_empty() => class.to_owned(),
+        _ => {
+            return Err(Error::invalid(
+                "secretProviderClass is not set: name the SecretProviderClass in the pod's spec.volumes[].csi.volumeAttributes.secretProviderClass",
+            ));
+        }
+    };
+    let pod = Pod {
+        name: required(POD_NAME)?,
+        namespace: required(POD_NAMESPACE)?,
+        uid: required(POD_UID)?,
+    };
+    Ok(PublishRequest {
+        target: TargetPath::parse(&request.target_path, root, Some(&pod.uid))?,
+        volume_id: request.volume_id,
+        pod,
+        class,
+        attributes,
+        secrets,
+        tokens,
+        access,
+        every,
+        deadline,
+    })
+}
+
+/// The group that kubelet asks for, with the pod's fsGroup (contract F.4).
+fn group(capability: &VolumeCapability) -> Result<Option<u32>> {
+    let Some(AccessType::Mount(mount)) = &capability.access_type else {
+        return Ok(None);
+    };
+    match mount.volume_mount_group.as_str() {
+        "" => Ok(None),
+        text => text.parse().map(Some).map_err(|_| {
+            Error::invalid(format!(
+                "volume mount group {text:.20?} in request is not a group ID"
+            ))
+        }),
+    }
+}
+
+/// A file mode as people write it: octal digits, at most 0777.
+fn mode(text: &str) -> Result<u32, &'static str> {
+    let digits = text.strip_prefix("0o").unwrap_or(text);
+    u32::from_str_radix(digits, 8)
+        .ok()
+        .filter(|mode| (1..=0o777).contains(mode) && !digits.starts_with('+'))
+        .ok_or("write an octal mode such as \"0640\", at most \"0777\"")
+}
+
+fn wrong_attribute(name: &str, why: &str) -> Error {
+    Error::invalid(format!(
+        "attribute {name} in the pod's spec.volumes[].csi.volumeAttributes is wrong: {why}"
+    ))
+}
+
+pub(super) fn unpublish_request(
+    request: &NodeUnpublishVolumeRequest,
+    root: Option<&Path>,
+) -> Result<TargetPath> {
+    if request.volume_id.is_empty() {
+        return Err(Error::invalid("Volume ID missing in request"));
+    }
+    if request.target_path.is_empty() {
+        return Err(Error::invalid("Target path missing in request"));
+    }
+    TargetPath::parse(&request.target_path, root, None)
+}
+
+/// When a provider must have answered for the call to end within its caller's deadline: a fifth
+/// of the time, at most ten seconds, is kept for what comes after.
+pub(super) fn deadline(metadata: &MetadataMap) -> Instant {
+    let whole = metadata
+        .get("grpc-timeout")
+        .and_then(|value| grpc_timeout(value.to_str().ok()?))
+        .map_or(USUAL_DEADLINE, |timeout| timeout.min(USUAL_DEADLINE));
+    let kept = (whole / 5).min(Duration::from_secs(10));
+    Instant::now() + (whole - kept)
+}
+
+/// The header that carries a deadline: up to eight digits and a unit (gRPC over HTTP/2).
+fn grpc_timeout(value: &str) -> Option<Duration> {
+    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
+    let amount: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => amount.checked_mul(3600).map(Duration::from_secs),
+        "M" => amount.checked_mul(60).map(Duration::from_secs),
+        "S" => Some(Duration::from_secs(amount)),
+        "m" => Some(Duration::from_millis(amount)),
+        "u" => Some(Duration::from_micros(amount)),
+        "n" => Some(Duration::from_nanos(amount)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proto::csi::volume_capability::MountVolume;
+    use rstest::rstest;
+    use tonic::Code;
+
+    fn wanted() -> NodePublishVolumeRequest {
+        let context = [
+            (POD_NAME, "web"),
+            (POD_NAMESPACE, "shop"),
+            (POD_UID, "u-1"),
+            (CLASS, "vault"),
+            ("mine", "kept"),
+        ];
+        NodePublishVolumeRequest {
+            volume_id: "csi-1".into(),
+            target_path: "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/s/mount".into(),
+            volume_capability: Some(VolumeCapability::default()),
+            readonly: true,
+            volume_context: context.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
+            ..Default::default()
+        }
+    }
+
+    fn with_group(group: &str) -> VolumeCapability {
+        VolumeCapability {
+            access_type: Some(AccessType::Mount(MountVolume {
+                volume_mount_group: group.to_owned(),
+                ..Default::default()
+            })),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_is_said_to_the_driver_is_taken_and_not_passed_on() {
+        let mut request = wanted();
+        for (name, value) in [(policy::INTERVAL, "1h"), (DEFAULT_MODE, "0440")] {
+            request.volume_context.insert(name.into(), value.into());
+        }
+        request.volume_capability = Some(with_group("1004"));
+        let request = parse(request).ok().unwrap();
+        assert_eq!(
+            request.every,
+            Some(Every::Interval(Duration::from_secs(3600)))
+        );
+        let access = Access {
+            default_mode: 0o440,
+            group: Some(1004),
+        };
+        assert_eq!(request.access, access);
+        let passed_on = request.attributes.expose_json().unwrap();
+        assert!(
+            !passed_on.contains("secrets-store.csi.k8s.io"),
+            "{}",
+            *passed_on
+        );
+        assert!(passed_on.contains("mine"));
+
+        let plain = parse(wanted()).ok().unwrap();
+        assert_eq!((plain.every, plain.access), (None, Access::default()));
+    }
+
+    fn parse(request: NodePublishVolumeRequest) -> Result<PublishRequest> {
+        publish_request(request, Instant::now(), None)
+    }
+
+    #[rstest]
+    #[case::capability(|r: &mut NodePublishVolumeRequest| r.volume_capability = None, "Volume capability missing")]
+    #[case::id(|r: &mut NodePublishVolumeRequest| r.volume_id.clear(), "Volume ID missing")]
+    #[case::target(|r: &mut NodePublishVolumeRequest| r.target_path.clear(), "Target path missing")]
+    #[case::context(|r: &mut NodePublishVolumeRequest| r.volume_context.clear(), "Volume attributes missing")]
+    #[case::read_only(|r: &mut NodePublishVolumeRequest| r.readonly = false, "readOnly: true")]
+    #[case::class(|r: &mut NodePublishVolumeRequest| { r.volume_context.remove(CLASS); }, "secretProviderClass is not set")]
+    #[case::pod_info(|r: &mut NodePublishVolumeRequest| { r.volume_context.remove(POD_UID); }, "podInfoOnMount")]
+    #[case::interval(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(policy::INTERVAL.into(), "soon".into()); }, "rotation-poll-interval")]
+    #[case::mode(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(DEFAULT_MODE.into(), "0888".into()); }, "default-mode")]
+    #[case::mode_beyond_permissions(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(DEFAULT_MODE.into(), "4755".into()); }, "at most")]
+    #[case::group(|r: &mut NodePublishVolumeRequest| r.volume_capability = Some(with_group("staff")), "not a group ID")]
+    #[case::another_pods_target(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(POD_UID.into(), "u-2".into()); }, "does not belong")]
+    fn what_is_wrong_with_a_request_is_named(
+        #[case] spoil: fn(&mut NodePublishVolumeRequest),
+        #[case] why: &str,
+    ) {
+        let mut request = wanted();
+        spoil(&mut request);
+        let error = parse(request).err().unwrap();
+        assert!(error.to_string().contains(why), "{error}");
+        assert_eq!(error.code(), Code::InvalidArgument);
+    }
+
+    #[rstest]
+    #[case::nowhere(None, None, None)]
+    #[case::in_the_context(Some("context"), None, Some("context"))]
+    #[case::in_secrets(None, Some("secrets"), Some("secrets"))]
+    #[case::secrets_first(Some("context"), Some("secrets"), Some("secrets"))]
+    #[case::empty(Some(""), None, None)]
+    fn tokens_are_taken_out_of_both_maps(
+        #[case] context: Option<&str>,
+        #[case] secrets: Option<&str>,
+        #[case] expected: Option<&str>,
+    ) {
+        let mut request = wanted();
+        if let Some(tokens) = context {
+            request.volume_context.insert(TOKENS.into(), tokens.into());
+        }
+        if let Some(tokens) = secrets {
+            request.secrets.insert(TOKENS.into(), tokens.into());
+        }
+        let parsed = parse(request).ok().unwrap();
+        assert_eq!(parsed.tokens.as_ref().map(|t| t.as_str()), expected);
+        assert_eq!(parsed.attributes.expose(TOKENS), None);
+        assert_eq!(parsed.attributes.expose("mine"), Some("kept"));
+        assert!(parsed.secrets.is_empty());
+    }
+
+    #[rstest]
+    #[case::kubelets("119999m", Some(Duration::from_millis(119_999)))]
+    #[case::seconds("5S", Some(Duration::from_secs(5)))]
+    #[case::hours("1H", Some(Duration::from_secs(3600)))]
+    #[case::nanos("99999999n", Some(Duration::from_nanos(99_999_999)))]
+    #[case::no_unit("5", None)]
+    #[case::no_digits("S", None)]
+    #[case::empty("", None)]
+    #[case::not_ascii("5µ", None)]
+    fn deadlines(#[case] header: &str, #[case] expected: Option<Duration>) {
+        assert_eq!(grpc_timeout(header), expected);
+    }
+}

@@ -1,0 +1,158 @@
+//! The file system's side of a volume: content staged and committed, mounts taken down.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use tokio::time::sleep;
+use tonic::Code;
+
+use super::{PublishRequest, record::Content};
+use crate::{
+    error::{Error, Reason, Result},
+    files::{File, Payload, swap},
+    mount::{self, State},
+};
+
+/// How many mounts may lie on top of each other at one target; earlier drivers could stack them.
+const MAX_STACKED: usize = 32;
+
+/// What came of a provider's files.
+pub(super) enum Stage {
+    /// They lie beside the content that the volume has.
+    Files(swap::Staged),
+    /// They are the content that the volume has.
+    Unchanged,
+    /// The provider has written them itself.
+    OfProvider,
+}
+
+/// Checks the provider's files and writes them where no reader looks. `so_far` is who wrote the
+/// content that the volume has.
+pub(super) async fn stage_files(
+    request: &PublishRequest,
+    files: Vec<(String, File)>,
+    so_far: Option<Content>,
+) -> Result<Stage> {
+    let failed = |error| failed_to_write(request, error);
+    let payload = Payload::new(files)
+        .map_err(|invalid| failed(Error::precondition(invalid.to_string())))?
+        .accessible(request.access);
+    let volume = request.target.as_path().to_owned();
+    let staged = blocking(move || {
+        if !payload.is_empty() {
+            let staged = swap::stage(&volume, payload)?;
+            return Ok(Some(staged.map_or(Stage::Unchanged, Stage::Files)));
+        }
+        let provider_wrote = so_far != Some(Content::Driver) && !swap::is_empty(&volume)?;
+        Ok(provider_wrote.then_some(Stage::OfProvider))
+    })
+    .await
+    .map_err(|error| failed(no_room_or_internal(&error)))?;
+    staged.ok_or_else(|| {
+        failed(Error::precondition(
+            "the provider named objects but sent no files and wrote none itself; the volume would be empty",
+        ))
+    })
+}
+
+/// Makes staged files the volume's content. What was there before goes a little later.
+pub(super) async fn commit_files(request: &PublishRequest, staged: swap::Staged) -> Result<()> {
+    let former = blocking(move || staged.commit())
+        .await
+        .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))?;
+    if let Some(former) = former {
+        let volume = request.target.as_path().to_owned();
+        tokio::spawn(async move {
+            sleep(swap::GRACE).await;
+            if let Err(error) = blocking(move || swap::remove(&volume, &former)).await {
+                tracing::warn!(%error, "content that was replaced stays until the next refresh");
+            }
+        });
+    }
+    Ok(())
+}
+
+pub(super) fn failed_to_write(request: &PublishRequest, error: Error) -> Error {
+    error
+        .context(format_args!(
+            "failed to write the files of pod {}",
+            request.pod
+        ))
+        .with_reason(Reason::FileWriteError)
+}
+
+pub(super) fn no_room_or_internal(error: &io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::StorageFull => Error::new(
+            Code::ResourceExhausted,
+            format!(
+                "{error}: the volume is bounded by what --max-call-recv-msg-size lets a provider send; raise it"
+            ),
+        ),
+        _ => Error::internal(error.to_string()),
+    }
+}
+
+/// A publish's own mount, taken away again when this is dropped.
+pub(super) struct Undo {
+    target: PathBuf,
+    armed: bool,
+}
+
+impl Undo {
+    /// From now on a failure takes down what is at this target.
+    pub(super) fn of(target: PathBuf) -> Self {
+        Self {
+            target,
+            armed: true,
+        }
+    }
+
+    /// The publish has succeeded.
+    pub(super) fn forget(mut self) {
+        self.armed = false;
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        if self.armed
+            && let Err(error) = take_down(&self.target)
+        {
+            tracing::warn!(target_path = %self.target.display(), %error, "a failed publish could not be undone; the next publish or unpublish tries again");
+        }
+    }
+}
+
+/// Removes content, mounts and directory at a target path, never through a link.
+pub(super) fn take_down(target: &Path) -> io::Result<()> {
+    for _ in 0..MAX_STACKED {
+        match mount::state(target)? {
+            State::Absent => return Ok(()),
+            State::NotADirectory => return fs::remove_file(target),
+            State::Directory => {
+                swap::clear(target)?;
+                return fs::remove_dir(target);
+            }
+            State::Mounted => {
+                swap::clear(target)?;
+                mount::unmount(target)?;
+            }
+        }
+    }
+    Err(io::Error::other(
+        "more mounts lie on top of each other than can be taken off",
+    ))
+}
+
+/// Runs file system work where it may block.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    }
+}

@@ -1,0 +1,253 @@
+//! Where a volume is mounted, checked against the paths that kubelet makes, and which of these
+//! are being worked on.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    path::{Component, Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, Result};
+
+/// A target path as kubelet makes them:
+/// `<root>/pods/<pod uid>/volumes/kubernetes.io~csi/<volume name>/mount`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetPath(PathBuf);
+
+impl TargetPath {
+    /// Checks a path from a request. `root` is kubelet's root directory, where it is known;
+    /// `pod_uid` the pod that the path must belong to, where the request names one.
+    ///
+    /// # Errors
+    /// Says what is wrong with the path.
+    pub fn parse(path: &str, root: Option<&Path>, pod_uid: Option<&str>) -> Result<Self> {
+        let refuse = |why: String| Err(Error::invalid(format!("target path {path:.300?} {why}")));
+        let parsed = Path::new(path);
+        // Comparing with what the components make again refuses "//", "/./" and a trailing "/".
+        let clean = parsed
+            .components()
+            .all(|c| matches!(c, Component::RootDir | Component::Normal(_)))
+            && parsed.components().collect::<PathBuf>().as_os_str() == path
+            && !path.contains('\0');
+        if !parsed.is_absolute() || !clean {
+            return refuse(
+                "is not an absolute path without \".\", \"..\" and doubled slashes".into(),
+            );
+        }
+        let names: Vec<&str> = path.split('/').collect();
+        let [.., pods, uid, volumes, plugin, volume, mount] = names.as_slice() else {
+            return refuse("is not a path that kubelet makes".into());
+        };
+        let kubelets = *pods == "pods"
+            && *volumes == "volumes"
+            && *plugin == "kubernetes.io~csi"
+            && *mount == "mount"
+            && !uid.is_empty()
+            && !volume.is_empty();
+        if !kubelets {
+            return refuse("is not of the form <kubelet root>/pods/<pod uid>/volumes/kubernetes.io~csi/<volume>/mount".into());
+        }
+        if let Some(root) = root
+            && parsed.ancestors().nth(6) != Some(root)
+        {
+            return refuse(format!(
+                "is not below {}, the --kubelet-root-dir of the driver",
+                root.display()
+            ));
+        }
+        if let Some(pod_uid) = pod_uid
+            && pod_uid != *uid
+        {
+            return refuse(format!("does not belong to the pod with UID {pod_uid:.64}"));
+        }
+        Ok(Self(parsed.to_owned()))
+    }
+
+    /// The path.
+    pub fn as_path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The path as text.
+    pub fn as_str(&self) -> &str {
+        self.0.to_str().unwrap_or_default()
+    }
+
+    /// The directory that kubelet makes for the volume.
+    pub fn parent(&self) -> PathBuf {
+        self.0.parent().unwrap_or(&self.0).to_owned()
+    }
+}
+
+impl fmt::Display for TargetPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The targets that are being worked on: one call at a time for each.
+#[derive(Default)]
+pub struct Busy(Mutex<HashMap<PathBuf, CancellationToken>>);
+
+impl Busy {
+    /// Takes a target for a publish, which `stop` ends.
+    ///
+    /// # Errors
+    /// ABORTED while another call has it.
+    pub fn publishing(
+        &self,
+        target: &TargetPath,
+        stop: &CancellationToken,
+    ) -> Result<BusyGuard<'_>> {
+        self.enter(target, stop.clone(), |_| {})
+    }
+
+    /// Takes a target for an unpublish. Also tells a publish that is running to stop, so that a
+    /// hung provider does not hold up a pod that is going away.
+    ///
+    /// # Errors
+    /// ABORTED while another call has it.
+    pub fn unpublishing(&self, target: &TargetPath) -> Result<BusyGuard<'_>> {
+        self.enter(target, CancellationToken::new(), CancellationToken::cancel)
+    }
+
+    /// Tells every publish that runs to stop, and to undo what it has not finished.
+    pub fn give_up(&self) {
+        let targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        targets.values().for_each(CancellationToken::cancel);
+    }
+
+    fn enter(
+        &self,
+        target: &TargetPath,
+        token: CancellationToken,
+        if_taken: impl FnOnce(&CancellationToken),
+    ) -> Result<BusyGuard<'_>> {
+        let mut targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(running) = targets.get(&target.0) {
+            if_taken(running);
+            return Err(Error::aborted(format!(
+                "another call for {target} is still running"
+            )));
+        }
+        targets.insert(target.0.clone(), token);
+        Ok(BusyGuard {
+            busy: self,
+            target: target.0.clone(),
+        })
+    }
+}
+
+/// Gives its target back when it is dropped.
+#[must_use]
+pub struct BusyGuard<'a> {
+    busy: &'a Busy,
+    target: PathBuf,
+}
+
+impl Drop for BusyGuard<'_> {
+    fn drop(&mut self) {
+        self.busy
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.target);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+    use tonic::Code;
+
+    const TARGET: &str = "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/secrets/mount";
+
+    #[rstest]
+    #[case::any_root(TARGET, None, None)]
+    #[case::the_root(TARGET, Some("/var/lib/kubelet"), Some("u-1"))]
+    #[case::another_root(
+        "/k/pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
+        Some("/k"),
+        None
+    )]
+    fn kubelets_targets_are_accepted(
+        #[case] path: &str,
+        #[case] root: Option<&str>,
+        #[case] uid: Option<&str>,
+    ) {
+        assert_eq!(
+            TargetPath::parse(path, root.map(Path::new), uid)
+                .unwrap()
+                .as_str(),
+            path
+        );
+    }
+
+    #[rstest]
+    #[case::relative(
+        "var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
+        "absolute"
+    )]
+    #[case::climbs(
+        "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/../mount",
+        "\"..\""
+    )]
+    #[case::doubled(
+        "/var/lib/kubelet//pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
+        "doubled"
+    )]
+    #[case::dot(
+        "/var/lib/kubelet/./pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
+        "\".\""
+    )]
+    #[case::trailing(
+        "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/secrets/mount/",
+        "absolute"
+    )]
+    #[case::short("/mount", "kubelet makes")]
+    #[case::another_plugin(
+        "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~secret/secrets/mount",
+        "form"
+    )]
+    #[case::another_place(
+        "/etc/pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
+        "--kubelet-root-dir"
+    )]
+    #[case::deeper(
+        "/var/lib/kubelet/x/pods/u-1/volumes/kubernetes.io~csi/secrets/mount",
+        "--kubelet-root-dir"
+    )]
+    #[case::another_pod(
+        "/var/lib/kubelet/pods/u-2/volumes/kubernetes.io~csi/secrets/mount",
+        "does not belong"
+    )]
+    fn other_targets_are_refused(#[case] path: &str, #[case] why: &str) {
+        let root = Some(Path::new("/var/lib/kubelet"));
+        let error = TargetPath::parse(path, root, Some("u-1")).unwrap_err();
+        assert!(error.to_string().contains(why), "{error}");
+        assert_eq!(error.code(), Code::InvalidArgument);
+    }
+
+    #[test]
+    fn one_call_at_a_time_for_a_target_and_unpublish_stops_a_publish() {
+        let busy = Busy::default();
+        let target = TargetPath::parse(TARGET, None, None).unwrap();
+        let stop = CancellationToken::new();
+        let publish = busy.publishing(&target, &stop).unwrap();
+        let second = busy
+            .publishing(&target, &CancellationToken::new())
+            .err()
+            .unwrap();
+        assert_eq!(second.code(), Code::Aborted);
+        assert!(!stop.is_cancelled());
+        let unpublish = busy.unpublishing(&target).err().unwrap();
+        assert_eq!(unpublish.code(), Code::Aborted);
+        assert!(stop.is_cancelled());
+        drop(publish);
+        assert!(busy.unpublishing(&target).is_ok());
+    }
+}

@@ -1,0 +1,118 @@
+//! What was installed before this: an earlier state of this repository, or the existing driver.
+//!
+//! A driver takes over a node with pods on it, and nobody restarts them. So the test installs
+//! what was there before, and then this over it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::binaries::{target_dir, workspace};
+use crate::cluster::{Error, Result};
+use crate::images::{build_static, of_executable, of_executables};
+use crate::install::{Form, Installation};
+use crate::local::assets;
+
+/// Names a commit, tag or branch of this repository.
+pub const PREVIOUS_VARIABLE: &str = "E2E_PREVIOUS";
+/// Names a static executable of the existing driver.
+pub const UPSTREAM_VARIABLE: &str = "UPSTREAM_DRIVER";
+/// Where that is, unless the variable says otherwise: below the Kubernetes binaries.
+const UPSTREAM: &str = "upstream-secrets-store-csi";
+
+/// An earlier state of this repository: its `deploy/`, and its driver, which is built. In the
+/// form with three containers, if the sidecars' executables are there.
+///
+/// Blocks, the first time for minutes.
+///
+/// # Errors
+/// When there is no such commit, or it does not build.
+pub fn commit(reference: &str) -> Result<Installation> {
+    let source = check_out(reference)?;
+    let manifest = source.join("Cargo.toml");
+    let manifest = manifest.to_string_lossy();
+    let args = ["--manifest-path", &manifest, "--locked"];
+    let args: Vec<_> = args.into_iter().chain(["-p", "driver", "--bins"]).collect();
+    let failed = |reason: String| Error::Start(format!("the driver of {reference}: {reason}"));
+    let (executables, command) =
+        build_static(&args, |_| {}).map_err(|error| failed(error.to_string()))?;
+    let driver = executables
+        .get("secrets-store-csi")
+        .ok_or_else(|| failed(format!("{command} built no secrets-store-csi")))?;
+    let sidecars = assets();
+    let form = match sidecars.join("csi-node-driver-registrar").is_file() {
+        true => Form::Sidecars(sidecars),
+        false => Form::Lean,
+    };
+    let image = of_executable("secrets-store-csi:previous", driver, &[]);
+    let image = image.map_err(|error| failed(error.to_string()))?;
+    Installation::read(&source.join("deploy"), &form)?.with_driver(image)
+}
+
+/// The files of a commit, below cargo's target directory.
+fn check_out(reference: &str) -> Result<PathBuf> {
+    let commit = git(&["rev-parse", "--verify", &format!("{reference}^{{commit}}")])?;
+    let parent = target_dir().join("previous");
+    let source = parent.join(commit.trim());
+    if source.is_dir() {
+        return Ok(source);
+    }
+    let failed = |error: std::io::Error| Error::Start(format!("{}: {error}", parent.display()));
+    fs::create_dir_all(&parent).map_err(failed)?;
+    let scratch = tempfile::tempdir_in(&parent).map_err(failed)?;
+    let archive = scratch.path().join("archive.tar");
+    let output = format!("--output={}", archive.display());
+    git(&["archive", "--format=tar", &output, commit.trim()])?;
+    let files = scratch.path().join("files");
+    fs::create_dir(&files).map_err(failed)?;
+    let mut tar = Command::new("tar");
+    tar.arg("-xf").arg(&archive).arg("-C").arg(&files);
+    run(tar)?;
+    // Renamed into place, so that nobody builds half of it.
+    fs::rename(&files, &source).map_err(failed)?;
+    Ok(source)
+}
+
+fn git(args: &[&str]) -> Result<String> {
+    let mut git = Command::new("git");
+    git.arg("-C").arg(workspace()).args(args);
+    run(git)
+}
+
+fn run(mut command: Command) -> Result<String> {
+    let failed = |reason: &dyn std::fmt::Display, command: &Command| {
+        Error::Start(format!("{command:?}: {reason}"))
+    };
+    let output = match command.stdin(Stdio::null()).output() {
+        Ok(output) => output,
+        Err(error) => return Err(failed(&error, &command)),
+    };
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    Err(failed(&complaint.trim(), &command))
+}
+
+/// The executable of the existing driver: `$UPSTREAM_DRIVER`, or where it is expected.
+pub fn upstream_driver() -> PathBuf {
+    std::env::var_os(UPSTREAM_VARIABLE).map_or_else(|| assets().join(UPSTREAM), PathBuf::from)
+}
+
+/// The existing driver by its executable, which must be static. It is installed by our manifests
+/// with three containers, which say what its own say. It runs `mount` and `umount`: the static
+/// `probe` can stand for these.
+///
+/// # Errors
+/// When an executable is not there, or is not static.
+pub fn upstream(driver: &Path, probe: &Path) -> Result<Installation> {
+    let programs = [
+        ("secrets-store-csi", driver),
+        ("bin/mount", probe),
+        ("bin/umount", probe),
+    ];
+    let image = of_executables("secrets-store-csi:existing", &programs, &[]);
+    let image = image.map_err(|error| Error::Start(error.to_string()))?;
+    let deploy = workspace().join("deploy");
+    Installation::read(&deploy, &Form::Sidecars(assets()))?.with_driver(image)
+}

@@ -1,0 +1,132 @@
+//! This driver put in the place of another one, under pods that run: an earlier state of this
+//! repository, or the existing driver. Nothing that a pod has may change.
+
+use std::time::Duration;
+
+use e2e::{
+    cluster::Cluster as _,
+    images,
+    install::Installation,
+    previous::{self, PREVIOUS_VARIABLE, UPSTREAM_VARIABLE},
+};
+use kube::ResourceExt;
+
+use crate::{
+    harness::{MOUNT, Scenario, class, pod, until},
+    target::{Needs, skip},
+};
+
+/// All with a mode, because the existing driver makes a file without one unreadable.
+const OBJECTS: &str = "\
+- {objectName: password, content: hunter2, mode: \"0644\", version: \"3\"}
+- {objectName: tls/key, content: \"-----BEGIN\", mode: \"0400\", version: \"1\"}";
+
+/// Long enough for kubelet to have looked at every volume again.
+const A_FEW_LOOKS: Duration = Duration::from_secs(3);
+
+async fn scenario() -> Option<Scenario> {
+    Scenario::needing(Needs {
+        controllers: true,
+        republish: true,
+        ..Needs::default()
+    })
+    .await
+}
+
+/// Where the two volumes of the pod are.
+fn volumes() -> [String; 2] {
+    [MOUNT.to_owned(), format!("{MOUNT}-1")]
+}
+
+/// What the pod reads, and what it can be told from: mounts, pod statuses.
+async fn everything(s: &Scenario) -> (Vec<e2e::tree::Tree>, Vec<String>, String, Vec<String>) {
+    let mut trees = Vec::new();
+    for path in volumes() {
+        trees.push(s.reads("web", &path).await);
+    }
+    let mut uids: Vec<_> = s
+        .objects("SecretProviderClassPodStatus")
+        .await
+        .iter()
+        .filter_map(ResourceExt::uid)
+        .collect();
+    uids.sort();
+    (trees, s.mounts().await, s.pod_statuses().await, uids)
+}
+
+/// Runs a pod with two volumes under what was there before, puts this driver in its place, and
+/// looks at the pod until it is gone. `calls` is how often the provider is asked for the pod.
+async fn replace(s: &Scenario, before: &Installation, calls: u64) {
+    s.cluster.install(before).await;
+    for name in ["db", "tls"] {
+        s.apply(&class(name, OBJECTS)).await;
+    }
+    s.apply(&pod("web", &["db", "tls"])).await;
+    s.ready("web").await;
+    let earlier = everything(s).await;
+    assert_eq!(earlier.0[0].texts()["password"], "hunter2");
+    assert_eq!((earlier.1.len(), earlier.3.len()), (2, 2));
+
+    s.cluster.install_standard().await;
+    until("the new driver has a record of each volume", async || {
+        s.records().await.len() == 2
+    })
+    .await;
+    tokio::time::sleep(A_FEW_LOOKS).await;
+    assert_eq!(everything(s).await, earlier);
+    // Its two volumes are of one pod.
+    assert_eq!(s.provider_calls("web").await, calls);
+
+    s.apply(&pod("later", &["db"])).await;
+    s.ready("later").await;
+    let later = s.reads("later", MOUNT).await;
+    assert_eq!(later.texts()["password"], "hunter2");
+    s.delete("later").await;
+    s.delete("web").await;
+    // The new driver's own pod is not a leftover.
+    until("no volume is left on the node", async || {
+        s.leftovers_of_the_driver(&s.node()).await.is_empty()
+    })
+    .await;
+    s.no_pod_statuses().await;
+    let log = s.cluster.driver(&s.node()).log().await.unwrap();
+    assert_eq!(log.matches("unpublished").count(), 3, "{log}");
+}
+
+#[tokio::test]
+async fn from_an_earlier_commit() {
+    let Some(reference) = std::env::var(PREVIOUS_VARIABLE)
+        .ok()
+        .filter(|reference| !reference.is_empty())
+    else {
+        skip(&format!(
+            "{PREVIOUS_VARIABLE} names no commit to upgrade from (just e2e-upgrade)"
+        ));
+        return;
+    };
+    let Some(s) = scenario().await else { return };
+    let before = tokio::task::spawn_blocking(move || previous::commit(&reference));
+    let before = before
+        .await
+        .unwrap()
+        .unwrap_or_else(|error| panic!("{error}"));
+    replace(&s, &before, 2).await;
+}
+
+/// It leaves no records: what lies in its mounts is written again, in these very mounts.
+#[tokio::test]
+async fn from_the_existing_driver() {
+    let driver = previous::upstream_driver();
+    if !driver.is_file() {
+        skip(&format!(
+            "there is no executable of the existing driver: {}, which ${UPSTREAM_VARIABLE} changes",
+            driver.display()
+        ));
+        return;
+    }
+    let Some(s) = scenario().await else { return };
+    let images = tokio::task::spawn_blocking(|| images::build(|_| {}));
+    let probe = images.await.unwrap().unwrap().probe;
+    let before = previous::upstream(&driver, &probe).unwrap_or_else(|error| panic!("{error}"));
+    replace(&s, &before, 4).await;
+}
