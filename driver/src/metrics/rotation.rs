@@ -17,7 +17,7 @@ use super::{FAILED_TO_MOUNT, Metrics, OS_TYPE};
 
 /// Upper bounds in seconds: the existing driver's (ten steps from 0.1 to 2.0), and some beyond
 /// for what takes longer.
-const BOUNDS: [f64; 16] = [
+pub(super) const BOUNDS: [f64; 16] = [
     0.1, 0.13493, 0.18206, 0.24565, 0.33145, 0.44721, 0.60342, 0.81418, 1.09856, 1.48227, 2.0, 5.0,
     10.0, 30.0, 60.0, 120.0,
 ];
