@@ -5,8 +5,10 @@
 //! serves CSI; a publish then says so.
 
 pub mod events;
+pub mod holders;
 pub mod pod_status;
 pub mod resources;
+pub mod secrets;
 
 use std::{
     collections::BTreeMap, error::Error as StdError, future::Future, path::PathBuf, sync::Arc,
@@ -25,7 +27,7 @@ use crate::{
     error::{Error, Reason, Result},
     volume::record,
 };
-use resources::SecretProviderClass;
+use resources::{SecretObject, SecretProviderClass};
 
 /// How long one request may take. Short against kubelet's two minutes, so that a publish can
 /// say what hung.
@@ -53,6 +55,8 @@ pub struct Class {
     pub provider: String,
     /// `spec.parameters`, not empty.
     pub parameters: BTreeMap<String, String>,
+    /// `spec.secretObjects`.
+    pub secret_objects: Vec<SecretObject>,
 }
 
 impl Cluster {
@@ -132,6 +136,7 @@ impl Cluster {
             },
             provider: spc.spec.provider,
             parameters: spc.spec.parameters,
+            secret_objects: spc.spec.secret_objects,
         })
     }
 

@@ -74,6 +74,10 @@ pub struct Config {
     pub rotation_backoff: Duration,
     /// The longest that a volume is left alone.
     pub rotation_backoff_max: Duration,
+    /// Whether a Secret that cannot be kept fails the publish.
+    pub sync_errors_fail: bool,
+    /// How often each synced Secret and its class are looked at.
+    pub sync_interval: Duration,
     /// Whether the providers are asked for their version from time to time.
     pub provider_health_check: bool,
     /// Time between two of those questions.
@@ -250,6 +254,8 @@ impl Default for Config {
             surface_republish_errors: false,
             rotation_backoff: Duration::from_secs(10),
             rotation_backoff_max: Duration::from_secs(300),
+            sync_errors_fail: false,
+            sync_interval: Duration::from_secs(45),
             provider_health_check: false,
             provider_health_check_interval: Duration::from_secs(120),
             kubeconfig: None,

@@ -2,8 +2,9 @@
 //!
 //! A [`Payload`] is the whole content of a volume as one value, checked before anything is
 //! written: a provider cannot name a path outside the volume, one path twice, or a file where
-//! a directory is needed. [`swap`] writes it.
+//! a directory is needed. [`swap`] writes it, [`read`] reads it back.
 
+pub mod read;
 pub mod swap;
 
 use std::{collections::BTreeMap, fmt};

@@ -13,6 +13,7 @@
 //!     cluster      everything asked of the API server: the class, the pod status
 //!     provider     finds the socket, keeps a lazy channel, bounds calls, speaks v1alpha1
 //!     mount        tmpfs on, tmpfs off, is it there
+//!     sync         the Secrets of a class, and keeping them so
 //!     files        validated paths and modes, the atomic swap of ..data
 //! ```
 //!
@@ -24,6 +25,7 @@
 //!
 //! - A volume is published when its record says so, its mount is there and its content is there.
 //!   Nothing else means published.
+//! - A failed refresh leaves the last good content alone, and is announced once.
 //! - A live mount is never replaced or taken away by a publish; a failed first publish leaves
 //!   nothing behind.
 //! - Nothing is watched or listed. An API write happens only when something changed.
@@ -44,6 +46,7 @@ pub mod mount;
 pub mod provider;
 pub mod registration;
 pub mod secret;
+pub mod sync;
 pub mod volume;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -58,6 +61,7 @@ use metrics::{Metrics, http};
 use mount::Tmpfs;
 use provider::{Limits, Providers};
 use registration::Registrar;
+use sync::Sync;
 use volume::{
     Clock, Volumes,
     policy::{Failing, Policy},
@@ -102,16 +106,33 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     }
 
     let metrics = Metrics::new();
+    match records.all() {
+        Ok(records) => {
+            for record in records {
+                metrics.success(&record.provider, record.last_success);
+            }
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the records of volumes could not be read; the metrics know of no success before the next")
+        }
+    }
     let limits = Limits {
         max_calls: config.provider_max_calls,
         max_bytes: config.provider_max_bytes,
         max_message_bytes: config.max_call_recv_msg_size,
     };
+    let cluster = Cluster::new(config.kubeconfig.clone(), BUILD_VERSION, &config.node_id);
+    let sync = Arc::new(Sync::new(
+        cluster.clone(),
+        metrics.clone(),
+        config.sync_errors_fail,
+        config.sync_interval,
+    ));
     let volumes = Arc::new(Volumes {
         node: config.node_id.clone(),
         kubelet_root: config.kubelet_root_dir.clone(),
         records,
-        cluster: Cluster::new(config.kubeconfig.clone(), BUILD_VERSION, &config.node_id),
+        cluster,
         providers: Providers::new(config.provider_dirs(), limits, metrics.clone()),
         tmpfs: Arc::new(Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)),
         busy: Busy::default(),
@@ -125,6 +146,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         },
         failing: Failing::default(),
         metrics: metrics.clone(),
+        sync: Arc::clone(&sync),
         clock: Clock::start(),
     });
     let csi = Csi {
@@ -168,6 +190,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             providers
                 .watch_health(config.provider_health_check_interval, stop)
                 .await;
+            Ok(())
+        });
+    }
+    {
+        let (volumes, stop) = (Arc::clone(&volumes), stop.clone());
+        tasks.spawn(async move {
+            sync.run(&volumes.records, stop).await;
             Ok(())
         });
     }

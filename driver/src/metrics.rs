@@ -11,6 +11,7 @@
 pub mod http;
 pub mod provider;
 mod rotation;
+mod sync;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -57,6 +58,7 @@ struct Inner {
     unpublish: Family<Unpublished, Counter>,
     unpublish_error: Family<Unpublished, Counter>,
     rotation: rotation::Series,
+    sync: sync::Series,
     provider_calls: provider::ProviderCalls,
     providers: Bounded,
     error_types: Bounded,
@@ -122,6 +124,7 @@ impl Metrics {
             unpublish_error.clone(),
         );
         let rotation = rotation::Series::register(scoped);
+        let sync = sync::Series::register(scoped);
         Self(Arc::new(Inner {
             registry,
             publish,
@@ -129,6 +132,7 @@ impl Metrics {
             unpublish,
             unpublish_error,
             rotation,
+            sync,
             provider_calls,
             providers: Bounded::default(),
             error_types: Bounded::default(),

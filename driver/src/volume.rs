@@ -31,6 +31,7 @@ use crate::{
     mount::{self, State, Tmpfs},
     provider::{MountCall, Providers, Reply, Urgency},
     secret::SecretMap,
+    sync::{self, Sync},
 };
 use content::{Stage, Undo, blocking, commit_files, stage_files, take_down};
 use policy::{Every, Failing, Policy};
@@ -126,6 +127,8 @@ pub struct Volumes {
     pub failing: Failing,
     /// What counts refreshes.
     pub metrics: Metrics,
+    /// What keeps the Secrets of classes that make some.
+    pub sync: Arc<Sync>,
     /// What time it is.
     pub clock: Clock,
 }
@@ -197,8 +200,10 @@ impl Volumes {
 
         let now = self.clock.now();
         let provider = class.provider.clone();
-        let committed = self
-            .commit(Record {
+        let synced = self.sync_secrets(request, &pod_status, &class).await;
+        let committing = async {
+            synced?;
+            self.commit(Record {
                 volume_id: request.volume_id.clone(),
                 target_path: request.target.as_path().to_owned(),
                 pod: pod.clone(),
@@ -211,8 +216,12 @@ impl Volumes {
                 last_change: now,
                 failing_since: None,
             })
-            .await;
-        if let Err(error) = committed {
+            .await
+        };
+        if let Err(error) = committing.await {
+            if undo.is_some() {
+                self.sync.forget(&request.volume_id);
+            }
             if undo.is_some()
                 && let Err(left) = self.cluster.delete_pod_status(pod, &pod_status).await
             {
@@ -243,6 +252,22 @@ impl Volumes {
             .await
     }
 
+    /// Makes the class's Secrets of what the volume holds now.
+    async fn sync_secrets(
+        &self,
+        request: &PublishRequest,
+        pod_status: &str,
+        class: &Class,
+    ) -> Result<()> {
+        let volume = sync::Volume {
+            id: request.volume_id.clone(),
+            pod: request.pod.clone(),
+            target: request.target.as_path().to_owned(),
+            pod_status: pod_status.to_owned(),
+        };
+        self.sync.volume_mounted(&volume, class).await
+    }
+
     /// Unpublishes a volume: content, mount, directory and record. Asks nobody, and finds
     /// nothing to do where nothing is.
     ///
@@ -252,6 +277,7 @@ impl Volumes {
     pub async fn unpublish(&self, volume_id: &str, target: &TargetPath) -> Result<()> {
         let _busy = self.busy.unpublishing(target)?;
         self.failing.forget(volume_id);
+        self.sync.forget(volume_id);
         let records = self.records.clone();
         let (volume_id, path) = (volume_id.to_owned(), target.as_path().to_owned());
         blocking(move || {

@@ -10,7 +10,7 @@ use std::{
 };
 
 /// For each room, the rooms that it may use. `record` and `resources` are rooms of their own.
-const MAY_USE: [(&str, &[&str]); 14] = [
+const MAY_USE: [(&str, &[&str]); 15] = [
     (
         "csi",
         &[
@@ -28,11 +28,23 @@ const MAY_USE: [(&str, &[&str]); 14] = [
         "volume",
         &[
             "cluster", "config", "error", "files", "metrics", "mount", "provider", "record",
-            "secret",
+            "secret", "sync",
         ],
     ),
     ("record", &[]),
-    ("cluster", &["error", "record", "resources"]),
+    (
+        "sync",
+        &[
+            "cluster",
+            "error",
+            "files",
+            "metrics",
+            "record",
+            "resources",
+            "secret",
+        ],
+    ),
+    ("cluster", &["error", "record", "resources", "secret"]),
     ("resources", &[]),
     (
         "provider",

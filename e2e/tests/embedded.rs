@@ -19,39 +19,8 @@ const NODE: &str = "node-1";
 const PODS: &str = "/var/lib/kubelet/pods";
 const LIMIT: Duration = Duration::from_secs(20);
 
-const CLASS: &str = r"
-apiVersion: secrets-store.csi.x-k8s.io/v1
-kind: SecretProviderClass
-metadata: {name: class}
-spec:
-  provider: e2e-provider
-  parameters:
-    objects: |
-      array:
-        - |
-          objectName: foo
-          objectVersion: v1
-";
-
-const POD: &str = r"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  terminationGracePeriodSeconds: 0
-  nodeSelector: {kubernetes.io/os: linux}
-  containers:
-  - name: app
-    image: probe:e2e
-    args: [sleep]
-    volumeMounts: [{name: secrets, mountPath: /mnt/secrets-store, readOnly: true}]
-  volumes:
-  - name: secrets
-    csi:
-      driver: secrets-store.csi.k8s.io
-      readOnly: true
-      volumeAttributes: {secretProviderClass: class}
-";
+const CLASS: &str = include_str!("manifests/class.yaml");
+const POD: &str = include_str!("manifests/pod.yaml");
 
 const DEPLOYMENT: &str = r"
 apiVersion: apps/v1

@@ -14,38 +14,8 @@ use e2e::tree::View;
 const LIMIT: Duration = Duration::from_secs(60);
 const PODS: &str = "/var/lib/kubelet/pods";
 
-const CLASS: &str = r"
-apiVersion: secrets-store.csi.x-k8s.io/v1
-kind: SecretProviderClass
-metadata: {name: class}
-spec:
-  provider: e2e-provider
-  parameters:
-    objects: |
-      array:
-        - |
-          objectName: foo
-          objectVersion: v1
-";
-
-const POD: &str = r"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  terminationGracePeriodSeconds: 0
-  containers:
-  - name: app
-    image: probe:e2e
-    args: [sleep]
-    volumeMounts: [{name: secrets, mountPath: /mnt/secrets-store, readOnly: true}]
-  volumes:
-  - name: secrets
-    csi:
-      driver: secrets-store.csi.k8s.io
-      readOnly: true
-      volumeAttributes: {secretProviderClass: class}
-";
+const CLASS: &str = include_str!("manifests/class.yaml");
+const POD: &str = include_str!("manifests/pod.yaml");
 
 #[tokio::test]
 async fn what_the_interface_promises() {

@@ -80,12 +80,21 @@ pub struct SecretObject {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SecretObjectData {
-    /// Path of the mounted object inside the volume.
+    /// Path of the mounted object inside the volume; "*" for every object that is mounted, each
+    /// under its own name.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub object_name: String,
-    /// Key in the Secret.
+    /// Key in the Secret. Left out with "*".
     #[serde(skip_serializing_if = "String::is_empty")]
     pub key: String,
+    /// The object is a JSON object and the Secret gets the value of this field: a string as it
+    /// is, anything else as JSON.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub json_key: String,
+    /// How the value is encoded in the store: base64, which the Secret gets decoded. Left out, it
+    /// gets the value as it is.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub encoding: String,
 }
 
 /// What the driver has mounted into one volume of one pod. The driver writes it, people and the

@@ -1,6 +1,6 @@
 //! The table of flags: what each is called, its default, what it sets, and what the help says.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, time::Duration};
 
 use super::value::{absolute, address, check, count, driver_name, one_of, prometheus, put, size};
 use super::{Config, Exit, wrong};
@@ -117,6 +117,13 @@ pub(super) const FLAGS: &[Flag] = &[
     flag!("rotation-backoff-max" "DURATION" = "5m",
         "The longest that a volume is left alone, unless its provider asks for more.",
         |c, v| put(&mut c.rotation_backoff_max, v)),
+
+    flag!("sync-errors" "MODE" = "report",
+        "What a Secret of secretObjects that cannot be kept comes to: report (an event, and tried again) or fail (the pod waits).",
+        |c, v| { c.sync_errors_fail = one_of(v, ["report", "fail"])? == 1; Ok(()) }),
+    flag!("sync-interval" "DURATION" = "45s",
+        "How often each synced Secret and its class are looked at, whether somebody changed them; at least 1s.",
+        |c, v| { put(&mut c.sync_interval, v)?; c.sync_interval = c.sync_interval.max(Duration::from_secs(1)); Ok(()) }),
 
     flag!("kubeconfig" "FILE" = "",
         "How to reach the API server; empty: as a pod does.",

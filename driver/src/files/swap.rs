@@ -193,7 +193,7 @@ pub fn clear(volume: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn open_root(volume: &Path) -> io::Result<OwnedFd> {
+pub(super) fn open_root(volume: &Path) -> io::Result<OwnedFd> {
     nix::fcntl::open(volume, directory_flags(), Mode::empty()).at(volume.display())
 }
 
@@ -209,7 +209,7 @@ fn fresh_name() -> String {
 }
 
 /// Where `..data` points, if it points at a directory of ours.
-fn current(root: &OwnedFd) -> io::Result<Option<String>> {
+pub(super) fn current(root: &OwnedFd) -> io::Result<Option<String>> {
     match readlinkat(root, DATA) {
         Ok(target) => Ok(target
             .into_string()
@@ -461,12 +461,20 @@ fn remove_at<N: NixPath + ?Sized>(parent: BorrowedFd<'_>, name: &N) -> io::Resul
     Ok(unlinkat(parent, name, UnlinkatFlags::RemoveDir)?)
 }
 
-fn open_directory<N: NixPath + ?Sized>(parent: BorrowedFd<'_>, name: &N) -> io::Result<OwnedFd> {
+pub(super) fn open_directory<N: NixPath + ?Sized>(
+    parent: BorrowedFd<'_>,
+    name: &N,
+) -> io::Result<OwnedFd> {
     Ok(openat(parent, name, directory_flags(), Mode::empty())?)
 }
 
 /// openat2(2) with the resolution confined below `parent`: no "..", no links, no way out.
-fn open_beneath(parent: &OwnedFd, path: &str, flags: OFlag, mode: Mode) -> nix::Result<OwnedFd> {
+pub(super) fn open_beneath(
+    parent: &OwnedFd,
+    path: &str,
+    flags: OFlag,
+    mode: Mode,
+) -> nix::Result<OwnedFd> {
     let how = OpenHow::new()
         .flags(flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
         .mode(mode)
@@ -475,7 +483,7 @@ fn open_beneath(parent: &OwnedFd, path: &str, flags: OFlag, mode: Mode) -> nix::
 }
 
 /// The entries of a directory, without "." and "..".
-fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
+pub(super) fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
     let mut dir = Dir::openat(directory, ".", directory_flags(), Mode::empty())?;
     let mut names = Vec::new();
     for entry in dir.iter() {

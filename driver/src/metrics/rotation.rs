@@ -3,6 +3,8 @@
 //!
 //! `rotated` says whether the content changed. (The existing driver says `true` always.)
 
+use std::sync::atomic::Ordering;
+
 use jiff::Timestamp;
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -15,7 +17,7 @@ use super::{FAILED_TO_MOUNT, Metrics, OS_TYPE};
 
 /// Upper bounds in seconds: the existing driver's (ten steps from 0.1 to 2.0), and some beyond
 /// for what takes longer.
-const BOUNDS: [f64; 16] = [
+pub(super) const BOUNDS: [f64; 16] = [
     0.1, 0.13493, 0.18206, 0.24565, 0.33145, 0.44721, 0.60342, 0.81418, 1.09856, 1.48227, 2.0, 5.0,
     10.0, 30.0, 60.0, 120.0,
 ];
@@ -94,13 +96,12 @@ impl Metrics {
         }
     }
 
-    /// A volume of this provider has been published or refreshed.
+    /// A volume of this provider has been published or refreshed. The latest counts.
     pub fn success(&self, provider: &str, at: Timestamp) {
         let provider = self.0.providers.admit(provider);
         let series = &self.0.rotation.last_success;
-        series
-            .get_or_create(&Provider { provider })
-            .set(at.as_second());
+        let latest = series.get_or_create_owned(&Provider { provider });
+        latest.inner().fetch_max(at.as_second(), Ordering::Relaxed);
     }
 }
 

@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 /// The format below. A record of another one is as good as none: the volume is published
-/// again, in place.
+/// again, in place. A field that is new gets a default instead of a new format, so that an
+/// upgrade of the driver asks no provider for anything.
 const FORMAT: u32 = 1;
 
 /// A published volume.
@@ -43,6 +44,7 @@ pub struct Record {
     /// The last time that the provider answered and the content was made to match.
     pub last_success: Timestamp,
     /// The last time that the provider's answer changed the content.
+    #[serde(default)]
     pub last_change: Timestamp,
     /// Since when refreshes fail, if the last one did.
     pub failing_since: Option<Timestamp>,
@@ -78,6 +80,7 @@ pub struct Class {
     /// Its resource version.
     pub resource_version: String,
     /// Those of its annotations that are addressed to this driver.
+    #[serde(default)]
     pub annotations: BTreeMap<String, String>,
 }
 
@@ -152,6 +155,27 @@ impl Records {
         }
     }
 
+    /// The records of all volumes, in no order. Files that cannot be read as records of this
+    /// format are left out.
+    ///
+    /// # Errors
+    /// When the directory cannot be listed.
+    pub fn all(&self) -> io::Result<Vec<Record>> {
+        let mut records = Vec::new();
+        for entry in fs::read_dir(&self.directory)? {
+            let path = entry?.path();
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "json")
+                && let Some(Filed { format, record }) = read(&path)
+                && format == FORMAT
+            {
+                records.push(record);
+            }
+        }
+        Ok(records)
+    }
+
     /// Writes a record, replacing an earlier one in one step.
     ///
     /// # Errors
@@ -197,9 +221,7 @@ impl Records {
             let path = entry?.path();
             let orphan = match path.extension().and_then(|e| e.to_str()) {
                 Some("tmp") => true,
-                Some("json") => fs::read(&path)
-                    .ok()
-                    .and_then(|bytes| serde_json::from_slice::<Filed<Record>>(&bytes).ok())
+                Some("json") => read(&path)
                     .is_some_and(|filed| filed.record.target_path.parent().is_some_and(is_gone)),
                 _ => false,
             };
@@ -227,6 +249,10 @@ impl Records {
             .collect();
         self.directory.join(format!("sha256-{hash}.json"))
     }
+}
+
+fn read(path: &Path) -> Option<Filed<Record>> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
 fn is_gone(path: &Path) -> bool {
@@ -278,7 +304,8 @@ mod tests {
         let record = record(volume_id, Path::new("/t/mount"));
         assert_eq!(records.get(volume_id).unwrap(), None);
         records.put(&record).unwrap();
-        assert_eq!(records.get(volume_id).unwrap(), Some(record));
+        assert_eq!(records.get(volume_id).unwrap(), Some(record.clone()));
+        assert_eq!(records.all().unwrap(), [record]);
         assert_eq!(
             fs::read_dir(dir.path().join("a/b")).unwrap().count(),
             1,
@@ -298,6 +325,28 @@ mod tests {
         let records = Records::open(dir.path()).unwrap();
         fs::write(dir.path().join("csi-1.json"), text).unwrap();
         assert_eq!(records.get("csi-1").unwrap(), None);
+        assert_eq!(records.all().unwrap(), []);
+    }
+
+    #[test]
+    fn a_record_of_an_earlier_driver_is_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        let mut filed = serde_json::to_value(Filed {
+            format: FORMAT,
+            record: record("csi-1", Path::new("/t/mount")),
+        })
+        .unwrap();
+        for new in ["lastChange", "failingSince"] {
+            filed.as_object_mut().unwrap().remove(new).unwrap();
+        }
+        filed["class"]
+            .as_object_mut()
+            .unwrap()
+            .remove("annotations");
+        fs::write(dir.path().join("csi-1.json"), filed.to_string()).unwrap();
+        let read = records.get("csi-1").unwrap().unwrap();
+        assert_eq!(read.failing_since, None);
     }
 
     #[test]

@@ -114,10 +114,11 @@ impl Volumes {
         };
         let now = self.clock.now();
         self.metrics.success(&class.provider, now);
+        let identity = class.identity.clone();
         self.commit(Record {
-            class: class.identity,
-            provider: class.provider,
-            pod_status,
+            class: identity,
+            provider: class.provider.clone(),
+            pod_status: pod_status.clone(),
             objects: reply.objects,
             last_success: now,
             last_change: if changed { now } else { record.last_change },
@@ -125,6 +126,9 @@ impl Volumes {
             ..record.clone()
         })
         .await?;
+        if changed || class.identity != record.class {
+            self.sync_secrets(request, &pod_status, &class).await?;
+        }
         Ok(changed)
     }
 

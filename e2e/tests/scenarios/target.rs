@@ -357,6 +357,7 @@ async fn start_kind(options: kind::Options) -> std::result::Result<kind::Running
     let images = images.await.unwrap().map_err(|error| error.to_string())?;
     let load =
         kind::Load::standard(&images, &Form::from_env()).map_err(|error| error.to_string())?;
+    STANDARD.get_or_init(|| load.installation.clone());
     kind::Running::start(options, &load, |step| say(&format!("kind cluster: {step}")))
         .await
         .map_err(|error| error.to_string())

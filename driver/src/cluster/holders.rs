@@ -1,0 +1,101 @@
+//! Who a pod's Secrets live with: its controllers, or for a bare pod its pod status.
+
+use kube::{
+    api::GetParams,
+    core::{ObjectMeta, Request, Resource as _},
+};
+use serde::Deserialize;
+
+use super::{
+    Cluster, Failure,
+    resources::{API_VERSION, SecretProviderClassPodStatus},
+    secrets::Owner,
+};
+use crate::{
+    error::{Error, Result},
+    volume::record::Pod,
+};
+
+/// A pod as far as its Secrets are concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// Who its Secrets live with.
+    pub owners: Vec<Owner>,
+    /// Whether it has ended, or is about to: it needs no Secrets any more.
+    pub ended: bool,
+    /// Whether its owners end with it: a bare pod's status, or the Job of a pod that has ended.
+    pub owners_end: bool,
+}
+
+#[derive(Deserialize)]
+struct PodView {
+    metadata: ObjectMeta,
+    #[serde(default)]
+    status: PodPhase,
+}
+
+#[derive(Deserialize, Default)]
+struct PodPhase {
+    #[serde(default)]
+    phase: String,
+}
+
+#[derive(Deserialize)]
+struct Meta {
+    metadata: ObjectMeta,
+}
+
+impl Cluster {
+    /// Finds out who a pod's Secrets live with. None when the pod is gone.
+    ///
+    /// # Errors
+    /// When the API server does not say.
+    pub async fn holder(&self, pod: &Pod, pod_status: &str) -> Result<Option<Holder>> {
+        let failed = |failure: Failure| {
+            let error: Error = failure.into_error();
+            error.context(format_args!("failed to find the owners of pod {pod}"))
+        };
+        let pods = format!("/api/v1/namespaces/{}/pods", pod.namespace);
+        let request = Request::new(pods).get(&pod.name, &GetParams::default());
+        let view: PodView = match self.ask(request).await {
+            Err(Failure::Refused { code: 404, .. }) => return Ok(None),
+            answer => answer.map_err(failed)?,
+        };
+        if view.metadata.uid.as_deref() != Some(&pod.uid) {
+            return Ok(None);
+        }
+        let phase = view.status.phase.as_str();
+        let finished = matches!(phase, "Succeeded" | "Failed");
+        let ended = finished || view.metadata.deletion_timestamp.is_some();
+        let controllers = view.metadata.owner_references.unwrap_or_default();
+        let owners_end = controllers.iter().all(|owner| owner.kind == "Job") && finished;
+        let mut owners: Vec<Owner> = controllers
+            .into_iter()
+            .map(|owner| Owner {
+                api_version: owner.api_version,
+                kind: owner.kind,
+                name: owner.name,
+                uid: owner.uid,
+            })
+            .collect();
+        if owners.is_empty() {
+            let statuses = SecretProviderClassPodStatus::url_path(&(), Some(&pod.namespace));
+            let request = Request::new(statuses).get(pod_status, &GetParams::default());
+            let status: Meta = match self.ask(request).await {
+                Err(Failure::Refused { code: 404, .. }) => return Ok(None),
+                answer => answer.map_err(failed)?,
+            };
+            owners.push(Owner {
+                api_version: API_VERSION.to_owned(),
+                kind: SecretProviderClassPodStatus::kind(&()).into_owned(),
+                name: pod_status.to_owned(),
+                uid: status.metadata.uid.unwrap_or_default(),
+            });
+        }
+        Ok(Some(Holder {
+            owners,
+            ended,
+            owners_end,
+        }))
+    }
+}

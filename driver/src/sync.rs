@@ -1,0 +1,528 @@
+//! Keeps Kubernetes Secrets that mirror what is mounted.
+//!
+//! A class's `secretObjects` become Secrets before the publish that mounts them returns, so that
+//! a container may take its environment from them at its first start. After that they are kept
+//! so: `Sync::volume_mounted` is told of every content that changed, and [`Sync::run`] looks at
+//! each Secret and each class about every `--sync-interval`, one request by name for each, and
+//! writes nothing while all is as it should be.
+//!
+//! A Secret is made from the newest volume of its class on this node; what other nodes hold, the
+//! Secret itself says (see [`crate::cluster::secrets`]). Content always comes from the volume,
+//! so that a driver that starts anew knows as much as one that has run for long.
+
+pub mod desired;
+mod heal;
+mod known;
+mod tls;
+
+use std::{collections::BTreeMap, fmt, io, path::PathBuf, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use tokio::time::{Instant, timeout};
+use tonic::Code;
+
+use crate::{
+    cluster::{
+        Class, Cluster,
+        events::Severity,
+        holders::Holder,
+        resources::SecretObject,
+        secrets::{ADOPT, Kept, Owner, Refusal, Wanted},
+    },
+    error::{Error, Result},
+    files::read,
+    metrics::Metrics,
+    volume::record::Pod,
+};
+use desired::Desired;
+use known::{Known, Mounted};
+
+/// How long a publish waits for its Secrets. What is not done by then is done by the loop.
+const WITHIN: Duration = Duration::from_secs(20);
+
+/// How often a volume is read whose content is replaced meanwhile.
+const ATTEMPTS: usize = 3;
+
+/// The reason of an event about a Secret that is not as it should be, as in the existing driver.
+const FAILED: &str = "FailedToCreateSecret";
+
+/// A mounted volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// kubelet's volume handle.
+    pub id: String,
+    /// Whose it is.
+    pub pod: Pod,
+    /// Where it is mounted.
+    pub target: PathBuf,
+    /// The name of its SecretProviderClassPodStatus.
+    pub pod_status: String,
+}
+
+/// Why a Secret is not as it should be: the `error_type` of `sync_k8s_secret_error_total`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// The class says something that cannot be.
+    InvalidClass,
+    /// There is no such object in the volume.
+    ObjectNotFound,
+    /// An object is not what the class says it is.
+    InvalidValue,
+    /// No certificate or key can be made of an object.
+    InvalidCertificate,
+    /// The type needs a key that is not there.
+    MissingKey,
+    /// More than a Secret holds.
+    TooLarge,
+    /// A Secret of that name belongs to somebody else.
+    Unmanaged,
+    /// Two classes make different Secrets of one name.
+    Conflict,
+    /// The driver may not write Secrets.
+    Forbidden,
+    /// The API server does not take the Secret.
+    Refused,
+    /// It did not work, and may later.
+    Unavailable,
+}
+
+impl Trouble {
+    /// The label's value.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::InvalidClass => "InvalidClass",
+            Self::ObjectNotFound => "ObjectNotFound",
+            Self::InvalidValue => "InvalidValue",
+            Self::InvalidCertificate => "InvalidCertificate",
+            Self::MissingKey => "MissingKey",
+            Self::TooLarge => "TooLarge",
+            Self::Unmanaged => "Unmanaged",
+            Self::Conflict => "Conflict",
+            Self::Forbidden => "Forbidden",
+            Self::Refused => "Refused",
+            Self::Unavailable => "Unavailable",
+        }
+    }
+}
+
+/// Why a Secret is not as it should be, in a sentence for whoever runs the pod.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    trouble: Trouble,
+    sentence: String,
+}
+
+impl Problem {
+    /// A problem. The sentence names the class, the Secret and the key.
+    pub fn new(trouble: Trouble, sentence: String) -> Self {
+        Self { trouble, sentence }
+    }
+
+    /// What makes a problem the same as before. How an API server does not answer varies.
+    fn identity(&self) -> &str {
+        match self.trouble {
+            Trouble::Unavailable => Trouble::Unavailable.label(),
+            _ => &self.sentence,
+        }
+    }
+
+    fn into_error(self) -> Error {
+        let code = match self.trouble {
+            Trouble::Unavailable => Code::Unavailable,
+            _ => Code::FailedPrecondition,
+        };
+        Error::new(code, self.sentence)
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.sentence)
+    }
+}
+
+/// Keeps the Secrets of the volumes of this node.
+pub struct Sync {
+    cluster: Cluster,
+    metrics: Metrics,
+    /// Whether a Secret that cannot be kept fails the publish.
+    fail: bool,
+    interval: Duration,
+    known: Known,
+}
+
+/// How sure one is that there is something to do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// Something changed.
+    Now,
+    /// Perhaps somebody changed something.
+    Look,
+}
+
+impl Sync {
+    /// Looks at each Secret about every `interval`. With `fail`, a Secret that cannot be kept
+    /// fails the publish.
+    pub fn new(cluster: Cluster, metrics: Metrics, fail: bool, interval: Duration) -> Self {
+        Self {
+            cluster,
+            metrics,
+            fail,
+            interval,
+            known: Known::default(),
+        }
+    }
+
+    /// Makes the Secrets of a volume that has been mounted, or whose content or class changed.
+    /// Asks nobody anything for a class without `secretObjects`.
+    ///
+    /// # Errors
+    /// Only if they are to fail the publish: the first of the Secrets that could not be kept.
+    pub async fn volume_mounted(&self, volume: &Volume, class: &Class) -> Result<()> {
+        let released = self.known.mounted(volume, class, self.interval);
+        if class.secret_objects.is_empty() && released.is_empty() {
+            return Ok(());
+        }
+        let outcome = match timeout(WITHIN, self.sync(volume, class, &released)).await {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                let problem = Problem::new(
+                    Trouble::Unavailable,
+                    format!(
+                        "SecretProviderClass {}: its Secrets were not done within {} seconds; trying again",
+                        class.identity.name,
+                        WITHIN.as_secs()
+                    ),
+                );
+                for object in &class.secret_objects {
+                    self.report(
+                        class,
+                        object.secret_name.trim(),
+                        &[volume.clone()],
+                        Err(&problem),
+                    );
+                }
+                Err(problem)
+            }
+        };
+        match outcome {
+            Err(problem) if self.fail => Err(problem.into_error().context(format_args!(
+                "failed to keep the Secrets of pod {}",
+                volume.pod
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// A volume is being taken down: it feeds no Secret any more. Asks nobody anything.
+    pub fn forget(&self, volume_id: &str) {
+        self.known.forget(volume_id);
+    }
+
+    async fn sync(
+        &self,
+        volume: &Volume,
+        class: &Class,
+        released: &[String],
+    ) -> Result<(), Problem> {
+        self.release(&volume.pod.namespace, class, released).await;
+        let holder = match self.cluster.holder(&volume.pod, &volume.pod_status).await {
+            Ok(Some(holder)) if holder.ended => return Ok(()),
+            Ok(Some(holder)) => Ok(holder),
+            Ok(None) => Err(unavailable(class, &"the pod is gone")),
+            Err(error) => Err(unavailable(class, &error)),
+        };
+        let mut first = Ok(());
+        let class = Arc::new(class.clone());
+        if let Ok(holder) = &holder {
+            self.known.set_holder(&volume.id, holder.clone());
+        }
+        for object in &class.secret_objects {
+            let kept = match &holder {
+                Ok(_) => {
+                    self.keep(&volume.pod.namespace, &class, object, How::Now)
+                        .await
+                }
+                Err(problem) => Err(problem.clone()),
+            };
+            let name = object.secret_name.trim();
+            self.report(
+                &class,
+                name,
+                &[volume.clone()],
+                kept.as_ref().map(|kept| *kept),
+            );
+            if let Err(problem) = kept {
+                first = first.and(Err(problem));
+            }
+        }
+        first
+    }
+
+    /// Lets go of Secrets that a class no longer makes.
+    async fn release(&self, namespace: &str, class: &Class, names: &[String]) {
+        for name in names {
+            let released = self
+                .cluster
+                .release_secret(namespace, name, &class.identity)
+                .await;
+            if let Err(refusal) = released {
+                // Whoever makes it next finds that this class does not.
+                tracing::debug!(namespace, secret = name, ?refusal, "could not be released");
+            }
+        }
+    }
+
+    /// Keeps one Secret as the newest volume of its class on this node says.
+    async fn keep(
+        &self,
+        namespace: &str,
+        class: &Arc<Class>,
+        object: &SecretObject,
+        how: How,
+    ) -> Result<Kept, Problem> {
+        let name = desired::name(class, object)?;
+        let same = |other: &&SecretObject| other.secret_name.trim() == name;
+        if class.secret_objects.iter().filter(same).count() > 1 {
+            return Err(Problem::new(
+                Trouble::InvalidClass,
+                format!(
+                    "SecretProviderClass {}, Secret {name}: two entries of secretObjects have this secretName; put their data into one",
+                    class.identity.name
+                ),
+            ));
+        }
+        let _turn = self.known.turn(namespace, name).await;
+        let mut volumes = self.known.volumes_of(namespace, &class.identity.name);
+        if volumes.is_empty() {
+            return Ok(Kept::Unchanged);
+        }
+        let (mut desired, mut since) = made(class, object, &volumes).await?;
+        let mut owners = owners(&volumes);
+        if how == How::Look {
+            let wanted = wanted(namespace, class, &desired, since, &owners);
+            let kept = self.cluster.secret_is_kept(&wanted).await;
+            if kept.map_err(|refusal| problem(&wanted, refusal))? {
+                return Ok(Kept::Unchanged);
+            }
+            // Something is to be written: only for pods that live.
+            volumes = self.live(class, volumes).await?;
+            if volumes.is_empty() {
+                return Ok(Kept::Unchanged);
+            }
+            (desired, since) = made(class, object, &volumes).await?;
+            owners = self::owners(&volumes);
+        }
+        if owners.is_empty() {
+            return Err(unavailable(class, &"the pods' owners are not known yet"));
+        }
+        let wanted = wanted(namespace, class, &desired, since, &owners);
+        let started = Instant::now();
+        let kept = self.cluster.keep_secret(&wanted).await;
+        let kept = kept.map_err(|refusal| problem(&wanted, refusal))?;
+        if kept != Kept::Unchanged {
+            tracing::info!(
+                namespace,
+                secret = name,
+                class = class.identity.name,
+                ?kept,
+                "Secret written"
+            );
+            self.metrics
+                .secret_synced(&class.provider, started.elapsed());
+        }
+        Ok(kept)
+    }
+
+    /// The volumes whose pods still need Secrets, with who their Secrets live with.
+    async fn live(&self, class: &Class, volumes: Vec<Mounted>) -> Result<Vec<Mounted>, Problem> {
+        let mut live = Vec::new();
+        for mut mounted in volumes {
+            let volume = &mounted.volume;
+            let holder = self.cluster.holder(&volume.pod, &volume.pod_status).await;
+            match holder.map_err(|error| unavailable(class, &error))? {
+                Some(holder) if !holder.ended => {
+                    self.known.set_holder(&volume.id, holder.clone());
+                    mounted.holder = Some(holder);
+                    live.push(mounted);
+                }
+                _ => {}
+            }
+        }
+        Ok(live)
+    }
+
+    /// Counts and tells what became of a Secret, and says when it is looked at again. Of trouble
+    /// that goes on, a pod hears once.
+    fn report(
+        &self,
+        class: &Class,
+        name: &str,
+        volumes: &[Volume],
+        outcome: Result<Kept, &Problem>,
+    ) {
+        let Some(first) = volumes.first() else {
+            return;
+        };
+        let namespace = &first.pod.namespace;
+        let failed = outcome.is_err();
+        self.known
+            .looked_at(namespace, &class.identity.name, name, failed, self.interval);
+        match outcome {
+            Err(problem) => {
+                self.metrics
+                    .secret_failed(&class.provider, problem.trouble.label());
+                for volume in volumes {
+                    if self
+                        .known
+                        .is_news(&volume.id, name, Some(problem.identity()))
+                    {
+                        self.cluster.announce(
+                            &volume.pod,
+                            Severity::Warning,
+                            FAILED,
+                            &problem.sentence,
+                        );
+                    }
+                }
+            }
+            Ok(kept) => {
+                if kept == Kept::Recreated {
+                    self.cluster.announce(
+                        &first.pod,
+                        Severity::Normal,
+                        "SecretRecreated",
+                        &format!(
+                            "Secret {name} was made anew, because its type changed and the type of a Secret cannot"
+                        ),
+                    );
+                }
+                for volume in self.known.volumes_of(namespace, &class.identity.name) {
+                    let volume = volume.volume;
+                    if self.known.is_news(&volume.id, name, None) {
+                        self.cluster.announce(
+                            &volume.pod,
+                            Severity::Normal,
+                            "SecretSynced",
+                            &format!("Secret {name} is in step with the volume again"),
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The Secret that the newest of the volumes makes, and since when that one holds its content.
+async fn made(
+    class: &Arc<Class>,
+    object: &SecretObject,
+    volumes: &[Mounted],
+) -> Result<(Desired, Timestamp), Problem> {
+    let (class, object) = (Arc::clone(class), object.clone());
+    let targets: Vec<PathBuf> = volumes.iter().map(|v| v.volume.target.clone()).collect();
+    let work = move || {
+        let unreadable = |error: io::Error| unavailable(&class, &error);
+        let mut newest: Option<(Timestamp, &PathBuf)> = None;
+        let mut failed = None;
+        for target in &targets {
+            match read::since(target) {
+                Ok(since) if newest.is_none_or(|(other, _)| since > other) => {
+                    newest = Some((since, target));
+                }
+                Ok(_) => {}
+                Err(error) => failed = Some(error),
+            }
+        }
+        let Some((_, target)) = newest else {
+            let gone = || io::Error::from(io::ErrorKind::NotFound);
+            return Err(unreadable(failed.unwrap_or_else(gone)));
+        };
+        let objects = std::slice::from_ref(&object);
+        let mut attempts = 0;
+        let snapshot = loop {
+            attempts += 1;
+            match read::snapshot(target, |path| desired::needs(objects, path)) {
+                Err(error) if attempts < ATTEMPTS && error.kind() == io::ErrorKind::NotFound => {}
+                snapshot => break snapshot.map_err(unreadable)?,
+            }
+        };
+        let desired = desired::desired(&class, &object, &snapshot.files)?;
+        Ok((desired, snapshot.since))
+    };
+    match tokio::task::spawn_blocking(work).await {
+        Ok(made) => made,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    }
+}
+
+/// Everybody that the volumes' Secrets live with, each once.
+fn owners(volumes: &[Mounted]) -> Vec<Owner> {
+    let holders = volumes.iter().filter_map(|volume| volume.holder.as_ref());
+    let owners = holders.flat_map(|holder: &Holder| &holder.owners);
+    let by_uid: BTreeMap<&str, &Owner> = owners.map(|owner| (owner.uid.as_str(), owner)).collect();
+    by_uid.into_values().cloned().collect()
+}
+
+fn wanted<'a>(
+    namespace: &'a str,
+    class: &'a Class,
+    desired: &'a Desired,
+    since: Timestamp,
+    owners: &'a [Owner],
+) -> Wanted<'a> {
+    Wanted {
+        namespace,
+        name: &desired.name,
+        type_: &desired.type_,
+        labels: &desired.labels,
+        annotations: &desired.annotations,
+        data: &desired.data,
+        class: &class.identity,
+        since,
+        owners,
+    }
+}
+
+fn unavailable(class: &Class, why: &dyn fmt::Display) -> Problem {
+    Problem::new(
+        Trouble::Unavailable,
+        format!("SecretProviderClass {}: {why}", class.identity.name),
+    )
+}
+
+fn problem(wanted: &Wanted<'_>, refusal: Refusal) -> Problem {
+    let (namespace, name) = (wanted.namespace, wanted.name);
+    let (trouble, what) = match refusal {
+        Refusal::Unmanaged => (
+            Trouble::Unmanaged,
+            format!(
+                "there is a Secret of this name that is not the driver's, and it is left as it is. To let the driver have it, and replace its content: kubectl annotate secret -n {namespace} {name} {ADOPT}=true"
+            ),
+        ),
+        Refusal::OtherClass(other) => (
+            Trouble::Conflict,
+            format!(
+                "SecretProviderClass {other} makes other content of this Secret, and it is left as it is; give one of the two another secretName"
+            ),
+        ),
+        Refusal::Forbidden(message) => (
+            Trouble::Forbidden,
+            format!(
+                "{message}; the driver may keep Secrets only when the chart's value syncSecret.enabled is true, or deploy/rbac-secretprovidersyncing.yaml is applied"
+            ),
+        ),
+        Refusal::Invalid(message) => (
+            Trouble::Refused,
+            format!("the API server refuses it: {message}"),
+        ),
+        Refusal::Failed(error) => (Trouble::Unavailable, error.to_string()),
+    };
+    Problem::new(
+        trouble,
+        format!(
+            "SecretProviderClass {}, Secret {name}: {what}",
+            wanted.class.name
+        ),
+    )
+}

@@ -1,0 +1,402 @@
+//! What is mounted on this node with Secrets to keep, in memory, and what is to be looked at when.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use rand::Rng as _;
+use tokio::{
+    sync::{Mutex as Turn, Notify, OwnedMutexGuard},
+    time::Instant,
+};
+
+use super::Volume;
+use crate::cluster::{Class, holders::Holder};
+
+/// The first wait after a failure; it doubles up to the usual interval.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// How long a pod whose volume was taken down may take to say that it has ended, or to go.
+const LEAVES_WITHIN: Duration = Duration::from_secs(10);
+
+/// A volume whose class makes Secrets.
+#[derive(Clone)]
+pub(super) struct Mounted {
+    pub(super) volume: Volume,
+    pub(super) class: String,
+    /// Who its Secrets live with, once that is known.
+    pub(super) holder: Option<Holder>,
+    /// What its pod has been told of which Secret.
+    told: BTreeMap<String, String>,
+}
+
+/// Namespace and name of a class.
+type ClassKey = (String, String);
+
+/// One Secret of one class.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct SecretKey {
+    pub(super) namespace: String,
+    pub(super) class: String,
+    pub(super) name: String,
+}
+
+/// Something to look at.
+#[derive(Clone)]
+pub(super) enum Task {
+    /// Whether the class is still as it was.
+    Class(String, String),
+    /// Whether the Secret is still as it should be.
+    Secret(SecretKey),
+    /// Whether the pod of a volume that was taken down has ended and lets go of its Secrets.
+    Left(Box<Mounted>, Arc<Class>),
+}
+
+struct KnownClass {
+    /// As it was last read; none when it is gone or has not been read yet.
+    class: Option<Arc<Class>>,
+    due: Instant,
+    failures: u32,
+}
+
+struct Look {
+    due: Instant,
+    failures: u32,
+}
+
+#[derive(Default)]
+struct State {
+    volumes: HashMap<String, Mounted>,
+    classes: BTreeMap<ClassKey, KnownClass>,
+    secrets: BTreeMap<SecretKey, Look>,
+    left: Vec<(Instant, Box<Mounted>, Arc<Class>)>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Known {
+    state: Mutex<State>,
+    turns: Mutex<HashMap<(String, String), Arc<Turn<()>>>>,
+    /// Something may be due earlier than it seemed.
+    pub(super) sooner: Notify,
+}
+
+impl Known {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Whoever panicked while holding it left every part of it whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A volume has been mounted, or mounted anew. Returns the Secrets that its class made before
+    /// and does not any more.
+    pub(super) fn mounted(&self, volume: &Volume, class: &Class, every: Duration) -> Vec<String> {
+        let mut state = self.state();
+        let key = (volume.pod.namespace.clone(), class.identity.name.clone());
+        if class.secret_objects.is_empty() && !state.classes.contains_key(&key) {
+            // A volume may have changed from one class to another.
+            state.forget(&volume.id);
+            return Vec::new();
+        }
+        let known = state.volumes.entry(volume.id.clone());
+        let known = known.or_insert_with(|| Mounted {
+            volume: volume.clone(),
+            class: class.identity.name.clone(),
+            holder: None,
+            told: BTreeMap::new(),
+        });
+        if known.volume != *volume || known.class != class.identity.name {
+            known.volume = volume.clone();
+            known.class.clone_from(&class.identity.name);
+            known.holder = None;
+        }
+        // Its Secrets are about to be made, by whoever says that it is mounted.
+        let released = state.class_is(&key, Some(class.clone()), every, every);
+        drop(state);
+        self.sooner.notify_one();
+        released
+    }
+
+    /// A volume that was mounted before this driver ran: its class is looked at within one
+    /// interval.
+    pub(super) fn remembered(&self, volume: Volume, class: String, every: Duration) {
+        let mut state = self.state();
+        let key = (volume.pod.namespace.clone(), class.clone());
+        if state.volumes.contains_key(&volume.id) {
+            return;
+        }
+        state.classes.entry(key).or_insert_with(|| KnownClass {
+            class: None,
+            due: Instant::now() + every.mul_f64(rand::rng().random_range(0.0..1.0)),
+            failures: 0,
+        });
+        state.volumes.insert(
+            volume.id.clone(),
+            Mounted {
+                volume,
+                class,
+                holder: None,
+                told: BTreeMap::new(),
+            },
+        );
+    }
+
+    /// A volume is gone.
+    pub(super) fn forget(&self, volume_id: &str) {
+        let mut state = self.state();
+        let Some(mounted) = state.forget(volume_id) else {
+            return;
+        };
+        let key = (mounted.volume.pod.namespace.clone(), mounted.class.clone());
+        let class = state
+            .classes
+            .get(&key)
+            .and_then(|known| known.class.clone());
+        let last = state.volumes.values().all(|other| other.class_key() != key);
+        if last {
+            state.classes.remove(&key);
+            state.secrets.retain(|secret, _| secret.class_key() != key);
+        }
+        if let Some(class) = class {
+            let due = Instant::now() + LEAVES_WITHIN;
+            state.left.push((due, Box::new(mounted), class));
+        }
+        drop(state);
+        self.turns
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|_, turn| Arc::strong_count(turn) > 1);
+        self.sooner.notify_one();
+    }
+
+    /// A class has been read; none: it is gone. Returns the Secrets that it made before and does
+    /// not any more.
+    pub(super) fn class_read(
+        &self,
+        namespace: &str,
+        name: &str,
+        class: Option<Class>,
+        every: Duration,
+    ) -> Vec<String> {
+        let key = (namespace.to_owned(), name.to_owned());
+        let mut state = self.state();
+        let never_made_any = class
+            .as_ref()
+            .is_some_and(|class| class.secret_objects.is_empty())
+            && state
+                .classes
+                .get(&key)
+                .is_some_and(|known| known.class.is_none());
+        if never_made_any {
+            // Nothing to keep, and nothing to ask about again before it is mounted anew.
+            state.classes.remove(&key);
+            state
+                .volumes
+                .retain(|_, mounted| mounted.class_key() != key);
+            return Vec::new();
+        }
+        if !state.classes.contains_key(&key) {
+            return Vec::new();
+        }
+        state.class_is(&key, class, every, Duration::ZERO)
+    }
+
+    /// The class could not be read.
+    pub(super) fn class_not_read(&self, namespace: &str, name: &str, every: Duration) {
+        let key = (namespace.to_owned(), name.to_owned());
+        if let Some(known) = self.state().classes.get_mut(&key) {
+            known.failures += 1;
+            known.due = Instant::now() + wait(known.failures, every);
+        }
+    }
+
+    /// A Secret has been looked at.
+    pub(super) fn looked_at(
+        &self,
+        namespace: &str,
+        class: &str,
+        name: &str,
+        failed: bool,
+        every: Duration,
+    ) {
+        let key = SecretKey {
+            namespace: namespace.to_owned(),
+            class: class.to_owned(),
+            name: name.to_owned(),
+        };
+        let mut state = self.state();
+        if let Some(look) = state.secrets.get_mut(&key) {
+            look.failures = if failed { look.failures + 1 } else { 0 };
+            look.due = Instant::now() + wait(look.failures, every);
+        }
+        drop(state);
+        if failed {
+            self.sooner.notify_one();
+        }
+    }
+
+    /// A class as it was last read.
+    pub(super) fn class(&self, namespace: &str, name: &str) -> Option<Arc<Class>> {
+        let key = (namespace.to_owned(), name.to_owned());
+        self.state().classes.get(&key)?.class.clone()
+    }
+
+    /// The volumes of a class on this node.
+    pub(super) fn volumes_of(&self, namespace: &str, class: &str) -> Vec<Mounted> {
+        let state = self.state();
+        let of_class = state
+            .volumes
+            .values()
+            .filter(|mounted| mounted.class == class && mounted.volume.pod.namespace == namespace);
+        of_class.cloned().collect()
+    }
+
+    pub(super) fn set_holder(&self, volume_id: &str, holder: Holder) {
+        if let Some(mounted) = self.state().volumes.get_mut(volume_id) {
+            mounted.holder = Some(holder);
+        }
+    }
+
+    /// Whether a pod does not know this of a Secret yet: trouble, or none: that trouble is over.
+    pub(super) fn is_news(&self, volume_id: &str, secret: &str, trouble: Option<&str>) -> bool {
+        let mut state = self.state();
+        let Some(mounted) = state.volumes.get_mut(volume_id) else {
+            return false;
+        };
+        match trouble {
+            None => mounted.told.remove(secret).is_some(),
+            Some(trouble) => {
+                let before = mounted.told.insert(secret.to_owned(), trouble.to_owned());
+                before.as_deref() != Some(trouble)
+            }
+        }
+    }
+
+    /// Waits until nobody else works on a Secret.
+    pub(super) async fn turn(&self, namespace: &str, name: &str) -> OwnedMutexGuard<()> {
+        let key = (namespace.to_owned(), name.to_owned());
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(turns.entry(key).or_default())
+        };
+        turn.lock_owned().await
+    }
+
+    /// What is to be looked at first, and when.
+    pub(super) fn next(&self) -> Option<(Instant, Task)> {
+        let state = self.state();
+        let class = state.classes.iter().min_by_key(|(_, known)| known.due);
+        let secret = state.secrets.iter().min_by_key(|(_, look)| look.due);
+        let left = state.left.iter().min_by_key(|(due, ..)| *due);
+        let tasks = [
+            class.map(|((namespace, name), known)| {
+                (known.due, Task::Class(namespace.clone(), name.clone()))
+            }),
+            secret.map(|(key, look)| (look.due, Task::Secret(key.clone()))),
+            left.map(|(due, mounted, class)| {
+                (*due, Task::Left(mounted.clone(), Arc::clone(class)))
+            }),
+        ];
+        tasks.into_iter().flatten().min_by_key(|(due, _)| *due)
+    }
+
+    /// How many things there are to look at in one interval.
+    pub(super) fn count(&self) -> usize {
+        let state = self.state();
+        state.classes.len() + state.secrets.len()
+    }
+
+    /// A volume that was taken down needs no look any more.
+    pub(super) fn has_left(&self, volume_id: &str) {
+        self.state()
+            .left
+            .retain(|(_, mounted, _)| mounted.volume.id != volume_id);
+    }
+}
+
+impl State {
+    fn forget(&mut self, volume_id: &str) -> Option<Mounted> {
+        self.volumes.remove(volume_id)
+    }
+
+    /// A class is this now. What it makes is looked at after a first wait where it changed.
+    fn class_is(
+        &mut self,
+        key: &ClassKey,
+        class: Option<Class>,
+        every: Duration,
+        first: Duration,
+    ) -> Vec<String> {
+        let now = Instant::now();
+        let entry = self.classes.entry(key.clone());
+        let known = entry.or_insert_with(|| KnownClass {
+            class: None,
+            due: now,
+            failures: 0,
+        });
+        known.failures = 0;
+        known.due = now + wait(0, every);
+        let same = match (&known.class, &class) {
+            (Some(before), Some(now)) => {
+                before.identity.uid == now.identity.uid
+                    && before.identity.resource_version == now.identity.resource_version
+            }
+            (None, None) => true,
+            _ => false,
+        };
+        if same {
+            return Vec::new();
+        }
+        let names = |class: &Class| -> Vec<String> {
+            let names = class.secret_objects.iter();
+            names.map(|o| o.secret_name.trim().to_owned()).collect()
+        };
+        let before = known.class.as_deref().map(names).unwrap_or_default();
+        let now_made = class.as_ref().map(names).unwrap_or_default();
+        let gone = class.is_none();
+        known.class = class.map(Arc::new);
+        let (namespace, class) = key;
+        for name in &now_made {
+            let key = SecretKey {
+                namespace: namespace.clone(),
+                class: class.clone(),
+                name: name.clone(),
+            };
+            let look = Look {
+                due: now + first,
+                failures: 0,
+            };
+            self.secrets.insert(key, look);
+        }
+        self.secrets
+            .retain(|secret, _| secret.class_key() != *key || now_made.contains(&secret.name));
+        // A class that is gone lets go of nothing: its pods still use what it made.
+        let released = before
+            .into_iter()
+            .filter(|name| !gone && !now_made.contains(name));
+        released.collect()
+    }
+}
+
+impl Mounted {
+    fn class_key(&self) -> ClassKey {
+        (self.volume.pod.namespace.clone(), self.class.clone())
+    }
+}
+
+impl SecretKey {
+    fn class_key(&self) -> ClassKey {
+        (self.namespace.clone(), self.class.clone())
+    }
+}
+
+/// When to look again: after an interval without failures, sooner after the first ones. Never
+/// at the same moment as others.
+fn wait(failures: u32, every: Duration) -> Duration {
+    let jitter = rand::rng().random_range(0.8..1.1);
+    let wait = match failures {
+        0 => every,
+        _ => every.min(FIRST_WAIT * 2_u32.saturating_pow(failures.min(16) - 1)),
+    };
+    wait.mul_f64(jitter)
+}

@@ -1,0 +1,207 @@
+//! The fixtures are made by `fixtures/generate.sh`, and so is what is expected of keys.
+
+use super::*;
+use rstest::rstest;
+
+macro_rules! fixture {
+    ($name:literal) => {
+        include_bytes!(concat!("fixtures/", $name)).as_slice()
+    };
+}
+
+fn joined(parts: &[&[u8]]) -> Vec<u8> {
+    parts.concat()
+}
+
+fn read(object: &[u8]) -> Parts {
+    Parts::read(object).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn both(object: &[u8], format: KeyFormat) -> (String, String) {
+    let parts = read(object);
+    let pair = pair(&parts, &parts, format).unwrap_or_else(|error| panic!("{error}"));
+    let text = |secret: &Secret| String::from_utf8(secret.expose().to_vec()).unwrap();
+    (text(&pair.certificate), text(&pair.key))
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+/// What openssl writes with -traditional is what upstream writes.
+#[rstest]
+#[case::rsa(
+    fixture!("rsa.key.pem"), fixture!("rsa.crt.pem"), fixture!("rsa.traditional.pem")
+)]
+#[case::rsa_traditional(
+    fixture!("rsa.traditional.pem"), fixture!("rsa.crt.pem"), fixture!("rsa.traditional.pem")
+)]
+#[case::p256(
+    fixture!("prime256v1.key.pem"), fixture!("prime256v1.crt.pem"), fixture!("prime256v1.traditional.pem")
+)]
+#[case::p256_sec1(
+    fixture!("prime256v1.traditional.pem"), fixture!("prime256v1.crt.pem"), fixture!("prime256v1.traditional.pem")
+)]
+#[case::p256_without_public_key(
+    fixture!("bare.traditional.pem"), fixture!("prime256v1.crt.pem"), fixture!("prime256v1.traditional.pem")
+)]
+#[case::p256_pkcs8_without_public_key(
+    fixture!("bare.key.pem"), fixture!("prime256v1.crt.pem"), fixture!("prime256v1.traditional.pem")
+)]
+#[case::p384(
+    fixture!("secp384r1.key.pem"), fixture!("secp384r1.crt.pem"), fixture!("secp384r1.traditional.pem")
+)]
+#[case::p521(
+    fixture!("secp521r1.key.pem"), fixture!("secp521r1.crt.pem"), fixture!("secp521r1.traditional.pem")
+)]
+#[case::ed25519(
+    fixture!("ed25519.key.pem"), fixture!("ed25519.crt.pem"), fixture!("ed25519.key.pem")
+)]
+fn keys_are_written_as_upstream_does_or_as_they_came(
+    #[case] key: &[u8],
+    #[case] certificate: &[u8],
+    #[case] traditional: &[u8],
+) {
+    let object = joined(&[key, certificate]);
+    let (crt, written) = both(&object, KeyFormat::Traditional);
+    assert_eq!(crt, text(certificate));
+    assert_eq!(written, text(traditional));
+    assert_eq!(both(&object, KeyFormat::Original).1, text(key));
+}
+
+#[test]
+fn leaf_first_then_its_chain_whatever_the_order() {
+    let (leaf, middle, root) = (
+        fixture!("rsa.crt.pem"),
+        fixture!("middle.crt.pem"),
+        fixture!("root.crt.pem"),
+    );
+    let other = fixture!("ed25519.crt.pem");
+    let key = fixture!("rsa.key.pem");
+    let ordered = joined(&[leaf, middle, root]);
+    for order in [
+        [root, middle, leaf, key],
+        [key, leaf, root, middle],
+        [middle, key, root, leaf],
+        [leaf, middle, root, key],
+    ] {
+        let (crt, _) = both(&joined(&order), KeyFormat::Traditional);
+        assert_eq!(crt, text(&ordered));
+    }
+    // Twice the same is once; what belongs to another chain comes last; text between is passed over.
+    let messy = joined(&[
+        b"Bag Attributes\n  friendlyName: x\n",
+        root,
+        other,
+        root,
+        b"\r\n# leaf\r\n",
+        leaf,
+        middle,
+        key,
+    ]);
+    let (crt, _) = both(&messy, KeyFormat::Traditional);
+    assert_eq!(crt, text(&joined(&[leaf, middle, root, other])));
+}
+
+#[test]
+fn certificate_and_key_may_come_from_two_objects() {
+    let key = joined(&[fixture!("prime256v1.key.pem"), fixture!("rsa.key.pem")]);
+    let pair = pair(
+        &read(fixture!("rsa.crt.pem")),
+        &read(&key),
+        KeyFormat::Traditional,
+    )
+    .unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(
+        text(pair.key.expose()),
+        text(fixture!("rsa.traditional.pem"))
+    );
+}
+
+#[rstest]
+#[case::modern(fixture!("modern.p12"))]
+#[case::modern_sha512(fixture!("modern-sha512.p12"))]
+#[case::legacy_rc2_40(fixture!("legacy.p12"))]
+#[case::triple_des(fixture!("triple-des.p12"))]
+#[case::rc2_128(fixture!("rc2-128.p12"))]
+#[case::plain(fixture!("plain.p12"))]
+fn pkcs12_old_and_new(#[case] archive: &[u8]) {
+    let (crt, key) = both(archive, KeyFormat::Traditional);
+    let chain = joined(&[
+        fixture!("rsa.crt.pem"),
+        fixture!("middle.crt.pem"),
+        fixture!("root.crt.pem"),
+    ]);
+    assert_eq!(crt, text(&chain));
+    assert_eq!(key, text(fixture!("rsa.traditional.pem")));
+    assert_eq!(
+        both(archive, KeyFormat::Original).1,
+        text(fixture!("rsa.key.pem"))
+    );
+}
+
+#[test]
+fn pkcs12_with_an_edwards_key() {
+    let (crt, key) = both(fixture!("ed25519.p12"), KeyFormat::Traditional);
+    assert_eq!(crt, text(fixture!("ed25519.crt.pem")));
+    assert_eq!(key, text(fixture!("ed25519.key.pem")));
+}
+
+#[rstest]
+#[case::empty(b"", "empty")]
+#[case::blank(b" \n", "empty")]
+#[case::garbage(b"not a certificate", "neither PEM nor PKCS#12")]
+#[case::der_of_something_else(&[0x30, 3, 2, 1, 5], "neither PEM nor PKCS#12")]
+#[case::deep(&[0x30; 4000], "neither PEM nor PKCS#12")]
+#[case::with_a_password(fixture!("password.p12"), "empty password does not open")]
+#[case::encrypted_key(fixture!("encrypted.key.pem"), "passphrase")]
+#[case::no_key_in_a_key(
+    b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+    "cannot be read"
+)]
+#[case::no_certificate_in_a_certificate(
+    b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+    "X.509"
+)]
+fn what_is_no_certificate_is_refused(#[case] object: &[u8], #[case] why: &str) {
+    let error = Parts::read(object).err().unwrap().to_string();
+    assert!(error.contains(why), "{error}");
+}
+
+/// However much of an archive is lost, it is a sentence and not a panic or a half.
+#[test]
+fn a_damaged_archive_is_refused() {
+    let whole = fixture!("modern.p12");
+    for length in (0..whole.len()).step_by(97) {
+        assert!(Parts::read(&whole[..length]).is_err(), "{length}");
+    }
+}
+
+#[rstest]
+#[case::no_key(fixture!("rsa.crt.pem"), fixture!("rsa.crt.pem"), "no private key")]
+#[case::no_key_in_pkcs12(fixture!("no-key.p12"), fixture!("no-key.p12"), "no private key")]
+#[case::no_certificate(fixture!("rsa.key.pem"), fixture!("rsa.key.pem"), "no certificate")]
+#[case::another_rsa_or_ec_key(fixture!("prime256v1.crt.pem"), fixture!("rsa.key.pem"), "belongs to none")]
+#[case::another_edwards_key(fixture!("ed25519.crt.pem"), b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f\n-----END PRIVATE KEY-----\n", "belongs to none")]
+#[case::another_curve(fixture!("prime256v1.crt.pem"), fixture!("secp521r1.key.pem"), "belongs to none")]
+#[case::the_issuers(fixture!("chain.pem"), fixture!("prime256v1.key.pem"), "belongs to none")]
+fn parts_that_do_not_fit_are_refused(
+    #[case] certificate: &[u8],
+    #[case] key: &[u8],
+    #[case] why: &str,
+) {
+    let pair = pair(&read(certificate), &read(key), KeyFormat::Traditional);
+    let error = pair.err().unwrap().to_string();
+    assert!(error.contains(why), "{error}");
+}
+
+#[test]
+fn a_block_that_cannot_be_decoded_is_passed_over() {
+    let object = joined(&[
+        b"-----BEGIN CERTIFICATE-----\n!!!\n-----END CERTIFICATE-----\n-----BEGIN X-----\n",
+        fixture!("rsa.crt.pem"),
+        fixture!("rsa.key.pem"),
+    ]);
+    let (crt, _) = both(&object, KeyFormat::Traditional);
+    assert_eq!(crt, text(fixture!("rsa.crt.pem")));
+}
