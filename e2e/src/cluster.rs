@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::embedded::api::Disturbance;
+use crate::reader::{Readings, Wanted};
 use crate::tree::{Tree, View};
 
 /// Owner of the fields that a scenario applies.
@@ -39,6 +40,8 @@ pub enum Ability {
     Reboot,
     /// [`Cluster::node_tree`] and [`Cluster::mounts`]: looking at a node outside of its pods.
     LookAtNodes,
+    /// Containers that run as another user than root, with groups of their own.
+    OtherUsers,
     /// [`Process::stop`], after which the process stays away until it is started.
     StopProcesses,
 }
@@ -139,15 +142,15 @@ pub trait Cluster: Send + Sync {
     /// Whether this cluster can do that.
     fn can(&self, ability: Ability) -> bool;
 
-    /// What stands in a container's mount, given the mount's path in the container. The pod
-    /// must run.
-    fn tree(
+    /// What `probe` prints when it runs as the user of a pod's container, with these arguments
+    /// and after them the path of a mount, given as the container has it. The pod must run.
+    fn probe(
         &self,
         namespace: &str,
         pod: &str,
         mount_path: &str,
-        view: View,
-    ) -> impl Future<Output = Result<Tree>> + Send;
+        arguments: &[String],
+    ) -> impl Future<Output = Result<String>> + Send;
 
     /// What stands below a path of a node; none when nothing is there.
     fn node_tree(
@@ -187,6 +190,49 @@ pub trait Cluster: Send + Sync {
 
     /// Makes the API server misbehave towards pods.
     fn disturb_api(&self, disturbance: Disturbance) -> impl Future<Output = Result<()>> + Send;
+
+    /// What stands in a container's mount, as its user sees it.
+    fn tree(
+        &self,
+        namespace: &str,
+        pod: &str,
+        mount_path: &str,
+        view: View,
+    ) -> impl Future<Output = Result<Tree>> + Send {
+        async move {
+            let arguments = view.arguments();
+            printed(&self.probe(namespace, pod, mount_path, &arguments).await?)
+        }
+    }
+
+    /// Reads files of a container's mount over and over, as its user, until one of them says so.
+    fn read(
+        &self,
+        namespace: &str,
+        pod: &str,
+        mount_path: &str,
+        wanted: &Wanted,
+    ) -> impl Future<Output = Result<Readings>> + Send {
+        async move {
+            let arguments = wanted.arguments();
+            printed(&self.probe(namespace, pod, mount_path, &arguments).await?)
+        }
+    }
+
+    /// Makes a pod's kubelet look at it again at once.
+    fn look_again(&self, namespace: &str, pod: &str) -> impl Future<Output = Result<()>> + Send {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        async move {
+            let count = COUNT.fetch_add(1, Ordering::Relaxed).to_string();
+            let annotations = serde_json::json!({"e2e/look-again": count});
+            let patch = serde_json::json!({"metadata": {"annotations": annotations}});
+            Api::<Pod>::namespaced(self.client(), namespace)
+                .patch(pod, &PatchParams::default(), &Patch::Merge(patch))
+                .await
+                .map(drop)
+                .map_err(api(format!("annotate pod {namespace}/{pod}")))
+        }
+    }
 
     /// The driver on a node.
     fn driver<'a>(&'a self, node: &'a str) -> Process<'a, Self> {
@@ -415,6 +461,11 @@ pub trait Cluster: Send + Sync {
             }
         }
     }
+}
+
+fn printed<T: serde::de::DeserializeOwned>(json: &str) -> Result<T> {
+    serde_json::from_str(json)
+        .map_err(|error| Error::Impossible(format!("probe's output: {error}")))
 }
 
 /// A component of a node, to be watched and broken.

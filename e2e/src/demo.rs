@@ -133,6 +133,7 @@ fn shown(entry: &Entry) -> String {
     match &entry.content {
         Some(Content::Text(text)) => format!("{text:?}"),
         Some(Content::Base64(text)) => format!("base64 {text}"),
+        Some(Content::Denied) => "permission denied".to_owned(),
         Some(Content::Digest { size, .. }) => format!("{size} bytes"),
         None => String::new(),
     }

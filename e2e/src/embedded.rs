@@ -41,6 +41,7 @@ use crate::cluster::{
     Ability, Action, Cluster, Component, Error, HttpAnswer, Result, api as api_error, apply,
 };
 use crate::tree::{Tree, View};
+use crate::user::User;
 use api::{ApiServer, Disturbance};
 use control::{Command, Control};
 use namespaces::KUBELET_ROOT;
@@ -363,11 +364,18 @@ impl Cluster for Embedded {
         self.nodes.keys().cloned().collect()
     }
 
-    fn can(&self, _: Ability) -> bool {
-        true
+    /// Another user's namespace has this user only.
+    fn can(&self, ability: Ability) -> bool {
+        ability != Ability::OtherUsers || nix::unistd::geteuid().is_root()
     }
 
-    async fn tree(&self, namespace: &str, pod: &str, mount_path: &str, view: View) -> Result<Tree> {
+    async fn probe(
+        &self,
+        namespace: &str,
+        pod: &str,
+        mount_path: &str,
+        arguments: &[String],
+    ) -> Result<String> {
         let name = format!("pod {namespace}/{pod}");
         let found = self.pod(namespace, pod).await?;
         let found = found.ok_or_else(|| Error::Impossible(format!("there is no {name}")))?;
@@ -376,12 +384,14 @@ impl Cluster for Embedded {
                 "{name} has no CSI volume at {mount_path} on a node"
             ))
         })?;
-        let command = Command::Tree {
-            path: path.clone(),
-            view,
+        let user = User::of(&found)
+            .map_err(|error| Error::Impossible(format!("{name} has a user id: {error}")))?;
+        let command = Command::Probe {
+            arguments: arguments.to_vec(),
+            path,
+            user,
         };
-        let tree: Option<Tree> = self.send(&node, command).await?;
-        tree.ok_or_else(|| Error::Impossible(format!("{name} has nothing at {}", path.display())))
+        self.send(&node, command).await
     }
 
     async fn node_tree(&self, node: &str, path: &Path) -> Result<Option<Tree>> {

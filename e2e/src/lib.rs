@@ -11,5 +11,7 @@ pub mod install;
 pub mod kind;
 pub mod local;
 pub mod previous;
+pub mod reader;
 mod real;
 pub mod tree;
+pub mod user;

@@ -31,6 +31,17 @@ pub enum View {
     Reader,
 }
 
+impl View {
+    /// What makes `probe` look this way, before the directory's path.
+    pub(crate) fn arguments(self) -> Vec<String> {
+        let mut arguments = vec!["tree".to_owned()];
+        if self == Self::Reader {
+            arguments.push("--reader".to_owned());
+        }
+        arguments
+    }
+}
+
 /// A directory and all that stands below it, sorted by path.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tree {
@@ -54,7 +65,7 @@ pub struct Entry {
     /// Where a link points.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
-    /// What a file holds.
+    /// What a file holds; for a directory, whether it could not be listed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<Content>,
 }
@@ -81,6 +92,8 @@ pub enum Content {
     Text(String),
     /// Anything else, in base64.
     Base64(String),
+    /// Not for the user that looks: permission denied.
+    Denied,
     /// More than 4 KiB.
     Digest {
         /// In bytes.
@@ -146,7 +159,16 @@ fn visit(path: &Path, name: &str, view: View, entries: &mut Vec<Entry>) -> io::R
     if !descend {
         return Ok(());
     }
-    for child in fs::read_dir(path).map_err(|error| at(path, error))? {
+    let children = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && name != "." => {
+            if let Some(entry) = entries.last_mut() {
+                entry.content = Some(Content::Denied);
+            }
+            return Ok(());
+        }
+        children => children.map_err(|error| at(path, error))?,
+    };
+    for child in children {
         let child = child.map_err(|error| at(path, error))?;
         let child_name = child.file_name().to_string_lossy().into_owned();
         if view == View::Reader && child_name.starts_with("..") {
@@ -191,7 +213,12 @@ fn look(path: &Path, name: &str, metadata: &Metadata) -> io::Result<Entry> {
 }
 
 fn content(path: &Path, size: u64) -> io::Result<Content> {
-    let mut file = File::open(path)?;
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return Ok(Content::Denied);
+        }
+        opened => opened?,
+    };
     if size > SHOWN_BYTES {
         let mut digest = Sha256::new();
         let mut buffer = [0; 16 * 1024];

@@ -20,11 +20,12 @@
 //! | `content` | the content as text |
 //! | `contentBase64` | the content as base64 |
 //! | `contentSize` | that many bytes of a fixed pattern |
-//! | `contentFrom` | what the driver sent: `attributes`, `secrets`, `permission`, `targetPath` or `currentObjectVersion`; service account tokens appear as `<token>` |
+//! | `contentFrom` | what the driver sent: `attributes`, `secrets`, `permission`, `targetPath` or `currentObjectVersion`; service account tokens appear as `<token>`; `tokenClaims`, for whom each token is, and `tokenDigests`, in which a renewal shows |
 //!
 //! An entry without a `content…` key is looked up in [`Options::objects`], then in upstream's
 //! table. Only objects of that table rotate on `/rotation`; all others change when the class
-//! or the file changes. If the class has no `objects`, all of [`Options::objects`] is served.
+//! or the file changes, which is read again at every Mount, a directory as a whole: nothing is
+//! watched, and nothing is remembered. If the class has no `objects`, all of [`Options::objects`] is served.
 //!
 //! # The class parameter `faults`
 //!
@@ -52,7 +53,7 @@
 //! # The modules
 //!
 //! [`serve`] wires them: `socket` is the unix socket's life, `provider` answers the calls,
-//! `objects` and `source` say what an object holds, `faults` what goes wrong, `calls` counts,
+//! `objects`, `source` and `tokens` say what an object holds, `faults` what goes wrong, `calls` counts,
 //! `control` is HTTP.
 
 use std::io;
@@ -78,6 +79,7 @@ mod objects;
 mod provider;
 mod socket;
 mod source;
+mod tokens;
 
 use provider::Provider;
 use socket::Socket;

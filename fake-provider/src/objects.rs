@@ -11,10 +11,7 @@ use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::source::{Stored, StoredObjects};
-
-/// The attribute, or secret, in which a pod's service account tokens arrive: JSON, audience
-/// to token. Source: Kubernetes' CSI inline volume contract.
-pub(crate) const TOKENS_KEY: &str = "csi.storage.k8s.io/serviceAccount.tokens";
+use crate::tokens::{self, without_tokens};
 
 /// The version of every object that is given none, as in upstream's provider.
 const VERSION: &str = "v1";
@@ -48,6 +45,8 @@ enum Echo {
     Permission,
     TargetPath,
     CurrentObjectVersion,
+    TokenClaims,
+    TokenDigests,
 }
 
 /// One object as it will be sent.
@@ -200,6 +199,8 @@ impl Material<'_> {
             Echo::Secrets if request.secrets.trim() == "null" => return Ok(b"null".to_vec()),
             Echo::Secrets => serde_json::to_vec_pretty(&without_tokens(self.secrets)),
             Echo::Attributes => serde_json::to_vec_pretty(&without_tokens(self.attributes)),
+            Echo::TokenClaims => serde_json::to_vec_pretty(&tokens::claims(self.attributes)?),
+            Echo::TokenDigests => serde_json::to_vec_pretty(&tokens::digests(self.attributes)?),
             Echo::CurrentObjectVersion => {
                 let versions = request.current_object_version.iter();
                 let versions = versions.map(|v| Version {
@@ -211,28 +212,6 @@ impl Material<'_> {
         };
         json.map_err(|error| error.to_string())
     }
-}
-
-/// Keeps the audiences, whose presence a test wants to see, and hides the tokens.
-fn without_tokens(strings: &Strings) -> Strings {
-    let mut strings = strings.clone();
-    if let Some(tokens) = strings.get_mut(TOKENS_KEY) {
-        let hidden = audiences_of(tokens).map(|audiences| {
-            let hidden: BTreeMap<_, _> = audiences
-                .into_iter()
-                .map(|name| (name, "<token>"))
-                .collect();
-            serde_json::json!(hidden).to_string()
-        });
-        *tokens = hidden.unwrap_or_else(|| "<token>".to_owned());
-    }
-    strings
-}
-
-/// The audiences for which there are tokens; `None` if it is no JSON object.
-pub(crate) fn audiences_of(tokens: &str) -> Option<Vec<String>> {
-    let tokens: BTreeMap<String, serde::de::IgnoredAny> = serde_json::from_str(tokens).ok()?;
-    Some(tokens.into_keys().collect())
 }
 
 /// `size` bytes in lines of 16, each the offset at which it stands, so that a piece that is
@@ -318,6 +297,7 @@ impl<'de> Deserialize<'de> for Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tokens::TOKENS_KEY;
     use proto::provider::ObjectVersion;
     use rstest::rstest;
 

@@ -17,10 +17,9 @@ use tonic::{Request, Response, Status};
 use crate::calls::{Calls, InFlight};
 use crate::faults::{Caller, Fault, Faults, write_files};
 use crate::lock;
-use crate::objects::{
-    Asked, Material, Object, Strings, TOKENS_KEY, all_of, audiences_of, parse_objects, pattern,
-};
+use crate::objects::{Asked, Material, Object, Strings, all_of, parse_objects, pattern};
 use crate::source::{Source, StoredObjects};
+use crate::tokens::{TOKENS_KEY, audiences_of};
 
 const POD_NAME: &str = "csi.storage.k8s.io/pod.name";
 const POD_NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";

@@ -1,21 +1,29 @@
 //! A small static binary that runs inside a pod, where there is no shell:
 //!
 //! - `probe tree [--reader] <directory>` prints what stands below a directory, as JSON;
+//! - `probe read <last> <seconds> <file>... <directory>` reads files over and over until one holds
+//!   the last number, and prints what it saw, as JSON;
 //! - `probe sleep` waits for SIGTERM or SIGINT: the main process of a test's pod;
 //! - `probe dead-socket <path>` leaves a socket that nobody listens on, as a crash does;
 //! - under the names `mount` and `umount` it does what these do, for a driver that runs them:
 //!   `mount -t <type> <source> <target>`, `umount <target>`.
+//!
+//! `probe --as <uid>,<gid>[,<group>...]` before one of these that take a directory does it as that
+//! user. The directory is entered before, for a container's mounts lie where its user may go.
 
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
 
+use e2e::reader::Wanted;
 use e2e::tree::{Tree, View};
+use e2e::user::User;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{SigSet, Signal};
 
-const USAGE: &str = "usage: probe tree [--reader] <directory> | probe sleep \
+const USAGE: &str = "usage: probe [--as <uid>,<gid>[,<group>...]] tree [--reader] <directory> \
+     | probe [--as ...] read <last> <seconds> <file>... <directory> | probe sleep \
      | probe dead-socket <path>";
 
 fn main() -> ExitCode {
@@ -27,13 +35,15 @@ fn main() -> ExitCode {
         return exit(mount_or_unmount(&args));
     }
     exit(match args[..] {
-        ["tree", path] => tree(path, View::Disk),
-        ["tree", "--reader", path] => tree(path, View::Reader),
+        ["--as", user, ref args @ .., directory] => {
+            enter_as(user, directory).and_then(|()| look(args, Path::new(".")))
+        }
         ["sleep"] => sleep(),
         ["dead-socket", path] => UnixListener::bind(path)
             .map(drop)
             .map_err(|error| format!("{path}: {error}")),
-        _ => Err(USAGE.to_owned()),
+        [ref args @ .., directory] => look(args, Path::new(directory)),
+        [] => Err(USAGE.to_owned()),
     })
 }
 
@@ -47,9 +57,29 @@ fn exit(outcome: Result<(), String>) -> ExitCode {
     }
 }
 
-fn tree(path: &str, view: View) -> Result<(), String> {
-    let tree = Tree::read(Path::new(path), view).map_err(|error| error.to_string())?;
-    let json = serde_json::to_string(&tree).map_err(|error| error.to_string())?;
+fn enter_as(user: &str, directory: &str) -> Result<(), String> {
+    let user = User::parse(user).ok_or_else(|| format!("{user} is no user"))?;
+    std::env::set_current_dir(directory).map_err(|error| format!("{directory}: {error}"))?;
+    user.become_it()
+        .map_err(|error| format!("become another user: {error}"))
+}
+
+/// What is done to a directory.
+fn look(args: &[&str], directory: &Path) -> Result<(), String> {
+    match args {
+        ["tree"] => print(Tree::read(directory, View::Disk)),
+        ["tree", "--reader"] => print(Tree::read(directory, View::Reader)),
+        ["read", args @ ..] => match Wanted::parse(args) {
+            Some(wanted) => print(wanted.read(directory)),
+            None => Err(USAGE.to_owned()),
+        },
+        _ => Err(USAGE.to_owned()),
+    }
+}
+
+fn print(seen: std::io::Result<impl serde::Serialize>) -> Result<(), String> {
+    let seen = seen.map_err(|error| error.to_string())?;
+    let json = serde_json::to_string(&seen).map_err(|error| error.to_string())?;
     println!("{json}");
     Ok(())
 }

@@ -20,6 +20,7 @@ use super::namespaces::{BINARIES, KUBELET_ROOT};
 use super::processes::{Processes, Status};
 use crate::host::{exchange, fetch, mount_points};
 use crate::tree::{Tree, View};
+use crate::user::User;
 
 /// What can be asked of a node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -29,6 +30,13 @@ pub(crate) enum Command {
     Tree {
         path: PathBuf,
         view: View,
+    },
+    /// What `probe` prints, run as a container's user with these arguments and the path that the
+    /// container has mounted.
+    Probe {
+        arguments: Vec<String>,
+        path: PathBuf,
+        user: User,
     },
     /// What every container does.
     Containers,
@@ -141,7 +149,12 @@ impl Server {
     async fn obey(&self, command: Command) -> Result<serde_json::Value, String> {
         let done = |()| serde_json::Value::Null;
         match command {
-            Command::Tree { path, view } => json(&probe(&path, view).await?),
+            Command::Tree { path, view } => json(&tree(&path, view).await?),
+            Command::Probe {
+                arguments,
+                path,
+                user,
+            } => json(&probe(&user, &arguments, &path).await?),
             Command::Containers => json::<Vec<Status>>(&self.processes.list()),
             Command::Kill { container } => {
                 let killed = self.processes.kill(&container).await;
@@ -179,29 +192,33 @@ fn json<T: Serialize>(value: &T) -> Result<serde_json::Value, String> {
     serde_json::to_value(value).map_err(|error| error.to_string())
 }
 
-/// Runs the very binary that looks into volumes on real clusters.
-async fn probe(path: &Path, view: View) -> Result<Option<Tree>, String> {
+/// As root, and nothing where nothing is.
+async fn tree(path: &Path, view: View) -> Result<Option<Tree>, String> {
     if !path.exists() {
         return Ok(None);
     }
-    let mut command = tokio::process::Command::new(Path::new(BINARIES).join("probe"));
-    command.arg("tree");
-    if view == View::Reader {
-        command.arg("--reader");
+    match probe(&User::default(), &view.arguments(), path).await {
+        Ok(json) => serde_json::from_str(&json).map_err(|error| format!("probe's output: {error}")),
+        // A volume may go while it is looked at.
+        Err(_) if !path.exists() => Ok(None),
+        Err(reason) => Err(reason),
     }
-    let output = command
+}
+
+/// Runs the very binary that looks into volumes on real clusters.
+async fn probe(user: &User, arguments: &[String], path: &Path) -> Result<String, String> {
+    let output = tokio::process::Command::new(Path::new(BINARIES).join("probe"))
+        .args(user.arguments())
+        .args(arguments)
         .arg(path)
+        .kill_on_drop(true)
         .output()
         .await
         .map_err(|error| format!("run probe: {error}"))?;
     if !output.status.success() {
-        // A volume may go while it is looked at.
-        if !path.exists() {
-            return Ok(None);
-        }
         return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
     }
-    serde_json::from_slice(&output.stdout).map_err(|error| format!("probe's output: {error}"))
+    String::from_utf8(output.stdout).map_err(|error| format!("probe's output: {error}"))
 }
 
 fn wipe(dir: &Path) -> io::Result<()> {

@@ -19,7 +19,7 @@ use crate::embedded::api::Disturbance;
 use crate::host::mount_points_in;
 use crate::install::{NAMESPACE, lacking};
 use crate::real::{self, Patience, running_pod_of, status_of};
-use crate::tree::{Tree, View};
+use crate::tree::Tree;
 
 /// What `sh` says when a path of a node is not there.
 const ABSENT: &str = "e2e: nothing there";
@@ -217,32 +217,38 @@ impl Cluster for Kind {
 
     fn can(&self, ability: Ability) -> bool {
         match ability {
-            Ability::LookAtNodes | Ability::Reboot | Ability::StopProcesses => true,
+            Ability::LookAtNodes
+            | Ability::Reboot
+            | Ability::StopProcesses
+            | Ability::OtherUsers => true,
             Ability::DisturbApi => false,
         }
     }
 
-    async fn tree(&self, namespace: &str, pod: &str, mount_path: &str, view: View) -> Result<Tree> {
+    async fn probe(
+        &self,
+        namespace: &str,
+        pod: &str,
+        mount_path: &str,
+        arguments: &[String],
+    ) -> Result<String> {
         let failed = |reason: &dyn std::fmt::Display| {
             Error::Impossible(format!("probe in pod {namespace}/{pod}: {reason}"))
         };
-        let mut args = vec!["-n", namespace, "exec", pod, "--", "/probe", "tree"];
-        if view == View::Reader {
-            args.push("--reader");
-        }
+        let mut args = vec!["-n", namespace, "exec", pod, "--", "/probe"];
+        args.extend(arguments.iter().map(String::as_str));
         args.push(mount_path);
         let patience = Patience::new(format!("the container of pod {namespace}/{pod} to run"));
-        let json = loop {
+        loop {
             match kubectl(&self.tools, &args).await {
-                Ok(json) => break json,
+                Ok(printed) => return Ok(printed),
                 // After a reboot the API server knows of the pod as it was before.
                 Err(reason) if reason.contains("container not found") => {
                     patience.wait(&reason).await?;
                 }
                 Err(reason) => return Err(failed(&reason)),
             }
-        };
-        serde_json::from_str(&json).map_err(|error| failed(&error))
+        }
     }
 
     async fn node_tree(&self, node: &str, path: &Path) -> Result<Option<Tree>> {

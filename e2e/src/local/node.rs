@@ -112,13 +112,19 @@ impl Cluster for Local {
 
     fn can(&self, ability: Ability) -> bool {
         match ability {
-            Ability::LookAtNodes | Ability::StopProcesses => true,
+            Ability::LookAtNodes | Ability::StopProcesses | Ability::OtherUsers => true,
             Ability::DisturbApi | Ability::Reboot => false,
         }
     }
 
     /// Runs `probe` in the container that has the mount.
-    async fn tree(&self, namespace: &str, pod: &str, mount_path: &str, view: View) -> Result<Tree> {
+    async fn probe(
+        &self,
+        namespace: &str,
+        pod: &str,
+        mount_path: &str,
+        arguments: &[String],
+    ) -> Result<String> {
         let name = format!("pod {namespace}/{pod}");
         let found = self.pod(namespace, pod).await?;
         let container = found
@@ -137,11 +143,8 @@ impl Cluster for Local {
             .arg("--cache-dir")
             .arg(self.state.join("kubectl"))
             .args(["exec", "-n", namespace, pod, "-c", &container.name])
-            .args(["--", "/probe", "tree"])
-            .args(match view {
-                View::Disk => &[][..],
-                View::Reader => &["--reader"],
-            })
+            .args(["--", "/probe"])
+            .args(arguments)
             .arg(mount_path)
             .stdin(Stdio::null())
             .kill_on_drop(true);
@@ -150,7 +153,7 @@ impl Cluster for Local {
             let complaint = String::from_utf8_lossy(&output.stderr);
             return Err(Error::Impossible(format!("{name}: {}", complaint.trim())));
         }
-        serde_json::from_slice(&output.stdout)
+        String::from_utf8(output.stdout)
             .map_err(|error| Error::Impossible(format!("{name}: probe's output: {error}")))
     }
 

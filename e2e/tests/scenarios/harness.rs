@@ -116,6 +116,11 @@ impl Scenario {
             .unwrap_or_else(|error| panic!("{error}"))
     }
 
+    /// What the pod's container finds in its volume, a line an entry, with contents.
+    pub async fn listing(&self, pod: &str, path: &str) -> String {
+        lines(&self.reads(pod, path).await, true)
+    }
+
     /// The volume as the container reads it, and as it is on disk.
     pub async fn volume(&self, pod: &str, path: &str) -> String {
         let reads = self.reads(pod, path).await;
@@ -273,16 +278,23 @@ impl Scenario {
 
     /// Mount calls that the provider has had for a pod since it started.
     pub async fn provider_calls(&self, pod: &str) -> u64 {
-        let provider = Component::Provider("fake-provider".to_owned());
-        let answer = self
-            .cluster
-            .get(&self.node(), &provider, 8080, "/calls")
-            .await
-            .unwrap();
-        let calls: Value = serde_json::from_str(&answer.body).unwrap();
-        calls["mountCallsByPod"][format!("{}/{pod}", self.namespace)]
+        self.provider_counts().await["mountCallsByPod"][format!("{}/{pod}", self.namespace)]
             .as_u64()
             .unwrap_or(0)
+    }
+
+    /// What the provider has counted since it started.
+    pub async fn provider_counts(&self) -> Value {
+        serde_json::from_str(&self.provider_control("/calls").await).unwrap()
+    }
+
+    /// Asks something of the provider, or tells it to do something.
+    pub async fn provider_control(&self, path: &str) -> String {
+        let provider = Component::Provider("fake-provider".to_owned());
+        let answer = self.cluster.get(&self.node(), &provider, 8080, path).await;
+        let answer = answer.unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        answer.body
     }
 
     /// Waits until the provider has been called for a pod.
@@ -461,6 +473,9 @@ fn line(entry: &Entry, with_content: bool) -> String {
     } = entry;
     match (&entry.kind, &entry.target, &entry.content) {
         (Kind::Link, Some(target), _) => format!("link         {path} -> {target}"),
+        (Kind::Dir, _, Some(Content::Denied)) => {
+            format!("{mode} {uid}:{gid}     {path}/ permission denied")
+        }
         (Kind::Dir, ..) => format!("{mode} {uid}:{gid}     {path}/"),
         (_, _, Some(content)) if with_content => {
             format!("{mode} {uid}:{gid}     {path} = {}", shown(content))
@@ -473,6 +488,7 @@ fn shown(content: &Content) -> String {
     match content {
         Content::Text(text) => format!("{text:?}"),
         Content::Base64(text) => format!("base64 {text}"),
+        Content::Denied => "permission denied".to_owned(),
         Content::Digest { size, sha256 } => format!("{size} bytes, sha256 {sha256}"),
     }
 }

@@ -13,14 +13,19 @@
     reason = "a failed step of a scenario is a failed test"
 )]
 
+mod availability;
 mod classes;
 mod content;
+mod groups;
 mod harness;
 mod lifecycle;
 mod paths;
 mod providers;
 mod restarts;
 mod rollouts;
+mod rotation;
+mod settings;
 mod target;
+mod tokens;
 mod upgrades;
 mod upstream;

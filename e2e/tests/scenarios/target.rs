@@ -23,9 +23,11 @@ use e2e::{
     install::{Form, Installation},
     kind::{self, Kind},
     local::{self, Local, Running},
-    tree::{Tree, View},
+    tree::Tree,
 };
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
+
+use crate::settings;
 
 /// What a scenario needs that not every cluster has.
 #[derive(Clone, Debug)]
@@ -43,6 +45,12 @@ pub struct Needs {
     pub kubelet_restart: bool,
     /// Whether the driver registers itself with kubelet.
     pub own_registration: bool,
+    /// Flags for the driver, after those that it is installed with.
+    pub driver_flags: &'static [&'static str],
+    /// Audiences of the service account tokens that the CSIDriver asks for.
+    pub audiences: &'static [&'static str],
+    /// Whether those come among the secrets of a request.
+    pub tokens_in_secrets: bool,
 }
 
 impl Default for Needs {
@@ -55,8 +63,15 @@ impl Default for Needs {
             controllers: false,
             kubelet_restart: false,
             own_registration: false,
+            driver_flags: &[],
+            audiences: &[],
+            tokens_in_secrets: false,
         }
     }
+}
+
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
 }
 
 /// How often the embedded kubelet looks again, where a scenario needs it to.
@@ -98,13 +113,17 @@ impl Target {
                 skip("the embedded cluster has no kubelet that restarts without its node");
                 None
             }
+            "embedded" if needs.abilities.contains(&Ability::OtherUsers) && !is_root() => {
+                skip("an ordinary user's cluster has no other users");
+                None
+            }
             "embedded" => Some(Self::Embedded(Box::new(embedded(needs).await))),
             "local" => {
                 if let Some(lacking) = lacking_on_local(needs) {
                     skip(&format!("the local cluster has no {lacking}"));
                     return None;
                 }
-                Some(local().await)
+                Some(local(needs).await)
             }
             "kind" => {
                 let options = kind_options();
@@ -112,7 +131,7 @@ impl Target {
                     skip(&format!("the kind cluster has no {lacking}"));
                     return None;
                 }
-                Some(kind(options).await)
+                Some(kind(options, needs).await)
             }
             other => panic!("E2E_CLUSTER={other}: it is embedded, local or kind"),
         }
@@ -250,6 +269,9 @@ async fn embedded(needs: &Needs) -> Embedded {
     options.nodes = needs.nodes;
     options.csi_timeout = needs.csi_timeout.unwrap_or(options.csi_timeout);
     options.sync_period = needs.republish.then_some(SYNC);
+    for manifest in &mut options.manifests {
+        *manifest = settings::of_manifest(manifest, needs);
+    }
     Embedded::start(options, binaries.unwrap())
         .await
         .unwrap_or_else(|error| panic!("{error}"))
@@ -279,7 +301,7 @@ fn lacking_on_local(needs: &Needs) -> Option<String> {
     lacking.map(|ability| format!("way to do this: {ability:?}"))
 }
 
-async fn local() -> Target {
+async fn local(needs: &Needs) -> Target {
     let turn = TURN.lock().await;
     // A thread of its own, because it makes a runtime of its own.
     let running = tokio::task::spawn_blocking(|| {
@@ -292,6 +314,7 @@ async fn local() -> Target {
     };
     let target = Target::Local(running.connect().await.unwrap(), turn);
     target.install_standard_again().await;
+    settings::change(&target.client(), needs).await;
     target.renew().await;
     target
 }
@@ -331,7 +354,7 @@ fn lacking_on_kind(needs: &Needs, nodes: kind::Nodes) -> Option<String> {
     disturbs.then(|| format!("way to do this: {:?}", Ability::DisturbApi))
 }
 
-async fn kind(options: kind::Options) -> Target {
+async fn kind(options: kind::Options, needs: &Needs) -> Target {
     let turn = TURN.lock().await;
     let running = match KIND.get_or_init(|| start_kind(options)).await {
         Ok(running) => running,
@@ -339,6 +362,7 @@ async fn kind(options: kind::Options) -> Target {
     };
     let target = Target::Kind(running.connect().await.unwrap(), turn);
     target.install_standard_again().await;
+    settings::change(&target.client(), needs).await;
     target.renew().await;
     target
 }
@@ -435,8 +459,14 @@ impl Cluster for Target {
         on!(self, cluster => cluster.can(ability))
     }
 
-    async fn tree(&self, namespace: &str, pod: &str, path: &str, view: View) -> Result<Tree> {
-        on!(self, cluster => cluster.tree(namespace, pod, path, view).await)
+    async fn probe(
+        &self,
+        namespace: &str,
+        pod: &str,
+        path: &str,
+        arguments: &[String],
+    ) -> Result<String> {
+        on!(self, cluster => cluster.probe(namespace, pod, path, arguments).await)
     }
 
     async fn node_tree(&self, node: &str, path: &Path) -> Result<Option<Tree>> {

@@ -65,6 +65,7 @@ pub(crate) async fn run(context: Context, uid: String, mut desired: watch::Recei
     let mut sources = pod.as_deref().map(csi_volumes).unwrap_or_default();
     let mut tasks = JoinSet::new();
     let mut states = Vec::new();
+    let (set_running, running) = watch::channel(false);
     // What a former life of the kubelet left comes first: of a pod that is gone from the API
     // there is nothing else.
     let mut known = volumes::on_disk(root, &uid);
@@ -82,12 +83,15 @@ pub(crate) async fn run(context: Context, uid: String, mut desired: watch::Recei
             volume,
             source,
             desired.clone(),
+            running.clone(),
             set,
         ));
     }
     if let Some(pod) = &pod {
         tokio::select! {
-            () = start(&context, pod, states) => {}
+            () = start(&context, pod, states) => {
+                set_running.send_replace(true);
+            }
             _ = desired.wait_for(|desired| !desired.is_run()) => {}
         }
     }
@@ -120,11 +124,19 @@ async fn run_volume(
     volume: Volume,
     source: Option<CSIVolumeSource>,
     mut desired: watch::Receiver<Desired>,
+    mut running: watch::Receiver<bool>,
     state: watch::Sender<State>,
 ) {
     if let Some(source) = &source {
         publish(&context, &volume, source, &mut desired, &state).await;
-        republish(&context, &volume, source, &mut desired).await;
+        let runs = tokio::select! {
+            // Waiting fails when the pod ended before it ran.
+            runs = running.wait_for(|running| *running) => runs.is_ok(),
+            _ = desired.wait_for(|desired| !desired.is_run()) => false,
+        };
+        if runs {
+            republish(&context, &volume, source, &mut desired).await;
+        }
     }
     if desired.wait_for(|desired| !desired.is_run()).await.is_err() {
         return;
@@ -186,29 +198,41 @@ async fn publish(
     }
 }
 
-/// Calls the driver again for a volume that is there, if the node has a sync period and the
-/// CSIDriver asks for it. A failure changes nothing but the pod's events.
+/// Calls the driver again for a volume of a pod that runs, if the CSIDriver asks for it: once in
+/// a sync period, if the node has one, and at once when somebody changed the pod's annotations,
+/// labels or spec. A failure changes nothing but the pod's events.
 async fn republish(
     context: &Context,
     volume: &Volume,
     source: &CSIVolumeSource,
     desired: &mut watch::Receiver<Desired>,
 ) {
-    let Some(period) = context.sync_period else {
+    let Desired::Run(mut known) = desired.borrow_and_update().clone() else {
         return;
     };
     loop {
+        let is_over = || async {
+            match context.sync_period {
+                Some(period) => tokio::time::sleep(period).await,
+                None => std::future::pending().await,
+            }
+        };
+        let news = |now: &Desired| match now {
+            Desired::Run(now) => !is_same(&known, now),
+            Desired::End(_) | Desired::Gone => true,
+        };
         tokio::select! {
-            () = tokio::time::sleep(period) => {}
-            _ = desired.wait_for(|desired| !desired.is_run()) => return,
-        }
-        let class = context.node.classes.get(&ObjectRef::new(&source.driver));
-        if class.and_then(|class| class.spec.requires_republish) != Some(true) {
-            continue;
+            () = is_over() => {}
+            changed = desired.wait_for(news) => if changed.is_err() { return },
         }
         let Desired::Run(pod) = desired.borrow().clone() else {
             return;
         };
+        known = Arc::clone(&pod);
+        let class = context.node.classes.get(&ObjectRef::new(&source.driver));
+        if class.and_then(|class| class.spec.requires_republish) != Some(true) {
+            continue;
+        }
         if let Err(failure) = volume.set_up(&context.node, &pod, source, true).await {
             context
                 .events
@@ -216,6 +240,14 @@ async fn republish(
                 .await;
         }
     }
+}
+
+/// Whether kubelet takes two versions of a pod for the same: it looks neither at the status nor
+/// at the resource version (`podsDifferSemantically`).
+fn is_same(before: &Pod, now: &Pod) -> bool {
+    before.metadata.annotations == now.metadata.annotations
+        && before.metadata.labels == now.metadata.labels
+        && before.spec == now.spec
 }
 
 fn mount_failed(volume: &Volume, message: &str) -> String {

@@ -493,6 +493,46 @@ async fn a_failed_republish_is_told_and_changes_nothing() {
     world.gone().await;
 }
 
+/// Somebody's change of an annotation makes kubelet look at once, a status that it writes itself
+/// does not; and there is nothing to look at before the pod runs.
+#[tokio::test]
+async fn a_changed_annotation_makes_kubelet_republish_at_once() {
+    let mut world = World::with(json!({"requiresRepublish": true}), None).await;
+    let fake = Fake::default();
+    world.serve(fake.clone());
+    world.registered().await;
+    let lacks_secret = |spec: &mut serde_json::Value| {
+        spec["containers"][0]["envFrom"] = json!([{"secretRef": {"name": "late"}}]);
+    };
+    world.create_pod(lacks_secret).await;
+    let publishes = || fake.published.lock().unwrap().len();
+    eventually("it is published", async || publishes() == 1).await;
+    let annotate = async |value: &str| {
+        let patch = Patch::Merge(json!({"metadata": {"annotations": {"look": value}}}));
+        let (pods, params) = (world.pods(), PatchParams::default());
+        pods.patch("p", &params, &patch).await.unwrap();
+    };
+    annotate("before it runs").await;
+    world.event("Failed").await;
+    let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: late}\nstringData: {k: v}";
+    crate::cluster::apply(&world.api.client(), "default", secret)
+        .await
+        .unwrap();
+    world.ready().await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(
+        publishes(),
+        1,
+        "the pod did not run, and then nothing changed"
+    );
+    for number in 2..4 {
+        annotate(&number.to_string()).await;
+        eventually("it is republished", async || publishes() == number).await;
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(publishes(), 3);
+}
+
 #[tokio::test]
 async fn tokens_and_the_publish_secret_reach_the_driver() {
     let class = json!({"tokenRequests": [{"audience": "a"}, {"audience": "b"}]});

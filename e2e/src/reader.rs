@@ -1,0 +1,228 @@
+//! A program in a pod that reads its secrets over and over while they rotate, and notes what no
+//! reader may ever see.
+//!
+//! It reads files whose contents are always the same as each other's, one number in many copies,
+//! the number growing. A file that is not there is a gap. Contents that differ, or are not whole,
+//! or older than what was read before, are a mixture. What is read in one go is what lies behind
+//! one `..data`; a file that goes while it is read there is none, as long as `..data` has gone on.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::os::fd::AsRawFd as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+const DATA: &str = "..data";
+/// How many of what should not be are told.
+const MOST_TOLD: usize = 5;
+
+/// What to read, and until when.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Paths below the volume.
+    pub files: Vec<String>,
+    /// The number that is the last one.
+    pub last: u64,
+    /// When to give up waiting for it.
+    pub limit: Duration,
+}
+
+/// What a reader saw.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Readings {
+    /// How often all files were read.
+    pub rounds: u64,
+    /// How many different numbers were read.
+    pub numbers: u64,
+    /// The last number read.
+    pub last: u64,
+    /// Files that were not there.
+    pub gaps: Vec<String>,
+    /// Contents that do not belong together.
+    pub mixtures: Vec<String>,
+}
+
+impl Wanted {
+    /// What makes `probe` read this way, before the volume's path.
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let numbers = [self.last, self.limit.as_secs()].map(|number| number.to_string());
+        let head = std::iter::once("read".to_owned()).chain(numbers);
+        head.chain(self.files.iter().cloned()).collect()
+    }
+
+    /// Reads what [`Wanted::arguments`] says after its first word; none when it is something else.
+    pub fn parse(arguments: &[&str]) -> Option<Self> {
+        let [last, seconds, files @ ..] = arguments else {
+            return None;
+        };
+        Some(Self {
+            files: files.iter().map(|file| (*file).to_owned()).collect(),
+            last: last.parse().ok()?,
+            limit: Duration::from_secs(seconds.parse().ok()?),
+        })
+    }
+
+    /// Reads until the last number is there.
+    ///
+    /// # Errors
+    /// When the volume itself cannot be read.
+    pub fn read(&self, volume: &Path) -> io::Result<Readings> {
+        let mut readings = Readings::default();
+        let started = Instant::now();
+        while readings.last < self.last && started.elapsed() < self.limit {
+            readings.rounds += 1;
+            // As a program does that knows nothing of `..data`, and one that does.
+            self.each_by_its_name(volume, &mut readings);
+            self.all_at_once(volume, &mut readings)?;
+        }
+        Ok(readings)
+    }
+
+    fn each_by_its_name(&self, volume: &Path, readings: &mut Readings) {
+        for file in &self.files {
+            match fs::read_to_string(volume.join(file)) {
+                Ok(text) => readings.take(file, &text),
+                Err(error) => readings.gap(format!("{file}: {error}")),
+            }
+        }
+    }
+
+    fn all_at_once(&self, volume: &Path, readings: &mut Readings) -> io::Result<()> {
+        let data = File::open(volume.join(DATA))?;
+        let version = fs::read_link(format!("/proc/self/fd/{}", data.as_raw_fd()))?;
+        let mut first: Option<String> = None;
+        for file in &self.files {
+            match read_below(&data, file) {
+                Ok(text) => {
+                    let expected = first.get_or_insert_with(|| text.clone());
+                    if *expected != text {
+                        readings.mixture(format!(
+                            "in one version {} has {:.20?} and {file} has {text:.20?}",
+                            self.files[0], expected
+                        ));
+                    }
+                }
+                Err(error) if is_current(volume, &version) => {
+                    readings.gap(format!("{DATA}/{file}: {error}"));
+                }
+                // The version was taken away after a newer one was there.
+                Err(_) => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether `..data` still leads there. The kernel marks a directory that was removed.
+fn is_current(volume: &Path, version: &Path) -> bool {
+    let now = fs::read_link(volume.join(DATA));
+    now.is_ok_and(|now| now.file_name() == version.file_name())
+}
+
+fn read_below(directory: &File, file: &str) -> io::Result<String> {
+    let path = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(file);
+    let mut text = String::new();
+    File::open(path)?.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+impl Readings {
+    fn take(&mut self, file: &str, text: &str) {
+        let mut words = text.split_whitespace();
+        let number = words.next().and_then(|word| word.parse::<u64>().ok());
+        let Some(number) = number else {
+            self.mixture(format!("{file} has {text:.20?}, which is no number"));
+            return;
+        };
+        if words.any(|word| word != number.to_string()) {
+            self.mixture(format!("{file} has more than one number"));
+        }
+        if number < self.last {
+            self.mixture(format!("{file} has {number} after {}", self.last));
+        }
+        if number > self.last {
+            self.numbers += 1;
+            self.last = number;
+        }
+    }
+
+    fn gap(&mut self, told: String) {
+        if self.gaps.len() < MOST_TOLD {
+            self.gaps.push(told);
+        }
+    }
+
+    fn mixture(&mut self, told: String) {
+        if self.mixtures.len() < MOST_TOLD {
+            self.mixtures.push(told);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn write(volume: &Path, version: &str, files: &[(&str, &str)]) {
+        let dir = volume.join(version);
+        fs::create_dir(&dir).unwrap();
+        for (name, text) in files {
+            fs::write(dir.join(name), text).unwrap();
+        }
+        symlink(version, volume.join("..tmp")).unwrap();
+        fs::rename(volume.join("..tmp"), volume.join(DATA)).unwrap();
+    }
+
+    fn wanted(last: u64) -> Wanted {
+        Wanted {
+            files: vec!["a".to_owned(), "b".to_owned()],
+            last,
+            limit: Duration::from_millis(300),
+        }
+    }
+
+    #[test]
+    fn a_reader_tells_what_no_reader_may_see() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = dir.path();
+        for name in ["a", "b"] {
+            symlink(format!("..data/{name}"), volume.join(name)).unwrap();
+        }
+        write(volume, "..1", &[("a", "1 1"), ("b", "1 1")]);
+        let readings = wanted(1).read(volume).unwrap();
+        let expected = Readings {
+            rounds: 1,
+            numbers: 1,
+            last: 1,
+            ..Readings::default()
+        };
+        assert_eq!(readings, expected);
+
+        write(volume, "..2", &[("a", "2 2"), ("b", "1 2")]);
+        let readings = wanted(2).read(volume).unwrap();
+        let told = readings.mixtures.join("; ");
+        assert!(told.contains("b has more than one number"), "{told}");
+        assert!(told.contains("b has 1 after 2"), "{told}");
+        assert!(told.contains("in one version a has \"2 2\""), "{told}");
+
+        write(volume, "..3", &[("a", "2 2")]);
+        let readings = wanted(3).read(volume).unwrap();
+        let told = readings.gaps.join("; ");
+        assert!(
+            told.contains("b: ") && told.contains("..data/b: "),
+            "{told}"
+        );
+        assert_eq!((readings.numbers, readings.last), (1, 2));
+    }
+
+    #[test]
+    fn what_is_wanted_survives_the_command_line() {
+        let arguments = wanted(200).arguments();
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        assert_eq!(arguments, ["read", "200", "0", "a", "b"]);
+        assert_eq!(Wanted::parse(&arguments[1..]).unwrap().files, ["a", "b"]);
+    }
+}

@@ -1,0 +1,144 @@
+//! Providers that are slow, throttled, late or gone, and what the driver spares them.
+
+use std::time::{Duration, Instant};
+
+use e2e::cluster::{Ability, Cluster as _};
+
+use crate::{
+    harness::{MOUNT, SOON, Scenario, class, class_with, pod, until},
+    target::{Needs, skip},
+};
+
+const OBJECT: &str = "- {objectName: password, content: hunter2}";
+
+/// Many pods start at once, and the provider never has more than its share of calls in flight.
+async fn burst(s: &Scenario, pods: usize, delay: &str) -> Duration {
+    s.apply(&class_with("db", OBJECT, &format!("- {{delay: {delay}}}")))
+        .await;
+    let names: Vec<String> = (0..pods).map(|number| format!("web-{number}")).collect();
+    let manifests: Vec<String> = names.iter().map(|name| pod(name, &["db"])).collect();
+    s.apply(&manifests.join("---\n")).await;
+    let started = Instant::now();
+    for name in &names {
+        s.ready(name).await;
+    }
+    started.elapsed()
+}
+
+#[tokio::test]
+async fn two_hundred_pods_start_and_sixteen_calls_are_in_flight() {
+    let s = Scenario::start().await;
+    if s.cluster.name() != "embedded" {
+        return skip("its kubelet takes 110 pods");
+    }
+    burst(&s, 200, "500ms").await;
+    let calls = s.provider_counts().await;
+    assert_eq!(calls["mountCalls"], 200, "{calls}");
+    assert_eq!(calls["maxInFlight"], 16, "{calls}");
+    let counted = "secrets_store_provider_call_duration_seconds_count";
+    let labels = ["provider=\"e2e-provider\"", "outcome=\"OK\""];
+    assert_eq!(s.metric(counted, &labels).await, 200.0);
+}
+
+/// As many pods as a node takes, of a provider that answers in 100 ms: what the driver takes of
+/// the time, from the first call to the last, is what its own metrics and log say.
+#[tokio::test]
+async fn a_burst_of_110_first_mounts() {
+    let s = Scenario::start().await;
+    if s.cluster.name() != "embedded" {
+        return skip("its kubelet does not start 110 pods at once");
+    }
+    let took = burst(&s, 110, "100ms").await;
+    let calls = s.provider_counts().await;
+    assert_eq!(calls["mountCalls"], 110, "{calls}");
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    let log = s.cluster.driver(&s.node()).log().await.unwrap();
+    let published = log.lines().filter(|line| line.contains("] \"published\""));
+    let longest = published
+        .filter_map(|line| {
+            let (_, rest) = line.split_once("milliseconds=")?;
+            rest.split(' ').next()?.parse::<u64>().ok()
+        })
+        .max();
+    let longest = longest.unwrap();
+    assert!(longest < 5000, "one of 110 mounts took {longest} ms");
+}
+
+/// A pod and its provider start together: the first mount waits for the socket and kubelet has
+/// nothing to complain of.
+#[tokio::test]
+async fn a_first_mount_waits_for_a_provider_that_starts() {
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::StopProcesses],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
+    if s.cluster.name() != "embedded" {
+        return skip("a provider takes longer to start than the driver waits");
+    }
+    let node = s.node();
+    let provider = s.cluster.provider(&node, "fake-provider");
+    provider.stop().await.unwrap();
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    // kubelet has made the volume's directory, and called the driver.
+    until("the driver is called", async || {
+        s.leftovers(&node).await.contains("kubernetes.io~csi/")
+    })
+    .await;
+    provider.start().await.unwrap();
+    s.ready("web").await;
+    assert_eq!(s.reads("web", MOUNT).await.texts()["password"], "hunter2");
+    let events = s.cluster.events(&s.namespace, "web").await.unwrap();
+    let failed = events
+        .iter()
+        .filter(|e| e.reason.as_deref() == Some("FailedMount"));
+    assert_eq!(failed.count(), 0, "{events:?}");
+}
+
+/// The health check tells what changes and no more, and holds up nobody.
+#[tokio::test]
+async fn the_health_check_tells_what_changes() {
+    let Some(s) = Scenario::needing(Needs {
+        abilities: &[Ability::StopProcesses],
+        driver_flags: &[
+            "--provider-health-check",
+            "--provider-health-check-interval=1s",
+        ],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
+    let node = s.node();
+    let log = async || s.cluster.driver(&node).log().await.unwrap();
+    let says = async |text: &str| log().await.matches(text).count();
+    until("the provider is well", async || {
+        says("the provider is well").await == 1
+    })
+    .await;
+    let provider = s.cluster.provider(&node, "fake-provider");
+    provider.stop().await.unwrap();
+    until("the provider is gone", async || {
+        says("the provider's socket is gone").await == 1
+    })
+    .await;
+    provider.start().await.unwrap();
+    until("the provider is well again", async || {
+        says("the provider is well").await == 2
+    })
+    .await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.cluster
+        .wait_ready(&s.namespace, "web", SOON)
+        .await
+        .unwrap();
+    // Whoever is as before is not worth a line.
+    assert!(s.provider_counts().await["versionCalls"].as_u64() > Some(0));
+    assert_eq!(says("the provider is").await, 2, "{}", log().await);
+}

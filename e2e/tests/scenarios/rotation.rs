@@ -1,0 +1,477 @@
+//! Secrets that change in the store reach the pod that runs.
+
+use std::time::Duration;
+
+use e2e::{
+    cluster::{Ability, Cluster as _},
+    reader::Wanted,
+};
+use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
+use serde_json::json;
+
+use crate::{
+    harness::{MOUNT, SOON, Scenario, class, pod, until},
+    target::Needs,
+};
+
+/// Refreshes as often as kubelet looks, with waits short enough to see the next attempt.
+const OFTEN: &[&str] = &[
+    "--enable-secret-rotation=true",
+    "--rotation-poll-interval=100ms",
+    "--min-rotation-poll-interval=100ms",
+    "--rotation-backoff=1s",
+    "--rotation-backoff-max=4s",
+    "-v=5",
+];
+
+/// Refreshes by request only, as far as a scenario lasts.
+const SELDOM: &[&str] = &[
+    "--enable-secret-rotation=true",
+    "--rotation-poll-interval=10m",
+    "-v=5",
+];
+
+const OBJECT: &str = "- {objectName: password, content: hunter2}";
+
+async fn rotating(driver_flags: &'static [&'static str]) -> Scenario {
+    let needs = Needs {
+        republish: true,
+        driver_flags,
+        ..Needs::default()
+    };
+    Scenario::needing(needs).await.unwrap()
+}
+
+/// Makes kubelet look at a pod again and again until something holds.
+async fn looked_until(s: &Scenario, pod: &str, what: &str, holds: impl AsyncFn() -> bool) {
+    until(what, async || {
+        s.cluster.look_again(&s.namespace, pod).await.unwrap();
+        for _ in 0..20 {
+            if holds().await {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        false
+    })
+    .await;
+}
+
+async fn reads_text(s: &Scenario, file: &str, text: &str) -> bool {
+    let tree = s.reads("web", MOUNT).await;
+    tree.texts().get(file) == Some(&text)
+}
+
+/// How often the driver has had nothing to do for a pod.
+async fn found_fresh(s: &Scenario, pod: &str) -> usize {
+    let log = s.cluster.driver(&s.node()).log().await.unwrap();
+    let of_pod = format!("pod=\"{}/{pod}\"", s.namespace);
+    let lines = log.lines();
+    lines
+        .filter(|line| line.contains("\"already published\"") && line.contains(&of_pod))
+        .count()
+}
+
+async fn annotate_class(s: &Scenario, name: &str, value: &str) {
+    let gvk = GroupVersionKind::gvk("secrets-store.csi.x-k8s.io", "v1", "SecretProviderClass");
+    let resource = ApiResource::from_gvk_with_plural(&gvk, "secretproviderclasses");
+    let classes =
+        Api::<DynamicObject>::namespaced_with(s.cluster.client(), &s.namespace, &resource);
+    let patch = Patch::Merge(json!({"metadata": {"annotations": {name: value}}}));
+    let params = PatchParams::default();
+    classes.patch("db", &params, &patch).await.unwrap();
+}
+
+/// Messages of the events with a reason.
+async fn events(s: &Scenario, pod: &str, reason: &str) -> Vec<String> {
+    let events = s.cluster.events(&s.namespace, pod).await.unwrap();
+    let of_reason = events
+        .into_iter()
+        .filter(|e| e.reason.as_deref() == Some(reason));
+    // Said again is said once more.
+    let said = of_reason.flat_map(|e| {
+        let times = usize::try_from(e.count.unwrap_or(1)).unwrap();
+        vec![e.message.unwrap_or_default(); times]
+    });
+    said.map(|message| s.redacted(&message)).collect()
+}
+
+/// One of many objects changes; the others stay, and so do their versions.
+#[tokio::test]
+async fn one_of_many_objects() {
+    let s = rotating(OFTEN).await;
+    let objects = |content: &str, version: &str| {
+        format!(
+            "
+            - {{objectName: user, content: root}}
+            - {{objectName: password, content: {content}, version: {version}}}
+            - {{objectName: host, path: db/host, content: db.example}}
+            "
+        )
+    };
+    s.apply(&class("db", &objects("before", "v1"))).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    assert!(reads_text(&s, "password", "before").await);
+    s.apply(&class("db", &objects("after", "v2"))).await;
+    looked_until(&s, "web", "the pod reads the new content", async || {
+        reads_text(&s, "password", "after").await
+    })
+    .await;
+    insta::assert_snapshot!(s.state("web").await);
+    s.delete("web").await;
+    s.nothing_is_left().await;
+}
+
+#[tokio::test]
+async fn modes_and_paths() {
+    let s = rotating(OFTEN).await;
+    s.apply(&class(
+        "db",
+        "
+        - {objectName: stays, content: '1'}
+        - {objectName: mode, content: '1', mode: '0644'}
+        - {objectName: goes, content: '1'}
+        - {objectName: becomes, content: a file}
+        - {objectName: was, path: was/a/directory, content: '1'}
+        - {objectName: moves, path: here/file, content: '1'}
+        ",
+    ))
+    .await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let before = s.volume("web", MOUNT).await;
+    s.apply(&class(
+        "db",
+        "
+        - {objectName: stays, content: '1'}
+        - {objectName: mode, content: '1', mode: '0400'}
+        - {objectName: becomes, path: becomes/a/directory, content: '2'}
+        - {objectName: was, content: a file}
+        - {objectName: moves, path: there/file, content: '1'}
+        - {objectName: comes, path: new/file, content: '2'}
+        ",
+    ))
+    .await;
+    looked_until(&s, "web", "the new paths are there", async || {
+        reads_text(&s, "new/file", "2").await
+    })
+    .await;
+    insta::assert_snapshot!(before + &s.volume("web", MOUNT).await);
+}
+
+/// A reader that never rests sees each version whole and none missing.
+#[tokio::test]
+async fn a_reader_sees_neither_gap_nor_mixture() {
+    let s = rotating(OFTEN).await;
+    // A real kubelet takes a second or so for each.
+    let rotations = if s.cluster.name() == "embedded" {
+        200
+    } else {
+        15
+    };
+    let files = ["a", "b", "deep/c", "deep/d"];
+    let objects = |number: u64| {
+        let content = format!("{number} ").repeat(400);
+        let lines = files.iter().map(|file| {
+            format!(
+                "- {{objectName: {}, path: {file}, content: '{content}', version: v{number}}}\n",
+                file.replace('/', "-")
+            )
+        });
+        lines.collect::<String>()
+    };
+    s.apply(&class("db", &objects(1))).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let wanted = Wanted {
+        files: files.map(str::to_owned).into(),
+        last: rotations,
+        limit: 4 * SOON,
+    };
+    let rotate = async {
+        for number in 2..=rotations {
+            s.apply(&class("db", &objects(number))).await;
+            let version = format!("v{number}");
+            looked_until(&s, "web", "the version is mounted", async || {
+                let statuses = s.objects("SecretProviderClassPodStatus").await;
+                statuses[0].data["status"]["objects"][0]["version"] == version.as_str()
+            })
+            .await;
+        }
+    };
+    let reading = s.cluster.read(&s.namespace, "web", MOUNT, &wanted);
+    let ((), readings) = tokio::join!(rotate, reading);
+    let readings = readings.unwrap();
+    assert_eq!(readings.gaps, [""; 0], "{readings:?}");
+    assert_eq!(readings.mixtures, [""; 0], "{readings:?}");
+    assert_eq!(readings.last, rotations, "{readings:?}");
+    // It did not sleep through most of them.
+    assert!(readings.numbers > rotations / 2, "{readings:?}");
+    assert!(readings.rounds > rotations, "{readings:?}");
+}
+
+/// The interval is counted from the last success as it is recorded, whatever happens to the
+/// driver, and however often kubelet looks.
+#[tokio::test]
+async fn the_interval_outlives_the_driver() {
+    let s = rotating(SELDOM).await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let statuses = s.objects("SecretProviderClassPodStatus").await;
+    let enough = async || found_fresh(&s, "web").await >= 8;
+    looked_until(&s, "web", "kubelet has looked often", enough).await;
+    let looked = found_fresh(&s, "web").await;
+    s.cluster.driver(&s.node()).kill().await.unwrap();
+    let enough = async || found_fresh(&s, "web").await >= looked + 8;
+    looked_until(&s, "web", "kubelet has looked as often again", enough).await;
+    assert_eq!(s.provider_calls("web").await, 1);
+    let now = s.objects("SecretProviderClassPodStatus").await;
+    assert_eq!(
+        statuses[0].metadata.resource_version, now[0].metadata.resource_version,
+        "nothing was written"
+    );
+}
+
+/// An edited class, and one that is only said to be stale, reach the pod before the interval is
+/// over; anything else said about it does not.
+#[tokio::test]
+async fn an_edited_class_and_the_refresh_annotation() {
+    let s = rotating(SELDOM).await;
+    s.apply(&class("db", "- {objectName: foo}")).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    s.provider_control("/rotation?rotated=true").await;
+
+    annotate_class(&s, "team", "shop").await;
+    let before = found_fresh(&s, "web").await;
+    let looked = async || found_fresh(&s, "web").await >= before + 4;
+    looked_until(&s, "web", "kubelet has looked", looked).await;
+    assert_eq!(s.provider_calls("web").await, 1);
+
+    for number in 1..3 {
+        annotate_class(&s, "secrets-store.csi.k8s.io/refresh", &number.to_string()).await;
+        let called = async || s.provider_calls("web").await == 1 + number;
+        looked_until(&s, "web", "somebody's request is heard", called).await;
+    }
+    until("the pod reads the new content", async || {
+        reads_text(&s, "foo", "rotated").await
+    })
+    .await;
+    let asked = s.state("web").await;
+
+    s.apply(&class(
+        "db",
+        "- {objectName: foo}\n- {objectName: bar, content: new}",
+    ))
+    .await;
+    let edited = async || reads_text(&s, "bar", "new").await;
+    looked_until(&s, "web", "the edited class is mounted", edited).await;
+    assert_eq!(s.provider_calls("web").await, 4);
+    insta::assert_snapshot!(asked + &s.state("web").await);
+}
+
+/// A class, and before it a volume, has an interval of its own.
+#[tokio::test]
+async fn intervals_of_classes_and_volumes() {
+    let s = rotating(SELDOM).await;
+    let short = "metadata:\n  annotations: {secrets-store.csi.k8s.io/rotation-poll-interval: 1s}\n";
+    s.apply(&class("db", OBJECT).replace("metadata:\n", short))
+        .await;
+    s.apply(&pod("web", &["db"])).await;
+    let never = "          secretProviderClass: db\n          secrets-store.csi.k8s.io/rotation-poll-interval: never\n";
+    let never = pod("never", &["db"]).replace("          secretProviderClass: db\n", never);
+    s.apply(&never).await;
+    s.ready("web").await;
+    s.ready("never").await;
+    // The least interval is half a minute, which flags could lower.
+    let before = found_fresh(&s, "web").await;
+    let looked = async || found_fresh(&s, "web").await >= before + 4;
+    looked_until(&s, "web", "kubelet has looked", looked).await;
+    assert_eq!(s.provider_calls("web").await, 1);
+    assert_eq!(s.provider_calls("never").await, 1);
+}
+
+/// The same with a lower least interval, where each gets what it asks for.
+#[tokio::test]
+async fn a_volume_may_never_be_refreshed() {
+    let s = rotating(OFTEN).await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    let never = "          secretProviderClass: db\n          secrets-store.csi.k8s.io/rotation-poll-interval: never\n";
+    let never = pod("never", &["db"]).replace("          secretProviderClass: db\n", never);
+    s.apply(&never).await;
+    s.ready("web").await;
+    s.ready("never").await;
+    let looked = async || s.provider_calls("web").await > 3;
+    looked_until(&s, "web", "the one is refreshed", looked).await;
+    let fresh = async || found_fresh(&s, "never").await > 3;
+    looked_until(&s, "never", "the other is looked at", fresh).await;
+    assert_eq!(s.provider_calls("never").await, 1);
+}
+
+/// A provider that is away hurts no pod that runs: content and status stay, attempts become
+/// rare, and the pod's owner reads of both ends of it once.
+#[tokio::test]
+async fn a_provider_that_is_away() {
+    let Some(s) = Scenario::needing(Needs {
+        republish: true,
+        driver_flags: OFTEN,
+        abilities: &[Ability::StopProcesses],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
+    s.apply(&class("db", "- {objectName: foo}")).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let (node, before) = (s.node(), s.state("web").await);
+    let provider = s.cluster.provider(&node, "fake-provider");
+    provider.stop().await.unwrap();
+
+    let failed = async || !events(&s, "web", "MountRotationFailed").await.is_empty();
+    looked_until(&s, "web", "the pod's owner is told", failed).await;
+    let errors = async || s.metric("rotation_reconcile_error_total", &[]).await;
+    let (started, first) = (std::time::Instant::now(), errors().await);
+    let fourth = async || errors().await >= first + 3.0;
+    looked_until(&s, "web", "it is tried again", fourth).await;
+    // Two seconds and four at least, each up to a fifth shorter; kubelet looked all the while.
+    let took = started.elapsed();
+    assert!(took > Duration::from_secs(4), "{took:?}");
+    assert_eq!(s.state("web").await, before);
+
+    provider.start().await.unwrap();
+    let started = std::time::Instant::now();
+    let told = async || !events(&s, "web", "MountRotationComplete").await.is_empty();
+    looked_until(&s, "web", "the pod's owner is told again", told).await;
+    // The longest wait, a fifth longer, and kubelet's pace.
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    assert_eq!(s.state("web").await, before);
+    let mut told = events(&s, "web", "MountRotationFailed").await;
+    told.extend(events(&s, "web", "MountRotationComplete").await);
+    assert_eq!(told.len(), 2, "{told:?}");
+    insta::with_settings!({filters => vec![(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "[time]")]}, {
+        insta::assert_snapshot!(told.join("\n"));
+    });
+    let failed_mounts = events(&s, "web", "FailedMount").await;
+    assert!(failed_mounts.is_empty(), "{failed_mounts:?}");
+    let log = s.cluster.driver(&node).log().await.unwrap();
+    assert!(log.lines().all(|line| !line.starts_with('E')), "{log}");
+}
+
+#[tokio::test]
+async fn a_deleted_class() {
+    let s = rotating(OFTEN).await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let before = s.state("web").await;
+    s.delete_class("db").await;
+    let failed = async || !events(&s, "web", "MountRotationFailed").await.is_empty();
+    looked_until(&s, "web", "the pod's owner is told", failed).await;
+    assert_eq!(s.state("web").await, before);
+    let told = events(&s, "web", "MountRotationFailed").await;
+    insta::with_settings!({filters => vec![(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "[time]")]}, {
+        insta::assert_snapshot!(told.join("\n"));
+    });
+    s.apply(&class("db", "- {objectName: password, content: again}"))
+        .await;
+    let again = async || reads_text(&s, "password", "again").await;
+    looked_until(&s, "web", "a class of that name is mounted", again).await;
+    s.delete("web").await;
+    s.nothing_is_left().await;
+}
+
+/// Where kubelet can bear it, it hears of failures; the content stays all the same.
+#[tokio::test]
+async fn failures_surface_where_that_is_asked_for() {
+    let s = rotating(&[
+        "--enable-secret-rotation=true",
+        "--rotation-poll-interval=100ms",
+        "--min-rotation-poll-interval=100ms",
+        "--rotation-backoff=1s",
+        "--republish-errors=surface",
+    ])
+    .await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let before = s.state("web").await;
+    s.apply(&class(
+        "db",
+        "- {objectName: password, path: ../../etc/passwd}",
+    ))
+    .await;
+    let failed = async || !events(&s, "web", "FailedMount").await.is_empty();
+    looked_until(&s, "web", "kubelet says so", failed).await;
+    assert_eq!(s.state("web").await, before);
+    insta::assert_snapshot!(events(&s, "web", "FailedMount").await[0]);
+}
+
+/// Off: a published volume is as it was mounted, and nobody is asked for it.
+#[tokio::test]
+async fn without_rotation_a_volume_stays_as_it_was_mounted() {
+    let s = rotating(&["-v=5"]).await;
+    s.apply(&class("db", OBJECT)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    s.apply(&class("db", "- {objectName: password, content: changed}"))
+        .await;
+    let looked = async || found_fresh(&s, "web").await >= 4;
+    looked_until(&s, "web", "kubelet has looked", looked).await;
+    assert!(reads_text(&s, "password", "hunter2").await);
+    assert_eq!(s.provider_calls("web").await, 1);
+}
+
+/// Contract C.4, without the part about Secrets.
+#[tokio::test]
+async fn ep_24_to_26_rotation_and_metrics() {
+    let s = rotating(OFTEN).await;
+    let fixture = "
+apiVersion: secrets-store.csi.x-k8s.io/v1
+kind: SecretProviderClass
+metadata:
+  name: e2e-provider-auto-rotation
+spec:
+  provider: e2e-provider
+  parameters:
+    objects: |
+      array:
+        - |
+          objectName: foo
+          objectType: secret
+";
+    s.apply(fixture).await;
+    let name = "secrets-store-inline-rotation";
+    s.apply(&pod(name, &["e2e-provider-auto-rotation"])).await;
+    s.ready(name).await;
+    let reads = async |text: &str| s.reads(name, MOUNT).await.texts()["foo"] == text;
+    assert!(reads("secret").await);
+    s.provider_control("/rotation?rotated=true").await;
+    looked_until(&s, name, "the content is rotated", async || {
+        reads("rotated").await
+    })
+    .await;
+    insta::assert_snapshot!(s.pod_statuses().await);
+    s.delete(name).await;
+    let page = async || s.cluster.driver(&s.node()).metrics().await.unwrap();
+    until("the volume's end is counted", async || {
+        page().await.contains("node_unpublish_total")
+    })
+    .await;
+    let page = page().await;
+    for family in [
+        "node_publish_total",
+        "rotation_reconcile_total",
+        "secrets_store_last_success_timestamp_seconds",
+    ] {
+        assert!(page.contains(family), "{page}");
+    }
+    let rotated = "rotation_reconcile_total";
+    let labels = ["provider=\"e2e-provider\"", "rotated=\"true\""];
+    assert_eq!(s.metric(rotated, &labels).await, 1.0);
+}

@@ -1,0 +1,201 @@
+//! Service account tokens and secret references: what reaches the provider, and nobody else.
+
+use std::time::Duration;
+
+use e2e::cluster::{Ability, Cluster as _};
+
+use crate::{
+    harness::{MOUNT, Scenario, class, class_with, pod, until},
+    target::Needs,
+};
+
+const ROTATING: &[&str] = &[
+    "--enable-secret-rotation=true",
+    "--rotation-poll-interval=100ms",
+    "--min-rotation-poll-interval=100ms",
+    "--rotation-backoff=1s",
+    "-v=10",
+];
+
+const AUDIENCES: &[&str] = &["vault", "sts.example.com"];
+
+async fn with_tokens(tokens_in_secrets: bool) -> Scenario {
+    let needs = Needs {
+        republish: true,
+        driver_flags: ROTATING,
+        audiences: AUDIENCES,
+        tokens_in_secrets,
+        ..Needs::default()
+    };
+    Scenario::needing(needs).await.unwrap()
+}
+
+/// EP-01: the provider insists on a token for each audience. The tokens are bound to the pod,
+/// and come among the attributes wherever kubelet put them.
+#[rstest::rstest]
+#[case::in_the_context(false)]
+#[case::in_secrets(true)]
+#[tokio::test]
+async fn ep_01_tokens_reach_the_provider(#[case] in_secrets: bool) {
+    let s = with_tokens(in_secrets).await;
+    s.provider_control("/validate-token-requests?audience=vault,sts.example.com")
+        .await;
+    let objects = "
+        - {objectName: claims, contentFrom: tokenClaims}
+        - {objectName: secrets, contentFrom: secrets}
+        ";
+    s.apply(&class("db", objects)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let tree = s.reads("web", MOUNT).await;
+    let texts = tree.texts();
+    assert_eq!(texts["secrets"], "null", "none but tokens");
+    insta::assert_snapshot!("tokens_are_bound_to_the_pod", s.redacted(texts["claims"]));
+}
+
+/// What kubelet renews is what the provider gets next.
+#[tokio::test]
+async fn renewed_tokens_reach_the_provider() {
+    let s = with_tokens(false).await;
+    if s.cluster.name() != "embedded" {
+        // A real kubelet keeps a token until a fifth of its ten minutes is left.
+        return crate::target::skip("tokens are renewed after minutes");
+    }
+    s.apply(&class(
+        "db",
+        "- {objectName: digests, contentFrom: tokenDigests}",
+    ))
+    .await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let digests = async || s.reads("web", MOUNT).await.texts()["digests"].to_owned();
+    let before = digests().await;
+    until("other tokens have come", async || digests().await != before).await;
+}
+
+/// What looks like a missing token is explained, where none is asked for.
+#[tokio::test]
+async fn a_missing_token_is_explained() {
+    let s = Scenario::start().await;
+    s.provider_control("/validate-token-requests?audience=vault")
+        .await;
+    s.apply(&class("db", "- {objectName: foo}")).await;
+    s.apply(&pod("web", &["db"])).await;
+    insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
+}
+
+/// AK-05, and contract F.6: what the pod refers to reaches the provider as an object of strings.
+#[tokio::test]
+async fn ak_05_a_secret_reference() {
+    let s = Scenario::start().await;
+    let objects = "
+        - {objectName: secrets, contentFrom: secrets}
+        - {objectName: attributes, contentFrom: attributes}
+        ";
+    s.apply(&class("db", objects)).await;
+    let reference = "        readOnly: true\n        nodePublishSecretRef: {name: secrets-store-creds}\n        volumeAttributes:";
+    let web = pod("web", &["db"]).replace(
+        "        readOnly: true\n        volumeAttributes:",
+        reference,
+    );
+    s.apply(&web).await;
+    let missing = s.failed_mount("web", "NodePublishSecretRef").await;
+    assert!(missing.contains("not found"), "{missing}");
+    let secret = "apiVersion: v1\nkind: Secret\nmetadata:\n  name: secrets-store-creds\n  labels: {secrets-store.csi.k8s.io/used: 'true'}\nstringData: {access-id: p-1, access-key: 'k\"1'}\n";
+    s.apply(secret).await;
+    s.ready("web").await;
+    let tree = s.reads("web", MOUNT).await;
+    insta::assert_snapshot!(tree.texts()["secrets"]);
+    assert!(!tree.texts()["attributes"].contains("p-1"));
+}
+
+const CANARY: &str = "canary-5f1c9e";
+
+/// At the loudest, on success and on every way to fail, nothing that is secret is anywhere but in
+/// the volume: no log line, event, metric, record or error.
+#[tokio::test]
+async fn canaries_are_seen_nowhere() {
+    let Some(s) = Scenario::needing(Needs {
+        republish: true,
+        driver_flags: ROTATING,
+        audiences: AUDIENCES,
+        abilities: &[Ability::LookAtNodes],
+        ..Needs::default()
+    })
+    .await
+    else {
+        return;
+    };
+    let secret = format!(
+        "apiVersion: v1\nkind: Secret\nmetadata: {{name: creds}}\nstringData: {{key: {CANARY}-reference}}\n"
+    );
+    s.apply(&secret).await;
+    let object = format!("- {{objectName: password, content: {CANARY}-content}}");
+    let faults = [
+        ("fine", ""),
+        (
+            "denied",
+            "- {times: 1, status: {code: PERMISSION_DENIED, message: no}}",
+        ),
+        ("code", "- {times: 1, errorCode: Refused}"),
+        ("path", "- {times: 1, badPath: ../x}"),
+        ("oversize", "- {times: 1, oversize: 5000000}"),
+        ("versions", "- {times: 1, missingVersions: true}"),
+        (
+            "throttled",
+            "- {times: 1, status: {code: RESOURCE_EXHAUSTED, message: slowly}}",
+        ),
+    ];
+    for (name, fault) in faults {
+        let parameter = format!("    key: {CANARY}-parameter\n");
+        s.apply(&(class_with(name, &object, fault) + &parameter))
+            .await;
+        let reference = "        readOnly: true\n        nodePublishSecretRef: {name: creds}\n        volumeAttributes:\n";
+        let attribute = format!("{reference}          own: {CANARY}-attribute\n");
+        let pod = pod(name, &[name]).replace(
+            "        readOnly: true\n        volumeAttributes:\n",
+            &attribute,
+        );
+        s.apply(&pod).await;
+    }
+    for (name, _) in faults {
+        s.ready(name).await;
+        let password = format!("{CANARY}-content");
+        assert_eq!(s.reads(name, MOUNT).await.texts()["password"], password);
+    }
+    // And while a refresh fails.
+    let fault = "- {status: {code: UNAUTHENTICATED, message: token expired}}";
+    s.apply(&class_with("fine", &object, fault)).await;
+    until("the refresh fails", async || {
+        s.cluster.look_again(&s.namespace, "fine").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let events = s.cluster.events(&s.namespace, "fine").await.unwrap();
+        let mut reasons = events.iter().filter_map(|event| event.reason.as_deref());
+        reasons.any(|reason| reason == "MountRotationFailed")
+    })
+    .await;
+
+    let driver = s.node();
+    let driver = s.cluster.driver(&driver);
+    let log = driver.log().await.unwrap();
+    assert!(
+        log.contains("asking the provider"),
+        "not at its loudest: {log}"
+    );
+    let mut told = vec![("log", log), ("metrics", driver.metrics().await.unwrap())];
+    for (name, _) in faults {
+        let events = s.cluster.events(&s.namespace, name).await.unwrap();
+        told.push(("events", serde_json::to_string(&events).unwrap()));
+    }
+    let statuses = s.objects("SecretProviderClassPodStatus").await;
+    told.push(("statuses", serde_json::to_string(&statuses).unwrap()));
+    let records = "/var/lib/kubelet/plugins/csi-secrets-store/records";
+    let node = s.node();
+    let records = s.cluster.node_tree(&node, records.as_ref()).await.unwrap();
+    told.push(("records", serde_json::to_string(&records).unwrap()));
+    for (place, text) in told {
+        assert!(!text.contains(CANARY), "{place}: {text}");
+        // How every token begins: {"alg":
+        assert!(!text.contains("eyJhbGci"), "{place}: {text}");
+    }
+}
