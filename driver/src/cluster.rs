@@ -103,6 +103,11 @@ impl Cluster {
                 ))
                 .with_reason(Reason::SecretProviderClassNotFound)
         };
+        if !is_object_name(name) {
+            return Err(failed(Error::invalid(format!(
+                "{name:.100?} cannot be the name of an object"
+            ))));
+        }
         let api: Api<SecretProviderClass> =
             Api::namespaced(self.client().await.map_err(failed)?, namespace);
         let spc = limited(api.get_with(name, how))
@@ -168,6 +173,19 @@ impl Cluster {
         Client::try_from(config)
             .map_err(|error| Error::unavailable(format!("no API server: {error}")))
     }
+}
+
+/// Whether a text from outside can be the name of an object: a DNS subdomain (RFC 1123). Nothing
+/// else may become part of a request's path, where it could lead to another object.
+pub fn is_object_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        !label.is_empty()
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.bytes().all(allowed)
+    };
+    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 /// Why a request failed.

@@ -747,3 +747,6 @@ struct Object<'a> {
     type_: &'a str,
     data: BTreeMap<&'a str, Encoded<'a>>,
 }
+
+#[cfg(test)]
+mod tests;

@@ -84,10 +84,7 @@ async fn replace(s: &Scenario, before: &Installation, calls: u64) {
     s.delete("later").await;
     s.delete("web").await;
     // The new driver's own pod is not a leftover.
-    until("no volume is left on the node", async || {
-        s.leftovers_of_the_driver(&s.node()).await.is_empty()
-    })
-    .await;
+    s.nothing_of_the_driver_is_left().await;
     s.no_pod_statuses().await;
     let log = s.cluster.driver(&s.node()).log().await.unwrap();
     assert_eq!(log.matches("unpublished").count(), 3, "{log}");
