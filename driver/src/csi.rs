@@ -153,6 +153,8 @@ impl Node for Csi {
         let (volumes, metrics) = (Arc::clone(&self.volumes), self.metrics.clone());
         to_the_end(span, async move |gone: CancellationToken| {
             let started = Instant::now();
+            // What these types print of themselves holds no secret.
+            tracing::debug!(request = ?request.get_ref(), "asked to publish");
             let mut counted = metrics.publish();
             let result = match publish_request(request.into_inner(), deadline, volumes.kubelet_root.as_deref()) {
                 Ok(request) => volumes.publish(&request, &mut counted, &gone).await,
@@ -195,6 +197,7 @@ impl Node for Csi {
         let span = tracing::info_span!("unpublish", volume_id = request.volume_id);
         let (volumes, metrics) = (Arc::clone(&self.volumes), self.metrics.clone());
         to_the_end(span, async move |_| {
+            tracing::debug!(?request, "asked to unpublish");
             let counted = metrics.unpublish();
             let result = match unpublish_request(&request, volumes.kubelet_root.as_deref()) {
                 Ok(target) => volumes.unpublish(&request.volume_id, &target).await,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, ListParams};
 
 use crate::binaries::Binaries;
-use crate::cluster::{Cluster as _, Result};
+use crate::cluster::{Cluster as _, Error, Result};
 use crate::embedded::{Embedded, Options};
 use crate::tree::{Content, Entry, Kind, View};
 
@@ -15,6 +15,14 @@ const MANIFEST: &str = include_str!("../demo/shop.yaml");
 const POD: &str = "shop";
 const MOUNT: &str = "/mnt/secrets";
 const LIMIT: Duration = Duration::from_secs(60);
+/// What the store holds, as the provider's control takes it: name, version and content.
+const STORE: [&str; 2] = [
+    "name=db-password&version=7&content=correct horse battery staple",
+    "name=api-token&version=2026-11-23&content=tok_4f9a27",
+];
+const ROTATED: &str = "name=db-password&version=8&content=incorrect zebra charger";
+/// How often kubelet looks at a pod again, which is once a minute in a real one.
+const SYNC: Duration = Duration::from_millis(500);
 
 /// Runs the demo, printing to standard output.
 ///
@@ -31,9 +39,12 @@ pub async fn run() -> Result<()> {
 
     let moment = Instant::now();
     told.step("Bring up a cluster: an API server, and a node with kubelet, driver and provider");
-    let cluster = Embedded::start(Options::standard()?, binaries).await?;
+    let cluster = Embedded::start(options()?, binaries).await?;
     let namespace = cluster.namespace().await?;
     let node = cluster.nodes().remove(0);
+    for secret in STORE {
+        store(&cluster, &node, secret).await?;
+    }
     told.done(moment);
 
     let moment = Instant::now();
@@ -64,6 +75,17 @@ pub async fn run() -> Result<()> {
     }
 
     let moment = Instant::now();
+    told.step(
+        "Change the password in the store, while a program in the pod reads it over and over",
+    );
+    rotate(&mut told, &cluster, &namespace, &node).await?;
+    for status in pod_statuses(&cluster, &namespace).await? {
+        let objects = serde_saphyr::to_string(&status.data["status"]["objects"]);
+        told.quote(&objects.unwrap_or_default());
+    }
+    told.done(moment);
+
+    let moment = Instant::now();
     told.step("Delete the pod, and see that nothing is left");
     cluster.delete_pod(&namespace, POD).await?;
     cluster.wait_gone(&namespace, POD, LIMIT).await?;
@@ -87,6 +109,59 @@ pub async fn run() -> Result<()> {
         started.elapsed().as_secs_f64()
     ));
     Ok(())
+}
+
+/// As `deploy/` installs it, with rotation, and in a hurry.
+fn options() -> Result<Options> {
+    let mut options = Options::standard()?;
+    for manifest in &mut options.manifests {
+        *manifest = manifest
+            .replace(
+                "--enable-secret-rotation=false",
+                "--enable-secret-rotation=true",
+            )
+            .replace("--rotation-poll-interval=2m", "--rotation-poll-interval=1s");
+    }
+    options.sync_period = Some(SYNC);
+    Ok(options)
+}
+
+/// Puts a secret into the provider's store.
+async fn store(cluster: &Embedded, node: &str, secret: &str) -> Result<()> {
+    let path = format!("/objects?{}", secret.replace(' ', "%20"));
+    let provider = cluster.provider(node, "fake-provider");
+    let answer = provider.get(8080, &path).await?;
+    match answer.status {
+        200 => Ok(()),
+        _ => Err(Error::Impossible(answer.body)),
+    }
+}
+
+/// Changes the password and tells what the reader reads, until that is the new one.
+async fn rotate(told: &mut Told, cluster: &Embedded, namespace: &str, node: &str) -> Result<()> {
+    let started = Instant::now();
+    let mut last = None;
+    for read in 1.. {
+        let tree = cluster.tree(namespace, POD, MOUNT, View::Reader).await?;
+        let now = tree.get("db/password").map(shown).unwrap_or_default();
+        if last.as_ref() != Some(&now) {
+            let after = started.elapsed().as_secs_f64();
+            told.fact(&format!("read {read}, at {after:.2} s"), &now);
+            if last.is_some() {
+                return Ok(());
+            }
+            last = Some(now);
+            store(cluster, node, ROTATED).await?;
+        }
+        if started.elapsed() > LIMIT {
+            break;
+        }
+    }
+    Err(Error::Timeout {
+        what: "the new password in the pod".to_owned(),
+        after: LIMIT,
+        last: last.unwrap_or_default(),
+    })
 }
 
 /// Finds or builds the executables, naming each crate while it takes a while.

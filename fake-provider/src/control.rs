@@ -9,9 +9,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, put};
 use http::header::CONTENT_TYPE;
 use http::{Method, StatusCode, Uri};
+use serde::Deserialize;
 
 use crate::faults::parse_faults;
 use crate::provider::Provider;
+use crate::source::Stored;
 
 /// The most of a form that is read.
 const MAX_FORM: usize = 64 << 10;
@@ -21,6 +23,7 @@ pub(crate) fn router(provider: Arc<Provider>) -> Router {
     Router::new()
         .route("/rotation", any(rotation))
         .route("/validate-token-requests", any(validate_token_requests))
+        .route("/objects", any(set_object))
         .route("/calls", get(calls))
         .route("/calls/reset", any(reset_calls))
         .route("/faults", put(set_faults).delete(clear_faults))
@@ -42,6 +45,24 @@ async fn validate_token_requests(
     tracing::info!(audiences, "token audiences set");
     provider.set_token_audiences(audiences);
     Ok(())
+}
+
+/// What `/objects` sets.
+#[derive(Deserialize)]
+struct Setting {
+    name: String,
+    content: String,
+    version: Option<String>,
+}
+
+async fn set_object(State(provider): State<Arc<Provider>>, Query(setting): Query<Setting>) {
+    tracing::info!(
+        object = setting.name,
+        version = setting.version,
+        "object set"
+    );
+    let object = Stored::of_text(setting.content, setting.version);
+    provider.set_object(setting.name, object);
 }
 
 async fn calls(State(provider): State<Arc<Provider>>) -> Result<Response, Refusal> {

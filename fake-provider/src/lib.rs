@@ -22,7 +22,8 @@
 //! | `contentSize` | that many bytes of a fixed pattern |
 //! | `contentFrom` | what the driver sent: `attributes`, `secrets`, `permission`, `targetPath` or `currentObjectVersion`; service account tokens appear as `<token>`; `tokenClaims`, for whom each token is, and `tokenDigests`, in which a renewal shows |
 //!
-//! An entry without a `content…` key is looked up in [`Options::objects`], then in upstream's
+//! An entry without a `content…` key is looked up in what was set over HTTP and in
+//! [`Options::objects`], then in upstream's
 //! table. Only objects of that table rotate on `/rotation`; all others change when the class
 //! or the file changes, which is read again at every Mount, a directory as a whole: nothing is
 //! watched, and nothing is remembered. If the class has no `objects`, all of [`Options::objects`] is served.
@@ -48,7 +49,8 @@
 //! # HTTP
 //!
 //! `/rotation?rotated=true` and `/validate-token-requests?audience=a,b` as upstream, and
-//! `/calls` (JSON), `/calls/reset`, `/faults` (PUT, DELETE).
+//! `/objects?name=a&content=b` with an optional `&version=c`, which sets an object that goes before
+//! those of [`Options::objects`], `/calls` (JSON), `/calls/reset`, `/faults` (PUT, DELETE).
 //!
 //! # The modules
 //!

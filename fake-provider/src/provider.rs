@@ -18,7 +18,7 @@ use crate::calls::{Calls, InFlight};
 use crate::faults::{Caller, Fault, Faults, write_files};
 use crate::lock;
 use crate::objects::{Asked, Material, Object, Strings, all_of, parse_objects, pattern};
-use crate::source::{Source, StoredObjects};
+use crate::source::{Source, Stored, StoredObjects};
 use crate::tokens::{TOKENS_KEY, audiences_of};
 
 const POD_NAME: &str = "csi.storage.k8s.io/pod.name";
@@ -34,6 +34,8 @@ pub(crate) struct Provider {
     source: Option<Source>,
     rotated: Mutex<String>,
     token_audiences: Mutex<String>,
+    /// Objects set at run time; they go before those of the source.
+    set: Mutex<StoredObjects>,
     /// UIDs of pods that have mounted, which are those that rotation changes.
     mounted: Mutex<HashSet<String>>,
     pub(crate) calls: Calls,
@@ -52,6 +54,7 @@ impl Provider {
             source,
             rotated: Mutex::new("false".to_owned()),
             token_audiences: Mutex::new(token_audiences),
+            set: Mutex::default(),
             mounted: Mutex::default(),
             calls: Calls::default(),
             faults: Faults::default(),
@@ -67,6 +70,11 @@ impl Provider {
     /// Sets the audiences, separated by commas, for which tokens must come; empty for none.
     pub(crate) fn set_token_audiences(&self, audiences: String) {
         *lock(&self.token_audiences) = audiences;
+    }
+
+    /// Sets an object, as somebody does who changes a secret in the store.
+    pub(crate) fn set_object(&self, name: String, object: Stored) {
+        lock(&self.set).insert(name, object);
     }
 
     async fn answer(
@@ -85,10 +93,11 @@ impl Provider {
         if request.target_path.is_empty() {
             return Err(Status::unknown("target_path is empty"));
         }
-        let stored = match &self.source {
+        let mut stored = match &self.source {
             Some(source) => source.read().await.map_err(plain)?,
             None => StoredObjects::new(),
         };
+        stored.extend(lock(&self.set).clone());
         let asked = self.asked(&attributes, &stored)?;
         let names: Vec<&str> = asked.iter().map(Asked::name).collect();
 

@@ -19,11 +19,24 @@ use crate::objects::{decode_base64, parse_mode, parse_yaml};
 pub(crate) struct Source(PathBuf);
 
 /// One object as it is stored now.
+#[derive(Clone)]
 pub(crate) struct Stored {
     /// Permission bits, 0 for none given.
     pub(crate) mode: i32,
     pub(crate) contents: Vec<u8>,
     pub(crate) version: String,
+}
+
+impl Stored {
+    /// An object of text without a mode. A version that is not given follows from the content.
+    pub(crate) fn of_text(content: String, version: Option<String>) -> Self {
+        let contents = content.into_bytes();
+        Self {
+            mode: 0,
+            version: version.unwrap_or_else(|| version_of(&contents)),
+            contents,
+        }
+    }
 }
 
 /// Objects by name.

@@ -400,6 +400,22 @@ async fn what_the_driver_sent_can_be_read_from_the_volume() {
 }
 
 #[tokio::test]
+async fn an_object_is_set_over_http() {
+    let provider = Running::start().await;
+    let path = "/objects?name=foo&content=set%20by%20hand&version=8";
+    provider.http("GET", path, "").await;
+    let class = [("objects", FOO_AND_KEY)];
+    let after = provider.mount(&class).await.unwrap();
+    assert_eq!(after.files[0].contents, b"set by hand");
+    assert_eq!(after.object_version[0].version, "8");
+    assert_ne!(after.files[1].contents, b"set by hand");
+    provider.http("GET", "/objects?name=foo&content=", "").await;
+    let emptied = provider.mount(&class).await.unwrap();
+    assert_eq!(emptied.files[0].contents, b"");
+    assert_ne!(emptied.object_version[0].version, "8");
+}
+
+#[tokio::test]
 async fn a_directory_is_served_as_it_is_now() {
     let source = tempfile::tempdir().unwrap();
     fs::create_dir(source.path().join("tls")).unwrap();

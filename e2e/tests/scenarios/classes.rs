@@ -17,7 +17,7 @@ async fn a_missing_class_that_appears() {
         .unwrap()
         .1;
     assert!(tail.contains("not found"), "{event}");
-    assert_eq!(s.leftovers_of_the_driver(&s.node()).await, "");
+    s.nothing_of_the_driver_is_left().await;
     assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
     assert!(
         s.metric(
@@ -66,7 +66,7 @@ async fn classes_that_say_too_little() {
         events.push(s.failed_mount(name, "rpc error").await);
     }
     insta::assert_snapshot!(events.join("\n"));
-    assert_eq!(s.leftovers_of_the_driver(&s.node()).await, "");
+    s.nothing_of_the_driver_is_left().await;
 }
 
 #[tokio::test]

@@ -233,7 +233,7 @@ impl Scenario {
     }
 
     /// The same without what kubelet itself keeps while it tries again.
-    pub async fn leftovers_of_the_driver(&self, node: &str) -> String {
+    async fn leftovers_of_the_driver(&self, node: &str) -> String {
         let all = self.leftovers(node).await;
         let kept = |line: &&str| {
             line.starts_with("mount ") || line.starts_with("plugins") || line.ends_with("/mount")
@@ -253,6 +253,15 @@ impl Scenario {
     pub async fn nothing_is_left_on(&self, node: &str) {
         until("nothing is left on the node", async || {
             self.leftovers(node).await == "nothing\n"
+        })
+        .await;
+    }
+
+    /// Waits until the driver has left nothing on the node. kubelet tries a publish that failed
+    /// again and again, and while such an attempt runs there is something of it.
+    pub async fn nothing_of_the_driver_is_left(&self) {
+        until("nothing of the driver is left on the node", async || {
+            self.leftovers_of_the_driver(&self.node()).await.is_empty()
         })
         .await;
     }

@@ -26,7 +26,7 @@ async fn bad_paths(#[case] name: &str, #[case] fault: &str) {
         format!("bad_path_{name}"),
         s.failed_mount("web", "rpc error").await
     );
-    assert_eq!(s.leftovers_of_the_driver(&s.node()).await, "");
+    s.nothing_of_the_driver_is_left().await;
     assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
     assert!(
         s.metric(

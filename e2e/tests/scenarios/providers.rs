@@ -62,7 +62,7 @@ async fn provider_errors(#[case] name: &str, #[case] fault: &str) {
     insta::with_settings!({filters => vec![(r"attempts \(.*\);", "attempts ([how]);")]}, {
         insta::assert_snapshot!(format!("provider_error_{name}"), event);
     });
-    assert_eq!(s.leftovers_of_the_driver(&s.node()).await, "");
+    s.nothing_of_the_driver_is_left().await;
     assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
 
     // The pod starts when the provider is well again.
@@ -141,5 +141,5 @@ async fn an_answer_without_files_is_not_a_mounted_volume() {
     .await;
     s.apply(&pod("web", &["db"])).await;
     s.failed_mount("web", "rpc error").await;
-    assert_eq!(s.leftovers_of_the_driver(&s.node()).await, "");
+    s.nothing_of_the_driver_is_left().await;
 }

@@ -78,12 +78,6 @@ async fn a_new_driver_under_running_pods() {
     s.ready("web").await;
     let (before, mounts) = (s.state("web").await, s.mounts().await);
     roll_out(&s).await;
-    // It publishes again what is published, which is then known to its metrics.
-    until("the new driver has been asked", async || {
-        let log = s.cluster.driver(&s.node()).log().await.unwrap();
-        log.contains("kubelet registered the driver")
-    })
-    .await;
     s.apply(&pod("later", &["db"])).await;
     s.ready("later").await;
     let later = s.reads("later", MOUNT).await;
@@ -96,10 +90,7 @@ async fn a_new_driver_under_running_pods() {
     assert_eq!(s.provider_calls("web").await, 1);
     s.delete("web").await;
     // The new driver's own pod is not a leftover.
-    until("no volume is left on the node", async || {
-        s.leftovers_of_the_driver(&s.node()).await.is_empty()
-    })
-    .await;
+    s.nothing_of_the_driver_is_left().await;
     s.no_pod_statuses().await;
 }
 

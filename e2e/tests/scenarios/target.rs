@@ -43,6 +43,8 @@ pub struct Needs {
     pub controllers: bool,
     /// Whether kubelet can be restarted without the node.
     pub kubelet_restart: bool,
+    /// Whether the driver registers itself with kubelet.
+    pub own_registration: bool,
     /// Flags for the driver, after those that it is installed with.
     pub driver_flags: &'static [&'static str],
     /// Audiences of the service account tokens that the CSIDriver asks for.
@@ -60,6 +62,7 @@ impl Default for Needs {
             republish: false,
             controllers: false,
             kubelet_restart: false,
+            own_registration: false,
             driver_flags: &[],
             audiences: &[],
             tokens_in_secrets: false,
@@ -274,8 +277,17 @@ async fn embedded(needs: &Needs) -> Embedded {
         .unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// What the form in which the driver is installed into a shared cluster has not.
+fn lacking_in_form(needs: &Needs) -> Option<String> {
+    let sidecars = matches!(Form::from_env(), Form::Sidecars(_));
+    (needs.own_registration && sidecars).then(|| "driver that registers itself".to_owned())
+}
+
 /// It has one node and a real kubelet's deadline, and publishes again every second anyway.
 fn lacking_on_local(needs: &Needs) -> Option<String> {
+    if let Some(lacking) = lacking_in_form(needs) {
+        return Some(lacking);
+    }
     if needs.nodes > 1 {
         return Some(format!("{} nodes", needs.nodes));
     }
@@ -325,6 +337,9 @@ fn kind_options() -> kind::Options {
 
 /// The three-node cluster has two nodes for pods.
 fn lacking_on_kind(needs: &Needs, nodes: kind::Nodes) -> Option<String> {
+    if let Some(lacking) = lacking_in_form(needs) {
+        return Some(lacking);
+    }
     let nodes = match nodes {
         kind::Nodes::One => 1,
         kind::Nodes::Three => 2,
