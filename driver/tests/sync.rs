@@ -32,8 +32,10 @@ use tokio_util::sync::CancellationToken;
 const EVERY: Duration = Duration::from_millis(200);
 
 /// Objects by path, and the requests so far.
+type Stored = (BTreeMap<String, Value>, Vec<String>);
+
 #[derive(Clone, Default)]
-struct Api(Arc<Mutex<(BTreeMap<String, Value>, Vec<String>)>>);
+struct Api(Arc<Mutex<Stored>>);
 
 impl Api {
     async fn start(dir: &Path) -> (Self, Cluster) {
