@@ -9,7 +9,8 @@ use e2e::{
     install::Installation,
     previous::{self, PREVIOUS_VARIABLE, UPSTREAM_VARIABLE},
 };
-use kube::ResourceExt;
+use k8s_openapi::api::core::v1::Secret;
+use kube::{Api, ResourceExt};
 
 use crate::{
     harness::{MOUNT, Scenario, class, pod, until},
@@ -20,6 +21,14 @@ use crate::{
 const OBJECTS: &str = "\
 - {objectName: password, content: hunter2, mode: \"0644\", version: \"3\"}
 - {objectName: tls/key, content: \"-----BEGIN\", mode: \"0400\", version: \"1\"}";
+
+/// The Secret that the first class asks for.
+const SYNCED: &str = "  secretObjects:
+    - secretName: db
+      type: Opaque
+      data:
+        - {objectName: password, key: password}
+";
 
 /// Long enough for kubelet to have looked at every volume again.
 const A_FEW_LOOKS: Duration = Duration::from_secs(3);
@@ -54,15 +63,27 @@ async fn everything(s: &Scenario) -> (Vec<e2e::tree::Tree>, Vec<String>, String,
     (trees, s.mounts().await, s.pod_statuses().await, uids)
 }
 
+/// The Secret's identity and what it holds.
+async fn secret(s: &Scenario) -> Option<(Option<String>, String)> {
+    let secrets = Api::<Secret>::namespaced(s.cluster.client(), &s.namespace);
+    let secret = secrets.get_opt("db").await.unwrap()?;
+    let data = secret.data.as_ref().unwrap()["password"].0.clone();
+    Some((secret.uid(), String::from_utf8(data).unwrap()))
+}
+
 /// Runs a pod with two volumes under what was there before, puts this driver in its place, and
-/// looks at the pod until it is gone. `calls` is how often the provider is asked for the pod.
-async fn replace(s: &Scenario, before: &Installation, calls: u64) {
+/// looks at the pod until it is gone. `syncs` says that a Secret is there before, too; `calls` is
+/// how often the provider is asked for the pod.
+async fn replace(s: &Scenario, before: &Installation, syncs: bool, calls: u64) {
     s.cluster.install(before).await;
-    for name in ["db", "tls"] {
-        s.apply(&class(name, OBJECTS)).await;
-    }
+    s.apply(&(class("db", OBJECTS) + SYNCED)).await;
+    s.apply(&class("tls", OBJECTS)).await;
     s.apply(&pod("web", &["db", "tls"])).await;
     s.ready("web").await;
+    if syncs {
+        until("the Secret is there", async || secret(s).await.is_some()).await;
+    }
+    let synced = secret(s).await;
     let earlier = everything(s).await;
     assert_eq!(earlier.0[0].texts()["password"], "hunter2");
     assert_eq!((earlier.1.len(), earlier.3.len()), (2, 2));
@@ -74,6 +95,9 @@ async fn replace(s: &Scenario, before: &Installation, calls: u64) {
     .await;
     tokio::time::sleep(A_FEW_LOOKS).await;
     assert_eq!(everything(s).await, earlier);
+    if synced.is_some() {
+        assert_eq!(secret(s).await, synced);
+    }
     // Its two volumes are of one pod.
     assert_eq!(s.provider_calls("web").await, calls);
 
@@ -86,6 +110,10 @@ async fn replace(s: &Scenario, before: &Installation, calls: u64) {
     // The new driver's own pod is not a leftover.
     s.nothing_of_the_driver_is_left().await;
     s.no_pod_statuses().await;
+    until("the Secret went with the pod", async || {
+        secret(s).await.is_none()
+    })
+    .await;
     let log = s.cluster.driver(&s.node()).log().await.unwrap();
     assert_eq!(log.matches("unpublished").count(), 3, "{log}");
 }
@@ -107,7 +135,7 @@ async fn from_an_earlier_commit() {
         .await
         .unwrap()
         .unwrap_or_else(|error| panic!("{error}"));
-    replace(&s, &before, 2).await;
+    replace(&s, &before, false, 2).await;
 }
 
 /// It leaves no records: what lies in its mounts is written again, in these very mounts.
@@ -125,5 +153,5 @@ async fn from_the_existing_driver() {
     let images = tokio::task::spawn_blocking(|| images::build(|_| {}));
     let probe = images.await.unwrap().unwrap().probe;
     let before = previous::upstream(&driver, &probe).unwrap_or_else(|error| panic!("{error}"));
-    replace(&s, &before, 4).await;
+    replace(&s, &before, true, 4).await;
 }
