@@ -15,7 +15,7 @@ mod heal;
 mod known;
 mod tls;
 
-use std::{collections::BTreeMap, fmt, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, io, path::PathBuf, slice, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use tokio::time::{Instant, timeout};
@@ -198,7 +198,7 @@ impl Sync {
                     self.report(
                         class,
                         object.secret_name.trim(),
-                        &[volume.clone()],
+                        slice::from_ref(volume),
                         Err(&problem),
                     );
                 }
@@ -249,7 +249,7 @@ impl Sync {
             self.report(
                 &class,
                 name,
-                &[volume.clone()],
+                slice::from_ref(volume),
                 kept.as_ref().map(|kept| *kept),
             );
             if let Err(problem) = kept {
@@ -438,7 +438,7 @@ async fn made(
             let gone = || io::Error::from(io::ErrorKind::NotFound);
             return Err(unreadable(failed.unwrap_or_else(gone)));
         };
-        let objects = std::slice::from_ref(&object);
+        let objects = slice::from_ref(&object);
         let mut attempts = 0;
         let snapshot = loop {
             attempts += 1;

@@ -122,6 +122,12 @@ args:
   {{- if eq (toString .Values.republishErrors) "surface" }}
   - --republish-errors=surface
   {{- end }}
+  {{- if eq (toString (.Values.syncSecret).errors) "fail" }}
+  - --sync-errors=fail
+  {{- end }}
+  {{- with (.Values.syncSecret).interval }}
+  - --sync-interval={{ . }}
+  {{- end }}
   - --metrics-addr={{ $linux.metricsAddr }}
   {{- if .Values.providerHealthCheck }}
   - --provider-health-check=true

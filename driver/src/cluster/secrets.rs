@@ -7,19 +7,17 @@
 //! which class made it, and since when its content is what it is. Newer content replaces older,
 //! never the other way round, and equal content is never written.
 
+mod decision;
+
 use std::collections::BTreeMap;
 
 use base64::{display::Base64Display, engine::general_purpose::STANDARD};
-use jiff::{Timestamp, ToSpan as _};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use jiff::Timestamp;
 use kube::{
     api::{DeleteParams, GetParams, Patch, PatchParams, PostParams, Preconditions},
-    core::{ObjectMeta, Request},
+    core::Request,
 };
-use serde::{
-    Deserialize, Deserializer, Serialize, Serializer,
-    de::{self, DeserializeOwned, IgnoredAny, Visitor},
-};
+use serde::de::{DeserializeOwned, IgnoredAny};
 
 use super::{Cluster, Failure, limited};
 use crate::{
@@ -27,6 +25,7 @@ use crate::{
     secret::Secret,
     volume::record::Class,
 };
+use decision::{Change, Decision, Existing, Holder, decide, without_owner};
 
 /// On every Secret that the driver keeps, as on those of the existing driver.
 pub const MANAGED: &str = "secrets-store.csi.k8s.io/managed";
@@ -38,16 +37,8 @@ pub const CLASS: &str = "secrets-store.csi.k8s.io/class";
 pub const CLASS_UID: &str = "secrets-store.csi.k8s.io/class-uid";
 /// Since when the volume that the content was taken from has held it.
 pub const SINCE: &str = "secrets-store.csi.k8s.io/content-since";
-/// The keys of the labels that the class asked for, so that they can go when it no longer does.
-const LABELS: &str = "secrets-store.csi.k8s.io/class-labels";
-/// The same for annotations.
-const ANNOTATIONS: &str = "secrets-store.csi.k8s.io/class-annotations";
-
 /// How often a write is tried against others who write the same Secret.
 const ATTEMPTS: usize = 5;
-/// A node whose clock is further ahead does not keep others from writing.
-const CLOCKS_DIFFER: i64 = 300;
-
 /// A Secret as it should be.
 #[derive(Clone, Copy)]
 pub struct Wanted<'a> {
@@ -346,374 +337,7 @@ fn plainly_refused(failure: Failure) -> Refusal {
     }
 }
 
-/// A Secret as the API server has it. It has no `Debug`.
-#[derive(Deserialize)]
-struct Existing {
-    metadata: ObjectMeta,
-    #[serde(rename = "type", default)]
-    type_: String,
-    #[serde(default)]
-    data: BTreeMap<String, Decoded>,
-}
-
-struct Decoded(Secret);
-
-impl<'de> Deserialize<'de> for Decoded {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Base64;
-
-        impl Visitor<'_> for Base64 {
-            type Value = Decoded;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("base64")
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Decoded, E> {
-                use base64::Engine as _;
-                let decoded = STANDARD.decode(text).map_err(|_| E::custom("not base64"))?;
-                Ok(Decoded(decoded.into()))
-            }
-
-            fn visit_unit<E: de::Error>(self) -> Result<Decoded, E> {
-                Ok(Decoded(Secret::default()))
-            }
-        }
-        deserializer.deserialize_any(Base64)
-    }
-}
-
-/// A value on its way to the API server, encoded without another copy.
-struct Encoded<'a>(&'a Secret);
-
-impl Serialize for Encoded<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&Base64Display::new(self.0.expose(), &STANDARD))
-    }
-}
-
-impl Existing {
-    fn annotation(&self, key: &str) -> Option<&String> {
-        self.metadata.annotations.as_ref()?.get(key)
-    }
-
-    fn label(&self, key: &str) -> Option<&String> {
-        self.metadata.labels.as_ref()?.get(key)
-    }
-
-    fn owners(&self) -> &[OwnerReference] {
-        self.metadata.owner_references.as_deref().unwrap_or(&[])
-    }
-
-    fn has(&self, data: &BTreeMap<String, Secret>) -> bool {
-        self.data.len() == data.len()
-            && data
-                .iter()
-                .all(|(key, value)| self.data.get(key).is_some_and(|there| there.0 == *value))
-    }
-}
-
-/// A merge patch: what is absent stays, what is null goes.
-#[derive(Serialize)]
-struct Change<'a> {
-    metadata: ChangedMeta<'a>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    data: BTreeMap<&'a str, Option<Encoded<'a>>>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct ChangedMeta<'a> {
-    uid: Option<&'a str>,
-    resource_version: Option<&'a str>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    labels: BTreeMap<&'a str, Option<String>>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    annotations: BTreeMap<&'a str, Option<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    owner_references: Option<Vec<OwnerReference>>,
-}
-
-impl<'a> Change<'a> {
-    /// No change yet. It applies only to what was read.
-    fn of(existing: &'a Existing) -> Self {
-        Self {
-            metadata: ChangedMeta {
-                uid: existing.metadata.uid.as_deref(),
-                resource_version: existing.metadata.resource_version.as_deref(),
-                labels: BTreeMap::new(),
-                annotations: BTreeMap::new(),
-                owner_references: None,
-            },
-            data: BTreeMap::new(),
-        }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.metadata.labels.is_empty()
-            && self.metadata.annotations.is_empty()
-            && self.metadata.owner_references.is_none()
-            && self.data.is_empty()
-    }
-}
-
-/// The class that a Secret says it is of.
-#[derive(Debug, PartialEq, Eq)]
-struct Holder {
-    name: String,
-    uid: String,
-}
-
-/// What has to be done.
-enum Decision<'a> {
-    /// Nothing: it is as it should be, or newer.
-    Nothing,
-    /// Nothing, because it is somebody else's.
-    Unmanaged,
-    /// Nothing, if that class still makes it.
-    OtherClass(Holder),
-    /// This change.
-    Write(Change<'a>),
-    /// A new Secret in its place.
-    Replace,
-}
-
-/// The decision, by what the Secret says about itself. `released`: the class that it names does
-/// not make it any more.
-fn decide<'a>(existing: &'a Existing, wanted: &Wanted<'a>, released: bool) -> Decision<'a> {
-    let is_yes = |value: Option<&String>| value.is_some_and(|value| value == "true");
-    let holder = existing.annotation(CLASS_UID).map(|uid| Holder {
-        name: existing.annotation(CLASS).cloned().unwrap_or_default(),
-        uid: uid.clone(),
-    });
-    let managed = is_yes(existing.label(MANAGED)) || holder.is_some();
-    if !managed && !is_yes(existing.annotation(ADOPT)) {
-        return Decision::Unmanaged;
-    }
-    let equal = existing.type_ == wanted.type_ && existing.has(wanted.data);
-    let mut change = Change::of(existing);
-    change.metadata.owner_references = owners(existing, wanted.owners);
-    // A class that was made anew under its name is the same class to those who look at names.
-    let other = holder.as_ref().is_some_and(|holder| {
-        !released && holder.uid != wanted.class.uid && holder.name != wanted.class.name
-    });
-    if other && !equal {
-        return Decision::OtherClass(holder.unwrap_or(Holder {
-            name: String::new(),
-            uid: String::new(),
-        }));
-    }
-    if !other {
-        let latest = Timestamp::now().saturating_add(CLOCKS_DIFFER.seconds());
-        let since = existing
-            .annotation(SINCE)
-            .and_then(|text| text.parse::<Timestamp>().ok());
-        let newer_there = since.is_some_and(|since| {
-            !released && since > wanted.since && latest.is_ok_and(|latest| since <= latest)
-        });
-        let replace_content = !equal && !newer_there;
-        if replace_content && existing.type_ != wanted.type_ {
-            return Decision::Replace;
-        }
-        wanted.change_metadata(existing, &mut change);
-        if replace_content {
-            wanted.change_data(existing, &mut change);
-        }
-        if replace_content || holder.is_none() || released {
-            for (key, value) in wanted.origin() {
-                if existing.annotation(key) != Some(&value) {
-                    change.metadata.annotations.insert(key, Some(value));
-                }
-            }
-        }
-    }
-    if change.is_empty() {
-        Decision::Nothing
-    } else {
-        Decision::Write(change)
-    }
-}
-
-/// The owners that a Secret should have, if they are not those it has: all that it has, but for
-/// earlier objects of the name of one of ours, and ours.
-fn owners(existing: &Existing, ours: &[Owner]) -> Option<Vec<OwnerReference>> {
-    let group = |api_version: &str| {
-        api_version
-            .split_once('/')
-            .map(|(group, _)| group.to_owned())
-    };
-    let is_earlier = |there: &OwnerReference| {
-        ours.iter().any(|owner| {
-            owner.uid != there.uid
-                && owner.kind == there.kind
-                && owner.name == there.name
-                && group(&owner.api_version) == group(&there.api_version)
-        }) && !ours.iter().any(|owner| owner.uid == there.uid)
-    };
-    let there = existing.owners();
-    let mut wanted: Vec<_> = there.iter().filter(|o| !is_earlier(o)).cloned().collect();
-    for owner in ours {
-        if wanted.iter().all(|there| there.uid != owner.uid) {
-            wanted.push(owner.reference());
-        }
-    }
-    (wanted != there).then_some(wanted)
-}
-
-/// Takes one owner away, unless it is the last.
-fn without_owner<'a>(existing: &'a Existing, owner: &str) -> Option<Change<'a>> {
-    let there = existing.owners();
-    let rest: Vec<_> = there.iter().filter(|o| o.uid != owner).cloned().collect();
-    if rest.is_empty() || rest.len() == there.len() {
-        return None;
-    }
-    let mut change = Change::of(existing);
-    change.metadata.owner_references = Some(rest);
-    Some(change)
-}
-
-impl Owner {
-    fn reference(&self) -> OwnerReference {
-        OwnerReference {
-            api_version: self.api_version.clone(),
-            kind: self.kind.clone(),
-            name: self.name.clone(),
-            uid: self.uid.clone(),
-            ..OwnerReference::default()
-        }
-    }
-}
-
-impl<'a> Wanted<'a> {
-    /// Where the content comes from.
-    fn origin(&self) -> [(&'static str, String); 3] {
-        [
-            (CLASS, self.class.name.clone()),
-            (CLASS_UID, self.class.uid.clone()),
-            (SINCE, self.since.to_string()),
-        ]
-    }
-
-    /// The keys of what the class asks for, as an annotation's value.
-    fn keys(map: &BTreeMap<String, String>) -> Option<String> {
-        let keys: Vec<&str> = map.keys().map(String::as_str).collect();
-        (!keys.is_empty()).then(|| keys.join(","))
-    }
-
-    /// Labels and annotations: set what is asked for, take away what no longer is.
-    fn change_metadata(&self, existing: &'a Existing, change: &mut Change<'a>) {
-        let set = |there: Option<&String>, value: &str| there.map(String::as_str) != Some(value);
-        let earlier = |key: &str| {
-            existing
-                .annotation(key)
-                .map_or("", String::as_str)
-                .split(',')
-        };
-        let (labels, annotations) = (
-            &mut change.metadata.labels,
-            &mut change.metadata.annotations,
-        );
-        for key in earlier(LABELS) {
-            if existing.label(key).is_some() && !self.labels.contains_key(key) && key != MANAGED {
-                labels.insert(key, None);
-            }
-        }
-        for key in earlier(ANNOTATIONS) {
-            if existing.annotation(key).is_some() && !self.annotations.contains_key(key) {
-                annotations.insert(key, None);
-            }
-        }
-        for (key, value) in self.labels {
-            if key != MANAGED && set(existing.label(key), value) {
-                labels.insert(key, Some(value.clone()));
-            }
-        }
-        if set(existing.label(MANAGED), "true") {
-            labels.insert(MANAGED, Some("true".to_owned()));
-        }
-        for (key, value) in self.annotations {
-            if !is_reserved(key) && set(existing.annotation(key), value) {
-                annotations.insert(key, Some(value.clone()));
-            }
-        }
-        for (key, map) in [(LABELS, self.labels), (ANNOTATIONS, self.annotations)] {
-            let keys = Self::keys(map);
-            if existing.annotation(key) != keys.as_ref() {
-                annotations.insert(key, keys);
-            }
-        }
-    }
-
-    fn change_data(&self, existing: &'a Existing, change: &mut Change<'a>) {
-        for key in existing.data.keys() {
-            if !self.data.contains_key(key) {
-                change.data.insert(key, None);
-            }
-        }
-        for (key, value) in self.data {
-            if existing.data.get(key).is_none_or(|there| there.0 != *value) {
-                change.data.insert(key, Some(Encoded(value)));
-            }
-        }
-    }
-
-    /// The whole Secret, with what others had put on an earlier one.
-    fn object(&self, earlier: Option<&Existing>) -> Object<'a> {
-        let mut labels = BTreeMap::new();
-        let mut annotations = BTreeMap::new();
-        let mut owner_references: Vec<_> = self.owners.iter().map(Owner::reference).collect();
-        if let Some(earlier) = earlier {
-            let of_class = |key: &str, list: &str| {
-                let listed = earlier.annotation(list).map_or("", String::as_str);
-                listed.split(',').any(|listed| listed == key)
-            };
-            let foreign = earlier.metadata.labels.iter().flatten();
-            labels.extend(
-                foreign
-                    .filter(|(key, _)| !of_class(key, LABELS))
-                    .map(|(key, value)| (key.clone(), value.clone())),
-            );
-            let foreign = earlier.metadata.annotations.iter().flatten();
-            annotations.extend(
-                foreign
-                    .filter(|(key, _)| !of_class(key, ANNOTATIONS) && !is_reserved(key))
-                    .map(|(key, value)| (key.clone(), value.clone())),
-            );
-            if let Some(all) = owners(earlier, self.owners) {
-                owner_references = all;
-            } else {
-                owner_references = earlier.owners().to_vec();
-            }
-        }
-        labels.extend(self.labels.clone());
-        labels.insert(MANAGED.to_owned(), "true".to_owned());
-        let asked_for = self.annotations.iter().filter(|(key, _)| !is_reserved(key));
-        annotations.extend(asked_for.map(|(key, value)| (key.clone(), value.clone())));
-        let ours = self.origin().map(|(key, value)| (key.to_owned(), value));
-        annotations.extend(ours);
-        for (key, map) in [(LABELS, self.labels), (ANNOTATIONS, self.annotations)] {
-            annotations.extend(Self::keys(map).map(|keys| (key.to_owned(), keys)));
-        }
-        Object {
-            api_version: "v1",
-            kind: "Secret",
-            metadata: ObjectMeta {
-                name: Some(self.name.to_owned()),
-                namespace: Some(self.namespace.to_owned()),
-                labels: Some(labels),
-                annotations: Some(annotations),
-                owner_references: Some(owner_references),
-                ..ObjectMeta::default()
-            },
-            type_: self.type_,
-            data: self
-                .data
-                .iter()
-                .map(|(key, value)| (key.as_str(), Encoded(value)))
-                .collect(),
-        }
-    }
-
+impl Wanted<'_> {
     /// A message of the API server's or of a webhook's, unless it quotes one of the values.
     fn scrubbed(&self, message: String) -> String {
         let quotes = |value: &Secret| {
@@ -729,23 +353,6 @@ impl<'a> Wanted<'a> {
         }
         message
     }
-}
-
-/// Annotations that are the driver's to set.
-fn is_reserved(key: &str) -> bool {
-    [CLASS, CLASS_UID, SINCE, LABELS, ANNOTATIONS].contains(&key)
-}
-
-/// A Secret to be created.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Object<'a> {
-    api_version: &'static str,
-    kind: &'static str,
-    metadata: ObjectMeta,
-    #[serde(rename = "type")]
-    type_: &'a str,
-    data: BTreeMap<&'a str, Encoded<'a>>,
 }
 
 #[cfg(test)]

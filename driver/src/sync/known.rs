@@ -31,6 +31,9 @@ pub(super) struct Mounted {
     told: BTreeMap<String, String>,
 }
 
+/// Who works on a Secret, by its namespace and name.
+type Turns = HashMap<(String, String), Arc<Turn<()>>>;
+
 /// Namespace and name of a class.
 type ClassKey = (String, String);
 
@@ -77,7 +80,7 @@ struct State {
 #[derive(Default)]
 pub(super) struct Known {
     state: Mutex<State>,
-    turns: Mutex<HashMap<(String, String), Arc<Turn<()>>>>,
+    turns: Mutex<Turns>,
     /// Something may be due earlier than it seemed.
     pub(super) sooner: Notify,
 }

@@ -24,6 +24,7 @@ mod providers;
 mod restarts;
 mod rollouts;
 mod rotation;
+mod secrets;
 mod settings;
 mod target;
 mod tokens;

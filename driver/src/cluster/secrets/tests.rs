@@ -1,6 +1,9 @@
 //! The decision, on Secrets as the API server would have them.
 
-use super::*;
+use super::{
+    decision::{ANNOTATIONS, LABELS},
+    *,
+};
 use rstest::rstest;
 use serde_json::{Value, json};
 

@@ -1,0 +1,313 @@
+//! Secrets that mirror what is mounted: made before the containers start, owned by who uses them,
+//! and never taken from somebody else.
+
+mod healing;
+mod inputs;
+mod owners;
+mod trouble;
+
+use std::{collections::BTreeMap, fmt::Write as _};
+
+use e2e::cluster::Cluster as _;
+use k8s_openapi::{
+    api::{
+        apps::v1::Deployment,
+        core::v1::{Event, Pod, Secret},
+    },
+    apimachinery::pkg::apis::meta::v1::OwnerReference,
+};
+use kube::{
+    ResourceExt as _,
+    api::{Api, DeleteParams, ListParams, Patch, PatchParams},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    harness::{MOUNT, Scenario, class, pod, until},
+    target::Needs,
+};
+
+/// Looks at Secrets and classes often, where a scenario waits for that.
+const OFTEN: &[&str] = &["--sync-interval=1s", "-v=5"];
+
+/// Of annotations, the driver's own that differ from run to run.
+const SINCE: &str = "secrets-store.csi.k8s.io/content-since";
+
+/// A class with one object, and the Secrets that this YAML list says.
+fn syncing(name: &str, content: &str, secrets: &str) -> String {
+    let objects = format!("- {{objectName: password, content: {content}}}");
+    format!("{}{}", class(name, &objects), entries(secrets))
+}
+
+/// A class's `secretObjects`.
+fn entries(list: &str) -> String {
+    let lines = list.lines().map(|line| format!("    {line}\n"));
+    format!("  secretObjects:\n{}", lines.collect::<String>())
+}
+
+const CREDS: &str = "- secretName: creds
+  type: Opaque
+  labels: {environment: test}
+  annotations: {note: from the class}
+  data: [{objectName: password, key: pw}]";
+
+/// A pod whose container takes its environment from a Secret.
+fn pod_with_env(name: &str, class: &str, secret: &str, key: &str) -> String {
+    let env = format!(
+        "      env:\n        - name: SECRET\n          valueFrom:\n            secretKeyRef: {{name: {secret}, key: {key}}}\n"
+    );
+    let args = "      args: [sleep]\n";
+    pod(name, &[class]).replace(args, &format!("{args}{env}"))
+}
+
+/// A Deployment of such pods.
+fn deployment(name: &str, replicas: usize, pod: &str) -> String {
+    let (_, spec) = pod.split_once("spec:\n").unwrap();
+    let spec: String = spec.lines().map(|line| format!("    {line}\n")).collect();
+    format!(
+        "apiVersion: apps/v1\nkind: Deployment\nmetadata:\n  name: {name}\nspec:\n  replicas: {replicas}\n  \
+         selector:\n    matchLabels:\n      app: {name}\n  template:\n    metadata:\n      labels:\n        \
+         app: {name}\n    spec:\n{spec}"
+    )
+}
+
+impl Scenario {
+    async fn syncing_often() -> Self {
+        let needs = Needs {
+            driver_flags: OFTEN,
+            ..Needs::default()
+        };
+        Self::needing(needs).await.unwrap()
+    }
+
+    fn secrets_api(&self) -> Api<Secret> {
+        Api::namespaced(self.cluster.client(), &self.namespace)
+    }
+
+    async fn secret(&self, name: &str) -> Option<Secret> {
+        self.secrets_api().get_opt(name).await.unwrap()
+    }
+
+    /// The text of a key, if both are there.
+    async fn value(&self, secret: &str, key: &str) -> Option<String> {
+        let data = self.secret(secret).await?.data?;
+        Some(String::from_utf8(data.get(key)?.0.clone()).unwrap())
+    }
+
+    async fn secret_says(&self, secret: &str, key: &str, text: &str) {
+        until(&format!("{secret} says {text:?}"), async || {
+            self.value(secret, key).await.as_deref() == Some(text)
+        })
+        .await;
+    }
+
+    async fn owners(&self, secret: &str) -> Vec<OwnerReference> {
+        let secret = self.secret(secret).await;
+        secret.map_or_else(Vec::new, |secret| secret.owner_references().to_vec())
+    }
+
+    async fn owned_by(&self, secret: &str, count: usize) {
+        until(&format!("{secret} has {count} owners"), async || {
+            self.owners(secret).await.len() == count
+        })
+        .await;
+    }
+
+    async fn no_secret(&self, name: &str) {
+        until(&format!("{name} is gone"), async || {
+            self.secret(name).await.is_none()
+        })
+        .await;
+    }
+
+    async fn patch_secret(&self, name: &str, patch: Value) {
+        let patch = Patch::Merge(patch);
+        let (api, how) = (self.secrets_api(), PatchParams::default());
+        api.patch(name, &how, &patch).await.unwrap();
+    }
+
+    async fn delete_deployment(&self, name: &str) {
+        let api = Api::<Deployment>::namespaced(self.cluster.client(), &self.namespace);
+        let background = DeleteParams::background();
+        api.delete(name, &background).await.unwrap();
+    }
+
+    async fn scale(&self, name: &str, replicas: usize) {
+        let api = Api::<Deployment>::namespaced(self.cluster.client(), &self.namespace);
+        let patch = Patch::Merge(json!({"spec": {"replicas": replicas}}));
+        let how = PatchParams::default();
+        api.patch(name, &how, &patch).await.unwrap();
+    }
+
+    /// Names of the pods of a Deployment.
+    async fn pods_of(&self, deployment: &str) -> Vec<String> {
+        let api = Api::<Pod>::namespaced(self.cluster.client(), &self.namespace);
+        let of = ListParams::default().labels(&format!("app={deployment}"));
+        let pods = api.list(&of).await.unwrap();
+        pods.iter().map(|pod| pod.name_any()).collect()
+    }
+
+    async fn all_ready(&self, deployment: &str, replicas: usize) -> Vec<String> {
+        until(&format!("{deployment} has its pods"), async || {
+            self.pods_of(deployment).await.len() == replicas
+        })
+        .await;
+        let pods = self.pods_of(deployment).await;
+        for pod in &pods {
+            self.ready(pod).await;
+        }
+        pods
+    }
+
+    /// Events of a reason on a pod, with the driver's words.
+    async fn told(&self, pod: &str, reason: &str) -> Vec<String> {
+        let events = self.cluster.events(&self.namespace, pod).await.unwrap();
+        let of_reason = |event: &Event| event.reason.as_deref() == Some(reason);
+        let events = events.into_iter().filter(of_reason);
+        events
+            .map(|event| self.redacted(&event.message.unwrap_or_default()))
+            .collect()
+    }
+
+    /// Waits for the driver's word that a Secret cannot be kept.
+    async fn trouble(&self, pod: &str, says: &str) -> String {
+        until(&format!("{pod} hears {says:?}"), async || {
+            let told = self.told(pod, "FailedToCreateSecret").await;
+            told.iter().any(|message| message.contains(says))
+        })
+        .await;
+        let mut told = self.told(pod, "FailedToCreateSecret").await;
+        told.retain(|message| message.contains(says));
+        told.remove(0)
+    }
+
+    /// The driver has looked at everything once more, at least.
+    async fn looked_again(&self) {
+        tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    }
+
+    /// All Secrets of the namespace as text.
+    async fn secrets(&self) -> String {
+        let list = self.secrets_api().list(&ListParams::default()).await;
+        let mut text = "secrets\n".to_owned();
+        for secret in list.unwrap() {
+            let mut owners: Vec<_> = secret
+                .owner_references()
+                .iter()
+                .map(|o| {
+                    let name = match o.kind.as_str() {
+                        "ReplicaSet" => match o.name.rsplit_once('-') {
+                            Some((deployment, _)) => format!("{deployment}-[hash]"),
+                            None => o.name.clone(),
+                        },
+                        _ => o.name.clone(),
+                    };
+                    json!({"apiVersion": o.api_version, "kind": o.kind, "name": name, "controller": o.controller, "blockOwnerDeletion": o.block_owner_deletion})
+                })
+                .collect();
+            owners.sort_by_key(ToString::to_string);
+            let mut annotations = secret.annotations().clone();
+            if let Some(since) = annotations.get_mut(SINCE) {
+                since.parse::<jiff::Timestamp>().unwrap();
+                *since = "[time]".to_owned();
+            }
+            let data = secret.data.clone().unwrap_or_default();
+            let shown: BTreeMap<_, _> = data
+                .iter()
+                .map(|(key, value)| (key, String::from_utf8_lossy(&value.0)))
+                .collect();
+            let yaml = serde_saphyr::to_string(&json!({
+                "name": secret.name_any(), "type": secret.type_, "labels": secret.labels(),
+                "annotations": annotations, "owners": owners, "data": shown,
+            }))
+            .unwrap();
+            for (number, line) in yaml
+                .lines()
+                .filter(|line| !line.ends_with(": null"))
+                .enumerate()
+            {
+                writeln!(text, "  {} {line}", if number == 0 { "-" } else { " " }).unwrap();
+            }
+        }
+        self.redacted(&text)
+    }
+}
+
+/// The fixture of EP-14: two Deployments of two pods each, whose environment needs the Secret.
+const FOOSECRET: &str = "- secretName: foosecret
+  type: Opaque
+  labels: {environment: test}
+  data: [{objectName: foo, key: username}]";
+
+fn foo_class(name: &str, secret: &str) -> String {
+    let objects = "- {objectName: foo}\n- {objectName: fookey}";
+    let secret = FOOSECRET.replace("foosecret", secret);
+    format!("{}{}", class(name, objects), entries(&secret))
+}
+
+#[tokio::test]
+async fn ep_14_to_16_two_deployments_and_one_secret() {
+    let s = Scenario::start().await;
+    s.apply(&foo_class("e2e-provider-sync", "foosecret")).await;
+    let pod = pod_with_env("busybox", "e2e-provider-sync", "foosecret", "username");
+    for name in ["busybox-deployment", "busybox-deployment-two"] {
+        s.apply(&deployment(name, 2, &pod)).await;
+    }
+    for name in ["busybox-deployment", "busybox-deployment-two"] {
+        for pod in s.all_ready(name, 2).await {
+            let tree = s.reads(&pod, MOUNT).await;
+            assert_eq!(tree.texts()["foo"], "secret");
+            // The Secret was there at the container's first start.
+            assert_eq!(s.told(&pod, "Failed").await, Vec::<String>::new());
+        }
+    }
+    assert_eq!(s.owners("foosecret").await.len(), 2, "without waiting");
+    insta::assert_snapshot!(s.secrets().await);
+    let uid = s.secret("foosecret").await.unwrap().uid();
+    s.delete_deployment("busybox-deployment").await;
+    s.owned_by("foosecret", 1).await;
+    assert_eq!(s.secret("foosecret").await.unwrap().uid(), uid);
+    s.delete_deployment("busybox-deployment-two").await;
+    s.no_secret("foosecret").await;
+    // And nobody makes it again for pods that end.
+    s.nothing_is_left().await;
+    assert!(s.secret("foosecret").await.is_none());
+}
+
+#[tokio::test]
+async fn ep_17_to_19_classes_of_one_name_in_two_namespaces() {
+    let s = Scenario::start().await;
+    let elsewhere = s.cluster.namespace().await.unwrap();
+    let class = foo_class("e2e-provider-sync", "foosecret");
+    let invalid = class.replace("provider: e2e-provider", "provider: invalidprovider");
+    s.cluster.apply(&elsewhere, &invalid).await.unwrap();
+    s.apply(&class).await;
+    let pod = pod_with_env("busybox", "e2e-provider-sync", "foosecret", "username");
+    s.apply(&deployment("busybox-deployment", 2, &pod)).await;
+    s.all_ready("busybox-deployment", 2).await;
+    assert_eq!(s.value("foosecret", "username").await.unwrap(), "secret");
+    assert_eq!(s.owners("foosecret").await.len(), 1);
+    let others = Api::<Secret>::namespaced(s.cluster.client(), &elsewhere);
+    assert!(others.get_opt("foosecret").await.unwrap().is_none());
+    s.delete_deployment("busybox-deployment").await;
+    s.no_secret("foosecret").await;
+}
+
+/// A bare pod has no controller: its Secrets live with its pod statuses.
+#[tokio::test]
+async fn ep_22_and_23_a_bare_pod_with_two_classes() {
+    let s = Scenario::start().await;
+    for number in [0, 1] {
+        let secret = format!("foosecret-{number}");
+        let name = format!("e2e-provider-spc-{number}");
+        s.apply(&foo_class(&name, &secret)).await;
+    }
+    let pod = pod("multi", &["e2e-provider-spc-0", "e2e-provider-spc-1"]);
+    s.apply(&pod).await;
+    s.ready("multi").await;
+    insta::assert_snapshot!(s.secrets().await);
+    s.delete("multi").await;
+    s.no_secret("foosecret-0").await;
+    s.no_secret("foosecret-1").await;
+    s.no_pod_statuses().await;
+}

@@ -1,0 +1,240 @@
+//! Secrets that somebody deleted or altered, classes that change, content that changes.
+
+use std::time::Duration;
+
+use super::*;
+use e2e::embedded::api::Disturbance;
+
+#[tokio::test]
+async fn deleted_and_altered_secrets_heal() {
+    let s = Scenario::syncing_often().await;
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let before = s.secrets().await;
+    insta::assert_snapshot!(before);
+    let healed = async || {
+        until("the Secret is as it was", async || {
+            s.secrets().await == before
+        })
+        .await;
+    };
+    let all = DeleteParams::default();
+    s.secrets_api().delete("creds", &all).await.unwrap();
+    healed().await;
+    s.patch_secret("creds", json!({"data": {"pw": "eA==", "more": "eA=="}}))
+        .await;
+    healed().await;
+    s.patch_secret(
+        "creds",
+        json!({"metadata": {
+            "labels": {"environment": "prod", "secrets-store.csi.k8s.io/managed": null},
+            "annotations": {"note": null},
+        }}),
+    )
+    .await;
+    healed().await;
+    s.patch_secret("creds", json!({"metadata": {"ownerReferences": null}}))
+        .await;
+    healed().await;
+    // What others put there stays, and is no reason to write.
+    s.patch_secret(
+        "creds",
+        json!({"metadata": {"labels": {"foreign": "1"}, "annotations": {"foreign": "1"}}}),
+    )
+    .await;
+    let version = s.secret("creds").await.unwrap().resource_version();
+    s.looked_again().await;
+    let now = s.secret("creds").await.unwrap();
+    assert_eq!(now.resource_version(), version);
+    assert_eq!(now.labels()["foreign"], "1");
+}
+
+/// The driver that was there before need not have been the one that made it.
+#[tokio::test]
+async fn a_new_driver_heals_from_the_mount() {
+    let s = Scenario::syncing_often().await;
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let before = s.secrets().await;
+    s.cluster.driver(&s.node()).kill().await.unwrap();
+    let all = DeleteParams::default();
+    s.secrets_api().delete("creds", &all).await.unwrap();
+    until("the Secret is there again", async || {
+        s.secrets().await == before
+    })
+    .await;
+    assert_eq!(s.provider_calls("web").await, 1, "nobody was asked");
+}
+
+#[tokio::test]
+async fn a_class_that_changes() {
+    let s = Scenario::syncing_often().await;
+    let two = format!(
+        "{CREDS}\n- secretName: more\n  type: Opaque\n  data: [{{objectName: password, key: a}}]"
+    );
+    s.apply(&syncing("db", "hunter2", &two)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let (uid, mut text) = (s.secret("creds").await.unwrap().uid(), s.secrets().await);
+    // Another key, other labels, and one Secret fewer.
+    let changed = "- secretName: creds
+  type: Opaque
+  labels: {team: shop}
+  data: [{objectName: password, key: password}]";
+    s.apply(&syncing("db", "hunter2", changed)).await;
+    s.secret_says("creds", "password", "hunter2").await;
+    until("the other is let go", async || {
+        let more = s.secret("more").await.unwrap();
+        !more.annotations().contains_key(SINCE)
+    })
+    .await;
+    assert_eq!(s.secret("creds").await.unwrap().uid(), uid);
+    text += &format!("after the class changed\n{}", s.secrets().await);
+    // Another type, which only a new Secret can have.
+    let retyped = changed.replace("Opaque", "kubernetes.io/basic-auth");
+    s.apply(&syncing("db", "hunter2", &retyped)).await;
+    until("the type is another", async || {
+        let secret = s.secret("creds").await;
+        secret.is_some_and(|s| s.type_.as_deref() == Some("kubernetes.io/basic-auth"))
+    })
+    .await;
+    assert_ne!(s.secret("creds").await.unwrap().uid(), uid);
+    text += &format!("after the type changed\n{}", s.secrets().await);
+    until("the pod is told", async || {
+        !s.told("web", "SecretRecreated").await.is_empty()
+    })
+    .await;
+    text += &s.told("web", "SecretRecreated").await.join("\n");
+    insta::assert_snapshot!(text);
+    // Released, it still goes with the last of its owners.
+    s.delete("web").await;
+    s.no_secret("more").await;
+    s.no_secret("creds").await;
+}
+
+/// The Secret follows the file, with one write.
+#[tokio::test]
+async fn rotation_reaches_the_secret_with_the_file() {
+    let needs = Needs {
+        republish: true,
+        driver_flags: &[
+            "--enable-secret-rotation=true",
+            "--rotation-poll-interval=100ms",
+            "--min-rotation-poll-interval=100ms",
+        ],
+        ..Needs::default()
+    };
+    let s = Scenario::needing(needs).await.unwrap();
+    s.apply(&foo_class("db", "creds")).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    assert_eq!(s.value("creds", "username").await.unwrap(), "secret");
+    let version = s.secret("creds").await.unwrap().resource_version();
+    // Refreshes without change write nothing.
+    let calls = s.provider_calls("web").await;
+    until("it is refreshed", async || {
+        s.cluster.look_again(&s.namespace, "web").await.unwrap();
+        s.provider_calls("web").await > calls + 1
+    })
+    .await;
+    assert_eq!(s.secret("creds").await.unwrap().resource_version(), version);
+    let written = s.metric("sync_k8s_secret_total", &[]).await;
+    s.provider_control("/rotation?rotated=true").await;
+    until("file and Secret are rotated", async || {
+        s.cluster.look_again(&s.namespace, "web").await.unwrap();
+        let file = s.reads("web", MOUNT).await.texts()["foo"] == "rotated";
+        file && s.value("creds", "username").await.as_deref() == Some("rotated")
+    })
+    .await;
+    assert_eq!(s.metric("sync_k8s_secret_total", &[]).await, written + 1.0);
+    assert!(s.metric("k8s_secret_duration_sec_count", &[]).await >= 1.0);
+    s.provider_control("/rotation?rotated=false").await;
+}
+
+/// What a pod mounted before the value changed never comes back over it.
+#[tokio::test]
+async fn two_nodes_with_different_versions() {
+    let needs = Needs {
+        nodes: 2,
+        driver_flags: OFTEN,
+        ..Needs::default()
+    };
+    let Some(s) = Scenario::needing(needs).await else {
+        return;
+    };
+    let nodes = s.cluster.nodes();
+    let on = |name: &str, node: &str| {
+        let spec = format!("spec:\n  nodeSelector:\n    kubernetes.io/hostname: {node}\n");
+        pod(name, &["db"]).replacen("spec:\n", &spec, 1)
+    };
+    s.apply(&syncing("db", "old", CREDS)).await;
+    s.apply(&on("first", &nodes[0])).await;
+    s.ready("first").await;
+    s.apply(&syncing("db", "new", CREDS)).await;
+    s.apply(&on("second", &nodes[1])).await;
+    s.ready("second").await;
+    assert_eq!(s.reads("first", MOUNT).await.texts()["password"], "old");
+    assert_eq!(s.value("creds", "pw").await.unwrap(), "new");
+    let version = s.secret("creds").await.unwrap().resource_version();
+    s.looked_again().await;
+    let now = s.secret("creds").await.unwrap();
+    assert_eq!(now.resource_version(), version, "nobody wrote");
+    s.patch_secret("creds", json!({"data": {"pw": "eA=="}}))
+        .await;
+    s.secret_says("creds", "pw", "new").await;
+    assert_eq!(s.owners("creds").await.len(), 2);
+    // The newer is gone: what it left is still newer.
+    s.delete("second").await;
+    s.owned_by("creds", 1).await;
+    s.looked_again().await;
+    assert_eq!(s.value("creds", "pw").await.unwrap(), "new");
+}
+
+/// An API server that is away, slow, refuses or sees conflicts delays a Secret and nothing else.
+#[tokio::test]
+async fn an_api_server_in_trouble() {
+    let needs = Needs {
+        abilities: &[e2e::cluster::Ability::DisturbApi],
+        driver_flags: OFTEN,
+        ..Needs::default()
+    };
+    let Some(s) = Scenario::needing(needs).await else {
+        return;
+    };
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    let refused = |status| Disturbance::Fail {
+        status,
+        verb: Some("create".to_owned()),
+        resource: Some("secrets".to_owned()),
+        times: 2,
+    };
+    for (name, disturbance) in [
+        ("refused", refused(500)),
+        ("conflicting", refused(409)),
+        ("slow", Disturbance::Slow(Duration::from_millis(500))),
+    ] {
+        s.cluster.disturb_api(disturbance).await.unwrap();
+        s.apply(&pod_with_env(name, "db", "creds", "pw")).await;
+        s.ready(name).await;
+        s.cluster.disturb_api(Disturbance::None).await.unwrap();
+        assert_eq!(s.value("creds", "pw").await.unwrap(), "hunter2");
+        s.delete(name).await;
+        s.no_secret("creds").await;
+    }
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let before = s.secrets().await;
+    s.cluster.disturb_api(Disturbance::Refuse).await.unwrap();
+    let all = DeleteParams::default();
+    s.secrets_api().delete("creds", &all).await.unwrap();
+    // Long enough for waits that double.
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert!(s.secret("creds").await.is_none());
+    s.cluster.disturb_api(Disturbance::None).await.unwrap();
+    until("the Secret is there again", async || {
+        s.secrets().await == before
+    })
+    .await;
+}

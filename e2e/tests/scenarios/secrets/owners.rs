@@ -1,0 +1,234 @@
+//! Who a Secret lives with, and how long.
+
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::target::Target;
+use k8s_openapi::api::apps::v1::ReplicaSet;
+
+/// A Secret that is handed from one Deployment to another is the same all the time.
+#[tokio::test]
+async fn hand_over_between_deployments() {
+    let s = Scenario::syncing_often().await;
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    let pod = pod_with_env("web", "db", "creds", "pw");
+    s.apply(&deployment("round-0", 1, &pod)).await;
+    s.all_ready("round-0", 1).await;
+    let uid = s.secret("creds").await.unwrap().uid();
+    for round in 1..=5 {
+        let (last, next) = (format!("round-{}", round - 1), format!("round-{round}"));
+        s.apply(&deployment(&next, 1, &pod)).await;
+        s.all_ready(&next, 1).await;
+        s.delete_deployment(&last).await;
+        until("only the next one owns it", async || {
+            let owners = s.owners("creds").await;
+            owners.len() == 1 && owners[0].name.starts_with(&next)
+        })
+        .await;
+        assert_eq!(s.secret("creds").await.unwrap().uid(), uid, "round {round}");
+    }
+}
+
+#[tokio::test]
+async fn scaled_to_zero_and_back() {
+    let s = Scenario::syncing_often().await;
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    let pod = pod_with_env("web", "db", "creds", "pw");
+    s.apply(&deployment("web", 2, &pod)).await;
+    s.all_ready("web", 2).await;
+    let before = s.secret("creds").await.unwrap();
+    s.scale("web", 0).await;
+    until("its pods are gone", async || {
+        s.pods_of("web").await.is_empty()
+    })
+    .await;
+    s.nothing_is_left().await;
+    s.scale("web", 1).await;
+    s.all_ready("web", 1).await;
+    let after = s.secret("creds").await.unwrap();
+    assert_eq!(after.uid(), before.uid());
+    assert_eq!(after.resource_version(), before.resource_version());
+}
+
+/// A ReplicaSet of the same name is another one.
+#[tokio::test]
+async fn a_replica_set_made_anew_under_its_name() {
+    let s = Scenario::syncing_often().await;
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(&pod("keeper", &["db"])).await;
+    s.ready("keeper").await;
+    let uid = s.secret("creds").await.unwrap().uid();
+    let set = deployment("web", 1, &pod("web", &["db"]))
+        .replace("kind: Deployment", "kind: ReplicaSet")
+        .replace("app: web", "app: web\n        pod-template-hash: one");
+    // The selector's label stands less deep than the template's.
+    let set = set.replacen("        pod-template-hash", "      pod-template-hash", 1);
+    let api = Api::<ReplicaSet>::namespaced(s.cluster.client(), &s.namespace);
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        s.apply(&set).await;
+        s.all_ready("web", 1).await;
+        let set = api.get("web").await.unwrap().uid().unwrap();
+        until("it owns the Secret", async || {
+            s.owners("creds").await.iter().any(|owner| owner.uid == set)
+        })
+        .await;
+        let owners = s.owners("creds").await;
+        let sets = owners.iter().filter(|owner| owner.kind == "ReplicaSet");
+        assert_eq!(sets.count(), 1, "{owners:?}");
+        seen.push(set);
+        api.delete("web", &DeleteParams::background())
+            .await
+            .unwrap();
+        until("its pods are gone", async || {
+            s.pods_of("web").await.is_empty()
+        })
+        .await;
+    }
+    assert_ne!(seen[0], seen[1]);
+    s.owned_by("creds", 1).await;
+    assert_eq!(s.secret("creds").await.unwrap().uid(), uid);
+    s.delete("keeper").await;
+    s.no_secret("creds").await;
+}
+
+/// Fifty pods of one ReplicaSet share a Secret: the first makes it, the others find it right, and
+/// at rest nothing is written. Prints what was measured.
+#[tokio::test]
+async fn fifty_pods_and_one_write() {
+    let needs = Needs {
+        driver_flags: OFTEN,
+        ..Needs::default()
+    };
+    let s = Scenario::needing(needs).await.unwrap();
+    let Target::Embedded(cluster) = &s.cluster else {
+        return;
+    };
+    let requests = |verbs: &[&str], resource: &str| {
+        let all = cluster.api().requests();
+        let of_driver = all.iter().filter(|request| {
+            request.user.ends_with(":secrets-store-csi-driver")
+                && verbs.contains(&request.verb.as_str())
+                && (request.resource == resource || resource.is_empty())
+        });
+        of_driver.count()
+    };
+    const WRITES: &[&str] = &["create", "update", "patch", "delete"];
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    let started = Instant::now();
+    s.apply(&deployment(
+        "web",
+        50,
+        &pod_with_env("web", "db", "creds", "pw"),
+    ))
+    .await;
+    let mut delay = None;
+    until("the Secret is there", async || {
+        s.secret("creds").await.is_some()
+    })
+    .await;
+    delay.get_or_insert(started.elapsed());
+    let pods = s.all_ready("web", 50).await;
+    assert_eq!(requests(WRITES, "secrets"), 1);
+    for pod in &pods {
+        assert_eq!(s.told(pod, "Failed").await, Vec::<String>::new());
+    }
+    let version = s.secret("creds").await.unwrap().resource_version();
+    cluster.api().reset_requests();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(requests(WRITES, ""), 0, "at rest");
+    let reads = requests(&["get"], "");
+    // One look at the Secret and one at the class a second, as the flag has it.
+    assert!((10..=40).contains(&reads), "{reads} reads in ten seconds");
+    assert_eq!(requests(&["list", "watch"], ""), 0);
+    assert_eq!(s.secret("creds").await.unwrap().resource_version(), version);
+    println!(
+        "50 pods: 1 write of a Secret; at rest, looking every second: 0 writes and {reads} reads in 10 s; the Secret was there {delay:?} after the Deployment was applied"
+    );
+}
+
+/// A class without Secrets costs what it did: one read and one write for a publish, and nothing
+/// at rest.
+#[tokio::test]
+async fn a_class_without_secrets_costs_nothing_more() {
+    let needs = Needs {
+        driver_flags: OFTEN,
+        ..Needs::default()
+    };
+    let s = Scenario::needing(needs).await.unwrap();
+    let Target::Embedded(cluster) = &s.cluster else {
+        return;
+    };
+    s.apply(&class("db", "- {objectName: password, content: hunter2}"))
+        .await;
+    cluster.api().reset_requests();
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    s.looked_again().await;
+    let all = cluster.api().requests();
+    let mut of_driver: Vec<_> = all
+        .iter()
+        .filter(|request| request.user.ends_with(":secrets-store-csi-driver"))
+        .map(|request| format!("{} {}", request.verb, request.resource))
+        .collect();
+    of_driver.sort();
+    assert_eq!(
+        of_driver,
+        [
+            "create secretproviderclasspodstatuses",
+            "get secretproviderclasses"
+        ]
+    );
+}
+
+/// How long a pod that needs the Secret waits for it, which is not at all: the publish that
+/// returns has made it. Prints how long a publish with a Secret takes.
+#[tokio::test]
+async fn the_secret_is_there_when_the_publish_returns() {
+    let s = Scenario::start().await;
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    for round in 0..5 {
+        let name = format!("web-{round}");
+        let started = Instant::now();
+        s.apply(&pod_with_env(&name, "db", "creds", "pw")).await;
+        until("the Secret is there", async || {
+            s.secret("creds").await.is_some()
+        })
+        .await;
+        println!(
+            "round {round}: the Secret was there {:?} after the pod was applied",
+            started.elapsed()
+        );
+        s.ready(&name).await;
+        assert_eq!(s.told(&name, "Failed").await, Vec::<String>::new());
+        s.delete(&name).await;
+        s.no_secret("creds").await;
+    }
+}
+
+/// A StatefulSet and a Job are controllers like others.
+#[tokio::test]
+async fn other_controllers() {
+    let needs = Needs {
+        controllers: true,
+        ..Needs::default()
+    };
+    let Some(s) = Scenario::needing(needs).await else {
+        return;
+    };
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    let set = deployment("web", 1, &pod_with_env("web", "db", "creds", "pw"))
+        .replace("kind: Deployment", "kind: StatefulSet")
+        .replace("  replicas: 1\n", "  replicas: 1\n  serviceName: web\n");
+    s.apply(&set).await;
+    s.ready("web-0").await;
+    let job = deployment("once", 1, &pod_with_env("once", "db", "creds", "pw"))
+        .replace("apiVersion: apps/v1", "apiVersion: batch/v1")
+        .replace("kind: Deployment", "kind: Job")
+        .replace("  replicas: 1\n", "")
+        .replace("  selector:\n    matchLabels:\n      app: once\n", "")
+        .replace("    spec:\n", "    spec:\n      restartPolicy: Never\n");
+    s.apply(&job).await;
+    s.all_ready("once", 1).await;
+    insta::assert_snapshot!(s.secrets().await);
+}

@@ -1,0 +1,136 @@
+//! Secrets that are not the driver's to write, and drivers that may not write any.
+
+use super::*;
+use k8s_openapi::api::rbac::v1::ClusterRoleBinding;
+use kube::api::PostParams;
+
+const THEIRS: &str = "apiVersion: v1\nkind: Secret\nmetadata:\n  name: creds\n  labels: {app: theirs}\nstringData: {theirs: precious}\n";
+
+#[tokio::test]
+async fn a_secret_of_somebody_else() {
+    let s = Scenario::syncing_often().await;
+    s.apply(&THEIRS.replace(
+        "stringData: {theirs: precious}",
+        "data: {theirs: cHJlY2lvdXM=}",
+    ))
+    .await;
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let mut text = s.trouble("web", "not the driver's").await;
+    s.looked_again().await;
+    write!(text, "\n{}", s.secrets().await).unwrap();
+    assert_eq!(s.told("web", "FailedToCreateSecret").await.len(), 1, "once");
+    s.patch_secret(
+        "creds",
+        json!({"metadata": {"annotations": {"secrets-store.csi.k8s.io/adopt": "true"}}}),
+    )
+    .await;
+    s.secret_says("creds", "pw", "hunter2").await;
+    until("the pod is told", async || {
+        !s.told("web", "SecretSynced").await.is_empty()
+    })
+    .await;
+    write!(text, "adopted\n{}", s.secrets().await).unwrap();
+    insta::assert_snapshot!(text);
+    assert!(
+        s.metric("sync_k8s_secret_error_total", &["Unmanaged"])
+            .await
+            >= 1.0
+    );
+}
+
+#[tokio::test]
+async fn two_classes_and_one_secret() {
+    let s = Scenario::syncing_often().await;
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(&syncing("other", "different", CREDS)).await;
+    s.apply(&syncing("alike", "hunter2", CREDS)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    s.apply(&pod("rival", &["other"])).await;
+    s.ready("rival").await;
+    let mut text = s.trouble("rival", "makes other content").await;
+    // Equal content is no conflict.
+    s.apply(&pod("friend", &["alike"])).await;
+    s.ready("friend").await;
+    let version = s.secret("creds").await.unwrap().resource_version();
+    s.looked_again().await;
+    let now = s.secret("creds").await.unwrap();
+    assert_eq!(now.resource_version(), version, "no alternation");
+    assert_eq!(
+        s.told("friend", "FailedToCreateSecret").await,
+        Vec::<String>::new()
+    );
+    write!(text, "\n{}", s.secrets().await).unwrap();
+    // The first class gives it up, and the other gets it.
+    s.apply(&syncing("db", "hunter2", &CREDS.replace("creds", "mine")))
+        .await;
+    s.delete("friend").await;
+    s.secret_says("creds", "pw", "different").await;
+    write!(text, "given up\n{}", s.secrets().await).unwrap();
+    insta::assert_snapshot!(text);
+}
+
+/// Without the syncing role volumes are mounted all the same, and the pod hears what is missing.
+#[tokio::test]
+async fn without_the_syncing_role() {
+    let s = Scenario::syncing_often().await;
+    let bindings = Api::<ClusterRoleBinding>::all(s.cluster.client());
+    let name = "secretprovidersyncing-rolebinding";
+    let mut binding = bindings.get(name).await.unwrap();
+    bindings
+        .delete(name, &DeleteParams::default())
+        .await
+        .unwrap();
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let told = s.trouble("web", "syncSecret.enabled").await;
+    let reads = s.reads("web", MOUNT).await;
+    let made = s.secret("creds").await;
+    binding.metadata.resource_version = None;
+    binding.metadata.uid = None;
+    let again = bindings.create(&PostParams::default(), &binding).await;
+    again.unwrap();
+    assert_eq!(reads.texts()["password"], "hunter2");
+    assert!(made.is_none());
+    assert!(
+        told.contains("SecretProviderClass db, Secret creds"),
+        "{told}"
+    );
+    s.secret_says("creds", "pw", "hunter2").await;
+}
+
+#[tokio::test]
+async fn errors_that_fail_the_mount() {
+    let needs = Needs {
+        driver_flags: &["--sync-errors=fail"],
+        ..Needs::default()
+    };
+    let s = Scenario::needing(needs).await.unwrap();
+    let class = syncing("db", "hunter2", &CREDS.replace("password,", "nowhere,"));
+    s.apply(&class).await;
+    s.apply(&pod("web", &["db"])).await;
+    insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
+    assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.ready("web").await;
+    assert_eq!(s.value("creds", "pw").await.unwrap(), "hunter2");
+}
+
+/// One event, however often the driver looks.
+#[tokio::test]
+async fn more_than_a_secret_holds() {
+    let s = Scenario::syncing_often().await;
+    let large = class("db", "- {objectName: large, contentSize: 1048577}");
+    let secret = CREDS.replace("password,", "large,");
+    s.apply(&format!("{large}{}", entries(&secret))).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let told = s.trouble("web", "bytes").await;
+    insta::assert_snapshot!(told);
+    s.looked_again().await;
+    assert_eq!(s.told("web", "FailedToCreateSecret").await.len(), 1);
+    assert!(s.secret("creds").await.is_none());
+}
