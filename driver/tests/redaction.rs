@@ -48,10 +48,17 @@ const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
 const UID: &str = "7a6ab1a5-0d1d-4a5a-9a7c-3d6c1f3e0a11";
 /// Every canary begins with it; the rest says where it was put.
 const CANARY: &str = "canary-";
+/// The beginning of a canary in base64, as a Secret holds it.
+const ENCODED: &str = "Y2FuYXJ5";
 
 /// What is wrong with a publish: the class says it to the API server and the provider below.
-const CASES: [(&str, Code); 14] = [
+const CASES: [(&str, Code); 19] = [
     ("ok", Code::Ok),
+    ("synced", Code::Ok),
+    ("synced-refused", Code::Ok),
+    ("synced-forbidden", Code::Ok),
+    ("synced-garbled", Code::Ok),
+    ("synced-tls", Code::Ok),
     ("absent", Code::NotFound),
     ("garbled", Code::Unavailable),
     ("no-such-provider", Code::FailedPrecondition),
@@ -122,6 +129,9 @@ async fn no_canary_leaves_the_driver() {
         "unpublished",
         "refreshed",
         "the refresh failed",
+        "Secret written",
+        "quotes the content",
+        "FailedToCreateSecret",
     ] {
         assert!(log.contains(line), "no {line} in the log:\n{log}");
     }
@@ -141,7 +151,9 @@ async fn no_canary_leaves_the_driver() {
         assert!(asked.contains(&format!("{CANARY}{place}")), "{place}");
     }
     for (place, text) in said {
-        let found = text.lines().find(|line| line.contains(CANARY));
+        let found = text
+            .lines()
+            .find(|line| line.contains(CANARY) || line.contains(ENCODED));
         assert_eq!(found, None, "{place} has a secret");
     }
 }
@@ -326,6 +338,10 @@ async fn answer(
     let text = String::from_utf8_lossy(&body).into_owned();
     if method == Method::POST {
         let object: Value = serde_json::from_str(&text).unwrap();
+        if object["kind"] == "Secret" {
+            assert!(text.contains(ENCODED), "a Secret has its content");
+            return answer_secret(object["metadata"]["name"].as_str().unwrap());
+        }
         bodies.0.lock().unwrap().push(text.clone());
         return match object["status"]["secretProviderClassName"].as_str() {
             Some("status-refused") => refusal(StatusCode::FORBIDDEN),
@@ -344,17 +360,46 @@ async fn answer(
                 "no-such-provider" => "nobody",
                 _ => "test",
             };
+            let type_ = match name {
+                "synced-tls" => "kubernetes.io/tls",
+                _ => "Opaque",
+            };
+            let synced = json!([{"secretName": name, "type": type_, "data": [
+                {"objectName": "object", "key": "tls.crt"}, {"objectName": "object", "key": "tls.key"},
+            ]}]);
             let object = json!({
                 "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
                 "metadata": {"name": name, "namespace": "default", "uid": "1", "resourceVersion": "1"},
                 "spec": {"provider": provider, "parameters": {
                     "case": name, "parameter": format!("{CANARY}parameter"),
-                }},
+                }, "secretObjects": if name.starts_with("synced") { synced } else { json!([]) }},
             });
             (StatusCode::OK, object.to_string())
         }
+        "web" if uri.path().contains("/pods/") => {
+            let owner =
+                json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "2"});
+            let pod = json!({"metadata": {"name": name, "uid": UID, "ownerReferences": [owner]}});
+            (StatusCode::OK, pod.to_string())
+        }
+        "synced-garbled" if uri.path().contains("/secrets/") => {
+            let garbled = json!({"metadata": {}, "data": {"key": format!("{CANARY}!")}});
+            (StatusCode::OK, garbled.to_string())
+        }
         _ => refusal(StatusCode::NOT_FOUND),
     }
+}
+
+/// What becomes of a new Secret: some are refused by one that quotes what it refuses.
+fn answer_secret(name: &str) -> (StatusCode, String) {
+    let (code, quoted) = match name {
+        "synced-refused" => (StatusCode::UNPROCESSABLE_ENTITY, format!("{CANARY}content")),
+        "synced-forbidden" => (StatusCode::FORBIDDEN, format!("{ENCODED}LWNvbnRlbnQ=")),
+        _ => return (StatusCode::CREATED, "{}".to_owned()),
+    };
+    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
+        "code": code.as_u16(), "reason": "Refused", "message": format!("{quoted} is weak")});
+    (code, status.to_string())
 }
 
 /// Keeps what it is asked, and answers as the class's `case` says.
