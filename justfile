@@ -18,7 +18,7 @@ test:
 # Run every scenario on a cluster: kind, local (real Kubernetes without Docker) or embedded.
 [group('clusters')]
 e2e cluster="kind":
-    E2E_CLUSTER={{cluster}} cargo test -p e2e --test scenarios
+    E2E_CLUSTER={{cluster}} cargo test --workspace --test scenarios
 
 # Run every scenario on kind with three nodes, where pods move between nodes.
 [group('clusters')]
@@ -30,7 +30,7 @@ e2e-multi-node:
 e2e-upgrade cluster="kind":
     E2E_CLUSTER={{cluster}} \
     E2E_PREVIOUS="${E2E_PREVIOUS:-$(git describe --tags --match 'v*' --abbrev=0 HEAD^ 2>/dev/null || git rev-parse HEAD^)}" \
-    cargo test -p e2e --test scenarios upgrades
+    cargo test --workspace --test scenarios upgrades
 
 # Check formatting, lints and documentation as the gate does.
 [group('before a pull request')]
@@ -42,7 +42,7 @@ lint:
 # Test the images, in Docker.
 [group('before a pull request')]
 containers:
-    cargo test -p e2e --test containers
+    cargo test --workspace --test containers
 
 # Measure memory, size, requests and latency of the release binary; fail when over budget.
 [group('before a pull request')]

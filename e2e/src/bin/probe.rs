@@ -70,7 +70,7 @@ fn look(args: &[&str], directory: &Path) -> Result<(), String> {
         ["tree"] => print(Tree::read(directory, View::Disk)),
         ["tree", "--reader"] => print(Tree::read(directory, View::Reader)),
         ["read", args @ ..] => match Wanted::parse(args) {
-            Some(wanted) => print(wanted.read(directory)),
+            Some(wanted) => print(Ok(wanted.read(directory))),
             None => Err(USAGE.to_owned()),
         },
         _ => Err(USAGE.to_owned()),

@@ -121,19 +121,31 @@ impl Scenario {
         lines(&self.reads(pod, path).await, true)
     }
 
-    /// The volume as the container reads it, and as it is on disk.
+    /// The volume as the container reads it, and as it is on disk: one directory of content,
+    /// once the one before a change is gone, which stays for those who are reading it.
     pub async fn volume(&self, pod: &str, path: &str) -> String {
+        until("what was replaced is gone", async || {
+            let disk = self.disk(pod, path).await;
+            let contents = disk.entries.iter().filter(|e| {
+                e.kind == Kind::Dir && e.path.starts_with("..") && !e.path.contains('/')
+            });
+            contents.count() <= 1
+        })
+        .await;
         let reads = self.reads(pod, path).await;
-        let disk = self
-            .cluster
-            .tree(&self.namespace, pod, path, View::Disk)
-            .await
-            .unwrap();
+        let disk = self.disk(pod, path).await;
         self.redacted(&format!(
             "{pod} reads in {path}\n{}on disk\n{}",
             lines(&reads, true),
             lines(&disk, false)
         ))
+    }
+
+    async fn disk(&self, pod: &str, path: &str) -> Tree {
+        self.cluster
+            .tree(&self.namespace, pod, path, View::Disk)
+            .await
+            .unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// The pod statuses of the namespace.
