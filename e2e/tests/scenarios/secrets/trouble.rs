@@ -64,10 +64,13 @@ async fn two_classes_and_one_secret() {
     );
     write!(text, "\n{}", s.secrets().await).unwrap();
     // The first class gives it up, and the other gets it.
+    s.delete("friend").await;
+    s.owned_by("creds", 1).await;
     s.apply(&syncing("db", "hunter2", &CREDS.replace("creds", "mine")))
         .await;
-    s.delete("friend").await;
     s.secret_says("creds", "pw", "different").await;
+    s.secret_says("mine", "pw", "hunter2").await;
+    s.owned_by("creds", 2).await;
     write!(text, "given up\n{}", s.secrets().await).unwrap();
     insta::assert_snapshot!(text);
 }
