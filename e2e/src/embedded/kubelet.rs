@@ -52,6 +52,9 @@ pub(crate) struct Config {
     pub(crate) csi_timeout: Duration,
     /// How often volumes are republished for drivers that ask for it; never when absent.
     pub(crate) sync_period: Option<Duration>,
+    /// Whether a registration socket's path is the authority of the calls to it, as with
+    /// kubelet. Servers that insist on a proper one refuse it.
+    pub(crate) path_authority: bool,
 }
 
 /// The labels of an embedded node.
@@ -85,6 +88,7 @@ pub(crate) async fn run(config: Config, client: kube::Client) -> kube::Result<()
         dir: config.root.join("plugins_registry"),
         drivers: drivers.clone(),
         csi_timeout: config.csi_timeout,
+        path_authority: config.path_authority,
     };
     let context = Context {
         events: events::Events::new(client.clone(), config.node.clone()),

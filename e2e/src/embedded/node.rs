@@ -138,6 +138,7 @@ async fn work(args: &Args) -> Result<(), Error> {
         node: args.name.clone(),
         root: PathBuf::from(KUBELET_ROOT),
         csi_timeout: Duration::from_millis(args.csi_timeout_ms),
+        path_authority: true,
         sync_period: (args.sync_period_ms > 0).then(|| Duration::from_millis(args.sync_period_ms)),
     };
     let daemon_sets = DaemonSets {

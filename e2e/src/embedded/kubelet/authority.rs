@@ -25,7 +25,7 @@ const HEADERS: u8 = 0x1;
 const LOCALHOST: [u8; 8] = [0x41, 0x86, 0xa0, 0xe4, 0x1d, 0x13, 0x9d, 0x09];
 
 /// Writes what an ordinary client says, with another authority.
-pub(super) struct PathAuthority {
+pub(super) struct OtherAuthority {
     stream: UnixStream,
     /// The field that goes in the place of [`LOCALHOST`].
     field: Vec<u8>,
@@ -36,13 +36,11 @@ pub(super) struct PathAuthority {
     out: Vec<u8>,
 }
 
-impl PathAuthority {
-    /// `path` is what kubelet knows the socket by.
-    pub(super) fn new(stream: UnixStream, path: &Path) -> Self {
-        let value = encode(path);
+impl OtherAuthority {
+    pub(super) fn new(stream: UnixStream, authority: &[u8]) -> Self {
         let mut field = vec![LOCALHOST[0]];
-        put_length(&mut field, value.len());
-        field.extend(value);
+        put_length(&mut field, authority.len());
+        field.extend(authority);
         Self {
             stream,
             field,
@@ -98,7 +96,7 @@ impl PathAuthority {
     }
 }
 
-impl AsyncRead for PathAuthority {
+impl AsyncRead for OtherAuthority {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -108,7 +106,7 @@ impl AsyncRead for PathAuthority {
     }
 }
 
-impl AsyncWrite for PathAuthority {
+impl AsyncWrite for OtherAuthority {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -131,8 +129,9 @@ impl AsyncWrite for PathAuthority {
     }
 }
 
-/// What is neither unreserved, a sub-delimiter nor one of `:[]@` becomes `%XX`.
-fn encode(path: &Path) -> Vec<u8> {
+/// A path as an authority: what is neither unreserved, a sub-delimiter nor one of `:[]@` becomes
+/// `%XX`.
+pub(super) fn of_path(path: &Path) -> Vec<u8> {
     let mut encoded = Vec::new();
     for &byte in path.as_os_str().as_bytes() {
         if byte.is_ascii_alphanumeric() || b"-_.~!$&'()*+,;=:[]@".contains(&byte) {
@@ -187,7 +186,7 @@ mod tests {
         let named = known_as.clone();
         let limit = Duration::from_secs(10);
         let channel = csi::connect_through(&socket, limit, move |stream| {
-            PathAuthority::new(stream, &named)
+            OtherAuthority::new(stream, &of_path(&named))
         });
         let channel = channel.await.unwrap();
         let call = tokio::spawn(async move {

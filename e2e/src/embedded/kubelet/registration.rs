@@ -13,7 +13,7 @@ use proto::registration::registration_client::RegistrationClient;
 use proto::registration::{InfoRequest, PluginInfo, RegistrationStatus};
 use tokio::time::Instant;
 
-use super::authority::PathAuthority;
+use super::authority::{self, OtherAuthority};
 use super::backoff::Backoff;
 use super::csi::{self, Driver};
 
@@ -78,6 +78,8 @@ pub(crate) struct Registrar {
     pub(crate) drivers: Drivers,
     /// For `NodeGetInfo`.
     pub(crate) csi_timeout: Duration,
+    /// Whether the socket's path is the calls' authority.
+    pub(crate) path_authority: bool,
 }
 
 impl Registrar {
@@ -123,9 +125,12 @@ impl Registrar {
 
     /// The handshake. Whatever becomes of it after GetInfo, the plugin is told.
     async fn register(&self, socket: &Path) -> Result<String, String> {
-        let path = socket.to_owned();
+        let authority = match self.path_authority {
+            true => authority::of_path(socket),
+            false => b"localhost".to_vec(),
+        };
         let connecting = csi::connect_through(socket, DIAL_TIMEOUT, move |stream| {
-            PathAuthority::new(stream, &path)
+            OtherAuthority::new(stream, &authority)
         });
         let channel = connecting.await.map_err(|error| error.to_string())?;
         let mut client = RegistrationClient::new(channel);

@@ -71,6 +71,8 @@ impl World {
             root: self.root(),
             csi_timeout: Duration::from_secs(60),
             sync_period: self.sync_period,
+            // The fake's server is tonic's, which refuses another.
+            path_authority: false,
         };
         let client = self.api.client();
         self.tasks
