@@ -1,8 +1,8 @@
 //! The wire: the CSI Identity and Node services on the driver's socket.
 //!
-//! This room checks a request's form, turns it into a [`PublishRequest`], and turns an [`Error`]
-//! into a status. Protobuf stops here. Each call gets one span, one log line for its end, and
-//! one metrics guard, which counts a failure unless told otherwise.
+//! This room checks a request's form, turns it into a `PublishRequest`, and turns an `Error` into
+//! a status. Protobuf stops here. Each call gets one span, one log line for its end, and one
+//! metrics guard, which counts a failure unless told otherwise.
 //!
 //! A call's work runs in a task of its own: a caller that goes away cannot leave a half-made
 //! volume behind, and a panic answers its own call with INTERNAL and harms no other.

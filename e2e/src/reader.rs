@@ -52,7 +52,7 @@ impl Wanted {
         head.chain(self.files.iter().cloned()).collect()
     }
 
-    /// Reads what [`Wanted::arguments`] says after its first word; none when it is something else.
+    /// Reads what `Wanted::arguments` says after its first word; none when it is something else.
     pub fn parse(arguments: &[&str]) -> Option<Self> {
         let [last, seconds, files @ ..] = arguments else {
             return None;

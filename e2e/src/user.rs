@@ -52,7 +52,7 @@ impl User {
         vec!["--as".to_owned(), ids.join(",")]
     }
 
-    /// Reads what [`User::arguments`] says; none when it is something else.
+    /// Reads what `User::arguments` says; none when it is something else.
     pub fn parse(text: &str) -> Option<Self> {
         let ids: Result<Vec<u32>, _> = text.split(',').map(str::parse).collect();
         let ids = ids.ok()?;
