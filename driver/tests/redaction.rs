@@ -437,8 +437,18 @@ impl CsiDriverProvider for Provider {
         if let Some(at_refresh) = case.strip_prefix("refresh-") {
             let mine = format!("\"case\":\"{case}\"");
             let earlier = self.0.lock().unwrap();
-            if earlier.iter().any(|asked| asked.contains(&mine)) {
+            let is_refresh = earlier.iter().any(|asked| asked.contains(&mine));
+            if is_refresh {
                 case = at_refresh;
+            }
+            // A refresh says what is mounted; a first mount has nothing to say.
+            let mounted = ObjectVersion {
+                id: "secret/object".to_owned(),
+                version: "v1".to_owned(),
+            };
+            let expected: &[ObjectVersion] = if is_refresh { &[mounted] } else { &[] };
+            if request.current_object_version != expected {
+                return Err(Status::internal("these versions are not mounted"));
             }
         }
         self.0

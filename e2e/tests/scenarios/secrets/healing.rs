@@ -166,7 +166,8 @@ async fn two_nodes_with_different_versions() {
     };
     let nodes = s.cluster.nodes();
     let on = |name: &str, node: &str| {
-        let spec = format!("spec:\n  nodeSelector:\n    kubernetes.io/hostname: {node}\n");
+        // By name, because another scenario may have closed the node for the scheduler.
+        let spec = format!("spec:\n  nodeName: {node}\n");
         pod(name, &["db"]).replacen("spec:\n", &spec, 1)
     };
     s.apply(&syncing("db", "old", CREDS)).await;
