@@ -127,7 +127,11 @@ impl Volumes {
         })
         .await?;
         if changed || class.identity != record.class {
-            self.sync_secrets(request, &pod_status, &class).await?;
+            // The volume is fresh and recorded, and its pod runs. The pod has been told of a Secret
+            // that is not in step, which is tried again without the provider.
+            if let Err(error) = self.sync_secrets(request, &pod_status, &class).await {
+                tracing::debug!(%error, "refreshed, but for its Secrets");
+            }
         }
         Ok(changed)
     }
