@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! tools       which programs, and where one gets what is missing
-//! machine     what is changed on this machine, and undone: kubelet's root, network, kernel settings
+//! machine     what is changed on this machine, and undone: kubelet's root, kernel settings
+//! network     the bridge and the rules that keep what is sent on this machine
 //! processes   daemons with logs, found again by a later run
 //! pki         certificates and kubeconfigs
 //! daemons     control plane, container runtime and kubelet, with their settings
@@ -17,6 +18,7 @@
 mod daemons;
 mod layout;
 mod machine;
+mod network;
 mod node;
 mod pki;
 mod processes;

@@ -7,16 +7,13 @@ use std::fmt::Display;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::layout::{
-    API_PORT, BRIDGE, CONTAINERD_SOCKET, KUBELET_ROOT, NODE_ADDRESS, PODS, SERVICE_ADDRESS,
-    SERVICES,
-};
+use super::layout::{CONTAINERD_SOCKET, KUBELET_ROOT};
+use super::network;
 use crate::cluster::{Error, Result};
 use crate::host::mount_points;
 
@@ -44,13 +41,6 @@ const ELSEWHERE: [&str; 7] = [
 /// Those of containerd's shims, whose place cannot be chosen. Docker's are there as well.
 const SHIM_SOCKETS: [&str; 2] = ["/run/containerd/s", "/run/containerd"];
 
-/// Our chains with the chains that jump to them. Nobody else has chains of these names.
-const CHAINS: [(&str, &str, &[&str]); 3] = [
-    ("nat", "E2E-LOCAL-SERVICE", &["PREROUTING", "OUTPUT"]),
-    ("filter", "E2E-LOCAL-FORWARD", &["FORWARD"]),
-    ("filter", "E2E-LOCAL-OUTPUT", &["OUTPUT"]),
-];
-
 /// Prepares the machine.
 ///
 /// # Errors
@@ -71,7 +61,7 @@ pub(super) fn prepare(state: &Path) -> Result<()> {
     }
     write(&state.join("sysctls"), &saved)?;
     mount_kubelet_root(state)?;
-    make_network()
+    network::make()
 }
 
 /// Undoes all that [`prepare`] and the daemons have done, once these are stopped.
@@ -83,12 +73,7 @@ pub(super) fn restore(state: &Path) -> Result<()> {
     kill_shims(state);
     kill_pods(&mut problems);
     unmount(state, &mut problems);
-    for (table, chain, hooks) in CHAINS {
-        remove_chain(table, chain, hooks);
-    }
-    if Path::new("/sys/class/net").join(BRIDGE).exists() {
-        note(&mut problems, run("ip", &["link", "delete", BRIDGE]));
-    }
+    note(&mut problems, network::remove());
     for line in lines(&state.join("sysctls")) {
         if let Some((name, value)) = line.split_once(' ') {
             let path = Path::new("/proc/sys").join(name);
@@ -148,89 +133,6 @@ fn mount_kubelet_root(state: &Path) -> Result<()> {
             .map_err(|error| failed(root, &error))?;
     }
     Ok(())
-}
-
-/// The bridge, and the rules that keep what the cluster sends on this machine.
-fn make_network() -> Result<()> {
-    let address = format!("{NODE_ADDRESS}/16");
-    run("ip", &["link", "add", BRIDGE, "type", "bridge"])?;
-    run("ip", &["address", "add", &address, "dev", BRIDGE])?;
-    run("ip", &["link", "set", BRIDGE, "up"])?;
-    // So that a machine without a default route reaches services as well.
-    run("ip", &["route", "add", SERVICES, "dev", BRIDGE])?;
-    for (table, chain, hooks) in CHAINS {
-        run("iptables", &["-w", "-t", table, "-N", chain])?;
-        for hook in hooks {
-            run("iptables", &["-w", "-t", table, "-I", hook, "-j", chain])?;
-        }
-    }
-    let api = format!("{NODE_ADDRESS}:{API_PORT}");
-    let rules: [&[&str]; 6] = [
-        // There is no kube-proxy, and this is the only service in use.
-        &[
-            "-t",
-            "nat",
-            "-A",
-            "E2E-LOCAL-SERVICE",
-            "-d",
-            SERVICE_ADDRESS,
-            "-p",
-            "tcp",
-            "--dport",
-            "443",
-            "-j",
-            "DNAT",
-            "--to-destination",
-            &api,
-        ],
-        // Pods reach each other and the node, which is no forwarding.
-        &[
-            "-A",
-            "E2E-LOCAL-FORWARD",
-            "-i",
-            BRIDGE,
-            "-o",
-            BRIDGE,
-            "-j",
-            "ACCEPT",
-        ],
-        &["-A", "E2E-LOCAL-FORWARD", "-i", BRIDGE, "-j", "REJECT"],
-        &["-A", "E2E-LOCAL-FORWARD", "-o", BRIDGE, "-j", "REJECT"],
-        // Addresses that nobody holds.
-        &["-A", "E2E-LOCAL-OUTPUT", "-d", SERVICES, "-j", "REJECT"],
-        &[
-            "-A",
-            "E2E-LOCAL-OUTPUT",
-            "-d",
-            PODS,
-            "!",
-            "-o",
-            BRIDGE,
-            "-m",
-            "addrtype",
-            "!",
-            "--dst-type",
-            "LOCAL",
-            "-j",
-            "REJECT",
-        ],
-    ];
-    for rule in rules {
-        let mut args = vec!["-w"];
-        args.extend(rule);
-        run("iptables", &args)?;
-    }
-    Ok(())
-}
-
-fn remove_chain(table: &str, chain: &str, hooks: &[&str]) {
-    // Each fails when there is nothing left to remove, which is what is wanted.
-    for hook in hooks {
-        while run("iptables", &["-w", "-t", table, "-D", hook, "-j", chain]).is_ok() {}
-    }
-    for action in ["-F", "-X"] {
-        let _nothing_there = run("iptables", &["-w", "-t", table, action, chain]);
-    }
 }
 
 /// Kills the shims of our containerd, which survive it, and removes their sockets.
@@ -406,21 +308,6 @@ fn note(problems: &mut Vec<String>, outcome: Result<()>) {
 
 fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).map_err(|error| failed(path, &error))
-}
-
-/// Runs a program of the system to its end.
-fn run(program: &str, args: &[&str]) -> Result<()> {
-    let failed =
-        |reason: &dyn Display| Error::Start(format!("{program} {}: {reason}", args.join(" ")));
-    let output = Command::new(program)
-        .args(args)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| failed(&error))?;
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(failed(&String::from_utf8_lossy(&output.stderr).trim())),
-    }
 }
 
 fn failed(path: &Path, error: &dyn Display) -> Error {

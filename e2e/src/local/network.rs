@@ -1,0 +1,213 @@
+//! The cluster's network: a bridge, and the rules that keep what the cluster sends on this machine.
+//!
+//! Nobody else has a bridge or chains of these names, so that they are removed wherever they come
+//! from: whoever saves all rules of the machine and restores them later brings ours back as well.
+
+use std::fmt::Display;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use super::layout::{API_PORT, BRIDGE, NODE_ADDRESS, PODS, SERVICE_ADDRESS, SERVICES};
+use crate::cluster::{Error, Result};
+
+const SERVICE: Chain = Chain {
+    table: "nat",
+    name: "E2E-LOCAL-SERVICE",
+    hooks: &["PREROUTING", "OUTPUT"],
+};
+const FORWARD: Chain = Chain {
+    table: "filter",
+    name: "E2E-LOCAL-FORWARD",
+    hooks: &["FORWARD"],
+};
+const OUTPUT: Chain = Chain {
+    table: "filter",
+    name: "E2E-LOCAL-OUTPUT",
+    hooks: &["OUTPUT"],
+};
+
+/// iptables fails when somebody else changes rules at that moment, as a Docker engine does that
+/// starts or stops.
+const ATTEMPTS: u32 = 20;
+const BETWEEN: Duration = Duration::from_millis(100);
+
+/// A chain of ours, with those that jump to it.
+struct Chain {
+    table: &'static str,
+    name: &'static str,
+    hooks: &'static [&'static str],
+}
+
+/// Makes the bridge and the rules, after removing what there is of them.
+///
+/// # Errors
+/// What `ip` or `iptables` says.
+pub(super) fn make() -> Result<()> {
+    remove()?;
+    let address = format!("{NODE_ADDRESS}/16");
+    run("ip", &["link", "add", BRIDGE, "type", "bridge"])?;
+    run("ip", &["address", "add", &address, "dev", BRIDGE])?;
+    run("ip", &["link", "set", BRIDGE, "up"])?;
+    // So that a machine without a default route reaches services as well.
+    run("ip", &["route", "add", SERVICES, "dev", BRIDGE])?;
+    for chain in [&SERVICE, &FORWARD, &OUTPUT] {
+        chain.iptables(&["-N", chain.name])?;
+        for hook in chain.hooks {
+            chain.iptables(&["-I", hook, "-j", chain.name])?;
+        }
+    }
+    // There is no kube-proxy, and this is the only service in use.
+    let api = format!("{NODE_ADDRESS}:{API_PORT}");
+    let port = ["-p", "tcp", "--dport", "443"];
+    SERVICE.append(
+        &["-d", SERVICE_ADDRESS],
+        &port,
+        &["DNAT", "--to-destination", &api],
+    )?;
+    // Pods reach each other and the node, which is no forwarding.
+    FORWARD.append(&["-i", BRIDGE], &["-o", BRIDGE], &["ACCEPT"])?;
+    FORWARD.append(&["-i", BRIDGE], &[], &["REJECT"])?;
+    FORWARD.append(&["-o", BRIDGE], &[], &["REJECT"])?;
+    // Addresses that nobody holds.
+    OUTPUT.append(&["-d", SERVICES], &[], &["REJECT"])?;
+    let elsewhere = [
+        "!",
+        "-o",
+        BRIDGE,
+        "-m",
+        "addrtype",
+        "!",
+        "--dst-type",
+        "LOCAL",
+    ];
+    OUTPUT.append(&["-d", PODS], &elsewhere, &["REJECT"])
+}
+
+/// Removes the bridge and the rules, or what there is of them.
+///
+/// # Errors
+/// What does not go.
+pub(super) fn remove() -> Result<()> {
+    for chain in [&SERVICE, &FORWARD, &OUTPUT] {
+        chain.remove()?;
+    }
+    match run("ip", &["link", "show", BRIDGE]) {
+        Ok(_) => run("ip", &["link", "delete", BRIDGE]).map(drop),
+        Err(_not_there) => Ok(()),
+    }
+}
+
+impl Chain {
+    fn append(&self, from: &[&str], matches: &[&str], target: &[&str]) -> Result<()> {
+        let rule = [&["-A", self.name], from, matches, &["-j"], target].concat();
+        self.iptables(&rule).map(drop)
+    }
+
+    fn remove(&self) -> Result<()> {
+        let mut last = Ok(String::new());
+        for _ in 0..ATTEMPTS {
+            let rules = self.iptables(&["-S"])?;
+            let declared = format!("-N {}", self.name);
+            if !rules.lines().any(|rule| rule == declared) {
+                return Ok(());
+            }
+            last = self.try_to_remove(&rules);
+            if last.is_err() {
+                sleep(BETWEEN);
+            }
+        }
+        last.map(drop)
+    }
+
+    /// `rules` are those of the table, as `iptables -S` prints them.
+    fn try_to_remove(&self, rules: &str) -> Result<String> {
+        for hook in self.hooks {
+            let jump = format!("-A {hook} -j {}", self.name);
+            for _ in rules.lines().filter(|rule| *rule == jump) {
+                self.iptables(&["-D", hook, "-j", self.name])?;
+            }
+        }
+        self.iptables(&["-F", self.name])?;
+        self.iptables(&["-X", self.name])
+    }
+
+    fn iptables(&self, args: &[&str]) -> Result<String> {
+        run("iptables", &[&["-w", "-t", self.table], args].concat())
+    }
+}
+
+/// Runs a program of the system to its end; returns what it wrote.
+fn run(program: &str, args: &[&str]) -> Result<String> {
+    let failed =
+        |reason: &dyn Display| Error::Start(format!("{program} {}: {reason}", args.join(" ")));
+    let output = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| failed(&error))?;
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        false => Err(failed(&String::from_utf8_lossy(&output.stderr).trim())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    /// In a network of this thread's own; a line and nothing where there can be none.
+    fn in_a_network_of_its_own(test: fn()) {
+        let run = move || {
+            if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
+                return eprintln!("skipped: no network of its own for a test: {error}");
+            }
+            for (program, list) in [("ip", "link"), ("iptables", "-S")] {
+                if let Err(error) = super::run(program, &[list]) {
+                    return eprintln!("skipped: {error}");
+                }
+            }
+            test();
+        };
+        std::thread::spawn(run).join().unwrap();
+    }
+
+    fn rules() -> String {
+        ["nat", "filter"]
+            .map(|table| run("iptables", &["-t", table, "-S"]).unwrap())
+            .concat()
+    }
+
+    fn is_bridge_there() -> bool {
+        run("ip", &["link"]).unwrap().contains(BRIDGE)
+    }
+
+    #[test]
+    fn what_is_made_is_removed() {
+        in_a_network_of_its_own(|| {
+            let before = rules();
+            make().unwrap();
+            assert!(is_bridge_there());
+            assert!(rules().contains("-A E2E-LOCAL-FORWARD -i e2e0 -o e2e0 -j ACCEPT"));
+            remove().unwrap();
+            assert!(!is_bridge_there());
+            assert_eq!(before, rules());
+            remove().unwrap();
+        });
+    }
+
+    /// As when a snapshot of all rules is restored after the cluster is gone.
+    #[test]
+    fn what_came_back_is_replaced() {
+        in_a_network_of_its_own(|| {
+            make().unwrap();
+            let made = rules();
+            run("ip", &["link", "delete", BRIDGE]).unwrap();
+            run("iptables", &["-I", "FORWARD", "-j", FORWARD.name]).unwrap();
+            make().unwrap();
+            assert_eq!(made, rules());
+        });
+    }
+}
