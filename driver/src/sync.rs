@@ -294,6 +294,13 @@ impl Sync {
         }
         let _turn = self.known.turn(namespace, name).await;
         let mut volumes = self.known.volumes_of(namespace, &class.identity.name);
+        if how == How::Look {
+            // Nobody has made sure yet that the Secret lives with those.
+            let (mut known, unknown): (Vec<_>, Vec<_>) =
+                volumes.into_iter().partition(|v| v.holder.is_some());
+            known.extend(self.live(class, unknown).await?);
+            volumes = known;
+        }
         if volumes.is_empty() {
             return Ok(Kept::Unchanged);
         }

@@ -67,6 +67,18 @@ impl Api {
         std::mem::take(&mut self.0.lock().unwrap().1)
     }
 
+    fn put_class(&self, secret_objects: &Value, resource_version: &str) {
+        let object = json!({
+            "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
+            "metadata": {
+                "name": "db", "namespace": "shop", "uid": "class",
+                "resourceVersion": resource_version,
+            },
+            "spec": {"provider": "test", "parameters": {"a": "b"}, "secretObjects": secret_objects},
+        });
+        self.put(CLASS, object);
+    }
+
     fn pod(&self, name: &str, owner: Option<(&str, &str)>, phase: &str) {
         let owners = owner.map(|(kind, uid)| {
             json!([{"apiVersion": "x/v1", "kind": kind, "name": uid, "uid": uid, "controller": true}])
@@ -134,12 +146,7 @@ async fn answer(
 
 /// A class in the API, and as the driver reads it.
 async fn class(api: &Api, cluster: &Cluster, secret_objects: Value) -> Class {
-    let object = json!({
-        "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
-        "metadata": {"name": "db", "namespace": "shop", "uid": "class", "resourceVersion": "1"},
-        "spec": {"provider": "test", "parameters": {"a": "b"}, "secretObjects": secret_objects},
-    });
-    api.put(CLASS, object);
+    api.put_class(&secret_objects, "1");
     let class = cluster.class("shop", "db").await.unwrap();
     api.requests();
     class
@@ -183,17 +190,33 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
+/// Nothing when it is mounted, and one look at the class in an interval; so that the Secrets that
+/// it gets later are made for the pods that mount it already, and live with them.
 #[tokio::test]
-async fn a_class_without_secrets_asks_nothing() {
+async fn a_class_that_gets_its_first_secrets() {
     let dir = tempfile::tempdir().unwrap();
     let (api, cluster) = Api::start(dir.path()).await;
     let class = class(&api, &cluster, json!([])).await;
-    let sync = Arc::new(Sync::new(cluster, Metrics::new(), false, EVERY));
-    let stop = run(&sync, dir.path());
-    let volume = volume(dir.path(), "web");
-    sync.volume_mounted(&volume, &class).await.unwrap();
-    tokio::time::sleep(EVERY * 4).await;
+    let sync = Arc::new(Sync::new(cluster.clone(), Metrics::new(), false, EVERY));
+    for name in ["web", "other"] {
+        api.pod(name, Some(("ReplicaSet", name)), "Running");
+        let volume = volume(dir.path(), name);
+        sync.volume_mounted(&volume, &class).await.unwrap();
+    }
     assert_eq!(api.requests(), Vec::<String>::new());
+    let stop = run(&sync, dir.path());
+    tokio::time::sleep(EVERY * 5).await;
+    let requests = api.requests();
+    assert!((3..=8).contains(&requests.len()), "{requests:?}");
+    for request in requests {
+        assert!(
+            request.starts_with("GET") && request.contains("secretproviderclasses/db"),
+            "{request}"
+        );
+    }
+    api.put_class(&creds(), "2");
+    until("the Secret is there", || api.get(SECRET).is_some()).await;
+    assert_eq!(api.owners(), ["other", "web"]);
     stop.cancel();
 }
 

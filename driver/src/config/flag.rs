@@ -122,7 +122,7 @@ pub(super) const FLAGS: &[Flag] = &[
         "What a Secret of secretObjects that cannot be kept comes to: report (an event, and tried again) or fail (the pod waits).",
         |c, v| { c.sync_errors_fail = one_of(v, ["report", "fail"])? == 1; Ok(()) }),
     flag!("sync-interval" "DURATION" = "45s",
-        "How often each synced Secret and its class are looked at, whether somebody changed them; at least 1s.",
+        "How often each synced Secret and the class of each volume are looked at, whether somebody changed them; at least 1s.",
         |c, v| { put(&mut c.sync_interval, v)?; c.sync_interval = c.sync_interval.max(Duration::from_secs(1)); Ok(()) }),
 
     flag!("kubeconfig" "FILE" = "",

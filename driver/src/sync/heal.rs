@@ -1,8 +1,8 @@
 //! Looks again and again whether Secrets are as they should be.
 //!
 //! One request by name for each Secret and each class of this node in an interval, one after the
-//! other and never in a burst; nothing at all while no mounted class makes Secrets. When the API
-//! server is away everything waits, longer and longer.
+//! other and never in a burst. A class without `secretObjects` is among them, because it may get
+//! some while its pods run. When the API server is away everything waits, longer and longer.
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,4 +1,4 @@
-//! What is mounted on this node with Secrets to keep, in memory, and what is to be looked at when.
+//! What is mounted on this node, in memory, and what of it is to be looked at when.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -20,7 +20,7 @@ const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// How long a pod whose volume was taken down may take to say that it has ended, or to go.
 const LEAVES_WITHIN: Duration = Duration::from_secs(10);
 
-/// A volume whose class makes Secrets.
+/// A mounted volume. Its class may make Secrets, or begin to.
 #[derive(Clone)]
 pub(super) struct Mounted {
     pub(super) volume: Volume,
@@ -96,11 +96,6 @@ impl Known {
     pub(super) fn mounted(&self, volume: &Volume, class: &Class, every: Duration) -> Vec<String> {
         let mut state = self.state();
         let key = (volume.pod.namespace.clone(), class.identity.name.clone());
-        if class.secret_objects.is_empty() && !state.classes.contains_key(&key) {
-            // A volume may have changed from one class to another.
-            state.forget(&volume.id);
-            return Vec::new();
-        }
         let known = state.volumes.entry(volume.id.clone());
         let known = known.or_insert_with(|| Mounted {
             volume: volume.clone(),
@@ -109,9 +104,11 @@ impl Known {
             told: BTreeMap::new(),
         });
         if known.volume != *volume || known.class != class.identity.name {
+            let before = known.class_key();
             known.volume = volume.clone();
             known.class.clone_from(&class.identity.name);
             known.holder = None;
+            state.forget_class_without_volumes(&before);
         }
         // Its Secrets are about to be made, by whoever says that it is mounted.
         let released = state.class_is(&key, Some(class.clone()), every, every);
@@ -155,12 +152,8 @@ impl Known {
             .classes
             .get(&key)
             .and_then(|known| known.class.clone());
-        let last = state.volumes.values().all(|other| other.class_key() != key);
-        if last {
-            state.classes.remove(&key);
-            state.secrets.retain(|secret, _| secret.class_key() != key);
-        }
-        if let Some(class) = class {
+        state.forget_class_without_volumes(&key);
+        if let Some(class) = class.filter(|class| !class.secret_objects.is_empty()) {
             let due = Instant::now() + LEAVES_WITHIN;
             state.left.push((due, Box::new(mounted), class));
         }
@@ -183,21 +176,6 @@ impl Known {
     ) -> Vec<String> {
         let key = (namespace.to_owned(), name.to_owned());
         let mut state = self.state();
-        let never_made_any = class
-            .as_ref()
-            .is_some_and(|class| class.secret_objects.is_empty())
-            && state
-                .classes
-                .get(&key)
-                .is_some_and(|known| known.class.is_none());
-        if never_made_any {
-            // Nothing to keep, and nothing to ask about again before it is mounted anew.
-            state.classes.remove(&key);
-            state
-                .volumes
-                .retain(|_, mounted| mounted.class_key() != key);
-            return Vec::new();
-        }
         if !state.classes.contains_key(&key) {
             return Vec::new();
         }
@@ -320,6 +298,14 @@ impl Known {
 impl State {
     fn forget(&mut self, volume_id: &str) -> Option<Mounted> {
         self.volumes.remove(volume_id)
+    }
+
+    fn forget_class_without_volumes(&mut self, key: &ClassKey) {
+        let mut others = self.volumes.values();
+        if others.all(|other| other.class_key() != *key) {
+            self.classes.remove(key);
+            self.secrets.retain(|secret, _| secret.class_key() != *key);
+        }
     }
 
     /// A class is this now. What it makes is looked at after a first wait where it changed.

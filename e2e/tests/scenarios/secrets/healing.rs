@@ -114,6 +114,22 @@ async fn a_class_that_changes() {
     s.no_secret("creds").await;
 }
 
+/// Without rotation nothing but the driver's own look finds that out.
+#[tokio::test]
+async fn a_class_that_gets_its_first_secret() {
+    let s = Scenario::syncing_often().await;
+    s.apply(&class("db", "- {objectName: password, content: hunter2}"))
+        .await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let before = s.secrets().await;
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.secret_says("creds", "pw", "hunter2").await;
+    insta::assert_snapshot!(format!("{before}its class changes\n{}", s.secrets().await));
+    s.delete("web").await;
+    s.no_secret("creds").await;
+}
+
 /// The Secret follows the file, with one write.
 #[tokio::test]
 async fn rotation_reaches_the_secret_with_the_file() {
@@ -230,8 +246,7 @@ async fn an_api_server_in_trouble() {
     s.cluster.disturb_api(Disturbance::Refuse).await.unwrap();
     let all = DeleteParams::default();
     s.secrets_api().delete("creds", &all).await.unwrap();
-    // Long enough for waits that double.
-    tokio::time::sleep(Duration::from_secs(10)).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
     assert!(s.secret("creds").await.is_none());
     s.cluster.disturb_api(Disturbance::None).await.unwrap();
     until("the Secret is there again", async || {

@@ -122,6 +122,52 @@ async fn errors_that_fail_the_mount() {
     assert_eq!(s.value("creds", "pw").await.unwrap(), "hunter2");
 }
 
+/// A volume that is fresh is not refreshed again and again for the sake of its Secrets.
+#[tokio::test]
+async fn errors_that_fail_no_refresh() {
+    let needs = Needs {
+        republish: true,
+        driver_flags: &[
+            "--enable-secret-rotation=true",
+            "--rotation-poll-interval=1h",
+            "--sync-errors=fail",
+        ],
+        ..Needs::default()
+    };
+    let s = Scenario::needing(needs).await.unwrap();
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let nowhere = CREDS.replace("password,", "nowhere,");
+    s.apply(&syncing("db", "hunter3", &nowhere)).await;
+    until("the file is the class's", async || {
+        s.cluster.look_again(&s.namespace, "web").await.unwrap();
+        s.reads("web", MOUNT).await.texts()["password"] == "hunter3"
+    })
+    .await;
+    s.trouble("web", "nowhere").await;
+    let calls = s.provider_calls("web").await;
+    for _ in 0..3 {
+        s.cluster.look_again(&s.namespace, "web").await.unwrap();
+        s.looked_again().await;
+    }
+    assert_eq!(s.provider_calls("web").await, calls, "it is fresh");
+    for reason in ["MountRotationFailed", "MountRotationComplete"] {
+        assert_eq!(s.told("web", reason).await, Vec::<String>::new());
+    }
+    assert_eq!(
+        s.value("creds", "pw").await.unwrap(),
+        "hunter2",
+        "as it was"
+    );
+    s.apply(&syncing("db", "hunter3", CREDS)).await;
+    until("the Secret follows", async || {
+        s.cluster.look_again(&s.namespace, "web").await.unwrap();
+        s.value("creds", "pw").await.as_deref() == Some("hunter3")
+    })
+    .await;
+}
+
 /// One event, however often the driver looks.
 #[tokio::test]
 async fn more_than_a_secret_holds() {
