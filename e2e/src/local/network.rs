@@ -89,9 +89,17 @@ pub(super) fn make() -> Result<()> {
 /// # Errors
 /// What does not go.
 pub(super) fn remove() -> Result<()> {
-    for chain in [&SERVICE, &FORWARD, &OUTPUT] {
-        chain.remove()?;
-    }
+    // Each is tried, whatever became of the others.
+    let removed = [
+        SERVICE.remove(),
+        FORWARD.remove(),
+        OUTPUT.remove(),
+        remove_bridge(),
+    ];
+    removed.into_iter().collect()
+}
+
+fn remove_bridge() -> Result<()> {
     match run("ip", &["link", "show", BRIDGE]) {
         Ok(_) => run("ip", &["link", "delete", BRIDGE]).map(drop),
         Err(_not_there) => Ok(()),
@@ -105,23 +113,21 @@ impl Chain {
     }
 
     fn remove(&self) -> Result<()> {
-        let mut last = Ok(String::new());
-        for _ in 0..ATTEMPTS {
-            let rules = self.iptables(&["-S"])?;
-            let declared = format!("-N {}", self.name);
-            if !rules.lines().any(|rule| rule == declared) {
+        for _ in 1..ATTEMPTS {
+            if self.try_to_remove().is_ok() {
                 return Ok(());
             }
-            last = self.try_to_remove(&rules);
-            if last.is_err() {
-                sleep(BETWEEN);
-            }
+            sleep(BETWEEN);
         }
-        last.map(drop)
+        self.try_to_remove()
     }
 
-    /// `rules` are those of the table, as `iptables -S` prints them.
-    fn try_to_remove(&self, rules: &str) -> Result<String> {
+    fn try_to_remove(&self) -> Result<()> {
+        let rules = self.iptables(&["-S"])?;
+        let declared = format!("-N {}", self.name);
+        if !rules.lines().any(|rule| rule == declared) {
+            return Ok(());
+        }
         for hook in self.hooks {
             let jump = format!("-A {hook} -j {}", self.name);
             for _ in rules.lines().filter(|rule| *rule == jump) {
@@ -129,7 +135,7 @@ impl Chain {
             }
         }
         self.iptables(&["-F", self.name])?;
-        self.iptables(&["-X", self.name])
+        self.iptables(&["-X", self.name]).map(drop)
     }
 
     fn iptables(&self, args: &[&str]) -> Result<String> {
