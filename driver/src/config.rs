@@ -76,7 +76,7 @@ pub struct Config {
     pub rotation_backoff_max: Duration,
     /// Whether a Secret that cannot be kept fails the publish.
     pub sync_errors_fail: bool,
-    /// How often each synced Secret and its class are looked at.
+    /// How often each synced Secret and the class of each volume are looked at.
     pub sync_interval: Duration,
     /// Whether the providers are asked for their version from time to time.
     pub provider_health_check: bool,

@@ -114,7 +114,41 @@ pub(crate) async fn renew(cluster: &impl Cluster) -> Result<()> {
                 .await?;
         }
     }
-    wait_rolled_out(client, LIMIT).await
+    wait_rolled_out(client, LIMIT).await?;
+    // A DaemonSet says for a moment that it runs the pods that have just gone.
+    for node in cluster.nodes() {
+        for component in [Component::Driver, Component::Provider(PROVIDER.to_owned())] {
+            wait_serving(cluster, &node, &component, LIMIT).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the driver or the tests' provider serves HTTP on a node. Their pods have no
+/// readiness probe, so that they are ready when their process starts.
+///
+/// # Errors
+/// When it does not after `limit`.
+pub(crate) async fn wait_serving(
+    cluster: &impl Cluster,
+    node: &str,
+    component: &Component,
+    limit: Duration,
+) -> Result<()> {
+    let (port, path) = match component {
+        Component::Driver => (8095, "/metrics"),
+        Component::Provider(_) => (8080, "/calls"),
+    };
+    let patience = Patience::of(format!("{component:?} to serve on {node}"), limit);
+    loop {
+        let last = match cluster.get(node, component, port, path).await {
+            Ok(answer) if answer.status == 200 => return Ok(()),
+            // The API server's, which passes it on.
+            Ok(answer) => format!("status {}: {}", answer.status, answer.body),
+            Err(error) => error.to_string(),
+        };
+        patience.wait(&last).await?;
+    }
 }
 
 /// kubelet is done with a pod later than the API server is. A volume's directory goes after the
@@ -233,18 +267,20 @@ pub(crate) async fn stop(client: &kube::Client, node: &str, component: &Componen
     Ok(())
 }
 
-/// Undoes [`stop`]; returns when the DaemonSet runs and the driver is registered.
+/// Undoes [`stop`]; returns when the component serves and the driver is registered.
 ///
 /// # Errors
 /// When it does not come.
-pub(crate) async fn start(client: &kube::Client, node: &str, component: &Component) -> Result<()> {
+pub(crate) async fn start(cluster: &impl Cluster, node: &str, component: &Component) -> Result<()> {
+    let client = &cluster.client();
     let set = daemon_set_of(component);
     run_daemon_set(client, set, true).await?;
     let patience = Patience::new(format!("{set} to start on {node}"));
     while pod_of(client, node, component).await?.is_none() {
         patience.wait("it has no pod there").await?;
     }
-    wait_rolled_out(client, LIMIT).await
+    wait_rolled_out(client, LIMIT).await?;
+    wait_serving(cluster, node, component, LIMIT).await
 }
 
 /// The pod of a component on a node that is not on its way out.

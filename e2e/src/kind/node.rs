@@ -23,8 +23,6 @@ use crate::tree::Tree;
 
 /// What `sh` says when a path of a node is not there.
 const ABSENT: &str = "e2e: nothing there";
-/// Where the tests' provider listens.
-const PROVIDER_SOCKET: &str = "/var/run/secrets-store-csi-providers/e2e-provider.sock";
 
 /// A way to the cluster. It belongs to the runtime in which it was made.
 pub struct Kind {
@@ -54,11 +52,7 @@ impl Kind {
     /// # Errors
     /// What does not go or does not come.
     pub async fn renew(&self) -> Result<()> {
-        real::renew(self).await?;
-        for node in self.nodes() {
-            self.wait_provider(&node).await?;
-        }
-        Ok(())
+        real::renew(self).await
     }
 
     /// The kernel's mount table, as a node's kubelet sees it.
@@ -128,20 +122,6 @@ impl Kind {
         let args = ["exec", node].into_iter().chain(args.iter().copied());
         let output = self.tools.docker(args, A_MOMENT).await;
         output.map_err(|reason| node_error(node, reason))
-    }
-
-    /// A socket that the provider of before a restart has left is no sign of the new one, so
-    /// this is for nodes that have just come up.
-    async fn wait_provider(&self, node: &str) -> Result<()> {
-        let patience = Patience::of(format!("{PROVIDER_SOCKET} on {node}"), START_LIMIT);
-        while self
-            .node_tree(node, PROVIDER_SOCKET.as_ref())
-            .await?
-            .is_none()
-        {
-            patience.wait("it is not there").await?;
-        }
-        Ok(())
     }
 
     /// The containerd id of a component's container, if it runs.
@@ -276,7 +256,7 @@ impl Cluster for Kind {
         match action {
             Action::Kill => self.kill(node, component).await,
             Action::Stop => real::stop(&self.client, node, component).await,
-            Action::Start => real::start(&self.client, node, component).await,
+            Action::Start => real::start(self, node, component).await,
         }
     }
 
@@ -319,11 +299,11 @@ impl Cluster for Kind {
             .await
             .map_err(|reason| node_error(node, reason))?;
         self.wait_registered(node).await?;
-        // The provider's socket is in memory, and gone with the node.
-        // Unless a scenario has stopped it.
+        // The provider's socket is in memory, and gone with the node. No pod of it where a
+        // scenario has stopped it.
         let provider = Component::Provider("fake-provider".to_owned());
         match real::pod_of(&self.client, node, &provider).await? {
-            Some(_) => self.wait_provider(node).await,
+            Some(_) => real::wait_serving(self, node, &provider, START_LIMIT).await,
             None => Ok(()),
         }
     }

@@ -176,7 +176,7 @@ impl Cluster for Local {
         match action {
             Action::Kill => self.kill(node, component).await,
             Action::Stop => real::stop(&self.client, node, component).await,
-            Action::Start => real::start(&self.client, node, component).await,
+            Action::Start => real::start(self, node, component).await,
         }
     }
 
