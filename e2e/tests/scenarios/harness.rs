@@ -278,12 +278,16 @@ impl Scenario {
         .await;
     }
 
-    /// Waits until the pod statuses are collected with their pods.
+    /// Waits until the pod statuses are collected with their pods. The controller of Kubernetes
+    /// may take half a minute after it has started.
     pub async fn no_pod_statuses(&self) {
-        until("no pod status is left", async || {
-            self.objects("SecretProviderClassPodStatus")
-                .await
-                .is_empty()
+        self.pod_statuses_left(0).await;
+    }
+
+    /// The same, where pods are left that have so many.
+    pub async fn pod_statuses_left(&self, count: usize) {
+        until("no pod status is left of pods that have gone", async || {
+            self.objects("SecretProviderClassPodStatus").await.len() == count
         })
         .await;
     }

@@ -300,6 +300,7 @@ async fn a_kubelet_that_restarts() {
     s.apply(&pod("later", &["db"])).await;
     s.ready("later").await;
     s.delete("later").await;
+    s.pod_statuses_left(1).await;
     assert_eq!(s.state("web").await, before);
     s.delete("web").await;
     s.nothing_is_left().await;

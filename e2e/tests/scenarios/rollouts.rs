@@ -83,6 +83,7 @@ async fn a_new_driver_under_running_pods() {
     let later = s.reads("later", MOUNT).await;
     assert_eq!(later.texts()["password"], "hunter2");
     s.delete("later").await;
+    s.pod_statuses_left(1).await;
     // The kubelet has long looked again by then.
     tokio::time::sleep(std::time::Duration::from_secs(3)).await;
     assert_eq!(s.state("web").await, before);
