@@ -321,8 +321,68 @@ pub(crate) async fn running_pod_of(
     })
 }
 
+/// The containerd id of a component's container.
+///
+/// # Errors
+/// When it does not run.
+pub(crate) async fn container_of(
+    client: &kube::Client,
+    node: &str,
+    component: &Component,
+) -> Result<String> {
+    let pod = running_pod_of(client, node, component).await?;
+    running_container(pod, component).ok_or_else(|| {
+        Error::Impossible(format!("{} does not run on {node}", component.container()))
+    })
+}
+
+fn running_container(pod: Pod, component: &Component) -> Option<String> {
+    let status = status_of(pod, component)?;
+    status.state?.running?;
+    let id = status.container_id?;
+    Some(id.trim_start_matches("containerd://").to_owned())
+}
+
+/// Waits until another container of a component runs than the one with this id, and kubelet says
+/// so: before that it refuses to show a log.
+///
+/// # Errors
+/// When none comes.
+pub(crate) async fn wait_replaced(
+    client: &kube::Client,
+    node: &str,
+    component: &Component,
+    id: &str,
+) -> Result<()> {
+    let patience = Patience::new(format!("{} to come back on {node}", component.container()));
+    loop {
+        if let Some(pod) = pod_of(client, node, component).await? {
+            match running_container(pod.clone(), component) {
+                Some(new) if new != id => return Ok(()),
+                _ => do_not_let_wait(client, pod, component).await?,
+            }
+        }
+        patience.wait("no other container runs").await?;
+    }
+}
+
+/// kubelet lets a container that dies often wait ever longer; its pod is then made anew.
+async fn do_not_let_wait(client: &kube::Client, pod: Pod, component: &Component) -> Result<()> {
+    let name = pod.name_any();
+    let waiting = status_of(pod, component).and_then(|status| status.state?.waiting);
+    if waiting.and_then(|waiting| waiting.reason).as_deref() != Some("CrashLoopBackOff") {
+        return Ok(());
+    }
+    let pods = Api::<Pod>::namespaced(client.clone(), NAMESPACE);
+    let now = DeleteParams::default().grace_period(0);
+    let deleted = pods.delete(&name, &now).await;
+    deleted
+        .map(drop)
+        .map_err(api_error(format!("delete pod {name}")))
+}
+
 /// What kubelet says of a component's container.
-pub(crate) fn status_of(pod: Pod, component: &Component) -> Option<ContainerStatus> {
+fn status_of(pod: Pod, component: &Component) -> Option<ContainerStatus> {
     let statuses = pod.status?.container_statuses?;
     statuses
         .into_iter()

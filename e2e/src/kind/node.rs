@@ -3,10 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use http_body_util::BodyExt as _;
-use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::storage::v1::CSINode;
 use kube::ResourceExt;
-use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use kube::api::{Api, Patch, PatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::json;
 
@@ -18,7 +17,7 @@ use crate::cluster::{
 use crate::embedded::api::Disturbance;
 use crate::host::mount_points_in;
 use crate::install::{NAMESPACE, lacking};
-use crate::real::{self, Patience, running_pod_of, status_of};
+use crate::real::{self, Patience, running_pod_of};
 use crate::tree::Tree;
 
 /// What `sh` says when a path of a node is not there.
@@ -124,24 +123,10 @@ impl Kind {
         output.map_err(|reason| node_error(node, reason))
     }
 
-    /// The containerd id of a component's container, if it runs.
-    async fn container_of(&self, node: &str, component: &Component) -> Result<Option<String>> {
-        let pod = real::pod_of(&self.client, node, component).await?;
-        let status = pod.and_then(|pod| status_of(pod, component));
-        let runs = status.filter(|status| {
-            let state = status.state.as_ref();
-            state.is_some_and(|state| state.running.is_some())
-        });
-        let id = runs.and_then(|status| status.container_id);
-        Ok(id.map(|id| id.trim_start_matches("containerd://").to_owned()))
-    }
-
     /// SIGKILL from outside of its namespaces, where nothing holds it back. Waits until another
-    /// container runs, and the driver is registered again.
+    /// container runs.
     async fn kill(&self, node: &str, component: &Component) -> Result<()> {
-        let name = component.container();
-        let id = self.container_of(node, component).await?;
-        let id = id.ok_or_else(|| Error::Impossible(format!("{name} does not run on {node}")))?;
+        let id = real::container_of(&self.client, node, component).await?;
         let kill = [
             "ctr",
             "--namespace",
@@ -153,32 +138,7 @@ impl Kind {
             &id,
         ];
         self.on(node, &kill).await?;
-        let patience = Patience::new(format!("{name} to come back on {node}"));
-        loop {
-            match self.container_of(node, component).await? {
-                Some(new) if new != id => return Ok(()),
-                _ => self.do_not_let_wait(node, component).await?,
-            }
-            patience.wait("no other container runs").await?;
-        }
-    }
-
-    /// kubelet lets a container that dies often wait ever longer; its pod is then made anew.
-    async fn do_not_let_wait(&self, node: &str, component: &Component) -> Result<()> {
-        let Some(pod) = real::pod_of(&self.client, node, component).await? else {
-            return Ok(());
-        };
-        let name = pod.name_any();
-        let waiting = status_of(pod, component).and_then(|status| status.state?.waiting);
-        if waiting.and_then(|waiting| waiting.reason).as_deref() != Some("CrashLoopBackOff") {
-            return Ok(());
-        }
-        let pods = Api::<Pod>::namespaced(self.client(), NAMESPACE);
-        let now = DeleteParams::default().grace_period(0);
-        let deleted = pods.delete(&name, &now).await;
-        deleted
-            .map(drop)
-            .map_err(api_error(format!("delete pod {name}")))
+        real::wait_replaced(&self.client, node, component, &id).await
     }
 }
 

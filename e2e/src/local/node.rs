@@ -11,12 +11,12 @@ use nix::unistd::Pid;
 
 use super::daemons::ctr;
 use super::layout::NODE;
-use super::processes::{Processes, start_time};
+use super::processes::Processes;
 use crate::cluster::{Ability, Action, Cluster, Component, Error, HttpAnswer, Result};
 use crate::embedded::api::Disturbance;
 use crate::host::{fetch, mount_points};
 use crate::install::wait_rolled_out;
-use crate::real::{self, LIMIT, Patience, running_pod_of, status_of};
+use crate::real::{self, LIMIT, running_pod_of};
 use crate::tree::{Tree, View};
 
 /// A way to the cluster. It belongs to the runtime in which it was made.
@@ -76,24 +76,17 @@ impl Local {
         wait_rolled_out(&self.client, LIMIT).await
     }
 
-    /// SIGKILL from outside of its namespaces, where nothing holds it back.
+    /// SIGKILL from outside of its namespaces, where nothing holds it back. Waits until another
+    /// container runs.
     async fn kill(&self, node: &str, component: &Component) -> Result<()> {
-        let pod = running_pod_of(&self.client, node, component).await?;
-        let id = status_of(pod, component).and_then(|status| status.container_id);
-        let id = id.unwrap_or_default();
-        let id = id.trim_start_matches("containerd://");
+        let id = real::container_of(&self.client, node, component).await?;
         let tasks =
             ctr(&self.ctr, &self.state, &["tasks", "ls"]).map_err(|error| refused(&error))?;
-        let pid = pid_of_task(&tasks, id).ok_or_else(|| {
+        let pid = pid_of_task(&tasks, &id).ok_or_else(|| {
             Error::Impossible(format!("{} does not run on {node}", component.container()))
         })?;
-        let before = start_time(pid.unsigned_abs());
         kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|error| refused(&error))?;
-        let patience = Patience::new(format!("process {pid} to go"));
-        while start_time(pid.unsigned_abs()) == before && before.is_some() {
-            patience.wait("it is there").await?;
-        }
-        Ok(())
+        real::wait_replaced(&self.client, node, component, &id).await
     }
 }
 

@@ -183,7 +183,7 @@ fn command_line(command: &Command) -> Vec<u8> {
 
 /// When a process was started, in the kernel's ticks: with its number, what tells it from any
 /// other. None for one that is gone or only waits for its parent to notice.
-pub(super) fn start_time(pid: u32) -> Option<u64> {
+fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold anything.
     let (_, rest) = stat.rsplit_once(") ")?;
