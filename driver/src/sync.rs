@@ -433,7 +433,7 @@ async fn made(
         let mut newest: Option<(Timestamp, &PathBuf)> = None;
         let mut failed = None;
         for target in &targets {
-            match read::since(target) {
+            match read::version(target).map(|version| version.since) {
                 Ok(since) if newest.is_none_or(|(other, _)| since > other) => {
                     newest = Some((since, target));
                 }
@@ -455,7 +455,7 @@ async fn made(
             }
         };
         let desired = desired::desired(&class, &object, &snapshot.files)?;
-        Ok((desired, snapshot.since))
+        Ok((desired, snapshot.version.since))
     };
     match tokio::task::spawn_blocking(work).await {
         Ok(made) => made,

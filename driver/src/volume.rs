@@ -15,7 +15,7 @@ pub mod record;
 mod refresh;
 pub mod target;
 
-use std::{future::Future, io, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, future::Future, io, path::PathBuf, sync::Arc};
 
 use jiff::Timestamp;
 use tokio::time::Instant;
@@ -24,7 +24,10 @@ use tonic::Code;
 use zeroize::Zeroizing;
 
 use crate::{
-    cluster::{Class, Cluster, pod_status::Mounted},
+    cluster::{
+        Class, Cluster,
+        pod_status::{Mounted, Written},
+    },
     error::{Error, Reason, Result},
     files::{Access, swap},
     metrics::{Metrics, PublishGuard},
@@ -33,7 +36,7 @@ use crate::{
     secret::SecretMap,
     sync::{self, Sync},
 };
-use content::{Stage, Undo, blocking, commit_files, stage_files, take_down};
+use content::{Stage, Undo, blocking, commit_files, directory, stage_files, take_down};
 use policy::{Every, Failing, Policy};
 use record::{Content, Object, Pod, Record, Records};
 use target::{Busy, TargetPath};
@@ -196,9 +199,12 @@ impl Volumes {
             Stage::Unchanged => Content::Driver,
             Stage::OfProvider => Content::Provider,
         };
-        let pod_status = self.write_pod_status(request, &reply.objects).await?;
-
         let now = self.clock.now();
+        let written = self
+            .write_pod_status(request, &reply.objects, Some(now))
+            .await?;
+        let pod_status = written.name;
+        let directory = directory(request, content).await?;
         let provider = class.provider.clone();
         let synced = self.sync_secrets(request, &pod_status, &class).await;
         let committing = async {
@@ -212,6 +218,7 @@ impl Volumes {
                 pod_status: pod_status.clone(),
                 objects: reply.objects,
                 content,
+                orders: BTreeMap::from([(directory, written.resource_version)]),
                 last_success: now,
                 last_change: now,
                 failing_since: None,
@@ -240,7 +247,8 @@ impl Volumes {
         &self,
         request: &PublishRequest,
         objects: &[Object],
-    ) -> Result<String> {
+        changed: Option<Timestamp>,
+    ) -> Result<Written> {
         self.cluster
             .write_pod_status(&Mounted {
                 pod: &request.pod,
@@ -248,6 +256,7 @@ impl Volumes {
                 target_path: request.target.as_str(),
                 node: &self.node,
                 objects,
+                changed,
             })
             .await
     }
@@ -486,6 +495,7 @@ mod tests {
             pod_status: "s".into(),
             objects: Vec::new(),
             content: Content::Driver,
+            orders: Default::default(),
             last_success: Timestamp::UNIX_EPOCH,
             last_change: Timestamp::UNIX_EPOCH,
             failing_since: None,

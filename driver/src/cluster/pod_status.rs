@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{
     Api,
@@ -22,6 +23,13 @@ use crate::{
 
 /// The node that an object belongs to. Tools select by it (contract A.5).
 const NODE_LABEL: &str = "internal.secrets-store.csi.k8s.io/node-name";
+
+/// How often the content of the volume has changed, the first one included. It differs after each
+/// change, so that each change writes the object and gets a resource version of its own.
+const CONTENT_CHANGES: &str = "secrets-store.csi.k8s.io/content-changes";
+
+/// When the content became what it is, by the node's clock. For people; nothing is decided by it.
+const CONTENT_CHANGED: &str = "secrets-store.csi.k8s.io/content-changed";
 
 /// Limits of the API: names are DNS subdomains, label values are shorter.
 const MAX_NAME: usize = 253;
@@ -43,10 +51,34 @@ pub struct Mounted<'a> {
     pub node: &'a str,
     /// What is mounted, in order of id.
     pub objects: &'a [Object],
+    /// When the content became another than the one that the pod status was written for, if it
+    /// did. The pod status is written then in any case, also when it says the same as before: its
+    /// new resource version is the order of the content.
+    pub changed: Option<Timestamp>,
+}
+
+/// A pod status as the API server has it after it was written, or as it was found when it said
+/// all of it already.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// The object's name.
+    pub name: String,
+    /// Its resource version; empty when the API server gives none.
+    pub resource_version: String,
+}
+
+impl Written {
+    fn of(name: String, metadata: ObjectMeta) -> Self {
+        Self {
+            name,
+            resource_version: metadata.resource_version.unwrap_or_default(),
+        }
+    }
 }
 
 impl Cluster {
-    /// Makes the pod status of a volume say what is mounted, and returns the object's name.
+    /// Makes the pod status of a volume say what is mounted, and returns the object's name and
+    /// resource version.
     ///
     /// The name is `<pod>-<namespace>-<class>`. When another volume of a living pod holds that
     /// name, this volume's gets a suffix of its own. An object that an earlier pod of the same
@@ -54,7 +86,7 @@ impl Cluster {
     ///
     /// # Errors
     /// When the API server does not take it.
-    pub async fn write_pod_status(&self, mounted: &Mounted<'_>) -> Result<String> {
+    pub async fn write_pod_status(&self, mounted: &Mounted<'_>) -> Result<Written> {
         let failed = |error: Error| {
             error.context(format_args!(
                 "failed to write the SecretProviderClassPodStatus of pod {}",
@@ -67,7 +99,7 @@ impl Cluster {
         for _ in 0..ATTEMPTS {
             let wanted = mounted.object(&name);
             match limited(api.create(&PostParams::default(), &wanted)).await {
-                Ok(_) => return Ok(name),
+                Ok(created) => return Ok(Written::of(name, created.metadata)),
                 Err(Failure::Refused { code: 409, .. }) => {}
                 Err(failure) => return Err(failed(failure.into_error())),
             }
@@ -87,11 +119,12 @@ impl Cluster {
                 name = own;
                 continue;
             }
+            let found = existing.metadata.clone();
             let Some(update) = wanted.over(existing) else {
-                return Ok(name);
+                return Ok(Written::of(name, found));
             };
             match limited(api.replace(&name, &PostParams::default(), &update)).await {
-                Ok(_) => return Ok(name),
+                Ok(replaced) => return Ok(Written::of(name, replaced.metadata)),
                 Err(Failure::Refused {
                     code: 404 | 409, ..
                 }) => {}
@@ -169,6 +202,12 @@ impl Mounted<'_> {
                     uid: self.pod.uid.clone(),
                     ..OwnerReference::default()
                 }]),
+                annotations: self.changed.map(|time| {
+                    BTreeMap::from([
+                        (CONTENT_CHANGES.to_owned(), "1".to_owned()),
+                        (CONTENT_CHANGED.to_owned(), time.to_string()),
+                    ])
+                }),
                 ..ObjectMeta::default()
             },
             status: PodStatus {
@@ -204,10 +243,18 @@ impl Mounted<'_> {
 }
 
 impl SecretProviderClassPodStatus {
-    /// This object laid over an existing one: others' labels and annotations stay. None when
-    /// the existing one says all of it already.
+    /// Lays this object over an existing one: others' labels and annotations stay, and changes of
+    /// the content are counted on. None when the existing one says all of it already.
     fn over(self, existing: Self) -> Option<Self> {
         let mut merged = existing.clone();
+        if let Some(changed) = self.metadata.annotations {
+            let annotations = merged.metadata.annotations.get_or_insert_default();
+            let before = annotations.get(CONTENT_CHANGES);
+            let before: u64 = before.and_then(|n| n.parse().ok()).unwrap_or_default();
+            annotations.extend(changed);
+            let now = before.wrapping_add(1).to_string();
+            annotations.insert(CONTENT_CHANGES.to_owned(), now);
+        }
         merged
             .metadata
             .labels
@@ -272,6 +319,7 @@ mod tests {
             target_path,
             node: "node-1",
             objects: &[],
+            changed: None,
         }
     }
 
@@ -323,6 +371,37 @@ mod tests {
             mounted(&ours, "c", "/t1").is_held_by_another_volume(&existing),
             another
         );
+    }
+
+    #[rstest]
+    #[case::never_counted(None, "1")]
+    #[case::counted(Some("7"), "8")]
+    #[case::no_number(Some("many"), "1")]
+    #[case::the_largest(Some("18446744073709551615"), "0")]
+    fn each_change_of_the_content_writes_the_object(
+        #[case] before: Option<&str>,
+        #[case] after: &str,
+    ) {
+        let pod = pod("web", "u1");
+        let at = Timestamp::UNIX_EPOCH;
+        let unchanged = mounted(&pod, "c", "/t1");
+        let changed = Mounted {
+            changed: Some(at),
+            ..unchanged.clone()
+        };
+        let mut existing = changed.object("x");
+        let annotations = existing.metadata.annotations.get_or_insert_default();
+        annotations.insert("foreign".into(), "1".into());
+        match before {
+            Some(before) => annotations.insert(CONTENT_CHANGES.into(), before.into()),
+            None => annotations.remove(CONTENT_CHANGES),
+        };
+        // Nothing else differs, not even the time.
+        let written = changed.object("x").over(existing.clone()).unwrap();
+        let annotations = written.metadata.annotations.unwrap();
+        assert_eq!(annotations[CONTENT_CHANGES], after);
+        assert_eq!(annotations["foreign"], "1");
+        assert_eq!(unchanged.object("x").over(existing), None);
     }
 
     #[test]

@@ -26,13 +26,23 @@ const LONGEST_FILE: u64 = 8 * 1024 * 1024;
 const DEEPEST: usize = 32;
 const MOST_FILES: usize = 10_000;
 
+/// Which of a volume's contents one is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Version {
+    /// The name of the directory that `..data` leads to; empty where there is none, because a
+    /// provider wrote the files itself.
+    pub directory: String,
+    /// When the content came to be as it is: looking at it or writing the same again does not
+    /// change that.
+    pub since: Timestamp,
+}
+
 /// A volume's content at one moment.
 pub struct Snapshot {
     /// Contents by path, without those that are too long to be read.
     pub files: BTreeMap<String, Secret>,
-    /// When the content came to be as it is: looking at it or writing the same again does not
-    /// change that.
-    pub since: Timestamp,
+    /// Which content it is.
+    pub version: Version,
 }
 
 /// Reads the files of a volume whose path `wanted` says yes to.
@@ -41,22 +51,22 @@ pub struct Snapshot {
 /// What the system says. NotFound also when the content was replaced meanwhile; trying again
 /// helps.
 pub fn snapshot(volume: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<Snapshot> {
-    let (tree, since) = open(volume)?;
+    let (tree, version) = open(volume)?;
     let mut files = BTreeMap::new();
     read_below(&tree, "", &wanted, &mut files, 0)?;
-    Ok(Snapshot { files, since })
+    Ok(Snapshot { files, version })
 }
 
-/// Since when a volume's content is as it is.
+/// Returns which content a volume has.
 ///
 /// # Errors
 /// What the system says.
-pub fn since(volume: &Path) -> io::Result<Timestamp> {
-    open(volume).map(|(_, since)| since)
+pub fn version(volume: &Path) -> io::Result<Version> {
+    open(volume).map(|(_, version)| version)
 }
 
-/// The directory with the content, and since when it has been that.
-fn open(volume: &Path) -> io::Result<(OwnedFd, Timestamp)> {
+/// Opens the directory with the content.
+fn open(volume: &Path) -> io::Result<(OwnedFd, Version)> {
     let root = open_root(volume)?;
     let name = current(&root)?;
     let (tree, since) = match &name {
@@ -67,7 +77,8 @@ fn open(volume: &Path) -> io::Result<(OwnedFd, Timestamp)> {
         Some(since) => since,
         None => changed(&tree)?,
     };
-    Ok((tree, since))
+    let directory = name.unwrap_or_default();
+    Ok((tree, Version { directory, since }))
 }
 
 /// The moment that the name of a directory tells: `..2026_11_23_16_19_05.123456789`.
@@ -163,12 +174,15 @@ mod tests {
         let first = snapshot(dir.path(), |_| true).unwrap();
         let expected = BTreeMap::from([("a", "1".to_owned()), ("deep/er/b", "2".to_owned())]);
         assert_eq!(texts(&first), expected);
-        assert!(before <= first.since && first.since <= Timestamp::now());
+        assert!(before <= first.version.since && first.version.since <= Timestamp::now());
         replace(payload("1"));
-        assert_eq!(snapshot(dir.path(), |_| true).unwrap().since, first.since);
+        assert_eq!(
+            snapshot(dir.path(), |_| true).unwrap().version.since,
+            first.version.since
+        );
         replace(payload("3"));
         let second = snapshot(dir.path(), |path| path == "a").unwrap();
-        assert!(second.since > first.since);
+        assert!(second.version.since > first.version.since);
         assert_eq!(texts(&second), BTreeMap::from([("a", "3".to_owned())]));
     }
 

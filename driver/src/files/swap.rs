@@ -89,6 +89,16 @@ pub fn stage(volume: &Path, payload: Payload) -> io::Result<Option<Staged>> {
 }
 
 impl Staged {
+    /// The name of the directory that holds the staged content.
+    pub fn directory(&self) -> &str {
+        &self.new
+    }
+
+    /// The name of the directory that holds the content of now, if there is one.
+    pub fn former_directory(&self) -> Option<&str> {
+        self.old.as_deref()
+    }
+
     /// Makes the staged content the volume's, in one step. The content before stays for those
     /// who are reading it; [`remove`] takes it away after [`GRACE`].
     ///

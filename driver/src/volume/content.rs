@@ -1,6 +1,7 @@
 //! The file system's side of a volume: content staged and committed, mounts taken down.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -8,10 +9,13 @@ use std::{
 use tokio::time::sleep;
 use tonic::Code;
 
-use super::{PublishRequest, record::Content};
+use super::{
+    PublishRequest,
+    record::{Content, Record},
+};
 use crate::{
     error::{Error, Reason, Result},
-    files::{File, Payload, swap},
+    files::{File, Payload, read, swap},
     mount::{self, State},
 };
 
@@ -26,6 +30,23 @@ pub(super) enum Stage {
     Unchanged,
     /// The provider has written them itself.
     OfProvider,
+}
+
+impl Stage {
+    /// Adds the order of this content to a record, and keeps that of the content of now.
+    pub(super) fn order(&self, record: &mut Record, order: String) {
+        match self {
+            Self::Files(staged) => {
+                let now = staged.former_directory();
+                record
+                    .orders
+                    .retain(|directory, _| Some(directory.as_str()) == now);
+                record.orders.insert(staged.directory().to_owned(), order);
+            }
+            Self::OfProvider => record.orders = BTreeMap::from([(String::new(), order)]),
+            Self::Unchanged => {}
+        }
+    }
 }
 
 /// Checks the provider's files and writes them where no reader looks. `so_far` is who wrote the
@@ -55,6 +76,19 @@ pub(super) async fn stage_files(
             "the provider named objects but sent no files and wrote none itself; the volume would be empty",
         ))
     })
+}
+
+/// Returns the name of the directory that holds a volume's content; empty for content that the
+/// provider wrote itself.
+pub(super) async fn directory(request: &PublishRequest, content: Content) -> Result<String> {
+    if content == Content::Provider {
+        return Ok(String::new());
+    }
+    let volume = request.target.as_path().to_owned();
+    let version = blocking(move || read::version(&volume)).await;
+    version
+        .map(|version| version.directory)
+        .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))
 }
 
 /// Makes staged files the volume's content. What was there before goes a little later.

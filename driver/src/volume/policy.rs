@@ -276,6 +276,7 @@ mod tests {
             pod_status: "s".into(),
             objects: Vec::new(),
             content: Content::Driver,
+            orders: Default::default(),
             last_success,
             last_change: last_success,
             failing_since: None,

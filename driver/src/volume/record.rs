@@ -41,6 +41,12 @@ pub struct Record {
     pub objects: Vec<Object>,
     /// Who wrote the files.
     pub content: Content,
+    /// The resource version of the pod status that was written with a content, by the name of the
+    /// directory that holds it; under an empty name for files that a provider wrote itself. It
+    /// orders the contents of all volumes of the cluster. A content whose pod status an earlier
+    /// driver wrote is missing here.
+    #[serde(default)]
+    pub orders: BTreeMap<String, String>,
     /// The last time that the provider answered and the content was made to match.
     pub last_success: Timestamp,
     /// The last time that the provider's answer changed the content.
@@ -287,6 +293,7 @@ mod tests {
                 version: "v1".into(),
             }],
             content: Content::Driver,
+            orders: BTreeMap::from([("..2026".into(), "7".into())]),
             last_success: Timestamp::now(),
             last_change: Timestamp::UNIX_EPOCH,
             failing_since: None,
@@ -337,7 +344,7 @@ mod tests {
             record: record("csi-1", Path::new("/t/mount")),
         })
         .unwrap();
-        for new in ["lastChange", "failingSince"] {
+        for new in ["lastChange", "failingSince", "orders"] {
             filed.as_object_mut().unwrap().remove(new).unwrap();
         }
         filed["class"]

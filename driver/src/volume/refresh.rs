@@ -100,33 +100,45 @@ impl Volumes {
         let reply = unless(cancelled, ask).await?;
         let staged = stage_files(request, reply.files, Some(record.content)).await?;
         let versions_changed = reply.objects != record.objects;
-        let pod_status = match versions_changed {
-            true => self.write_pod_status(request, &reply.objects).await?,
-            false => record.pod_status.clone(),
-        };
-        let changed = match staged {
-            Stage::Files(staged) => {
-                commit_files(request, staged).await?;
-                true
-            }
+        let now = self.clock.now();
+        let changed = match &staged {
+            Stage::Files(_) => true,
             Stage::Unchanged => false,
             Stage::OfProvider => versions_changed,
         };
-        let now = self.clock.now();
+        let mut record = record.clone();
+        if changed || versions_changed {
+            let written = self
+                .write_pod_status(request, &reply.objects, changed.then_some(now))
+                .await?;
+            record.pod_status = written.name;
+            if changed {
+                staged.order(&mut record, written.resource_version);
+                // Before the swap: whatever stops the driver between the two, the content that
+                // is found later has the order that belongs to it.
+                self.commit(record.clone()).await?;
+            }
+        }
+        if let Stage::Files(staged) = staged {
+            let directory = staged.directory().to_owned();
+            commit_files(request, staged).await?;
+            record.orders.retain(|other, _| *other == directory);
+        }
         self.metrics.success(&class.provider, now);
         let identity = class.identity.clone();
+        let class_changed = class.identity != record.class;
+        let pod_status = record.pod_status.clone();
         self.commit(Record {
             class: identity,
             provider: class.provider.clone(),
-            pod_status: pod_status.clone(),
             objects: reply.objects,
             last_success: now,
             last_change: if changed { now } else { record.last_change },
             failing_since: None,
-            ..record.clone()
+            ..record
         })
         .await?;
-        if changed || class.identity != record.class {
+        if changed || class_changed {
             // The volume is fresh and recorded, and its pod runs. The pod has been told of a Secret
             // that is not in step, which is tried again without the provider.
             if let Err(error) = self.sync_secrets(request, &pod_status, &class).await {
