@@ -16,7 +16,10 @@ use std::{
 use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 use nix::{fcntl::OFlag, sys::stat::Mode};
 
-use super::swap::{current, names, open_beneath, open_directory, open_root};
+use super::{
+    layout::current,
+    tree::{names, open_beneath, open_directory, open_root},
+};
 use crate::secret::Secret;
 
 /// No file is read beyond this. Far above what fits into a Secret, so that a part of a larger
