@@ -5,7 +5,7 @@
 //! metrics guard, which counts a failure unless told otherwise.
 //!
 //! A call's work runs in a task of its own: a caller that goes away cannot leave a half-made
-//! volume behind, and a panic answers its own call with INTERNAL and harms no other.
+//! volume behind, and a panic answers its own call with UNAVAILABLE and harms no other.
 
 mod request;
 
@@ -133,14 +133,8 @@ impl Identity for Csi {
         Ok(Response::new(GetPluginCapabilitiesResponse::default()))
     }
 
-    /// Answers in any case, and says whether the driver can publish.
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
-        let able = self.volumes.health.check().await;
-        if let Err(why) = &able {
-            tracing::warn!("not ready: {why}");
-        }
-        let ready = Some(able.is_ok());
-        Ok(Response::new(ProbeResponse { ready }))
+        Ok(Response::new(ProbeResponse { ready: Some(true) }))
     }
 }
 
@@ -162,9 +156,11 @@ impl Node for Csi {
             // What these types print of themselves holds no secret.
             tracing::debug!(request = ?request.get_ref(), "asked to publish");
             let mut counted = metrics.publish();
-            let result = match publish_request(request.into_inner(), deadline, volumes.kubelet_root.as_deref()) {
+            let request = request.into_inner();
+            let (volume_id, target) = (request.volume_id.clone(), request.target_path.clone());
+            let result = match publish_request(request, deadline, volumes.kubelet_root.as_deref()) {
                 Ok(request) => volumes.publish(&request, &mut counted, &gone).await,
-                Err(error) => Err(error),
+                Err(error) => Err(volumes.refuse(&volume_id, &target, error).await),
             };
             match result {
                 Ok(Outcome::AlreadyPublished) => {
@@ -306,7 +302,8 @@ where
             span.in_scope(|| {
                 tracing::error!("a bug in the driver ended this call; nothing else is affected")
             });
-            Err(Status::internal(
+            // Not final: nobody knows what the call has left behind.
+            Err(Status::unavailable(
                 "a bug in the driver ended this call; see the driver's log on this node",
             ))
         }
@@ -334,7 +331,7 @@ mod tests {
         let ended: Result<Response<()>, Status> =
             to_the_end(span, async |_| panic!("canary-5f1c")).await;
         let status = ended.unwrap_err();
-        assert_eq!(status.code(), Code::Internal);
+        assert_eq!(status.code(), Code::Unavailable);
         assert!(!status.message().contains("canary"), "{status}");
     }
 

@@ -14,7 +14,6 @@ pub mod policy;
 pub mod record;
 mod refresh;
 pub mod target;
-pub mod threads;
 
 use std::{collections::BTreeMap, future::Future, io, path::PathBuf, sync::Arc};
 
@@ -37,11 +36,10 @@ use crate::{
     secret::SecretMap,
     sync::{self, Sync},
 };
-use content::{Stage, Undo, commit_files, directory, stage_files, take_down};
+use content::{Undo, blocking, commit_content, directory, stage_files, take_down};
 use policy::{Every, Failing, Policy};
-use record::{Content, Object, Pod, Record, Records};
+use record::{Age, Content, Object, Pod, Record, Records};
 use target::{Busy, TargetPath};
-use threads::{Health, blocking};
 
 /// Where kubelet passes service account tokens, and where a provider looks for them.
 pub const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
@@ -136,8 +134,6 @@ pub struct Volumes {
     pub sync: Arc<Sync>,
     /// What time it is.
     pub clock: Clock,
-    /// Whether the threads of file system work get anywhere.
-    pub health: Health,
 }
 
 impl Volumes {
@@ -156,27 +152,77 @@ impl Volumes {
         cancelled: &CancellationToken,
     ) -> Result<Outcome> {
         let _busy = self.busy.publishing(&request.target, cancelled)?;
-        let found = self.look(request).await?;
+        let found = match self.look(request).await {
+            Ok(found) => found,
+            Err(error) => {
+                return Err(self
+                    .answer(&request.volume_id, &request.target, error)
+                    .await);
+            }
+        };
         let published = match plan(&found) {
             Plan::Keep(record) => {
                 metrics.provider(&record.provider);
                 return self.keep_fresh(record.clone(), request, cancelled).await;
             }
-            Plan::FillInPlace => self.carry_out(false, request, metrics, cancelled).await,
-            Plan::MountAndFill => self.carry_out(true, request, metrics, cancelled).await,
+            needed => {
+                let needs_mount = needed == Plan::MountAndFill;
+                let earlier = found.record.as_ref();
+                self.carry_out(needs_mount, earlier, request, metrics, cancelled)
+                    .await
+            }
         };
         match published {
             Ok(()) => Ok(Outcome::Published),
-            // A running container may use what lies there: kubelet must not clean it away.
-            Err(error) if found.complete => Err(error.not_final()),
-            Err(error) => Err(error),
+            Err(error) => Err(self
+                .answer(&request.volume_id, &request.target, error)
+                .await),
+        }
+    }
+
+    /// Returns the answer to a publish that kubelet may hear.
+    ///
+    /// kubelet forgets a volume after a final code, and would never unpublish it. So the code of
+    /// `error` stays final only where nothing is left: no directory, no mount, no record.
+    async fn answer(&self, volume_id: &str, target: &TargetPath, error: Error) -> Error {
+        if !error.is_final() {
+            return error;
+        }
+        let records = self.records.clone();
+        let (id, path) = (volume_id.to_owned(), target.as_path().to_owned());
+        let nothing_left = blocking(move || match mount::state(&path)? {
+            State::Absent => records.remove(&id).map(|()| true),
+            State::Directory | State::Mounted | State::NotADirectory => Ok(false),
+        });
+        match nothing_left.await {
+            Ok(true) => error,
+            Ok(false) => error.not_final(),
+            Err(why) => {
+                tracing::warn!(target_path = %target, error = %why, "whether something is left of a failed publish cannot be seen");
+                error.not_final()
+            }
+        }
+    }
+
+    /// Returns the answer to a publish whose request is wrong in its form. `target` is the path
+    /// as it was sent: a volume may be mounted there since an earlier request.
+    pub async fn refuse(&self, volume_id: &str, target: &str, error: Error) -> Error {
+        // What is no path of kubelet's has never been published at.
+        let Ok(target) = TargetPath::parse(target, self.kubelet_root.as_deref(), None) else {
+            return error;
+        };
+        match self.busy.publishing(&target, &CancellationToken::new()) {
+            Ok(_busy) => self.answer(volume_id, &target, error).await,
+            Err(_) => error.not_final(),
         }
     }
 
     /// The steps of a publish, in their order. Dropping `undo` takes a new mount away again.
+    /// `earlier` is what is recorded of this volume, which is not published all the same.
     async fn carry_out(
         &self,
         needs_mount: bool,
+        earlier: Option<&Record>,
         request: &PublishRequest,
         metrics: &mut PublishGuard,
         cancelled: &CancellationToken,
@@ -188,6 +234,18 @@ impl Volumes {
         )
         .await?;
         metrics.provider(&class.provider);
+        if let Some(earlier) = earlier
+            && class.identity.age(&earlier.class) == Age::OlderContent
+        {
+            return Err(Error::unavailable(format!(
+                "secretproviderclass {}/{}: the API server answers with an older state of it (resource version {}) than the one that this volume had ({}); trying again. If the API server was restored from a backup, change the class or replace the pod",
+                pod.namespace,
+                request.class,
+                class.identity.resource_version,
+                earlier.class.resource_version,
+            ))
+            .with_reason(Reason::SecretProviderClassNotFound));
+        }
 
         let undo = match needs_mount {
             true => Some(self.mount(request).await?),
@@ -195,39 +253,38 @@ impl Volumes {
         };
         let ask = self.ask_provider(request, &class, &[], Urgency::FirstMount);
         let reply = unless(cancelled, ask).await?;
-        let content = match stage_files(request, reply.files, None).await? {
-            Stage::Files(staged) => {
-                commit_files(request, staged).await?;
-                Content::Driver
-            }
-            Stage::Unchanged => Content::Driver,
-            Stage::OfProvider => Content::Provider,
-        };
+        let so_far = earlier
+            .filter(|_| !needs_mount)
+            .map(|earlier| earlier.content);
+        let staged = stage_files(request, reply.files, so_far).await?;
         let now = self.clock.now();
+        let mut record = Record {
+            volume_id: request.volume_id.clone(),
+            target_path: request.target.as_path().to_owned(),
+            pod: pod.clone(),
+            class: class.identity.clone(),
+            provider: class.provider.clone(),
+            pod_status: String::new(),
+            objects: reply.objects,
+            content: staged.content(),
+            orders: BTreeMap::new(),
+            last_success: now,
+            last_change: now,
+            failing_since: None,
+        };
+        let place = self.stage_record(&record).await?;
+        commit_content(request, staged).await?;
         let written = self
-            .write_pod_status(request, &reply.objects, Some(now))
+            .write_pod_status(request, &record.objects, Some(now))
             .await?;
         let pod_status = written.name;
-        let directory = directory(request, content).await?;
-        let provider = class.provider.clone();
+        record.pod_status = pod_status.clone();
+        let directory = directory(request, record.content).await?;
+        record.orders.insert(directory, written.resource_version);
         let synced = self.sync_secrets(request, &pod_status, &class).await;
         let committing = async {
             synced?;
-            self.commit(Record {
-                volume_id: request.volume_id.clone(),
-                target_path: request.target.as_path().to_owned(),
-                pod: pod.clone(),
-                class: class.identity,
-                provider: class.provider,
-                pod_status: pod_status.clone(),
-                objects: reply.objects,
-                content,
-                orders: BTreeMap::from([(directory, written.resource_version)]),
-                last_success: now,
-                last_change: now,
-                failing_since: None,
-            })
-            .await
+            self.commit_record(place, record).await
         };
         if let Err(error) = committing.await {
             if undo.is_some() {
@@ -243,7 +300,7 @@ impl Volumes {
         if let Some(undo) = undo {
             undo.forget();
         }
-        self.metrics.success(&provider, now);
+        self.metrics.success(&class.provider, now);
         Ok(())
     }
 
@@ -284,6 +341,10 @@ impl Volumes {
     /// Unpublishes a volume: content, mount, directory and record. Asks nobody, and finds
     /// nothing to do where nothing is.
     ///
+    /// A record that cannot be removed, because the node's disk is read-only for example, does
+    /// not keep a pod from going: without its mount it says nothing, and it is removed when the
+    /// driver starts.
+    ///
     /// # Errors
     /// ABORTED while a publish of this target runs, which is told to stop; otherwise what the
     /// system says.
@@ -295,8 +356,12 @@ impl Volumes {
         let (volume_id, path) = (volume_id.to_owned(), target.as_path().to_owned());
         blocking(move || {
             // The record first: without it nothing counts as published, however far this gets.
-            records.remove(&volume_id)?;
-            take_down(&path)
+            let removed = records.remove(&volume_id);
+            take_down(&path)?;
+            if let Err(error) = removed {
+                tracing::warn!(%error, "the volume is gone; its record could not be removed and stays until the driver starts again");
+            }
+            Ok(())
         })
         .await
         .map_err(|error| {
@@ -316,7 +381,7 @@ impl Volumes {
         );
         blocking(move || {
             let record = records
-                .get(&volume_id)?
+                .get(&volume_id)
                 .filter(|record| record.target_path == target && record.pod.uid == uid);
             let state = mount::state(&target)?;
             let complete = state == State::Mounted
@@ -398,17 +463,41 @@ impl Volumes {
             .map_err(failed)
     }
 
-    /// Writes the record that makes the volume a published one.
-    async fn commit(&self, record: Record) -> Result<()> {
-        let records = self.records.clone();
-        let pod = record.pod.clone();
-        blocking(move || records.put(&record))
+    /// Takes the room for a record, before anything is done that could not be recorded.
+    async fn stage_record(&self, record: &Record) -> Result<record::Staged> {
+        let (records, staged) = (self.records.clone(), record.clone());
+        blocking(move || records.stage(&staged))
             .await
-            .map_err(|error| {
-                Error::internal(format!(
-                    "failed to record the volume of pod {pod} on the node's disk: {error}"
-                ))
-            })
+            .map_err(|error| self.not_recorded(record, &error))
+    }
+
+    /// Makes a record valid, and with it the volume a published one.
+    async fn commit_record(&self, place: record::Staged, record: Record) -> Result<()> {
+        let committed = record.clone();
+        blocking(move || place.commit(&committed))
+            .await
+            .map_err(|error| self.not_recorded(&record, &error))
+    }
+
+    /// Writes a record of which nothing else depends.
+    async fn write_record(&self, record: Record) -> Result<()> {
+        let place = self.stage_record(&record).await?;
+        self.commit_record(place, record).await
+    }
+
+    fn not_recorded(&self, record: &Record, error: &io::Error) -> Error {
+        let code = match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::ResourceExhausted,
+            _ => Code::Internal,
+        };
+        Error::new(
+            code,
+            format!(
+                "failed to record the volume of pod {} on the node's disk, in {}: {error}",
+                record.pod,
+                self.records.directory().display()
+            ),
+        )
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 /// For each room, the rooms that it may use. `record` and `resources` are rooms of their own.
-const MAY_USE: [(&str, &[&str]); 16] = [
+const MAY_USE: [(&str, &[&str]); 15] = [
     (
         "csi",
         &[
@@ -42,13 +42,9 @@ const MAY_USE: [(&str, &[&str]); 16] = [
             "record",
             "resources",
             "secret",
-            "turns",
         ],
     ),
-    (
-        "cluster",
-        &["error", "record", "resources", "secret", "turns"],
-    ),
+    ("cluster", &["error", "record", "resources", "secret"]),
     ("resources", &[]),
     (
         "provider",
@@ -57,7 +53,6 @@ const MAY_USE: [(&str, &[&str]); 16] = [
     ("mount", &[]),
     ("files", &["secret"]),
     ("secret", &[]),
-    ("turns", &[]),
     ("error", &[]),
     ("config", &[]),
     ("logging", &["config"]),
@@ -89,7 +84,7 @@ fn rooms() -> BTreeMap<String, String> {
             let relative = path.strip_prefix(root()).unwrap().with_extension("");
             let names: Vec<_> = relative.iter().map(|n| n.to_str().unwrap()).collect();
             let room = match names.as_slice() {
-                ["volume", "record"] => "record",
+                ["volume", "record", ..] => "record",
                 ["cluster", "resources"] => "resources",
                 ["main" | "lib"] => continue,
                 [room, ..] => room,

@@ -15,7 +15,10 @@ use super::{
     How, Problem, Sync, Trouble, Volume, desired,
     known::{Mounted, SecretKey, Task},
 };
-use crate::{cluster::Class, volume::record::Records};
+use crate::{
+    cluster::Class,
+    volume::record::{Age, Records},
+};
 
 /// At most this much of an interval is left between two requests.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
@@ -104,7 +107,16 @@ impl Sync {
     }
 
     async fn look_at_class(&self, namespace: &str, name: &str) -> Answer {
-        let class = match self.cluster.remembered_class(namespace, name).await {
+        let known = self.known.class(namespace, name);
+        let unsure = |class: &Class| {
+            let known = known.as_ref();
+            known.is_some_and(|known| class.identity.age(&known.identity) == Age::Unsure)
+        };
+        let read = match self.cluster.remembered_class(namespace, name).await {
+            Ok(class) if unsure(&class) => self.cluster.class(namespace, name).await,
+            read => read,
+        };
+        let class = match read {
             Ok(class) => Some(class),
             // Its Secrets stay as they are while there is none.
             Err(error) if error.code() == Code::NotFound => None,

@@ -13,7 +13,10 @@ use tokio::{
 };
 
 use super::Volume;
-use crate::cluster::{Class, holders::Holder};
+use crate::{
+    cluster::{Class, holders::Holder},
+    volume::record::Age,
+};
 
 /// The first wait after a failure; it doubles up to the usual interval.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -308,7 +311,8 @@ impl State {
         }
     }
 
-    /// A class is this now. What it makes is looked at after a first wait where it changed.
+    /// A class is this now. What it makes is looked at after a first wait where it changed. An
+    /// answer that is older than what is known says nothing.
     fn class_is(
         &mut self,
         key: &ClassKey,
@@ -327,8 +331,9 @@ impl State {
         known.due = now + wait(0, every);
         let same = match (&known.class, &class) {
             (Some(before), Some(now)) => {
-                before.identity.uid == now.identity.uid
-                    && before.identity.resource_version == now.identity.resource_version
+                now.identity.age(&before.identity) >= Age::OlderMetadata
+                    || before.identity.uid == now.identity.uid
+                        && before.identity.resource_version == now.identity.resource_version
             }
             (None, None) => true,
             _ => false,

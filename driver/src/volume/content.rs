@@ -12,7 +12,6 @@ use tonic::Code;
 use super::{
     PublishRequest,
     record::{Content, Record},
-    threads::blocking,
 };
 use crate::{
     error::{Error, Reason, Result},
@@ -31,6 +30,18 @@ pub(super) enum Stage {
     Unchanged,
     /// The provider has written them itself.
     OfProvider,
+    /// The provider has written them itself, beside those that the driver wrote before.
+    TakenOver,
+}
+
+impl Stage {
+    /// Who has written what the volume holds when this is committed.
+    pub(super) fn content(&self) -> Content {
+        match self {
+            Self::Files(_) | Self::Unchanged => Content::Driver,
+            Self::OfProvider | Self::TakenOver => Content::Provider,
+        }
+    }
 }
 
 impl Stage {
@@ -45,7 +56,18 @@ impl Stage {
                 record.orders.insert(staged.directory().to_owned(), order);
             }
             Self::OfProvider => record.orders = BTreeMap::from([(String::new(), order)]),
+            Self::TakenOver => drop(record.orders.insert(String::new(), order)),
             Self::Unchanged => {}
+        }
+    }
+
+    /// Returns the name of the directory that holds the content once this is committed, where
+    /// that is another than now.
+    pub(super) fn new_directory(&self) -> Option<String> {
+        match self {
+            Self::Files(staged) => Some(staged.directory().to_owned()),
+            Self::TakenOver => Some(String::new()),
+            Self::Unchanged | Self::OfProvider => None,
         }
     }
 }
@@ -67,8 +89,11 @@ pub(super) async fn stage_files(
             let staged = swap::stage(&volume, payload)?;
             return Ok(Some(staged.map_or(Stage::Unchanged, Stage::Files)));
         }
-        let provider_wrote = so_far != Some(Content::Driver) && !swap::is_empty(&volume)?;
-        Ok(provider_wrote.then_some(Stage::OfProvider))
+        // What the driver wrote is no answer of this provider's.
+        if so_far == Some(Content::Driver) {
+            return Ok(swap::has_strangers(&volume)?.then_some(Stage::TakenOver));
+        }
+        Ok((!swap::is_empty(&volume)?).then_some(Stage::OfProvider))
     })
     .await
     .map_err(|error| failed(no_room_or_internal(&error)))?;
@@ -92,8 +117,22 @@ pub(super) async fn directory(request: &PublishRequest, content: Content) -> Res
         .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))
 }
 
+/// Makes what is staged the volume's content.
+pub(super) async fn commit_content(request: &PublishRequest, staged: Stage) -> Result<()> {
+    match staged {
+        Stage::Files(staged) => commit_files(request, staged).await,
+        Stage::Unchanged | Stage::OfProvider => Ok(()),
+        Stage::TakenOver => {
+            let volume = request.target.as_path().to_owned();
+            blocking(move || swap::remove_own(&volume))
+                .await
+                .map_err(|error| failed_to_write(request, Error::internal(error.to_string())))
+        }
+    }
+}
+
 /// Makes staged files the volume's content. What was there before goes a little later.
-pub(super) async fn commit_files(request: &PublishRequest, staged: swap::Staged) -> Result<()> {
+async fn commit_files(request: &PublishRequest, staged: swap::Staged) -> Result<()> {
     let former = blocking(move || staged.commit())
         .await
         .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))?;
@@ -180,4 +219,14 @@ pub(super) fn take_down(target: &Path) -> io::Result<()> {
     Err(io::Error::other(
         "more mounts lie on top of each other than can be taken off",
     ))
+}
+
+/// Runs file system work where it may block.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    }
 }

@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 use tonic::Code;
 
-use super::record::{Class, Record};
+use super::record::{Age, Class, Record};
 use crate::{config::duration, error::Error};
 
 /// As an annotation of a class, or an attribute of a volume: the shortest time between two
@@ -166,7 +166,18 @@ struct Failure {
     until: Instant,
     /// The class as it was: another one is a reason to try at once.
     class: Option<Class>,
+    /// The newest state of the class that was read while refreshes failed.
+    newest: Option<Class>,
     error: Error,
+}
+
+/// What follows from a refresh that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failed {
+    /// How long the volume is left alone.
+    pub wait: Duration,
+    /// Whether the refresh before did not fail, as far as this driver knows.
+    pub is_first: bool,
 }
 
 impl Failing {
@@ -177,24 +188,30 @@ impl Failing {
         let failure = volumes.get(volume_id)?;
         let same = match (&failure.class, class) {
             (Some(before), Some(now)) => {
-                !is_another(before, now)
-                    && before.annotations.get(ASKED) == now.annotations.get(ASKED)
+                now.age(before) >= Age::OlderMetadata
+                    || !is_another(before, now)
+                        && before.annotations.get(ASKED) == now.annotations.get(ASKED)
             }
             (before, now) => before.is_none() == now.is_none(),
         };
         (same && Instant::now() < failure.until).then(|| failure.error.clone())
     }
 
-    /// A refresh has failed. Returns how long its volume is left alone.
+    /// Remembers that a refresh has failed.
     pub fn failed(
         &self,
         volume_id: &str,
         class: Option<Class>,
         error: &Error,
         policy: &Policy,
-    ) -> Duration {
+    ) -> Failed {
         let mut volumes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = volumes.get(volume_id).map_or(0, |failure| failure.count) + 1;
+        let before = volumes.get(volume_id);
+        let count = before.map_or(0, |failure| failure.count) + 1;
+        let newest = newer(
+            before.and_then(|failure| failure.newest.clone()),
+            class.clone(),
+        );
         let jitter = 0.8 + 0.4 * spread(&format!("{volume_id}{count}"));
         let wait = wait(count, error, policy).mul_f64(jitter);
         volumes.insert(
@@ -203,16 +220,38 @@ impl Failing {
                 count,
                 until: Instant::now() + wait,
                 class,
+                newest,
                 error: error.clone(),
             },
         );
-        wait
+        Failed {
+            wait,
+            is_first: count == 1,
+        }
+    }
+
+    /// Returns the newest state of a volume's class that this driver knows: the one that is
+    /// mounted, or one with which refreshes have failed since.
+    pub fn newest_class(&self, volume_id: &str, mounted: &Class) -> Class {
+        let volumes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = volumes
+            .get(volume_id)
+            .and_then(|failure| failure.newest.clone());
+        newer(Some(mounted.clone()), failed).unwrap_or_else(|| mounted.clone())
     }
 
     /// A refresh has succeeded, or the volume is gone.
     pub fn forget(&self, volume_id: &str) {
         let mut volumes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         volumes.remove(volume_id);
+    }
+}
+
+/// The newer of two states of a class, the second unless it is known to be older.
+fn newer(known: Option<Class>, read: Option<Class>) -> Option<Class> {
+    match (known, read) {
+        (Some(known), Some(read)) if read.age(&known) >= Age::OlderMetadata => Some(known),
+        (known, read) => read.or(known),
     }
 }
 

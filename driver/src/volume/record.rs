@@ -4,22 +4,14 @@
 //! a volume without one is unfinished work. It needs no fsync: what it vouches for, a tmpfs,
 //! goes away with the kernel that holds the page cache.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
-    path::{Path, PathBuf},
-};
+mod disk;
+
+use std::{collections::BTreeMap, path::PathBuf};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
-/// The format below. A record of another one is as good as none: the volume is published
-/// again, in place. A field that is new gets a default instead of a new format, so that an
-/// upgrade of the driver asks no provider for anything.
-const FORMAT: u32 = 1;
+pub use disk::{Records, Staged};
 
 /// A published volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,6 +82,45 @@ pub struct Class {
     pub annotations: BTreeMap<String, String>,
 }
 
+/// How a state of a class that was read compares with the newest state that is known, from the
+/// newest to the oldest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Age {
+    /// The same state, or a later one.
+    Current,
+    /// Another object of that name with a lower resource version: its predecessor, or its
+    /// successor in a cluster that was restored from a backup.
+    Unsure,
+    /// An earlier state whose content is the same: only metadata such as annotations is older.
+    OlderMetadata,
+    /// An earlier state with an earlier content.
+    OlderContent,
+}
+
+impl Class {
+    /// Compares a state that was read with the newest one that is known. An API server may answer
+    /// from a cache that lags behind, and answers may arrive out of order.
+    ///
+    /// The generation counts changes of the content. Resource versions of one kind of object can
+    /// be compared where both are numbers; where one is not, they order nothing.
+    pub fn age(&self, known: &Self) -> Age {
+        let number = |class: &Self| class.resource_version.parse::<u64>().ok();
+        let lower =
+            matches!((number(self), number(known)), (Some(read), Some(known)) if read < known);
+        if self.uid != known.uid {
+            return if lower { Age::Unsure } else { Age::Current };
+        }
+        match (self.generation, known.generation) {
+            (Some(read), Some(known)) if read < known => Age::OlderContent,
+            (Some(read), Some(known)) if read > known => Age::Current,
+            (Some(_), Some(_)) if lower => Age::OlderMetadata,
+            (Some(_), Some(_)) => Age::Current,
+            _ if lower => Age::OlderContent,
+            _ => Age::Current,
+        }
+    }
+}
+
 /// An object of the external store.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Object {
@@ -109,267 +140,36 @@ pub enum Content {
     Provider,
 }
 
-/// A record with the number of its format, as a file holds it.
-#[derive(Serialize, Deserialize)]
-struct Filed<R> {
-    format: u32,
-    #[serde(flatten)]
-    record: R,
-}
-
-/// The records of this node: a directory with a file for each volume.
-#[derive(Debug, Clone)]
-pub struct Records {
-    directory: PathBuf,
-}
-
-impl Records {
-    /// Opens the directory, making it when it is missing.
-    ///
-    /// # Errors
-    /// When it cannot be made.
-    pub fn open(directory: impl Into<PathBuf>) -> io::Result<Self> {
-        let directory = directory.into();
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&directory)?;
-        Ok(Self { directory })
-    }
-
-    /// The record of a volume. One that cannot be read as a record of this format counts as
-    /// none: publishing again is always safe.
-    ///
-    /// # Errors
-    /// When the disk does not answer.
-    pub fn get(&self, volume_id: &str) -> io::Result<Option<Record>> {
-        let path = self.path(volume_id);
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        match serde_json::from_slice::<Filed<Record>>(&bytes) {
-            Ok(Filed { format, record }) if format == FORMAT && record.volume_id == volume_id => {
-                Ok(Some(record))
-            }
-            Ok(_) => Ok(None),
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "this record cannot be read; the volume counts as unpublished");
-                Ok(None)
-            }
-        }
-    }
-
-    /// The records of all volumes, in no order. Files that cannot be read as records of this
-    /// format are left out.
-    ///
-    /// # Errors
-    /// When the directory cannot be listed.
-    pub fn all(&self) -> io::Result<Vec<Record>> {
-        let mut records = Vec::new();
-        for entry in fs::read_dir(&self.directory)? {
-            let path = entry?.path();
-            if path
-                .extension()
-                .is_some_and(|extension| extension == "json")
-                && let Some(Filed { format, record }) = read(&path)
-                && format == FORMAT
-            {
-                records.push(record);
-            }
-        }
-        Ok(records)
-    }
-
-    /// Writes a record, replacing an earlier one in one step.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub fn put(&self, record: &Record) -> io::Result<()> {
-        let path = self.path(&record.volume_id);
-        let tmp = path.with_extension("tmp");
-        let format = FORMAT;
-        let bytes = serde_json::to_vec(&Filed { format, record })?;
-        let written = fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&tmp)
-            .and_then(|mut file| file.write_all(&bytes))
-            .and_then(|()| fs::rename(&tmp, &path));
-        if written.is_err() {
-            let _ = fs::remove_file(&tmp);
-        }
-        written
-    }
-
-    /// Forgets a volume. No record is success.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub fn remove(&self, volume_id: &str) -> io::Result<()> {
-        match fs::remove_file(self.path(volume_id)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
-    }
-
-    /// Removes the records of volumes whose pod's directory is gone, and what a crash left:
-    /// kubelet tore them down while the driver was away. Returns how many went.
-    ///
-    /// # Errors
-    /// When the directory cannot be listed.
-    pub fn remove_orphans(&self) -> io::Result<usize> {
-        let mut removed = 0;
-        for entry in fs::read_dir(&self.directory)? {
-            let path = entry?.path();
-            let orphan = match path.extension().and_then(|e| e.to_str()) {
-                Some("tmp") => true,
-                Some("json") => read(&path)
-                    .is_some_and(|filed| filed.record.target_path.parent().is_some_and(is_gone)),
-                _ => false,
-            };
-            if orphan {
-                fs::remove_file(&path)?;
-                removed += 1;
-            }
-        }
-        Ok(removed)
-    }
-
-    /// kubelet's volume ids are plain names; whatever else might come is hashed into one.
-    fn path(&self, volume_id: &str) -> PathBuf {
-        let plain = volume_id.len() <= 128
-            && !volume_id.is_empty()
-            && volume_id
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
-        if plain {
-            return self.directory.join(format!("{volume_id}.json"));
-        }
-        let hash: String = Sha256::digest(volume_id)
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
-        self.directory.join(format!("sha256-{hash}.json"))
-    }
-}
-
-fn read(path: &Path) -> Option<Filed<Record>> {
-    serde_json::from_slice(&fs::read(path).ok()?).ok()
-}
-
-fn is_gone(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use rstest::rstest;
 
-    fn record(volume_id: &str, target: &Path) -> Record {
-        Record {
-            volume_id: volume_id.to_owned(),
-            target_path: target.to_owned(),
-            pod: Pod {
-                name: "web".into(),
-                namespace: "default".into(),
-                uid: "u".into(),
-            },
-            class: Class {
-                name: "c".into(),
-                uid: "cu".into(),
-                generation: Some(1),
-                resource_version: "7".into(),
-                annotations: BTreeMap::new(),
-            },
-            provider: "vault".into(),
-            pod_status: "web-default-c".into(),
-            objects: vec![Object {
-                id: "secret/a".into(),
-                version: "v1".into(),
-            }],
-            content: Content::Driver,
-            orders: BTreeMap::from([("..2026".into(), "7".into())]),
-            last_success: Timestamp::now(),
-            last_change: Timestamp::UNIX_EPOCH,
-            failing_since: None,
+    fn class(uid: &str, generation: Option<i64>, version: &str) -> Class {
+        Class {
+            name: "db".into(),
+            uid: uid.into(),
+            generation,
+            resource_version: version.into(),
+            annotations: BTreeMap::new(),
         }
     }
 
     #[rstest]
-    #[case::kubelets("csi-0123abc")]
-    #[case::hostile("../../etc/passwd")]
-    #[case::long(&"x".repeat(5000))]
-    #[case::empty("")]
-    fn what_was_put_is_got_until_removed(#[case] volume_id: &str) {
-        let dir = tempfile::tempdir().unwrap();
-        let records = Records::open(dir.path().join("a/b")).unwrap();
-        let record = record(volume_id, Path::new("/t/mount"));
-        assert_eq!(records.get(volume_id).unwrap(), None);
-        records.put(&record).unwrap();
-        assert_eq!(records.get(volume_id).unwrap(), Some(record.clone()));
-        assert_eq!(records.all().unwrap(), [record]);
-        assert_eq!(
-            fs::read_dir(dir.path().join("a/b")).unwrap().count(),
-            1,
-            "nothing beside it"
-        );
-        records.remove(volume_id).unwrap();
-        records.remove(volume_id).unwrap();
-        assert_eq!(records.get(volume_id).unwrap(), None);
-    }
-
-    #[rstest]
-    #[case::torn("{\"format\":1,\"vol")]
-    #[case::empty("")]
-    #[case::newer("{\"format\":2}")]
-    fn a_record_that_is_not_one_counts_as_none(#[case] text: &str) {
-        let dir = tempfile::tempdir().unwrap();
-        let records = Records::open(dir.path()).unwrap();
-        fs::write(dir.path().join("csi-1.json"), text).unwrap();
-        assert_eq!(records.get("csi-1").unwrap(), None);
-        assert_eq!(records.all().unwrap(), []);
-    }
-
-    #[test]
-    fn a_record_of_an_earlier_driver_is_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let records = Records::open(dir.path()).unwrap();
-        let mut filed = serde_json::to_value(Filed {
-            format: FORMAT,
-            record: record("csi-1", Path::new("/t/mount")),
-        })
-        .unwrap();
-        for new in ["lastChange", "failingSince", "orders"] {
-            filed.as_object_mut().unwrap().remove(new).unwrap();
-        }
-        filed["class"]
-            .as_object_mut()
-            .unwrap()
-            .remove("annotations");
-        fs::write(dir.path().join("csi-1.json"), filed.to_string()).unwrap();
-        let read = records.get("csi-1").unwrap().unwrap();
-        assert_eq!(read.failing_since, None);
-    }
-
-    #[test]
-    fn orphans_are_records_whose_volume_directory_is_gone() {
-        let dir = tempfile::tempdir().unwrap();
-        let pods = tempfile::tempdir().unwrap();
-        let records = Records::open(dir.path()).unwrap();
-        records
-            .put(&record("csi-here", &pods.path().join("mount")))
-            .unwrap();
-        records
-            .put(&record("csi-gone", &pods.path().join("gone/mount")))
-            .unwrap();
-        fs::write(dir.path().join("csi-x.tmp"), "half").unwrap();
-        assert_eq!(records.remove_orphans().unwrap(), 2);
-        assert!(records.get("csi-here").unwrap().is_some());
-        assert!(records.get("csi-gone").unwrap().is_none());
+    #[case::the_same(class("u", Some(2), "20"), Age::Current)]
+    #[case::later_content(class("u", Some(3), "30"), Age::Current)]
+    #[case::later_metadata(class("u", Some(2), "30"), Age::Current)]
+    #[case::earlier_content(class("u", Some(1), "10"), Age::OlderContent)]
+    #[case::the_generation_goes_before_the_version(class("u", Some(1), "30"), Age::OlderContent)]
+    #[case::later_content_with_a_lower_version(class("u", Some(3), "10"), Age::Current)]
+    #[case::earlier_metadata(class("u", Some(2), "9"), Age::OlderMetadata)]
+    #[case::without_a_generation(class("u", None, "9"), Age::OlderContent)]
+    #[case::later_without_a_generation(class("u", None, "21"), Age::Current)]
+    #[case::versions_are_no_numbers(class("u", Some(2), "a9"), Age::Current)]
+    #[case::neither_orders(class("u", None, "a9"), Age::Current)]
+    #[case::its_successor(class("v", Some(1), "30"), Age::Current)]
+    #[case::perhaps_its_predecessor(class("v", Some(9), "10"), Age::Unsure)]
+    fn ages(#[case] read: Class, #[case] age: Age) {
+        assert_eq!(read.age(&class("u", Some(2), "20")), age);
     }
 }

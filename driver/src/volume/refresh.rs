@@ -5,8 +5,8 @@ use tonic::Code;
 
 use super::{
     Outcome, PublishRequest, Volumes,
-    content::{Stage, commit_files, stage_files},
-    record::{self, Record},
+    content::{Stage, commit_content, stage_files},
+    record::{self, Age, Record},
     unless,
 };
 use crate::{
@@ -26,10 +26,18 @@ impl Volumes {
         if !self.policy.enabled {
             return Ok(Outcome::AlreadyPublished);
         }
-        let reading = self
-            .cluster
-            .remembered_class(&request.pod.namespace, &request.class);
-        let class = unless(cancelled, reading).await;
+        let known = self.failing.newest_class(&request.volume_id, &record.class);
+        let class = unless(cancelled, self.class_since(request, &known)).await;
+        if class
+            .as_ref()
+            .is_ok_and(|class| class.identity.age(&known) == Age::OlderContent)
+        {
+            tracing::warn!(
+                class = request.class,
+                "the API server answers with an older state of the SecretProviderClass than the one that is known here; nothing is refreshed before it has caught up. If it was restored from a backup, change the class or restart the pods"
+            );
+            return Ok(Outcome::AlreadyPublished);
+        }
         let seen = class.as_ref().ok().map(|class| &class.identity);
         let due = match &class {
             // Nothing will change before there is a class again; the volume's owner should know.
@@ -87,8 +95,26 @@ impl Volumes {
         }
     }
 
+    /// Reads the class as the API server remembers it. Where that is older than what is known
+    /// here, or there is none, reads it as it is now.
+    async fn class_since(&self, request: &PublishRequest, known: &record::Class) -> Result<Class> {
+        let (namespace, name) = (&request.pod.namespace, &request.class);
+        let remembered = self.cluster.remembered_class(namespace, name).await;
+        let mut class = match remembered {
+            Ok(class) if class.identity.age(known) == Age::Current => return Ok(class),
+            Err(error) if error.code() != Code::NotFound => return Err(error),
+            Ok(_) | Err(_) => self.cluster.class(namespace, name).await?,
+        };
+        if class.identity.age(known) == Age::OlderMetadata {
+            // The same content; what is known of its annotations is newer.
+            class.identity = known.clone();
+        }
+        Ok(class)
+    }
+
     /// The steps of a refresh, in their order. Up to the commit of the staged files nothing that
-    /// a reader sees has changed. Returns whether the content changed.
+    /// a reader sees has changed, and whatever the disk may refuse has been asked of it. Returns
+    /// whether the content changed.
     async fn refresh(
         &self,
         record: &Record,
@@ -102,43 +128,55 @@ impl Volumes {
         let versions_changed = reply.objects != record.objects;
         let now = self.clock.now();
         let changed = match &staged {
-            Stage::Files(_) => true,
+            Stage::Files(_) | Stage::TakenOver => true,
             Stage::Unchanged => false,
             Stage::OfProvider => versions_changed,
         };
-        let mut record = record.clone();
-        if changed || versions_changed {
-            let written = self
-                .write_pod_status(request, &reply.objects, changed.then_some(now))
-                .await?;
-            record.pod_status = written.name;
-            if changed {
-                staged.order(&mut record, written.resource_version);
-                // Before the swap: whatever stops the driver between the two, the content that
-                // is found later has the order that belongs to it.
-                self.commit(record.clone()).await?;
-            }
-        }
-        if let Stage::Files(staged) = staged {
-            let directory = staged.directory().to_owned();
-            commit_files(request, staged).await?;
-            record.orders.retain(|other, _| *other == directory);
-        }
-        self.metrics.success(&class.provider, now);
-        let identity = class.identity.clone();
-        let class_changed = class.identity != record.class;
-        let pod_status = record.pod_status.clone();
-        self.commit(Record {
-            class: identity,
+        let mut fresh = Record {
+            class: class.identity.clone(),
             provider: class.provider.clone(),
             objects: reply.objects,
+            content: staged.content(),
             last_success: now,
             last_change: if changed { now } else { record.last_change },
             failing_since: None,
-            ..record
-        })
-        .await?;
-        if changed || class_changed {
+            ..record.clone()
+        };
+        let place_before = match changed {
+            true => Some(self.stage_record(record).await?),
+            false => None,
+        };
+        let place = self.stage_record(&fresh).await?;
+        if changed || versions_changed {
+            let written = self
+                .write_pod_status(request, &fresh.objects, changed.then_some(now))
+                .await?;
+            fresh.pod_status = written.name;
+            if let Some(place) = place_before {
+                staged.order(&mut fresh, written.resource_version);
+                // Before the swap: whatever stops the driver between the two, the content that
+                // is found later has the order that belongs to it.
+                let before = Record {
+                    pod_status: fresh.pod_status.clone(),
+                    orders: fresh.orders.clone(),
+                    ..record.clone()
+                };
+                self.commit_record(place, before).await?;
+            }
+        }
+        let directory = staged.new_directory();
+        commit_content(request, staged).await?;
+        if let Some(directory) = directory {
+            fresh.orders.retain(|other, _| *other == directory);
+        }
+        self.metrics.success(&class.provider, now);
+        let pod_status = fresh.pod_status.clone();
+        if let Err(error) = self.commit_record(place, fresh).await {
+            // The volume is fresh all the same, and its Secrets must follow. The record from
+            // before makes the next look another refresh, which tries to write it again.
+            tracing::warn!(%error, "refreshed, but for the record");
+        }
+        if changed || class.identity != record.class {
             // The volume is fresh and recorded, and its pod runs. The pod has been told of a Secret
             // that is not in step, which is tried again without the provider.
             if let Err(error) = self.sync_secrets(request, &pod_status, &class).await {
@@ -156,11 +194,13 @@ impl Volumes {
         request: &PublishRequest,
         error: &Error,
     ) {
-        let wait = self
+        let failed = self
             .failing
             .failed(&request.volume_id, class, error, &self.policy);
-        tracing::warn!(%error, again_in_seconds = wait.as_secs(), "the refresh failed; the volume keeps what it holds");
-        if record.failing_since.is_some() {
+        tracing::warn!(%error, again_in_seconds = failed.wait.as_secs(), "the refresh failed; the volume keeps what it holds");
+        // The record knows what an earlier driver has told. Where it cannot be written, this
+        // driver knows what it has told itself.
+        if record.failing_since.is_some() || !failed.is_first {
             return;
         }
         self.cluster.announce(&request.pod, Severity::Warning, "MountRotationFailed", &format!(
@@ -171,7 +211,7 @@ impl Volumes {
             failing_since: Some(self.clock.now()),
             ..record
         };
-        if let Err(error) = self.commit(failing).await {
+        if let Err(error) = self.write_record(failing).await {
             tracing::warn!(%error, "after a restart of the driver this failure will be announced again");
         }
     }

@@ -1,0 +1,149 @@
+//! Who has written what a volume holds: the record knows, whatever a provider does next, and no
+//! status names what is not there.
+
+use std::fs;
+
+use driver::volume::record::Content;
+use proptest::{
+    prelude::*,
+    strategy::ValueTree as _,
+    test_runner::{Config, TestRunner},
+};
+
+use crate::harness::{Answer, EAGER, World, alone, block_on};
+
+/// What a provider does when it is asked.
+#[derive(Debug, Clone)]
+enum Does {
+    /// It answers files.
+    Answers(u8),
+    /// It writes a file itself and answers none.
+    Writes(u8),
+    /// It answers no files, and writes none.
+    Nothing,
+    /// It answers files, and writes one itself.
+    Both(u8),
+}
+
+#[derive(Debug, Clone)]
+struct Step {
+    does: Does,
+    /// Whether somebody takes all that lies in the volume away before.
+    emptied: bool,
+    /// Whether the object has another version than before.
+    new_version: bool,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let does = prop_oneof![
+        (0..3_u8).prop_map(Does::Answers),
+        (0..3_u8).prop_map(Does::Writes),
+        Just(Does::Nothing),
+        (0..3_u8).prop_map(Does::Both),
+    ];
+    let step = (does, prop::bool::weighted(0.1), any::<bool>()).prop_map(
+        |(does, emptied, new_version)| Step {
+            does,
+            emptied,
+            new_version,
+        },
+    );
+    prop::collection::vec(step, 1..10)
+}
+
+fn file(name: &str, number: u8) -> (String, Vec<u8>) {
+    (format!("{name}-{number}"), vec![b'x'; usize::from(number)])
+}
+
+#[test]
+fn the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there() {
+    if !alone(
+        "content::the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there",
+    ) {
+        return;
+    }
+    block_on(async {
+        let mut world = World::start(&EAGER).await;
+        let mut runner = TestRunner::new(Config::with_cases(120));
+        let mut seen = [0; 4];
+        for _ in 0..runner.config().cases {
+            let steps = steps().new_tree(&mut runner).unwrap().current();
+            let volume = world.volume_of_its_own();
+            let mut wrote: Option<Content> = None;
+            let mut version = 0;
+            for (number, step) in steps.iter().enumerate() {
+                if step.emptied && volume.target.is_dir() {
+                    for entry in fs::read_dir(&volume.target).unwrap() {
+                        let path = entry.unwrap().path();
+                        match fs::symlink_metadata(&path).unwrap().is_dir() {
+                            true => fs::remove_dir_all(path).unwrap(),
+                            false => fs::remove_file(path).unwrap(),
+                        }
+                    }
+                }
+                version += usize::from(step.new_version);
+                let mut answer = Answer {
+                    version: Some(version.to_string()),
+                    ..Answer::default()
+                };
+                match step.does {
+                    Does::Answers(number) => answer.files.push(file("driver", number)),
+                    Does::Writes(number) => answer.writes.push(file("provider", number)),
+                    Does::Nothing => {}
+                    Does::Both(number) => {
+                        answer.files.push(file("driver", number));
+                        answer.writes.push(file("provider", number));
+                    }
+                }
+                let strangers = volume
+                    .reads()
+                    .keys()
+                    .any(|name| name.starts_with("provider"));
+                let expected = match step.does {
+                    Does::Answers(_) | Does::Both(_) => Some(Content::Driver),
+                    Does::Writes(_) => Some(Content::Provider),
+                    Does::Nothing if strangers && wrote != Some(Content::Driver) => {
+                        Some(Content::Provider)
+                    }
+                    Does::Nothing => None,
+                };
+                let before = (world.record(&volume), world.api.status_of(&volume));
+                world.provider.answers(&volume.class, answer);
+                let published = world.publish_patiently(&volume).await;
+                let case = format!("step {number} of {steps:?}: {published:?}");
+                let Some(expected) = expected else {
+                    assert!(published.is_err(), "nothing is there: {case}");
+                    if let Some(before) = before.0 {
+                        let after = world.record(&volume).unwrap();
+                        assert_eq!(after.objects, before.objects, "{case}");
+                        assert_eq!(after.content, before.content, "{case}");
+                    }
+                    assert_eq!(world.api.status_of(&volume), before.1, "{case}");
+                    seen[0] += 1;
+                    continue;
+                };
+                assert!(published.is_ok(), "{case}");
+                let record = world.record(&volume).unwrap();
+                assert_eq!(record.content, expected, "{case}");
+                assert_eq!(record.objects[0].version, version.to_string(), "{case}");
+                let status = world.api.status_of(&volume).unwrap();
+                assert_eq!(status[0].1, version.to_string(), "{case}");
+                let reads = volume.reads();
+                let ours = reads.keys().all(|name| name.starts_with("driver"));
+                let theirs = reads.keys().all(|name| name.starts_with("provider"));
+                match expected {
+                    Content::Driver => assert!(ours && reads.len() == 1, "{reads:?}: {case}"),
+                    Content::Provider => assert!(theirs && !reads.is_empty(), "{reads:?}: {case}"),
+                }
+                seen[match (wrote, expected) {
+                    (Some(Content::Provider), Content::Driver) => 1,
+                    (Some(Content::Driver), Content::Provider) => 2,
+                    _ => 3,
+                }] += 1;
+                wrote = Some(expected);
+            }
+            world.unpublish(&volume).await.unwrap();
+        }
+        assert!(seen.iter().all(|&times| times > 20), "{seen:?}");
+    });
+}

@@ -1,0 +1,622 @@
+//! A driver in this process, with an API server and a provider that do as a test says, in a
+//! mount namespace of its own. The driver is reached through its socket, as kubelet does it.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    fs,
+    net::Ipv4Addr,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    body::Bytes,
+    extract::State,
+    http::{Method, StatusCode, Uri},
+};
+use driver::{
+    config::Config,
+    mount,
+    volume::record::{Record, Records},
+};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use proto::{
+    csi::{
+        NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability,
+        node_client::NodeClient,
+    },
+    provider::{
+        File, MountRequest, MountResponse, ObjectVersion, VersionRequest, VersionResponse,
+        csi_driver_provider_server::{CsiDriverProvider, CsiDriverProviderServer},
+    },
+};
+use serde_json::{Value, json};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    task::JoinHandle,
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    Code, Request, Response, Status,
+    transport::{Channel, Endpoint, Server},
+};
+
+/// Says to a process that it is the one that a test has started for itself.
+const ALONE: &str = "ALONE_WITH_ITS_MOUNTS";
+
+/// Whether this process may mount. If not, runs `test` in one that may, and wants it to pass.
+/// As an ordinary user that takes user namespaces.
+pub(crate) fn alone(test: &str) -> bool {
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let mut command = Command::new("unshare");
+    if !nix::unistd::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    let run = command
+        .arg("--mount")
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(ALONE, "1")
+        .output()
+        .unwrap();
+    let (out, err) = (
+        String::from_utf8_lossy(&run.stdout),
+        String::from_utf8_lossy(&run.stderr),
+    );
+    assert!(run.status.success(), "{out}\n{err}");
+    assert!(out.contains("1 passed"), "no test is called {test}: {out}");
+    false
+}
+
+/// Runs a test's async part.
+pub(crate) fn block_on<T>(test: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(test)
+}
+
+/// What an API server answers when a class is read.
+#[derive(Clone, Debug)]
+pub(crate) enum Class {
+    /// This object.
+    Is(Value),
+    /// An error with this status.
+    Refused(u16),
+    /// Something that is no class.
+    Garbled,
+}
+
+/// A class in the state that it has at a generation.
+pub(crate) fn class(name: &str, generation: i64) -> Value {
+    json!({
+        "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
+        "metadata": {
+            "name": name, "namespace": "shop", "uid": format!("uid-{name}"),
+            "generation": generation, "resourceVersion": (generation * 10).to_string(),
+        },
+        "spec": {"provider": "test", "parameters": {
+            "case": name, "generation": generation.to_string(),
+        }},
+    })
+}
+
+#[derive(Default)]
+pub(crate) struct ApiState {
+    /// What is answered for each class, one after the other; the last answer stays.
+    pub(crate) classes: BTreeMap<String, VecDeque<Class>>,
+    /// Whether pod statuses of a class are refused, and how.
+    pub(crate) statuses: BTreeMap<String, u16>,
+    /// Everything else, by path.
+    pub(crate) objects: BTreeMap<String, Value>,
+    version: u64,
+}
+
+/// An API server that keeps objects and enforces nothing but that names are taken once.
+#[derive(Clone, Default)]
+pub(crate) struct Api(pub Arc<Mutex<ApiState>>);
+
+impl Api {
+    pub(crate) fn class_is(&self, name: &str, answers: impl IntoIterator<Item = Class>) {
+        let answers = answers.into_iter().collect();
+        let mut state = self.0.lock().unwrap();
+        state.classes.insert(name.to_owned(), answers);
+    }
+
+    /// Refuses the pod statuses of a class, or takes them again.
+    pub(crate) fn refuse_status(&self, class: &str, code: Option<u16>) {
+        let mut state = self.0.lock().unwrap();
+        match code {
+            Some(code) => state.statuses.insert(class.to_owned(), code),
+            None => state.statuses.remove(class),
+        };
+    }
+
+    /// The objects and versions that the pod status of a volume names, if there is one.
+    pub(crate) fn status_of(&self, volume: &Volume) -> Option<Vec<(String, String)>> {
+        let state = self.0.lock().unwrap();
+        let status = state.objects.iter().find(|(path, object)| {
+            path.contains("secretproviderclasspodstatuses")
+                && object["status"]["targetPath"] == volume.target.to_str().unwrap()
+        })?;
+        let objects = status.1["status"]["objects"].as_array()?;
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        Some(
+            objects
+                .iter()
+                .map(|object| (text(&object["id"]), text(&object["version"])))
+                .collect(),
+        )
+    }
+
+    fn answer(&self, method: &Method, path: &str, body: &[u8]) -> (StatusCode, Value) {
+        let refused = |code: u16, reason: &str| {
+            let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
+                "code": code, "reason": reason, "message": "refused by the test"});
+            (StatusCode::from_u16(code).unwrap(), status)
+        };
+        let mut state = self.0.lock().unwrap();
+        let name = path.rsplit('/').next().unwrap();
+        if path.contains("/secretproviderclasses/") {
+            let Some(answers) = state.classes.get_mut(name) else {
+                return refused(404, "NotFound");
+            };
+            let answer = answers.front().cloned().unwrap();
+            if answers.len() > 1 {
+                answers.pop_front();
+            }
+            return match answer {
+                Class::Is(object) => (StatusCode::OK, object),
+                Class::Refused(code) => refused(code, "x"),
+                Class::Garbled => (StatusCode::OK, json!({"spec": 7})),
+            };
+        }
+        let body: Value = serde_json::from_slice(body).unwrap_or_default();
+        if *method != Method::GET
+            && let Some(class) = body["status"]["secretProviderClassName"].as_str()
+            && let Some(code) = state.statuses.get(class)
+        {
+            return refused(*code, "x");
+        }
+        state.version += 1;
+        let version = state.version.to_string();
+        match *method {
+            Method::POST => {
+                let name = &body["metadata"]["name"];
+                let path = format!("{path}/{}", name.as_str().unwrap_or(&version));
+                if state.objects.contains_key(&path) {
+                    return refused(409, "AlreadyExists");
+                }
+                let mut object = body;
+                object["metadata"]["uid"] = json!(format!("uid-{version}"));
+                object["metadata"]["resourceVersion"] = json!(version);
+                state.objects.insert(path, object.clone());
+                (StatusCode::CREATED, object)
+            }
+            Method::DELETE => match state.objects.remove(path) {
+                Some(object) => (StatusCode::OK, object),
+                None => refused(404, "NotFound"),
+            },
+            _ => {
+                let Some(object) = state.objects.get_mut(path) else {
+                    return refused(404, "NotFound");
+                };
+                if *method == Method::PUT {
+                    *object = body;
+                } else if *method == Method::PATCH {
+                    merge(object, body);
+                }
+                if *method != Method::GET {
+                    object["metadata"]["resourceVersion"] = json!(version);
+                }
+                (StatusCode::OK, object.clone())
+            }
+        }
+    }
+}
+
+/// JSON merge patch (RFC 7386).
+fn merge(object: &mut Value, patch: Value) {
+    match patch {
+        Value::Object(patch) => {
+            if !object.is_object() {
+                *object = json!({});
+            }
+            for (key, value) in patch {
+                if value.is_null() {
+                    object.as_object_mut().unwrap().remove(&key);
+                } else {
+                    merge(&mut object[key], value);
+                }
+            }
+        }
+        other => *object = other,
+    }
+}
+
+async fn serve_api(api: Api) -> String {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let answer = async |State(api): State<Api>, method: Method, uri: Uri, body: Bytes| {
+        let (code, object) = api.answer(&method, uri.path(), &body);
+        (code, object.to_string())
+    };
+    let router = Router::new().fallback(answer).with_state(api);
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    format!("http://{address}")
+}
+
+/// What a provider does when it is asked for a class.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Answer {
+    pub(crate) status: Option<Code>,
+    pub(crate) error_code: Option<&'static str>,
+    pub(crate) hangs: bool,
+    /// What it answers.
+    pub(crate) files: Vec<(String, Vec<u8>)>,
+    /// The version of its one object; without one it names none.
+    pub(crate) version: Option<String>,
+    /// What it writes itself.
+    pub(crate) writes: Vec<(String, Vec<u8>)>,
+}
+
+impl Answer {
+    /// One file.
+    pub(crate) fn file(name: &str, text: &str) -> Self {
+        Self {
+            files: vec![(name.to_owned(), text.as_bytes().to_vec())],
+            version: Some(text.to_owned()),
+            ..Self::default()
+        }
+    }
+}
+
+/// A provider that answers by the class, and the parameters that it was asked with.
+#[derive(Clone, Default)]
+pub(crate) struct Provider(Arc<Mutex<Asked>>);
+
+/// Answers by class, and what the provider was asked with.
+type Asked = (BTreeMap<String, Answer>, Vec<Value>);
+
+impl Provider {
+    pub(crate) fn answers(&self, class: &str, answer: Answer) {
+        self.0.lock().unwrap().0.insert(class.to_owned(), answer);
+    }
+
+    /// What it was asked since this was called last.
+    pub(crate) fn asked(&self) -> Vec<Value> {
+        std::mem::take(&mut self.0.lock().unwrap().1)
+    }
+}
+
+#[tonic::async_trait]
+impl CsiDriverProvider for Provider {
+    async fn version(
+        &self,
+        _: Request<VersionRequest>,
+    ) -> Result<Response<VersionResponse>, Status> {
+        Err(Status::unimplemented("not needed"))
+    }
+
+    async fn mount(
+        &self,
+        request: Request<MountRequest>,
+    ) -> Result<Response<MountResponse>, Status> {
+        let request = request.into_inner();
+        let attributes: Value = serde_json::from_str(&request.attributes).unwrap();
+        let answer = {
+            let mut state = self.0.lock().unwrap();
+            let case = attributes["case"].as_str().unwrap().to_owned();
+            state.1.push(attributes);
+            state.0.get(&case).cloned().unwrap_or_default()
+        };
+        if answer.hangs {
+            std::future::pending::<()>().await;
+        }
+        if let Some(code) = answer.status {
+            return Err(Status::new(code, "the store says no"));
+        }
+        for (path, contents) in &answer.writes {
+            fs::write(Path::new(&request.target_path).join(path), contents).unwrap();
+        }
+        let object = |version| ObjectVersion {
+            id: "object".to_owned(),
+            version,
+        };
+        Ok(Response::new(MountResponse {
+            object_version: answer.version.map(object).into_iter().collect(),
+            error: answer.error_code.map(|code| proto::provider::Error {
+                code: code.to_owned(),
+            }),
+            files: answer
+                .files
+                .into_iter()
+                .map(|(path, contents)| File {
+                    path,
+                    mode: 0o644,
+                    contents,
+                })
+                .collect(),
+        }))
+    }
+}
+
+/// A volume as kubelet asks for it.
+#[derive(Clone, Debug)]
+pub(crate) struct Volume {
+    pub(crate) id: String,
+    pub(crate) class: String,
+    pub(crate) uid: String,
+    pub(crate) target: PathBuf,
+}
+
+impl Volume {
+    /// What kubelet sends.
+    pub(crate) fn request(&self) -> NodePublishVolumeRequest {
+        NodePublishVolumeRequest {
+            volume_id: self.id.clone(),
+            target_path: self.target.display().to_string(),
+            readonly: true,
+            volume_capability: Some(VolumeCapability::default()),
+            volume_context: [
+                ("csi.storage.k8s.io/pod.name", self.id.as_str()),
+                ("csi.storage.k8s.io/pod.namespace", "shop"),
+                ("csi.storage.k8s.io/pod.uid", &self.uid),
+                ("secretProviderClass", &self.class),
+            ]
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .into(),
+            ..Default::default()
+        }
+    }
+
+    pub(crate) fn state(&self) -> mount::State {
+        mount::state(&self.target).unwrap()
+    }
+
+    /// What a container reads, without the driver's own names; empty where nothing is.
+    pub(crate) fn reads(&self) -> BTreeMap<String, String> {
+        let Ok(entries) = fs::read_dir(&self.target) else {
+            return BTreeMap::new();
+        };
+        entries
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.is_file())
+            .map(|path| {
+                let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+                (name, fs::read_to_string(&path).unwrap())
+            })
+            .collect()
+    }
+
+    /// Which mount it is.
+    pub(crate) fn device(&self) -> u64 {
+        fs::metadata(&self.target).unwrap().dev()
+    }
+
+    pub(crate) fn unmount(&self) {
+        umount2(&self.target, MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+/// A node with a driver on it.
+pub(crate) struct World {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) api: Api,
+    pub(crate) provider: Provider,
+    server: String,
+    flags: Vec<String>,
+    running: Option<(CancellationToken, JoinHandle<std::io::Result<()>>)>,
+    volumes: usize,
+}
+
+/// Flags with which each look of kubelet is a refresh, and errors reach it.
+pub(crate) const EAGER: [&str; 5] = [
+    "--enable-secret-rotation",
+    "--rotation-poll-interval=1ns",
+    "--rotation-backoff=1ns",
+    "--rotation-backoff-max=1ns",
+    "--republish-errors=surface",
+];
+
+impl World {
+    /// Starts a driver with these flags beside the usual ones.
+    pub(crate) async fn start(flags: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["kubelet", "kubelet/pods", "state"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        tmpfs(&dir.path().join("kubelet/pods"), "mode=0755");
+        let api = Api::default();
+        let server = serve_api(api.clone()).await;
+        let provider = Provider::default();
+        let listener = UnixListener::bind(dir.path().join("test.sock")).unwrap();
+        let service = CsiDriverProviderServer::new(provider.clone());
+        tokio::spawn(
+            Server::builder()
+                .add_service(service)
+                .serve_with_incoming(UnixListenerStream::new(listener)),
+        );
+        let mut world = Self {
+            dir,
+            api,
+            provider,
+            server,
+            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            running: None,
+            volumes: 0,
+        };
+        world.start_driver().await;
+        world
+    }
+
+    pub(crate) async fn start_driver(&mut self) {
+        let dir = self.dir.path();
+        let kubeconfig = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "clusters": [{"name": "c", "cluster": {"server": self.server}}],
+            "users": [{"name": "u", "user": {}}],
+        });
+        fs::write(dir.join("kubeconfig"), kubeconfig.to_string()).unwrap();
+        let usual = [
+            format!("--endpoint=unix://{}", dir.join("csi.sock").display()),
+            format!("--state-dir={}", self.state_dir().display()),
+            format!("--kubelet-root-dir={}", dir.join("kubelet").display()),
+            format!("--kubeconfig={}", dir.join("kubeconfig").display()),
+            format!("--provider-volume={}", dir.display()),
+            "--metrics-addr=0".to_owned(),
+            "--nodeid=node-1".to_owned(),
+        ];
+        let flags = usual.into_iter().chain(self.flags.iter().cloned());
+        let config = Config::parse(flags.map(Into::into)).unwrap();
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(driver::run(config, stop.clone()));
+        self.running = Some((stop, task));
+    }
+
+    pub(crate) async fn stop_driver(&mut self) {
+        let (stop, task) = self.running.take().unwrap();
+        stop.cancel();
+        task.await.unwrap().unwrap();
+    }
+
+    pub(crate) fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    /// A client of kubelet's, on a connection of its own.
+    pub(crate) async fn client(&self) -> NodeClient<Channel> {
+        let socket = self.dir.path().join("csi.sock");
+        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            match endpoint.connect().await {
+                Ok(channel) => return NodeClient::new(channel),
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// A new volume of a class, whose directory kubelet has made.
+    pub(crate) fn volume(&mut self, class: &str) -> Volume {
+        self.volumes += 1;
+        let uid = format!("uid-{}", self.volumes);
+        let parent = self.dir.path().join(format!(
+            "kubelet/pods/{uid}/volumes/kubernetes.io~csi/secrets"
+        ));
+        fs::create_dir_all(&parent).unwrap();
+        Volume {
+            id: format!("csi-{}", self.volumes),
+            class: class.to_owned(),
+            uid,
+            target: parent.join("mount"),
+        }
+    }
+
+    /// A new volume of a class of its own, whose provider answers one file.
+    pub(crate) fn volume_of_its_own(&mut self) -> Volume {
+        let name = format!("class-{}", self.volumes + 1);
+        self.api.class_is(&name, [Class::Is(class(&name, 1))]);
+        self.provider.answers(&name, Answer::file("pw", "one"));
+        self.volume(&name)
+    }
+
+    /// A publish of a kubelet that has little time.
+    pub(crate) async fn publish(&self, request: NodePublishVolumeRequest) -> Result<(), Status> {
+        let mut request = Request::new(request);
+        request.set_timeout(Duration::from_secs(4));
+        let mut client = self.client().await;
+        client.node_publish_volume(request).await.map(drop)
+    }
+
+    /// A publish that has all the time it wants.
+    pub(crate) async fn publish_patiently(&self, volume: &Volume) -> Result<(), Status> {
+        let mut client = self.client().await;
+        client.node_publish_volume(volume.request()).await.map(drop)
+    }
+
+    /// kubelet's unpublish, again and again while the publish before it has not ended.
+    pub(crate) async fn unpublish(&self, volume: &Volume) -> Result<(), Status> {
+        loop {
+            match self.try_to_unpublish(volume).await {
+                Err(status) if status.code() == Code::Aborted => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn try_to_unpublish(&self, volume: &Volume) -> Result<(), Status> {
+        let request = NodeUnpublishVolumeRequest {
+            volume_id: volume.id.clone(),
+            target_path: volume.target.display().to_string(),
+        };
+        let mut client = self.client().await;
+        client.node_unpublish_volume(request).await.map(drop)
+    }
+
+    pub(crate) fn record(&self, volume: &Volume) -> Option<Record> {
+        Records::open(self.state_dir()).unwrap().get(&volume.id)
+    }
+
+    pub(crate) fn record_file(&self, volume: &Volume) -> PathBuf {
+        self.state_dir().join(format!("{}.json", volume.id))
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // The mounts go with the process's namespace; the temporary directory needs them gone.
+        let _ = umount2(&self.state_dir(), MntFlags::MNT_DETACH);
+        let _ = umount2(&self.dir.path().join("kubelet/pods"), MntFlags::MNT_DETACH);
+    }
+}
+
+/// Mounts a tmpfs whose mounts reach other namespaces, as kubelet's directory has it.
+pub(crate) fn tmpfs(at: &Path, options: &str) {
+    let no: Option<&str> = None;
+    mount(
+        Some("tmpfs"),
+        at,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some(options),
+    )
+    .unwrap();
+    mount(no, at, no, MsFlags::MS_SHARED, no).unwrap();
+}
+
+/// Makes a mount read-only, or writable again.
+pub(crate) fn read_only(at: &Path, yes: bool) {
+    let no: Option<&str> = None;
+    let flags = if yes {
+        MsFlags::MS_RDONLY
+    } else {
+        MsFlags::empty()
+    };
+    mount(no, at, no, MsFlags::MS_REMOUNT | flags, no).unwrap();
+}
+
+/// Whether kubelet takes a code for the end of the attempt, and forgets the volume.
+pub(crate) fn is_final(code: Code) -> bool {
+    !matches!(
+        code,
+        Code::Ok
+            | Code::Cancelled
+            | Code::DeadlineExceeded
+            | Code::Unavailable
+            | Code::ResourceExhausted
+            | Code::Aborted
+    )
+}

@@ -1,0 +1,211 @@
+//! The directory of records when the disk refuses: full, read-only, or full of trash.
+
+use std::{fs, io::Write as _, path::Path};
+
+use driver::mount::State;
+use proptest::{
+    prelude::*,
+    strategy::ValueTree as _,
+    test_runner::{Config, TestRunner},
+};
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Answer, Class, EAGER, Volume, World, alone, block_on, class, read_only, tmpfs,
+};
+
+/// Moves the records to a disk of their own.
+async fn with_disk(flags: &[&str], options: &str) -> World {
+    let mut world = World::start(flags).await;
+    world.stop_driver().await;
+    tmpfs(&world.state_dir(), options);
+    world.start_driver().await;
+    world
+}
+
+#[test]
+fn a_pod_goes_although_its_record_cannot() {
+    if !alone("state_dir::a_pod_goes_although_its_record_cannot") {
+        return;
+    }
+    block_on(async {
+        let mut world = with_disk(&EAGER, "size=1m").await;
+        let volumes: Vec<Volume> = (0..5).map(|_| world.volume_of_its_own()).collect();
+        for volume in &volumes {
+            world.publish_patiently(volume).await.unwrap();
+        }
+        read_only(&world.state_dir(), true);
+        for volume in &volumes {
+            world.unpublish(volume).await.unwrap();
+            assert_eq!(volume.state(), State::Absent);
+            assert!(world.record_file(volume).exists());
+            world.unpublish(volume).await.unwrap();
+        }
+        // A pod of the same name with the same volume is published anew, once that is possible.
+        read_only(&world.state_dir(), false);
+        world.publish_patiently(&volumes[0]).await.unwrap();
+        assert_eq!(volumes[0].reads()["pw"], "one");
+        for volume in &volumes[1..] {
+            fs::remove_dir_all(volume.target.parent().unwrap()).unwrap();
+        }
+        world.stop_driver().await;
+        world.start_driver().await;
+        world.client().await;
+        let left: Vec<bool> = volumes
+            .iter()
+            .map(|volume| world.record_file(volume).exists())
+            .collect();
+        assert_eq!(left, [true, false, false, false, false]);
+    });
+}
+
+/// Leaves so many bytes free.
+fn fill(disk: &Path, free: usize) {
+    let mut file = fs::File::create(disk.join("fill")).unwrap();
+    let page = [0_u8; 4096];
+    while file.write_all(&page).is_ok() {}
+    let length = file.metadata().unwrap().len();
+    file.set_len(length.saturating_sub(free as u64)).unwrap();
+}
+
+const SECRET: &str = "/api/v1/namespaces/shop/secrets/creds";
+
+/// The class of a volume that makes a Secret.
+fn synced(name: &str) -> Value {
+    let mut object = class(name, 1);
+    object["spec"]["secretObjects"] = json!([{
+        "secretName": "creds", "type": "Opaque", "data": [{"objectName": "pw", "key": "pw"}],
+    }]);
+    object
+}
+
+/// On a full disk a refresh is refused before anything has changed, or is done as a whole: files,
+/// Secret and status say the same.
+#[test]
+fn a_full_disk_changes_all_or_nothing() {
+    if !alone("state_dir::a_full_disk_changes_all_or_nothing") {
+        return;
+    }
+    block_on(async {
+        let mut world = with_disk(&EAGER, "size=256k").await;
+        let mut runner = TestRunner::new(Config::with_cases(40));
+        let free = prop_oneof![Just(0_usize), 0..40_000_usize];
+        let text = 1..12_000_usize;
+        let (mut done, mut refused) = (0, 0);
+        for _ in 0..runner.config().cases {
+            let (free, long, first) = (free.clone(), text.clone(), any::<bool>())
+                .new_tree(&mut runner)
+                .unwrap()
+                .current();
+            let volume = world.volume_of_its_own();
+            world
+                .api
+                .class_is(&volume.class, [Class::Is(synced(&volume.class))]);
+            world.api.0.lock().unwrap().objects.insert(
+                format!("/api/v1/namespaces/shop/pods/{}", volume.id),
+                json!({"metadata": {"name": volume.id, "uid": volume.uid, "ownerReferences": [
+                    {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "rs", "controller": true},
+                ]}, "status": {"phase": "Pending"}}),
+            );
+            let secret = |world: &World| {
+                let state = world.api.0.lock().unwrap();
+                state
+                    .objects
+                    .get(SECRET)
+                    .map(|secret| secret["data"]["pw"].clone())
+            };
+            if !first {
+                world.publish_patiently(&volume).await.unwrap();
+            }
+            let before = (volume.reads(), secret(&world), world.api.status_of(&volume));
+            assert_eq!(before.1.is_some(), !first);
+            fill(&world.state_dir(), free);
+            // A long version makes a long record.
+            let new = Answer {
+                version: Some("v".repeat(long)),
+                ..Answer::file("pw", "two")
+            };
+            world.provider.answers(&volume.class, new);
+            let published = world.publish_patiently(&volume).await;
+            let after = (volume.reads(), secret(&world), world.api.status_of(&volume));
+            match &published {
+                Ok(()) => {
+                    assert_eq!(after.0["pw"], "two");
+                    assert_eq!(after.1, Some("dHdv".into()));
+                    done += 1;
+                }
+                Err(status) => {
+                    assert_eq!(after, before, "{status}");
+                    assert!(status.message().contains("record"), "{status}");
+                    assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+                    refused += 1;
+                }
+            }
+            if first && published.is_err() {
+                assert_eq!(volume.state(), State::Absent);
+                assert!(!world.record_file(&volume).exists());
+            }
+            fs::remove_file(world.state_dir().join("fill")).unwrap();
+            world.publish_patiently(&volume).await.unwrap();
+            assert_eq!(volume.reads()["pw"], "two");
+            assert_eq!(secret(&world), Some("dHdv".into()));
+            world.unpublish(&volume).await.unwrap();
+            world.api.0.lock().unwrap().objects.clear();
+            let left = fs::read_dir(world.state_dir()).unwrap().count();
+            assert_eq!(left, 0, "nothing is left of it");
+        }
+        assert!(done > 3 && refused > 3, "{done} done, {refused} refused");
+    });
+}
+
+/// What lies where a live volume's record should is replaced: the volume is filled in place.
+#[test]
+fn a_live_volume_without_a_readable_record_is_filled_in_place() {
+    if !alone("state_dir::a_live_volume_without_a_readable_record_is_filled_in_place") {
+        return;
+    }
+    block_on(async {
+        let mut world = World::start(&[]).await;
+        let spoil: [fn(&Path); 6] = [
+            |at| fs::write(at, "").unwrap(),
+            |at| fs::write(at, &fs::read(at).unwrap()[..40]).unwrap(),
+            |at| {
+                let text = fs::read_to_string(at).unwrap();
+                fs::write(at, text.replace("\"format\":1", "\"format\":7")).unwrap();
+            },
+            |at| {
+                fs::File::options()
+                    .write(true)
+                    .open(at)
+                    .unwrap()
+                    .set_len(1 << 40)
+                    .unwrap()
+            },
+            |at| {
+                fs::remove_file(at).unwrap();
+                fs::create_dir_all(at.join("x/y")).unwrap();
+            },
+            |at| {
+                fs::remove_file(at).unwrap();
+                nix::unistd::mkfifo(at, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            },
+        ];
+        for (number, spoil) in spoil.into_iter().enumerate() {
+            let volume = world.volume_of_its_own();
+            world.publish_patiently(&volume).await.unwrap();
+            let held = volume.device();
+            spoil(&world.record_file(&volume));
+            fs::create_dir(world.state_dir().join(format!("{}.tmp", volume.id))).unwrap();
+            world.publish_patiently(&volume).await.unwrap();
+            assert_eq!(volume.device(), held, "{number}");
+            assert_eq!(volume.reads()["pw"], "one", "{number}");
+            assert!(world.record(&volume).is_some(), "{number}");
+            world.provider.asked();
+            world.publish_patiently(&volume).await.unwrap();
+            assert_eq!(world.provider.asked(), Vec::<Value>::new(), "{number}");
+            spoil(&world.record_file(&volume));
+            world.unpublish(&volume).await.unwrap();
+            assert!(!world.record_file(&volume).exists(), "{number}");
+        }
+    });
+}
