@@ -133,8 +133,14 @@ impl Identity for Csi {
         Ok(Response::new(GetPluginCapabilitiesResponse::default()))
     }
 
+    /// Answers in any case, and says whether the driver can publish.
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
-        Ok(Response::new(ProbeResponse { ready: Some(true) }))
+        let able = self.volumes.health.check().await;
+        if let Err(why) = &able {
+            tracing::warn!("not ready: {why}");
+        }
+        let ready = Some(able.is_ok());
+        Ok(Response::new(ProbeResponse { ready }))
     }
 }
 

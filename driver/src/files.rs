@@ -4,10 +4,19 @@
 //! written: a provider cannot name a path outside the volume, one path twice, or a file where
 //! a directory is needed. [`swap`] writes it, [`read`] reads it back.
 
+mod compare;
+#[cfg(test)]
+mod generated;
+mod layout;
 pub mod read;
 pub mod swap;
+mod tree;
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    cmp::Ordering,
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use crate::secret::Secret;
 
@@ -18,10 +27,27 @@ pub const DEFAULT_MODE: u32 = 0o644;
 /// Linux's limits (limits.h: NAME_MAX, PATH_MAX without the closing NUL's worth).
 const MAX_COMPONENT_BYTES: usize = 255;
 const MAX_PATH_BYTES: usize = 4096;
+/// How many names a path may have: more than any set of secrets needs, and few enough that
+/// whoever walks through a volume is done soon.
+const MAX_DEPTH: usize = 32;
 
 /// A path inside a volume: relative, clean, and unable to leave it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FilePath(String);
+
+/// By component, so that everything below a directory stands together: as text, `a-b` stands
+/// between `a` and `a/b`.
+impl Ord for FilePath {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.components().cmp(other.components())
+    }
+}
+
+impl PartialOrd for FilePath {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
 
 impl FilePath {
     /// The path's components, at least one.
@@ -61,6 +87,9 @@ impl TryFrom<String> for FilePath {
         }
         if path.starts_with('/') {
             return refuse("the path is absolute; it must be relative to the volume");
+        }
+        if path.split('/').count() > MAX_DEPTH {
+            return refuse("the path is deeper than 32 levels");
         }
         for component in path.split('/') {
             match component {
@@ -129,6 +158,7 @@ impl File {
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct Payload {
     files: BTreeMap<FilePath, File>,
+    directories: usize,
     group: Option<u32>,
 }
 
@@ -149,19 +179,10 @@ impl Payload {
             }
             tree.insert(path, file);
         }
-        for path in tree.keys() {
-            for (slash, _) in path.as_str().match_indices('/') {
-                let directory = FilePath(path.as_str()[..slash].to_owned());
-                if tree.contains_key(&directory) {
-                    return Err(InvalidFile {
-                        path: Quoted::of(directory.as_str()),
-                        why: "it is a file, and another file's path needs it to be a directory",
-                    });
-                }
-            }
-        }
+        let directories = count_directories(tree.keys())?;
         Ok(Self {
             files: tree,
+            directories,
             group: None,
         })
     }
@@ -201,12 +222,40 @@ impl Payload {
         self.files.is_empty()
     }
 
-    /// The names that appear at the volume's root, each once, in order.
-    pub fn roots(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = self.files.keys().map(FilePath::first).collect();
-        names.dedup();
-        names
+    /// How many directories the files need, without the root.
+    pub fn directories(&self) -> usize {
+        self.directories
     }
+
+    /// The names that appear at the volume's root.
+    pub fn roots(&self) -> BTreeSet<&str> {
+        self.files.keys().map(FilePath::first).collect()
+    }
+}
+
+/// Counts the directories that the paths need, which are in order.
+fn count_directories<'a>(paths: impl Iterator<Item = &'a FilePath>) -> Result<usize, InvalidFile> {
+    let mut count = 0;
+    let mut before: Option<&FilePath> = None;
+    for path in paths {
+        let depth = path.components().count();
+        let (shared, depth_before) = before.map_or((0, usize::MAX), |before| {
+            let pairs = path.components().zip(before.components());
+            let shared = pairs.take_while(|(a, b)| a == b).count();
+            (shared, before.components().count())
+        });
+        if let Some(before) = before
+            && shared == depth_before
+        {
+            return Err(InvalidFile {
+                path: Quoted::of(before.as_str()),
+                why: "it is a file, and another file's path needs it to be a directory",
+            });
+        }
+        count += depth - 1 - shared;
+        before = Some(path);
+    }
+    Ok(count)
 }
 
 /// A file that a provider may not have. Its content is not in here.
@@ -253,6 +302,7 @@ mod tests {
     #[case::spaces(" a b ")]
     #[case::longest_name(&"n".repeat(255))]
     #[case::not_ascii("pässword/😀")]
+    #[case::deepest(&["n"; 32].join("/"))]
     fn accepts(#[case] path: &str) {
         assert!(FilePath::try_from(path.to_owned()).is_ok());
     }
@@ -273,6 +323,7 @@ mod tests {
     #[case::nul("a\0b", "NUL")]
     #[case::long_name(&"n".repeat(256), "255 bytes")]
     #[case::long_path(&"n/".repeat(2049), "4096 bytes")]
+    #[case::deep(&["n"; 33].join("/"), "32 levels")]
     fn refuses(#[case] path: &str, #[case] why: &str) {
         let error = FilePath::try_from(path.to_owned()).unwrap_err().to_string();
         assert!(error.contains(why), "{error}");
@@ -318,6 +369,26 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn a_payload_counts_its_roots_and_directories(files in generated::files()) {
+            let payload = generated::payload(&files);
+            let roots: BTreeSet<&str> = files.keys().filter_map(|p| p.split('/').next()).collect();
+            let directories: BTreeSet<&str> = files
+                .keys()
+                .flat_map(|p| p.match_indices('/').map(|(slash, _)| &p[..slash]))
+                .collect();
+            prop_assert_eq!(payload.roots(), roots);
+            prop_assert_eq!(payload.directories(), directories.len());
+            // A file is refused at the path of each of these directories, whatever sorts between.
+            for directory in directories.into_iter().take(8) {
+                let mut files = files.clone();
+                files.insert(directory.to_owned(), (Vec::new(), 0));
+                let files = files.into_iter().map(|(path, (content, mode))| (path, File::new(mode, content)));
+                prop_assert!(Payload::new(files).is_err(), "{directory:?}");
+            }
+        }
+
         #[test]
         fn an_accepted_path_never_leaves_the_volume(path in "[a./\0]{0,12}") {
             if let Ok(accepted) = FilePath::try_from(path.clone()) {

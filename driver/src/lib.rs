@@ -19,7 +19,8 @@
 //!
 //! Beside the walk: [`config`] (the command line), [`registration`] (the built-in registrar),
 //! [`metrics`] (`/metrics`, `/healthz`), [`logging`], [`secret`] (a value that cannot be
-//! printed), [`error`] (the one error type). This file is the only wiring.
+//! printed), [`error`] (the one error type), [`turns`] (who goes next). This file is the only
+//! wiring.
 //!
 //! # Invariants
 //!
@@ -47,6 +48,7 @@ pub mod provider;
 pub mod registration;
 pub mod secret;
 pub mod sync;
+pub mod turns;
 pub mod volume;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -67,6 +69,7 @@ use volume::{
     policy::{Failing, Policy},
     record::Records,
     target::Busy,
+    threads::Health,
 };
 
 /// How long calls that run may go on after `stop`. What is not finished by then is undone, before
@@ -148,6 +151,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         metrics: metrics.clone(),
         sync: Arc::clone(&sync),
         clock: Clock::start(),
+        health: Health::default(),
     });
     let csi = Csi {
         driver_name: config.driver_name.clone(),

@@ -13,6 +13,7 @@
 pub mod desired;
 mod heal;
 mod known;
+mod parsing;
 mod tls;
 
 use std::{collections::BTreeMap, fmt, io, path::PathBuf, slice, sync::Arc, time::Duration};
@@ -34,14 +35,19 @@ use crate::{
     metrics::Metrics,
     volume::record::Pod,
 };
-use desired::Desired;
+use desired::{Desired, Needs};
 use known::{Known, Mounted};
+use parsing::{Fingerprint, Parsing, Refusals, Waiting};
 
 /// How long a publish waits for its Secrets. What is not done by then is done by the loop.
 const WITHIN: Duration = Duration::from_secs(20);
 
 /// How often a volume is read whose content is replaced meanwhile.
 const ATTEMPTS: usize = 3;
+
+/// The objects that one Secret is made of are read as long as they have no more bytes together.
+/// More than a Secret holds, because a part of an object can be picked.
+const MOST_READ: u64 = 8 * 1024 * 1024;
 
 /// The reason of an event about a Secret that is not as it should be, as in the existing driver.
 const FAILED: &str = "FailedToCreateSecret";
@@ -149,6 +155,8 @@ pub struct Sync {
     fail: bool,
     interval: Duration,
     known: Known,
+    parsing: Parsing,
+    refusals: Arc<Refusals>,
 }
 
 /// How sure one is that there is something to do.
@@ -170,6 +178,8 @@ impl Sync {
             fail,
             interval,
             known: Known::default(),
+            parsing: Parsing::default(),
+            refusals: Arc::default(),
         }
     }
 
@@ -309,7 +319,7 @@ impl Sync {
         if volumes.is_empty() {
             return Ok(Kept::Unchanged);
         }
-        let (mut desired, mut since) = made(class, object, &volumes).await?;
+        let (mut desired, mut since) = self.made(class, object, &volumes).await?;
         let mut owners = owners(&volumes);
         if how == How::Look {
             let wanted = wanted(namespace, class, &desired, since, &owners);
@@ -322,7 +332,7 @@ impl Sync {
             if volumes.is_empty() {
                 return Ok(Kept::Unchanged);
             }
-            (desired, since) = made(class, object, &volumes).await?;
+            (desired, since) = self.made(class, object, &volumes).await?;
             owners = self::owners(&volumes);
         }
         if owners.is_empty() {
@@ -344,6 +354,25 @@ impl Sync {
                 .secret_synced(&class.provider, started.elapsed());
         }
         Ok(kept)
+    }
+
+    /// Makes the Secret that the newest of the volumes makes, where mounts do not wait for it.
+    async fn made(
+        &self,
+        class: &Arc<Class>,
+        object: &SecretObject,
+        volumes: &[Mounted],
+    ) -> Result<(Desired, Timestamp), Problem> {
+        let Some(first) = volumes.first() else {
+            return Err(unavailable(class, &"no volume of it is mounted"));
+        };
+        let namespace = &first.volume.pod.namespace;
+        let targets: Vec<PathBuf> = volumes.iter().map(|v| v.volume.target.clone()).collect();
+        let (of_class, object) = (Arc::clone(class), object.clone());
+        let refusals = Arc::clone(&self.refusals);
+        let job = move |waiting: &Waiting| made(&of_class, &object, &targets, &refusals, waiting);
+        let made = self.parsing.run(namespace, job).await;
+        made.unwrap_or_else(|error| Err(unavailable(class, &error)))
     }
 
     /// The volumes whose pods still need Secrets, with who their Secrets live with.
@@ -425,47 +454,79 @@ impl Sync {
     }
 }
 
-/// The Secret that the newest of the volumes makes, and since when that one holds its content.
-async fn made(
-    class: &Arc<Class>,
+/// Makes the Secret that the newest of the volumes makes, and says since when that one holds its
+/// content.
+fn made(
+    class: &Class,
     object: &SecretObject,
-    volumes: &[Mounted],
+    targets: &[PathBuf],
+    refusals: &Refusals,
+    waiting: &Waiting,
 ) -> Result<(Desired, Timestamp), Problem> {
-    let (class, object) = (Arc::clone(class), object.clone());
-    let targets: Vec<PathBuf> = volumes.iter().map(|v| v.volume.target.clone()).collect();
-    let work = move || {
-        let unreadable = |error: io::Error| unavailable(&class, &error);
-        let mut newest: Option<(Timestamp, &PathBuf)> = None;
-        let mut failed = None;
-        for target in &targets {
-            match read::version(target).map(|version| version.since) {
-                Ok(since) if newest.is_none_or(|(other, _)| since > other) => {
-                    newest = Some((since, target));
-                }
-                Ok(_) => {}
-                Err(error) => failed = Some(error),
+    let unreadable = |error: io::Error| unavailable(class, &error);
+    let mut newest: Option<(Timestamp, &PathBuf)> = None;
+    let mut failed = None;
+    for target in targets {
+        match read::version(target).map(|version| version.since) {
+            Ok(since) if newest.is_none_or(|(other, _)| since > other) => {
+                newest = Some((since, target));
             }
+            Ok(_) => {}
+            Err(error) => failed = Some(error),
         }
-        let Some((_, target)) = newest else {
-            let gone = || io::Error::from(io::ErrorKind::NotFound);
-            return Err(unreadable(failed.unwrap_or_else(gone)));
-        };
-        let objects = slice::from_ref(&object);
-        let mut attempts = 0;
-        let snapshot = loop {
-            attempts += 1;
-            match read::snapshot(target, |path| desired::needs(objects, path)) {
-                Err(error) if attempts < ATTEMPTS && error.kind() == io::ErrorKind::NotFound => {}
-                snapshot => break snapshot.map_err(unreadable)?,
-            }
-        };
-        let desired = desired::desired(&class, &object, &snapshot.files)?;
-        Ok((desired, snapshot.version.since))
-    };
-    match tokio::task::spawn_blocking(work).await {
-        Ok(made) => made,
-        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
     }
+    let Some((_, target)) = newest else {
+        let gone = || io::Error::from(io::ErrorKind::NotFound);
+        return Err(unreadable(failed.unwrap_or_else(gone)));
+    };
+    let needs = Needs::of(object);
+    let mut attempts = 0;
+    let snapshot = loop {
+        attempts += 1;
+        match read::snapshot(target, MOST_READ, |path| needs.includes(path)) {
+            Err(error) if attempts < ATTEMPTS && error.kind() == io::ErrorKind::NotFound => {}
+            snapshot => break snapshot.map_err(unreadable)?,
+        }
+    };
+    if !snapshot.is_all {
+        return Err(Problem::new(
+            Trouble::TooLarge,
+            format!(
+                "SecretProviderClass {}, Secret {}: the objects that it is made of have more than {MOST_READ} bytes together, which are not read; read them from the volume instead",
+                class.identity.name,
+                object.secret_name.trim()
+            ),
+        ));
+    }
+    let fingerprint = fingerprint(class, object, &snapshot);
+    if let Some(problem) = refusals.find(&fingerprint) {
+        return Err(problem);
+    }
+    let desired = desired::desired(class, object, &snapshot.files, waiting);
+    if let Err(problem) = &desired
+        && problem.trouble == Trouble::InvalidCertificate
+        && !waiting.is_over()
+    {
+        refusals.add(fingerprint, problem.clone());
+    }
+    Ok((desired?, snapshot.version.since))
+}
+
+/// Tells what a Secret is made of from what another is, or the same one at another time.
+fn fingerprint(class: &Class, object: &SecretObject, snapshot: &read::Snapshot) -> [u8; 32] {
+    let mut fingerprint = Fingerprint::new();
+    for part in [
+        &class.identity.uid,
+        &class.identity.resource_version,
+        &object.secret_name,
+    ] {
+        fingerprint.add(part.as_bytes());
+    }
+    for (path, content) in &snapshot.files {
+        fingerprint.add(path.as_bytes());
+        fingerprint.add(content.expose());
+    }
+    fingerprint.finish()
 }
 
 /// Everybody that the volumes' Secrets live with, each once.

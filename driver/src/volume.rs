@@ -14,6 +14,7 @@ pub mod policy;
 pub mod record;
 mod refresh;
 pub mod target;
+pub mod threads;
 
 use std::{collections::BTreeMap, future::Future, io, path::PathBuf, sync::Arc};
 
@@ -36,10 +37,11 @@ use crate::{
     secret::SecretMap,
     sync::{self, Sync},
 };
-use content::{Undo, blocking, commit_content, directory, stage_files, take_down};
+use content::{Undo, commit_content, directory, stage_files, take_down};
 use policy::{Every, Failing, Policy};
 use record::{Age, Content, Object, Pod, Record, Records};
 use target::{Busy, TargetPath};
+use threads::{Health, blocking};
 
 /// Where kubelet passes service account tokens, and where a provider looks for them.
 pub const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
@@ -134,6 +136,8 @@ pub struct Volumes {
     pub sync: Arc<Sync>,
     /// What time it is.
     pub clock: Clock,
+    /// Whether the threads of file system work get anywhere.
+    pub health: Health,
 }
 
 impl Volumes {

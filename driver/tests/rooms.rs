@@ -10,7 +10,7 @@ use std::{
 };
 
 /// For each room, the rooms that it may use. `record` and `resources` are rooms of their own.
-const MAY_USE: [(&str, &[&str]); 15] = [
+const MAY_USE: [(&str, &[&str]); 16] = [
     (
         "csi",
         &[
@@ -42,9 +42,13 @@ const MAY_USE: [(&str, &[&str]); 15] = [
             "record",
             "resources",
             "secret",
+            "turns",
         ],
     ),
-    ("cluster", &["error", "record", "resources", "secret"]),
+    (
+        "cluster",
+        &["error", "record", "resources", "secret", "turns"],
+    ),
     ("resources", &[]),
     (
         "provider",
@@ -53,6 +57,7 @@ const MAY_USE: [(&str, &[&str]); 15] = [
     ("mount", &[]),
     ("files", &["secret"]),
     ("secret", &[]),
+    ("turns", &[]),
     ("error", &[]),
     ("config", &[]),
     ("logging", &["config"]),

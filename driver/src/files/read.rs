@@ -16,12 +16,12 @@ use std::{
 use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 use nix::{fcntl::OFlag, sys::stat::Mode};
 
-use super::swap::{current, names, open_beneath, open_directory, open_root};
+use super::{
+    layout::current,
+    tree::{names, open_beneath, open_directory, open_root},
+};
 use crate::secret::Secret;
 
-/// No file is read beyond this. Far above what fits into a Secret, so that a part of a larger
-/// file can still be picked.
-const LONGEST_FILE: u64 = 8 * 1024 * 1024;
 /// No directories deeper than this, and no more files: a provider's own writing has no bounds.
 const DEEPEST: usize = 32;
 const MOST_FILES: usize = 10_000;
@@ -39,22 +39,34 @@ pub struct Version {
 
 /// A volume's content at one moment.
 pub struct Snapshot {
-    /// Contents by path, without those that are too long to be read.
+    /// Contents by path.
     pub files: BTreeMap<String, Secret>,
+    /// Whether everything that was wanted is there. Otherwise it is more than was to be read.
+    pub is_all: bool,
     /// Which content it is.
     pub version: Version,
 }
 
-/// Reads the files of a volume whose path `wanted` says yes to.
+/// Reads the files of a volume whose path `wanted` says yes to, as long as they have no more than
+/// `most_bytes` together.
 ///
 /// # Errors
 /// What the system says. NotFound also when the content was replaced meanwhile; trying again
 /// helps.
-pub fn snapshot(volume: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<Snapshot> {
+pub fn snapshot(
+    volume: &Path,
+    most_bytes: u64,
+    wanted: impl Fn(&str) -> bool,
+) -> io::Result<Snapshot> {
     let (tree, version) = open(volume)?;
-    let mut files = BTreeMap::new();
-    read_below(&tree, "", &wanted, &mut files, 0)?;
-    Ok(Snapshot { files, version })
+    let mut snapshot = Snapshot {
+        files: BTreeMap::new(),
+        is_all: true,
+        version,
+    };
+    let mut room = most_bytes;
+    read_below(&tree, "", &wanted, &mut snapshot, &mut room, 0)?;
+    Ok(snapshot)
 }
 
 /// Returns which content a volume has.
@@ -102,12 +114,13 @@ fn read_below(
     directory: &OwnedFd,
     prefix: &str,
     wanted: &impl Fn(&str) -> bool,
-    files: &mut BTreeMap<String, Secret>,
+    snapshot: &mut Snapshot,
+    room: &mut u64,
     depth: usize,
 ) -> io::Result<()> {
     for name in names(directory.as_fd())? {
         let Ok(name) = name.to_str() else { continue };
-        if name.starts_with("..") || files.len() >= MOST_FILES {
+        if name.starts_with("..") || snapshot.files.len() >= MOST_FILES {
             continue;
         }
         let path = format!("{prefix}{name}");
@@ -124,16 +137,22 @@ fn read_below(
                 &OwnedFd::from(file),
                 &format!("{path}/"),
                 wanted,
-                files,
+                snapshot,
+                room,
                 depth + 1,
             )?;
-        } else if metadata.is_file() && wanted(&path) && metadata.len() <= LONGEST_FILE {
+        } else if metadata.is_file() && wanted(&path) {
+            let Some(left) = room.checked_sub(metadata.len()) else {
+                snapshot.is_all = false;
+                return Ok(());
+            };
+            *room = left;
             // One byte more than it should need, so that the buffer is not moved while it grows:
             // a moved buffer leaves a copy of the secret behind.
             let length = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
             let mut content = Vec::with_capacity(length.saturating_add(1));
-            file.take(LONGEST_FILE).read_to_end(&mut content)?;
-            files.insert(path, content.into());
+            file.take(metadata.len()).read_to_end(&mut content)?;
+            snapshot.files.insert(path, content.into());
         }
     }
     Ok(())
@@ -171,17 +190,20 @@ mod tests {
         };
         let before = Timestamp::now();
         replace(payload("1"));
-        let first = snapshot(dir.path(), |_| true).unwrap();
+        let first = snapshot(dir.path(), u64::MAX, |_| true).unwrap();
         let expected = BTreeMap::from([("a", "1".to_owned()), ("deep/er/b", "2".to_owned())]);
         assert_eq!(texts(&first), expected);
         assert!(before <= first.version.since && first.version.since <= Timestamp::now());
         replace(payload("1"));
         assert_eq!(
-            snapshot(dir.path(), |_| true).unwrap().version.since,
+            snapshot(dir.path(), u64::MAX, |_| true)
+                .unwrap()
+                .version
+                .since,
             first.version.since
         );
         replace(payload("3"));
-        let second = snapshot(dir.path(), |path| path == "a").unwrap();
+        let second = snapshot(dir.path(), u64::MAX, |path| path == "a").unwrap();
         assert!(second.version.since > first.version.since);
         assert_eq!(texts(&second), BTreeMap::from([("a", "3".to_owned())]));
     }
@@ -199,12 +221,21 @@ mod tests {
         symlink(dir.path(), volume.join("absolute")).unwrap();
         nix::unistd::mkfifo(&volume.join("pipe"), Mode::S_IRWXU).unwrap();
         let expected = BTreeMap::from([("mine", "1".to_owned()), ("sub/mine", "2".to_owned())]);
-        assert_eq!(texts(&snapshot(&volume, |_| true).unwrap()), expected);
+        assert_eq!(
+            texts(&snapshot(&volume, u64::MAX, |_| true).unwrap()),
+            expected
+        );
         // Nor does its own ..data, out of the volume.
         symlink("..", volume.join("..data")).unwrap();
-        assert_eq!(texts(&snapshot(&volume, |_| true).unwrap()), expected);
+        assert_eq!(
+            texts(&snapshot(&volume, u64::MAX, |_| true).unwrap()),
+            expected
+        );
         fs::remove_file(volume.join("..data")).unwrap();
         symlink("../outside", volume.join("..data")).unwrap();
-        assert_eq!(texts(&snapshot(&volume, |_| true).unwrap()), expected);
+        assert_eq!(
+            texts(&snapshot(&volume, u64::MAX, |_| true).unwrap()),
+            expected
+        );
     }
 }

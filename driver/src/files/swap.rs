@@ -1,47 +1,43 @@
 //! Replaces a volume's content in one step.
 //!
-//! The layout is the one that kubelet's own atomic writer makes, which readers know:
-//!
-//! ```text
-//! password -> ..data/password
-//! ..data   -> ..2026_11_23_16_19_05.123456789
-//! ..2026_11_23_16_19_05.123456789/password
-//! ```
-//!
 //! New content is written beside the old and `..data` is renamed over, so that a reader who
 //! opens paths sees all of the old content or all of the new. The old stays for a moment
-//! ([`GRACE`]): a reader may have followed `..data` and not yet opened the file. Everything happens relative to
-//! an open directory and never through a link: even a path that slipped past [`FilePath`] could not leave the volume.
+//! ([`GRACE`]): a reader may have followed `..data` and not yet opened the file. What has become
+//! the volume's content is read back by name and compared with what was wanted; if it differs, the
+//! volume gets back what readers had. Everything happens relative to an open directory and never
+//! through a link: even a path that slipped past [`FilePath`](super::FilePath) could not leave the volume.
 
 use std::{
-    ffi::CString,
+    ffi::CStr,
     fs::File as StdFile,
-    io::{self, Read as _, Write as _},
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::MetadataExt as _,
-    },
+    io::{self, Write as _},
+    os::fd::{AsFd, OwnedFd},
     path::Path,
     time::Duration,
 };
 
 use nix::{
-    NixPath,
-    dir::Dir,
     errno::Errno,
-    fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat, renameat},
+    fcntl::{AtFlags, OFlag, renameat},
     sys::{
-        stat::{Mode, UtimensatFlags, fchmod, fstat, fstatat, mkdirat, utimensat},
+        stat::{Mode, UtimensatFlags, fchmod, fstatat, mkdirat, utimensat},
         time::TimeSpec,
     },
-    unistd::{Gid, UnlinkatFlags, fchown, fchownat, symlinkat, unlinkat},
+    unistd::{Gid, fchown, fchownat, linkat, symlinkat},
 };
 
-use super::{File, FilePath, Payload};
+use super::{
+    File, Payload,
+    compare::compare,
+    layout::{DATA, current, fresh_name, is_generation, is_hidden, is_link_of_ours},
+    tree::{At as _, about, names, open_beneath, open_directory, open_root, remove_at},
+};
 
-const DATA: &str = "..data";
-const DATA_TMP: &str = "..data_tmp";
+/// The link that becomes another link by being renamed over it.
 const LINK_TMP: &str = "..link_tmp";
+/// The directory for what a commit takes away from the root until the new content is known to be
+/// whole.
+const ASIDE: &str = "..aside";
 
 /// How long the content before stays after a swap, for readers who found their way to it before.
 pub const GRACE: Duration = Duration::from_secs(2);
@@ -61,7 +57,7 @@ pub struct Staged {
 pub struct Former(String);
 
 /// Writes new content beside the old. None: the volume has exactly this content, and nothing
-/// was touched.
+/// that a reader sees was touched.
 ///
 /// # Errors
 /// What the system says, with the path. The volume then holds what it held before.
@@ -69,9 +65,11 @@ pub fn stage(volume: &Path, payload: Payload) -> io::Result<Option<Staged>> {
     let root = open_root(volume)?;
     let old = current(&root)?;
     if let Some(old) = &old
-        && holds(&root, old, &payload)?
+        && compare(&root, &payload).is_ok()
     {
-        remove_former(&root, old)?;
+        remove_leftovers(&root, |name| {
+            name.to_bytes() == old.as_bytes() || is_in_grace(&root, name)
+        });
         return Ok(None);
     }
     if let Some(group) = payload.group() {
@@ -89,59 +87,103 @@ pub fn stage(volume: &Path, payload: Payload) -> io::Result<Option<Staged>> {
 }
 
 impl Staged {
-    /// The name of the directory that holds the staged content.
+    /// Returns the name of the directory that holds the staged content.
     pub fn directory(&self) -> &str {
         &self.new
     }
 
-    /// The name of the directory that holds the content of now, if there is one.
+    /// Returns the name of the directory that holds the content of now, if there is one.
     pub fn former_directory(&self) -> Option<&str> {
         self.old.as_deref()
     }
 
-    /// Makes the staged content the volume's, in one step. The content before stays for those
-    /// who are reading it; [`remove`] takes it away after [`GRACE`].
+    /// Makes the staged content the volume's, in one step, and reads it back by name. The content
+    /// before stays for those who are reading it; [`remove`] takes it away after [`GRACE`].
     ///
     /// # Errors
-    /// What the system says, with the path. The volume then holds what it held before.
+    /// What the system says, or in what the volume differs from the payload, with the path. The
+    /// volume then holds what it held before.
     pub fn commit(mut self) -> io::Result<Option<Former>> {
-        point_data_at(&self.root, &self.new)?;
-        link_names(&self.root, &self.payload).inspect_err(|_| {
-            // Back to where readers were. If that fails too there is nothing left to try.
-            let _ = match &self.old {
-                Some(old) => point_data_at(&self.root, old),
-                None => remove_at(self.root.as_fd(), DATA),
-            };
-        })?;
-        self.committed = true;
-        if let Some(group) = self.payload.group() {
-            self.give_links(group)?;
+        if let Err(error) = self.put_in_place() {
+            if let Err(error) = self.put_back() {
+                tracing::error!(%error, "the content before a swap that failed could not be put back");
+            }
+            return Err(error);
         }
-        let old = self.old.take();
-        remove_all_but(&self.root, &self.new, old.as_deref(), &self.payload)?;
-        let Some(old) = old.filter(|old| *old != self.new) else {
+        self.committed = true;
+        remove_leftovers(&self.root, |name| {
+            let name = name.to_bytes();
+            name == self.new.as_bytes() || self.old.as_ref().is_some_and(|o| name == o.as_bytes())
+        });
+        let Some(old) = self.old.take() else {
             return Ok(None);
         };
         // From now on its age says how long it has been out of use.
-        match utimensat(
-            &self.root,
-            old.as_str(),
-            &TimeSpec::UTIME_NOW,
-            &TimeSpec::UTIME_NOW,
-            UtimensatFlags::NoFollowSymlink,
-        ) {
-            Ok(()) => Ok(Some(Former(old))),
+        let now = TimeSpec::UTIME_NOW;
+        let no_links = UtimensatFlags::NoFollowSymlink;
+        match utimensat(&self.root, old.as_str(), &now, &now, no_links) {
             Err(Errno::ENOENT) => Ok(None),
-            Err(errno) => Err(errno).at(old),
+            Err(error) => {
+                tracing::warn!(%error, name = old, "replaced content may go before its time");
+                Ok(Some(Former(old)))
+            }
+            Ok(()) => Ok(Some(Former(old))),
         }
     }
 
-    fn give_links(&self, group: u32) -> io::Result<()> {
-        for name in self.payload.roots().into_iter().chain([DATA]) {
-            let group = Some(Gid::from_raw(group));
-            fchownat(&self.root, name, None, group, AtFlags::AT_SYMLINK_NOFOLLOW).at(name)?;
+    fn put_in_place(&self) -> io::Result<()> {
+        remove_at(self.root.as_fd(), ASIDE).map_err(|e| about(e, ASIDE))?;
+        mkdirat(&self.root, ASIDE, Mode::S_IRWXU).at(ASIDE)?;
+        let aside = open_directory(self.root.as_fd(), ASIDE)?;
+        replace_link(&self.root, &aside, &self.new, DATA)?;
+        let wanted = self.payload.roots();
+        for name in &wanted {
+            if !is_link_of_ours(&self.root, name) {
+                let target = format!("{DATA}/{name}");
+                replace_link(&self.root, &aside, &target, name)?;
+            }
         }
-        Ok(())
+        for name in names(self.root.as_fd())? {
+            let stays = is_hidden(&name) || name.to_str().is_ok_and(|name| wanted.contains(name));
+            if !stays {
+                renameat(&self.root, name.as_c_str(), &aside, name.as_c_str())
+                    .at(name.to_string_lossy())?;
+            }
+        }
+        if let Some(group) = self.payload.group() {
+            let group = Some(Gid::from_raw(group));
+            for name in wanted.into_iter().chain([DATA]) {
+                fchownat(&self.root, name, None, group, AtFlags::AT_SYMLINK_NOFOLLOW).at(name)?;
+            }
+        }
+        compare(&self.root, &self.payload).map_err(|difference| {
+            io::Error::other(format!(
+                "the volume was read back and is not what was written: {difference}"
+            ))
+        })
+    }
+
+    /// Takes readers back to where they were. Needs no room, because there may be none.
+    fn put_back(&self) -> io::Result<()> {
+        let aside = match open_directory(self.root.as_fd(), ASIDE) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            aside => aside?,
+        };
+        if current(&self.root)?.as_ref() == Some(&self.new) && !holds_name(&aside, DATA) {
+            remove_at(self.root.as_fd(), DATA)?;
+        }
+        for name in names(aside.as_fd())? {
+            let back = || renameat(&aside, name.as_c_str(), &self.root, name.as_c_str());
+            match back() {
+                // One of the two is a directory.
+                Err(Errno::EISDIR | Errno::ENOTDIR | Errno::EEXIST | Errno::ENOTEMPTY) => {
+                    remove_at(self.root.as_fd(), name.as_c_str())?;
+                    back().at(name.to_string_lossy())?;
+                }
+                result => result.at(name.to_string_lossy())?,
+            }
+        }
+        remove_at(self.root.as_fd(), ASIDE)
     }
 }
 
@@ -208,20 +250,18 @@ pub fn has_strangers(volume: &Path) -> io::Result<bool> {
 /// What the system says, with the path.
 pub fn remove_own(volume: &Path) -> io::Result<()> {
     let root = open_root(volume)?;
-    let own = |name: &CString| is_own(&root, name);
-    for name in names(root.as_fd())?.into_iter().filter(own) {
-        remove_at(root.as_fd(), name.as_c_str())?;
+    for name in names(root.as_fd())? {
+        if is_own(&root, &name) {
+            remove_at(root.as_fd(), name.as_c_str())?;
+        }
     }
     Ok(())
 }
 
 /// Whether a name at the root is one that the driver makes.
-fn is_own(root: &OwnedFd, name: &CString) -> bool {
-    name.to_str().is_ok_and(|name| {
-        [DATA, DATA_TMP, LINK_TMP].contains(&name)
-            || is_generation(name)
-            || is_link_of_ours(root, name)
-    })
+fn is_own(root: &OwnedFd, name: &CStr) -> bool {
+    let is_link = || name.to_str().is_ok_and(|name| is_link_of_ours(root, name));
+    is_hidden(name) || is_link()
 }
 
 /// Removes everything below a directory, never through a link.
@@ -234,105 +274,6 @@ pub fn clear(volume: &Path) -> io::Result<()> {
         remove_at(root.as_fd(), name.as_c_str())?;
     }
     Ok(())
-}
-
-pub(super) fn open_root(volume: &Path) -> io::Result<OwnedFd> {
-    nix::fcntl::open(volume, directory_flags(), Mode::empty()).at(volume.display())
-}
-
-fn directory_flags() -> OFlag {
-    OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC
-}
-
-/// A name like kubelet's, which sorts by time.
-fn fresh_name() -> String {
-    jiff::Timestamp::now()
-        .strftime("..%Y_%m_%d_%H_%M_%S.%9f")
-        .to_string()
-}
-
-/// Where `..data` points, if it points at a directory of ours.
-pub(super) fn current(root: &OwnedFd) -> io::Result<Option<String>> {
-    match readlinkat(root, DATA) {
-        Ok(target) => Ok(target
-            .into_string()
-            .ok()
-            .filter(|name| name.starts_with("..") && name.len() > 2 && !name.contains('/'))),
-        Err(Errno::ENOENT | Errno::EINVAL) => Ok(None),
-        Err(errno) => Err(errno).at(DATA),
-    }
-}
-
-/// Whether the directory `old` and the links at the root are exactly what `payload` asks for.
-fn holds(root: &OwnedFd, old: &str, payload: &Payload) -> io::Result<bool> {
-    let Ok(data) = open_directory(root.as_fd(), old) else {
-        return Ok(false);
-    };
-    if let Some(group) = payload.group()
-        && !(belongs_to(root, group)? && belongs_to(&data, group)?)
-    {
-        return Ok(false);
-    }
-    for (path, file) in payload.files() {
-        if !is_file(&data, path, file, payload.group())? {
-            return Ok(false);
-        }
-    }
-    if count_files(data.as_fd())? != payload.len() {
-        return Ok(false);
-    }
-    let wanted = payload.roots();
-    let mut found = 0;
-    for name in names(root.as_fd())? {
-        match name.to_str() {
-            Ok(name) if name == DATA || is_generation(name) => {}
-            Ok(name) if wanted.binary_search(&name).is_ok() && is_link_of_ours(root, name) => {
-                found += 1;
-            }
-            _ => return Ok(false),
-        }
-    }
-    Ok(found == wanted.len())
-}
-
-fn is_file(data: &OwnedFd, path: &FilePath, wanted: &File, group: Option<u32>) -> io::Result<bool> {
-    let Ok(fd) = open_beneath(data, path.as_str(), OFlag::O_RDONLY, Mode::empty()) else {
-        return Ok(false);
-    };
-    let mut file = StdFile::from(fd);
-    let metadata = file.metadata()?;
-    let contents = wanted.contents.expose();
-    if !metadata.is_file()
-        || metadata.mode() & 0o7777 != wanted.mode()
-        || group.is_some_and(|group| metadata.gid() != group)
-        || metadata.len() != contents.len() as u64
-    {
-        return Ok(false);
-    }
-    // A page at a time, so that no second copy of the secret lies in memory.
-    let mut page = zeroize::Zeroizing::new([0_u8; 4096]);
-    let mut rest = contents;
-    while !rest.is_empty() {
-        let read = file.read(&mut page[..])?;
-        match (rest.get(..read), page.get(..read)) {
-            (Some(expected), Some(found)) if read > 0 && expected == found => {
-                rest = &rest[read..];
-            }
-            _ => return Ok(false),
-        }
-    }
-    Ok(true)
-}
-
-fn count_files(directory: BorrowedFd<'_>) -> io::Result<usize> {
-    let mut count = 0;
-    for name in names(directory)? {
-        match open_directory(directory, name.as_c_str()) {
-            Ok(below) => count += count_files(below.as_fd())?,
-            Err(_) => count += 1,
-        }
-    }
-    Ok(count)
 }
 
 fn write_tree(root: &OwnedFd, name: &str, payload: &Payload) -> io::Result<()> {
@@ -393,90 +334,54 @@ fn give(file: impl AsFd, group: u32) -> nix::Result<()> {
     fchown(file, None, Some(Gid::from_raw(group)))
 }
 
-fn belongs_to(file: &OwnedFd, group: u32) -> io::Result<bool> {
-    Ok(fstat(file)?.st_gid == group)
+fn holds_name(directory: &OwnedFd, name: &str) -> bool {
+    fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok()
 }
 
-fn point_data_at(root: &OwnedFd, name: &str) -> io::Result<()> {
-    replace_link(root, name, DATA_TMP, DATA)
-}
-
-/// Makes `link` at the root lead to `target`, atomically, whatever was there.
-fn replace_link(root: &OwnedFd, target: &str, tmp: &str, link: &str) -> io::Result<()> {
-    remove_at(root.as_fd(), tmp)?;
-    symlinkat(target, root, tmp).at(tmp)?;
-    match renameat(root, tmp, root, link) {
-        // A provider that wrote its files itself may have left a directory of that name.
-        Err(Errno::EISDIR | Errno::ENOTEMPTY | Errno::EEXIST) => {
-            remove_at(root.as_fd(), link)?;
-            renameat(root, tmp, root, link).at(link)
-        }
-        result => result.at(link),
+/// Makes `link` at the root lead to `target`, atomically unless a directory was there. What was
+/// there is put into the directory `aside`.
+fn replace_link(root: &OwnedFd, aside: &OwnedFd, target: &str, link: &str) -> io::Result<()> {
+    remove_at(root.as_fd(), LINK_TMP)?;
+    symlinkat(target, root, LINK_TMP).at(LINK_TMP)?;
+    match linkat(root, link, aside, link, AtFlags::empty()) {
+        Ok(()) | Err(Errno::ENOENT) => {}
+        // A directory has one name only.
+        Err(Errno::EPERM) => renameat(root, link, aside, link).at(link)?,
+        Err(errno) => return Err(errno).at(link),
     }
+    renameat(root, LINK_TMP, root, link).at(link)
 }
 
-fn link_names(root: &OwnedFd, payload: &Payload) -> io::Result<()> {
-    for name in payload.roots() {
-        if !is_link_of_ours(root, name) {
-            replace_link(root, &format!("{DATA}/{name}"), LINK_TMP, name)?;
+/// Whether a generation that is not in use any more was in use a moment ago.
+fn is_in_grace(root: &OwnedFd, name: &CStr) -> bool {
+    let age = || {
+        let directory = open_directory(root.as_fd(), name)?;
+        let modified = StdFile::from(directory).metadata()?.modified()?;
+        modified.elapsed().map_err(io::Error::other)
+    };
+    // A modification in the future is younger than any age.
+    is_generation(name) && age().map_or(true, |age| age <= GRACE)
+}
+
+/// Removes hidden names at the root: former generations and what a crash left. The content is
+/// whole with them, so that what cannot be removed waits for the next occasion.
+fn remove_leftovers(root: &OwnedFd, stays: impl Fn(&CStr) -> bool) {
+    let found = match names(root.as_fd()) {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::warn!(%error, "former content stays until the next refresh");
+            return;
         }
-    }
-    Ok(())
-}
-
-fn is_link_of_ours(root: &OwnedFd, name: &str) -> bool {
-    readlinkat(root, name).is_ok_and(|target| {
-        target
-            .to_str()
-            .and_then(|t| t.strip_prefix(DATA)?.strip_prefix('/'))
-            == Some(name)
-    })
-}
-
-/// Whether a name at the root is one that [`fresh_name`] makes.
-fn is_generation(name: &str) -> bool {
-    name.strip_prefix("..")
-        .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
-}
-
-/// Removes former content that has been out of use for long enough.
-fn remove_former(root: &OwnedFd, current: &str) -> io::Result<()> {
-    for name in names(root.as_fd())? {
-        let former = name
-            .to_str()
-            .is_ok_and(|name| is_generation(name) && name != current);
-        if former
-            && let Ok(directory) = open_directory(root.as_fd(), name.as_c_str())
-            && StdFile::from(directory)
-                .metadata()?
-                .modified()?
-                .elapsed()
-                .is_ok_and(|age| age > GRACE)
-        {
-            remove_at(root.as_fd(), name.as_c_str())?;
+    };
+    for name in found {
+        if !is_hidden(&name) || name.to_bytes() == DATA.as_bytes() || stays(&name) {
+            continue;
+        }
+        if let Err(error) = remove_at(root.as_fd(), name.as_c_str()) {
+            let name = name.to_string_lossy();
+            tracing::warn!(%error, %name, "former content stays until the next refresh");
         }
     }
-    Ok(())
-}
-
-/// Removes names that are gone from the payload, leftovers of a crash, and former content but
-/// the last.
-fn remove_all_but(
-    root: &OwnedFd,
-    new: &str,
-    old: Option<&str>,
-    payload: &Payload,
-) -> io::Result<()> {
-    let keep = payload.roots();
-    for name in names(root.as_fd())? {
-        let stays = name.to_str().is_ok_and(|name| {
-            name == DATA || name == new || Some(name) == old || keep.binary_search(&name).is_ok()
-        });
-        if !stays {
-            remove_at(root.as_fd(), name.as_c_str())?;
-        }
-    }
-    Ok(())
 }
 
 fn remove_dangling_links(root: &OwnedFd) -> io::Result<()> {
@@ -490,69 +395,6 @@ fn remove_dangling_links(root: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes a file, a link (not what it leads to) or a tree. Nothing there is success.
-fn remove_at<N: NixPath + ?Sized>(parent: BorrowedFd<'_>, name: &N) -> io::Result<()> {
-    match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
-        Ok(()) | Err(Errno::ENOENT) => return Ok(()),
-        Err(Errno::EISDIR | Errno::EPERM) => {}
-        Err(errno) => return Err(errno.into()),
-    }
-    let directory = open_directory(parent, name)?;
-    for below in names(directory.as_fd())? {
-        remove_at(directory.as_fd(), below.as_c_str())?;
-    }
-    Ok(unlinkat(parent, name, UnlinkatFlags::RemoveDir)?)
-}
-
-pub(super) fn open_directory<N: NixPath + ?Sized>(
-    parent: BorrowedFd<'_>,
-    name: &N,
-) -> io::Result<OwnedFd> {
-    Ok(openat(parent, name, directory_flags(), Mode::empty())?)
-}
-
-/// openat2(2) with the resolution confined below `parent`: no "..", no links, no way out.
-pub(super) fn open_beneath(
-    parent: &OwnedFd,
-    path: &str,
-    flags: OFlag,
-    mode: Mode,
-) -> nix::Result<OwnedFd> {
-    let how = OpenHow::new()
-        .flags(flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
-        .mode(mode)
-        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
-    openat2(parent, path, how)
-}
-
-/// The entries of a directory, without "." and "..".
-pub(super) fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
-    let mut dir = Dir::openat(directory, ".", directory_flags(), Mode::empty())?;
-    let mut names = Vec::new();
-    for entry in dir.iter() {
-        let entry = entry?;
-        if ![c".", c".."].contains(&entry.file_name()) {
-            names.push(entry.file_name().to_owned());
-        }
-    }
-    Ok(names)
-}
-
-fn about(error: io::Error, what: impl std::fmt::Display) -> io::Error {
-    io::Error::new(error.kind(), format!("{what}: {error}"))
-}
-
-trait At<T> {
-    /// Says which path an error is about.
-    fn at(self, what: impl std::fmt::Display) -> io::Result<T>;
-}
-
-impl<T> At<T> for nix::Result<T> {
-    fn at(self, what: impl std::fmt::Display) -> io::Result<T> {
-        self.map_err(|errno| about(errno.into(), what))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -562,7 +404,15 @@ mod tests {
     };
     use proptest::prelude::*;
     use rstest::rstest;
-    use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt as _, path::PathBuf};
+    use std::{
+        collections::BTreeMap,
+        fs,
+        os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
+        path::PathBuf,
+        sync::atomic::{AtomicBool, Ordering},
+    };
+
+    use crate::files::generated::{self, Files};
 
     #[derive(Debug, PartialEq, Eq)]
     enum Change {
@@ -594,8 +444,8 @@ mod tests {
     }
 
     /// Everything that a reader finds by following links, with mode and content.
-    fn seen(volume: &Path) -> BTreeMap<String, (u32, String)> {
-        fn walk(base: &Path, at: &Path, found: &mut BTreeMap<String, (u32, String)>) {
+    fn seen(volume: &Path) -> BTreeMap<String, (u32, Vec<u8>)> {
+        fn walk(base: &Path, at: &Path, found: &mut BTreeMap<String, (u32, Vec<u8>)>) {
             for entry in fs::read_dir(at).unwrap() {
                 let path = entry.unwrap().path();
                 if path
@@ -627,7 +477,7 @@ mod tests {
                         name,
                         (
                             metadata.permissions().mode() & 0o7777,
-                            fs::read_to_string(&path).unwrap(),
+                            fs::read(&path).unwrap(),
                         ),
                     );
                 }
@@ -638,12 +488,12 @@ mod tests {
         found
     }
 
-    fn expected(payload: &Payload) -> BTreeMap<String, (u32, String)> {
+    fn expected(payload: &Payload) -> BTreeMap<String, (u32, Vec<u8>)> {
         payload
             .files()
             .map(|(path, file)| {
-                let text = String::from_utf8(file.contents.expose().to_vec()).unwrap();
-                (path.as_str().to_owned(), (file.mode(), text))
+                let content = file.contents.expose().to_vec();
+                (path.as_str().to_owned(), (file.mode(), content))
             })
             .collect()
     }
@@ -707,7 +557,7 @@ mod tests {
         fs::create_dir_all(at("a/deep")).unwrap();
         fs::write(at("a/deep/file"), "old").unwrap();
         fs::write(at("plain"), "old").unwrap();
-        std::os::unix::fs::symlink("nowhere", at(DATA_TMP)).unwrap();
+        symlink("nowhere", at(LINK_TMP)).unwrap();
         let tree = payload(&[("a", "1", 0), ("plain", "2", 0)]);
         replace(volume.path(), &tree).unwrap();
         assert_eq!(seen(volume.path()), expected(&tree));
@@ -768,7 +618,7 @@ mod tests {
             .map(|entry| entry.unwrap().path())
             .find(|path| {
                 let name = path.file_name().unwrap().to_str().unwrap();
-                is_generation(name)
+                name.starts_with("..2")
                     && current(&open_root(volume.path()).unwrap())
                         .unwrap()
                         .as_deref()
@@ -854,9 +704,9 @@ mod tests {
         fs::write(outside.path().join("kept"), "x").unwrap();
         let volume = tempfile::tempdir().unwrap();
         replace(volume.path(), &payload(&[("a/b", "1", 0)])).unwrap();
-        std::os::unix::fs::symlink(outside.path(), volume.path().join("out")).unwrap();
+        symlink(outside.path(), volume.path().join("out")).unwrap();
         fs::create_dir(volume.path().join("dir")).unwrap();
-        std::os::unix::fs::symlink(outside.path(), volume.path().join("dir/out")).unwrap();
+        symlink(outside.path(), volume.path().join("dir/out")).unwrap();
         clear(volume.path()).unwrap();
         assert!(is_empty(volume.path()).unwrap());
         assert!(outside.path().join("kept").exists());
@@ -867,8 +717,8 @@ mod tests {
         let outside = tempfile::tempdir().unwrap();
         fs::write(outside.path().join("kept"), "x").unwrap();
         let volume = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink(outside.path(), volume.path().join("a")).unwrap();
-        std::os::unix::fs::symlink(outside.path(), volume.path().join(DATA)).unwrap();
+        symlink(outside.path(), volume.path().join("a")).unwrap();
+        symlink(outside.path(), volume.path().join(DATA)).unwrap();
         let tree = payload(&[("a/kept", "1", 0)]);
         replace(volume.path(), &tree).unwrap();
         assert_eq!(seen(volume.path()), expected(&tree));
@@ -920,21 +770,140 @@ mod tests {
         assert_eq!(hidden(volume.path()), 2, "nothing half-written stays");
     }
 
+    /// Reads each path in a loop until `stop`, as a pod does. Returns what is neither of the
+    /// contents that are right, or is not there.
+    fn read_until(
+        stop: &AtomicBool,
+        volume: &Path,
+        right: &[(&str, [&[u8]; 2])],
+    ) -> Option<String> {
+        loop {
+            let last = stop.load(Ordering::SeqCst);
+            for (path, contents) in right {
+                match fs::read(volume.join(path)) {
+                    Ok(found) if contents.contains(&found.as_slice()) => {}
+                    found => return Some(format!("{path:?}: {:?}", found.map(|f| f.len()))),
+                }
+            }
+            if last {
+                return None;
+            }
+        }
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(60))]
+        #![proptest_config(ProptestConfig { max_shrink_iters: 300, ..ProptestConfig::with_cases(24) })]
         #[test]
-        fn any_row_of_contents_ends_in_the_last(rows in prop::collection::vec(
-            prop::collection::btree_map("[ab](/[ab]){0,2}", ("[xy]{0,3}", prop::sample::select(vec![0, 0o400, 0o640])), 0..5), 1..5)
+        fn a_volume_is_what_the_last_payload_says_and_readers_miss_nothing(
+            rows in prop::collection::vec(generated::files(), 1..5)
         ) {
             let volume = tempfile::tempdir().unwrap();
-            for row in rows {
-                let files = row.into_iter().map(|(path, (text, mode))| (path, File::new(mode, text.into_bytes())));
-                let Ok(payload) = Payload::new(files) else { continue };
-                replace(volume.path(), &payload).unwrap();
+            let mut before = Files::new();
+            for files in rows {
+                let payload = generated::payload(&files);
+                let both: Vec<_> = before
+                    .iter()
+                    .filter_map(|(path, (old, _))| {
+                        Some((path.as_str(), [old.as_slice(), files.get(path)?.0.as_slice()]))
+                    })
+                    .collect();
+                let stop = AtomicBool::new(false);
+                let (former, missed) = std::thread::scope(|scope| {
+                    let reader = scope.spawn(|| read_until(&stop, volume.path(), &both));
+                    let staged = stage(volume.path(), payload.clone());
+                    let former = staged.and_then(|staged| staged.map_or(Ok(None), Staged::commit));
+                    stop.store(true, Ordering::SeqCst);
+                    (former, reader.join().unwrap())
+                });
+                let former = former.unwrap();
+                prop_assert_eq!(missed, None);
+                prop_assert_eq!(seen(volume.path()), expected(&payload));
+                if let Some(former) = former {
+                    remove(volume.path(), &former).unwrap();
+                }
                 prop_assert_eq!(seen(volume.path()), expected(&payload));
                 prop_assert_eq!(hidden(volume.path()), 2);
                 prop_assert_eq!(replace(volume.path(), &payload).unwrap(), Change::Unchanged);
+                before = files;
             }
         }
+    }
+
+    /// What a volume holds before a commit.
+    #[derive(Clone, Copy)]
+    enum Before {
+        Nothing,
+        OfDriver,
+        OfProvider,
+    }
+
+    #[rstest]
+    fn a_commit_whose_content_is_not_found_gives_back_what_was_there(
+        #[values(Before::Nothing, Before::OfDriver, Before::OfProvider)] before: Before,
+        #[values(
+            "gone",
+            "content",
+            "length",
+            "mode",
+            "pipe",
+            "link",
+            "directory",
+            "more"
+        )]
+        damage: &str,
+    ) {
+        let volume = tempfile::tempdir().unwrap();
+        let at = |path: &str| volume.path().join(path);
+        match before {
+            Before::Nothing => {}
+            Before::OfDriver => {
+                let old = payload(&[
+                    ("app/x", "0", 0o640),
+                    ("app.old", "1", 0),
+                    ("only/old", "2", 0),
+                ]);
+                replace(volume.path(), &old).unwrap();
+            }
+            Before::OfProvider => {
+                fs::create_dir_all(at("app.json/deep")).unwrap();
+                fs::write(at("app.json/deep/file"), "0").unwrap();
+                fs::write(at("app"), "1").unwrap();
+                fs::write(at("only"), "2").unwrap();
+            }
+        }
+        let seen_before = seen(volume.path());
+        let all = || {
+            let names = fs::read_dir(volume.path()).unwrap();
+            names
+                .map(|e| e.unwrap().file_name())
+                .collect::<std::collections::BTreeSet<_>>()
+        };
+        let all_before = all();
+        let new = payload(&[
+            ("app/x", "new", 0o600),
+            ("app.json", "new", 0),
+            ("app-tls/y", "new", 0),
+        ]);
+        let staged = stage(volume.path(), new).unwrap().unwrap();
+        let file = volume.path().join(&staged.new).join("app/x");
+        match damage {
+            "gone" => fs::remove_file(&file).unwrap(),
+            "content" => fs::write(&file, "nEw").unwrap(),
+            "length" => fs::write(&file, "newer").unwrap(),
+            "mode" => fs::set_permissions(&file, fs::Permissions::from_mode(0o604)).unwrap(),
+            "more" => fs::write(file.with_file_name("x-1"), "").unwrap(),
+            other => {
+                fs::remove_file(&file).unwrap();
+                match other {
+                    "pipe" => nix::unistd::mkfifo(&file, Mode::S_IRWXU).unwrap(),
+                    "link" => symlink("../app.json", &file).unwrap(),
+                    _ => fs::create_dir(&file).unwrap(),
+                }
+            }
+        }
+        let error = staged.commit().unwrap_err().to_string();
+        assert!(error.contains("app/x"), "{error}");
+        assert_eq!(seen(volume.path()), seen_before);
+        assert_eq!(all(), all_before);
     }
 }

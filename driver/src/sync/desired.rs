@@ -3,24 +3,23 @@
 //! Everything that the API server would refuse is refused here first, with the class, the Secret
 //! and the key by name: its own answer would name none of the three that the user can change.
 
-use std::{collections::BTreeMap, fmt};
+mod values;
 
-use base64::{Engine as _, engine::general_purpose::STANDARD};
-use serde::{
-    Deserializer as _,
-    de::{IgnoredAny, MapAccess, Visitor},
-};
-use serde_json::Value;
-use zeroize::Zeroizing;
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use serde::de::IgnoredAny;
 
 use super::{
     Problem, Trouble,
+    parsing::Waiting,
     tls::{self, KeyFormat, Parts},
 };
 use crate::{
     cluster::{Class, is_object_name, resources::SecretObject},
     secret::Secret,
 };
+pub use values::Needs;
+use values::{key_of, values};
 
 /// On a class: how the private keys of its TLS Secrets are written, `traditional` or `original`.
 pub const TLS_KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
@@ -65,14 +64,6 @@ pub struct Desired {
     pub data: BTreeMap<String, Secret>,
 }
 
-/// Whether a file of the volume is needed for these entries.
-pub fn needs(objects: &[SecretObject], path: &str) -> bool {
-    let names = objects.iter().flat_map(|object| &object.data);
-    names
-        .map(|data| data.object_name.trim())
-        .any(|name| name == ALL || name == path)
-}
-
 /// The name of an entry's Secret, in which there is nothing that could lead to another object.
 ///
 /// # Errors
@@ -91,14 +82,15 @@ pub fn name<'a>(class: &Class, object: &'a SecretObject) -> Result<&'a str, Prob
     Ok(name)
 }
 
-/// Makes the Secret of one entry.
+/// Makes the Secret of one entry, as long as somebody waits for it.
 ///
 /// # Errors
 /// Names the class, the Secret and the key, and what to change.
-pub fn desired(
+pub(super) fn desired(
     class: &Class,
     object: &SecretObject,
     files: &BTreeMap<String, Secret>,
+    waiting: &Waiting,
 ) -> Result<Desired, Problem> {
     let secret = name(class, object)?;
     let at = Place {
@@ -112,9 +104,9 @@ pub fn desired(
     if object.data.is_empty() {
         return Err(at.invalid("data is empty: name the objects that the Secret is made of"));
     }
-    let mut data = values(&at, object, files)?;
+    let mut data = values(&at, object, files, waiting)?;
     if type_ == TLS {
-        split(&at, class, object, files, &mut data)?;
+        split(&at, class, object, files, &mut data, waiting)?;
     }
     check(&at, type_, object, &data)?;
     Ok(Desired {
@@ -146,170 +138,27 @@ impl Place<'_> {
     fn invalid(&self, what: impl fmt::Display) -> Problem {
         self.problem(Trouble::InvalidClass, what)
     }
+
+    fn too_large(&self) -> Problem {
+        self.problem(
+            Trouble::TooLarge,
+            format_args!(
+                "its values have more than the {MOST_BYTES} bytes that a Secret holds; read the object from the volume instead, or split it"
+            ),
+        )
+    }
+
+    /// Ends the work when nobody waits for it any more.
+    fn still_wanted(&self, waiting: &Waiting) -> Result<(), Problem> {
+        match waiting.is_over() {
+            true => Err(self.problem(Trouble::Unavailable, "nobody waits for it any more")),
+            false => Ok(()),
+        }
+    }
 }
 
 fn invalid(what: String) -> Problem {
     Problem::new(Trouble::InvalidClass, format!("SecretProviderClass {what}"))
-}
-
-/// The value of each key. What is named wins over what "*" brings.
-fn values(
-    at: &Place<'_>,
-    object: &SecretObject,
-    files: &BTreeMap<String, Secret>,
-) -> Result<BTreeMap<String, Secret>, Problem> {
-    let mut all = BTreeMap::new();
-    let mut named = BTreeMap::new();
-    for entry in &object.data {
-        let (source, key) = (entry.object_name.trim(), entry.key.trim());
-        if source.is_empty() {
-            return Err(at.invalid(format!(
-                "objectName is empty for key {key:.100?}: name the mounted object"
-            )));
-        }
-        if source == ALL {
-            if !key.is_empty() {
-                return Err(at.invalid(format!(
-                    "key {key:.100?} is given with objectName \"*\": leave it out, each object gets its own name as key"
-                )));
-            }
-            for (path, content) in files {
-                let key = key_of(path);
-                check_key(at, &key)?;
-                let value = picked(
-                    at,
-                    &key,
-                    entry.json_key.trim(),
-                    entry.encoding.trim(),
-                    content,
-                )?;
-                if all.insert(key.clone(), value).is_some() {
-                    return Err(at.invalid(format!(
-                        "two mounted objects would both become key {key:?}: name them one by one"
-                    )));
-                }
-            }
-            continue;
-        }
-        if key.is_empty() {
-            return Err(at.invalid(format!(
-                "key is empty for object {source:.100?}: name the key that it becomes"
-            )));
-        }
-        check_key(at, key)?;
-        let Some(content) = files.get(source) else {
-            return Err(at.problem(
-                Trouble::ObjectNotFound,
-                format_args!(
-                    "key {key}: there is no object {source:.100?} in the volume; objectName must be the path of a mounted file"
-                ),
-            ));
-        };
-        let value = picked(
-            at,
-            key,
-            entry.json_key.trim(),
-            entry.encoding.trim(),
-            content,
-        )?;
-        named.insert(key.to_owned(), value);
-    }
-    all.extend(named);
-    Ok(all)
-}
-
-/// A path as a key, in which no "/" may stand.
-fn key_of(path: &str) -> String {
-    path.replace('/', ".")
-}
-
-fn check_key(at: &Place<'_>, key: &str) -> Result<(), Problem> {
-    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
-    if key.len() > 253 || !key.bytes().all(allowed) || key == "." || key.starts_with("..") {
-        return Err(at.invalid(format!(
-            "{key:.100?} cannot be a key of a Secret: use letters, digits, \"-\", \"_\" and \".\""
-        )));
-    }
-    Ok(())
-}
-
-/// The part of an object that is asked for, decoded.
-fn picked(
-    at: &Place<'_>,
-    key: &str,
-    json_key: &str,
-    encoding: &str,
-    content: &Secret,
-) -> Result<Secret, Problem> {
-    let mut value = content.clone();
-    if !json_key.is_empty() {
-        value = field(value.expose(), json_key).ok_or_else(|| {
-            at.problem(
-                Trouble::InvalidValue,
-                format_args!(
-                    "key {key}: the object is not a JSON object with a field {json_key:.100?}"
-                ),
-            )
-        })?;
-    }
-    match encoding {
-        "" => Ok(value),
-        "base64" => {
-            // Line breaks are usual in it.
-            let digits: Zeroizing<Vec<u8>> = Zeroizing::new(
-                value
-                    .expose()
-                    .iter()
-                    .copied()
-                    .filter(|b| !b.is_ascii_whitespace())
-                    .collect(),
-            );
-            let decoded = STANDARD.decode(digits.as_slice()).map_err(|_| {
-                at.problem(
-                    Trouble::InvalidValue,
-                    format_args!("key {key}: the object is not base64, which encoding says it is"),
-                )
-            })?;
-            Ok(decoded.into())
-        }
-        other => Err(at.invalid(format!(
-            "key {key}: encoding {other:.40?} is not known: base64, or leave it out"
-        ))),
-    }
-}
-
-/// A field of a JSON object: a string's text, or anything else as JSON. The values of other
-/// fields are never made.
-fn field(json: &[u8], name: &str) -> Option<Secret> {
-    struct Field<'a>(&'a str);
-
-    impl<'de> Visitor<'de> for Field<'_> {
-        type Value = Option<Value>;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("an object")
-        }
-
-        fn visit_map<M: MapAccess<'de>>(self, mut fields: M) -> Result<Self::Value, M::Error> {
-            let mut found = None;
-            while let Some(key) = fields.next_key::<String>()? {
-                if key == self.0 {
-                    found = Some(fields.next_value()?);
-                } else {
-                    fields.next_value::<IgnoredAny>()?;
-                }
-            }
-            Ok(found)
-        }
-    }
-
-    let mut reader = serde_json::Deserializer::from_slice(json);
-    let found = reader.deserialize_map(Field(name)).ok()??;
-    reader.end().ok()?;
-    match found {
-        Value::String(text) => Some(text.into()),
-        other => Some(other.to_string().into()),
-    }
 }
 
 /// Makes certificate and key out of the objects that the two keys come from.
@@ -319,6 +168,7 @@ fn split(
     object: &SecretObject,
     files: &BTreeMap<String, Secret>,
     data: &mut BTreeMap<String, Secret>,
+    waiting: &Waiting,
 ) -> Result<(), Problem> {
     let format = match class
         .identity
@@ -349,11 +199,12 @@ fn split(
                 .unwrap_or_default(),
         }
     };
-    let parts = |key: &str| -> Result<Option<Parts>, Problem> {
-        let Some(value) = data.get(key) else {
-            return Ok(None);
-        };
-        let parts = Parts::read(value.expose()).map_err(|why| {
+    // Either missing is said by the check of the required keys.
+    let (Some(certificates), Some(keys)) = (data.get(CERTIFICATE), data.get(PRIVATE_KEY)) else {
+        return Ok(());
+    };
+    let parts = |key: &str, value: &Secret| {
+        let parts = Parts::read(value.expose(), waiting).map_err(|why| {
             at.problem(
                 Trouble::InvalidCertificate,
                 format_args!(
@@ -361,14 +212,16 @@ fn split(
                     source(key)
                 ),
             )
-        })?;
-        Ok(Some(parts))
+        });
+        parts.map(Arc::new)
     };
-    // Either missing is said by the check of the required keys.
-    let (Some(certificates), Some(keys)) = (parts(CERTIFICATE)?, parts(PRIVATE_KEY)?) else {
-        return Ok(());
+    let is_one_object = certificates == keys;
+    let certificates = parts(CERTIFICATE, certificates)?;
+    let keys = match is_one_object {
+        true => Arc::clone(&certificates),
+        false => parts(PRIVATE_KEY, keys)?,
     };
-    let pair = tls::pair(&certificates, &keys, format)
+    let pair = tls::pair(&certificates, &keys, format, waiting)
         .map_err(|why| at.problem(Trouble::InvalidCertificate, why))?;
     data.insert(CERTIFICATE.to_owned(), pair.certificate);
     data.insert(PRIVATE_KEY.to_owned(), pair.key);
@@ -428,12 +281,7 @@ fn check(
     }
     let bytes: usize = data.values().map(|value| value.expose().len()).sum();
     if bytes > MOST_BYTES {
-        return Err(at.problem(
-            Trouble::TooLarge,
-            format_args!(
-                "its values have {bytes} bytes, and a Secret holds {MOST_BYTES}; read the object from the volume instead, or split it"
-            ),
-        ));
+        return Err(at.too_large());
     }
     Ok(())
 }

@@ -15,8 +15,19 @@ use pem::{EncodeConfig, LineEnding, Pem};
 use x509_cert::certificate::{CertificateInner, Raw};
 use zeroize::Zeroizing;
 
+use super::parsing::Waiting;
 use crate::secret::Secret;
 use key::{Key, Match};
+
+/// An object with certificates is not read beyond this: no more fits into a Secret.
+const MOST_BYTES: usize = 1024 * 1024;
+/// How many PEM blocks, certificates and keys an object may have. A bundle of all public
+/// authorities has about 150 certificates.
+const MOST_BLOCKS: usize = 1_000;
+const MOST_CERTIFICATES: usize = 500;
+const MOST_KEYS: usize = 20;
+/// Longer labels are none.
+const LONGEST_LABEL: usize = 64;
 
 /// In which form a private key is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -59,30 +70,42 @@ pub(super) struct Pair {
 
 struct Certificate {
     der: Vec<u8>,
-    parsed: CertificateInner<Raw>,
+    subject: Vec<u8>,
+    issuer: Vec<u8>,
+    /// The identifier of the public key's algorithm.
+    algorithm: String,
+    public_key: Vec<u8>,
 }
 
 impl Parts {
-    /// Reads an object: PEM when it has a PEM block, PKCS#12 with an empty password otherwise.
+    /// Reads an object, as long as somebody waits for it: PEM when it has a PEM block, PKCS#12
+    /// with an empty password otherwise.
     ///
     /// # Errors
-    /// Says what the object is, as far as that can be told, and what to do.
-    pub(super) fn read(object: &[u8]) -> Result<Self, Unusable> {
+    /// Says what the object is, as far as that can be told, or which limit it does not keep to,
+    /// and what to do.
+    pub(super) fn read(object: &[u8], waiting: &Waiting) -> Result<Self, Unusable> {
         if object.trim_ascii().is_empty() {
             return unusable("it is empty");
+        }
+        if object.len() > MOST_BYTES {
+            return unusable(format!(
+                "it has {} bytes, and of {MOST_BYTES} at most a certificate and its chain are read",
+                object.len()
+            ));
         }
         let mut parts = Self {
             certificates: Vec::new(),
             keys: Vec::new(),
         };
-        let blocks = pem_blocks(object);
+        let blocks = pem_blocks(object)?;
         if blocks.is_empty() {
-            let found = pkcs12::read(object).map_err(Unusable)?;
+            let found = pkcs12::read(object, waiting).map_err(Unusable)?;
             for der in found.certificates {
                 parts.add_certificate(der)?;
             }
             for der in &found.keys {
-                parts.keys.push(Key::parse(der).map_err(Unusable)?);
+                parts.add_key(der)?;
             }
             return Ok(parts);
         }
@@ -94,9 +117,7 @@ impl Parts {
                         "its private key is encrypted with a passphrase; store the key without one",
                     );
                 }
-                label if label.ends_with("PRIVATE KEY") => {
-                    parts.keys.push(Key::parse(&der).map_err(Unusable)?);
-                }
+                label if label.ends_with("PRIVATE KEY") => parts.add_key(&der)?,
                 // Parameters of a curve, certificate requests, public keys.
                 _ => {}
             }
@@ -105,12 +126,28 @@ impl Parts {
     }
 
     fn add_certificate(&mut self, der: Vec<u8>) -> Result<(), Unusable> {
-        let Ok(parsed) = CertificateInner::<Raw>::from_der(&der) else {
+        let Some(certificate) = Certificate::read(der) else {
             return unusable("one of its certificates is not an X.509 certificate");
         };
-        if self.certificates.iter().all(|known| known.der != der) {
-            self.certificates.push(Certificate { der, parsed });
+        let is_new = |known: &Certificate| known.der != certificate.der;
+        if self.certificates.iter().all(is_new) {
+            if self.certificates.len() == MOST_CERTIFICATES {
+                return unusable(format!(
+                    "it has more than {MOST_CERTIFICATES} certificates; store the leaf and its chain only"
+                ));
+            }
+            self.certificates.push(certificate);
         }
+        Ok(())
+    }
+
+    fn add_key(&mut self, der: &[u8]) -> Result<(), Unusable> {
+        if self.keys.len() == MOST_KEYS {
+            return unusable(format!(
+                "it has more than {MOST_KEYS} private keys; store the certificate's own only"
+            ));
+        }
+        self.keys.push(Key::parse(der).map_err(Unusable)?);
         Ok(())
     }
 }
@@ -125,6 +162,7 @@ pub(super) fn pair(
     certificates: &Parts,
     keys: &Parts,
     format: KeyFormat,
+    waiting: &Waiting,
 ) -> Result<Pair, Unusable> {
     let certificates = &certificates.certificates;
     if certificates.is_empty() {
@@ -136,15 +174,18 @@ pub(super) fn pair(
     let mut unknown = None;
     for key in &keys.keys {
         for (at, certificate) in certificates.iter().enumerate() {
-            let public = certificate.public_key();
-            match key.belongs_to(&public.0, &public.1) {
+            if waiting.is_over() {
+                return unusable("it was given up, because nobody waits for it");
+            }
+            let public = &certificate.public_key;
+            match key.belongs_to(&certificate.algorithm, public) {
                 Match::Yes => {
                     return Ok(Pair {
-                        certificate: chain(certificates, at)?,
-                        key: key.pem(format, Some(&public.1)).map_err(Unusable)?,
+                        certificate: chain(certificates, at),
+                        key: key.pem(format, Some(public)).map_err(Unusable)?,
                     });
                 }
-                Match::Unknown => unknown = unknown.or(Some((key, at, public.1))),
+                Match::Unknown => unknown = unknown.or(Some((key, at, public))),
                 Match::No => {}
             }
         }
@@ -152,8 +193,8 @@ pub(super) fn pair(
     // A kind of key that cannot be compared goes by what the bundle says.
     match unknown {
         Some((key, at, public)) => Ok(Pair {
-            certificate: chain(certificates, at)?,
-            key: key.pem(format, Some(&public)).map_err(Unusable)?,
+            certificate: chain(certificates, at),
+            key: key.pem(format, Some(public)).map_err(Unusable)?,
         }),
         None => unusable(
             "the private key of tls.key belongs to none of the certificates of tls.crt; a server could not use them together",
@@ -162,34 +203,28 @@ pub(super) fn pair(
 }
 
 impl Certificate {
-    /// The algorithm's identifier and the bits of the public key.
-    fn public_key(&self) -> (String, Vec<u8>) {
-        let info = self.parsed.tbs_certificate().subject_public_key_info();
-        (
-            info.algorithm.oid.to_string(),
-            info.subject_public_key.raw_bytes().to_vec(),
-        )
-    }
-
-    fn subject(&self) -> Vec<u8> {
-        let name = self.parsed.tbs_certificate().subject().to_der();
-        name.unwrap_or_default()
-    }
-
-    fn issuer(&self) -> Vec<u8> {
-        let name = self.parsed.tbs_certificate().issuer().to_der();
-        name.unwrap_or_default()
+    fn read(der: Vec<u8>) -> Option<Self> {
+        let parsed = CertificateInner::<Raw>::from_der(&der).ok()?;
+        let signed = parsed.tbs_certificate();
+        let info = signed.subject_public_key_info();
+        Some(Self {
+            subject: signed.subject().to_der().ok()?,
+            issuer: signed.issuer().to_der().ok()?,
+            algorithm: info.algorithm.oid.to_string(),
+            public_key: info.subject_public_key.raw_bytes().to_vec(),
+            der,
+        })
     }
 }
 
 /// The leaf, whoever issued it, and so on; then what belongs to no chain, in its order.
-fn chain(certificates: &[Certificate], leaf: usize) -> Result<Secret, Unusable> {
+fn chain(certificates: &[Certificate], leaf: usize) -> Secret {
     let mut rest: Vec<&Certificate> = certificates.iter().collect();
     let mut current = rest.remove(leaf);
     let mut ordered = vec![current];
-    while current.issuer() != current.subject() {
-        let issuer = current.issuer();
-        let Some(at) = rest.iter().position(|other| other.subject() == issuer) else {
+    while current.issuer != current.subject {
+        let is_issuer = |other: &&Certificate| other.subject == current.issuer;
+        let Some(at) = rest.iter().position(is_issuer) else {
             break;
         };
         current = rest.remove(at);
@@ -199,7 +234,7 @@ fn chain(certificates: &[Certificate], leaf: usize) -> Result<Secret, Unusable> 
     let text = ordered.iter().fold(String::new(), |text, certificate| {
         text + &block("CERTIFICATE", certificate.der.clone())
     });
-    Ok(text.into())
+    text.into()
 }
 
 /// A PEM block as Go and openssl write it.
@@ -211,36 +246,58 @@ fn block(label: &str, der: Vec<u8>) -> String {
     text
 }
 
+/// A label, and what a block of that label holds.
+type Block = (String, Zeroizing<Vec<u8>>);
+
 /// The blocks of a text by label. A block that cannot be decoded is passed over, as other
-/// readers do; so is text between blocks.
-fn pem_blocks(text: &[u8]) -> Vec<(String, Zeroizing<Vec<u8>>)> {
+/// readers do; so is text between blocks, and a beginning with another before its end.
+///
+/// Each byte is looked at a fixed number of times, whatever the text is.
+fn pem_blocks(text: &[u8]) -> Result<Vec<Block>, Unusable> {
     const BEGIN: &[u8] = b"-----BEGIN ";
-    let find = |what: &[u8], from: usize| {
-        let rest = text.get(from..)?;
-        let at = rest.windows(what.len()).position(|window| window == what)?;
-        Some(from + at)
-    };
+    const END: &[u8] = b"-----END ";
+    const DASHES: &[u8] = b"-----";
     let mut blocks = Vec::new();
-    let mut at = 0;
-    while let Some(begin) = find(BEGIN, at) {
-        at = begin + BEGIN.len();
-        let Some(label_end) = find(b"-----", at) else {
-            break;
+    let mut end = find(text, END, 0);
+    let mut begins = find(text, BEGIN, 0);
+    while let Some(begin) = begins {
+        let inside = begin + BEGIN.len();
+        begins = find(text, BEGIN, inside);
+        if end.is_some_and(|end| end < inside) {
+            end = find(text, END, inside);
+        }
+        let Some(end) = end else { break };
+        if begins.is_some_and(|next| next < end) {
+            continue;
+        }
+        let line = &text[inside..end.min(inside + LONGEST_LABEL + DASHES.len())];
+        let Some(length) = find(line, DASHES, 0) else {
+            continue;
         };
-        let Ok(label) = std::str::from_utf8(&text[at..label_end]) else {
+        let Ok(label) = std::str::from_utf8(&text[inside..inside + length]) else {
             continue;
         };
         let end_line = format!("-----END {label}-----");
-        let Some(end) = find(end_line.as_bytes(), label_end) else {
+        if !text[end..].starts_with(end_line.as_bytes()) {
             continue;
-        };
-        let end = end + end_line.len();
-        if let Ok(block) = pem::parse(&text[begin..end]) {
+        }
+        if let Ok(block) = pem::parse(&text[begin..end + end_line.len()]) {
+            if blocks.len() == MOST_BLOCKS {
+                return unusable(format!(
+                    "it has more than {MOST_BLOCKS} PEM blocks; store the certificate, its chain and its key only"
+                ));
+            }
             blocks.push((label.to_owned(), Zeroizing::new(block.into_contents())));
-            at = end;
         }
     }
-    blocks
+    Ok(blocks)
+}
+
+/// Where something stands in a text, from a place on.
+fn find(text: &[u8], what: &[u8], from: usize) -> Option<usize> {
+    let rest = text.get(from..)?;
+    let at = rest.windows(what.len()).position(|window| window == what)?;
+    Some(from + at)
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use tonic::Code;
 use super::{
     PublishRequest,
     record::{Content, Record},
+    threads::blocking,
 };
 use crate::{
     error::{Error, Reason, Result},
@@ -219,14 +220,4 @@ pub(super) fn take_down(target: &Path) -> io::Result<()> {
     Err(io::Error::other(
         "more mounts lie on top of each other than can be taken off",
     ))
-}
-
-/// Runs file system work where it may block.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-    }
 }

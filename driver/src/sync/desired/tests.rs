@@ -32,7 +32,8 @@ fn volume(files: &[(&str, &str)]) -> BTreeMap<String, Secret> {
 
 fn made(object: &SecretObject, files: &[(&str, &str)]) -> Result<Desired, String> {
     let class = class(std::slice::from_ref(object));
-    desired(&class, object, &volume(files)).map_err(|problem| problem.to_string())
+    desired(&class, object, &volume(files), &Waiting::default())
+        .map_err(|problem| problem.to_string())
 }
 
 fn texts(desired: &Desired) -> BTreeMap<&str, &str> {
@@ -160,7 +161,10 @@ fn a_secret_holds_no_more_than_the_api_takes() {
     let text = "x".repeat(MOST_BYTES - 1);
     assert!(made(&object, &[("a", &text), ("b", "y")]).is_ok());
     let error = made(&object, &[("a", &text), ("b", "yy")]).err().unwrap();
-    assert!(error.contains("1048577 bytes"), "{error}");
+    assert!(
+        error.contains("more than the 1048576 bytes that a Secret holds"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -172,8 +176,9 @@ fn only_what_is_needed_is_read() {
         }],
         ..SecretObject::default()
     };
-    assert!(needs(&[named(" a ")], "a") && !needs(&[named("a")], "b"));
-    assert!(needs(&[named("a"), named("*")], "b"));
+    let needs = |object: &SecretObject, path: &str| Needs::of(object).includes(path);
+    assert!(needs(&named(" a "), "a") && !needs(&named("a"), "b"));
+    assert!(needs(&named("*"), "b"));
 }
 
 #[test]
@@ -198,10 +203,239 @@ fn a_tls_secret_gets_pairs_in_the_form_that_the_class_asks_for() {
         let mut class = class(&[]);
         let annotation = format.map(|format| (TLS_KEY_FORMAT.to_owned(), format.to_owned()));
         class.identity.annotations.extend(annotation);
-        let made = desired(&class, &object, &files).ok();
+        let made = desired(&class, &object, &files, &Waiting::default()).ok();
         let made = made.as_ref().map(|made| texts(made)["tls.key"]);
         assert_eq!(made, expected);
     }
-    let made = desired(&class(&[]), &object, &files).unwrap_or_else(|e| panic!("{e}"));
+    let made = desired(&class(&[]), &object, &files, &Waiting::default())
+        .unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(texts(&made)["ca.crt"], "as it is");
+}
+
+mod generated {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Paths, JSON fields and encodings of which some are there, some are not, and some are alike.
+    fn entries() -> impl Strategy<Value = Vec<SecretObjectData>> {
+        let text = |texts: &'static [&'static str]| prop::sample::select(texts);
+        let entry = (
+            text(&["a", "b/c", "json", "encoded", "*", "*"]),
+            text(&["", "k", "l", "a", "b.c"]),
+            text(&["", "", "x", "y", "z"]),
+            text(&["", "", "base64"]),
+        );
+        let entry = entry.prop_map(|(object_name, key, json_key, encoding)| SecretObjectData {
+            object_name: object_name.into(),
+            key: if object_name == "*" {
+                String::new()
+            } else {
+                key.into()
+            },
+            json_key: json_key.into(),
+            encoding: encoding.into(),
+        });
+        prop::collection::vec(entry, 1..12)
+    }
+
+    /// The contents of `a`, `b/c`, `json` and `encoded`.
+    fn contents() -> impl Strategy<Value = [String; 4]> {
+        let json = prop_oneof![
+            Just(r#"{"x": "1", "y": [1, {"b": 2.5, "a": null}], "x": "YWJj"}"#),
+            Just(r#"{"x": "YWJj", "y": "!", "z": {}}"#),
+            Just("[1]"),
+        ];
+        let content = prop_oneof!["[ -~]{0,8}", Just("YWJj\n".to_owned())];
+        let contents = (content.clone(), content.clone(), json, content);
+        contents.prop_map(|(a, c, json, encoded)| [a, c, json.to_owned(), encoded])
+    }
+
+    /// One entry's value, worked out from the start.
+    fn one_value(entry: &SecretObjectData, content: &Secret) -> Option<Vec<u8>> {
+        let mut value = content.expose().to_vec();
+        if !entry.json_key.is_empty() {
+            let object: serde_json::Value = serde_json::from_slice(&value).ok()?;
+            value = match object.as_object()?.get(&entry.json_key)? {
+                serde_json::Value::String(text) => text.clone().into_bytes(),
+                other => other.to_string().into_bytes(),
+            };
+        }
+        if entry.encoding == "base64" {
+            use base64::Engine as _;
+            value.retain(|byte| !byte.is_ascii_whitespace());
+            let engine = base64::engine::general_purpose::STANDARD;
+            value = engine.decode(&value).ok()?;
+        }
+        Some(value)
+    }
+
+    /// The same for all: none where one of them cannot be.
+    fn expected(
+        entries: &[SecretObjectData],
+        files: &BTreeMap<String, Secret>,
+    ) -> Option<BTreeMap<String, Vec<u8>>> {
+        let (all, named): (Vec<_>, Vec<_>) = entries.iter().partition(|e| e.object_name == "*");
+        let mut values = BTreeMap::new();
+        for (number, entry) in all.into_iter().enumerate() {
+            for (path, content) in files {
+                values.insert(path.replace('/', "."), one_value(entry, content)?);
+            }
+            if number > 0 {
+                return None;
+            }
+        }
+        for entry in named {
+            if entry.key.is_empty() {
+                return None;
+            }
+            let content = files.get(&entry.object_name)?;
+            values.insert(entry.key.clone(), one_value(entry, content)?);
+        }
+        Some(values)
+    }
+
+    proptest! {
+        /// Parts that are read once for all keys are what each would have been by itself.
+        #[test]
+        fn each_key_gets_what_its_entry_says(entries in entries(), contents in contents()) {
+            let [a, c, json, encoded] = &contents;
+            let files = volume(&[("a", a), ("b/c", c), ("json", json), ("encoded", encoded)]);
+            let object = SecretObject {
+                data: entries.clone(),
+                ..entry("Opaque", json!([]))
+            };
+            let made = desired(&class(&[]), &object, &files, &Waiting::default()).ok();
+            let data = made.map(|made| {
+                let value = |(key, value): (String, Secret)| (key, value.expose().to_vec());
+                made.data.into_iter().map(value).collect()
+            });
+            prop_assert_eq!(data, expected(&entries, &files));
+        }
+    }
+}
+
+/// What one tenant's class of half a megabyte costs: not what its entries have together, and not
+/// one reading for each.
+mod costs {
+    use super::*;
+    use std::{
+        env, fs,
+        process::Command,
+        time::{Duration, Instant},
+    };
+
+    const CHILD: &str = "A_CHILD_THAT_MEASURES_ITS_MEMORY";
+
+    fn entries(count: usize, one: impl Fn(usize) -> serde_json::Value) -> SecretObject {
+        entry("Opaque", (0..count).map(one).collect())
+    }
+
+    fn text_of(length: usize) -> String {
+        "x".repeat(length)
+    }
+
+    /// A case by its name: a Secret and the files of its volume.
+    fn case(name: &str) -> (SecretObject, BTreeMap<String, Secret>) {
+        let key = |number: usize| format!("k{number}");
+        match name {
+            "one_object" => {
+                let one = |n: usize| json!({"objectName": "a", "key": key(n)});
+                (entries(12_000, one), volume(&[("a", &text_of(64 * 1024))]))
+            }
+            "one_key" => {
+                let one = |_: usize| json!({"objectName": "a", "key": "k"});
+                (
+                    entries(12_000, one),
+                    volume(&[("a", &text_of(1024 * 1024))]),
+                )
+            }
+            "one_json_field" => {
+                let one = |n: usize| json!({"objectName": "a", "key": key(n), "jsonKey": "f"});
+                let json = json!({"f": text_of(3_500_000)}).to_string();
+                (entries(8_000, one), volume(&[("a", &json)]))
+            }
+            "many_json_fields" => {
+                let one = |n: usize| json!({"objectName": "a", "key": key(n), "jsonKey": key(n)});
+                let fields: serde_json::Map<_, _> =
+                    (0..8_000).map(|n| (key(n), text_of(400).into())).collect();
+                let json = serde_json::Value::from(fields).to_string();
+                (entries(8_000, one), volume(&[("a", &json)]))
+            }
+            "one_field_again_and_again" => {
+                let one = |_: usize| json!({"objectName": "a", "key": "k", "jsonKey": "f"});
+                let json = format!("{{{}\"f\": 1}}", r#""f": [[]], "#.repeat(200_000));
+                (entries(1, one), volume(&[("a", &json)]))
+            }
+            "brackets" => {
+                let one = |_: usize| json!({"objectName": "a", "key": "k", "jsonKey": "f"});
+                let json = format!("{{\"f\": [[]{}]}}", ",[]".repeat(2_500_000));
+                (entries(1, one), volume(&[("a", &json)]))
+            }
+            "blank_base64" => {
+                let one =
+                    |n: usize| json!({"objectName": "a", "key": key(n), "encoding": "base64"});
+                let text = format!("{}YWJj", " ".repeat(7_000_000));
+                (entries(12_000, one), volume(&[("a", &text)]))
+            }
+            "many_objects" => {
+                let paths: Vec<String> = (0..10_000).map(|n| format!("f{n}")).collect();
+                let files = paths.iter().map(|path| (path.as_str(), "1"));
+                let one =
+                    |n: usize| json!({"objectName": format!("f{}", n % 10_000), "key": key(n)});
+                (entries(12_000, one), volume(&files.collect::<Vec<_>>()))
+            }
+            other => panic!("no case {other}"),
+        }
+    }
+
+    /// The most memory that this process has had, in KiB.
+    fn most_memory() -> u64 {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+        let digits = line.unwrap().split_whitespace().nth(1);
+        digits.unwrap().parse().unwrap()
+    }
+
+    #[rstest]
+    #[case::one_object("one_object", "1048576 bytes")]
+    #[case::one_key("one_key", "")]
+    #[case::one_json_field("one_json_field", "1048576 bytes")]
+    #[case::many_json_fields("many_json_fields", "1048576 bytes")]
+    #[case::one_field_again_and_again("one_field_again_and_again", "")]
+    #[case::brackets("brackets", "too large for a Secret")]
+    #[case::blank_base64("blank_base64", "")]
+    #[case::many_objects("many_objects", "")]
+    fn neither_memory_nor_time(#[case] name: &str, #[case] says: &str) {
+        if env::var(CHILD).is_err() {
+            // By itself, so that the other tests' memory is not counted.
+            let own = std::thread::current().name().unwrap().to_owned();
+            let child = Command::new(env::current_exe().unwrap())
+                .args(["--exact", &own, "--nocapture"])
+                .env(CHILD, "1")
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&child.stdout).into_owned();
+            assert!(
+                child.status.success() && said.contains("1 passed"),
+                "{said}"
+            );
+            return;
+        }
+        let (object, files) = case(name);
+        let class = class(&[]);
+        let before = most_memory();
+        let started = Instant::now();
+        let made = desired(&class, &object, &files, &Waiting::default());
+        let took = started.elapsed();
+        match made {
+            Ok(_) => assert_eq!(says, ""),
+            Err(problem) => {
+                let problem = problem.to_string();
+                assert!(!says.is_empty() && problem.contains(says), "{problem}");
+            }
+        }
+        let more = most_memory() - before;
+        assert!(more < 64 * 1024, "{more} KiB more than before");
+        assert!(took < Duration::from_secs(60), "{took:?}");
+    }
 }

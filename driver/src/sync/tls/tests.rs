@@ -13,13 +13,21 @@ fn joined(parts: &[&[u8]]) -> Vec<u8> {
     parts.concat()
 }
 
+fn read_or_not(object: &[u8]) -> Result<Parts, Unusable> {
+    Parts::read(object, &Waiting::default())
+}
+
+fn paired(certificates: &Parts, keys: &Parts, format: KeyFormat) -> Result<Pair, Unusable> {
+    pair(certificates, keys, format, &Waiting::default())
+}
+
 fn read(object: &[u8]) -> Parts {
-    Parts::read(object).unwrap_or_else(|error| panic!("{error}"))
+    read_or_not(object).unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn both(object: &[u8], format: KeyFormat) -> (String, String) {
     let parts = read(object);
-    let pair = pair(&parts, &parts, format).unwrap_or_else(|error| panic!("{error}"));
+    let pair = paired(&parts, &parts, format).unwrap_or_else(|error| panic!("{error}"));
     let text = |secret: &Secret| String::from_utf8(secret.expose().to_vec()).unwrap();
     (text(&pair.certificate), text(&pair.key))
 }
@@ -106,7 +114,7 @@ fn leaf_first_then_its_chain_whatever_the_order() {
 #[test]
 fn certificate_and_key_may_come_from_two_objects() {
     let key = joined(&[fixture!("prime256v1.key.pem"), fixture!("rsa.key.pem")]);
-    let pair = pair(
+    let pair = paired(
         &read(fixture!("rsa.crt.pem")),
         &read(&key),
         KeyFormat::Traditional,
@@ -120,6 +128,7 @@ fn certificate_and_key_may_come_from_two_objects() {
 
 #[rstest]
 #[case::modern(fixture!("modern.p12"))]
+#[case::many_rounds(fixture!("many-rounds.p12"))]
 #[case::modern_sha512(fixture!("modern-sha512.p12"))]
 #[case::legacy_rc2_40(fixture!("legacy.p12"))]
 #[case::triple_des(fixture!("triple-des.p12"))]
@@ -164,7 +173,7 @@ fn pkcs12_with_an_edwards_key() {
     "X.509"
 )]
 fn what_is_no_certificate_is_refused(#[case] object: &[u8], #[case] why: &str) {
-    let error = Parts::read(object).err().unwrap().to_string();
+    let error = read_or_not(object).err().unwrap().to_string();
     assert!(error.contains(why), "{error}");
 }
 
@@ -173,7 +182,7 @@ fn what_is_no_certificate_is_refused(#[case] object: &[u8], #[case] why: &str) {
 fn a_damaged_archive_is_refused() {
     let whole = fixture!("modern.p12");
     for length in (0..whole.len()).step_by(97) {
-        assert!(Parts::read(&whole[..length]).is_err(), "{length}");
+        assert!(read_or_not(&whole[..length]).is_err(), "{length}");
     }
 }
 
@@ -190,7 +199,7 @@ fn parts_that_do_not_fit_are_refused(
     #[case] key: &[u8],
     #[case] why: &str,
 ) {
-    let pair = pair(&read(certificate), &read(key), KeyFormat::Traditional);
+    let pair = paired(&read(certificate), &read(key), KeyFormat::Traditional);
     let error = pair.err().unwrap().to_string();
     assert!(error.contains(why), "{error}");
 }
@@ -204,4 +213,85 @@ fn a_block_that_cannot_be_decoded_is_passed_over() {
     ]);
     let (crt, _) = both(&object, KeyFormat::Traditional);
     assert_eq!(crt, text(fixture!("rsa.crt.pem")));
+}
+
+/// A text of a Secret's size that is nothing but the same piece again and again, and ends in another.
+#[rstest]
+#[case::begins("-----BEGIN X-----", "")]
+#[case::begins_of_certificates("-----BEGIN CERTIFICATE-----\n", "")]
+#[case::begins_and_one_end("-----BEGIN X-----\n", "-----END X-----")]
+#[case::ends("-----END X-----\n", "")]
+#[case::ends_after_a_begin("-----END Y-----", "-----BEGIN X-----")]
+#[case::empty_blocks("-----BEGIN X-----\n-----END X-----\n", "")]
+#[case::other_ends("-----BEGIN X-----\n-----END Y-----\n", "")]
+#[case::without_labels("-----BEGIN -----", "-----END -----")]
+#[case::dashes("-", "")]
+#[case::almost("-----BEGIN", "")]
+#[case::labels_without_end("-----BEGIN a", "-----END a-----")]
+#[case::headers("-----BEGIN X-----\n\na: b\n\n", "-----END X-----")]
+#[case::anything("A", "")]
+#[case::lines("\n", "-----BEGIN X-----\n-----END X-----")]
+#[case::sequences("0\u{30}\u{3}\u{2}", "")]
+fn a_text_of_any_kind_is_read_in_no_time(#[case] piece: &str, #[case] last: &str) {
+    let text = piece.repeat((MOST_BYTES - last.len()) / piece.len()) + last;
+    let started = std::time::Instant::now();
+    let blocks = read_or_not(text.as_bytes());
+    // A hundredth of a second where nothing else runs. What looks at everything from everywhere
+    // takes hours.
+    let took = started.elapsed();
+    assert!(took < std::time::Duration::from_secs(30), "{took:?}");
+    assert!(blocks.is_err() || blocks.is_ok_and(|parts| parts.certificates.is_empty()));
+}
+
+#[rstest]
+#[case::certificates(fixture!("rsa.crt.pem"), MOST_BLOCKS + 1, "PEM blocks")]
+#[case::keys(fixture!("ed25519.key.pem"), MOST_KEYS + 1, "private keys")]
+fn more_parts_than_are_read(#[case] part: &[u8], #[case] count: usize, #[case] what: &str) {
+    let error = read_or_not(&part.repeat(count)).err().unwrap().to_string();
+    assert!(error.contains(what), "{error}");
+}
+
+#[test]
+fn more_bytes_than_are_read() {
+    let object = joined(&[&vec![b' '; MOST_BYTES], fixture!("rsa.crt.pem")]);
+    let error = read_or_not(&object).err().unwrap().to_string();
+    assert!(error.contains(&MOST_BYTES.to_string()), "{error}");
+}
+
+mod generated {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Pieces of texts with and without certificates.
+    fn pieces() -> impl Strategy<Value = Vec<Vec<u8>>> {
+        let piece = prop_oneof![
+            Just(fixture!("rsa.crt.pem").to_vec()),
+            Just(fixture!("middle.crt.pem").to_vec()),
+            Just(fixture!("rsa.key.pem").to_vec()),
+            Just(b"-----BEGIN CERTIFICATE-----\n".to_vec()),
+            Just(b"-----END CERTIFICATE-----\n".to_vec()),
+            Just(b"-----BEGIN X-----\n!\n-----END X-----\n".to_vec()),
+            prop::collection::vec(any::<u8>(), 0..40),
+            "[-A-Z \n]{0,30}".prop_map(String::into_bytes),
+        ];
+        prop::collection::vec(piece, 0..30)
+    }
+
+    proptest! {
+        /// A whole block is found whatever stands before it, unless that ends in the middle of a
+        /// block of its own.
+        #[test]
+        fn whole_blocks_are_found_in_any_company(pieces in pieces()) {
+            let mut text = Vec::new();
+            let mut whole = 0;
+            for piece in &pieces {
+                text.extend(piece);
+                text.push(b'\n');
+                whole += usize::from(piece.starts_with(b"-----BEGIN") && piece.len() > 100);
+            }
+            let found = pem_blocks(&text).unwrap_or_else(|error| panic!("{error}"));
+            let found = found.iter().filter(|(_, der)| der.len() > 50).count();
+            prop_assert_eq!(found, whole);
+        }
+    }
 }
