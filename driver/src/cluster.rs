@@ -11,7 +11,14 @@ pub mod resources;
 pub mod secrets;
 
 use std::{
-    collections::BTreeMap, error::Error as StdError, future::Future, path::PathBuf, sync::Arc,
+    collections::BTreeMap,
+    error::Error as StdError,
+    future::Future,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -20,13 +27,14 @@ use kube::{
     api::GetParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use tokio::sync::{OnceCell, Semaphore};
+use tokio::sync::OnceCell;
 use tonic::Code;
 
 use crate::{
     error::{Error, Reason, Result},
     volume::record,
 };
+use events::Events;
 use resources::{SecretObject, SecretProviderClass};
 
 /// How long one request may take. Short against kubelet's two minutes, so that a publish can
@@ -43,7 +51,8 @@ pub struct Cluster {
     user_agent: String,
     node: String,
     client: Arc<OnceCell<Client>>,
-    waiting_events: Arc<Semaphore>,
+    events: Arc<Events>,
+    away: Arc<AtomicBool>,
 }
 
 /// What a volume needs of a SecretProviderClass.
@@ -73,8 +82,16 @@ impl Cluster {
             ),
             node: node.to_owned(),
             client: Arc::default(),
-            waiting_events: Arc::new(Semaphore::new(events::MOST_WAITING)),
+            events: Arc::default(),
+            away: Arc::default(),
         }
+    }
+
+    /// Returns whether the API server is away: the last request that only reads got no answer, or
+    /// was told to come back later. What becomes of a write says nothing about that, because
+    /// somebody's webhook, finalizer or quota decides on it; it is the written object's own trouble.
+    pub fn is_away(&self) -> bool {
+        self.away.load(Ordering::Relaxed)
     }
 
     /// Reads a class, as it is now.
@@ -110,7 +127,8 @@ impl Cluster {
         }
         let api: Api<SecretProviderClass> =
             Api::namespaced(self.client().await.map_err(failed)?, namespace);
-        let spc = limited(api.get_with(name, how))
+        let spc = self
+            .read(api.get_with(name, how))
             .await
             .map_err(|failure| failed(failure.into_error()))?;
 
@@ -147,10 +165,27 @@ impl Cluster {
 
     /// The client, made at the first use that finds a configuration.
     async fn client(&self) -> Result<Client> {
-        self.client
-            .get_or_try_init(|| self.connect())
-            .await
-            .cloned()
+        let client = self.client.get_or_try_init(|| self.connect()).await;
+        if client.is_err() {
+            self.away.store(true, Ordering::Relaxed);
+        }
+        client.cloned()
+    }
+
+    /// Runs a request that only reads, as [`limited`] does, and notes whether it was answered.
+    async fn read<T>(&self, request: impl Future<Output = kube::Result<T>>) -> Result<T, Failure> {
+        let answer = limited(request).await;
+        let away = matches!(
+            answer,
+            Err(Failure::NoAnswer(_)
+                | Failure::Refused {
+                    // Too many requests, and what stands before an API server that is not there.
+                    code: 429 | 502..=504,
+                    ..
+                })
+        );
+        self.away.store(away, Ordering::Relaxed);
+        answer
     }
 
     async fn connect(&self) -> Result<Client> {
@@ -192,8 +227,10 @@ pub fn is_object_name(name: &str) -> bool {
 enum Failure {
     /// The API server answered with an error; its `Status` message is for people.
     Refused { code: u16, message: String },
-    /// It did not answer, or not in a way that can be understood.
+    /// It did not answer.
     NoAnswer(String),
+    /// Its answer is not the object that was asked for.
+    NotUnderstood,
 }
 
 impl Failure {
@@ -204,6 +241,9 @@ impl Failure {
             Self::NoAnswer(why) => {
                 Error::unavailable(format!("the API server did not answer: {why}"))
             }
+            Self::NotUnderstood => Error::unavailable(
+                "the answer of the API server is not the object that was asked for",
+            ),
             Self::Refused { code, message } => {
                 let code = match code {
                     400 | 422 => Code::InvalidArgument,
@@ -226,9 +266,7 @@ async fn limited<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T,
             code: status.code,
             message: status.message,
         }),
-        Ok(Err(kube::Error::SerdeError(_))) => Err(Failure::NoAnswer(
-            "its answer is not the object that was asked for".to_owned(),
-        )),
+        Ok(Err(kube::Error::SerdeError(_))) => Err(Failure::NotUnderstood),
         Ok(Err(error)) => Err(Failure::NoAnswer(innermost(&error))),
         Err(_) => Err(Failure::NoAnswer(format!(
             "no answer within {} seconds",

@@ -414,22 +414,19 @@ impl Sync {
                 self.metrics
                     .secret_failed(&class.provider, problem.trouble.label());
                 for volume in volumes {
-                    if self
-                        .known
-                        .is_news(&volume.id, name, Some(problem.identity()))
-                    {
-                        self.cluster.announce(
-                            &volume.pod,
-                            Severity::Warning,
-                            FAILED,
-                            &problem.sentence,
-                        );
-                    }
+                    self.known
+                        .tell(&volume.id, name, Some(problem.identity()), || {
+                            let sentence = &problem.sentence;
+                            let warning = Severity::Warning;
+                            self.cluster
+                                .announce(&volume.pod, warning, FAILED, sentence)
+                        });
                 }
             }
             Ok(kept) => {
                 if kept == Kept::Recreated {
-                    self.cluster.announce(
+                    // The log has it in any case, and it is no trouble.
+                    let _ = self.cluster.announce(
                         &first.pod,
                         Severity::Normal,
                         "SecretRecreated",
@@ -440,14 +437,12 @@ impl Sync {
                 }
                 for volume in self.known.volumes_of(namespace, &class.identity.name) {
                     let volume = volume.volume;
-                    if self.known.is_news(&volume.id, name, None) {
-                        self.cluster.announce(
-                            &volume.pod,
-                            Severity::Normal,
-                            "SecretSynced",
-                            &format!("Secret {name} is in step with the volume again"),
-                        );
-                    }
+                    self.known.tell(&volume.id, name, None, || {
+                        let sentence = format!("Secret {name} is in step with the volume again");
+                        let normal = Severity::Normal;
+                        self.cluster
+                            .announce(&volume.pod, normal, "SecretSynced", &sentence)
+                    });
                 }
             }
         }

@@ -1,9 +1,15 @@
 //! Posts events on pods: what `kubectl describe pod` shows besides kubelet's own.
 //!
 //! An event is news of a change, so it may be late, and it may be lost when the API server stays
-//! away; nobody waits for one.
+//! away; nobody waits for one. Each namespace has places of its own for events that wait, and posts
+//! one at a time, so that one whose events are refused or slow is in nobody's way. Whoever finds
+//! no place is told, and tries again when the same is news still.
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use k8s_openapi::{
@@ -14,7 +20,7 @@ use kube::{Api, api::PostParams, core::ObjectMeta};
 use tokio::time::sleep;
 
 use super::{Cluster, Failure, limited};
-use crate::{error::Result, volume::record::Pod};
+use crate::{error::Result, turns::Turns, volume::record::Pod};
 
 /// Who reports, as `kubectl describe` names it.
 const COMPONENT: &str = "secrets-store-csi-driver";
@@ -26,8 +32,9 @@ const WAITS: [Duration; 3] = [
     Duration::from_secs(60),
 ];
 
-/// How many events may wait to be posted; those beyond are logged only.
-pub(super) const MOST_WAITING: usize = 64;
+/// How many events may wait to be posted, and how many of them in one namespace.
+const MOST_WAITING: usize = 1024;
+const MOST_OF_NAMESPACE: usize = 64;
 
 /// Limits of the API for an event's message and name.
 const MAX_MESSAGE: usize = 1024;
@@ -42,18 +49,76 @@ pub enum Severity {
     Warning,
 }
 
+/// The events that wait to be posted.
+pub(super) struct Events {
+    /// How many wait, by namespace.
+    waiting: Arc<Mutex<HashMap<String, usize>>>,
+    posting: Turns<String>,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self {
+            waiting: Arc::default(),
+            posting: Turns::new(1),
+        }
+    }
+}
+
+/// The place of an event that waits.
+struct Place {
+    namespace: String,
+    waiting: Arc<Mutex<HashMap<String, usize>>>,
+}
+
+impl Events {
+    fn place(&self, namespace: &str) -> Option<Place> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: usize = waiting.values().sum();
+        let of_namespace = waiting.get(namespace).copied().unwrap_or_default();
+        if all >= MOST_WAITING || of_namespace >= MOST_OF_NAMESPACE {
+            return None;
+        }
+        waiting.insert(namespace.to_owned(), of_namespace + 1);
+        Some(Place {
+            namespace: namespace.to_owned(),
+            waiting: Arc::clone(&self.waiting),
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = waiting.get_mut(&self.namespace) {
+            *count -= 1;
+            if *count == 0 {
+                waiting.remove(&self.namespace);
+            }
+        }
+    }
+}
+
 impl Cluster {
     /// Posts an event on a pod, in the background. `reason` is one word in CamelCase; `message`
-    /// a sentence for whoever runs the pod.
-    pub fn announce(&self, pod: &Pod, severity: Severity, reason: &'static str, message: &str) {
+    /// a sentence for whoever runs the pod. Returns whether it is going to be posted: when too
+    /// many wait, it is not, and is not logged either.
+    #[must_use = "an event that is not accepted has not been told"]
+    pub fn announce(
+        &self,
+        pod: &Pod,
+        severity: Severity,
+        reason: &'static str,
+        message: &str,
+    ) -> bool {
+        let Some(place) = self.events.place(&pod.namespace) else {
+            tracing::debug!(pod = %pod, reason, "no event is posted now: too many are waiting");
+            return false;
+        };
         match severity {
             Severity::Normal => tracing::info!(pod = %pod, reason, "{message}"),
             Severity::Warning => tracing::warn!(pod = %pod, reason, "{message}"),
         }
-        let Ok(place) = self.waiting_events.clone().try_acquire_owned() else {
-            tracing::warn!(pod = %pod, reason, "no event is posted: too many are waiting");
-            return;
-        };
         let event = event(pod, &self.node, severity, reason, message);
         let (cluster, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
@@ -62,6 +127,7 @@ impl Cluster {
                 tracing::warn!(pod = %pod, reason, %error, "the event could not be posted");
             }
         });
+        true
     }
 
     async fn post(&self, pod: &Pod, event: &PodEvent) -> Result<()> {
@@ -69,6 +135,7 @@ impl Cluster {
         loop {
             let error = match self.client().await {
                 Ok(client) => {
+                    let _turn = self.events.posting.take(pod.namespace.clone()).await;
                     let api: Api<PodEvent> = Api::namespaced(client, &pod.namespace);
                     match limited(api.create(&PostParams::default(), event)).await {
                         // The namespace or the pod's event of that name is there already or gone.
@@ -144,6 +211,30 @@ fn clipped(text: &str, max: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_namespace_uses_its_own_places() {
+        let events = Events::default();
+        let places = |namespace: &str, count: usize| {
+            (0..count)
+                .map_while(|_| events.place(namespace))
+                .collect::<Vec<_>>()
+        };
+        let noisy = places("noisy", 2 * MOST_OF_NAMESPACE);
+        assert_eq!(noisy.len(), MOST_OF_NAMESPACE);
+        assert!(events.place("quiet").is_some());
+        let others: Vec<_> = (0..2 * MOST_WAITING)
+            .flat_map(|number| events.place(&number.to_string()))
+            .collect();
+        assert_eq!(noisy.len() + others.len(), MOST_WAITING);
+        assert!(events.place("quiet").is_none());
+        drop((noisy, others));
+        assert_eq!(
+            places("noisy", 2 * MOST_OF_NAMESPACE).len(),
+            MOST_OF_NAMESPACE
+        );
+        assert!(events.waiting.lock().unwrap().is_empty());
+    }
 
     #[test]
     fn an_event_fits_the_api_and_names_its_pod() {

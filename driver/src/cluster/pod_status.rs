@@ -103,7 +103,7 @@ impl Cluster {
                 Err(Failure::Refused { code: 409, .. }) => {}
                 Err(failure) => return Err(failed(failure.into_error())),
             }
-            let existing = match limited(api.get(&name)).await {
+            let existing = match self.read(api.get(&name)).await {
                 Ok(existing) => existing,
                 // Collected between the two requests.
                 Err(Failure::Refused { code: 404, .. }) => continue,
@@ -145,7 +145,7 @@ impl Cluster {
     pub async fn delete_pod_status(&self, pod: &Pod, name: &str) -> Result<()> {
         let api: Api<SecretProviderClassPodStatus> =
             Api::namespaced(self.client().await?, &pod.namespace);
-        let existing = match limited(api.get(name)).await {
+        let existing = match self.read(api.get(name)).await {
             Err(Failure::Refused { code: 404, .. }) => return Ok(()),
             found => found.map_err(Failure::into_error)?,
         };

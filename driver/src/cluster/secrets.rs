@@ -303,7 +303,10 @@ impl Cluster {
         let no_answer = |error: &dyn std::error::Error| Failure::NoAnswer(error.to_string());
         let request = request.map_err(|error| no_answer(&error))?;
         let client = self.client().await.map_err(|error| no_answer(&error))?;
-        limited(client.request(request)).await
+        match *request.method() {
+            http::Method::GET => self.read(client.request(request)).await,
+            _ => limited(client.request(request)).await,
+        }
     }
 }
 

@@ -1,18 +1,23 @@
 //! Looks again and again whether Secrets are as they should be.
 //!
-//! One request by name for each Secret and each class of this node in an interval, one after the
-//! other and never in a burst. A class without `secretObjects` is among them, because it may get
-//! some while its pods run. When the API server is away everything waits, longer and longer.
+//! One request by name for each Secret and each class of this node in an interval, never in a
+//! burst. A class without `secretObjects` is among them, because it may get some while its pods
+//! run. A few looks run at once, of a namespace one, and namespaces whose last look failed or was
+//! slow share a part of them: whoever's webhook, finalizer or quota is in the way, the Secrets of
+//! others do not wait for it. Only when the API server is away everything waits, longer and longer.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use rand::Rng as _;
-use tokio::time::{sleep, sleep_until};
+use tokio::{
+    task::{Id, JoinSet},
+    time::{Instant, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::{
-    How, Problem, Sync, Trouble, Volume, desired,
+    How, Sync, Volume, desired,
     known::{Mounted, SecretKey, Task},
 };
 use crate::{
@@ -20,57 +25,117 @@ use crate::{
     volume::record::{Age, Records},
 };
 
-/// At most this much of an interval is left between two requests.
+/// How many looks run at once, and how many of them in namespaces that are in trouble.
+const LOOKS: usize = 8;
+const TROUBLED_LOOKS: usize = 4;
+/// How long a namespace counts as in trouble after a look that failed or was slow: longer than
+/// the interval in which the next one fails.
+const TROUBLE_LASTS: Duration = Duration::from_secs(300);
+/// A look that takes longer is slow.
+const SLOW: Duration = Duration::from_secs(1);
+/// At most this much of an interval is left between the beginnings of two looks.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest wait for an API server that is away.
 const LONGEST_AWAY: Duration = Duration::from_secs(20);
 
-/// Whether the API server answered.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Answer {
-    Yes,
-    No,
+/// The looks that run, and which namespaces are in trouble.
+#[derive(Default)]
+struct Looks {
+    running: JoinSet<Ended>,
+    namespaces: HashMap<Id, String>,
+    /// When a look failed or was slow, by namespace. One that succeeds beside it ends no trouble.
+    troubled: HashMap<String, Instant>,
+}
+
+/// Whether a look found everything in order, and at once.
+struct Ended {
+    in_order: bool,
+}
+
+impl Looks {
+    /// Returns whether a look may begin in this namespace.
+    fn may_begin(&self, namespace: &str) -> bool {
+        let is_troubled = |namespace: &str| self.troubled.contains_key(namespace);
+        let troubled = self.namespaces.values().filter(|ns| is_troubled(ns));
+        self.namespaces.len() < LOOKS
+            && self.namespaces.values().all(|running| running != namespace)
+            && (!is_troubled(namespace) || troubled.count() < TROUBLED_LOOKS)
+    }
+
+    fn begin(&mut self, sync: &Arc<Sync>, task: Task) {
+        let namespace = task.namespace().to_owned();
+        let sync = Arc::clone(sync);
+        let look = self.running.spawn(async move {
+            let started = Instant::now();
+            let in_order = sync.look(task).await;
+            Ended {
+                in_order: in_order && started.elapsed() < SLOW,
+            }
+        });
+        self.namespaces.insert(look.id(), namespace);
+    }
+
+    /// Waits until a look ends; for ever when none runs.
+    async fn ended(&mut self) {
+        let Some(ended) = self.running.join_next_with_id().await else {
+            return std::future::pending().await;
+        };
+        let (id, ended) = match ended {
+            Ok(ended) => ended,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // Nobody cancels one.
+                Err(_) => return,
+            },
+        };
+        let now = Instant::now();
+        self.troubled
+            .retain(|_, since| now.duration_since(*since) < TROUBLE_LASTS);
+        if let Some(namespace) = self.namespaces.remove(&id)
+            && !ended.in_order
+        {
+            self.troubled.insert(namespace, now);
+        }
+    }
 }
 
 impl Sync {
     /// Keeps looking until `stop`. Begins with the volumes that were mounted before this driver
     /// ran, which the records know.
-    pub async fn run(&self, records: &Records, stop: CancellationToken) {
+    pub async fn run(self: &Arc<Self>, records: &Records, stop: CancellationToken) {
         self.remember(records).await;
+        let mut looks = Looks::default();
         let mut away = 0_u32;
+        let mut not_before = Instant::now();
         loop {
-            let step = async {
-                let Some((due, task)) = self.known.next() else {
-                    self.known.sooner.notified().await;
-                    return None;
-                };
-                tokio::select! {
-                    () = sleep_until(due) => {}
-                    () = self.known.sooner.notified() => return None,
-                }
-                Some(self.look(task).await)
-            };
-            let answer = tokio::select! {
-                () = stop.cancelled() => return,
-                answer = step => answer,
-            };
-            let pause = match answer {
-                None => continue,
-                Some(Answer::Yes) => {
-                    away = 0;
-                    let tasks = u32::try_from(self.known.count().max(1)).unwrap_or(u32::MAX);
-                    LONGEST_PAUSE.min(self.interval / 2 / tasks)
-                }
-                Some(Answer::No) => {
-                    away += 1;
-                    let wait = Duration::from_millis(500) * 2_u32.saturating_pow(away.min(8));
-                    wait.min(LONGEST_AWAY)
-                        .mul_f64(rand::rng().random_range(0.5..1.0))
+            let next = self.known.next(|namespace| looks.may_begin(namespace));
+            let begins = async {
+                match next {
+                    Some((due, task)) => {
+                        sleep_until(due.max(not_before)).await;
+                        task
+                    }
+                    None => std::future::pending().await,
                 }
             };
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = sleep(pause) => {}
+                () = self.known.sooner.notified() => {}
+                () = looks.ended() => match self.cluster.is_away() {
+                    false => away = 0,
+                    // One of several that ran when it went is enough.
+                    true if not_before > Instant::now() + LONGEST_PAUSE => {}
+                    true => {
+                        away += 1;
+                        not_before = Instant::now() + wait_for_api_server(away);
+                    }
+                },
+                task = begins => {
+                    looks.begin(self, task);
+                    let tasks = u32::try_from(self.known.count().max(1)).unwrap_or(u32::MAX);
+                    let pause = LONGEST_PAUSE.min(self.interval / 2 / tasks);
+                    not_before = Instant::now() + pause;
+                }
             }
         }
     }
@@ -98,7 +163,8 @@ impl Sync {
         }
     }
 
-    async fn look(&self, task: Task) -> Answer {
+    /// Looks at one thing. Returns whether it is in order.
+    async fn look(&self, task: Task) -> bool {
         match task {
             Task::Class(namespace, name) => self.look_at_class(&namespace, &name).await,
             Task::Secret(key) => self.look_at_secret(&key).await,
@@ -106,7 +172,7 @@ impl Sync {
         }
     }
 
-    async fn look_at_class(&self, namespace: &str, name: &str) -> Answer {
+    async fn look_at_class(&self, namespace: &str, name: &str) -> bool {
         let known = self.known.class(namespace, name);
         let unsure = |class: &Class| {
             let known = known.as_ref();
@@ -123,10 +189,7 @@ impl Sync {
             Err(error) => {
                 tracing::debug!(namespace, class = name, %error, "the class could not be read");
                 self.known.class_not_read(namespace, name, self.interval);
-                return match error.code() {
-                    Code::Unavailable => Answer::No,
-                    _ => Answer::Yes,
-                };
+                return false;
             }
         };
         let released = self
@@ -135,45 +198,39 @@ impl Sync {
         if let Some(class) = class {
             self.release(namespace, &class, &released).await;
         }
-        Answer::Yes
+        true
     }
 
-    async fn look_at_secret(&self, key: &SecretKey) -> Answer {
+    async fn look_at_secret(&self, key: &SecretKey) -> bool {
         let Some(class) = self.known.class(&key.namespace, &key.class) else {
             self.known
                 .looked_at(&key.namespace, &key.class, &key.name, false, self.interval);
-            return Answer::Yes;
+            return true;
         };
         let entry = class
             .secret_objects
             .iter()
             .find(|object| object.secret_name.trim() == key.name);
         let Some(object) = entry else {
-            return Answer::Yes;
+            return true;
         };
         let kept = self.keep(&key.namespace, &class, object, How::Look).await;
         let volumes = self.known.volumes_of(&key.namespace, &key.class);
         let volumes: Vec<Volume> = volumes.into_iter().map(|mounted| mounted.volume).collect();
         self.report(&class, &key.name, &volumes, kept.as_ref().map(|kept| *kept));
-        match kept {
-            Err(Problem {
-                trouble: Trouble::Unavailable,
-                ..
-            }) => Answer::No,
-            _ => Answer::Yes,
-        }
+        kept.is_ok()
     }
 
     /// A pod that has ended but is still there must not hold a Secret that others live with.
-    async fn look_after(&self, left: &Mounted, class: &Arc<Class>) -> Answer {
+    async fn look_after(&self, left: &Mounted, class: &Arc<Class>) -> bool {
         let volume = &left.volume;
         self.known.has_left(&volume.id);
         let holder = match self.cluster.holder(&volume.pod, &volume.pod_status).await {
             Ok(Some(holder)) if holder.owners_end => holder,
-            Ok(_) => return Answer::Yes,
+            Ok(_) => return true,
             Err(error) => {
                 tracing::debug!(pod = %volume.pod, %error, "its Secrets keep their owner until it goes");
-                return Answer::No;
+                return false;
             }
         };
         let namespace = &volume.pod.namespace;
@@ -208,6 +265,13 @@ impl Sync {
                 }
             }
         }
-        Answer::Yes
+        true
     }
+}
+
+/// How long nothing is looked at, when the API server has been away for so many looks.
+fn wait_for_api_server(looks: u32) -> Duration {
+    let wait = Duration::from_millis(500) * 2_u32.saturating_pow(looks.min(8));
+    wait.min(LONGEST_AWAY)
+        .mul_f64(rand::rng().random_range(0.5..1.0))
 }

@@ -241,19 +241,26 @@ impl Known {
         }
     }
 
-    /// Whether a pod does not know this of a Secret yet: trouble, or none: that trouble is over.
-    pub(super) fn is_news(&self, volume_id: &str, secret: &str, trouble: Option<&str>) -> bool {
+    /// Tells a pod something of a Secret that it does not know yet: trouble, or none: that the
+    /// trouble is over. It counts as told only when `announce` says that it is.
+    pub(super) fn tell(
+        &self,
+        volume_id: &str,
+        secret: &str,
+        trouble: Option<&str>,
+        announce: impl FnOnce() -> bool,
+    ) {
         let mut state = self.state();
         let Some(mounted) = state.volumes.get_mut(volume_id) else {
-            return false;
+            return;
         };
-        match trouble {
-            None => mounted.told.remove(secret).is_some(),
-            Some(trouble) => {
-                let before = mounted.told.insert(secret.to_owned(), trouble.to_owned());
-                before.as_deref() != Some(trouble)
-            }
+        if mounted.told.get(secret).map(String::as_str) == trouble || !announce() {
+            return;
         }
+        match trouble {
+            None => mounted.told.remove(secret),
+            Some(trouble) => mounted.told.insert(secret.to_owned(), trouble.to_owned()),
+        };
     }
 
     /// Waits until nobody else works on a Secret.
@@ -266,12 +273,19 @@ impl Known {
         turn.lock_owned().await
     }
 
-    /// What is to be looked at first, and when.
-    pub(super) fn next(&self) -> Option<(Instant, Task)> {
+    /// What is to be looked at first, and when, in namespaces in which something may be.
+    pub(super) fn next(&self, may_be: impl Fn(&str) -> bool) -> Option<(Instant, Task)> {
         let state = self.state();
-        let class = state.classes.iter().min_by_key(|(_, known)| known.due);
-        let secret = state.secrets.iter().min_by_key(|(_, look)| look.due);
-        let left = state.left.iter().min_by_key(|(due, ..)| *due);
+        let classes = state.classes.iter().filter(|((ns, _), _)| may_be(ns));
+        let class = classes.min_by_key(|(_, known)| known.due);
+        let secrets = state
+            .secrets
+            .iter()
+            .filter(|(key, _)| may_be(&key.namespace));
+        let secret = secrets.min_by_key(|(_, look)| look.due);
+        let left = state.left.iter();
+        let left = left.filter(|(_, mounted, _)| may_be(&mounted.volume.pod.namespace));
+        let left = left.min_by_key(|(due, ..)| *due);
         let tasks = [
             class.map(|((namespace, name), known)| {
                 (known.due, Task::Class(namespace.clone(), name.clone()))
@@ -375,6 +389,17 @@ impl State {
 impl Mounted {
     fn class_key(&self) -> ClassKey {
         (self.volume.pod.namespace.clone(), self.class.clone())
+    }
+}
+
+impl Task {
+    /// The namespace of what is looked at.
+    pub(super) fn namespace(&self) -> &str {
+        match self {
+            Self::Class(namespace, _) => namespace,
+            Self::Secret(key) => &key.namespace,
+            Self::Left(mounted, _) => &mounted.volume.pod.namespace,
+        }
     }
 }
 

@@ -169,6 +169,8 @@ struct Failure {
     /// The newest state of the class that was read while refreshes failed.
     newest: Option<Class>,
     error: Error,
+    /// Whether the pod has been told.
+    is_told: bool,
 }
 
 /// What follows from a refresh that failed.
@@ -176,8 +178,8 @@ struct Failure {
 pub struct Failed {
     /// How long the volume is left alone.
     pub wait: Duration,
-    /// Whether the refresh before did not fail, as far as this driver knows.
-    pub is_first: bool,
+    /// Whether this driver has told the pod that its refreshes fail.
+    pub is_told: bool,
 }
 
 impl Failing {
@@ -212,6 +214,7 @@ impl Failing {
             before.and_then(|failure| failure.newest.clone()),
             class.clone(),
         );
+        let is_told = before.is_some_and(|failure| failure.is_told);
         let jitter = 0.8 + 0.4 * spread(&format!("{volume_id}{count}"));
         let wait = wait(count, error, policy).mul_f64(jitter);
         volumes.insert(
@@ -222,11 +225,17 @@ impl Failing {
                 class,
                 newest,
                 error: error.clone(),
+                is_told,
             },
         );
-        Failed {
-            wait,
-            is_first: count == 1,
+        Failed { wait, is_told }
+    }
+
+    /// Remembers that the pod has been told that the refreshes of its volume fail.
+    pub fn told(&self, volume_id: &str) {
+        let mut volumes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(failure) = volumes.get_mut(volume_id) {
+            failure.is_told = true;
         }
     }
 

@@ -1,5 +1,6 @@
 //! A published volume kept fresh: the steps of a refresh, and what a failure comes to.
 
+use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
@@ -7,6 +8,7 @@ use super::{
     Outcome, PublishRequest, Volumes,
     content::{Stage, commit_content, stage_files},
     record::{self, Age, Record},
+    threads::blocking,
     unless,
 };
 use crate::{
@@ -73,10 +75,7 @@ impl Volumes {
                 counted.succeeded(changed);
                 self.failing.forget(&request.volume_id);
                 if let Some(since) = record.failing_since {
-                    self.cluster.announce(&request.pod, Severity::Normal, "MountRotationComplete", &format!(
-                        "the volume of SecretProviderClass {} is fresh again; refreshes had failed since {since:.0}",
-                        request.class
-                    ));
+                    self.fresh_again(request, since).await;
                 }
                 Ok(Outcome::Refreshed { changed })
             }
@@ -186,6 +185,29 @@ impl Volumes {
         Ok(changed)
     }
 
+    /// Says to whoever runs the pod that the failures are over. When that cannot be said now, the
+    /// record remembers it for the next refresh.
+    async fn fresh_again(&self, request: &PublishRequest, since: Timestamp) {
+        let announced = self.cluster.announce(&request.pod, Severity::Normal, "MountRotationComplete", &format!(
+            "the volume of SecretProviderClass {} is fresh again; refreshes had failed since {since:.0}",
+            request.class
+        ));
+        if announced {
+            return;
+        }
+        let (records, volume_id) = (self.records.clone(), request.volume_id.clone());
+        let remembered = blocking(move || {
+            let Some(mut record) = records.get(&volume_id) else {
+                return Ok(());
+            };
+            record.failing_since = Some(since);
+            records.put(&record)
+        });
+        if let Err(error) = remembered.await {
+            tracing::warn!(%error, "the end of this failure will not be announced");
+        }
+    }
+
     /// Leaves a volume alone for a while, and says so once to whoever runs its pod.
     async fn refresh_failed(
         &self,
@@ -200,13 +222,18 @@ impl Volumes {
         tracing::warn!(%error, again_in_seconds = failed.wait.as_secs(), "the refresh failed; the volume keeps what it holds");
         // The record knows what an earlier driver has told. Where it cannot be written, this
         // driver knows what it has told itself.
-        if record.failing_since.is_some() || !failed.is_first {
+        if record.failing_since.is_some() || failed.is_told {
             return;
         }
-        self.cluster.announce(&request.pod, Severity::Warning, "MountRotationFailed", &format!(
+        let announced = self.cluster.announce(&request.pod, Severity::Warning, "MountRotationFailed", &format!(
             "the volume of SecretProviderClass {} keeps the content of {:.0} because it cannot be refreshed: {error}",
             request.class, record.last_success
         ));
+        if !announced {
+            // The next failure is.
+            return;
+        }
+        self.failing.told(&request.volume_id);
         let failing = Record {
             failing_since: Some(self.clock.now()),
             ..record

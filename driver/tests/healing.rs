@@ -1,0 +1,376 @@
+//! One namespace's trouble is its own: its Secrets and its events are in nobody's way. Seen at an
+//! API server that is as small as can be and has a temper for each namespace.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::Ipv4Addr,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    body::Bytes,
+    extract::State,
+    http::{Method, StatusCode, Uri},
+};
+use driver::{
+    cluster::{Class, Cluster, events::Severity},
+    metrics::Metrics,
+    sync::{Sync, Volume},
+    volume::record::{Pod, Records},
+};
+use rstest::rstest;
+use serde_json::{Value, json};
+use tokio::{
+    net::TcpListener,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+/// Between two looks of the driver.
+const EVERY: Duration = Duration::from_millis(200);
+/// For what happens at once, on a machine that may be busy.
+const SOON: Duration = Duration::from_secs(120);
+
+/// How an API server answers a write in a namespace.
+#[derive(Debug, Clone, Copy)]
+enum Temper {
+    /// As it should.
+    Good,
+    /// With this code.
+    Refuses(u16),
+    /// Never.
+    Hangs,
+    /// With a Secret that is being deleted, and stays.
+    HeldByAFinalizer,
+}
+
+#[derive(Default)]
+struct Objects {
+    tempers: BTreeMap<String, Temper>,
+    /// Namespaces that have their Secret.
+    secrets: BTreeSet<String>,
+    /// Messages of events by namespace.
+    events: Vec<(String, String)>,
+    /// Whether nothing is answered at all.
+    away: bool,
+    requests: usize,
+}
+
+#[derive(Clone, Default)]
+struct Api(Arc<Mutex<Objects>>);
+
+impl Api {
+    async fn start(dir: &Path) -> (Self, Cluster) {
+        let api = Self::default();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let server = format!("http://{}", listener.local_addr().unwrap());
+        let router = Router::new().fallback(answer).with_state(api.clone());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        let kubeconfig = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "clusters": [{"name": "c", "cluster": {"server": server}}],
+            "users": [{"name": "u", "user": {}}],
+        });
+        let path = dir.join("kubeconfig");
+        fs::write(&path, kubeconfig.to_string()).unwrap();
+        (api, Cluster::new(Some(path), "test", "node-1"))
+    }
+
+    fn set(&self, namespace: &str, temper: Temper) {
+        let mut objects = self.0.lock().unwrap();
+        objects.tempers.insert(namespace.to_owned(), temper);
+    }
+
+    fn events(&self, namespace: &str) -> Vec<String> {
+        let objects = self.0.lock().unwrap();
+        let of_namespace = objects.events.iter().filter(|(ns, _)| ns == namespace);
+        of_namespace.map(|(_, message)| message.clone()).collect()
+    }
+
+    /// Deletes the Secret of a namespace and waits until it is there again.
+    async fn heals(&self, namespace: &str) {
+        self.0.lock().unwrap().secrets.remove(namespace);
+        let healed = async {
+            while !self.0.lock().unwrap().secrets.contains(namespace) {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let healed = timeout(SOON, healed).await;
+        assert!(healed.is_ok(), "the Secret of {namespace} stays away");
+    }
+}
+
+fn status(code: u16) -> (StatusCode, String) {
+    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
+        "code": code, "reason": "x", "message": "failed calling webhook"});
+    (StatusCode::from_u16(code).unwrap(), status.to_string())
+}
+
+fn secret(namespace: &str, going: bool) -> Value {
+    let object = json!({
+        "metadata": {
+            "name": "creds", "namespace": namespace, "uid": "s", "resourceVersion": "1",
+            "deletionTimestamp": going.then_some("2026-11-23T10:00:00Z"),
+            "labels": {"secrets-store.csi.k8s.io/managed": "true"},
+        },
+        "type": "Opaque", "data": {"pw": "aHVudGVyMg=="},
+    });
+    object
+}
+
+async fn answer(
+    State(api): State<Api>,
+    method: Method,
+    uri: Uri,
+    body: Bytes,
+) -> (StatusCode, String) {
+    let path = uri.path().to_owned();
+    let parts: Vec<&str> = path.split('/').collect();
+    let namespace = parts
+        .iter()
+        .skip_while(|part| **part != "namespaces")
+        .nth(1);
+    let namespace = namespace.unwrap().to_string();
+    let (temper, away) = {
+        let mut objects = api.0.lock().unwrap();
+        objects.requests += 1;
+        let temper = objects.tempers.get(&namespace).copied();
+        (temper.unwrap_or(Temper::Good), objects.away)
+    };
+    // Which hangs up.
+    assert!(!away, "away");
+    if method == Method::GET {
+        return match parts.last().copied() {
+            Some("creds") if matches!(temper, Temper::HeldByAFinalizer) => {
+                (StatusCode::OK, secret(&namespace, true).to_string())
+            }
+            Some("creds") if api.0.lock().unwrap().secrets.contains(&namespace) => {
+                (StatusCode::OK, secret(&namespace, false).to_string())
+            }
+            Some("creds") => status(404),
+            Some("db") => (StatusCode::OK, class(&namespace).to_string()),
+            _ => {
+                let owner = json!({"apiVersion": "x/v1", "kind": "Set", "name": "rs", "uid": "rs"});
+                let pod = json!({
+                    "metadata": {"name": "web", "uid": "web", "ownerReferences": [owner]},
+                    "status": {"phase": "Running"},
+                });
+                (StatusCode::OK, pod.to_string())
+            }
+        };
+    }
+    match temper {
+        Temper::Hangs => std::future::pending().await,
+        Temper::Refuses(code) => status(code),
+        Temper::Good | Temper::HeldByAFinalizer => {
+            let mut object: Value = serde_json::from_slice(&body).unwrap();
+            let mut objects = api.0.lock().unwrap();
+            match object["message"].take() {
+                Value::String(message) => objects.events.push((namespace, message)),
+                _ => drop(objects.secrets.insert(namespace)),
+            }
+            (
+                StatusCode::CREATED,
+                String::from_utf8(body.to_vec()).unwrap(),
+            )
+        }
+    }
+}
+
+fn class(namespace: &str) -> Value {
+    json!({
+        "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
+        "metadata": {"name": "db", "namespace": namespace, "uid": namespace, "resourceVersion": "1"},
+        "spec": {
+            "provider": "test", "parameters": {"a": "b"},
+            "secretObjects": [{
+                "secretName": "creds", "type": "Opaque",
+                "data": [{"objectName": "pw", "key": "pw"}],
+            }],
+        },
+    })
+}
+
+async fn mount(sync: &Arc<Sync>, cluster: &Cluster, dir: &Path, namespace: &str) {
+    let class = cluster.class(namespace, "db").await.unwrap();
+    sync.volume_mounted(&volume(dir, namespace), &class)
+        .await
+        .unwrap();
+}
+
+fn volume(dir: &Path, namespace: &str) -> Volume {
+    let target = dir.join(namespace);
+    fs::create_dir_all(&target).unwrap();
+    fs::write(target.join("pw"), "hunter2").unwrap();
+    Volume {
+        id: format!("csi-{namespace}"),
+        pod: Pod {
+            name: "web".to_owned(),
+            namespace: namespace.to_owned(),
+            uid: "web".to_owned(),
+        },
+        target,
+        pod_status: "web-db".to_owned(),
+    }
+}
+
+fn run(sync: &Arc<Sync>, dir: &Path) -> CancellationToken {
+    let (sync, stop) = (Arc::clone(sync), CancellationToken::new());
+    let (records, ended) = (Records::open(dir.join("records")).unwrap(), stop.clone());
+    tokio::spawn(async move { sync.run(&records, ended).await });
+    stop
+}
+
+/// However many namespaces are in trouble, and whatever it is, the Secret of another is healed
+/// again and again meanwhile.
+#[rstest]
+#[case::a_webhook_that_fails(Temper::Refuses(500), 12)]
+#[case::too_many_requests(Temper::Refuses(429), 5)]
+#[case::a_storm_of_conflicts(Temper::Refuses(409), 12)]
+#[case::a_webhook_that_is_away(Temper::Refuses(503), 3)]
+#[case::a_namespace_that_goes(Temper::Refuses(403), 3)]
+#[case::a_webhook_that_hangs(Temper::Hangs, 12)]
+#[case::a_finalizer(Temper::HeldByAFinalizer, 12)]
+#[tokio::test]
+async fn the_trouble_of_some_namespaces(#[case] temper: Temper, #[case] count: usize) {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let sync = Arc::new(Sync::new(cluster.clone(), Metrics::new(), false, EVERY));
+    let troubled: Vec<String> = (0..count).map(|n| format!("a-troubled-{n}")).collect();
+    for namespace in &troubled {
+        mount(&sync, &cluster, dir.path(), namespace).await;
+    }
+    mount(&sync, &cluster, dir.path(), "quiet").await;
+    let stop = run(&sync, dir.path());
+    for namespace in &troubled {
+        api.set(namespace, temper);
+        api.0.lock().unwrap().secrets.remove(namespace);
+    }
+    let all = async {
+        for _ in 0..10 {
+            api.heals("quiet").await;
+        }
+    };
+    assert!(timeout(SOON, all).await.is_ok(), "ten in two minutes");
+    assert!(!cluster.is_away());
+    for namespace in &troubled {
+        api.set(namespace, Temper::Good);
+    }
+    api.heals(&troubled[0]).await;
+    stop.cancel();
+}
+
+/// Then nothing is asked for a while, and everything is healed soon after it is back.
+#[tokio::test]
+async fn an_api_server_that_is_away_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let sync = Arc::new(Sync::new(cluster.clone(), Metrics::new(), false, EVERY));
+    for number in 0..20 {
+        mount(&sync, &cluster, dir.path(), &format!("shop-{number}")).await;
+    }
+    let stop = run(&sync, dir.path());
+    api.heals("shop-7").await;
+    api.0.lock().unwrap().away = true;
+    sleep(Duration::from_secs(2)).await;
+    assert!(cluster.is_away());
+    api.0.lock().unwrap().requests = 0;
+    sleep(Duration::from_secs(8)).await;
+    // Between two looks there are waits of at least half of two, four and eight seconds.
+    let requests = api.0.lock().unwrap().requests;
+    assert!(requests < 30, "{requests}");
+    api.0.lock().unwrap().away = false;
+    api.heals("shop-7").await;
+    stop.cancel();
+}
+
+/// One namespace's events are refused or never answered, and there are hundreds.
+#[rstest]
+#[case::hangs(Temper::Hangs)]
+#[case::refuses(Temper::Refuses(500))]
+#[tokio::test]
+async fn events_of_one_namespace_wait_for_themselves(#[case] temper: Temper) {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    api.set("noisy", temper);
+    let pod = |namespace: &str| volume(dir.path(), namespace).pod;
+    let announce = |namespace: &str, message: &str| {
+        cluster.announce(&pod(namespace), Severity::Normal, "Told", message)
+    };
+    let accepted = (0..300).filter(|n| announce("noisy", &n.to_string()));
+    let accepted = accepted.count();
+    assert!((1..300).contains(&accepted), "{accepted}");
+    for number in 0..20 {
+        assert!(announce("quiet", &number.to_string()));
+    }
+    let posted = async {
+        while api.events("quiet").len() < 20 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    assert!(
+        timeout(SOON, posted).await.is_ok(),
+        "{:?}",
+        api.events("quiet")
+    );
+}
+
+/// More trouble than can be told at once: each pod hears of each of it, and once.
+#[tokio::test]
+async fn what_is_not_told_now_is_told_later() {
+    const SECRETS: usize = 90;
+    const PODS: usize = 3;
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let sync = Arc::new(Sync::new(cluster.clone(), Metrics::new(), false, EVERY));
+    let entry = |n: usize| {
+        let data = json!([{"objectName": "nowhere", "key": "pw"}]);
+        json!({"secretName": format!("secret-{n}"), "type": "Opaque", "data": data})
+    };
+    let entries = Value::from_iter((0..SECRETS).map(entry));
+    let class = Class {
+        secret_objects: serde_json::from_value(entries).unwrap(),
+        ..cluster.class("shop", "db").await.unwrap()
+    };
+    for number in 0..PODS {
+        let volume = Volume {
+            id: format!("csi-{number}"),
+            ..volume(dir.path(), "shop")
+        };
+        sync.volume_mounted(&volume, &class).await.unwrap();
+    }
+    let told = async {
+        loop {
+            for number in 0..PODS {
+                let volume = Volume {
+                    id: format!("csi-{number}"),
+                    ..volume(dir.path(), "shop")
+                };
+                sync.volume_mounted(&volume, &class).await.unwrap();
+            }
+            if api.events("shop").len() >= SECRETS * PODS {
+                break;
+            }
+            sleep(EVERY).await;
+        }
+    };
+    assert!(
+        timeout(SOON, told).await.is_ok(),
+        "{}",
+        api.events("shop").len()
+    );
+    sleep(EVERY).await;
+    let mut times: BTreeMap<String, usize> = BTreeMap::new();
+    for message in api.events("shop") {
+        *times.entry(message).or_default() += 1;
+    }
+    assert_eq!(times.len(), SECRETS);
+    assert!(times.values().all(|times| *times == PODS), "{times:?}");
+}
