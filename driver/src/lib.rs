@@ -76,6 +76,10 @@ use volume::{
 /// Kubernetes' usual grace period of 30 seconds ends with a SIGKILL.
 const FINISH_WITHIN: Duration = Duration::from_secs(20);
 
+/// What kubelet sets in each container. Where it is, kubelet does not see what the driver mounts unless
+/// mounts spread; elsewhere the two are expected to share a table of mounts.
+const IN_A_POD: &str = "KUBERNETES_SERVICE_HOST";
+
 /// Runs the driver until `stop`, then finishes the calls that run.
 ///
 /// # Errors
@@ -137,7 +141,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         records,
         cluster,
         providers: Providers::new(config.provider_dirs(), limits, metrics.clone()),
-        tmpfs: Arc::new(Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)),
+        tmpfs: Arc::new(
+            Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)
+                .in_a_pod(std::env::var_os(IN_A_POD).is_some()),
+        ),
         busy: Busy::default(),
         policy: Policy {
             enabled: config.enable_secret_rotation,

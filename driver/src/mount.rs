@@ -1,19 +1,33 @@
 //! A tmpfs on, a tmpfs off, and whether one is there.
 //!
-//! Only the target path that kubelet names is touched, and never through a link.
+//! Only the target path that kubelet names is touched, and never through a link. What is mounted
+//! there and is not the driver's own is taken off and not changed.
+
+#[cfg(test)]
+pub(crate) mod alone;
+mod table;
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
-    path::Path,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::DirBuilderExt as _,
+    },
+    path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
 
 use nix::{
     errno::Errno,
+    fcntl::{OFlag, open, openat},
     mount::{MntFlags, MsFlags, mount, umount2},
-    sys::statfs::{TMPFS_MAGIC, statfs},
+    sys::{
+        stat::{Mode, SFlag, fstat},
+        statfs::{TMPFS_MAGIC, fstatfs},
+        statvfs::{FsFlags, Statvfs, fstatvfs},
+    },
 };
+use table::Entry;
 
 /// What is at a target path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,25 +47,116 @@ pub enum State {
 /// # Errors
 /// When the path cannot be examined, or has something other than a tmpfs mounted on it.
 pub fn state(target: &Path) -> io::Result<State> {
-    let here = match fs::symlink_metadata(target) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(State::Absent),
-        Err(error) => return Err(error),
+    let Some(here) = Here::look(target)? else {
+        return Ok(State::Absent);
     };
-    if !here.is_dir() {
-        return Ok(State::NotADirectory);
-    }
-    let parent = target.parent().unwrap_or(target);
-    if fs::metadata(parent)?.dev() == here.dev() {
-        return Ok(State::Directory);
-    }
-    if statfs(target)?.filesystem_type() == TMPFS_MAGIC {
-        Ok(State::Mounted)
-    } else {
-        Err(io::Error::other(
+    let is_directory = SFlag::from_bits_truncate(fstat(&here.file)?.st_mode & SFlag::S_IFMT.bits())
+        == SFlag::S_IFDIR;
+    match (here.is_mounted, is_directory) {
+        (false, true) => Ok(State::Directory),
+        (false, false) => Ok(State::NotADirectory),
+        (true, true) if fstatfs(&here.file)?.filesystem_type() == TMPFS_MAGIC => Ok(State::Mounted),
+        (true, _) => Err(io::Error::other(
             "a file system other than tmpfs is mounted there",
-        ))
+        )),
     }
+}
+
+/// What a target path leads to, opened without being used: a file system that does not answer
+/// holds nobody up.
+struct Here {
+    file: OwnedFd,
+    mount: u64,
+    /// Whether something is mounted at the target, a bind mount of the same file system included.
+    is_mounted: bool,
+}
+
+impl Here {
+    /// None: there is nothing.
+    fn look(target: &Path) -> io::Result<Option<Self>> {
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+        let (parent, name) = match (target.parent(), target.file_name()) {
+            (Some(parent), Some(name)) => (parent, name),
+            _ => return Err(io::Error::from(io::ErrorKind::InvalidInput)),
+        };
+        let parent = match open(parent, flags | OFlag::O_DIRECTORY, Mode::empty()) {
+            Err(Errno::ENOENT) => return Ok(None),
+            parent => parent?,
+        };
+        let file = match openat(&parent, name, flags | OFlag::O_NOFOLLOW, Mode::empty()) {
+            Err(Errno::ENOENT) => return Ok(None),
+            file => file?,
+        };
+        let mount = table::id_of(file.as_fd())?;
+        Ok(Some(Self {
+            is_mounted: mount != table::id_of(parent.as_fd())?,
+            file,
+            mount,
+        }))
+    }
+
+    /// The line of this mount in a table.
+    fn entry<'a>(&self, table: &'a [Entry]) -> io::Result<&'a Entry> {
+        let entry = table.iter().find(|entry| entry.id == self.mount);
+        entry.ok_or_else(|| io::Error::other("the mount has gone meanwhile"))
+    }
+}
+
+/// What was mounted at a target.
+#[derive(Debug)]
+pub enum Detached {
+    /// Nothing is.
+    Nothing,
+    /// The driver's own tmpfs, which is still open and lies nowhere any more.
+    Own(OwnedFd),
+    /// Something else. What it holds is not the driver's.
+    Foreign,
+}
+
+/// Takes the topmost mount off a target, whatever it is, with all that is mounted below.
+///
+/// It is detached: a process that still sits in it cannot keep the pod from going away. Its memory
+/// goes when that process does.
+///
+/// # Errors
+/// What the system says.
+pub fn detach(target: &Path) -> io::Result<Detached> {
+    let here = match Here::look(target)? {
+        Some(here) if here.is_mounted => here,
+        _ => return Ok(Detached::Nothing),
+    };
+    let own = match here.entry(&table::all()?)?.is_own(target) {
+        true => Detached::Own(openat(
+            &here.file,
+            ".",
+            OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        )?),
+        false => Detached::Foreign,
+    };
+    umount2(target, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH)?;
+    Ok(own)
+}
+
+/// Takes off all that is mounted below a target on which nothing is mounted.
+///
+/// # Errors
+/// What the system says.
+pub fn detach_below(target: &Path) -> io::Result<()> {
+    for entry in table::all()?.into_iter().rev() {
+        if entry.point == target || !entry.point.starts_with(target) {
+            continue;
+        }
+        match umount2(
+            &entry.point,
+            MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH,
+        ) {
+            // It went with the one that it lay upon.
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Makes the target directory: kubelet makes its parent and leaves this one to the driver, as
@@ -71,6 +176,8 @@ pub struct Tmpfs {
     /// Whether this kernel, in this user namespace, knows `noswap` (Linux 6.4 and later, not
     /// in an unprivileged user namespace). Learned at the first mount.
     noswap: AtomicBool,
+    /// Whether kubelet sees these mounts only if they spread out of the driver's container.
+    in_a_pod: bool,
 }
 
 impl Tmpfs {
@@ -88,7 +195,31 @@ impl Tmpfs {
             // A link at the root, a file, and about as many directories, twice.
             max_inodes: 6 * max_files,
             noswap: AtomicBool::new(true),
+            in_a_pod: false,
         }
+    }
+
+    /// Says whether the driver runs in a container of a pod, so that kubelet and other pods see
+    /// its mounts only if they spread.
+    #[must_use]
+    pub fn in_a_pod(mut self, in_a_pod: bool) -> Self {
+        self.in_a_pod = in_a_pod;
+        self
+    }
+
+    /// Returns the mount point that holds a directory, if what is mounted in the directory would
+    /// not be seen outside the driver's container.
+    ///
+    /// # Errors
+    /// What the system says; NotFound if the directory is not there.
+    pub fn unseen(&self, directory: &Path) -> io::Result<Option<PathBuf>> {
+        if !self.in_a_pod {
+            return Ok(None);
+        }
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let id = table::id_of(open(directory, flags, Mode::empty())?.as_fd())?;
+        let mut holder = table::all()?.into_iter().filter(|entry| entry.id == id);
+        Ok(holder.find(|entry| !entry.shared).map(|entry| entry.point))
     }
 
     /// Mounts an empty tmpfs on an existing directory. Root mode 0755; no set-user-ID, no
@@ -98,8 +229,11 @@ impl Tmpfs {
     /// What mount(2) says.
     pub fn mount(&self, target: &Path) -> io::Result<()> {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        let attempt =
-            |options: &str| mount(Some("tmpfs"), target, Some("tmpfs"), flags, Some(options));
+        let source = table::source_of(target);
+        let attempt = |options: &str| {
+            let source = Some(source.as_str());
+            mount(source, target, Some("tmpfs"), flags, Some(options))
+        };
         let options = format!(
             "mode=0755,size={},nr_inodes={}",
             self.max_bytes, self.max_inodes
@@ -112,21 +246,241 @@ impl Tmpfs {
         }
         Ok(attempt(&options)?)
     }
+
+    /// Makes sure that a tmpfs at a target is a volume's, and gives it the bounds of today, which
+    /// are others than those that it was mounted with if the flags have changed since. A bound is
+    /// not made smaller than what is there.
+    ///
+    /// # Errors
+    /// When something else is mounted there.
+    pub fn refit(&self, target: &Path) -> io::Result<()> {
+        let here = match Here::look(target)? {
+            Some(here) if here.is_mounted => here,
+            _ => return Err(io::Error::other("nothing is mounted there any more")),
+        };
+        let table = table::all()?;
+        let entry = here.entry(&table)?;
+        if !entry.is_own(target) && !entry.is_of_an_earlier_driver(target, &table) {
+            return Err(io::Error::other(format!(
+                "what is mounted there is not a volume of this driver but {} {:?}; nothing is written into it: unmount it",
+                entry.kind, entry.source
+            )));
+        }
+        let is = fstatvfs(&here.file)?;
+        let options = self.other_bounds(&is).join(",");
+        if options.is_empty() {
+            return Ok(());
+        }
+        let flags = MsFlags::MS_REMOUNT | kept(is.flags());
+        match mount(
+            None::<&str>,
+            target,
+            None::<&str>,
+            flags,
+            Some(options.as_str()),
+        ) {
+            Ok(()) => {
+                tracing::info!(target_path = %target.display(), options, "the volume has the bounds of today's flags");
+            }
+            // It may still be large enough.
+            Err(error) => {
+                tracing::warn!(target_path = %target.display(), options, %error, "the volume keeps the bounds that it was mounted with");
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a volume has at least the bounds of today.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn fits(&self, target: &Path) -> io::Result<bool> {
+        let is = nix::sys::statvfs::statvfs(target)?;
+        let large = |has: u64, wanted: u64| has == 0 || has >= wanted;
+        Ok(large(is.blocks(), self.blocks(&is)) && large(is.files(), self.max_inodes))
+    }
+
+    /// The mount options that give a file system today's bounds, as far as they are others and
+    /// what it holds is within them. Nought is no bound, and the kernel lets none be set later.
+    fn other_bounds(&self, is: &Statvfs) -> Vec<String> {
+        let other = |has: u64, free: u64, wanted: u64| {
+            has != 0 && has != wanted && has.saturating_sub(free) <= wanted
+        };
+        let mut options = Vec::new();
+        if other(is.blocks(), is.blocks_free(), self.blocks(is)) {
+            options.push(format!("size={}", self.max_bytes));
+        }
+        if other(is.files(), is.files_free(), self.max_inodes) {
+            options.push(format!("nr_inodes={}", self.max_inodes));
+        }
+        options
+    }
+
+    fn blocks(&self, is: &Statvfs) -> u64 {
+        self.max_bytes.div_ceil(is.fragment_size().max(1))
+    }
 }
 
-/// Takes the topmost mount off a target.
-///
-/// A mount that is in use is detached, so that a process that still sits in it cannot keep the
-/// pod from going away; the memory goes when that process does.
-///
-/// # Errors
-/// What umount2(2) says.
-pub fn unmount(target: &Path) -> io::Result<()> {
-    match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
-        Err(Errno::EBUSY) => Ok(umount2(
-            target,
-            MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH,
-        )?),
-        result => Ok(result?),
+/// The flags that a mount keeps when it is mounted again.
+fn kept(flags: FsFlags) -> MsFlags {
+    let pairs = [
+        (FsFlags::ST_RDONLY, MsFlags::MS_RDONLY),
+        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
+        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
+        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+    ];
+    let present = pairs.into_iter().filter(|(flag, _)| flags.contains(*flag));
+    present.fold(MsFlags::empty(), |kept, (_, flag)| kept | flag)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alone::{Own, alone};
+    use nix::sys::statvfs::statvfs;
+
+    /// A target below a fresh kubelet root, and that root.
+    fn target() -> (tempfile::TempDir, PathBuf) {
+        let root = tempfile::tempdir().unwrap();
+        let target = root
+            .path()
+            .join("pods/u-1/volumes/kubernetes.io~csi/v/mount");
+        fs::create_dir_all(&target).unwrap();
+        (root, target)
+    }
+
+    fn bind(from: &Path, to: &Path) {
+        mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    }
+
+    #[test]
+    fn bounds_follow_the_flags() {
+        if !alone("mount::tests::bounds_follow_the_flags", Own::Mounts) {
+            return;
+        }
+        let (_root, target) = target();
+        let (small, large) = (Tmpfs::bounded_by(1 << 16), Tmpfs::bounded_by(1 << 24));
+        let bounds = || {
+            let is = statvfs(&target).unwrap();
+            (is.blocks() * is.fragment_size(), is.files())
+        };
+        let of = |tmpfs: &Tmpfs| (tmpfs.max_bytes, tmpfs.max_inodes);
+        small.mount(&target).unwrap();
+        assert_eq!(bounds(), of(&small));
+        assert!(!large.fits(&target).unwrap());
+        fs::write(target.join("kept"), "x").unwrap();
+        for tmpfs in [&large, &small, &small, &large] {
+            tmpfs.refit(&target).unwrap();
+            assert_eq!(bounds(), of(tmpfs));
+            assert!(tmpfs.fits(&target).unwrap());
+            let flags = statvfs(&target).unwrap().flags();
+            let kept = FsFlags::ST_NOSUID | FsFlags::ST_NODEV | FsFlags::ST_NOEXEC;
+            assert!(flags.contains(kept), "{flags:?}");
+        }
+        // What is there is never too much.
+        let too_much = usize::try_from(small.max_bytes).unwrap() + 1;
+        fs::write(target.join("large"), vec![0; too_much]).unwrap();
+        small.refit(&target).unwrap();
+        assert_eq!(bounds(), (large.max_bytes, small.max_inodes));
+        assert_eq!(fs::read(target.join("large")).unwrap().len(), too_much);
+        assert_eq!(fs::read(target.join("kept")).unwrap(), b"x");
+    }
+
+    #[test]
+    fn only_volumes_are_given_bounds() {
+        if !alone("mount::tests::only_volumes_are_given_bounds", Own::Mounts) {
+            return;
+        }
+        let (root, target) = target();
+        let tmpfs = Tmpfs::bounded_by(1 << 16);
+        assert!(tmpfs.refit(&target).is_err(), "nothing is mounted");
+        // Of a driver that mounts without options, as the one written in Go.
+        mount(
+            Some("tmpfs"),
+            &target,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .unwrap();
+        tmpfs.refit(&target).unwrap();
+        assert_eq!(statvfs(&target).unwrap().files(), tmpfs.max_inodes);
+        assert!(matches!(detach(&target).unwrap(), Detached::Foreign));
+        // Of somebody else.
+        let other = root.path().join("run");
+        fs::create_dir(&other).unwrap();
+        mount(
+            Some("tmpfs"),
+            &other,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some("size=1M"),
+        )
+        .unwrap();
+        bind(&other, &target);
+        assert_eq!(state(&target).unwrap(), State::Mounted);
+        let error = tmpfs.refit(&target).unwrap_err().to_string();
+        assert!(error.contains("not a volume of this driver"), "{error}");
+        let is = statvfs(&other).unwrap();
+        assert_eq!(is.blocks() * is.fragment_size(), 1 << 20);
+    }
+
+    #[test]
+    fn a_mount_that_nobody_else_sees_is_told() {
+        if !alone(
+            "mount::tests::a_mount_that_nobody_else_sees_is_told",
+            Own::Mounts,
+        ) {
+            return;
+        }
+        let (root, target) = target();
+        let parent = target.parent().unwrap();
+        let tmpfs = Tmpfs::bounded_by(1).in_a_pod(true);
+        let pods = root.path().join("pods");
+        bind(&pods, &pods);
+        for (flags, unseen) in [
+            (MsFlags::MS_PRIVATE, Some(pods.clone())),
+            (MsFlags::MS_SHARED, None),
+            (MsFlags::MS_SLAVE, Some(pods.clone())),
+            (MsFlags::MS_UNBINDABLE, Some(pods.clone())),
+            (MsFlags::MS_SHARED, None),
+        ] {
+            mount(None::<&str>, &pods, None::<&str>, flags, None::<&str>).unwrap();
+            assert_eq!(tmpfs.unseen(parent).unwrap(), unseen, "{flags:?}");
+            assert_eq!(Tmpfs::bounded_by(1).unseen(parent).unwrap(), None);
+        }
+        let gone = tmpfs.unseen(&parent.join("gone")).unwrap_err();
+        assert_eq!(gone.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn states_of_a_target() {
+        if !alone("mount::tests::states_of_a_target", Own::Mounts) {
+            return;
+        }
+        let (root, target) = target();
+        assert_eq!(state(&target).unwrap(), State::Directory);
+        // A bind mount of the same file system has the same device.
+        bind(root.path(), &target);
+        assert!(
+            state(&target)
+                .unwrap_err()
+                .to_string()
+                .contains("other than tmpfs")
+        );
+        assert!(matches!(detach(&target).unwrap(), Detached::Foreign));
+        assert_eq!(state(&target).unwrap(), State::Directory);
+        assert!(matches!(detach(&target).unwrap(), Detached::Nothing));
+        Tmpfs::bounded_by(1).mount(&target).unwrap();
+        assert_eq!(state(&target).unwrap(), State::Mounted);
+        assert!(matches!(detach(&target).unwrap(), Detached::Own(_)));
+        fs::remove_dir(&target).unwrap();
+        assert_eq!(state(&target).unwrap(), State::Absent);
+        std::os::unix::fs::symlink("..", &target).unwrap();
+        assert_eq!(state(&target).unwrap(), State::NotADirectory);
+        assert_eq!(
+            state(&root.path().join("no/such/path")).unwrap(),
+            State::Absent
+        );
     }
 }

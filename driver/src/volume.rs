@@ -37,7 +37,7 @@ use crate::{
     secret::SecretMap,
     sync::{self, Sync},
 };
-use content::{Undo, commit_content, directory, stage_files, take_down};
+use content::{Undo, commit_content, directory, reaches_pods, stage_files, take_down};
 use policy::{Every, Failing, Policy};
 use record::{Age, Content, Object, Pod, Record, Records};
 use target::{Busy, TargetPath};
@@ -260,7 +260,7 @@ impl Volumes {
         let so_far = earlier
             .filter(|_| !needs_mount)
             .map(|earlier| earlier.content);
-        let staged = stage_files(request, reply.files, so_far).await?;
+        let staged = stage_files(request, &self.tmpfs, reply.files, so_far).await?;
         let now = self.clock.now();
         let mut record = Record {
             volume_id: request.volume_id.clone(),
@@ -277,7 +277,7 @@ impl Volumes {
             failing_since: None,
         };
         let place = self.stage_record(&record).await?;
-        commit_content(request, staged).await?;
+        commit_content(request, &self.tmpfs, staged).await?;
         let written = self
             .write_pod_status(request, &record.objects, Some(now))
             .await?;
@@ -416,6 +416,7 @@ impl Volumes {
         let tmpfs = Arc::clone(&self.tmpfs);
         let target = request.target.as_path().to_owned();
         let parent = request.target.parent();
+        reaches_pods(request, &self.tmpfs).await?;
         blocking(move || {
             let undo = Undo::of(target.clone());
             // What an interrupted attempt left is taken away first, contents included.

@@ -6,25 +6,31 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File as StdFile,
+    fs::{File as StdFile, Metadata},
     io::{self, Read as _},
-    os::fd::{AsFd as _, OwnedFd},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::Path,
     time::SystemTime,
 };
 
 use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
-use nix::{fcntl::OFlag, sys::stat::Mode};
+use nix::{errno::Errno, fcntl::OFlag, sys::stat::Mode};
+use zeroize::Zeroizing;
 
 use super::{
     layout::current,
-    tree::{names, open_beneath, open_directory, open_root},
+    tree::{about, names, open_beneath, open_directory, open_root},
 };
 use crate::secret::Secret;
 
 /// No directories deeper than this, and no more files: a provider's own writing has no bounds.
 const DEEPEST: usize = 32;
 const MOST_FILES: usize = 10_000;
+/// How often content is read that is replaced each time meanwhile.
+const ATTEMPTS: usize = 5;
 
 /// Which of a volume's contents one is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,23 +56,68 @@ pub struct Snapshot {
 /// Reads the files of a volume whose path `wanted` says yes to, as long as they have no more than
 /// `most_bytes` together.
 ///
+/// All of them are of one moment: if the content is replaced or a file goes meanwhile, the volume is
+/// read again. Only what is no regular file is left out.
+///
 /// # Errors
-/// What the system says. NotFound also when the content was replaced meanwhile; trying again
-/// helps.
+/// What the system says. NotFound also when the content was replaced each time that it was read;
+/// trying again helps.
 pub fn snapshot(
     volume: &Path,
     most_bytes: u64,
     wanted: impl Fn(&str) -> bool,
 ) -> io::Result<Snapshot> {
-    let (tree, version) = open(volume)?;
-    let mut snapshot = Snapshot {
-        files: BTreeMap::new(),
-        is_all: true,
-        version,
+    let root = open_root(volume)?;
+    for _ in 0..ATTEMPTS {
+        match read(&root, most_bytes, &wanted) {
+            Ok(snapshot) => return Ok(snapshot),
+            Err(Unread::Changed) => {}
+            Err(Unread::Failed(error)) => return Err(error),
+        }
+    }
+    Err(io::Error::new(
+        io::ErrorKind::NotFound,
+        "the content was replaced each time that it was read",
+    ))
+}
+
+/// Why there is no snapshot.
+enum Unread {
+    /// Something changed while it was read.
+    Changed,
+    Failed(io::Error),
+}
+
+impl From<io::Error> for Unread {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::NotFound => Self::Changed,
+            _ => Self::Failed(error),
+        }
+    }
+}
+
+fn read(
+    root: &OwnedFd,
+    most_bytes: u64,
+    wanted: &impl Fn(&str) -> bool,
+) -> Result<Snapshot, Unread> {
+    let (tree, version) = open(root)?;
+    let directory = version.directory.clone();
+    let mut reader = Reader {
+        wanted,
+        room: most_bytes,
+        snapshot: Snapshot {
+            files: BTreeMap::new(),
+            is_all: true,
+            version,
+        },
     };
-    let mut room = most_bytes;
-    read_below(&tree, "", &wanted, &mut snapshot, &mut room, 0)?;
-    Ok(snapshot)
+    reader.read_below(&tree, "", 0)?;
+    match current(root)?.unwrap_or_default() == directory {
+        true => Ok(reader.snapshot),
+        false => Err(Unread::Changed),
+    }
 }
 
 /// Returns which content a volume has.
@@ -74,16 +125,15 @@ pub fn snapshot(
 /// # Errors
 /// What the system says.
 pub fn version(volume: &Path) -> io::Result<Version> {
-    open(volume).map(|(_, version)| version)
+    open(&open_root(volume)?).map(|(_, version)| version)
 }
 
 /// Opens the directory with the content.
-fn open(volume: &Path) -> io::Result<(OwnedFd, Version)> {
-    let root = open_root(volume)?;
-    let name = current(&root)?;
+fn open(root: &OwnedFd) -> io::Result<(OwnedFd, Version)> {
+    let name = current(root)?;
     let (tree, since) = match &name {
         Some(name) => (open_directory(root.as_fd(), name.as_str())?, time_in(name)),
-        None => (root, None),
+        None => (root.try_clone()?, None),
     };
     let since = match since {
         Some(since) => since,
@@ -110,59 +160,91 @@ fn changed(directory: &OwnedFd) -> io::Result<Timestamp> {
     Timestamp::from_nanosecond(nanoseconds).map_err(io::Error::other)
 }
 
-fn read_below(
-    directory: &OwnedFd,
-    prefix: &str,
-    wanted: &impl Fn(&str) -> bool,
-    snapshot: &mut Snapshot,
-    room: &mut u64,
-    depth: usize,
-) -> io::Result<()> {
-    for name in names(directory.as_fd())? {
-        let Ok(name) = name.to_str() else { continue };
-        if name.starts_with("..") || snapshot.files.len() >= MOST_FILES {
-            continue;
-        }
-        let path = format!("{prefix}{name}");
-        // Without waiting for whoever might write to a pipe.
-        let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
-        let Ok(fd) = open_beneath(directory, name, flags, Mode::empty()) else {
-            // A link, or gone meanwhile.
-            continue;
-        };
-        let file = StdFile::from(fd);
-        let metadata = file.metadata()?;
-        if metadata.is_dir() && depth < DEEPEST {
-            read_below(
-                &OwnedFd::from(file),
-                &format!("{path}/"),
-                wanted,
-                snapshot,
-                room,
-                depth + 1,
-            )?;
-        } else if metadata.is_file() && wanted(&path) {
-            let Some(left) = room.checked_sub(metadata.len()) else {
-                snapshot.is_all = false;
-                return Ok(());
+/// Reads what lies below a directory into a snapshot.
+struct Reader<'a, W> {
+    wanted: &'a W,
+    /// How many bytes may still be read.
+    room: u64,
+    snapshot: Snapshot,
+}
+
+impl<W: Fn(&str) -> bool> Reader<'_, W> {
+    fn read_below(
+        &mut self,
+        directory: &OwnedFd,
+        prefix: &str,
+        depth: usize,
+    ) -> Result<(), Unread> {
+        for name in names(directory.as_fd())? {
+            let Ok(name) = name.to_str() else { continue };
+            if name.starts_with("..") {
+                continue;
+            }
+            let path = format!("{prefix}{name}");
+            // Without waiting for whoever might write to a pipe.
+            let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
+            let file = match open_beneath(directory, name, flags, Mode::empty()) {
+                Ok(file) => StdFile::from(file),
+                // A link, a socket, or a device without a driver.
+                Err(Errno::ELOOP | Errno::ENXIO | Errno::ENODEV) => continue,
+                Err(errno) => return Err(about(errno.into(), format!("{path:?}")).into()),
             };
-            *room = left;
-            // One byte more than it should need, so that the buffer is not moved while it grows:
-            // a moved buffer leaves a copy of the secret behind.
-            let length = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
-            let mut content = Vec::with_capacity(length.saturating_add(1));
-            file.take(metadata.len()).read_to_end(&mut content)?;
-            snapshot.files.insert(path, content.into());
+            let metadata = file.metadata()?;
+            if metadata.is_dir() {
+                if depth == DEEPEST {
+                    self.snapshot.is_all = false;
+                    continue;
+                }
+                self.read_below(&OwnedFd::from(file), &format!("{path}/"), depth + 1)?;
+            } else if metadata.is_file() && (self.wanted)(&path) {
+                self.read_file(path, file, &metadata)?;
+            }
+            if !self.snapshot.is_all {
+                return Ok(());
+            }
         }
+        Ok(())
     }
-    Ok(())
+
+    fn read_file(
+        &mut self,
+        path: String,
+        mut file: StdFile,
+        metadata: &Metadata,
+    ) -> Result<(), Unread> {
+        let left = self.room.checked_sub(metadata.len());
+        let Some(left) = left.filter(|_| self.snapshot.files.len() < MOST_FILES) else {
+            self.snapshot.is_all = false;
+            return Ok(());
+        };
+        self.room = left;
+        // One byte more than it should need, so that the buffer is not moved while it grows: a
+        // moved buffer leaves a copy of the secret behind.
+        let length = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
+        let mut content = Zeroizing::new(Vec::with_capacity(length.saturating_add(1)));
+        let read = (&mut file).take(metadata.len()).read_to_end(&mut content)?;
+        let after = file.metadata()?;
+        // A provider that writes its files itself may write into one that is there.
+        let written = |m: &Metadata| (m.len(), m.mtime(), m.mtime_nsec());
+        if read as u64 != metadata.len() || written(metadata) != written(&after) {
+            return Err(Unread::Changed);
+        }
+        let content = std::mem::take(&mut *content);
+        self.snapshot.files.insert(path, content.into());
+        Ok(())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::files::{File, Payload, swap};
-    use std::{fs, os::unix::fs::symlink};
+    use std::{
+        collections::BTreeSet,
+        fs,
+        os::unix::fs::symlink,
+        sync::atomic::{AtomicBool, Ordering},
+    };
 
     fn texts(snapshot: &Snapshot) -> BTreeMap<&str, String> {
         let text = |s: &Secret| String::from_utf8(s.expose().to_vec()).unwrap();
@@ -236,6 +318,78 @@ mod tests {
         assert_eq!(
             texts(&snapshot(&volume, u64::MAX, |_| true).unwrap()),
             expected
+        );
+    }
+
+    #[test]
+    fn a_snapshot_is_of_one_generation_and_lacks_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let payload = |round: usize| {
+            // Names differ from round to round too, as with a class for "*".
+            let names = (0..30).map(|n| format!("d{}/f{n}-{}", n % 3, round % 2));
+            let file = |path| (path, File::new(0, round.to_string().into_bytes()));
+            Payload::new(names.map(file)).unwrap()
+        };
+        let replace = |round| {
+            if let Some(staged) = swap::stage(dir.path(), payload(round)).unwrap()
+                && let Some(former) = staged.commit().unwrap()
+            {
+                swap::remove(dir.path(), &former).unwrap();
+            }
+        };
+        replace(0);
+        let done = AtomicBool::new(false);
+        let seen = std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut seen = Vec::new();
+                while !done.load(Ordering::SeqCst) {
+                    match snapshot(dir.path(), u64::MAX, |_| true) {
+                        Ok(snapshot) => seen.push((
+                            snapshot.files.len(),
+                            texts(&snapshot).into_values().collect::<BTreeSet<_>>(),
+                        )),
+                        // Nobody can read what is replaced all the time.
+                        Err(error) => assert_eq!(error.kind(), io::ErrorKind::NotFound),
+                    }
+                }
+                seen
+            });
+            (1..150).for_each(replace);
+            done.store(true, Ordering::SeqCst);
+            reader.join().unwrap()
+        });
+        for (files, contents) in seen {
+            assert_eq!((files, contents.len()), (30, 1), "{contents:?}");
+        }
+        assert_eq!(
+            snapshot(dir.path(), u64::MAX, |_| true)
+                .unwrap()
+                .files
+                .len(),
+            30
+        );
+    }
+
+    #[test]
+    fn more_than_is_read_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut deep = dir.path().to_owned();
+        for _ in 0..=DEEPEST {
+            deep.push("d");
+        }
+        fs::create_dir_all(&deep).unwrap();
+        fs::write(dir.path().join("a"), "1").unwrap();
+        assert!(!snapshot(dir.path(), u64::MAX, |_| true).unwrap().is_all);
+        fs::remove_dir_all(dir.path().join("d")).unwrap();
+        assert!(snapshot(dir.path(), u64::MAX, |_| true).unwrap().is_all);
+        for number in 0..MOST_FILES {
+            fs::write(dir.path().join(number.to_string()), "").unwrap();
+        }
+        assert!(!snapshot(dir.path(), u64::MAX, |_| true).unwrap().is_all);
+        assert!(
+            snapshot(dir.path(), u64::MAX, |path| path == "a")
+                .unwrap()
+                .is_all
         );
     }
 }

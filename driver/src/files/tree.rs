@@ -4,7 +4,7 @@ use std::{
     ffi::CString,
     fmt::Display,
     io,
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -12,10 +12,17 @@ use nix::{
     NixPath,
     dir::Dir,
     errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2},
-    sys::stat::Mode,
+    fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2, renameat},
+    sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, fstat},
     unistd::{UnlinkatFlags, unlinkat},
 };
+
+/// How many names of a directory that is emptied are held in memory.
+const BATCH: usize = 1024;
+/// How often somebody else may put something into a directory that is being removed.
+const MOST_TRIES: usize = 100;
+/// How many directories a tree that is removed may have: more than memory has room for.
+const MOST_MOVES: u64 = 1 << 32;
 
 pub(super) fn open_root(volume: &Path) -> io::Result<OwnedFd> {
     nix::fcntl::open(volume, directory_flags(), Mode::empty()).at(volume.display())
@@ -48,6 +55,10 @@ pub(super) fn open_beneath(
 
 /// Returns the entries of a directory, without "." and "..".
 pub(super) fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
+    first_names(directory, usize::MAX)
+}
+
+fn first_names(directory: BorrowedFd<'_>, most: usize) -> io::Result<Vec<CString>> {
     let mut dir = Dir::openat(directory, ".", directory_flags(), Mode::empty())?;
     let mut names = Vec::new();
     for entry in dir.iter() {
@@ -55,22 +66,165 @@ pub(super) fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
         if ![c".", c".."].contains(&entry.file_name()) {
             names.push(entry.file_name().to_owned());
         }
+        if names.len() == most {
+            break;
+        }
     }
     Ok(names)
 }
 
-/// Removes a file, a link (not what it leads to) or a tree. Nothing there is success.
+/// Removes a file, a link (not what it leads to) or a tree. Nothing there is success, also when
+/// somebody else removes the same.
+///
+/// A tree may have any depth and any number of entries: there are never more than three
+/// descriptors and [`BATCH`] names in use. What is mounted below is not entered.
+///
+/// # Errors
+/// What the system says; EBUSY where something is mounted.
 pub(super) fn remove_at<N: NixPath + ?Sized>(parent: BorrowedFd<'_>, name: &N) -> io::Result<()> {
-    match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
-        Ok(()) | Err(Errno::ENOENT) => return Ok(()),
+    for _ in 0..MOST_TRIES {
+        if remove_entry(parent, name)? == Entry::Gone {
+            return Ok(());
+        }
+        if let Some(directory) = open_to_remove(parent, name)? {
+            empty(directory.as_fd())?;
+        }
+    }
+    Err(io::Error::other("others write into it while it is removed"))
+}
+
+/// Removes everything in a directory, as [`remove_at`] does.
+///
+/// Directories are not gone into: what a directory holds is moved up until it is empty.
+pub(super) fn empty(directory: BorrowedFd<'_>) -> io::Result<()> {
+    let mut moved = 0;
+    loop {
+        let batch = present(first_names(directory, BATCH))?.unwrap_or_default();
+        if batch.is_empty() {
+            return Ok(());
+        }
+        for name in batch {
+            if remove_entry(directory, name.as_c_str())? == Entry::Full
+                && let Some(below) = open_to_remove(directory, name.as_c_str())?
+            {
+                move_up(below.as_fd(), directory, &mut moved)?;
+                // Not empty again: the next batch has it.
+                remove_entry(directory, name.as_c_str())?;
+            }
+        }
+    }
+}
+
+/// Removes the files of a directory and moves its directories into the one above.
+fn move_up(from: BorrowedFd<'_>, to: BorrowedFd<'_>, moved: &mut u64) -> io::Result<()> {
+    loop {
+        let batch = present(first_names(from, BATCH))?.unwrap_or_default();
+        if batch.is_empty() {
+            return Ok(());
+        }
+        for name in batch {
+            if remove_entry(from, name.as_c_str())? == Entry::Gone {
+                continue;
+            }
+            loop {
+                *moved += 1;
+                let free = format!("..removed_{moved}");
+                match renameat(from, name.as_c_str(), to, free.as_str()) {
+                    Ok(()) => break,
+                    // Who removed the one above has moved all of this up before.
+                    Err(Errno::ENOENT) if fstat(to)?.st_nlink == 0 => return Ok(()),
+                    Err(Errno::ENOENT) => break,
+                    Err(Errno::EEXIST | Errno::ENOTEMPTY | Errno::ENOTDIR) => {}
+                    // Its owner, if that is not root, needs to be able to write into it.
+                    Err(Errno::EACCES) => drop(open_to_remove(from, name.as_c_str())?),
+                    Err(errno) => return Err(errno).at(name.to_string_lossy()),
+                }
+                if *moved > MOST_MOVES {
+                    return Err(io::Error::other(
+                        "it has too many directories to be removed",
+                    ));
+                }
+            }
+        }
+    }
+}
+
+/// What became of an entry that was to be removed.
+#[derive(PartialEq, Eq)]
+enum Entry {
+    /// It is not there any more.
+    Gone,
+    /// It is a directory with something in it.
+    Full,
+}
+
+fn remove_entry<N: NixPath + ?Sized>(parent: BorrowedFd<'_>, name: &N) -> io::Result<Entry> {
+    let unlinked = unlinkat(parent, name, UnlinkatFlags::NoRemoveDir);
+    match unlinked {
+        Ok(()) | Err(Errno::ENOENT) => return Ok(Entry::Gone),
         Err(Errno::EISDIR | Errno::EPERM) => {}
         Err(errno) => return Err(errno.into()),
     }
-    let directory = open_directory(parent, name)?;
-    for below in names(directory.as_fd())? {
-        remove_at(directory.as_fd(), below.as_c_str())?;
+    match unlinkat(parent, name, UnlinkatFlags::RemoveDir) {
+        Ok(()) | Err(Errno::ENOENT) => Ok(Entry::Gone),
+        Err(Errno::ENOTEMPTY | Errno::EEXIST) => Ok(Entry::Full),
+        // A file that may not be removed.
+        Err(Errno::ENOTDIR) => unlinked.map(|()| Entry::Gone).map_err(Into::into),
+        Err(errno) => Err(errno.into()),
     }
-    Ok(unlinkat(parent, name, UnlinkatFlags::RemoveDir)?)
+}
+
+/// Opens a directory whose entries are to be removed, whatever its mode is. None: it has gone, or
+/// is no directory any more.
+fn open_to_remove<N: NixPath + ?Sized>(
+    parent: BorrowedFd<'_>,
+    name: &N,
+) -> io::Result<Option<OwnedFd>> {
+    let here = ResolveFlag::RESOLVE_BENEATH
+        | ResolveFlag::RESOLVE_NO_SYMLINKS
+        | ResolveFlag::RESOLVE_NO_XDEV;
+    let open = |flags| {
+        let how = OpenHow::new().flags(flags).resolve(here);
+        present(openat2(parent, name, how).map_err(Into::into))
+    };
+    let opened = match open(directory_flags()) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let Some(closed) = open(directory_flags() | OFlag::O_PATH)? else {
+                return Ok(None);
+            };
+            let path = format!("/proc/self/fd/{}", closed.as_raw_fd());
+            fchmodat(
+                AT_FDCWD,
+                path.as_str(),
+                Mode::S_IRWXU,
+                FchmodatFlags::FollowSymlink,
+            )?;
+            open(directory_flags())?
+        }
+        opened => opened?,
+    };
+    if let Some(directory) = &opened
+        && fstat(directory)?.st_mode & 0o700 != 0o700
+    {
+        fchmod(directory, Mode::S_IRWXU)?;
+    }
+    Ok(opened)
+}
+
+/// None for what has gone meanwhile.
+fn present<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(found) => Ok(Some(found)),
+        Err(error)
+            if matches!(
+                error.raw_os_error().map(Errno::from_raw),
+                Some(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP)
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 pub(super) fn about(error: io::Error, what: impl Display) -> io::Error {
@@ -85,5 +239,114 @@ pub(super) trait At<T> {
 impl<T> At<T> for nix::Result<T> {
     fn at(self, what: impl Display) -> io::Result<T> {
         self.map_err(|errno| about(errno.into(), what))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        stat::mkdirat,
+    };
+    use std::{
+        fs,
+        os::unix::fs::{PermissionsExt as _, symlink},
+        sync::Barrier,
+    };
+
+    use crate::mount::alone::{Own, alone};
+
+    /// Makes a directory in which each directory holds one other, and a file, `depth` times.
+    fn deep(parent: &Path, depth: usize) {
+        let mut here = open_root(parent).unwrap();
+        for level in 0..depth {
+            let name = if level % 3 == 0 { "d" } else { "..removed_1" };
+            let flags = OFlag::O_CREAT | OFlag::O_WRONLY;
+            drop(open_beneath(&here, "file", flags, Mode::S_IRWXU).unwrap());
+            mkdirat(&here, name, Mode::S_IRWXU).unwrap();
+            here = open_directory(here.as_fd(), name).unwrap();
+        }
+    }
+
+    fn is_empty(directory: &Path) -> bool {
+        fs::read_dir(directory).unwrap().next().is_none()
+    }
+
+    /// In a process of its own, because the limit of descriptors is the process's.
+    #[test]
+    fn any_depth_and_any_number_are_removed_with_few_descriptors() {
+        const NAME: &str =
+            "files::tree::tests::any_depth_and_any_number_are_removed_with_few_descriptors";
+        if !alone(NAME, Own::Process) {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 32, hard).unwrap();
+        deep(dir.path(), 2500);
+        let wide = dir.path().join("wide");
+        fs::create_dir(&wide).unwrap();
+        for number in 0..5000 {
+            fs::write(wide.join(number.to_string()), "").unwrap();
+            fs::create_dir_all(dir.path().join(format!("bush/{}/{number}", number % 7))).unwrap();
+        }
+        remove_at(open_root(dir.path()).unwrap().as_fd(), "bush").unwrap();
+        assert!(!dir.path().join("bush").exists());
+        empty(open_root(dir.path()).unwrap().as_fd()).unwrap();
+        assert!(is_empty(dir.path()));
+    }
+
+    #[test]
+    fn directories_that_nobody_may_use_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        for (number, mode) in [0o000, 0o100, 0o400, 0o500, 0o600].into_iter().enumerate() {
+            let closed = dir.path().join(number.to_string());
+            fs::create_dir_all(closed.join("inner/most")).unwrap();
+            fs::write(closed.join("inner/file"), "").unwrap();
+            for path in [closed.join("inner"), closed] {
+                fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+            }
+        }
+        empty(open_root(dir.path()).unwrap().as_fd()).unwrap();
+        assert!(is_empty(dir.path()));
+    }
+
+    #[test]
+    fn many_may_remove_the_same_at_once() {
+        for round in 0..20 {
+            let dir = tempfile::tempdir().unwrap();
+            let outside = tempfile::tempdir().unwrap();
+            fs::write(outside.path().join("kept"), "x").unwrap();
+            let tree = dir.path().join("tree");
+            fs::create_dir(&tree).unwrap();
+            deep(&tree, 40);
+            for number in 0..200 {
+                fs::create_dir_all(tree.join(format!("a/{number}/b"))).unwrap();
+                fs::write(tree.join(format!("a/{number}/file")), "").unwrap();
+            }
+            symlink(outside.path(), tree.join("a/7/out")).unwrap();
+            let barrier = Barrier::new(4);
+            std::thread::scope(|scope| {
+                let runs = [0, 1, 2, 3].map(|number| {
+                    let (barrier, dir) = (&barrier, dir.path());
+                    scope.spawn(move || {
+                        let root = open_root(dir).unwrap();
+                        barrier.wait();
+                        match number {
+                            0 => empty(root.as_fd()),
+                            _ => remove_at(root.as_fd(), "tree"),
+                        }
+                    })
+                });
+                for run in runs {
+                    run.join()
+                        .unwrap()
+                        .unwrap_or_else(|error| panic!("round {round}: {error}"));
+                }
+            });
+            assert!(is_empty(dir.path()));
+            assert!(outside.path().join("kept").exists());
+        }
     }
 }

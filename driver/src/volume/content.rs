@@ -2,8 +2,9 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use tokio::time::sleep;
@@ -17,7 +18,7 @@ use super::{
 use crate::{
     error::{Error, Reason, Result},
     files::{File, Payload, read, swap},
-    mount::{self, State},
+    mount::{self, Detached, Tmpfs},
 };
 
 /// How many mounts may lie on top of each other at one target; earlier drivers could stack them.
@@ -77,6 +78,7 @@ impl Stage {
 /// content that the volume has.
 pub(super) async fn stage_files(
     request: &PublishRequest,
+    tmpfs: &Arc<Tmpfs>,
     files: Vec<(String, File)>,
     so_far: Option<Content>,
 ) -> Result<Stage> {
@@ -85,9 +87,12 @@ pub(super) async fn stage_files(
         .map_err(|invalid| failed(Error::precondition(invalid.to_string())))?
         .accessible(request.access);
     let volume = request.target.as_path().to_owned();
+    let tmpfs = Arc::clone(tmpfs);
     let staged = blocking(move || {
         if !payload.is_empty() {
-            let staged = swap::stage(&volume, payload)?;
+            tmpfs.refit(&volume)?;
+            let staged =
+                swap::stage(&volume, payload).map_err(|error| raise(error, &tmpfs, &volume))?;
             return Ok(Some(staged.map_or(Stage::Unchanged, Stage::Files)));
         }
         // What the driver wrote is no answer of this provider's.
@@ -119,9 +124,13 @@ pub(super) async fn directory(request: &PublishRequest, content: Content) -> Res
 }
 
 /// Makes what is staged the volume's content.
-pub(super) async fn commit_content(request: &PublishRequest, staged: Stage) -> Result<()> {
+pub(super) async fn commit_content(
+    request: &PublishRequest,
+    tmpfs: &Arc<Tmpfs>,
+    staged: Stage,
+) -> Result<()> {
     match staged {
-        Stage::Files(staged) => commit_files(request, staged).await,
+        Stage::Files(staged) => commit_files(request, tmpfs, staged).await,
         Stage::Unchanged | Stage::OfProvider => Ok(()),
         Stage::TakenOver => {
             let volume = request.target.as_path().to_owned();
@@ -133,10 +142,19 @@ pub(super) async fn commit_content(request: &PublishRequest, staged: Stage) -> R
 }
 
 /// Makes staged files the volume's content. What was there before goes a little later.
-async fn commit_files(request: &PublishRequest, staged: swap::Staged) -> Result<()> {
-    let former = blocking(move || staged.commit())
-        .await
-        .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))?;
+async fn commit_files(
+    request: &PublishRequest,
+    tmpfs: &Arc<Tmpfs>,
+    staged: swap::Staged,
+) -> Result<()> {
+    let (tmpfs, volume) = (Arc::clone(tmpfs), request.target.as_path().to_owned());
+    let former = blocking(move || {
+        staged
+            .commit()
+            .map_err(|error| raise(error, &tmpfs, &volume))
+    })
+    .await
+    .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))?;
     if let Some(former) = former {
         let volume = request.target.as_path().to_owned();
         tokio::spawn(async move {
@@ -158,15 +176,50 @@ pub(super) fn failed_to_write(request: &PublishRequest, error: Error) -> Error {
         .with_reason(Reason::FileWriteError)
 }
 
+/// Adds to an error for want of room what gives the volume more of it, if anything does.
+fn raise(error: io::Error, tmpfs: &Tmpfs, volume: &Path) -> io::Error {
+    if error.kind() != io::ErrorKind::StorageFull {
+        return error;
+    }
+    let help = match tmpfs.fits(volume) {
+        Ok(true) => {
+            "the volume is bounded by what --max-call-recv-msg-size lets a provider send; raise it"
+        }
+        _ => "the volume could not be given the bounds of today's flags; replace the pod",
+    };
+    io::Error::new(error.kind(), format!("{error}: {help}"))
+}
+
 pub(super) fn no_room_or_internal(error: &io::Error) -> Error {
-    match error.kind() {
-        io::ErrorKind::StorageFull => Error::new(
-            Code::ResourceExhausted,
-            format!(
-                "{error}: the volume is bounded by what --max-call-recv-msg-size lets a provider send; raise it"
-            ),
-        ),
-        _ => Error::internal(error.to_string()),
+    let code = match error.kind() {
+        io::ErrorKind::StorageFull => Code::ResourceExhausted,
+        _ => Code::Internal,
+    };
+    Error::new(code, error.to_string())
+}
+
+/// Refuses a target whose mount would stay the driver's own: its pods would see an empty directory.
+pub(super) async fn reaches_pods(request: &PublishRequest, tmpfs: &Arc<Tmpfs>) -> Result<()> {
+    let (parent, tmpfs) = (request.target.parent(), Arc::clone(tmpfs));
+    let unseen = blocking(move || match tmpfs.unseen(&parent) {
+        // Whoever mounts says what is missing.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        unseen => unseen,
+    })
+    .await
+    .map_err(|error| {
+        Error::internal(format!(
+            "failed to read how mounts at {} spread: {error}",
+            request.target
+        ))
+    })?;
+    match unseen {
+        None => Ok(()),
+        Some(point) => Err(Error::precondition(format!(
+            "failed to mount for pod {}: what the driver mounts below {point} is not seen outside its container, and the pod would get an empty directory. Set mountPropagation: Bidirectional for the volume mount {point} of the driver's container; the mount that holds it on the node must be shared (findmnt -o TARGET,PROPAGATION -T {point}; mount --make-rshared)",
+            request.pod,
+            point = point.display()
+        ))),
     }
 }
 
@@ -201,23 +254,177 @@ impl Drop for Undo {
     }
 }
 
-/// Removes content, mounts and directory at a target path, never through a link.
+/// Removes mounts, content and directory at a target path, never through a link and never beyond
+/// the driver's own mount.
+///
+/// Whatever is mounted there is taken off first: what is not the driver's keeps its files, also
+/// a file system that does not answer. What was the driver's own is emptied after that, for those
+/// who still hold it.
 pub(super) fn take_down(target: &Path) -> io::Result<()> {
     for _ in 0..MAX_STACKED {
-        match mount::state(target)? {
-            State::Absent => return Ok(()),
-            State::NotADirectory => return fs::remove_file(target),
-            State::Directory => {
-                swap::clear(target)?;
-                return fs::remove_dir(target);
+        match mount::detach(target)? {
+            Detached::Own(volume) => {
+                // It is nowhere any more, and its memory goes with the last who holds it.
+                if let Err(error) = swap::clear(&volume) {
+                    tracing::warn!(target_path = %target.display(), %error, "a volume was unmounted, and could not be emptied for those who still use it");
+                }
             }
-            State::Mounted => {
-                swap::clear(target)?;
-                mount::unmount(target)?;
+            Detached::Foreign => {
+                tracing::info!(target_path = %target.display(), "took off a mount that this driver did not make, and left its files alone");
+            }
+            Detached::Nothing => {
+                mount::detach_below(target)?;
+                return swap::remove_target(target);
             }
         }
     }
     Err(io::Error::other(
-        "more mounts lie on top of each other than can be taken off",
+        "more mounts lie on top of each other than can be taken off at once",
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::mount::alone::{Own, alone};
+
+    const VOLUME: &str = "pods/u-1/volumes/kubernetes.io~csi/v/mount";
+
+    /// What somebody may have put at a target, or below it.
+    const LAYERS: [&str; 8] = [
+        "own",
+        "own with content",
+        "tmpfs",
+        "bind",
+        "bind of a tmpfs",
+        "bind of a volume",
+        "another kind",
+        "below",
+    ];
+
+    fn mounted(program: &str, args: &[&std::ffi::OsStr]) {
+        let output = std::process::Command::new(program)
+            .args(args)
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    fn put(layer: &str, root: &Path, target: &Path) {
+        let mount = |args: &[&std::ffi::OsStr]| mounted("mount", args);
+        let (t, s) = (target.as_os_str(), |text: &'static str| {
+            std::ffi::OsStr::new(text)
+        });
+        let kept = root.join("kept");
+        match layer {
+            "own" => Tmpfs::bounded_by(1).mount(target).unwrap(),
+            "own with content" => {
+                Tmpfs::bounded_by(1).mount(target).unwrap();
+                fs::create_dir(target.join("..2026")).unwrap();
+                fs::write(target.join("..2026/file"), "x").unwrap();
+            }
+            "tmpfs" => mount(&[s("-t"), s("tmpfs"), s("tmpfs"), t]),
+            "bind" => mount(&[s("--bind"), kept.join("host").as_os_str(), t]),
+            "bind of a tmpfs" => mount(&[s("--bind"), kept.join("tmpfs").as_os_str(), t]),
+            "bind of a volume" => mount(&[s("--bind"), kept.join(VOLUME).as_os_str(), t]),
+            "another kind" => mount(&[s("-t"), s("ramfs"), s("x"), t]),
+            "below" => {
+                let below = target.join("below");
+                fs::create_dir_all(&below).unwrap();
+                mount(&[
+                    s("--bind"),
+                    kept.join("host").as_os_str(),
+                    below.as_os_str(),
+                ]);
+            }
+            other => unreachable!("{other}"),
+        }
+    }
+
+    /// Every row of up to three layers.
+    #[test]
+    fn what_is_mounted_at_a_target_is_taken_off_and_keeps_its_files() {
+        const NAME: &str =
+            "volume::content::tests::what_is_mounted_at_a_target_is_taken_off_and_keeps_its_files";
+        if !alone(NAME, Own::Mounts) {
+            return;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let kept = root.path().join("kept");
+        let other_volume = kept.join(VOLUME);
+        for directory in [
+            kept.join("host/deep"),
+            kept.join("tmpfs"),
+            other_volume.clone(),
+        ] {
+            fs::create_dir_all(directory).unwrap();
+        }
+        mounted(
+            "mount",
+            &[
+                "-t".as_ref(),
+                "tmpfs".as_ref(),
+                "tmpfs".as_ref(),
+                kept.join("tmpfs").as_os_str(),
+            ],
+        );
+        Tmpfs::bounded_by(1).mount(&other_volume).unwrap();
+        let files = ["host/file", "host/deep/file", "tmpfs/file"].map(|file| kept.join(file));
+        let files = files
+            .into_iter()
+            .chain([other_volume.join("file")])
+            .collect::<Vec<_>>();
+        for file in &files {
+            fs::write(file, "kept").unwrap();
+        }
+        let target = root.path().join(VOLUME);
+        let mut rows: Vec<Vec<&str>> = vec![vec![]];
+        for first in LAYERS {
+            rows.push(vec![first]);
+            rows.extend(LAYERS.map(|second| vec![first, second]));
+        }
+        rows.push(LAYERS.to_vec());
+        rows.push(LAYERS.into_iter().rev().collect());
+        for row in rows {
+            fs::create_dir_all(&target).unwrap();
+            fs::write(target.join("left over"), "x").unwrap();
+            for layer in &row {
+                put(layer, root.path(), &target);
+            }
+            take_down(&target).unwrap_or_else(|error| panic!("{row:?}: {error}"));
+            assert!(!target.exists(), "{row:?}");
+            for file in &files {
+                assert_eq!(fs::read(file).unwrap(), b"kept", "{row:?} {file:?}");
+            }
+            take_down(&target).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_volume_that_is_still_held_is_emptied() {
+        if !alone(
+            "volume::content::tests::a_volume_that_is_still_held_is_emptied",
+            Own::Mounts,
+        ) {
+            return;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join(VOLUME);
+        fs::create_dir_all(&target).unwrap();
+        put("own with content", root.path(), &target);
+        let elsewhere = root.path().join("elsewhere");
+        fs::create_dir(&elsewhere).unwrap();
+        mounted(
+            "mount",
+            &["--bind".as_ref(), target.as_os_str(), elsewhere.as_os_str()],
+        );
+        take_down(&target).unwrap();
+        assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
+    }
 }

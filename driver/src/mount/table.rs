@@ -1,0 +1,203 @@
+//! Reads the kernel's table of mounts, `/proc/self/mountinfo`.
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::{self, BufRead as _, BufReader},
+    os::{
+        fd::{AsRawFd as _, BorrowedFd},
+        unix::ffi::OsStringExt as _,
+    },
+    path::{Path, PathBuf},
+};
+
+use sha2::{Digest as _, Sha256};
+
+/// One mount, as this process sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) id: u64,
+    /// Major and minor number: the same for all mounts of one file system.
+    device: String,
+    /// Which directory of its file system is mounted. `/` unless it is a bind mount of another.
+    root: String,
+    /// Where it is mounted.
+    pub(super) point: PathBuf,
+    /// Whether what is mounted below it is seen through other mounts of its group as well.
+    pub(super) shared: bool,
+    /// The file system's kind and name.
+    pub(super) kind: String,
+    pub(super) source: String,
+}
+
+impl Entry {
+    /// Whether this is what [`Tmpfs::mount`](super::Tmpfs::mount) made at a target, and not a bind
+    /// mount of it or of anything else.
+    pub(super) fn is_own(&self, target: &Path) -> bool {
+        self.kind == "tmpfs" && self.root == "/" && self.source == source_of(target)
+    }
+
+    /// Whether this may be the tmpfs of a driver that did not name its mounts. It is not if the same
+    /// tmpfs is mounted elsewhere than in the pod's directory: then it is somebody else's.
+    pub(super) fn is_of_an_earlier_driver(&self, target: &Path, all: &[Self]) -> bool {
+        let pod = target.ancestors().nth(4).and_then(Path::file_name);
+        let in_pod = |entry: &Self| pod.is_some_and(|pod| entry.point.iter().any(|n| n == pod));
+        self.kind == "tmpfs"
+            && self.root == "/"
+            && self.source == "tmpfs"
+            && !all.iter().any(|e| e.device == self.device && !in_pod(e))
+    }
+}
+
+/// Returns the name of the file system at a target, by which its driver knows it again.
+pub(super) fn source_of(target: &Path) -> String {
+    let digest = Sha256::digest(target.as_os_str().as_encoded_bytes());
+    let short: String = digest.iter().take(8).map(|b| format!("{b:02x}")).collect();
+    format!("secrets-store-csi:{short}")
+}
+
+/// Returns all mounts, each after those that it lies upon.
+pub(super) fn all() -> io::Result<Vec<Entry>> {
+    let table = BufReader::new(fs::File::open("/proc/self/mountinfo")?);
+    let mut entries = Vec::new();
+    for line in table.split(b'\n') {
+        let line = line?;
+        match parse(&line) {
+            Some(entry) => entries.push(entry),
+            None => {
+                let line = String::from_utf8_lossy(&line).into_owned();
+                return Err(io::Error::other(format!(
+                    "/proc/self/mountinfo has a line of another form: {line:.300}"
+                )));
+            }
+        }
+    }
+    Ok(entries)
+}
+
+/// Returns the ID of the mount that an open file is on.
+pub(super) fn id_of(file: BorrowedFd<'_>) -> io::Result<u64> {
+    let path = format!("/proc/self/fdinfo/{}", file.as_raw_fd());
+    let info = fs::read_to_string(&path)?;
+    info.lines()
+        .find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok())
+        .ok_or_else(|| io::Error::other(format!("{path} names no mount")))
+}
+
+/// `36 35 98:0 /root /point rw,noatime shared:1 master:2 - ext4 /dev/sda1 rw`, proc(5).
+fn parse(line: &[u8]) -> Option<Entry> {
+    let mut fields = line.split(|b| *b == b' ');
+    let mut text = || Some(String::from_utf8_lossy(fields.next()?).into_owned());
+    let id = text()?.parse().ok()?;
+    let _parent = text()?;
+    let (device, root) = (text()?, text()?);
+    let point = PathBuf::from(OsString::from_vec(unescaped(fields.next()?)));
+    let _options = fields.next()?;
+    let mut shared = false;
+    loop {
+        match fields.next()? {
+            b"-" => break,
+            field => shared |= field.starts_with(b"shared:"),
+        }
+    }
+    let mut text = || Some(String::from_utf8_lossy(&unescaped(fields.next()?)).into_owned());
+    Some(Entry {
+        id,
+        device,
+        root,
+        point,
+        shared,
+        kind: text()?,
+        source: text().unwrap_or_default(),
+    })
+}
+
+/// The kernel writes space, tab, newline and backslash as three octal digits.
+fn unescaped(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let [first, behind @ ..] = rest {
+        let code = behind
+            .get(..3)
+            .filter(|_| *first == b'\\')
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match code {
+            Some(byte) => {
+                out.push(byte);
+                rest = &behind[3..];
+            }
+            None => {
+                out.push(*first);
+                rest = behind;
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn this_process_has_a_table() {
+        let all = all().unwrap();
+        let root = fs::File::open("/proc/self/mountinfo").unwrap();
+        let id = id_of(std::os::fd::AsFd::as_fd(&root)).unwrap();
+        let proc = all.iter().find(|entry| entry.id == id).unwrap();
+        assert_eq!(proc.kind, "proc");
+    }
+
+    #[test]
+    fn only_the_tmpfs_of_a_target_is_its_own() {
+        let target = Path::new("/k/pods/u-1/volumes/kubernetes.io~csi/v/mount");
+        let line = |point: &str, root: &str, kind: &str, source: &str| {
+            let line = format!("1 2 0:7 {root} {point} rw - {kind} {source} rw");
+            parse(line.as_bytes()).unwrap()
+        };
+        let (at, own) = (target.to_str().unwrap(), source_of(target));
+        assert!(line(at, "/", "tmpfs", &own).is_own(target));
+        assert!(!line(at, "/", "tmpfs", "tmpfs").is_own(target));
+        assert!(!line(at, "/..data", "tmpfs", &own).is_own(target));
+        assert!(!line(at, "/", "ext4", &own).is_own(target));
+        let other = Path::new("/k/pods/u-2/volumes/kubernetes.io~csi/v/mount");
+        assert!(!line(at, "/", "tmpfs", &own).is_own(other));
+
+        let earlier = line(at, "/", "tmpfs", "tmpfs");
+        let subpath = line("/k/pods/u-1/volume-subpaths/v/c/0", "/a", "tmpfs", "tmpfs");
+        let run = line("/run", "/", "tmpfs", "tmpfs");
+        assert!(earlier.is_of_an_earlier_driver(target, &[earlier.clone(), subpath]));
+        assert!(!earlier.is_of_an_earlier_driver(target, &[earlier.clone(), run]));
+    }
+
+    proptest! {
+        #[test]
+        fn any_mount_point_is_read(
+            point in prop::collection::vec(1_u8.., 1..40),
+            tags in prop::collection::vec(prop::sample::select(&["shared:7", "master:3", "propagate_from:2", "unbindable"][..]), 0..4)
+        ) {
+            let escaped: Vec<u8> = point
+                .iter()
+                .flat_map(|byte| match byte {
+                    b' ' | b'\t' | b'\n' | b'\\' => format!("\\{byte:03o}").into_bytes(),
+                    byte => vec![*byte],
+                })
+                .collect();
+            let tags = tags.iter().map(|tag| format!("{tag} ")).collect::<String>();
+            let line = [
+                b"36 35 98:0 / ".as_slice(),
+                escaped.as_slice(),
+                b" rw,noatime ",
+                tags.as_bytes(),
+                b"- tmpfs some\\040name rw",
+            ]
+            .concat();
+            let entry = parse(&line).unwrap();
+            prop_assert_eq!(entry.point, PathBuf::from(OsString::from_vec(point)));
+            prop_assert_eq!(entry.shared, tags.contains("shared:7"));
+            prop_assert_eq!((entry.id, entry.kind.as_str(), entry.source.as_str()), (36, "tmpfs", "some name"));
+        }
+    }
+}
