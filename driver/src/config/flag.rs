@@ -2,7 +2,9 @@
 
 use std::{fmt::Write as _, time::Duration};
 
-use super::value::{absolute, address, check, count, driver_name, one_of, prometheus, put, size};
+use super::value::{
+    absolute, address, check, count, driver_name, one_of, prometheus, put, size, verbosity,
+};
 use super::{Config, Exit, wrong};
 
 /// One flag of the command line.
@@ -20,6 +22,11 @@ pub(super) struct Flag {
 impl Flag {
     pub(super) fn is_switch(&self) -> bool {
         self.value.is_empty()
+    }
+
+    /// Whether Go accepts less than nothing where it makes no sense.
+    pub(super) fn is_signed(&self) -> bool {
+        matches!(self.value, "DURATION" | "LEVEL")
     }
 }
 
@@ -87,10 +94,10 @@ pub(super) const FLAGS: &[Flag] = &[
         "Largest answer of a provider that is accepted.",
         |c, v| { c.max_call_recv_msg_size = size(v)?; Ok(()) }),
     flag!("provider-max-calls" "NUMBER" = "16",
-        "Calls in flight to one provider, at most; others wait, first mounts before refreshes.",
+        "Calls in flight to one provider, at most, shared between namespaces and classes; others wait, first mounts before refreshes.",
         |c, v| { c.provider_max_calls = count(v)?; Ok(()) }),
     flag!("provider-max-bytes" "BYTES" = "67108864",
-        "Memory for the answers of one provider: a call reserves --max-call-recv-msg-size of it. One call always goes.",
+        "Memory for the answers of one provider, from the arrival of each until its files are written; others wait. One answer always goes.",
         |c, v| { c.provider_max_bytes = size(v)?; Ok(()) }),
     flag!("provider-health-check" "" = "false",
         "Ask the providers for their version from time to time and log failures.",
@@ -131,7 +138,7 @@ pub(super) const FLAGS: &[Flag] = &[
 
     flag!("v" "LEVEL" = "0",
         "How much to log: 0 what happened, 5 also every call, 6 also every step.",
-        |c, v| put(&mut c.verbosity, v)),
+        |c, v| { c.verbosity = verbosity(v)?; Ok(()) }),
     flag!("log-format-json" "" = "false",
         "Log lines are JSON objects.",
         |c, v| put(&mut c.log_format_json, v)),
@@ -148,7 +155,7 @@ pub(super) const FLAGS: &[Flag] = &[
     pending!("skip_log_headers" "" = "false", "Log files start without a header.", |_, v| check::<bool>(v)),
     pending!("one_output" "" = "false", "Write a line to one log file only.", |_, v| check::<bool>(v)),
     pending!("enable-pprof" "" = "false", "Serve profiles in Go's form.", |_, v| check::<bool>(v)),
-    pending!("pprof-port" "PORT" = "6065", "Where to serve profiles.", |_, v| check::<u16>(v)),
+    pending!("pprof-port" "PORT" = "6065", "Where to serve profiles.", |_, v| check::<i64>(v)),
 
     flag!("version" "" = "false", "Print the version as one line of JSON.", |c, v| put(&mut c.print_version, v)),
 ];

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::Endpoint;
+use super::{Endpoint, go};
 
 /// The place of a word among those that are allowed.
 pub(super) fn one_of<const N: usize>(text: &str, words: [&str; N]) -> Result<usize, String> {
@@ -64,107 +64,39 @@ impl Value for Vec<PathBuf> {
     }
 }
 
-/// The spellings of Go's `strconv.ParseBool`.
 impl Value for bool {
     fn read(text: &str) -> Result<Self, String> {
-        match text {
-            "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
-            "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-            _ => Err("write true or false".to_owned()),
-        }
+        go::switch(text).ok_or_else(|| "write true or false".to_owned())
     }
 }
 
-/// A count as Go reads it: decimal, or with the prefix 0x, 0o, 0b or 0.
+impl Value for i64 {
+    fn read(text: &str) -> Result<Self, String> {
+        go::integer(text).ok_or_else(|| "write a number".to_owned())
+    }
+}
+
 impl Value for u64 {
     fn read(text: &str) -> Result<Self, String> {
-        let (radix, digits) = match text.as_bytes() {
-            [b'0', b'x' | b'X', ..] => (16, text.get(2..)),
-            [b'0', b'o' | b'O', ..] => (8, text.get(2..)),
-            [b'0', b'b' | b'B', ..] => (2, text.get(2..)),
-            [b'0', _, ..] => (8, text.get(1..)),
-            _ => (10, Some(text)),
-        };
-        digits
-            .and_then(|digits| u64::from_str_radix(digits, radix).ok())
-            .ok_or_else(|| "write a number, zero or more".to_owned())
+        go::unsigned(text).ok_or_else(|| "write a number, zero or more".to_owned())
     }
 }
 
-impl Value for u32 {
-    fn read(text: &str) -> Result<Self, String> {
-        u32::try_from(u64::read(text)?).map_err(|_| "the number is too large".to_owned())
-    }
-}
-
-impl Value for u16 {
-    fn read(text: &str) -> Result<Self, String> {
-        u16::try_from(u64::read(text)?).map_err(|_| "the number is above 65535".to_owned())
-    }
-}
-
-/// A duration as Go reads it: numbers with units, such as `1h30m` or `1.5s`.
+/// Less than nothing counts as nothing.
 impl Value for Duration {
     fn read(text: &str) -> Result<Self, String> {
-        if text.starts_with('-') {
-            return Err("the duration is negative".to_owned());
-        }
-        let unsigned = text.strip_prefix('+').unwrap_or(text);
-        if unsigned == "0" {
-            return Ok(Duration::ZERO);
-        }
-        let invalid = || "write a duration such as 30s, 2m or 1h30m".to_owned();
-        let mut rest = unsigned;
-        let mut total = Duration::ZERO;
-        loop {
-            let (number, after) = rest.split_at(rest.find(|c| !is_number(c)).ok_or_else(invalid)?);
-            let (unit, after) = after.split_at(after.find(is_number).unwrap_or(after.len()));
-            let term = duration_of(number, unit).ok_or_else(invalid)?;
-            total = total.checked_add(term).ok_or_else(invalid)?;
-            if after.is_empty() {
-                return Ok(total);
-            }
-            rest = after;
-        }
+        let nanoseconds = go::duration(text)
+            .ok_or_else(|| "write a duration such as 30s, 2m or 1h30m".to_owned())?;
+        Ok(Duration::from_nanos(
+            u64::try_from(nanoseconds).unwrap_or(0),
+        ))
     }
 }
 
-fn is_number(c: char) -> bool {
-    c.is_ascii_digit() || c == '.'
-}
-
-/// One term of a duration, rounded down to a nanosecond.
-fn duration_of(number: &str, unit: &str) -> Option<Duration> {
-    let unit: u64 = match unit {
-        "ns" => 1,
-        "us" | "µs" | "μs" => 1_000,
-        "ms" => 1_000_000,
-        "s" => 1_000_000_000,
-        "m" => 60_000_000_000,
-        "h" => 3_600_000_000_000,
-        _ => return None,
-    };
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    if whole.is_empty() && fraction.is_empty() || fraction.contains('.') {
-        return None;
-    }
-    let whole: u64 = if whole.is_empty() {
-        0
-    } else {
-        whole.parse().ok()?
-    };
-    // More digits than these are worth less than a nanosecond, whatever the unit.
-    let (numerator, denominator) = fraction
-        .chars()
-        .take(15)
-        .try_fold((0, 1), |(n, d), digit| {
-            Some((n * 10 + u128::from(digit.to_digit(10)?), d * 10))
-        })?;
-    let fraction = u64::try_from(numerator * u128::from(unit) / denominator).ok()?;
-    whole
-        .checked_mul(unit)?
-        .checked_add(fraction)
-        .map(Duration::from_nanos)
+/// How much is logged. Less than nothing counts as nothing.
+pub(super) fn verbosity(text: &str) -> Result<u32, String> {
+    let level = go::level(text).ok_or_else(|| "write a number".to_owned())?;
+    Ok(u32::try_from(level).unwrap_or(0))
 }
 
 impl Value for Endpoint {
@@ -249,18 +181,24 @@ pub(super) fn absolute(text: &str) -> Result<PathBuf, String> {
     }
 }
 
+/// A number of bytes.
 pub(super) fn size(text: &str) -> Result<usize, String> {
-    match u32::read(text)? {
-        0 => Err("no answer has no bytes".to_owned()),
-        bytes => usize::try_from(bytes).map_err(|_| "the number is too large".to_owned()),
-    }
+    number(text, "no answer has no bytes")
 }
 
 /// How many calls may be in flight.
 pub(super) fn count(text: &str) -> Result<usize, String> {
-    match u32::read(text)? {
-        0 => Err("then nothing could ever be called".to_owned()),
-        count => usize::try_from(count).map_err(|_| "the number is too large".to_owned()),
+    number(text, "then nothing could ever be called")
+}
+
+/// A number from 1 to what 32 bits hold, whatever this machine's words are.
+fn number(text: &str, too_small: &str) -> Result<usize, String> {
+    match i64::read(text)? {
+        ..=0 => Err(too_small.to_owned()),
+        number => u32::try_from(number)
+            .ok()
+            .and_then(|number| usize::try_from(number).ok())
+            .ok_or_else(|| "the number is too large".to_owned()),
     }
 }
 
@@ -268,30 +206,6 @@ pub(super) fn count(text: &str) -> Result<usize, String> {
 mod tests {
     use super::*;
     use rstest::rstest;
-
-    #[rstest]
-    #[case("2m", Ok(Duration::from_secs(120)))]
-    #[case("1h30m", Ok(Duration::from_secs(5400)))]
-    #[case("1.5s", Ok(Duration::from_millis(1500)))]
-    #[case("100ms", Ok(Duration::from_millis(100)))]
-    #[case(".5h", Ok(Duration::from_secs(1800)))]
-    #[case("1.m", Ok(Duration::from_secs(60)))]
-    #[case("3us2ns", Ok(Duration::from_nanos(3002)))]
-    #[case("0.1234567890123s", Ok(Duration::from_nanos(123_456_789)))]
-    #[case("0", Ok(Duration::ZERO))]
-    #[case("+1s", Ok(Duration::from_secs(1)))]
-    #[case("", Err(()))]
-    #[case("2", Err(()))]
-    #[case("m", Err(()))]
-    #[case(".s", Err(()))]
-    #[case("1.2.3s", Err(()))]
-    #[case("1d", Err(()))]
-    #[case("1s ", Err(()))]
-    #[case("-1s", Err(()))]
-    #[case("99999999999999h", Err(()))]
-    fn durations(#[case] text: &str, #[case] expected: Result<Duration, ()>) {
-        assert_eq!(Duration::read(text).map_err(drop), expected);
-    }
 
     #[rstest]
     #[case("unix://tmp/csi.sock", Ok(Endpoint::Unix("/tmp/csi.sock".into())))]
