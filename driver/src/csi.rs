@@ -9,7 +9,7 @@
 
 mod request;
 
-use std::{collections::HashMap, io, path::PathBuf, sync::Arc};
+use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
 use proto::csi::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest,
@@ -37,10 +37,15 @@ use crate::{
     config::Endpoint,
     error::Result,
     metrics::Metrics,
-    registration::listen_privately,
+    socket::{Accepting, SocketFile, listen_privately},
     volume::{Outcome, Volumes},
 };
 use request::{POD_NAME, POD_NAMESPACE, deadline, publish_request, unpublish_request};
+
+/// How long connections may stay open after `stop`: longer than calls may run on, and shorter than
+/// the time after which Kubernetes kills the process. A client that does not read its socket is not
+/// waited for.
+const END_WITHIN: Duration = Duration::from_secs(25);
 
 /// The two services.
 #[derive(Clone)]
@@ -60,20 +65,24 @@ pub struct Csi {
 /// A socket on which CSI is served.
 pub enum Listener {
     /// What kubelet uses.
-    Unix(UnixListener, PathBuf),
+    Unix(UnixListener, SocketFile),
     /// For tests from afar.
     Tcp(TcpListener),
 }
 
 impl Listener {
-    /// Binds. A socket that an earlier run left is removed; anything else in its place is not.
+    /// Binds. A socket that an earlier run left, or that another driver has there, is replaced;
+    /// anything else is not.
     ///
     /// # Errors
     /// When there is something other than a socket, or the system refuses.
     pub async fn bind(endpoint: &Endpoint) -> io::Result<Self> {
         match endpoint {
             Endpoint::Tcp(address) => Ok(Self::Tcp(TcpListener::bind(address).await?)),
-            Endpoint::Unix(path) => Ok(Self::Unix(listen_privately(path)?, path.clone())),
+            Endpoint::Unix(path) => {
+                let (listener, file) = listen_privately(path)?;
+                Ok(Self::Unix(listener, file))
+            }
         }
     }
 }
@@ -91,19 +100,27 @@ impl Csi {
         let server = Server::builder()
             .add_service(IdentityServer::new(self.clone()))
             .add_service(NodeServer::new(self));
-        let stopped = stop.cancelled_owned();
+        let stopped = stop.clone().cancelled_owned();
+        let overdue = async {
+            stop.cancelled().await;
+            tokio::time::sleep(END_WITHIN).await;
+        };
         match listener {
             Listener::Tcp(listener) => {
-                server
-                    .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped)
-                    .await
+                let incoming = Accepting::new("csi", TcpListenerStream::new(listener));
+                tokio::select! {
+                    served = server.serve_with_incoming_shutdown(incoming, stopped) => served,
+                    () = overdue => Ok(()),
+                }
             }
-            Listener::Unix(listener, path) => {
-                let served = server
-                    .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopped)
-                    .await;
-                if let Err(error) = std::fs::remove_file(&path) {
-                    tracing::debug!(path = %path.display(), %error, "the socket was gone already");
+            Listener::Unix(listener, file) => {
+                let incoming = Accepting::new("csi", UnixListenerStream::new(listener));
+                let served = tokio::select! {
+                    served = server.serve_with_incoming_shutdown(incoming, stopped) => served,
+                    () = overdue => Ok(()),
+                };
+                if let Err(error) = file.remove() {
+                    tracing::warn!(%error, "the CSI socket stays behind; the next driver replaces it");
                 }
                 served
             }
@@ -328,7 +345,6 @@ fn millis(since: Instant) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
     use tonic::Code;
 
     #[tokio::test]

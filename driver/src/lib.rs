@@ -18,9 +18,9 @@
 //! ```
 //!
 //! Beside the walk: [`config`] (the command line), [`registration`] (the built-in registrar),
-//! [`metrics`] (`/metrics`, `/healthz`), [`logging`], [`secret`] (a value that cannot be
-//! printed), [`error`] (the one error type), [`turns`] (who goes next). This file is the only
-//! wiring.
+//! [`metrics`] (`/metrics`, `/healthz`), [`socket`] (sockets that others dial), [`logging`],
+//! [`secret`] (a value that cannot be printed), [`error`] (the one error type), [`turns`] (who
+//! goes next). This file is the only wiring.
 //!
 //! # Invariants
 //!
@@ -33,7 +33,7 @@
 //! - Unpublish needs neither the API server nor a provider; CSI and registration come up without
 //!   them.
 //! - Protobuf types stop at `csi` and `provider`, the kube crate at `cluster`, system calls at
-//!   `mount` and `files`.
+//!   `mount`, `files` and `socket`.
 //! - A secret is a [`secret::Secret`]; errors never embed their input.
 
 pub mod cluster;
@@ -47,6 +47,7 @@ pub mod mount;
 pub mod provider;
 pub mod registration;
 pub mod secret;
+pub mod socket;
 pub mod sync;
 pub mod turns;
 pub mod volume;
@@ -89,6 +90,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     for flag in config.without_effect() {
         tracing::warn!(flag, "this flag is accepted and has no effect yet");
     }
+    for flag in config.below_zero() {
+        tracing::warn!(flag, "this flag's value is below zero and counts as zero");
+    }
     for argument in &config.ignored_arguments {
         tracing::warn!(
             argument,
@@ -116,7 +120,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     match records.all() {
         Ok(records) => {
             for record in records {
-                metrics.success(&record.provider, record.last_success);
+                metrics.success(&record.provider, &record.volume_id, record.last_success);
             }
         }
         Err(error) => {

@@ -3,11 +3,15 @@
 use std::{process::ExitCode, time::Duration};
 
 use driver::config::Config;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// Threads for file system work. The async part needs one: disk and peers decide the pace.
 const BLOCKING_THREADS: usize = 4;
+
+/// How many files the driver may have open.
+const MOST_DESCRIPTORS: u64 = 65_536;
 
 /// How often memory that a burst of publishes took is given back to the system.
 const TRIM_EVERY: Duration = Duration::from_secs(5);
@@ -32,6 +36,7 @@ fn main() -> ExitCode {
         tracing::error!(place, "a bug in the driver");
     }));
     one_arena();
+    raise_descriptors();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
@@ -80,6 +85,21 @@ fn say(exit: &driver::config::Exit) -> ExitCode {
         eprintln!("{}", exit.text);
     }
     ExitCode::from(u8::try_from(exit.code).unwrap_or(1))
+}
+
+/// Raises the soft limit of open files to the hard one. Without that, a system's usual soft limit
+/// of 1024 is what anybody has to use up. More than [`MOST_DESCRIPTORS`] are of no use.
+fn raise_descriptors() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        let wanted = hard.min(MOST_DESCRIPTORS);
+        match soft < wanted {
+            true => setrlimit(Resource::RLIMIT_NOFILE, wanted, hard),
+            false => Ok(()),
+        }
+    });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// One heap for all threads: with several, memory freed in one is no use to another, and the

@@ -6,17 +6,18 @@
 //!
 //! Label values that come from outside (a provider's name, its error code) are bounded in length,
 //! alphabet and number, so that nobody can grow the driver's memory or the scraper's by naming
-//! things.
+//! things, or use up what names of real providers need.
 
+mod doors;
 pub mod http;
+mod labels;
 pub mod provider;
 mod rotation;
 mod sync;
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use prometheus_client::collector::Collector;
@@ -41,12 +42,6 @@ const SCOPE: [(&str, &str); 3] = [
 const OS_TYPE: &str = "linux";
 /// The failure that is counted when nobody said more.
 const FAILED_TO_MOUNT: &str = "FailedToMount";
-/// Stands for label values beyond [`MOST_VALUES`].
-const OTHER: &str = "other";
-/// How many different values a label takes from outside.
-const MOST_VALUES: usize = 100;
-/// How many characters of a label value are kept.
-const LONGEST_VALUE: usize = 64;
 /// The counters of this process. Clones count into the same series.
 #[derive(Clone)]
 pub struct Metrics(Arc<Inner>);
@@ -60,8 +55,7 @@ struct Inner {
     rotation: rotation::Series,
     sync: sync::Series,
     provider_calls: provider::ProviderCalls,
-    providers: Bounded,
-    error_types: Bounded,
+    labels: labels::Labels,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -134,9 +128,14 @@ impl Metrics {
             rotation,
             sync,
             provider_calls,
-            providers: Bounded::default(),
-            error_types: Bounded::default(),
+            labels: labels::Labels::default(),
         }))
+    }
+
+    /// A provider's socket was seen, so that its name may be a label's value. `still_there` says
+    /// the same of others, and is asked only when there are too many.
+    pub fn provider_seen(&self, name: &str, still_there: impl Fn(&str) -> bool) {
+        self.0.labels.seen(name, still_there);
     }
 
     /// Starts to count one publish.
@@ -193,7 +192,7 @@ impl PublishGuard {
     /// The volume is published.
     pub fn succeeded(mut self) {
         if let Some(metrics) = self.metrics.take() {
-            let provider = metrics.0.providers.admit(&self.provider);
+            let provider = metrics.0.labels.provider(&self.provider);
             metrics
                 .0
                 .publish
@@ -217,8 +216,8 @@ impl PublishGuard {
 
     fn count_failure(&mut self, error_type: &str) {
         if let Some(metrics) = self.metrics.take() {
-            let provider = metrics.0.providers.admit(&self.provider);
-            let error_type = metrics.0.error_types.admit(error_type);
+            let provider = metrics.0.labels.provider(&self.provider);
+            let error_type = metrics.0.labels.error_type(&self.provider, error_type);
             let labels = PublishFailed {
                 provider,
                 error_type,
@@ -269,35 +268,6 @@ impl Drop for UnpublishGuard {
                 .get_or_create(&Unpublished { os_type: OS_TYPE })
                 .inc();
         }
-    }
-}
-
-/// The values that one label has taken from outside.
-#[derive(Default)]
-struct Bounded(Mutex<BTreeSet<String>>);
-
-impl Bounded {
-    /// The value to use for `raw`: what is left of it in the label's alphabet and length, or
-    /// [`OTHER`] when too many different ones came before.
-    fn admit(&self, raw: &str) -> String {
-        let allowed = |c: char| {
-            if c.is_ascii_alphanumeric() || "-._".contains(c) {
-                c
-            } else {
-                '_'
-            }
-        };
-        let value: String = raw.chars().take(LONGEST_VALUE).map(allowed).collect();
-        // A set of strings is whole whoever panicked while holding it.
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.contains(&value) {
-            return value;
-        }
-        if known.len() >= MOST_VALUES {
-            return OTHER.to_owned();
-        }
-        known.insert(value.clone());
-        value
     }
 }
 
@@ -369,6 +339,9 @@ mod tests {
     #[test]
     fn the_page_has_the_series_of_the_existing_driver() {
         let metrics = Metrics::new();
+        for provider in ["vault", "azure"] {
+            metrics.provider_seen(provider, |_| true);
+        }
         for provider in ["vault", "vault", ""] {
             let mut guard = metrics.publish();
             guard.provider(provider);
@@ -411,29 +384,36 @@ mod tests {
     }
 
     #[test]
-    fn label_values_from_outside_are_bounded() {
+    fn names_of_no_provider_leave_room_for_those_that_are() {
         let metrics = Metrics::new();
-        metrics.publish().failed("quote\" and\nnewline");
-        metrics.publish().failed(&"long".repeat(1000));
-        for code in 0..200 {
-            metrics.publish().failed(&format!("code-{code}"));
+        for bogus in 0..200 {
+            let name = format!("bogus-{bogus}");
+            let mut guard = metrics.publish();
+            guard.provider(&name);
+            guard.failed("FailedToLookupProviderGRPCClient");
+            metrics.refresh(&name).failed(&format!("code-{bogus}"));
+            metrics.secret_failed(&name, "Forbidden");
         }
-        metrics.publish().failed("code-0");
+        metrics.provider_seen("vault", |_| true);
+        let mut guard = metrics.publish();
+        guard.provider("vault");
+        guard.failed("quote\" and\nnewline");
         let page = page(&metrics);
-        let series: Vec<&str> = page
+        assert!(!page.contains("bogus") && !page.contains("code-"), "{page}");
+        let failed: Vec<&str> = page
             .lines()
             .filter(|line| line.starts_with("node_publish_error_total"))
             .collect();
-        assert_eq!(series.len(), MOST_VALUES + 1);
-        let value_of = |error_type: &str| {
-            let label = format!("error_type=\"{error_type}\"");
-            let line = series.iter().find(|line| line.contains(&label)).unwrap();
-            line.rsplit(' ').next().unwrap().to_owned()
-        };
-        assert_eq!(value_of("quote__and_newline"), "1");
-        assert_eq!(value_of(&"long".repeat(16)), "1");
-        assert_eq!(value_of("code-0"), "2");
-        assert_eq!(value_of("other"), "102");
+        assert_eq!(failed.len(), 2, "{failed:#?}");
+        assert!(
+            failed
+                .iter()
+                .any(|line| line.contains("provider=\"other\"") && line.ends_with(" 200"))
+        );
+        assert!(failed.iter().any(|line| {
+            line.contains("provider=\"vault\"")
+                && line.contains("error_type=\"quote__and_newline\"")
+        }));
     }
 
     #[test]

@@ -11,17 +11,14 @@
 mod authority;
 
 use std::io;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::Duration;
 
-use nix::sys::stat::{Mode, fchmod};
 use proto::registration::registration_server::{Registration, RegistrationServer};
 use proto::registration::{
     InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse,
 };
-use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_stream::StreamExt as _;
@@ -30,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, transport};
 use tracing::{error, info, warn};
 
+use crate::socket::{Accepting, Found, listen_privately};
 use authority::AnyAuthority;
 
 /// The plugin type that kubelet registers as a CSI driver.
@@ -43,8 +41,6 @@ const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// What an answer to kubelet may take when the socket is taken away.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
-/// How many connections may wait; kubelet makes one at a time.
-const BACKLOG: u32 = 16;
 
 /// Registers one driver with the kubelet of this node.
 #[derive(Clone, Debug)]
@@ -126,8 +122,8 @@ impl Registrar {
 
     /// Puts the socket there and serves it until there is a reason to end.
     async fn offer(&self, socket: &Path, stop: &CancellationToken) -> io::Result<End> {
-        let listener = listen_privately(socket)?;
-        let ours = identity(socket)?;
+        let (listener, file) = listen_privately(socket)?;
+        let incoming = Accepting::new("registration", UnixListenerStream::new(listener));
         let (outcome, mut outcomes) = mpsc::channel(1);
         let service = RegistrationServer::new(Service {
             info: PluginInfo {
@@ -143,7 +139,7 @@ impl Registrar {
             transport::Server::builder()
                 .add_service(service)
                 .serve_with_incoming_shutdown(
-                    UnixListenerStream::new(listener).map(|stream| stream.map(AnyAuthority::new)),
+                    incoming.map(|stream| stream.map(AnyAuthority::new)),
                     ended.clone().cancelled_owned(),
                 )
         );
@@ -162,11 +158,10 @@ impl Registrar {
                     Ok(()) => info!(driver = self.driver_name, "kubelet registered the driver"),
                     Err(reason) => break End::Refused(reason),
                 },
-                _ = look.tick() => match identity(socket) {
-                    Ok(found) if found == ours => {}
-                    Ok(_) => break End::Replaced,
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => break End::Wiped,
-                    Err(error) => return Err(error),
+                _ = look.tick() => match file.look()? {
+                    Found::Ours => {}
+                    Found::Another => break End::Replaced,
+                    Found::Nothing => break End::Wiped,
                 },
             }
         };
@@ -175,60 +170,9 @@ impl Registrar {
         // kubelet is waiting for the answer to its refusal. It may also keep the connection
         // open for no reason, so what matters is that the socket is gone, not how this ends.
         let _ = tokio::time::timeout(DRAIN_TIMEOUT, server).await;
-        if identity(socket).is_ok_and(|found| found == ours) {
-            std::fs::remove_file(socket)?;
-        }
+        file.remove()?;
         Ok(end)
     }
-}
-
-/// What tells one file from another that later has the same path. The time is part of it because
-/// file systems give a freed inode number to the next file.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Identity {
-    device: u64,
-    inode: u64,
-    changed: (i64, i64),
-}
-
-fn identity(path: &Path) -> io::Result<Identity> {
-    let metadata = std::fs::symlink_metadata(path)?;
-    Ok(Identity {
-        device: metadata.dev(),
-        inode: metadata.ino(),
-        changed: (metadata.ctime(), metadata.ctime_nsec()),
-    })
-}
-
-/// Listens on a socket in the file system that only the process's own user can connect to, in
-/// the place of a socket that an earlier process left behind.
-///
-/// The socket has mode 0600 from its first moment. A umask would do that too, but it belongs to
-/// the whole process and would change the modes of files that other threads make meanwhile; a
-/// `chmod` after the bind leaves a moment in which anybody may connect. Linux gives the file
-/// that `bind` makes the mode of the unbound socket, so that is where the mode is set.
-///
-/// # Errors
-/// If there is something other than a socket at the path, which is left alone, or if the system
-/// refuses.
-pub fn listen_privately(path: &Path) -> io::Result<UnixListener> {
-    let at_path =
-        |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-    match std::fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.file_type().is_socket() => {
-            std::fs::remove_file(path).map_err(at_path)?;
-        }
-        Ok(_) => {
-            let text = "there is a file that is not a socket; remove it";
-            return Err(at_path(io::Error::new(io::ErrorKind::AlreadyExists, text)));
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(at_path(error)),
-    }
-    let socket = UnixSocket::new_stream()?;
-    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
-    socket.bind(path).map_err(at_path)?;
-    socket.listen(BACKLOG).map_err(at_path)
 }
 
 /// What kubelet talks to.
@@ -264,7 +208,7 @@ mod tests {
     use super::*;
     use proto::registration::registration_client::RegistrationClient;
     use std::fs;
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
     use tokio::task::JoinHandle;
     use tonic::transport::Channel;
 
@@ -357,13 +301,10 @@ mod tests {
             fs::metadata(run.socket()).unwrap().permissions().mode() & 0o7777,
             0o600
         );
-        let before = identity(&run.socket()).unwrap();
+        let inode = || fs::metadata(run.socket()).unwrap().ino();
+        let before = inode();
         tokio::time::sleep(LOOK_EVERY * 2).await;
-        assert_eq!(
-            identity(&run.socket()).unwrap(),
-            before,
-            "a registered driver stays"
-        );
+        assert_eq!(inode(), before, "a registered driver stays");
         run.end().await;
     }
 

@@ -304,7 +304,8 @@ impl Volumes {
         if let Some(undo) = undo {
             undo.forget();
         }
-        self.metrics.success(&class.provider, now);
+        self.metrics
+            .success(&class.provider, &request.volume_id, now);
         Ok(())
     }
 
@@ -356,6 +357,7 @@ impl Volumes {
         let _busy = self.busy.unpublishing(target)?;
         self.failing.forget(volume_id);
         self.sync.forget(volume_id);
+        self.metrics.volume_gone(volume_id);
         let records = self.records.clone();
         let (volume_id, path) = (volume_id.to_owned(), target.as_path().to_owned());
         blocking(move || {

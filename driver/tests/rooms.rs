@@ -14,14 +14,7 @@ const MAY_USE: [(&str, &[&str]); 16] = [
     (
         "csi",
         &[
-            "config",
-            "error",
-            "files",
-            "metrics",
-            "record",
-            "registration",
-            "secret",
-            "volume",
+            "config", "error", "files", "metrics", "record", "secret", "socket", "volume",
         ],
     ),
     (
@@ -61,8 +54,9 @@ const MAY_USE: [(&str, &[&str]); 16] = [
     ("error", &[]),
     ("config", &[]),
     ("logging", &["config"]),
-    ("metrics", &["config"]),
-    ("registration", &[]),
+    ("metrics", &["config", "socket"]),
+    ("registration", &["socket"]),
+    ("socket", &[]),
 ];
 
 /// Crates that stop at certain rooms.
@@ -70,7 +64,7 @@ const CONFINED: [(&str, &[&str]); 5] = [
     ("proto", &["csi", "provider", "metrics", "registration"]),
     ("kube", &["cluster", "resources"]),
     ("k8s_openapi", &["cluster", "resources"]),
-    ("nix", &["mount", "files", "registration"]),
+    ("nix", &["mount", "files", "socket"]),
     ("libc", &["metrics"]),
 ];
 

@@ -4,23 +4,19 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use axum::Router;
-use axum::http::{StatusCode, header};
-use axum::routing::get;
+use http::StatusCode;
 use proto::csi::ProbeRequest;
 use proto::csi::identity_client::IdentityClient;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport;
 
-use super::Metrics;
+use super::{Metrics, doors};
 use crate::config::Endpoint;
 
 /// What dialling our own CSI socket and an answer to `Probe` may take together. kubelet gives
 /// up on `/healthz` after ten seconds.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
-/// What running HTTP requests may take when the process ends.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Opens a listening socket for [`serve`] or [`serve_health`]. All addresses means IPv6 and IPv4,
 /// and IPv4 only where the kernel has no IPv6.
@@ -49,8 +45,11 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> io::Result<()> {
     const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    let page = get(async move || ([(header::CONTENT_TYPE, OPENMETRICS)], metrics.render()));
-    serve_until(listener, Router::new().route("/metrics", page), stop).await
+    let page = move || {
+        let page = doors::text(StatusCode::OK, OPENMETRICS, metrics.render());
+        std::future::ready(page)
+    };
+    doors::serve(listener, "/metrics", page, stop).await
 }
 
 /// Serves `/healthz` until `stop`, as the livenessprobe sidecar does: each request makes a new
@@ -63,31 +62,19 @@ pub async fn serve_health(
     csi: Endpoint,
     stop: CancellationToken,
 ) -> io::Result<()> {
-    let health = get(async move || match probe(&csi).await {
-        Ok(()) => (StatusCode::OK, "ok".to_owned()),
-        Err(reason) => {
-            tracing::warn!(%reason, "not healthy");
-            (StatusCode::INTERNAL_SERVER_ERROR, reason)
+    let page = move || {
+        let csi = csi.clone();
+        async move {
+            match probe(&csi).await {
+                Ok(()) => doors::text(StatusCode::OK, doors::PLAIN, "ok".to_owned()),
+                Err(reason) => {
+                    tracing::warn!(%reason, "not healthy");
+                    doors::text(StatusCode::INTERNAL_SERVER_ERROR, doors::PLAIN, reason)
+                }
+            }
         }
-    });
-    serve_until(listener, Router::new().route("/healthz", health), stop).await
-}
-
-async fn serve_until(
-    listener: TcpListener,
-    routes: Router,
-    stop: CancellationToken,
-) -> io::Result<()> {
-    let overdue = async {
-        stop.cancelled().await;
-        tokio::time::sleep(DRAIN_TIMEOUT).await;
     };
-    let server =
-        axum::serve(listener, routes).with_graceful_shutdown(stop.clone().cancelled_owned());
-    tokio::select! {
-        result = server => result,
-        () = overdue => Ok(()),
-    }
+    doors::serve(listener, "/healthz", page, stop).await
 }
 
 /// Asks our own CSI endpoint whether it is ready, from the outside. An absent answer to the
@@ -195,7 +182,7 @@ mod tests {
         client.write_all(b"GET /metr").await.unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
         stop.cancel();
-        tokio::time::timeout(DRAIN_TIMEOUT * 2, server)
+        tokio::time::timeout(Duration::from_secs(20), server)
             .await
             .unwrap()
             .unwrap()

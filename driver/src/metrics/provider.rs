@@ -76,7 +76,7 @@ impl ProviderCalls {
 impl Metrics {
     /// Starts to count one call, which waits for its turn.
     pub fn provider_call(&self, provider: &str) -> CallGuard {
-        let provider = self.0.providers.admit(provider);
+        let provider = self.0.labels.provider(provider);
         let calls = &self.0.provider_calls;
         let of = Of {
             provider: provider.clone(),
@@ -159,6 +159,7 @@ mod tests {
     #[test]
     fn a_call_is_counted_where_it_is_and_by_how_it_ended() {
         let metrics = Metrics::new();
+        metrics.provider_seen("vault", |_| true);
         let mut call = metrics.provider_call("vault");
         let waiting = "calls_waiting{provider=\"vault\"}";
         let in_flight = "calls_in_flight{provider=\"vault\"}";

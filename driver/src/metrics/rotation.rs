@@ -3,7 +3,10 @@
 //!
 //! `rotated` says whether the content changed. (The existing driver says `true` always.)
 
-use std::sync::atomic::Ordering;
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError, atomic::Ordering},
+};
 
 use jiff::Timestamp;
 use prometheus_client::{
@@ -27,6 +30,9 @@ pub(super) struct Series {
     reconcile_error: Family<Failed, Counter>,
     duration: Family<Os, Histogram, fn() -> Histogram>,
     last_success: Family<Provider, Gauge>,
+    /// The provider of each volume, as a label's value: a provider that no volume uses has no
+    /// last success that anybody waits for.
+    volumes: Mutex<HashMap<String, String>>,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -61,6 +67,7 @@ impl Series {
             reconcile_error: Family::default(),
             duration: Family::new_with_constructor(|| Histogram::new(BOUNDS)),
             last_success: Family::default(),
+            volumes: Mutex::default(),
         };
         registry.register(
             "rotation_reconcile",
@@ -97,11 +104,42 @@ impl Metrics {
     }
 
     /// A volume of this provider has been published or refreshed. The latest counts.
-    pub fn success(&self, provider: &str, at: Timestamp) {
-        let provider = self.0.providers.admit(provider);
-        let series = &self.0.rotation.last_success;
-        let latest = series.get_or_create_owned(&Provider { provider });
+    pub fn success(&self, provider: &str, volume_id: &str, at: Timestamp) {
+        // Whoever filled a volume was there, also if this process has not seen its socket yet.
+        self.0.labels.seen(provider, |_| true);
+        let provider = self.0.labels.provider(provider);
+        let series = &self.0.rotation;
+        let mut volumes = series
+            .volumes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let before = volumes.insert(volume_id.to_owned(), provider.clone());
+        series.forget_unused(&volumes, before);
+        let latest = series
+            .last_success
+            .get_or_create_owned(&Provider { provider });
         latest.inner().fetch_max(at.as_second(), Ordering::Relaxed);
+    }
+
+    /// A volume is gone. With the last one of its provider goes the gauge.
+    pub fn volume_gone(&self, volume_id: &str) {
+        let series = &self.0.rotation;
+        let mut volumes = series
+            .volumes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let before = volumes.remove(volume_id);
+        series.forget_unused(&volumes, before);
+    }
+}
+
+impl Series {
+    fn forget_unused(&self, volumes: &HashMap<String, String>, provider: Option<String>) {
+        if let Some(provider) = provider
+            && !volumes.values().any(|other| *other == provider)
+        {
+            self.last_success.remove(&Provider { provider });
+        }
     }
 }
 
@@ -120,7 +158,7 @@ impl RefreshGuard {
         if let Some(metrics) = self.metrics.take() {
             let series = &metrics.0.rotation;
             let labels = Reconciled {
-                provider: metrics.0.providers.admit(&self.provider),
+                provider: metrics.0.labels.provider(&self.provider),
                 os_type: OS_TYPE,
                 rotated: if rotated { "true" } else { "false" },
             };
@@ -145,8 +183,8 @@ impl RefreshGuard {
     fn count_failure(&mut self, error_type: &str) {
         if let Some(metrics) = self.metrics.take() {
             let labels = Failed {
-                provider: metrics.0.providers.admit(&self.provider),
-                error_type: metrics.0.error_types.admit(error_type),
+                provider: metrics.0.labels.provider(&self.provider),
+                error_type: metrics.0.labels.error_type(&self.provider, error_type),
                 os_type: OS_TYPE,
                 rotated: "false",
             };
@@ -173,12 +211,13 @@ mod tests {
     #[test]
     fn refreshes_are_counted_by_what_came_of_them() {
         let metrics = Metrics::new();
+        metrics.provider_seen("vault", |_| true);
         metrics.refresh("vault").succeeded(true);
         metrics.refresh("vault").succeeded(false);
         metrics.refresh("vault").failed("GRPCProviderError");
         drop(metrics.refresh("vault"));
         metrics.refresh("vault").not_counted();
-        metrics.success("vault", Timestamp::from_second(7).unwrap());
+        metrics.success("vault", "csi-1", Timestamp::from_second(7).unwrap());
         let page = metrics.render();
         let counted = |name: &str, labels: &[&str]| {
             let line = page
@@ -211,5 +250,38 @@ mod tests {
             counted("secrets_store_last_success_timestamp_seconds{", &["vault"]),
             Some(7.0)
         );
+    }
+
+    #[test]
+    fn a_provider_that_no_volume_uses_any_more_has_no_last_success() {
+        let metrics = Metrics::new();
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let gauges = || {
+            let page = metrics.render();
+            let name = "secrets_store_last_success_timestamp_seconds{";
+            let mut lines: Vec<String> = page
+                .lines()
+                .filter_map(|line| line.strip_prefix(name))
+                .map(|rest| rest[rest.find("provider=").unwrap()..].to_owned())
+                .collect();
+            lines.sort();
+            lines
+        };
+        metrics.success("vault", "csi-1", at(5));
+        metrics.success("vault", "csi-2", at(4));
+        metrics.success("azure", "csi-3", at(3));
+        let azure = r#"provider="azure"} 3"#;
+        assert_eq!(gauges(), [azure, r#"provider="vault"} 5"#]);
+        metrics.volume_gone("csi-1");
+        metrics.volume_gone("csi-unknown");
+        assert_eq!(gauges(), [azure, r#"provider="vault"} 5"#]);
+        // A class that names another provider from now on.
+        metrics.success("azure", "csi-2", at(2));
+        assert_eq!(gauges(), [azure]);
+        metrics.success("vault", "csi-2", at(9));
+        assert_eq!(gauges(), [azure, r#"provider="vault"} 9"#]);
+        metrics.volume_gone("csi-2");
+        metrics.volume_gone("csi-3");
+        assert!(gauges().is_empty(), "{:?}", gauges());
     }
 }

@@ -65,7 +65,7 @@ impl Metrics {
     /// A Secret has been created or changed, in this time.
     pub fn secret_synced(&self, provider: &str, took: Duration) {
         let series = &self.0.sync;
-        let provider = self.0.providers.admit(provider);
+        let provider = self.0.labels.provider(provider);
         let os_type = OS_TYPE;
         series
             .synced
@@ -80,7 +80,7 @@ impl Metrics {
     /// A Secret is not as it should be, for this reason.
     pub fn secret_failed(&self, provider: &str, error_type: &'static str) {
         let labels = Failed {
-            provider: self.0.providers.admit(provider),
+            provider: self.0.labels.provider(provider),
             error_type,
             os_type: OS_TYPE,
         };
@@ -95,6 +95,7 @@ mod tests {
     #[test]
     fn the_names_are_the_existing_drivers_and_appear_with_the_first_count() {
         let metrics = Metrics::new();
+        metrics.provider_seen("vault", |_| true);
         assert!(!metrics.render().contains("k8s_secret_total"));
         metrics.secret_synced("vault", Duration::from_millis(150));
         metrics.secret_failed("vault", "Forbidden");

@@ -168,7 +168,8 @@ impl Volumes {
         if let Some(directory) = directory {
             fresh.orders.retain(|other, _| *other == directory);
         }
-        self.metrics.success(&class.provider, now);
+        self.metrics
+            .success(&class.provider, &record.volume_id, now);
         let pod_status = fresh.pod_status.clone();
         if let Err(error) = self.commit_record(place, fresh).await {
             // The volume is fresh all the same, and its Secrets must follow. The record from

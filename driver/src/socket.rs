@@ -1,0 +1,294 @@
+//! Sockets in the file system that others dial, and accepting that outlives a shortage.
+//!
+//! Two drivers may serve the same path for a while: a surge update, or a pod that was deleted by
+//! force. The one that came last owns the path. So a socket is bound under another name and
+//! renamed over the path, which is never empty meanwhile; and a driver that ends removes the path
+//! only while its own socket is there.
+
+use std::{
+    fs, io,
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt as _, MetadataExt as _},
+    },
+    path::{Path, PathBuf},
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use nix::{
+    fcntl::{OFlag, open},
+    sys::stat::{Mode, fchmod, fstat},
+};
+use tokio::{
+    net::{UnixListener, UnixSocket},
+    time::{Instant, Sleep, sleep},
+};
+use tokio_stream::Stream;
+
+/// How many connections may wait to be accepted. The kernel takes its own limit
+/// (`net.core.somaxconn`) for what is larger.
+const BACKLOG: u32 = u32::MAX;
+
+/// How long nothing is accepted after the system could not give a descriptor or memory.
+const REST: Duration = Duration::from_millis(250);
+
+/// The shortest time between two log lines about that.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
+
+/// A socket's place in the file system, and the means to tell whether the socket is still there.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    /// Keeps the inode, so that its number belongs to no other file while this value lives.
+    inode: OwnedFd,
+}
+
+/// What is at a socket's path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// The socket that was put there.
+    Ours,
+    /// Something else, usually the socket of another process.
+    Another,
+    /// Nothing.
+    Nothing,
+}
+
+impl SocketFile {
+    /// Looks what is at the path now.
+    ///
+    /// # Errors
+    /// When the path cannot be examined.
+    pub fn look(&self) -> io::Result<Found> {
+        let there = match fs::symlink_metadata(&self.path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
+            Err(error) => return Err(error),
+        };
+        let ours = fstat(&self.inode)?;
+        match (there.dev(), there.ino()) == (ours.st_dev, ours.st_ino) {
+            true => Ok(Found::Ours),
+            false => Ok(Found::Another),
+        }
+    }
+
+    /// Removes the socket from the path if it is still there. Anything else at the path stays.
+    ///
+    /// # Errors
+    /// When the path cannot be examined or the socket cannot be removed.
+    pub fn remove(&self) -> io::Result<()> {
+        match self.look()? {
+            Found::Ours => fs::remove_file(&self.path),
+            Found::Another | Found::Nothing => Ok(()),
+        }
+    }
+}
+
+/// Listens on a socket in the file system that only the process's own user can connect to, in
+/// the place of a socket that an earlier or another process has there. Must be called from
+/// within a runtime.
+///
+/// The socket has mode 0600 from its first moment. A umask would do that too, but it belongs to
+/// the whole process and would change the modes of files that other threads make meanwhile; a
+/// `chmod` after the bind leaves a moment in which anybody may connect. Linux gives the file
+/// that `bind` makes the mode of the unbound socket, so that is where the mode is set.
+///
+/// # Errors
+/// If there is something other than a socket at the path, which is left alone, or if the system
+/// refuses.
+pub fn listen_privately(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
+    let at_path =
+        |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.file_type().is_socket() => {}
+        Ok(_) => {
+            let text = "there is a file that is not a socket; remove it";
+            return Err(at_path(io::Error::new(io::ErrorKind::AlreadyExists, text)));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(at_path(error)),
+    }
+    let socket = UnixSocket::new_stream()?;
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    // kubelet ignores names with a dot in front. A socket's path may have 107 bytes; this name
+    // is as short as those that are used.
+    let new = path.with_file_name(format!(".{:07x}", rand::random::<u32>() >> 4));
+    socket.bind(&new).map_err(at_path)?;
+    let placed = || {
+        let inode = open(&new, OFlag::O_PATH | OFlag::O_NOFOLLOW, Mode::empty())?;
+        let listener = socket.listen(BACKLOG)?;
+        fs::rename(&new, path)?;
+        let path = path.to_owned();
+        Ok((listener, SocketFile { path, inode }))
+    };
+    let placed: io::Result<_> = placed();
+    placed.map_err(|error| {
+        // It is this call's own; the error that is told is the one that matters.
+        let _ = fs::remove_file(&new);
+        at_path(error)
+    })
+}
+
+/// Connections as they come, without errors: after one, nothing is accepted for a moment, so
+/// that a process without descriptors neither stops to listen nor spins.
+pub struct Accepting<S> {
+    incoming: S,
+    what: &'static str,
+    rest: Option<Pin<Box<Sleep>>>,
+    complained: Option<Instant>,
+}
+
+impl<S> Accepting<S> {
+    /// Accepts from `incoming`; `what` names it in the log.
+    pub fn new(what: &'static str, incoming: S) -> Self {
+        Self {
+            incoming,
+            what,
+            rest: None,
+            complained: None,
+        }
+    }
+
+    fn complain(&mut self, error: &io::Error) {
+        let now = Instant::now();
+        if self
+            .complained
+            .is_none_or(|last| now - last >= COMPLAIN_EVERY)
+        {
+            self.complained = Some(now);
+            tracing::warn!(socket = self.what, %error, "no connection can be accepted at the moment; trying again");
+        }
+    }
+}
+
+impl<S, C> Stream for Accepting<S>
+where
+    S: Stream<Item = io::Result<C>> + Unpin,
+{
+    type Item = io::Result<C>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        loop {
+            if let Some(rest) = &mut this.rest {
+                ready!(rest.as_mut().poll(cx));
+                this.rest = None;
+            }
+            match ready!(Pin::new(&mut this.incoming).poll_next(cx)) {
+                Some(Ok(connection)) => return Poll::Ready(Some(Ok(connection))),
+                None => return Poll::Ready(None),
+                Some(Err(error)) => {
+                    this.complain(&error);
+                    this.rest = Some(Box::pin(sleep(REST)));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{os::unix::fs::PermissionsExt as _, os::unix::net as blocking};
+    use tokio_stream::StreamExt as _;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let names = fs::read_dir(dir).unwrap();
+        names
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_private_and_alone_and_goes_with_its_owner() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("csi.sock");
+        let (_listener, file) = listen_privately(&path).unwrap();
+        assert_eq!(names(dir.path()), ["csi.sock"]);
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600);
+        assert_eq!(file.look().unwrap(), Found::Ours);
+        file.remove().unwrap();
+        assert_eq!(file.look().unwrap(), Found::Nothing);
+        file.remove().unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_last_one_owns_the_path_whoever_ends_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("csi.sock");
+        let mut earlier = Vec::new();
+        for _ in 0..20 {
+            let (listener, file) = listen_privately(&path).unwrap();
+            for (_, before) in &earlier {
+                let before: &SocketFile = before;
+                assert_eq!(before.look().unwrap(), Found::Another);
+                before.remove().unwrap();
+            }
+            assert_eq!(file.look().unwrap(), Found::Ours);
+            // Without its listener, and then without itself, the inode's number is free again.
+            earlier.truncate(5);
+            earlier.push((listener, file));
+            assert_eq!(names(dir.path()), ["csi.sock"]);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_a_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("csi.sock");
+        fs::write(&path, "precious").unwrap();
+        let error = listen_privately(&path).unwrap_err().to_string();
+        assert!(
+            error.ends_with("csi.sock: there is a file that is not a socket; remove it"),
+            "{error}"
+        );
+        assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+        assert_eq!(names(dir.path()), ["csi.sock"]);
+        let missing = dir.path().join("missing/csi.sock");
+        assert!(listen_privately(&missing).is_err());
+    }
+
+    /// kubelet dials anew for each call, and a node's pods start together.
+    #[tokio::test]
+    async fn many_connect_before_one_is_accepted() {
+        let system = fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
+        let most = system.trim().parse::<usize>().unwrap().min(400);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("csi.sock");
+        let (listener, _file) = listen_privately(&path).unwrap();
+        let mut dialled = Vec::new();
+        for at in 0..most {
+            let socket = UnixSocket::new_stream().unwrap();
+            // A blocking connect would wait for ever where this one is refused.
+            let connecting = tokio::time::timeout(REST, socket.connect(&path));
+            let connected = connecting.await;
+            assert!(
+                matches!(connected, Ok(Ok(_))),
+                "connection {at}: {connected:?}"
+            );
+            dialled.push(connected);
+        }
+        for _ in 0..most {
+            listener.accept().await.unwrap();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn accepting_rests_after_an_error_and_goes_on() {
+        let (one, two) = blocking::UnixStream::pair().unwrap();
+        let shortage = || Err(io::Error::from_raw_os_error(nix::libc::EMFILE));
+        let came = [shortage(), shortage(), Ok(one), shortage(), Ok(two)];
+        let started = Instant::now();
+        let mut accepting = Accepting::new("test", tokio_stream::iter(came));
+        let mut accepted = 0;
+        while let Some(connection) = accepting.next().await {
+            assert!(connection.is_ok());
+            accepted += 1;
+        }
+        assert_eq!(accepted, 2);
+        assert!(started.elapsed() >= REST * 3, "{:?}", started.elapsed());
+    }
+}
