@@ -1,24 +1,28 @@
-//! Talks to providers: finds the socket, keeps one lazy channel for each, bounds the calls, and
-//! speaks `v1alpha1`. Protobuf stops here.
+//! Talks to providers: finds the socket, bounds the calls and their answers, shares both between
+//! namespaces and classes, and speaks `v1alpha1`. Protobuf stops here.
 //!
 //! A call waits for its turn, because a provider has as much to do as it may have, then for the
 //! answer; both within the caller's deadline. A provider that is away fails a call in seconds,
 //! naming the socket; a first mount waits a moment for one that has not started yet.
 
 mod health;
+mod line;
+mod memory;
 mod queue;
 mod refusal;
 mod socket;
+mod wire;
 
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use proto::provider::{MountRequest, MountResponse, ObjectVersion};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tonic::{Code, Request, Status};
 use zeroize::Zeroizing;
 
@@ -29,9 +33,12 @@ use crate::{
     secret::Secret,
     volume::record::Object,
 };
-use queue::{Place, Queue};
+use line::Owner;
+use memory::{Held, Memory};
+use queue::{Ending, Place, Queue};
 use refusal::Failed;
-use socket::{Found, Sockets};
+use socket::Sockets;
+use wire::Asking;
 
 /// What providers are told to give files as a mode: 0644, in decimal (contract F.6).
 const PERMISSION: &str = "420";
@@ -45,6 +52,16 @@ const WAIT_FACTOR: f64 = 1.1;
 /// Who wants to be left alone for longer is not asked again in the same call.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
+/// How long a refresh may take, waiting included. It holds up nobody, is tried again when kubelet
+/// looks the next time, and must not hold a place that a pod waits for.
+const REFRESH_WITHIN: Duration = Duration::from_secs(30);
+
+/// How often a call that waits for its turn looks whether others hang.
+const PRESS_EVERY: Duration = Duration::from_secs(1);
+
+/// The longest part of a provider's error code that is kept.
+const LONGEST_CODE: usize = 100;
+
 /// The outcome that is counted when a provider answers with an error code of its own.
 const PROVIDER_ERROR: &str = "PROVIDER_ERROR";
 
@@ -56,6 +73,10 @@ const TOKENS_KEY: &str = "\"csi.storage.k8s.io/serviceAccount.tokens\":";
 pub struct MountCall<'a> {
     /// The provider's name, as the class says it.
     pub provider: &'a str,
+    /// The namespace of the pod and of its class.
+    pub namespace: &'a str,
+    /// The name of the class. Classes share a provider.
+    pub class: &'a str,
     /// A JSON object of strings: parameters and volume attributes, tokens included.
     pub attributes: Zeroizing<String>,
     /// A JSON object of strings, or `null`.
@@ -66,7 +87,7 @@ pub struct MountCall<'a> {
     pub current: &'a [Object],
     /// Who goes ahead when the provider has as much to do as it may have.
     pub urgency: Urgency,
-    /// When the answer must be there.
+    /// When the answer must be there; for a refresh that may be earlier than the caller says.
     pub deadline: Instant,
 }
 
@@ -86,7 +107,7 @@ pub struct Reply {
     /// The files, not yet checked. None: the provider writes them itself.
     pub files: Vec<(String, File)>,
     /// Their memory, which others wait for.
-    _held: Place,
+    _held: Held,
 }
 
 /// How much providers may have to do, and how much they may answer.
@@ -94,8 +115,8 @@ pub struct Reply {
 pub struct Limits {
     /// Calls in flight to one provider.
     pub max_calls: usize,
-    /// Memory in bytes for the answers of one provider: each call reserves `max_message_bytes`
-    /// until its answer is there, and from then on what that takes, until its files are written.
+    /// Memory in bytes for the answers of one provider: from the moment in which an answer begins
+    /// to arrive until its files are written.
     pub max_bytes: usize,
     /// The largest answer that is accepted.
     pub max_message_bytes: usize,
@@ -106,17 +127,24 @@ pub struct Providers {
     sockets: Sockets,
     limits: Limits,
     metrics: Metrics,
-    queues: Mutex<HashMap<String, Arc<Queue>>>,
+    shared: Mutex<HashMap<String, Shared>>,
+}
+
+/// What the calls to one provider share.
+#[derive(Clone)]
+struct Shared {
+    queue: Arc<Queue>,
+    memory: Arc<Memory>,
 }
 
 impl Providers {
     /// Providers whose sockets are in these directories, the first one that has it wins.
     pub fn new(search: Vec<PathBuf>, limits: Limits, metrics: Metrics) -> Self {
         Self {
-            sockets: Sockets::new(search, limits.max_message_bytes),
+            sockets: Sockets::new(search),
             limits,
             metrics,
-            queues: Mutex::default(),
+            shared: Mutex::default(),
         }
     }
 
@@ -125,8 +153,12 @@ impl Providers {
     /// # Errors
     /// Says which provider at which socket, what it answered, and what to do. Knows how long
     /// the provider wants to be left alone, if it said so.
-    pub async fn mount(&self, call: MountCall<'_>) -> Result<Reply> {
+    pub async fn mount(&self, mut call: MountCall<'_>) -> Result<Reply> {
+        if call.urgency == Urgency::Refresh {
+            call.deadline = call.deadline.min(Instant::now() + REFRESH_WITHIN);
+        }
         let name = call.provider;
+        let owner = Owner::new(call.namespace, call.class);
         let with_tokens = call.attributes.contains(TOKENS_KEY);
         let mut wait = FIRST_WAIT;
         for attempt in 1.. {
@@ -135,14 +167,34 @@ impl Providers {
                 Urgency::FirstMount => self.sockets.wait(name, call.deadline).await?,
                 Urgency::Refresh => drop(self.sockets.find(name)?),
             }
-            let (place, counted) = self.turn(&call).await?;
+            let still_there = |name: &str| self.sockets.find(name).is_ok();
+            self.metrics.provider_seen(name, still_there);
+            let shared = self.shared(name);
+            let (place, counted) = self.turn(&shared.queue, &owner, &call).await?;
             // A turn may take a while to come, in which the provider may have moved.
-            let found = self.sockets.find(name)?;
-            let socket = found.path.clone();
-            match self.attempt(found, &call).await {
-                Ok(response) => return accept(response, name, with_tokens, place, counted),
+            let socket = self.sockets.find(name)?;
+            let channel = wire::channel(&socket)?;
+            let asking = Asking {
+                owner: &owner,
+                memory: &shared.memory,
+                max_message_bytes: self.limits.max_message_bytes,
+            };
+            let answer = tokio::select! {
+                biased;
+                answer = ask(&call, channel, asking) => answer,
+                () = place.has_to_give_way() => {
+                    counted.ended(refusal::code_name(Code::Cancelled));
+                    place.ended(Ending::Silent);
+                    return Err(gave_way(name, &socket));
+                }
+            };
+            match answer {
+                Ok((response, held)) => {
+                    place.ended(Ending::Answered);
+                    return accept(response, name, with_tokens, held, counted);
+                }
                 Err(status) => {
-                    drop(place);
+                    place.ended(refusal::ending(&status));
                     counted.ended(refusal::code_name(status.code()));
                     let pause = refusal::retry_after(&status).map_or(wait, |told| told.max(wait));
                     let again = attempt < ATTEMPTS
@@ -169,82 +221,103 @@ impl Providers {
     }
 
     /// Waits until the call may go.
-    async fn turn(&self, call: &MountCall<'_>) -> Result<(Place, CallGuard)> {
-        let queue = self.queue(call.provider);
-        let mut counted = self.metrics.provider_call(call.provider);
-        match timeout_at(call.deadline, queue.enter(call.urgency)).await {
-            Ok(place) => {
-                counted.started();
-                Ok((place, counted))
-            }
-            Err(_) => Err(Error::new(
-                Code::DeadlineExceeded,
-                format!(
-                    "provider {:?} is busy: this call waited for its turn until there was no time left, behind {} in flight; is the provider slow, or are --provider-max-calls ({}) and --provider-max-bytes ({}) too small?",
-                    call.provider,
-                    queue.in_flight(),
-                    self.limits.max_calls,
-                    self.limits.max_bytes,
-                ),
-            )
-            .with_reason(Reason::GrpcProviderError)),
-        }
-    }
-
-    fn queue(&self, name: &str) -> Arc<Queue> {
-        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(queue) = queues.get(name) {
-            return Arc::clone(queue);
-        }
-        let Limits {
-            max_calls,
-            max_bytes,
-            max_message_bytes,
-        } = self.limits;
-        let queue = Queue::new(max_calls, max_bytes, max_message_bytes);
-        queues.insert(name.to_owned(), Arc::clone(&queue));
-        queue
-    }
-
-    async fn attempt(
+    async fn turn(
         &self,
-        mut found: Found,
+        queue: &Arc<Queue>,
+        owner: &Owner,
         call: &MountCall<'_>,
-    ) -> Result<MountResponse, Status> {
-        let mut request = Request::new(MountRequest {
-            attributes: call.attributes.to_string(),
-            secrets: call.secrets.to_string(),
-            target_path: call.target.display().to_string(),
-            permission: PERMISSION.to_owned(),
-            current_object_version: call
-                .current
-                .iter()
-                .map(|o| ObjectVersion {
-                    id: o.id.clone(),
-                    version: o.version.clone(),
-                })
-                .collect(),
-        });
-        // The provider is told when we stop waiting. tonic enforces what it sends, and would
-        // call it CANCELLED; a little later, so that the line below is the one that decides.
-        let left = call.deadline.saturating_duration_since(Instant::now());
-        request.set_timeout(left + Duration::from_millis(500));
-        // What these types print of themselves holds no secret.
-        tracing::debug!(provider = call.provider, request = ?request.get_ref(), "asking the provider");
-        let answer = match timeout_at(call.deadline, found.client.mount(request)).await {
-            Ok(answer) => answer.map(tonic::Response::into_inner),
-            Err(_) => Err(Status::deadline_exceeded("no answer")),
-        };
-        match &answer {
-            Ok(response) => {
-                tracing::debug!(provider = call.provider, ?response, "the provider answered");
-            }
-            Err(status) => {
-                tracing::debug!(provider = call.provider, code = ?status.code(), message = status.message(), "the provider refused");
+    ) -> Result<(Place, CallGuard)> {
+        let mut counted = self.metrics.provider_call(call.provider);
+        let mut entering = pin!(queue.enter(owner, call.urgency));
+        loop {
+            tokio::select! {
+                biased;
+                place = &mut entering => {
+                    counted.started();
+                    return Ok((place, counted));
+                }
+                () = sleep_until(call.deadline) => return Err(self.busy(queue, owner, call)),
+                () = sleep(PRESS_EVERY) => queue.press(owner, call.urgency),
             }
         }
-        answer
     }
+
+    fn busy(&self, queue: &Queue, owner: &Owner, call: &MountCall<'_>) -> Error {
+        Error::new(
+            Code::DeadlineExceeded,
+            format!(
+                "provider {:?} is busy: this call waited for its turn until there was no time left. {}. Is the provider or its store slow, or is --provider-max-calls ({}) too small?",
+                call.provider,
+                queue.ahead_of(owner),
+                self.limits.max_calls,
+            ),
+        )
+        .with_reason(Reason::GrpcProviderError)
+    }
+
+    fn shared(&self, name: &str) -> Shared {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(shared) = shared.get(name) {
+            return shared.clone();
+        }
+        let new = Shared {
+            queue: Queue::new(self.limits.max_calls),
+            memory: Memory::new(self.limits.max_bytes),
+        };
+        shared.insert(name.to_owned(), new.clone());
+        new
+    }
+}
+
+/// Sends a call and waits for its answer, until the deadline.
+async fn ask(
+    call: &MountCall<'_>,
+    channel: tonic::transport::Channel,
+    asking: Asking<'_>,
+) -> Result<(MountResponse, Held), Status> {
+    let mut request = Request::new(MountRequest {
+        attributes: call.attributes.to_string(),
+        secrets: call.secrets.to_string(),
+        target_path: call.target.display().to_string(),
+        permission: PERMISSION.to_owned(),
+        current_object_version: call
+            .current
+            .iter()
+            .map(|o| ObjectVersion {
+                id: o.id.clone(),
+                version: o.version.clone(),
+            })
+            .collect(),
+    });
+    // The provider is told when we stop waiting. tonic enforces what it sends, and would
+    // call it CANCELLED; a little later, so that the line below is the one that decides.
+    let left = call.deadline.saturating_duration_since(Instant::now());
+    request.set_timeout(left + Duration::from_millis(500));
+    // What these types print of themselves holds no secret.
+    tracing::debug!(provider = call.provider, request = ?request.get_ref(), "asking the provider");
+    let answer = match timeout_at(call.deadline, wire::mount(channel, request, asking)).await {
+        Ok(answer) => answer,
+        Err(_) => Err(refusal::no_answer()),
+    };
+    match &answer {
+        Ok((response, _)) => {
+            tracing::debug!(provider = call.provider, ?response, "the provider answered");
+        }
+        Err(status) => {
+            tracing::debug!(provider = call.provider, code = ?status.code(), message = refusal::clipped(status.message()), "the provider refused");
+        }
+    }
+    answer
+}
+
+/// Says that a call ended for the sake of others. kubelet calls again.
+fn gave_way(name: &str, socket: &Path) -> Error {
+    Error::unavailable(format!(
+        "provider {name:?} at {} had not answered for {} s or more, as most of the calls to it, and this one made way for other SecretProviderClasses; it is tried again. Is the store of this class slow or away?",
+        socket.display(),
+        queue::HANGS.as_secs(),
+    ))
+    .with_reason(Reason::GrpcProviderError)
 }
 
 /// Takes an answer apart. The provider's own error code is a failure, whatever else it answered.
@@ -252,20 +325,20 @@ fn accept(
     mut response: MountResponse,
     name: &str,
     with_tokens: bool,
-    place: Place,
+    held: Held,
     counted: CallGuard,
 ) -> Result<Reply> {
     if let Some(error) = response.error.filter(|error| !error.code.is_empty()) {
         counted.ended(PROVIDER_ERROR);
+        let code: String = error.code.chars().take(LONGEST_CODE).collect();
         return Err(Error::new(
             Code::Unknown,
             format!(
-                "provider {name:?}: mount request failed with provider error code {:.100}{}",
-                error.code,
-                refusal::token_hint(&error.code, with_tokens),
+                "provider {name:?}: mount request failed with provider error code {code}{}",
+                refusal::token_hint(&code, with_tokens),
             ),
         )
-        .with_reason(Reason::Provider(error.code)));
+        .with_reason(Reason::Provider(code)));
     }
     counted.ended(refusal::code_name(Code::Ok));
     if response.object_version.is_empty() {
@@ -286,7 +359,6 @@ fn accept(
     objects.reverse();
     objects.sort_by(|a, b| a.id.cmp(&b.id));
     objects.dedup_by(|a, b| a.id == b.id);
-    let bytes = response.files.iter().map(|file| file.contents.len()).sum();
     let files = response
         .files
         .drain(..)
@@ -295,6 +367,6 @@ fn accept(
     Ok(Reply {
         objects,
         files,
-        _held: place.answered(bytes),
+        _held: held,
     })
 }

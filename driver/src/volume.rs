@@ -459,6 +459,8 @@ impl Volumes {
         self.providers
             .mount(MountCall {
                 provider: &class.provider,
+                namespace: &request.pod.namespace,
+                class: &request.class,
                 attributes: attributes(class, request).expose_json().map_err(no_json)?,
                 secrets,
                 target: request.target.as_path(),

@@ -129,6 +129,8 @@ async fn mount(providers: &Providers, urgency: Urgency, within: Duration) -> Res
     providers
         .mount(MountCall {
             provider: "test",
+            namespace: "shop",
+            class: "db",
             attributes: "{}".to_owned().into(),
             secrets: "null".to_owned().into(),
             target: Path::new("/target"),
@@ -169,7 +171,8 @@ async fn a_burst_of_first_mounts_is_over_soon_with_the_default_bounds() {
     burst.join_all().await;
     let took = started.elapsed();
     assert!(took < Duration::from_secs(5), "{took:?}");
-    assert_eq!(provider.peak.load(Ordering::SeqCst), 16);
+    // A class that answers may have three quarters of the places.
+    assert_eq!(provider.peak.load(Ordering::SeqCst), 12);
     assert_eq!(provider.calls.load(Ordering::SeqCst), 110);
     let page = node.metrics.render();
     let count = "call_duration_seconds_count{provider=\"test\",outcome=\"OK\"} 110";

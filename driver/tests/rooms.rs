@@ -10,7 +10,7 @@ use std::{
 };
 
 /// For each room, the rooms that it may use. `record` and `resources` are rooms of their own.
-const MAY_USE: [(&str, &[&str]); 16] = [
+const MAY_USE: [(&str, &[&str]); 17] = [
     (
         "csi",
         &[

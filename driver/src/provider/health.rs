@@ -3,14 +3,14 @@
 //! Nothing depends on the answer and nobody waits for it: a pod that needs a provider finds out
 //! by itself. Providers are asked all at once and without holding anything that a call needs.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
-use proto::provider::VersionRequest;
+use proto::provider::{VersionRequest, csi_driver_provider_client::CsiDriverProviderClient};
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
 
-use super::{Providers, refusal, socket::Found};
+use super::{Providers, refusal, wire};
 
 /// How long a provider has to answer (contract A.7).
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -47,18 +47,22 @@ impl Providers {
 
     async fn ask_all(&self) -> BTreeMap<String, Health> {
         let mut asking = JoinSet::new();
-        for (name, found) in self.sockets.all() {
-            asking.spawn(async move { (name, ask(found).await) });
+        for (name, socket) in self.sockets.all() {
+            asking.spawn(async move { (name, ask(socket).await) });
         }
         asking.join_all().await.into_iter().collect()
     }
 }
 
-async fn ask(mut found: Found) -> Health {
+async fn ask(socket: PathBuf) -> Health {
+    let mut client = match wire::channel(&socket) {
+        Ok(channel) => CsiDriverProviderClient::new(channel),
+        Err(error) => return Health::Unwell(error.to_string()),
+    };
     let request = Request::new(VersionRequest {
         version: VERSION.to_owned(),
     });
-    match timeout(PATIENCE, found.client.version(request)).await {
+    match timeout(PATIENCE, client.version(request)).await {
         Err(_) => Health::Unwell(format!("no answer within {PATIENCE:?}")),
         Ok(Err(status)) => Health::Unwell(refusal::in_short(&status)),
         Ok(Ok(answer)) => {
@@ -70,8 +74,8 @@ async fn ask(mut found: Found) -> Health {
                 ));
             }
             Health::Well {
-                runtime: answer.runtime_name,
-                version: answer.runtime_version,
+                runtime: refusal::clipped(&answer.runtime_name),
+                version: refusal::clipped(&answer.runtime_version),
             }
         }
     }

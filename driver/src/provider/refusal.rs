@@ -6,10 +6,15 @@ use std::{path::Path, time::Duration};
 use prost::Message as _;
 use tonic::{Code, Status};
 
+use super::{queue::Ending, wire::Refused};
 use crate::error::{Error, Reason};
 
 /// Nobody is believed who wants to be left alone for longer.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
+
+/// The longest part of a provider's message that is told, in bytes. With the words around it that
+/// fits into an event, whose message may have 1024.
+const LONGEST_MESSAGE: usize = 700;
 
 /// The trailer by which a server tells gRPC clients when to try again (gRFC A6).
 const PUSHBACK: &str = "grpc-retry-pushback-ms";
@@ -78,6 +83,46 @@ pub(super) fn is_transient(status: &Status) -> bool {
     status.code() == Code::Unavailable || connection_failure(status).is_some()
 }
 
+/// The status of a call whose deadline came before its answer.
+pub(super) fn no_answer() -> Status {
+    let mut status = Status::deadline_exceeded("no answer");
+    status.set_source(std::sync::Arc::new(NoAnswer));
+    status
+}
+
+#[derive(Debug)]
+struct NoAnswer;
+
+impl std::fmt::Display for NoAnswer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("no answer")
+    }
+}
+
+impl std::error::Error for NoAnswer {}
+
+/// What a failed call says about its class.
+pub(super) fn ending(status: &Status) -> Ending {
+    if made_here::<NoAnswer>(status).is_some() {
+        Ending::Silent
+    } else if connection_failure(status).is_some() {
+        Ending::Lost
+    } else {
+        Ending::Refused
+    }
+}
+
+/// The beginning of a provider's words, and how many there were.
+pub(super) fn clipped(words: &str) -> String {
+    match words
+        .char_indices()
+        .find(|(at, c)| at + c.len_utf8() > LONGEST_MESSAGE)
+    {
+        None => words.to_owned(),
+        Some((end, _)) => format!("{}… ({} bytes in all)", &words[..end], words.len()),
+    }
+}
+
 /// What is known of a call that failed.
 pub(super) struct Failed<'a> {
     pub(super) provider: &'a str,
@@ -90,7 +135,7 @@ pub(super) struct Failed<'a> {
 }
 
 impl Failed<'_> {
-    /// Turns a provider's status into a sentence. A provider's own message goes into it: it is
+    /// Line a provider's status into a sentence. A provider's own message goes into it: it is
     /// what the person with the broken pod needs, and providers know what they may say.
     pub(super) fn explain(&self, status: &Status) -> Error {
         let at = format!("provider {:?} at {}", self.provider, self.socket.display());
@@ -99,7 +144,12 @@ impl Failed<'_> {
         } else {
             String::new()
         };
-        let error = if is_over_the_limit(status) {
+        let error = if let Some(refused) = made_here::<Refused>(status) {
+            Error::new(
+                Code::ResourceExhausted,
+                format!("{at} answered with {refused}; split the SecretProviderClass"),
+            )
+        } else if is_over_the_limit(status) {
             Error::new(
                 Code::ResourceExhausted,
                 format!(
@@ -122,7 +172,7 @@ impl Failed<'_> {
                 format!(
                     "{at} answered {}{times}: {}{}",
                     code_name(status.code()),
-                    status.message(),
+                    clipped(status.message()),
                     token_hint(status.message(), self.with_tokens),
                 ),
             )
@@ -150,18 +200,31 @@ pub(super) fn token_hint(words: &str, with_tokens: bool) -> &'static str {
 
 /// A status for a log line.
 pub(super) fn in_short(status: &Status) -> String {
-    connection_failure(status)
-        .unwrap_or_else(|| format!("{}: {}", code_name(status.code()), status.message()))
+    connection_failure(status).unwrap_or_else(|| {
+        format!(
+            "{}: {}",
+            code_name(status.code()),
+            clipped(status.message())
+        )
+    })
 }
 
 /// What a status that tonic made of a broken connection is about; none for a status that a
 /// provider sent.
 fn connection_failure(status: &Status) -> Option<String> {
+    if made_here::<Refused>(status).is_some() || made_here::<NoAnswer>(status).is_some() {
+        return None;
+    }
     let mut source = std::error::Error::source(status)?;
     while let Some(deeper) = source.source() {
         source = deeper;
     }
     Some(source.to_string())
+}
+
+/// What the driver itself found wrong, rather than the provider or the connection.
+fn made_here<E: std::error::Error + 'static>(status: &Status) -> Option<&E> {
+    std::error::Error::source(status)?.downcast_ref()
 }
 
 /// tonic refuses a message over the limit with OUT_OF_RANGE, before it decodes it.

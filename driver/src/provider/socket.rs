@@ -1,27 +1,18 @@
-//! Where a provider is: its socket, and a lazy channel to it.
+//! Where a provider is: its socket.
 //!
-//! A socket is looked up again for every call, and its channel is kept only while the same
-//! socket file is there: a provider that restarted, moved or was replaced is found without a
-//! restart of the driver.
+//! A socket is looked up again for every call: a provider that restarted, moved or was replaced
+//! is found without a restart of the driver.
 
 use std::{
-    collections::HashMap,
     fs, io,
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    os::unix::fs::FileTypeExt as _,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
-use http::Uri;
-use proto::provider::csi_driver_provider_client::CsiDriverProviderClient;
 use tokio::time::{Instant, sleep};
-use tonic::transport::{Channel, Endpoint};
 
 use crate::error::{Error, Reason, Result};
-
-/// A unix socket either accepts at once or has a full backlog.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a first mount waits for a socket, at most; less when its deadline is near. On a new
 /// node the provider's pod often starts together with the first pod that needs it.
@@ -34,48 +25,21 @@ const MOST_NAMED: usize = 20;
 /// The ending of a provider's socket.
 const ENDING: &str = ".sock";
 
-/// The directories of sockets, and the channels to those that were called.
+/// The directories of sockets.
 pub(super) struct Sockets {
     search: Vec<PathBuf>,
-    max_message_bytes: usize,
-    clients: Mutex<HashMap<PathBuf, Connected>>,
-}
-
-/// A provider's client and the socket it talks to.
-pub(super) struct Found {
-    pub(super) path: PathBuf,
-    pub(super) client: CsiDriverProviderClient<Channel>,
-}
-
-/// A channel and the socket file it leads to.
-struct Connected {
-    socket: SocketId,
-    client: CsiDriverProviderClient<Channel>,
-}
-
-/// Tells a socket from one that replaced it under the same path. Inode numbers are used again
-/// at once by some file systems, so the time of the change counts too.
-#[derive(PartialEq, Eq, Clone, Copy)]
-struct SocketId {
-    device: u64,
-    inode: u64,
-    changed: (i64, i64),
 }
 
 impl Sockets {
-    pub(super) fn new(search: Vec<PathBuf>, max_message_bytes: usize) -> Self {
-        Self {
-            search,
-            max_message_bytes,
-            clients: Mutex::default(),
-        }
+    pub(super) fn new(search: Vec<PathBuf>) -> Self {
+        Self { search }
     }
 
-    /// The provider's socket and a client for it. The first directory that has one wins.
+    /// The provider's socket. The first directory that has one wins.
     ///
     /// # Errors
     /// Says where was searched and what is there.
-    pub(super) fn find(&self, name: &str) -> Result<Found> {
+    pub(super) fn find(&self, name: &str) -> Result<PathBuf> {
         match self.look(name)? {
             Some(found) => Ok(found),
             None => Err(self.not_found(name)),
@@ -100,8 +64,8 @@ impl Sockets {
         }
     }
 
-    /// Name and client of every provider there is, each name once.
-    pub(super) fn all(&self) -> Vec<(String, Found)> {
+    /// Name and socket of every provider there is, each name once.
+    pub(super) fn all(&self) -> Vec<(String, PathBuf)> {
         let mut names: Vec<String> = self
             .files()
             .filter_map(|file| Some(file.strip_suffix(ENDING)?.to_owned()))
@@ -118,7 +82,7 @@ impl Sockets {
             .collect()
     }
 
-    fn look(&self, name: &str) -> Result<Option<Found>> {
+    fn look(&self, name: &str) -> Result<Option<PathBuf>> {
         if !is_provider_name(name) {
             return Err(lookup(format!(
                 "invalid provider: provider {name:.60?} is not a provider name; spec.provider of the SecretProviderClass has 1 to 30 letters, digits, \"-\" or \"_\""
@@ -126,12 +90,9 @@ impl Sockets {
         }
         for directory in &self.search {
             let path = directory.join(format!("{name}{ENDING}"));
-            match socket_id(&path) {
-                Ok(Some(socket)) => {
-                    let client = self.client(&path, socket)?;
-                    return Ok(Some(Found { path, client }));
-                }
-                Ok(None) => self.forget(&path),
+            match is_socket(&path) {
+                Ok(true) => return Ok(Some(path)),
+                Ok(false) => {}
                 Err(error) => {
                     return Err(lookup(format!(
                         "provider {name:?}: cannot look at {}: {error}",
@@ -170,41 +131,6 @@ impl Sockets {
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
             .filter(|name| name.ends_with(ENDING))
     }
-
-    fn client(&self, path: &Path, socket: SocketId) -> Result<CsiDriverProviderClient<Channel>> {
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(connected) = clients.get(path)
-            && connected.socket == socket
-        {
-            return Ok(connected.client.clone());
-        }
-        let channel = Endpoint::from_shared(format!("unix://{}", path.display()))
-            .map_err(|error| {
-                Error::internal(format!(
-                    "the provider socket {} is no address: {error}",
-                    path.display()
-                ))
-            })?
-            // Providers refuse any other authority (contract C.2).
-            .origin(Uri::from_static("http://localhost"))
-            .connect_timeout(CONNECT_TIMEOUT)
-            .connect_lazy();
-        let client =
-            CsiDriverProviderClient::new(channel).max_decoding_message_size(self.max_message_bytes);
-        clients.insert(
-            path.to_owned(),
-            Connected {
-                socket,
-                client: client.clone(),
-            },
-        );
-        Ok(client)
-    }
-
-    fn forget(&self, path: &Path) {
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        clients.remove(path);
-    }
 }
 
 fn lookup(message: String) -> Error {
@@ -219,13 +145,10 @@ fn is_provider_name(name: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
 }
 
-fn socket_id(path: &Path) -> io::Result<Option<SocketId>> {
+/// Whether there is a socket. Something else in its place is an error.
+fn is_socket(path: &Path) -> io::Result<bool> {
     match fs::metadata(path) {
-        Ok(metadata) if metadata.file_type().is_socket() => Ok(Some(SocketId {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
-        })),
+        Ok(metadata) if metadata.file_type().is_socket() => Ok(true),
         Ok(_) => Err(io::Error::other("it is not a socket")),
         Err(error)
             if matches!(
@@ -233,7 +156,7 @@ fn socket_id(path: &Path) -> io::Result<Option<SocketId>> {
                 io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
             ) =>
         {
-            Ok(None)
+            Ok(false)
         }
         Err(error) => Err(error),
     }
