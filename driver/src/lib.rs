@@ -13,6 +13,7 @@
 //!     cluster      everything asked of the API server: the class, the pod status
 //!     provider     finds the socket, keeps a lazy channel, bounds calls, speaks v1alpha1
 //!     mount        tmpfs on, tmpfs off, is it there
+//!     memory       what mounted content takes of the driver's memory limit, and what fits
 //!     sync         the Secrets of a class, and keeping them so
 //!     files        validated paths and modes, the atomic swap of ..data
 //! ```
@@ -42,6 +43,7 @@ pub mod csi;
 pub mod error;
 pub mod files;
 pub mod logging;
+pub mod memory;
 pub mod metrics;
 pub mod mount;
 pub mod provider;
@@ -52,7 +54,7 @@ pub mod sync;
 pub mod turns;
 pub mod volume;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -60,6 +62,7 @@ use tokio_util::sync::CancellationToken;
 use cluster::Cluster;
 use config::{BUILD_VERSION, Config};
 use csi::{Csi, Listener};
+use memory::Memory;
 use metrics::{Metrics, http};
 use mount::Tmpfs;
 use provider::{Limits, Providers};
@@ -68,7 +71,7 @@ use sync::Sync;
 use volume::{
     Clock, Volumes,
     policy::{Failing, Policy},
-    record::Records,
+    record::{Content, Records},
     target::Busy,
     threads::Health,
 };
@@ -80,6 +83,9 @@ const FINISH_WITHIN: Duration = Duration::from_secs(20);
 /// What kubelet sets in each container. Where it is, kubelet does not see what the driver mounts unless
 /// mounts spread; elsewhere the two are expected to share a table of mounts.
 const IN_A_POD: &str = "KUBERNETES_SERVICE_HOST";
+
+/// How often mounted volumes are measured for the metrics, and the memory limit is read again.
+const MEASURE_EVERY: Duration = Duration::from_secs(10);
 
 /// Runs the driver until `stop`, then finishes the calls that run.
 ///
@@ -117,19 +123,34 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     }
 
     let metrics = Metrics::new();
+    let memory = Memory::new(
+        memory::limit(Path::new("/")),
+        config.provider_max_bytes as u64,
+    );
     match records.all() {
         Ok(records) => {
             for record in records {
                 metrics.success(&record.provider, &record.volume_id, record.last_success);
+                let charged = record.content == Content::Driver;
+                memory.found(&record.target_path, &record.pod.namespace, charged);
             }
         }
         Err(error) => {
             tracing::warn!(%error, "the records of volumes could not be read; the metrics know of no success before the next")
         }
     }
+    memory.find_others(&config.driver_name);
+    let budget = memory.budget();
+    tracing::info!(
+        limit = budget.limit().bytes,
+        source = ?budget.limit().source,
+        room = budget.room(),
+        mounted = memory.readings().mounted,
+        "memory for mounted content, in bytes"
+    );
     let limits = Limits {
         max_calls: config.provider_max_calls,
-        max_bytes: config.provider_max_bytes,
+        max_bytes: usize::try_from(budget.answer_bytes()).unwrap_or(usize::MAX),
         max_message_bytes: config.max_call_recv_msg_size,
     };
     let cluster = Cluster::new(config.kubeconfig.clone(), BUILD_VERSION, &config.node_id);
@@ -149,6 +170,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)
                 .in_a_pod(std::env::var_os(IN_A_POD).is_some()),
         ),
+        memory: Arc::clone(&memory),
         busy: Busy::default(),
         policy: Policy {
             enabled: config.enable_secret_rotation,
@@ -178,6 +200,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
 
     // Each of these ends at `stop`. The first that fails before ends the others with it.
     let mut tasks = JoinSet::new();
+    tasks.spawn(measure(memory, metrics.clone(), stop.clone()));
     if let Some(address) = config.metrics_addr {
         let listener = listen("--metrics-addr", address).await?;
         tasks.spawn(http::serve(listener, metrics, stop.clone()));
@@ -236,6 +259,23 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         stop.cancel();
     }
     outcome
+}
+
+/// Measures mounted volumes until `stop`, and notices when the limit of the driver's pod changes.
+async fn measure(memory: Arc<Memory>, metrics: Metrics, stop: CancellationToken) -> io::Result<()> {
+    loop {
+        let measured = Arc::clone(&memory);
+        let readings = tokio::task::spawn_blocking(move || {
+            measured.set_limit(memory::limit(Path::new("/")));
+            measured.readings()
+        });
+        let readings = readings.await.map_err(io::Error::other)?;
+        metrics.memory(readings.mounted, readings.room, readings.limit);
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(MEASURE_EVERY) => {}
+        }
+    }
 }
 
 async fn listen(flag: &str, address: SocketAddr) -> io::Result<TcpListener> {

@@ -11,6 +11,7 @@
 mod doors;
 pub mod http;
 mod labels;
+mod memory;
 pub mod provider;
 mod rotation;
 mod sync;
@@ -54,6 +55,7 @@ struct Inner {
     unpublish_error: Family<Unpublished, Counter>,
     rotation: rotation::Series,
     sync: sync::Series,
+    memory: memory::Series,
     provider_calls: provider::ProviderCalls,
     labels: labels::Labels,
 }
@@ -119,6 +121,7 @@ impl Metrics {
         );
         let rotation = rotation::Series::register(scoped);
         let sync = sync::Series::register(scoped);
+        let memory = memory::Series::register(scoped);
         Self(Arc::new(Inner {
             registry,
             publish,
@@ -127,6 +130,7 @@ impl Metrics {
             unpublish_error,
             rotation,
             sync,
+            memory,
             provider_calls,
             labels: labels::Labels::default(),
         }))

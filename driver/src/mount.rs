@@ -159,6 +159,35 @@ pub fn detach_below(target: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// What a tmpfs holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InUse {
+    /// The pages of its files, in bytes.
+    pub bytes: u64,
+    /// Its files, directories and links.
+    pub objects: u64,
+}
+
+/// Returns what the tmpfs at a target holds; none where none is mounted.
+///
+/// # Errors
+/// When the target cannot be examined.
+pub fn in_use(target: &Path) -> io::Result<Option<InUse>> {
+    let totals = match Here::look(target)? {
+        Some(here) if here.is_mounted => fstatfs(&here.file)?,
+        _ => return Ok(None),
+    };
+    if totals.filesystem_type() != TMPFS_MAGIC {
+        return Ok(None);
+    }
+    let block = u64::try_from(totals.block_size()).unwrap_or_default();
+    let blocks = totals.blocks().saturating_sub(totals.blocks_free());
+    Ok(Some(InUse {
+        bytes: blocks * block,
+        objects: totals.files().saturating_sub(totals.files_free()),
+    }))
+}
+
 /// Makes the target directory: kubelet makes its parent and leaves this one to the driver, as
 /// the CSI specification says.
 ///

@@ -31,6 +31,7 @@ use crate::{
     },
     error::{Error, Reason, Result},
     files::{Access, swap},
+    memory::Memory,
     metrics::{Metrics, PublishGuard},
     mount::{self, State, Tmpfs},
     provider::{MountCall, Providers, Reply, Urgency},
@@ -124,6 +125,8 @@ pub struct Volumes {
     pub providers: Providers,
     /// Their file systems.
     pub tmpfs: Arc<Tmpfs>,
+    /// What their content takes.
+    pub memory: Arc<Memory>,
     /// The targets that are being worked on.
     pub busy: Busy,
     /// Which refreshes there are.
@@ -178,9 +181,24 @@ impl Volumes {
         };
         match published {
             Ok(()) => Ok(Outcome::Published),
-            Err(error) => Err(self
-                .answer(&request.volume_id, &request.target, error)
-                .await),
+            Err(error) => {
+                self.measure(&request.target).await;
+                Err(self
+                    .answer(&request.volume_id, &request.target, error)
+                    .await)
+            }
+        }
+    }
+
+    /// Measures a volume in which something was undone.
+    async fn measure(&self, target: &TargetPath) {
+        let (memory, path) = (Arc::clone(&self.memory), target.as_path().to_owned());
+        let measured = blocking(move || {
+            memory.changed(&path);
+            Ok(())
+        });
+        if let Err(error) = measured.await {
+            tracing::debug!(%error, "not measured");
         }
     }
 
@@ -260,7 +278,7 @@ impl Volumes {
         let so_far = earlier
             .filter(|_| !needs_mount)
             .map(|earlier| earlier.content);
-        let staged = stage_files(request, &self.tmpfs, reply.files, so_far).await?;
+        let staged = stage_files(request, &self.tmpfs, &self.memory, reply.files, so_far).await?;
         let now = self.clock.now();
         let mut record = Record {
             volume_id: request.volume_id.clone(),
@@ -277,7 +295,7 @@ impl Volumes {
             failing_since: None,
         };
         let place = self.stage_record(&record).await?;
-        commit_content(request, &self.tmpfs, staged).await?;
+        commit_content(request, &self.tmpfs, &self.memory, staged).await?;
         let written = self
             .write_pod_status(request, &record.objects, Some(now))
             .await?;
@@ -358,12 +376,15 @@ impl Volumes {
         self.failing.forget(volume_id);
         self.sync.forget(volume_id);
         self.metrics.volume_gone(volume_id);
+        let memory = Arc::clone(&self.memory);
         let records = self.records.clone();
         let (volume_id, path) = (volume_id.to_owned(), target.as_path().to_owned());
         blocking(move || {
             // The record first: without it nothing counts as published, however far this gets.
             let removed = records.remove(&volume_id);
-            take_down(&path)?;
+            let taken_down = take_down(&path);
+            memory.changed(&path);
+            taken_down?;
             if let Err(error) = removed {
                 tracing::warn!(%error, "the volume is gone; its record could not be removed and stays until the driver starts again");
             }
@@ -416,6 +437,7 @@ impl Volumes {
     /// Makes the directory and mounts an empty tmpfs on it.
     async fn mount(&self, request: &PublishRequest) -> Result<Undo> {
         let tmpfs = Arc::clone(&self.tmpfs);
+        let (memory, namespace) = (Arc::clone(&self.memory), request.pod.namespace.clone());
         let target = request.target.as_path().to_owned();
         let parent = request.target.parent();
         reaches_pods(request, &self.tmpfs).await?;
@@ -423,6 +445,10 @@ impl Volumes {
             let undo = Undo::of(target.clone());
             // What an interrupted attempt left is taken away first, contents included.
             take_down(&target)?;
+            memory.changed(&target);
+            if let Err(no_room) = memory.check(&target, &namespace) {
+                return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room));
+            }
             mount::make_target(&target)?;
             tmpfs.mount(&target)?;
             Ok(undo)
@@ -433,6 +459,10 @@ impl Volumes {
                 "failed to mount for pod {}: {} is not there for the driver, although kubelet made it: mount kubelet's pods directory into the driver's container at the same path, with mountPropagation Bidirectional (chart value linux.kubeletRootDir)",
                 request.pod, parent.display()
             )),
+            io::ErrorKind::OutOfMemory => Error::new(
+                Code::ResourceExhausted,
+                format!("failed to mount for pod {}: {error}", request.pod),
+            ),
             _ => Error::internal(format!("failed to mount tmpfs at {} for pod {}: {error}", request.target, request.pod)),
         })
     }

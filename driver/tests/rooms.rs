@@ -10,7 +10,7 @@ use std::{
 };
 
 /// For each room, the rooms that it may use. `record` and `resources` are rooms of their own.
-const MAY_USE: [(&str, &[&str]); 17] = [
+const MAY_USE: [(&str, &[&str]); 18] = [
     (
         "csi",
         &[
@@ -20,8 +20,8 @@ const MAY_USE: [(&str, &[&str]); 17] = [
     (
         "volume",
         &[
-            "cluster", "config", "error", "files", "metrics", "mount", "provider", "record",
-            "secret", "sync",
+            "cluster", "config", "error", "files", "memory", "metrics", "mount", "provider",
+            "record", "secret", "sync",
         ],
     ),
     ("record", &[]),
@@ -47,6 +47,7 @@ const MAY_USE: [(&str, &[&str]); 17] = [
         "provider",
         &["error", "files", "metrics", "record", "secret"],
     ),
+    ("memory", &["files", "mount"]),
     ("mount", &[]),
     ("files", &["secret"]),
     ("secret", &[]),

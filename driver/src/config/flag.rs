@@ -97,7 +97,7 @@ pub(super) const FLAGS: &[Flag] = &[
         "Calls in flight to one provider, at most, shared between namespaces and classes; others wait, first mounts before refreshes.",
         |c, v| { c.provider_max_calls = count(v)?; Ok(()) }),
     flag!("provider-max-bytes" "BYTES" = "67108864",
-        "Memory for the answers of one provider, from the arrival of each until its files are written; others wait. One answer always goes.",
+        "Memory for the answers of one provider, from the arrival of each until its files are written; others wait. One answer always goes. At most a sixth of the memory limit.",
         |c, v| { c.provider_max_bytes = size(v)?; Ok(()) }),
     flag!("provider-health-check" "" = "false",
         "Ask the providers for their version from time to time and log failures.",

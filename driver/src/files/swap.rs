@@ -88,6 +88,14 @@ pub fn stage(volume: &Path, payload: Payload) -> io::Result<Option<Staged>> {
     Ok(Some(staged))
 }
 
+/// Whether a volume has exactly this content.
+///
+/// # Errors
+/// When the volume cannot be opened.
+pub fn has(volume: &Path, payload: &Payload) -> io::Result<bool> {
+    Ok(compare(&open_root(volume)?, payload).is_ok())
+}
+
 impl Staged {
     /// Returns the name of the directory that holds the staged content.
     pub fn directory(&self) -> &str {

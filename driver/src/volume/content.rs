@@ -18,6 +18,7 @@ use super::{
 use crate::{
     error::{Error, Reason, Result},
     files::{File, Payload, read, swap},
+    memory::{Memory, Reservation},
     mount::{self, Detached, Tmpfs},
 };
 
@@ -26,8 +27,8 @@ const MAX_STACKED: usize = 32;
 
 /// What came of a provider's files.
 pub(super) enum Stage {
-    /// They lie beside the content that the volume has.
-    Files(swap::Staged),
+    /// They lie beside the content that the volume has, in memory that is set aside for them.
+    Files(swap::Staged, Reservation),
     /// They are the content that the volume has.
     Unchanged,
     /// The provider has written them itself.
@@ -40,7 +41,7 @@ impl Stage {
     /// Who has written what the volume holds when this is committed.
     pub(super) fn content(&self) -> Content {
         match self {
-            Self::Files(_) | Self::Unchanged => Content::Driver,
+            Self::Files(..) | Self::Unchanged => Content::Driver,
             Self::OfProvider | Self::TakenOver => Content::Provider,
         }
     }
@@ -50,7 +51,7 @@ impl Stage {
     /// Adds the order of this content to a record, and keeps that of the content of now.
     pub(super) fn order(&self, record: &mut Record, order: String) {
         match self {
-            Self::Files(staged) => {
+            Self::Files(staged, _) => {
                 let now = staged.former_directory();
                 record
                     .orders
@@ -67,18 +68,19 @@ impl Stage {
     /// that is another than now.
     pub(super) fn new_directory(&self) -> Option<String> {
         match self {
-            Self::Files(staged) => Some(staged.directory().to_owned()),
+            Self::Files(staged, _) => Some(staged.directory().to_owned()),
             Self::TakenOver => Some(String::new()),
             Self::Unchanged | Self::OfProvider => None,
         }
     }
 }
 
-/// Checks the provider's files and writes them where no reader looks. `so_far` is who wrote the
-/// content that the volume has.
+/// Checks the provider's files and writes them where no reader looks, if there is memory for
+/// them. `so_far` is who wrote the content that the volume has.
 pub(super) async fn stage_files(
     request: &PublishRequest,
     tmpfs: &Arc<Tmpfs>,
+    memory: &Arc<Memory>,
     files: Vec<(String, File)>,
     so_far: Option<Content>,
 ) -> Result<Stage> {
@@ -88,12 +90,22 @@ pub(super) async fn stage_files(
         .accessible(request.access);
     let volume = request.target.as_path().to_owned();
     let tmpfs = Arc::clone(tmpfs);
+    let (memory, namespace) = (Arc::clone(memory), request.pod.namespace.clone());
     let staged = blocking(move || {
         if !payload.is_empty() {
+            let reservation = match memory.reserve(&volume, &namespace, &payload) {
+                Ok(reservation) => reservation,
+                // What is there already needs no room.
+                Err(_) if swap::has(&volume, &payload)? => return Ok(Some(Stage::Unchanged)),
+                Err(no_room) => return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room)),
+            };
             tmpfs.refit(&volume)?;
             let staged =
                 swap::stage(&volume, payload).map_err(|error| raise(error, &tmpfs, &volume))?;
-            return Ok(Some(staged.map_or(Stage::Unchanged, Stage::Files)));
+            return Ok(Some(match staged {
+                Some(staged) => Stage::Files(staged, reservation),
+                None => Stage::Unchanged,
+            }));
         }
         // What the driver wrote is no answer of this provider's.
         if so_far == Some(Content::Driver) {
@@ -123,43 +135,46 @@ pub(super) async fn directory(request: &PublishRequest, content: Content) -> Res
         .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))
 }
 
-/// Makes what is staged the volume's content.
+/// Makes what is staged the volume's content, and measures it. What was there before goes a
+/// little later.
 pub(super) async fn commit_content(
     request: &PublishRequest,
     tmpfs: &Arc<Tmpfs>,
+    memory: &Arc<Memory>,
     staged: Stage,
 ) -> Result<()> {
-    match staged {
-        Stage::Files(staged) => commit_files(request, tmpfs, staged).await,
-        Stage::Unchanged | Stage::OfProvider => Ok(()),
-        Stage::TakenOver => {
-            let volume = request.target.as_path().to_owned();
-            blocking(move || swap::remove_own(&volume))
-                .await
-                .map_err(|error| failed_to_write(request, Error::internal(error.to_string())))
-        }
-    }
-}
-
-/// Makes staged files the volume's content. What was there before goes a little later.
-async fn commit_files(
-    request: &PublishRequest,
-    tmpfs: &Arc<Tmpfs>,
-    staged: swap::Staged,
-) -> Result<()> {
     let (tmpfs, volume) = (Arc::clone(tmpfs), request.target.as_path().to_owned());
+    let (measured, namespace) = (Arc::clone(memory), request.pod.namespace.clone());
+    let content = staged.content();
     let former = blocking(move || {
-        staged
-            .commit()
-            .map_err(|error| raise(error, &tmpfs, &volume))
+        let mut aside = None;
+        let former = match staged {
+            Stage::Files(staged, reservation) => {
+                aside = Some(reservation);
+                staged
+                    .commit()
+                    .map_err(|error| raise(error, &tmpfs, &volume))
+            }
+            Stage::Unchanged | Stage::OfProvider => Ok(None),
+            Stage::TakenOver => swap::remove_own(&volume).map(|()| None),
+        };
+        // Before the reservation ends, so that at no moment less is counted than is there.
+        measured.found(&volume, &namespace, content == Content::Driver);
+        drop(aside);
+        former
     })
     .await
     .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))?;
     if let Some(former) = former {
-        let volume = request.target.as_path().to_owned();
+        let (volume, memory) = (request.target.as_path().to_owned(), Arc::clone(memory));
         tokio::spawn(async move {
             sleep(swap::GRACE).await;
-            if let Err(error) = blocking(move || swap::remove(&volume, &former)).await {
+            let removed = blocking(move || {
+                let removed = swap::remove(&volume, &former);
+                memory.changed(&volume);
+                removed
+            });
+            if let Err(error) = removed.await {
                 tracing::warn!(%error, "content that was replaced stays until the next refresh");
             }
         });
@@ -192,7 +207,7 @@ fn raise(error: io::Error, tmpfs: &Tmpfs, volume: &Path) -> io::Error {
 
 pub(super) fn no_room_or_internal(error: &io::Error) -> Error {
     let code = match error.kind() {
-        io::ErrorKind::StorageFull => Code::ResourceExhausted,
+        io::ErrorKind::StorageFull | io::ErrorKind::OutOfMemory => Code::ResourceExhausted,
         _ => Code::Internal,
     };
     Error::new(code, error.to_string())

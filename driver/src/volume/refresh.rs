@@ -123,11 +123,18 @@ impl Volumes {
     ) -> Result<bool> {
         let ask = self.ask_provider(request, &class, &record.objects, Urgency::Refresh);
         let reply = unless(cancelled, ask).await?;
-        let staged = stage_files(request, &self.tmpfs, reply.files, Some(record.content)).await?;
+        let staged = stage_files(
+            request,
+            &self.tmpfs,
+            &self.memory,
+            reply.files,
+            Some(record.content),
+        )
+        .await?;
         let versions_changed = reply.objects != record.objects;
         let now = self.clock.now();
         let changed = match &staged {
-            Stage::Files(_) | Stage::TakenOver => true,
+            Stage::Files(..) | Stage::TakenOver => true,
             Stage::Unchanged => false,
             Stage::OfProvider => versions_changed,
         };
@@ -164,7 +171,7 @@ impl Volumes {
             }
         }
         let directory = staged.new_directory();
-        commit_content(request, &self.tmpfs, staged).await?;
+        commit_content(request, &self.tmpfs, &self.memory, staged).await?;
         if let Some(directory) = directory {
             fresh.orders.retain(|other, _| *other == directory);
         }

@@ -7,7 +7,7 @@ use std::{
     net::Ipv4Addr,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Child, Command},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -459,6 +459,26 @@ impl World {
     }
 
     pub(crate) async fn start_driver(&mut self) {
+        let config = Config::parse(self.flags().into_iter().map(Into::into)).unwrap();
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(driver::run(config, stop.clone()));
+        self.running = Some((stop, task));
+    }
+
+    /// Starts the driver's binary as a process in a cgroup, in the place of one in this process.
+    pub(crate) fn start_process(&self, cgroup: &Path) -> Child {
+        let binary = env!("CARGO_BIN_EXE_secrets-store-csi");
+        let procs = cgroup.join("cgroup.procs");
+        let script = format!("echo $$ > {} && exec \"$@\"", procs.display());
+        Command::new("sh")
+            .args(["-c", &script, "sh", binary])
+            .args(self.flags())
+            .stderr(fs::File::create(self.dir.path().join("log")).unwrap())
+            .spawn()
+            .unwrap()
+    }
+
+    fn flags(&self) -> Vec<String> {
         let dir = self.dir.path();
         let kubeconfig = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "c",
@@ -476,11 +496,13 @@ impl World {
             "--metrics-addr=0".to_owned(),
             "--nodeid=node-1".to_owned(),
         ];
-        let flags = usual.into_iter().chain(self.flags.iter().cloned());
-        let config = Config::parse(flags.map(Into::into)).unwrap();
-        let stop = CancellationToken::new();
-        let task = tokio::spawn(driver::run(config, stop.clone()));
-        self.running = Some((stop, task));
+        usual.into_iter().chain(self.flags.clone()).collect()
+    }
+
+    /// Starts the driver with other flags.
+    pub(crate) async fn restart_with(&mut self, flags: &[&str]) {
+        self.flags = flags.iter().map(|&flag| flag.to_owned()).collect();
+        self.start_driver().await;
     }
 
     pub(crate) async fn stop_driver(&mut self) {
@@ -619,4 +641,29 @@ pub(crate) fn is_final(code: Code) -> bool {
             | Code::ResourceExhausted
             | Code::Aborted
     )
+}
+
+/// Lets this process see a memory limit, with a tmpfs over each hierarchy of cgroups that may
+/// limit memory. Whether there is one.
+pub(crate) fn limit_memory(bytes: u64) -> bool {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mut found = false;
+    for line in mounts.lines() {
+        let (before, after) = line.split_once(" - ").unwrap();
+        let after: Vec<&str> = after.split(' ').collect();
+        let limits_memory = match after[0] {
+            "cgroup2" => true,
+            "cgroup" => after[2].split(',').any(|option| option == "memory"),
+            _ => false,
+        };
+        if limits_memory {
+            let point = Path::new(before.split(' ').nth(4).unwrap());
+            tmpfs(point, "mode=0755");
+            for name in ["memory.max", "memory.limit_in_bytes"] {
+                fs::write(point.join(name), bytes.to_string()).unwrap();
+            }
+            found = true;
+        }
+    }
+    found
 }

@@ -6,5 +6,6 @@
 mod classes;
 mod content;
 mod harness;
+mod memory;
 mod state_dir;
 mod states;
