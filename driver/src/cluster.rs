@@ -26,8 +26,10 @@ use kube::{
     Api, Client, Config,
     api::GetParams,
     config::{KubeConfigOptions, Kubeconfig},
+    core::Status,
 };
 use tokio::sync::OnceCell;
+use tokio_util::task::TaskTracker;
 use tonic::Code;
 
 use crate::{
@@ -53,6 +55,8 @@ pub struct Cluster {
     client: Arc<OnceCell<Client>>,
     events: Arc<Events>,
     away: Arc<AtomicBool>,
+    /// Secrets that are being made anew, which is finished whoever stops waiting for it.
+    replacing: TaskTracker,
 }
 
 /// What a volume needs of a SecretProviderClass.
@@ -84,7 +88,14 @@ impl Cluster {
             client: Arc::default(),
             events: Arc::default(),
             away: Arc::default(),
+            replacing: TaskTracker::new(),
         }
+    }
+
+    /// Waits until nothing is half done: no Secret has been deleted that is to be made anew.
+    pub async fn finish(&self) {
+        self.replacing.close();
+        self.replacing.wait().await;
     }
 
     /// Returns whether the API server is away: the last request that only reads got no answer, or
@@ -110,6 +121,35 @@ impl Cluster {
     /// As [`Cluster::class`].
     pub async fn remembered_class(&self, namespace: &str, name: &str) -> Result<Class> {
         self.read_class(namespace, name, &GetParams::any()).await
+    }
+
+    /// Whether there is a class of this name that makes this Secret. Nothing but the API server's
+    /// word that there is no such class, or the class itself, says that it does not.
+    ///
+    /// # Errors
+    /// When the class cannot be read.
+    async fn class_makes(&self, namespace: &str, name: &str, secret: &str) -> Result<bool> {
+        if !is_object_name(name) {
+            // No class can have this name.
+            return Ok(false);
+        }
+        let api: Api<SecretProviderClass> = Api::namespaced(self.client().await?, namespace);
+        // What the API server remembers may be older than a class that has just been made.
+        for how in [GetParams::any(), GetParams::default()] {
+            match self.read(api.get_with(name, &how)).await {
+                Ok(class) => {
+                    let mut made = class.spec.secret_objects.iter();
+                    if made.any(|object| object.secret_name.trim() == secret) {
+                        return Ok(true);
+                    }
+                }
+                Err(Failure::Refused {
+                    code: 404, object, ..
+                }) if object == name => {}
+                Err(failure) => return Err(failure.into_error()),
+            }
+        }
+        Ok(false)
     }
 
     async fn read_class(&self, namespace: &str, name: &str, how: &GetParams) -> Result<Class> {
@@ -225,8 +265,18 @@ pub fn is_object_name(name: &str) -> bool {
 
 /// Why a request failed.
 enum Failure {
-    /// The API server answered with an error; its `Status` message is for people.
-    Refused { code: u16, message: String },
+    /// The API server answered with an error.
+    Refused {
+        code: u16,
+        /// One word.
+        reason: String,
+        /// For people. Where a Secret is written it may quote the content.
+        message: String,
+        /// The name of the object that the error is about, where it is about one.
+        object: String,
+        /// Whether the namespace is being deleted, so that nothing can be created in it.
+        namespace_ends: bool,
+    },
     /// It did not answer.
     NoAnswer(String),
     /// Its answer is not the object that was asked for.
@@ -244,12 +294,18 @@ impl Failure {
             Self::NotUnderstood => Error::unavailable(
                 "the answer of the API server is not the object that was asked for",
             ),
-            Self::Refused { code, message } => {
+            Self::Refused {
+                code,
+                message,
+                object,
+                ..
+            } => {
                 let code = match code {
                     400 | 422 => Code::InvalidArgument,
                     401 => Code::Unauthenticated,
                     403 => Code::PermissionDenied,
-                    404 => Code::NotFound,
+                    // Without an object it is the kind that is not served: not yet, perhaps.
+                    404 if !object.is_empty() => Code::NotFound,
                     _ => Code::Unavailable,
                 };
                 Error::new(code, message)
@@ -264,6 +320,9 @@ async fn limited<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T,
         Ok(Ok(value)) => Ok(value),
         Ok(Err(kube::Error::Api(status))) => Err(Failure::Refused {
             code: status.code,
+            namespace_ends: is_about_an_ending_namespace(&status),
+            object: status.details.map(|about| about.name).unwrap_or_default(),
+            reason: status.reason,
             message: status.message,
         }),
         Ok(Err(kube::Error::SerdeError(_))) => Err(Failure::NotUnderstood),
@@ -273,6 +332,13 @@ async fn limited<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T,
             REQUEST_TIMEOUT.as_secs()
         ))),
     }
+}
+
+fn is_about_an_ending_namespace(status: &Status) -> bool {
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    causes
+        .into_iter()
+        .any(|cause| cause.reason == "NamespaceTerminating")
 }
 
 /// The error at the bottom of a chain: "connection refused" rather than "service error".

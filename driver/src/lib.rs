@@ -56,7 +56,7 @@ pub mod volume;
 
 use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use cluster::Cluster;
@@ -156,10 +156,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     let cluster = Cluster::new(config.kubeconfig.clone(), BUILD_VERSION, &config.node_id);
     let sync = Arc::new(Sync::new(
         cluster.clone(),
+        records.clone(),
         metrics.clone(),
         config.sync_errors_fail,
         config.sync_interval,
     ));
+    let finishing = cluster.clone();
     let volumes = Arc::new(Volumes {
         node: config.node_id.clone(),
         kubelet_root: config.kubelet_root_dir.clone(),
@@ -232,9 +234,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         });
     }
     {
-        let (volumes, stop) = (Arc::clone(&volumes), stop.clone());
+        let stop = stop.clone();
         tasks.spawn(async move {
-            sync.run(&volumes.records, stop).await;
+            sync.run(stop).await;
             Ok(())
         });
     }
@@ -257,6 +259,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             outcome = ended;
         }
         stop.cancel();
+    }
+    // A Secret that was deleted to be made anew is made, or put back.
+    if timeout(FINISH_WITHIN, finishing.finish()).await.is_err() {
+        tracing::error!("a Secret that was being made anew is not there yet");
     }
     outcome
 }

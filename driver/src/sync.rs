@@ -6,19 +6,21 @@
 //! each Secret and each class about every `--sync-interval`, one request by name for each, and
 //! writes nothing while all is as it should be.
 //!
-//! A Secret is made from the newest volume of its class on this node; what other nodes hold, the
-//! Secret itself says (see [`crate::cluster::secrets`]). Content always comes from the volume,
-//! so that a driver that starts anew knows as much as one that has run for long.
+//! A Secret is made from the newest content of its class's volumes on this node; what other nodes
+//! hold, the Secret itself says (see [`crate::cluster::secrets`], which also says what newest
+//! means). Content always comes from the volume, so that a driver that starts anew knows as much
+//! as one that has run for long; what counts as content, the module `content` says.
 
+mod content;
 pub mod desired;
 mod heal;
 mod known;
+mod made;
 mod parsing;
 mod tls;
 
-use std::{collections::BTreeMap, fmt, io, path::PathBuf, slice, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, path::PathBuf, slice, sync::Arc, time::Duration};
 
-use jiff::Timestamp;
 use tokio::time::{Instant, timeout};
 use tonic::Code;
 
@@ -31,13 +33,13 @@ use crate::{
         secrets::{ADOPT, Kept, Owner, Refusal, Wanted},
     },
     error::{Error, Result},
-    files::read,
     metrics::Metrics,
-    volume::record::Pod,
+    volume::record::{Pod, Record, Records},
 };
-use desired::{Desired, Needs};
+use content::Stamp;
+use desired::Desired;
 use known::{Known, Mounted};
-use parsing::{Fingerprint, Parsing, Refusals, Waiting};
+use parsing::{Parsing, Refusals};
 
 /// How long a publish waits for its Secrets. What is not done by then is done by the loop.
 const WITHIN: Duration = Duration::from_secs(20);
@@ -63,6 +65,18 @@ pub struct Volume {
     pub target: PathBuf,
     /// The name of its SecretProviderClassPodStatus.
     pub pod_status: String,
+}
+
+impl Volume {
+    /// The volume that a record is about.
+    pub fn of(record: &Record) -> Self {
+        Self {
+            id: record.volume_id.clone(),
+            pod: record.pod.clone(),
+            target: record.target_path.clone(),
+            pod_status: record.pod_status.clone(),
+        }
+    }
 }
 
 /// Why a Secret is not as it should be: the `error_type` of `sync_k8s_secret_error_total`.
@@ -150,6 +164,7 @@ impl fmt::Display for Problem {
 /// Keeps the Secrets of the volumes of this node.
 pub struct Sync {
     cluster: Cluster,
+    records: Records,
     metrics: Metrics,
     /// Whether a Secret that cannot be kept fails the publish.
     fail: bool,
@@ -171,9 +186,16 @@ enum How {
 impl Sync {
     /// Looks at each Secret about every `interval`. With `fail`, a Secret that cannot be kept
     /// fails the publish.
-    pub fn new(cluster: Cluster, metrics: Metrics, fail: bool, interval: Duration) -> Self {
+    pub fn new(
+        cluster: Cluster,
+        records: Records,
+        metrics: Metrics,
+        fail: bool,
+        interval: Duration,
+    ) -> Self {
         Self {
             cluster,
+            records,
             metrics,
             fail,
             interval,
@@ -184,11 +206,13 @@ impl Sync {
     }
 
     /// Makes the Secrets of a volume that has been mounted, or whose content or class changed.
-    /// Asks nobody anything for a class without `secretObjects`.
+    /// Asks nobody anything for a class without `secretObjects`. The record is the volume's, which
+    /// a publish writes only after this.
     ///
     /// # Errors
     /// Only if they are to fail the publish: the first of the Secrets that could not be kept.
-    pub async fn volume_mounted(&self, volume: &Volume, class: &Class) -> Result<()> {
+    pub async fn volume_mounted(&self, record: &Record, class: &Class) -> Result<()> {
+        let volume = &Volume::of(record);
         let released = self.known.mounted(volume, class, self.interval);
         // The newest state that is known, where this volume was mounted with an older one.
         let known = self
@@ -198,7 +222,7 @@ impl Sync {
         if class.secret_objects.is_empty() && released.is_empty() {
             return Ok(());
         }
-        let outcome = match timeout(WITHIN, self.sync(volume, class, &released)).await {
+        let outcome = match timeout(WITHIN, self.sync(record, volume, class, &released)).await {
             Ok(outcome) => outcome,
             Err(_) => {
                 let problem = Problem::new(
@@ -236,6 +260,7 @@ impl Sync {
 
     async fn sync(
         &self,
+        record: &Record,
         volume: &Volume,
         class: &Class,
         released: &[String],
@@ -255,7 +280,8 @@ impl Sync {
         for object in &class.secret_objects {
             let kept = match &holder {
                 Ok(_) => {
-                    self.keep(&volume.pod.namespace, &class, object, How::Now)
+                    let namespace = &volume.pod.namespace;
+                    self.keep(namespace, &class, object, How::Now, Some(record))
                         .await
                 }
                 Err(problem) => Err(problem.clone()),
@@ -288,14 +314,16 @@ impl Sync {
         }
     }
 
-    /// Keeps one Secret as the newest volume of its class on this node says.
+    /// Keeps one Secret as the newest volume of its class on this node says. None when none of
+    /// them says anything. `pending` is the record of a publish that is at its last step.
     async fn keep(
         &self,
         namespace: &str,
         class: &Arc<Class>,
         object: &SecretObject,
         how: How,
-    ) -> Result<Kept, Problem> {
+        pending: Option<&Record>,
+    ) -> Result<Option<Kept>, Problem> {
         let name = desired::name(class, object)?;
         let same = |other: &&SecretObject| other.secret_name.trim() == name;
         if class.secret_objects.iter().filter(same).count() > 1 {
@@ -316,29 +344,29 @@ impl Sync {
             known.extend(self.live(class, unknown).await?);
             volumes = known;
         }
-        if volumes.is_empty() {
-            return Ok(Kept::Unchanged);
-        }
-        let (mut desired, mut since) = self.made(class, object, &volumes).await?;
+        let Some((mut desired, mut stamp)) = self.made(class, object, &volumes, pending).await?
+        else {
+            return Ok(None);
+        };
         let mut owners = owners(&volumes);
         if how == How::Look {
-            let wanted = wanted(namespace, class, &desired, since, &owners);
+            let wanted = wanted(namespace, class, &desired, stamp, &owners);
             let kept = self.cluster.secret_is_kept(&wanted).await;
             if kept.map_err(|refusal| problem(&wanted, refusal))? {
-                return Ok(Kept::Unchanged);
+                return Ok(Some(Kept::Unchanged));
             }
             // Something is to be written: only for pods that live.
             volumes = self.live(class, volumes).await?;
-            if volumes.is_empty() {
-                return Ok(Kept::Unchanged);
-            }
-            (desired, since) = self.made(class, object, &volumes).await?;
+            let Some(made) = self.made(class, object, &volumes, pending).await? else {
+                return Ok(None);
+            };
+            (desired, stamp) = made;
             owners = self::owners(&volumes);
         }
         if owners.is_empty() {
             return Err(unavailable(class, &"the pods' owners are not known yet"));
         }
-        let wanted = wanted(namespace, class, &desired, since, &owners);
+        let wanted = wanted(namespace, class, &desired, stamp, &owners);
         let started = Instant::now();
         let kept = self.cluster.keep_secret(&wanted).await;
         let kept = kept.map_err(|refusal| problem(&wanted, refusal))?;
@@ -353,26 +381,7 @@ impl Sync {
             self.metrics
                 .secret_synced(&class.provider, started.elapsed());
         }
-        Ok(kept)
-    }
-
-    /// Makes the Secret that the newest of the volumes makes, where mounts do not wait for it.
-    async fn made(
-        &self,
-        class: &Arc<Class>,
-        object: &SecretObject,
-        volumes: &[Mounted],
-    ) -> Result<(Desired, Timestamp), Problem> {
-        let Some(first) = volumes.first() else {
-            return Err(unavailable(class, &"no volume of it is mounted"));
-        };
-        let namespace = &first.volume.pod.namespace;
-        let targets: Vec<PathBuf> = volumes.iter().map(|v| v.volume.target.clone()).collect();
-        let (of_class, object) = (Arc::clone(class), object.clone());
-        let refusals = Arc::clone(&self.refusals);
-        let job = move |waiting: &Waiting| made(&of_class, &object, &targets, &refusals, waiting);
-        let made = self.parsing.run(namespace, job).await;
-        made.unwrap_or_else(|error| Err(unavailable(class, &error)))
+        Ok(Some(kept))
     }
 
     /// The volumes whose pods still need Secrets, with who their Secrets live with.
@@ -400,7 +409,7 @@ impl Sync {
         class: &Class,
         name: &str,
         volumes: &[Volume],
-        outcome: Result<Kept, &Problem>,
+        outcome: Result<Option<Kept>, &Problem>,
     ) {
         let Some(first) = volumes.first() else {
             return;
@@ -423,7 +432,9 @@ impl Sync {
                         });
                 }
             }
-            Ok(kept) => {
+            // There is nothing to be in step with.
+            Ok(None) => {}
+            Ok(Some(kept)) => {
                 if kept == Kept::Recreated {
                     // The log has it in any case, and it is no trouble.
                     let _ = self.cluster.announce(
@@ -449,81 +460,6 @@ impl Sync {
     }
 }
 
-/// Makes the Secret that the newest of the volumes makes, and says since when that one holds its
-/// content.
-fn made(
-    class: &Class,
-    object: &SecretObject,
-    targets: &[PathBuf],
-    refusals: &Refusals,
-    waiting: &Waiting,
-) -> Result<(Desired, Timestamp), Problem> {
-    let unreadable = |error: io::Error| unavailable(class, &error);
-    let mut newest: Option<(Timestamp, &PathBuf)> = None;
-    let mut failed = None;
-    for target in targets {
-        match read::version(target).map(|version| version.since) {
-            Ok(since) if newest.is_none_or(|(other, _)| since > other) => {
-                newest = Some((since, target));
-            }
-            Ok(_) => {}
-            Err(error) => failed = Some(error),
-        }
-    }
-    let Some((_, target)) = newest else {
-        let gone = || io::Error::from(io::ErrorKind::NotFound);
-        return Err(unreadable(failed.unwrap_or_else(gone)));
-    };
-    let needs = Needs::of(object);
-    let mut attempts = 0;
-    let snapshot = loop {
-        attempts += 1;
-        match read::snapshot(target, MOST_READ, |path| needs.includes(path)) {
-            Err(error) if attempts < ATTEMPTS && error.kind() == io::ErrorKind::NotFound => {}
-            snapshot => break snapshot.map_err(unreadable)?,
-        }
-    };
-    if !snapshot.is_all {
-        return Err(Problem::new(
-            Trouble::TooLarge,
-            format!(
-                "SecretProviderClass {}, Secret {}: the objects that it is made of have more than {MOST_READ} bytes together, which are not read; read them from the volume instead",
-                class.identity.name,
-                object.secret_name.trim()
-            ),
-        ));
-    }
-    let fingerprint = fingerprint(class, object, &snapshot);
-    if let Some(problem) = refusals.find(&fingerprint) {
-        return Err(problem);
-    }
-    let desired = desired::desired(class, object, &snapshot.files, waiting);
-    if let Err(problem) = &desired
-        && problem.trouble == Trouble::InvalidCertificate
-        && !waiting.is_over()
-    {
-        refusals.add(fingerprint, problem.clone());
-    }
-    Ok((desired?, snapshot.version.since))
-}
-
-/// Tells what a Secret is made of from what another is, or the same one at another time.
-fn fingerprint(class: &Class, object: &SecretObject, snapshot: &read::Snapshot) -> [u8; 32] {
-    let mut fingerprint = Fingerprint::new();
-    for part in [
-        &class.identity.uid,
-        &class.identity.resource_version,
-        &object.secret_name,
-    ] {
-        fingerprint.add(part.as_bytes());
-    }
-    for (path, content) in &snapshot.files {
-        fingerprint.add(path.as_bytes());
-        fingerprint.add(content.expose());
-    }
-    fingerprint.finish()
-}
-
 /// Everybody that the volumes' Secrets live with, each once.
 fn owners(volumes: &[Mounted]) -> Vec<Owner> {
     let holders = volumes.iter().filter_map(|volume| volume.holder.as_ref());
@@ -536,7 +472,7 @@ fn wanted<'a>(
     namespace: &'a str,
     class: &'a Class,
     desired: &'a Desired,
-    since: Timestamp,
+    stamp: Stamp,
     owners: &'a [Owner],
 ) -> Wanted<'a> {
     Wanted {
@@ -547,7 +483,8 @@ fn wanted<'a>(
         annotations: &desired.annotations,
         data: &desired.data,
         class: &class.identity,
-        since,
+        since: stamp.since,
+        order: stamp.order,
         owners,
     }
 }
@@ -574,15 +511,22 @@ fn problem(wanted: &Wanted<'_>, refusal: Refusal) -> Problem {
                 "SecretProviderClass {other} makes other content of this Secret, and it is left as it is; give one of the two another secretName"
             ),
         ),
-        Refusal::Forbidden(message) => (
+        Refusal::Forbidden(said) => (
             Trouble::Forbidden,
             format!(
-                "{message}; the driver may keep Secrets only when the chart's value syncSecret.enabled is true, or deploy/rbac-secretprovidersyncing.yaml is applied"
+                "the API server says {said}. The driver may keep Secrets only when the chart's value syncSecret.enabled is true, or deploy/rbac-secretprovidersyncing.yaml is applied"
             ),
         ),
-        Refusal::Invalid(message) => (
+        Refusal::Invalid(said) => (
             Trouble::Refused,
-            format!("the API server refuses it: {message}"),
+            format!("the API server refuses it: {said}"),
+        ),
+        Refusal::TypeStays(why) => (
+            Trouble::Refused,
+            format!(
+                "its type should be {:.100}, which needs a new Secret in its place, and the one that is there stays as it is: {why}",
+                wanted.type_
+            ),
         ),
         Refusal::Failed(error) => (Trouble::Unavailable, error.to_string()),
     };

@@ -36,7 +36,7 @@ use crate::{
     mount::{self, State, Tmpfs},
     provider::{MountCall, Providers, Reply, Urgency},
     secret::SecretMap,
-    sync::{self, Sync},
+    sync::Sync,
 };
 use content::{Undo, commit_content, directory, reaches_pods, stage_files, take_down};
 use policy::{Every, Failing, Policy};
@@ -303,7 +303,7 @@ impl Volumes {
         record.pod_status = pod_status.clone();
         let directory = directory(request, record.content).await?;
         record.orders.insert(directory, written.resource_version);
-        let synced = self.sync_secrets(request, &pod_status, &class).await;
+        let synced = self.sync.volume_mounted(&record, &class).await;
         let committing = async {
             synced?;
             self.commit_record(place, record).await
@@ -343,22 +343,6 @@ impl Volumes {
                 changed,
             })
             .await
-    }
-
-    /// Makes the class's Secrets of what the volume holds now.
-    async fn sync_secrets(
-        &self,
-        request: &PublishRequest,
-        pod_status: &str,
-        class: &Class,
-    ) -> Result<()> {
-        let volume = sync::Volume {
-            id: request.volume_id.clone(),
-            pod: request.pod.clone(),
-            target: request.target.as_path().to_owned(),
-            pod_status: pod_status.to_owned(),
-        };
-        self.sync.volume_mounted(&volume, class).await
     }
 
     /// Unpublishes a volume: content, mount, directory and record. Asks nobody, and finds

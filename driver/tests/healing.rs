@@ -3,6 +3,10 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "sync/volumes.rs"]
+mod volumes;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -21,8 +25,8 @@ use axum::{
 use driver::{
     cluster::{Class, Cluster, events::Severity},
     metrics::Metrics,
-    sync::{Sync, Volume},
-    volume::record::{Pod, Records},
+    sync::Sync,
+    volume::record::{Pod, Record},
 };
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -205,26 +209,34 @@ async fn mount(sync: &Arc<Sync>, cluster: &Cluster, dir: &Path, namespace: &str)
         .unwrap();
 }
 
-fn volume(dir: &Path, namespace: &str) -> Volume {
-    let target = dir.join(namespace);
-    fs::create_dir_all(&target).unwrap();
-    fs::write(target.join("pw"), "hunter2").unwrap();
-    Volume {
-        id: format!("csi-{namespace}"),
+/// The volume of a namespace's pod, mounted and recorded.
+fn volume(dir: &Path, namespace: &str) -> Record {
+    let target = volumes::target(dir, namespace);
+    if !target.exists() {
+        volumes::make_and_mount(&target);
+    }
+    volumes::write(&target, &[("pw", "hunter2")]);
+    let record = Record {
         pod: Pod {
             name: "web".to_owned(),
             namespace: namespace.to_owned(),
             uid: "web".to_owned(),
         },
-        target,
-        pod_status: "web-db".to_owned(),
-    }
+        ..volumes::record(dir, namespace, "0")
+    };
+    volumes::records(dir).put(&record).unwrap();
+    record
 }
 
-fn run(sync: &Arc<Sync>, dir: &Path) -> CancellationToken {
+fn sync(dir: &Path, cluster: &Cluster) -> Arc<Sync> {
+    let (cluster, records) = (cluster.clone(), volumes::records(dir));
+    Arc::new(Sync::new(cluster, records, Metrics::new(), false, EVERY))
+}
+
+fn run(sync: &Arc<Sync>) -> CancellationToken {
     let (sync, stop) = (Arc::clone(sync), CancellationToken::new());
-    let (records, ended) = (Records::open(dir.join("records")).unwrap(), stop.clone());
-    tokio::spawn(async move { sync.run(&records, ended).await });
+    let ended = stop.clone();
+    tokio::spawn(async move { sync.run(ended).await });
     stop
 }
 
@@ -240,15 +252,18 @@ fn run(sync: &Arc<Sync>, dir: &Path) -> CancellationToken {
 #[case::a_finalizer(Temper::HeldByAFinalizer, 12)]
 #[tokio::test]
 async fn the_trouble_of_some_namespaces(#[case] temper: Temper, #[case] count: usize) {
+    if !volumes::is_alone() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let (api, cluster) = Api::start(dir.path()).await;
-    let sync = Arc::new(Sync::new(cluster.clone(), Metrics::new(), false, EVERY));
+    let sync = sync(dir.path(), &cluster);
     let troubled: Vec<String> = (0..count).map(|n| format!("a-troubled-{n}")).collect();
     for namespace in &troubled {
         mount(&sync, &cluster, dir.path(), namespace).await;
     }
     mount(&sync, &cluster, dir.path(), "quiet").await;
-    let stop = run(&sync, dir.path());
+    let stop = run(&sync);
     for namespace in &troubled {
         api.set(namespace, temper);
         api.0.lock().unwrap().secrets.remove(namespace);
@@ -270,13 +285,16 @@ async fn the_trouble_of_some_namespaces(#[case] temper: Temper, #[case] count: u
 /// Then nothing is asked for a while, and everything is healed soon after it is back.
 #[tokio::test]
 async fn an_api_server_that_is_away_is_left_alone() {
+    if !volumes::is_alone() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let (api, cluster) = Api::start(dir.path()).await;
-    let sync = Arc::new(Sync::new(cluster.clone(), Metrics::new(), false, EVERY));
+    let sync = sync(dir.path(), &cluster);
     for number in 0..20 {
         mount(&sync, &cluster, dir.path(), &format!("shop-{number}")).await;
     }
-    let stop = run(&sync, dir.path());
+    let stop = run(&sync);
     api.heals("shop-7").await;
     api.0.lock().unwrap().away = true;
     sleep(Duration::from_secs(2)).await;
@@ -297,6 +315,9 @@ async fn an_api_server_that_is_away_is_left_alone() {
 #[case::refuses(Temper::Refuses(500))]
 #[tokio::test]
 async fn events_of_one_namespace_wait_for_themselves(#[case] temper: Temper) {
+    if !volumes::is_alone() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let (api, cluster) = Api::start(dir.path()).await;
     api.set("noisy", temper);
@@ -325,11 +346,14 @@ async fn events_of_one_namespace_wait_for_themselves(#[case] temper: Temper) {
 /// More trouble than can be told at once: each pod hears of each of it, and once.
 #[tokio::test]
 async fn what_is_not_told_now_is_told_later() {
+    if !volumes::is_alone() {
+        return;
+    }
     const SECRETS: usize = 90;
     const PODS: usize = 3;
     let dir = tempfile::tempdir().unwrap();
     let (api, cluster) = Api::start(dir.path()).await;
-    let sync = Arc::new(Sync::new(cluster.clone(), Metrics::new(), false, EVERY));
+    let sync = sync(dir.path(), &cluster);
     let entry = |n: usize| {
         let data = json!([{"objectName": "nowhere", "key": "pw"}]);
         json!({"secretName": format!("secret-{n}"), "type": "Opaque", "data": data})
@@ -340,8 +364,8 @@ async fn what_is_not_told_now_is_told_later() {
         ..cluster.class("shop", "db").await.unwrap()
     };
     for number in 0..PODS {
-        let volume = Volume {
-            id: format!("csi-{number}"),
+        let volume = Record {
+            volume_id: format!("csi-{number}"),
             ..volume(dir.path(), "shop")
         };
         sync.volume_mounted(&volume, &class).await.unwrap();
@@ -349,8 +373,8 @@ async fn what_is_not_told_now_is_told_later() {
     let told = async {
         loop {
             for number in 0..PODS {
-                let volume = Volume {
-                    id: format!("csi-{number}"),
+                let volume = Record {
+                    volume_id: format!("csi-{number}"),
                     ..volume(dir.path(), "shop")
                 };
                 sync.volume_mounted(&volume, &class).await.unwrap();

@@ -13,7 +13,10 @@ use std::{
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -52,11 +55,13 @@ const CANARY: &str = "canary-";
 const ENCODED: &str = "Y2FuYXJ5";
 
 /// What is wrong with a publish: the class says it to the API server and the provider below.
-const CASES: [(&str, Code); 19] = [
+const CASES: [(&str, Code); 21] = [
     ("ok", Code::Ok),
     ("synced", Code::Ok),
     ("synced-refused", Code::Ok),
     ("synced-forbidden", Code::Ok),
+    ("synced-denied", Code::Ok),
+    ("synced-failed", Code::Ok),
     ("synced-garbled", Code::Ok),
     ("synced-tls", Code::Ok),
     ("absent", Code::NotFound),
@@ -130,8 +135,9 @@ async fn no_canary_leaves_the_driver() {
         "refreshed",
         "the refresh failed",
         "Secret written",
-        "quotes the content",
+        "is not repeated because it may quote the content",
         "FailedToCreateSecret",
+        "admission webhook values.example.com denied it",
     ] {
         assert!(log.contains(line), "no {line} in the log:\n{log}");
     }
@@ -330,9 +336,11 @@ async fn answer(
     uri: Uri,
     body: Bytes,
 ) -> (StatusCode, String) {
+    let name = uri.path().rsplit('/').next().unwrap();
     let refusal = |code: StatusCode| {
         let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
-            "code": code.as_u16(), "reason": "Refused", "message": "refused by the test"});
+            "code": code.as_u16(), "reason": "Refused", "message": "refused by the test",
+            "details": {"name": name}});
         (code, status.to_string())
     };
     let text = String::from_utf8_lossy(&body).into_owned();
@@ -348,7 +356,6 @@ async fn answer(
             _ => (StatusCode::CREATED, text),
         };
     }
-    let name = uri.path().rsplit('/').next().unwrap();
     match bodies.case(name) {
         "absent" => refusal(StatusCode::NOT_FOUND),
         "garbled" => (
@@ -390,15 +397,33 @@ async fn answer(
     }
 }
 
-/// What becomes of a new Secret: some are refused by one that quotes what it refuses.
+/// What becomes of a new Secret: some are refused by one that quotes what it refuses, each time in
+/// another form.
 fn answer_secret(name: &str) -> (StatusCode, String) {
-    let (code, quoted) = match name {
-        "synced-refused" => (StatusCode::UNPROCESSABLE_ENTITY, format!("{CANARY}content")),
-        "synced-forbidden" => (StatusCode::FORBIDDEN, format!("{ENCODED}LWNvbnRlbnQ=")),
+    static ASKED: AtomicUsize = AtomicUsize::new(0);
+    let content = format!("{CANARY}content");
+    let quoted = match ASKED.fetch_add(1, Ordering::SeqCst) % 5 {
+        0 => content,
+        1 => format!("{ENCODED}LWNvbnRlbnQ="),
+        2 => format!("line one\\n{}", &content[..CANARY.len() + 3]),
+        3 => format!("{:?}", format!("\"{content}\"\n")),
+        _ => format!("\n\t{CANARY}\n"),
+    };
+    let (code, message) = match name {
+        "synced-refused" => (
+            StatusCode::UNPROCESSABLE_ENTITY,
+            format!("{quoted} is weak"),
+        ),
+        "synced-forbidden" => (StatusCode::FORBIDDEN, format!("{quoted} is not allowed")),
+        "synced-denied" => (
+            StatusCode::FORBIDDEN,
+            format!("admission webhook \"values.example.com\" denied the request: {quoted}"),
+        ),
+        "synced-failed" => (StatusCode::INTERNAL_SERVER_ERROR, quoted.clone()),
         _ => return (StatusCode::CREATED, "{}".to_owned()),
     };
     let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
-        "code": code.as_u16(), "reason": "Refused", "message": format!("{quoted} is weak")});
+        "code": code.as_u16(), "reason": quoted, "message": message});
     (code, status.to_string())
 }
 

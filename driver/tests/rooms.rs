@@ -32,6 +32,7 @@ const MAY_USE: [(&str, &[&str]); 18] = [
             "error",
             "files",
             "metrics",
+            "mount",
             "record",
             "resources",
             "secret",

@@ -136,6 +136,21 @@ impl Cluster {
         ))))
     }
 
+    /// The resource version of a pod's pod status. None when there is none, or it is another
+    /// pod's.
+    ///
+    /// # Errors
+    /// When the API server does not answer.
+    pub async fn pod_status_version(&self, pod: &Pod, name: &str) -> Result<Option<String>> {
+        let api: Api<SecretProviderClassPodStatus> =
+            Api::namespaced(self.client().await?, &pod.namespace);
+        match self.read(api.get(name)).await {
+            Ok(status) if is_owned_by(&status, &pod.uid) => Ok(status.metadata.resource_version),
+            Ok(_) | Err(Failure::Refused { code: 404, .. }) => Ok(None),
+            Err(failure) => Err(failure.into_error()),
+        }
+    }
+
     /// Deletes the pod status of a publish that failed after it was written. Only an object
     /// that belongs to this pod goes; the object is the pod's, so what cannot be deleted now is
     /// collected with the pod.

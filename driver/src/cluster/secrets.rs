@@ -4,17 +4,40 @@
 //! Of a Secret the driver owns its data and its type, the labels and annotations that the class
 //! asks for, its own annotations, and the owners that it adds; everything else is left as it is.
 //! What a Secret says about itself decides, so that drivers on many nodes agree without talking:
-//! which class made it, and since when its content is what it is. Newer content replaces older,
-//! never the other way round, and equal content is never written.
+//! which class made it, and what the order of its content is. Newer content replaces older, never
+//! the other way round, and equal content is never written.
+//!
+//! # Which content is newer
+//!
+//! The order of a content is the resource version of the SecretProviderClassPodStatus that was
+//! written when a volume got that content. All nodes write pod statuses to the same API server,
+//! and so their resource versions are one order that no clock has a part in. The Secret carries
+//! the order of its content ([`ORDER`]); the higher one wins. A content that was fetched before
+//! another and whose pod status was written after it counts as the newer one, until the next
+//! refresh of its volume.
+//!
+//! Where one of the two orders is missing or cannot be believed, the moments since when the
+//! volumes have held their contents decide instead ([`SINCE`]), by the nodes' clocks:
+//!
+//! - on a Secret that an earlier driver wrote. It gets an order with its next content, or at once
+//!   when its content is that of the volume;
+//! - on a Secret that was restored into another cluster: its order is not below its own resource
+//!   version, although its pod status must have been written before it;
+//! - where resource versions are not numbers.
+//!
+//! A volume that an earlier driver mounted takes the resource version that its pod status has when
+//! it is first looked at.
 
 mod decision;
+mod owners;
+mod refusal;
+mod replace;
 
 use std::collections::BTreeMap;
 
-use base64::{display::Base64Display, engine::general_purpose::STANDARD};
 use jiff::Timestamp;
 use kube::{
-    api::{DeleteParams, GetParams, Patch, PatchParams, PostParams, Preconditions},
+    api::{GetParams, Patch, PatchParams, PostParams},
     core::Request,
 };
 use serde::de::{DeserializeOwned, IgnoredAny};
@@ -25,7 +48,10 @@ use crate::{
     secret::Secret,
     volume::record::Class,
 };
-use decision::{Change, Decision, Existing, Holder, decide, without_owner};
+use decision::{Change, Decision, Existing, Holder, decide};
+pub use owners::Owner;
+use owners::{MANAGER, without_owner};
+pub use refusal::Refusal;
 
 /// On every Secret that the driver keeps, as on those of the existing driver.
 pub const MANAGED: &str = "secrets-store.csi.k8s.io/managed";
@@ -37,6 +63,10 @@ pub const CLASS: &str = "secrets-store.csi.k8s.io/class";
 pub const CLASS_UID: &str = "secrets-store.csi.k8s.io/class-uid";
 /// Since when the volume that the content was taken from has held it.
 pub const SINCE: &str = "secrets-store.csi.k8s.io/content-since";
+/// The order of the content among the contents of all volumes; see the module.
+pub const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
+/// The type that a new Secret in this one's place should have had, and that was refused.
+pub const REFUSED_TYPE: &str = "secrets-store.csi.k8s.io/refused-type";
 /// How often a write is tried against others who write the same Secret.
 const ATTEMPTS: usize = 5;
 /// A Secret as it should be.
@@ -58,21 +88,10 @@ pub struct Wanted<'a> {
     pub class: &'a Class,
     /// Since when the volume has held this content.
     pub since: Timestamp,
+    /// The order of this content, where it is known.
+    pub order: Option<u64>,
     /// Who needs it, at least one. It goes when the last of all its owners is gone.
     pub owners: &'a [Owner],
-}
-
-/// An object that a Secret lives with.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Owner {
-    /// Group and version.
-    pub api_version: String,
-    /// Kind.
-    pub kind: String,
-    /// Name.
-    pub name: String,
-    /// What it is told by: a later object of that name is another.
-    pub uid: String,
 }
 
 /// What became of a Secret.
@@ -86,21 +105,6 @@ pub enum Kept {
     Updated,
     /// Its type had to change, which only a new Secret can.
     Recreated,
-}
-
-/// Why a Secret is not as it should be.
-#[derive(Debug, Clone)]
-pub enum Refusal {
-    /// It belongs to somebody else.
-    Unmanaged,
-    /// Another class, this one, makes something else of it.
-    OtherClass(String),
-    /// The driver may not do that.
-    Forbidden(String),
-    /// The API server does not take such a Secret.
-    Invalid(String),
-    /// It did not work, and may later.
-    Failed(Error),
 }
 
 impl Cluster {
@@ -130,11 +134,11 @@ impl Cluster {
     pub async fn keep_secret(&self, wanted: &Wanted<'_>) -> Result<Kept, Refusal> {
         for _ in 0..ATTEMPTS {
             let Some(existing) = self.secret(wanted, &GetParams::default()).await? else {
-                match self.create(wanted, None).await {
+                match self.create_new(wanted).await {
                     Ok(()) => return Ok(Kept::Created),
                     // Somebody was faster.
                     Err(Failure::Refused { code: 409, .. }) => continue,
-                    Err(failure) => return Err(refused(wanted, failure)),
+                    Err(failure) => return Err(failure.into()),
                 }
             };
             if existing.metadata.deletion_timestamp.is_some() {
@@ -155,24 +159,14 @@ impl Cluster {
                 // Decided above.
                 Decision::OtherClass(holder) => return Err(Refusal::OtherClass(holder.name)),
                 Decision::Write(change) => {
-                    let patch = Patch::Merge(change);
-                    let request = Request::new(path(wanted.namespace)).patch(
-                        wanted.name,
-                        &PatchParams::default(),
-                        &patch,
-                    );
-                    let patched = self.ask::<IgnoredAny>(request).await;
-                    patched.map(|_| Kept::Updated)
+                    let patched = self.patch(wanted.namespace, wanted.name, change).await?;
+                    patched.then_some(Kept::Updated)
                 }
-                Decision::Replace => self.replace(wanted, &existing).await,
+                Decision::Replace => self.replace(wanted, &existing).await?,
             };
-            match written {
-                Ok(kept) => return Ok(kept),
-                // Changed or gone since it was read.
-                Err(Failure::Refused {
-                    code: 404 | 409, ..
-                }) => {}
-                Err(failure) => return Err(refused(wanted, failure)),
+            // None: changed or gone since it was read.
+            if let Some(kept) = written {
+                return Ok(kept);
             }
         }
         Err(Refusal::Failed(Error::unavailable(
@@ -180,8 +174,8 @@ impl Cluster {
         )))
     }
 
-    /// Lets a Secret go on without an owner, if others are left to keep it. Returns whether
-    /// anything was written.
+    /// Lets a Secret of the driver's go on without an owner that the driver has put there, if
+    /// others are left to keep it. Returns whether anything was written.
     ///
     /// # Errors
     /// When the API server does not take it.
@@ -191,23 +185,15 @@ impl Cluster {
         name: &str,
         owner: &str,
     ) -> Result<bool, Refusal> {
-        let request = Request::new(path(namespace)).get(name, &GetParams::default());
-        let existing = match self.ask::<Existing>(request).await {
-            Ok(existing) => existing,
-            Err(Failure::Refused { code: 404, .. }) => return Ok(false),
-            Err(failure) => return Err(plainly_refused(failure)),
-        };
-        let Some(change) = without_owner(&existing, owner) else {
+        let Some(existing) = self
+            .existing(namespace, name, &GetParams::default())
+            .await?
+        else {
             return Ok(false);
         };
-        let patch = Patch::Merge(change);
-        let request = Request::new(path(namespace)).patch(name, &PatchParams::default(), &patch);
-        match self.ask::<IgnoredAny>(request).await {
-            Ok(_) => Ok(true),
-            Err(Failure::Refused {
-                code: 404 | 409, ..
-            }) => Ok(false),
-            Err(failure) => Err(plainly_refused(failure)),
+        match without_owner(&existing, owner) {
+            Some(change) => self.patch(namespace, name, change).await,
+            None => Ok(false),
         }
     }
 
@@ -222,25 +208,23 @@ impl Cluster {
         name: &str,
         class: &Class,
     ) -> Result<bool, Refusal> {
-        let request = Request::new(path(namespace)).get(name, &GetParams::default());
-        let existing = match self.ask::<Existing>(request).await {
-            Ok(existing) => existing,
-            Err(Failure::Refused { code: 404, .. }) => return Ok(false),
-            Err(failure) => return Err(plainly_refused(failure)),
+        let Some(existing) = self
+            .existing(namespace, name, &GetParams::default())
+            .await?
+        else {
+            return Ok(false);
         };
-        if existing.annotation(CLASS_UID) != Some(&class.uid) {
+        // A class that was made anew under its name is the same class.
+        let is_of = existing.annotation(CLASS_UID) == Some(&class.uid)
+            || existing.annotation(CLASS) == Some(&class.name);
+        if !existing.is_managed() || !is_of {
             return Ok(false);
         }
         let mut change = Change::of(&existing);
-        for ours in [CLASS, CLASS_UID, SINCE] {
+        for ours in [CLASS, CLASS_UID, SINCE, ORDER] {
             change.metadata.annotations.insert(ours, None);
         }
-        let patch = Patch::Merge(change);
-        let request = Request::new(path(namespace)).patch(name, &PatchParams::default(), &patch);
-        match self.ask::<IgnoredAny>(request).await {
-            Ok(_) => Ok(true),
-            Err(failure) => Err(plainly_refused(failure)),
-        }
+        self.patch(namespace, name, change).await
     }
 
     async fn secret(
@@ -248,51 +232,62 @@ impl Cluster {
         wanted: &Wanted<'_>,
         how: &GetParams,
     ) -> Result<Option<Existing>, Refusal> {
-        let request = Request::new(path(wanted.namespace)).get(wanted.name, how);
+        self.existing(wanted.namespace, wanted.name, how).await
+    }
+
+    async fn existing(
+        &self,
+        namespace: &str,
+        name: &str,
+        how: &GetParams,
+    ) -> Result<Option<Existing>, Refusal> {
+        let request = Request::new(path(namespace)).get(name, how);
         match self.ask(request).await {
             Ok(existing) => Ok(Some(existing)),
             Err(Failure::Refused { code: 404, .. }) => Ok(None),
-            Err(failure) => Err(refused(wanted, failure)),
+            Err(failure) => Err(failure.into()),
         }
     }
 
-    /// Makes the Secret, with its owners, and with what others had put on an earlier one.
-    async fn create(&self, wanted: &Wanted<'_>, earlier: Option<&Existing>) -> Result<(), Failure> {
-        let body = serde_json::to_vec(&wanted.object(earlier))
+    /// Changes a Secret as it was read. False: it has changed or gone since.
+    async fn patch(
+        &self,
+        namespace: &str,
+        name: &str,
+        change: Change<'_>,
+    ) -> Result<bool, Refusal> {
+        let how = PatchParams {
+            field_manager: Some(MANAGER.to_owned()),
+            ..PatchParams::default()
+        };
+        let request = Request::new(path(namespace)).patch(name, &how, &Patch::Merge(change));
+        match self.ask::<IgnoredAny>(request).await {
+            Ok(_) => Ok(true),
+            Err(Failure::Refused {
+                code: 404 | 409, ..
+            }) => Ok(false),
+            Err(failure) => Err(failure.into()),
+        }
+    }
+
+    /// Makes the Secret, with its owners.
+    async fn create_new(&self, wanted: &Wanted<'_>) -> Result<(), Failure> {
+        let body = serde_json::to_vec(&wanted.object(None))
             .map_err(|error| Failure::NoAnswer(error.to_string()))?;
-        let request = Request::new(path(wanted.namespace)).create(&PostParams::default(), body);
+        let how = PostParams {
+            field_manager: Some(MANAGER.to_owned()),
+            ..PostParams::default()
+        };
+        let request = Request::new(path(wanted.namespace)).create(&how, body);
         self.ask::<IgnoredAny>(request).await.map(|_| ())
     }
 
-    async fn replace(&self, wanted: &Wanted<'_>, existing: &Existing) -> Result<Kept, Failure> {
-        let only_this = DeleteParams {
-            preconditions: Some(Preconditions {
-                uid: existing.metadata.uid.clone(),
-                resource_version: existing.metadata.resource_version.clone(),
-            }),
-            ..DeleteParams::default()
-        };
-        let request = Request::new(path(wanted.namespace)).delete(wanted.name, &only_this);
-        self.ask::<IgnoredAny>(request).await?;
-        self.create(wanted, Some(existing)).await?;
-        Ok(Kept::Recreated)
-    }
-
-    /// Whether a class that a Secret names is there and still makes that Secret.
+    /// Whether the class that a Secret names still makes it, whichever UID it has now.
     async fn holds(&self, wanted: &Wanted<'_>, holder: &Holder) -> Result<bool, Refusal> {
-        if holder.name == wanted.class.name {
-            return Ok(false);
-        }
-        match self.remembered_class(wanted.namespace, &holder.name).await {
-            Ok(class) => Ok(class.identity.uid == holder.uid
-                && class
-                    .secret_objects
-                    .iter()
-                    .any(|object| object.secret_name.trim() == wanted.name)),
-            Err(error) if error.code() == tonic::Code::Unavailable => Err(Refusal::Failed(error)),
-            // Gone, or not a class that could make anything.
-            Err(_) => Ok(false),
-        }
+        let makes = self
+            .class_makes(wanted.namespace, &holder.name, wanted.name)
+            .await;
+        makes.map_err(Refusal::Failed)
     }
 
     /// Sends a request and reads its answer.
@@ -312,50 +307,6 @@ impl Cluster {
 
 fn path(namespace: &str) -> String {
     format!("/api/v1/namespaces/{namespace}/secrets")
-}
-
-fn refused(wanted: &Wanted<'_>, failure: Failure) -> Refusal {
-    match plainly_refused(failure) {
-        Refusal::Invalid(message) => Refusal::Invalid(wanted.scrubbed(message)),
-        Refusal::Forbidden(message) => Refusal::Forbidden(wanted.scrubbed(message)),
-        Refusal::Failed(error) => {
-            let message = wanted.scrubbed(error.to_string());
-            Refusal::Failed(Error::new(error.code(), message))
-        }
-        other => other,
-    }
-}
-
-fn plainly_refused(failure: Failure) -> Refusal {
-    match failure {
-        // A namespace that goes is no question of permissions.
-        Failure::Refused { code: 403, message } if !message.contains("being terminated") => {
-            Refusal::Forbidden(message)
-        }
-        Failure::Refused {
-            code: 400 | 413 | 422,
-            message,
-        } => Refusal::Invalid(message),
-        other => Refusal::Failed(other.into_error()),
-    }
-}
-
-impl Wanted<'_> {
-    /// A message of the API server's or of a webhook's, unless it quotes one of the values.
-    fn scrubbed(&self, message: String) -> String {
-        let quotes = |value: &Secret| {
-            let value = value.expose().trim_ascii();
-            let text = std::str::from_utf8(value).unwrap_or_default();
-            let encoded = Secret::from(Base64Display::new(value, &STANDARD).to_string());
-            let encoded = std::str::from_utf8(encoded.expose()).unwrap_or_default();
-            let start = encoded.trim_end_matches('=');
-            text.len() > 2 && message.contains(text) || start.len() > 3 && message.contains(start)
-        };
-        if self.data.values().any(quotes) {
-            return "the API server refused it with a message that quotes the content".to_owned();
-        }
-        message
-    }
 }
 
 #[cfg(test)]

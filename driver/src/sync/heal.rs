@@ -20,10 +20,7 @@ use super::{
     How, Sync, Volume, desired,
     known::{Mounted, SecretKey, Task},
 };
-use crate::{
-    cluster::Class,
-    volume::record::{Age, Records},
-};
+use crate::{cluster::Class, volume::record::Age};
 
 /// How many looks run at once, and how many of them in namespaces that are in trouble.
 const LOOKS: usize = 8;
@@ -102,8 +99,8 @@ impl Looks {
 impl Sync {
     /// Keeps looking until `stop`. Begins with the volumes that were mounted before this driver
     /// ran, which the records know.
-    pub async fn run(self: &Arc<Self>, records: &Records, stop: CancellationToken) {
-        self.remember(records).await;
+    pub async fn run(self: &Arc<Self>, stop: CancellationToken) {
+        self.remember().await;
         let mut looks = Looks::default();
         let mut away = 0_u32;
         let mut not_before = Instant::now();
@@ -140,8 +137,8 @@ impl Sync {
         }
     }
 
-    async fn remember(&self, records: &Records) {
-        let records = records.clone();
+    async fn remember(&self) {
+        let records = self.records.clone();
         let found = tokio::task::spawn_blocking(move || records.all()).await;
         let found = match found {
             Ok(Ok(found)) => found,
@@ -152,12 +149,7 @@ impl Sync {
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         };
         for record in found {
-            let volume = Volume {
-                id: record.volume_id,
-                pod: record.pod,
-                target: record.target_path,
-                pod_status: record.pod_status,
-            };
+            let volume = Volume::of(&record);
             self.known
                 .remembered(volume, record.class.name, self.interval);
         }
@@ -214,7 +206,9 @@ impl Sync {
         let Some(object) = entry else {
             return true;
         };
-        let kept = self.keep(&key.namespace, &class, object, How::Look).await;
+        let kept = self
+            .keep(&key.namespace, &class, object, How::Look, None)
+            .await;
         let volumes = self.known.volumes_of(&key.namespace, &key.class);
         let volumes: Vec<Volume> = volumes.into_iter().map(|mounted| mounted.volume).collect();
         self.report(&class, &key.name, &volumes, kept.as_ref().map(|kept| *kept));

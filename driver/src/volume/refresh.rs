@@ -177,8 +177,7 @@ impl Volumes {
         }
         self.metrics
             .success(&class.provider, &record.volume_id, now);
-        let pod_status = fresh.pod_status.clone();
-        if let Err(error) = self.commit_record(place, fresh).await {
+        if let Err(error) = self.commit_record(place, fresh.clone()).await {
             // The volume is fresh all the same, and its Secrets must follow. The record from
             // before makes the next look another refresh, which tries to write it again.
             tracing::warn!(%error, "refreshed, but for the record");
@@ -186,7 +185,7 @@ impl Volumes {
         if changed || class.identity != record.class {
             // The volume is fresh and recorded, and its pod runs. The pod has been told of a Secret
             // that is not in step, which is tried again without the provider.
-            if let Err(error) = self.sync_secrets(request, &pod_status, &class).await {
+            if let Err(error) = self.sync.volume_mounted(&fresh, &class).await {
                 tracing::debug!(%error, "refreshed, but for its Secrets");
             }
         }

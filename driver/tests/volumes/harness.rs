@@ -158,13 +158,14 @@ impl Api {
     }
 
     fn answer(&self, method: &Method, path: &str, body: &[u8]) -> (StatusCode, Value) {
+        let name = path.rsplit('/').next().unwrap();
         let refused = |code: u16, reason: &str| {
             let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
-                "code": code, "reason": reason, "message": "refused by the test"});
+                "code": code, "reason": reason, "message": "refused by the test",
+                "details": {"name": name}});
             (StatusCode::from_u16(code).unwrap(), status)
         };
         let mut state = self.0.lock().unwrap();
-        let name = path.rsplit('/').next().unwrap();
         if path.contains("/secretproviderclasses/") {
             let Some(answers) = state.classes.get_mut(name) else {
                 return refused(404, "NotFound");

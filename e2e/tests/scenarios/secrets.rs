@@ -32,6 +32,7 @@ const OFTEN: &[&str] = &["--sync-interval=1s", "-v=5"];
 
 /// Of annotations, the driver's own that differ from run to run.
 const SINCE: &str = "secrets-store.csi.k8s.io/content-since";
+const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
 
 /// A class with one object, and the Secrets that this YAML list says.
 fn syncing(name: &str, content: &str, secrets: &str) -> String {
@@ -210,6 +211,10 @@ impl Scenario {
             if let Some(since) = annotations.get_mut(SINCE) {
                 since.parse::<jiff::Timestamp>().unwrap();
                 *since = "[time]".to_owned();
+            }
+            if let Some(order) = annotations.get_mut(ORDER) {
+                order.parse::<u64>().unwrap();
+                *order = "[resource version]".to_owned();
             }
             let data = secret.data.clone().unwrap_or_default();
             let shown: BTreeMap<_, _> = data

@@ -11,7 +11,9 @@ use serde::{
     de::{self, Visitor},
 };
 
-use super::{ADOPT, CLASS, CLASS_UID, MANAGED, Owner, SINCE, Wanted};
+use super::{
+    ADOPT, CLASS, CLASS_UID, MANAGED, ORDER, Owner, REFUSED_TYPE, SINCE, Wanted, owners::owners,
+};
 use crate::secret::Secret;
 
 /// The keys of the labels that the class asked for, so that they can go when it no longer does.
@@ -30,6 +32,8 @@ pub(super) struct Existing {
     type_: String,
     #[serde(default)]
     data: BTreeMap<String, Decoded>,
+    #[serde(default)]
+    immutable: Option<bool>,
 }
 
 pub(super) struct Decoded(Secret);
@@ -76,8 +80,38 @@ impl Existing {
         self.metadata.labels.as_ref()?.get(key)
     }
 
-    fn owners(&self) -> &[OwnerReference] {
+    pub(super) fn owners(&self) -> &[OwnerReference] {
         self.metadata.owner_references.as_deref().unwrap_or(&[])
+    }
+
+    /// Whether it is one that a driver keeps.
+    pub(super) fn is_managed(&self) -> bool {
+        self.label(MANAGED).is_some_and(|value| value == "true")
+            || self.annotation(CLASS_UID).is_some()
+    }
+
+    /// This Secret as it is to be put back, with a note of the type that it could not get.
+    pub(super) fn object<'a>(&'a self, wanted: &Wanted<'a>, refused: &str) -> Object<'a> {
+        let mut annotations = self.metadata.annotations.clone().unwrap_or_default();
+        annotations.insert(REFUSED_TYPE.to_owned(), refused.to_owned());
+        let data = self.data.iter();
+        Object {
+            api_version: "v1",
+            kind: "Secret",
+            metadata: ObjectMeta {
+                name: Some(wanted.name.to_owned()),
+                namespace: Some(wanted.namespace.to_owned()),
+                labels: self.metadata.labels.clone(),
+                annotations: Some(annotations),
+                owner_references: self.metadata.owner_references.clone(),
+                ..ObjectMeta::default()
+            },
+            type_: &self.type_,
+            data: data
+                .map(|(key, value)| (key.as_str(), Encoded(&value.0)))
+                .collect(),
+            immutable: self.immutable,
+        }
     }
 
     fn has(&self, data: &BTreeMap<String, Secret>) -> bool {
@@ -106,7 +140,7 @@ pub(super) struct ChangedMeta<'a> {
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) annotations: BTreeMap<&'a str, Option<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    owner_references: Option<Vec<OwnerReference>>,
+    pub(super) owner_references: Option<Vec<OwnerReference>>,
 }
 
 impl<'a> Change<'a> {
@@ -121,6 +155,14 @@ impl<'a> Change<'a> {
                 owner_references: None,
             },
             data: BTreeMap::new(),
+        }
+    }
+
+    /// Sets an annotation that has another value.
+    fn set(&mut self, existing: &Existing, key: &'a str, value: &str) {
+        if existing.annotation(key).map(String::as_str) != Some(value) {
+            let annotations = &mut self.metadata.annotations;
+            annotations.insert(key, Some(value.to_owned()));
         }
     }
 
@@ -160,19 +202,18 @@ pub(super) fn decide<'a>(
     wanted: &Wanted<'a>,
     released: bool,
 ) -> Decision<'a> {
-    let is_yes = |value: Option<&String>| value.is_some_and(|value| value == "true");
     let holder = existing.annotation(CLASS_UID).map(|uid| Holder {
         name: existing.annotation(CLASS).cloned().unwrap_or_default(),
         uid: uid.clone(),
     });
-    let managed = is_yes(existing.label(MANAGED)) || holder.is_some();
-    if !managed && !is_yes(existing.annotation(ADOPT)) {
+    let may_be_had = existing.annotation(ADOPT).is_some_and(|yes| yes == "true");
+    if !existing.is_managed() && !may_be_had {
         return Decision::Unmanaged;
     }
     let equal = existing.type_ == wanted.type_ && existing.has(wanted.data);
     let mut change = Change::of(existing);
     change.metadata.owner_references = owners(existing, wanted.owners);
-    // A class that was made anew under its name is the same class to those who look at names.
+    // A class that was made anew under its name is the same class.
     let other = holder.as_ref().is_some_and(|holder| {
         !released && holder.uid != wanted.class.uid && holder.name != wanted.class.name
     });
@@ -183,14 +224,10 @@ pub(super) fn decide<'a>(
         }));
     }
     if !other {
-        let latest = Timestamp::now().saturating_add(CLOCKS_DIFFER.seconds());
-        let since = existing
-            .annotation(SINCE)
-            .and_then(|text| text.parse::<Timestamp>().ok());
-        let newer_there = since.is_some_and(|since| {
-            !released && since > wanted.since && latest.is_ok_and(|latest| since <= latest)
-        });
-        let replace_content = !equal && !newer_there;
+        // Whatever came out of a volume, nothing never takes the place of something.
+        let nothing = wanted.data.is_empty() && !existing.data.is_empty();
+        let newer_there = !released && is_newer(existing, wanted);
+        let replace_content = !equal && !newer_there && !nothing;
         if replace_content && existing.type_ != wanted.type_ {
             return Decision::Replace;
         }
@@ -198,12 +235,15 @@ pub(super) fn decide<'a>(
         if replace_content {
             wanted.change_data(existing, &mut change);
         }
-        if replace_content || holder.is_none() || released {
-            for (key, value) in wanted.origin() {
-                if existing.annotation(key) != Some(&value) {
-                    change.metadata.annotations.insert(key, Some(value));
-                }
-            }
+        let unsigned = existing.annotation(ORDER).is_none() && wanted.order.is_some();
+        if replace_content || holder.is_none() || released || equal && unsigned {
+            wanted.change_origin(existing, &mut change);
+        } else if holder.is_some_and(|holder| holder.uid != wanted.class.uid) {
+            change.set(existing, CLASS_UID, &wanted.class.uid);
+            change.set(existing, CLASS, &wanted.class.name);
+        }
+        if existing.annotation(REFUSED_TYPE).is_some_and(|_| equal) {
+            change.metadata.annotations.insert(REFUSED_TYPE, None);
         }
     }
     if change.is_empty() {
@@ -213,64 +253,46 @@ pub(super) fn decide<'a>(
     }
 }
 
-/// The owners that a Secret should have, if they are not those it has: all that it has, but for
-/// earlier objects of the name of one of ours, and ours.
-fn owners(existing: &Existing, ours: &[Owner]) -> Option<Vec<OwnerReference>> {
-    let group = |api_version: &str| {
-        api_version
-            .split_once('/')
-            .map(|(group, _)| group.to_owned())
-    };
-    let is_earlier = |there: &OwnerReference| {
-        ours.iter().any(|owner| {
-            owner.uid != there.uid
-                && owner.kind == there.kind
-                && owner.name == there.name
-                && group(&owner.api_version) == group(&there.api_version)
-        }) && !ours.iter().any(|owner| owner.uid == there.uid)
-    };
-    let there = existing.owners();
-    let mut wanted: Vec<_> = there.iter().filter(|o| !is_earlier(o)).cloned().collect();
-    for owner in ours {
-        if wanted.iter().all(|there| there.uid != owner.uid) {
-            wanted.push(owner.reference());
-        }
+/// Whether the content of a Secret is newer than the one that is wanted. See the module above.
+fn is_newer(existing: &Existing, wanted: &Wanted<'_>) -> bool {
+    if let (Some(there), Some(ours)) = (order(existing), wanted.order) {
+        return there > ours;
     }
-    (wanted != there).then_some(wanted)
+    let latest = Timestamp::now().saturating_add(CLOCKS_DIFFER.seconds());
+    let since = existing.annotation(SINCE);
+    let since = since.and_then(|text| text.parse::<Timestamp>().ok());
+    since.is_some_and(|since| since > wanted.since && latest.is_ok_and(|latest| since <= latest))
 }
 
-/// Takes one owner away, unless it is the last.
-pub(super) fn without_owner<'a>(existing: &'a Existing, owner: &str) -> Option<Change<'a>> {
-    let there = existing.owners();
-    let rest: Vec<_> = there.iter().filter(|o| o.uid != owner).cloned().collect();
-    if rest.is_empty() || rest.len() == there.len() {
-        return None;
-    }
-    let mut change = Change::of(existing);
-    change.metadata.owner_references = Some(rest);
-    Some(change)
-}
-
-impl Owner {
-    fn reference(&self) -> OwnerReference {
-        OwnerReference {
-            api_version: self.api_version.clone(),
-            kind: self.kind.clone(),
-            name: self.name.clone(),
-            uid: self.uid.clone(),
-            ..OwnerReference::default()
-        }
-    }
+/// The order that a Secret says its content has, if it can be believed: the pod status was written
+/// before the Secret, so that its resource version is the lower one, unless the Secret was written
+/// in another cluster.
+fn order(existing: &Existing) -> Option<u64> {
+    let order: u64 = existing.annotation(ORDER)?.parse().ok()?;
+    let written = existing.metadata.resource_version.as_ref();
+    let written = written.and_then(|version| version.parse::<u64>().ok());
+    written
+        .is_none_or(|written| order < written)
+        .then_some(order)
 }
 
 impl<'a> Wanted<'a> {
-    /// Where the content comes from.
-    fn origin(&self) -> [(&'static str, String); 3] {
+    /// Where the content comes from. Nothing: an annotation that must not be there.
+    fn origin(&self) -> [(&'static str, Option<String>); 4] {
         [
-            (CLASS, self.class.name.clone()),
-            (CLASS_UID, self.class.uid.clone()),
-            (SINCE, self.since.to_string()),
+            (CLASS, Some(self.class.name.clone())),
+            (CLASS_UID, Some(self.class.uid.clone())),
+            (SINCE, Some(self.since.to_string())),
+            (ORDER, self.order.map(|order| order.to_string())),
         ]
+    }
+
+    fn change_origin(&self, existing: &'a Existing, change: &mut Change<'a>) {
+        for (key, value) in self.origin() {
+            if existing.annotation(key) != value.as_ref() {
+                change.metadata.annotations.insert(key, value);
+            }
+        }
     }
 
     /// The keys of what the class asks for, as an annotation's value.
@@ -368,8 +390,8 @@ impl<'a> Wanted<'a> {
         labels.insert(MANAGED.to_owned(), "true".to_owned());
         let asked_for = self.annotations.iter().filter(|(key, _)| !is_reserved(key));
         annotations.extend(asked_for.map(|(key, value)| (key.clone(), value.clone())));
-        let ours = self.origin().map(|(key, value)| (key.to_owned(), value));
-        annotations.extend(ours);
+        let ours = self.origin().into_iter();
+        annotations.extend(ours.filter_map(|(key, value)| Some((key.to_owned(), value?))));
         for (key, map) in [(LABELS, self.labels), (ANNOTATIONS, self.annotations)] {
             annotations.extend(Self::keys(map).map(|keys| (key.to_owned(), keys)));
         }
@@ -390,13 +412,23 @@ impl<'a> Wanted<'a> {
                 .iter()
                 .map(|(key, value)| (key.as_str(), Encoded(value)))
                 .collect(),
+            immutable: None,
         }
     }
 }
 
 /// Annotations that are the driver's to set.
 fn is_reserved(key: &str) -> bool {
-    [CLASS, CLASS_UID, SINCE, LABELS, ANNOTATIONS].contains(&key)
+    [
+        CLASS,
+        CLASS_UID,
+        SINCE,
+        ORDER,
+        REFUSED_TYPE,
+        LABELS,
+        ANNOTATIONS,
+    ]
+    .contains(&key)
 }
 
 /// A Secret to be created.
@@ -409,4 +441,6 @@ pub(super) struct Object<'a> {
     #[serde(rename = "type")]
     type_: &'a str,
     data: BTreeMap<&'a str, Encoded<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    immutable: Option<bool>,
 }

@@ -4,6 +4,11 @@ use super::{
     decision::{ANNOTATIONS, LABELS},
     *,
 };
+use base64::{
+    Engine as _,
+    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
+};
+use proptest::prelude::*;
 use rstest::rstest;
 use serde_json::{Value, json};
 
@@ -40,6 +45,7 @@ struct Wish {
     owners: Vec<Owner>,
     type_: &'static str,
     since: &'static str,
+    order: Option<u64>,
 }
 
 impl Wish {
@@ -52,6 +58,7 @@ impl Wish {
             owners: vec![owner("web", "rs-1")],
             type_: "Opaque",
             since: "2026-11-23T10:00:00Z",
+            order: Some(3),
         }
     }
 
@@ -65,6 +72,7 @@ impl Wish {
             data: &self.data,
             class: &self.class,
             since: self.since.parse().unwrap(),
+            order: self.order,
             owners: &self.owners,
         }
     }
@@ -74,7 +82,19 @@ impl Wish {
         let mut object = serde_json::to_value(self.wanted().object(None)).unwrap();
         object["metadata"]["uid"] = json!("secret-1");
         object["metadata"]["resourceVersion"] = json!("5");
+        let owners = object["metadata"]["ownerReferences"].as_array().unwrap();
+        let uids: Vec<_> = owners.iter().map(|o| o["uid"].as_str().unwrap()).collect();
+        object["metadata"]["managedFields"] = json!([owned_by(MANAGER, &uids)]);
         object
+    }
+
+    fn with(data: &str, since: &'static str, order: Option<u64>) -> Self {
+        Self {
+            data: BTreeMap::from([("password".to_owned(), data.to_owned().into())]),
+            since,
+            order,
+            ..Self::new()
+        }
     }
 
     fn decides(&self, stored: &Value) -> Value {
@@ -99,6 +119,33 @@ impl Wish {
     }
 }
 
+/// An entry of `managedFields` that says whose these owners are.
+fn owned_by(manager: &str, uids: &[&str]) -> Value {
+    let owners = uids
+        .iter()
+        .map(|uid| (format!("k:{{\"uid\":\"{uid}\"}}"), json!({})));
+    let owners: serde_json::Map<_, _> = owners.collect();
+    json!({
+        "manager": manager, "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1",
+        "fieldsV1": {"f:metadata": {"f:ownerReferences": owners}},
+    })
+}
+
+/// A value as messages quote it, in one of eight ways.
+pub(super) fn quoted(value: &[u8], how: usize) -> String {
+    let text = String::from_utf8_lossy(value).into_owned();
+    match how {
+        0 => text,
+        1 => format!("{text:?}"),
+        2 => STANDARD.encode(value),
+        3 => URL_SAFE_NO_PAD.encode(value),
+        4 => value.iter().map(|byte| format!("{byte:02x}")).collect(),
+        5 => json!({"password": text}).to_string(),
+        6 => STANDARD.encode(&value[1..]).chars().take(40).collect(),
+        _ => text.lines().map(|line| format!("\n\t{line}\\n")).collect(),
+    }
+}
+
 const HUNTER2: &str = "aHVudGVyMg==";
 
 #[test]
@@ -114,7 +161,7 @@ fn a_new_secret_says_whose_it_is_and_has_its_owners() {
         metadata["annotations"],
         json!({
             "note": "x", CLASS: "db", CLASS_UID: "class-1", SINCE: "2026-11-23T10:00:00Z",
-            LABELS: "environment", ANNOTATIONS: "note",
+            ORDER: "3", LABELS: "environment", ANNOTATIONS: "note",
         })
     );
     assert_eq!(
@@ -138,10 +185,7 @@ fn what_is_as_it_should_be_is_not_written() {
     owners.push(json!({"apiVersion": "v1", "kind": "ConfigMap", "name": "c", "uid": "cm-1", "blockOwnerDeletion": true}));
     assert_eq!(wish.decides(&stored), "nothing");
     // Nor is equal content because it was obtained again.
-    let later = Wish {
-        since: "2026-11-23T11:00:00Z",
-        ..Wish::new()
-    };
+    let later = Wish::with("hunter2", "2026-11-23T11:00:00Z", Some(4));
     assert_eq!(later.decides(&stored), "nothing");
 }
 
@@ -153,15 +197,6 @@ fn what_is_as_it_should_be_is_not_written() {
 #[case::our_label(json!({"metadata": {"labels": {MANAGED: null}}}), json!({"metadata": {"labels": {MANAGED: "true"}}}))]
 #[case::an_annotation(json!({"metadata": {"annotations": {"note": null}}}), json!({"metadata": {"annotations": {"note": "x"}}}))]
 fn what_was_altered_is_put_right(#[case] altered: Value, #[case] written: Value) {
-    fn merge(into: &mut Value, patch: &Value) {
-        match patch.as_object() {
-            Some(patch) => patch.iter().for_each(|(key, value)| match value {
-                Value::Null => drop(into.as_object_mut().unwrap().remove(key)),
-                value => merge(&mut into[key], value),
-            }),
-            None => *into = patch.clone(),
-        }
-    }
     let wish = Wish::new();
     let mut stored = wish.stored();
     merge(&mut stored, &altered);
@@ -190,30 +225,244 @@ fn what_the_class_no_longer_asks_for_goes_and_nothing_else() {
     );
 }
 
+/// The Secret's content has order 3 and its resource version is 5.
 #[rstest]
-#[case::newer("2026-11-23T10:00:01Z", true)]
-#[case::the_same("2026-11-23T10:00:00Z", true)]
-#[case::older("2026-11-23T09:59:59Z", false)]
+#[case::newer(Some(4), "2026-11-23T09:00:00Z", true)]
+#[case::the_same_volumes(Some(3), "2026-11-23T10:00:00Z", true)]
+#[case::older_by_a_clock_that_is_ahead(Some(2), "2026-11-23T11:00:00Z", false)]
+#[case::unknown_and_newer_by_the_clocks(None, "2026-11-23T10:00:01Z", true)]
+#[case::unknown_and_older_by_the_clocks(None, "2026-11-23T09:59:59Z", false)]
 fn newer_content_replaces_older_and_never_the_other_way(
+    #[case] order: Option<u64>,
     #[case] since: &'static str,
     #[case] written: bool,
 ) {
     let stored = Wish::new().stored();
-    let wish = Wish {
-        data: BTreeMap::from([("password".to_owned(), "rotated".to_owned().into())]),
-        since,
-        ..Wish::new()
-    };
-    let mut expected = json!({"metadata": {}, "data": {"password": "cm90YXRlZA=="}});
-    if since == "2026-11-23T10:00:01Z" {
-        expected["metadata"] = json!({"annotations": {SINCE: since}});
-    }
+    let wish = Wish::with("rotated", since, order);
     let decided = wish.decides(&stored);
-    assert_eq!(decided, if written { expected } else { json!("nothing") });
-    // A clock that is far ahead does not hold a Secret for ever.
-    let mut stored = stored;
-    stored["metadata"]["annotations"][SINCE] = json!("2126-01-01T00:00:00Z");
-    assert_eq!(wish.decides(&stored)["data"]["password"], "cm90YXRlZA==");
+    if !written {
+        assert_eq!(decided, "nothing");
+        return;
+    }
+    assert_eq!(decided["data"], json!({"password": "cm90YXRlZA=="}));
+    let said = |key: &str, expected: Option<String>| match stored["metadata"]["annotations"][key]
+        == json!(expected)
+    {
+        true => assert!(decided["metadata"]["annotations"].get(key).is_none()),
+        false => assert_eq!(decided["metadata"]["annotations"][key], json!(expected)),
+    };
+    said(ORDER, order.map(|order| order.to_string()));
+    said(SINCE, Some(since.to_owned()));
+}
+
+/// An order that is not below the resource version of its Secret is from another cluster.
+#[rstest]
+#[case::of_another_cluster("5", "2026-11-23T09:00:00Z", true)]
+#[case::of_another_cluster_by_far("900000", "2026-11-23T09:00:00Z", true)]
+#[case::of_another_cluster_and_newer_by_the_clocks("900000", "2026-11-23T11:00:00Z", false)]
+#[case::no_number("x", "2026-11-23T09:00:00Z", true)]
+#[case::no_number_and_newer_by_the_clocks("-1", "2026-11-23T11:00:00Z", false)]
+#[case::a_clock_that_is_far_ahead("x", "2126-01-01T00:00:00Z", true)]
+#[case::no_time_and_no_number("x", "soon", true)]
+fn an_order_that_cannot_be_believed(
+    #[case] order: &str,
+    #[case] since: &str,
+    #[case] written: bool,
+) {
+    let mut stored = Wish::new().stored();
+    stored["metadata"]["annotations"][ORDER] = json!(order);
+    stored["metadata"]["annotations"][SINCE] = json!(since);
+    let wish = Wish::with("rotated", "2026-11-23T10:00:00Z", Some(4));
+    let decided = wish.decides(&stored);
+    assert_eq!(decided.get("data").is_some(), written, "{decided}");
+    // Equal content is not written for the sake of it, whichever node looks.
+    assert_eq!(Wish::new().decides(&stored), "nothing");
+}
+
+#[test]
+fn a_secret_of_an_earlier_driver_gets_an_order_once() {
+    let mut stored = Wish::new().stored();
+    stored["metadata"]["annotations"]
+        .as_object_mut()
+        .unwrap()
+        .remove(ORDER);
+    let older = Wish::with("old", "2026-11-23T09:00:00Z", Some(4));
+    assert_eq!(older.decides(&stored), "nothing");
+    let newer = Wish::with("new", "2026-11-23T11:00:00Z", Some(4));
+    assert_eq!(
+        newer.decides(&stored)["metadata"]["annotations"][ORDER],
+        "4"
+    );
+    assert_eq!(
+        Wish::new().decides(&stored),
+        json!({"metadata": {"annotations": {ORDER: "3"}}})
+    );
+}
+
+#[test]
+fn nothing_never_takes_the_place_of_something() {
+    let stored = Wish::new().stored();
+    for type_ in ["Opaque", "kubernetes.io/basic-auth"] {
+        let wish = Wish {
+            data: BTreeMap::new(),
+            type_,
+            order: Some(4),
+            ..Wish::new()
+        };
+        assert_eq!(wish.decides(&stored), "nothing");
+    }
+}
+
+proptest! {
+    /// Contents are fetched on several nodes, one after the other, and each node looks at any time
+    /// with a clock of its own, forgets nothing and may see what it has seen before. Whatever the
+    /// clocks say, the Secret never goes back, and it has the newest content as soon as its node
+    /// has looked.
+    #[test]
+    fn the_secret_follows_the_newest_content_whatever_the_clocks_say(
+        skews in prop::collection::vec(-300_i64..300, 2..5),
+        steps in prop::collection::vec((0..5_usize, any::<bool>(), 1..4_u64), 1..40),
+    ) {
+        let start: Timestamp = "2026-11-23T10:00:00Z".parse().unwrap();
+        let mut revision = 10_u64;
+        let mut fetched = 0_u64;
+        // What each node's volume holds: which content, its order, and since when by its clock.
+        let mut volumes: Vec<Option<(u64, u64, Timestamp)>> = vec![None; skews.len()];
+        let mut stored: Option<Value> = None;
+        let mut shown = 0_u64;
+        for (at, (node, fetches, others)) in steps.into_iter().enumerate() {
+            let node = node % skews.len();
+            // Others write to the API server, too.
+            revision += others;
+            if fetches {
+                (fetched, revision) = (fetched + 1, revision + 1);
+                let by_its_clock = start + jiff::SignedDuration::from_secs(at as i64 + skews[node]);
+                volumes[node] = Some((fetched, revision, by_its_clock));
+                continue;
+            }
+            let Some((content, order, since)) = volumes[node] else { continue };
+            let wish = Wish {
+                data: BTreeMap::from([("n".to_owned(), content.to_string().into())]),
+                order: Some(order),
+                ..Wish::new()
+            };
+            let wanted = Wanted { since, ..wish.wanted() };
+            revision += 1;
+            let version = json!(revision.to_string());
+            match &mut stored {
+                None => {
+                    let mut made = serde_json::to_value(wanted.object(None)).unwrap();
+                    made["metadata"]["resourceVersion"] = version;
+                    stored = Some(made);
+                    shown = content;
+                }
+                Some(secret) => {
+                    let existing: Existing = serde_json::from_value(secret.clone()).unwrap();
+                    if let Decision::Write(change) = decide(&existing, &wanted, false) {
+                        let mut change = serde_json::to_value(change).unwrap();
+                        change["metadata"]["resourceVersion"] = version;
+                        merge(secret, &change);
+                    }
+                    let text = secret["data"]["n"].as_str().unwrap();
+                    let text = String::from_utf8(STANDARD.decode(text).unwrap()).unwrap();
+                    let now: u64 = text.parse().unwrap();
+                    prop_assert!(now >= shown, "from {shown} back to {now}");
+                    prop_assert!(now >= content, "{now}, although a node has seen {content}");
+                    shown = now;
+                }
+            }
+        }
+    }
+
+    /// Whoever put an owner on whichever Secret: the driver takes away none but its own, from none
+    /// but its own.
+    #[test]
+    fn no_owner_of_anybody_else_is_taken_away(
+        owners in prop::collection::vec((0..3_usize, 0..6_usize), 0..6),
+        labelled in any::<bool>(),
+        signed in any::<bool>(),
+        going in 0..6_usize,
+    ) {
+        let managers = [MANAGER, "kubectl", "controller"];
+        let uids: Vec<_> = (0..6).map(|n| format!("uid-{n}")).collect();
+        let mut managed = Vec::new();
+        let (mut references, mut ours) = (Vec::new(), Vec::new());
+        for (manager, owner) in owners {
+            let uid = uids[owner].as_str();
+            if references.iter().any(|r: &Value| r["uid"] == uid) {
+                continue;
+            }
+            references.push(json!({"apiVersion": "batch/v1", "kind": "Job", "name": "job", "uid": uid}));
+            managed.push(owned_by(managers[manager], &[uid]));
+            if managers[manager] == MANAGER {
+                ours.push(uid);
+            }
+        }
+        let mut secret = json!({
+            "metadata": {
+                "uid": "secret-1", "resourceVersion": "5", "labels": {}, "annotations": {},
+                "ownerReferences": references, "managedFields": managed,
+            },
+            "type": "Opaque", "data": {"theirs": "eA=="},
+        });
+        if labelled {
+            secret["metadata"]["labels"] = json!({MANAGED: "true"});
+        }
+        if signed {
+            secret["metadata"]["annotations"] = json!({CLASS: "db", CLASS_UID: "class-1"});
+        }
+        let existing: Existing = serde_json::from_value(secret).unwrap();
+        let going = uids[going].as_str();
+        let change = without_owner(&existing, going);
+        let may = (labelled || signed) && ours.contains(&going) && references.len() > 1;
+        prop_assert_eq!(change.is_some(), may);
+        if let Some(change) = change {
+            let change = serde_json::to_value(change).unwrap();
+            let rest = change["metadata"]["ownerReferences"].as_array().unwrap();
+            let expected: Vec<_> = references.iter().filter(|r| r["uid"] != going).collect();
+            prop_assert_eq!(rest.iter().collect::<Vec<_>>(), expected);
+        }
+        // Nor by another object of the name that the driver's owner has.
+        let wish = Wish {
+            owners: vec![Owner { kind: "Job".into(), api_version: "batch/v1".into(), ..owner("job", "new") }],
+            ..Wish::new()
+        };
+        let kept = owners::owners(&existing, &wish.owners).unwrap();
+        for reference in &references {
+            let uid = reference["uid"].as_str().unwrap();
+            prop_assert_eq!(kept.iter().any(|o| o.uid == uid), !ours.contains(&uid));
+        }
+    }
+}
+
+/// Lays a merge patch over an object.
+fn merge(into: &mut Value, patch: &Value) {
+    match patch.as_object() {
+        Some(patch) => patch.iter().for_each(|(key, value)| match value {
+            Value::Null => drop(into.as_object_mut().unwrap().remove(key)),
+            value => merge(&mut into[key], value),
+        }),
+        None => *into = patch.clone(),
+    }
+}
+
+/// A class that was deleted and made anew under its name is the holder, under its new UID.
+#[rstest]
+#[case::equal_content("hunter2", Some(9))]
+#[case::older_content("old", Some(1))]
+fn a_class_that_was_made_anew_goes_on_as_the_holder(
+    #[case] content: &str,
+    #[case] order: Option<u64>,
+) {
+    let stored = Wish::new().stored();
+    let again = Wish {
+        class: class("db", "class-3"),
+        ..Wish::with(content, "2026-11-23T10:00:00Z", order)
+    };
+    assert_eq!(
+        again.decides(&stored),
+        json!({"metadata": {"annotations": {CLASS_UID: "class-3"}}})
+    );
 }
 
 #[test]
@@ -221,7 +470,7 @@ fn an_older_volume_still_gives_its_owner() {
     let stored = Wish::new().stored();
     let wish = Wish {
         data: BTreeMap::from([("password".to_owned(), "old".to_owned().into())]),
-        since: "2026-11-23T09:00:00Z",
+        order: Some(2),
         owners: vec![owner("other", "rs-2")],
         ..Wish::new()
     };
@@ -313,7 +562,7 @@ fn two_classes_share_equal_content_and_do_not_fight_over_other() {
     let other = || Wish {
         class: class("other", "class-2"),
         labels: map(&[]),
-        since: "2026-11-23T12:00:00Z",
+        order: Some(4),
         ..Wish::new()
     };
     assert_eq!(other().decides(&stored), "nothing");
@@ -354,14 +603,27 @@ fn a_type_that_changed_needs_a_new_secret_which_keeps_what_is_not_ours() {
     let owners = object["metadata"]["ownerReferences"].as_array().unwrap();
     assert_eq!(owners.len(), 2);
     assert_eq!(object["metadata"].get("resourceVersion"), None);
-}
-
-#[rstest]
-#[case::raw("admission webhook says hunter2 is weak", true)]
-#[case::encoded("data: aHVudGVyMg is weak", true)]
-#[case::neither("secrets \"creds\" is forbidden", false)]
-fn a_message_that_quotes_a_value_is_withheld(#[case] message: &str, #[case] withheld: bool) {
-    let wish = Wish::new();
-    let said = wish.wanted().scrubbed(message.to_owned());
-    assert_eq!(said != message, withheld, "{said}");
+    // As it is put back when the new one is refused.
+    let former = serde_json::to_value(existing.object(&wish.wanted(), "x/y")).unwrap();
+    assert_eq!(former["type"], "Opaque");
+    assert_eq!(former["data"], json!({"password": HUNTER2}));
+    for part in ["labels", "ownerReferences"] {
+        let expected = serde_json::to_value(&existing.metadata).unwrap()[part].clone();
+        assert_eq!(former["metadata"][part], expected);
+    }
+    let annotations = &former["metadata"]["annotations"];
+    assert_eq!(
+        (&annotations["note"], &annotations[REFUSED_TYPE]),
+        (&json!("x"), &json!("x/y"))
+    );
+    for server in ["uid", "resourceVersion", "managedFields"] {
+        assert_eq!(former["metadata"].get(server), None);
+    }
+    // A type that it gets at last is no longer a refused one.
+    let mut again = wish.stored();
+    again["metadata"]["annotations"][REFUSED_TYPE] = json!("x/y");
+    assert_eq!(
+        wish.decides(&again),
+        json!({"metadata": {"annotations": {REFUSED_TYPE: null}}})
+    );
 }

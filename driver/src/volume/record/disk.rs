@@ -8,7 +8,10 @@ use std::{
     io::{self, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use serde::{Deserialize, Serialize};
@@ -43,6 +46,8 @@ struct Filed<R> {
 #[derive(Debug, Clone)]
 pub struct Records {
     directory: PathBuf,
+    /// Held while a record is replaced or removed.
+    changing: Arc<Mutex<()>>,
 }
 
 /// A record that has its room on the disk and is not valid yet. Dropping it gives the room back.
@@ -53,6 +58,7 @@ pub struct Staged {
     path: PathBuf,
     tmp: PathBuf,
     committed: bool,
+    changing: Arc<Mutex<()>>,
 }
 
 impl Records {
@@ -66,7 +72,10 @@ impl Records {
             .recursive(true)
             .mode(0o700)
             .create(&directory)?;
-        Ok(Self { directory })
+        Ok(Self {
+            directory,
+            changing: Arc::default(),
+        })
     }
 
     /// Where they are.
@@ -129,6 +138,7 @@ impl Records {
             path,
             tmp,
             committed: false,
+            changing: Arc::clone(&self.changing),
         };
         staged.file.write_all(&bytes)?;
         Ok(staged)
@@ -142,11 +152,33 @@ impl Records {
         self.stage(record)?.commit(record)
     }
 
+    /// Gives the content of a volume its order, if none of its contents has one yet and it is
+    /// still recorded.
+    ///
+    /// # Errors
+    /// As [`Records::stage`].
+    pub fn set_first_order(
+        &self,
+        volume_id: &str,
+        directory: String,
+        order: String,
+    ) -> io::Result<()> {
+        let _changing = held(&self.changing);
+        match self.get(volume_id) {
+            Some(mut record) if record.orders.is_empty() => {
+                record.orders.insert(directory, order);
+                self.stage(&record)?.replace(&record)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Forgets a volume. No record is success.
     ///
     /// # Errors
     /// What the file system says.
     pub fn remove(&self, volume_id: &str) -> io::Result<()> {
+        let _changing = held(&self.changing);
         clear_away(&self.path(volume_id))
     }
 
@@ -227,7 +259,14 @@ impl Staged {
     ///
     /// # Errors
     /// What the file system says. An earlier record stays.
-    pub fn commit(mut self, record: &Record) -> io::Result<()> {
+    pub fn commit(self, record: &Record) -> io::Result<()> {
+        let changing = Arc::clone(&self.changing);
+        let _changing = held(&changing);
+        self.replace(record)
+    }
+
+    /// The same for whoever holds `changing`.
+    fn replace(mut self, record: &Record) -> io::Result<()> {
         let bytes = filed(record)?;
         self.file.write_all_at(&bytes, 0)?;
         self.file.set_len(bytes.len() as u64)?;
@@ -267,6 +306,11 @@ fn filed(record: &Record) -> io::Result<Vec<u8>> {
 }
 
 /// Removes a file or whatever lies in its place, never through a link. Nothing there is success.
+fn held(changing: &Mutex<()>) -> MutexGuard<'_, ()> {
+    // Whoever panicked while holding it left whole files.
+    changing.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn clear_away(path: &Path) -> io::Result<()> {
     let removed = match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),

@@ -124,7 +124,12 @@ impl Store {
             track_update(None, &mut object, &options.manager, target.layout());
         }
         if options.dry_run {
-            return Ok(Arc::new(object));
+            // Real servers look at this last, too: whoever hears it has passed everything else.
+            let there = self.get(&resource.qualified, &target.namespace, &name);
+            return match there {
+                Some(_) => Err(Status::already_exists(resource, &name)),
+                None => Ok(Arc::new(object)),
+            };
         }
         let object = self.insert(resource, object)?;
         if let Some(definition) = definition {

@@ -1,0 +1,252 @@
+//! Which of a node's volumes have content: generated states of several at a time.
+
+use super::*;
+use proptest::{
+    prelude::*,
+    strategy::ValueTree as _,
+    test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
+};
+
+/// What is recorded of a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Recorded {
+    No,
+    Yes,
+    ForAnotherPod,
+    ForAnotherPlace,
+    Torn,
+}
+
+/// What lies in a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lies {
+    Nothing,
+    /// Written by the driver, to the end.
+    Complete,
+    /// A directory of content that no `..data` leads to.
+    Partial,
+    /// Files at the root.
+    Plain,
+}
+
+#[derive(Debug, Clone)]
+struct State {
+    mounted: bool,
+    recorded: Recorded,
+    lies: Lies,
+    by_provider: bool,
+    order: u64,
+}
+
+impl State {
+    /// Whether it has content, by the rule and not by the code.
+    fn counts(&self) -> bool {
+        let complete = match self.by_provider {
+            false => self.lies == Lies::Complete,
+            true => self.lies != Lies::Nothing,
+        };
+        self.mounted && self.recorded == Recorded::Yes && complete
+    }
+
+    fn make(&self, dir: &Path, pod: &str) {
+        let target = target(dir, pod);
+        match self.mounted {
+            true => make_and_mount(&target),
+            false => fs::create_dir_all(&target).unwrap(),
+        }
+        let text = format!("of {pod}");
+        match self.lies {
+            Lies::Nothing => {}
+            Lies::Complete => write(&target, &[("pw", &text), ("deep/pw", "x")]),
+            Lies::Partial => {
+                let tree = target.join("..2026_11_23_16_19_05.123456789");
+                fs::create_dir(&tree).unwrap();
+                fs::write(tree.join("pw"), &text).unwrap();
+            }
+            Lies::Plain => fs::write(target.join("pw"), &text).unwrap(),
+        }
+        let mut record = record(dir, pod, &self.order.to_string());
+        if self.by_provider {
+            record.content = Content::Provider;
+            record.orders = BTreeMap::from([(String::new(), self.order.to_string())]);
+        }
+        let path = dir.join("records").join(format!("csi-{pod}.json"));
+        match self.recorded {
+            Recorded::No => return,
+            Recorded::Yes => {}
+            Recorded::ForAnotherPod => record.pod.uid = "another".to_owned(),
+            Recorded::ForAnotherPlace => record.target_path = dir.join("elsewhere"),
+            Recorded::Torn => {
+                fs::write(path, "{\"format\":1,\"vol").unwrap();
+                return;
+            }
+        }
+        records(dir).put(&record).unwrap();
+    }
+}
+
+fn states() -> impl Strategy<Value = Vec<State>> {
+    use {Lies::*, Recorded::*};
+    let recorded = prop_oneof![
+        3 => Just(Yes),
+        1 => prop::sample::select(vec![No, ForAnotherPod, ForAnotherPlace, Torn]),
+    ];
+    let lies = prop_oneof![
+        3 => Just(Complete),
+        1 => prop::sample::select(vec![Nothing, Partial, Plain]),
+    ];
+    let mounted = prop::bool::weighted(0.6);
+    let by_provider = prop::bool::weighted(0.2);
+    let state = (mounted, recorded, lies, by_provider).prop_map(
+        |(mounted, recorded, lies, by_provider)| State {
+            mounted,
+            recorded,
+            // What the driver has begun is never a provider's.
+            lies: match (by_provider, lies) {
+                (true, Partial) => Plain,
+                (_, lies) => lies,
+            },
+            by_provider,
+            order: 0,
+        },
+    );
+    let orders = Just((1..=5_u64).collect::<Vec<_>>()).prop_shuffle();
+    (prop::collection::vec(state, 1..5), orders).prop_map(|(mut states, orders)| {
+        for (state, order) in states.iter_mut().zip(orders) {
+            state.order = order;
+        }
+        states
+    })
+}
+
+/// The Secret has "*", so that anything at all that is taken for content shows. It is made of the
+/// newest volume that counts, or stays as it was, and no pod hears of trouble.
+#[tokio::test]
+async fn only_what_is_mounted_recorded_and_complete_is_content() {
+    if !is_alone() {
+        return;
+    }
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
+    let mut runner = TestRunner::new_with_rng(Config::default(), rng);
+    for _ in 0..40 {
+        let states = states().new_tree(&mut runner).unwrap().current();
+        only_content_decides(&states).await;
+    }
+}
+
+async fn only_content_decides(states: &[State]) {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let all = json!([{"secretName": "creds", "type": "Opaque", "data": [{"objectName": "*"}]}]);
+    api.put_class(&all, "1");
+    records(dir.path());
+    for (number, state) in states.iter().enumerate() {
+        let pod = format!("web-{number}");
+        api.pod(&pod, Some(("ReplicaSet", "rs")), "Running");
+        state.make(dir.path(), &pod);
+    }
+    // As an earlier driver left it: without an order, older than all volumes.
+    let before = json!({
+        "metadata": {
+            "name": "creds", "uid": "u", "resourceVersion": "100",
+            "labels": {"secrets-store.csi.k8s.io/managed": "true"},
+            "annotations": {
+                "secrets-store.csi.k8s.io/class": "db",
+                "secrets-store.csi.k8s.io/class-uid": "class",
+                "secrets-store.csi.k8s.io/content-since": "2020-01-01T00:00:00Z",
+            },
+        },
+        "type": "Opaque", "data": {"pw": "YmVmb3Jl"},
+    });
+    api.put(SECRET, before.clone());
+    let sync = sync(dir.path(), &cluster, Duration::from_millis(40));
+    let stop = run(&sync);
+    let counting = states
+        .iter()
+        .enumerate()
+        .filter(|(_, state)| state.counts());
+    let newest = counting.max_by_key(|(_, state)| state.order);
+    if states.iter().any(|s| {
+        matches!(
+            s.recorded,
+            Recorded::Yes | Recorded::ForAnotherPod | Recorded::ForAnotherPlace
+        )
+    }) {
+        // Each look at the class is followed by one at the Secret.
+        until("the class has been looked at", || api.count(CLASS) >= 6).await;
+    }
+    stop.cancel();
+    let secret = api.get(SECRET).unwrap();
+    match newest {
+        None => assert_eq!(secret, before, "{states:#?}"),
+        Some((number, state)) => {
+            let text = base64(&format!("of web-{number}"));
+            assert_eq!(secret["data"]["pw"], text, "{states:#?}");
+            let order =
+                &secret["metadata"]["annotations"]["secrets-store.csi.k8s.io/content-order"];
+            assert_eq!(*order, state.order.to_string());
+        }
+    }
+    assert_eq!(api.events(), Vec::<String>::new(), "{states:#?}");
+    for number in 0..states.len() {
+        let target = target(dir.path(), &format!("web-{number}"));
+        if mount::state(&target).unwrap() == mount::State::Mounted {
+            drop(mount::detach(&target).unwrap());
+        }
+    }
+}
+
+fn base64(text: &str) -> String {
+    use base64::Engine as _;
+    base64::engine::general_purpose::STANDARD.encode(text)
+}
+
+/// A volume that an earlier driver recorded, without orders: it takes the resource version of its
+/// pod status, once, and keeps it when the pod status is written again.
+#[tokio::test]
+async fn a_volume_of_an_earlier_driver_takes_the_order_of_its_pod_status() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let class = class(&api, &cluster, creds()).await;
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    let earlier = Record {
+        orders: BTreeMap::new(),
+        ..volume(dir.path(), "web")
+    };
+    records(dir.path()).put(&earlier).unwrap();
+    let order = || {
+        let secret = api.get(SECRET).unwrap();
+        secret["metadata"]["annotations"]["secrets-store.csi.k8s.io/content-order"].clone()
+    };
+    let status = |owner: &str, version: &str| {
+        let path = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/web-shop-db";
+        let owners = json!([{"apiVersion": "v1", "kind": "Pod", "name": "web", "uid": owner}]);
+        let metadata =
+            json!({"name": "web-shop-db", "resourceVersion": version, "ownerReferences": owners});
+        api.put(path, json!({"metadata": metadata}));
+    };
+    // Another pod's says nothing of this volume.
+    status("another", "90");
+    let without = sync(dir.path(), &cluster, EVERY);
+    without.volume_mounted(&earlier, &class).await.unwrap();
+    assert_eq!(order(), Value::Null);
+    status("uid-web", "17");
+    sync(dir.path(), &cluster, EVERY)
+        .volume_mounted(&earlier, &class)
+        .await
+        .unwrap();
+    assert_eq!(order(), "17");
+    let recorded = records(dir.path()).get("csi-web").unwrap();
+    assert_eq!(recorded.orders.values().collect::<Vec<_>>(), ["17"]);
+    // Somebody labels the pod status; a driver that starts anew still knows.
+    status("uid-web", "23");
+    api.remove(SECRET);
+    sync(dir.path(), &cluster, EVERY)
+        .volume_mounted(&recorded, &class)
+        .await
+        .unwrap();
+    assert_eq!(order(), "17");
+}

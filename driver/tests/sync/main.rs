@@ -1,0 +1,362 @@
+//! What keeping Secrets costs, when it lets go, and what of a node's volumes it takes for content.
+//!
+//! The API server is as small as can be. The volumes are real: each test runs once more, in a
+//! process with a mount namespace of its own, made by `unshare` of util-linux.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+
+mod api;
+mod contents;
+mod replaced;
+mod volumes;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use api::{Api, CLASS, Refuse, SECRET, What};
+use driver::{
+    cluster::{Class, Cluster},
+    metrics::Metrics,
+    mount,
+    sync::Sync,
+    volume::record::{Content, Record},
+};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use volumes::{is_alone, make_and_mount, record, records, take_down, target, volume, write};
+
+/// Between two looks of the driver.
+const EVERY: Duration = Duration::from_millis(200);
+
+/// A class in the API, and as the driver reads it.
+async fn class(api: &Api, cluster: &Cluster, secret_objects: Value) -> Class {
+    api.put_class(&secret_objects, "1");
+    let class = cluster.class("shop", "db").await.unwrap();
+    api.requests();
+    class
+}
+
+fn creds() -> Value {
+    json!([{"secretName": "creds", "type": "Opaque", "data": [{"objectName": "pw", "key": "pw"}]}])
+}
+
+fn sync(dir: &Path, cluster: &Cluster, every: Duration) -> Arc<Sync> {
+    let (cluster, records) = (cluster.clone(), records(dir));
+    Arc::new(Sync::new(cluster, records, Metrics::new(), false, every))
+}
+
+fn run(sync: &Arc<Sync>) -> CancellationToken {
+    let (sync, stop) = (Arc::clone(sync), CancellationToken::new());
+    let ended = stop.clone();
+    tokio::spawn(async move { sync.run(ended).await });
+    stop
+}
+
+async fn until(what: &str, holds: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(
+            started.elapsed() < Duration::from_secs(30),
+            "waited for {what}"
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Nothing when it is mounted, and one look at the class in an interval; so that the Secrets that
+/// it gets later are made for the pods that mount it already, and live with them.
+#[tokio::test]
+async fn a_class_that_gets_its_first_secrets() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let class = class(&api, &cluster, json!([])).await;
+    let sync = sync(dir.path(), &cluster, EVERY);
+    for name in ["web", "other"] {
+        api.pod(name, Some(("ReplicaSet", name)), "Running");
+        let volume = volume(dir.path(), name);
+        sync.volume_mounted(&volume, &class).await.unwrap();
+    }
+    assert_eq!(api.requests(), Vec::<String>::new());
+    let stop = run(&sync);
+    tokio::time::sleep(EVERY * 5).await;
+    let requests = api.requests();
+    assert!((3..=8).contains(&requests.len()), "{requests:?}");
+    for request in requests {
+        assert!(
+            request.starts_with("GET") && request.contains("secretproviderclasses/db"),
+            "{request}"
+        );
+    }
+    api.put_class(&creds(), "2");
+    until("the Secret is there", || api.get(SECRET).is_some()).await;
+    assert_eq!(api.owners(), ["other", "web"]);
+    stop.cancel();
+}
+
+/// Fifty at once: one write; each reads its pod and the Secret. At rest one look at the Secret
+/// and one at the class in an interval, however many volumes there are.
+#[tokio::test]
+async fn fifty_volumes_at_once_and_at_rest() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let class = class(&api, &cluster, creds()).await;
+    let sync = sync(dir.path(), &cluster, EVERY * 10);
+    let volumes: Vec<_> = (0..50)
+        .map(|number| volume(dir.path(), &format!("web-{number}")))
+        .collect();
+    let mut mounting = tokio::task::JoinSet::new();
+    for volume in &volumes {
+        api.pod(&volume.pod.name, Some(("ReplicaSet", "rs")), "Pending");
+        let (sync, class, volume) = (Arc::clone(&sync), class.clone(), volume.clone());
+        mounting.spawn(async move { sync.volume_mounted(&volume, &class).await });
+    }
+    while let Some(mounted) = mounting.join_next().await {
+        mounted.unwrap().unwrap();
+    }
+    let requests = api.requests();
+    let count = |part: &str| requests.iter().filter(|r| r.starts_with(part)).count();
+    assert_eq!((count("GET"), count("POST"), count("PATCH")), (100, 1, 0));
+    assert_eq!(api.owners(), ["rs"]);
+    let stop = run(&sync);
+    tokio::time::sleep(EVERY * 50).await;
+    let requests = api.requests();
+    // Five intervals, of two looks each, with their jitter.
+    assert!((8..=14).contains(&requests.len()), "{requests:?}");
+    for request in requests {
+        assert!(
+            request.starts_with("GET") && request.ends_with("resourceVersion=0"),
+            "{request}"
+        );
+    }
+    stop.cancel();
+}
+
+/// A bare pod that has ended keeps its object and its pod status; it lets go of the Secret that
+/// another lives with, and never of one that has no other owner.
+#[tokio::test]
+async fn pods_that_have_ended_let_go() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let class = class(&api, &cluster, creds()).await;
+    let sync = sync(dir.path(), &cluster, EVERY);
+    let (bare, web) = (volume(dir.path(), "bare"), volume(dir.path(), "web"));
+    api.pod("bare", None, "Running");
+    api.put(
+        "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/bare-shop-db",
+        json!({"metadata": {"uid": "status"}}),
+    );
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    sync.volume_mounted(&bare, &class).await.unwrap();
+    assert_eq!(api.owners(), ["status"]);
+    sync.volume_mounted(&web, &class).await.unwrap();
+    assert_eq!(api.owners(), ["status", "rs"]);
+    let stop = run(&sync);
+    api.pod("bare", None, "Succeeded");
+    take_down(dir.path(), &bare);
+    sync.forget(&bare.volume_id);
+    until("the ended pod lets go", || api.owners() == ["rs"]).await;
+    // The Secret of the last is left to the collector.
+    api.pod("web", Some(("Job", "rs")), "Succeeded");
+    take_down(dir.path(), &web);
+    sync.forget(&web.volume_id);
+    api.requests();
+    until("it is looked after", || api.count("/secrets/creds") > 0).await;
+    assert_eq!(api.owners(), ["rs"]);
+    stop.cancel();
+}
+
+/// A pod that is going away does not get its Secret again.
+#[tokio::test]
+async fn nobody_makes_secrets_for_pods_that_go() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let class = class(&api, &cluster, creds()).await;
+    let sync = sync(dir.path(), &cluster, EVERY);
+    let web = volume(dir.path(), "web");
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    sync.volume_mounted(&web, &class).await.unwrap();
+    let pod = "/api/v1/namespaces/shop/pods/web";
+    let mut going = api.get(pod).unwrap();
+    going["metadata"]["deletionTimestamp"] = json!("2026-11-23T10:00:00Z");
+    api.put(pod, going);
+    api.remove(SECRET);
+    let stop = run(&sync);
+    tokio::time::sleep(EVERY * 5).await;
+    assert!(api.get(SECRET).is_none());
+    // Alive again, as if it had never gone.
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    until("the Secret is there", || api.get(SECRET).is_some()).await;
+    stop.cancel();
+}
+
+/// Who put an owner on a Secret decides who may take it away.
+#[tokio::test]
+async fn a_job_that_the_user_put_on_the_secret_stays() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let class = class(&api, &cluster, creds()).await;
+    let sync = sync(dir.path(), &cluster, EVERY);
+    let web = volume(dir.path(), "web");
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    sync.volume_mounted(&web, &class).await.unwrap();
+    // The user's own: the driver's pod of that Job finds it there.
+    let mut secret = api.get(SECRET).unwrap();
+    let owners = secret["metadata"]["ownerReferences"]
+        .as_array_mut()
+        .unwrap();
+    owners.push(json!({"apiVersion": "x/v1", "kind": "Job", "name": "job", "uid": "job"}));
+    api.put(SECRET, secret);
+    let job = volume(dir.path(), "job");
+    api.pod("job", Some(("Job", "job")), "Running");
+    sync.volume_mounted(&job, &class).await.unwrap();
+    assert_eq!(api.owners(), ["rs", "job"]);
+    let stop = run(&sync);
+    api.pod("job", Some(("Job", "job")), "Succeeded");
+    take_down(dir.path(), &job);
+    sync.forget(&job.volume_id);
+    api.requests();
+    until("it is looked after", || api.count("/pods/job") > 0).await;
+    until("and again", || api.count("/secrets/creds") > 1).await;
+    assert_eq!(api.owners(), ["rs", "job"]);
+    // Nor is anything done to a Secret that is not the driver's at all.
+    let theirs = json!({
+        "metadata": {"name": "creds", "uid": "theirs", "resourceVersion": "1", "ownerReferences": [
+            {"apiVersion": "x/v1", "kind": "ReplicaSet", "name": "rs", "uid": "rs"},
+            {"apiVersion": "x/v1", "kind": "Job", "name": "job", "uid": "job"},
+        ]},
+        "type": "Opaque", "data": {"theirs": "eA=="},
+    });
+    api.put(SECRET, theirs.clone());
+    api.put_class(&json!([]), "2");
+    api.pod("web", Some(("ReplicaSet", "rs")), "Succeeded");
+    take_down(dir.path(), &web);
+    sync.forget(&web.volume_id);
+    api.requests();
+    until("it is looked after", || api.count("/pods/web") > 0).await;
+    tokio::time::sleep(EVERY * 3).await;
+    assert_eq!(api.get(SECRET), Some(theirs));
+    stop.cancel();
+}
+
+/// Only the API server's word that there is no such class, or the class itself, gives its Secret
+/// to another.
+#[tokio::test]
+async fn a_class_that_cannot_be_read_keeps_its_secret() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let class = class(&api, &cluster, creds()).await;
+    let sync = sync(dir.path(), &cluster, EVERY);
+    let web = volume(dir.path(), "web");
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    let of_rival = |of: &str| {
+        let mut secret = api.get(SECRET).unwrap();
+        secret["metadata"]["annotations"]["secrets-store.csi.k8s.io/class"] = json!(of);
+        secret["metadata"]["annotations"]["secrets-store.csi.k8s.io/class-uid"] = json!("earlier");
+        secret["data"] = json!({"pw": "cml2YWw="});
+        secret
+    };
+    let rival = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasses/rival";
+    let makes = |secret: &str, spec: Value| {
+        let mut object = json!({
+            "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
+            "metadata": {"name": "rival", "namespace": "shop", "uid": "anew", "resourceVersion": "1"},
+            "spec": {"secretObjects": [{"secretName": secret, "type": "Opaque"}]},
+        });
+        for (key, value) in spec.as_object().unwrap() {
+            object["spec"][key] = value.clone();
+        }
+        object
+    };
+    let whole = json!({"provider": "test", "parameters": {"a": "b"}});
+    sync.volume_mounted(&web, &class).await.unwrap();
+    let theirs = of_rival("rival");
+    // The class was made anew, and is the holder under its new UID as well.
+    api.put(rival, makes("creds", whole.clone()));
+    api.put(SECRET, theirs.clone());
+    sync.volume_mounted(&web, &class).await.unwrap();
+    assert_eq!(api.get(SECRET).unwrap()["data"], theirs["data"]);
+    // It says too little to be mounted, and still makes the Secret of those who mounted it.
+    api.put(rival, makes("creds", json!({})));
+    sync.volume_mounted(&web, &class).await.unwrap();
+    assert_eq!(api.get(SECRET).unwrap()["data"], theirs["data"]);
+    api.remove(rival);
+    // The client itself tries again after 503, until the request's time is over.
+    let codes = [400, 401, 403, 404, 406, 409, 410, 422, 500, 502, 503];
+    for code in codes {
+        // A 404 that is not about this class: its kind is not served, for now.
+        let message = "the server could not find the requested resource".to_owned();
+        api.refuse(vec![Refuse {
+            what: What::Class,
+            code,
+            times: 99,
+            message,
+        }]);
+        sync.volume_mounted(&web, &class).await.unwrap();
+        assert_eq!(api.get(SECRET).unwrap()["data"], theirs["data"], "{code}");
+    }
+    api.refuse(vec![]);
+    api.put(rival, json!({"spec": "not one"}));
+    sync.volume_mounted(&web, &class).await.unwrap();
+    assert_eq!(
+        api.get(SECRET).unwrap()["data"],
+        theirs["data"],
+        "not a class"
+    );
+    // It makes another Secret now.
+    api.put(rival, makes("another", whole));
+    sync.volume_mounted(&web, &class).await.unwrap();
+    assert_eq!(
+        api.get(SECRET).unwrap()["data"],
+        json!({"pw": "aHVudGVyMg=="})
+    );
+    api.put(SECRET, theirs);
+    api.remove(rival);
+    sync.volume_mounted(&web, &class).await.unwrap();
+    assert_eq!(
+        api.get(SECRET).unwrap()["data"],
+        json!({"pw": "aHVudGVyMg=="}),
+        "gone"
+    );
+    // The driver's own class: what it makes is not let go while it cannot be read.
+    let stop = run(&sync);
+    let signed = api.get(SECRET).unwrap();
+    for code in [401, 403, 404, 500] {
+        let message = "no".to_owned();
+        api.refuse(vec![Refuse {
+            what: What::Class,
+            code,
+            times: 3,
+            message,
+        }]);
+        api.requests();
+        until("the class is looked at", || api.count(CLASS) >= 4).await;
+        assert_eq!(
+            api.get(SECRET).unwrap()["metadata"]["annotations"],
+            signed["metadata"]["annotations"]
+        );
+    }
+    stop.cancel();
+}
