@@ -3,11 +3,13 @@
 //! A [`Payload`] is the whole content of a volume as one value, checked before anything is
 //! written: a provider cannot name a path outside the volume, one path twice, or a file where
 //! a directory is needed. [`swap`] writes it, [`read`] reads it back.
+//! [`own`] is for files that a provider wrote itself.
 
 mod compare;
 #[cfg(test)]
 mod generated;
 mod layout;
+pub mod own;
 pub mod read;
 pub mod swap;
 mod tree;

@@ -38,7 +38,7 @@ use crate::{
     secret::SecretMap,
     sync::Sync,
 };
-use content::{Undo, commit_content, directory, reaches_pods, stage_files, take_down};
+use content::{Undo, commit_content, directory, reaches_pods, refit, stage_files, take_down};
 use policy::{Every, Failing, Policy};
 use record::{Age, Content, Object, Pod, Record, Records};
 use target::{Busy, TargetPath};
@@ -271,7 +271,10 @@ impl Volumes {
 
         let undo = match needs_mount {
             true => Some(self.mount(request).await?),
-            false => None,
+            false => {
+                refit(request, &self.tmpfs).await?;
+                None
+            }
         };
         let ask = self.ask_provider(request, &class, &[], Urgency::FirstMount);
         let reply = unless(cancelled, ask).await?;

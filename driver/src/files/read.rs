@@ -392,4 +392,42 @@ mod tests {
                 .is_all
         );
     }
+
+    /// A provider that puts a pipe where a file was, between a look and an open.
+    #[test]
+    fn no_pipe_holds_a_reader_or_a_writer_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let payload = || {
+            let files = ["a", "b/c"].map(|path| (path.to_owned(), File::new(0, b"1".to_vec())));
+            Payload::new(files).unwrap()
+        };
+        drop(
+            swap::stage(dir.path(), payload())
+                .unwrap()
+                .unwrap()
+                .commit(),
+        );
+        let (finished, wait) = std::sync::mpsc::channel();
+        let volume = dir.path().to_owned();
+        std::thread::spawn(move || {
+            for _ in 0..300 {
+                drop(snapshot(&volume, u64::MAX, |_| true));
+                drop(swap::stage(&volume, payload()));
+            }
+            finished.send(()).unwrap();
+        });
+        let (pipe, file) = (dir.path().join("..pipe"), dir.path().join("..file"));
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(300);
+        while wait.try_recv().is_err() {
+            assert!(
+                std::time::Instant::now() < until,
+                "somebody waits for a pipe"
+            );
+            drop(fs::remove_file(&pipe));
+            let _there = nix::unistd::mkfifo(&pipe, Mode::S_IRWXU);
+            drop(fs::rename(&pipe, dir.path().join("..data/a")));
+            drop(fs::write(&file, "1"));
+            drop(fs::rename(&file, dir.path().join("..data/a")));
+        }
+    }
 }

@@ -625,12 +625,42 @@ mod tests {
     fn a_damaged_volume_is_made_whole() {
         let volume = tempfile::tempdir().unwrap();
         let tree = payload(&[("a", "1", 0), ("b/c", "2", 0)]);
-        let damages: [fn(PathBuf); 5] = [
-            |v| fs::remove_file(v.join("a")).unwrap(),
-            |v| fs::write(v.join("stranger"), "x").unwrap(),
-            |v| fs::write(v.join("..data/b/stranger"), "x").unwrap(),
-            |v| fs::write(v.join("..data/a"), "9").unwrap(),
-            |v| fs::remove_dir_all(v.join(fs::read_link(v.join(DATA)).unwrap())).unwrap(),
+        let put = |path: PathBuf, make: fn(&Path)| {
+            fs::remove_file(&path).unwrap();
+            make(&path);
+        };
+        let damages: [&dyn Fn(PathBuf); 11] = [
+            &|v| {
+                put(v.join("..data/a"), |path| {
+                    nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap()
+                })
+            },
+            &|v| {
+                put(v.join("..data/b/c"), |path| {
+                    nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap()
+                })
+            },
+            &|v| {
+                put(v.join("a"), |path| {
+                    nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap()
+                })
+            },
+            &|v| {
+                put(v.join(DATA), |path| {
+                    nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap()
+                })
+            },
+            &|v| {
+                put(v.join("..data/a"), |path| {
+                    drop(std::os::unix::net::UnixListener::bind(path).unwrap())
+                })
+            },
+            &|v| put(v.join("..data/a"), |path| symlink("b/c", path).unwrap()),
+            &|v| fs::remove_file(v.join("a")).unwrap(),
+            &|v| fs::write(v.join("stranger"), "x").unwrap(),
+            &|v| fs::write(v.join("..data/b/stranger"), "x").unwrap(),
+            &|v| fs::write(v.join("..data/a"), "9").unwrap(),
+            &|v| fs::remove_dir_all(v.join(fs::read_link(v.join(DATA)).unwrap())).unwrap(),
         ];
         for damage in damages {
             replace(volume.path(), &tree).unwrap();

@@ -58,7 +58,8 @@ pub(super) fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
     first_names(directory, usize::MAX)
 }
 
-fn first_names(directory: BorrowedFd<'_>, most: usize) -> io::Result<Vec<CString>> {
+/// Returns no more than `most` of them.
+pub(super) fn first_names(directory: BorrowedFd<'_>, most: usize) -> io::Result<Vec<CString>> {
     let mut dir = Dir::openat(directory, ".", directory_flags(), Mode::empty())?;
     let mut names = Vec::new();
     for entry in dir.iter() {

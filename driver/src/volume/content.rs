@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     error::{Error, Reason, Result},
-    files::{File, Payload, read, swap},
+    files::{File, Payload, own, read, swap},
     memory::{Memory, Reservation},
     mount::{self, Detached, Tmpfs},
 };
@@ -75,8 +75,18 @@ impl Stage {
     }
 }
 
+/// Makes sure that a target that has a mount has a volume, and gives it the bounds of today before
+/// anybody writes into it.
+pub(super) async fn refit(request: &PublishRequest, tmpfs: &Arc<Tmpfs>) -> Result<()> {
+    let (volume, tmpfs) = (request.target.as_path().to_owned(), Arc::clone(tmpfs));
+    blocking(move || tmpfs.refit(&volume))
+        .await
+        .map_err(|error| failed_to_write(request, Error::internal(error.to_string())))
+}
+
 /// Checks the provider's files and writes them where no reader looks, if there is memory for
-/// them. `so_far` is who wrote the content that the volume has.
+/// them; those that it wrote itself get mode and group. `so_far` is who wrote the content that the
+/// volume has.
 pub(super) async fn stage_files(
     request: &PublishRequest,
     tmpfs: &Arc<Tmpfs>,
@@ -88,7 +98,7 @@ pub(super) async fn stage_files(
     let payload = Payload::new(files)
         .map_err(|invalid| failed(Error::precondition(invalid.to_string())))?
         .accessible(request.access);
-    let volume = request.target.as_path().to_owned();
+    let (volume, access) = (request.target.as_path().to_owned(), request.access);
     let tmpfs = Arc::clone(tmpfs);
     let (memory, namespace) = (Arc::clone(memory), request.pod.namespace.clone());
     let staged = blocking(move || {
@@ -99,7 +109,6 @@ pub(super) async fn stage_files(
                 Err(_) if swap::has(&volume, &payload)? => return Ok(Some(Stage::Unchanged)),
                 Err(no_room) => return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room)),
             };
-            tmpfs.refit(&volume)?;
             let staged =
                 swap::stage(&volume, payload).map_err(|error| raise(error, &tmpfs, &volume))?;
             return Ok(Some(match staged {
@@ -109,9 +118,17 @@ pub(super) async fn stage_files(
         }
         // What the driver wrote is no answer of this provider's.
         if so_far == Some(Content::Driver) {
-            return Ok(swap::has_strangers(&volume)?.then_some(Stage::TakenOver));
+            if !swap::has_strangers(&volume)? {
+                return Ok(None);
+            }
+            own::adopt(&volume, access)?;
+            return Ok(Some(Stage::TakenOver));
         }
-        Ok((!swap::is_empty(&volume)?).then_some(Stage::OfProvider))
+        if swap::is_empty(&volume)? {
+            return Ok(None);
+        }
+        own::adopt(&volume, access)?;
+        Ok(Some(Stage::OfProvider))
     })
     .await
     .map_err(|error| failed(no_room_or_internal(&error)))?;

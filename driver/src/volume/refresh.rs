@@ -6,7 +6,7 @@ use tonic::Code;
 
 use super::{
     Outcome, PublishRequest, Volumes,
-    content::{Stage, commit_content, stage_files},
+    content::{Stage, commit_content, refit, stage_files},
     record::{self, Age, Record},
     threads::blocking,
     unless,
@@ -121,6 +121,7 @@ impl Volumes {
         request: &PublishRequest,
         cancelled: &CancellationToken,
     ) -> Result<bool> {
+        refit(request, &self.tmpfs).await?;
         let ask = self.ask_provider(request, &class, &record.objects, Urgency::Refresh);
         let reply = unless(cancelled, ask).await?;
         let staged = stage_files(

@@ -4,6 +4,7 @@ use e2e::cluster::Cluster as _;
 use e2e::tree::{Content, View};
 
 use crate::harness::{MOUNT, Scenario, class, class_with, pod};
+use crate::target::Needs;
 
 #[tokio::test]
 async fn one_object() {
@@ -233,5 +234,28 @@ async fn the_volume_is_a_bounded_tmpfs() {
         "mode=755",
     ] {
         assert!(line.contains(option), "{option} is missing in {line}");
+    }
+}
+
+/// Without mount propagation the pod would get an empty directory.
+#[tokio::test]
+async fn a_driver_whose_mounts_nobody_sees_refuses_to_mount() {
+    for propagation in ["None", "HostToContainer"] {
+        let Some(s) = Scenario::needing(Needs {
+            propagation: Some(propagation),
+            ..Needs::default()
+        })
+        .await
+        else {
+            return;
+        };
+        s.apply(&class("db", "- {objectName: password, content: hunter2}"))
+            .await;
+        s.apply(&pod("web", &["db"])).await;
+        let event = s.failed_mount("web", "rpc error").await;
+        insta::assert_snapshot!("a_driver_whose_mounts_nobody_sees_refuses_to_mount", event);
+        assert_eq!(s.provider_calls("web").await, 0, "refused before that");
+        s.delete("web").await;
+        s.nothing_is_left().await;
     }
 }

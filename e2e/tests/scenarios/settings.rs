@@ -11,6 +11,8 @@ use crate::target::Needs;
 const BEHIND: &str = "            - --provider-health-check-interval=2m\n";
 /// The same of the CSIDriver's.
 const REPUBLISH: &str = "  requiresRepublish: true\n";
+/// How the driver's mounts spread.
+const SPREAD: &str = "mountPropagation: Bidirectional";
 /// Where the arguments that the driver was installed with are kept while it has others.
 const INSTALLED: &str = "e2e/installed-args";
 
@@ -25,7 +27,9 @@ pub fn of_manifest(manifest: &str, needs: &Needs) -> String {
         let (requests, place) = (token_requests(needs), needs.tokens_in_secrets);
         tokens = format!("  tokenRequests: {requests}\n  serviceAccountTokenInSecrets: {place}\n");
     }
+    let spread = needs.propagation.unwrap_or("Bidirectional");
     manifest
+        .replace(SPREAD, &SPREAD.replace("Bidirectional", spread))
         .replace(BEHIND, &format!("{BEHIND}{flags}"))
         .replace(REPUBLISH, &format!("{REPUBLISH}{tokens}"))
 }

@@ -45,6 +45,9 @@ pub struct Needs {
     pub kubelet_restart: bool,
     /// Whether the driver registers itself with kubelet.
     pub own_registration: bool,
+    /// `mountPropagation` of the driver's volume mount of kubelet's pods, where it is not to be
+    /// `Bidirectional`.
+    pub propagation: Option<&'static str>,
     /// Flags for the driver, after those that it is installed with.
     pub driver_flags: &'static [&'static str],
     /// Audiences of the service account tokens that the CSIDriver asks for.
@@ -63,6 +66,7 @@ impl Default for Needs {
             controllers: false,
             kubelet_restart: false,
             own_registration: false,
+            propagation: None,
             driver_flags: &[],
             audiences: &[],
             tokens_in_secrets: false,
@@ -277,8 +281,11 @@ async fn embedded(needs: &Needs) -> Embedded {
         .unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// What the form in which the driver is installed into a shared cluster has not.
+/// What the driver that is installed into a shared cluster has not.
 fn lacking_in_form(needs: &Needs) -> Option<String> {
+    if needs.propagation.is_some() {
+        return Some("driver that others cannot see the mounts of".to_owned());
+    }
     let sidecars = matches!(Form::from_env(), Form::Sidecars(_));
     (needs.own_registration && sidecars).then(|| "driver that registers itself".to_owned())
 }
