@@ -17,7 +17,7 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -36,7 +36,7 @@ use crate::{
 use line::Owner;
 use memory::{Held, Memory};
 use queue::{Ending, Place, Queue};
-use refusal::Failed;
+use refusal::{Failed, TooLate};
 use socket::Sockets;
 use wire::Asking;
 
@@ -174,7 +174,9 @@ impl Providers {
             // A turn may take a while to come, in which the provider may have moved.
             let socket = self.sockets.find(name)?;
             let channel = wire::channel(&socket)?;
+            let waits_for_memory = Arc::default();
             let asking = Asking {
+                waits_for_memory: &waits_for_memory,
                 owner: &owner,
                 memory: &shared.memory,
                 max_message_bytes: self.limits.max_message_bytes,
@@ -207,6 +209,7 @@ impl Providers {
                             socket: &socket,
                             attempts: attempt,
                             max_message_bytes: self.limits.max_message_bytes,
+                            max_bytes: self.limits.max_bytes,
                             with_tokens,
                         };
                         return Err(failed.explain(&status));
@@ -295,9 +298,13 @@ async fn ask(
     request.set_timeout(left + Duration::from_millis(500));
     // What these types print of themselves holds no secret.
     tracing::debug!(provider = call.provider, request = ?request.get_ref(), "asking the provider");
+    let waits_for_memory = Arc::clone(asking.waits_for_memory);
     let answer = match timeout_at(call.deadline, wire::mount(channel, request, asking)).await {
         Ok(answer) => answer,
-        Err(_) => Err(refusal::no_answer()),
+        Err(_) if waits_for_memory.load(Ordering::Relaxed) => {
+            Err(refusal::too_late(TooLate::Memory))
+        }
+        Err(_) => Err(refusal::too_late(TooLate::Answer)),
     };
     match &answer {
         Ok((response, _)) => {

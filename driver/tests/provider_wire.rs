@@ -294,6 +294,32 @@ async fn large_answers_take_turns() {
     }
 }
 
+/// Answers that are kept hold their memory; who finds none says so, and no class is to blame.
+#[tokio::test]
+async fn an_answer_for_which_there_is_no_memory_says_so() {
+    let node = Node::obedient();
+    let mut kept = Vec::new();
+    // A namespace has half of 64 MiB, and one answer takes twelve while it is read.
+    for _ in 0..6 {
+        kept.push(node.mount("shop/db", "content 4000000", LONG).await);
+    }
+    let late = node
+        .mount("shop/db", "content 4000000", Duration::from_secs(2))
+        .await;
+    let error = refused(late);
+    assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
+    assert!(
+        error.to_string().contains("--provider-max-bytes"),
+        "{error}"
+    );
+    assert!(kept.iter().all(Result::is_ok));
+    let other = node.mount("web/db", "content 4000000", LONG).await;
+    assert!(other.is_ok(), "{}", refused(other));
+    drop(kept);
+    let again = node.mount("shop/db", "content 4000000", LONG).await;
+    assert!(again.is_ok(), "{}", refused(again));
+}
+
 /// One frame of HTTP/2.
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut frame = u32::try_from(payload.len()).unwrap().to_be_bytes()[1..].to_vec();

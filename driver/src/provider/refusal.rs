@@ -83,28 +83,40 @@ pub(super) fn is_transient(status: &Status) -> bool {
     status.code() == Code::Unavailable || connection_failure(status).is_some()
 }
 
-/// The status of a call whose deadline came before its answer.
-pub(super) fn no_answer() -> Status {
-    let mut status = Status::deadline_exceeded("no answer");
-    status.set_source(std::sync::Arc::new(NoAnswer));
-    status
+/// What a call had not got when its deadline came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TooLate {
+    /// An answer.
+    Answer,
+    /// Memory for its answer.
+    Memory,
 }
 
-#[derive(Debug)]
-struct NoAnswer;
-
-impl std::fmt::Display for NoAnswer {
+impl std::fmt::Display for TooLate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("no answer")
+        f.write_str(match self {
+            Self::Answer => "no answer",
+            Self::Memory => "no memory for the answer",
+        })
     }
 }
 
-impl std::error::Error for NoAnswer {}
+impl std::error::Error for TooLate {}
+
+/// The status of a call whose deadline came.
+pub(super) fn too_late(lacked: TooLate) -> Status {
+    let mut status = Status::deadline_exceeded(lacked.to_string());
+    status.set_source(std::sync::Arc::new(lacked));
+    status
+}
 
 /// What a failed call says about its class.
 pub(super) fn ending(status: &Status) -> Ending {
-    if made_here::<NoAnswer>(status).is_some() {
-        Ending::Silent
+    if let Some(lacked) = made_here::<TooLate>(status) {
+        match lacked {
+            TooLate::Answer => Ending::Silent,
+            TooLate::Memory => Ending::Answered,
+        }
     } else if connection_failure(status).is_some() {
         Ending::Lost
     } else {
@@ -128,8 +140,9 @@ pub(super) struct Failed<'a> {
     pub(super) provider: &'a str,
     pub(super) socket: &'a Path,
     pub(super) attempts: usize,
-    /// What an answer may have.
+    /// What an answer may have, and all together.
     pub(super) max_message_bytes: usize,
+    pub(super) max_bytes: usize,
     /// Whether the call brought service account tokens.
     pub(super) with_tokens: bool,
 }
@@ -148,6 +161,14 @@ impl Failed<'_> {
             Error::new(
                 Code::ResourceExhausted,
                 format!("{at} answered with {refused}; split the SecretProviderClass"),
+            )
+        } else if made_here(status) == Some(&TooLate::Memory) {
+            Error::new(
+                Code::ResourceExhausted,
+                format!(
+                    "{at} began to answer, and until there was no time left other answers held the memory that there is for its answers ({} bytes, half of them for one namespace); raise --provider-max-bytes of the driver (chart value providerMaxBytes) if this happens often",
+                    self.max_bytes
+                ),
             )
         } else if is_over_the_limit(status) {
             Error::new(
@@ -212,7 +233,7 @@ pub(super) fn in_short(status: &Status) -> String {
 /// What a status that tonic made of a broken connection is about; none for a status that a
 /// provider sent.
 fn connection_failure(status: &Status) -> Option<String> {
-    if made_here::<Refused>(status).is_some() || made_here::<NoAnswer>(status).is_some() {
+    if made_here::<Refused>(status).is_some() || made_here::<TooLate>(status).is_some() {
         return None;
     }
     let mut source = std::error::Error::source(status)?;
@@ -311,6 +332,7 @@ mod tests {
             socket: Path::new("/p/vault.sock"),
             attempts: 1,
             max_message_bytes: 1,
+            max_bytes: 1,
             with_tokens: false,
         };
         let error = failed.explain(&status);

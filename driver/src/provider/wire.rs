@@ -11,7 +11,10 @@ use std::{
     fmt, mem,
     path::Path,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -74,6 +77,8 @@ pub(super) struct Asking<'a> {
     pub(super) owner: &'a Owner,
     pub(super) memory: &'a Arc<Memory>,
     pub(super) max_message_bytes: usize,
+    /// Whether an answer has begun to arrive and waits for memory.
+    pub(super) waits_for_memory: &'a Arc<AtomicBool>,
 }
 
 /// A lazy channel to a socket, for one call.
@@ -112,6 +117,7 @@ pub(super) async fn mount(
         owner: asking.owner.clone(),
         memory: Arc::clone(asking.memory),
         max_message_bytes: asking.max_message_bytes,
+        waits: Arc::clone(asking.waits_for_memory),
         held: Mutex::default(),
     });
     let metered = {
@@ -173,6 +179,7 @@ struct Meter {
     owner: Owner,
     memory: Arc<Memory>,
     max_message_bytes: usize,
+    waits: Arc<AtomicBool>,
     held: Mutex<Option<Held>>,
 }
 
@@ -227,6 +234,7 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Metered<B> {
                 }
                 Stage::Memory(came, waiting) => {
                     let held = ready!(waiting.as_mut().poll(cx));
+                    this.meter.waits.store(false, Ordering::Relaxed);
                     let came = mem::take(came);
                     let mut place = this
                         .meter
@@ -255,6 +263,7 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Metered<B> {
                     // One that is too large is refused by who reads on, and takes nothing.
                     let bytes = needed(length.min(this.meter.max_message_bytes));
                     let came = mem::take(came).freeze();
+                    this.meter.waits.store(true, Ordering::Relaxed);
                     let meter = Arc::clone(&this.meter);
                     let waiting = async move { meter.memory.take(&meter.owner, bytes).await };
                     this.stage = Stage::Memory(came, Box::pin(waiting));

@@ -26,7 +26,7 @@ async fn burst(s: &Scenario, pods: usize, delay: &str) -> Duration {
 }
 
 #[tokio::test]
-async fn two_hundred_pods_start_and_sixteen_calls_are_in_flight() {
+async fn two_hundred_pods_start_and_their_class_has_its_share_of_calls() {
     let s = Scenario::start().await;
     if s.cluster.name() != "embedded" {
         return skip("its kubelet takes 110 pods");
@@ -34,7 +34,8 @@ async fn two_hundred_pods_start_and_sixteen_calls_are_in_flight() {
     burst(&s, 200, "500ms").await;
     let calls = s.provider_counts().await;
     assert_eq!(calls["mountCalls"], 200, "{calls}");
-    assert_eq!(calls["maxInFlight"], 16, "{calls}");
+    // Three quarters of the places: the others are kept for other classes.
+    assert_eq!(calls["maxInFlight"], 12, "{calls}");
     let counted = "secrets_store_provider_call_duration_seconds_count";
     let labels = ["provider=\"e2e-provider\"", "outcome=\"OK\""];
     assert_eq!(s.metric(counted, &labels).await, 200.0);
