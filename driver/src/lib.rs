@@ -30,6 +30,8 @@
 //! - A failed refresh leaves the last good content alone, and is announced once.
 //! - A live mount is never replaced or taken away by a publish; a failed first publish leaves
 //!   nothing behind.
+//! - Only what is recorded, mounted and complete is content that a Secret may be made of; newer
+//!   content replaces older by an order that hangs on no clock, and nothing replaces something.
 //! - Nothing is watched or listed. An API write happens only when something changed.
 //! - Unpublish needs neither the API server nor a provider; CSI and registration come up without
 //!   them.

@@ -23,7 +23,7 @@ use kube::{
 use serde_json::{Value, json};
 
 use crate::{
-    harness::{MOUNT, Scenario, class, pod, until},
+    harness::{MOUNT, Scenario, class, class_with, pod, until},
     target::Needs,
 };
 

@@ -254,3 +254,95 @@ async fn an_api_server_in_trouble() {
     })
     .await;
 }
+
+/// After a reboot nothing is mounted, and the provider is slow or not there yet. Neither a bare
+/// directory nor a volume that is being filled is content, so that the Secrets keep theirs.
+#[tokio::test]
+async fn a_reboot_before_the_provider_is_back() {
+    let needs = Needs {
+        abilities: &[e2e::cluster::Ability::Reboot],
+        driver_flags: OFTEN,
+        ..Needs::default()
+    };
+    let Some(s) = Scenario::needing(needs).await else {
+        return;
+    };
+    let secrets = |class: &str| {
+        format!(
+            "- secretName: {class}-all\n  type: Opaque\n  data: [{{objectName: \"*\"}}]\n{}",
+            CREDS.replace("creds", &format!("{class}-named"))
+        )
+    };
+    let objects = "- {objectName: password, content: hunter2}";
+    let make = |name: &str, faults: &str| {
+        let class = class_with(name, objects, faults);
+        format!("{class}{}", entries(&secrets(name)))
+    };
+    for name in ["slow", "away"] {
+        s.apply(&make(name, "")).await;
+        s.apply(&pod(name, &[name])).await;
+        s.ready(name).await;
+    }
+    let before = s.secrets().await;
+    s.apply(&make("slow", "- {delay: 20s}")).await;
+    s.apply(&make("away", "- {status: {code: UNAVAILABLE}}"))
+        .await;
+    s.cluster.reboot(&s.node()).await.unwrap();
+    for _ in 0..30 {
+        assert_eq!(s.secrets().await, before);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    s.apply(&make("away", "")).await;
+    until("both are mounted again", async || {
+        s.provider_calls("slow").await > 0
+            && s.provider_calls("away").await > 0
+            && s.mounts().await.len() == 2
+    })
+    .await;
+    for name in ["slow", "away"] {
+        s.ready(name).await;
+        assert_eq!(s.reads(name, MOUNT).await.texts()["password"], "hunter2");
+        let told = s.told(name, "FailedToCreateSecret").await;
+        assert_eq!(told, Vec::<String>::new());
+    }
+    s.looked_again().await;
+    let values = async || s.value("slow-all", "password").await;
+    assert_eq!(values().await.as_deref(), Some("hunter2"));
+}
+
+/// A type that the API server does not take is not risked: the Secret stays.
+#[tokio::test]
+async fn a_type_that_is_refused() {
+    let needs = Needs {
+        abilities: &[e2e::cluster::Ability::DisturbApi],
+        driver_flags: OFTEN,
+        ..Needs::default()
+    };
+    let Some(s) = Scenario::needing(needs).await else {
+        return;
+    };
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let (uid, before) = (s.secret("creds").await.unwrap().uid(), s.secrets().await);
+    let refused = Disturbance::Fail {
+        status: 403,
+        verb: Some("create".to_owned()),
+        resource: Some("secrets".to_owned()),
+        times: 1000,
+    };
+    s.cluster.disturb_api(refused).await.unwrap();
+    let retyped = CREDS.replace("Opaque", "example.com/typed");
+    s.apply(&syncing("db", "hunter2", &retyped)).await;
+    s.looked_again().await;
+    s.looked_again().await;
+    let now = s.secret("creds").await.unwrap();
+    assert_eq!((now.uid(), s.secrets().await), (uid, before));
+    s.cluster.disturb_api(Disturbance::None).await.unwrap();
+    until("the type is another", async || {
+        let secret = s.secret("creds").await;
+        secret.is_some_and(|s| s.type_.as_deref() == Some("example.com/typed"))
+    })
+    .await;
+    assert_eq!(s.value("creds", "pw").await.as_deref(), Some("hunter2"));
+}

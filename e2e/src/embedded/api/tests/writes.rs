@@ -36,6 +36,28 @@ async fn objects_are_created_read_and_refused_as_in_a_cluster() {
     assert_eq!(events.list(&some).await.unwrap().items.len(), 1);
 }
 
+/// A trial to create what is there already says so, after everything else that might be said.
+#[tokio::test]
+async fn a_trial_passes_all_rules_and_stores_nothing() {
+    let setup = Setup::new().await;
+    let secrets: Api<Secret> = setup.api();
+    let trial = PostParams {
+        dry_run: true,
+        field_manager: None,
+    };
+    secrets.create(&trial, &secret("s")).await.unwrap();
+    assert!(secrets.get_opt("s").await.unwrap().is_none());
+    secrets.create(&POST, &secret("s")).await.unwrap();
+    assert_eq!(
+        refusal(secrets.create(&trial, &secret("s")).await),
+        (409, "secrets \"s\" already exists".to_owned())
+    );
+    let mut invalid = secret("s");
+    invalid.type_ = Some("kubernetes.io/tls".to_owned());
+    let (code, why) = refusal(secrets.create(&trial, &invalid).await);
+    assert_eq!(code, 422, "{why}");
+}
+
 #[tokio::test]
 async fn updates_need_the_version_they_read_and_a_reason() {
     let setup = Setup::new().await;
