@@ -815,6 +815,104 @@ mod tests {
         );
     }
 
+    /// Something is mounted below the content that is replaced.
+    #[test]
+    fn a_commit_does_not_hang_on_the_removal_of_former_content() {
+        const NAME: &str =
+            "files::swap::tests::a_commit_does_not_hang_on_the_removal_of_former_content";
+        if !alone(NAME, Own::Mounts) {
+            return;
+        }
+        let volume = tempfile::tempdir().unwrap();
+        let trees = ["1", "2", "3"].map(|text| payload(&[("a/b", text, 0)]));
+        replace(volume.path(), &trees[0]).unwrap();
+        let busy = fs::canonicalize(volume.path().join("a")).unwrap();
+        let none = None::<&str>;
+        nix::mount::mount(
+            Some("x"),
+            &busy,
+            Some("tmpfs"),
+            nix::mount::MsFlags::empty(),
+            none,
+        )
+        .unwrap();
+        for tree in &trees[1..] {
+            let former = stage(volume.path(), tree.clone())
+                .unwrap()
+                .unwrap()
+                .commit()
+                .unwrap();
+            assert!(former.is_some());
+            assert_eq!(seen(volume.path()), expected(tree));
+            assert!(stage(volume.path(), tree.clone()).unwrap().is_none());
+        }
+        assert!(busy.exists());
+        nix::mount::umount(&busy).unwrap();
+        replace(volume.path(), &trees[0]).unwrap();
+        assert!(!busy.exists(), "it goes at the next occasion");
+        assert_eq!(hidden(volume.path()), 2);
+    }
+
+    /// Many directories take room too.
+    #[test]
+    fn what_there_is_no_room_for_is_refused_before_anything_is_written() {
+        const NAME: &str =
+            "files::swap::tests::what_there_is_no_room_for_is_refused_before_anything_is_written";
+        if !alone(NAME, Own::Mounts) {
+            return;
+        }
+        let volume = tempfile::tempdir().unwrap();
+        nix::mount::mount(
+            Some("x"),
+            volume.path(),
+            Some("tmpfs"),
+            nix::mount::MsFlags::empty(),
+            Some("size=64k,nr_inodes=200"),
+        )
+        .unwrap();
+        let old = payload(&[("a", "1", 0)]);
+        replace(volume.path(), &old).unwrap();
+        let deep = |files: usize| {
+            let path = |n| {
+                (
+                    format!("{n}/{}", ["d"; 30].join("/")),
+                    File::new(0, b"1".to_vec()),
+                )
+            };
+            Payload::new((0..files).map(path)).unwrap()
+        };
+        let wide = |files: usize| {
+            let path = |n: usize| (n.to_string(), File::new(0, b"1".to_vec()));
+            Payload::new((0..files).map(path)).unwrap()
+        };
+        for (too_much, says) in [
+            (
+                deep(7),
+                "7 files in 210 directories, and the volume has room for",
+            ),
+            (
+                wide(300),
+                "300 files in 0 directories, and the volume has room for",
+            ),
+            (
+                wide(40),
+                "40 files that take 163840 bytes in blocks of 4096",
+            ),
+        ] {
+            let before = names(open_root(volume.path()).unwrap().as_fd()).unwrap();
+            let error = stage(volume.path(), too_much).err().unwrap();
+            assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+            assert!(error.to_string().contains(says), "{error}");
+            assert_eq!(
+                names(open_root(volume.path()).unwrap().as_fd()).unwrap(),
+                before
+            );
+            assert_eq!(seen(volume.path()), expected(&old));
+        }
+        replace(volume.path(), &deep(3)).unwrap();
+        assert_eq!(seen(volume.path()), expected(&deep(3)));
+    }
+
     /// In a process of its own, because the limit that makes writing fail is the process's.
     #[test]
     fn a_failed_replace_leaves_the_volume_as_it_was() {
