@@ -28,6 +28,7 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
     core::Status,
 };
+use sha2::{Digest as _, Sha256};
 use tokio::sync::OnceCell;
 use tokio_util::task::TaskTracker;
 use tonic::Code;
@@ -37,7 +38,7 @@ use crate::{
     volume::record,
 };
 use events::Events;
-use resources::{SecretObject, SecretProviderClass};
+use resources::{SecretObject, SecretObjectData, SecretProviderClass};
 
 /// How long one request may take. Short against kubelet's two minutes, so that a publish can
 /// say what hung.
@@ -45,6 +46,18 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Annotations that start like this are addressed to this driver.
 const OUR_ANNOTATIONS: &str = "secrets-store.csi.k8s.io/";
+
+/// What is remembered of a class's annotations that are addressed to this driver: so many, and of
+/// a longer value its beginning and a hash, so that another value is another all the same.
+const MOST_ANNOTATIONS: usize = 16;
+const LONGEST_ANNOTATION: usize = 256;
+
+/// How many Secrets a class may make, of how many entries together, and how many bytes all names,
+/// keys, labels and annotations of them may have. They are kept in memory while a pod of the class
+/// runs, and looked at again and again.
+const MOST_SECRETS: usize = 100;
+const MOST_ENTRIES: usize = 1_000;
+const MOST_TEXT: usize = 128 * 1024;
 
 /// The API server. Clones share one client.
 #[derive(Clone)]
@@ -70,6 +83,22 @@ pub struct Class {
     pub parameters: BTreeMap<String, String>,
     /// `spec.secretObjects`.
     pub secret_objects: Vec<SecretObject>,
+    /// Why none of its `secretObjects` are here, when they are more than are kept of one class.
+    pub too_much: Option<String>,
+}
+
+impl Class {
+    /// Returns what is remembered while a volume of the class is mounted. What only the provider
+    /// needs to know is not.
+    pub fn remembered(&self) -> Self {
+        Self {
+            identity: self.identity.clone(),
+            provider: self.provider.clone(),
+            parameters: BTreeMap::new(),
+            secret_objects: self.secret_objects.clone(),
+            too_much: self.too_much.clone(),
+        }
+    }
 }
 
 impl Cluster {
@@ -96,6 +125,11 @@ impl Cluster {
     pub async fn finish(&self) {
         self.replacing.close();
         self.replacing.wait().await;
+    }
+
+    /// Returns the name of this node.
+    pub fn node(&self) -> &str {
+        &self.node
     }
 
     /// Returns whether the API server is away: the last request that only reads got no answer, or
@@ -183,23 +217,23 @@ impl Cluster {
                 spc.spec.provider
             )));
         }
+        let too_much = too_much(&spc.spec.secret_objects);
+        let secret_objects = match too_much {
+            Some(_) => Vec::new(),
+            None => spc.spec.secret_objects,
+        };
         Ok(Class {
             identity: record::Class {
                 name: name.to_owned(),
                 uid: spc.metadata.uid.unwrap_or_default(),
                 generation: spc.metadata.generation,
                 resource_version: spc.metadata.resource_version.unwrap_or_default(),
-                annotations: spc
-                    .metadata
-                    .annotations
-                    .unwrap_or_default()
-                    .into_iter()
-                    .filter(|(name, _)| name.starts_with(OUR_ANNOTATIONS))
-                    .collect(),
+                annotations: addressed_to_us(spc.metadata.annotations.unwrap_or_default()),
             },
             provider: spc.spec.provider,
             parameters: spc.spec.parameters,
-            secret_objects: spc.spec.secret_objects,
+            secret_objects,
+            too_much,
         })
     }
 
@@ -248,6 +282,60 @@ impl Cluster {
         Client::try_from(config)
             .map_err(|error| Error::unavailable(format!("no API server: {error}")))
     }
+}
+
+/// The annotations that are addressed to this driver, within the bounds of what is remembered.
+fn addressed_to_us(annotations: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let ours = annotations
+        .into_iter()
+        .filter(|(name, _)| name.starts_with(OUR_ANNOTATIONS));
+    let shortened = ours.map(|(name, mut value)| {
+        if value.len() > LONGEST_ANNOTATION {
+            let hash: String = Sha256::digest(&value)
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect();
+            let mut end = LONGEST_ANNOTATION - hash.len();
+            while !value.is_char_boundary(end) {
+                end -= 1;
+            }
+            value.truncate(end);
+            value.push_str(&hash);
+            value.shrink_to_fit();
+        }
+        (name, value)
+    });
+    shortened.take(MOST_ANNOTATIONS).collect()
+}
+
+/// Says which bound the Secrets of a class do not keep to, and what to do.
+fn too_much(objects: &[SecretObject]) -> Option<String> {
+    let text_of_map = |map: &BTreeMap<String, String>| -> usize {
+        map.iter().map(|(key, value)| key.len() + value.len()).sum()
+    };
+    let text_of_entry = |entry: &SecretObjectData| {
+        entry.object_name.len() + entry.key.len() + entry.json_key.len() + entry.encoding.len()
+    };
+    let text_of = |object: &SecretObject| {
+        let entries: usize = object.data.iter().map(text_of_entry).sum();
+        let maps = text_of_map(&object.labels) + text_of_map(&object.annotations);
+        object.secret_name.len() + object.type_.len() + entries + maps
+    };
+    let entries: usize = objects.iter().map(|object| object.data.len()).sum();
+    let text: usize = objects.iter().map(text_of).sum();
+    let (count, most, what) = if objects.len() > MOST_SECRETS {
+        (objects.len(), MOST_SECRETS, "Secrets")
+    } else if entries > MOST_ENTRIES {
+        (entries, MOST_ENTRIES, "entries of data")
+    } else if text > MOST_TEXT {
+        let what = "bytes of names, keys, labels and annotations";
+        (text, MOST_TEXT, what)
+    } else {
+        return None;
+    };
+    Some(format!(
+        "its secretObjects have {count} {what}, and {most} at most are made of one class; none of them is made. Divide them among several classes, or use objectName \"*\""
+    ))
 }
 
 /// Whether a text from outside can be the name of an object: a DNS subdomain (RFC 1123). Nothing

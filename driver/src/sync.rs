@@ -51,6 +51,9 @@ const ATTEMPTS: usize = 3;
 /// More than a Secret holds, because a part of an object can be picked.
 const MOST_READ: u64 = 8 * 1024 * 1024;
 
+/// In place of a Secret's name: what concerns all Secrets of a class.
+const WHOLE_CLASS: &str = "";
+
 /// The reason of an event about a Secret that is not as it should be, as in the existing driver.
 const FAILED: &str = "FailedToCreateSecret";
 
@@ -219,6 +222,9 @@ impl Sync {
             .known
             .class(&volume.pod.namespace, &class.identity.name);
         let class = known.as_deref().unwrap_or(class);
+        if let Err(problem) = self.within_bounds(class, slice::from_ref(volume)) {
+            return self.outcome(volume, Err(problem));
+        }
         if class.secret_objects.is_empty() && released.is_empty() {
             return Ok(());
         }
@@ -244,6 +250,11 @@ impl Sync {
                 Err(problem)
             }
         };
+        self.outcome(volume, outcome)
+    }
+
+    /// What a publish says of its Secrets.
+    fn outcome(&self, volume: &Volume, outcome: Result<(), Problem>) -> Result<()> {
         match outcome {
             Err(problem) if self.fail => Err(problem.into_error().context(format_args!(
                 "failed to keep the Secrets of pod {}",
@@ -253,9 +264,33 @@ impl Sync {
         }
     }
 
+    /// Refuses a class that asks for more than is made of one, and tells these pods so, once.
+    fn within_bounds(&self, class: &Class, volumes: &[Volume]) -> Result<(), Problem> {
+        let Some(why) = &class.too_much else {
+            for volume in volumes {
+                // Its Secrets say themselves how they are.
+                self.known.tell(&volume.id, WHOLE_CLASS, None, || true);
+            }
+            return Ok(());
+        };
+        let problem = Problem::new(
+            Trouble::InvalidClass,
+            format!("SecretProviderClass {}: {why}", class.identity.name),
+        );
+        self.report(class, WHOLE_CLASS, volumes, Err(&problem));
+        Err(problem)
+    }
+
     /// A volume is being taken down: it feeds no Secret any more. Asks nobody anything.
     pub fn forget(&self, volume_id: &str) {
         self.known.forget(volume_id);
+    }
+
+    /// The pod status of a volume was made again: Secrets that lived with the one before live with
+    /// it from now on. Asks nobody anything.
+    pub fn pod_status_is_new(&self, pod: &Pod, volume_id: &str) {
+        tracing::info!(pod = %pod, "the pod status of this volume was missing and is made again");
+        self.known.status_is_new(volume_id);
     }
 
     async fn sync(
@@ -273,7 +308,7 @@ impl Sync {
             Err(error) => Err(unavailable(class, &error)),
         };
         let mut first = Ok(());
-        let class = Arc::new(class.clone());
+        let class = Arc::new(class.remembered());
         if let Ok(holder) = &holder {
             self.known.set_holder(&volume.id, holder.clone());
         }
@@ -396,7 +431,9 @@ impl Sync {
                     mounted.holder = Some(holder);
                     live.push(mounted);
                 }
-                _ => {}
+                Some(_) => {}
+                // The pod is gone, or only its pod status is.
+                None => self.known.status_is_due(&volume.id),
             }
         }
         Ok(live)

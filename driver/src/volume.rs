@@ -336,16 +336,25 @@ impl Volumes {
         objects: &[Object],
         changed: Option<Timestamp>,
     ) -> Result<Written> {
-        self.cluster
-            .write_pod_status(&Mounted {
-                pod: &request.pod,
-                class: &request.class,
-                target_path: request.target.as_str(),
-                node: &self.node,
-                objects,
-                changed,
-            })
-            .await
+        let mounted = self.mounted(request, objects, changed);
+        self.cluster.write_pod_status(&mounted).await
+    }
+
+    /// What the pod status of a volume says.
+    fn mounted<'a>(
+        &'a self,
+        request: &'a PublishRequest,
+        objects: &'a [Object],
+        changed: Option<Timestamp>,
+    ) -> Mounted<'a> {
+        Mounted {
+            pod: &request.pod,
+            class: &request.class,
+            target_path: request.target.as_str(),
+            node: &self.node,
+            objects,
+            changed,
+        }
     }
 
     /// Unpublishes a volume: content, mount, directory and record. Asks nobody, and finds

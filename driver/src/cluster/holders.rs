@@ -46,6 +46,20 @@ struct Meta {
 }
 
 impl Cluster {
+    /// Returns whether a pod is there and is not being deleted: the pod itself, and not a later
+    /// one of its name.
+    ///
+    /// # Errors
+    /// When the API server does not say.
+    pub(super) async fn is_alive(&self, pod: &Pod) -> Result<bool> {
+        match self.ask::<Meta>(read_pod(pod)).await {
+            Ok(found) => Ok(found.metadata.uid.as_deref() == Some(&pod.uid)
+                && found.metadata.deletion_timestamp.is_none()),
+            Err(Failure::Refused { code: 404, .. }) => Ok(false),
+            Err(failure) => Err(failure.into_error()),
+        }
+    }
+
     /// Finds out who a pod's Secrets live with. None when the pod is gone.
     ///
     /// # Errors
@@ -55,9 +69,7 @@ impl Cluster {
             let error: Error = failure.into_error();
             error.context(format_args!("failed to find the owners of pod {pod}"))
         };
-        let pods = format!("/api/v1/namespaces/{}/pods", pod.namespace);
-        let request = Request::new(pods).get(&pod.name, &GetParams::default());
-        let view: PodView = match self.ask(request).await {
+        let view: PodView = match self.ask(read_pod(pod)).await {
             Err(Failure::Refused { code: 404, .. }) => return Ok(None),
             answer => answer.map_err(failed)?,
         };
@@ -85,6 +97,11 @@ impl Cluster {
                 Err(Failure::Refused { code: 404, .. }) => return Ok(None),
                 answer => answer.map_err(failed)?,
             };
+            let of_pod = status.metadata.owner_references.iter().flatten();
+            if of_pod.clone().all(|owner| owner.uid != pod.uid) {
+                // An earlier pod's, which goes soon, or a later one's.
+                return Ok(None);
+            }
             owners.push(Owner {
                 api_version: API_VERSION.to_owned(),
                 kind: SecretProviderClassPodStatus::kind(&()).into_owned(),
@@ -98,4 +115,9 @@ impl Cluster {
             owners_end,
         }))
     }
+}
+
+fn read_pod(pod: &Pod) -> Result<http::Request<Vec<u8>>, kube::core::request::Error> {
+    let pods = format!("/api/v1/namespaces/{}/pods", pod.namespace);
+    Request::new(pods).get(&pod.name, &GetParams::default())
 }

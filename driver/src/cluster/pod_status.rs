@@ -1,5 +1,5 @@
 //! Keeps the SecretProviderClassPodStatus of a volume, with as few requests as can be: one
-//! create on a first publish, and nothing when nothing changed.
+//! create on a first publish, and one cheap read when nothing changed.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{
     Api,
-    api::{DeleteParams, PostParams, Preconditions},
+    api::{DeleteParams, GetParams, PostParams, Preconditions},
     core::ObjectMeta,
 };
 use sha2::{Digest as _, Sha256};
@@ -82,44 +82,79 @@ impl Cluster {
     ///
     /// The name is `<pod>-<namespace>-<class>`. When another volume of a living pod holds that
     /// name, this volume's gets a suffix of its own. An object that an earlier pod of the same
-    /// name left behind, here or on another node, is taken over.
+    /// name left behind, here or on another node, is taken over, once it is known that this pod is
+    /// the one that lives. The object of a living pod is never written for one that has gone,
+    /// whose kubelet may not know that yet; nothing is written then, and the resource version that
+    /// is returned is empty.
     ///
     /// # Errors
     /// When the API server does not take it.
     pub async fn write_pod_status(&self, mounted: &Mounted<'_>) -> Result<Written> {
-        let failed = |error: Error| {
-            error.context(format_args!(
-                "failed to write the SecretProviderClassPodStatus of pod {}",
-                mounted.pod
-            ))
+        let written = self.put_pod_status(mounted, mounted.name(), true).await;
+        written.map_err(|error| mounted.failed(error))
+    }
+
+    /// Looks whether the pod status of a volume is there, at what the API server has at hand, and
+    /// makes it again for a living pod when it is not. Returns whether it was made.
+    ///
+    /// `name` is its name as it was when it was written.
+    ///
+    /// # Errors
+    /// When the API server does not answer, or does not take it.
+    pub async fn keep_pod_status(&self, mounted: &Mounted<'_>, name: &str) -> Result<bool> {
+        let kept = async {
+            let api = self.pod_statuses(mounted.pod).await?;
+            match self.read(api.get_with(name, &GetParams::any())).await {
+                Ok(existing) if is_owned_by(&existing, &mounted.pod.uid) => return Ok(false),
+                Ok(_) | Err(Failure::Refused { code: 404, .. }) => {}
+                Err(failure) => return Err(failure.into_error()),
+            }
+            if !self.is_alive(mounted.pod).await? {
+                return Ok(false);
+            }
+            let written = self.put_pod_status(mounted, name.to_owned(), false).await?;
+            Ok(!written.resource_version.is_empty())
         };
-        let api: Api<SecretProviderClassPodStatus> =
-            Api::namespaced(self.client().await.map_err(failed)?, &mounted.pod.namespace);
-        let mut name = mounted.name();
+        kept.await.map_err(|error| mounted.failed(error))
+    }
+
+    /// Writes a pod status. With `updates`, also over one of this volume that says something else.
+    async fn put_pod_status(
+        &self,
+        mounted: &Mounted<'_>,
+        mut name: String,
+        updates: bool,
+    ) -> Result<Written> {
+        let api = self.pod_statuses(mounted.pod).await?;
         for _ in 0..ATTEMPTS {
             let wanted = mounted.object(&name);
             match limited(api.create(&PostParams::default(), &wanted)).await {
                 Ok(created) => return Ok(Written::of(name, created.metadata)),
                 Err(Failure::Refused { code: 409, .. }) => {}
-                Err(failure) => return Err(failed(failure.into_error())),
+                Err(failure) => return Err(failure.into_error()),
             }
             let existing = match self.read(api.get(&name)).await {
                 Ok(existing) => existing,
                 // Collected between the two requests.
                 Err(Failure::Refused { code: 404, .. }) => continue,
-                Err(failure) => return Err(failed(failure.into_error())),
+                Err(failure) => return Err(failure.into_error()),
             };
             if mounted.is_held_by_another_volume(&existing) {
                 let own = mounted.own_name();
                 if name == own {
-                    return Err(failed(Error::internal(format!(
-                        "{name} belongs to another volume"
-                    ))));
+                    return Err(Error::internal(format!("{name} belongs to another volume")));
                 }
                 name = own;
                 continue;
             }
+            let is_ours = is_owned_by(&existing, &mounted.pod.uid);
+            if !is_ours && !self.is_alive(mounted.pod).await? {
+                return Ok(Written::of(name, ObjectMeta::default()));
+            }
             let found = existing.metadata.clone();
+            if is_ours && !updates {
+                return Ok(Written::of(name, found));
+            }
             let Some(update) = wanted.over(existing) else {
                 return Ok(Written::of(name, found));
             };
@@ -128,12 +163,17 @@ impl Cluster {
                 Err(Failure::Refused {
                     code: 404 | 409, ..
                 }) => {}
-                Err(failure) => return Err(failed(failure.into_error())),
+                Err(failure) => return Err(failure.into_error()),
             }
         }
-        Err(failed(Error::unavailable(format!(
+        Err(Error::unavailable(format!(
             "{name} kept changing; trying again later"
-        ))))
+        )))
+    }
+
+    async fn pod_statuses(&self, pod: &Pod) -> Result<Api<SecretProviderClassPodStatus>> {
+        let client = self.client().await?;
+        Ok(Api::namespaced(client, &pod.namespace))
     }
 
     /// The resource version of a pod's pod status. None when there is none, or it is another
@@ -158,8 +198,7 @@ impl Cluster {
     /// # Errors
     /// When the API server does not answer.
     pub async fn delete_pod_status(&self, pod: &Pod, name: &str) -> Result<()> {
-        let api: Api<SecretProviderClassPodStatus> =
-            Api::namespaced(self.client().await?, &pod.namespace);
+        let api = self.pod_statuses(pod).await?;
         let existing = match self.read(api.get(name)).await {
             Err(Failure::Refused { code: 404, .. }) => return Ok(()),
             found => found.map_err(Failure::into_error)?,
@@ -185,6 +224,13 @@ impl Cluster {
 }
 
 impl Mounted<'_> {
+    fn failed(&self, error: Error) -> Error {
+        error.context(format_args!(
+            "failed to write the SecretProviderClassPodStatus of pod {}",
+            self.pod
+        ))
+    }
+
     /// The name that other tools expect.
     fn name(&self) -> String {
         shortened(

@@ -20,7 +20,10 @@ use super::{
     How, Sync, Volume, desired,
     known::{Mounted, SecretKey, Task},
 };
-use crate::{cluster::Class, volume::record::Age};
+use crate::{
+    cluster::{Class, pod_status},
+    volume::record::Age,
+};
 
 /// How many looks run at once, and how many of them in namespaces that are in trouble.
 const LOOKS: usize = 8;
@@ -158,6 +161,7 @@ impl Sync {
     /// Looks at one thing. Returns whether it is in order.
     async fn look(&self, task: Task) -> bool {
         match task {
+            Task::PodStatus(volume) => self.look_at_pod_status(&volume).await,
             Task::Class(namespace, name) => self.look_at_class(&namespace, &name).await,
             Task::Secret(key) => self.look_at_secret(&key).await,
             Task::Left(mounted, class) => self.look_after(&mounted, &class).await,
@@ -186,11 +190,49 @@ impl Sync {
         };
         let released = self
             .known
-            .class_read(namespace, name, class.clone(), self.interval);
-        if let Some(class) = class {
-            self.release(namespace, &class, &released).await;
+            .class_read(namespace, name, class.as_ref(), self.interval);
+        let Some(class) = class else {
+            return true;
+        };
+        let volumes = self.known.volumes_of(namespace, name);
+        let volumes: Vec<Volume> = volumes.into_iter().map(|mounted| mounted.volume).collect();
+        let within_bounds = self.within_bounds(&class, &volumes);
+        self.release(namespace, &class, &released).await;
+        within_bounds.is_ok()
+    }
+
+    /// Makes sure of the pod status of a volume. What it should say, the record knows.
+    async fn look_at_pod_status(&self, volume: &Volume) -> bool {
+        let (records, id) = (self.records.clone(), volume.id.clone());
+        let record = match tokio::task::spawn_blocking(move || records.get(&id)).await {
+            Ok(record) => record,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        };
+        let kept = match &record {
+            Some(record) => {
+                let mounted = pod_status::Mounted {
+                    pod: &record.pod,
+                    class: &record.class.name,
+                    target_path: &record.target_path.to_string_lossy(),
+                    node: self.cluster.node(),
+                    objects: &record.objects,
+                    changed: None,
+                };
+                self.cluster
+                    .keep_pod_status(&mounted, &record.pod_status)
+                    .await
+            }
+            // Being published, or taken down.
+            None => Ok(false),
+        };
+        self.known
+            .status_looked_at(&volume.id, kept.is_err(), self.interval);
+        match kept {
+            Ok(false) => {}
+            Ok(true) => self.pod_status_is_new(&volume.pod, &volume.id),
+            Err(ref error) => tracing::debug!(%error, "trying again"),
         }
-        true
+        kept.is_ok()
     }
 
     async fn look_at_secret(&self, key: &SecretKey) -> bool {

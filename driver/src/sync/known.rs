@@ -20,6 +20,8 @@ use crate::{
 
 /// The first wait after a failure; it doubles up to the usual interval.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// In how many intervals a pod status is looked at once.
+const STATUS_INTERVALS: u32 = 4;
 /// How long a pod whose volume was taken down may take to say that it has ended, or to go.
 const LEAVES_WITHIN: Duration = Duration::from_secs(10);
 
@@ -32,6 +34,8 @@ pub(super) struct Mounted {
     pub(super) holder: Option<Holder>,
     /// What its pod has been told of which Secret.
     told: BTreeMap<String, String>,
+    /// When its pod status is looked at.
+    status: Look,
 }
 
 /// Who works on a Secret, by its namespace and name.
@@ -55,6 +59,8 @@ pub(super) enum Task {
     Class(String, String),
     /// Whether the Secret is still as it should be.
     Secret(SecretKey),
+    /// Whether the pod status of a volume is still there.
+    PodStatus(Box<Volume>),
     /// Whether the pod of a volume that was taken down has ended and lets go of its Secrets.
     Left(Box<Mounted>, Arc<Class>),
 }
@@ -66,9 +72,26 @@ struct KnownClass {
     failures: u32,
 }
 
+#[derive(Clone)]
 struct Look {
     due: Instant,
     failures: u32,
+}
+
+impl Look {
+    /// The first look.
+    fn after(first: Duration) -> Self {
+        Self {
+            due: Instant::now() + first,
+            failures: 0,
+        }
+    }
+
+    /// Sets when it is looked again.
+    fn looked(&mut self, failed: bool, every: Duration) {
+        self.failures = if failed { self.failures + 1 } else { 0 };
+        self.due = Instant::now() + wait(self.failures, every);
+    }
 }
 
 #[derive(Default)]
@@ -105,6 +128,7 @@ impl Known {
             class: class.identity.name.clone(),
             holder: None,
             told: BTreeMap::new(),
+            status: Look::after(wait(0, every * STATUS_INTERVALS)),
         });
         if known.volume != *volume || known.class != class.identity.name {
             let before = known.class_key();
@@ -114,7 +138,7 @@ impl Known {
             state.forget_class_without_volumes(&before);
         }
         // Its Secrets are about to be made, by whoever says that it is mounted.
-        let released = state.class_is(&key, Some(class.clone()), every, every);
+        let released = state.class_is(&key, Some(class), every, every);
         drop(state);
         self.sooner.notify_one();
         released
@@ -140,6 +164,7 @@ impl Known {
                 class,
                 holder: None,
                 told: BTreeMap::new(),
+                status: Look::after(every.mul_f64(rand::rng().random_range(0.0..1.0))),
             },
         );
     }
@@ -174,7 +199,7 @@ impl Known {
         &self,
         namespace: &str,
         name: &str,
-        class: Option<Class>,
+        class: Option<&Class>,
         every: Duration,
     ) -> Vec<String> {
         let key = (namespace.to_owned(), name.to_owned());
@@ -210,12 +235,35 @@ impl Known {
         };
         let mut state = self.state();
         if let Some(look) = state.secrets.get_mut(&key) {
-            look.failures = if failed { look.failures + 1 } else { 0 };
-            look.due = Instant::now() + wait(look.failures, every);
+            look.looked(failed, every);
         }
         drop(state);
         if failed {
             self.sooner.notify_one();
+        }
+    }
+
+    /// The pod status of a volume has been looked at.
+    pub(super) fn status_looked_at(&self, volume_id: &str, failed: bool, every: Duration) {
+        if let Some(mounted) = self.state().volumes.get_mut(volume_id) {
+            mounted.status.looked(failed, every * STATUS_INTERVALS);
+        }
+    }
+
+    /// The pod status of a volume may be missing.
+    pub(super) fn status_is_due(&self, volume_id: &str) {
+        if let Some(mounted) = self.state().volumes.get_mut(volume_id)
+            && mounted.status.failures == 0
+        {
+            mounted.status.due = Instant::now();
+        }
+    }
+
+    /// The pod status of a volume is another object than before: whatever lived with it lives with
+    /// the new one.
+    pub(super) fn status_is_new(&self, volume_id: &str) {
+        if let Some(mounted) = self.state().volumes.get_mut(volume_id) {
+            mounted.holder = None;
         }
     }
 
@@ -286,11 +334,18 @@ impl Known {
         let left = state.left.iter();
         let left = left.filter(|(_, mounted, _)| may_be(&mounted.volume.pod.namespace));
         let left = left.min_by_key(|(due, ..)| *due);
+        let statuses = state.volumes.values();
+        let statuses = statuses.filter(|mounted| may_be(&mounted.volume.pod.namespace));
+        let status = statuses.min_by_key(|mounted| mounted.status.due);
         let tasks = [
             class.map(|((namespace, name), known)| {
                 (known.due, Task::Class(namespace.clone(), name.clone()))
             }),
             secret.map(|(key, look)| (look.due, Task::Secret(key.clone()))),
+            status.map(|mounted| {
+                let volume = Box::new(mounted.volume.clone());
+                (mounted.status.due, Task::PodStatus(volume))
+            }),
             left.map(|(due, mounted, class)| {
                 (*due, Task::Left(mounted.clone(), Arc::clone(class)))
             }),
@@ -301,7 +356,7 @@ impl Known {
     /// How many things there are to look at in one interval.
     pub(super) fn count(&self) -> usize {
         let state = self.state();
-        state.classes.len() + state.secrets.len()
+        state.classes.len() + state.secrets.len() + state.volumes.len()
     }
 
     /// A volume that was taken down needs no look any more.
@@ -330,7 +385,7 @@ impl State {
     fn class_is(
         &mut self,
         key: &ClassKey,
-        class: Option<Class>,
+        class: Option<&Class>,
         every: Duration,
         first: Duration,
     ) -> Vec<String> {
@@ -360,9 +415,9 @@ impl State {
             names.map(|o| o.secret_name.trim().to_owned()).collect()
         };
         let before = known.class.as_deref().map(names).unwrap_or_default();
-        let now_made = class.as_ref().map(names).unwrap_or_default();
-        let gone = class.is_none();
-        known.class = class.map(Arc::new);
+        let now_made = class.map(names).unwrap_or_default();
+        let gone = class.is_none_or(|class| class.too_much.is_some());
+        known.class = class.map(|class| Arc::new(class.remembered()));
         let (namespace, class) = key;
         for name in &now_made {
             let key = SecretKey {
@@ -378,7 +433,8 @@ impl State {
         }
         self.secrets
             .retain(|secret, _| secret.class_key() != *key || now_made.contains(&secret.name));
-        // A class that is gone lets go of nothing: its pods still use what it made.
+        // A class that is gone, or makes nothing because it asks for too much, lets go of nothing:
+        // its pods still use what it made.
         let released = before
             .into_iter()
             .filter(|name| !gone && !now_made.contains(name));
@@ -398,6 +454,7 @@ impl Task {
         match self {
             Self::Class(namespace, _) => namespace,
             Self::Secret(key) => &key.namespace,
+            Self::PodStatus(volume) => &volume.pod.namespace,
             Self::Left(mounted, _) => &mounted.volume.pod.namespace,
         }
     }

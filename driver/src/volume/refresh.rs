@@ -170,6 +170,8 @@ impl Volumes {
                 };
                 self.commit_record(place, before).await?;
             }
+        } else {
+            self.keep_pod_status(request, record).await;
         }
         let directory = staged.new_directory();
         commit_content(request, &self.tmpfs, &self.memory, staged).await?;
@@ -191,6 +193,20 @@ impl Volumes {
             }
         }
         Ok(changed)
+    }
+
+    /// Makes sure of the pod status when there is nothing new to say in it. The volume is fresh
+    /// without it, and it is looked at again.
+    async fn keep_pod_status(&self, request: &PublishRequest, record: &Record) {
+        let mounted = self.mounted(request, &record.objects, None);
+        let name = &record.pod_status;
+        match self.cluster.keep_pod_status(&mounted, name).await {
+            Ok(false) => {}
+            Ok(true) => self
+                .sync
+                .pod_status_is_new(&request.pod, &request.volume_id),
+            Err(error) => tracing::debug!(%error, "trying again"),
+        }
     }
 
     /// Says to whoever runs the pod that the failures are over. When that cannot be said now, the

@@ -68,6 +68,29 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
+/// Makes the pod status of a volume, as its publish does.
+fn put_status(api: &Api, volume: &Record) {
+    let path = format!(
+        "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/{}",
+        volume.pod_status
+    );
+    let owner =
+        json!({"apiVersion": "v1", "kind": "Pod", "name": volume.pod.name, "uid": volume.pod.uid});
+    api.put(
+        &path,
+        json!({"metadata": {"uid": path, "ownerReferences": [owner]}}),
+    );
+}
+
+/// How many looks at pod statuses there are among these requests, and the others.
+fn without_statuses(requests: Vec<String>) -> (usize, Vec<String>) {
+    let is_of_status = |request: &String| {
+        request.starts_with("GET") && request.contains("/secretproviderclasspodstatuses/")
+    };
+    let (statuses, others): (Vec<_>, Vec<_>) = requests.into_iter().partition(is_of_status);
+    (statuses.len(), others)
+}
+
 /// Nothing when it is mounted, and one look at the class in an interval; so that the Secrets that
 /// it gets later are made for the pods that mount it already, and live with them.
 #[tokio::test]
@@ -82,12 +105,14 @@ async fn a_class_that_gets_its_first_secrets() {
     for name in ["web", "other"] {
         api.pod(name, Some(("ReplicaSet", name)), "Running");
         let volume = volume(dir.path(), name);
+        put_status(&api, &volume);
         sync.volume_mounted(&volume, &class).await.unwrap();
     }
     assert_eq!(api.requests(), Vec::<String>::new());
     let stop = run(&sync);
     tokio::time::sleep(EVERY * 5).await;
-    let requests = api.requests();
+    let (statuses, requests) = without_statuses(api.requests());
+    assert!(statuses <= 4, "{statuses}");
     assert!((3..=8).contains(&requests.len()), "{requests:?}");
     for request in requests {
         assert!(
@@ -102,7 +127,8 @@ async fn a_class_that_gets_its_first_secrets() {
 }
 
 /// Fifty at once: one write; each reads its pod and the Secret. At rest one look at the Secret
-/// and one at the class in an interval, however many volumes there are.
+/// and one at the class in an interval, however many volumes there are, and one at each pod status
+/// in four intervals.
 #[tokio::test]
 async fn fifty_volumes_at_once_and_at_rest() {
     if !is_alone() {
@@ -117,6 +143,7 @@ async fn fifty_volumes_at_once_and_at_rest() {
         .collect();
     let mut mounting = tokio::task::JoinSet::new();
     for volume in &volumes {
+        put_status(&api, volume);
         api.pod(&volume.pod.name, Some(("ReplicaSet", "rs")), "Pending");
         let (sync, class, volume) = (Arc::clone(&sync), class.clone(), volume.clone());
         mounting.spawn(async move { sync.volume_mounted(&volume, &class).await });
@@ -130,8 +157,10 @@ async fn fifty_volumes_at_once_and_at_rest() {
     assert_eq!(api.owners(), ["rs"]);
     let stop = run(&sync);
     tokio::time::sleep(EVERY * 50).await;
-    let requests = api.requests();
-    // Five intervals, of two looks each, with their jitter.
+    let (statuses, requests) = without_statuses(api.requests());
+    // Five intervals: one look at each pod status in four of them, and two others in each, with
+    // their jitter.
+    assert!((40..=100).contains(&statuses), "{statuses}");
     assert!((8..=14).contains(&requests.len()), "{requests:?}");
     for request in requests {
         assert!(
@@ -157,7 +186,10 @@ async fn pods_that_have_ended_let_go() {
     api.pod("bare", None, "Running");
     api.put(
         "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/bare-shop-db",
-        json!({"metadata": {"uid": "status"}}),
+        json!({"metadata": {
+            "uid": "status",
+            "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": "bare", "uid": "uid-bare"}],
+        }}),
     );
     api.pod("web", Some(("ReplicaSet", "rs")), "Running");
     sync.volume_mounted(&bare, &class).await.unwrap();

@@ -197,6 +197,23 @@ impl Scenario {
         api.list(&ListParams::default()).await.unwrap().items
     }
 
+    /// Deletes the pod statuses of the namespace, as somebody might by hand.
+    pub async fn delete_pod_statuses(&self) {
+        let gvk = GroupVersionKind::gvk(
+            "secrets-store.csi.x-k8s.io",
+            "v1",
+            "SecretProviderClassPodStatus",
+        );
+        let plural = "secretproviderclasspodstatuses";
+        let resource = ApiResource::from_gvk_with_plural(&gvk, plural);
+        let client = self.cluster.client();
+        let api = Api::<DynamicObject>::namespaced_with(client, &self.namespace, &resource);
+        for status in self.objects("SecretProviderClassPodStatus").await {
+            let name = status.metadata.name.unwrap();
+            api.delete(&name, &DeleteParams::default()).await.unwrap();
+        }
+    }
+
     /// What is left of pods on a node: mounts, directories of their volumes, records.
     pub async fn leftovers(&self, node: &str) -> String {
         assert!(self.cluster.can(Ability::LookAtNodes));

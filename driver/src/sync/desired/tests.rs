@@ -17,6 +17,7 @@ fn class(objects: &[SecretObject]) -> Class {
         provider: "vault".into(),
         parameters: BTreeMap::new(),
         secret_objects: objects.to_vec(),
+        too_much: None,
     }
 }
 

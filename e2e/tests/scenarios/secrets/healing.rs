@@ -50,6 +50,45 @@ async fn deleted_and_altered_secrets_heal() {
     assert_eq!(now.labels()["foreign"], "1");
 }
 
+/// Somebody deletes a bare pod's status; with it goes the Secret that it owns. Both return.
+#[tokio::test]
+async fn a_pod_status_that_is_deleted_returns_with_its_secret() {
+    let s = Scenario::syncing_often().await;
+    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(&pod("web", &["db"])).await;
+    s.ready("web").await;
+    let (statuses, secrets) = (s.pod_statuses().await, s.secrets().await);
+    let uid = async || {
+        let found = s.objects("SecretProviderClassPodStatus").await;
+        found.first().and_then(|status| status.metadata.uid.clone())
+    };
+    for _ in 0..2 {
+        let before = uid().await;
+        s.delete_pod_statuses().await;
+        until("the pod status is there again", async || {
+            let now = uid().await;
+            now.is_some() && now != before
+        })
+        .await;
+        let now = uid().await;
+        until("its Secret lives with it", async || {
+            let owners = s.owners("creds").await;
+            owners.len() == 1 && Some(&owners[0].uid) == now.as_ref()
+        })
+        .await;
+    }
+    assert_eq!(s.secrets().await, secrets);
+    let without_counts = |text: &str| {
+        let lines = text.lines().filter(|line| !line.contains("content-change"));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        without_counts(&s.pod_statuses().await),
+        without_counts(&statuses)
+    );
+    assert_eq!(s.provider_calls("web").await, 1, "nobody was asked");
+}
+
 /// The driver that was there before need not have been the one that made it.
 #[tokio::test]
 async fn a_new_driver_heals_from_the_mount() {

@@ -137,13 +137,19 @@ async fn fifty_pods_and_one_write() {
     cluster.api().reset_requests();
     tokio::time::sleep(Duration::from_secs(10)).await;
     assert_eq!(requests(WRITES, ""), 0, "at rest");
-    let reads = requests(&["get"], "");
+    let statuses = requests(&["get"], "secretproviderclasspodstatuses");
+    // One look at each pod status in four seconds.
+    assert!(
+        (50..=200).contains(&statuses),
+        "{statuses} reads in ten seconds"
+    );
+    let reads = requests(&["get"], "") - statuses;
     // One look at the Secret and one at the class a second, as the flag has it.
     assert!((10..=40).contains(&reads), "{reads} reads in ten seconds");
     assert_eq!(requests(&["list", "watch"], ""), 0);
     assert_eq!(s.secret("creds").await.unwrap().resource_version(), version);
     println!(
-        "50 pods: 1 write of a Secret; at rest, looking every second: 0 writes and {reads} reads in 10 s; the Secret was there {delay:?} after the Deployment was applied"
+        "50 pods: 1 write of a Secret; at rest, looking every second: 0 writes, {reads} reads and {statuses} of pod statuses in 10 s; the Secret was there {delay:?} after the Deployment was applied"
     );
 }
 

@@ -1,0 +1,279 @@
+//! Whose a pod status is: every pod that may ask for one, against every one that may be there.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::Ipv4Addr,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use axum::{
+    Router,
+    body::Bytes,
+    extract::State,
+    http::{Method, StatusCode, Uri},
+};
+use driver::{
+    cluster::{Cluster, pod_status::Mounted},
+    volume::record::{Object, Pod},
+};
+use rstest::rstest;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+const STATUSES: &str =
+    "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses";
+const POD: &str = "/api/v1/namespaces/shop/pods/web";
+const TARGET: &str = "/pods/ours/mount";
+
+/// Objects by path, and the writes so far.
+type Stored = (BTreeMap<String, Value>, Vec<String>);
+
+#[derive(Clone, Default)]
+struct Api(Arc<Mutex<Stored>>);
+
+impl Api {
+    async fn start(dir: &Path) -> (Self, Cluster) {
+        let api = Self::default();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let server = format!("http://{}", listener.local_addr().unwrap());
+        let router = Router::new().fallback(answer).with_state(api.clone());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        let kubeconfig = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "clusters": [{"name": "c", "cluster": {"server": server}}],
+            "users": [{"name": "u", "user": {}}],
+        });
+        let path = dir.join("kubeconfig");
+        fs::write(&path, kubeconfig.to_string()).unwrap();
+        (api, Cluster::new(Some(path), "test", "node-1"))
+    }
+
+    fn put(&self, path: String, object: Value) {
+        self.0.lock().unwrap().0.insert(path, object);
+    }
+
+    fn get(&self, path: &str) -> Option<Value> {
+        self.0.lock().unwrap().0.get(path).cloned()
+    }
+
+    fn writes(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap().1)
+    }
+}
+
+async fn answer(
+    State(api): State<Api>,
+    method: Method,
+    uri: Uri,
+    body: Bytes,
+) -> (StatusCode, String) {
+    let refusal = |code: StatusCode| {
+        let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
+            "code": code.as_u16(), "reason": "x", "message": "no"});
+        (code, status.to_string())
+    };
+    let mut state = api.0.lock().unwrap();
+    let (objects, writes) = &mut *state;
+    let mut path = uri.path().to_owned();
+    if method == Method::GET {
+        return match objects.get(&path) {
+            Some(object) => (StatusCode::OK, object.to_string()),
+            None => refusal(StatusCode::NOT_FOUND),
+        };
+    }
+    let mut object: Value = serde_json::from_slice(&body).unwrap();
+    if method == Method::POST {
+        path = format!("{path}/{}", object["metadata"]["name"].as_str().unwrap());
+        if objects.contains_key(&path) {
+            return refusal(StatusCode::CONFLICT);
+        }
+    }
+    writes.push(format!("{method} {}", path.rsplit('/').next().unwrap()));
+    object["metadata"]["resourceVersion"] = json!((writes.len() + 100).to_string());
+    objects.insert(path, object.clone());
+    (StatusCode::OK, object.to_string())
+}
+
+/// What is there under the name that our pod's status has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum There {
+    Nothing,
+    /// Ours, with what it says now, or with other versions.
+    Ours,
+    OursOfBefore,
+    /// That of another volume of our pod.
+    AnotherVolumes,
+    /// That of another pod of the same name, earlier or later.
+    AnotherPods,
+    /// That of a pod that is called `web-shop`, in a namespace that is called `shop`.
+    OfALikeName,
+    /// Made by somebody by hand.
+    Nobodys,
+}
+
+/// Which pod the API server knows by our pod's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    Ours,
+    OursThatGoes,
+    Another,
+    None,
+}
+
+fn status(pod: &str, uid: Option<&str>, class: &str, target: &str, version: &str) -> Value {
+    let owner =
+        uid.map(|uid| json!([{"apiVersion": "v1", "kind": "Pod", "name": pod, "uid": uid}]));
+    json!({
+        "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClassPodStatus",
+        "metadata": {
+            "name": "web-shop-db", "namespace": "shop", "uid": "status", "resourceVersion": "1",
+            "labels": {"internal.secrets-store.csi.k8s.io/node-name": "node-1"},
+            "ownerReferences": owner,
+        },
+        "status": {
+            "podName": pod, "secretProviderClassName": class, "mounted": true,
+            "targetPath": target, "objects": [{"id": "a", "version": version}],
+        },
+    })
+}
+
+async fn world(dir: &Path, there: There, known: Known) -> (Api, Cluster) {
+    let (api, cluster) = Api::start(dir).await;
+    let object = match there {
+        There::Nothing => None,
+        There::Ours => Some(status("web", Some("ours"), "db", TARGET, "1")),
+        There::OursOfBefore => Some(status("web", Some("ours"), "db", TARGET, "0")),
+        There::AnotherVolumes => Some(status("web", Some("ours"), "db", "/pods/ours/2", "1")),
+        There::AnotherPods => Some(status("web", Some("another"), "db", "/pods/another", "9")),
+        There::OfALikeName => Some(status("web-shop", Some("third"), "db", "/pods/third", "9")),
+        There::Nobodys => Some(status("web", None, "db", "/pods/nobody", "9")),
+    };
+    if let Some(object) = object {
+        api.put(format!("{STATUSES}/web-shop-db"), object);
+    }
+    let pod = |uid: &str, going: Option<&str>| json!({"metadata": {"name": "web", "uid": uid, "deletionTimestamp": going}});
+    match known {
+        Known::Ours => api.put(POD.to_owned(), pod("ours", None)),
+        Known::OursThatGoes => api.put(POD.to_owned(), pod("ours", Some("2026-11-23T10:00:00Z"))),
+        Known::Another => api.put(POD.to_owned(), pod("another", None)),
+        Known::None => {}
+    }
+    (api, cluster)
+}
+
+fn our_pod() -> Pod {
+    Pod {
+        name: "web".to_owned(),
+        namespace: "shop".to_owned(),
+        uid: "ours".to_owned(),
+    }
+}
+
+fn objects() -> Vec<Object> {
+    vec![Object {
+        id: "a".to_owned(),
+        version: "1".to_owned(),
+    }]
+}
+
+fn mounted<'a>(pod: &'a Pod, objects: &'a [Object]) -> Mounted<'a> {
+    Mounted {
+        pod,
+        class: "db",
+        target_path: TARGET,
+        node: "node-1",
+        objects,
+        changed: None,
+    }
+}
+
+/// Whether an object is another pod's still, with what that pod wrote.
+fn is_as_before(api: &Api, there: There) -> bool {
+    let now = api.get(&format!("{STATUSES}/web-shop-db"));
+    there == There::Nothing
+        || now.is_some_and(|object| object["metadata"]["resourceVersion"] == json!("1"))
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_publish_writes_its_own(
+    #[values(
+        There::Nothing,
+        There::Ours,
+        There::OursOfBefore,
+        There::AnotherVolumes,
+        There::AnotherPods,
+        There::OfALikeName,
+        There::Nobodys
+    )]
+    there: There,
+    #[values(Known::Ours, Known::OursThatGoes, Known::Another, Known::None)] known: Known,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = world(dir.path(), there, known).await;
+    let (pod, objects) = (our_pod(), objects());
+    let written = cluster.write_pod_status(&mounted(&pod, &objects)).await;
+    let (written, writes) = (written.unwrap(), api.writes());
+    match there {
+        There::Nothing => assert_eq!(writes, ["POST web-shop-db"]),
+        There::Ours => assert_eq!(writes, Vec::<String>::new()),
+        There::OursOfBefore => assert_eq!(writes, ["PUT web-shop-db"]),
+        There::AnotherVolumes | There::OfALikeName => {
+            assert_eq!(writes.len(), 1);
+            assert!(writes[0].starts_with("POST web-shop-db-"), "{writes:?}");
+            assert!(is_as_before(&api, there));
+        }
+        There::AnotherPods | There::Nobodys if known == Known::Ours => {
+            assert_eq!(writes, ["PUT web-shop-db"]);
+        }
+        There::AnotherPods | There::Nobodys => {
+            assert_eq!(writes, Vec::<String>::new());
+            assert!(is_as_before(&api, there));
+            assert_eq!(written.resource_version, "");
+            return;
+        }
+    }
+    let object = api.get(&format!("{STATUSES}/{}", written.name)).unwrap();
+    assert_eq!(object["metadata"]["ownerReferences"][0]["uid"], "ours");
+    assert_eq!(object["status"]["objects"][0]["version"], "1");
+    assert_eq!(
+        object["metadata"]["resourceVersion"],
+        written.resource_version
+    );
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_look_makes_it_again_for_a_pod_that_lives(
+    #[values(
+        There::Nothing,
+        There::Ours,
+        There::OursOfBefore,
+        There::AnotherPods,
+        There::Nobodys
+    )]
+    there: There,
+    #[values(Known::Ours, Known::OursThatGoes, Known::Another, Known::None)] known: Known,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = world(dir.path(), there, known).await;
+    let (pod, objects) = (our_pod(), objects());
+    let mounted = mounted(&pod, &objects);
+    let made = cluster.keep_pod_status(&mounted, "web-shop-db").await;
+    let (made, writes) = (made.unwrap(), api.writes());
+    let is_ours = matches!(there, There::Ours | There::OursOfBefore);
+    if is_ours || known != Known::Ours {
+        assert_eq!(writes, Vec::<String>::new());
+        assert!(!made && is_as_before(&api, there));
+        return;
+    }
+    assert!(made && writes.len() == 1, "{writes:?}");
+    let object = api.get(&format!("{STATUSES}/web-shop-db")).unwrap();
+    assert_eq!(object["metadata"]["ownerReferences"][0]["uid"], "ours");
+    assert_eq!(object["status"]["targetPath"], TARGET);
+}
