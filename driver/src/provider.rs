@@ -40,8 +40,9 @@ use refusal::{Failed, TooLate};
 use socket::Sockets;
 use wire::Asking;
 
-/// What providers are told to give files as a mode: 0644, in decimal (contract F.6).
-const PERMISSION: &str = "420";
+/// The mode that providers are told to give files: 0644, always the same, because some keep the wish
+/// of one call for others. They write it in decimal (contract F.6).
+const PERMISSION: i32 = 0o644;
 
 /// Attempts while a provider answers UNAVAILABLE or drops the connection, and the waits before
 /// the second and third: the existing driver's retry policy.
@@ -282,7 +283,7 @@ async fn ask(
         attributes: call.attributes.to_string(),
         secrets: call.secrets.to_string(),
         target_path: call.target.display().to_string(),
-        permission: PERMISSION.to_owned(),
+        permission: PERMISSION.to_string(),
         current_object_version: call
             .current
             .iter()
@@ -327,6 +328,12 @@ fn gave_way(name: &str, socket: &Path) -> Error {
     .with_reason(Reason::GrpcProviderError)
 }
 
+/// Returns the mode that a provider has chosen for a file, or 0. Many copy the permission that they
+/// were asked for into every file that has none of its own, and have chosen nothing.
+fn chosen(mode: i32) -> i32 {
+    if mode == PERMISSION { 0 } else { mode }
+}
+
 /// Takes an answer apart. The provider's own error code is a failure, whatever else it answered.
 fn accept(
     mut response: MountResponse,
@@ -369,7 +376,10 @@ fn accept(
     let files = response
         .files
         .drain(..)
-        .map(|file| (file.path, File::new(file.mode, Secret::from(file.contents))))
+        .map(|file| {
+            let mode = chosen(file.mode);
+            (file.path, File::new(mode, Secret::from(file.contents)))
+        })
         .collect();
     Ok(Reply {
         objects,

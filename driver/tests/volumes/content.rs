@@ -1,7 +1,7 @@
 //! Who has written what a volume holds: the record knows, whatever a provider does next, and no
 //! status names what is not there.
 
-use std::fs;
+use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use driver::volume::record::Content;
 use proptest::{
@@ -145,5 +145,54 @@ fn the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there(
             world.unpublish(&volume).await.unwrap();
         }
         assert!(seen.iter().all(|&times| times > 20), "{seen:?}");
+    });
+}
+
+/// A mode that a provider copies from what it was asked for is none of its own.
+#[test]
+fn a_default_mode_is_for_every_file_without_a_mode_of_its_own() {
+    if !alone("content::a_default_mode_is_for_every_file_without_a_mode_of_its_own") {
+        return;
+    }
+    block_on(async {
+        let mut world = World::start(&EAGER).await;
+        let mut runner = TestRunner::new(Config::with_cases(60));
+        let chosen = prop_oneof![
+            2 => Just(None),
+            1 => Just(Some(0)),
+            3 => (1..0o777_i32).prop_map(Some),
+            1 => Just(Some(0o100_644)),
+            1 => Just(Some(0o4755)),
+        ];
+        let default = proptest::option::of(1..=0o777_u32);
+        for _ in 0..runner.config().cases {
+            let volume = world.volume_of_its_own();
+            // A first content, and another.
+            for text in ["one", "two"] {
+                let (mode, default) = (chosen.clone(), default.clone())
+                    .new_tree(&mut runner)
+                    .unwrap()
+                    .current();
+                let answer = Answer {
+                    mode,
+                    ..Answer::file("pw", text)
+                };
+                world.provider.answers(&volume.class, answer);
+                let mut request = volume.request();
+                if let Some(default) = default {
+                    let name = "secrets-store.csi.k8s.io/default-mode".to_owned();
+                    request.volume_context.insert(name, format!("{default:o}"));
+                }
+                world.publish(request).await.unwrap();
+                let expected = match mode {
+                    None | Some(0 | 0o644) => default.unwrap_or(0o644),
+                    Some(mode) => mode.cast_unsigned() & 0o777,
+                };
+                let metadata = fs::metadata(volume.target.join("pw")).unwrap();
+                let found = metadata.permissions().mode() & 0o7777;
+                assert_eq!(found, expected, "{mode:?} {default:?}");
+            }
+            world.unpublish(&volume).await.unwrap();
+        }
     });
 }

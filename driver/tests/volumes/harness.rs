@@ -265,6 +265,8 @@ pub(crate) struct Answer {
     pub(crate) files: Vec<(String, Vec<u8>)>,
     /// The version of its one object; without one it names none.
     pub(crate) version: Option<String>,
+    /// The mode of its files; the one that was asked for where it says none.
+    pub(crate) mode: Option<i32>,
     /// What it writes itself.
     pub(crate) writes: Vec<(String, Vec<u8>)>,
 }
@@ -313,6 +315,7 @@ impl CsiDriverProvider for Provider {
     ) -> Result<Response<MountResponse>, Status> {
         let request = request.into_inner();
         let attributes: Value = serde_json::from_str(&request.attributes).unwrap();
+        let asked: i32 = request.permission.parse().unwrap();
         let answer = {
             let mut state = self.0.lock().unwrap();
             let case = attributes["case"].as_str().unwrap().to_owned();
@@ -342,7 +345,7 @@ impl CsiDriverProvider for Provider {
                 .into_iter()
                 .map(|(path, contents)| File {
                     path,
-                    mode: 0o644,
+                    mode: answer.mode.unwrap_or(asked),
                     contents,
                 })
                 .collect(),

@@ -351,8 +351,12 @@ impl Scenario {
 
     /// The records of the driver.
     pub async fn records(&self) -> Vec<PathBuf> {
-        self.files("/var/lib/kubelet/plugins/csi-secrets-store/records")
-            .await
+        let files = self
+            .files("/var/lib/kubelet/plugins/csi-secrets-store/records")
+            .await;
+        // One that is not valid yet has another ending.
+        let is_record = |file: &PathBuf| file.extension().is_some_and(|ending| ending == "json");
+        files.into_iter().filter(is_record).collect()
     }
 
     /// What stands in a directory of the node.
