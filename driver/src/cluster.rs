@@ -171,6 +171,10 @@ impl Cluster {
         // What the API server remembers may be older than a class that has just been made.
         for how in [GetParams::any(), GetParams::default()] {
             match self.read(api.get_with(name, &how)).await {
+                // A class without a provider mounts nothing: what answers so is hardly a class.
+                Ok(class) if !is_class(&class, name) || class.spec.provider.is_empty() => {
+                    return Err(not_the_class());
+                }
                 Ok(class) => {
                     let mut made = class.spec.secret_objects.iter();
                     if made.any(|object| object.secret_name.trim() == secret) {
@@ -205,6 +209,9 @@ impl Cluster {
             .read(api.get_with(name, how))
             .await
             .map_err(|failure| failed(failure.into_error()))?;
+        if !is_class(&spc, name) {
+            return Err(failed(not_the_class()));
+        }
 
         if spc.spec.provider.is_empty() {
             return Err(Error::precondition(format!(
@@ -336,6 +343,17 @@ fn too_much(objects: &[SecretObject]) -> Option<String> {
     Some(format!(
         "its secretObjects have {count} {what}, and {most} at most are made of one class; none of them is made. Divide them among several classes, or use objectName \"*\""
     ))
+}
+
+/// Returns whether an answer is the class that was asked for, and not what something between here
+/// and the API server made up.
+fn is_class(answer: &SecretProviderClass, name: &str) -> bool {
+    let uid = answer.metadata.uid.as_deref();
+    answer.metadata.name.as_deref() == Some(name) && uid.is_some_and(|uid| !uid.is_empty())
+}
+
+fn not_the_class() -> Error {
+    Error::unavailable("the answer of the API server is not the object that was asked for")
 }
 
 /// Whether a text from outside can be the name of an object: a DNS subdomain (RFC 1123). Nothing

@@ -129,17 +129,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         memory::limit(Path::new("/")),
         config.provider_max_bytes as u64,
     );
-    match records.all() {
-        Ok(records) => {
-            for record in records {
-                metrics.success(&record.provider, &record.volume_id, record.last_success);
-                let charged = record.content == Content::Driver;
-                memory.found(&record.target_path, &record.pod.namespace, charged);
-            }
-        }
-        Err(error) => {
-            tracing::warn!(%error, "the records of volumes could not be read; the metrics know of no success before the next")
-        }
+    let read = records.each(|record| {
+        metrics.success(&record.provider, &record.volume_id, record.last_success);
+        let charged = record.content == Content::Driver;
+        memory.found(&record.target_path, &record.pod.namespace, charged);
+    });
+    if let Err(error) = read {
+        tracing::warn!(%error, "the records of volumes could not be read; the metrics know of no success before the next");
     }
     memory.find_others(&config.driver_name);
     let budget = memory.budget();

@@ -234,19 +234,20 @@ impl Sync {
                 let problem = Problem::new(
                     Trouble::Unavailable,
                     format!(
-                        "SecretProviderClass {}: its Secrets were not done within {} seconds; trying again",
+                        "SecretProviderClass {}: its {} Secrets were not done within {} seconds, and those that are left are made in the background; does the class make too many Secrets of large objects, or is the API server slow?",
                         class.identity.name,
+                        class.secret_objects.len(),
                         WITHIN.as_secs()
                     ),
                 );
                 for object in &class.secret_objects {
-                    self.report(
-                        class,
-                        object.secret_name.trim(),
-                        slice::from_ref(volume),
-                        Err(&problem),
-                    );
+                    let (namespace, class) = (&volume.pod.namespace, &class.identity.name);
+                    let name = object.secret_name.trim();
+                    self.known
+                        .looked_at(namespace, class, name, true, self.interval);
                 }
+                // Once for all of them, however many there are.
+                self.report(class, WHOLE_CLASS, slice::from_ref(volume), Err(&problem));
                 Err(problem)
             }
         };

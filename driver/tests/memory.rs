@@ -1,9 +1,15 @@
-//! What is remembered of classes does not grow with what their authors write into them.
+//! What is remembered of classes and records does not grow with what tenants write into them.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
 use std::{
-    collections::BTreeMap, env, fs, net::Ipv4Addr, path::Path, process::Command, time::Duration,
+    collections::BTreeMap,
+    env, fs,
+    net::Ipv4Addr,
+    os::unix::net::UnixStream,
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -14,7 +20,7 @@ use driver::{
     cluster::Cluster,
     metrics::Metrics,
     sync::Sync,
-    volume::record::{Content, Pod, Record, Records},
+    volume::record::{self, Content, Object, Pod, Record, Records},
 };
 use jiff::Timestamp;
 use rstest::rstest;
@@ -95,16 +101,19 @@ async fn cluster(dir: &Path, large: &'static str) -> Cluster {
 
 /// The memory that this process has now, in KiB.
 fn memory() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    field_of(std::process::id(), "VmRSS:")
+}
+
+/// What the kernel says of a process, in KiB.
+fn field_of(process: u32, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with(field));
     let digits = line.unwrap().split_whitespace().nth(1);
     digits.unwrap().parse().unwrap()
 }
 
-async fn mount(sync: &Sync, cluster: &Cluster, number: usize) {
-    let name = format!("class-{number}");
-    let class = cluster.class("shop", &name).await.unwrap();
-    let volume = Record {
+fn record(number: usize, class: &record::Class, provider: &str) -> Record {
+    Record {
         volume_id: format!("csi-{number}"),
         target_path: "/nowhere".into(),
         pod: Pod {
@@ -112,16 +121,22 @@ async fn mount(sync: &Sync, cluster: &Cluster, number: usize) {
             namespace: "shop".to_owned(),
             uid: "u".to_owned(),
         },
-        class: class.identity.clone(),
-        provider: class.provider.clone(),
-        pod_status: name,
+        class: class.clone(),
+        provider: provider.to_owned(),
+        pod_status: format!("class-{number}"),
         objects: Vec::new(),
         content: Content::Driver,
         orders: BTreeMap::new(),
         last_success: Timestamp::UNIX_EPOCH,
         last_change: Timestamp::UNIX_EPOCH,
         failing_since: None,
-    };
+    }
+}
+
+async fn mount(sync: &Sync, cluster: &Cluster, number: usize) {
+    let name = format!("class-{number}");
+    let class = cluster.class("shop", &name).await.unwrap();
+    let volume = record(number, &class.identity, &class.provider);
     sync.volume_mounted(&volume, &class).await.unwrap();
 }
 
@@ -174,6 +189,61 @@ fn sixty_large_classes(#[case] large: &'static str) {
         // They have 50 MiB together.
         assert!(grown < 12 * 1024, "{grown} KiB more for {CLASSES} classes");
     });
+}
+
+/// A provider may name many objects, and the record of a volume has them all. What a driver takes
+/// for itself when it starts does not grow with them.
+#[test]
+fn sixty_records_of_many_objects() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let records = Records::open(&state).unwrap();
+    let objects: Vec<Object> = (0..4000)
+        .map(|n| Object {
+            id: format!("secret/{n:-<100}"),
+            version: "v".repeat(100),
+        })
+        .collect();
+    for number in 0..CLASSES {
+        let mut record = record(
+            number,
+            &record::Class {
+                name: format!("class-{number}"),
+                uid: "u".to_owned(),
+                generation: Some(1),
+                resource_version: "1".to_owned(),
+                annotations: BTreeMap::new(),
+            },
+            "test",
+        );
+        // Its pod is there, so that the record stays.
+        record.target_path = dir.path().join("mount");
+        record.objects.clone_from(&objects);
+        records.put(&record).unwrap();
+    }
+    let socket = dir.path().join("csi.sock");
+    let mut driver = Command::new(env!("CARGO_BIN_EXE_secrets-store-csi"))
+        .arg(format!("--endpoint=unix://{}", socket.display()))
+        .arg(format!("--state-dir={}", state.display()))
+        .args(["--nodeid=node", "--metrics-addr="])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let since = Instant::now();
+    while UnixStream::connect(&socket).is_err() {
+        assert!(since.elapsed() < Duration::from_secs(60), "no socket");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // The Secrets' part reads the records a moment later.
+    std::thread::sleep(Duration::from_secs(2));
+    let peak = field_of(driver.id(), "VmHWM:");
+    let left = fs::read_dir(&state).unwrap().count();
+    driver.kill().unwrap();
+    driver.wait().unwrap();
+    assert_eq!(left, CLASSES);
+    // They have 50 MiB together, and twice that in memory.
+    assert!(peak < 60 * 1024, "{peak} KiB at the most");
 }
 
 /// What is remembered of annotations tells one value from another.

@@ -142,7 +142,13 @@ impl Sync {
 
     async fn remember(&self) {
         let records = self.records.clone();
-        let found = tokio::task::spawn_blocking(move || records.all()).await;
+        // Without the objects, of which there may be many.
+        let found = tokio::task::spawn_blocking(move || {
+            let mut found = Vec::new();
+            records.each(|record| found.push((Volume::of(&record), record.class)))?;
+            Ok::<_, std::io::Error>(found)
+        })
+        .await;
         let found = match found {
             Ok(Ok(found)) => found,
             Ok(Err(error)) => {
@@ -151,10 +157,8 @@ impl Sync {
             }
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         };
-        for record in found {
-            let volume = Volume::of(&record);
-            self.known
-                .remembered(volume, record.class.name, self.interval);
+        for (volume, class) in found {
+            self.known.remembered(volume, class, self.interval);
         }
     }
 
@@ -169,10 +173,13 @@ impl Sync {
     }
 
     async fn look_at_class(&self, namespace: &str, name: &str) -> bool {
-        let known = self.known.class(namespace, name);
+        let known = self.known.newest_state(namespace, name);
+        // What the API server remembers may be behind what was mounted.
         let unsure = |class: &Class| {
             let known = known.as_ref();
-            known.is_some_and(|known| class.identity.age(&known.identity) == Age::Unsure)
+            known.is_some_and(|known| {
+                matches!(class.identity.age(known), Age::Unsure | Age::OlderContent)
+            })
         };
         let read = match self.cluster.remembered_class(namespace, name).await {
             Ok(class) if unsure(&class) => self.cluster.class(namespace, name).await,
@@ -221,6 +228,12 @@ impl Sync {
                 self.cluster
                     .keep_pod_status(&mounted, &record.pod_status)
                     .await
+            }
+            // Another driver, which served here for a while, has taken it down.
+            None if volume.target.parent().is_some_and(|pod| !pod.exists()) => {
+                self.forget(&volume.id);
+                self.metrics.volume_gone(&volume.id);
+                return true;
             }
             // Being published, or taken down.
             None => Ok(false),

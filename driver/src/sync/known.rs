@@ -15,7 +15,7 @@ use tokio::{
 use super::Volume;
 use crate::{
     cluster::{Class, holders::Holder},
-    volume::record::Age,
+    volume::record::{self, Age},
 };
 
 /// The first wait after a failure; it doubles up to the usual interval.
@@ -68,6 +68,9 @@ pub(super) enum Task {
 struct KnownClass {
     /// As it was last read; none when it is gone or has not been read yet.
     class: Option<Arc<Class>>,
+    /// The newest state that a volume was mounted with before this driver ran. An answer that is
+    /// older than this one is stale.
+    recorded: Option<record::Class>,
     due: Instant,
     failures: u32,
 }
@@ -146,22 +149,31 @@ impl Known {
 
     /// A volume that was mounted before this driver ran: its class is looked at within one
     /// interval.
-    pub(super) fn remembered(&self, volume: Volume, class: String, every: Duration) {
+    pub(super) fn remembered(&self, volume: Volume, class: record::Class, every: Duration) {
         let mut state = self.state();
-        let key = (volume.pod.namespace.clone(), class.clone());
+        let key = (volume.pod.namespace.clone(), class.name.clone());
         if state.volumes.contains_key(&volume.id) {
             return;
         }
-        state.classes.entry(key).or_insert_with(|| KnownClass {
+        let known = state.classes.entry(key).or_insert_with(|| KnownClass {
             class: None,
+            recorded: None,
             due: Instant::now() + every.mul_f64(rand::rng().random_range(0.0..1.0)),
             failures: 0,
         });
+        let name = class.name.clone();
+        if known
+            .recorded
+            .as_ref()
+            .is_none_or(|before| class.age(before) == Age::Current)
+        {
+            known.recorded = Some(class);
+        }
         state.volumes.insert(
             volume.id.clone(),
             Mounted {
                 volume,
-                class,
+                class: name,
                 holder: None,
                 told: BTreeMap::new(),
                 status: Look::after(every.mul_f64(rand::rng().random_range(0.0..1.0))),
@@ -271,6 +283,16 @@ impl Known {
     pub(super) fn class(&self, namespace: &str, name: &str) -> Option<Arc<Class>> {
         let key = (namespace.to_owned(), name.to_owned());
         self.state().classes.get(&key)?.class.clone()
+    }
+
+    /// The newest state of a class that is known: as it was last read, or as a volume was mounted
+    /// with before this driver ran.
+    pub(super) fn newest_state(&self, namespace: &str, name: &str) -> Option<record::Class> {
+        let key = (namespace.to_owned(), name.to_owned());
+        let state = self.state();
+        let known = state.classes.get(&key)?;
+        let read = known.class.as_ref().map(|class| class.identity.clone());
+        read.or_else(|| known.recorded.clone())
     }
 
     /// The volumes of a class on this node.
@@ -393,11 +415,17 @@ impl State {
         let entry = self.classes.entry(key.clone());
         let known = entry.or_insert_with(|| KnownClass {
             class: None,
+            recorded: None,
             due: now,
             failures: 0,
         });
         known.failures = 0;
         known.due = now + wait(0, every);
+        if let (None, Some(recorded), Some(read)) = (&known.class, &known.recorded, class)
+            && read.identity.age(recorded) == Age::OlderContent
+        {
+            return Vec::new();
+        }
         let same = match (&known.class, &class) {
             (Some(before), Some(now)) => {
                 now.identity.age(&before.identity) >= Age::OlderMetadata

@@ -290,6 +290,51 @@ async fn a_job_that_the_user_put_on_the_secret_stays() {
     stop.cancel();
 }
 
+/// A driver that has just started knows from its records how new a class was.
+#[tokio::test]
+async fn a_new_driver_believes_no_class_that_is_older_than_the_mounted_one() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let mut two = creds();
+    two[0]["data"] = json!([
+        {"objectName": "pw", "key": "pw"}, {"objectName": "pw", "key": "again"},
+    ]);
+    api.put_class(&two, "20");
+    let class = cluster.class("shop", "db").await.unwrap();
+    // Of several volumes, the one with the newest class decides.
+    for (pod, resource_version) in [("old", "7"), ("web", "20"), ("older", "3")] {
+        let mut record = volume(dir.path(), pod);
+        record.class.resource_version = resource_version.to_owned();
+        records(dir.path()).put(&record).unwrap();
+        api.pod(pod, Some(("ReplicaSet", "rs")), "Running");
+    }
+    let web = records(dir.path()).get("csi-web").unwrap();
+    let before = sync(dir.path(), &cluster, EVERY);
+    before.volume_mounted(&web, &class).await.unwrap();
+    let made = api.get(SECRET).unwrap()["data"].clone();
+    assert_eq!(made.as_object().unwrap().len(), 2);
+    for stale in ["19", "3", "1"] {
+        api.put_class(&creds(), stale);
+        let stop = run(&sync(dir.path(), &cluster, EVERY));
+        api.requests();
+        until("it has been read again", || api.count(CLASS) > 4).await;
+        tokio::time::sleep(EVERY * 3).await;
+        assert_eq!(api.get(SECRET).unwrap()["data"], made, "{stale}");
+        stop.cancel();
+    }
+    // What is newer counts.
+    api.put_class(&creds(), "21");
+    let stop = run(&sync(dir.path(), &cluster, EVERY));
+    until("the key has gone", || {
+        api.get(SECRET).unwrap()["data"].as_object().unwrap().len() == 1
+    })
+    .await;
+    stop.cancel();
+}
+
 /// Only the API server's word that there is no such class, or the class itself, gives its Secret
 /// to another.
 #[tokio::test]
@@ -334,6 +379,23 @@ async fn a_class_that_cannot_be_read_keeps_its_secret() {
     api.put(rival, makes("creds", json!({})));
     sync.volume_mounted(&web, &class).await.unwrap();
     assert_eq!(api.get(SECRET).unwrap()["data"], theirs["data"]);
+    // An answer that is not that class says nothing about it.
+    let metadata =
+        json!({"name": "rival", "namespace": "shop", "uid": "anew", "resourceVersion": "1"});
+    let empty = json!({"provider": "test", "parameters": {"a": "b"}});
+    for answer in [
+        json!({}),
+        json!({"metadata": {"name": "rival"}}),
+        json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}),
+        json!({"metadata": metadata}),
+        json!({"metadata": metadata, "spec": {}}),
+        json!({"metadata": {"name": "another", "uid": "anew"}, "spec": empty}),
+        json!({"metadata": {"name": "rival", "uid": ""}, "spec": empty}),
+    ] {
+        api.put(rival, answer.clone());
+        sync.volume_mounted(&web, &class).await.unwrap();
+        assert_eq!(api.get(SECRET).unwrap()["data"], theirs["data"], "{answer}");
+    }
     api.remove(rival);
     // The client itself tries again after 503, until the request's time is over.
     let codes = [400, 401, 403, 404, 406, 409, 410, 422, 500, 502, 503];

@@ -24,8 +24,10 @@ use super::Record;
 /// upgrade of the driver asks no provider for anything.
 const FORMAT: u32 = 1;
 
-/// The largest file that is written, and that is read, in bytes.
-const LARGEST: u64 = 4 << 20;
+/// The largest file that is written, and that is read, in bytes. It has room for the names and
+/// versions of the 4096 objects that an answer may name, where they are of a usual length; the API
+/// server would take no much larger pod status.
+const LARGEST: u64 = 1 << 20;
 
 /// How much longer a record may become between [`Records::stage`] and [`Staged::commit`], in
 /// bytes: the name of an object in the API has at most 253, and a content's order is short.
@@ -97,22 +99,22 @@ impl Records {
         }
     }
 
-    /// Returns the records of all volumes, in no order, without files that cannot be read as
-    /// records of this format.
+    /// Hands over the records of all volumes, one after the other and in no order, without files
+    /// that cannot be read as records of this format. There may be many, and large ones: whoever
+    /// keeps something of them keeps what is needed.
     ///
     /// # Errors
     /// When the directory cannot be listed.
-    pub fn all(&self) -> io::Result<Vec<Record>> {
-        let mut records = Vec::new();
+    pub fn each(&self, mut take: impl FnMut(Record)) -> io::Result<()> {
         for entry in fs::read_dir(&self.directory)? {
             let path = entry?.path();
             if has_extension(&path, "json")
                 && let Ok(record) = self.read(&path)
             {
-                records.push(record);
+                take(record);
             }
         }
-        Ok(records)
+        Ok(())
     }
 
     /// Takes the room on the disk that a record needs, so that a full or read-only disk is found
@@ -347,6 +349,12 @@ mod tests {
     use rstest::rstest;
     use std::collections::BTreeMap;
 
+    fn all(records: &Records) -> Vec<Record> {
+        let mut all = Vec::new();
+        records.each(|record| all.push(record)).unwrap();
+        all
+    }
+
     fn record(volume_id: &str, target: &Path) -> Record {
         Record {
             volume_id: volume_id.to_owned(),
@@ -389,7 +397,7 @@ mod tests {
         assert_eq!(records.get(volume_id), None);
         records.put(&record).unwrap();
         assert_eq!(records.get(volume_id), Some(record.clone()));
-        assert_eq!(records.all().unwrap(), [record]);
+        assert_eq!(all(&records), [record]);
         assert_eq!(
             fs::read_dir(dir.path().join("a/b")).unwrap().count(),
             1,
@@ -412,7 +420,7 @@ mod tests {
         record.provider = "azure".into();
         let staged = records.stage(&record).unwrap();
         assert_eq!(records.get("csi-1"), Some(before.clone()));
-        assert_eq!(records.all().unwrap(), [before]);
+        assert_eq!(all(&records), [before]);
         record.pod_status = "p".repeat(253);
         staged.commit(&record).unwrap();
         assert_eq!(records.get("csi-1"), Some(record));
@@ -566,7 +574,7 @@ mod tests {
                 }
             }
             prop_assert_eq!(records.get("csi-1"), None);
-            prop_assert_eq!(records.all().unwrap(), [neighbour.clone()]);
+            prop_assert_eq!(all(&records), [neighbour.clone()]);
             let mut expected = vec!["csi-2.json", "kept.txt", "package.json"];
             match then {
                 0 => {
