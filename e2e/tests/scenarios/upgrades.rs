@@ -84,7 +84,7 @@ async fn replace(s: &Scenario, before: &Installation, syncs: bool, calls: u64) {
         until("the Secret is there", async || secret(s).await.is_some()).await;
     }
     let synced = secret(s).await;
-    let earlier = everything(s).await;
+    let mut earlier = everything(s).await;
     assert_eq!(earlier.0[0].texts()["password"], "hunter2");
     assert_eq!((earlier.1.len(), earlier.3.len()), (2, 2));
 
@@ -94,7 +94,15 @@ async fn replace(s: &Scenario, before: &Installation, syncs: bool, calls: u64) {
     })
     .await;
     tokio::time::sleep(A_FEW_LOOKS).await;
-    assert_eq!(everything(s).await, earlier);
+    let mut now = everything(s).await;
+    // The mounts are the same ones; their bounds are those of the new driver.
+    for lines in [&mut now.1, &mut earlier.1] {
+        for line in lines {
+            let mount = line.split_once(" - ").map(|(mount, _)| mount.to_owned());
+            *line = mount.unwrap();
+        }
+    }
+    assert_eq!(now, earlier);
     if synced.is_some() {
         assert_eq!(secret(s).await, synced);
     }
