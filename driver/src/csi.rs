@@ -28,7 +28,7 @@ use tokio::{
     net::{TcpListener, UnixListener},
     time::Instant,
 };
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, transport::Server};
 use tracing::Instrument as _;
@@ -37,7 +37,7 @@ use crate::{
     config::Endpoint,
     error::Result,
     metrics::Metrics,
-    socket::{Accepting, SocketFile, listen_privately},
+    socket::{Accepting, Renewed, SocketFile, listen_privately},
     volume::{Outcome, Volumes},
 };
 use request::{POD_NAME, POD_NAMESPACE, deadline, publish_request, unpublish_request};
@@ -113,11 +113,20 @@ impl Csi {
                     () = overdue => Ok(()),
                 }
             }
-            Listener::Unix(listener, file) => {
-                let incoming = Accepting::new("csi", UnixListenerStream::new(listener));
+            Listener::Unix(listener, mut file) => {
+                let (incoming, anew) = Renewed::new(listener);
+                let incoming = Accepting::new("csi", incoming);
+                let kept = async {
+                    let stopped = stop.cancelled();
+                    tokio::select! {
+                        never = file.keep(anew) => match never {},
+                        () = stopped => std::future::pending().await,
+                    }
+                };
                 let served = tokio::select! {
                     served = server.serve_with_incoming_shutdown(incoming, stopped) => served,
                     () = overdue => Ok(()),
+                    () = kept => Ok(()),
                 };
                 if let Err(error) = file.remove() {
                     tracing::warn!(%error, "the CSI socket stays behind; the next driver replaces it");

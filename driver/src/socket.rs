@@ -3,9 +3,11 @@
 //! Two drivers may serve the same path for a while: a surge update, or a pod that was deleted by
 //! force. The one that came last owns the path. So a socket is bound under another name and
 //! renamed over the path, which is never empty meanwhile; and a driver that ends removes the path
-//! only while its own socket is there.
+//! only while its own socket is there. A driver that runs on where the last one has ended notices
+//! that nobody can be reached at the path, and binds again.
 
 use std::{
+    convert::Infallible,
     fs, io,
     os::{
         fd::OwnedFd,
@@ -22,7 +24,8 @@ use nix::{
     sys::stat::{Mode, fchmod, fstat},
 };
 use tokio::{
-    net::{UnixListener, UnixSocket},
+    net::{UnixListener, UnixSocket, UnixStream},
+    sync::mpsc,
     time::{Instant, Sleep, sleep},
 };
 use tokio_stream::Stream;
@@ -36,6 +39,11 @@ const REST: Duration = Duration::from_millis(250);
 
 /// The shortest time between two log lines about that.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
+
+/// How often to look whether somebody can be reached at a socket's path, and at how many looks in
+/// a row nobody could before the driver binds again. Another driver may be about to bind.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+const LOOKS: u32 = 2;
 
 /// A socket's place in the file system, and the means to tell whether the socket is still there.
 #[derive(Debug)]
@@ -71,6 +79,54 @@ impl SocketFile {
         match (there.dev(), there.ino()) == (ours.st_dev, ours.st_ino) {
             true => Ok(Found::Ours),
             false => Ok(Found::Another),
+        }
+    }
+
+    /// Returns whether nobody can be reached at the path: there is nothing, or something at which
+    /// nobody listens.
+    async fn is_deserted(&self) -> io::Result<bool> {
+        match self.look()? {
+            Found::Ours => return Ok(false),
+            Found::Nothing => return Ok(true),
+            Found::Another => {}
+        }
+        match UnixStream::connect(&self.path).await.map_err(|e| e.kind()) {
+            Err(io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => Ok(true),
+            // Whoever has no room for a connection listens all the same.
+            Ok(_) | Err(_) => Ok(false),
+        }
+    }
+
+    /// Binds again whenever nobody can be reached at the path for some seconds, and hands the new
+    /// listener to `anew`. A path that another process serves is left alone. Failures are logged
+    /// and tried again. Does not return.
+    pub async fn keep(&mut self, anew: mpsc::Sender<UnixListener>) -> Infallible {
+        let mut deserted = 0;
+        loop {
+            sleep(LOOK_EVERY).await;
+            deserted = match self.is_deserted().await {
+                Ok(true) => deserted + 1,
+                Ok(false) => 0,
+                Err(error) => {
+                    tracing::warn!(socket = %self.path.display(), %error, "the socket cannot be examined; trying again");
+                    0
+                }
+            };
+            if deserted < LOOKS {
+                continue;
+            }
+            deserted = 0;
+            match listen_privately(&self.path) {
+                Ok((listener, file)) => {
+                    *self = file;
+                    tracing::warn!(socket = %self.path.display(), "nobody could be reached at the socket any more, because another process or a person replaced or removed it; listening there again");
+                    // Who accepts no longer is about to end.
+                    let _ = anew.send(listener).await;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "nobody can be reached at the socket, and the driver cannot listen there again; trying again");
+                }
+            }
         }
     }
 
@@ -129,6 +185,33 @@ pub fn listen_privately(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
         let _ = fs::remove_file(&new);
         at_path(error)
     })
+}
+
+/// The connections of a listener, and then those of the listeners that take its place.
+pub struct Renewed {
+    listener: UnixListener,
+    newer: mpsc::Receiver<UnixListener>,
+}
+
+impl Renewed {
+    /// Accepts from `listener`, until another one is sent.
+    pub fn new(listener: UnixListener) -> (Self, mpsc::Sender<UnixListener>) {
+        let (anew, newer) = mpsc::channel(1);
+        (Self { listener, newer }, anew)
+    }
+}
+
+impl Stream for Renewed {
+    type Item = io::Result<UnixStream>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        while let Poll::Ready(Some(listener)) = this.newer.poll_recv(cx) {
+            this.listener = listener;
+        }
+        let (stream, _) = ready!(this.listener.poll_accept(cx))?;
+        Poll::Ready(Some(Ok(stream)))
+    }
 }
 
 /// Connections as they come, without errors: after one, nothing is accepted for a moment, so
