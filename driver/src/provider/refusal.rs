@@ -124,13 +124,15 @@ pub(super) fn ending(status: &Status) -> Ending {
     }
 }
 
-/// The beginning of a provider's words, and how many there were.
+/// Returns the beginning of a provider's words, on one line, and how many there were. Control
+/// characters become spaces, because the words end up in terminals.
 pub(super) fn clipped(words: &str) -> String {
+    let words = words.replace(|c: char| c.is_control(), " ");
     match words
         .char_indices()
         .find(|(at, c)| at + c.len_utf8() > LONGEST_MESSAGE)
     {
-        None => words.to_owned(),
+        None => words,
         Some((end, _)) => format!("{}… ({} bytes in all)", &words[..end], words.len()),
     }
 }
@@ -338,6 +340,19 @@ mod tests {
         let error = failed.explain(&status);
         assert_eq!(error.retry_after(), expected);
         assert_eq!(error.code(), Code::ResourceExhausted);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn words_are_told_on_one_line_and_cut(words in "\\PC{0,900}|[\\x00-\\x7f]{0,900}|(a\n|\x1b\\[31m|é){0,500}") {
+            let told = clipped(&words);
+            proptest::prop_assert!(!told.contains(char::is_control), "{told:?}");
+            proptest::prop_assert!(told.len() <= LONGEST_MESSAGE + 40, "{}", told.len());
+            let shared = words.chars().zip(told.chars()).take(LONGEST_MESSAGE / 4);
+            for (word, told) in shared {
+                proptest::prop_assert!(word == told || word.is_control() && told == ' ');
+            }
+        }
     }
 
     #[test]
