@@ -77,6 +77,11 @@ impl<T> Line<T> {
         });
     }
 
+    /// For whom those who wait do so, each as often as it waits.
+    pub(super) fn owners(&self) -> impl Iterator<Item = &Owner> {
+        self.waiting.iter().map(|waiting| &waiting.owner)
+    }
+
     /// Takes away those who need not wait any more.
     pub(super) fn retain(&mut self, waits: impl Fn(&T) -> bool) {
         self.waiting.retain(|waiting| waits(&waiting.what));
