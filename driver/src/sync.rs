@@ -287,6 +287,13 @@ impl Sync {
         self.known.forget(volume_id);
     }
 
+    /// Whether a Secret of a class was last seen with other content, of a higher order, than the
+    /// newest volume on this node. Says so once: whoever hears it gives the content that the
+    /// provider confirmed a new order. Asks nobody anything.
+    pub fn was_overtaken(&self, namespace: &str, class: &str) -> bool {
+        self.known.take_overtaken(namespace, class)
+    }
+
     /// The pod status of a volume was made again: Secrets that lived with the one before live with
     /// it from now on. Asks nobody anything.
     pub fn pod_status_is_new(&self, pod: &Pod, volume_id: &str) {
@@ -388,8 +395,10 @@ impl Sync {
         if how == How::Look {
             let wanted = wanted(namespace, class, &desired, stamp, &owners);
             let kept = self.cluster.secret_is_kept(&wanted).await;
-            if kept.map_err(|refusal| problem(&wanted, refusal))? {
-                return Ok(Some(Kept::Unchanged));
+            if let Some(kept) = kept.map_err(|refusal| problem(&wanted, refusal))? {
+                self.known
+                    .set_overtaken(namespace, class, name, kept == Kept::Overtaken);
+                return Ok(Some(kept));
             }
             // Something is to be written: only for pods that live.
             volumes = self.live(class, volumes).await?;
@@ -406,7 +415,9 @@ impl Sync {
         let started = Instant::now();
         let kept = self.cluster.keep_secret(&wanted).await;
         let kept = kept.map_err(|refusal| problem(&wanted, refusal))?;
-        if kept != Kept::Unchanged {
+        self.known
+            .set_overtaken(namespace, class, name, kept == Kept::Overtaken);
+        if !matches!(kept, Kept::Unchanged | Kept::Overtaken) {
             tracing::info!(
                 namespace,
                 secret = name,

@@ -24,11 +24,11 @@ use crate::{
 /// The node that an object belongs to. Tools select by it (contract A.5).
 const NODE_LABEL: &str = "internal.secrets-store.csi.k8s.io/node-name";
 
-/// How often the content of the volume has changed, the first one included. It differs after each
-/// change, so that each change writes the object and gets a resource version of its own.
+/// How often the content of the volume has got an order, the first one included. It differs each
+/// time, so that the object is written and gets a resource version of its own.
 const CONTENT_CHANGES: &str = "secrets-store.csi.k8s.io/content-changes";
 
-/// When the content became what it is, by the node's clock. For people; nothing is decided by it.
+/// When the content got its order, by the node's clock. For people; nothing is decided by it.
 const CONTENT_CHANGED: &str = "secrets-store.csi.k8s.io/content-changed";
 
 /// Limits of the API: names are DNS subdomains, label values are shorter.
@@ -51,8 +51,8 @@ pub struct Mounted<'a> {
     pub node: &'a str,
     /// What is mounted, in order of id.
     pub objects: &'a [Object],
-    /// When the content became another than the one that the pod status was written for, if it
-    /// did. The pod status is written then in any case, also when it says the same as before: its
+    /// When the content became another than the one that the pod status was written for, or was
+    /// confirmed although a Secret has other content of a higher order, if it was. The pod status is written then in any case, also when it says the same as before: its
     /// new resource version is the order of the content.
     pub changed: Option<Timestamp>,
 }
@@ -174,21 +174,6 @@ impl Cluster {
     async fn pod_statuses(&self, pod: &Pod) -> Result<Api<SecretProviderClassPodStatus>> {
         let client = self.client().await?;
         Ok(Api::namespaced(client, &pod.namespace))
-    }
-
-    /// The resource version of a pod's pod status. None when there is none, or it is another
-    /// pod's.
-    ///
-    /// # Errors
-    /// When the API server does not answer.
-    pub async fn pod_status_version(&self, pod: &Pod, name: &str) -> Result<Option<String>> {
-        let api: Api<SecretProviderClassPodStatus> =
-            Api::namespaced(self.client().await?, &pod.namespace);
-        match self.read(api.get(name)).await {
-            Ok(status) if is_owned_by(&status, &pod.uid) => Ok(status.metadata.resource_version),
-            Ok(_) | Err(Failure::Refused { code: 404, .. }) => Ok(None),
-            Err(failure) => Err(failure.into_error()),
-        }
     }
 
     /// Deletes the pod status of a publish that failed after it was written. Only an object

@@ -16,7 +16,15 @@
 //! another and whose pod status was written after it counts as the newer one, until the next
 //! refresh of its volume.
 //!
-//! Where one of the two orders is missing or cannot be believed, the moments since when the
+//! A refresh that finds its content unchanged keeps its order and writes nothing, unless the
+//! Secret has other content of a higher order: the store may have gone back to an earlier value,
+//! and the node that saw the later one may have missed that. Such a refresh writes the pod status
+//! once, so that the content has an order of the moment at which it was fetched last.
+//!
+//! A volume that an earlier driver mounted has no order until a refresh gives it one, and replaces
+//! no content whose order is known.
+//!
+//! Where the order on the Secret is missing or cannot be believed, the moments since when the
 //! volumes have held their contents decide instead ([`SINCE`]), by the nodes' clocks:
 //!
 //! - on a Secret that an earlier driver wrote. It gets an order with its next content, or at once
@@ -24,9 +32,6 @@
 //! - on a Secret that was restored into another cluster: its order is not below its own resource
 //!   version, although its pod status must have been written before it;
 //! - where resource versions are not numbers.
-//!
-//! A volume that an earlier driver mounted takes the resource version that its pod status has when
-//! it is first looked at.
 
 mod decision;
 mod owners;
@@ -97,8 +102,10 @@ pub struct Wanted<'a> {
 /// What became of a Secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kept {
-    /// It was as it should be, or newer.
+    /// It was as it should be, or newer by the clocks.
     Unchanged,
+    /// It was left as it is: it has other content of a higher order.
+    Overtaken,
     /// It was not there.
     Created,
     /// Something of ours was not as it should be.
@@ -109,21 +116,22 @@ pub enum Kept {
 
 impl Cluster {
     /// Looks whether a Secret is as it should be, at what the API server has at hand, which may
-    /// be a moment old.
+    /// be a moment old. None when something is to be written.
     ///
     /// # Errors
     /// When it is not and that is not for the driver to change, or the API server does not answer.
-    pub async fn secret_is_kept(&self, wanted: &Wanted<'_>) -> Result<bool, Refusal> {
+    pub async fn secret_is_kept(&self, wanted: &Wanted<'_>) -> Result<Option<Kept>, Refusal> {
         let Some(existing) = self.secret(wanted, &GetParams::any()).await? else {
-            return Ok(false);
+            return Ok(None);
         };
         match decide(&existing, wanted, false) {
-            Decision::Nothing => Ok(true),
+            Decision::Nothing => Ok(Some(Kept::Unchanged)),
+            Decision::Overtaken => Ok(Some(Kept::Overtaken)),
             Decision::Unmanaged => Err(Refusal::Unmanaged),
             Decision::OtherClass(holder) if self.holds(wanted, &holder).await? => {
                 Err(Refusal::OtherClass(holder.name))
             }
-            Decision::OtherClass(_) | Decision::Write(_) | Decision::Replace => Ok(false),
+            Decision::OtherClass(_) | Decision::Write(_) | Decision::Replace => Ok(None),
         }
     }
 
@@ -155,6 +163,7 @@ impl Cluster {
             }
             let written = match decision {
                 Decision::Nothing => return Ok(Kept::Unchanged),
+                Decision::Overtaken => return Ok(Kept::Overtaken),
                 Decision::Unmanaged => return Err(Refusal::Unmanaged),
                 // Decided above.
                 Decision::OtherClass(holder) => return Err(Refusal::OtherClass(holder.name)),

@@ -121,20 +121,6 @@ impl Held {
             since: self.version.since,
         }
     }
-
-    /// The name under which the order of this content is to be recorded, if an earlier driver has
-    /// recorded none.
-    pub(super) fn unordered(&self) -> Option<&str> {
-        self.orders
-            .is_empty()
-            .then_some(self.version.directory.as_str())
-    }
-
-    /// From now on the content has this order.
-    pub(super) fn set_order(&mut self, order: String) {
-        let directory = self.version.directory.clone();
-        self.orders = BTreeMap::from([(directory, order)]);
-    }
 }
 
 /// Whether a tmpfs is mounted there with whatever makes its content complete.

@@ -1,7 +1,7 @@
 //! What is mounted on this node, in memory, and what of it is to be looked at when.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -102,6 +102,8 @@ struct State {
     volumes: HashMap<String, Mounted>,
     classes: BTreeMap<ClassKey, KnownClass>,
     secrets: BTreeMap<SecretKey, Look>,
+    /// Those of the Secrets that have other content, of a higher order, than any volume here.
+    overtaken: BTreeSet<SecretKey>,
     left: Vec<(Instant, Box<Mounted>, Arc<Class>)>,
 }
 
@@ -255,6 +257,31 @@ impl Known {
         }
     }
 
+    /// A Secret has, or has not, other content of a higher order than the volumes here.
+    pub(super) fn set_overtaken(&self, namespace: &str, class: &Class, name: &str, is: bool) {
+        let key = SecretKey {
+            namespace: namespace.to_owned(),
+            class: class.identity.name.clone(),
+            name: name.to_owned(),
+        };
+        let mut state = self.state();
+        match is && state.secrets.contains_key(&key) {
+            true => state.overtaken.insert(key),
+            false => state.overtaken.remove(&key),
+        };
+    }
+
+    /// Whether any Secret of a class is overtaken; none counts as overtaken from then on, until it
+    /// is looked at again.
+    pub(super) fn take_overtaken(&self, namespace: &str, class: &str) -> bool {
+        let mut state = self.state();
+        let before = state.overtaken.len();
+        state
+            .overtaken
+            .retain(|key| key.namespace != namespace || key.class != class);
+        state.overtaken.len() < before
+    }
+
     /// The pod status of a volume has been looked at.
     pub(super) fn status_looked_at(&self, volume_id: &str, failed: bool, every: Duration) {
         if let Some(mounted) = self.state().volumes.get_mut(volume_id) {
@@ -399,6 +426,7 @@ impl State {
         if others.all(|other| other.class_key() != *key) {
             self.classes.remove(key);
             self.secrets.retain(|secret, _| secret.class_key() != *key);
+            self.overtaken.retain(|secret| secret.class_key() != *key);
         }
     }
 
@@ -461,6 +489,8 @@ impl State {
         }
         self.secrets
             .retain(|secret, _| secret.class_key() != *key || now_made.contains(&secret.name));
+        let secrets = &self.secrets;
+        self.overtaken.retain(|secret| secrets.contains_key(secret));
         // A class that is gone, or makes nothing because it asks for too much, lets go of nothing:
         // its pods still use what it made.
         let released = before

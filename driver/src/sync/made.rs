@@ -67,43 +67,15 @@ impl Sync {
             }
             (all, failed)
         };
-        let (mut all, failed) = blocking(find).await;
+        let (all, failed) = blocking(find).await;
         if let (true, Some(error)) = (all.is_empty(), failed) {
             return Err(unavailable(class, &error));
-        }
-        for held in &mut all {
-            self.find_order(class, held).await?;
         }
         let newer = |one: Held, other: Held| match other.stamp().is_newer_than(&one.stamp()) {
             true => other,
             false => one,
         };
         Ok(all.into_iter().reduce(newer))
-    }
-
-    /// Gives a content that an earlier driver recorded its order: the resource version that its
-    /// pod status has now. It is recorded, so that it stays the same.
-    async fn find_order(&self, class: &Class, held: &mut Held) -> Result<(), Problem> {
-        let Some(directory) = held.unordered() else {
-            return Ok(());
-        };
-        let (records, directory) = (self.records.clone(), directory.to_owned());
-        let Volume {
-            id,
-            pod,
-            pod_status,
-            ..
-        } = held.volume.clone();
-        let version = self.cluster.pod_status_version(&pod, &pod_status).await;
-        let Some(order) = version.map_err(|error| unavailable(class, &error))? else {
-            return Ok(());
-        };
-        held.set_order(order.clone());
-        let recorded = blocking(move || records.set_first_order(&id, directory, order)).await;
-        if let Err(error) = recorded {
-            tracing::warn!(%pod, %error, "the order of the volume's content could not be recorded; it is asked for again");
-        }
-        Ok(())
     }
 }
 

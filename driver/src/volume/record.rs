@@ -36,7 +36,7 @@ pub struct Record {
     /// The resource version of the pod status that was written with a content, by the name of the
     /// directory that holds it; under an empty name for files that a provider wrote itself. It
     /// orders the contents of all volumes of the cluster. A content whose pod status an earlier
-    /// driver wrote is missing here.
+    /// driver wrote is missing here, until a refresh gives it an order.
     #[serde(default)]
     pub orders: BTreeMap<String, String>,
     /// The last time that the provider answered and the content was made to match.

@@ -1,12 +1,14 @@
 //! A published volume kept fresh: the steps of a refresh, and what a failure comes to.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::{
     Outcome, PublishRequest, Volumes,
-    content::{Stage, commit_content, refit, stage_files},
+    content::{Stage, commit_content, directory, refit, stage_files},
     record::{self, Age, Record},
     threads::blocking,
     unless,
@@ -139,6 +141,9 @@ impl Volumes {
             Stage::Unchanged => false,
             Stage::OfProvider => versions_changed,
         };
+        // The store may have gone back to what this volume has held all the time.
+        let (namespace, name) = (&request.pod.namespace, &class.identity.name);
+        let renews = !changed && self.sync.was_overtaken(namespace, name);
         let mut fresh = Record {
             class: class.identity.clone(),
             provider: class.provider.clone(),
@@ -154,9 +159,10 @@ impl Volumes {
             false => None,
         };
         let place = self.stage_record(&fresh).await?;
-        if changed || versions_changed {
+        if changed || versions_changed || renews {
+            let gets_order = (changed || renews).then_some(now);
             let written = self
-                .write_pod_status(request, &fresh.objects, changed.then_some(now))
+                .write_pod_status(request, &fresh.objects, gets_order)
                 .await?;
             fresh.pod_status = written.name;
             if let Some(place) = place_before {
@@ -169,14 +175,17 @@ impl Volumes {
                     ..record.clone()
                 };
                 self.commit_record(place, before).await?;
+            } else if renews && !written.resource_version.is_empty() {
+                let held = directory(request, fresh.content).await?;
+                fresh.orders = BTreeMap::from([(held, written.resource_version)]);
             }
         } else {
             self.keep_pod_status(request, record).await;
         }
-        let directory = staged.new_directory();
+        let new = staged.new_directory();
         commit_content(request, &self.tmpfs, &self.memory, staged).await?;
-        if let Some(directory) = directory {
-            fresh.orders.retain(|other, _| *other == directory);
+        if let Some(new) = new {
+            fresh.orders.retain(|other, _| *other == new);
         }
         self.metrics
             .success(&class.provider, &record.volume_id, now);
@@ -185,7 +194,7 @@ impl Volumes {
             // before makes the next look another refresh, which tries to write it again.
             tracing::warn!(%error, "refreshed, but for the record");
         }
-        if changed || class.identity != record.class {
+        if changed || renews || class.identity != record.class {
             // The volume is fresh and recorded, and its pod runs. The pod has been told of a Secret
             // that is not in step, which is tried again without the provider.
             if let Err(error) = self.sync.volume_mounted(&fresh, &class).await {

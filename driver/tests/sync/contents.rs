@@ -6,6 +6,7 @@ use proptest::{
     strategy::ValueTree as _,
     test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
 };
+use rstest::rstest;
 
 /// What is recorded of a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -201,10 +202,22 @@ fn base64(text: &str) -> String {
     base64::engine::general_purpose::STANDARD.encode(text)
 }
 
-/// A volume that an earlier driver recorded, without orders: it takes the resource version of its
-/// pod status, once, and keeps it when the pod status is written again.
+/// A volume that an earlier driver recorded, without orders, replaces no content whose order can be
+/// believed, whatever the version of its pod status and the clocks say, until a refresh has given
+/// it an order. Where the Secret has none, the moments decide, and no order is made up.
+#[rstest]
+#[case::touched_since(Some("15"), "17", "2020-01-01T00:00:00Z", false)]
+#[case::touched_long_before(Some("15"), "3", "2020-01-01T00:00:00Z", false)]
+#[case::newer_by_the_clocks(Some("15"), "17", "2126-01-01T00:00:00Z", false)]
+#[case::of_another_cluster(Some("900"), "17", "2020-01-01T00:00:00Z", true)]
+#[case::of_an_earlier_driver(None, "17", "2020-01-01T00:00:00Z", true)]
 #[tokio::test]
-async fn a_volume_of_an_earlier_driver_takes_the_order_of_its_pod_status() {
+async fn a_volume_without_an_order_beats_none(
+    #[case] order: Option<&str>,
+    #[case] status: &str,
+    #[case] since: &str,
+    #[case] written: bool,
+) {
     if !is_alone() {
         return;
     }
@@ -217,36 +230,47 @@ async fn a_volume_of_an_earlier_driver_takes_the_order_of_its_pod_status() {
         ..volume(dir.path(), "web")
     };
     records(dir.path()).put(&earlier).unwrap();
-    let order = || {
-        let secret = api.get(SECRET).unwrap();
-        secret["metadata"]["annotations"]["secrets-store.csi.k8s.io/content-order"].clone()
-    };
-    let status = |owner: &str, version: &str| {
-        let path = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/web-shop-db";
-        let owners = json!([{"apiVersion": "v1", "kind": "Pod", "name": "web", "uid": owner}]);
-        let metadata =
-            json!({"name": "web-shop-db", "resourceVersion": version, "ownerReferences": owners});
-        api.put(path, json!({"metadata": metadata}));
-    };
-    // Another pod's says nothing of this volume.
-    status("another", "90");
-    let without = sync(dir.path(), &cluster, EVERY);
-    without.volume_mounted(&earlier, &class).await.unwrap();
-    assert_eq!(order(), Value::Null);
-    status("uid-web", "17");
-    sync(dir.path(), &cluster, EVERY)
-        .volume_mounted(&earlier, &class)
-        .await
-        .unwrap();
-    assert_eq!(order(), "17");
-    let recorded = records(dir.path()).get("csi-web").unwrap();
-    assert_eq!(recorded.orders.values().collect::<Vec<_>>(), ["17"]);
-    // Somebody labels the pod status; a driver that starts anew still knows.
-    status("uid-web", "23");
-    api.remove(SECRET);
-    sync(dir.path(), &cluster, EVERY)
-        .volume_mounted(&recorded, &class)
-        .await
-        .unwrap();
-    assert_eq!(order(), "17");
+    let path = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/web-shop-db";
+    let owners = json!([{"apiVersion": "v1", "kind": "Pod", "name": "web", "uid": "uid-web"}]);
+    let metadata =
+        json!({"name": "web-shop-db", "resourceVersion": status, "ownerReferences": owners});
+    api.put(path, json!({"metadata": metadata}));
+    // But for its content it is as it should be, so that nothing else is written.
+    let mut before = json!({
+        "metadata": {
+            "name": "creds", "uid": "u", "resourceVersion": "100",
+            "ownerReferences": [{
+                "apiVersion": "x/v1", "kind": "ReplicaSet", "name": "rs", "uid": "rs",
+            }],
+            "labels": {"secrets-store.csi.k8s.io/managed": "true"},
+            "annotations": {
+                "secrets-store.csi.k8s.io/class": "db",
+                "secrets-store.csi.k8s.io/class-uid": "class",
+                "secrets-store.csi.k8s.io/content-since": since,
+            },
+        },
+        "type": "Opaque", "data": {"pw": "b3RoZXI="},
+    });
+    let annotation = "secrets-store.csi.k8s.io/content-order";
+    if let Some(order) = order {
+        before["metadata"]["annotations"][annotation] = json!(order);
+    }
+    api.put(SECRET, before);
+    let sync = sync(dir.path(), &cluster, EVERY);
+    sync.volume_mounted(&earlier, &class).await.unwrap();
+    let secret = api.get(SECRET).unwrap();
+    assert_eq!(secret["data"]["pw"] == base64("hunter2"), written);
+    let said = secret["metadata"]["annotations"].get(annotation);
+    assert_eq!(said, (!written).then(|| json!(order)).as_ref());
+    let namespace = &earlier.pod.namespace;
+    assert_eq!(sync.was_overtaken(namespace, "db"), !written);
+    assert!(!sync.was_overtaken(namespace, "db"), "it is said once");
+    // As a refresh does it.
+    let refreshed = record(dir.path(), "web", "99");
+    records(dir.path()).put(&refreshed).unwrap();
+    sync.volume_mounted(&refreshed, &class).await.unwrap();
+    let secret = api.get(SECRET).unwrap();
+    assert_eq!(secret["data"]["pw"], base64("hunter2"));
+    assert_eq!(secret["metadata"]["annotations"][annotation], "99");
+    drop(mount::detach(&earlier.target_path).unwrap());
 }

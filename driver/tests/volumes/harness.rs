@@ -140,6 +140,15 @@ impl Api {
         };
     }
 
+    pub(crate) fn put(&self, path: &str, object: Value) {
+        let mut state = self.0.lock().unwrap();
+        state.objects.insert(path.to_owned(), object);
+    }
+
+    pub(crate) fn get(&self, path: &str) -> Option<Value> {
+        self.0.lock().unwrap().objects.get(path).cloned()
+    }
+
     /// The objects and versions that the pod status of a volume names, if there is one.
     pub(crate) fn status_of(&self, volume: &Volume) -> Option<Vec<(String, String)>> {
         let state = self.0.lock().unwrap();
@@ -213,6 +222,10 @@ impl Api {
                 if *method == Method::PUT {
                     *object = body;
                 } else if *method == Method::PATCH {
+                    let of = &body["metadata"]["resourceVersion"];
+                    if !of.is_null() && *of != object["metadata"]["resourceVersion"] {
+                        return refused(409, "Conflict");
+                    }
                     merge(object, body);
                 }
                 if *method != Method::GET {
@@ -434,13 +447,23 @@ pub(crate) const EAGER: [&str; 5] = [
 impl World {
     /// Starts a driver with these flags beside the usual ones.
     pub(crate) async fn start(flags: &[&str]) -> Self {
+        let api = Api::default();
+        let server = serve_api(api.clone()).await;
+        Self::start_at(api, server, 0, flags).await
+    }
+
+    /// Starts another node of the same cluster.
+    pub(crate) async fn beside(other: &Self, flags: &[&str]) -> Self {
+        Self::start_at(other.api.clone(), other.server.clone(), 1000, flags).await
+    }
+
+    /// Starts a driver at an API server. Its volumes are numbered from `volumes` on.
+    async fn start_at(api: Api, server: String, volumes: usize, flags: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         for name in ["kubelet", "kubelet/pods", "state"] {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
         tmpfs(&dir.path().join("kubelet/pods"), "mode=0755");
-        let api = Api::default();
-        let server = serve_api(api.clone()).await;
         let provider = Provider::default();
         let listener = UnixListener::bind(dir.path().join("test.sock")).unwrap();
         let service = CsiDriverProviderServer::new(provider.clone());
@@ -456,7 +479,7 @@ impl World {
             server,
             flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
             running: None,
-            volumes: 0,
+            volumes,
         };
         world.start_driver().await;
         world

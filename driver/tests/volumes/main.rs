@@ -7,5 +7,6 @@ mod classes;
 mod content;
 mod harness;
 mod memory;
+mod rollbacks;
 mod state_dir;
 mod states;

@@ -183,8 +183,10 @@ pub(super) struct Holder {
 
 /// What has to be done.
 pub(super) enum Decision<'a> {
-    /// Nothing: it is as it should be, or newer.
+    /// Nothing: it is as it should be, or newer by the clocks.
     Nothing,
+    /// Nothing: it has other content whose order is higher, or known where the wanted one's is not.
+    Overtaken,
     /// Nothing, because it is somebody else's.
     Unmanaged,
     /// Nothing, if that class still makes it.
@@ -223,11 +225,13 @@ pub(super) fn decide<'a>(
             uid: String::new(),
         }));
     }
+    let mut overtaken = false;
     if !other {
         // Whatever came out of a volume, nothing never takes the place of something.
         let nothing = wanted.data.is_empty() && !existing.data.is_empty();
         let newer_there = !released && is_newer(existing, wanted);
         let replace_content = !equal && !newer_there && !nothing;
+        overtaken = !equal && newer_there && order(existing).is_some();
         if replace_content && existing.type_ != wanted.type_ {
             return Decision::Replace;
         }
@@ -246,17 +250,18 @@ pub(super) fn decide<'a>(
             change.metadata.annotations.insert(REFUSED_TYPE, None);
         }
     }
-    if change.is_empty() {
-        Decision::Nothing
-    } else {
-        Decision::Write(change)
+    match change.is_empty() {
+        true if overtaken => Decision::Overtaken,
+        true => Decision::Nothing,
+        false => Decision::Write(change),
     }
 }
 
 /// Whether the content of a Secret is newer than the one that is wanted. See the module above.
 fn is_newer(existing: &Existing, wanted: &Wanted<'_>) -> bool {
-    if let (Some(there), Some(ours)) = (order(existing), wanted.order) {
-        return there > ours;
+    if let Some(there) = order(existing) {
+        // What has no order yet gets one with the next refresh of its volume.
+        return wanted.order.is_none_or(|ours| there > ours);
     }
     let latest = Timestamp::now().saturating_add(CLOCKS_DIFFER.seconds());
     let since = existing.annotation(SINCE);

@@ -154,27 +154,6 @@ impl Records {
         self.stage(record)?.commit(record)
     }
 
-    /// Gives the content of a volume its order, if none of its contents has one yet and it is
-    /// still recorded.
-    ///
-    /// # Errors
-    /// As [`Records::stage`].
-    pub fn set_first_order(
-        &self,
-        volume_id: &str,
-        directory: String,
-        order: String,
-    ) -> io::Result<()> {
-        let _changing = held(&self.changing);
-        match self.get(volume_id) {
-            Some(mut record) if record.orders.is_empty() => {
-                record.orders.insert(directory, order);
-                self.stage(&record)?.replace(&record)
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Forgets a volume. No record is success.
     ///
     /// # Errors
