@@ -6,7 +6,7 @@ use tonic::Code;
 
 use super::{
     Outcome, PublishRequest, Volumes,
-    content::{Stage, commit_content, refit, stage_files},
+    content::{Stage, commit_content, refit, stage_files, still_there},
     record::{self, Age, Record},
     threads::blocking,
     unless,
@@ -121,11 +121,12 @@ impl Volumes {
         request: &PublishRequest,
         cancelled: &CancellationToken,
     ) -> Result<bool> {
-        refit(request, &self.tmpfs).await?;
+        let held = refit(request, &self.tmpfs).await?;
         let ask = self.ask_provider(request, &class, &record.objects, Urgency::Refresh);
         let reply = unless(cancelled, ask).await?;
         let staged = stage_files(
             request,
+            &held,
             &self.tmpfs,
             &self.memory,
             reply.files,
@@ -174,10 +175,11 @@ impl Volumes {
             self.keep_pod_status(request, record).await;
         }
         let directory = staged.new_directory();
-        commit_content(request, &self.tmpfs, &self.memory, staged).await?;
+        commit_content(request, &held, &self.tmpfs, &self.memory, staged).await?;
         if let Some(directory) = directory {
             fresh.orders.retain(|other, _| *other == directory);
         }
+        still_there(request, &held).await?;
         self.metrics
             .success(&class.provider, &record.volume_id, now);
         if let Err(error) = self.commit_record(place, fresh.clone()).await {
