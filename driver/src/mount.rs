@@ -102,6 +102,120 @@ impl Here {
     }
 }
 
+/// The volume at a target, held from before a provider is asked until what came of it is recorded.
+///
+/// A provider, or another program, may meanwhile mount something over the target or take the
+/// volume off. While this exists the kernel gives the number of the volume's file system to no
+/// other.
+#[derive(Debug)]
+pub struct Held {
+    target: PathBuf,
+    entry: Entry,
+    /// Opened without being used.
+    file: OwnedFd,
+}
+
+impl Held {
+    /// Holds what is mounted at a target.
+    ///
+    /// # Errors
+    /// When nothing is mounted there, or something that is neither this driver's nor an earlier
+    /// driver's volume.
+    pub fn at(target: &Path) -> io::Result<Self> {
+        let here = match Here::look(target)? {
+            Some(here) if here.is_mounted => here,
+            _ => return Err(io::Error::other("nothing is mounted there any more")),
+        };
+        let table = table::all()?;
+        let entry = here.entry(&table)?;
+        if !entry.is_own(target) && !entry.is_of_an_earlier_driver(target, &table) {
+            return Err(io::Error::other(format!(
+                "what is mounted there is not a volume of this driver but {} {:?}; nothing is written into it: unmount it",
+                entry.kind, entry.source
+            )));
+        }
+        Ok(Self {
+            target: target.to_owned(),
+            entry: entry.clone(),
+            file: here.file,
+        })
+    }
+
+    /// Opens the volume's root, if it is still what is mounted at the target. What is opened stays
+    /// the volume, whatever is mounted later.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check), and what the system says.
+    pub fn open(&self) -> io::Result<OwnedFd> {
+        self.found()?.map_err(|instead| {
+            let target = self.target.display();
+            let (happened, help) = match instead {
+                Instead::Over => (
+                    "something was mounted over the volume at",
+                    "unmount it or replace the pod",
+                ),
+                Instead::Other => (
+                    "something else was mounted in the place of the volume at",
+                    "unmount it or replace the pod",
+                ),
+                Instead::Nothing => (
+                    "the volume was taken off",
+                    "the next attempt mounts it again",
+                ),
+            };
+            io::Error::other(format!(
+                "{happened} {target} while the provider was asked, and nothing is written there; {help}. Is another program, or the provider itself, mounting or unmounting below kubelet's pods directory?"
+            ))
+        })
+    }
+
+    /// Opens the volume's root. None if the volume is not at the target any more.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn open_if_there(&self) -> io::Result<Option<OwnedFd>> {
+        Ok(self.found()?.ok())
+    }
+
+    /// Makes sure that the volume is still what is mounted at the target.
+    ///
+    /// # Errors
+    /// Says that something was mounted over it or that it was taken off, and what to do.
+    pub fn check(&self) -> io::Result<()> {
+        self.open().map(drop)
+    }
+
+    /// Returns the volume's root, or what is at the target in its place.
+    fn found(&self) -> io::Result<Result<OwnedFd, Instead>> {
+        let here = match Here::look(&self.target)? {
+            Some(here) if here.is_mounted => here,
+            _ => return Ok(Err(Instead::Nothing)),
+        };
+        let table = table::all()?;
+        if !here.entry(&table)?.is_same(&self.entry) {
+            let is_below = table
+                .iter()
+                .any(|entry| entry.point == self.target && entry.is_same(&self.entry));
+            return Ok(Err(match is_below {
+                true => Instead::Over,
+                false => Instead::Other,
+            }));
+        }
+        // Not by the path, at which something else may be by now.
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        Ok(Ok(openat(&here.file, ".", flags, Mode::empty())?))
+    }
+}
+
+/// What is at a target in the place of its volume.
+enum Instead {
+    Nothing,
+    /// Something that covers the volume.
+    Over,
+    /// Something else, and the volume is not there any more.
+    Other,
+}
+
 /// What was mounted at a target.
 #[derive(Debug)]
 pub enum Detached {
@@ -278,27 +392,16 @@ impl Tmpfs {
 
     /// Makes sure that a tmpfs at a target is a volume's, and gives it the bounds of today, which
     /// are others than those that it was mounted with if the flags have changed since. A bound is
-    /// not made smaller than what is there.
+    /// not made smaller than what is there. Returns the volume.
     ///
     /// # Errors
-    /// When something else is mounted there.
-    pub fn refit(&self, target: &Path) -> io::Result<()> {
-        let here = match Here::look(target)? {
-            Some(here) if here.is_mounted => here,
-            _ => return Err(io::Error::other("nothing is mounted there any more")),
-        };
-        let table = table::all()?;
-        let entry = here.entry(&table)?;
-        if !entry.is_own(target) && !entry.is_of_an_earlier_driver(target, &table) {
-            return Err(io::Error::other(format!(
-                "what is mounted there is not a volume of this driver but {} {:?}; nothing is written into it: unmount it",
-                entry.kind, entry.source
-            )));
-        }
-        let is = fstatvfs(&here.file)?;
+    /// As [`Held::at`].
+    pub fn refit(&self, target: &Path) -> io::Result<Held> {
+        let held = Held::at(target)?;
+        let is = fstatvfs(&held.file)?;
         let options = self.other_bounds(&is).join(",");
         if options.is_empty() {
-            return Ok(());
+            return Ok(held);
         }
         let flags = MsFlags::MS_REMOUNT | kept(is.flags());
         match mount(
@@ -316,7 +419,7 @@ impl Tmpfs {
                 tracing::warn!(target_path = %target.display(), options, %error, "the volume keeps the bounds that it was mounted with");
             }
         }
-        Ok(())
+        Ok(held)
     }
 
     /// Whether a volume has at least the bounds of today.
@@ -452,6 +555,51 @@ mod tests {
         assert!(error.contains("not a volume of this driver"), "{error}");
         let is = statvfs(&other).unwrap();
         assert_eq!(is.blocks() * is.fragment_size(), 1 << 20);
+    }
+
+    /// Every row of up to three changes.
+    #[test]
+    fn a_held_volume_is_opened_only_while_it_is_what_lies_at_the_target() {
+        const NAME: &str =
+            "mount::tests::a_held_volume_is_opened_only_while_it_is_what_lies_at_the_target";
+        if !alone(NAME, Own::Mounts) {
+            return;
+        }
+        let kinds = ["bind", "tmpfs", "own again", "off"];
+        for number in 0..kinds.len().pow(3) {
+            let row = [number % 4, number / 4 % 4, number / 16].map(|kind| kinds[kind]);
+            let (root, target) = target();
+            Tmpfs::bounded_by(1).mount(&target).unwrap();
+            fs::write(target.join("mark"), "x").unwrap();
+            let held = Held::at(&target).unwrap();
+            // What lies at the target, the topmost last; true is the volume.
+            let mut stack = vec![true];
+            for kind in row {
+                match kind {
+                    "bind" => bind(root.path(), &target),
+                    "tmpfs" => {
+                        let tmpfs = Some("tmpfs");
+                        mount(tmpfs, &target, tmpfs, MsFlags::empty(), None::<&str>).unwrap();
+                    }
+                    "own again" => Tmpfs::bounded_by(1).mount(&target).unwrap(),
+                    _ => {
+                        let off = umount2(&target, MntFlags::MNT_DETACH);
+                        assert_eq!(off.is_ok(), stack.pop().is_some(), "{row:?}");
+                        continue;
+                    }
+                }
+                stack.push(false);
+            }
+            let is_there = stack.last() == Some(&true);
+            assert_eq!(held.check().is_ok(), is_there, "{row:?}");
+            let open = held.open_if_there().unwrap();
+            assert_eq!(open.is_some(), is_there, "{row:?}");
+            if let Some(open) = open {
+                let mark = openat(&open, "mark", OFlag::O_PATH, Mode::empty());
+                assert!(mark.is_ok(), "{row:?}");
+            }
+            while umount2(&target, MntFlags::MNT_DETACH).is_ok() {}
+        }
     }
 
     #[test]

@@ -33,12 +33,14 @@ use crate::{
     files::{Access, swap},
     memory::Memory,
     metrics::{Metrics, PublishGuard},
-    mount::{self, State, Tmpfs},
+    mount::{self, Held, State, Tmpfs},
     provider::{MountCall, Providers, Reply, Urgency},
     secret::SecretMap,
     sync::Sync,
 };
-use content::{Undo, commit_content, directory, reaches_pods, refit, stage_files, take_down};
+use content::{
+    Undo, commit_content, directory, reaches_pods, refit, stage_files, still_there, take_down,
+};
 use policy::{Every, Failing, Policy};
 use record::{Age, Content, Object, Pod, Record, Records};
 use target::{Busy, TargetPath};
@@ -269,19 +271,27 @@ impl Volumes {
             .with_reason(Reason::SecretProviderClassNotFound));
         }
 
-        let undo = match needs_mount {
-            true => Some(self.mount(request).await?),
-            false => {
-                refit(request, &self.tmpfs).await?;
-                None
+        let (undo, held) = match needs_mount {
+            true => {
+                let (undo, held) = self.mount(request).await?;
+                (Some(undo), held)
             }
+            false => (None, refit(request, &self.tmpfs).await?),
         };
         let ask = self.ask_provider(request, &class, &[], Urgency::FirstMount);
         let reply = unless(cancelled, ask).await?;
         let so_far = earlier
             .filter(|_| !needs_mount)
             .map(|earlier| earlier.content);
-        let staged = stage_files(request, &self.tmpfs, &self.memory, reply.files, so_far).await?;
+        let staged = stage_files(
+            request,
+            &held,
+            &self.tmpfs,
+            &self.memory,
+            reply.files,
+            so_far,
+        )
+        .await?;
         let now = self.clock.now();
         let mut record = Record {
             volume_id: request.volume_id.clone(),
@@ -298,17 +308,18 @@ impl Volumes {
             failing_since: None,
         };
         let place = self.stage_record(&record).await?;
-        commit_content(request, &self.tmpfs, &self.memory, staged).await?;
+        commit_content(request, &held, &self.tmpfs, &self.memory, staged).await?;
+        let directory = directory(request, &held, record.content).await?;
         let written = self
             .write_pod_status(request, &record.objects, Some(now))
             .await?;
         let pod_status = written.name;
         record.pod_status = pod_status.clone();
-        let directory = directory(request, record.content).await?;
         record.orders.insert(directory, written.resource_version);
         let synced = self.sync.volume_mounted(&record, &class).await;
         let committing = async {
             synced?;
+            still_there(request, &held).await?;
             self.commit_record(place, record).await
         };
         if let Err(error) = committing.await {
@@ -431,7 +442,7 @@ impl Volumes {
     }
 
     /// Makes the directory and mounts an empty tmpfs on it.
-    async fn mount(&self, request: &PublishRequest) -> Result<Undo> {
+    async fn mount(&self, request: &PublishRequest) -> Result<(Undo, Arc<Held>)> {
         let tmpfs = Arc::clone(&self.tmpfs);
         let (memory, namespace) = (Arc::clone(&self.memory), request.pod.namespace.clone());
         let target = request.target.as_path().to_owned();
@@ -447,7 +458,7 @@ impl Volumes {
             }
             mount::make_target(&target)?;
             tmpfs.mount(&target)?;
-            Ok(undo)
+            Ok((undo, Arc::new(Held::at(&target)?)))
         })
         .await
         .map_err(|error| match error.kind() {

@@ -4,7 +4,6 @@ use std::{
     ffi::CStr,
     io,
     os::fd::{AsFd as _, OwnedFd},
-    path::Path,
 };
 
 use nix::{
@@ -16,7 +15,7 @@ use nix::{
 
 use super::{
     Access, DEFAULT_MODE,
-    tree::{about, first_names, open_root},
+    tree::{about, first_names},
 };
 
 /// A provider's own writing has no bounds; what is beyond these is not a volume of secrets. The
@@ -24,15 +23,15 @@ use super::{
 const DEEPEST: usize = 33;
 const MOST_ENTRIES: usize = 20_000;
 
-/// Gives everything in a volume its group, and its default mode to files that have the mode that
+/// Gives everything in a volume, whose root is open, its group, and its default mode to files that have the mode that
 /// providers are asked for: another mode is one that the provider chose. Links are not followed,
 /// and what is mounted below is left alone.
 ///
 /// # Errors
 /// What the system says, with the name, or that there is more than is looked at.
-pub fn adopt(volume: &Path, access: Access) -> io::Result<()> {
+pub fn adopt(root: &OwnedFd, access: Access) -> io::Result<()> {
     let mut left = MOST_ENTRIES;
-    below(&open_root(volume)?, access, &mut left, 0)
+    below(root, access, &mut left, 0)
 }
 
 fn below(directory: &OwnedFd, access: Access, left: &mut usize, depth: usize) -> io::Result<()> {
@@ -113,6 +112,7 @@ fn give_link(directory: &OwnedFd, name: &CStr, access: Access) -> io::Result<()>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::tree::open_root;
     use nix::{
         mount::{MsFlags, mount},
         unistd::{getegid, geteuid, mkfifo},
@@ -121,12 +121,17 @@ mod tests {
     use std::{
         fs,
         os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
+        path::Path,
     };
 
     use crate::{
         files::generated,
         mount::alone::{Own, alone},
     };
+
+    fn adopt(volume: &Path, access: Access) -> io::Result<()> {
+        super::adopt(&open_root(volume)?, access)
+    }
 
     /// A group that this user may give files to, another than his own if he may.
     fn group() -> u32 {

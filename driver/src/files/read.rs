@@ -125,7 +125,15 @@ fn read(
 /// # Errors
 /// What the system says.
 pub fn version(volume: &Path) -> io::Result<Version> {
-    open(&open_root(volume)?).map(|(_, version)| version)
+    version_in(&open_root(volume)?)
+}
+
+/// As [`version`], of a volume whose root is open.
+///
+/// # Errors
+/// As [`version`].
+pub fn version_in(root: &OwnedFd) -> io::Result<Version> {
+    open(root).map(|(_, version)| version)
 }
 
 /// Opens the directory with the content.
@@ -266,7 +274,7 @@ mod tests {
             Payload::new(files.map(file)).unwrap()
         };
         let replace = |payload: Payload| {
-            if let Some(staged) = swap::stage(dir.path(), payload).unwrap() {
+            if let Some(staged) = swap::stage(open_root(dir.path()).unwrap(), payload).unwrap() {
                 staged.commit().unwrap();
             }
         };
@@ -331,10 +339,11 @@ mod tests {
             Payload::new(names.map(file)).unwrap()
         };
         let replace = |round| {
-            if let Some(staged) = swap::stage(dir.path(), payload(round)).unwrap()
+            if let Some(staged) =
+                swap::stage(open_root(dir.path()).unwrap(), payload(round)).unwrap()
                 && let Some(former) = staged.commit().unwrap()
             {
-                swap::remove(dir.path(), &former).unwrap();
+                swap::remove(&open_root(dir.path()).unwrap(), &former).unwrap();
             }
         };
         replace(0);
@@ -402,7 +411,7 @@ mod tests {
             Payload::new(files).unwrap()
         };
         drop(
-            swap::stage(dir.path(), payload())
+            swap::stage(open_root(dir.path()).unwrap(), payload())
                 .unwrap()
                 .unwrap()
                 .commit(),
@@ -412,7 +421,7 @@ mod tests {
         std::thread::spawn(move || {
             for _ in 0..300 {
                 drop(snapshot(&volume, u64::MAX, |_| true));
-                drop(swap::stage(&volume, payload()));
+                drop(swap::stage(open_root(&volume).unwrap(), payload()));
             }
             finished.send(()).unwrap();
         });

@@ -57,13 +57,12 @@ pub struct Staged {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Former(String);
 
-/// Writes new content beside the old. None: the volume has exactly this content, and nothing
-/// that a reader sees was touched.
+/// Writes new content beside the old, in a volume whose root is open. None: the volume has exactly
+/// this content, and nothing that a reader sees was touched.
 ///
 /// # Errors
 /// What the system says, with the path. The volume then holds what it held before.
-pub fn stage(volume: &Path, payload: Payload) -> io::Result<Option<Staged>> {
-    let root = open_root(volume)?;
+pub fn stage(root: OwnedFd, payload: Payload) -> io::Result<Option<Staged>> {
     let old = current(&root)?;
     if let Some(old) = &old
         && compare(&root, &payload).is_ok()
@@ -89,11 +88,8 @@ pub fn stage(volume: &Path, payload: Payload) -> io::Result<Option<Staged>> {
 }
 
 /// Whether a volume has exactly this content.
-///
-/// # Errors
-/// When the volume cannot be opened.
-pub fn has(volume: &Path, payload: &Payload) -> io::Result<bool> {
-    Ok(compare(&open_root(volume)?, payload).is_ok())
+pub fn has(root: &OwnedFd, payload: &Payload) -> bool {
+    compare(root, payload).is_ok()
 }
 
 impl Staged {
@@ -208,17 +204,12 @@ impl Drop for Staged {
     }
 }
 
-/// Takes the content before a swap away. Gone already, or unmounted with its volume, is success, and
-/// so is to do it beside others.
+/// Takes the content before a swap away. Gone already is success, and so is to do it beside others.
 ///
 /// # Errors
 /// What the system says, with the path.
-pub fn remove(volume: &Path, former: &Former) -> io::Result<()> {
-    let root = match open_root(volume) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        root => root?,
-    };
-    if current(&root)?.as_deref() == Some(&former.0) {
+pub fn remove(root: &OwnedFd, former: &Former) -> io::Result<()> {
+    if current(root)?.as_deref() == Some(&former.0) {
         return Ok(());
     }
     remove_at(root.as_fd(), former.0.as_str())
@@ -236,12 +227,41 @@ pub fn is_complete(volume: &Path) -> io::Result<bool> {
     }
 }
 
-/// Whether there is anything at all in the volume: content that a provider wrote itself.
+/// Whether there is nothing in the volume that a pod takes for content: content that a provider
+/// wrote itself. Hidden names are none, unless `..data` leads to some.
 ///
 /// # Errors
 /// When the volume cannot be listed.
 pub fn is_empty(volume: &Path) -> io::Result<bool> {
-    Ok(names(open_root(volume)?.as_fd())?.is_empty())
+    shows_nothing(&open_root(volume)?)
+}
+
+/// As [`is_empty`], of a volume whose root is open.
+///
+/// # Errors
+/// As [`is_empty`].
+pub fn shows_nothing(root: &OwnedFd) -> io::Result<bool> {
+    if !all_hidden(root)? {
+        return Ok(false);
+    }
+    match current(root)? {
+        None => Ok(true),
+        Some(name) => match open_directory(root.as_fd(), name.as_str()) {
+            Ok(content) => all_hidden(&content),
+            // It leads nowhere, or to something that is no directory.
+            Err(error) if is_no_directory(&error) => Ok(true),
+            Err(error) => Err(about(error, DATA)),
+        },
+    }
+}
+
+fn is_no_directory(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP))
+}
+
+fn all_hidden(directory: &OwnedFd) -> io::Result<bool> {
+    Ok(names(directory.as_fd())?.iter().all(|name| is_hidden(name)))
 }
 
 /// Whether there is anything at the volume's root that the driver did not write: files of a
@@ -249,20 +269,18 @@ pub fn is_empty(volume: &Path) -> io::Result<bool> {
 ///
 /// # Errors
 /// When the volume cannot be listed.
-pub fn has_strangers(volume: &Path) -> io::Result<bool> {
-    let root = open_root(volume)?;
+pub fn has_strangers(root: &OwnedFd) -> io::Result<bool> {
     let names = names(root.as_fd())?;
-    Ok(names.iter().any(|name| !is_own(&root, name)))
+    Ok(names.iter().any(|name| !is_own(root, name)))
 }
 
 /// Removes what the driver wrote, and leaves what a provider wrote beside it.
 ///
 /// # Errors
 /// What the system says, with the path.
-pub fn remove_own(volume: &Path) -> io::Result<()> {
-    let root = open_root(volume)?;
+pub fn remove_own(root: &OwnedFd) -> io::Result<()> {
     for name in names(root.as_fd())? {
-        if is_own(&root, &name) {
+        if is_own(root, &name) {
             remove_at(root.as_fd(), name.as_c_str())?;
         }
     }
@@ -470,6 +488,14 @@ mod tests {
         files::generated::{self, Files},
         mount::alone::{Own, alone},
     };
+
+    fn stage(volume: &Path, payload: Payload) -> io::Result<Option<Staged>> {
+        super::stage(open_root(volume)?, payload)
+    }
+
+    fn remove(volume: &Path, former: &Former) -> io::Result<()> {
+        super::remove(&open_root(volume)?, former)
+    }
 
     #[derive(Debug, PartialEq, Eq)]
     enum Change {
@@ -795,7 +821,7 @@ mod tests {
         fs::create_dir(volume.path().join("dir")).unwrap();
         symlink(outside.path(), volume.path().join("dir/out")).unwrap();
         clear(&open_root(volume.path()).unwrap()).unwrap();
-        assert!(is_empty(volume.path()).unwrap());
+        assert_eq!(fs::read_dir(volume.path()).unwrap().count(), 0);
         assert!(outside.path().join("kept").exists());
     }
 

@@ -37,8 +37,14 @@ impl Entry {
         self.kind == "tmpfs" && self.root == "/" && self.source == source_of(target)
     }
 
+    /// Whether this is the same directory of the same file system as another.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.device == other.device && self.root == other.root
+    }
+
     /// Whether this may be the tmpfs of a driver that did not name its mounts. It is not if the same
-    /// tmpfs is mounted elsewhere than in the pod's directory: then it is somebody else's.
+    /// tmpfs is mounted elsewhere than in the pod's directory, and not if it covers a volume of this
+    /// driver: then it is somebody else's.
     pub(super) fn is_of_an_earlier_driver(&self, target: &Path, all: &[Self]) -> bool {
         let pod = target.ancestors().nth(4).and_then(Path::file_name);
         let in_pod = |entry: &Self| pod.is_some_and(|pod| entry.point.iter().any(|n| n == pod));
@@ -46,6 +52,7 @@ impl Entry {
             && self.root == "/"
             && self.source == "tmpfs"
             && !all.iter().any(|e| e.device == self.device && !in_pod(e))
+            && !all.iter().any(|e| e.point == target && e.is_own(target))
     }
 }
 
@@ -162,6 +169,8 @@ mod tests {
         let run = line("/run", "/", "tmpfs", "tmpfs");
         assert!(earlier.is_of_an_earlier_driver(target, &[earlier.clone(), subpath]));
         assert!(!earlier.is_of_an_earlier_driver(target, &[earlier.clone(), run]));
+        let covered = line(at, "/", "tmpfs", &own);
+        assert!(!earlier.is_of_an_earlier_driver(target, &[covered, earlier.clone()]));
     }
 
     proptest! {

@@ -19,7 +19,7 @@ use crate::{
     error::{Error, Reason, Result},
     files::{File, Payload, own, read, swap},
     memory::{Memory, Reservation},
-    mount::{self, Detached, Tmpfs},
+    mount::{self, Detached, Held, Tmpfs},
 };
 
 /// How many mounts may lie on top of each other at one target; earlier drivers could stack them.
@@ -77,18 +77,20 @@ impl Stage {
 
 /// Makes sure that a target that has a mount has a volume, and gives it the bounds of today before
 /// anybody writes into it.
-pub(super) async fn refit(request: &PublishRequest, tmpfs: &Arc<Tmpfs>) -> Result<()> {
+pub(super) async fn refit(request: &PublishRequest, tmpfs: &Arc<Tmpfs>) -> Result<Arc<Held>> {
     let (volume, tmpfs) = (request.target.as_path().to_owned(), Arc::clone(tmpfs));
-    blocking(move || tmpfs.refit(&volume))
+    blocking(move || tmpfs.refit(&volume).map(Arc::new))
         .await
         .map_err(|error| failed_to_write(request, Error::internal(error.to_string())))
 }
 
 /// Checks the provider's files and writes them where no reader looks, if there is memory for
 /// them; those that it wrote itself get mode and group. `so_far` is who wrote the content that the
-/// volume has.
+/// volume has. Only what is still mounted at the target since before the provider was asked is
+/// looked at and written to.
 pub(super) async fn stage_files(
     request: &PublishRequest,
+    held: &Arc<Held>,
     tmpfs: &Arc<Tmpfs>,
     memory: &Arc<Memory>,
     files: Vec<(String, File)>,
@@ -99,18 +101,19 @@ pub(super) async fn stage_files(
         .map_err(|invalid| failed(Error::precondition(invalid.to_string())))?
         .accessible(request.access);
     let (volume, access) = (request.target.as_path().to_owned(), request.access);
-    let tmpfs = Arc::clone(tmpfs);
+    let (held, tmpfs) = (Arc::clone(held), Arc::clone(tmpfs));
     let (memory, namespace) = (Arc::clone(memory), request.pod.namespace.clone());
     let staged = blocking(move || {
+        let root = held.open()?;
         if !payload.is_empty() {
             let reservation = match memory.reserve(&volume, &namespace, &payload) {
                 Ok(reservation) => reservation,
                 // What is there already needs no room.
-                Err(_) if swap::has(&volume, &payload)? => return Ok(Some(Stage::Unchanged)),
+                Err(_) if swap::has(&root, &payload) => return Ok(Some(Stage::Unchanged)),
                 Err(no_room) => return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room)),
             };
             let staged =
-                swap::stage(&volume, payload).map_err(|error| raise(error, &tmpfs, &volume))?;
+                swap::stage(root, payload).map_err(|error| raise(error, &tmpfs, &volume))?;
             return Ok(Some(match staged {
                 Some(staged) => Stage::Files(staged, reservation),
                 None => Stage::Unchanged,
@@ -118,16 +121,16 @@ pub(super) async fn stage_files(
         }
         // What the driver wrote is no answer of this provider's.
         if so_far == Some(Content::Driver) {
-            if !swap::has_strangers(&volume)? {
+            if !swap::has_strangers(&root)? {
                 return Ok(None);
             }
-            own::adopt(&volume, access)?;
+            own::adopt(&root, access)?;
             return Ok(Some(Stage::TakenOver));
         }
-        if swap::is_empty(&volume)? {
+        if swap::shows_nothing(&root)? {
             return Ok(None);
         }
-        own::adopt(&volume, access)?;
+        own::adopt(&root, access)?;
         Ok(Some(Stage::OfProvider))
     })
     .await
@@ -141,14 +144,26 @@ pub(super) async fn stage_files(
 
 /// Returns the name of the directory that holds a volume's content; empty for content that the
 /// provider wrote itself.
-pub(super) async fn directory(request: &PublishRequest, content: Content) -> Result<String> {
+pub(super) async fn directory(
+    request: &PublishRequest,
+    held: &Arc<Held>,
+    content: Content,
+) -> Result<String> {
     if content == Content::Provider {
         return Ok(String::new());
     }
-    let volume = request.target.as_path().to_owned();
-    let version = blocking(move || read::version(&volume)).await;
+    let held = Arc::clone(held);
+    let version = blocking(move || read::version_in(&held.open()?)).await;
     version
         .map(|version| version.directory)
+        .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))
+}
+
+/// Makes sure, before a volume is recorded, that it is still what a pod sees at the target.
+pub(super) async fn still_there(request: &PublishRequest, held: &Arc<Held>) -> Result<()> {
+    let held = Arc::clone(held);
+    blocking(move || held.check())
+        .await
         .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))
 }
 
@@ -156,6 +171,7 @@ pub(super) async fn directory(request: &PublishRequest, content: Content) -> Res
 /// little later.
 pub(super) async fn commit_content(
     request: &PublishRequest,
+    held: &Arc<Held>,
     tmpfs: &Arc<Tmpfs>,
     memory: &Arc<Memory>,
     staged: Stage,
@@ -163,7 +179,9 @@ pub(super) async fn commit_content(
     let (tmpfs, volume) = (Arc::clone(tmpfs), request.target.as_path().to_owned());
     let (measured, namespace) = (Arc::clone(memory), request.pod.namespace.clone());
     let content = staged.content();
+    let volume_held = Arc::clone(held);
     let former = blocking(move || {
+        let root = volume_held.open()?;
         let mut aside = None;
         let former = match staged {
             Stage::Files(staged, reservation) => {
@@ -173,7 +191,7 @@ pub(super) async fn commit_content(
                     .map_err(|error| raise(error, &tmpfs, &volume))
             }
             Stage::Unchanged | Stage::OfProvider => Ok(None),
-            Stage::TakenOver => swap::remove_own(&volume).map(|()| None),
+            Stage::TakenOver => swap::remove_own(&root).map(|()| None),
         };
         // Before the reservation ends, so that at no moment less is counted than is there.
         measured.found(&volume, &namespace, content == Content::Driver);
@@ -184,10 +202,15 @@ pub(super) async fn commit_content(
     .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))?;
     if let Some(former) = former {
         let (volume, memory) = (request.target.as_path().to_owned(), Arc::clone(memory));
+        let held = Arc::clone(held);
         tokio::spawn(async move {
             sleep(swap::GRACE).await;
             let removed = blocking(move || {
-                let removed = swap::remove(&volume, &former);
+                // Unmounted meanwhile, it has gone with its volume.
+                let removed = match held.open_if_there()? {
+                    Some(root) => swap::remove(&root, &former),
+                    None => Ok(()),
+                };
                 memory.changed(&volume);
                 removed
             });

@@ -8,7 +8,7 @@ use tonic::Code;
 
 use super::{
     Outcome, PublishRequest, Volumes,
-    content::{Stage, commit_content, directory, refit, stage_files},
+    content::{Stage, commit_content, directory, refit, stage_files, still_there},
     record::{self, Age, Record},
     threads::blocking,
     unless,
@@ -123,11 +123,12 @@ impl Volumes {
         request: &PublishRequest,
         cancelled: &CancellationToken,
     ) -> Result<bool> {
-        refit(request, &self.tmpfs).await?;
+        let held = refit(request, &self.tmpfs).await?;
         let ask = self.ask_provider(request, &class, &record.objects, Urgency::Refresh);
         let reply = unless(cancelled, ask).await?;
         let staged = stage_files(
             request,
+            &held,
             &self.tmpfs,
             &self.memory,
             reply.files,
@@ -176,17 +177,18 @@ impl Volumes {
                 };
                 self.commit_record(place, before).await?;
             } else if renews && !written.resource_version.is_empty() {
-                let held = directory(request, fresh.content).await?;
-                fresh.orders = BTreeMap::from([(held, written.resource_version)]);
+                let name = directory(request, &held, fresh.content).await?;
+                fresh.orders = BTreeMap::from([(name, written.resource_version)]);
             }
         } else {
             self.keep_pod_status(request, record).await;
         }
         let new = staged.new_directory();
-        commit_content(request, &self.tmpfs, &self.memory, staged).await?;
+        commit_content(request, &held, &self.tmpfs, &self.memory, staged).await?;
         if let Some(new) = new {
             fresh.orders.retain(|other, _| *other == new);
         }
+        still_there(request, &held).await?;
         self.metrics
             .success(&class.provider, &record.volume_id, now);
         if let Err(error) = self.commit_record(place, fresh.clone()).await {

@@ -62,7 +62,7 @@ pub(crate) fn write(target: &Path, files: &[(&str, &str)]) {
     let file =
         |(path, text): &(&str, &str)| ((*path).to_owned(), File::new(0, text.as_bytes().to_vec()));
     let payload = Payload::new(files.iter().map(file)).unwrap();
-    if let Some(staged) = swap::stage(target, payload).unwrap() {
+    if let Some(staged) = swap::stage(fs::File::open(target).unwrap().into(), payload).unwrap() {
         staged.commit().unwrap();
     }
 }

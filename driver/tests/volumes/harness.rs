@@ -280,8 +280,58 @@ pub(crate) struct Answer {
     pub(crate) version: Option<String>,
     /// The mode of its files; the one that was asked for where it says none.
     pub(crate) mode: Option<i32>,
+    /// What it does at the target before it writes and answers.
+    pub(crate) act: Option<Act>,
     /// What it writes itself.
     pub(crate) writes: Vec<(String, Vec<u8>)>,
+}
+
+/// What a provider does at the target that it is given.
+#[derive(Clone, Debug)]
+pub(crate) enum Act {
+    /// It mounts this directory over it.
+    Binds(PathBuf),
+    /// It mounts a tmpfs over it.
+    MountsTmpfs,
+    /// It takes the volume off.
+    Unmounts,
+    /// It takes the volume off and leaves a file in the directory that is there then.
+    UnmountsAndWrites,
+    /// It makes a pipe of this name.
+    MakesPipe(&'static str),
+    /// It makes a directory of this name.
+    MakesDirectory(&'static str),
+    /// It makes a link of this name to the second.
+    MakesLink(&'static str, &'static str),
+}
+
+impl Act {
+    fn carry_out(&self, target: &Path) {
+        let no: Option<&str> = None;
+        let unmount = || umount2(target, MntFlags::MNT_DETACH).unwrap();
+        match self {
+            Self::Binds(directory) => {
+                mount(Some(directory), target, no, MsFlags::MS_BIND, no).unwrap();
+            }
+            Self::MountsTmpfs => {
+                let kind = Some("tmpfs");
+                mount(kind, target, kind, MsFlags::empty(), no).unwrap();
+                fs::write(target.join("foreign"), "foreign").unwrap();
+            }
+            Self::Unmounts => unmount(),
+            Self::UnmountsAndWrites => {
+                unmount();
+                fs::write(target.join("foreign"), "foreign").unwrap();
+            }
+            Self::MakesPipe(name) => {
+                nix::unistd::mkfifo(&target.join(name), nix::sys::stat::Mode::S_IRWXU).unwrap();
+            }
+            Self::MakesDirectory(name) => fs::create_dir(target.join(name)).unwrap(),
+            Self::MakesLink(name, to) => {
+                std::os::unix::fs::symlink(to, target.join(name)).unwrap();
+            }
+        }
+    }
 }
 
 impl Answer {
@@ -340,6 +390,9 @@ impl CsiDriverProvider for Provider {
         }
         if let Some(code) = answer.status {
             return Err(Status::new(code, "the store says no"));
+        }
+        if let Some(act) = &answer.act {
+            act.carry_out(Path::new(&request.target_path));
         }
         for (path, contents) in &answer.writes {
             fs::write(Path::new(&request.target_path).join(path), contents).unwrap();

@@ -6,6 +6,7 @@
 mod classes;
 mod content;
 mod harness;
+mod meanwhile;
 mod memory;
 mod rollbacks;
 mod state_dir;

@@ -66,7 +66,7 @@ fn what_is_set_aside_is_enough() {
             let before = memory.in_use();
             let reservation = memory.reserve(&target, "a", &payload).unwrap();
             reserved += memory.in_use() - before;
-            let staged = swap::stage(&target, payload).unwrap();
+            let staged = swap::stage(fs::File::open(&target).unwrap().into(), payload).unwrap();
             memory.found(&target, "a", true);
             assert!(memory.in_use() <= 2 * reserved);
             if let Some(staged) = staged {
