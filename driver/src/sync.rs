@@ -172,7 +172,7 @@ pub struct Sync {
     /// Whether a Secret that cannot be kept fails the publish.
     fail: bool,
     interval: Duration,
-    known: Known,
+    known: Arc<Known>,
     parsing: Parsing,
     refusals: Arc<Refusals>,
 }
@@ -202,7 +202,7 @@ impl Sync {
             metrics,
             fail,
             interval,
-            known: Known::default(),
+            known: Arc::default(),
             parsing: Parsing::default(),
             refusals: Arc::default(),
         }
@@ -270,7 +270,7 @@ impl Sync {
         let Some(why) = &class.too_much else {
             for volume in volumes {
                 // Its Secrets say themselves how they are.
-                self.known.tell(&volume.id, WHOLE_CLASS, None, || true);
+                self.known.tell(&volume.id, WHOLE_CLASS, None, |_| true);
             }
             return Ok(());
         };
@@ -472,13 +472,8 @@ impl Sync {
                 self.metrics
                     .secret_failed(&class.provider, problem.trouble.label());
                 for volume in volumes {
-                    self.known
-                        .tell(&volume.id, name, Some(problem.identity()), || {
-                            let sentence = &problem.sentence;
-                            let warning = Severity::Warning;
-                            self.cluster
-                                .announce(&volume.pod, warning, FAILED, sentence)
-                        });
+                    let news = (Severity::Warning, FAILED, problem.sentence.as_str());
+                    self.tell(volume, name, Some(problem.identity()), news);
                 }
             }
             // There is nothing to be in step with.
@@ -493,19 +488,39 @@ impl Sync {
                         &format!(
                             "Secret {name} was made anew, because its type changed and the type of a Secret cannot"
                         ),
+                        |_| {},
                     );
                 }
                 for volume in self.known.volumes_of(namespace, &class.identity.name) {
-                    let volume = volume.volume;
-                    self.known.tell(&volume.id, name, None, || {
-                        let sentence = format!("Secret {name} is in step with the volume again");
-                        let normal = Severity::Normal;
-                        self.cluster
-                            .announce(&volume.pod, normal, "SecretSynced", &sentence)
-                    });
+                    let sentence = format!("Secret {name} is in step with the volume again");
+                    let news = (Severity::Normal, "SecretSynced", sentence.as_str());
+                    self.tell(&volume.volume, name, None, news);
                 }
             }
         }
+    }
+
+    /// Tells a volume's pod what became of a Secret, unless it knows. What cannot be posted counts
+    /// as not told.
+    fn tell(
+        &self,
+        volume: &Volume,
+        secret: &str,
+        trouble: Option<&str>,
+        (severity, reason, sentence): (Severity, &'static str, &str),
+    ) {
+        self.known.tell(&volume.id, secret, trouble, |before| {
+            let known = Arc::clone(&self.known);
+            let (id, secret) = (volume.id.clone(), secret.to_owned());
+            let trouble = trouble.map(str::to_owned);
+            let ended = move |posted: bool| {
+                if !posted {
+                    known.untold(&id, &secret, trouble.as_deref(), before);
+                }
+            };
+            self.cluster
+                .announce(&volume.pod, severity, reason, sentence, ended)
+        });
     }
 }
 

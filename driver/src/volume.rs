@@ -380,7 +380,7 @@ impl Volumes {
     /// system says.
     pub async fn unpublish(&self, volume_id: &str, target: &TargetPath) -> Result<()> {
         let _busy = self.busy.unpublishing(target)?;
-        self.failing.forget(volume_id);
+        self.failing.gone(volume_id);
         self.sync.forget(volume_id);
         self.metrics.volume_gone(volume_id);
         let memory = Arc::clone(&self.memory);

@@ -64,6 +64,8 @@ struct Objects {
     /// Whether nothing is answered at all.
     away: bool,
     requests: usize,
+    /// How many events have been refused.
+    refused_events: usize,
 }
 
 #[derive(Clone, Default)]
@@ -172,7 +174,12 @@ async fn answer(
     }
     match temper {
         Temper::Hangs => std::future::pending().await,
-        Temper::Refuses(code) => status(code),
+        Temper::Refuses(code) => {
+            if path.ends_with("/events") {
+                api.0.lock().unwrap().refused_events += 1;
+            }
+            status(code)
+        }
         Temper::Good | Temper::HeldByAFinalizer => {
             let mut object: Value = serde_json::from_slice(&body).unwrap();
             let mut objects = api.0.lock().unwrap();
@@ -323,7 +330,7 @@ async fn events_of_one_namespace_wait_for_themselves(#[case] temper: Temper) {
     api.set("noisy", temper);
     let pod = |namespace: &str| volume(dir.path(), namespace).pod;
     let announce = |namespace: &str, message: &str| {
-        cluster.announce(&pod(namespace), Severity::Normal, "Told", message)
+        cluster.announce(&pod(namespace), Severity::Normal, "Told", message, |_| {})
     };
     let accepted = (0..300).filter(|n| announce("noisy", &n.to_string()));
     let accepted = accepted.count();
@@ -341,6 +348,49 @@ async fn events_of_one_namespace_wait_for_themselves(#[case] temper: Temper) {
         "{:?}",
         api.events("quiet")
     );
+}
+
+/// Trouble that goes on is told once, however long its event is refused before: for one attempt to
+/// post it, or for all of them, after which it is announced anew.
+#[rstest]
+#[case::a_role_that_is_missing_for_a_moment(403, 1)]
+#[case::a_webhook_that_fails_for_a_moment(500, 1)]
+#[case::a_role_that_is_missing_until_posting_has_ended(403, 4)]
+#[tokio::test]
+async fn trouble_is_told_though_its_event_is_refused_for_a_while(
+    #[case] code: u16,
+    #[case] attempts: usize,
+) {
+    if !volumes::is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let sync = sync(dir.path(), &cluster);
+    let data = json!([{"objectName": "nowhere", "key": "pw"}]);
+    let entries = json!([{"secretName": "creds", "type": "Opaque", "data": data}]);
+    let class = Class {
+        secret_objects: serde_json::from_value(entries).unwrap(),
+        ..cluster.class("shop", "db").await.unwrap()
+    };
+    let volume = volume(dir.path(), "shop");
+    api.set("shop", Temper::Refuses(code));
+    let told = async {
+        while api.events("shop").is_empty() {
+            sync.volume_mounted(&volume, &class).await.unwrap();
+            if api.0.lock().unwrap().refused_events >= attempts {
+                api.set("shop", Temper::Good);
+            }
+            sleep(EVERY).await;
+        }
+    };
+    let told = timeout(2 * SOON, told).await;
+    assert!(told.is_ok(), "it is never told");
+    for _ in 0..5 {
+        sync.volume_mounted(&volume, &class).await.unwrap();
+        sleep(EVERY).await;
+    }
+    assert_eq!(api.events("shop").len(), 1);
 }
 
 /// More trouble than can be told at once: each pod hears of each of it, and once.

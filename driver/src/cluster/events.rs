@@ -1,7 +1,8 @@
 //! Posts events on pods: what `kubectl describe pod` shows besides kubelet's own.
 //!
-//! An event is news of a change, so it may be late, and it may be lost when the API server stays
-//! away; nobody waits for one. Each namespace has places of its own for events that wait, and posts
+//! An event is news of a change, so it may be late, and nobody waits for one. One that cannot be
+//! posted is tried again a few times, whatever the reason, because roles and webhooks change. Then
+//! whoever announced it hears that it has not been told. Each namespace has places of its own for events that wait, and posts
 //! one at a time, so that one whose events are refused or slow is in nobody's way. Whoever finds
 //! no place is told, and tries again when the same is news still.
 
@@ -102,7 +103,8 @@ impl Drop for Place {
 impl Cluster {
     /// Posts an event on a pod, in the background. `reason` is one word in CamelCase; `message`
     /// a sentence for whoever runs the pod. Returns whether it is going to be posted: when too
-    /// many wait, it is not, and is not logged either.
+    /// many wait, it is not, and is not logged either. `ended` is called with whether it was
+    /// posted, once no further attempt is made.
     #[must_use = "an event that is not accepted has not been told"]
     pub fn announce(
         &self,
@@ -110,6 +112,7 @@ impl Cluster {
         severity: Severity,
         reason: &'static str,
         message: &str,
+        ended: impl FnOnce(bool) + Send + 'static,
     ) -> bool {
         let Some(place) = self.events.place(&pod.namespace) else {
             tracing::debug!(pod = %pod, reason, "no event is posted now: too many are waiting");
@@ -123,9 +126,11 @@ impl Cluster {
         let (cluster, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
             let _place = place;
-            if let Err(error) = cluster.post(&pod, &event).await {
+            let posted = cluster.post(&pod, &event).await;
+            if let Err(error) = &posted {
                 tracing::warn!(pod = %pod, reason, %error, "the event could not be posted");
             }
+            ended(posted.is_ok());
         });
         true
     }
@@ -143,9 +148,6 @@ impl Cluster {
                         | Err(Failure::Refused {
                             code: 404 | 409, ..
                         }) => return Ok(()),
-                        Err(failure @ Failure::Refused { code: 403, .. }) => {
-                            return Err(failure.into_error());
-                        }
                         Err(failure) => failure.into_error(),
                     }
                 }
@@ -234,6 +236,24 @@ mod tests {
             MOST_OF_NAMESPACE
         );
         assert!(events.waiting.lock().unwrap().is_empty());
+    }
+
+    /// There is no API server at all, and the attempts come to an end.
+    #[tokio::test(start_paused = true)]
+    async fn whoever_announces_hears_that_posting_has_ended_without_success() {
+        let nowhere = std::path::PathBuf::from("/nonexistent/kubeconfig");
+        let cluster = Cluster::new(Some(nowhere), "test", "node-1");
+        let pod = Pod {
+            name: "web".into(),
+            namespace: "shop".into(),
+            uid: "u-1".into(),
+        };
+        let (told, hears) = tokio::sync::oneshot::channel();
+        let ended = move |posted: bool| told.send(posted).unwrap();
+        let started = tokio::time::Instant::now();
+        assert!(cluster.announce(&pod, Severity::Normal, "Told", "news", ended));
+        assert!(!hears.await.unwrap());
+        assert!(started.elapsed() >= WAITS.iter().sum());
     }
 
     #[test]

@@ -339,25 +339,50 @@ impl Known {
     }
 
     /// Tells a pod something of a Secret that it does not know yet: trouble, or none: that the
-    /// trouble is over. It counts as told only when `announce` says that it is.
+    /// trouble is over. It counts as told only when `announce`, which
+    /// gets what the pod was told before, says that it is.
     pub(super) fn tell(
         &self,
         volume_id: &str,
         secret: &str,
         trouble: Option<&str>,
-        announce: impl FnOnce() -> bool,
+        announce: impl FnOnce(Option<String>) -> bool,
     ) {
         let mut state = self.state();
         let Some(mounted) = state.volumes.get_mut(volume_id) else {
             return;
         };
-        if mounted.told.get(secret).map(String::as_str) == trouble || !announce() {
+        let before = mounted.told.get(secret);
+        if before.map(String::as_str) == trouble || !announce(before.cloned()) {
             return;
         }
         match trouble {
             None => mounted.told.remove(secret),
             Some(trouble) => mounted.told.insert(secret.to_owned(), trouble.to_owned()),
         };
+    }
+
+    /// Forgets that a pod has been told something of a Secret, because the event could not be
+    /// posted, so that it is told again when the same is found again. `trouble` is what was to be
+    /// told, and `before` what the pod had been told before.
+    pub(super) fn untold(
+        &self,
+        volume_id: &str,
+        secret: &str,
+        trouble: Option<&str>,
+        before: Option<String>,
+    ) {
+        let mut state = self.state();
+        let Some(mounted) = state.volumes.get_mut(volume_id) else {
+            return;
+        };
+        // Where something else has been told since, that stands.
+        if mounted.told.get(secret).map(String::as_str) == trouble {
+            match before {
+                None => mounted.told.remove(secret),
+                Some(before) => mounted.told.insert(secret.to_owned(), before),
+            };
+        }
     }
 
     /// Waits until nobody else works on a Secret.

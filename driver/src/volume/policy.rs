@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -157,7 +157,58 @@ fn spread(seed: &str) -> f64 {
 
 /// Volumes whose last refresh failed, and how long each is left alone.
 #[derive(Default)]
-pub struct Failing(Mutex<HashMap<String, Failure>>);
+pub struct Failing {
+    failures: Mutex<HashMap<String, Failure>>,
+    told: Told,
+}
+
+/// Since when the refreshes of which volumes fail, as far as this driver has told their pods and
+/// has not told them of the end.
+#[derive(Clone, Default)]
+pub struct Told(Arc<Mutex<HashMap<String, (Timestamp, Word)>>>);
+
+/// What a pod was told last of the refreshes of its volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// That they fail.
+    Failed,
+    /// That they do not fail any more. The event waits to be posted.
+    Complete,
+}
+
+impl Told {
+    fn volumes(&self) -> MutexGuard<'_, HashMap<String, (Timestamp, Word)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns since when the refreshes of a volume fail, if this driver has told its pod so.
+    pub fn since(&self, volume_id: &str) -> Option<Timestamp> {
+        let volumes = self.volumes();
+        let (since, word) = volumes.get(volume_id)?;
+        (*word == Word::Failed).then_some(*since)
+    }
+
+    /// Remembers what a pod is being told of failures that began at `since`.
+    pub fn says(&self, volume_id: &str, since: Timestamp, word: Word) {
+        self.volumes().insert(volume_id.to_owned(), (since, word));
+    }
+
+    /// Posting what [`Told::says`] remembered has ended. What was not posted has not been told.
+    pub fn ended(&self, volume_id: &str, since: Timestamp, word: Word, posted: bool) {
+        let mut volumes = self.volumes();
+        // Where something else has been told since, or the volume is gone, that stands.
+        if volumes.get(volume_id) != Some(&(since, word)) {
+            return;
+        }
+        match (word, posted) {
+            (Word::Failed, true) => {}
+            (Word::Failed, false) | (Word::Complete, true) => drop(volumes.remove(volume_id)),
+            (Word::Complete, false) => {
+                volumes.insert(volume_id.to_owned(), (since, Word::Failed));
+            }
+        }
+    }
+}
 
 struct Failure {
     /// How many refreshes in a row have failed.
@@ -169,24 +220,18 @@ struct Failure {
     /// The newest state of the class that was read while refreshes failed.
     newest: Option<Class>,
     error: Error,
-    /// Whether the pod has been told.
-    is_told: bool,
-}
-
-/// What follows from a refresh that failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Failed {
-    /// How long the volume is left alone.
-    pub wait: Duration,
-    /// Whether this driver has told the pod that its refreshes fail.
-    pub is_told: bool,
 }
 
 impl Failing {
+    /// Returns what pods have been told.
+    pub fn told(&self) -> &Told {
+        &self.told
+    }
+
     /// The error of the last refresh, while its volume is to be left alone with this class.
     /// `class` is none when it cannot be read.
     pub fn waits(&self, volume_id: &str, class: Option<&Class>) -> Option<Error> {
-        let volumes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let volumes = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let failure = volumes.get(volume_id)?;
         let same = match (&failure.class, class) {
             (Some(before), Some(now)) => {
@@ -199,22 +244,21 @@ impl Failing {
         (same && Instant::now() < failure.until).then(|| failure.error.clone())
     }
 
-    /// Remembers that a refresh has failed.
+    /// Remembers that a refresh has failed. Returns how long the volume is left alone.
     pub fn failed(
         &self,
         volume_id: &str,
         class: Option<Class>,
         error: &Error,
         policy: &Policy,
-    ) -> Failed {
-        let mut volumes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    ) -> Duration {
+        let mut volumes = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let before = volumes.get(volume_id);
         let count = before.map_or(0, |failure| failure.count) + 1;
         let newest = newer(
             before.and_then(|failure| failure.newest.clone()),
             class.clone(),
         );
-        let is_told = before.is_some_and(|failure| failure.is_told);
         let jitter = 0.8 + 0.4 * spread(&format!("{volume_id}{count}"));
         let wait = wait(count, error, policy).mul_f64(jitter);
         volumes.insert(
@@ -225,33 +269,30 @@ impl Failing {
                 class,
                 newest,
                 error: error.clone(),
-                is_told,
             },
         );
-        Failed { wait, is_told }
-    }
-
-    /// Remembers that the pod has been told that the refreshes of its volume fail.
-    pub fn told(&self, volume_id: &str) {
-        let mut volumes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(failure) = volumes.get_mut(volume_id) {
-            failure.is_told = true;
-        }
+        wait
     }
 
     /// Returns the newest state of a volume's class that this driver knows: the one that is
     /// mounted, or one with which refreshes have failed since.
     pub fn newest_class(&self, volume_id: &str, mounted: &Class) -> Class {
-        let volumes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let volumes = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = volumes
             .get(volume_id)
             .and_then(|failure| failure.newest.clone());
         newer(Some(mounted.clone()), failed).unwrap_or_else(|| mounted.clone())
     }
 
-    /// A refresh has succeeded, or the volume is gone.
-    pub fn forget(&self, volume_id: &str) {
-        let mut volumes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The volume is gone.
+    pub fn gone(&self, volume_id: &str) {
+        self.succeeded(volume_id);
+        self.told.volumes().remove(volume_id);
+    }
+
+    /// A refresh has succeeded.
+    pub fn succeeded(&self, volume_id: &str) {
+        let mut volumes = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         volumes.remove(volume_id);
     }
 }
@@ -473,5 +514,36 @@ mod tests {
         );
         assert!(failing.waits("csi-1", None).is_none());
         assert!(failing.waits("csi-2", Some(&before)).is_none());
+    }
+
+    #[test]
+    fn what_could_not_be_posted_has_not_been_told() {
+        let (failing, now) = (Failing::default(), Timestamp::now());
+        let told = failing.told();
+        for (word, posted, expected) in [
+            (Word::Failed, true, Some(now)),
+            (Word::Failed, false, None),
+            (Word::Complete, true, None),
+            (Word::Complete, false, Some(now)),
+        ] {
+            told.says("csi-1", now, word);
+            let at_once = (word == Word::Failed).then_some(now);
+            assert_eq!(told.since("csi-1"), at_once, "{word:?}");
+            told.ended("csi-1", now, word, posted);
+            assert_eq!(told.since("csi-1"), expected, "{word:?}, {posted}");
+        }
+        // Failures of before end, while the pod is told of new ones.
+        let later = now + Duration::from_secs(1);
+        for posted in [true, false] {
+            told.says("csi-1", now, Word::Complete);
+            told.says("csi-1", later, Word::Failed);
+            told.ended("csi-1", now, Word::Complete, posted);
+            assert_eq!(told.since("csi-1"), Some(later));
+        }
+        // A volume that is gone is not remembered, whatever is still posted.
+        told.says("csi-1", now, Word::Complete);
+        failing.gone("csi-1");
+        told.ended("csi-1", now, Word::Complete, false);
+        assert!(told.volumes().is_empty());
     }
 }

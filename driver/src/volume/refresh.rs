@@ -9,6 +9,7 @@ use tonic::Code;
 use super::{
     Outcome, PublishRequest, Volumes,
     content::{Stage, commit_content, directory, refit, stage_files, still_there},
+    policy::Word,
     record::{self, Age, Record},
     threads::blocking,
     unless,
@@ -75,8 +76,11 @@ impl Volumes {
         match refreshed {
             Ok(changed) => {
                 counted.succeeded(changed);
-                self.failing.forget(&request.volume_id);
-                if let Some(since) = record.failing_since {
+                self.failing.succeeded(&request.volume_id);
+                // The record knows what an earlier driver has told. Where it could not be written,
+                // this driver knows what it has told itself.
+                let told = self.failing.told().since(&request.volume_id);
+                if let Some(since) = told.or(record.failing_since) {
                     self.fresh_again(request, since).await;
                 }
                 Ok(Outcome::Refreshed { changed })
@@ -226,10 +230,13 @@ impl Volumes {
         let announced = self.cluster.announce(&request.pod, Severity::Normal, "MountRotationComplete", &format!(
             "the volume of SecretProviderClass {} is fresh again; refreshes had failed since {since:.0}",
             request.class
-        ));
+        ), self.when_posted(request, since, Word::Complete));
         if announced {
             return;
         }
+        self.failing
+            .told()
+            .ended(&request.volume_id, since, Word::Complete, false);
         let (records, volume_id) = (self.records.clone(), request.volume_id.clone());
         let remembered = blocking(move || {
             let Some(mut record) = records.get(&volume_id) else {
@@ -243,6 +250,19 @@ impl Volumes {
         }
     }
 
+    /// Notes what the pod is being told of failures that began at `since`. Returns what is to be
+    /// called when posting it has ended.
+    fn when_posted(
+        &self,
+        request: &PublishRequest,
+        since: Timestamp,
+        word: Word,
+    ) -> impl FnOnce(bool) + Send + 'static {
+        let (told, volume_id) = (self.failing.told().clone(), request.volume_id.clone());
+        told.says(&volume_id, since, word);
+        move |posted| told.ended(&volume_id, since, word, posted)
+    }
+
     /// Leaves a volume alone for a while, and says so once to whoever runs its pod.
     async fn refresh_failed(
         &self,
@@ -251,30 +271,39 @@ impl Volumes {
         request: &PublishRequest,
         error: &Error,
     ) {
-        let failed = self
+        let wait = self
             .failing
             .failed(&request.volume_id, class, error, &self.policy);
-        tracing::warn!(%error, again_in_seconds = failed.wait.as_secs(), "the refresh failed; the volume keeps what it holds");
-        // The record knows what an earlier driver has told. Where it cannot be written, this
-        // driver knows what it has told itself.
-        if record.failing_since.is_some() || failed.is_told {
+        tracing::warn!(%error, again_in_seconds = wait.as_secs(), "the refresh failed; the volume keeps what it holds");
+        let told = self.failing.told().since(&request.volume_id);
+        // What an earlier driver has recorded may not have been posted before it ended. So each
+        // driver tells it once: an event more is better than none.
+        let since = told
+            .or(record.failing_since)
+            .unwrap_or_else(|| self.clock.now());
+        if told.is_none() {
+            let announced = self.cluster.announce(&request.pod, Severity::Warning, "MountRotationFailed", &format!(
+                "the volume of SecretProviderClass {} keeps the content of {:.0} because it cannot be refreshed: {error}",
+                request.class, record.last_success
+            ), self.when_posted(request, since, Word::Failed));
+            if !announced {
+                // The next failure is.
+                self.failing
+                    .told()
+                    .ended(&request.volume_id, since, Word::Failed, false);
+                return;
+            }
+        }
+        if record.failing_since.is_some() {
             return;
         }
-        let announced = self.cluster.announce(&request.pod, Severity::Warning, "MountRotationFailed", &format!(
-            "the volume of SecretProviderClass {} keeps the content of {:.0} because it cannot be refreshed: {error}",
-            request.class, record.last_success
-        ));
-        if !announced {
-            // The next failure is.
-            return;
-        }
-        self.failing.told(&request.volume_id);
+        // Where the disk did not take it, the next failure tries again.
         let failing = Record {
-            failing_since: Some(self.clock.now()),
+            failing_since: Some(since),
             ..record
         };
         if let Err(error) = self.write_record(failing).await {
-            tracing::warn!(%error, "after a restart of the driver this failure will be announced again");
+            tracing::warn!(%error, "after a restart of the driver the end of this failure may not be announced");
         }
     }
 }
