@@ -1,7 +1,12 @@
 //! Volumes in every state that they can be in, while everything that they need fails in every way
 //! that it can: what kubelet is told, what is left, and what a container still reads.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test"
+)]
 
 mod classes;
 mod content;
