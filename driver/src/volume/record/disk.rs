@@ -286,12 +286,13 @@ fn filed(record: &Record) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Removes a file or whatever lies in its place, never through a link. Nothing there is success.
+/// Takes the lock under which records change.
 fn held(changing: &Mutex<()>) -> MutexGuard<'_, ()> {
     // Whoever panicked while holding it left whole files.
     changing.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Removes a file or whatever lies in its place, never through a link. Nothing there is success.
 fn clear_away(path: &Path) -> io::Result<()> {
     let removed = match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
