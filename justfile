@@ -8,7 +8,7 @@ default:
 # Run the main job on an embedded cluster: a pod's secrets, mounted, shown and taken down.
 [group('start here')]
 demo:
-    cargo run -p e2e
+    cargo run --bin e2e
 
 # Run all tests: the driver's, the provider's, and every scenario on the embedded cluster.
 [group('start here')]
@@ -47,7 +47,7 @@ containers:
 # Measure memory, size, requests and latency of the release binary; fail when over budget.
 [group('before a pull request')]
 budget:
-    cargo run --release -p e2e -- budget
+    cargo run --release --bin e2e -- budget
 
 # Write what is generated in deploy/ anew: the CRDs, the lean manifest, the chart's tables.
 [group('before a pull request')]

@@ -29,7 +29,7 @@ use kube::{
     core::Status,
 };
 use sha2::{Digest as _, Sha256};
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore};
 use tokio_util::task::TaskTracker;
 use tonic::Code;
 
@@ -43,6 +43,10 @@ use resources::{SecretObject, SecretObjectData, SecretProviderClass};
 /// How long one request may take. Short against kubelet's two minutes, so that a publish can
 /// say what hung.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How many requests run at a time of those that no tenant can make slow. Each has a connection,
+/// which is kept for the next one and takes some 70 KB.
+const MOST_REQUESTS: usize = 8;
 
 /// Annotations that start like this are addressed to this driver.
 const OUR_ANNOTATIONS: &str = "secrets-store.csi.k8s.io/";
@@ -68,6 +72,8 @@ pub struct Cluster {
     client: Arc<OnceCell<Client>>,
     events: Arc<Events>,
     away: Arc<AtomicBool>,
+    /// Requests that are answered soon if any is, as many at a time as connections are worth keeping.
+    requests: Arc<Semaphore>,
     /// Secrets that are being made anew, which is finished whoever stops waiting for it.
     replacing: TaskTracker,
 }
@@ -117,6 +123,7 @@ impl Cluster {
             client: Arc::default(),
             events: Arc::default(),
             away: Arc::default(),
+            requests: Arc::new(Semaphore::new(MOST_REQUESTS)),
             replacing: TaskTracker::new(),
         }
     }
@@ -254,19 +261,33 @@ impl Cluster {
     }
 
     /// Runs a request that only reads, as [`limited`] does, and notes whether it was answered.
-    async fn read<T>(&self, request: impl Future<Output = kube::Result<T>>) -> Result<T, Failure> {
-        let answer = limited(request).await;
-        let away = matches!(
-            answer,
-            Err(Failure::NoAnswer(_)
-                | Failure::Refused {
-                    // Too many requests, and what stands before an API server that is not there.
-                    code: 429 | 502..=504,
-                    ..
-                })
-        );
-        self.away.store(away, Ordering::Relaxed);
-        answer
+    fn read<'a, T: 'a>(&'a self, request: impl Request<T> + 'a) -> impl Answer<T> + 'a {
+        let answer = self.in_turn(request);
+        async move {
+            let answer = answer.await;
+            let away = matches!(
+                answer,
+                Err(Failure::NoAnswer(_)
+                    | Failure::Refused {
+                        // Too many requests, and what stands before an API server that is not there.
+                        code: 429 | 502..=504,
+                        ..
+                    })
+            );
+            self.away.store(away, Ordering::Relaxed);
+            answer
+        }
+    }
+
+    /// Runs a request as [`limited`] does, its wait for others included. It is not for what a
+    /// tenant's webhook decides on, which may take long.
+    fn in_turn<'a, T: 'a>(&'a self, request: impl Request<T> + 'a) -> impl Answer<T> + 'a {
+        let request = Box::pin(request);
+        limited(async move {
+            // Nobody closes it; without a permit there would be one request more.
+            let _turn = self.requests.acquire().await;
+            request.await
+        })
     }
 
     async fn connect(&self) -> Result<Client> {
@@ -420,23 +441,33 @@ impl Failure {
     }
 }
 
+trait Request<T>: Future<Output = kube::Result<T>> + Send {}
+impl<T, F: Future<Output = kube::Result<T>> + Send> Request<T> for F {}
+
+trait Answer<T>: Future<Output = Result<T, Failure>> + Send {}
+impl<T, F: Future<Output = Result<T, Failure>> + Send> Answer<T> for F {}
+
 /// Runs a request within [`REQUEST_TIMEOUT`]. No error carries a response's body.
-async fn limited<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, Failure> {
-    match tokio::time::timeout(REQUEST_TIMEOUT, request).await {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(kube::Error::Api(status))) => Err(Failure::Refused {
-            code: status.code,
-            namespace_ends: is_about_an_ending_namespace(&status),
-            object: status.details.map(|about| about.name).unwrap_or_default(),
-            reason: status.reason,
-            message: status.message,
-        }),
-        Ok(Err(kube::Error::SerdeError(_))) => Err(Failure::NotUnderstood),
-        Ok(Err(error)) => Err(Failure::NoAnswer(innermost(&error))),
-        Err(_) => Err(Failure::NoAnswer(format!(
-            "no answer within {} seconds",
-            REQUEST_TIMEOUT.as_secs()
-        ))),
+fn limited<'a, T: 'a>(request: impl Request<T> + 'a) -> impl Answer<T> + 'a {
+    // The library's futures take kilobytes, and whoever awaits one would take as much all along.
+    let request = Box::pin(request);
+    async move {
+        match tokio::time::timeout(REQUEST_TIMEOUT, request).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(kube::Error::Api(status))) => Err(Failure::Refused {
+                code: status.code,
+                namespace_ends: is_about_an_ending_namespace(&status),
+                object: status.details.map(|about| about.name).unwrap_or_default(),
+                reason: status.reason,
+                message: status.message,
+            }),
+            Ok(Err(kube::Error::SerdeError(_))) => Err(Failure::NotUnderstood),
+            Ok(Err(error)) => Err(Failure::NoAnswer(innermost(&error))),
+            Err(_) => Err(Failure::NoAnswer(format!(
+                "no answer within {} seconds",
+                REQUEST_TIMEOUT.as_secs()
+            ))),
+        }
     }
 }
 

@@ -8,13 +8,18 @@ pub(crate) mod alone;
 mod table;
 
 use std::{
+    collections::HashMap,
     fs, io,
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::fs::DirBuilderExt as _,
     },
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -94,11 +99,34 @@ impl Here {
             mount,
         }))
     }
+}
 
-    /// The line of this mount in a table.
-    fn entry<'a>(&self, table: &'a [Entry]) -> io::Result<&'a Entry> {
-        let entry = table.iter().find(|entry| entry.id == self.mount);
-        entry.ok_or_else(|| io::Error::other("the mount has gone meanwhile"))
+/// A directory of a file system.
+///
+/// The table of mounts says more, but to read it takes the kernel as long as there are mounts on
+/// the node: milliseconds for some hundreds. So it is read where one is seen for the first time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    /// What the kernel drew at random when it made the file system (Linux 5.13 and later), since
+    /// it gives the number of a device to another as soon as it is free. Nought: it draws none.
+    drawn: u64,
+}
+
+impl Here {
+    /// The line of this mount in the table of mounts.
+    fn entry(&self) -> io::Result<Entry> {
+        table::of(self.mount)?.ok_or_else(|| io::Error::other("the mount has gone meanwhile"))
+    }
+
+    fn identity(&self) -> io::Result<Identity> {
+        let is = fstat(&self.file)?;
+        Ok(Identity {
+            device: is.st_dev,
+            inode: is.st_ino,
+            drawn: fstatvfs(&self.file)?.filesystem_id(),
+        })
     }
 }
 
@@ -110,33 +138,36 @@ impl Here {
 #[derive(Debug)]
 pub struct Held {
     target: PathBuf,
-    entry: Entry,
+    identity: Identity,
     /// Opened without being used.
     file: OwnedFd,
 }
 
 impl Held {
-    /// Holds what is mounted at a target.
+    /// Holds what is mounted at a target. `known` is what was found to be a volume there before,
+    /// and is not examined again.
     ///
     /// # Errors
     /// When nothing is mounted there, or something that is neither this driver's nor an earlier
     /// driver's volume.
-    pub fn at(target: &Path) -> io::Result<Self> {
+    fn at(target: &Path, known: Option<Identity>) -> io::Result<Self> {
         let here = match Here::look(target)? {
             Some(here) if here.is_mounted => here,
             _ => return Err(io::Error::other("nothing is mounted there any more")),
         };
-        let table = table::all()?;
-        let entry = here.entry(&table)?;
-        if !entry.is_own(target) && !entry.is_of_an_earlier_driver(target, &table) {
-            return Err(io::Error::other(format!(
-                "what is mounted there is not a volume of this driver but {} {:?}; nothing is written into it: unmount it",
-                entry.kind, entry.source
-            )));
+        let identity = here.identity()?;
+        if identity.drawn == 0 || known != Some(identity) {
+            let entry = here.entry()?;
+            if !entry.is_own(target) && !entry.is_of_an_earlier_driver(target, &table::all()?) {
+                return Err(io::Error::other(format!(
+                    "what is mounted there is not a volume of this driver but {} {:?}; nothing is written into it: unmount it",
+                    entry.kind, entry.source
+                )));
+            }
         }
         Ok(Self {
             target: target.to_owned(),
-            entry: entry.clone(),
+            identity,
             file: here.file,
         })
     }
@@ -191,11 +222,10 @@ impl Held {
             Some(here) if here.is_mounted => here,
             _ => return Ok(Err(Instead::Nothing)),
         };
-        let table = table::all()?;
-        if !here.entry(&table)?.is_same(&self.entry) {
-            let is_below = table
+        if here.identity()? != self.identity {
+            let is_below = table::all()?
                 .iter()
-                .any(|entry| entry.point == self.target && entry.is_same(&self.entry));
+                .any(|entry| entry.point == self.target && entry.is_whole(self.identity.device));
             return Ok(Err(match is_below {
                 true => Instead::Over,
                 false => Instead::Other,
@@ -239,7 +269,7 @@ pub fn detach(target: &Path) -> io::Result<Detached> {
         Some(here) if here.is_mounted => here,
         _ => return Ok(Detached::Nothing),
     };
-    let own = match here.entry(&table::all()?)?.is_own(target) {
+    let own = match here.entry()?.is_own(target) {
         true => Detached::Own(openat(
             &here.file,
             ".",
@@ -257,6 +287,17 @@ pub fn detach(target: &Path) -> io::Result<Detached> {
 /// # Errors
 /// What the system says.
 pub fn detach_below(target: &Path) -> io::Result<()> {
+    // What is mounted below has a name in it.
+    let is_empty = match fs::read_dir(target) {
+        Ok(mut names) => names.next().is_none(),
+        Err(error) => matches!(
+            error.kind(),
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+        ),
+    };
+    if is_empty {
+        return Ok(());
+    }
     for entry in table::all()?.into_iter().rev() {
         if entry.point == target || !entry.point.starts_with(target) {
             continue;
@@ -321,7 +362,14 @@ pub struct Tmpfs {
     noswap: AtomicBool,
     /// Whether kubelet sees these mounts only if they spread out of the driver's container.
     in_a_pod: bool,
+    /// The mount in which targets were last seen to be shared, and when.
+    shared: Mutex<Option<(u64, Instant)>>,
+    /// What was found to be a volume at its target.
+    known: Mutex<HashMap<PathBuf, Identity>>,
 }
+
+/// How long a mount in which targets lie counts as shared before the kernel is asked again.
+const SHARED_FOR: Duration = Duration::from_secs(30);
 
 impl Tmpfs {
     /// Derives the bounds of a volume from what a provider may send in one answer.
@@ -339,6 +387,8 @@ impl Tmpfs {
             max_inodes: 6 * max_files,
             noswap: AtomicBool::new(true),
             in_a_pod: false,
+            shared: Mutex::default(),
+            known: Mutex::default(),
         }
     }
 
@@ -361,16 +411,51 @@ impl Tmpfs {
         }
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let id = table::id_of(open(directory, flags, Mode::empty())?.as_fd())?;
-        let mut holder = table::all()?.into_iter().filter(|entry| entry.id == id);
-        Ok(holder.find(|entry| !entry.shared).map(|entry| entry.point))
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if shared.is_some_and(|(of, seen)| of == id && seen.elapsed() < SHARED_FOR) {
+            return Ok(None);
+        }
+        let holder = table::of(id)?.filter(|entry| !entry.shared);
+        let unseen = holder.map(|entry| entry.point);
+        *shared = unseen.is_none().then(|| (id, Instant::now()));
+        Ok(unseen)
     }
 
-    /// Mounts an empty tmpfs on an existing directory. Root mode 0755; no set-user-ID, no
-    /// devices, no execution, and no swap where the kernel can promise that.
+    fn known(&self) -> MutexGuard<'_, HashMap<PathBuf, Identity>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets the volume at a target, which is gone.
+    pub fn forget(&self, target: &Path) {
+        self.known().remove(target);
+    }
+
+    /// Mounts an empty tmpfs on an existing directory, and returns it. Root mode 0755; no
+    /// set-user-ID, no devices, no execution, and no swap where the kernel can promise that.
     ///
     /// # Errors
-    /// What mount(2) says.
-    pub fn mount(&self, target: &Path) -> io::Result<()> {
+    /// What mount(2) says, and when something else lies there by then.
+    pub fn mount(&self, target: &Path) -> io::Result<Held> {
+        self.attach(target)?;
+        let here = Here::look(target)?.filter(|here| here.is_mounted);
+        // A tmpfs of these bounds that holds nothing is what was just mounted.
+        let identity = match &here {
+            Some(here) if self.is_new(&here.file)? => Some(here.identity()?),
+            _ => None,
+        };
+        let held = Held::at(target, identity)?;
+        self.known().insert(target.to_owned(), held.identity);
+        Ok(held)
+    }
+
+    fn is_new(&self, root: &OwnedFd) -> io::Result<bool> {
+        let is = fstatvfs(root)?;
+        Ok(fstatfs(root)?.filesystem_type() == TMPFS_MAGIC
+            && (is.blocks(), is.files()) == (self.blocks(&is), self.max_inodes)
+            && (is.blocks_free(), is.files_free()) == (is.blocks(), is.files() - 1))
+    }
+
+    fn attach(&self, target: &Path) -> io::Result<()> {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         let source = table::source_of(target);
         let attempt = |options: &str| {
@@ -395,9 +480,12 @@ impl Tmpfs {
     /// not made smaller than what is there. Returns the volume.
     ///
     /// # Errors
-    /// As [`Held::at`].
+    /// When nothing is mounted there, or something that is neither this driver's nor an earlier
+    /// driver's volume.
     pub fn refit(&self, target: &Path) -> io::Result<Held> {
-        let held = Held::at(target)?;
+        let known = self.known().get(target).copied();
+        let held = Held::at(target, known)?;
+        self.known().insert(target.to_owned(), held.identity);
         let is = fstatvfs(&held.file)?;
         let options = self.other_bounds(&is).join(",");
         if options.is_empty() {
@@ -569,9 +657,10 @@ mod tests {
         for number in 0..kinds.len().pow(3) {
             let row = [number % 4, number / 4 % 4, number / 16].map(|kind| kinds[kind]);
             let (root, target) = target();
-            Tmpfs::bounded_by(1).mount(&target).unwrap();
+            let volumes = Tmpfs::bounded_by(1);
+            volumes.mount(&target).unwrap();
             fs::write(target.join("mark"), "x").unwrap();
-            let held = Held::at(&target).unwrap();
+            let held = Held::at(&target, None).unwrap();
             // What lies at the target, the topmost last; true is the volume.
             let mut stack = vec![true];
             for kind in row {
@@ -581,7 +670,7 @@ mod tests {
                         let tmpfs = Some("tmpfs");
                         mount(tmpfs, &target, tmpfs, MsFlags::empty(), None::<&str>).unwrap();
                     }
-                    "own again" => Tmpfs::bounded_by(1).mount(&target).unwrap(),
+                    "own again" => drop(Tmpfs::bounded_by(1).mount(&target).unwrap()),
                     _ => {
                         let off = umount2(&target, MntFlags::MNT_DETACH);
                         assert_eq!(off.is_ok(), stack.pop().is_some(), "{row:?}");
@@ -590,6 +679,9 @@ mod tests {
                 }
                 stack.push(false);
             }
+            // What is remembered of a volume says nothing of what lies there now.
+            let is_volume = Held::at(&target, None).is_ok();
+            assert_eq!(volumes.refit(&target).is_ok(), is_volume, "{row:?}");
             let is_there = stack.last() == Some(&true);
             assert_eq!(held.check().is_ok(), is_there, "{row:?}");
             let open = held.open_if_there().unwrap();
@@ -612,7 +704,6 @@ mod tests {
         }
         let (root, target) = target();
         let parent = target.parent().unwrap();
-        let tmpfs = Tmpfs::bounded_by(1).in_a_pod(true);
         let pods = root.path().join("pods");
         bind(&pods, &pods);
         for (flags, unseen) in [
@@ -623,9 +714,11 @@ mod tests {
             (MsFlags::MS_SHARED, None),
         ] {
             mount(None::<&str>, &pods, None::<&str>, flags, None::<&str>).unwrap();
+            let tmpfs = Tmpfs::bounded_by(1).in_a_pod(true);
             assert_eq!(tmpfs.unseen(parent).unwrap(), unseen, "{flags:?}");
             assert_eq!(Tmpfs::bounded_by(1).unseen(parent).unwrap(), None);
         }
+        let tmpfs = Tmpfs::bounded_by(1).in_a_pod(true);
         let gone = tmpfs.unseen(&parent.join("gone")).unwrap_err();
         assert_eq!(gone.kind(), io::ErrorKind::NotFound);
     }

@@ -279,7 +279,7 @@ impl Volumes {
             false => (None, refit(request, &self.tmpfs).await?),
         };
         let ask = self.ask_provider(request, &class, &[], Urgency::FirstMount);
-        let reply = unless(cancelled, ask).await?;
+        let reply = unless(cancelled, Box::pin(ask)).await?;
         let so_far = earlier
             .filter(|_| !needs_mount)
             .map(|earlier| earlier.content);
@@ -383,7 +383,7 @@ impl Volumes {
         self.failing.gone(volume_id);
         self.sync.forget(volume_id);
         self.metrics.volume_gone(volume_id);
-        let memory = Arc::clone(&self.memory);
+        let (memory, tmpfs) = (Arc::clone(&self.memory), Arc::clone(&self.tmpfs));
         let records = self.records.clone();
         let (volume_id, path) = (volume_id.to_owned(), target.as_path().to_owned());
         blocking(move || {
@@ -392,6 +392,7 @@ impl Volumes {
             let taken_down = take_down(&path);
             memory.changed(&path);
             taken_down?;
+            tmpfs.forget(&path);
             if let Err(error) = removed {
                 tracing::warn!(%error, "the volume is gone; its record could not be removed and stays until the driver starts again");
             }
@@ -457,8 +458,7 @@ impl Volumes {
                 return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room));
             }
             mount::make_target(&target)?;
-            tmpfs.mount(&target)?;
-            Ok((undo, Arc::new(Held::at(&target)?)))
+            Ok((undo, Arc::new(tmpfs.mount(&target)?)))
         })
         .await
         .map_err(|error| match error.kind() {

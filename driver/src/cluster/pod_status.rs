@@ -13,7 +13,7 @@ use kube::{
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    Cluster, Failure, limited,
+    Cluster, Failure,
     resources::{ObjectVersion, PodStatus, SecretProviderClassPodStatus},
 };
 use crate::{
@@ -128,7 +128,10 @@ impl Cluster {
         let api = self.pod_statuses(mounted.pod).await?;
         for _ in 0..ATTEMPTS {
             let wanted = mounted.object(&name);
-            match limited(api.create(&PostParams::default(), &wanted)).await {
+            match self
+                .in_turn(api.create(&PostParams::default(), &wanted))
+                .await
+            {
                 Ok(created) => return Ok(Written::of(name, created.metadata)),
                 Err(Failure::Refused { code: 409, .. }) => {}
                 Err(failure) => return Err(failure.into_error()),
@@ -158,7 +161,10 @@ impl Cluster {
             let Some(update) = wanted.over(existing) else {
                 return Ok(Written::of(name, found));
             };
-            match limited(api.replace(&name, &PostParams::default(), &update)).await {
+            match self
+                .in_turn(api.replace(&name, &PostParams::default(), &update))
+                .await
+            {
                 Ok(replaced) => return Ok(Written::of(name, replaced.metadata)),
                 Err(Failure::Refused {
                     code: 404 | 409, ..
@@ -198,7 +204,7 @@ impl Cluster {
             }),
             ..DeleteParams::default()
         };
-        match limited(api.delete(name, &only_this)).await {
+        match self.in_turn(api.delete(name, &only_this)).await {
             Ok(_)
             | Err(Failure::Refused {
                 code: 404 | 409, ..

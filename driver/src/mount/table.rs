@@ -11,14 +11,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::sys::stat::makedev;
 use sha2::{Digest as _, Sha256};
 
 /// One mount, as this process sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) id: u64,
-    /// Major and minor number: the same for all mounts of one file system.
-    device: String,
+    /// The same for all mounts of one file system.
+    device: u64,
     /// Which directory of its file system is mounted. `/` unless it is a bind mount of another.
     root: String,
     /// Where it is mounted.
@@ -37,9 +38,9 @@ impl Entry {
         self.kind == "tmpfs" && self.root == "/" && self.source == source_of(target)
     }
 
-    /// Whether this is the same directory of the same file system as another.
-    pub(super) fn is_same(&self, other: &Self) -> bool {
-        self.device == other.device && self.root == other.root
+    /// Whether this is the whole file system of a device.
+    pub(super) fn is_whole(&self, device: u64) -> bool {
+        self.device == device && self.root == "/"
     }
 
     /// Whether this may be the tmpfs of a driver that did not name its mounts. It is not if the same
@@ -65,13 +66,39 @@ pub(super) fn source_of(target: &Path) -> String {
 
 /// Returns all mounts, each after those that it lies upon.
 pub(super) fn all() -> io::Result<Vec<Entry>> {
-    let table = BufReader::new(fs::File::open("/proc/self/mountinfo")?);
     let mut entries = Vec::new();
-    for line in table.split(b'\n') {
+    each(|line| {
         // Whoever misses the line of another form says so.
-        entries.extend(parse(&line?));
-    }
+        entries.extend(parse(line));
+        true
+    })?;
     Ok(entries)
+}
+
+/// Returns the mount of an ID.
+pub(super) fn of(id: u64) -> io::Result<Option<Entry>> {
+    let prefix = format!("{id} ");
+    let mut found = None;
+    each(|line| {
+        if line.starts_with(prefix.as_bytes()) {
+            found = parse(line);
+        }
+        found.is_none()
+    })?;
+    Ok(found)
+}
+
+/// Shows all lines, until `go_on` says that it has seen enough.
+fn each(mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
+    let mut table = BufReader::new(fs::File::open("/proc/self/mountinfo")?);
+    let mut line = Vec::new();
+    while table.read_until(b'\n', &mut line)? > 0 {
+        if !go_on(line.strip_suffix(b"\n").unwrap_or(&line)) {
+            break;
+        }
+        line.clear();
+    }
+    Ok(())
 }
 
 /// Returns the ID of the mount that an open file is on.
@@ -90,6 +117,8 @@ fn parse(line: &[u8]) -> Option<Entry> {
     let id = text()?.parse().ok()?;
     let _parent = text()?;
     let (device, root) = (text()?, text()?);
+    let (major, minor) = device.split_once(':')?;
+    let device = makedev(major.parse().ok()?, minor.parse().ok()?);
     let point = PathBuf::from(OsString::from_vec(unescaped(fields.next()?)));
     let _options = fields.next()?;
     let mut shared = false;

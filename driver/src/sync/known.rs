@@ -99,7 +99,7 @@ impl Look {
 
 #[derive(Default)]
 struct State {
-    volumes: HashMap<String, Mounted>,
+    volumes: HashMap<String, Box<Mounted>>,
     classes: BTreeMap<ClassKey, KnownClass>,
     secrets: BTreeMap<SecretKey, Look>,
     /// Those of the Secrets that have other content, of a higher order, than any volume here.
@@ -128,12 +128,14 @@ impl Known {
         let mut state = self.state();
         let key = (volume.pod.namespace.clone(), class.identity.name.clone());
         let known = state.volumes.entry(volume.id.clone());
-        let known = known.or_insert_with(|| Mounted {
-            volume: volume.clone(),
-            class: class.identity.name.clone(),
-            holder: None,
-            told: BTreeMap::new(),
-            status: Look::after(wait(0, every * STATUS_INTERVALS)),
+        let known = known.or_insert_with(|| {
+            Box::new(Mounted {
+                volume: volume.clone(),
+                class: class.identity.name.clone(),
+                holder: None,
+                told: BTreeMap::new(),
+                status: Look::after(wait(0, every * STATUS_INTERVALS)),
+            })
         });
         if known.volume != *volume || known.class != class.identity.name {
             let before = known.class_key();
@@ -173,13 +175,13 @@ impl Known {
         }
         state.volumes.insert(
             volume.id.clone(),
-            Mounted {
+            Box::new(Mounted {
                 volume,
                 class: name,
                 holder: None,
                 told: BTreeMap::new(),
                 status: Look::after(every.mul_f64(rand::rng().random_range(0.0..1.0))),
-            },
+            }),
         );
     }
 
@@ -197,7 +199,7 @@ impl Known {
         state.forget_class_without_volumes(&key);
         if let Some(class) = class.filter(|class| !class.secret_objects.is_empty()) {
             let due = Instant::now() + LEAVES_WITHIN;
-            state.left.push((due, Box::new(mounted), class));
+            state.left.push((due, mounted, class));
         }
         drop(state);
         self.turns
@@ -329,7 +331,7 @@ impl Known {
             .volumes
             .values()
             .filter(|mounted| mounted.class == class && mounted.volume.pod.namespace == namespace);
-        of_class.cloned().collect()
+        of_class.map(|mounted| (**mounted).clone()).collect()
     }
 
     pub(super) fn set_holder(&self, volume_id: &str, holder: Holder) {
@@ -442,7 +444,7 @@ impl Known {
 }
 
 impl State {
-    fn forget(&mut self, volume_id: &str) -> Option<Mounted> {
+    fn forget(&mut self, volume_id: &str) -> Option<Box<Mounted>> {
         self.volumes.remove(volume_id)
     }
 

@@ -378,7 +378,7 @@ mod tests {
         });
         let kept = root.join("kept");
         match layer {
-            "own" => Tmpfs::bounded_by(1).mount(target).unwrap(),
+            "own" => drop(Tmpfs::bounded_by(1).mount(target).unwrap()),
             "own with content" => {
                 Tmpfs::bounded_by(1).mount(target).unwrap();
                 fs::create_dir(target.join("..2026")).unwrap();
