@@ -152,9 +152,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         max_message_bytes: config.max_call_recv_msg_size,
     };
     let cluster = Cluster::new(config.kubeconfig.clone(), BUILD_VERSION, &config.node_id);
+    let tmpfs = Arc::new(
+        Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)
+            .in_a_pod(std::env::var_os(IN_A_POD).is_some()),
+    );
     let sync = Arc::new(Sync::new(
         cluster.clone(),
         records.clone(),
+        Arc::clone(&tmpfs),
         metrics.clone(),
         config.sync_errors_fail,
         config.sync_interval,
@@ -166,10 +171,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         records,
         cluster,
         providers: Providers::new(config.provider_dirs(), limits, metrics.clone()),
-        tmpfs: Arc::new(
-            Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)
-                .in_a_pod(std::env::var_os(IN_A_POD).is_some()),
-        ),
+        tmpfs,
         memory: Arc::clone(&memory),
         busy: Busy::default(),
         policy: Policy {

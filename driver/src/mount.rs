@@ -151,25 +151,33 @@ impl Held {
     /// When nothing is mounted there, or something that is neither this driver's nor an earlier
     /// driver's volume.
     fn at(target: &Path, known: Option<Identity>) -> io::Result<Self> {
+        Self::look(target, known)?.map_err(|instead| match instead {
+            None => io::Error::other("nothing is mounted there any more"),
+            Some(entry) => io::Error::other(format!(
+                "what is mounted there is not a volume of this driver but {} {:?}; nothing is written into it: unmount it",
+                entry.kind, entry.source
+            )),
+        })
+    }
+
+    /// Returns the volume at a target, or what is mounted there in its place.
+    fn look(target: &Path, known: Option<Identity>) -> io::Result<Result<Self, Option<Entry>>> {
         let here = match Here::look(target)? {
             Some(here) if here.is_mounted => here,
-            _ => return Err(io::Error::other("nothing is mounted there any more")),
+            _ => return Ok(Err(None)),
         };
         let identity = here.identity()?;
         if identity.drawn == 0 || known != Some(identity) {
             let entry = here.entry()?;
             if !entry.is_own(target) && !entry.is_of_an_earlier_driver(target, &table::all()?) {
-                return Err(io::Error::other(format!(
-                    "what is mounted there is not a volume of this driver but {} {:?}; nothing is written into it: unmount it",
-                    entry.kind, entry.source
-                )));
+                return Ok(Err(Some(entry)));
             }
         }
-        Ok(Self {
+        Ok(Ok(Self {
             target: target.to_owned(),
             identity,
             file: here.file,
-        })
+        }))
     }
 
     /// Opens the volume's root, if it is still what is mounted at the target. What is opened stays
@@ -508,6 +516,26 @@ impl Tmpfs {
             }
         }
         Ok(held)
+    }
+
+    /// Returns the volume at a target, unchanged. None where nothing is mounted, or what is no
+    /// volume of this driver or an earlier one: a volume that something covers has no readers.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn volume(&self, target: &Path) -> io::Result<Option<Held>> {
+        let known = self.known().get(target).copied();
+        match Held::look(target, known)? {
+            Ok(held) => {
+                self.known().insert(target.to_owned(), held.identity);
+                Ok(Some(held))
+            }
+            Err(None) => Ok(None),
+            Err(Some(instead)) => {
+                tracing::debug!(target_path = %target.display(), kind = instead.kind, source = instead.source, "what is mounted there is no volume of this driver, and is not read");
+                Ok(None)
+            }
+        }
     }
 
     /// Whether a volume has at least the bounds of today.

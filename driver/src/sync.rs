@@ -34,6 +34,7 @@ use crate::{
     },
     error::{Error, Result},
     metrics::Metrics,
+    mount::Tmpfs,
     volume::record::{Pod, Record, Records},
 };
 use content::Stamp;
@@ -168,6 +169,7 @@ impl fmt::Display for Problem {
 pub struct Sync {
     cluster: Cluster,
     records: Records,
+    tmpfs: Arc<Tmpfs>,
     metrics: Metrics,
     /// Whether a Secret that cannot be kept fails the publish.
     fail: bool,
@@ -188,10 +190,11 @@ enum How {
 
 impl Sync {
     /// Looks at each Secret about every `interval`. With `fail`, a Secret that cannot be kept
-    /// fails the publish.
+    /// fails the publish. `tmpfs` knows what is a volume.
     pub fn new(
         cluster: Cluster,
         records: Records,
+        tmpfs: Arc<Tmpfs>,
         metrics: Metrics,
         fail: bool,
         interval: Duration,
@@ -199,6 +202,7 @@ impl Sync {
         Self {
             cluster,
             records,
+            tmpfs,
             metrics,
             fail,
             interval,

@@ -25,6 +25,7 @@ use axum::{
 use driver::{
     cluster::{Class, Cluster, events::Severity},
     metrics::Metrics,
+    mount::Tmpfs,
     sync::Sync,
     volume::record::{Pod, Record},
 };
@@ -237,7 +238,15 @@ fn volume(dir: &Path, namespace: &str) -> Record {
 
 fn sync(dir: &Path, cluster: &Cluster) -> Arc<Sync> {
     let (cluster, records) = (cluster.clone(), volumes::records(dir));
-    Arc::new(Sync::new(cluster, records, Metrics::new(), false, EVERY))
+    let tmpfs = Arc::new(Tmpfs::bounded_by(1));
+    Arc::new(Sync::new(
+        cluster,
+        records,
+        tmpfs,
+        Metrics::new(),
+        false,
+        EVERY,
+    ))
 }
 
 fn run(sync: &Arc<Sync>) -> CancellationToken {

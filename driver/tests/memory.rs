@@ -9,6 +9,7 @@ use std::{
     os::unix::net::UnixStream,
     path::Path,
     process::{Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -19,6 +20,7 @@ use axum::{
 use driver::{
     cluster::Cluster,
     metrics::Metrics,
+    mount::Tmpfs,
     sync::Sync,
     volume::record::{self, Content, Object, Pod, Record, Records},
 };
@@ -177,7 +179,8 @@ fn sixty_large_classes(#[case] large: &'static str) {
         let cluster = cluster(dir.path(), large).await;
         let hour = Duration::from_secs(3600);
         let records = Records::open(dir.path().join("records")).unwrap();
-        let sync = Sync::new(cluster.clone(), records, Metrics::new(), false, hour);
+        let tmpfs = Arc::new(Tmpfs::bounded_by(1));
+        let sync = Sync::new(cluster.clone(), records, tmpfs, Metrics::new(), false, hour);
         for number in 0..FIRST {
             mount(&sync, &cluster, number).await;
         }

@@ -53,8 +53,8 @@ pub struct Snapshot {
     pub version: Version,
 }
 
-/// Reads the files of a volume whose path `wanted` says yes to, as long as they have no more than
-/// `most_bytes` together.
+/// Reads the files of a volume, whose root is open, whose path `wanted` says yes to, as long as they
+/// have no more than `most_bytes` together.
 ///
 /// All of them are of one moment: if the content is replaced or a file goes meanwhile, the volume is
 /// read again. Only what is no regular file is left out.
@@ -63,13 +63,12 @@ pub struct Snapshot {
 /// What the system says. NotFound also when the content was replaced each time that it was read;
 /// trying again helps.
 pub fn snapshot(
-    volume: &Path,
+    root: &OwnedFd,
     most_bytes: u64,
     wanted: impl Fn(&str) -> bool,
 ) -> io::Result<Snapshot> {
-    let root = open_root(volume)?;
     for _ in 0..ATTEMPTS {
-        match read(&root, most_bytes, &wanted) {
+        match read(root, most_bytes, &wanted) {
             Ok(snapshot) => return Ok(snapshot),
             Err(Unread::Changed) => {}
             Err(Unread::Failed(error)) => return Err(error),
@@ -253,6 +252,14 @@ mod tests {
         os::unix::fs::symlink,
         sync::atomic::{AtomicBool, Ordering},
     };
+
+    fn snapshot(
+        volume: &Path,
+        most_bytes: u64,
+        wanted: impl Fn(&str) -> bool,
+    ) -> io::Result<Snapshot> {
+        super::snapshot(&open_root(volume)?, most_bytes, wanted)
+    }
 
     fn texts(snapshot: &Snapshot) -> BTreeMap<&str, String> {
         let text = |s: &Secret| String::from_utf8(s.expose().to_vec()).unwrap();

@@ -220,8 +220,15 @@ pub fn remove(root: &OwnedFd, former: &Former) -> io::Result<()> {
 /// # Errors
 /// When the volume cannot be examined.
 pub fn is_complete(volume: &Path) -> io::Result<bool> {
-    let root = open_root(volume)?;
-    match current(&root)? {
+    holds_committed(&open_root(volume)?)
+}
+
+/// As [`is_complete`], of a volume whose root is open.
+///
+/// # Errors
+/// As [`is_complete`].
+pub fn holds_committed(root: &OwnedFd) -> io::Result<bool> {
+    match current(root)? {
         None => Ok(false),
         Some(name) => Ok(open_directory(root.as_fd(), name.as_str()).is_ok()),
     }

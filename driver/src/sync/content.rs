@@ -4,25 +4,22 @@
 //!
 //! - it is recorded, so that its publish has come to its end, or is the one that is at its last
 //!   step just now and says so itself; and the record is that of this pod at this place;
-//! - a tmpfs is mounted at its target;
+//! - what is mounted at its target is a volume of this driver or an earlier one, and not something
+//!   that another program has mounted there or over it;
 //! - the content is complete: `..data` leads to a directory, or there are the files that a
 //!   provider has written itself.
 //!
 //! A directory on which nothing is mounted, as after a reboot of the node, and a tmpfs that is
 //! being filled hold nothing. That is no trouble of anybody's, and nothing is said about it.
 
-use std::{
-    collections::BTreeMap,
-    io,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, io, os::fd::OwnedFd};
 
 use jiff::Timestamp;
 
 use super::Volume;
 use crate::{
     files::{read, swap},
-    mount::{self, State},
+    mount::{self, Tmpfs},
     volume::record::{Content, Record, Records},
 };
 
@@ -47,7 +44,7 @@ impl Stamp {
 /// The content that a volume has.
 pub(super) struct Held {
     pub(super) volume: Volume,
-    target: PathBuf,
+    mount: mount::Held,
     content: Content,
     version: read::Version,
     orders: BTreeMap<String, String>,
@@ -63,6 +60,7 @@ impl Held {
     /// What the system says.
     pub(super) fn find(
         records: &Records,
+        tmpfs: &Tmpfs,
         volume: &Volume,
         pending: Option<&Record>,
     ) -> io::Result<Option<Self>> {
@@ -77,21 +75,25 @@ impl Held {
         let Some(record) = record.filter(is_of) else {
             return Ok(None);
         };
-        if !is_complete(&volume.target, record.content)? {
+        let Some(mount) = tmpfs.volume(&volume.target)? else {
             return Ok(None);
-        }
+        };
+        let version = match mount.open_if_there()? {
+            Some(root) if is_complete(&root, record.content)? => version(&root, record.content)?,
+            _ => return Ok(None),
+        };
         Ok(Some(Self {
-            version: version(&volume.target, record.content)?,
+            mount,
+            version,
             volume: volume.clone(),
-            target: record.target_path,
             content: record.content,
             orders: record.orders,
             is_pending: pending.is_some(),
         }))
     }
 
-    /// Reads the files whose path `wanted` says yes to, up to a number of bytes. None when the content has been replaced or
-    /// taken down since it was found; finding it again helps.
+    /// Reads the files whose path `wanted` says yes to, up to a number of bytes. None when the
+    /// content has been replaced, covered or taken down since it was found; finding it again helps.
     ///
     /// # Errors
     /// What the system says.
@@ -101,13 +103,17 @@ impl Held {
         most_bytes: u64,
         wanted: impl Fn(&str) -> bool,
     ) -> io::Result<Option<read::Snapshot>> {
-        let snapshot = match read::snapshot(&self.target, most_bytes, wanted) {
+        let Some(root) = self.mount.open_if_there()? else {
+            return Ok(None);
+        };
+        let snapshot = match read::snapshot(&root, most_bytes, wanted) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             snapshot => snapshot?,
         };
         // A volume that is taken down loses its record first, then its files one by one.
-        let still = is_complete(&self.target, self.content)?
-            && version(&self.target, self.content)? == self.version
+        let still = self.mount.open_if_there()?.is_some()
+            && is_complete(&root, self.content)?
+            && version(&root, self.content)? == self.version
             && (self.content == Content::Provider || snapshot.version == self.version)
             && (self.is_pending || records.get(&self.volume.id).is_some());
         Ok(still.then_some(snapshot))
@@ -123,20 +129,18 @@ impl Held {
     }
 }
 
-/// Whether a tmpfs is mounted there with whatever makes its content complete.
-fn is_complete(target: &Path, content: Content) -> io::Result<bool> {
-    if mount::state(target)? != State::Mounted {
-        return Ok(false);
-    }
+/// Whether the content of a volume is complete.
+fn is_complete(root: &OwnedFd, content: Content) -> io::Result<bool> {
     match content {
-        Content::Driver => swap::is_complete(target),
-        Content::Provider => Ok(!swap::is_empty(target)?),
+        Content::Driver => swap::holds_committed(root),
+        Content::Provider => Ok(!swap::shows_nothing(root)?),
     }
 }
 
-/// Which content it is. What a provider has written itself has one name, whatever lies there.
-fn version(target: &Path, content: Content) -> io::Result<read::Version> {
-    let version = read::version(target)?;
+/// Returns which content it is. What a provider has written itself has one name, whatever lies
+/// there.
+fn version(root: &OwnedFd, content: Content) -> io::Result<read::Version> {
+    let version = read::version_in(root)?;
     Ok(match content {
         Content::Driver => version,
         Content::Provider => read::Version {

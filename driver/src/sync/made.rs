@@ -56,11 +56,12 @@ impl Sync {
         pending: Option<&Record>,
     ) -> Result<Option<Held>, Problem> {
         let (records, pending) = (self.records.clone(), pending.cloned());
+        let tmpfs = Arc::clone(&self.tmpfs);
         let volumes: Vec<Volume> = volumes.iter().map(|v| v.volume.clone()).collect();
         let find = move || {
             let (mut all, mut failed) = (Vec::new(), None);
             for volume in &volumes {
-                match Held::find(&records, volume, pending.as_ref()) {
+                match Held::find(&records, &tmpfs, volume, pending.as_ref()) {
                     Ok(found) => all.extend(found),
                     Err(error) => failed = Some(error),
                 }

@@ -8,7 +8,7 @@ use tonic::Code;
 
 use super::{
     Outcome, PublishRequest, Volumes,
-    content::{Stage, commit_content, directory, refit, stage_files, still_there},
+    content::{Stage, commit_content, directory, refit, stage_files},
     policy::Word,
     record::{self, Age, Record},
     threads::blocking,
@@ -192,7 +192,6 @@ impl Volumes {
         if let Some(new) = new {
             fresh.orders.retain(|other, _| *other == new);
         }
-        still_there(request, &held).await?;
         self.metrics
             .success(&class.provider, &record.volume_id, now);
         if let Err(error) = self.commit_record(place, fresh.clone()).await {

@@ -1,6 +1,7 @@
 //! Which of a node's volumes have content: generated states of several at a time.
 
 use super::*;
+use driver::mount::Detached;
 use proptest::{
     prelude::*,
     strategy::ValueTree as _,
@@ -30,9 +31,28 @@ enum Lies {
     Plain,
 }
 
+/// What is mounted where a volume should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mount {
+    Nothing,
+    Own,
+    /// A tmpfs as an earlier driver mounts it.
+    OfAnEarlierDriver,
+    /// A tmpfs of somebody else: by itself, or over a volume that has content.
+    Foreign,
+    ForeignOver,
+    /// The same directory of the node.
+    Bind,
+}
+
+fn mount_at(target: &Path, args: &[&str]) {
+    let mut mount = std::process::Command::new("mount");
+    assert!(mount.args(args).arg(target).status().unwrap().success());
+}
+
 #[derive(Debug, Clone)]
 struct State {
-    mounted: bool,
+    mount: Mount,
     recorded: Recorded,
     lies: Lies,
     by_provider: bool,
@@ -46,14 +66,25 @@ impl State {
             false => self.lies == Lies::Complete,
             true => self.lies != Lies::Nothing,
         };
-        self.mounted && self.recorded == Recorded::Yes && complete
+        let mounted = matches!(self.mount, Mount::Own | Mount::OfAnEarlierDriver);
+        mounted && self.recorded == Recorded::Yes && complete
     }
 
     fn make(&self, dir: &Path, pod: &str) {
         let target = target(dir, pod);
-        match self.mounted {
-            true => make_and_mount(&target),
-            false => fs::create_dir_all(&target).unwrap(),
+        match self.mount {
+            Mount::Own => make_and_mount(&target),
+            Mount::ForeignOver => {
+                make_and_mount(&target);
+                write(&target, &[("pw", "covered")]);
+            }
+            _ => fs::create_dir_all(&target).unwrap(),
+        }
+        match self.mount {
+            Mount::Nothing | Mount::Own => {}
+            Mount::OfAnEarlierDriver => mount_at(&target, &["-t", "tmpfs", "tmpfs"]),
+            Mount::Foreign | Mount::ForeignOver => mount_at(&target, &["-t", "tmpfs", "foreign"]),
+            Mount::Bind => mount_at(&target, &["--bind", target.to_str().unwrap()]),
         }
         let text = format!("of {pod}");
         match self.lies {
@@ -96,21 +127,31 @@ fn states() -> impl Strategy<Value = Vec<State>> {
         3 => Just(Complete),
         1 => prop::sample::select(vec![Nothing, Partial, Plain]),
     ];
-    let mounted = prop::bool::weighted(0.6);
+    let mount = prop_oneof![
+        3 => Just(Mount::Own),
+        3 => prop::sample::select(vec![
+            Mount::Nothing,
+            Mount::OfAnEarlierDriver,
+            Mount::Foreign,
+            Mount::ForeignOver,
+            Mount::Bind,
+        ]),
+    ];
     let by_provider = prop::bool::weighted(0.2);
-    let state = (mounted, recorded, lies, by_provider).prop_map(
-        |(mounted, recorded, lies, by_provider)| State {
-            mounted,
-            recorded,
-            // What the driver has begun is never a provider's.
-            lies: match (by_provider, lies) {
-                (true, Partial) => Plain,
-                (_, lies) => lies,
-            },
-            by_provider,
-            order: 0,
-        },
-    );
+    let state =
+        (mount, recorded, lies, by_provider).prop_map(|(mount, recorded, lies, by_provider)| {
+            State {
+                mount,
+                recorded,
+                // What the driver has begun is never a provider's.
+                lies: match (by_provider, lies) {
+                    (true, Partial) => Plain,
+                    (_, lies) => lies,
+                },
+                by_provider,
+                order: 0,
+            }
+        });
     let orders = Just((1..=5_u64).collect::<Vec<_>>()).prop_shuffle();
     (prop::collection::vec(state, 1..5), orders).prop_map(|(mut states, orders)| {
         for (state, order) in states.iter_mut().zip(orders) {
@@ -191,9 +232,7 @@ async fn only_content_decides(states: &[State]) {
     assert_eq!(api.events(), Vec::<String>::new(), "{states:#?}");
     for number in 0..states.len() {
         let target = target(dir.path(), &format!("web-{number}"));
-        if mount::state(&target).unwrap() == mount::State::Mounted {
-            drop(mount::detach(&target).unwrap());
-        }
+        while !matches!(mount::detach(&target).unwrap(), Detached::Nothing) {}
     }
 }
 

@@ -22,7 +22,7 @@ use api::{Api, CLASS, Refuse, SECRET, What};
 use driver::{
     cluster::{Class, Cluster},
     metrics::Metrics,
-    mount,
+    mount::{self, Tmpfs},
     sync::Sync,
     volume::record::{Content, Record},
 };
@@ -47,7 +47,15 @@ fn creds() -> Value {
 
 fn sync(dir: &Path, cluster: &Cluster, every: Duration) -> Arc<Sync> {
     let (cluster, records) = (cluster.clone(), records(dir));
-    Arc::new(Sync::new(cluster, records, Metrics::new(), false, every))
+    let tmpfs = Arc::new(Tmpfs::bounded_by(1));
+    Arc::new(Sync::new(
+        cluster,
+        records,
+        tmpfs,
+        Metrics::new(),
+        false,
+        every,
+    ))
 }
 
 fn run(sync: &Arc<Sync>) -> CancellationToken {

@@ -50,7 +50,7 @@ pub(crate) fn records(dir: &Path) -> Records {
 }
 
 pub(crate) fn target(dir: &Path, pod: &str) -> PathBuf {
-    dir.join(pod).join("mount")
+    dir.join(format!("pods/uid-{pod}/volumes/kubernetes.io~csi/v/mount"))
 }
 
 pub(crate) fn make_and_mount(target: &Path) {

@@ -115,6 +115,9 @@ pub(crate) struct ApiState {
     pub(crate) classes: BTreeMap<String, VecDeque<Class>>,
     /// Whether pod statuses of a class are refused, and how.
     pub(crate) statuses: BTreeMap<String, u16>,
+    /// What another program does at a target when this is written next: the pod status of a class,
+    /// or a Secret of this name.
+    pub(crate) acts: BTreeMap<String, (Act, PathBuf)>,
     /// Everything else, by path.
     pub(crate) objects: BTreeMap<String, Value>,
     version: u64,
@@ -138,6 +141,19 @@ impl Api {
             Some(code) => state.statuses.insert(class.to_owned(), code),
             None => state.statuses.remove(class),
         };
+    }
+
+    /// Does something at a target as soon as the pod status of this class, or the Secret of this
+    /// name, is written.
+    pub(crate) fn act_at(&self, written: &str, act: Act, target: &Path) {
+        let mut state = self.0.lock().unwrap();
+        let act = (act, target.to_owned());
+        state.acts.insert(written.to_owned(), act);
+    }
+
+    /// Whether that has not happened yet.
+    pub(crate) fn is_to_act_at(&self, written: &str) -> bool {
+        self.0.lock().unwrap().acts.contains_key(written)
     }
 
     pub(crate) fn put(&self, path: &str, object: Value) {
@@ -190,6 +206,15 @@ impl Api {
             };
         }
         let body: Value = serde_json::from_slice(body).unwrap_or_default();
+        let of = match body["status"]["secretProviderClassName"].as_str() {
+            None if path.contains("/secrets") => body["metadata"]["name"].as_str(),
+            class => class,
+        };
+        if *method != Method::GET
+            && let Some((act, target)) = of.and_then(|of| state.acts.remove(of))
+        {
+            act.carry_out(&target);
+        }
         if *method != Method::GET
             && let Some(class) = body["status"]["secretProviderClassName"].as_str()
             && let Some(code) = state.statuses.get(class)
@@ -293,6 +318,8 @@ pub(crate) enum Act {
     Binds(PathBuf),
     /// It mounts a tmpfs over it.
     MountsTmpfs,
+    /// It mounts a tmpfs over it that looks like a volume with one file.
+    MountsVolume(&'static str, &'static str),
     /// It takes the volume off.
     Unmounts,
     /// It takes the volume off and leaves a file in the directory that is there then.
@@ -317,6 +344,15 @@ impl Act {
                 let kind = Some("tmpfs");
                 mount(kind, target, kind, MsFlags::empty(), no).unwrap();
                 fs::write(target.join("foreign"), "foreign").unwrap();
+            }
+            Self::MountsVolume(name, text) => {
+                let kind = Some("tmpfs");
+                mount(kind, target, kind, MsFlags::empty(), no).unwrap();
+                let link = std::os::unix::fs::symlink::<&str, PathBuf>;
+                fs::create_dir(target.join("..2026_01_01_00_00_00.1")).unwrap();
+                fs::write(target.join("..2026_01_01_00_00_00.1").join(name), text).unwrap();
+                link("..2026_01_01_00_00_00.1", target.join("..data")).unwrap();
+                link(&format!("..data/{name}"), target.join(name)).unwrap();
             }
             Self::Unmounts => unmount(),
             Self::UnmountsAndWrites => {

@@ -7,9 +7,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use driver::mount::State;
 
-use crate::harness::{Act, Answer, EAGER, Volume, World, alone, block_on, is_final};
+use serde_json::json;
+
+use crate::harness::{Act, Answer, Class, EAGER, Volume, World, alone, block_on, class, is_final};
 
 /// The content that must not come to lie outside.
 const SECRET: &str = "the-new-content";
@@ -237,6 +240,106 @@ fn a_volume_in_which_a_pod_sees_nothing_is_refused() {
                 assert!(status.message().contains("empty"), "{act:?}: {status}");
                 assert_eq!(volume.state(), State::Absent, "{act:?}");
                 world.unpublish(&volume).await.unwrap();
+            }
+        }
+    });
+}
+
+/// When somebody comes between the content and the record.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Between {
+    PodStatus,
+    Secret,
+    PodStatusOfARefresh,
+}
+
+async fn come_between(world: &mut World, act: &str, between: Between, of_driver: bool) {
+    let case = format!("{act}, {between:?}, of the driver: {of_driver}");
+    let volume = world.volume_of_its_own();
+    let mut object = class(&volume.class, 1);
+    let secret = format!("secret-of-{}", volume.class);
+    object["spec"]["secretObjects"] = json!([{"secretName": secret, "type": "Opaque",
+        "data": [{"objectName": "pw", "key": "pw"}]}]);
+    world.api.class_is(&volume.class, [Class::Is(object)]);
+    let pod = json!({
+        "metadata": {"name": volume.id, "uid": volume.uid, "ownerReferences": [
+            {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "rs", "uid": "rs", "controller": true},
+        ]},
+        "status": {"phase": "Running"},
+    });
+    let path = format!("/api/v1/namespaces/shop/pods/{}", volume.id);
+    world.api.put(&path, pod);
+    let then = match of_driver {
+        true => Then::AnswersFiles,
+        false => Then::WritesFiles,
+    };
+    if between == Between::PodStatusOfARefresh {
+        world.provider.answers(&volume.class, answer(then, FORMER));
+        world.publish_patiently(&volume).await.expect(&case);
+    }
+    world.provider.answers(&volume.class, answer(then, SECRET));
+    let host = host_directory(world, &volume);
+    let kept = tree(&host);
+    let act = match act {
+        "bind" => Act::Binds(host.clone()),
+        "tmpfs" => Act::MountsTmpfs,
+        "volume" => Act::MountsVolume("pw", "foreign"),
+        "umount" => Act::Unmounts,
+        other => unreachable!("{other}"),
+    };
+    let at = match between {
+        Between::Secret => secret.clone(),
+        Between::PodStatus | Between::PodStatusOfARefresh => volume.class.clone(),
+    };
+    world.api.act_at(&at, act, &volume.target);
+    let before = world.record(&volume).map(|record| record.objects);
+    let status = match world.publish_patiently(&volume).await {
+        Err(status) => status,
+        Ok(()) => panic!("nothing that a pod sees is the driver's, and it says OK: {case}"),
+    };
+    assert!(!world.api.is_to_act_at(&at), "{case}");
+    let target = volume.target.to_str().unwrap();
+    assert!(status.message().contains(target), "{case}: {status}");
+    let after = world.record(&volume).map(|record| record.objects);
+    assert_eq!(after, before, "{case}");
+    let made = world
+        .api
+        .get(&format!("/api/v1/namespaces/shop/secrets/{secret}"));
+    let value = made.map(|made| made["data"]["pw"].clone());
+    let encoded = |text: &str| json!(STANDARD.encode(text));
+    let expected = match between {
+        Between::PodStatus => None,
+        Between::Secret => Some(encoded(SECRET)),
+        Between::PodStatusOfARefresh => Some(encoded(FORMER)),
+    };
+    assert_eq!(value, expected, "{case}");
+    if between != Between::PodStatusOfARefresh {
+        assert_eq!(volume.state(), State::Absent, "{case}");
+        assert_eq!(world.api.status_of(&volume), None, "{case}");
+    }
+    assert_eq!(tree(&host), kept, "{case}");
+    world.unpublish(&volume).await.expect(&case);
+    assert_eq!(tree(&host), kept, "{case}");
+}
+
+/// What comes to lie at the target between the content and the record is not recorded as the
+/// volume, and not read for a Secret.
+#[test]
+fn what_is_mounted_before_the_record_is_written_is_no_volume() {
+    if !alone("meanwhile::what_is_mounted_before_the_record_is_written_is_no_volume") {
+        return;
+    }
+    block_on(async {
+        let mut world = World::start(&EAGER).await;
+        for act in ["bind", "tmpfs", "volume", "umount"] {
+            for between in [
+                Between::PodStatus,
+                Between::Secret,
+                Between::PodStatusOfARefresh,
+            ] {
+                for of_driver in [true, false] {
+                    come_between(&mut world, act, between, of_driver).await;
+                }
             }
         }
     });
