@@ -8,7 +8,8 @@
 //!
 //! A Secret is made from the newest content of its class's volumes on this node; what other nodes
 //! hold, the Secret itself says (see [`crate::cluster::secrets`], which also says what newest
-//! means). Content always comes from the volume, so that a driver that starts anew knows as much
+//! means). Where the Secret has gone, what it said last decides for a while (the module `newer`).
+//! Content always comes from the volume, so that a driver that starts anew knows as much
 //! as one that has run for long; what counts as content, the module `content` says.
 
 mod content;
@@ -16,6 +17,7 @@ pub mod desired;
 mod heal;
 mod known;
 mod made;
+mod newer;
 mod parsing;
 mod tls;
 
@@ -39,7 +41,7 @@ use crate::{
 };
 use content::Stamp;
 use desired::Desired;
-use known::{Known, Mounted};
+use known::{Known, Mounted, SecretKey};
 use parsing::{Parsing, Refusals};
 
 /// How long a publish waits for its Secrets. What is not done by then is done by the loop.
@@ -382,6 +384,11 @@ impl Sync {
                 ),
             ));
         }
+        let key = &SecretKey {
+            namespace: namespace.to_owned(),
+            class: class.identity.name.clone(),
+            name: name.to_owned(),
+        };
         let _turn = self.known.turn(namespace, name).await;
         let mut volumes = self.known.volumes_of(namespace, &class.identity.name);
         if how == How::Look {
@@ -400,8 +407,7 @@ impl Sync {
             let wanted = wanted(namespace, class, &desired, stamp, &owners);
             let kept = self.cluster.secret_is_kept(&wanted).await;
             if let Some(kept) = kept.map_err(|refusal| problem(&wanted, refusal))? {
-                self.known
-                    .set_overtaken(namespace, class, name, kept == Kept::Overtaken);
+                self.known.secret_was(key, kept);
                 return Ok(Some(kept));
             }
             // Something is to be written: only for pods that live.
@@ -415,13 +421,26 @@ impl Sync {
         if owners.is_empty() {
             return Err(unavailable(class, &"the pods' owners are not known yet"));
         }
-        let wanted = wanted(namespace, class, &desired, stamp, &owners);
+        let left = self
+            .known
+            .is_left_to_others(key, stamp.order, self.interval);
+        let wanted = Wanted {
+            create: !left,
+            ..wanted(namespace, class, &desired, stamp, &owners)
+        };
         let started = Instant::now();
         let kept = self.cluster.keep_secret(&wanted).await;
         let kept = kept.map_err(|refusal| problem(&wanted, refusal))?;
-        self.known
-            .set_overtaken(namespace, class, name, kept == Kept::Overtaken);
-        if !matches!(kept, Kept::Unchanged | Kept::Overtaken) {
+        self.known.secret_was(key, kept);
+        if kept == Kept::Absent {
+            tracing::debug!(
+                namespace,
+                secret = name,
+                "it is missing, and a node with newer content makes it first, if there is one"
+            );
+            return Ok(None);
+        }
+        if !matches!(kept, Kept::Unchanged | Kept::Overtaken { .. }) {
             tracing::info!(
                 namespace,
                 secret = name,
@@ -554,6 +573,7 @@ fn wanted<'a>(
         since: stamp.since,
         order: stamp.order,
         owners,
+        create: true,
     }
 }
 

@@ -97,6 +97,8 @@ pub struct Wanted<'a> {
     pub order: Option<u64>,
     /// Who needs it, at least one. It goes when the last of all its owners is gone.
     pub owners: &'a [Owner],
+    /// Whether it is created where it is not there.
+    pub create: bool,
 }
 
 /// What became of a Secret.
@@ -104,8 +106,13 @@ pub struct Wanted<'a> {
 pub enum Kept {
     /// It was as it should be, or newer by the clocks.
     Unchanged,
-    /// It was left as it is: it has other content of a higher order.
-    Overtaken,
+    /// It was left as it is: it has other content of this order, which is higher.
+    Overtaken {
+        /// See [`ORDER`].
+        order: u64,
+    },
+    /// It is not there, and was not to be created.
+    Absent,
     /// It was not there.
     Created,
     /// Something of ours was not as it should be.
@@ -126,7 +133,7 @@ impl Cluster {
         };
         match decide(&existing, wanted, false) {
             Decision::Nothing => Ok(Some(Kept::Unchanged)),
-            Decision::Overtaken => Ok(Some(Kept::Overtaken)),
+            Decision::Overtaken { order } => Ok(Some(Kept::Overtaken { order })),
             Decision::Unmanaged => Err(Refusal::Unmanaged),
             Decision::OtherClass(holder) if self.holds(wanted, &holder).await? => {
                 Err(Refusal::OtherClass(holder.name))
@@ -142,6 +149,9 @@ impl Cluster {
     pub async fn keep_secret(&self, wanted: &Wanted<'_>) -> Result<Kept, Refusal> {
         for _ in 0..ATTEMPTS {
             let Some(existing) = self.secret(wanted, &GetParams::default()).await? else {
+                if !wanted.create {
+                    return Ok(Kept::Absent);
+                }
                 match self.create_new(wanted).await {
                     Ok(()) => return Ok(Kept::Created),
                     // Somebody was faster.
@@ -163,7 +173,7 @@ impl Cluster {
             }
             let written = match decision {
                 Decision::Nothing => return Ok(Kept::Unchanged),
-                Decision::Overtaken => return Ok(Kept::Overtaken),
+                Decision::Overtaken { order } => return Ok(Kept::Overtaken { order }),
                 Decision::Unmanaged => return Err(Refusal::Unmanaged),
                 // Decided above.
                 Decision::OtherClass(holder) => return Err(Refusal::OtherClass(holder.name)),

@@ -1,7 +1,7 @@
 //! What is mounted on this node, in memory, and what of it is to be looked at when.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -12,9 +12,9 @@ use tokio::{
     time::Instant,
 };
 
-use super::Volume;
+use super::{Volume, newer::Newer};
 use crate::{
-    cluster::{Class, holders::Holder},
+    cluster::{Class, holders::Holder, secrets::Kept},
     volume::record::{self, Age},
 };
 
@@ -102,8 +102,8 @@ struct State {
     volumes: HashMap<String, Box<Mounted>>,
     classes: BTreeMap<ClassKey, KnownClass>,
     secrets: BTreeMap<SecretKey, Look>,
-    /// Those of the Secrets that have other content, of a higher order, than any volume here.
-    overtaken: BTreeSet<SecretKey>,
+    /// Those of the Secrets that had other content, of a higher order, than any volume here.
+    newer: BTreeMap<SecretKey, Newer>,
     left: Vec<(Instant, Box<Mounted>, Arc<Class>)>,
 }
 
@@ -259,29 +259,45 @@ impl Known {
         }
     }
 
-    /// A Secret has, or has not, other content of a higher order than the volumes here.
-    pub(super) fn set_overtaken(&self, namespace: &str, class: &Class, name: &str, is: bool) {
-        let key = SecretKey {
-            namespace: namespace.to_owned(),
-            class: class.identity.name.clone(),
-            name: name.to_owned(),
-        };
+    /// What became of a Secret: whether it has other content of a higher order than that of the
+    /// volumes here, or is missing.
+    pub(super) fn secret_was(&self, key: &SecretKey, kept: Kept) {
         let mut state = self.state();
-        match is && state.secrets.contains_key(&key) {
-            true => state.overtaken.insert(key),
-            false => state.overtaken.remove(&key),
-        };
+        let is_known = state.secrets.contains_key(key);
+        match (kept, state.newer.get_mut(key)) {
+            (Kept::Overtaken { order }, _) if is_known => {
+                state.newer.insert(key.clone(), Newer::seen(order));
+            }
+            (Kept::Absent, Some(newer)) => newer.missing(),
+            // Its content may still be the newer one, and only something else was written.
+            (Kept::Updated, Some(newer)) => newer.written(),
+            _ => drop(state.newer.remove(key)),
+        }
+    }
+
+    /// Whether a Secret, if it is missing, is left to nodes with newer content. `order` is that of
+    /// the content here.
+    pub(super) fn is_left_to_others(
+        &self,
+        key: &SecretKey,
+        order: Option<u64>,
+        every: Duration,
+    ) -> bool {
+        let state = self.state();
+        let newer = state.newer.get(key);
+        newer.is_some_and(|newer| newer.leaves(order, every))
     }
 
     /// Whether any Secret of a class is overtaken; none counts as overtaken from then on, until it
     /// is looked at again.
     pub(super) fn take_overtaken(&self, namespace: &str, class: &str) -> bool {
         let mut state = self.state();
-        let before = state.overtaken.len();
-        state
-            .overtaken
-            .retain(|key| key.namespace != namespace || key.class != class);
-        state.overtaken.len() < before
+        let of_class = state
+            .newer
+            .iter_mut()
+            .filter(|(key, _)| key.namespace == namespace && key.class == class);
+        let taken = of_class.map(|(_, newer)| newer.take_news());
+        taken.fold(false, |any, one| any | one)
     }
 
     /// The pod status of a volume has been looked at.
@@ -453,7 +469,7 @@ impl State {
         if others.all(|other| other.class_key() != *key) {
             self.classes.remove(key);
             self.secrets.retain(|secret, _| secret.class_key() != *key);
-            self.overtaken.retain(|secret| secret.class_key() != *key);
+            self.newer.retain(|secret, _| secret.class_key() != *key);
         }
     }
 
@@ -517,7 +533,7 @@ impl State {
         self.secrets
             .retain(|secret, _| secret.class_key() != *key || now_made.contains(&secret.name));
         let secrets = &self.secrets;
-        self.overtaken.retain(|secret| secrets.contains_key(secret));
+        self.newer.retain(|secret, _| secrets.contains_key(secret));
         // A class that is gone, or makes nothing because it asks for too much, lets go of nothing:
         // its pods still use what it made.
         let released = before

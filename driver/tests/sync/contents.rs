@@ -313,3 +313,61 @@ async fn a_volume_without_an_order_beats_none(
     assert_eq!(secret["metadata"]["annotations"][annotation], "99");
     drop(mount::detach(&earlier.target_path).unwrap());
 }
+
+/// A Secret that has been deleted is made by the node with the newest content, and by a node with
+/// older content only when no other has made it for longer than an interval.
+#[rstest]
+#[case::older("15", "14", true)]
+#[case::much_older("900", "3", true)]
+#[case::newest("15", "15", false)]
+#[tokio::test]
+async fn a_deleted_secret_is_left_to_the_newest_content(
+    #[case] seen: &str,
+    #[case] ours: &str,
+    #[case] waits: bool,
+) {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let class = class(&api, &cluster, creds()).await;
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    volume(dir.path(), "web");
+    let record = record(dir.path(), "web", ours);
+    records(dir.path()).put(&record).unwrap();
+    let sync = sync(dir.path(), &cluster, EVERY);
+    sync.volume_mounted(&record, &class).await.unwrap();
+    // Another node writes newer content.
+    let mut theirs = api.get(SECRET).unwrap();
+    theirs["metadata"]["resourceVersion"] = json!("1000");
+    theirs["metadata"]["annotations"]["secrets-store.csi.k8s.io/content-order"] = json!(seen);
+    if waits {
+        theirs["data"]["pw"] = json!(base64("newer"));
+    }
+    api.put(SECRET, theirs);
+    let stop = run(&sync);
+    api.requests();
+    let read = "GET /api/v1/namespaces/shop/secrets/creds";
+    until("it is looked at", || api.count(read) > 2).await;
+    let removed = {
+        api.remove(SECRET);
+        api.requests();
+        until("it is made again", || api.get(SECRET).is_some()).await;
+        api.requests()
+    };
+    let made = removed
+        .iter()
+        .position(|r| r.starts_with("POST") && r.contains("/secrets?"));
+    let made = made.unwrap_or_else(|| panic!("{removed:?}"));
+    // A look asks what is at hand, and then what there is.
+    let looks = removed[..made]
+        .iter()
+        .filter(|r| r.starts_with(read))
+        .count()
+        / 2;
+    assert_eq!(looks > 1, waits, "{removed:?}");
+    assert_eq!(api.get(SECRET).unwrap()["data"]["pw"], base64("hunter2"));
+    stop.cancel();
+    drop(mount::detach(&record.target_path).unwrap());
+}

@@ -186,7 +186,7 @@ pub(super) enum Decision<'a> {
     /// Nothing: it is as it should be, or newer by the clocks.
     Nothing,
     /// Nothing: it has other content whose order is higher, or known where the wanted one's is not.
-    Overtaken,
+    Overtaken { order: u64 },
     /// Nothing, because it is somebody else's.
     Unmanaged,
     /// Nothing, if that class still makes it.
@@ -225,13 +225,13 @@ pub(super) fn decide<'a>(
             uid: String::new(),
         }));
     }
-    let mut overtaken = false;
+    let mut overtaken = None;
     if !other {
         // Whatever came out of a volume, nothing never takes the place of something.
         let nothing = wanted.data.is_empty() && !existing.data.is_empty();
         let newer_there = !released && is_newer(existing, wanted);
         let replace_content = !equal && !newer_there && !nothing;
-        overtaken = !equal && newer_there && order(existing).is_some();
+        overtaken = order(existing).filter(|_| !equal && newer_there);
         if replace_content && existing.type_ != wanted.type_ {
             return Decision::Replace;
         }
@@ -250,10 +250,10 @@ pub(super) fn decide<'a>(
             change.metadata.annotations.insert(REFUSED_TYPE, None);
         }
     }
-    match change.is_empty() {
-        true if overtaken => Decision::Overtaken,
-        true => Decision::Nothing,
-        false => Decision::Write(change),
+    match (change.is_empty(), overtaken) {
+        (true, Some(order)) => Decision::Overtaken { order },
+        (true, None) => Decision::Nothing,
+        (false, _) => Decision::Write(change),
     }
 }
 

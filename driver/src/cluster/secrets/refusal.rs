@@ -57,15 +57,16 @@ impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Self {
         let said = said(&failure);
         match &failure {
-            // A namespace that goes is no question of permissions, nor is what a webhook says.
+            // A namespace that goes is no question of permissions, nor is what a webhook, a policy
+            // or a quota says with the same code.
             Failure::Refused {
                 code: 403,
                 namespace_ends: false,
                 message,
                 ..
-            } => match webhook(message) {
-                Some(_) => Self::Invalid(said),
-                None => Self::Forbidden(said),
+            } => match is_about_permissions(message) {
+                true => Self::Forbidden(said),
+                false => Self::Invalid(said),
             },
             Failure::Refused {
                 code: 400 | 413 | 422,
@@ -102,6 +103,22 @@ fn said(failure: &Failure) -> String {
         None => answer,
     };
     format!("{answer}; the message is not repeated because it may quote the content")
+}
+
+/// Whether a 403 says that the driver lacks a permission. Then the API server writes, before
+/// anything else: `secrets "creds" is forbidden: User "..." cannot create resource "secrets" in`
+/// and so on. What a webhook says begins with other words.
+fn is_about_permissions(message: &str) -> bool {
+    let about = message.strip_prefix("secrets ");
+    let told = about.and_then(|about| about.split_once("is forbidden: "));
+    told.is_some_and(|(object, told)| {
+        let names_one = object.is_empty() || object.starts_with('"') && object.ends_with("\" ");
+        let who = told.strip_prefix("User \"");
+        names_one
+            && who.is_some_and(|who| {
+                who.contains("\" cannot ") && who.contains(" resource \"secrets\"")
+            })
+    })
 }
 
 /// The name of the webhook that denied a request. The API server itself writes the sentence that
@@ -167,12 +184,51 @@ mod tests {
         assert!(said.starts_with(&expected), "{said}");
     }
 
+    /// Only what the API server says of a permission is mended by one.
+    #[rstest]
+    #[case::create(
+        "secrets is forbidden: User \"system:serviceaccount:kube-system:driver\" cannot create resource \"secrets\" in API group \"\" in the namespace \"shop\"",
+        true
+    )]
+    #[case::by_name(
+        "secrets \"creds\" is forbidden: User \"u\" cannot patch resource \"secrets\" in API group \"\" in the namespace \"shop\"",
+        true
+    )]
+    #[case::with_a_reason(
+        "secrets \"creds\" is forbidden: User \"u\" cannot delete resource \"secrets\" in API group \"\" in the namespace \"shop\": RBAC: role not found",
+        true
+    )]
+    #[case::a_quota(
+        "secrets \"creds\" is forbidden: exceeded quota: few, requested: secrets=1, used: secrets=3, limited: secrets=3",
+        false
+    )]
+    #[case::a_policy(
+        "secrets \"creds\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'b' denied request: User \"u\" cannot create resource \"secrets\"",
+        false
+    )]
+    #[case::a_webhook(
+        "admission webhook \"values.example.com\" denied the request: no",
+        false
+    )]
+    #[case::a_webhook_with_an_odd_name(
+        "admission webhook \"Values_1\" denied the request: no",
+        false
+    )]
+    #[case::a_webhook_that_quotes(
+        "admission webhook \"Values_1\" denied the request: secrets is forbidden: User \"u\" cannot create resource \"secrets\"",
+        false
+    )]
+    #[case::anything_else("no", false)]
+    fn a_hint_at_permissions(#[case] message: &str, #[case] is: bool) {
+        let refusal = Refusal::from(refused(403, "Forbidden", message));
+        assert_eq!(matches!(refusal, Refusal::Forbidden(_)), is, "{refusal:?}");
+        assert_eq!(matches!(refusal, Refusal::Invalid(_)), !is, "{refusal:?}");
+    }
+
     #[test]
     fn who_is_to_mend_it() {
         let denied = "admission webhook \"values.example.com\" denied the request: no";
         let of = |code, message| Refusal::from(refused(code, "Forbidden", message));
-        assert!(matches!(of(403, "no"), Refusal::Forbidden(_)));
-        assert!(matches!(of(403, denied), Refusal::Invalid(_)));
         assert!(matches!(of(422, "no"), Refusal::Invalid(_)));
         assert!(matches!(of(500, denied), Refusal::Failed(_)));
         let ends = Failure::Refused {

@@ -74,6 +74,7 @@ impl Wish {
             since: self.since.parse().unwrap(),
             order: self.order,
             owners: &self.owners,
+            create: true,
         }
     }
 
@@ -105,7 +106,7 @@ impl Wish {
         let existing: Existing = serde_json::from_value(stored.clone()).unwrap();
         match decide(&existing, &self.wanted(), released) {
             Decision::Nothing => json!("nothing"),
-            Decision::Overtaken => json!("overtaken"),
+            Decision::Overtaken { .. } => json!("overtaken"),
             Decision::Unmanaged => json!("unmanaged"),
             Decision::OtherClass(holder) => json!({"of": holder.name}),
             Decision::Replace => json!("replace"),
