@@ -300,10 +300,10 @@ impl Sync {
         self.known.take_overtaken(namespace, class)
     }
 
-    /// The pod status of a volume was made again: Secrets that lived with the one before live with
+    /// The pod status of a volume was written again: Secrets that lived with the one before live with
     /// it from now on. Asks nobody anything.
     pub fn pod_status_is_new(&self, pod: &Pod, volume_id: &str) {
-        tracing::info!(pod = %pod, "the pod status of this volume was missing and is made again");
+        tracing::info!(pod = %pod, "the pod status of this volume was missing or emptied, and is written again");
         self.known.status_is_new(volume_id);
     }
 

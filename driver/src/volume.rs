@@ -310,8 +310,9 @@ impl Volumes {
         let place = self.stage_record(&record).await?;
         commit_content(request, &held, &self.tmpfs, &self.memory, staged).await?;
         let directory = directory(request, &held, record.content).await?;
+        let before = earlier.map(|earlier| earlier.pod_status.as_str());
         let written = self
-            .write_pod_status(request, &record.objects, Some(now))
+            .write_pod_status(request, &record.objects, Some(now), before)
             .await?;
         let pod_status = written.name;
         record.pod_status = pod_status.clone();
@@ -346,9 +347,10 @@ impl Volumes {
         request: &PublishRequest,
         objects: &[Object],
         changed: Option<Timestamp>,
+        before: Option<&str>,
     ) -> Result<Written> {
         let mounted = self.mounted(request, objects, changed);
-        self.cluster.write_pod_status(&mounted).await
+        self.cluster.write_pod_status(&mounted, before).await
     }
 
     /// What the pod status of a volume says.

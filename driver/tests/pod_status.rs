@@ -217,7 +217,9 @@ async fn a_publish_writes_its_own(
     let dir = tempfile::tempdir().unwrap();
     let (api, cluster) = world(dir.path(), there, known).await;
     let (pod, objects) = (our_pod(), objects());
-    let written = cluster.write_pod_status(&mounted(&pod, &objects)).await;
+    let written = cluster
+        .write_pod_status(&mounted(&pod, &objects), None)
+        .await;
     let (written, writes) = (written.unwrap(), api.writes());
     match there {
         There::Nothing => assert_eq!(writes, ["POST web-shop-db"]),
@@ -276,4 +278,131 @@ async fn a_look_makes_it_again_for_a_pod_that_lives(
     let object = api.get(&format!("{STATUSES}/web-shop-db")).unwrap();
     assert_eq!(object["metadata"]["ownerReferences"][0]["uid"], "ours");
     assert_eq!(object["status"]["targetPath"], TARGET);
+}
+
+/// Whose an object is that somebody has laid hands on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owned {
+    Ours,
+    Nobodys,
+    NoField,
+    AnEarlierPods,
+    OfALikeName,
+}
+
+const PARTS: [&str; 5] = [
+    "podName",
+    "secretProviderClassName",
+    "mounted",
+    "targetPath",
+    "objects",
+];
+
+/// Every set of parts that somebody may have removed by hand, whoever is left as the owner: the
+/// object is repaired where it is, and no second one is made beside it.
+#[rstest]
+#[tokio::test]
+async fn what_somebody_emptied_is_repaired_in_place(
+    #[values(
+        Owned::Ours,
+        Owned::Nobodys,
+        Owned::NoField,
+        Owned::AnEarlierPods,
+        Owned::OfALikeName
+    )]
+    owned: Owned,
+    #[values(true, false)] by_a_look: bool,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = format!("{STATUSES}/web-shop-db");
+    for removed in 0..=1_usize << PARTS.len() {
+        let (api, cluster) = world(dir.path(), There::Ours, Known::Ours).await;
+        let mut object = status("web", Some("ours"), "db", TARGET, "1");
+        let whole = object.clone();
+        let removes = |number: usize| removed & (1 << number) != 0;
+        for (number, part) in PARTS.into_iter().enumerate() {
+            if removes(number) {
+                object["status"].as_object_mut().unwrap().remove(part);
+            }
+        }
+        let metadata = object["metadata"].as_object_mut().unwrap();
+        let owner = |name: &str, uid: &str| json!([{"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}]);
+        match owned {
+            Owned::Ours => {}
+            Owned::Nobodys => drop(metadata.insert("ownerReferences".to_owned(), json!([]))),
+            Owned::NoField => drop(metadata.remove("ownerReferences")),
+            Owned::AnEarlierPods => {
+                metadata.insert("ownerReferences".to_owned(), owner("web", "before"));
+            }
+            Owned::OfALikeName => {
+                metadata.insert("ownerReferences".to_owned(), owner("web-shop", "third"));
+            }
+        }
+        // The last one has lost all of it.
+        if removed == 1 << PARTS.len() {
+            object.as_object_mut().unwrap().remove("status");
+        }
+        let is_whole = object == whole;
+        api.put(path.clone(), object);
+        let (pod, objects) = (our_pod(), objects());
+        let mounted = mounted(&pod, &objects);
+        match by_a_look {
+            true => {
+                let kept = cluster.keep_pod_status(&mounted, "web-shop-db").await;
+                assert_eq!(kept.unwrap(), !is_whole, "{removed:b}");
+            }
+            false => {
+                let written = cluster
+                    .write_pod_status(&mounted, Some("web-shop-db"))
+                    .await;
+                let is_ours = written.unwrap().name == "web-shop-db";
+                let says_whose = !removes(0) && removed < 1 << PARTS.len();
+                assert_eq!(is_ours, owned != Owned::OfALikeName || says_whose);
+            }
+        }
+        let writes = api.writes();
+        let of_another = owned == Owned::OfALikeName && (removes(0) || removed == 1 << PARTS.len());
+        if of_another {
+            // It may be that of the pod that still owns it.
+            assert!(writes.len() == 1 && writes[0].starts_with("POST web-shop-db-"));
+            continue;
+        }
+        match is_whole {
+            true => assert_eq!(writes, Vec::<String>::new(), "{removed:b}"),
+            false => assert_eq!(writes, ["PUT web-shop-db"], "{removed:b}"),
+        }
+        let now = api.get(&path).unwrap();
+        assert_eq!(now["status"], whole["status"], "{removed:b}");
+        let owners = "ownerReferences";
+        assert_eq!(now["metadata"][owners], whole["metadata"][owners]);
+    }
+}
+
+/// A volume whose name was taken when it was written first stays where it is, also when what has
+/// the name is emptied or gone.
+#[rstest]
+#[tokio::test]
+async fn a_name_of_its_own_stays(
+    #[values(There::Nothing, There::Ours, There::AnotherVolumes, There::OfALikeName)] there: There,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = world(dir.path(), There::AnotherVolumes, Known::Ours).await;
+    let (pod, objects) = (our_pod(), objects());
+    let mounted = mounted(&pod, &objects);
+    let first = cluster.write_pod_status(&mounted, None).await.unwrap();
+    assert!(first.name.starts_with("web-shop-db-"));
+    let base = format!("{STATUSES}/web-shop-db");
+    match there {
+        There::Nothing => drop(api.0.lock().unwrap().0.remove(&base)),
+        There::Ours => {
+            let mut emptied = api.get(&base).unwrap();
+            emptied["status"] = json!({});
+            api.put(base, emptied);
+        }
+        _ => {}
+    }
+    api.writes();
+    let again = cluster.write_pod_status(&mounted, Some(&first.name)).await;
+    assert_eq!(again.unwrap().name, first.name);
+    assert_eq!(api.writes(), Vec::<String>::new());
 }

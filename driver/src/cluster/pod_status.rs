@@ -81,21 +81,34 @@ impl Cluster {
     /// resource version.
     ///
     /// The name is `<pod>-<namespace>-<class>`. When another volume of a living pod holds that
-    /// name, this volume's gets a suffix of its own. An object that an earlier pod of the same
-    /// name left behind, here or on another node, is taken over, once it is known that this pod is
-    /// the one that lives. The object of a living pod is never written for one that has gone,
+    /// name, this volume's gets a suffix of its own, and keeps it: `before` is the name that it had
+    /// when it was written before, if it was. An object that an earlier pod of the same name left
+    /// behind, here or on another node, or that somebody emptied by hand, is taken over, once it is
+    /// known that this pod is the one that lives. The object of a living pod is never written for one that has gone,
     /// whose kubelet may not know that yet; nothing is written then, and the resource version that
     /// is returned is empty.
     ///
     /// # Errors
     /// When the API server does not take it.
-    pub async fn write_pod_status(&self, mounted: &Mounted<'_>) -> Result<Written> {
-        let written = self.put_pod_status(mounted, mounted.name(), true).await;
+    pub async fn write_pod_status(
+        &self,
+        mounted: &Mounted<'_>,
+        before: Option<&str>,
+    ) -> Result<Written> {
+        let own = mounted.own_name();
+        let name = match before == Some(&own) {
+            true => own,
+            false => mounted.name(),
+        };
+        let written = self.put_pod_status(mounted, name, true).await;
         written.map_err(|error| mounted.failed(error))
     }
 
-    /// Looks whether the pod status of a volume is there, at what the API server has at hand, and
-    /// makes it again for a living pod when it is not. Returns whether it was made.
+    /// Looks whether the pod status of a volume is there and whole, at what the API server has at
+    /// hand, and writes it again for a living pod when it is not. Returns whether it was written.
+    ///
+    /// Other versions than those of the volume stay: a refresh that is under way writes them before
+    /// the volume has them.
     ///
     /// `name` is its name as it was when it was written.
     ///
@@ -105,7 +118,7 @@ impl Cluster {
         let kept = async {
             let api = self.pod_statuses(mounted.pod).await?;
             match self.read(api.get_with(name, &GetParams::any())).await {
-                Ok(existing) if is_owned_by(&existing, &mounted.pod.uid) => return Ok(false),
+                Ok(existing) if mounted.is_whole(&existing) => return Ok(false),
                 Ok(_) | Err(Failure::Refused { code: 404, .. }) => {}
                 Err(failure) => return Err(failure.into_error()),
             }
@@ -118,7 +131,8 @@ impl Cluster {
         kept.await.map_err(|error| mounted.failed(error))
     }
 
-    /// Writes a pod status. With `updates`, also over one of this volume that says something else.
+    /// Writes a pod status. With `updates`, also over a whole one of this volume that names other
+    /// versions.
     async fn put_pod_status(
         &self,
         mounted: &Mounted<'_>,
@@ -155,7 +169,7 @@ impl Cluster {
                 return Ok(Written::of(name, ObjectMeta::default()));
             }
             let found = existing.metadata.clone();
-            if is_ours && !updates {
+            if !updates && mounted.is_whole(&existing) {
                 return Ok(Written::of(name, found));
             }
             let Some(update) = wanted.over(existing) else {
@@ -282,15 +296,32 @@ impl Mounted<'_> {
 
     /// Whether an object of our name is somebody else's: another volume of this pod, or a pod
     /// whose name, namespace and class join to the same text. An earlier pod of the same name
-    /// is not somebody else.
+    /// is not somebody else. What somebody removed by hand says nothing against us: whose it was,
+    /// the rest says.
     fn is_held_by_another_volume(&self, existing: &SecretProviderClassPodStatus) -> bool {
         let theirs = &existing.status;
-        let same_pod = is_owned_by(existing, &self.pod.uid);
-        if same_pod {
-            theirs.target_path != self.target_path
-        } else {
-            theirs.pod_name != self.pod.name || theirs.secret_provider_class_name != self.class
+        let is = |said: &str, ours: &str| said.is_empty() || said == ours;
+        if is_owned_by(existing, &self.pod.uid) {
+            return !is(&theirs.target_path, self.target_path);
         }
+        let mut owners = existing.metadata.owner_references.iter().flatten();
+        let is_pods = match theirs.pod_name.as_str() {
+            "" => owners.all(|owner| owner.name == self.pod.name),
+            name => name == self.pod.name,
+        };
+        !is_pods || !is(&theirs.secret_provider_class_name, self.class)
+    }
+
+    /// Whether an object says all of this volume, whichever versions it names: it has its owner,
+    /// and nobody has emptied it.
+    fn is_whole(&self, existing: &SecretProviderClassPodStatus) -> bool {
+        let is = &existing.status;
+        is_owned_by(existing, &self.pod.uid)
+            && is.mounted
+            && is.pod_name == self.pod.name
+            && is.secret_provider_class_name == self.class
+            && is.target_path == self.target_path
+            && (!is.objects.is_empty() || self.objects.is_empty())
     }
 }
 

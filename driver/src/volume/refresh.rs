@@ -167,7 +167,12 @@ impl Volumes {
         if changed || versions_changed || renews {
             let gets_order = (changed || renews).then_some(now);
             let written = self
-                .write_pod_status(request, &fresh.objects, gets_order)
+                .write_pod_status(
+                    request,
+                    &fresh.objects,
+                    gets_order,
+                    Some(&record.pod_status),
+                )
                 .await?;
             fresh.pod_status = written.name;
             if let Some(place) = place_before {
