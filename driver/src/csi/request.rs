@@ -121,11 +121,15 @@ fn group(capability: &VolumeCapability) -> Result<Option<u32>> {
     };
     match mount.volume_mount_group.as_str() {
         "" => Ok(None),
-        text => text.parse().map(Some).map_err(|_| {
-            Error::invalid(format!(
-                "volume mount group {text:.20?} in request is not a group ID"
-            ))
-        }),
+        text => match text.parse::<u32>() {
+            // As kubelet writes a number. The largest is no group: to chown(2) it says to leave the
+            // group as it is.
+            Ok(group) if group != u32::MAX && group.to_string() == text => Ok(Some(group)),
+            _ => Err(Error::invalid(format!(
+                "volume mount group {text:.20?} in request is not a group ID: set the pod's spec.securityContext.fsGroup to a number from 0 to {}",
+                u32::MAX - 1
+            ))),
+        },
     }
 }
 
@@ -263,6 +267,12 @@ mod tests {
     #[case::mode(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(DEFAULT_MODE.into(), "0888".into()); }, "default-mode")]
     #[case::mode_beyond_permissions(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(DEFAULT_MODE.into(), "4755".into()); }, "at most")]
     #[case::group(|r: &mut NodePublishVolumeRequest| r.volume_capability = Some(with_group("staff")), "not a group ID")]
+    #[case::group_minus_one(|r: &mut NodePublishVolumeRequest| r.volume_capability = Some(with_group("4294967295")), "fsGroup")]
+    #[case::group_too_large(|r: &mut NodePublishVolumeRequest| r.volume_capability = Some(with_group("4294967296")), "fsGroup")]
+    #[case::group_negative(|r: &mut NodePublishVolumeRequest| r.volume_capability = Some(with_group("-1")), "fsGroup")]
+    #[case::group_with_a_sign(|r: &mut NodePublishVolumeRequest| r.volume_capability = Some(with_group("+5")), "fsGroup")]
+    #[case::group_with_a_nought(|r: &mut NodePublishVolumeRequest| r.volume_capability = Some(with_group("05")), "fsGroup")]
+    #[case::group_with_a_space(|r: &mut NodePublishVolumeRequest| r.volume_capability = Some(with_group(" 5")), "fsGroup")]
     #[case::another_pods_target(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(POD_UID.into(), "u-2".into()); }, "does not belong")]
     fn what_is_wrong_with_a_request_is_named(
         #[case] spoil: fn(&mut NodePublishVolumeRequest),

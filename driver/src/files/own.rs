@@ -9,7 +9,7 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2},
-    sys::stat::{FileStat, Mode, SFlag, fchmod, fstat},
+    sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat},
     unistd::{Gid, fchown, fchownat},
 };
 
@@ -67,7 +67,7 @@ fn entry(
         Err(Errno::ELOOP) => return give_link(directory, name, access),
         // Gone meanwhile; a mount; a socket; a device without a driver.
         Err(Errno::ENOENT | Errno::EXDEV | Errno::ENXIO | Errno::ENODEV) => return Ok(()),
-        Err(errno) => return Err(errno.into()),
+        Err(errno) => return Err(not_opened(directory, name, errno)),
     };
     let stat = fstat(&file)?;
     match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
@@ -83,6 +83,19 @@ fn entry(
             Ok(())
         }
         _ => Ok(()),
+    }
+}
+
+/// Says why an entry cannot be opened. A volume is mounted so that no device in it can.
+fn not_opened(directory: &OwnedFd, name: &CStr, errno: Errno) -> io::Error {
+    let kind = fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)
+        .map(|stat| SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()));
+    match kind {
+        Ok(SFlag::S_IFCHR | SFlag::S_IFBLK) => io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the provider made a device there, which is no content of a volume; it must write regular files",
+        ),
+        _ => errno.into(),
     }
 }
 

@@ -9,6 +9,7 @@
 
 use std::{
     ffi::CStr,
+    fmt,
     fs::File as StdFile,
     io::{self, Write as _},
     os::fd::{AsFd, OwnedFd},
@@ -324,6 +325,23 @@ pub fn remove_target(target: &Path) -> io::Result<()> {
     }
 }
 
+/// That a volume has no room for a payload.
+#[derive(Debug)]
+pub struct Full {
+    what: String,
+    /// Whether the payload takes at most half of what the volume has, which leaves as much for the
+    /// content before: then something else fills the volume.
+    pub is_filled_otherwise: bool,
+}
+
+impl fmt::Display for Full {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl std::error::Error for Full {}
+
 /// Refuses a payload for which there is no room beside what the volume holds, before anything is
 /// written. A file system without a number of blocks or files has no bound.
 fn has_room(root: &OwnedFd, payload: &Payload) -> io::Result<()> {
@@ -335,7 +353,15 @@ fn has_room(root: &OwnedFd, payload: &Payload) -> io::Result<()> {
     let blocks: u64 = lengths.map(|length| length.div_ceil(block)).sum();
     // One more for the directory that holds them.
     let entries = (payload.len() + payload.directories() + 1) as u64;
-    let full = |what: String| Err(io::Error::new(io::ErrorKind::StorageFull, what));
+    let is_half = |needed: u64, of: u64| of == 0 || needed.saturating_mul(2) <= of;
+    let is_filled_otherwise = is_half(entries, is.files()) && is_half(blocks, is.blocks());
+    let full = |what: String| {
+        let full = Full {
+            what,
+            is_filled_otherwise,
+        };
+        Err(io::Error::new(io::ErrorKind::StorageFull, full))
+    };
     if is.files() != 0 && entries > is.files_available() {
         return full(format!(
             "{} files in {} directories, and the volume has room for {} more of both",

@@ -81,7 +81,7 @@ pub(super) async fn refit(request: &PublishRequest, tmpfs: &Arc<Tmpfs>) -> Resul
     let (volume, tmpfs) = (request.target.as_path().to_owned(), Arc::clone(tmpfs));
     blocking(move || tmpfs.refit(&volume).map(Arc::new))
         .await
-        .map_err(|error| failed_to_write(request, Error::internal(error.to_string())))
+        .map_err(|error| failed_to_write(request, explained(request, &error)))
 }
 
 /// Checks the provider's files and writes them where no reader looks, if there is memory for
@@ -134,7 +134,7 @@ pub(super) async fn stage_files(
         Ok(Some(Stage::OfProvider))
     })
     .await
-    .map_err(|error| failed(no_room_or_internal(&error)))?;
+    .map_err(|error| failed(explained(request, &error)))?;
     staged.ok_or_else(|| {
         failed(Error::precondition(
             "the provider named objects but sent no files and wrote none itself; the volume would be empty",
@@ -156,7 +156,7 @@ pub(super) async fn directory(
     let version = blocking(move || read::version_in(&held.open()?)).await;
     version
         .map(|version| version.directory)
-        .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))
+        .map_err(|error| failed_to_write(request, explained(request, &error)))
 }
 
 /// Makes sure, before a volume is recorded, that it is still what a pod sees at the target.
@@ -164,7 +164,7 @@ pub(super) async fn still_there(request: &PublishRequest, held: &Arc<Held>) -> R
     let held = Arc::clone(held);
     blocking(move || held.check())
         .await
-        .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))
+        .map_err(|error| failed_to_write(request, explained(request, &error)))
 }
 
 /// Makes what is staged the volume's content, and measures it. What was there before goes a
@@ -199,7 +199,7 @@ pub(super) async fn commit_content(
         former
     })
     .await
-    .map_err(|error| failed_to_write(request, no_room_or_internal(&error)))?;
+    .map_err(|error| failed_to_write(request, explained(request, &error)))?;
     if let Some(former) = former {
         let (volume, memory) = (request.target.as_path().to_owned(), Arc::clone(memory));
         let held = Arc::clone(held);
@@ -236,21 +236,54 @@ fn raise(error: io::Error, tmpfs: &Tmpfs, volume: &Path) -> io::Error {
     if error.kind() != io::ErrorKind::StorageFull {
         return error;
     }
+    let full = error.get_ref().and_then(|e| e.downcast_ref::<swap::Full>());
+    let filled_otherwise = full.is_some_and(|full| full.is_filled_otherwise);
     let help = match tmpfs.fits(volume) {
+        Ok(true) if filled_otherwise => format!(
+            "they would fit beside the content of now, and something else fills the volume. Did the provider write files into it itself? Remove them from {} or replace the pod",
+            volume.display()
+        ),
         Ok(true) => {
             "the volume is bounded by what --max-call-recv-msg-size lets a provider send; raise it"
+                .to_owned()
         }
-        _ => "the volume could not be given the bounds of today's flags; replace the pod",
+        _ => {
+            "the volume could not be given the bounds of today's flags; replace the pod".to_owned()
+        }
     };
     io::Error::new(error.kind(), format!("{error}: {help}"))
 }
 
-pub(super) fn no_room_or_internal(error: &io::Error) -> Error {
-    let code = match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::OutOfMemory => Code::ResourceExhausted,
+/// Says of an error of the file system where it was met, and what to do where somebody has done
+/// to the volume what nobody should.
+fn explained(request: &PublishRequest, error: &io::Error) -> Error {
+    use io::ErrorKind::{
+        CrossesDevices, OutOfMemory, PermissionDenied, ReadOnlyFilesystem, ResourceBusy,
+        StorageFull,
+    };
+    let kind = error.kind();
+    let help = match kind {
+        ReadOnlyFilesystem => {
+            "; the volume was mounted read-only since the driver mounted it. Is it the provider, or another program? Replace the pod, or mount the volume writable again (mount -o remount,rw)"
+        }
+        ResourceBusy | CrossesDevices => {
+            "; something is mounted there within the volume. Is it the provider, or another program? Unmount it or replace the pod"
+        }
+        PermissionDenied => {
+            "; it may not be changed. Has the provider, or another program, made it immutable (lsattr)? Replace the pod"
+        }
+        _ => "",
+    };
+    let code = match kind {
+        StorageFull | OutOfMemory => Code::ResourceExhausted,
         _ => Code::Internal,
     };
-    Error::new(code, error.to_string())
+    let (said, target) = (error.to_string(), request.target.as_str());
+    let at = match said.contains(target) {
+        true => String::new(),
+        false => format!("at {target}: "),
+    };
+    Error::new(code, format!("{at}{said}{help}"))
 }
 
 /// Refuses a target whose mount would stay the driver's own: its pods would see an empty directory.

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     fs,
+    io::Write as _,
     net::Ipv4Addr,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -326,6 +327,14 @@ pub(crate) enum Act {
     UnmountsAndWrites,
     /// It makes a pipe of this name.
     MakesPipe(&'static str),
+    /// It makes a device of this name.
+    MakesDevice(&'static str),
+    /// It makes a directory of this name and mounts something there.
+    MountsBelow(&'static str),
+    /// It makes the volume read-only.
+    MakesReadOnly,
+    /// It fills the volume with a file of this name.
+    Fills(&'static str),
     /// It makes a directory of this name.
     MakesDirectory(&'static str),
     /// It makes a link of this name to the second.
@@ -361,6 +370,17 @@ impl Act {
             }
             Self::MakesPipe(name) => {
                 nix::unistd::mkfifo(&target.join(name), nix::sys::stat::Mode::S_IRWXU).unwrap();
+            }
+            Self::MakesDevice(name) => make_device(&target.join(name)).unwrap(),
+            Self::MountsBelow(name) => {
+                let (below, kind) = (target.join(name), Some("tmpfs"));
+                fs::create_dir(&below).unwrap();
+                mount(kind, &below, kind, MsFlags::empty(), no).unwrap();
+            }
+            Self::MakesReadOnly => read_only(target, true),
+            Self::Fills(name) => {
+                let mut file = fs::File::create(target.join(name)).unwrap();
+                while file.write_all(&[7; 4096]).is_ok() {}
             }
             Self::MakesDirectory(name) => fs::create_dir(target.join(name)).unwrap(),
             Self::MakesLink(name, to) => {
@@ -733,6 +753,12 @@ pub(crate) fn tmpfs(at: &Path, options: &str) {
     )
     .unwrap();
     mount(no, at, no, MsFlags::MS_SHARED, no).unwrap();
+}
+
+/// Makes a device, as far as this user may.
+pub(crate) fn make_device(at: &Path) -> nix::Result<()> {
+    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+    mknod(at, SFlag::S_IFCHR, Mode::S_IRWXU, makedev(1, 3))
 }
 
 /// Makes a mount read-only, or writable again.

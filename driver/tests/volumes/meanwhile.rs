@@ -12,7 +12,9 @@ use driver::mount::State;
 
 use serde_json::json;
 
-use crate::harness::{Act, Answer, Class, EAGER, Volume, World, alone, block_on, class, is_final};
+use crate::harness::{
+    Act, Answer, Class, EAGER, Volume, World, alone, block_on, class, is_final, make_device,
+};
 
 /// The content that must not come to lie outside.
 const SECRET: &str = "the-new-content";
@@ -341,6 +343,104 @@ fn what_is_mounted_before_the_record_is_written_is_no_volume() {
                     come_between(&mut world, act, between, of_driver).await;
                 }
             }
+        }
+    });
+}
+
+/// What is odd in a volume is named, with its place and what to do; a first publish leaves nothing,
+/// and a refresh what there was.
+#[test]
+fn odd_things_that_a_provider_does_are_named() {
+    if !alone("meanwhile::odd_things_that_a_provider_does_are_named") {
+        return;
+    }
+    block_on(async {
+        // A volume that is soon full.
+        let flags: Vec<&str> = EAGER
+            .into_iter()
+            .chain(["--max-call-recv-msg-size=65536"])
+            .collect();
+        let mut world = World::start(&flags).await;
+        let first = When::FirstPublish;
+        let files = Then::AnswersFiles;
+        // Only who is root outside of its namespace too makes devices.
+        let makes_devices = make_device(&world.dir.path().join("device")).is_ok();
+        let refreshes = [true, false].map(|of_driver| When::Refresh { of_driver });
+        let mut rows = vec![(
+            Act::MountsBelow("..data"),
+            first,
+            files,
+            "..data",
+            "Unmount",
+        )];
+        for when in [first, refreshes[0], refreshes[1]] {
+            rows.push((Act::MountsBelow("other"), when, files, "other", "Unmount"));
+            rows.push((
+                Act::MountsBelow("..aside"),
+                when,
+                files,
+                "..aside",
+                "Unmount",
+            ));
+            rows.push((Act::MakesReadOnly, when, files, "", "mount -o remount,rw"));
+            rows.push((
+                Act::Fills("large"),
+                when,
+                files,
+                "",
+                "something else fills the volume",
+            ));
+            if makes_devices {
+                let writes = Then::WritesFiles;
+                rows.push((
+                    Act::MakesDevice("odd"),
+                    when,
+                    writes,
+                    "odd",
+                    "made a device",
+                ));
+            }
+        }
+        for (act, when, then, path, help) in rows {
+            let case = format!("{act:?}, {when:?}, {then:?}");
+            let volume = world.volume_of_its_own();
+            if let When::Refresh { of_driver } = when {
+                let before = match of_driver {
+                    true => Then::AnswersFiles,
+                    false => Then::WritesFiles,
+                };
+                world
+                    .provider
+                    .answers(&volume.class, answer(before, FORMER));
+                world.publish_patiently(&volume).await.expect(&case);
+            }
+            let odd = Answer {
+                act: Some(act.clone()),
+                ..answer(then, SECRET)
+            };
+            world.provider.answers(&volume.class, odd);
+            let status = match world.publish_patiently(&volume).await {
+                Err(status) => status,
+                Ok(()) => panic!("it says OK: {case}"),
+            };
+            let message = status.message();
+            let target = volume.target.to_str().unwrap();
+            for part in [target, path, help] {
+                assert!(message.contains(part), "{case}: {message}");
+            }
+            assert!(
+                !message.contains("max-call-recv-msg-size"),
+                "{case}: {message}"
+            );
+            match when {
+                When::FirstPublish => assert_eq!(volume.state(), State::Absent, "{case}"),
+                When::Refresh { .. } if then == Then::AnswersFiles => {
+                    assert!(!is_final(status.code()), "{case}: {status}");
+                    assert_eq!(volume.reads()["pw"], FORMER, "{case}");
+                }
+                When::Refresh { .. } => assert!(!is_final(status.code()), "{case}: {status}"),
+            }
+            world.unpublish(&volume).await.expect(&case);
         }
     });
 }
