@@ -32,7 +32,7 @@ use crate::{
         events::Severity,
         holders::Holder,
         resources::SecretObject,
-        secrets::{ADOPT, Kept, Owner, Refusal, Wanted},
+        secrets::{ADOPT, Data, Kept, Owner, Refusal, Wanted},
     },
     error::{Error, Result},
     metrics::Metrics,
@@ -40,8 +40,8 @@ use crate::{
     volume::record::{Pod, Record, Records},
 };
 use content::Stamp;
-use desired::Desired;
 use known::{Known, Mounted, SecretKey};
+use made::Ahead;
 use parsing::{Parsing, Refusals};
 
 /// How long a publish waits for its Secrets. What is not done by then is done by the loop.
@@ -326,12 +326,20 @@ impl Sync {
         if let Ok(holder) = &holder {
             self.known.set_holder(&volume.id, holder.clone());
         }
+        let mut ahead = Ahead::default();
         for object in &class.secret_objects {
             let kept = match &holder {
                 Ok(_) => {
                     let namespace = &volume.pod.namespace;
-                    self.keep(namespace, &class, object, How::Now, Some(record))
-                        .await
+                    self.keep(
+                        namespace,
+                        &class,
+                        object,
+                        How::Now,
+                        Some(record),
+                        &mut ahead,
+                    )
+                    .await
                 }
                 Err(problem) => Err(problem.clone()),
             };
@@ -372,6 +380,7 @@ impl Sync {
         object: &SecretObject,
         how: How,
         pending: Option<&Record>,
+        ahead: &mut Ahead,
     ) -> Result<Option<Kept>, Problem> {
         let name = desired::name(class, object)?;
         let same = |other: &&SecretObject| other.secret_name.trim() == name;
@@ -398,35 +407,30 @@ impl Sync {
             known.extend(self.live(class, unknown).await?);
             volumes = known;
         }
-        let Some((mut desired, mut stamp)) = self.made(class, object, &volumes, pending).await?
-        else {
-            return Ok(None);
-        };
-        let mut owners = owners(&volumes);
         if how == How::Look {
-            let wanted = wanted(namespace, class, &desired, stamp, &owners);
-            let kept = self.cluster.secret_is_kept(&wanted).await;
-            if let Some(kept) = kept.map_err(|refusal| problem(&wanted, refusal))? {
+            let looked = self.looked(key, class, object, &volumes, ahead).await?;
+            if let Some(kept) = looked {
                 self.known.secret_was(key, kept);
                 return Ok(Some(kept));
             }
             // Something is to be written: only for pods that live.
             volumes = self.live(class, volumes).await?;
-            let Some(made) = self.made(class, object, &volumes, pending).await? else {
-                return Ok(None);
-            };
-            (desired, stamp) = made;
-            owners = self::owners(&volumes);
         }
+        let made = self.made(class, object, &volumes, pending, ahead).await?;
+        let Some((desired, stamp)) = made else {
+            return Ok(None);
+        };
+        let owners = owners(&volumes);
         if owners.is_empty() {
             return Err(unavailable(class, &"the pods' owners are not known yet"));
         }
         let left = self
             .known
             .is_left_to_others(key, stamp.order, self.interval);
+        let data = Data::Values(&desired.data);
         let wanted = Wanted {
             create: !left,
-            ..wanted(namespace, class, &desired, stamp, &owners)
+            ..wanted(namespace, class, object, data, stamp, &owners)
         };
         let started = Instant::now();
         let kept = self.cluster.keep_secret(&wanted).await;
@@ -452,6 +456,38 @@ impl Sync {
                 .secret_synced(&class.provider, started.elapsed());
         }
         Ok(Some(kept))
+    }
+
+    /// Looks whether a Secret is as the volumes say, without reading them again while nothing of
+    /// them or of the class has changed. None when something is to be written, or may be.
+    async fn looked(
+        &self,
+        key: &SecretKey,
+        class: &Arc<Class>,
+        object: &SecretObject,
+        volumes: &[Mounted],
+        ahead: &mut Ahead,
+    ) -> Result<Option<Kept>, Problem> {
+        let owners = owners(volumes);
+        let namespace = &key.namespace;
+        let mut made = None;
+        let (data, stamp) = match self.made_before(key, class, volumes).await? {
+            Some((digest, stamp)) => (Data::Digest(digest), stamp),
+            None => {
+                made = self.made(class, object, volumes, None, ahead).await?;
+                let Some((desired, stamp)) = &made else {
+                    return Ok(None);
+                };
+                (Data::Values(&desired.data), *stamp)
+            }
+        };
+        let wanted = wanted(namespace, class, object, data, stamp, &owners);
+        let kept = self.cluster.secret_is_kept(&wanted).await;
+        let kept = kept.map_err(|refusal| problem(&wanted, refusal))?;
+        if let (None, Some((desired, _))) = (kept, made) {
+            ahead.put_back(desired);
+        }
+        Ok(kept)
     }
 
     /// The volumes whose pods still need Secrets, with who their Secrets live with.
@@ -558,17 +594,18 @@ fn owners(volumes: &[Mounted]) -> Vec<Owner> {
 fn wanted<'a>(
     namespace: &'a str,
     class: &'a Class,
-    desired: &'a Desired,
+    object: &'a SecretObject,
+    data: Data<'a>,
     stamp: Stamp,
     owners: &'a [Owner],
 ) -> Wanted<'a> {
     Wanted {
         namespace,
-        name: &desired.name,
-        type_: &desired.type_,
-        labels: &desired.labels,
-        annotations: &desired.annotations,
-        data: &desired.data,
+        name: object.secret_name.trim(),
+        type_: object.type_.trim(),
+        labels: &object.labels,
+        annotations: &object.annotations,
+        data,
         class: &class.identity,
         since: stamp.since,
         order: stamp.order,

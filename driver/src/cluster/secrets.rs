@@ -34,6 +34,7 @@
 //! - where resource versions are not numbers.
 
 mod decision;
+mod digest;
 mod owners;
 mod refusal;
 mod replace;
@@ -53,7 +54,8 @@ use crate::{
     secret::Secret,
     volume::record::Class,
 };
-use decision::{Change, Decision, Existing, Holder, decide};
+use decision::{Change, Decision, Existing, Holder, Object, decide};
+pub use digest::Digest;
 pub use owners::Owner;
 use owners::{MANAGER, without_owner};
 pub use refusal::Refusal;
@@ -74,6 +76,24 @@ pub const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
 pub const REFUSED_TYPE: &str = "secrets-store.csi.k8s.io/refused-type";
 /// How often a write is tried against others who write the same Secret.
 const ATTEMPTS: usize = 5;
+
+/// All of a Secret's data, or what it is told by.
+#[derive(Clone, Copy)]
+pub enum Data<'a> {
+    /// The values, by key.
+    Values(&'a BTreeMap<String, Secret>),
+    /// The digest of the values, which must not be empty. It is enough to look, and not to write.
+    Digest(Digest),
+}
+
+impl Data<'_> {
+    /// Returns the digest of some values.
+    pub fn digest(values: &BTreeMap<String, Secret>) -> Digest {
+        let parts = values.iter();
+        Digest::of(parts.flat_map(|(key, value)| [key.as_bytes(), value.expose()]))
+    }
+}
+
 /// A Secret as it should be.
 #[derive(Clone, Copy)]
 pub struct Wanted<'a> {
@@ -88,7 +108,7 @@ pub struct Wanted<'a> {
     /// Annotations that the class asks for.
     pub annotations: &'a BTreeMap<String, String>,
     /// All of its data.
-    pub data: &'a BTreeMap<String, Secret>,
+    pub data: Data<'a>,
     /// The class that asks for it.
     pub class: &'a Class,
     /// Since when the volume has held this content.
@@ -138,11 +158,14 @@ impl Cluster {
             Decision::OtherClass(holder) if self.holds(wanted, &holder).await? => {
                 Err(Refusal::OtherClass(holder.name))
             }
-            Decision::OtherClass(_) | Decision::Write(_) | Decision::Replace => Ok(None),
+            Decision::OtherClass(_)
+            | Decision::Write(_)
+            | Decision::Content
+            | Decision::Replace => Ok(None),
         }
     }
 
-    /// Makes a Secret as it should be.
+    /// Makes a Secret as it should be. All of its values must be there.
     ///
     /// # Errors
     /// When the Secret is not the driver's, or the API server does not take it.
@@ -152,7 +175,8 @@ impl Cluster {
                 if !wanted.create {
                     return Ok(Kept::Absent);
                 }
-                match self.create_new(wanted).await {
+                let object = wanted.object(None)?;
+                match self.create_new(wanted.namespace, object).await {
                     Ok(()) => return Ok(Kept::Created),
                     // Somebody was faster.
                     Err(Failure::Refused { code: 409, .. }) => continue,
@@ -181,6 +205,7 @@ impl Cluster {
                     let patched = self.patch(wanted.namespace, wanted.name, change).await?;
                     patched.then_some(Kept::Updated)
                 }
+                Decision::Content => return Err(without_values()),
                 Decision::Replace => self.replace(wanted, &existing).await?,
             };
             // None: changed or gone since it was read.
@@ -290,14 +315,14 @@ impl Cluster {
     }
 
     /// Makes the Secret, with its owners.
-    async fn create_new(&self, wanted: &Wanted<'_>) -> Result<(), Failure> {
-        let body = serde_json::to_vec(&wanted.object(None))
-            .map_err(|error| Failure::NoAnswer(error.to_string()))?;
+    async fn create_new(&self, namespace: &str, object: Object<'_>) -> Result<(), Failure> {
+        let body =
+            serde_json::to_vec(&object).map_err(|error| Failure::NoAnswer(error.to_string()))?;
         let how = PostParams {
             field_manager: Some(MANAGER.to_owned()),
             ..PostParams::default()
         };
-        let request = Request::new(path(wanted.namespace)).create(&how, body);
+        let request = Request::new(path(namespace)).create(&how, body);
         self.ask::<IgnoredAny>(request).await.map(|_| ())
     }
 
@@ -322,6 +347,13 @@ impl Cluster {
             _ => limited(client.request(request)).await,
         }
     }
+}
+
+/// A caller has asked for something to be written without having the values.
+fn without_values() -> Refusal {
+    Refusal::Failed(Error::internal(
+        "a bug in the driver: the values of the Secret are not at hand",
+    ))
 }
 
 fn path(namespace: &str) -> String {

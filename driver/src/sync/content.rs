@@ -18,6 +18,7 @@ use jiff::Timestamp;
 
 use super::Volume;
 use crate::{
+    cluster::Class,
     files::{read, swap},
     mount::{self, Tmpfs},
     volume::record::{Content, Record, Records},
@@ -50,6 +51,15 @@ pub(super) struct Held {
     orders: BTreeMap<String, String>,
     /// Whether the record is still in memory only.
     is_pending: bool,
+}
+
+/// What decides which Secrets come out of a content: which content of which volume it is, and
+/// which state of the class is applied to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Origin {
+    volume: String,
+    version: read::Version,
+    class: (String, String),
 }
 
 impl Held {
@@ -117,6 +127,22 @@ impl Held {
             && (self.content == Content::Provider || snapshot.version == self.version)
             && (self.is_pending || records.get(&self.volume.id).is_some());
         Ok(still.then_some(snapshot))
+    }
+
+    /// What decides about the Secrets that a class makes of it.
+    pub(super) fn origin(&self, class: &Class) -> Origin {
+        let class = &class.identity;
+        Origin {
+            volume: self.volume.id.clone(),
+            version: self.version.clone(),
+            class: (class.uid.clone(), class.resource_version.clone()),
+        }
+    }
+
+    /// Whether other content has another version. A provider that writes its files itself may
+    /// write into those that are there.
+    pub(super) fn is_versioned(&self) -> bool {
+        self.content == Content::Driver
     }
 
     /// When this content came, among all of them.

@@ -12,13 +12,16 @@ use serde::de::IgnoredAny;
 use super::{
     Problem, Trouble,
     parsing::Waiting,
-    tls::{self, KeyFormat, Parts},
+    tls::{self, KeyFormat},
 };
 use crate::{
     cluster::{Class, is_object_name, resources::SecretObject},
     secret::Secret,
 };
 pub use values::Needs;
+#[cfg(test)]
+pub(super) use values::PARSED;
+pub(super) use values::Sources;
 use values::{key_of, values};
 
 /// On a class: how the private keys of its TLS Secrets are written, `traditional` or `original`.
@@ -28,7 +31,7 @@ pub const TLS_KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
 const ALL: &str = "*";
 
 /// The API server takes no more in the values of one Secret.
-const MOST_BYTES: usize = 1024 * 1024;
+pub(super) const MOST_BYTES: usize = 1024 * 1024;
 
 const TLS: &str = "kubernetes.io/tls";
 const CERTIFICATE: &str = "tls.crt";
@@ -82,15 +85,15 @@ pub fn name<'a>(class: &Class, object: &'a SecretObject) -> Result<&'a str, Prob
     Ok(name)
 }
 
-/// Makes the Secret of one entry, as long as somebody waits for it.
+/// Makes the Secret of one of the entries that the sources were parsed for, as long as somebody
+/// waits for it.
 ///
 /// # Errors
 /// Names the class, the Secret and the key, and what to change.
-pub(super) fn desired(
+pub(super) fn desired<'a>(
     class: &Class,
-    object: &SecretObject,
-    files: &BTreeMap<String, Secret>,
-    waiting: &Waiting,
+    object: &'a SecretObject,
+    sources: &mut Sources<'a>,
 ) -> Result<Desired, Problem> {
     let secret = name(class, object)?;
     let at = Place {
@@ -104,9 +107,9 @@ pub(super) fn desired(
     if object.data.is_empty() {
         return Err(at.invalid("data is empty: name the objects that the Secret is made of"));
     }
-    let mut data = values(&at, object, files, waiting)?;
+    let mut data = values(&at, object, sources)?;
     if type_ == TLS {
-        split(&at, class, object, files, &mut data, waiting)?;
+        split(&at, class, object, sources, &mut data)?;
     }
     check(&at, type_, object, &data)?;
     Ok(Desired {
@@ -166,9 +169,8 @@ fn split(
     at: &Place<'_>,
     class: &Class,
     object: &SecretObject,
-    files: &BTreeMap<String, Secret>,
+    sources: &mut Sources<'_>,
     data: &mut BTreeMap<String, Secret>,
-    waiting: &Waiting,
 ) -> Result<(), Problem> {
     let format = match class
         .identity
@@ -184,6 +186,7 @@ fn split(
             )));
         }
     };
+    let files = sources.files();
     let source = |key: &str| {
         let named = object
             .data
@@ -203,8 +206,8 @@ fn split(
     let (Some(certificates), Some(keys)) = (data.get(CERTIFICATE), data.get(PRIVATE_KEY)) else {
         return Ok(());
     };
-    let parts = |key: &str, value: &Secret| {
-        let parts = Parts::read(value.expose(), waiting).map_err(|why| {
+    let mut parts = |key: &str, value: &Secret| {
+        sources.parts(value).map_err(|why| {
             at.problem(
                 Trouble::InvalidCertificate,
                 format_args!(
@@ -212,8 +215,7 @@ fn split(
                     source(key)
                 ),
             )
-        });
-        parts.map(Arc::new)
+        })
     };
     let is_one_object = certificates == keys;
     let certificates = parts(CERTIFICATE, certificates)?;
@@ -221,7 +223,7 @@ fn split(
         true => Arc::clone(&certificates),
         false => parts(PRIVATE_KEY, keys)?,
     };
-    let pair = tls::pair(&certificates, &keys, format, waiting)
+    let pair = tls::pair(&certificates, &keys, format, sources.waiting())
         .map_err(|why| at.problem(Trouble::InvalidCertificate, why))?;
     data.insert(CERTIFICATE.to_owned(), pair.certificate);
     data.insert(PRIVATE_KEY.to_owned(), pair.key);

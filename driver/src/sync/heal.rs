@@ -19,6 +19,7 @@ use tonic::Code;
 use super::{
     How, Sync, Volume, desired,
     known::{Mounted, SecretKey, Task},
+    made::Ahead,
 };
 use crate::{
     cluster::{Class, pod_status},
@@ -33,6 +34,8 @@ const TROUBLED_LOOKS: usize = 4;
 const TROUBLE_LASTS: Duration = Duration::from_secs(300);
 /// A look that takes longer is slow.
 const SLOW: Duration = Duration::from_secs(1);
+/// How long a look goes on with other Secrets of the class whose content is at hand.
+const LONGEST_RUN: Duration = Duration::from_secs(5);
 /// At most this much of an interval is left between the beginnings of two looks.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest wait for an API server that is away.
@@ -254,6 +257,28 @@ impl Sync {
                 .looked_at(&key.namespace, &key.class, &key.name, false, self.interval);
             return true;
         };
+        let mut ahead = Ahead::default();
+        let started = Instant::now();
+        let mut in_order = self.look_at_one(key, &class, &mut ahead).await;
+        // What had to be made ahead for it is used while it is here.
+        for name in ahead.names() {
+            let other = SecretKey {
+                name,
+                ..key.clone()
+            };
+            let is_same = self.known.class(&key.namespace, &key.class);
+            let is_same = is_same.is_some_and(|now| Arc::ptr_eq(&now, &class));
+            if !is_same || started.elapsed() > LONGEST_RUN {
+                break;
+            }
+            if self.known.is_due_within(&other, self.interval / 2) {
+                in_order &= self.look_at_one(&other, &class, &mut ahead).await;
+            }
+        }
+        in_order
+    }
+
+    async fn look_at_one(&self, key: &SecretKey, class: &Arc<Class>, ahead: &mut Ahead) -> bool {
         let entry = class
             .secret_objects
             .iter()
@@ -262,11 +287,11 @@ impl Sync {
             return true;
         };
         let kept = self
-            .keep(&key.namespace, &class, object, How::Look, None)
+            .keep(&key.namespace, class, object, How::Look, None, ahead)
             .await;
         let volumes = self.known.volumes_of(&key.namespace, &key.class);
         let volumes: Vec<Volume> = volumes.into_iter().map(|mounted| mounted.volume).collect();
-        self.report(&class, &key.name, &volumes, kept.as_ref().map(|kept| *kept));
+        self.report(class, &key.name, &volumes, kept.as_ref().map(|kept| *kept));
         kept.is_ok()
     }
 

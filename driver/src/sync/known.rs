@@ -12,9 +12,13 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Volume, newer::Newer};
+use super::{Problem, Volume, content::Origin, newer::Newer};
 use crate::{
-    cluster::{Class, holders::Holder, secrets::Kept},
+    cluster::{
+        Class,
+        holders::Holder,
+        secrets::{Digest, Kept},
+    },
     volume::record::{self, Age},
 };
 
@@ -104,6 +108,8 @@ struct State {
     secrets: BTreeMap<SecretKey, Look>,
     /// Those of the Secrets that had other content, of a higher order, than any volume here.
     newer: BTreeMap<SecretKey, Newer>,
+    /// What came out of which content for a Secret: the digest of its values, or a problem.
+    made: BTreeMap<SecretKey, (Origin, Result<Digest, Problem>)>,
     left: Vec<(Instant, Box<Mounted>, Arc<Class>)>,
 }
 
@@ -288,6 +294,32 @@ impl Known {
         newer.is_some_and(|newer| newer.leaves(order, every))
     }
 
+    /// What came out for a Secret, of which content and class.
+    pub(super) fn set_made(&self, key: SecretKey, of: Origin, made: Result<Digest, Problem>) {
+        let mut state = self.state();
+        if state.secrets.contains_key(&key) {
+            state.made.insert(key, (of, made));
+        }
+    }
+
+    /// What came out for a Secret before, if it was of this content and class.
+    pub(super) fn made_before(
+        &self,
+        key: &SecretKey,
+        of: &Origin,
+    ) -> Option<Result<Digest, Problem>> {
+        let state = self.state();
+        let (before, made) = state.made.get(key)?;
+        (before == of).then(|| made.clone())
+    }
+
+    /// Whether a Secret is to be looked at within some time.
+    pub(super) fn is_due_within(&self, key: &SecretKey, time: Duration) -> bool {
+        let state = self.state();
+        let look = state.secrets.get(key);
+        look.is_some_and(|look| look.due <= Instant::now() + time)
+    }
+
     /// Whether any Secret of a class is overtaken; none counts as overtaken from then on, until it
     /// is looked at again.
     pub(super) fn take_overtaken(&self, namespace: &str, class: &str) -> bool {
@@ -470,6 +502,7 @@ impl State {
             self.classes.remove(key);
             self.secrets.retain(|secret, _| secret.class_key() != *key);
             self.newer.retain(|secret, _| secret.class_key() != *key);
+            self.made.retain(|secret, _| secret.class_key() != *key);
         }
     }
 
@@ -534,6 +567,7 @@ impl State {
             .retain(|secret, _| secret.class_key() != *key || now_made.contains(&secret.name));
         let secrets = &self.secrets;
         self.newer.retain(|secret, _| secrets.contains_key(secret));
+        self.made.retain(|secret, _| secrets.contains_key(secret));
         // A class that is gone, or makes nothing because it asks for too much, lets go of nothing:
         // its pods still use what it made.
         let released = before

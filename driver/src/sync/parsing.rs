@@ -16,11 +16,10 @@ use std::{
     thread,
 };
 
-use ring::digest;
 use tokio::sync::{Semaphore, oneshot};
 
-use super::Problem;
-use crate::turns::Turns;
+use super::tls::Unusable;
+use crate::{cluster::secrets::Digest, turns::Turns};
 
 /// How many refusals are remembered. One that is forgotten costs its work once more.
 const MOST_REFUSALS: usize = 500;
@@ -106,57 +105,34 @@ impl Parsing {
     }
 }
 
-/// What was refused, by a digest of everything that decided.
+/// Which objects were refused as certificates and keys, and why.
 #[derive(Default)]
 pub(super) struct Refusals(Mutex<Refused>);
 
 #[derive(Default)]
 struct Refused {
-    problems: HashMap<[u8; 32], Problem>,
-    in_order: VecDeque<[u8; 32]>,
-}
-
-/// Tells inputs apart without keeping them.
-pub(super) struct Fingerprint(digest::Context);
-
-impl Fingerprint {
-    /// Begins with nothing.
-    pub(super) fn new() -> Self {
-        Self(digest::Context::new(&digest::SHA256))
-    }
-
-    /// Adds a part, which is never mistaken for another or for a piece of one.
-    pub(super) fn add(&mut self, part: &[u8]) {
-        self.0.update(&part.len().to_be_bytes());
-        self.0.update(part);
-    }
-
-    /// Ends it.
-    pub(super) fn finish(self) -> [u8; 32] {
-        let mut bytes = [0; 32];
-        bytes.copy_from_slice(self.0.finish().as_ref());
-        bytes
-    }
+    reasons: HashMap<Digest, Unusable>,
+    in_order: VecDeque<Digest>,
 }
 
 impl Refusals {
     /// Returns why this was refused, if it was.
-    pub(super) fn find(&self, of: &[u8; 32]) -> Option<Problem> {
+    pub(super) fn find(&self, of: &Digest) -> Option<Unusable> {
         let refused = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        refused.problems.get(of).cloned()
+        refused.reasons.get(of).cloned()
     }
 
     /// Remembers a refusal, in place of the oldest one when there are many.
-    pub(super) fn add(&self, of: [u8; 32], problem: Problem) {
+    pub(super) fn add(&self, of: Digest, why: Unusable) {
         let mut refused = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if refused.problems.insert(of, problem).is_some() {
+        if refused.reasons.insert(of, why).is_some() {
             return;
         }
         refused.in_order.push_back(of);
         if refused.in_order.len() > MOST_REFUSALS
             && let Some(oldest) = refused.in_order.pop_front()
         {
-            refused.problems.remove(&oldest);
+            refused.reasons.remove(&oldest);
         }
     }
 }
@@ -164,9 +140,7 @@ impl Refusals {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::Trouble;
     use std::{
-        collections::HashSet,
         sync::{Mutex, mpsc},
         time::Duration,
     };
@@ -174,37 +148,18 @@ mod tests {
     #[test]
     fn the_newest_refusals_are_remembered() {
         let refusals = Refusals::default();
-        let of = |number: usize| {
-            let mut fingerprint = Fingerprint::new();
-            fingerprint.add(&number.to_be_bytes());
-            fingerprint.finish()
-        };
+        let of = |number: usize| Digest::of([&number.to_be_bytes()[..]]);
         for number in 0..2 * MOST_REFUSALS {
-            let problem = Problem::new(Trouble::InvalidCertificate, number.to_string());
-            refusals.add(of(number), problem.clone());
-            refusals.add(of(number), problem);
+            let why = Unusable::because(number.to_string());
+            refusals.add(of(number), why.clone());
+            refusals.add(of(number), why);
         }
         assert!(refusals.find(&of(0)).is_none());
         let found = refusals.find(&of(MOST_REFUSALS)).unwrap();
         assert_eq!(found.to_string(), MOST_REFUSALS.to_string());
-        assert_eq!(refusals.0.lock().unwrap().problems.len(), MOST_REFUSALS);
+        assert_eq!(refusals.0.lock().unwrap().reasons.len(), MOST_REFUSALS);
     }
 
-    #[test]
-    fn parts_are_told_apart() {
-        let fingerprints = [
-            &[&b"ab"[..], b"c"][..],
-            &[b"a", b"bc"],
-            &[b"abc"],
-            &[b"", b"abc"],
-        ];
-        let fingerprints = fingerprints.map(|parts| {
-            let mut fingerprint = Fingerprint::new();
-            parts.iter().for_each(|part| fingerprint.add(part));
-            fingerprint.finish()
-        });
-        assert_eq!(HashSet::from(fingerprints).len(), 4);
-    }
     use tokio::time::timeout;
 
     const LONG: Duration = Duration::from_secs(60);

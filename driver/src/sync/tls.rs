@@ -44,6 +44,13 @@ pub(super) enum KeyFormat {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Unusable(String);
 
+impl Unusable {
+    /// For this reason.
+    pub(super) fn because(why: impl Into<String>) -> Self {
+        Self(why.into())
+    }
+}
+
 impl fmt::Display for Unusable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -51,7 +58,7 @@ impl fmt::Display for Unusable {
 }
 
 fn unusable<T>(why: impl Into<String>) -> Result<T, Unusable> {
-    Err(Unusable(why.into()))
+    Err(Unusable::because(why))
 }
 
 /// What an object holds.

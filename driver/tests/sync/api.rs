@@ -253,13 +253,15 @@ async fn answer(
             if let Some(refused) = state.refusal(what) {
                 return refused;
             }
-            if state.objects.contains_key(SECRET) {
-                return status(StatusCode::CONFLICT, "AlreadyExists", "no", "creds");
+            let name = object["metadata"]["name"].as_str().unwrap();
+            let at = format!("{path}/{name}");
+            if state.objects.contains_key(&at) {
+                return status(StatusCode::CONFLICT, "AlreadyExists", "no", name);
             }
             if is_trial {
                 return (StatusCode::CREATED, object.to_string());
             }
-            (StatusCode::CREATED, state.write(SECRET, object).to_string())
+            (StatusCode::CREATED, state.write(&at, object).to_string())
         }
         Method::POST if path.ends_with("/events") => {
             let event = String::from_utf8(body.to_vec()).unwrap();

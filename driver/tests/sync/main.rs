@@ -7,6 +7,7 @@
 
 mod api;
 mod contents;
+mod costs;
 mod replaced;
 mod volumes;
 

@@ -12,7 +12,8 @@ use serde::{
 };
 
 use super::{
-    ADOPT, CLASS, CLASS_UID, MANAGED, ORDER, Owner, REFUSED_TYPE, SINCE, Wanted, owners::owners,
+    ADOPT, CLASS, CLASS_UID, Data, MANAGED, ORDER, Owner, REFUSED_TYPE, Refusal, SINCE, Wanted,
+    digest::Digest, owners::owners, without_values,
 };
 use crate::secret::Secret;
 
@@ -114,11 +115,20 @@ impl Existing {
         }
     }
 
-    fn has(&self, data: &BTreeMap<String, Secret>) -> bool {
-        self.data.len() == data.len()
-            && data
-                .iter()
-                .all(|(key, value)| self.data.get(key).is_some_and(|there| there.0 == *value))
+    fn has(&self, data: &Data<'_>) -> bool {
+        match data {
+            Data::Values(data) => {
+                let has = |(key, value): (&String, &Secret)| {
+                    self.data.get(key).is_some_and(|there| there.0 == *value)
+                };
+                self.data.len() == data.len() && data.iter().all(has)
+            }
+            Data::Digest(digest) => {
+                let parts = self.data.iter();
+                let parts = parts.flat_map(|(key, value)| [key.as_bytes(), value.0.expose()]);
+                Digest::of(parts) == *digest
+            }
+        }
     }
 }
 
@@ -193,6 +203,8 @@ pub(super) enum Decision<'a> {
     OtherClass(Holder),
     /// This change.
     Write(Change<'a>),
+    /// A change of the content, for which the values would have to be at hand.
+    Content,
     /// A new Secret in its place.
     Replace,
 }
@@ -212,7 +224,7 @@ pub(super) fn decide<'a>(
     if !existing.is_managed() && !may_be_had {
         return Decision::Unmanaged;
     }
-    let equal = existing.type_ == wanted.type_ && existing.has(wanted.data);
+    let equal = existing.type_ == wanted.type_ && existing.has(&wanted.data);
     let mut change = Change::of(existing);
     change.metadata.owner_references = owners(existing, wanted.owners);
     // A class that was made anew under its name is the same class.
@@ -228,7 +240,8 @@ pub(super) fn decide<'a>(
     let mut overtaken = None;
     if !other {
         // Whatever came out of a volume, nothing never takes the place of something.
-        let nothing = wanted.data.is_empty() && !existing.data.is_empty();
+        let is_empty = matches!(wanted.data, Data::Values(data) if data.is_empty());
+        let nothing = is_empty && !existing.data.is_empty();
         let newer_there = !released && is_newer(existing, wanted);
         let replace_content = !equal && !newer_there && !nothing;
         overtaken = order(existing).filter(|_| !equal && newer_there);
@@ -237,7 +250,10 @@ pub(super) fn decide<'a>(
         }
         wanted.change_metadata(existing, &mut change);
         if replace_content {
-            wanted.change_data(existing, &mut change);
+            match wanted.data {
+                Data::Values(data) => change_data(data, existing, &mut change),
+                Data::Digest(_) => return Decision::Content,
+            }
         }
         let unsigned = existing.annotation(ORDER).is_none() && wanted.order.is_some();
         if replace_content || holder.is_none() || released || equal && unsigned {
@@ -350,21 +366,14 @@ impl<'a> Wanted<'a> {
         }
     }
 
-    fn change_data(&self, existing: &'a Existing, change: &mut Change<'a>) {
-        for key in existing.data.keys() {
-            if !self.data.contains_key(key) {
-                change.data.insert(key, None);
-            }
-        }
-        for (key, value) in self.data {
-            if existing.data.get(key).is_none_or(|there| there.0 != *value) {
-                change.data.insert(key, Some(Encoded(value)));
-            }
-        }
-    }
-
     /// The whole Secret, with what others had put on an earlier one.
-    pub(super) fn object(&self, earlier: Option<&Existing>) -> Object<'a> {
+    ///
+    /// # Errors
+    /// When its values are not at hand.
+    pub(super) fn object(&self, earlier: Option<&Existing>) -> Result<Object<'a>, Refusal> {
+        let Data::Values(data) = self.data else {
+            return Err(without_values());
+        };
         let mut labels = BTreeMap::new();
         let mut annotations = BTreeMap::new();
         let mut owner_references: Vec<_> = self.owners.iter().map(Owner::reference).collect();
@@ -400,7 +409,7 @@ impl<'a> Wanted<'a> {
         for (key, map) in [(LABELS, self.labels), (ANNOTATIONS, self.annotations)] {
             annotations.extend(Self::keys(map).map(|keys| (key.to_owned(), keys)));
         }
-        Object {
+        Ok(Object {
             api_version: "v1",
             kind: "Secret",
             metadata: ObjectMeta {
@@ -412,12 +421,28 @@ impl<'a> Wanted<'a> {
                 ..ObjectMeta::default()
             },
             type_: self.type_,
-            data: self
-                .data
+            data: data
                 .iter()
                 .map(|(key, value)| (key.as_str(), Encoded(value)))
                 .collect(),
             immutable: None,
+        })
+    }
+}
+
+fn change_data<'a>(
+    data: &'a BTreeMap<String, Secret>,
+    existing: &'a Existing,
+    change: &mut Change<'a>,
+) {
+    for key in existing.data.keys() {
+        if !data.contains_key(key) {
+            change.data.insert(key, None);
+        }
+    }
+    for (key, value) in data {
+        if existing.data.get(key).is_none_or(|there| there.0 != *value) {
+            change.data.insert(key, Some(Encoded(value)));
         }
     }
 }

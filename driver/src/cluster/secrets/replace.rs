@@ -78,7 +78,7 @@ impl Cluster {
                 "finalizer {finalizer:.100?} keeps the Secret from being deleted"
             )));
         }
-        let new = body(&wanted.object(Some(existing)))?;
+        let new = body(&wanted.object(Some(existing))?)?;
         let trial = PostParams {
             dry_run: true,
             field_manager: Some(MANAGER.to_owned()),

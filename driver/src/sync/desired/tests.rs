@@ -1,7 +1,7 @@
 //! Entries of classes, files of volumes, and what they make or why they do not.
 
 use super::*;
-use crate::{cluster::resources::SecretObjectData, volume::record};
+use crate::{cluster::resources::SecretObjectData, sync::parsing::Refusals, volume::record};
 use rstest::rstest;
 use serde_json::json;
 
@@ -35,6 +35,18 @@ fn made(object: &SecretObject, files: &[(&str, &str)]) -> Result<Desired, String
     let class = class(std::slice::from_ref(object));
     desired(&class, object, &volume(files), &Waiting::default())
         .map_err(|problem| problem.to_string())
+}
+
+/// Makes the Secret of one entry alone.
+fn desired(
+    class: &Class,
+    object: &SecretObject,
+    files: &BTreeMap<String, Secret>,
+    waiting: &Waiting,
+) -> Result<Desired, Problem> {
+    let refusals = Refusals::default();
+    let mut sources = Sources::parse([object], files, &refusals, waiting);
+    super::desired(class, object, &mut sources)
 }
 
 fn texts(desired: &Desired) -> BTreeMap<&str, &str> {
@@ -177,7 +189,7 @@ fn only_what_is_needed_is_read() {
         }],
         ..SecretObject::default()
     };
-    let needs = |object: &SecretObject, path: &str| Needs::of(object).includes(path);
+    let needs = |object: &SecretObject, path: &str| Needs::of([object]).includes(path);
     assert!(needs(&named(" a "), "a") && !needs(&named("a"), "b"));
     assert!(needs(&named("*"), "b"));
 }

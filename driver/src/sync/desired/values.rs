@@ -1,13 +1,14 @@
 //! The value of each key, out of the mounted files.
 //!
-//! How often an entry names an object, or a part of it, does not decide what that costs: each
-//! object is parsed once, each part is decoded once, and nothing is copied beyond what a Secret
-//! holds.
+//! How often the entries of a class name an object, or a part of it, does not decide what that
+//! costs: each object is parsed once for all of them, each part is decoded once, each certificate
+//! is read once, and nothing is copied beyond what a Secret holds.
 
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
+    sync::Arc,
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -20,25 +21,30 @@ use zeroize::Zeroizing;
 
 use super::{ALL, CERTIFICATE, MOST_BYTES, PRIVATE_KEY, Place, TLS};
 use crate::{
-    cluster::resources::SecretObject,
+    cluster::{resources::SecretObject, secrets::Digest},
     secret::Secret,
-    sync::{Problem, Trouble, parsing::Waiting},
+    sync::{
+        Problem, Trouble,
+        parsing::{Refusals, Waiting},
+        tls::{Parts, Unusable},
+    },
 };
 
 /// What a JSON value may take in memory while it is read. A text of a Secret's size takes less,
 /// unless it is hardly anything but brackets and commas.
 const LARGEST_VALUE: usize = 8 * MOST_BYTES;
 
-/// The files that an entry is made of.
+/// The files that entries are made of.
 pub struct Needs<'a> {
     all: bool,
     paths: BTreeSet<&'a str>,
 }
 
 impl<'a> Needs<'a> {
-    /// Returns what an entry needs.
-    pub fn of(object: &'a SecretObject) -> Self {
-        let paths: BTreeSet<_> = object.data.iter().map(|d| d.object_name.trim()).collect();
+    /// Returns what some entries need.
+    pub fn of(objects: impl IntoIterator<Item = &'a SecretObject>) -> Self {
+        let data = objects.into_iter().flat_map(|object| &object.data);
+        let paths: BTreeSet<_> = data.map(|d| d.object_name.trim()).collect();
         Self {
             all: paths.contains(ALL),
             paths,
@@ -67,40 +73,156 @@ type Fields<'a> = BTreeMap<&'a str, Result<Secret, TooLarge>>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct TooLarge;
 
+/// Files of a volume, and what has been parsed of them for the entries of one class.
+pub(in crate::sync) struct Sources<'a> {
+    files: &'a Files,
+    refusals: &'a Refusals,
+    waiting: &'a Waiting,
+    /// What the entries name of each object. None: it is no JSON object.
+    parsed: BTreeMap<&'a str, Option<Fields<'a>>>,
+    /// By path and field. None: it is not base64.
+    decoded: BTreeMap<(&'a str, &'a str), Option<Secret>>,
+    parts: HashMap<Digest, Result<Arc<Parts>, Unusable>>,
+}
+
+impl<'a> Sources<'a> {
+    /// Parses what these entries name, as long as somebody waits for it. What is left out then
+    /// counts as not being there.
+    pub(in crate::sync) fn parse(
+        objects: impl IntoIterator<Item = &'a SecretObject>,
+        files: &'a Files,
+        refusals: &'a Refusals,
+        waiting: &'a Waiting,
+    ) -> Self {
+        let mut wanted: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+        let data = objects.into_iter().flat_map(|object| &object.data);
+        for entry in data.filter(|entry| !entry.json_key.trim().is_empty()) {
+            let (source, field) = (entry.object_name.trim(), entry.json_key.trim());
+            let paths = files.keys().map(String::as_str);
+            for path in paths.filter(|path| source == ALL || source == *path) {
+                wanted.entry(path).or_default().insert(field);
+            }
+        }
+        let wanted = wanted.into_iter().take_while(|_| !waiting.is_over());
+        let parsed = wanted.map(|(path, names)| {
+            let content = files.get(path).map_or(&[][..], Secret::expose);
+            (path, fields(content, &names))
+        });
+        Self {
+            files,
+            refusals,
+            waiting,
+            parsed: parsed.collect(),
+            decoded: BTreeMap::new(),
+            parts: HashMap::new(),
+        }
+    }
+
+    pub(super) fn files(&self) -> &'a Files {
+        self.files
+    }
+
+    pub(super) fn waiting(&self) -> &'a Waiting {
+        self.waiting
+    }
+
+    /// Reads the certificates and keys of a value, or remembers them.
+    pub(super) fn parts(&mut self, value: &Secret) -> Result<Arc<Parts>, Unusable> {
+        let digest = Digest::of([value.expose()]);
+        if let Some(known) = self.parts.get(&digest) {
+            return known.clone();
+        }
+        let read = match self.refusals.find(&digest) {
+            Some(why) => Err(why),
+            None => Parts::read(value.expose(), self.waiting).map(Arc::new),
+        };
+        if !self.waiting.is_over() {
+            if let Err(why) = &read {
+                self.refusals.add(digest, why.clone());
+            }
+            self.parts.insert(digest, read.clone());
+        }
+        read
+    }
+
+    /// The part of an object that is asked for, as it is there.
+    fn part(&self, at: &Place<'_>, wish: &Wish<'a>) -> Result<&Secret, Problem> {
+        let (key, json_key) = (&wish.key, wish.json_key);
+        let part = match json_key {
+            "" => self.files.get(wish.path).map(Ok),
+            _ => {
+                let fields = self.parsed.get(wish.path).and_then(Option::as_ref);
+                fields
+                    .and_then(|fields| fields.get(json_key))
+                    .map(Result::as_ref)
+            }
+        };
+        match part {
+            Some(Ok(part)) => Ok(part),
+            Some(Err(TooLarge)) => Err(at.problem(
+                Trouble::TooLarge,
+                format_args!("key {key}: the field {json_key:.100?} is too large for a Secret"),
+            )),
+            None => Err(at.problem(
+                Trouble::InvalidValue,
+                format_args!(
+                    "key {key}: the object is not a JSON object with a field {json_key:.100?}"
+                ),
+            )),
+        }
+    }
+
+    /// Decodes what is asked for, if it is encoded and has not been decoded before.
+    fn decode(&mut self, at: &Place<'_>, wish: &Wish<'a>) -> Result<(), Problem> {
+        let name = (wish.path, wish.json_key);
+        if wish.encoding.is_empty() || self.decoded.contains_key(&name) {
+            return Ok(());
+        }
+        at.still_wanted(self.waiting)?;
+        let decoded = decoded(self.part(at, wish)?);
+        self.decoded.insert(name, decoded);
+        Ok(())
+    }
+
+    /// The value that is asked for.
+    fn value(&self, at: &Place<'_>, wish: &Wish<'a>) -> Result<&Secret, Problem> {
+        if wish.encoding.is_empty() {
+            return self.part(at, wish);
+        }
+        let decoded = self.decoded.get(&(wish.path, wish.json_key));
+        decoded.and_then(Option::as_ref).ok_or_else(|| {
+            at.problem(
+                Trouble::InvalidValue,
+                format_args!(
+                    "key {}: the object is not base64, which encoding says it is",
+                    wish.key
+                ),
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+thread_local! {
+    /// How often a JSON text was parsed in this thread.
+    pub(in crate::sync) static PARSED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
 /// Makes the value of each key. Of several entries with one key the last wins, and what is named
 /// wins over what "*" brings.
-pub(super) fn values(
+pub(super) fn values<'a>(
     at: &Place<'_>,
-    object: &SecretObject,
-    files: &Files,
-    waiting: &Waiting,
+    object: &'a SecretObject,
+    sources: &mut Sources<'a>,
 ) -> Result<BTreeMap<String, Secret>, Problem> {
-    let wishes = wishes(at, object, files)?;
-    let mut wanted: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for wish in wishes.iter().filter(|wish| !wish.json_key.is_empty()) {
-        wanted.entry(wish.path).or_default().insert(wish.json_key);
-    }
-    let mut parsed: BTreeMap<&str, Option<Fields<'_>>> = BTreeMap::new();
-    for (path, names) in wanted {
-        at.still_wanted(waiting)?;
-        let fields = files.get(path).and_then(|f| fields(f.expose(), &names));
-        parsed.insert(path, fields);
-    }
-    let mut decoded: BTreeMap<(&str, &str), Secret> = BTreeMap::new();
-    for wish in wishes.iter().filter(|wish| !wish.encoding.is_empty()) {
-        if let Entry::Vacant(entry) = decoded.entry((wish.path, wish.json_key)) {
-            at.still_wanted(waiting)?;
-            let encoded = wish.part(at, files, &parsed)?;
-            entry.insert(wish.decoded(at, encoded)?);
-        }
+    let wishes = wishes(at, object, sources.files)?;
+    at.still_wanted(sources.waiting)?;
+    for wish in &wishes {
+        sources.decode(at, wish)?;
     }
     let mut chosen: BTreeMap<&str, &Secret> = BTreeMap::new();
     for wish in &wishes {
-        let value = match decoded.get(&(wish.path, wish.json_key)) {
-            Some(value) if !wish.encoding.is_empty() => value,
-            _ => wish.part(at, files, &parsed)?,
-        };
-        chosen.insert(&wish.key, value);
+        chosen.insert(&wish.key, sources.value(at, wish)?);
     }
     copied(at, object.type_.trim(), chosen)
 }
@@ -196,54 +318,11 @@ fn wishes<'a>(
     Ok(all)
 }
 
-impl Wish<'_> {
-    /// The part of the object that is asked for, as it is there.
-    fn part<'v>(
-        &self,
-        at: &Place<'_>,
-        files: &'v Files,
-        parsed: &'v BTreeMap<&str, Option<Fields<'_>>>,
-    ) -> Result<&'v Secret, Problem> {
-        let (key, json_key) = (&self.key, self.json_key);
-        let part = match json_key {
-            "" => files.get(self.path).map(Ok),
-            _ => {
-                let fields = parsed.get(self.path).and_then(Option::as_ref);
-                fields
-                    .and_then(|fields| fields.get(json_key))
-                    .map(Result::as_ref)
-            }
-        };
-        match part {
-            Some(Ok(part)) => Ok(part),
-            Some(Err(TooLarge)) => Err(at.problem(
-                Trouble::TooLarge,
-                format_args!("key {key}: the field {json_key:.100?} is too large for a Secret"),
-            )),
-            None => Err(at.problem(
-                Trouble::InvalidValue,
-                format_args!(
-                    "key {key}: the object is not a JSON object with a field {json_key:.100?}"
-                ),
-            )),
-        }
-    }
-
-    fn decoded(&self, at: &Place<'_>, encoded: &Secret) -> Result<Secret, Problem> {
-        // Line breaks are usual in it.
-        let mut digits = Zeroizing::new(Vec::with_capacity(encoded.expose().len()));
-        digits.extend(encoded.expose().iter().filter(|b| !b.is_ascii_whitespace()));
-        let decoded = STANDARD.decode(digits.as_slice()).map_err(|_| {
-            at.problem(
-                Trouble::InvalidValue,
-                format_args!(
-                    "key {}: the object is not base64, which encoding says it is",
-                    self.key
-                ),
-            )
-        })?;
-        Ok(decoded.into())
-    }
+/// Decodes base64, in which line breaks are usual.
+fn decoded(encoded: &Secret) -> Option<Secret> {
+    let mut digits = Zeroizing::new(Vec::with_capacity(encoded.expose().len()));
+    digits.extend(encoded.expose().iter().filter(|b| !b.is_ascii_whitespace()));
+    STANDARD.decode(digits.as_slice()).ok().map(Secret::from)
 }
 
 /// A path as a key, in which no "/" may stand.
@@ -264,6 +343,8 @@ fn check_key(at: &Place<'_>, key: &str) -> Result<(), Problem> {
 /// Reads fields of a JSON object: a string's text, or anything else as JSON. The values of other
 /// fields are never made. None when it is no JSON object.
 fn fields<'a>(json: &[u8], names: &BTreeSet<&'a str>) -> Option<Fields<'a>> {
+    #[cfg(test)]
+    PARSED.set(PARSED.get() + 1);
     struct Wanted<'n, 'a>(&'n BTreeSet<&'a str>);
 
     impl<'de, 'a> Visitor<'de> for Wanted<'_, 'a> {

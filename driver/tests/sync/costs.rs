@@ -1,0 +1,86 @@
+//! What the Secrets of a class cost, however many there are of how large objects.
+
+use super::*;
+use driver::mount::Tmpfs;
+
+/// As many as one class may make, but for one.
+const SECRETS: usize = 99;
+/// The length of the object that all of them are made of.
+const OBJECT: usize = 3 * 1024 * 1024;
+
+/// Each Secret is one field of one large object.
+fn fields_of_one_object(key: &str) -> Value {
+    let secret = |number: usize| {
+        json!({"secretName": format!("creds-{number}"), "type": "Opaque", "data": [
+            {"objectName": "all", "key": key, "jsonKey": format!("field-{number}")},
+        ]})
+    };
+    (0..SECRETS).map(secret).collect()
+}
+
+fn path(number: usize) -> String {
+    format!("/api/v1/namespaces/shop/secrets/creds-{number}")
+}
+
+/// How many bytes this process has read, of files and of sockets.
+fn bytes_read() -> usize {
+    let io = fs::read_to_string("/proc/self/io").unwrap();
+    let line = io.lines().find_map(|line| line.strip_prefix("rchar: "));
+    line.unwrap().parse().unwrap()
+}
+
+/// A class run reads its object once, be it a publish or a look after the class has changed; and
+/// looks read nothing while nothing changes.
+#[tokio::test]
+async fn objects_are_read_for_a_class_and_not_for_each_secret() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let class = class(&api, &cluster, fields_of_one_object("k")).await;
+    let every = Duration::from_secs(4);
+    let sync = sync(dir.path(), &cluster, every);
+    let at = target(dir.path(), "web");
+    fs::create_dir_all(&at).unwrap();
+    Tmpfs::bounded_by(2 * OBJECT as u64).mount(&at).unwrap();
+    let fields = (0..SECRETS).map(|number| (format!("field-{number}"), json!(number.to_string())));
+    let mut object: serde_json::Map<_, _> = fields.collect();
+    object.insert("filler".to_owned(), json!("x".repeat(OBJECT)));
+    write(&at, &[("all", &Value::from(object).to_string())]);
+    let web = record(dir.path(), "web", "1");
+    records(dir.path()).put(&web).unwrap();
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    put_status(&api, &web);
+
+    let before = bytes_read();
+    sync.volume_mounted(&web, &class).await.unwrap();
+    let of_publish = bytes_read() - before;
+    assert!(api.get(&path(SECRETS - 1)).is_some());
+    assert!(of_publish < 3 * OBJECT, "{of_publish} bytes for a publish");
+
+    let stop = run(&sync);
+    api.requests();
+    let before = bytes_read();
+    until("each has been looked at twice", || {
+        api.count("/secrets/creds-") > 2 * SECRETS
+    })
+    .await;
+    let of_looks = bytes_read() - before;
+    assert!(of_looks < 2 * OBJECT, "{of_looks} bytes for looks");
+
+    let before = bytes_read();
+    api.put_class(&fields_of_one_object("other"), "2");
+    until("each has the other key", || {
+        let is_new = |secret: Value| secret["data"].get("other").is_some();
+        (0..SECRETS).all(|number| api.get(&path(number)).is_some_and(is_new))
+    })
+    .await;
+    let of_change = bytes_read() - before;
+    assert!(
+        of_change < 6 * OBJECT,
+        "{of_change} bytes for a changed class"
+    );
+    stop.cancel();
+    drop(mount::detach(&at).unwrap());
+}
