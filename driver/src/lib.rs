@@ -74,6 +74,7 @@ use volume::{
     Clock, Volumes,
     policy::{Failing, Policy},
     record::{Content, Records},
+    restless::Restless,
     target::Busy,
     threads::Health,
 };
@@ -183,6 +184,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             longest_wait: config.rotation_backoff_max,
         },
         failing: Failing::default(),
+        restless: Restless::default(),
         metrics: metrics.clone(),
         sync: Arc::clone(&sync),
         clock: Clock::start(),

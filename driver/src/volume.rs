@@ -13,13 +13,14 @@ mod content;
 pub mod policy;
 pub mod record;
 mod refresh;
+pub mod restless;
 pub mod target;
 pub mod threads;
 
-use std::{collections::BTreeMap, future::Future, io, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, future::Future, io, path::PathBuf, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use zeroize::Zeroizing;
@@ -43,11 +44,15 @@ use content::{
 };
 use policy::{Every, Failing, Policy};
 use record::{Age, Content, Object, Pod, Record, Records};
+use restless::Restless;
 use target::{Busy, TargetPath};
 use threads::{Health, blocking};
 
 /// Where kubelet passes service account tokens, and where a provider looks for them.
 pub const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
+
+/// How often it is asked whether a pod is being deleted whose provider does not answer.
+const LOOK_AT_POD: Duration = Duration::from_secs(10);
 
 /// A NodePublishVolume, checked for form.
 pub struct PublishRequest {
@@ -135,6 +140,8 @@ pub struct Volumes {
     pub policy: Policy,
     /// The volumes whose refreshes fail.
     pub failing: Failing,
+    /// The volumes whose content is another at each refresh.
+    pub restless: Restless,
     /// What counts refreshes.
     pub metrics: Metrics,
     /// What keeps the Secrets of classes that make some.
@@ -279,7 +286,7 @@ impl Volumes {
             false => (None, refit(request, &self.tmpfs).await?),
         };
         let ask = self.ask_provider(request, &class, &[], Urgency::FirstMount);
-        let reply = unless(cancelled, Box::pin(ask)).await?;
+        let reply = self.while_wanted(pod, cancelled, ask).await?;
         let so_far = earlier
             .filter(|_| !needs_mount)
             .map(|earlier| earlier.content);
@@ -303,6 +310,7 @@ impl Volumes {
             objects: reply.objects,
             content: staged.content(),
             orders: BTreeMap::new(),
+            files: None,
             last_success: now,
             last_change: now,
             failing_since: None,
@@ -310,6 +318,9 @@ impl Volumes {
         let place = self.stage_record(&record).await?;
         commit_content(request, &held, &self.tmpfs, &self.memory, staged).await?;
         let directory = directory(request, &held, record.content).await?;
+        // An annotation that says neither is a refresh's trouble.
+        let sends = policy::sends_versions(&class.identity).unwrap_or_default();
+        record.files = self.count_files(request, sends).await;
         let before = earlier.map(|earlier| earlier.pod_status.as_str());
         let written = self
             .write_pod_status(request, &record.objects, Some(now), before)
@@ -378,11 +389,12 @@ impl Volumes {
     /// driver starts.
     ///
     /// # Errors
-    /// ABORTED while a publish of this target runs, which is told to stop; otherwise what the
-    /// system says.
+    /// ABORTED if a publish of this target, which is told to stop, goes on for seconds; otherwise
+    /// what the system says.
     pub async fn unpublish(&self, volume_id: &str, target: &TargetPath) -> Result<()> {
-        let _busy = self.busy.unpublishing(target)?;
+        let _busy = self.busy.unpublishing(target).await?;
         self.failing.gone(volume_id);
+        self.restless.gone(volume_id);
         self.sync.forget(volume_id);
         self.metrics.volume_gone(volume_id);
         let (memory, tmpfs) = (Arc::clone(&self.memory), Arc::clone(&self.tmpfs));
@@ -511,6 +523,33 @@ impl Volumes {
             .map_err(failed)
     }
 
+    /// Awaits a provider's answer, unless nobody needs it any more. kubelet does not unpublish a
+    /// volume before its publish has ended, so that the API server is asked what it does not say.
+    async fn while_wanted(
+        &self,
+        pod: &Pod,
+        cancelled: &CancellationToken,
+        ask: impl Future<Output = Result<Reply>>,
+    ) -> Result<Reply> {
+        let leaves = async {
+            loop {
+                sleep(LOOK_AT_POD).await;
+                if matches!(self.cluster.is_alive(pod).await, Ok(false)) {
+                    break;
+                }
+            }
+            tracing::info!(pod = %pod, "the pod is being deleted; its provider is not waited for");
+            cancelled.cancel();
+        };
+        let (ask, leaves) = (unless(cancelled, Box::pin(ask)), Box::pin(leaves));
+        tokio::pin!(ask);
+        tokio::select! {
+            reply = &mut ask => return reply,
+            () = leaves => {}
+        }
+        ask.await
+    }
+
     /// Takes the room for a record, before anything is done that could not be recorded.
     async fn stage_record(&self, record: &Record) -> Result<record::Staged> {
         let (records, staged) = (self.records.clone(), record.clone());
@@ -599,7 +638,7 @@ async fn unless<T>(
 ) -> Result<T> {
     tokio::select! {
         biased;
-        () = cancelled.cancelled() => Err(Error::new(Code::Cancelled, "the publish was given up: its caller went away, or the volume is being unpublished")),
+        () = cancelled.cancelled() => Err(Error::new(Code::Cancelled, "the publish was given up: its caller went away, its pod is being deleted, or the volume is being unpublished")),
         result = step => result,
     }
 }
@@ -637,6 +676,7 @@ mod tests {
             objects: Vec::new(),
             content: Content::Driver,
             orders: Default::default(),
+            files: None,
             last_success: Timestamp::UNIX_EPOCH,
             last_change: Timestamp::UNIX_EPOCH,
             failing_since: None,

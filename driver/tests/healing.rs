@@ -151,8 +151,10 @@ async fn answer(
         let temper = objects.tempers.get(&namespace).copied();
         (temper.unwrap_or(Temper::Good), objects.away)
     };
-    // Which hangs up.
-    assert!(!away, "away");
+    if away {
+        // Which hangs up, without a word in the output of the test.
+        std::panic::resume_unwind(Box::new("away"));
+    }
     if method == Method::GET {
         return match parts.last().copied() {
             Some("creds") if matches!(temper, Temper::HeldByAFinalizer) => {

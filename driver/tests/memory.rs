@@ -131,6 +131,7 @@ fn record(number: usize, class: &record::Class, provider: &str) -> Record {
         orders: BTreeMap::new(),
         last_success: Timestamp::UNIX_EPOCH,
         last_change: Timestamp::UNIX_EPOCH,
+        files: None,
         failing_since: None,
     }
 }

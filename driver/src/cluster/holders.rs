@@ -51,7 +51,7 @@ impl Cluster {
     ///
     /// # Errors
     /// When the API server does not say.
-    pub(super) async fn is_alive(&self, pod: &Pod) -> Result<bool> {
+    pub async fn is_alive(&self, pod: &Pod) -> Result<bool> {
         match self.ask::<Meta>(read_pod(pod)).await {
             Ok(found) => Ok(found.metadata.uid.as_deref() == Some(&pod.uid)
                 && found.metadata.deletion_timestamp.is_none()),

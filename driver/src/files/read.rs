@@ -5,6 +5,7 @@
 //! names the current content, and that only to a directory beside it.
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     fs::{File as StdFile, Metadata},
     io::{self, Read as _},
@@ -67,9 +68,34 @@ pub fn snapshot(
     most_bytes: u64,
     wanted: impl Fn(&str) -> bool,
 ) -> io::Result<Snapshot> {
+    unchanged(|| read(root, most_bytes, &wanted))
+}
+
+/// Counts the files of a volume, and the names at its root through which readers find them.
+///
+/// # Errors
+/// As [`snapshot`]; NotFound also when a link leads nowhere.
+pub fn count(volume: &Path) -> io::Result<u64> {
+    let root = open_root(volume)?;
+    unchanged(|| {
+        let names = names(root.as_fd())?;
+        let shown = names
+            .iter()
+            .filter(|name| !name.to_bytes().starts_with(b".."));
+        let found = Cell::new(shown.count() as u64);
+        read(&root, u64::MAX, &|_: &str| {
+            found.set(found.get() + 1);
+            false
+        })?;
+        Ok(found.get())
+    })
+}
+
+/// Reads until nothing changes meanwhile.
+fn unchanged<T>(read: impl Fn() -> Result<T, Unread>) -> io::Result<T> {
     for _ in 0..ATTEMPTS {
-        match read(root, most_bytes, &wanted) {
-            Ok(snapshot) => return Ok(snapshot),
+        match read() {
+            Ok(found) => return Ok(found),
             Err(Unread::Changed) => {}
             Err(Unread::Failed(error)) => return Err(error),
         }

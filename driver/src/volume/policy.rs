@@ -25,6 +25,10 @@ pub const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
 /// As an annotation of a class: any new value asks for a refresh of every volume of the class.
 pub const ASKED: &str = "secrets-store.csi.k8s.io/refresh";
 
+/// As an annotation of a class, `true`: a refresh tells the provider which versions are mounted, so
+/// that it need not fetch what is the same. Not all providers use that well.
+pub const SEND_VERSIONS: &str = "secrets-store.csi.k8s.io/send-object-versions";
+
 /// How much later than the interval a refresh may be, so that volumes that were mounted together
 /// spread out.
 const JITTER: f64 = 0.1;
@@ -139,9 +143,24 @@ fn of_class(class: &Class) -> Result<Option<Every>, Error> {
     })
 }
 
+/// Returns whether a class wants its provider to be told which versions are mounted.
+///
+/// # Errors
+/// When the annotation is neither `true` nor `false`.
+pub fn sends_versions(class: &Class) -> Result<bool, Error> {
+    match class.annotations.get(SEND_VERSIONS).map(String::as_str) {
+        Some("true") => Ok(true),
+        None | Some("false") => Ok(false),
+        Some(text) => Err(Error::precondition(format!(
+            "annotation {SEND_VERSIONS} of secretproviderclass {} is {text:.40?}: true or false",
+            class.name
+        ))),
+    }
+}
+
 /// Whether a class has another content than the one that was mounted. The API server counts
 /// changes of the content in the generation; where it keeps none, any change counts.
-fn is_another(mounted: &Class, class: &Class) -> bool {
+pub(super) fn is_another(mounted: &Class, class: &Class) -> bool {
     mounted.uid != class.uid
         || match (mounted.generation, class.generation) {
             (Some(before), Some(now)) => before != now,
@@ -366,6 +385,7 @@ mod tests {
             objects: Vec::new(),
             content: Content::Driver,
             orders: Default::default(),
+            files: None,
             last_success,
             last_change: last_success,
             failing_since: None,

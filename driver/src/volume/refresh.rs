@@ -9,15 +9,16 @@ use tonic::Code;
 use super::{
     Outcome, PublishRequest, Volumes,
     content::{Stage, commit_content, directory, refit, stage_files},
-    policy::Word,
-    record::{self, Age, Record},
+    policy::{INTERVAL, Word, is_another, sends_versions},
+    record::{self, Age, Object, Record},
     threads::blocking,
     unless,
 };
 use crate::{
     cluster::{Class, events::Severity},
     error::{Error, Result},
-    provider::Urgency,
+    files::read,
+    provider::{Reply, Urgency},
 };
 
 impl Volumes {
@@ -77,6 +78,9 @@ impl Volumes {
             Ok(changed) => {
                 counted.succeeded(changed);
                 self.failing.succeeded(&request.volume_id);
+                if let Some(times) = self.restless.refreshed(&request.volume_id, changed) {
+                    self.changes_always(request, times);
+                }
                 // The record knows what an earlier driver has told. Where it could not be written,
                 // this driver knows what it has told itself.
                 let told = self.failing.told().since(&request.volume_id);
@@ -128,8 +132,10 @@ impl Volumes {
         cancelled: &CancellationToken,
     ) -> Result<bool> {
         let held = refit(request, &self.tmpfs).await?;
-        let ask = self.ask_provider(request, &class, &record.objects, Urgency::Refresh);
-        let reply = unless(cancelled, ask).await?;
+        let sends = sends_versions(&class.identity)?;
+        let reply = self
+            .ask_again(record, &class, sends, request, cancelled)
+            .await?;
         let staged = stage_files(
             request,
             &held,
@@ -197,6 +203,7 @@ impl Volumes {
         if let Some(new) = new {
             fresh.orders.retain(|other, _| *other == new);
         }
+        fresh.files = self.count_files(request, sends).await;
         self.metrics
             .success(&class.provider, &record.volume_id, now);
         if let Err(error) = self.commit_record(place, fresh.clone()).await {
@@ -214,6 +221,48 @@ impl Volumes {
         Ok(changed)
     }
 
+    /// Asks the provider of a published volume. Where the class wants that, and the content is whole
+    /// and of this class, the provider is told which versions are mounted. Some providers need more
+    /// rights for that, or go wrong by it, so that it is asked once more without when it fails.
+    async fn ask_again(
+        &self,
+        record: &Record,
+        class: &Class,
+        sends: bool,
+        request: &PublishRequest,
+        cancelled: &CancellationToken,
+    ) -> Result<Reply> {
+        let mut versions: &[Object] = &[];
+        if !is_another(&record.class, &class.identity)
+            && record.files.is_some()
+            && self.count_files(request, sends).await == record.files
+        {
+            versions = &record.objects;
+        }
+        let ask = self.ask_provider(request, class, versions, Urgency::Refresh);
+        match self.while_wanted(&request.pod, cancelled, ask).await {
+            Err(error) if !versions.is_empty() && !cancelled.is_cancelled() => {
+                tracing::info!(%error, "the provider was told which versions are mounted and failed; asking it once more without");
+                let ask = self.ask_provider(request, class, &[], Urgency::Refresh);
+                self.while_wanted(&request.pod, cancelled, ask).await
+            }
+            reply => reply,
+        }
+    }
+
+    /// Counts the files of a volume whose class wants versions to be sent. None also when they
+    /// cannot be counted, so that none are sent.
+    pub(super) async fn count_files(&self, request: &PublishRequest, sends: bool) -> Option<u64> {
+        if !sends {
+            return None;
+        }
+        let volume = request.target.as_path().to_owned();
+        let count = blocking(move || read::count(&volume)).await;
+        count
+            .inspect_err(|error| tracing::debug!(%error, "no versions are sent to the provider"))
+            .ok()
+    }
+
     /// Makes sure of the pod status when there is nothing new to say in it. The volume is fresh
     /// without it, and it is looked at again.
     async fn keep_pod_status(&self, request: &PublishRequest, record: &Record) {
@@ -225,6 +274,24 @@ impl Volumes {
                 .sync
                 .pod_status_is_new(&request.pod, &request.volume_id),
             Err(error) => tracing::debug!(%error, "trying again"),
+        }
+    }
+
+    /// Says to whoever runs the pod that each refresh changes the content of its volume.
+    fn changes_always(&self, request: &PublishRequest, times: u32) {
+        let restless = self.restless.clone();
+        let volume_id = request.volume_id.clone();
+        let untold = move |posted: bool| {
+            if !posted {
+                restless.untold(&volume_id);
+            }
+        };
+        let accepted = self.cluster.announce(&request.pod, Severity::Warning, "MountChangesAtEachRefresh", &format!(
+            "each of the last {times} refreshes changed the volume of SecretProviderClass {}. If its objects do not change that often, one of them holds something that the store makes anew for each request: name the field that is wanted (Vault and OpenBao: without secretKey an object is the whole answer, with its request ID), or set the annotation {INTERVAL} of the class to a longer time",
+            request.class
+        ), untold);
+        if !accepted {
+            self.restless.untold(&request.volume_id);
         }
     }
 

@@ -6,8 +6,10 @@ use std::{
     fmt,
     path::{Component, Path, PathBuf},
     sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Result};
@@ -90,7 +92,20 @@ impl fmt::Display for TargetPath {
 
 /// The targets that are being worked on: one call at a time for each.
 #[derive(Default)]
-pub struct Busy(Mutex<HashMap<PathBuf, CancellationToken>>);
+pub struct Busy(Mutex<HashMap<PathBuf, Call>>);
+
+/// A call that has a target.
+#[derive(Clone)]
+struct Call {
+    /// Tells it to stop.
+    stop: CancellationToken,
+    /// It has ended.
+    ended: CancellationToken,
+}
+
+/// How long an unpublish waits for a publish that it has told to stop. What the publish has mounted
+/// is undone in that time.
+const STOPS_WITHIN: Duration = Duration::from_secs(10);
 
 impl Busy {
     /// Takes a target for a publish, which `stop` ends.
@@ -102,43 +117,62 @@ impl Busy {
         target: &TargetPath,
         stop: &CancellationToken,
     ) -> Result<BusyGuard<'_>> {
-        self.enter(target, stop.clone(), |_| {})
+        self.enter(target, stop.clone())
+            .map_err(|_| running(target))
     }
 
-    /// Takes a target for an unpublish. Also tells a publish that is running to stop, so that a
-    /// hung provider does not hold up a pod that is going away.
+    /// Takes a target for an unpublish. Tells a publish that is running to stop, so that a hung
+    /// provider does not hold up a pod that is going away, and waits for that a while.
     ///
     /// # Errors
-    /// ABORTED while another call has it.
-    pub fn unpublishing(&self, target: &TargetPath) -> Result<BusyGuard<'_>> {
-        self.enter(target, CancellationToken::new(), CancellationToken::cancel)
+    /// ABORTED if another call has it for so long.
+    pub async fn unpublishing(&self, target: &TargetPath) -> Result<BusyGuard<'_>> {
+        let free = async {
+            loop {
+                match self.enter(target, CancellationToken::new()) {
+                    Ok(guard) => return guard,
+                    Err(other) => {
+                        other.stop.cancel();
+                        other.ended.cancelled().await;
+                    }
+                }
+            }
+        };
+        timeout(STOPS_WITHIN, free)
+            .await
+            .map_err(|_| running(target))
     }
 
     /// Tells every publish that runs to stop, and to undo what it has not finished.
     pub fn give_up(&self) {
         let targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        targets.values().for_each(CancellationToken::cancel);
+        targets.values().for_each(|call| call.stop.cancel());
     }
 
+    /// Returns the call that has the target, if one has.
     fn enter(
         &self,
         target: &TargetPath,
-        token: CancellationToken,
-        if_taken: impl FnOnce(&CancellationToken),
-    ) -> Result<BusyGuard<'_>> {
+        stop: CancellationToken,
+    ) -> std::result::Result<BusyGuard<'_>, Call> {
         let mut targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(running) = targets.get(&target.0) {
-            if_taken(running);
-            return Err(Error::aborted(format!(
-                "another call for {target} is still running"
-            )));
+            return Err(running.clone());
         }
-        targets.insert(target.0.clone(), token);
+        let call = Call {
+            stop,
+            ended: CancellationToken::new(),
+        };
+        targets.insert(target.0.clone(), call);
         Ok(BusyGuard {
             busy: self,
             target: target.0.clone(),
         })
     }
+}
+
+fn running(target: &TargetPath) -> Error {
+    Error::aborted(format!("another call for {target} is still running"))
 }
 
 /// Gives its target back when it is dropped.
@@ -150,11 +184,10 @@ pub struct BusyGuard<'a> {
 
 impl Drop for BusyGuard<'_> {
     fn drop(&mut self) {
-        self.busy
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&self.target);
+        let mut targets = self.busy.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(call) = targets.remove(&self.target) {
+            call.ended.cancel();
+        }
     }
 }
 
@@ -162,6 +195,7 @@ impl Drop for BusyGuard<'_> {
 mod tests {
     use super::*;
     use rstest::rstest;
+    use tokio::time::sleep;
     use tonic::Code;
 
     const TARGET: &str = "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/secrets/mount";
@@ -232,8 +266,8 @@ mod tests {
         assert_eq!(error.code(), Code::InvalidArgument);
     }
 
-    #[test]
-    fn one_call_at_a_time_for_a_target_and_unpublish_stops_a_publish() {
+    #[tokio::test(start_paused = true)]
+    async fn one_call_at_a_time_for_a_target_and_unpublish_stops_a_publish() {
         let busy = Busy::default();
         let target = TargetPath::parse(TARGET, None, None).unwrap();
         let stop = CancellationToken::new();
@@ -244,10 +278,21 @@ mod tests {
             .unwrap();
         assert_eq!(second.code(), Code::Aborted);
         assert!(!stop.is_cancelled());
-        let unpublish = busy.unpublishing(&target).err().unwrap();
+        let unpublish = busy.unpublishing(&target).await.err().unwrap();
         assert_eq!(unpublish.code(), Code::Aborted);
         assert!(stop.is_cancelled());
-        drop(publish);
-        assert!(busy.unpublishing(&target).is_ok());
+        let stops = async {
+            sleep(STOPS_WITHIN / 2).await;
+            drop(publish);
+        };
+        let (unpublish, ()) = tokio::join!(busy.unpublishing(&target), stops);
+        let unpublish = unpublish.unwrap();
+        // A second one comes when the first has done its work.
+        let ends = async {
+            sleep(STOPS_WITHIN / 2).await;
+            drop(unpublish);
+        };
+        let (second, ()) = tokio::join!(busy.unpublishing(&target), ends);
+        assert!(second.is_ok());
     }
 }

@@ -93,6 +93,7 @@ pub(crate) fn record(dir: &Path, pod: &str, order: &str) -> Record {
         orders: BTreeMap::from([(directory, order.to_owned())]),
         last_success: Timestamp::now(),
         last_change: Timestamp::now(),
+        files: None,
         failing_since: None,
     }
 }

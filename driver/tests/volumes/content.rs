@@ -196,3 +196,43 @@ fn a_default_mode_is_for_every_file_without_a_mode_of_its_own() {
         }
     });
 }
+
+/// As with an object that is a store's whole answer, with the ID of the request in it.
+#[test]
+fn content_that_never_stays_the_same_is_told_once() {
+    if !alone("content::content_that_never_stays_the_same_is_told_once") {
+        return;
+    }
+    block_on(async {
+        let mut world = World::start(&EAGER).await;
+        let (restless, steady) = (world.volume_of_its_own(), world.volume_of_its_own());
+        for number in 0..20 {
+            let text = format!("request {number}");
+            let answer = Answer::file("pw", &text);
+            world.provider.answers(&restless.class, answer);
+            world.publish_patiently(&restless).await.unwrap();
+            world.publish_patiently(&steady).await.unwrap();
+        }
+        let told = || {
+            let state = world.api.0.lock().unwrap();
+            let events = state
+                .objects
+                .iter()
+                .filter(|(path, _)| path.contains("/events/"));
+            let told = events.filter(|(_, event)| event["reason"] == "MountChangesAtEachRefresh");
+            let pods = told.map(|(_, event)| {
+                let object = ["regarding", "involvedObject"].map(|key| &event[key]["name"]);
+                object
+                    .into_iter()
+                    .find_map(|name| name.as_str())
+                    .unwrap()
+                    .to_owned()
+            });
+            pods.collect::<Vec<_>>()
+        };
+        while told().is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        assert_eq!(told(), [restless.id.as_str()]);
+    });
+}

@@ -300,6 +300,8 @@ pub(crate) struct Answer {
     pub(crate) status: Option<Code>,
     pub(crate) error_code: Option<&'static str>,
     pub(crate) hangs: bool,
+    /// Whether it fails when it is told which versions are mounted.
+    pub(crate) refuses_versions: bool,
     /// What it answers.
     pub(crate) files: Vec<(String, Vec<u8>)>,
     /// The version of its one object; without one it names none.
@@ -401,16 +403,21 @@ impl Answer {
     }
 }
 
-/// A provider that answers by the class, and the parameters that it was asked with.
+/// A provider that answers by the class, and the parameters and `versions` that it was asked with.
 #[derive(Clone, Default)]
 pub(crate) struct Provider(Arc<Mutex<Asked>>);
 
-/// Answers by class, and what the provider was asked with.
-type Asked = (BTreeMap<String, Answer>, Vec<Value>);
+/// Answers by class, what the provider was asked with, and how many calls hang or have hung.
+type Asked = (BTreeMap<String, Answer>, Vec<Value>, usize);
 
 impl Provider {
     pub(crate) fn answers(&self, class: &str, answer: Answer) {
         self.0.lock().unwrap().0.insert(class.to_owned(), answer);
+    }
+
+    /// How many calls it has let hang.
+    pub(crate) fn waits(&self) -> usize {
+        self.0.lock().unwrap().2
     }
 
     /// What it was asked since this was called last.
@@ -433,15 +440,21 @@ impl CsiDriverProvider for Provider {
         request: Request<MountRequest>,
     ) -> Result<Response<MountResponse>, Status> {
         let request = request.into_inner();
-        let attributes: Value = serde_json::from_str(&request.attributes).unwrap();
+        let mut attributes: Value = serde_json::from_str(&request.attributes).unwrap();
         let asked: i32 = request.permission.parse().unwrap();
         let answer = {
             let mut state = self.0.lock().unwrap();
             let case = attributes["case"].as_str().unwrap().to_owned();
+            let told = request.current_object_version.iter();
+            attributes["versions"] = told.map(|object| object.version.clone()).collect();
             state.1.push(attributes);
             state.0.get(&case).cloned().unwrap_or_default()
         };
+        if answer.refuses_versions && !request.current_object_version.is_empty() {
+            return Err(Status::permission_denied("may not describe"));
+        }
         if answer.hangs {
+            self.0.lock().unwrap().2 += 1;
             std::future::pending::<()>().await;
         }
         if let Some(code) = answer.status {
@@ -504,6 +517,11 @@ impl Volume {
         }
     }
 
+    /// The path of its pod at the API server.
+    pub(crate) fn pod(&self) -> String {
+        format!("/api/v1/namespaces/shop/pods/{}", self.id)
+    }
+
     pub(crate) fn state(&self) -> mount::State {
         mount::state(&self.target).unwrap()
     }
@@ -530,6 +548,22 @@ impl Volume {
 
     pub(crate) fn unmount(&self) {
         umount2(&self.target, MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+/// A driver's process, which ends with this: left alone, it would keep the output of the test open.
+pub(crate) struct Process(Child);
+
+impl Process {
+    pub(crate) fn runs(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_none()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -602,16 +636,17 @@ impl World {
     }
 
     /// Starts the driver's binary as a process in a cgroup, in the place of one in this process.
-    pub(crate) fn start_process(&self, cgroup: &Path) -> Child {
+    pub(crate) fn start_process(&self, cgroup: &Path) -> Process {
         let binary = env!("CARGO_BIN_EXE_secrets-store-csi");
         let procs = cgroup.join("cgroup.procs");
         let script = format!("echo $$ > {} && exec \"$@\"", procs.display());
-        Command::new("sh")
+        let started = Command::new("sh")
             .args(["-c", &script, "sh", binary])
             .args(self.flags())
             .stderr(fs::File::create(self.dir.path().join("log")).unwrap())
             .spawn()
-            .unwrap()
+            .unwrap();
+        Process(started)
     }
 
     fn flags(&self) -> Vec<String> {
@@ -673,12 +708,18 @@ impl World {
             "kubelet/pods/{uid}/volumes/kubernetes.io~csi/secrets"
         ));
         fs::create_dir_all(&parent).unwrap();
-        Volume {
+        let volume = Volume {
             id: format!("csi-{}", self.volumes),
             class: class.to_owned(),
             uid,
             target: parent.join("mount"),
-        }
+        };
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": volume.id, "namespace": "shop", "uid": volume.uid},
+        });
+        self.api.put(&volume.pod(), pod);
+        volume
     }
 
     /// A new volume of a class of its own, whose provider answers one file.
@@ -715,7 +756,7 @@ impl World {
         }
     }
 
-    async fn try_to_unpublish(&self, volume: &Volume) -> Result<(), Status> {
+    pub(crate) async fn try_to_unpublish(&self, volume: &Volume) -> Result<(), Status> {
         let request = NodeUnpublishVolumeRequest {
             volume_id: volume.id.clone(),
             target_path: volume.target.display().to_string(),

@@ -11,8 +11,10 @@
 mod classes;
 mod content;
 mod harness;
+mod leaving;
 mod meanwhile;
 mod memory;
 mod rollbacks;
 mod state_dir;
 mod states;
+mod versions;

@@ -359,6 +359,7 @@ mod tests {
             }],
             content: Content::Driver,
             orders: BTreeMap::from([("..2026".into(), "7".into())]),
+            files: None,
             last_success: Timestamp::now(),
             last_change: Timestamp::UNIX_EPOCH,
             failing_since: None,

@@ -1,0 +1,145 @@
+//! What a provider is told of the versions that are mounted: nothing, unless the class wants it and
+//! it is of use.
+
+use std::fs;
+
+use proptest::{
+    prelude::*,
+    strategy::ValueTree as _,
+    test_runner::{Config, TestRunner},
+};
+use serde_json::json;
+
+use crate::harness::{Answer, Class, EAGER, World, alone, block_on, class};
+
+const ANNOTATION: &str = "secrets-store.csi.k8s.io/send-object-versions";
+
+/// What happens before a look of kubelet, and at it.
+#[derive(Clone, Debug)]
+struct Step {
+    annotation: Option<&'static str>,
+    edited: bool,
+    /// A file or its link is taken out of the volume by hand.
+    damaged: Option<bool>,
+    rotated: bool,
+    refuses_versions: bool,
+    fails: bool,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let annotation = prop_oneof![
+        6 => Just(Some("true")),
+        1 => Just(Some("false")),
+        1 => Just(None),
+        1 => prop::sample::select(&["", "True", "1", "yes"][..]).prop_map(Some),
+    ];
+    let often = prop::bool::weighted;
+    let damaged = prop::option::weighted(0.2, any::<bool>());
+    let step = (
+        annotation,
+        often(0.2),
+        damaged,
+        often(0.5),
+        often(0.3),
+        often(0.1),
+    );
+    let step = step.prop_map(
+        |(annotation, edited, damaged, rotated, refuses_versions, fails)| Step {
+            annotation,
+            edited,
+            damaged,
+            rotated,
+            refuses_versions,
+            fails,
+        },
+    );
+    prop::collection::vec(step, 1..8)
+}
+
+#[test]
+fn versions_are_sent_only_where_the_class_wants_it_and_the_content_is_whole() {
+    const NAME: &str =
+        "versions::versions_are_sent_only_where_the_class_wants_it_and_the_content_is_whole";
+    if !alone(NAME) {
+        return;
+    }
+    block_on(async {
+        let mut world = World::start(&EAGER).await;
+        let mut runner = TestRunner::new(Config::with_cases(60));
+        let mut seen = [0; 4];
+        for _ in 0..runner.config().cases {
+            let steps = steps().new_tree(&mut runner).unwrap().current();
+            let volume = world.volume_of_its_own();
+            let (mut generation, mut version) = (1, 0);
+            // What was true when the provider answered last, if it ever has.
+            let mut success: Option<(i64, bool, u64)> = None;
+            for (number, step) in steps.iter().enumerate() {
+                generation += i64::from(step.edited);
+                version += u64::from(step.rotated);
+                let mut object = class(&volume.class, generation);
+                let resource_version = 1000 + number;
+                object["metadata"]["resourceVersion"] = json!(resource_version.to_string());
+                if let Some(value) = step.annotation {
+                    object["metadata"]["annotations"] = json!({ANNOTATION: value});
+                }
+                world.api.class_is(&volume.class, [Class::Is(object)]);
+                let names = ["a", "b", "c"];
+                world.provider.answers(
+                    &volume.class,
+                    Answer {
+                        files: names
+                            .iter()
+                            .map(|name| ((*name).to_owned(), version.to_string().into_bytes()))
+                            .collect(),
+                        version: Some(version.to_string()),
+                        refuses_versions: step.refuses_versions,
+                        status: step.fails.then_some(tonic::Code::NotFound),
+                        ..Answer::default()
+                    },
+                );
+                let damaged = step.damaged.filter(|_| success.is_some());
+                if let Some(link) = damaged {
+                    let path = volume.target.join(if link { "b" } else { "..data/b" });
+                    // It may be gone since an earlier step that did not mend it.
+                    let _ = fs::remove_file(path);
+                }
+                let is_whole = success.is_some() && volume.reads().len() == names.len();
+                world.provider.asked();
+                let published = world.publish_patiently(&volume).await;
+                let told: Vec<_> = world
+                    .provider
+                    .asked()
+                    .into_iter()
+                    .map(|asked| asked["versions"].clone())
+                    .collect();
+                let case = format!("step {number} of {steps:?}: {published:?}");
+                let wants = step.annotation == Some("true");
+                let is_known = wants || matches!(step.annotation, None | Some("false"));
+                let mounted = match success {
+                    Some((of, true, mounted)) if wants && is_whole && of == generation => {
+                        Some(json!([mounted.to_string()]))
+                    }
+                    _ => None,
+                };
+                let fails_with = mounted.is_some() && (step.refuses_versions || step.fails);
+                let expected = match (mounted, fails_with) {
+                    _ if success.is_some() && !is_known => Vec::new(),
+                    (None, _) => vec![json!([])],
+                    (Some(mounted), false) => vec![mounted],
+                    (Some(mounted), true) => vec![mounted, json!([])],
+                };
+                assert_eq!(told, expected, "{case}");
+                let is_refused = step.fails || success.is_some() && !is_known;
+                assert_eq!(published.is_err(), is_refused, "{case}");
+                seen[expected.len()] += 1;
+                if published.is_ok() {
+                    assert_eq!(volume.reads().len(), names.len(), "{case}");
+                    seen[3] += usize::from(!is_whole && success.is_some());
+                    success = Some((generation, wants, version));
+                }
+            }
+            world.unpublish(&volume).await.unwrap();
+        }
+        assert!(seen.iter().all(|&times| times > 5), "{seen:?}");
+    });
+}
