@@ -30,6 +30,10 @@ use crate::config::Config;
 /// Crates whose lines follow the verbosity.
 const OURS: [&str; 3] = ["driver", "proto", "secrets_store_csi"];
 
+/// The longest beginning of a value that is logged, in bytes. A provider's answer may name
+/// thousands of versions.
+const LONGEST_VALUE: usize = 8 * 1024;
+
 /// Starts logging to standard error, for the whole process.
 ///
 /// # Errors
@@ -137,7 +141,7 @@ impl Fields {
 
 impl Visit for Fields {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        let text = format!("{value:?}");
+        let text = beginning(format_args!("{value:?}"));
         if field.name() == "message" {
             self.message = text;
         } else {
@@ -146,10 +150,11 @@ impl Visit for Fields {
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
+        let text = beginning(format_args!("{value}"));
         if field.name() == "message" {
-            self.message = value.to_owned();
+            self.message = text;
         } else {
-            self.set(field, value.into());
+            self.set(field, text.into());
         }
     }
 
@@ -167,6 +172,30 @@ impl Visit for Fields {
 
     fn record_f64(&mut self, field: &Field, value: f64) {
         self.set(field, value.into());
+    }
+}
+
+/// Returns a text, or as much of it as is logged. What is beyond is not even made.
+fn beginning(text: fmt::Arguments<'_>) -> String {
+    let mut bounded = Bounded(String::new());
+    match bounded.write_fmt(text) {
+        Ok(()) => bounded.0,
+        Err(fmt::Error) => bounded.0 + "… (cut)",
+    }
+}
+
+/// A text that takes no more than [`LONGEST_VALUE`] bytes.
+struct Bounded(String);
+
+impl fmt::Write for Bounded {
+    fn write_str(&mut self, part: &str) -> fmt::Result {
+        let room = LONGEST_VALUE - self.0.len();
+        let fits = &part[..part.floor_char_boundary(room)];
+        self.0.push_str(fits);
+        match fits.len() == part.len() {
+            true => Ok(()),
+            false => Err(fmt::Error),
+        }
     }
 }
 
@@ -235,6 +264,7 @@ fn source(metadata: &Metadata<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use rstest::rstest;
     use std::sync::{Arc, Mutex};
     use tracing::{debug, error, info, info_span, trace, warn};
@@ -258,6 +288,38 @@ mod tests {
         tracing::subscriber::with_default(subscriber(&config, move || out.clone()), body);
         let text = String::from_utf8(page.0.lock().unwrap().clone()).unwrap();
         text.lines().map(str::to_owned).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        /// However long values are, and of whichever kind, a line has an end; and what is short
+        /// enough is all there.
+        #[test]
+        fn every_value_of_a_line_is_bounded(
+            piece in ".{1,12}",
+            bytes in prop_oneof![0..20_000_usize, Just(LONGEST_VALUE), Just(3_000_000)],
+            form in prop::sample::select(vec!["--log-format-json=true", "--log-format-json=false"]),
+        ) {
+            let long = piece.repeat(bytes / piece.len());
+            let many = vec![long.clone(); 3];
+            let lines = logged(&["-v=5", form], || {
+                let _span = info_span!("publish", pod = long).entered();
+                debug!(text = long, shown = %long, many = ?many, last = 7, "{long}");
+            });
+            prop_assert_eq!(lines.len(), 1);
+            // A byte takes six where it must be escaped, and quoted text is escaped again.
+            let most = 5 * (LONGEST_VALUE + 20) * 12 + 1000;
+            prop_assert!(lines[0].len() < most, "{} bytes", lines[0].len());
+            prop_assert!(lines[0].contains("last"), "what comes after is there");
+            let cut = lines[0].matches("… (cut)").count();
+            let expected = match long.len() {
+                length if length > LONGEST_VALUE => 5,
+                _ if format!("{many:?}").len() > LONGEST_VALUE => 1,
+                _ => 0,
+            };
+            prop_assert!(cut >= expected, "{cut} are cut, not {expected}");
+        }
     }
 
     #[test]

@@ -211,6 +211,31 @@ async fn a_long_error_keeps_its_code_and_harms_no_other_call(#[case] word: &str)
     assert_eq!(error.code(), Code::PermissionDenied, "{error}");
 }
 
+/// What a provider says is lost where it is more than is read, and the sentence says so.
+#[rstest]
+#[case::ascii("a")]
+#[case::two_bytes("ä")]
+#[case::percent("%")]
+#[tokio::test]
+async fn an_error_that_is_not_read_is_said_to_be_too_large(#[case] word: &str) {
+    let node = Node::obedient();
+    for megabytes in [4, 7, 20] {
+        let wish = format!("refuse {} {word}", megabytes << 20);
+        let (refusal, other) = tokio::join!(
+            node.mount("shop/db", &wish, LONG),
+            node.mount("web/db", "slow", LONG)
+        );
+        let error = refused(refusal);
+        let text = error.to_string();
+        assert!(
+            text.contains("larger than 4194304 bytes"),
+            "{megabytes}: {text}"
+        );
+        assert!(text.len() < 1000, "{megabytes}: {}", text.len());
+        assert!(other.is_ok(), "{megabytes}: {}", refused(other));
+    }
+}
+
 /// Sixteen volumes of a class hang: the next publish of whatever other class does not wait.
 #[rstest]
 #[case::another_namespace(vec!["shop/hung"; 20], "web/db")]

@@ -6,7 +6,10 @@ use std::{path::Path, time::Duration};
 use prost::Message as _;
 use tonic::{Code, Status};
 
-use super::{queue::Ending, wire::Refused};
+use super::{
+    queue::Ending,
+    wire::{LONGEST_HEADERS, Refused},
+};
 use crate::error::{Error, Reason};
 
 /// Nobody is believed who wants to be left alone for longer.
@@ -80,7 +83,8 @@ pub(super) fn retry_after(status: &Status) -> Option<Duration> {
 /// connection that breaks under a call shows as CANCELLED or UNKNOWN with a transport error
 /// inside.
 pub(super) fn is_transient(status: &Status) -> bool {
-    status.code() == Code::Unavailable || connection_failure(status).is_some()
+    let is_broken = connection_failure(status).is_some_and(|why| !is_for_length(&why));
+    status.code() == Code::Unavailable || is_broken
 }
 
 /// What a call had not got when its deadline came.
@@ -117,7 +121,7 @@ pub(super) fn ending(status: &Status) -> Ending {
             TooLate::Answer => Ending::Silent,
             TooLate::Memory => Ending::Answered,
         }
-    } else if connection_failure(status).is_some() {
+    } else if connection_failure(status).is_some_and(|why| !is_for_length(&why)) {
         Ending::Lost
     } else {
         Ending::Refused
@@ -181,9 +185,22 @@ impl Failed<'_> {
                 ),
             )
         } else if let Some(why) = connection_failure(status) {
-            Error::unavailable(format!(
-                "{at} does not answer{times} ({why}); is the provider running on this node?"
-            ))
+            if is_for_length(&why) {
+                Error::new(
+                    Code::ResourceExhausted,
+                    format!(
+                        "{at} answered with an error that is larger than {LONGEST_HEADERS} bytes, and what it says was cut off; look into the log of the provider"
+                    ),
+                )
+            } else if is_perhaps_for_length(&why) {
+                Error::unavailable(format!(
+                    "{at} answered what cannot be read{times} ({why}), as an error does that is larger than {LONGEST_HEADERS} bytes, of which nothing is left; look into the log of the provider"
+                ))
+            } else {
+                Error::unavailable(format!(
+                    "{at} does not answer{times} ({why}); is the provider running on this node?"
+                ))
+            }
         } else if status.code() == Code::DeadlineExceeded {
             Error::new(
                 Code::DeadlineExceeded,
@@ -243,6 +260,20 @@ fn connection_failure(status: &Status) -> Option<String> {
         source = deeper;
     }
     Some(source.to_string())
+}
+
+/// Whether a connection was ended here because the provider's headers or trailers, in which an
+/// error is, had more bytes than are read.
+fn is_for_length(why: &str) -> bool {
+    ["too_many_continuations", "header_list_way_too_large"]
+        .iter()
+        .any(|reason| why.contains(reason))
+}
+
+/// Whether a stream was ended here for a reason that may be the same: what is too long is left out,
+/// and an answer without it makes no sense.
+fn is_perhaps_for_length(why: &str) -> bool {
+    why.contains("stream error detected: unspecific protocol error")
 }
 
 /// What the driver itself found wrong, rather than the provider or the connection.

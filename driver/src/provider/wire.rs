@@ -50,7 +50,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The largest header and trailer that is read, decoded. A provider's message is in the trailer
 /// up to three times as long as it is, and may be there twice.
-const LONGEST_HEADERS: u32 = 4 * 1024 * 1024;
+pub(super) const LONGEST_HEADERS: u32 = 4 * 1024 * 1024;
 
 /// How much of an answer arrives before there is memory for it.
 const WINDOW: u32 = 128 * 1024;
