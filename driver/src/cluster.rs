@@ -35,7 +35,7 @@ use tonic::Code;
 
 use crate::{
     error::{Error, Reason, Result},
-    volume::record,
+    volume::record::{self, is_object_name},
 };
 use events::Events;
 use resources::{SecretObject, SecretObjectData, SecretProviderClass};
@@ -375,19 +375,6 @@ fn is_class(answer: &SecretProviderClass, name: &str) -> bool {
 
 fn not_the_class() -> Error {
     Error::unavailable("the answer of the API server is not the object that was asked for")
-}
-
-/// Whether a text from outside can be the name of an object: a DNS subdomain (RFC 1123). Nothing
-/// else may become part of a request's path, where it could lead to another object.
-pub fn is_object_name(name: &str) -> bool {
-    let is_label = |label: &str| {
-        let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        !label.is_empty()
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-            && label.bytes().all(allowed)
-    };
-    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 /// Why a request failed.

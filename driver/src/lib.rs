@@ -75,7 +75,7 @@ use volume::{
     policy::{Failing, Policy},
     record::{Content, Records},
     restless::Restless,
-    target::Busy,
+    target::{Busy, TargetPath},
     threads::Health,
 };
 
@@ -117,6 +117,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             format!("the state directory {}", config.state_dir.display()),
         )
     })?;
+    let root = config.kubelet_root_dir.clone();
+    let records =
+        records.checked_by(move |record| TargetPath::check_record(record, root.as_deref()));
     match records.remove_orphans() {
         Ok(0) => {}
         Ok(removed) => tracing::info!(removed, "forgot volumes whose pods are gone"),

@@ -208,6 +208,9 @@ fn sixty_records_of_many_objects() {
             version: "v".repeat(100),
         })
         .collect();
+    let volume = dir.path().join("pods/u/volumes/kubernetes.io~csi/v");
+    fs::create_dir_all(&volume).unwrap();
+    let target = volume.join("mount");
     for number in 0..CLASSES {
         let mut record = record(
             number,
@@ -221,7 +224,7 @@ fn sixty_records_of_many_objects() {
             "test",
         );
         // Its pod is there, so that the record stays.
-        record.target_path = dir.path().join("mount");
+        record.target_path = target.clone();
         record.objects.clone_from(&objects);
         records.put(&record).unwrap();
     }

@@ -16,7 +16,7 @@ use crate::{
     volume::{
         PublishRequest, TOKENS,
         policy::{self, Every},
-        record::Pod,
+        record::{Pod, is_object_name},
         target::TargetPath,
     },
 };
@@ -87,6 +87,16 @@ pub(super) fn publish_request(
             "{key} missing in request: the CSIDriver object of this driver needs `podInfoOnMount: true`"
         ))),
     };
+    // They become part of the paths of requests to the API server.
+    let name = |key: &str| {
+        let name = required(key)?;
+        match is_object_name(&name) {
+            true => Ok(name),
+            false => Err(Error::invalid(format!(
+                "{key} {name:.100?} in request cannot be the name of an object"
+            ))),
+        }
+    };
     let class = match attributes.expose(CLASS) {
         Some(class) if !class.is_empty() => class.to_owned(),
         _ => {
@@ -96,8 +106,8 @@ pub(super) fn publish_request(
         }
     };
     let pod = Pod {
-        name: required(POD_NAME)?,
-        namespace: required(POD_NAMESPACE)?,
+        name: name(POD_NAME)?,
+        namespace: name(POD_NAMESPACE)?,
         uid: required(POD_UID)?,
     };
     Ok(PublishRequest {
@@ -190,6 +200,7 @@ fn grpc_timeout(value: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use proto::csi::volume_capability::MountVolume;
     use rstest::rstest;
     use tonic::Code;
@@ -249,6 +260,30 @@ mod tests {
 
         let plain = parse(wanted()).ok().unwrap();
         assert_eq!((plain.every, plain.access), (None, Access::default()));
+    }
+
+    proptest! {
+        /// What is no name of an object comes into no path of the API.
+        #[test]
+        fn names_that_are_none_are_refused(
+            key in prop::sample::select(vec![POD_NAME, POD_NAMESPACE]),
+            name in prop_oneof![
+                r"[a-z]{0,3}[/?#%. A-Z_\\\x00-\x1f\x7fé-][a-z./]{0,6}",
+                Just("../../x".to_owned()),
+                Just("..".to_owned()),
+                Just("a".repeat(254)),
+                r"[a-z0-9]{1,5}([-.][a-z0-9]{1,3}){0,2}",
+            ],
+        ) {
+            let mut request = wanted();
+            request.volume_context.insert(key.into(), name.clone());
+            let parsed = parse(request);
+            prop_assert_eq!(parsed.is_ok(), is_object_name(&name), "{:?}", name);
+            if let Err(error) = parsed {
+                prop_assert_eq!(error.code(), Code::InvalidArgument);
+                prop_assert!(error.to_string().contains(key), "{}", error);
+            }
+        }
     }
 
     fn parse(request: NodePublishVolumeRequest) -> Result<PublishRequest> {

@@ -15,8 +15,9 @@ use super::{
     tls::{self, KeyFormat},
 };
 use crate::{
-    cluster::{Class, is_object_name, resources::SecretObject},
+    cluster::{Class, resources::SecretObject},
     secret::Secret,
+    volume::record::is_object_name,
 };
 pub use values::Needs;
 #[cfg(test)]

@@ -52,6 +52,28 @@ pub struct Record {
     pub failing_since: Option<Timestamp>,
 }
 
+impl Record {
+    /// Makes sure that the names in it are such as the API has.
+    ///
+    /// # Errors
+    /// Says which one is not.
+    fn check_names(&self) -> Result<(), String> {
+        for (what, name) in [
+            ("pod", &self.pod.name),
+            ("namespace", &self.pod.namespace),
+            ("class", &self.class.name),
+            ("pod status", &self.pod_status),
+        ] {
+            if !is_object_name(name) {
+                return Err(format!(
+                    "its {what} {name:.100?} cannot be the name of an object"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The pod of a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pod {
@@ -142,6 +164,19 @@ pub enum Content {
     Driver,
     /// The provider itself, as old ones do: the volume is not empty.
     Provider,
+}
+
+/// Whether a text from outside can be the name of an object: a DNS subdomain (RFC 1123). Nothing
+/// else may become part of a request's path, where it could lead to another object.
+pub fn is_object_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        !label.is_empty()
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.bytes().all(allowed)
+    };
+    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 #[cfg(test)]

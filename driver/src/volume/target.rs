@@ -12,6 +12,7 @@ use std::{
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use super::record::Record;
 use crate::error::{Error, Result};
 
 /// A target path as kubelet makes them:
@@ -66,6 +67,19 @@ impl TargetPath {
             return refuse(format!("does not belong to the pod with UID {pod_uid:.64}"));
         }
         Ok(Self(parsed.to_owned()))
+    }
+
+    /// Makes sure that a record is about a volume that kubelet may have asked for. `root` is
+    /// kubelet's root directory, where it is known.
+    ///
+    /// # Errors
+    /// Says what is wrong with it.
+    pub fn check_record(record: &Record, root: Option<&Path>) -> Result<(), String> {
+        let path = record.target_path.to_str().unwrap_or_default();
+        match Self::parse(path, root, Some(&record.pod.uid)) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("its {error}")),
+        }
     }
 
     /// The path.

@@ -209,3 +209,69 @@ fn a_live_volume_without_a_readable_record_is_filled_in_place() {
         }
     });
 }
+
+/// A record that names what kubelet and the API do not have is none: it goes at the start, and its
+/// volume is published again where it is mounted.
+#[test]
+fn a_record_of_what_cannot_be_is_none() {
+    if !alone("state_dir::a_record_of_what_cannot_be_is_none") {
+        return;
+    }
+    block_on(async {
+        let mut world = World::start(&[]).await;
+        let elsewhere = world.dir.path().join("elsewhere");
+        let rows = [
+            ("/targetPath", "/etc".to_owned(), false),
+            ("/targetPath", "mount".to_owned(), false),
+            (
+                "/targetPath",
+                "/pods/UID/volumes/kubernetes.io~csi/v/mount".to_owned(),
+                false,
+            ),
+            (
+                "/targetPath",
+                format!(
+                    "{}/pods/UID/volumes/kubernetes.io~csi/v/mount",
+                    elsewhere.display()
+                ),
+                false,
+            ),
+            ("/pod/uid", "another".to_owned(), false),
+            ("/pod/name", "../../x".to_owned(), false),
+            ("/pod/namespace", "a/b".to_owned(), false),
+            ("/class/name", "..".to_owned(), false),
+            ("/podStatus", "x?y".to_owned(), false),
+            ("/provider", "another".to_owned(), true),
+        ];
+        let mut volumes = Vec::new();
+        for (place, value, stays) in rows {
+            let volume = world.volume_of_its_own();
+            world.publish_patiently(&volume).await.expect(place);
+            volumes.push((volume, place, value, stays));
+        }
+        world.stop_driver().await;
+        for (volume, place, value, _) in &volumes {
+            // Where the target is a path of kubelet's, its directory is there.
+            let value = value.replace("UID", &volume.uid);
+            if value.starts_with(elsewhere.to_str().unwrap()) {
+                fs::create_dir_all(Path::new(&value).parent().unwrap()).unwrap();
+            }
+            let file = world.record_file(volume);
+            let mut record: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+            *record.pointer_mut(place).unwrap() = json!(value);
+            fs::write(&file, record.to_string()).unwrap();
+        }
+        world.start_driver().await;
+        drop(world.client().await);
+        for (volume, place, value, stays) in &volumes {
+            let is_there = world.record_file(volume).exists();
+            assert_eq!(is_there, *stays, "{place} {value}");
+            let device = volume.device();
+            world.publish_patiently(volume).await.expect(place);
+            assert_eq!(volume.device(), device, "{place} {value}");
+            assert_eq!(volume.reads()["pw"], "one", "{place} {value}");
+            assert!(world.record(volume).is_some(), "{place} {value}");
+        }
+        world.stop_driver().await;
+    });
+}

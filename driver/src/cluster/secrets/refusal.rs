@@ -5,8 +5,8 @@
 //! instead is made of the HTTP code, of a reason that Kubernetes itself knows, and of a webhook's
 //! name where the API server names one.
 
-use super::super::{Failure, is_object_name};
-use crate::error::Error;
+use super::super::Failure;
+use crate::{error::Error, volume::record::is_object_name};
 
 /// Why a Secret is not as it should be.
 #[derive(Debug, Clone)]

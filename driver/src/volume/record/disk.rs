@@ -4,7 +4,7 @@
 //! is replaced by the next one, and goes at the next start of the driver.
 
 use std::{
-    fs,
+    fmt, fs,
     io::{self, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
@@ -36,6 +36,14 @@ const MAY_GROW: usize = 1024;
 /// Numbers staged records, so that one volume may have several.
 static STAGED: AtomicU64 = AtomicU64::new(0);
 
+impl fmt::Debug for Records {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("Records");
+        shown.field("directory", &self.directory);
+        shown.finish_non_exhaustive()
+    }
+}
+
 /// A record with the number of its format, as a file holds it.
 #[derive(Serialize, Deserialize)]
 struct Filed<R> {
@@ -44,10 +52,15 @@ struct Filed<R> {
     record: R,
 }
 
+/// Says what is wrong with a record, if anything is.
+type Check = dyn Fn(&Record) -> Result<(), String> + Send + Sync;
+
 /// The records of this node.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Records {
     directory: PathBuf,
+    /// What else must be so for a record to be believed.
+    check: Arc<Check>,
     /// Held while a record is replaced or removed.
     changing: Arc<Mutex<()>>,
 }
@@ -76,8 +89,19 @@ impl Records {
             .create(&directory)?;
         Ok(Self {
             directory,
+            check: Arc::new(|_| Ok(())),
             changing: Arc::default(),
         })
+    }
+
+    /// Believes only records with which `check` finds nothing wrong.
+    #[must_use]
+    pub fn checked_by(
+        mut self,
+        check: impl Fn(&Record) -> Result<(), String> + Send + Sync + 'static,
+    ) -> Self {
+        self.check = Arc::new(check);
+        self
     }
 
     /// Where they are.
@@ -177,7 +201,13 @@ impl Records {
                 _ if has_extension(&path, "tmp") => is_named_by_us(&path),
                 _ if !has_extension(&path, "json") => false,
                 Ok(record) => record.target_path.parent().is_some_and(is_gone),
-                Err(_) => is_named_by_us(&path),
+                Err(error) => {
+                    let is_ours = is_named_by_us(&path);
+                    if is_ours {
+                        tracing::warn!(path = %path.display(), %error, "this is no record and is removed; its volume, if there is one, is published again");
+                    }
+                    is_ours
+                }
             };
             if !orphan {
                 continue;
@@ -195,7 +225,7 @@ impl Records {
     /// Reads a file of this directory.
     fn read(&self, path: &Path) -> io::Result<Record> {
         let metadata = fs::symlink_metadata(path)?;
-        let wrong = |why| Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        let wrong = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidData, why));
         // Opening something else, a pipe for example, may wait for ever.
         if !metadata.is_file() {
             return wrong("it is not a file");
@@ -213,6 +243,9 @@ impl Records {
         }
         if self.path(&record.volume_id) != path {
             return wrong("it is the record of another volume");
+        }
+        if let Err(why) = record.check_names().and_then(|()| (self.check)(&record)) {
+            return wrong(&why);
         }
         Ok(record)
     }
@@ -469,6 +502,8 @@ mod tests {
         Torn(prop::sample::Index),
         Format(u32),
         OfAnother,
+        /// A whole record in which one of these is no name, or leads out of where volumes are.
+        Hostile(&'static str, &'static str),
         /// Longer than any record.
         Sparse,
         Directory,
@@ -477,12 +512,24 @@ mod tests {
         Pipe,
     }
 
+    /// Where a record has names of objects, and what is none.
+    const PLACES: [&str; 4] = ["/pod/name", "/pod/namespace", "/class/name", "/podStatus"];
+    const NO_NAMES: [&str; 8] = ["", "..", "../../x", "a/b", "a?b", "A", "a%2fb", "-a"];
+    const NO_TARGETS: [&str; 3] = ["/etc", "relative/mount", "/pods/../mount"];
+
     fn trash() -> impl Strategy<Value = Trash> {
         prop_oneof![
             prop::collection::vec(any::<u8>(), 0..40).prop_map(Trash::Bytes),
             any::<prop::sample::Index>().prop_map(Trash::Torn),
             (2_u32..).prop_map(Trash::Format),
             Just(Trash::OfAnother),
+            (
+                prop::sample::select(&PLACES[..]),
+                prop::sample::select(&NO_NAMES[..])
+            )
+                .prop_map(|(place, name)| Trash::Hostile(place, name)),
+            (prop::sample::select(&NO_TARGETS[..]))
+                .prop_map(|target| Trash::Hostile("/targetPath", target)),
             Just(Trash::Sparse),
             Just(Trash::Directory),
             Just(Trash::LinkInto),
@@ -516,6 +563,12 @@ mod tests {
                     let record = other;
                     fs::write(at, serde_json::to_vec(&Filed { format, record }).unwrap()).unwrap();
                 }
+                Self::Hostile(place, name) => {
+                    let mut filed: serde_json::Value =
+                        serde_json::from_slice(&filed(FORMAT)).unwrap();
+                    *filed.pointer_mut(place).unwrap() = (*name).into();
+                    fs::write(at, filed.to_string()).unwrap();
+                }
                 Self::Sparse => fs::File::create(at).unwrap().set_len(1 << 40).unwrap(),
                 Self::Directory => {
                     fs::create_dir(at).unwrap();
@@ -543,7 +596,12 @@ mod tests {
         ) {
             let dir = tempfile::tempdir().unwrap();
             let pods = tempfile::tempdir().unwrap();
-            let records = Records::open(dir.path()).unwrap();
+            let below = pods.path().to_owned();
+            let is_target = move |record: &Record| match record.target_path.starts_with(&below) {
+                true => Ok(()),
+                false => Err("its target is elsewhere".to_owned()),
+            };
+            let records = Records::open(dir.path()).unwrap().checked_by(is_target);
             fs::write(dir.path().join("kept.txt"), "x").unwrap();
             fs::write(dir.path().join("package.json"), "somebody else's").unwrap();
             let neighbour = record("csi-2", &pods.path().join("mount"));
