@@ -458,14 +458,17 @@ spec:
     .await;
     insta::assert_snapshot!(s.pod_statuses().await);
     let page = async || s.cluster.driver(&s.node()).metrics().await.unwrap();
-    assert!(
-        page()
-            .await
-            .contains("secrets_store_last_success_timestamp_seconds{")
-    );
+    let last_success = "secrets_store_last_success_timestamp_seconds{";
+    assert!(page().await.contains(last_success));
     s.delete(name).await;
     until("the volume's end is counted", async || {
         page().await.contains("node_unpublish_total")
+    })
+    .await;
+    // Two drivers may have overlapped before this scenario; what the earlier one took down, this
+    // one finds gone at its looks.
+    until("no volume uses the provider", async || {
+        !page().await.contains(last_success)
     })
     .await;
     let page = page().await;
