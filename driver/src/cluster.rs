@@ -39,6 +39,7 @@ use crate::{
 };
 use events::Events;
 use resources::{SecretObject, SecretObjectData, SecretProviderClass};
+use secrets::Missing;
 
 /// How long one request may take. Short against kubelet's two minutes, so that a publish can
 /// say what hung.
@@ -76,6 +77,8 @@ pub struct Cluster {
     requests: Arc<Semaphore>,
     /// Secrets that are being made anew, which is finished whoever stops waiting for it.
     replacing: TaskTracker,
+    /// Those of them that have been deleted and could not be made yet.
+    missing: Arc<Missing>,
 }
 
 /// What a volume needs of a SecretProviderClass.
@@ -125,6 +128,7 @@ impl Cluster {
             away: Arc::default(),
             requests: Arc::new(Semaphore::new(MOST_REQUESTS)),
             replacing: TaskTracker::new(),
+            missing: Arc::default(),
         }
     }
 

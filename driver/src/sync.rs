@@ -108,6 +108,8 @@ pub enum Trouble {
     Forbidden,
     /// The API server does not take the Secret.
     Refused,
+    /// It was deleted because its type was to change, and the API server does not take the new one.
+    Missing,
     /// It did not work, and may later.
     Unavailable,
 }
@@ -126,6 +128,7 @@ impl Trouble {
             Self::Conflict => "Conflict",
             Self::Forbidden => "Forbidden",
             Self::Refused => "Refused",
+            Self::Missing => "Missing",
             Self::Unavailable => "Unavailable",
         }
     }
@@ -147,14 +150,14 @@ impl Problem {
     /// What makes a problem the same as before. How an API server does not answer varies.
     fn identity(&self) -> &str {
         match self.trouble {
-            Trouble::Unavailable => Trouble::Unavailable.label(),
+            Trouble::Unavailable | Trouble::Missing => self.trouble.label(),
             _ => &self.sentence,
         }
     }
 
     fn into_error(self) -> Error {
         let code = match self.trouble {
-            Trouble::Unavailable => Code::Unavailable,
+            Trouble::Unavailable | Trouble::Missing => Code::Unavailable,
             _ => Code::FailedPrecondition,
         };
         Error::new(code, self.sentence)
@@ -650,6 +653,13 @@ fn problem(wanted: &Wanted<'_>, refusal: Refusal) -> Problem {
             Trouble::Refused,
             format!(
                 "its type should be {:.100}, which needs a new Secret in its place, and the one that is there stays as it is: {why}",
+                wanted.type_
+            ),
+        ),
+        Refusal::Missing(why) => (
+            Trouble::Missing,
+            format!(
+                "it is missing: its type was changed to {:.100}, for which it was deleted, and the API server does not take the new one: {why}. The driver tries again, every few minutes at least, as long as a pod needs it. Look for a webhook, a policy or a quota that is in the way of Secrets in namespace {namespace}, or give the entry of the class its former type",
                 wanted.type_
             ),
         ),

@@ -35,11 +35,12 @@
 
 mod decision;
 mod digest;
+mod missing;
 mod owners;
 mod refusal;
 mod replace;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use jiff::Timestamp;
 use kube::{
@@ -56,6 +57,8 @@ use crate::{
 };
 use decision::{Change, Decision, Existing, Holder, Object, decide};
 pub use digest::Digest;
+pub(in crate::cluster) use missing::Missing;
+use missing::Step;
 pub use owners::Owner;
 use owners::{MANAGER, without_owner};
 pub use refusal::Refusal;
@@ -148,6 +151,9 @@ impl Cluster {
     /// # Errors
     /// When it is not and that is not for the driver to change, or the API server does not answer.
     pub async fn secret_is_kept(&self, wanted: &Wanted<'_>) -> Result<Option<Kept>, Refusal> {
+        if self.missing.find(&wanted.key()).is_some() {
+            return Ok(None);
+        }
         let Some(existing) = self.secret(wanted, &GetParams::any()).await? else {
             return Ok(None);
         };
@@ -171,7 +177,19 @@ impl Cluster {
     /// When the Secret is not the driver's, or the API server does not take it.
     pub async fn keep_secret(&self, wanted: &Wanted<'_>) -> Result<Kept, Refusal> {
         for _ in 0..ATTEMPTS {
+            let missing = self.missing.find(&wanted.key());
+            let former = match missing {
+                Some((step @ (Step::Deleting | Step::Making), _)) => return Err(step.refusal()),
+                Some((Step::Failed(_), former)) => Some(former),
+                None => None,
+            };
             let Some(existing) = self.secret(wanted, &GetParams::default()).await? else {
+                if let Some(former) = &former {
+                    match self.make_again(wanted, former).await? {
+                        Some(kept) => return Ok(kept),
+                        None => continue,
+                    }
+                }
                 if !wanted.create {
                     return Ok(Kept::Absent);
                 }
@@ -188,6 +206,18 @@ impl Cluster {
                     "it is being deleted; it is made again when it is gone",
                 )));
             }
+            if let Some(former) = &former {
+                // Somebody else was faster.
+                let taken = match existing.with_foreign_of(former) {
+                    Some(change) => self.patch(wanted.namespace, wanted.name, change).await?,
+                    None => true,
+                };
+                if taken {
+                    self.missing.is_there(&wanted.key());
+                }
+                continue;
+            }
+            let existing = Arc::new(existing);
             let mut decision = decide(&existing, wanted, false);
             if let Decision::OtherClass(holder) = &decision {
                 if self.holds(wanted, holder).await? {

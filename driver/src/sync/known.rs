@@ -24,6 +24,8 @@ use crate::{
 
 /// The first wait after a failure; it doubles up to the usual interval.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// The longest wait after a failure, where the interval is longer.
+const LONGEST_WAIT: Duration = Duration::from_secs(300);
 /// In how many intervals a pod status is looked at once.
 const STATUS_INTERVALS: u32 = 4;
 /// How long a pod whose volume was taken down may take to say that it has ended, or to go.
@@ -607,7 +609,10 @@ fn wait(failures: u32, every: Duration) -> Duration {
     let jitter = rand::rng().random_range(0.8..1.1);
     let wait = match failures {
         0 => every,
-        _ => every.min(FIRST_WAIT * 2_u32.saturating_pow(failures.min(16) - 1)),
+        _ => {
+            let wait = FIRST_WAIT * 2_u32.saturating_pow(failures.min(16) - 1);
+            wait.min(every).min(LONGEST_WAIT)
+        }
     };
     wait.mul_f64(jitter)
 }

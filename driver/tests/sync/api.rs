@@ -59,6 +59,7 @@ struct Stored {
     revision: u64,
     events: Vec<String>,
     takes: Duration,
+    hangs: bool,
 }
 
 #[derive(Clone, Default)]
@@ -116,6 +117,11 @@ impl Api {
     /// How long each answer takes from now on.
     pub(crate) fn takes(&self, time: Duration) {
         self.0.lock().unwrap().takes = time;
+    }
+
+    /// Whether requests to create a Secret, but for trials, are never answered from now on.
+    pub(crate) fn hangs(&self, hangs: bool) {
+        self.0.lock().unwrap().hangs = hangs;
     }
 
     /// The bodies of the events that were posted.
@@ -221,8 +227,15 @@ async fn answer(
     uri: Uri,
     body: Bytes,
 ) -> (StatusCode, String) {
-    let takes = api.0.lock().unwrap().takes;
+    let (takes, hangs) = {
+        let state = api.0.lock().unwrap();
+        (state.takes, state.hangs)
+    };
     tokio::time::sleep(takes).await;
+    let is_trial = uri.query().is_some_and(|query| query.contains("dryRun"));
+    if hangs && method == Method::POST && uri.path().ends_with("/secrets") && !is_trial {
+        return std::future::pending().await;
+    }
     let mut state = api.0.lock().unwrap();
     state.requests.push(format!("{method} {uri}"));
     let path = uri.path().to_owned();
@@ -243,7 +256,6 @@ async fn answer(
         }
         Method::POST if path.ends_with("/secrets") => {
             let object = read(&body);
-            let is_trial = uri.query().is_some_and(|query| query.contains("dryRun"));
             let annotations = &object["metadata"]["annotations"];
             let what = match annotations.get("secrets-store.csi.k8s.io/refused-type") {
                 Some(_) => What::PutBack,

@@ -1,6 +1,7 @@
 //! A Secret whose type changes: it is there whatever is refused and whoever stops waiting.
 
 use super::*;
+use rstest::rstest;
 
 /// The Secret as it is before its type changes, with what others have put on it.
 async fn made(dir: &Path, api: &Api, cluster: &Cluster) -> (Record, Value) {
@@ -163,5 +164,109 @@ async fn given_up_at_any_moment_it_is_there() {
         became_new += usize::from(is_new);
     }
     assert!(became_new > 0, "some of them came that far");
+    drop(mount::detach(&web.target_path).unwrap());
+}
+
+/// How the API server lets a Secret be missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Away {
+    /// It fails.
+    Fails(u16),
+    /// It takes neither the new Secret nor the former one.
+    RefusesBoth(u16),
+    /// It does not answer.
+    Hangs,
+}
+
+/// While a Secret is missing, the pod hears of it, nothing else waits for it, and nothing that
+/// others had put on it is lost, whoever makes it in the end.
+#[rstest]
+#[tokio::test]
+async fn missing_for_a_while_it_comes_back_whole(
+    #[values(
+        Away::Fails(500),
+        Away::Fails(502),
+        Away::RefusesBoth(403),
+        Away::RefusesBoth(422),
+        Away::Hangs
+    )]
+    away: Away,
+    #[values(false, true)] another_node_makes_it: bool,
+) {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let (web, before) = made(dir.path(), &api, &cluster).await;
+    let mut two = api.get(CLASS).unwrap()["spec"]["secretObjects"].clone();
+    let other = "/api/v1/namespaces/shop/secrets/other";
+    let entries = two.as_array_mut().unwrap();
+    entries.push(json!({"secretName": "other", "type": "Opaque", "data": [{"objectName": "pw", "key": "pw"}]}));
+    api.put_class(&creds(), "3");
+    let class = cluster.class("shop", "db").await.unwrap();
+    let sync = sync(dir.path(), &cluster, EVERY);
+    put_status(&api, &web);
+    sync.volume_mounted(&web, &class).await.unwrap();
+    api.put_class(&json!([entries[1]]), "4");
+    let class = cluster.class("shop", "db").await.unwrap();
+    sync.volume_mounted(&web, &class).await.unwrap();
+    assert!(api.get(other).is_some());
+    // The other one is let go of, and had.
+    api.put(SECRET, before.clone());
+
+    match away {
+        Away::Fails(code) => api.refuse(vec![refuse(What::Create, code, usize::MAX)]),
+        Away::RefusesBoth(code) => api.refuse(vec![
+            refuse(What::Create, code, usize::MAX),
+            refuse(What::PutBack, code, usize::MAX),
+        ]),
+        Away::Hangs => api.hangs(true),
+    }
+    api.put_class(&two, "5");
+    let stop = run(&sync);
+    until("it is deleted", || api.get(SECRET).is_none()).await;
+    let told = |text: &str| api.events().iter().any(|event| event.contains(text));
+    until("the pod hears that it is missing", || {
+        told("Secret creds: it is missing")
+    })
+    .await;
+    assert!(told("its type was changed to example.com/typed"));
+    for _ in 0..3 {
+        let mut changed = api.get(other).unwrap();
+        changed["data"]["pw"] = json!("b3RoZXI=");
+        api.put(other, changed);
+        until("the other one is put right", || {
+            api.get(other).unwrap()["data"]["pw"] == "aHVudGVyMg=="
+        })
+        .await;
+    }
+    assert!(api.get(SECRET).is_none());
+    if another_node_makes_it {
+        let mut theirs = before.clone();
+        theirs["type"] = json!("example.com/typed");
+        theirs["data"] = json!({"pw": "aHVudGVyMg==", "more": "aHVudGVyMg=="});
+        let metadata = theirs["metadata"].as_object_mut().unwrap();
+        metadata["labels"] = json!({"secrets-store.csi.k8s.io/managed": "true"});
+        let annotations = metadata["annotations"].as_object_mut().unwrap();
+        annotations.remove("theirs");
+        api.put(SECRET, theirs);
+    } else {
+        api.refuse(vec![]);
+        api.hangs(false);
+    }
+    until("it is there again, and whole", || {
+        api.get(SECRET)
+            .is_some_and(|now| is_new_and_whole(&before, &now))
+    })
+    .await;
+    until("the pod hears that", || told("Secret creds is in step")).await;
+    for event in api.events() {
+        assert!(
+            !event.contains("hunter2") && !event.contains("is weak"),
+            "{event}"
+        );
+    }
+    stop.cancel();
     drop(mount::detach(&web.target_path).unwrap());
 }

@@ -91,6 +91,39 @@ impl Existing {
             || self.annotation(CLASS_UID).is_some()
     }
 
+    /// Labels and annotations that are neither the driver's nor the class's.
+    fn foreign(&self) -> [Vec<(&String, &String)>; 2] {
+        let listed = |list: &str| {
+            let keys = self.annotation(list).map_or("", String::as_str);
+            keys.split(',').collect::<Vec<_>>()
+        };
+        let ours = [listed(LABELS), listed(ANNOTATIONS)];
+        let all = [&self.metadata.labels, &self.metadata.annotations];
+        let is_foreign = |key: &String, ours: &[&str]| {
+            !ours.contains(&key.as_str()) && key != MANAGED && !is_reserved(key)
+        };
+        let of = |at: usize| {
+            let all = all[at].iter().flatten();
+            all.filter(|(key, _)| is_foreign(key, &ours[at])).collect()
+        };
+        [of(0), of(1)]
+    }
+
+    /// The change that gives this Secret what others had put on one that it has taken the place
+    /// of. None when there is nothing to change, or this Secret is not the driver's.
+    pub(super) fn with_foreign_of<'a>(&'a self, former: &'a Self) -> Option<Change<'a>> {
+        let mut change = Change::of(self);
+        let [labels, annotations] = former.foreign();
+        let labels = labels.into_iter();
+        let labels = labels.filter(|(key, _)| self.label(key).is_none());
+        let annotations = annotations.into_iter();
+        let annotations = annotations.filter(|(key, _)| self.annotation(key).is_none());
+        let set = |(key, value): (&'a String, &String)| (key.as_str(), Some(value.clone()));
+        change.metadata.labels.extend(labels.map(set));
+        change.metadata.annotations.extend(annotations.map(set));
+        (self.is_managed() && !change.is_empty()).then_some(change)
+    }
+
     /// This Secret as it is to be put back, with a note of the type that it could not get.
     pub(super) fn object<'a>(&'a self, wanted: &Wanted<'a>, refused: &str) -> Object<'a> {
         let mut annotations = self.metadata.annotations.clone().unwrap_or_default();
@@ -298,6 +331,11 @@ fn order(existing: &Existing) -> Option<u64> {
 }
 
 impl<'a> Wanted<'a> {
+    /// Its namespace and name.
+    pub(super) fn key(&self) -> (String, String) {
+        (self.namespace.to_owned(), self.name.to_owned())
+    }
+
     /// Where the content comes from. Nothing: an annotation that must not be there.
     fn origin(&self) -> [(&'static str, Option<String>); 4] {
         [
@@ -378,22 +416,10 @@ impl<'a> Wanted<'a> {
         let mut annotations = BTreeMap::new();
         let mut owner_references: Vec<_> = self.owners.iter().map(Owner::reference).collect();
         if let Some(earlier) = earlier {
-            let of_class = |key: &str, list: &str| {
-                let listed = earlier.annotation(list).map_or("", String::as_str);
-                listed.split(',').any(|listed| listed == key)
-            };
-            let foreign = earlier.metadata.labels.iter().flatten();
-            labels.extend(
-                foreign
-                    .filter(|(key, _)| !of_class(key, LABELS))
-                    .map(|(key, value)| (key.clone(), value.clone())),
-            );
-            let foreign = earlier.metadata.annotations.iter().flatten();
-            annotations.extend(
-                foreign
-                    .filter(|(key, _)| !of_class(key, ANNOTATIONS) && !is_reserved(key))
-                    .map(|(key, value)| (key.clone(), value.clone())),
-            );
+            let [their_labels, their_annotations] = earlier.foreign();
+            let owned = |(key, value): (&String, &String)| (key.clone(), value.clone());
+            labels.extend(their_labels.into_iter().map(owned));
+            annotations.extend(their_annotations.into_iter().map(owned));
             if let Some(all) = owners(earlier, self.owners) {
                 owner_references = all;
             } else {

@@ -22,6 +22,9 @@ pub enum Refusal {
     /// Its type should be another, for which a new Secret would have to take its place, and that
     /// is not possible: why.
     TypeStays(String),
+    /// It was deleted because its type was to change, and the API server has taken neither the new
+    /// one nor the former one again yet: why.
+    Missing(String),
     /// It did not work, and may later.
     Failed(Error),
 }
@@ -74,6 +77,21 @@ impl From<Failure> for Refusal {
             } => Self::Invalid(said),
             Failure::Refused { .. } => Self::Failed(Error::unavailable(said)),
             Failure::NoAnswer(_) | Failure::NotUnderstood => Self::Failed(failure.into_error()),
+        }
+    }
+}
+
+impl Refusal {
+    /// What may be said of it, without saying what it means for the Secret.
+    pub(super) fn said(&self) -> String {
+        match self {
+            Self::Unmanaged => "it is not the driver's".to_owned(),
+            Self::OtherClass(name) => format!("SecretProviderClass {name} makes it"),
+            Self::Forbidden(said)
+            | Self::Invalid(said)
+            | Self::TypeStays(said)
+            | Self::Missing(said) => said.clone(),
+            Self::Failed(error) => error.to_string(),
         }
     }
 }

@@ -6,50 +6,56 @@
 //! Secret is refused all the same, the former one is put back as it was, and says which type it
 //! could not get: from then on it is left alone until the class asks for another type, or until
 //! somebody takes that annotation away.
+//!
+//! Where the API server takes neither, or does not answer, the Secret is missing for a while. Each
+//! later look at it tries again in the background, as long as a pod needs it, and what others had
+//! put on the former Secret is remembered for that. If the process ends before, their labels and
+//! annotations are lost: the next one makes the Secret as the class says.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use kube::{
     api::{DeleteParams, GetParams, PostParams, Preconditions},
     core::Request,
 };
 use serde::{Serialize, de::IgnoredAny};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, timeout};
 use zeroize::Zeroizing;
 
 use super::{
-    Cluster, Failure, Kept, REFUSED_TYPE, Refusal, Wanted, decision::Existing, owners::MANAGER,
-    path,
+    Cluster, Failure, Kept, REFUSED_TYPE, Refusal, Wanted, decision::Existing, missing::Step,
+    owners::MANAGER, path,
 };
 use crate::error::Error;
 
 /// Waits before the next attempt to create a Secret, where the last one had no clear answer.
-const WAITS: [Duration; 6] = [
+const WAITS: [Duration; 4] = [
     Duration::from_millis(200),
     Duration::from_millis(500),
     Duration::from_secs(1),
     Duration::from_secs(2),
-    Duration::from_secs(4),
-    Duration::from_secs(8),
 ];
 
-/// How often a former Secret is tried to be put back, with the waits above one after the other.
-const ROUNDS: usize = 3;
+/// No attempt begins later than this after the first one. The next look tries again.
+const ATTEMPTS_LAST: Duration = Duration::from_secs(5);
+
+/// How long a caller waits for the task. Others of its namespace wait for the caller.
+const PATIENCE: Duration = Duration::from_secs(4);
 
 /// Everything that the task needs, owned by it.
 struct Replacement {
     cluster: Cluster,
-    namespace: String,
-    name: String,
-    only_this: DeleteParams,
+    key: (String, String),
     new: Zeroizing<Vec<u8>>,
     former: Zeroizing<Vec<u8>>,
 }
 
 /// What became of an attempt to create a Secret.
 enum Created {
-    /// It is there: made by this attempt, or by somebody else meanwhile.
+    /// It was made.
     Yes,
+    /// One of this name is there: made by somebody else, or by an attempt without an answer.
+    There,
     /// The API server does not take it.
     Refused(Refusal),
     /// There was no clear answer.
@@ -65,7 +71,7 @@ impl Cluster {
     pub(super) async fn replace(
         &self,
         wanted: &Wanted<'_>,
-        existing: &Existing,
+        existing: &Arc<Existing>,
     ) -> Result<Option<Kept>, Refusal> {
         if existing.annotation(REFUSED_TYPE).map(String::as_str) == Some(wanted.type_) {
             return Err(Refusal::TypeStays(format!(
@@ -78,48 +84,84 @@ impl Cluster {
                 "finalizer {finalizer:.100?} keeps the Secret from being deleted"
             )));
         }
-        let new = body(&wanted.object(Some(existing))?)?;
+        let replacement = self.replacement(wanted, existing)?;
         let trial = PostParams {
             dry_run: true,
             field_manager: Some(MANAGER.to_owned()),
         };
-        match self.create(wanted.namespace, &new, &trial).await {
-            Created::Yes => {}
+        match self
+            .create(wanted.namespace, &replacement.new, &trial)
+            .await
+        {
+            // In a trial too this is said last, after all rules and webhooks.
+            Created::Yes | Created::There => {}
             Created::Refused(refusal) => return Err(type_stays(refusal, "a trial says no")),
             Created::Unclear(refusal) => return Err(refusal),
         }
-        let replacement = Replacement {
-            cluster: self.clone(),
-            namespace: wanted.namespace.to_owned(),
-            name: wanted.name.to_owned(),
-            only_this: DeleteParams {
-                preconditions: Some(Preconditions {
-                    uid: existing.metadata.uid.clone(),
-                    resource_version: existing.metadata.resource_version.clone(),
-                }),
-                ..DeleteParams::default()
-            },
-            new,
-            former: body(&existing.object(wanted, wanted.type_))?,
+        let only_this = DeleteParams {
+            preconditions: Some(Preconditions {
+                uid: existing.metadata.uid.clone(),
+                resource_version: existing.metadata.resource_version.clone(),
+            }),
+            ..DeleteParams::default()
         };
-        match self.replacing.spawn(replacement.run()).await {
-            Ok(done) => done,
-            Err(error) => match error.try_into_panic() {
+        self.missing.begin(&replacement.key, existing)?;
+        self.in_background(replacement, Some(only_this)).await
+    }
+
+    /// Makes a Secret that this process has deleted and that is still missing, with what others
+    /// had put on the former one.
+    ///
+    /// # Errors
+    /// As [`Self::replace`], and when it stays missing for now.
+    pub(super) async fn make_again(
+        &self,
+        wanted: &Wanted<'_>,
+        former: &Existing,
+    ) -> Result<Option<Kept>, Refusal> {
+        let replacement = self.replacement(wanted, former)?;
+        self.missing.is_at(&replacement.key, Step::Making);
+        self.in_background(replacement, None).await
+    }
+
+    fn replacement(&self, wanted: &Wanted<'_>, former: &Existing) -> Result<Replacement, Refusal> {
+        Ok(Replacement {
+            cluster: self.clone(),
+            key: wanted.key(),
+            new: body(&wanted.object(Some(former))?)?,
+            former: body(&former.object(wanted, wanted.type_))?,
+        })
+    }
+
+    /// Runs a replacement to its end, and waits a while for that.
+    async fn in_background(
+        &self,
+        replacement: Replacement,
+        delete: Option<DeleteParams>,
+    ) -> Result<Option<Kept>, Refusal> {
+        let key = replacement.key.clone();
+        let task = self.replacing.spawn(replacement.run(delete));
+        match timeout(PATIENCE, task).await {
+            Ok(Ok(done)) => done,
+            Ok(Err(error)) => match error.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
                 Err(_) => Err(Refusal::Failed(Error::unavailable("the driver is ending"))),
+            },
+            Err(_) => match self.missing.find(&key) {
+                Some((step, _)) => Err(step.refusal()),
+                None => Ok(None),
             },
         }
     }
 
-    /// Creates a Secret. That one of this name is there already is as good.
+    /// Creates a Secret.
     async fn create(&self, namespace: &str, body: &[u8], how: &PostParams) -> Created {
         let request = Request::new(path(namespace)).create(how, body.to_vec());
         match self.ask::<IgnoredAny>(request).await {
             Ok(_) => Created::Yes,
-            // In a trial too this is said last, after all rules and webhooks.
             Err(Failure::Refused {
                 code: 409, reason, ..
-            }) if reason == "AlreadyExists" => Created::Yes,
+            }) if reason == "AlreadyExists" => Created::There,
             Err(failure) => match Refusal::from(failure) {
                 refusal @ Refusal::Failed(_) => Created::Unclear(refusal),
                 refusal => Created::Refused(refusal),
@@ -128,38 +170,78 @@ impl Cluster {
     }
 }
 
+impl Step {
+    /// What is said of a Secret that is missing.
+    pub(super) fn refusal(self) -> Refusal {
+        match self {
+            Self::Deleting => Refusal::Failed(Error::unavailable(
+                "its type is to change, and the API server has not answered yet to the request to delete it for that",
+            )),
+            Self::Making => Refusal::Missing("the API server has not answered yet".to_owned()),
+            Self::Failed(why) => Refusal::Missing(why),
+        }
+    }
+}
+
 impl Replacement {
-    async fn run(self) -> Result<Option<Kept>, Refusal> {
-        let request = Request::new(path(&self.namespace)).delete(&self.name, &self.only_this);
-        match self.cluster.ask::<IgnoredAny>(request).await {
-            Ok(_) => {}
-            // Changed or gone since it was read: nothing was deleted.
-            Err(Failure::Refused {
-                code: 404 | 409, ..
-            }) => return Ok(None),
-            Err(failure @ Failure::Refused { .. }) => {
-                return Err(type_stays(failure.into(), "it cannot be deleted"));
-            }
-            Err(failure) => {
-                if self.is_there().await {
-                    return Err(failure.into());
+    /// Deletes the former Secret, if that is still to be done, and makes the new one. The Secret
+    /// counts as missing until one of the two is there.
+    async fn run(self, delete: Option<DeleteParams>) -> Result<Option<Kept>, Refusal> {
+        let missing = &self.cluster.missing;
+        if let Some(only_this) = delete {
+            match self.delete(&only_this).await {
+                Ok(true) => missing.is_at(&self.key, Step::Making),
+                stays => {
+                    missing.is_there(&self.key);
+                    return stays.map(|_| None);
                 }
             }
         }
-        let refusal = match self.create_at_last(&self.new, 1).await {
-            Ok(()) => return Ok(Some(Kept::Recreated)),
-            Err(refusal) => refusal,
+        let made = self.make().await;
+        match &made {
+            Ok(Some(_)) | Err(Refusal::TypeStays(_)) => missing.is_there(&self.key),
+            // One that somebody else has made gets what the former one had.
+            Ok(None) => missing.is_at(&self.key, Step::Failed("it kept changing".to_owned())),
+            Err(Refusal::Missing(why)) => missing.is_at(&self.key, Step::Failed(why.clone())),
+            Err(refusal) => missing.is_at(&self.key, Step::Failed(refusal.said())),
+        }
+        made
+    }
+
+    /// Deletes the former Secret. False: it has changed or gone since it was read.
+    async fn delete(&self, only_this: &DeleteParams) -> Result<bool, Refusal> {
+        let (namespace, name) = &self.key;
+        let request = Request::new(path(namespace)).delete(name, only_this);
+        match self.cluster.ask::<IgnoredAny>(request).await {
+            Ok(_) => Ok(true),
+            Err(Failure::Refused {
+                code: 404 | 409, ..
+            }) => Ok(false),
+            Err(failure @ Failure::Refused { .. }) => {
+                Err(type_stays(failure.into(), "it cannot be deleted"))
+            }
+            Err(failure) => match self.is_there().await {
+                true => Err(failure.into()),
+                false => Ok(true),
+            },
+        }
+    }
+
+    /// Makes the new Secret, or else the former one. None: one of that name is there.
+    async fn make(&self) -> Result<Option<Kept>, Refusal> {
+        let refusal = match self.create_at_last(&self.new).await {
+            Created::Yes => return Ok(Some(Kept::Recreated)),
+            Created::There => return Ok(None),
+            Created::Unclear(refusal) => return Err(Refusal::Missing(refusal.said())),
+            Created::Refused(refusal) => refusal,
         };
-        match self.create_at_last(&self.former, ROUNDS).await {
-            Ok(()) => Err(type_stays(
+        match self.create_at_last(&self.former).await {
+            Created::Yes => Err(type_stays(
                 refusal,
                 "a new one was refused although a trial had said yes, and the former one has been put back",
             )),
-            Err(lost) => {
-                let (namespace, name) = (&self.namespace, &self.name);
-                tracing::error!(namespace, secret = name, refusal = ?lost, "a Secret that was to be made anew could not be put back");
-                Err(refusal)
-            }
+            Created::There => Ok(None),
+            Created::Refused(_) | Created::Unclear(_) => Err(Refusal::Missing(refusal.said())),
         }
     }
 
@@ -167,8 +249,8 @@ impl Replacement {
     /// While nobody answers it counts as gone: to create it then harms nothing.
     async fn is_there(&self) -> bool {
         for wait in WAITS {
-            let request =
-                Request::new(path(&self.namespace)).get(&self.name, &GetParams::default());
+            let (namespace, name) = &self.key;
+            let request = Request::new(path(namespace)).get(name, &GetParams::default());
             match self.cluster.ask::<Existing>(request).await {
                 Ok(found) => return found.metadata.deletion_timestamp.is_none(),
                 Err(Failure::Refused { code: 404, .. }) => return false,
@@ -178,22 +260,21 @@ impl Replacement {
         false
     }
 
-    /// Creates a Secret, again and again while there is no clear answer.
-    async fn create_at_last(&self, body: &[u8], rounds: usize) -> Result<(), Refusal> {
+    /// Creates a Secret, a few times while there is no clear answer.
+    async fn create_at_last(&self, body: &[u8]) -> Created {
         let how = PostParams {
             dry_run: false,
             field_manager: Some(MANAGER.to_owned()),
         };
-        let mut waits = std::iter::repeat_n(WAITS, rounds).flatten();
+        let started = Instant::now();
+        let mut waits = WAITS.into_iter();
         loop {
-            let refusal = match self.cluster.create(&self.namespace, body, &how).await {
-                Created::Yes => return Ok(()),
-                Created::Refused(refusal) => return Err(refusal),
-                Created::Unclear(refusal) => refusal,
-            };
-            match waits.next() {
-                Some(wait) => sleep(wait).await,
-                None => return Err(refusal),
+            let created = self.cluster.create(&self.key.0, body, &how).await;
+            match (created, waits.next()) {
+                (Created::Unclear(_), Some(wait)) if started.elapsed() + wait < ATTEMPTS_LAST => {
+                    sleep(wait).await;
+                }
+                (created, _) => return created,
             }
         }
     }
