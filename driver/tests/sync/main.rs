@@ -87,7 +87,16 @@ fn put_status(api: &Api, volume: &Record) {
         json!({"apiVersion": "v1", "kind": "Pod", "name": volume.pod.name, "uid": volume.pod.uid});
     api.put(
         &path,
-        json!({"metadata": {"uid": path, "ownerReferences": [owner]}}),
+        json!({
+            "metadata": {"uid": path, "ownerReferences": [owner]},
+            "status": {
+                "podName": volume.pod.name,
+                "secretProviderClassName": volume.class.name,
+                "targetPath": volume.target_path,
+                "mounted": true,
+                "objects": [],
+            },
+        }),
     );
 }
 
