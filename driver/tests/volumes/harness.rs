@@ -4,7 +4,6 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     fs,
-    io::Write as _,
     net::Ipv4Addr,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -46,6 +45,8 @@ use tonic::{
     Code, Request, Response, Status,
     transport::{Channel, Endpoint, Server},
 };
+
+use crate::acts::Act;
 
 /// Says to a process that it is the one that a test has started for itself.
 const ALONE: &str = "ALONE_WITH_ITS_MOUNTS";
@@ -116,6 +117,8 @@ pub(crate) struct ApiState {
     pub(crate) classes: BTreeMap<String, VecDeque<Class>>,
     /// Whether pod statuses of a class are refused, and how.
     pub(crate) statuses: BTreeMap<String, u16>,
+    /// How events are refused, if they are, and how many have been.
+    pub(crate) events_refused: (Option<u16>, usize),
     /// What another program does at a target when this is written next: the pod status of a class,
     /// or a Secret of this name.
     pub(crate) acts: BTreeMap<String, (Act, PathBuf)>,
@@ -142,6 +145,27 @@ impl Api {
             Some(code) => state.statuses.insert(class.to_owned(), code),
             None => state.statuses.remove(class),
         };
+    }
+
+    /// Refuses events, or takes them again.
+    pub(crate) fn refuse_events(&self, code: Option<u16>) {
+        self.0.lock().unwrap().events_refused = (code, 0);
+    }
+
+    /// How many events have been refused since then.
+    pub(crate) fn events_refused(&self) -> usize {
+        self.0.lock().unwrap().events_refused.1
+    }
+
+    /// How many events of a reason there are about the pod of a volume.
+    pub(crate) fn events_of(&self, volume: &Volume, reason: &str) -> usize {
+        let state = self.0.lock().unwrap();
+        let events = state.objects.iter().filter(|(path, event)| {
+            path.contains("/events/")
+                && event["involvedObject"]["uid"] == volume.uid
+                && event["reason"] == reason
+        });
+        events.count()
     }
 
     /// Does something at a target as soon as the pod status of this class, or the Secret of this
@@ -205,6 +229,13 @@ impl Api {
                 Class::Refused(code) => refused(code, "x"),
                 Class::Garbled => (StatusCode::OK, json!({"spec": 7})),
             };
+        }
+        if *method == Method::POST
+            && name == "events"
+            && let (Some(code), refusals) = &mut state.events_refused
+        {
+            *refusals += 1;
+            return refused(*code, "x");
         }
         let body: Value = serde_json::from_slice(body).unwrap_or_default();
         let of = match body["status"]["secretProviderClassName"].as_str() {
@@ -312,84 +343,6 @@ pub(crate) struct Answer {
     pub(crate) act: Option<Act>,
     /// What it writes itself.
     pub(crate) writes: Vec<(String, Vec<u8>)>,
-}
-
-/// What a provider does at the target that it is given.
-#[derive(Clone, Debug)]
-pub(crate) enum Act {
-    /// It mounts this directory over it.
-    Binds(PathBuf),
-    /// It mounts a tmpfs over it.
-    MountsTmpfs,
-    /// It mounts a tmpfs over it that looks like a volume with one file.
-    MountsVolume(&'static str, &'static str),
-    /// It takes the volume off.
-    Unmounts,
-    /// It takes the volume off and leaves a file in the directory that is there then.
-    UnmountsAndWrites,
-    /// It makes a pipe of this name.
-    MakesPipe(&'static str),
-    /// It makes a device of this name.
-    MakesDevice(&'static str),
-    /// It makes a directory of this name and mounts something there.
-    MountsBelow(&'static str),
-    /// It makes the volume read-only.
-    MakesReadOnly,
-    /// It fills the volume with a file of this name.
-    Fills(&'static str),
-    /// It makes a directory of this name.
-    MakesDirectory(&'static str),
-    /// It makes a link of this name to the second.
-    MakesLink(&'static str, &'static str),
-}
-
-impl Act {
-    fn carry_out(&self, target: &Path) {
-        let no: Option<&str> = None;
-        let unmount = || umount2(target, MntFlags::MNT_DETACH).unwrap();
-        match self {
-            Self::Binds(directory) => {
-                mount(Some(directory), target, no, MsFlags::MS_BIND, no).unwrap();
-            }
-            Self::MountsTmpfs => {
-                let kind = Some("tmpfs");
-                mount(kind, target, kind, MsFlags::empty(), no).unwrap();
-                fs::write(target.join("foreign"), "foreign").unwrap();
-            }
-            Self::MountsVolume(name, text) => {
-                let kind = Some("tmpfs");
-                mount(kind, target, kind, MsFlags::empty(), no).unwrap();
-                let link = std::os::unix::fs::symlink::<&str, PathBuf>;
-                fs::create_dir(target.join("..2026_01_01_00_00_00.1")).unwrap();
-                fs::write(target.join("..2026_01_01_00_00_00.1").join(name), text).unwrap();
-                link("..2026_01_01_00_00_00.1", target.join("..data")).unwrap();
-                link(&format!("..data/{name}"), target.join(name)).unwrap();
-            }
-            Self::Unmounts => unmount(),
-            Self::UnmountsAndWrites => {
-                unmount();
-                fs::write(target.join("foreign"), "foreign").unwrap();
-            }
-            Self::MakesPipe(name) => {
-                nix::unistd::mkfifo(&target.join(name), nix::sys::stat::Mode::S_IRWXU).unwrap();
-            }
-            Self::MakesDevice(name) => make_device(&target.join(name)).unwrap(),
-            Self::MountsBelow(name) => {
-                let (below, kind) = (target.join(name), Some("tmpfs"));
-                fs::create_dir(&below).unwrap();
-                mount(kind, &below, kind, MsFlags::empty(), no).unwrap();
-            }
-            Self::MakesReadOnly => read_only(target, true),
-            Self::Fills(name) => {
-                let mut file = fs::File::create(target.join(name)).unwrap();
-                while file.write_all(&[7; 4096]).is_ok() {}
-            }
-            Self::MakesDirectory(name) => fs::create_dir(target.join(name)).unwrap(),
-            Self::MakesLink(name, to) => {
-                std::os::unix::fs::symlink(to, target.join(name)).unwrap();
-            }
-        }
-    }
 }
 
 impl Answer {
@@ -794,12 +747,6 @@ pub(crate) fn tmpfs(at: &Path, options: &str) {
     )
     .unwrap();
     mount(no, at, no, MsFlags::MS_SHARED, no).unwrap();
-}
-
-/// Makes a device, as far as this user may.
-pub(crate) fn make_device(at: &Path) -> nix::Result<()> {
-    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
-    mknod(at, SFlag::S_IFCHR, Mode::S_IRWXU, makedev(1, 3))
 }
 
 /// Makes a mount read-only, or writable again.

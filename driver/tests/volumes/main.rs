@@ -8,8 +8,10 @@
     reason = "a test"
 )]
 
+mod acts;
 mod classes;
 mod content;
+mod events;
 mod harness;
 mod leaving;
 mod meanwhile;

@@ -12,8 +12,9 @@ use driver::mount::State;
 
 use serde_json::json;
 
-use crate::harness::{
-    Act, Answer, Class, EAGER, Volume, World, alone, block_on, class, is_final, make_device,
+use crate::{
+    acts::{Act, make_device},
+    harness::{Answer, Class, EAGER, Volume, World, alone, block_on, class, is_final},
 };
 
 /// The content that must not come to lie outside.
