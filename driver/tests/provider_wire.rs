@@ -75,6 +75,7 @@ impl CsiDriverProvider for Obedient {
             }
             "files" => answer.files = vec![File::default(); number(1)],
             "versions" => answer.object_version = vec![ObjectVersion::default(); number(1)],
+            "long" => answer.object_version[0].version = "v".repeat(number(1)),
             "content" => {
                 answer.files = vec![File {
                     path: "a".to_owned(),
@@ -283,6 +284,7 @@ async fn a_store_that_is_down_for_many_namespaces_stops_no_other() {
 
 #[rstest]
 #[case::empty_files("files 4097", "4097 files")]
+#[case::long_versions("long 1048577", "bytes of object ids and versions")]
 #[case::two_million_files("files 2000000", "2000000 files")]
 #[case::empty_versions("versions 4097", "4097 object versions")]
 #[case::two_million_versions("versions 2000000", "2000000 object versions")]

@@ -59,6 +59,14 @@ const WINDOW: u32 = 128 * 1024;
 pub(super) const MOST_FILES: usize = 4096;
 pub(super) const MOST_VERSIONS: usize = 4096;
 
+/// How many bytes the ids and versions of an answer's objects may have together: no more fits into
+/// the record of a volume.
+pub(super) const MOST_VERSION_BYTES: usize = 1 << 20;
+
+/// How often ids and versions are in memory besides the answer, at the most: for the record and the
+/// pod status, each as a value and as JSON.
+const VERSION_COPIES: usize = 4;
+
 /// What a file takes besides its path and content, and a version besides its strings: the decoded
 /// structures, their growth, and those that they become.
 const FILE_BYTES: usize = 512;
@@ -150,6 +158,8 @@ pub(super) enum Refused {
     Files(usize),
     /// It has more object versions.
     Versions(usize),
+    /// Its object versions have more bytes.
+    VersionBytes(usize),
 }
 
 impl fmt::Display for Refused {
@@ -162,6 +172,12 @@ impl fmt::Display for Refused {
                     "{versions} object versions; an answer may have {MOST_VERSIONS}"
                 )
             }
+            Self::VersionBytes(bytes) => {
+                write!(
+                    f,
+                    "{bytes} bytes of object ids and versions; an answer may have {MOST_VERSION_BYTES}"
+                )
+            }
         }
     }
 }
@@ -172,7 +188,10 @@ impl std::error::Error for Refused {}
 fn needed(bytes: usize) -> usize {
     // The least that a file or a version takes of the message is its tag and its length.
     let items = bytes / 2;
-    2 * bytes + items.min(MOST_FILES) * FILE_BYTES + items.min(MOST_VERSIONS) * VERSION_BYTES
+    2 * bytes
+        + items.min(MOST_FILES) * FILE_BYTES
+        + items.min(MOST_VERSIONS) * VERSION_BYTES
+        + bytes.min(MOST_VERSION_BYTES) * VERSION_COPIES
 }
 
 struct Meter {
@@ -346,6 +365,8 @@ impl Decoder for MountCodec {
 struct Counted {
     files: usize,
     versions: usize,
+    /// The length of the versions in the message.
+    version_bytes: usize,
     /// The length of both together in the message, which is no less than that of their contents.
     content: usize,
 }
@@ -357,8 +378,13 @@ impl Counted {
             Refused::Files(self.files)
         } else if self.versions > MOST_VERSIONS {
             Refused::Versions(self.versions)
+        } else if self.version_bytes > MOST_VERSION_BYTES {
+            Refused::VersionBytes(self.version_bytes)
         } else {
-            return Ok(self.content + self.files * FILE_BYTES + self.versions * VERSION_BYTES);
+            return Ok(self.content
+                + self.files * FILE_BYTES
+                + self.versions * VERSION_BYTES
+                + self.version_bytes * VERSION_COPIES);
         };
         let mut status = Status::new(Code::ResourceExhausted, refused.to_string());
         status.set_source(Arc::new(refused));
@@ -388,7 +414,10 @@ fn count(message: &[u8]) -> Option<Counted> {
         }
         rest.advance(skipped);
         match key >> 3 {
-            1 => counted.versions += 1,
+            1 => {
+                counted.versions += 1;
+                counted.version_bytes += skipped;
+            }
             3 => counted.files += 1,
             _ => {}
         }
@@ -468,7 +497,9 @@ mod tests {
             prop_assert_eq!(counted.versions, answer.object_version.len());
             let takes = counted.bytes().unwrap();
             let decoded = MountResponse::decode(message.as_slice()).unwrap();
-            prop_assert!(takes >= held(&decoded), "{takes} for {}", held(&decoded));
+            let copied = |object: &ObjectVersion| 4 * (object.id.len() + object.version.len());
+            let held = held(&decoded) + decoded.object_version.iter().map(copied).sum::<usize>();
+            prop_assert!(takes >= held, "{takes} for {held}");
             prop_assert!(needed(message.len()) >= takes + message.len());
         }
 
@@ -491,6 +522,35 @@ mod tests {
         assert!(count(&[0x1a, 0].repeat(most - 1)).unwrap().bytes().is_ok());
         assert!(count(&[0x0a, 0].repeat(most)).unwrap().bytes().is_err());
         // All the memory that a largest answer can ask for, whatever is in it.
-        assert!(needed(4 << 20) <= 12 << 20);
+        assert!(needed(4 << 20) <= 16 << 20);
+        for (bytes, id_bytes) in [
+            (MOST_VERSION_BYTES, 0),
+            (0, MOST_VERSION_BYTES),
+            (1 << 19, 1 << 19),
+        ] {
+            let version = |more: usize| ObjectVersion {
+                id: "i".repeat(id_bytes),
+                version: "v".repeat(bytes + more),
+            };
+            let message = |object_version| MountResponse {
+                object_version,
+                ..MountResponse::default()
+            };
+            let status = count(&message(vec![version(1)]).encode_to_vec())
+                .unwrap()
+                .bytes();
+            let status = status.unwrap_err();
+            let source = std::error::Error::source(&status).unwrap().downcast_ref();
+            assert!(
+                matches!(source, Some(Refused::VersionBytes(_))),
+                "{source:?}"
+            );
+            let half = ObjectVersion {
+                id: "i".repeat(id_bytes / 3),
+                version: "v".repeat(bytes / 3),
+            };
+            let fits = count(&message(vec![half.clone(), half]).encode_to_vec()).unwrap();
+            assert!(fits.bytes().unwrap() > MOST_VERSION_BYTES * 10 / 3);
+        }
     }
 }
