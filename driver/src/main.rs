@@ -102,8 +102,9 @@ fn raise_descriptors() {
     }
 }
 
-/// One heap for all threads: with several, memory freed in one is no use to another, and the
-/// driver would keep several times what it needs after a burst (measured: rust-stack.md 1.3).
+/// Sets the allocator to one heap for all threads (`M_ARENA_MAX` in mallopt(3)): with several, memory
+/// freed in one is no use to another. After a burst of 500 publishes of 1 MiB each by 50 callers, with
+/// two worker threads and nothing bounded, 22 MB stayed with several heaps and 16 MB with one.
 #[allow(unsafe_code)]
 fn one_arena() {
     #[cfg(target_env = "gnu")]

@@ -41,7 +41,8 @@ use socket::Sockets;
 use wire::Asking;
 
 /// The mode that providers are told to give files: 0644, always the same, because some keep the wish
-/// of one call for others. They write it in decimal (contract F.6).
+/// of one call for others. It is sent as upstream sends it, as a decimal number in JSON: `420`
+/// (`filePermission` in `pkg/secrets-store/nodeserver.go`).
 const PERMISSION: i32 = 0o644;
 
 /// Attempts while a provider answers UNAVAILABLE or drops the connection, and the waits before

@@ -616,8 +616,9 @@ fn plan(found: &Found) -> Plan<'_> {
     }
 }
 
-/// What a provider is told: the class's parameters, the volume's attributes over them, and the
-/// tokens (contract A.1; the existing driver merges in this order).
+/// Returns what a provider is told: the class's parameters, the volume's attributes over them, and
+/// the tokens, in the order in which upstream merges them (`NodePublishVolume` in
+/// `pkg/secrets-store/nodeserver.go`).
 fn attributes(class: &Class, request: &PublishRequest) -> SecretMap {
     let mut attributes: SecretMap = class
         .parameters

@@ -295,7 +295,7 @@ fn the_pods_are_those_of_the_plain_manifests(#[case] file: &str, #[case] values:
     let mut plain_config = config(container(&plain, "secrets-store"));
     let chart_config = config(container(&chart, "secrets-store"));
     if plain.containers.len() == 3 {
-        // The arguments of this plain manifest are fixed by the contract.
+        // This plain manifest has exactly the arguments of the existing driver's.
         assert_eq!(plain_config.kubelet_root_dir, None);
         plain_config.kubelet_root_dir = Some("/var/lib/kubelet".into());
     }

@@ -1,5 +1,7 @@
-//! What an operator installs says what the contract says, and the generated part of it is up to
-//! date. `UPDATE_DEPLOY=1 cargo test -p driver --test manifests` writes the generated files anew.
+//! What an operator installs has the names, fields and rights of the existing driver's manifests
+//! (`manifest_staging/deploy` of kubernetes-sigs/secrets-store-csi-driver, v1.6.0) where the README
+//! does not say otherwise, and the generated part of it is up to date.
+//! `UPDATE_DEPLOY=1 cargo test -p driver --test manifests` writes the generated files anew.
 
 // A test crate outside of its #[test] functions.
 #![allow(clippy::panic, clippy::unwrap_used)]
@@ -84,7 +86,7 @@ fn fields(path: &str, schema: &JSONSchemaProps, lines: &mut Vec<String>) {
     );
 }
 
-/// The contract's, and two that are ours: `encoding` and `jsonKey`.
+/// The fields of the existing driver's CRD, and two that are ours: `encoding` and `jsonKey`.
 const CLASS_SPEC: [&str; 10] = [
     ".spec.parameters{}: string",
     ".spec.provider: string",

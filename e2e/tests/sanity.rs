@@ -1,7 +1,8 @@
 //! The CSI community's own checks, `csi-sanity`, against the driver's executable.
 //!
-//! With the skips for a driver that only runs on nodes (contract E.4). Skipped with a line that
-//! says so where there is no `csi-sanity`.
+//! Source: <https://github.com/kubernetes-csi/csi-test>. Checks that need a controller service, or
+//! volumes that it has made, are skipped: this driver only runs on nodes. The whole test is skipped
+//! with a line that says so where there is no `csi-sanity`.
 //!
 //! Up to 5.4 the checks ask for a controller's capabilities even where the driver does not say
 //! that it has one, and want at least one. So a stand-in sits in front of the driver: it answers

@@ -160,7 +160,8 @@ impl Asked {
     }
 }
 
-/// An object that the class only names: stored, or of upstream's table (contract C.2).
+/// Looks up an object that the class only names: stored, or in the table of upstream's test provider
+/// (`test/e2eprovider/server/server.go`).
 fn look_up(name: &str, material: &Material<'_>) -> Stored {
     if let Some(stored) = material.stored.get(name) {
         return Stored {

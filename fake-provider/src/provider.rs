@@ -1,5 +1,5 @@
-//! Answers the calls of `v1alpha1.CSIDriverProvider`: upstream's checks in upstream's order
-//! (contract C.2), with the extensions between them.
+//! Answers the calls of `v1alpha1.CSIDriverProvider`: the checks of upstream's test provider in its
+//! order (`test/e2eprovider/server/server.go`), with the extensions between them.
 
 use std::collections::HashSet;
 use std::path::Path;

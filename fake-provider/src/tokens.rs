@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::objects::Strings;
 
 /// The attribute, or secret, in which a pod's service account tokens arrive: JSON, audience
-/// to token. Source: Kubernetes' CSI inline volume contract.
+/// to token. Source: <https://kubernetes-csi.github.io/docs/token-requests.html>.
 pub(crate) const TOKENS_KEY: &str = "csi.storage.k8s.io/serviceAccount.tokens";
 
 /// A token as kubelet hands it over.

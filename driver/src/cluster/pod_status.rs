@@ -21,7 +21,8 @@ use crate::{
     volume::record::{Object, Pod},
 };
 
-/// The node that an object belongs to. Tools select by it (contract A.5).
+/// The node that an object belongs to. Tools select by it, as upstream does (`InternalNodeLabel` in
+/// `apis/v1/secretproviderclasspodstatus_types.go`).
 const NODE_LABEL: &str = "internal.secrets-store.csi.k8s.io/node-name";
 
 /// How often the content of the volume has got an order, the first one included. It differs each

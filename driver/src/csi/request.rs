@@ -21,7 +21,8 @@ use crate::{
     },
 };
 
-/// What kubelet puts into a volume's context (contract F.5).
+/// What kubelet puts into a volume's context for a driver with `podInfoOnMount`:
+/// <https://kubernetes-csi.github.io/docs/pod-info.html>.
 pub(super) const POD_NAME: &str = "csi.storage.k8s.io/pod.name";
 pub(super) const POD_NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
 const POD_UID: &str = "csi.storage.k8s.io/pod.uid";
@@ -34,7 +35,8 @@ const DEFAULT_MODE: &str = "secrets-store.csi.k8s.io/default-mode";
 /// kubelet's deadline for a call, assumed for a caller that sends none.
 const USUAL_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Checks the form of a publish, in the order of contract F.5; `readOnly` before anything is read.
+/// Checks the form of a publish, in the order and with the words of upstream's `NodePublishVolume`
+/// (`pkg/secrets-store/nodeserver.go`), but `readOnly` before anything is read.
 pub(super) fn publish_request(
     request: NodePublishVolumeRequest,
     deadline: Instant,
@@ -124,7 +126,8 @@ pub(super) fn publish_request(
     })
 }
 
-/// The group that kubelet asks for, with the pod's fsGroup (contract F.4).
+/// Reads the group that kubelet asks for: the pod's fsGroup, which it passes on to drivers with the
+/// capability `VOLUME_MOUNT_GROUP` (<https://kubernetes-csi.github.io/docs/support-fsgroup.html>).
 fn group(capability: &VolumeCapability) -> Result<Option<u32>> {
     let Some(AccessType::Mount(mount)) = &capability.access_type else {
         return Ok(None);

@@ -12,7 +12,8 @@ use tonic::Request;
 
 use super::{Providers, refusal, wire};
 
-/// How long a provider has to answer (contract A.7).
+/// How long a provider has to answer: five seconds, as in upstream's `HealthCheck`
+/// (`pkg/secrets-store/provider_client.go`).
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The shortest time between two rounds, for an interval that is a mistake.

@@ -137,7 +137,8 @@ fn lookup(message: String) -> Error {
     Error::precondition(message).with_reason(Reason::FailedToLookupProviderGrpcClient)
 }
 
-/// A name that cannot leave the socket directory (contract C.8, less the empty name).
+/// Whether a name cannot leave the socket directory. The form is that of upstream's
+/// `pluginNameRe` (`pkg/secrets-store/provider_client.go`), which also allows the empty name.
 fn is_provider_name(name: &str) -> bool {
     (1..=30).contains(&name.len())
         && name

@@ -102,7 +102,9 @@ pub(super) fn channel(socket: &Path) -> Result<Channel> {
         ))
     })?;
     Ok(endpoint
-        // Providers refuse any other authority (contract C.2).
+        // Upstream's client sends this authority (`WithAuthority` in its
+        // `pkg/secrets-store/provider_client.go`), and providers may refuse any other: its own test
+        // provider does.
         .origin(Uri::from_static("http://localhost"))
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_max_header_list_size(LONGEST_HEADERS)

@@ -2,8 +2,8 @@
 //!
 //! It registers drivers, publishes and unpublishes the inline CSI volumes of the pods bound to
 //! its node, in kubelet's order, with kubelet's files, deadlines, pauses, judgement of errors
-//! and events (contract D.1 and F.5). After a restart it picks up where the directories say it
-//! was, pods that have vanished meanwhile included.
+//! and events (`pkg/kubelet/pluginmanager` and `pkg/volume/csi` of kubernetes/kubernetes). After a
+//! restart it picks up where the directories say it was, pods that have vanished meanwhile included.
 //!
 //! What it deliberately does not do: pull images, run a pod's containers (they are said to
 //! run), cache service account tokens, mount volumes other than inline CSI.

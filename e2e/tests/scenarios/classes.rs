@@ -11,7 +11,8 @@ async fn a_missing_class_that_appears() {
         .failed_mount("web", "failed to get secretproviderclass")
         .await;
     insta::assert_snapshot!(event);
-    // Contract C.8: `FailedMount.*failed to get secretproviderclass <ns>/<name>.*not found`.
+    // Upstream's suites (`test/bats/*.bats`) look for
+    // `FailedMount.*failed to get secretproviderclass <namespace>/<name>.*not found`.
     let tail = event
         .split_once("failed to get secretproviderclass [namespace]/db")
         .unwrap()

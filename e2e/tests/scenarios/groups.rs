@@ -30,7 +30,7 @@ async fn with_users() -> Option<Scenario> {
     .await
 }
 
-/// The user of upstream's case (contract C.10), in a pod with these further fields.
+/// A pod whose user is not root, with these further fields of its security context.
 fn user(name: &str, more: &str) -> String {
     let context =
         format!("spec:\n  securityContext: {{runAsUser: 1004, runAsGroup: 1004{more}}}\n  term");

@@ -427,7 +427,8 @@ async fn without_rotation_a_volume_stays_as_it_was_mounted() {
     assert_eq!(s.provider_calls("web").await, 1);
 }
 
-/// Contract C.4, without the part about Secrets.
+/// Rotation and metrics as in the cases 24 to 26 of upstream's `e2e-provider.bats` (`upstream.rs`
+/// explains the names), without the part about Secrets.
 #[tokio::test]
 async fn ep_24_to_26_rotation_and_metrics() {
     let s = rotating(OFTEN).await;

@@ -238,7 +238,8 @@ impl Scenario {
     }
 }
 
-/// The fixture of EP-14: two Deployments of two pods each, whose environment needs the Secret.
+/// The entry of upstream's cases 14 to 19 in `e2e-provider.bats` (`upstream.rs` explains the names):
+/// Deployments of two pods each, whose environment needs the Secret.
 const FOOSECRET: &str = "- secretName: foosecret
   type: Opaque
   labels: {environment: test}
@@ -250,6 +251,7 @@ fn foo_class(name: &str, secret: &str) -> String {
     format!("{}{}", class(name, objects), entries(&secret))
 }
 
+/// A Secret of two Deployments has both as owners, then one, and goes with the last.
 #[tokio::test]
 async fn ep_14_to_16_two_deployments_and_one_secret() {
     let s = Scenario::start().await;
@@ -279,6 +281,7 @@ async fn ep_14_to_16_two_deployments_and_one_secret() {
     assert!(s.secret("foosecret").await.is_none());
 }
 
+/// A pod uses the class of its own namespace, and makes no Secret in another.
 #[tokio::test]
 async fn ep_17_to_19_classes_of_one_name_in_two_namespaces() {
     let s = Scenario::start().await;
@@ -298,7 +301,8 @@ async fn ep_17_to_19_classes_of_one_name_in_two_namespaces() {
     s.no_secret("foosecret").await;
 }
 
-/// A bare pod has no controller: its Secrets live with its pod statuses.
+/// A bare pod has no controller: its Secrets live with its pod statuses. These are the cases 22 and 23
+/// of upstream's `e2e-provider.bats`.
 #[tokio::test]
 async fn ep_22_and_23_a_bare_pod_with_two_classes() {
     let s = Scenario::start().await;

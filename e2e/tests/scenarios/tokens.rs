@@ -30,8 +30,9 @@ async fn with_tokens(tokens_in_secrets: bool) -> Scenario {
     Scenario::needing(needs).await.unwrap()
 }
 
-/// EP-01: the provider insists on a token for each audience. The tokens are bound to the pod,
-/// and come among the attributes wherever kubelet put them.
+/// The provider insists on a token for each audience, as in the first case of upstream's
+/// `e2e-provider.bats` (`upstream.rs` explains the names). The tokens are bound to the pod, and come
+/// among the attributes wherever kubelet put them.
 #[rstest::rstest]
 #[case::in_the_context(false)]
 #[case::in_secrets(true)]
@@ -84,7 +85,9 @@ async fn a_missing_token_is_explained() {
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
 }
 
-/// AK-05, and contract F.6: what the pod refers to reaches the provider as an object of strings.
+/// The Secret that a pod names in `nodePublishSecretRef` reaches the provider as a JSON object of
+/// strings. This is the fifth case of upstream's `test/bats/akeyless.bats`, the only suite of
+/// upstream's that uses such a reference; the provider here is the fake one.
 #[tokio::test]
 async fn ak_05_a_secret_reference() {
     let s = Scenario::start().await;

@@ -1,5 +1,10 @@
-//! The existing driver's own end-to-end cases (contract C.4) with its fixtures (C.3), without
-//! the parts about Secrets.
+//! The existing driver's own end-to-end cases with its fixtures, without the parts about Secrets.
+//!
+//! Its suite is `test/bats/e2e-provider.bats` of kubernetes-sigs/secrets-store-csi-driver, v1.6.0, its
+//! fixtures lie in `test/bats/tests/e2e_provider`. A name such as `ep_05_to_08` says which cases of that
+//! file a scenario stands for, counted from the first `@test`; `ep` is short for "e2e-provider". Cases 1,
+//! 14 to 19, 22 and 23 (with Secrets) and 24 to 26 are in `tokens.rs`, `secrets.rs` and `rotation.rs`.
+//! `ak_05` is the fifth case of `test/bats/akeyless.bats`.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use e2e::cluster::Cluster as _;
@@ -13,7 +18,7 @@ use crate::harness::{MOUNT, Scenario, pod};
 
 const KEY: &str = "-----BEGIN PUBLIC KEY-----\nThis is mock key\n-----END PUBLIC KEY-----";
 
-/// The fixture of EP-05 and EP-09.
+/// The class of the cases 5 and 9.
 fn fixture(api_version: &str, name: &str) -> String {
     format!(
         "apiVersion: secrets-store.csi.x-k8s.io/{api_version}
@@ -43,6 +48,7 @@ async fn reads_foo_and_fookey(s: &Scenario, path: &str) {
     assert_eq!(BASE64.encode(tree.texts()["fookey"]), BASE64.encode(KEY));
 }
 
+/// The CRDs are established, and roles and bindings have the names that tools know.
 #[tokio::test]
 async fn ep_02_to_04_what_is_installed() {
     let s = Scenario::start().await;
@@ -78,6 +84,7 @@ async fn ep_02_to_04_what_is_installed() {
     }
 }
 
+/// A class of the deprecated version `v1alpha1` is mounted.
 #[tokio::test]
 async fn ep_05_to_08_v1alpha1() {
     let s = Scenario::start().await;
@@ -89,6 +96,7 @@ async fn ep_05_to_08_v1alpha1() {
     insta::assert_snapshot!(s.state("secrets-store-inline-crd").await);
 }
 
+/// A class of version `v1` is mounted, and unmounted without an error in the log.
 #[tokio::test]
 async fn ep_09_to_13_v1_and_unmount() {
     let s = Scenario::start().await;
@@ -108,6 +116,7 @@ async fn ep_09_to_13_v1_and_unmount() {
     assert!(!log.lines().any(failed), "{log}");
 }
 
+/// A class in another namespace than the pod's is not found.
 #[tokio::test]
 async fn ep_20_no_class_in_the_pods_namespace() {
     let s = Scenario::start().await;
@@ -122,6 +131,7 @@ async fn ep_20_no_class_in_the_pods_namespace() {
     assert!(after.contains("not found"), "{event}");
 }
 
+/// One pod mounts two classes.
 #[tokio::test]
 async fn ep_21_to_23_two_classes_in_one_pod() {
     let s = Scenario::start().await;

@@ -369,7 +369,8 @@ fn secret_errors(old: Option<&Value>, secret: &Value, errors: &mut Vec<FieldErro
     }
 }
 
-/// Rules of contract A.1.
+/// Checks a CSIDriver as a real API server does: `ValidateCSIDriver` and `ValidateCSIDriverUpdate` in
+/// `pkg/apis/storage/validation/validation.go` of kubernetes/kubernetes.
 fn csi_driver_errors(old: Option<&Value>, spec: &Value, errors: &mut Vec<FieldError>) {
     if let Some(old) = old {
         for field in ["attachRequired", "volumeLifecycleModes"] {

@@ -19,7 +19,8 @@ use super::csi::{self, Driver};
 
 /// How often the directory is looked at. kubelet is told by the kernel.
 const POLL: Duration = Duration::from_millis(100);
-/// kubelet's limits (contract D.1).
+/// kubelet's limits: `pkg/kubelet/pluginmanager/operationexecutor/operation_generator.go` of
+/// kubernetes/kubernetes.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 const INFO_TIMEOUT: Duration = Duration::from_secs(1);
 const NOTIFY_TIMEOUT: Duration = Duration::from_secs(5);

@@ -2,7 +2,7 @@
 //! and the two operations on it.
 //!
 //! The order of steps, the words of errors and what an error does to the directory are those of
-//! kubelet (contract F.5, kubelet's `pkg/volume/csi`).
+//! kubelet (`pkg/volume/csi` of kubernetes/kubernetes, `csi_mounter.go` before all).
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
