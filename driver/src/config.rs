@@ -69,15 +69,15 @@ pub struct Config {
     pub rotation_poll_interval: Duration,
     /// The shortest interval that a class or a volume may ask for.
     pub min_rotation_poll_interval: Duration,
-    /// Whether kubelet hears of failed refreshes.
+    /// Whether a failed refresh is an error for kubelet.
     pub surface_republish_errors: bool,
-    /// How long a volume is left alone after a failed refresh.
+    /// The wait before a failed refresh is tried again; doubles with each further failure.
     pub rotation_backoff: Duration,
-    /// The longest that a volume is left alone.
+    /// The longest wait before a failed refresh is tried again.
     pub rotation_backoff_max: Duration,
-    /// Whether a Secret that cannot be kept fails the publish.
+    /// Whether a Secret that cannot be written fails the publish.
     pub sync_errors_fail: bool,
-    /// How often each synced Secret and the class of each volume are looked at.
+    /// The time in which each synced Secret and the class of each volume are checked once.
     pub sync_interval: Duration,
     /// Whether the providers are asked for their version from time to time.
     pub provider_health_check: bool,
@@ -87,7 +87,7 @@ pub struct Config {
     pub kubeconfig: Option<PathBuf>,
     /// Whether log lines are JSON objects.
     pub log_format_json: bool,
-    /// How much is logged: 0 says what happened, 5 adds every call, 6 every step.
+    /// Verbosity of the log: 0 reports what happened, 5 adds every call, 6 every step.
     pub verbosity: u32,
     /// What followed the first argument that is not a flag, that argument included. It has no
     /// effect, and usually is a mistake such as `--switch false`.
@@ -410,7 +410,7 @@ mod tests {
     )]
     #[case(
         "--max-call-recv-msg-size=0",
-        "invalid value \"0\" for --max-call-recv-msg-size: no answer has no bytes"
+        "invalid value \"0\" for --max-call-recv-msg-size: the size must be at least 1"
     )]
     #[case(
         "--drivername=../x",

@@ -97,7 +97,7 @@ const MEASURE_EVERY: Duration = Duration::from_secs(10);
 /// which, and what to do.
 pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     for flag in config.without_effect() {
-        tracing::warn!(flag, "this flag is accepted and has no effect yet");
+        tracing::warn!(flag, "this flag is accepted and has no effect");
     }
     for flag in config.below_zero() {
         tracing::warn!(flag, "this flag's value is below zero and counts as zero");
@@ -105,7 +105,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     for argument in &config.ignored_arguments {
         tracing::warn!(
             argument,
-            "ignored: flags end before the first argument that is not one"
+            "this argument is ignored, because it is or follows an argument that is not a flag"
         );
     }
     if config.node_id.is_empty() {
@@ -122,7 +122,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         records.checked_by(move |record| TargetPath::check_record(record, root.as_deref()));
     match records.remove_orphans() {
         Ok(0) => {}
-        Ok(removed) => tracing::info!(removed, "forgot volumes whose pods are gone"),
+        Ok(removed) => tracing::info!(
+            removed,
+            "removed the records of volumes whose pods are gone"
+        ),
         Err(error) => {
             tracing::warn!(%error, "the records of volumes whose pods are gone could not be removed")
         }
@@ -139,7 +142,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         memory.found(&record.target_path, &record.pod.namespace, charged);
     });
     if let Err(error) = read {
-        tracing::warn!(%error, "the records of volumes could not be read; the metrics know of no success before the next");
+        tracing::warn!(%error, "the records of volumes could not be read; metrics show a last success only after the next refresh or publish");
     }
     memory.find_others(&config.driver_name);
     let budget = memory.budget();
@@ -267,7 +270,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     }
     // A Secret that was deleted to be made anew is made, or put back.
     if timeout(FINISH_WITHIN, finishing.finish()).await.is_err() {
-        tracing::error!("a Secret that was being made anew is not there yet");
+        tracing::error!(
+            "the driver stops while a Secret that it deleted to change its type is not there again"
+        );
     }
     outcome
 }

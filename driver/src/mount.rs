@@ -508,11 +508,11 @@ impl Tmpfs {
             Some(options.as_str()),
         ) {
             Ok(()) => {
-                tracing::info!(target_path = %target.display(), options, "the volume has the bounds of today's flags");
+                tracing::info!(target_path = %target.display(), options, "the volume was resized to what the driver's flags allow");
             }
             // It may still be large enough.
             Err(error) => {
-                tracing::warn!(target_path = %target.display(), options, %error, "the volume keeps the bounds that it was mounted with");
+                tracing::warn!(target_path = %target.display(), options, %error, "the volume could not be resized and keeps its size");
             }
         }
         Ok(held)

@@ -251,7 +251,7 @@ impl Providers {
         Error::new(
             Code::DeadlineExceeded,
             format!(
-                "provider {:?} is busy: this call waited for its turn until there was no time left. {}. Is the provider or its store slow, or is --provider-max-calls ({}) too small?",
+                "provider {:?} is busy: this call waited for its turn until its deadline. {}. Is the provider or its store slow, or is --provider-max-calls ({}) too small?",
                 call.provider,
                 queue.ahead_of(owner),
                 self.limits.max_calls,
@@ -322,7 +322,7 @@ async fn ask(
 /// Says that a call ended for the sake of others. kubelet calls again.
 fn gave_way(name: &str, socket: &Path) -> Error {
     Error::unavailable(format!(
-        "provider {name:?} at {} had not answered for {} s or more, as most of the calls to it, and this one made way for other SecretProviderClasses; it is tried again. Is the store of this class slow or away?",
+        "provider {name:?} at {} did not answer this call for {} s or more, and the driver ended it to let other SecretProviderClasses call; the driver tries again. Is the store of this class slow or unreachable?",
         socket.display(),
         queue::HANGS.as_secs(),
     ))

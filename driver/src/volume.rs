@@ -229,7 +229,7 @@ impl Volumes {
             Ok(true) => error,
             Ok(false) => error.not_final(),
             Err(why) => {
-                tracing::warn!(target_path = %target, error = %why, "whether something is left of a failed publish cannot be seen");
+                tracing::warn!(target_path = %target, error = %why, "cannot determine whether a failed publish left something behind");
                 error.not_final()
             }
         }

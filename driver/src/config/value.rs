@@ -183,12 +183,12 @@ pub(super) fn absolute(text: &str) -> Result<PathBuf, String> {
 
 /// A number of bytes.
 pub(super) fn size(text: &str) -> Result<usize, String> {
-    number(text, "no answer has no bytes")
+    number(text, "the size must be at least 1")
 }
 
 /// How many calls may be in flight.
 pub(super) fn count(text: &str) -> Result<usize, String> {
-    number(text, "then nothing could ever be called")
+    number(text, "the number must be at least 1")
 }
 
 /// A number from 1 to what 32 bits hold, whatever this machine's words are.

@@ -172,7 +172,7 @@ impl Failed<'_> {
             Error::new(
                 Code::ResourceExhausted,
                 format!(
-                    "{at} began to answer, and until there was no time left other answers held the memory that there is for its answers ({} bytes, half of them for one namespace); raise --provider-max-bytes of the driver (chart value providerMaxBytes) if this happens often",
+                    "{at} began to answer, but until the deadline other answers used all of the memory for its answers ({} bytes, of which one namespace may use half); raise --provider-max-bytes of the driver (chart value providerMaxBytes) if this happens often",
                     self.max_bytes
                 ),
             )
@@ -189,12 +189,12 @@ impl Failed<'_> {
                 Error::new(
                     Code::ResourceExhausted,
                     format!(
-                        "{at} answered with an error that is larger than {LONGEST_HEADERS} bytes, and what it says was cut off; look into the log of the provider"
+                        "{at} answered with an error that is larger than {LONGEST_HEADERS} bytes, so its text is lost; see the provider's log"
                     ),
                 )
             } else if is_perhaps_for_length(&why) {
                 Error::unavailable(format!(
-                    "{at} answered what cannot be read{times} ({why}), as an error does that is larger than {LONGEST_HEADERS} bytes, of which nothing is left; look into the log of the provider"
+                    "{at} sent an answer that cannot be read{times} ({why}); an error that is larger than {LONGEST_HEADERS} bytes has this effect. See the provider's log"
                 ))
             } else {
                 Error::unavailable(format!(

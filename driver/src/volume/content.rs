@@ -215,7 +215,7 @@ pub(super) async fn commit_content(
                 removed
             });
             if let Err(error) = removed.await {
-                tracing::warn!(%error, "content that was replaced stays until the next refresh");
+                tracing::warn!(%error, "replaced content could not be removed and stays until the next refresh");
             }
         });
     }
@@ -240,16 +240,15 @@ fn raise(error: io::Error, tmpfs: &Tmpfs, volume: &Path) -> io::Error {
     let filled_otherwise = full.is_some_and(|full| full.is_filled_otherwise);
     let help = match tmpfs.fits(volume) {
         Ok(true) if filled_otherwise => format!(
-            "they would fit beside the content of now, and something else fills the volume. Did the provider write files into it itself? Remove them from {} or replace the pod",
+            "they would fit beside the present content, but something else fills the volume. Did the provider write files into it itself? Remove them from {} or replace the pod",
             volume.display()
         ),
         Ok(true) => {
             "the volume is bounded by what --max-call-recv-msg-size lets a provider send; raise it"
                 .to_owned()
         }
-        _ => {
-            "the volume could not be given the bounds of today's flags; replace the pod".to_owned()
-        }
+        _ => "the volume could not be resized to what the driver's flags allow; replace the pod"
+            .to_owned(),
     };
     io::Error::new(error.kind(), format!("{error}: {help}"))
 }
@@ -264,13 +263,13 @@ fn explained(request: &PublishRequest, error: &io::Error) -> Error {
     let kind = error.kind();
     let help = match kind {
         ReadOnlyFilesystem => {
-            "; the volume was mounted read-only since the driver mounted it. Is it the provider, or another program? Replace the pod, or mount the volume writable again (mount -o remount,rw)"
+            "; the provider or another program has made the volume read-only. Replace the pod, or make the volume writable again (mount -o remount,rw)"
         }
         ResourceBusy | CrossesDevices => {
-            "; something is mounted there within the volume. Is it the provider, or another program? Unmount it or replace the pod"
+            "; the provider or another program has mounted something there, within the volume. Unmount it or replace the pod"
         }
         PermissionDenied => {
-            "; it may not be changed. Has the provider, or another program, made it immutable (lsattr)? Replace the pod"
+            "; it cannot be changed. Has the provider or another program made it immutable (see lsattr)? Replace the pod"
         }
         _ => "",
     };
@@ -354,7 +353,7 @@ pub(super) fn take_down(target: &Path) -> io::Result<()> {
             Detached::Own(volume) => {
                 // It is nowhere any more, and its memory goes with the last who holds it.
                 if let Err(error) = swap::clear(&volume) {
-                    tracing::warn!(target_path = %target.display(), %error, "a volume was unmounted, and could not be emptied for those who still use it");
+                    tracing::warn!(target_path = %target.display(), %error, "a volume was unmounted, but its files could not be removed; processes that still use it can read them");
                 }
             }
             Detached::Foreign => {

@@ -40,7 +40,7 @@ impl Volumes {
         {
             tracing::warn!(
                 class = request.class,
-                "the API server answers with an older state of the SecretProviderClass than the one that is known here; nothing is refreshed before it has caught up. If it was restored from a backup, change the class or restart the pods"
+                "the API server answers with an older state of the SecretProviderClass than the driver has seen; the volume is not refreshed until the API server has caught up. If it was restored from a backup, change the class or restart the pods"
             );
             return Ok(Outcome::AlreadyPublished);
         }
@@ -209,13 +209,13 @@ impl Volumes {
         if let Err(error) = self.commit_record(place, fresh.clone()).await {
             // The volume is fresh all the same, and its Secrets must follow. The record from
             // before makes the next look another refresh, which tries to write it again.
-            tracing::warn!(%error, "refreshed, but for the record");
+            tracing::warn!(%error, "the volume was refreshed, but its record could not be written");
         }
         if changed || renews || class.identity != record.class {
             // The volume is fresh and recorded, and its pod runs. The pod has been told of a Secret
             // that is not in step, which is tried again without the provider.
             if let Err(error) = self.sync.volume_mounted(&fresh, &class).await {
-                tracing::debug!(%error, "refreshed, but for its Secrets");
+                tracing::debug!(%error, "the volume was refreshed, but not all of its Secrets were written");
             }
         }
         Ok(changed)
@@ -242,7 +242,7 @@ impl Volumes {
         let ask = self.ask_provider(request, class, versions, Urgency::Refresh);
         match self.while_wanted(&request.pod, cancelled, ask).await {
             Err(error) if !versions.is_empty() && !cancelled.is_cancelled() => {
-                tracing::info!(%error, "the provider was told which versions are mounted and failed; asking it once more without");
+                tracing::info!(%error, "the provider failed after it was told which versions are mounted; asking it again without them");
                 let ask = self.ask_provider(request, class, &[], Urgency::Refresh);
                 self.while_wanted(&request.pod, cancelled, ask).await
             }
@@ -317,7 +317,7 @@ impl Volumes {
             records.put(&record)
         });
         if let Err(error) = remembered.await {
-            tracing::warn!(%error, "the end of this failure will not be announced");
+            tracing::warn!(%error, "the record could not be written, so no event will report the end of this failure");
         }
     }
 
@@ -374,7 +374,7 @@ impl Volumes {
             ..record
         };
         if let Err(error) = self.write_record(failing).await {
-            tracing::warn!(%error, "after a restart of the driver the end of this failure may not be announced");
+            tracing::warn!(%error, "the record could not be written; if the driver restarts, no event may report the end of this failure");
         }
     }
 }
