@@ -102,7 +102,7 @@ impl Error {
         self
     }
 
-    /// Sets how long whoever answered wants to be left alone.
+    /// Sets the wait that the peer asked for before the next attempt.
     #[must_use]
     pub fn with_retry_after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);
@@ -143,7 +143,7 @@ impl Error {
         self.code
     }
 
-    /// How long whoever answered wants to be left alone, if they said so.
+    /// Returns the wait that the peer asked for before the next attempt, if it did.
     pub fn retry_after(&self) -> Option<Duration> {
         self.retry_after
     }

@@ -51,7 +51,8 @@ const ATTEMPTS: usize = 3;
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 const WAIT_FACTOR: f64 = 1.1;
 
-/// Who wants to be left alone for longer is not asked again in the same call.
+/// The longest wait that a provider can ask for within one call. When it asks for a longer one, the
+/// call ends.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// How long a refresh may take, waiting included. It holds up nobody, is tried again when kubelet
@@ -153,8 +154,8 @@ impl Providers {
     /// Asks a provider for the objects of a volume.
     ///
     /// # Errors
-    /// Says which provider at which socket, what it answered, and what to do. Knows how long
-    /// the provider wants to be left alone, if it said so.
+    /// Says which provider at which socket, what it answered, and what to do. Has the wait that the
+    /// provider asked for, if it did.
     pub async fn mount(&self, mut call: MountCall<'_>) -> Result<Reply> {
         if call.urgency == Urgency::Refresh {
             call.deadline = call.deadline.min(Instant::now() + REFRESH_WITHIN);

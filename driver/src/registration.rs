@@ -109,7 +109,7 @@ impl Registrar {
         let mut told = false;
         while !self.dir.is_dir() {
             if !told {
-                warn!(dir = %self.dir.display(), "waiting for the registration directory; kubelet makes it");
+                warn!(dir = %self.dir.display(), "waiting for the registration directory, which kubelet creates");
                 told = true;
             }
             tokio::select! {

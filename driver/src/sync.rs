@@ -243,7 +243,7 @@ impl Sync {
                 let problem = Problem::new(
                     Trouble::Unavailable,
                     format!(
-                        "SecretProviderClass {}: its {} Secrets were not done within {} seconds, and those that are left are made in the background; does the class make too many Secrets of large objects, or is the API server slow?",
+                        "SecretProviderClass {}: its {} Secrets were not all written within {} seconds; the driver writes the rest in the background. Does the class make too many Secrets of large objects, or is the API server slow?",
                         class.identity.name,
                         class.secret_objects.len(),
                         WITHIN.as_secs()
@@ -443,7 +443,7 @@ impl Sync {
             tracing::debug!(
                 namespace,
                 secret = name,
-                "it is missing, and a node with newer content makes it first, if there is one"
+                "it is missing; a node with newer content, if there is one, creates it first"
             );
             return Ok(None);
         }
@@ -642,7 +642,7 @@ fn problem(wanted: &Wanted<'_>, refusal: Refusal) -> Problem {
         Refusal::Forbidden(said) => (
             Trouble::Forbidden,
             format!(
-                "the API server says {said}. The driver may keep Secrets only when the chart's value syncSecret.enabled is true, or deploy/rbac-secretprovidersyncing.yaml is applied"
+                "the API server answers {said}. The driver may write Secrets only when the chart's value syncSecret.enabled is true, or deploy/rbac-secretprovidersyncing.yaml is applied"
             ),
         ),
         Refusal::Invalid(said) => (

@@ -639,7 +639,7 @@ async fn unless<T>(
 ) -> Result<T> {
     tokio::select! {
         biased;
-        () = cancelled.cancelled() => Err(Error::new(Code::Cancelled, "the publish was given up: its caller went away, its pod is being deleted, or the volume is being unpublished")),
+        () = cancelled.cancelled() => Err(Error::new(Code::Cancelled, "the publish was cancelled: its caller went away, its pod is being deleted, or the volume is being unpublished")),
         result = step => result,
     }
 }

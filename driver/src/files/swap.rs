@@ -113,7 +113,7 @@ impl Staged {
     pub fn commit(mut self) -> io::Result<Option<Former>> {
         if let Err(error) = self.put_in_place() {
             if let Err(error) = self.put_back() {
-                tracing::error!(%error, "the content before a swap that failed could not be put back");
+                tracing::error!(%error, "a swap failed, and the content from before could not be restored");
             }
             return Err(error);
         }
@@ -131,7 +131,7 @@ impl Staged {
         match utimensat(&self.root, old.as_str(), &now, &now, no_links) {
             Err(Errno::ENOENT) => Ok(None),
             Err(error) => {
-                tracing::warn!(%error, name = old, "replaced content may go before its time");
+                tracing::warn!(%error, name = old, "replaced content may be removed while a reader still opens it");
                 Ok(Some(Former(old)))
             }
             Ok(()) => Ok(Some(Former(old))),
@@ -165,7 +165,7 @@ impl Staged {
         }
         compare(&self.root, &self.payload).map_err(|difference| {
             io::Error::other(format!(
-                "the volume was read back and is not what was written: {difference}"
+                "the volume does not hold what was written: {difference}"
             ))
         })
     }
@@ -474,7 +474,7 @@ fn remove_leftovers(root: &OwnedFd, stays: impl Fn(&CStr) -> bool) {
     let found = match names(root.as_fd()) {
         Ok(found) => found,
         Err(error) => {
-            tracing::warn!(%error, "former content stays until the next refresh");
+            tracing::warn!(%error, "former content could not be removed and stays until the next refresh");
             return;
         }
     };
@@ -484,7 +484,7 @@ fn remove_leftovers(root: &OwnedFd, stays: impl Fn(&CStr) -> bool) {
         }
         if let Err(error) = remove_at(root.as_fd(), name.as_c_str()) {
             let name = name.to_string_lossy();
-            tracing::warn!(%error, %name, "former content stays until the next refresh");
+            tracing::warn!(%error, %name, "former content could not be removed and stays until the next refresh");
         }
     }
 }

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::error::{Error, Reason};
 
-/// Nobody is believed who wants to be left alone for longer.
+/// The longest wait that a provider can ask for. A longer one is shortened to this.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
 /// The longest part of a provider's message that is told, in bytes. With the words around it that

@@ -155,7 +155,7 @@ impl Sync {
         let found = match found {
             Ok(Ok(found)) => found,
             Ok(Err(error)) => {
-                tracing::warn!(%error, "the records of mounted volumes cannot be read; their Secrets are kept from their next change on");
+                tracing::warn!(%error, "the records of mounted volumes cannot be read; the driver checks their Secrets only after the next change of each volume");
                 return;
             }
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
@@ -303,7 +303,7 @@ impl Sync {
             Ok(Some(holder)) if holder.owners_end => holder,
             Ok(_) => return true,
             Err(error) => {
-                tracing::debug!(pod = %volume.pod, %error, "its Secrets keep their owner until it goes");
+                tracing::debug!(pod = %volume.pod, %error, "the owners of the pod could not be read; if the pod has ended, its Secrets keep their owner until it is deleted");
                 return false;
             }
         };

@@ -97,7 +97,7 @@ impl Parts {
         }
         if object.len() > MOST_BYTES {
             return unusable(format!(
-                "it has {} bytes, and of {MOST_BYTES} at most a certificate and its chain are read",
+                "it has {} bytes; a certificate and its chain may have {MOST_BYTES}",
                 object.len()
             ));
         }

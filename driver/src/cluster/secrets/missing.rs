@@ -63,7 +63,7 @@ impl Missing {
         let of_namespace = entries.keys().filter(|(ns, _)| *ns == key.0).count();
         if entries.len() >= MOST || of_namespace >= MOST_OF_NAMESPACE {
             return Err(Refusal::Failed(Error::unavailable(format!(
-                "its type is to change, and before the Secret is deleted for that, others whose type was changed have to be there again ({of_namespace} of this namespace are missing, {} of all)",
+                "its type is to change, for which the driver deletes it, but other Secrets that were deleted for that have to be there again first ({of_namespace} in this namespace are missing, {} in all)",
                 entries.len()
             ))));
         }

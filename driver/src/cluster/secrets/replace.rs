@@ -175,7 +175,7 @@ impl Step {
     pub(super) fn refusal(self) -> Refusal {
         match self {
             Self::Deleting => Refusal::Failed(Error::unavailable(
-                "its type is to change, and the API server has not answered yet to the request to delete it for that",
+                "its type is to change, and the API server has not answered the request to delete it yet",
             )),
             Self::Making => Refusal::Missing("the API server has not answered yet".to_owned()),
             Self::Failed(why) => Refusal::Missing(why),
@@ -238,7 +238,7 @@ impl Replacement {
         match self.create_at_last(&self.former).await {
             Created::Yes => Err(type_stays(
                 refusal,
-                "a new one was refused although a trial had said yes, and the former one has been put back",
+                "the new Secret was refused although a trial had succeeded, and the former one has been put back",
             )),
             Created::There => Ok(None),
             Created::Refused(_) | Created::Unclear(_) => Err(Refusal::Missing(refusal.said())),

@@ -204,7 +204,7 @@ impl Records {
                 Err(error) => {
                     let is_ours = is_named_by_us(&path);
                     if is_ours {
-                        tracing::warn!(path = %path.display(), %error, "this is no record and is removed; its volume, if there is one, is published again");
+                        tracing::warn!(path = %path.display(), %error, "this file is not a valid record, so the driver removes it; its volume, if there is one, is published again");
                     }
                     is_ours
                 }
