@@ -326,8 +326,8 @@ async fn large_answers_take_turns() {
 async fn an_answer_for_which_there_is_no_memory_says_so() {
     let node = Node::obedient();
     let mut kept = Vec::new();
-    // A namespace has half of 64 MiB, and one answer takes twelve while it is read.
-    for _ in 0..6 {
+    // A namespace has half of 64 MiB, and one answer takes sixteen while it is read.
+    for _ in 0..5 {
         kept.push(node.mount("shop/db", "content 4000000", LONG).await);
     }
     let late = node
