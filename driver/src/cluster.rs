@@ -45,9 +45,12 @@ use secrets::Missing;
 /// say what hung.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// How many requests run at a time of those that no tenant can make slow. Each has a connection,
-/// which is kept for the next one and takes some 70 KB.
+/// How many requests run at a time while they are answered soon. Each has a connection, which is
+/// kept for the next one and takes some 70 KB.
 const MOST_REQUESTS: usize = 8;
+
+/// How long a request waits for its turn. After that it runs beside the others.
+const TURN_WITHIN: Duration = Duration::from_secs(1);
 
 /// Annotations that start like this are addressed to this driver.
 const OUR_ANNOTATIONS: &str = "secrets-store.csi.k8s.io/";
@@ -73,7 +76,7 @@ pub struct Cluster {
     client: Arc<OnceCell<Client>>,
     events: Arc<Events>,
     away: Arc<AtomicBool>,
-    /// Requests that are answered soon if any is, as many at a time as connections are worth keeping.
+    /// The turns of requests, as many at a time as connections are worth keeping.
     requests: Arc<Semaphore>,
     /// Secrets that are being made anew, which is finished whoever stops waiting for it.
     replacing: TaskTracker,
@@ -283,15 +286,15 @@ impl Cluster {
         }
     }
 
-    /// Runs a request as [`limited`] does, its wait for others included. It is not for what a
-    /// tenant's webhook decides on, which may take long.
+    /// Runs a request as [`limited`] does, after those that run already. It waits for them for a
+    /// moment only: those that the API server does not answer, because of one namespace's webhook
+    /// for example, hold up nobody else. Its time begins when it is sent.
     fn in_turn<'a, T: 'a>(&'a self, request: impl Request<T> + 'a) -> impl Answer<T> + 'a {
-        let request = Box::pin(request);
-        limited(async move {
-            // Nobody closes it; without a permit there would be one request more.
-            let _turn = self.requests.acquire().await;
+        let request = limited(request);
+        async move {
+            let _turn = tokio::time::timeout(TURN_WITHIN, self.requests.acquire()).await;
             request.await
-        })
+        }
     }
 
     async fn connect(&self) -> Result<Client> {

@@ -320,7 +320,7 @@ impl Volumes {
         let directory = directory(request, &held, record.content).await?;
         // An annotation that says neither is a refresh's trouble.
         let sends = policy::sends_versions(&class.identity).unwrap_or_default();
-        record.files = self.count_files(request, sends).await;
+        record.files = self.names(request, sends).await;
         let before = earlier.map(|earlier| earlier.pod_status.as_str());
         let written = self
             .write_pod_status(request, &record.objects, Some(now), before)

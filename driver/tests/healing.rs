@@ -13,7 +13,7 @@ use std::{
     net::Ipv4Addr,
     path::Path,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -23,7 +23,7 @@ use axum::{
     http::{Method, StatusCode, Uri},
 };
 use driver::{
-    cluster::{Class, Cluster, events::Severity},
+    cluster::{Class, Cluster, events::Severity, pod_status::Mounted},
     metrics::Metrics,
     mount::Tmpfs,
     sync::Sync,
@@ -458,4 +458,44 @@ async fn what_is_not_told_now_is_told_later() {
     }
     assert_eq!(times.len(), SECRETS);
     assert!(times.values().all(|times| *times == PODS), "{times:?}");
+}
+
+/// Requests take turns so that a burst needs few connections; those that are not answered, because of
+/// a namespace's webhook for example, keep nobody else's waiting.
+#[tokio::test]
+async fn requests_of_one_namespace_that_hang_hold_up_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    api.set("bad", Temper::Hangs);
+    let mut hanging = tokio::task::JoinSet::new();
+    for number in 0..100 {
+        let cluster = cluster.clone();
+        hanging.spawn(async move {
+            let pod = Pod {
+                name: format!("web-{number}"),
+                namespace: "bad".to_owned(),
+                uid: format!("uid-{number}"),
+            };
+            let mounted = Mounted {
+                pod: &pod,
+                class: "db",
+                target_path: "/target",
+                node: "node-1",
+                objects: &[],
+                changed: None,
+            };
+            cluster.write_pod_status(&mounted, None).await.map(drop)
+        });
+    }
+    let since = Instant::now();
+    while api.0.lock().unwrap().requests < 8 {
+        assert!(since.elapsed() < SOON);
+        sleep(Duration::from_millis(10)).await;
+    }
+    for _ in 0..5 {
+        // Far less than a request may take, on a busy machine.
+        let class = timeout(Duration::from_secs(10), cluster.class("good", "db")).await;
+        assert!(class.expect("it waits for the others").is_ok());
+        assert!(!cluster.is_away());
+    }
 }

@@ -189,9 +189,17 @@ fn sixty_large_classes(#[case] large: &'static str) {
         for number in FIRST..FIRST + CLASSES {
             mount(&sync, &cluster, number).await;
         }
-        let grown = memory().saturating_sub(before);
-        // They have 50 MiB together.
-        assert!(grown < 12 * 1024, "{grown} KiB more for {CLASSES} classes");
+        // They have 50 MiB together. What was given up because the machine is busy ends soon.
+        let since = Instant::now();
+        loop {
+            let grown = memory().saturating_sub(before);
+            if grown < 12 * 1024 {
+                break;
+            }
+            let waited = since.elapsed() > Duration::from_secs(60);
+            assert!(!waited, "{grown} KiB more for {CLASSES} classes");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     });
 }
 

@@ -45,6 +45,24 @@ struct Meta {
     metadata: ObjectMeta,
 }
 
+/// Whether what was read of a pod's name is the pod, and it is not being deleted.
+fn is_alive(found: &ObjectMeta, pod: &Pod) -> Result<bool> {
+    let uid = found.uid.as_deref().unwrap_or_default();
+    if found.name.as_deref() != Some(&pod.name) || uid.is_empty() {
+        return Err(Error::unavailable(format!(
+            "the API server answers with something else than pod {pod}"
+        )));
+    }
+    // A static pod's object is its mirror, with a UID of its own:
+    // https://kubernetes.io/docs/tasks/configure-pod-container/static-pod/
+    let mirrors = found
+        .annotations
+        .as_ref()
+        .and_then(|annotations| annotations.get("kubernetes.io/config.hash"));
+    let is_it = uid == pod.uid || mirrors.is_some_and(|hash| *hash == pod.uid);
+    Ok(is_it && found.deletion_timestamp.is_none())
+}
+
 impl Cluster {
     /// Returns whether a pod is there and is not being deleted: the pod itself, and not a later
     /// one of its name.
@@ -53,9 +71,11 @@ impl Cluster {
     /// When the API server does not say.
     pub async fn is_alive(&self, pod: &Pod) -> Result<bool> {
         match self.ask::<Meta>(read_pod(pod)).await {
-            Ok(found) => Ok(found.metadata.uid.as_deref() == Some(&pod.uid)
-                && found.metadata.deletion_timestamp.is_none()),
-            Err(Failure::Refused { code: 404, .. }) => Ok(false),
+            Ok(found) => is_alive(&found.metadata, pod),
+            // What stands before the API server may say that as well, of something else.
+            Err(Failure::Refused {
+                code: 404, object, ..
+            }) if object == pod.name => Ok(false),
             Err(failure) => Err(failure.into_error()),
         }
     }
@@ -120,4 +140,35 @@ impl Cluster {
 fn read_pod(pod: &Pod) -> Result<http::Request<Vec<u8>>, kube::core::request::Error> {
     let pods = format!("/api/v1/namespaces/{}/pods", pod.namespace);
     Request::new(pods).get(&pod.name, &GetParams::default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+    use serde_json::json;
+
+    /// None: what was read says nothing of the pod.
+    #[rstest]
+    #[case::the_pod(json!({"name": "web", "uid": "u"}), Some(true))]
+    #[case::it_is_deleted(json!({"name": "web", "uid": "u", "deletionTimestamp": "2026-01-01T00:00:00Z"}), Some(false))]
+    #[case::a_later_one(json!({"name": "web", "uid": "v"}), Some(false))]
+    #[case::the_mirror_of_a_static_pod(json!({"name": "web", "uid": "v", "annotations": {"kubernetes.io/config.hash": "u"}}), Some(true))]
+    #[case::of_another_static_pod(json!({"name": "web", "uid": "v", "annotations": {"kubernetes.io/config.hash": "w"}}), Some(false))]
+    #[case::another_pod(json!({"name": "other", "uid": "v"}), None)]
+    #[case::no_pod(json!({}), None)]
+    #[case::without_a_uid(json!({"name": "web"}), None)]
+    #[case::with_an_empty_uid(json!({"name": "web", "uid": ""}), None)]
+    fn only_the_pod_itself_says_that_it_goes(
+        #[case] metadata: serde_json::Value,
+        #[case] expected: Option<bool>,
+    ) {
+        let pod = Pod {
+            name: "web".into(),
+            namespace: "shop".into(),
+            uid: "u".into(),
+        };
+        let found = serde_json::from_value(metadata).unwrap();
+        assert_eq!(is_alive(&found, &pod).ok(), expected);
+    }
 }

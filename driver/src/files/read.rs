@@ -5,8 +5,8 @@
 //! names the current content, and that only to a directory beside it.
 
 use std::{
-    cell::Cell,
-    collections::BTreeMap,
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
     fs::{File as StdFile, Metadata},
     io::{self, Read as _},
     os::{
@@ -19,6 +19,8 @@ use std::{
 
 use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 use nix::{errno::Errno, fcntl::OFlag, sys::stat::Mode};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
 use super::{
@@ -71,23 +73,47 @@ pub fn snapshot(
     unchanged(|| read(root, most_bytes, &wanted))
 }
 
-/// Counts the files of a volume, and the names at its root through which readers find them.
+/// Which files a volume has, and which names at its root lead readers to them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Names {
+    /// How many files.
+    pub files: usize,
+    /// A digest of all names.
+    digest: String,
+}
+
+/// Reads the names of a volume's files.
 ///
 /// # Errors
 /// As [`snapshot`]; NotFound also when a link leads nowhere.
-pub fn count(volume: &Path) -> io::Result<u64> {
+pub fn all_names(volume: &Path) -> io::Result<Names> {
     let root = open_root(volume)?;
     unchanged(|| {
-        let names = names(root.as_fd())?;
-        let shown = names
-            .iter()
-            .filter(|name| !name.to_bytes().starts_with(b".."));
-        let found = Cell::new(shown.count() as u64);
-        read(&root, u64::MAX, &|_: &str| {
-            found.set(found.get() + 1);
+        let mut shown = names(root.as_fd())?;
+        shown.retain(|name| !name.to_bytes().starts_with(b".."));
+        shown.sort();
+        let found = RefCell::new(BTreeSet::new());
+        read(&root, u64::MAX, &|path: &str| {
+            found.borrow_mut().insert(path.to_owned());
             false
         })?;
-        Ok(found.get())
+        let found = found.into_inner();
+        let mut digest = Sha256::new();
+        let paths = found.iter().map(|path| path.as_bytes());
+        for name in shown
+            .iter()
+            .map(|name| name.to_bytes())
+            .chain([&b""[..]])
+            .chain(paths)
+        {
+            digest.update(name);
+            digest.update([0]);
+        }
+        let bytes = digest.finalize();
+        Ok(Names {
+            files: found.len(),
+            digest: bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
+        })
     })
 }
 

@@ -11,6 +11,8 @@ use std::{collections::BTreeMap, path::PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::files::read::Names;
+
 pub use disk::{Records, Staged};
 
 /// A published volume.
@@ -39,10 +41,11 @@ pub struct Record {
     /// driver wrote is missing here, until a refresh gives it an order.
     #[serde(default)]
     pub orders: BTreeMap<String, String>,
-    /// How many files the volume showed when the provider answered last, where its class has
-    /// [`SEND_VERSIONS`](super::policy::SEND_VERSIONS): with fewer the content is not whole.
+    /// Which files the volume had when the provider answered last, where its class has the
+    /// annotation `secrets-store.csi.k8s.io/send-object-versions`: with others the content is not
+    /// whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub files: Option<u64>,
+    pub files: Option<Names>,
     /// The last time that the provider answered and the content was made to match.
     pub last_success: Timestamp,
     /// The last time that the provider's answer changed the content.

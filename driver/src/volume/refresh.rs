@@ -10,14 +10,14 @@ use super::{
     Outcome, PublishRequest, Volumes,
     content::{Stage, commit_content, directory, refit, stage_files},
     policy::{INTERVAL, Word, is_another, sends_versions},
-    record::{self, Age, Object, Record},
+    record::{self, Age, Content, Object, Record},
     threads::blocking,
     unless,
 };
 use crate::{
     cluster::{Class, events::Severity},
     error::{Error, Result},
-    files::read,
+    files::read::{self, Names},
     provider::{Reply, Urgency},
 };
 
@@ -203,7 +203,7 @@ impl Volumes {
         if let Some(new) = new {
             fresh.orders.retain(|other, _| *other == new);
         }
-        fresh.files = self.count_files(request, sends).await;
+        fresh.files = self.names(request, sends).await;
         self.metrics
             .success(&class.provider, &record.volume_id, now);
         if let Err(error) = self.commit_record(place, fresh.clone()).await {
@@ -235,12 +235,25 @@ impl Volumes {
         let mut versions: &[Object] = &[];
         if !is_another(&record.class, &class.identity)
             && record.files.is_some()
-            && self.count_files(request, sends).await == record.files
+            && self.names(request, sends).await == record.files
         {
             versions = &record.objects;
         }
         let ask = self.ask_provider(request, class, versions, Urgency::Refresh);
+        let files = record.files.as_ref().map_or(0, |names| names.files);
         match self.while_wanted(&request.pod, cancelled, ask).await {
+            // It left out what it takes for mounted, and a volume holds what an answer holds.
+            Ok(reply)
+                if !versions.is_empty()
+                    && record.content == Content::Driver
+                    && reply.files.len() < files =>
+            {
+                tracing::info!(
+                    "the provider answered with fewer files than are mounted after it was told which versions are; asking it again without them"
+                );
+                let ask = self.ask_provider(request, class, &[], Urgency::Refresh);
+                self.while_wanted(&request.pod, cancelled, ask).await
+            }
             Err(error) if !versions.is_empty() && !cancelled.is_cancelled() => {
                 tracing::info!(%error, "the provider failed after it was told which versions are mounted; asking it again without them");
                 let ask = self.ask_provider(request, class, &[], Urgency::Refresh);
@@ -250,15 +263,15 @@ impl Volumes {
         }
     }
 
-    /// Counts the files of a volume whose class wants versions to be sent. None also when they
-    /// cannot be counted, so that none are sent.
-    pub(super) async fn count_files(&self, request: &PublishRequest, sends: bool) -> Option<u64> {
+    /// Reads the names of the files of a volume whose class wants versions to be sent. None also
+    /// when they cannot be read, so that none are sent.
+    pub(super) async fn names(&self, request: &PublishRequest, sends: bool) -> Option<Names> {
         if !sends {
             return None;
         }
         let volume = request.target.as_path().to_owned();
-        let count = blocking(move || read::count(&volume)).await;
-        count
+        let names = blocking(move || read::all_names(&volume)).await;
+        names
             .inspect_err(|error| tracing::debug!(%error, "no versions are sent to the provider"))
             .ok()
     }

@@ -333,6 +333,8 @@ pub(crate) struct Answer {
     pub(crate) hangs: bool,
     /// Whether it fails when it is told which versions are mounted.
     pub(crate) refuses_versions: bool,
+    /// Whether it answers with its first file only when it is told which versions are mounted.
+    pub(crate) leaves_out: bool,
     /// What it answers.
     pub(crate) files: Vec<(String, Vec<u8>)>,
     /// The version of its one object; without one it names none.
@@ -405,6 +407,10 @@ impl CsiDriverProvider for Provider {
         };
         if answer.refuses_versions && !request.current_object_version.is_empty() {
             return Err(Status::permission_denied("may not describe"));
+        }
+        let mut answer = answer;
+        if answer.leaves_out && !request.current_object_version.is_empty() {
+            answer.files.truncate(1);
         }
         if answer.hangs {
             self.0.lock().unwrap().2 += 1;

@@ -19,11 +19,20 @@ const ANNOTATION: &str = "secrets-store.csi.k8s.io/send-object-versions";
 struct Step {
     annotation: Option<&'static str>,
     edited: bool,
-    /// A file or its link is taken out of the volume by hand.
-    damaged: Option<bool>,
+    /// What is done to a file in the volume by hand.
+    damaged: Option<Damage>,
     rotated: bool,
     refuses_versions: bool,
+    /// The provider leaves files out of its answer that it is told are mounted.
+    leaves_out: bool,
     fails: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Damage {
+    Removed,
+    LinkRemoved,
+    Renamed,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -34,22 +43,25 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => prop::sample::select(&["", "True", "1", "yes"][..]).prop_map(Some),
     ];
     let often = prop::bool::weighted;
-    let damaged = prop::option::weighted(0.2, any::<bool>());
+    let kinds = [Damage::Removed, Damage::LinkRemoved, Damage::Renamed];
+    let damaged = prop::option::weighted(0.3, prop::sample::select(kinds.to_vec()));
     let step = (
         annotation,
         often(0.2),
         damaged,
         often(0.5),
         often(0.3),
+        often(0.2),
         often(0.1),
     );
     let step = step.prop_map(
-        |(annotation, edited, damaged, rotated, refuses_versions, fails)| Step {
+        |(annotation, edited, damaged, rotated, refuses_versions, leaves_out, fails)| Step {
             annotation,
             edited,
             damaged,
             rotated,
             refuses_versions,
+            leaves_out,
             fails,
         },
     );
@@ -93,15 +105,20 @@ fn versions_are_sent_only_where_the_class_wants_it_and_the_content_is_whole() {
                             .collect(),
                         version: Some(version.to_string()),
                         refuses_versions: step.refuses_versions,
+                        leaves_out: step.leaves_out,
                         status: step.fails.then_some(tonic::Code::NotFound),
                         ..Answer::default()
                     },
                 );
                 let damaged = step.damaged.filter(|_| success.is_some());
-                if let Some(link) = damaged {
-                    let path = volume.target.join(if link { "b" } else { "..data/b" });
+                if let Some(damage) = damaged {
+                    let (link, file) = (volume.target.join("b"), volume.target.join("..data/b"));
                     // It may be gone since an earlier step that did not mend it.
-                    let _ = fs::remove_file(path);
+                    let _ = match damage {
+                        Damage::Removed => fs::remove_file(file),
+                        Damage::LinkRemoved => fs::remove_file(link),
+                        Damage::Renamed => fs::rename(&file, file.with_file_name("z")),
+                    };
                 }
                 let is_whole = success.is_some() && volume.reads().len() == names.len();
                 world.provider.asked();
@@ -121,7 +138,8 @@ fn versions_are_sent_only_where_the_class_wants_it_and_the_content_is_whole() {
                     }
                     _ => None,
                 };
-                let fails_with = mounted.is_some() && (step.refuses_versions || step.fails);
+                let fails_with =
+                    mounted.is_some() && (step.refuses_versions || step.leaves_out || step.fails);
                 let expected = match (mounted, fails_with) {
                     _ if success.is_some() && !is_known => Vec::new(),
                     (None, _) => vec![json!([])],
