@@ -72,9 +72,10 @@ async fn answer(
     uri: Uri,
     body: Bytes,
 ) -> (StatusCode, String) {
+    let name = uri.path().rsplit('/').next().unwrap_or_default().to_owned();
     let refusal = |code: StatusCode| {
         let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
-            "code": code.as_u16(), "reason": "x", "message": "no"});
+            "code": code.as_u16(), "reason": "x", "message": "no", "details": {"name": name}});
         (code, status.to_string())
     };
     let mut state = api.0.lock().unwrap();

@@ -19,7 +19,6 @@ use std::{
 
 use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 use nix::{errno::Errno, fcntl::OFlag, sys::stat::Mode};
-use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
@@ -73,20 +72,12 @@ pub fn snapshot(
     unchanged(|| read(root, most_bytes, &wanted))
 }
 
-/// Which files a volume has, and which names at its root lead readers to them.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Names {
-    /// How many files.
-    pub files: usize,
-    /// A digest of all names.
-    digest: String,
-}
-
-/// Reads the names of a volume's files.
+/// Returns how many files a volume has, and a digest of their names and of those at its root that
+/// lead readers to them.
 ///
 /// # Errors
 /// As [`snapshot`]; NotFound also when a link leads nowhere.
-pub fn all_names(volume: &Path) -> io::Result<Names> {
+pub fn all_names(volume: &Path) -> io::Result<(usize, String)> {
     let root = open_root(volume)?;
     unchanged(|| {
         let mut shown = names(root.as_fd())?;
@@ -110,10 +101,8 @@ pub fn all_names(volume: &Path) -> io::Result<Names> {
             digest.update([0]);
         }
         let bytes = digest.finalize();
-        Ok(Names {
-            files: found.len(),
-            digest: bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
-        })
+        let digest = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok((found.len(), digest))
     })
 }
 

@@ -11,8 +11,6 @@ use std::{collections::BTreeMap, path::PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::files::read::Names;
-
 pub use disk::{Records, Staged};
 
 /// A published volume.
@@ -75,6 +73,15 @@ impl Record {
         }
         Ok(())
     }
+}
+
+/// The names of a volume's files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Names {
+    /// How many files there are.
+    pub files: usize,
+    /// A digest of all names.
+    pub digest: String,
 }
 
 /// The pod of a volume.

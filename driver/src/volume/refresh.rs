@@ -10,14 +10,14 @@ use super::{
     Outcome, PublishRequest, Volumes,
     content::{Stage, commit_content, directory, refit, stage_files},
     policy::{INTERVAL, Word, is_another, sends_versions},
-    record::{self, Age, Content, Object, Record},
+    record::{self, Age, Content, Names, Object, Record},
     threads::blocking,
     unless,
 };
 use crate::{
     cluster::{Class, events::Severity},
     error::{Error, Result},
-    files::read::{self, Names},
+    files::read,
     provider::{Reply, Urgency},
 };
 
@@ -273,6 +273,7 @@ impl Volumes {
         let names = blocking(move || read::all_names(&volume)).await;
         names
             .inspect_err(|error| tracing::debug!(%error, "no versions are sent to the provider"))
+            .map(|(files, digest)| Names { files, digest })
             .ok()
     }
 
