@@ -240,27 +240,27 @@ impl Volumes {
             versions = &record.objects;
         }
         let ask = self.ask_provider(request, class, versions, Urgency::Refresh);
-        let files = record.files.as_ref().map_or(0, |names| names.files);
-        match self.while_wanted(&request.pod, cancelled, ask).await {
+        let reply = self.while_wanted(&request.pod, cancelled, ask).await;
+        if versions.is_empty() {
+            return reply;
+        }
+        let mounted = record.files.as_ref().map_or(0, |names| names.files);
+        match &reply {
+            Err(error) => {
+                tracing::info!(%error, "the provider failed after it was told which versions are mounted; asking it again without them");
+            }
             // It left out what it takes for mounted, and a volume holds what an answer holds.
-            Ok(reply)
-                if !versions.is_empty()
-                    && record.content == Content::Driver
-                    && reply.files.len() < files =>
-            {
+            Ok(reply) if record.content == Content::Driver && reply.files.len() < mounted => {
                 tracing::info!(
                     "the provider answered with fewer files than are mounted after it was told which versions are; asking it again without them"
                 );
-                let ask = self.ask_provider(request, class, &[], Urgency::Refresh);
-                self.while_wanted(&request.pod, cancelled, ask).await
             }
-            Err(error) if !versions.is_empty() && !cancelled.is_cancelled() => {
-                tracing::info!(%error, "the provider failed after it was told which versions are mounted; asking it again without them");
-                let ask = self.ask_provider(request, class, &[], Urgency::Refresh);
-                self.while_wanted(&request.pod, cancelled, ask).await
-            }
-            reply => reply,
+            Ok(_) => return reply,
         }
+        // An answer holds memory until it is dropped.
+        drop(reply);
+        let ask = self.ask_provider(request, class, &[], Urgency::Refresh);
+        self.while_wanted(&request.pod, cancelled, ask).await
     }
 
     /// Reads the names of the files of a volume whose class wants versions to be sent. None also
