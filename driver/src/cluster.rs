@@ -35,7 +35,7 @@ use tonic::Code;
 
 use crate::{
     error::{Error, Reason, Result},
-    volume::record::{self, is_object_name},
+    record::{self, is_object_name},
 };
 use events::Events;
 use resources::{SecretObject, SecretObjectData, SecretProviderClass};

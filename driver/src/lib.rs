@@ -3,25 +3,29 @@
 //!
 //! # The walk
 //!
-//! A `NodePublishVolume` goes down through these rooms once and comes back up once. A room knows
-//! the rooms below it, never one above; `tests/rooms.rs` keeps it so.
+//! A `NodePublishVolume` goes down through these modules, from `csi` to `record`, and comes back
+//! up. Each module is a room that uses only rooms below it: `tests/rooms.rs` checks that, the order
+//! of this list, and that the list is complete. This file is the only wiring.
 //!
 //! ```text
-//! csi              the wire: a request's form, an error's status; one span, one count
-//!   volume         one volume's life: the decision, the order of steps, their undo; when to refresh
-//!     record       what this node knows of a volume, on disk, without secrets
-//!     cluster      everything asked of the API server: the class, the pod status
-//!     provider     finds the socket, keeps a lazy channel, bounds calls, speaks v1alpha1
-//!     mount        tmpfs on, tmpfs off, is it there
-//!     memory       what mounted content takes of the driver's memory limit, and what fits
-//!     sync         the Secrets of a class, and keeping them so
-//!     files        validated paths and modes, the atomic swap of ..data
+//! csi            the CSI services: the form of a request, the status of an error
+//! registration   registers the driver with kubelet
+//! logging        the log and its redaction
+//! volume         the life of a volume: what is due, the steps, their undo
+//! sync           the Secrets that a class declares, made and kept
+//! memory         what mounted content takes of the driver's memory limit, and what fits
+//! provider       the calls to providers: sockets, bounds, turns, the wire
+//! cluster        everything asked of the API server
+//! metrics        /metrics and /healthz
+//! mount          mounts and unmounts a tmpfs, and tells whether it is there
+//! files          checked paths and modes, and the atomic swap of ..data
+//! record         what this node knows of a volume, on disk, without secrets
+//! config         the command line
+//! socket         sockets that others dial
+//! error          the error of a CSI call
+//! secret         values that cannot be printed
+//! turns          who goes next
 //! ```
-//!
-//! Beside the walk: [`config`] (the command line), [`registration`] (the built-in registrar),
-//! [`metrics`] (`/metrics`, `/healthz`), [`socket`] (sockets that others dial), [`logging`],
-//! [`secret`] (a value that cannot be printed), [`error`] (the one error type), [`turns`] (who
-//! goes next). This file is the only wiring.
 //!
 //! # Invariants
 //!
@@ -35,8 +39,8 @@
 //! - Nothing is watched or listed. An API write happens only when something changed.
 //! - Unpublish needs neither the API server nor a provider; CSI and registration come up without
 //!   them.
-//! - Protobuf types stop at `csi` and `provider`, the kube crate at `cluster`, system calls at
-//!   `mount`, `files` and `socket`.
+//! - Protobuf types stop at `csi`, `registration`, `provider` and `metrics`, the kube crate at
+//!   `cluster`, system calls at `mount`, `files` and `socket`.
 //! - A secret is a [`secret::Secret`]; errors never embed their input.
 
 pub mod cluster;
@@ -49,6 +53,7 @@ pub mod memory;
 pub mod metrics;
 pub mod mount;
 pub mod provider;
+pub mod record;
 pub mod registration;
 pub mod secret;
 pub mod socket;
@@ -68,12 +73,12 @@ use memory::Memory;
 use metrics::{Metrics, http};
 use mount::Tmpfs;
 use provider::{Limits, Providers};
+use record::{Content, Records};
 use registration::Registrar;
 use sync::Sync;
 use volume::{
     Clock, Volumes,
     policy::{Failing, Policy},
-    record::{Content, Records},
     restless::Restless,
     target::{Busy, TargetPath},
     threads::Health,

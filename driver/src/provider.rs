@@ -30,8 +30,8 @@ use crate::{
     error::{Error, Reason, Result},
     files::File,
     metrics::{Metrics, provider::CallGuard},
+    record::Object,
     secret::Secret,
-    volume::record::Object,
 };
 use line::Owner;
 use memory::{Held, Memory};

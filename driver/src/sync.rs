@@ -37,7 +37,7 @@ use crate::{
     error::{Error, Result},
     metrics::Metrics,
     mount::Tmpfs,
-    volume::record::{Pod, Record, Records},
+    record::{Pod, Record, Records},
 };
 use content::Stamp;
 use known::{Known, Mounted, SecretKey};

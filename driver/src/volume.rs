@@ -11,7 +11,6 @@
 
 mod content;
 pub mod policy;
-pub mod record;
 mod refresh;
 pub mod restless;
 pub mod target;
@@ -36,6 +35,7 @@ use crate::{
     metrics::{Metrics, PublishGuard},
     mount::{self, Held, State, Tmpfs},
     provider::{MountCall, Providers, Reply, Urgency},
+    record::{self, Age, Content, Object, Pod, Record, Records},
     secret::SecretMap,
     sync::Sync,
 };
@@ -43,7 +43,6 @@ use content::{
     Undo, commit_content, directory, reaches_pods, refit, stage_files, still_there, take_down,
 };
 use policy::{Every, Failing, Policy};
-use record::{Age, Content, Object, Pod, Record, Records};
 use restless::Restless;
 use target::{Busy, TargetPath};
 use threads::{Health, blocking};

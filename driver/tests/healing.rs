@@ -26,8 +26,8 @@ use driver::{
     cluster::{Class, Cluster, events::Severity, pod_status::Mounted},
     metrics::Metrics,
     mount::Tmpfs,
+    record::{Pod, Record},
     sync::Sync,
-    volume::record::{Pod, Record},
 };
 use rstest::rstest;
 use serde_json::{Value, json};

@@ -21,8 +21,8 @@ use driver::{
     cluster::Cluster,
     metrics::Metrics,
     mount::Tmpfs,
+    record::{self, Content, Object, Pod, Record, Records},
     sync::Sync,
-    volume::record::{self, Content, Object, Pod, Record, Records},
 };
 use jiff::Timestamp;
 use rstest::rstest;

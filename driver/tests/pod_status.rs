@@ -18,7 +18,7 @@ use axum::{
 };
 use driver::{
     cluster::{Cluster, pod_status::Mounted},
-    volume::record::{Object, Pod},
+    record::{Object, Pod},
 };
 use rstest::rstest;
 use serde_json::{Value, json};

@@ -1,7 +1,7 @@
-//! Keeps the rooms of the driver apart: who may use whom, and where protobuf, the kube crate
-//! and system calls stop. The picture is in `src/lib.rs`.
+//! Keeps the rooms of the driver apart: which room uses which, and at which rooms the crates for
+//! protobuf, Kubernetes, HTTP and system calls stop. `src/lib.rs` shows the rooms.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,14 +9,16 @@ use std::{
     path::Path,
 };
 
-/// For each room, the rooms that it may use. `record` and `resources` are rooms of their own.
-const MAY_USE: [(&str, &[&str]); 18] = [
+/// The rooms from the top to the bottom, each with exactly the rooms that it uses.
+const ROOMS: [(&str, &[&str]); 17] = [
     (
         "csi",
         &[
             "config", "error", "files", "metrics", "record", "secret", "socket", "volume",
         ],
     ),
+    ("registration", &["socket"]),
+    ("logging", &["config"]),
     (
         "volume",
         &[
@@ -24,53 +26,42 @@ const MAY_USE: [(&str, &[&str]); 18] = [
             "record", "secret", "sync",
         ],
     ),
-    ("record", &[]),
     (
         "sync",
         &[
-            "cluster",
-            "error",
-            "files",
-            "metrics",
-            "mount",
-            "record",
-            "resources",
-            "secret",
-            "turns",
+            "cluster", "error", "files", "metrics", "mount", "record", "secret", "turns",
         ],
     ),
-    (
-        "cluster",
-        &["error", "record", "resources", "secret", "turns"],
-    ),
-    ("resources", &[]),
+    ("memory", &["files", "mount"]),
     (
         "provider",
         &["error", "files", "metrics", "record", "secret"],
     ),
-    ("memory", &["files", "mount"]),
+    ("cluster", &["error", "record", "secret", "turns"]),
+    ("metrics", &["config", "socket"]),
     ("mount", &[]),
     ("files", &["secret"]),
+    ("record", &[]),
+    ("config", &[]),
+    ("socket", &[]),
+    ("error", &[]),
     ("secret", &[]),
     ("turns", &[]),
-    ("error", &[]),
-    ("config", &[]),
-    ("logging", &["config"]),
-    ("metrics", &["config", "socket"]),
-    ("registration", &["socket"]),
-    ("socket", &[]),
 ];
 
-/// Crates that stop at certain rooms.
-const CONFINED: [(&str, &[&str]); 5] = [
-    ("proto", &["csi", "provider", "metrics", "registration"]),
-    ("kube", &["cluster", "resources"]),
-    ("k8s_openapi", &["cluster", "resources"]),
-    ("nix", &["mount", "files", "socket"]),
+/// Crates that stop at certain rooms, each with exactly the rooms that use it.
+const CONFINED: [(&str, &[&str]); 8] = [
+    ("proto", &["csi", "metrics", "provider", "registration"]),
+    ("prost", &["provider"]),
+    ("kube", &["cluster"]),
+    ("k8s_openapi", &["cluster"]),
+    ("hyper", &["metrics", "provider"]),
+    ("prometheus_client", &["metrics"]),
+    ("nix", &["files", "mount", "socket"]),
     ("libc", &["metrics"]),
 ];
 
-/// The code of each room, without tests and comments.
+/// Returns the code of each room, without tests and comments.
 fn rooms() -> BTreeMap<String, String> {
     fn read(directory: &Path, rooms: &mut BTreeMap<String, String>) {
         for entry in fs::read_dir(directory).unwrap() {
@@ -84,20 +75,12 @@ fn rooms() -> BTreeMap<String, String> {
             }
             let relative = path.strip_prefix(root()).unwrap().with_extension("");
             let names: Vec<_> = relative.iter().map(|n| n.to_str().unwrap()).collect();
-            let room = match names.as_slice() {
-                ["volume", "record", ..] => "record",
-                ["cluster", "resources"] => "resources",
-                ["main" | "lib"] => continue,
-                [room, ..] => room,
-                [] => unreachable!(),
-            };
+            if matches!(names[0], "main" | "lib") || names.contains(&"tests") {
+                continue;
+            }
             let text = fs::read_to_string(&path).unwrap();
-            let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
-            let code: String = code
-                .lines()
-                .filter(|line| !line.trim_start().starts_with("//"))
-                .fold(String::new(), |all, line| all + line + "\n");
-            rooms.entry(room.to_owned()).or_default().push_str(&code);
+            let code = rooms.entry(names[0].to_owned()).or_default();
+            code.push_str(&without_tests_and_comments(&text));
         }
     }
     let mut rooms = BTreeMap::new();
@@ -109,82 +92,109 @@ fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))
 }
 
-/// The rooms that some code names: `crate::x`, and each `x` of a grouped `use crate::{...}`.
-fn used(code: &str) -> BTreeSet<String> {
+fn without_tests_and_comments(text: &str) -> String {
+    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+    let lines = code.lines();
+    lines
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .fold(String::new(), |all, line| all + line + "\n")
+}
+
+/// Returns what follows each mention of a path that begins with `name`.
+fn after<'a>(code: &'a str, name: &str) -> Vec<&'a str> {
+    let start = format!("{name}::");
+    let is_whole = |at: usize| {
+        let before = code[..at].chars().next_back();
+        before.is_none_or(|c| !c.is_alphanumeric() && c != '_' && c != ':')
+    };
+    code.match_indices(&start)
+        .filter(|(at, _)| is_whole(*at))
+        .map(|(at, _)| &code[at + start.len()..])
+        .collect()
+}
+
+/// Returns the rooms that some code names: `crate::x`, and each `x` of `crate::{...}`.
+fn used(code: &str) -> BTreeSet<&str> {
+    fn first_name(path: &str) -> &str {
+        let end = path.find(|c: char| !c.is_alphanumeric() && c != '_');
+        &path[..end.unwrap_or(path.len())]
+    }
     let mut used = BTreeSet::new();
-    for (start, _) in code.match_indices("crate::") {
-        let rest = &code[start + "crate::".len()..];
+    for path in after(code, "crate") {
+        let Some(group) = path.strip_prefix('{') else {
+            used.insert(first_name(path));
+            continue;
+        };
         let mut depth = 0;
-        let mut path = String::new();
-        for c in rest.chars() {
+        let mut starts = true;
+        for (at, c) in group.char_indices() {
             match c {
                 '{' => depth += 1,
+                '}' if depth == 0 => break,
                 '}' => depth -= 1,
-                c if depth == 0 && ";(),<> \n".contains(c) => break,
+                ',' if depth == 0 => starts = true,
+                _ if starts && !c.is_whitespace() => {
+                    used.insert(first_name(&group[at..]));
+                    starts = false;
+                }
                 _ => {}
             }
-            path.push(c);
-        }
-        let inner = path.strip_prefix('{').unwrap_or(&path);
-        let mut level = 0;
-        for part in inner.split_inclusive([',', '{', '}']) {
-            if level == 0 {
-                let part = part.trim();
-                let mut names = part.trim_end_matches([',', '{', '}']).split("::");
-                let room = match (names.next().unwrap_or(""), names.next()) {
-                    ("volume", Some("record")) => "record",
-                    ("cluster", Some("resources")) => "resources",
-                    (first, _) => first,
-                };
-                if !room.is_empty() {
-                    used.insert(room.to_owned());
-                }
-            }
-            level += part.matches('{').count() as i32 - part.matches('}').count() as i32;
         }
     }
     used
 }
 
 #[test]
-fn a_room_uses_only_the_rooms_below_it() {
-    let allowed: BTreeMap<_, _> = MAY_USE.into_iter().collect();
-    for (room, code) in rooms() {
-        let may = allowed
-            .get(room.as_str())
-            .unwrap_or_else(|| panic!("{room} is not in the picture"));
-        for other in used(&code) {
-            assert!(
-                other == room || may.contains(&other.as_str()),
-                "{room} must not use {other}"
-            );
+fn a_room_uses_the_rooms_that_are_said_here_and_all_of_them_are_below_it() {
+    let rooms = rooms();
+    let names: BTreeSet<_> = ROOMS.iter().map(|(room, _)| *room).collect();
+    assert_eq!(
+        rooms.keys().map(String::as_str).collect::<BTreeSet<_>>(),
+        names
+    );
+    for (floor, (room, uses)) in ROOMS.into_iter().enumerate() {
+        let mut used = used(&rooms[room]);
+        used.remove(room);
+        assert_eq!(
+            used,
+            BTreeSet::from_iter(uses.iter().copied()),
+            "{room} uses"
+        );
+        for other in uses {
+            let below = ROOMS[floor + 1..].iter().any(|(room, _)| room == other);
+            assert!(below, "{other} is not below {room}");
         }
     }
 }
 
 #[test]
-fn foreign_types_stop_where_they_should() {
+fn crates_stop_at_the_rooms_that_are_said_here() {
     let rooms = rooms();
-    for (name, allowed) in CONFINED {
-        for (room, code) in &rooms {
-            let mentions = code.lines().any(|line| {
-                let line = line.trim_start();
-                line.starts_with(&format!("use {name}::"))
-                    || line.contains(&format!(" {name}::"))
-                    || line.contains(&format!("({name}::"))
-                    || line.contains(&format!("<{name}::"))
-            });
-            assert!(
-                !mentions || allowed.contains(&room.as_str()),
-                "{room} must not use {name}"
-            );
-        }
+    for (name, said) in CONFINED {
+        let found = rooms
+            .iter()
+            .filter(|(_, code)| !after(code, name).is_empty());
+        let found: Vec<_> = found.map(|(room, _)| room).collect();
+        assert_eq!(found, said, "{name} is used by");
     }
+}
+
+#[test]
+fn the_map_in_the_documentation_shows_the_rooms_in_their_order() {
+    let text = fs::read_to_string(root().join("lib.rs")).unwrap();
+    let map = text.split("//! ```").nth(1).unwrap();
+    let lines = map.lines().skip(1);
+    let shown = lines.filter_map(|line| line.trim_start_matches("//!").split_whitespace().next());
+    let shown: Vec<_> = shown.collect();
+    assert_eq!(shown, ROOMS.map(|(room, _)| room));
 }
 
 #[test]
 fn the_reader_of_uses_reads_what_is_written_here() {
-    let code = "use crate::{\n    config::{A, B},\n    error::{Error, Result},\n    volume::record::Pod,\n};\nlet x = crate::files::File::new(crate::secret::S);\n";
-    let expected = ["config", "error", "files", "record", "secret"].map(String::from);
-    assert_eq!(used(code), BTreeSet::from(expected));
+    let code = "use crate::{\n    config::{A, B},\n    error::{Error, Result},\n    record,\n};\nlet x = crate::files::File::new(crate::secret::S);\nlet y = metrics::http::serve(&mycrate::x);";
+    assert_eq!(
+        used(code),
+        BTreeSet::from(["config", "error", "files", "record", "secret"])
+    );
+    assert!(after(code, "http").is_empty());
 }

@@ -21,7 +21,7 @@ use kube::{Api, api::PostParams, core::ObjectMeta};
 use tokio::time::sleep;
 
 use super::{Cluster, Failure, limited};
-use crate::{error::Result, turns::Turns, volume::record::Pod};
+use crate::{error::Result, record::Pod, turns::Turns};
 
 /// Who reports, as `kubectl describe` names it.
 const COMPONENT: &str = "secrets-store-csi-driver";

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    volume::record::Pod,
+    record::Pod,
 };
 
 /// A pod as far as its Secrets are concerned.

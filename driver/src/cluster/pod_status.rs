@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    volume::record::{Object, Pod},
+    record::{Object, Pod},
 };
 
 /// The node that an object belongs to. Tools select by it, as upstream does (`InternalNodeLabel` in

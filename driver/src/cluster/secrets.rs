@@ -52,8 +52,8 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use super::{Cluster, Failure, limited};
 use crate::{
     error::{Error, Result},
+    record::Class,
     secret::Secret,
-    volume::record::Class,
 };
 use decision::{Change, Decision, Existing, Holder, Object, decide};
 pub use digest::Digest;

@@ -12,11 +12,11 @@ use tonic::metadata::MetadataMap;
 use crate::{
     error::{Error, Result},
     files::{self, Access},
+    record::{Pod, is_object_name},
     secret::SecretMap,
     volume::{
         PublishRequest, TOKENS,
         policy::{self, Every},
-        record::{Pod, is_object_name},
         target::TargetPath,
     },
 };

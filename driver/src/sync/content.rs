@@ -21,7 +21,7 @@ use crate::{
     cluster::Class,
     files::{read, swap},
     mount::{self, Tmpfs},
-    volume::record::{Content, Record, Records},
+    record::{Content, Record, Records},
 };
 
 /// Which of several contents is the newest.

@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{
     cluster::{Class, resources::SecretObject},
+    record::is_object_name,
     secret::Secret,
-    volume::record::is_object_name,
 };
 pub use values::Needs;
 #[cfg(test)]

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     cluster::{Class, pod_status},
-    volume::record::Age,
+    record::Age,
 };
 
 /// How many looks run at once, and how many of them in namespaces that are in trouble.

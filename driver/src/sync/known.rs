@@ -19,7 +19,7 @@ use crate::{
         holders::Holder,
         secrets::{Digest, Kept},
     },
-    volume::record::{self, Age},
+    record::{self, Age},
 };
 
 /// The first wait after a failure; it doubles up to the usual interval.

@@ -25,7 +25,7 @@ use crate::{
         resources::SecretObject,
         secrets::{Data, Digest},
     },
-    volume::record::{Record, Records},
+    record::{Record, Records},
 };
 
 /// What came out of an entry, by the name of the Secret.
@@ -258,7 +258,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{secret::Secret, sync::desired::PARSED, volume::record};
+    use crate::{record, secret::Secret, sync::desired::PARSED};
     use proptest::prelude::*;
     use serde_json::json;
 

@@ -10,16 +10,13 @@ use std::{
 use tokio::time::sleep;
 use tonic::Code;
 
-use super::{
-    PublishRequest,
-    record::{Content, Record},
-    threads::blocking,
-};
+use super::{PublishRequest, threads::blocking};
 use crate::{
     error::{Error, Reason, Result},
     files::{File, Payload, own, read, swap},
     memory::{Memory, Reservation},
     mount::{self, Detached, Held, Tmpfs},
+    record::{Content, Record},
 };
 
 /// How many mounts may lie on top of each other at one target; earlier drivers could stack them.

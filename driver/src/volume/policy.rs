@@ -15,8 +15,11 @@ use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 use tonic::Code;
 
-use super::record::{Age, Class, Record};
-use crate::{config::duration, error::Error};
+use crate::{
+    config::duration,
+    error::Error,
+    record::{Age, Class, Record},
+};
 
 /// As an annotation of a class, or an attribute of a volume: the shortest time between two
 /// refreshes, or `never`.
@@ -341,7 +344,7 @@ fn wait(failures: u32, error: &Error, policy: &Policy) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::volume::record::{Content, Pod};
+    use crate::record::{Content, Pod};
     use rstest::rstest;
 
     const MINUTE: Duration = Duration::from_secs(60);

@@ -10,7 +10,6 @@ use super::{
     Outcome, PublishRequest, Volumes,
     content::{Stage, commit_content, directory, refit, stage_files},
     policy::{INTERVAL, Word, is_another, sends_versions},
-    record::{self, Age, Content, Names, Object, Record},
     threads::blocking,
     unless,
 };
@@ -19,6 +18,7 @@ use crate::{
     error::{Error, Result},
     files::read,
     provider::{Reply, Urgency},
+    record::{self, Age, Content, Names, Object, Record},
 };
 
 impl Volumes {

@@ -12,8 +12,10 @@ use std::{
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::record::Record;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    record::Record,
+};
 
 /// A target path as kubelet makes them:
 /// `<root>/pods/<pod uid>/volumes/kubernetes.io~csi/<volume name>/mount`.

@@ -24,8 +24,8 @@ use driver::{
     cluster::{Class, Cluster},
     metrics::Metrics,
     mount::{self, Tmpfs},
+    record::{Content, Record},
     sync::Sync,
-    volume::record::{Content, Record},
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;

@@ -13,7 +13,7 @@ use std::{
 use driver::{
     files::{File, Payload, read, swap},
     mount::{self, Tmpfs},
-    volume::record::{Class, Content, Pod, Record, Records},
+    record::{Class, Content, Pod, Record, Records},
 };
 use jiff::Timestamp;
 

@@ -3,7 +3,7 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
-use driver::volume::record::Content;
+use driver::record::Content;
 use proptest::{
     prelude::*,
     strategy::ValueTree as _,

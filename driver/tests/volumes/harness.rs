@@ -21,7 +21,7 @@ use axum::{
 use driver::{
     config::Config,
     mount,
-    volume::record::{Record, Records},
+    record::{Record, Records},
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use proto::{

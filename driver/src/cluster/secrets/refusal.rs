@@ -6,7 +6,7 @@
 //! name where the API server names one.
 
 use super::super::Failure;
-use crate::{error::Error, volume::record::is_object_name};
+use crate::{error::Error, record::is_object_name};
 
 /// Why a Secret is not as it should be.
 #[derive(Debug, Clone)]

@@ -1,7 +1,7 @@
 //! Entries of classes, files of volumes, and what they make or why they do not.
 
 use super::*;
-use crate::{cluster::resources::SecretObjectData, sync::parsing::Refusals, volume::record};
+use crate::{cluster::resources::SecretObjectData, record, sync::parsing::Refusals};
 use rstest::rstest;
 use serde_json::json;
 
