@@ -1,11 +1,13 @@
-//! The command line: every flag of the existing driver with its default, and a few of ours.
+//! Reads the command line: every flag of the existing driver with its default, and some flags that
+//! only this driver has.
 //!
-//! The syntax is that of Go's `flag` package, because installed manifests rely on it: one or two
-//! dashes, `--flag=value` or `--flag value`, a switch only as `--flag` or `--flag=bool`, a
-//! repeated flag takes its last value, parsing ends at the first argument that is not a flag.
-//! A wrong command line ends the process with code 2 and a sentence, before anything has started.
+//! The syntax is that of Go's `flag` package, because installed manifests rely on it: a flag has
+//! one or two dashes and is written as `--flag=value` or `--flag value`, a switch only as `--flag`
+//! or `--flag=bool`. A repeated flag takes its last value, and parsing ends at the first argument
+//! that is not a flag. A wrong command line ends the process with code 2 and an error message,
+//! before anything has started.
 //!
-//! Nothing here touches the system: whether a directory exists is found out by who uses it.
+//! This module does not touch the system: it does not check, for example, that directories exist.
 
 mod flag;
 mod go;
@@ -17,7 +19,9 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Version of this build, from `BUILD_VERSION` at compile time.
+use flag::Flag;
+
+/// The version of this build, from `BUILD_VERSION` at compile time.
 pub const BUILD_VERSION: &str = match option_env!("BUILD_VERSION") {
     Some(version) => version,
     None => "local-dev",
@@ -31,90 +35,108 @@ const BUILD_DATE: &str = match option_env!("BUILD_DATE") {
     None => "unknown",
 };
 
-/// What the command line asks for.
+/// The settings that the command line gives.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// Where the CSI services listen.
+    /// The address of the CSI services.
     pub endpoint: Endpoint,
-    /// The CSI driver's name, as pods name it in their volumes.
+    /// The name of the CSI driver, as pods give it in their volumes.
     pub driver_name: String,
-    /// Name of the node that this driver runs on.
+    /// The name of the node on which this driver runs.
     pub node_id: String,
-    /// kubelet's root directory, below whose `pods/` targets must lie; absent: wherever a
-    /// target has the form that kubelet gives it.
+    /// kubelet's root directory, below whose `pods/` targets must lie. `None` accepts any target
+    /// that has kubelet's form.
     pub kubelet_root_dir: Option<PathBuf>,
-    /// Where the records of published volumes are kept.
+    /// The directory of the records of published volumes.
     pub state_dir: PathBuf,
-    /// Where the built-in registrar puts its socket; absent: a sidecar registers the driver.
+    /// The directory of the built-in registrar's socket. `None` if a sidecar registers the driver.
     pub registration_dir: Option<PathBuf>,
-    /// The CSI socket as kubelet sees it.
+    /// The path of the CSI socket as kubelet sees it.
     pub kubelet_registration_path: PathBuf,
-    /// Where `/healthz` is served; absent: a sidecar does it.
+    /// The address of `/healthz`. `None` if a sidecar answers kubelet's probe.
     pub healthz_addr: Option<SocketAddr>,
-    /// Where `/metrics` is served; absent: nowhere.
+    /// The address of `/metrics`. `None` if metrics are not served.
     pub metrics_addr: Option<SocketAddr>,
     /// The directory of provider sockets that is searched last.
     pub provider_volume: PathBuf,
     /// The directories of provider sockets that are searched first, in this order.
     pub additional_provider_volume_paths: Vec<PathBuf>,
-    /// Largest answer of a provider that is accepted, in bytes.
+    /// The largest answer of a provider that is accepted, in bytes.
     pub max_call_recv_msg_size: usize,
-    /// Calls in flight to one provider, at most.
+    /// The largest number of calls in flight to one provider.
     pub provider_max_calls: usize,
-    /// Memory for the answers of one provider in bytes; always enough for one answer.
+    /// The memory for the answers of one provider, in bytes. A single answer may exceed it.
     pub provider_max_bytes: usize,
     /// Whether mounted volumes are refreshed.
     pub enable_secret_rotation: bool,
-    /// Shortest time between two refreshes of one volume.
+    /// The shortest time between two refreshes of one volume.
     pub rotation_poll_interval: Duration,
-    /// The shortest interval that a class or a volume may ask for.
+    /// The shortest interval that a class or a volume can set.
     pub min_rotation_poll_interval: Duration,
-    /// Whether a failed refresh is an error for kubelet.
-    pub surface_republish_errors: bool,
-    /// The wait before a failed refresh is tried again; doubles with each further failure.
+    /// What kubelet is told when a refresh fails.
+    pub republish_errors: RepublishErrors,
+    /// The wait before a failed refresh is tried again. It doubles with each further failure.
     pub rotation_backoff: Duration,
     /// The longest wait before a failed refresh is tried again.
     pub rotation_backoff_max: Duration,
-    /// Whether a Secret that cannot be written fails the publish.
-    pub sync_errors_fail: bool,
+    /// What happens when a Secret cannot be written.
+    pub sync_errors: SyncErrors,
     /// The time in which each synced Secret and the class of each volume are checked once.
     pub sync_interval: Duration,
-    /// Whether the providers are asked for their version from time to time.
+    /// Whether the providers are asked for their version periodically.
     pub provider_health_check: bool,
-    /// Time between two of those questions.
+    /// The time between two health checks of the providers.
     pub provider_health_check_interval: Duration,
-    /// How to reach the API server; absent: as a pod does.
+    /// The kubeconfig file for the connection to the API server. `None` for the pod's service
+    /// account.
     pub kubeconfig: Option<PathBuf>,
     /// Whether log lines are JSON objects.
     pub log_format_json: bool,
-    /// Verbosity of the log: 0 reports what happened, 5 adds every call, 6 every step.
+    /// The verbosity of the log: 0 reports what happened, 5 adds every call, 6 every step.
     pub verbosity: u32,
-    /// What followed the first argument that is not a flag, that argument included. It has no
-    /// effect, and usually is a mistake such as `--switch false`.
+    /// The first argument that is not a flag and all that follow it. They have no effect, and
+    /// usually are a mistake such as `--switch false`.
     pub ignored_arguments: Vec<String>,
     without_effect: Vec<&'static str>,
     below_zero: Vec<&'static str>,
     print_version: bool,
 }
 
-/// Reads a duration as Go writes it, such as `90s` or `1h30m`: durations are spelled the same
-/// wherever this driver reads one.
+/// What kubelet is told when a refresh fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RepublishErrors {
+    /// Success.
+    Mask,
+    /// The error.
+    Surface,
+}
+
+/// What happens when a Secret cannot be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyncErrors {
+    /// The publish succeeds and an event reports the failure.
+    Report,
+    /// The publish fails.
+    Fail,
+}
+
+/// Reads a duration as Go writes it, such as `90s` or `1h30m`. The driver reads all durations so.
 ///
 /// # Errors
-/// The end of a sentence that says what is wrong with it.
+/// Returns the end of a sentence that says what is wrong.
 pub fn duration(text: &str) -> Result<Duration, String> {
     if text.starts_with('-') {
         return Err("the duration is negative".to_owned());
     }
-    value::Value::read(text)
+    value::FlagValue::read(text)
 }
 
-/// Where the CSI services listen.
+/// The address of the CSI services.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
-    /// A socket in the file system, at an absolute path.
+    /// A unix socket at an absolute path.
     Unix(PathBuf),
-    /// A TCP address, for tests; kubelet only knows sockets in the file system.
+    /// A TCP address, for tests: kubelet only connects to unix sockets.
     Tcp(SocketAddr),
 }
 
@@ -127,12 +149,13 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// Why the process ends before it has started.
+/// The end of a process that does not start the driver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exit {
-    /// The process's exit code: 0 if the text is what was asked for, 2 if it is a complaint.
+    /// The exit code: 0 after `--help` and `--version`, 2 after an error.
     pub code: i32,
-    /// For standard output with code 0, otherwise for standard error. Ends without a newline.
+    /// The text for standard output with code 0, otherwise for standard error, without a final
+    /// newline.
     pub text: String,
 }
 
@@ -140,8 +163,8 @@ impl Config {
     /// Reads the command line, without the program's name.
     ///
     /// # Errors
-    /// An [`Exit`] with code 2 for a command line that makes no sense, and with code 0 for
-    /// `--help` and `--version`.
+    /// Returns an [`Exit`] with code 2 for a wrong command line, and with code 0 for `--help` and
+    /// `--version`.
     pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Self, Exit> {
         let mut config = Self::default();
         let args = args
@@ -171,19 +194,7 @@ impl Config {
                     ))
                 })?,
             };
-            (flag.set)(&mut config, &value).map_err(|problem| {
-                wrong(format!("invalid value {value:?} for --{name}: {problem}"))
-            })?;
-            config
-                .without_effect
-                .retain(|earlier| *earlier != flag.name);
-            config.below_zero.retain(|earlier| *earlier != flag.name);
-            if flag.is_signed() && value.starts_with('-') && value != "-0" {
-                config.below_zero.push(flag.name);
-            }
-            if flag.pending && value != flag.default {
-                config.without_effect.push(flag.name);
-            }
+            config.set(flag, name, &value)?;
         }
         config.ignored_arguments = args.collect();
         if config.print_version {
@@ -195,17 +206,32 @@ impl Config {
         config.resolve()
     }
 
-    /// Flags that were given, ask for something other than their default, and do nothing yet.
+    /// Sets a flag, which was given as `name`.
+    fn set(&mut self, flag: &Flag, name: &str, value: &str) -> Result<(), Exit> {
+        (flag.set)(self, value)
+            .map_err(|problem| wrong(format!("invalid value {value:?} for --{name}: {problem}")))?;
+        self.without_effect.retain(|earlier| *earlier != flag.name);
+        self.below_zero.retain(|earlier| *earlier != flag.name);
+        if flag.is_signed() && value.starts_with('-') && value != "-0" {
+            self.below_zero.push(flag.name);
+        }
+        if flag.pending && value != flag.default {
+            self.without_effect.push(flag.name);
+        }
+        Ok(())
+    }
+
+    /// Returns the flags that have no effect and were given a value other than their default.
     pub fn without_effect(&self) -> Vec<&'static str> {
         self.without_effect.clone()
     }
 
-    /// Flags with a value below zero that makes no sense and counts as zero. Go's flags accept it.
+    /// Returns the flags with a negative value that counts as zero. Go's flags accept such values.
     pub fn below_zero(&self) -> Vec<&'static str> {
         self.below_zero.clone()
     }
 
-    /// The directories to look for a provider's socket in, first match wins.
+    /// Returns the directories of provider sockets, in the order in which they are searched.
     pub fn provider_dirs(&self) -> Vec<PathBuf> {
         let last = Some(&self.provider_volume).filter(|dir| !dir.as_os_str().is_empty());
         self.additional_provider_volume_paths
@@ -215,7 +241,7 @@ impl Config {
             .collect()
     }
 
-    /// Fills in what follows from other flags.
+    /// Fills in the settings whose default depends on other flags.
     fn resolve(mut self) -> Result<Self, Exit> {
         let socket = match &self.endpoint {
             Endpoint::Unix(path) => Some(path.clone()),
@@ -243,7 +269,7 @@ impl Config {
 }
 
 impl Default for Config {
-    /// The defaults of the single flags. What follows from other flags is still empty.
+    /// Returns the defaults of the single flags. Settings that follow from other flags are empty.
     fn default() -> Self {
         Self {
             endpoint: Endpoint::Unix("/tmp/csi.sock".into()),
@@ -265,10 +291,10 @@ impl Default for Config {
             enable_secret_rotation: false,
             rotation_poll_interval: Duration::from_secs(120),
             min_rotation_poll_interval: Duration::from_secs(30),
-            surface_republish_errors: false,
+            republish_errors: RepublishErrors::Mask,
             rotation_backoff: Duration::from_secs(10),
             rotation_backoff_max: Duration::from_secs(300),
-            sync_errors_fail: false,
+            sync_errors: SyncErrors::Report,
             sync_interval: Duration::from_secs(45),
             provider_health_check: false,
             provider_health_check_interval: Duration::from_secs(120),
@@ -366,7 +392,7 @@ mod tests {
     #[case::switch_takes_no_separate_value("--log-format-json false -v=9", "", 0, true)]
     #[case::terminator("-v=1 -- -v=9", "", 1, false)]
     #[case::lone_dash("-v=1 - -v=9", "", 1, false)]
-    #[case::less_than_nothing("-v=-1", "", 0, false)]
+    #[case::below_zero("-v=-1", "", 0, false)]
     fn syntax(#[case] line: &str, #[case] node: &str, #[case] v: u32, #[case] json: bool) {
         let config = parse(line).unwrap();
         assert_eq!(

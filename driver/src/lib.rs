@@ -67,7 +67,7 @@ use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use cluster::Cluster;
-use config::{BUILD_VERSION, Config};
+use config::{BUILD_VERSION, Config, RepublishErrors, SyncErrors};
 use csi::{Csi, Listener};
 use memory::Memory;
 use metrics::{Metrics, http};
@@ -173,7 +173,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         records.clone(),
         Arc::clone(&tmpfs),
         metrics.clone(),
-        config.sync_errors_fail,
+        config.sync_errors == SyncErrors::Fail,
         config.sync_interval,
     ));
     let finishing = cluster.clone();
@@ -190,7 +190,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             enabled: config.enable_secret_rotation,
             interval: config.rotation_poll_interval,
             least_interval: config.min_rotation_poll_interval,
-            surface_errors: config.surface_republish_errors,
+            surface_errors: config.republish_errors == RepublishErrors::Surface,
             first_wait: config.rotation_backoff,
             longest_wait: config.rotation_backoff_max,
         },

@@ -1,13 +1,11 @@
-//! Log lines on standard error, in klog's form or as JSON objects.
+//! Writes log lines to standard error, in klog's form or as JSON objects.
 //!
-//! The form is klog's because people and tools already read it: a failure is a line that starts
-//! with `E`. A line carries the fields of the spans it was written in, so that each line of a
-//! publish names its pod and volume. Everything from outside is quoted: no value can start a
-//! line of its own.
+//! People and tools already read klog's form, in which the line of a failure starts with `E`. A
+//! line has the fields of the spans that it was written in, so that each line of a publish names
+//! its pod and volume. Values are quoted, so that none can start a line of its own.
 //!
-//! Crates of others are heard from `WARN` on. `kube_client` is heard from `ERROR` on, whatever
-//! the verbosity: when it cannot decode an answer it logs the answer's body, and a body may be a
-//! Secret.
+//! Other crates log from `WARN` on, and `kube_client` from `ERROR` on, at every verbosity:
+//! `kube_client` logs the body of an answer that it cannot decode, which may be a Secret.
 
 use std::fmt::{self, Write as _};
 use std::io::Write as _;
@@ -27,22 +25,22 @@ use tracing_subscriber::registry::{LookupSpan, Registry};
 
 use crate::config::Config;
 
-/// Crates whose lines follow the verbosity.
+/// The crates whose lines follow the verbosity.
 const OURS: [&str; 3] = ["driver", "proto", "secrets_store_csi"];
 
-/// The longest beginning of a value that is logged, in bytes. A provider's answer may name
-/// thousands of versions.
+/// The number of bytes of a value that are logged. A provider's answer may name thousands of
+/// versions.
 const LONGEST_VALUE: usize = 8 * 1024;
 
 /// Starts logging to standard error, for the whole process.
 ///
 /// # Errors
-/// If the process already logs somewhere.
+/// Fails if the process already has a log.
 pub fn init(config: &Config) -> Result<(), SetGlobalDefaultError> {
     tracing::subscriber::set_global_default(subscriber(config, std::io::stderr))
 }
 
-/// What [`init`] installs, with the lines going to `out`.
+/// Returns the subscriber that [`init`] installs, which writes lines to `out`.
 fn subscriber<W>(config: &Config, out: W) -> impl Subscriber + Send + Sync + 'static
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
@@ -55,8 +53,8 @@ where
     Registry::default().with(Lines { form, out }.with_filter(filter(config.verbosity)))
 }
 
-/// Who is heard, from which level on. The verbosity counts like klog's: 0 is for what changes,
-/// from 5 on every call has its lines, from 6 on every step.
+/// Returns from which level on each crate logs. The verbosity is that of klog: 0 reports changes,
+/// 5 adds every call, 6 adds every step.
 fn filter(verbosity: u32) -> Targets {
     let ours = match verbosity {
         0..5 => LevelFilter::INFO,
@@ -105,7 +103,7 @@ where
             }
         }
         let line = (self.form)(Timestamp::now(), event.metadata(), &fields);
-        // Whoever cannot write to standard error has nowhere to say so.
+        // A failure to write to standard error cannot be reported.
         let _ = self.out.make_writer().write_all(line.as_bytes());
     }
 }
@@ -129,7 +127,7 @@ impl Fields {
         }
     }
 
-    /// Takes on the fields of an enclosing span that are not set further in.
+    /// Adds the fields of an enclosing span that are not set yet.
     fn inherit(&mut self, outer: &Fields) {
         for (name, value) in &outer.named {
             if !self.named.iter().any(|(known, _)| known == name) {
@@ -175,7 +173,7 @@ impl Visit for Fields {
     }
 }
 
-/// Returns a text, or as much of it as is logged. What is beyond is not even made.
+/// Formats a text up to the length that is logged. The rest is not even formatted.
 fn beginning(text: fmt::Arguments<'_>) -> String {
     let mut bounded = Bounded(String::new());
     match bounded.write_fmt(text) {
@@ -184,7 +182,7 @@ fn beginning(text: fmt::Arguments<'_>) -> String {
     }
 }
 
-/// A text that takes no more than [`LONGEST_VALUE`] bytes.
+/// A text of at most [`LONGEST_VALUE`] bytes.
 struct Bounded(String);
 
 impl fmt::Write for Bounded {
@@ -192,15 +190,16 @@ impl fmt::Write for Bounded {
         let room = LONGEST_VALUE - self.0.len();
         let fits = &part[..part.floor_char_boundary(room)];
         self.0.push_str(fits);
-        match fits.len() == part.len() {
-            true => Ok(()),
-            false => Err(fmt::Error),
+        if fits.len() == part.len() {
+            Ok(())
+        } else {
+            Err(fmt::Error)
         }
     }
 }
 
-/// `I1123 16:19:05.123456       1 volume.rs:42] "message" key="value"`, in UTC. The column after
-/// the time is the process id, as in klog.
+/// Formats a line in klog's form: `I1123 16:19:05.123456       1 volume.rs:42] "message" key="value"`.
+/// The time is in UTC, and the process id follows it.
 fn klog_line(now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) -> String {
     let severity = match *metadata.level() {
         Level::ERROR => 'E',
@@ -215,7 +214,7 @@ fn klog_line(now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) -> String
         fields.message,
     );
     for (name, value) in &fields.named {
-        // Writing to a String does not fail.
+        // Writing to a String cannot fail.
         let _ = match value {
             Value::String(text) => write!(line, " {name}={text:?}"),
             other => write!(line, " {name}={other}"),
@@ -225,7 +224,7 @@ fn klog_line(now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) -> String
     line
 }
 
-/// One JSON object: `ts`, `level`, `caller`, `msg`, then the fields.
+/// Formats a line as one JSON object: `ts`, `level`, `caller`, `msg`, then the fields.
 fn json_line(now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) -> String {
     let head = [
         (
@@ -246,12 +245,12 @@ fn json_line(now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) -> String
         .map(|(name, value)| (name, value));
     match serde_json::Serializer::new(&mut line).collect_map(members) {
         Ok(()) => String::from_utf8_lossy(&line).into_owned() + "\n",
-        // Keys and values are plain JSON values, so this does not happen; if it does, say so.
+        // Keys and values are plain JSON values, so that this is not expected.
         Err(error) => format!("{{\"level\":\"error\",\"msg\":{:?}}}\n", error.to_string()),
     }
 }
 
-/// The file, without its directories, and the line that wrote the event.
+/// Returns the file, without its directories, and the line that wrote the event.
 fn source(metadata: &Metadata<'_>) -> String {
     let file = metadata.file().and_then(|path| path.rsplit('/').next());
     format!(
@@ -269,7 +268,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
     use tracing::{debug, error, info, info_span, trace, warn};
 
-    /// Runs `body` under the subscriber that `flags` ask for and returns its lines.
+    /// Runs `body` with the subscriber for `flags`, and returns the lines that it logs.
     fn logged(flags: &[&str], body: impl FnOnce()) -> Vec<String> {
         #[derive(Clone, Default)]
         struct Page(Arc<Mutex<Vec<u8>>>);
@@ -293,8 +292,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
-        /// However long values are, and of whichever kind, a line has an end; and what is short
-        /// enough is all there.
+        /// A line is bounded for values of any length and kind, and short values are complete.
         #[test]
         fn every_value_of_a_line_is_bounded(
             piece in ".{1,12}",

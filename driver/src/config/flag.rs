@@ -1,20 +1,20 @@
-//! The table of flags: what each is called, its default, what it sets, and what the help says.
+//! The table of flags: the name of each, its default, what it sets, and its help text.
 
 use std::{fmt::Write as _, time::Duration};
 
 use super::value::{
-    absolute, address, check, count, driver_name, one_of, prometheus, put, size, verbosity,
+    absolute, address, check, count, driver_name, prometheus, put, size, verbosity,
 };
 use super::{Config, Exit, wrong};
 
 /// One flag of the command line.
 pub(super) struct Flag {
     pub(super) name: &'static str,
-    /// What stands for the value in the help; empty for a switch.
+    /// The placeholder of the value in the help. Empty for a switch.
     pub(super) value: &'static str,
     pub(super) default: &'static str,
     help: &'static str,
-    /// Accepted so that existing manifests start, without an effect so far.
+    /// Whether the flag has no effect so far, and is accepted for the sake of existing manifests.
     pub(super) pending: bool,
     pub(super) set: fn(&mut Config, &str) -> Result<(), String>,
 }
@@ -24,13 +24,13 @@ impl Flag {
         self.value.is_empty()
     }
 
-    /// Whether Go accepts less than nothing where it makes no sense.
+    /// Returns whether Go accepts a negative value although it makes no sense.
     pub(super) fn is_signed(&self) -> bool {
         matches!(self.value, "DURATION" | "LEVEL")
     }
 }
 
-/// A flag with an effect.
+/// Builds a flag with an effect.
 macro_rules! flag {
     ($name:literal $value:literal = $default:literal, $help:literal, $set:expr) => {
         Flag {
@@ -44,7 +44,7 @@ macro_rules! flag {
     };
 }
 
-/// A flag without an effect so far. Its value is checked all the same.
+/// Builds a flag without an effect so far. Its value is checked all the same.
 macro_rules! pending {
     ($name:literal $value:literal = $default:literal, $help:literal, $set:expr) => {
         Flag { pending: true, ..flag!($name $value = $default, $help, $set) }
@@ -117,7 +117,7 @@ pub(super) const FLAGS: &[Flag] = &[
         |c, v| put(&mut c.min_rotation_poll_interval, v)),
     flag!("republish-errors" "MODE" = "mask",
         "What kubelet is told when a refresh fails: mask (success; an event on the pod reports the failure) or surface (the error). The volume keeps its content either way.",
-        |c, v| { c.surface_republish_errors = one_of(v, ["mask", "surface"])? == 1; Ok(()) }),
+        |c, v| put(&mut c.republish_errors, v)),
     flag!("rotation-backoff" "DURATION" = "10s",
         "Wait before a failed refresh is tried again. It doubles with each further failure.",
         |c, v| put(&mut c.rotation_backoff, v)),
@@ -127,7 +127,7 @@ pub(super) const FLAGS: &[Flag] = &[
 
     flag!("sync-errors" "MODE" = "report",
         "What happens when a Secret of secretObjects cannot be written: report (the pod starts, an event reports the failure, and the driver tries again) or fail (the pod waits).",
-        |c, v| { c.sync_errors_fail = one_of(v, ["report", "fail"])? == 1; Ok(()) }),
+        |c, v| put(&mut c.sync_errors, v)),
     flag!("sync-interval" "DURATION" = "45s",
         "How often the driver checks whether somebody changed a synced Secret or the class of a volume; at least 1s.",
         |c, v| { put(&mut c.sync_interval, v)?; c.sync_interval = c.sync_interval.max(Duration::from_secs(1)); Ok(()) }),
@@ -160,6 +160,7 @@ pub(super) const FLAGS: &[Flag] = &[
     flag!("version" "" = "false", "Print the version as one line of JSON, and exit.", |c, v| put(&mut c.print_version, v)),
 ];
 
+/// Returns the flag with this name. The error for an unknown name suggests a similar one.
 pub(super) fn find(name: &str) -> Result<&'static Flag, Exit> {
     FLAGS.iter().find(|flag| flag.name == name).ok_or_else(|| {
         let nearest = FLAGS
@@ -174,7 +175,8 @@ pub(super) fn find(name: &str) -> Result<&'static Flag, Exit> {
     })
 }
 
-/// How many characters to insert, remove or replace to turn one name into the other.
+/// Returns how many characters must be inserted, removed or replaced to turn one name into the
+/// other.
 fn distance(from: &str, to: &str) -> usize {
     let to: Vec<char> = to.chars().collect();
     let mut row: Vec<usize> = (0..=to.len()).collect();
@@ -190,6 +192,7 @@ fn distance(from: &str, to: &str) -> usize {
     row.last().copied().unwrap_or_default()
 }
 
+/// Renders the text of `--help`.
 pub(super) fn help() -> String {
     let mut text = String::from("Usage: secrets-store-csi [flags]\n");
     for flag in FLAGS {
@@ -207,7 +210,7 @@ pub(super) fn help() -> String {
         } else {
             ""
         };
-        // Writing to a String does not fail.
+        // Writing to a String cannot fail.
         let _ = write!(
             text,
             "\n  --{}{value}{default}\n      {}{pending}",

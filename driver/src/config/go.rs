@@ -1,8 +1,8 @@
-//! How Go reads the values of flags: installed manifests and charts rely on it.
+//! Reads values of flags as Go does, because installed manifests and charts rely on it.
 //!
-//! `driver/tests/go_syntax.json` holds what Go itself makes of each of many spellings.
+//! `driver/tests/go_syntax.json` has many spellings with the values that Go itself reads.
 
-/// The spellings of `strconv.ParseBool`.
+/// Reads the spellings of `strconv.ParseBool`.
 pub(super) fn switch(text: &str) -> Option<bool> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
@@ -11,15 +11,15 @@ pub(super) fn switch(text: &str) -> Option<bool> {
     }
 }
 
-/// `strconv.ParseInt` with base 0: a sign, a prefix 0x, 0o, 0b or 0, and underscores between
-/// digits.
+/// Reads an integer as `strconv.ParseInt` with base 0: a sign, a prefix 0x, 0o, 0b or 0, and
+/// underscores between digits.
 pub(super) fn integer(text: &str) -> Option<i64> {
     let (negative, digits) = sign(text);
     let number = i128::from(unsigned(digits)?);
     i64::try_from(if negative { -number } else { number }).ok()
 }
 
-/// `strconv.ParseUint` with base 0: as [`integer`], without a sign.
+/// Reads an integer as `strconv.ParseUint` with base 0: as [`integer`], without a sign.
 pub(super) fn unsigned(text: &str) -> Option<u64> {
     let prefix = text.get(..2).filter(|_| text.len() > 2).unwrap_or_default();
     let (radix, digits) = match prefix {
@@ -45,16 +45,17 @@ fn underscores_are_between_digits(text: &str) -> bool {
     starts_well && !digits.ends_with('_') && !digits.contains("__")
 }
 
-/// klog's verbosity: `strconv.ParseInt` with base 10, in 32 bits.
+/// Reads a verbosity as klog does: `strconv.ParseInt` with base 10, in 32 bits.
 pub(super) fn level(text: &str) -> Option<i32> {
     let (_, digits) = sign(text);
     let plain = digits.bytes().all(|b| b.is_ascii_digit());
     if plain { text.parse().ok() } else { None }
 }
 
-/// `time.ParseDuration`, in nanoseconds: numbers with units, such as `1h30m` or `-1.5s`.
+/// Reads a duration as `time.ParseDuration`, in nanoseconds: numbers with units, such as `1h30m` or
+/// `-1.5s`.
 pub(super) fn duration(text: &str) -> Option<i64> {
-    /// Go counts without a sign up to this, so that the least duration can be written.
+    /// The largest magnitude in Go, which is that of the least duration.
     const MOST: u64 = 1 << 63;
     let (negative, mut rest) = sign(text);
     if rest.is_empty() {
@@ -88,7 +89,7 @@ pub(super) fn duration(text: &str) -> Option<i64> {
         let term = whole.checked_mul(unit)?.checked_add(part(fraction, unit))?;
         total = total.checked_add(term).filter(|total| *total <= MOST)?;
         rest = after;
-        // A number without a unit is a duration only alone.
+        // A zero without a unit is a duration only when it stands alone.
         if rest == "0" {
             return None;
         }
@@ -97,7 +98,7 @@ pub(super) fn duration(text: &str) -> Option<i64> {
     i64::try_from(if negative { -total } else { total }).ok()
 }
 
-/// What the digits after the point are worth, computed as Go does, in floating point.
+/// Returns the value of the digits after the point, computed as Go does, in floating point.
 fn part(fraction: &str, unit: u64) -> u64 {
     let (mut value, mut scale) = (0_u64, 1_f64);
     for digit in fraction.bytes() {
@@ -130,7 +131,7 @@ mod tests {
     use super::super::Config;
     use serde_json::{Value, json};
 
-    /// What Go makes of many spellings; null where it refuses them.
+    /// Returns many spellings with the value that Go reads, or null if it refuses them.
     fn table(name: &str) -> Vec<(Value, Value)> {
         let table = include_str!("../../tests/go_syntax.json");
         let table: Value = serde_json::from_str(table).unwrap();
@@ -149,7 +150,10 @@ mod tests {
             })
             .filter(|(_, expected, ours)| expected != ours)
             .collect();
-        assert!(wrong.is_empty(), "{name}, Go's, ours: {wrong:#?}");
+        assert!(
+            wrong.is_empty(),
+            "{name}: text, Go's value, ours: {wrong:#?}"
+        );
     }
 
     #[test]
@@ -175,7 +179,7 @@ mod tests {
                     Value::Null
                 }
                 Ok(config) => {
-                    // Where less than nothing makes no sense, it counts as nothing.
+                    // A negative value that makes no sense counts as zero.
                     let at_least_zero = |value: &Value| value.as_i64().unwrap().max(0);
                     assert_eq!(
                         i64::from(config.verbosity),
@@ -203,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn less_than_nothing_is_reported() {
+    fn a_value_below_zero_is_reported() {
         let parse = |line: &str| Config::parse(line.split(' ').map(Into::into)).unwrap();
         let config = parse("-v=-1 --rotation-poll-interval=-1s --nodeid=-a --sync-interval=0");
         assert_eq!(config.below_zero(), ["v", "rotation-poll-interval"]);

@@ -1,50 +1,44 @@
-//! Values of flags: how each type is read from the text after the `=`.
+//! Reads the value of a flag, of each type, from the text after the `=`.
 //!
-//! Durations, numbers and switches are spelled as Go spells them. Every error is the end of a
-//! sentence that starts with "invalid value for --flag: ".
+//! Durations, numbers and switches are spelled as in Go. Every error is the end of a sentence that
+//! starts with "invalid value for --flag: ".
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Endpoint, go};
+use super::{Endpoint, RepublishErrors, SyncErrors, go};
 
-/// The place of a word among those that are allowed.
-pub(super) fn one_of<const N: usize>(text: &str, words: [&str; N]) -> Result<usize, String> {
-    words
-        .iter()
-        .position(|word| *word == text)
-        .ok_or_else(|| format!("write {}", words.join(" or ")))
-}
-
-/// A type that a flag's value is read as.
-pub(super) trait Value: Sized {
+/// A type of the value of a flag.
+pub(super) trait FlagValue: Sized {
     fn read(text: &str) -> Result<Self, String>;
 }
 
-pub(super) fn put<T: Value>(place: &mut T, text: &str) -> Result<(), String> {
-    *place = T::read(text)?;
+/// Reads a value into a setting.
+pub(super) fn put<T: FlagValue>(setting: &mut T, text: &str) -> Result<(), String> {
+    *setting = T::read(text)?;
     Ok(())
 }
 
-pub(super) fn check<T: Value>(text: &str) -> Result<(), String> {
+/// Checks the value of a flag that has no effect.
+pub(super) fn check<T: FlagValue>(text: &str) -> Result<(), String> {
     T::read(text).map(drop)
 }
 
-impl Value for String {
+impl FlagValue for String {
     fn read(text: &str) -> Result<Self, String> {
         Ok(text.to_owned())
     }
 }
 
-impl Value for PathBuf {
+impl FlagValue for PathBuf {
     fn read(text: &str) -> Result<Self, String> {
         Ok(text.into())
     }
 }
 
-/// Empty means absent.
-impl Value for Option<PathBuf> {
+/// An empty text is `None`.
+impl FlagValue for Option<PathBuf> {
     fn read(text: &str) -> Result<Self, String> {
         Ok(Some(text)
             .filter(|text| !text.is_empty())
@@ -52,8 +46,8 @@ impl Value for Option<PathBuf> {
     }
 }
 
-/// A list separated by commas; empty entries do not count.
-impl Value for Vec<PathBuf> {
+/// A list that is separated by commas. Empty entries do not count.
+impl FlagValue for Vec<PathBuf> {
     fn read(text: &str) -> Result<Self, String> {
         Ok(text
             .split(',')
@@ -64,26 +58,26 @@ impl Value for Vec<PathBuf> {
     }
 }
 
-impl Value for bool {
+impl FlagValue for bool {
     fn read(text: &str) -> Result<Self, String> {
         go::switch(text).ok_or_else(|| "write true or false".to_owned())
     }
 }
 
-impl Value for i64 {
+impl FlagValue for i64 {
     fn read(text: &str) -> Result<Self, String> {
         go::integer(text).ok_or_else(|| "write a number".to_owned())
     }
 }
 
-impl Value for u64 {
+impl FlagValue for u64 {
     fn read(text: &str) -> Result<Self, String> {
         go::unsigned(text).ok_or_else(|| "write a number, zero or more".to_owned())
     }
 }
 
-/// Less than nothing counts as nothing.
-impl Value for Duration {
+/// A negative duration counts as zero.
+impl FlagValue for Duration {
     fn read(text: &str) -> Result<Self, String> {
         let nanoseconds = go::duration(text)
             .ok_or_else(|| "write a duration such as 30s, 2m or 1h30m".to_owned())?;
@@ -93,13 +87,33 @@ impl Value for Duration {
     }
 }
 
-/// How much is logged. Less than nothing counts as nothing.
+/// Reads the verbosity of the log. A negative number counts as zero.
 pub(super) fn verbosity(text: &str) -> Result<u32, String> {
     let level = go::level(text).ok_or_else(|| "write a number".to_owned())?;
     Ok(u32::try_from(level).unwrap_or(0))
 }
 
-impl Value for Endpoint {
+impl FlagValue for RepublishErrors {
+    fn read(text: &str) -> Result<Self, String> {
+        match text {
+            "mask" => Ok(Self::Mask),
+            "surface" => Ok(Self::Surface),
+            _ => Err("write mask or surface".to_owned()),
+        }
+    }
+}
+
+impl FlagValue for SyncErrors {
+    fn read(text: &str) -> Result<Self, String> {
+        match text {
+            "report" => Ok(Self::Report),
+            "fail" => Ok(Self::Fail),
+            _ => Err("write report or fail".to_owned()),
+        }
+    }
+}
+
+impl FlagValue for Endpoint {
     fn read(text: &str) -> Result<Self, String> {
         let (scheme, rest) = text
             .split_once("://")
@@ -118,7 +132,7 @@ impl Value for Endpoint {
     }
 }
 
-/// An address to serve HTTP at; empty and `0` mean not at all.
+/// Reads the address of an HTTP server. An empty text and `0` mean that nothing is served.
 pub(super) fn address(text: &str) -> Result<Option<SocketAddr>, String> {
     if text.is_empty() || text == "0" {
         Ok(None)
@@ -127,7 +141,7 @@ pub(super) fn address(text: &str) -> Result<Option<SocketAddr>, String> {
     }
 }
 
-/// `HOST:PORT` where an empty host means all addresses, which is what Go makes of it.
+/// Reads `HOST:PORT`. An empty host means all addresses, as in Go.
 fn listening_address(text: &str) -> Result<SocketAddr, String> {
     let (host, port) = text.rsplit_once(':').ok_or("write HOST:PORT or :PORT")?;
     let port: u16 = port
@@ -148,6 +162,7 @@ fn listening_address(text: &str) -> Result<SocketAddr, String> {
     Ok(SocketAddr::new(host, port))
 }
 
+/// Accepts the only metrics backend that there is.
 pub(super) fn prometheus(text: &str) -> Result<(), String> {
     if text.eq_ignore_ascii_case("prometheus") {
         Ok(())
@@ -156,7 +171,8 @@ pub(super) fn prometheus(text: &str) -> Result<(), String> {
     }
 }
 
-/// The form that CSI gives to `GetPluginInfoResponse.name`. The name becomes part of a file name.
+/// Reads a name in the form that CSI requires of `GetPluginInfoResponse.name`. The name becomes
+/// part of a file name.
 pub(super) fn driver_name(text: &str) -> Result<String, String> {
     let plain = |c: char| c.is_ascii_alphanumeric();
     let valid = text.len() <= 63
@@ -173,6 +189,7 @@ pub(super) fn driver_name(text: &str) -> Result<String, String> {
     }
 }
 
+/// Reads an absolute path.
 pub(super) fn absolute(text: &str) -> Result<PathBuf, String> {
     if text.starts_with('/') {
         Ok(text.into())
@@ -181,17 +198,17 @@ pub(super) fn absolute(text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// A number of bytes.
+/// Reads a number of bytes.
 pub(super) fn size(text: &str) -> Result<usize, String> {
     number(text, "the size must be at least 1")
 }
 
-/// How many calls may be in flight.
+/// Reads a number of calls.
 pub(super) fn count(text: &str) -> Result<usize, String> {
     number(text, "the number must be at least 1")
 }
 
-/// A number from 1 to what 32 bits hold, whatever this machine's words are.
+/// Reads a number from 1 to the largest of 32 bits, on every machine.
 fn number(text: &str, too_small: &str) -> Result<usize, String> {
     match i64::read(text)? {
         ..=0 => Err(too_small.to_owned()),

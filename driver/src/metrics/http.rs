@@ -1,4 +1,4 @@
-//! `/metrics` and `/healthz`, each on an address of its own.
+//! Serves `/metrics` and `/healthz`, each on its own address.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -11,18 +11,18 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport;
 
-use super::{Metrics, doors};
+use super::{Metrics, server};
 use crate::config::Endpoint;
 
-/// What dialling our own CSI socket and an answer to `Probe` may take together. kubelet gives
-/// up on `/healthz` after ten seconds.
+/// The time that connecting to the CSI socket and the answer to `Probe` may take together. kubelet
+/// gives up on `/healthz` after ten seconds.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Opens a listening socket for [`serve`] or [`serve_health`]. All addresses means IPv6 and IPv4,
-/// and IPv4 only where the kernel has no IPv6.
+/// Opens a listening socket for [`serve`] or [`serve_health`]. The unspecified IPv6 address means
+/// IPv6 and IPv4, and IPv4 alone if the kernel has no IPv6.
 ///
 /// # Errors
-/// If the address is taken or not ours.
+/// Fails if the address is in use, or is not an address of this machine.
 pub async fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
     match TcpListener::bind(addr).await {
         Err(error)
@@ -38,7 +38,7 @@ pub async fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
 /// Serves `/metrics` until `stop`.
 ///
 /// # Errors
-/// If the listener breaks.
+/// Fails if the listener ends.
 pub async fn serve(
     listener: TcpListener,
     metrics: Metrics,
@@ -46,17 +46,17 @@ pub async fn serve(
 ) -> io::Result<()> {
     const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     let page = move || {
-        let page = doors::text(StatusCode::OK, OPENMETRICS, metrics.render());
+        let page = server::text(StatusCode::OK, OPENMETRICS, metrics.render());
         std::future::ready(page)
     };
-    doors::serve(listener, "/metrics", page, stop).await
+    server::serve(listener, "/metrics", page, stop).await
 }
 
-/// Serves `/healthz` until `stop`, as the livenessprobe sidecar does: each request makes a new
-/// connection to our own CSI endpoint and asks `Probe`.
+/// Serves `/healthz` until `stop`, as the livenessprobe sidecar does: each request opens a new
+/// connection to the driver's CSI endpoint and calls `Probe`.
 ///
 /// # Errors
-/// If the listener breaks.
+/// Fails if the listener ends.
 pub async fn serve_health(
     listener: TcpListener,
     csi: Endpoint,
@@ -66,19 +66,19 @@ pub async fn serve_health(
         let csi = csi.clone();
         async move {
             match probe(&csi).await {
-                Ok(()) => doors::text(StatusCode::OK, doors::PLAIN, "ok".to_owned()),
+                Ok(()) => server::text(StatusCode::OK, server::PLAIN, "ok".to_owned()),
                 Err(reason) => {
                     tracing::warn!(%reason, "not healthy");
-                    doors::text(StatusCode::INTERNAL_SERVER_ERROR, doors::PLAIN, reason)
+                    server::text(StatusCode::INTERNAL_SERVER_ERROR, server::PLAIN, reason)
                 }
             }
         }
     };
-    doors::serve(listener, "/healthz", page, stop).await
+    server::serve(listener, "/healthz", page, stop).await
 }
 
-/// Asks our own CSI endpoint whether it is ready, from the outside. An absent answer to the
-/// question counts as yes, which is what CSI says about `ProbeResponse.ready`.
+/// Calls `Probe` at the driver's CSI endpoint. An absent `ProbeResponse.ready` means ready, as the
+/// CSI specification says.
 async fn probe(csi: &Endpoint) -> Result<(), String> {
     let uri = match csi {
         Endpoint::Unix(path) => format!("unix://{}", path.display()),
@@ -113,7 +113,7 @@ async fn probe(csi: &Endpoint) -> Result<(), String> {
     }
 }
 
-/// An error and its causes in one line; tonic's own text is only "transport error".
+/// Returns an error and its causes in one line. tonic's own text is only "transport error".
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -138,7 +138,7 @@ mod tests {
     use tokio_stream::wrappers::UnixListenerStream;
     use tonic::{Request, Response, Status};
 
-    /// Status line and whole text of an answer.
+    /// Returns the status and the whole text of an answer.
     async fn http_get(addr: SocketAddr, path: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(addr).await.unwrap();
         let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");

@@ -1,27 +1,39 @@
-//! Label values that come from outside: names of providers and their error codes.
+//! The labels of series, and the values that come from outside: names of providers and their error
+//! codes.
 //!
-//! Anybody who may write a SecretProviderClass may name any provider, and a provider may answer
-//! with any code. So a provider's name is a value only once its socket was seen, and each provider
-//! has a bounded number of codes. Whatever else comes counts as [`OTHER`].
+//! Anybody who may write a SecretProviderClass can name any provider, and a provider can answer
+//! with any code. A name therefore becomes a label value only once a socket of that provider was
+//! found, and each provider has a bounded number of codes. All others are counted as [`OTHER`].
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// Stands for values that are not admitted.
+/// The name and the value of a label.
+pub(super) type Label = (&'static str, Cow<'static, str>);
+/// The labels of one series, in the order in which the page shows them.
+pub(super) type LabelSet = Vec<Label>;
+
+/// The operating system, in Go's spelling.
+pub(super) const OS_TYPE: Label = ("os_type", Cow::Borrowed("linux"));
+/// The value that stands for all values that are not admitted.
 pub(super) const OTHER: &str = "other";
-/// How many providers are values at a time, and how many there can have been.
+/// The `error_type` of a failure for which no reason was given.
+pub(super) const FAILED_TO_MOUNT: &str = "FailedToMount";
+
+/// The number of providers that are admitted at a time, and in the life of the process.
 const MOST_PROVIDERS: usize = 100;
 const MOST_PROVIDERS_EVER: usize = 1000;
-/// How many error codes of one provider are values.
+/// The number of error codes that are admitted for one provider.
 const MOST_CODES: usize = 20;
-/// How many characters of a value are kept.
+/// The number of characters of a value that are kept.
 const LONGEST_VALUE: usize = 64;
 
-/// What the driver itself says of failures; never crowded out by a provider's codes.
+/// The error types of the driver itself. The codes of providers never displace them.
 const OWN_ERRORS: [&str; 7] = [
-    super::FAILED_TO_MOUNT,
+    FAILED_TO_MOUNT,
     "SecretProviderClassNotFound",
     "FailedToEnsureMountPoint",
     "GRPCProviderError",
@@ -36,15 +48,15 @@ pub(super) struct Labels(Mutex<Admitted>);
 
 #[derive(Default)]
 struct Admitted {
-    /// The providers that were seen, and the codes of each.
+    /// The admitted providers with the admitted codes of each.
     providers: BTreeMap<String, BTreeSet<String>>,
-    /// How many providers have been admitted since the start.
+    /// The number of providers that have been admitted since the start.
     ever: usize,
 }
 
 impl Labels {
-    /// A provider was seen. When there are too many, those that are not `still_there` give their
-    /// places back.
+    /// Admits a provider. If too many are admitted already, removes those that are not
+    /// `still_there` first.
     pub(super) fn seen(&self, provider: &str, still_there: impl Fn(&str) -> bool) {
         let value = clean(provider);
         let mut admitted = self.lock();
@@ -60,42 +72,42 @@ impl Labels {
         }
     }
 
-    /// The value for a provider's name. No name has the empty value, as with the existing driver.
-    pub(super) fn provider(&self, name: &str) -> String {
+    /// Returns the label of a provider. An empty name keeps the empty value, as with the existing
+    /// driver.
+    pub(super) fn provider(&self, name: &str) -> Label {
         let value = clean(name);
-        match value.is_empty() || self.lock().providers.contains_key(&value) {
-            true => value,
-            false => OTHER.to_owned(),
-        }
+        let admitted = value.is_empty() || self.lock().providers.contains_key(&value);
+        let value = if admitted { value.into() } else { OTHER.into() };
+        ("provider", value)
     }
 
-    /// The value for an error: the driver's own, or a code of `provider`.
-    pub(super) fn error_type(&self, provider: &str, error: &str) -> String {
+    /// Returns the label of an error: the driver's own, or a code of `provider`.
+    pub(super) fn error_type(&self, provider: &str, error: &str) -> Label {
         let value = clean(error);
-        if OWN_ERRORS.contains(&value.as_str()) {
-            return value;
-        }
+        let admitted = OWN_ERRORS.contains(&value.as_str()) || self.admits_code(provider, &value);
+        let value = if admitted { value.into() } else { OTHER.into() };
+        ("error_type", value)
+    }
+
+    /// Returns whether `code` is admitted for a provider, and admits it if there is room.
+    fn admits_code(&self, provider: &str, code: &str) -> bool {
         let mut admitted = self.lock();
         let Some(codes) = admitted.providers.get_mut(&clean(provider)) else {
-            return OTHER.to_owned();
+            return false;
         };
-        if codes.contains(&value) {
-            return value;
+        if codes.contains(code) {
+            return true;
         }
-        if codes.len() >= MOST_CODES {
-            return OTHER.to_owned();
-        }
-        codes.insert(value.clone());
-        value
+        codes.len() < MOST_CODES && codes.insert(code.to_owned())
     }
 
     fn lock(&self) -> MutexGuard<'_, Admitted> {
-        // The sets are whole whoever panicked while holding them.
+        // A panic elsewhere leaves the sets whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What is left of a value in the length and the alphabet of a label.
+/// Shortens a value and replaces the characters that labels may not have.
 fn clean(raw: &str) -> String {
     let allowed = |c: char| {
         if c.is_ascii_alphanumeric() || "-._".contains(c) {
@@ -116,13 +128,13 @@ mod tests {
     fn names_that_have_no_socket_use_nothing_up() {
         let labels = Labels::default();
         for bogus in 0..200 {
-            assert_eq!(labels.provider(&format!("bogus-{bogus}")), OTHER);
+            assert_eq!(labels.provider(&format!("bogus-{bogus}")).1, OTHER);
             let code = labels.error_type(&format!("bogus-{bogus}"), "ItsCode");
-            assert_eq!(code, OTHER);
+            assert_eq!(code.1, OTHER);
         }
         labels.seen("vault", |_| true);
-        assert_eq!(labels.provider("vault"), "vault");
-        assert_eq!(labels.provider(""), "");
+        assert_eq!(labels.provider("vault").1, "vault");
+        assert_eq!(labels.provider("").1, "");
     }
 
     #[test]
@@ -131,12 +143,12 @@ mod tests {
         for name in 0..MOST_PROVIDERS + 5 {
             labels.seen(&format!("p{name}"), |_| true);
         }
-        assert_eq!(labels.provider("p0"), "p0");
-        assert_eq!(labels.provider("p102"), OTHER);
+        assert_eq!(labels.provider("p0").1, "p0");
+        assert_eq!(labels.provider("p102").1, OTHER);
         labels.seen("vault", |name| name == "p0");
-        assert_eq!(labels.provider("vault"), "vault");
+        assert_eq!(labels.provider("vault").1, "vault");
         assert_eq!(
-            (labels.provider("p0"), labels.provider("p1")),
+            (labels.provider("p0").1, labels.provider("p1").1),
             ("p0".into(), OTHER.into())
         );
         for name in 0..MOST_PROVIDERS_EVER * 2 {
@@ -153,17 +165,17 @@ mod tests {
         for code in 0..1000 {
             labels.error_type("noisy", &format!("code-{code}"));
         }
-        assert_eq!(labels.error_type("noisy", "code-0"), "code-0");
-        assert_eq!(labels.error_type("noisy", "code-999"), OTHER);
-        assert_eq!(labels.error_type("vault", "Sealed"), "Sealed");
+        assert_eq!(labels.error_type("noisy", "code-0").1, "code-0");
+        assert_eq!(labels.error_type("noisy", "code-999").1, OTHER);
+        assert_eq!(labels.error_type("vault", "Sealed").1, "Sealed");
         for own in OWN_ERRORS {
-            assert_eq!(labels.error_type("noisy", own), own);
-            assert_eq!(labels.error_type("bogus", own), own);
+            assert_eq!(labels.error_type("noisy", own).1, own);
+            assert_eq!(labels.error_type("bogus", own).1, own);
         }
     }
 
     proptest! {
-        /// Whatever comes, a value is short, of a label's alphabet, and one of a bounded number.
+        /// Values are short, in the alphabet of labels, and bounded in number, for any input.
         #[test]
         fn values_are_bounded(
             seen in proptest::collection::vec(".{0,80}", 0..150),
@@ -176,7 +188,7 @@ mod tests {
             let (mut names, mut codes) = (BTreeSet::new(), BTreeSet::new());
             for (at, (name, code)) in said.iter().enumerate() {
                 let name = seen.get(at).unwrap_or(name);
-                for value in [labels.provider(name), labels.error_type(name, code)] {
+                for (_, value) in [labels.provider(name), labels.error_type(name, code)] {
                     prop_assert!(value.len() <= LONGEST_VALUE);
                     prop_assert!(value.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c)));
                 }

@@ -1,52 +1,48 @@
-//! What mounted content takes of the memory of this node.
+//! Shows how much of the node's memory mounted content takes.
 
 use prometheus_client::{
-    encoding::EncodeLabelSet,
     metrics::{family::Family, gauge::Gauge},
     registry::Registry,
 };
 
-use super::{Metrics, OS_TYPE};
+use super::{
+    Metrics,
+    labels::{LabelSet, OS_TYPE},
+};
 
 pub(super) struct Series {
-    mounted: Family<Os, Gauge>,
-    room: Family<Os, Gauge>,
-    limit: Family<Os, Gauge>,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Os {
-    os_type: &'static str,
+    mounted: Family<LabelSet, Gauge>,
+    room: Family<LabelSet, Gauge>,
+    limit: Family<LabelSet, Gauge>,
 }
 
 impl Series {
     pub(super) fn register(registry: &mut Registry) -> Self {
-        let series = Self {
-            mounted: Family::default(),
-            room: Family::default(),
-            limit: Family::default(),
+        let mut gauge = |name, help| {
+            let family = Family::<LabelSet, Gauge>::default();
+            registry.register(name, help, family.clone());
+            family
         };
-        registry.register(
-            "secrets_store_mounted_bytes",
-            "Memory that the content of all mounted volumes takes",
-            series.mounted.clone(),
-        );
-        registry.register(
-            "secrets_store_mounted_bytes_room",
-            "Memory that content which the driver writes may take",
-            series.room.clone(),
-        );
-        registry.register(
-            "secrets_store_memory_limit_bytes",
-            "The driver's memory limit, or half of the machine's memory where it has none",
-            series.limit.clone(),
-        );
-        series
+        Self {
+            mounted: gauge(
+                "secrets_store_mounted_bytes",
+                "Memory that the content of all mounted volumes takes",
+            ),
+            room: gauge(
+                "secrets_store_mounted_bytes_room",
+                "Memory that content which the driver writes may take",
+            ),
+            limit: gauge(
+                "secrets_store_memory_limit_bytes",
+                "The driver's memory limit, or half of the machine's memory if it has none",
+            ),
+        }
     }
 }
 
 impl Metrics {
-    /// Says what all mounted volumes hold, what they may hold, and the limit of it, in bytes.
+    /// Sets the gauges: what all mounted volumes hold, what they may hold, and the memory limit, in
+    /// bytes.
     pub fn memory(&self, mounted: u64, room: u64, limit: u64) {
         let series = &self.0.memory;
         let values = [
@@ -55,7 +51,7 @@ impl Metrics {
             (&series.limit, limit),
         ];
         for (gauge, bytes) in values {
-            let gauge = gauge.get_or_create(&Os { os_type: OS_TYPE });
+            let gauge = gauge.get_or_create(&vec![OS_TYPE]);
             gauge.set(i64::try_from(bytes).unwrap_or(i64::MAX));
         }
     }

@@ -1,16 +1,18 @@
-//! What is counted of the calls to providers.
+//! Counts the calls to providers.
 
 use std::time::Instant;
 
-use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::metrics::family::{Family, MetricConstructor};
-use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::{
+    metrics::{family::Family, gauge::Gauge, histogram::Histogram},
+    registry::{Registry, Unit},
+};
 
-use super::Metrics;
+use super::{
+    Metrics,
+    labels::{Label, LabelSet},
+};
 
-/// Upper bounds of the buckets in seconds: from a provider that has its answer in memory to one
+/// The upper bounds of the buckets in seconds: from a provider that has its answer in memory to one
 /// that uses up kubelet's deadline.
 const BOUNDS: [f64; 14] = [
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
@@ -19,57 +21,37 @@ const BOUNDS: [f64; 14] = [
 /// The outcome of a call that its caller gave up.
 const CANCELLED: &str = "CANCELLED";
 
-/// The series of provider calls.
-pub(super) struct ProviderCalls {
-    duration: Family<Ended, Histogram, Buckets>,
-    in_flight: Family<Of, Gauge>,
-    waiting: Family<Of, Gauge>,
+/// The series of calls to providers.
+pub(super) struct Series {
+    duration: Family<LabelSet, Histogram, fn() -> Histogram>,
+    in_flight: Family<LabelSet, Gauge>,
+    waiting: Family<LabelSet, Gauge>,
 }
 
-#[derive(Clone)]
-struct Buckets;
-
-impl MetricConstructor<Histogram> for Buckets {
-    fn new_metric(&self) -> Histogram {
-        Histogram::new(BOUNDS)
-    }
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Ended {
-    provider: String,
-    outcome: &'static str,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Of {
-    provider: String,
-}
-
-impl ProviderCalls {
+impl Series {
     pub(super) fn register(registry: &mut Registry) -> Self {
-        let calls = Self {
-            duration: Family::new_with_constructor(Buckets),
+        let series = Self {
+            duration: Family::new_with_constructor(|| Histogram::new(BOUNDS)),
             in_flight: Family::default(),
             waiting: Family::default(),
         };
         registry.register_with_unit(
             "secrets_store_provider_call_duration",
-            "How long calls to providers took, the wait for their turn not included",
+            "Time that calls to providers took, without the wait for their turn",
             Unit::Seconds,
-            calls.duration.clone(),
+            series.duration.clone(),
         );
         registry.register(
             "secrets_store_provider_calls_in_flight",
             "Calls that a provider has not answered yet",
-            calls.in_flight.clone(),
+            series.in_flight.clone(),
         );
         registry.register(
             "secrets_store_provider_calls_waiting",
             "Calls that wait because the provider has as many as it may have",
-            calls.waiting.clone(),
+            series.waiting.clone(),
         );
-        calls
+        series
     }
 }
 
@@ -77,15 +59,13 @@ impl Metrics {
     /// Starts to count one call, which waits for its turn.
     pub fn provider_call(&self, provider: &str) -> CallGuard {
         let provider = self.0.labels.provider(provider);
-        let calls = &self.0.provider_calls;
-        let of = Of {
-            provider: provider.clone(),
-        };
-        let now = calls.waiting.get_or_create_owned(&of);
+        let series = &self.0.provider_calls;
+        let labels = vec![provider.clone()];
+        let now = series.waiting.get_or_create_owned(&labels);
         now.inc();
         CallGuard {
             metrics: self.clone(),
-            in_flight: calls.in_flight.get_or_create_owned(&of),
+            in_flight: series.in_flight.get_or_create_owned(&labels),
             now,
             provider,
             started: None,
@@ -93,13 +73,13 @@ impl Metrics {
     }
 }
 
-/// Counts one call to a provider: as given up when dropped without a word. One that never was
-/// sent has no duration.
+/// Counts one call to a provider. Counts it as given up when it is dropped without an outcome. A
+/// call that was never sent has no duration.
 #[derive(Debug)]
 #[must_use = "dropping the guard counts a call that was given up"]
 pub struct CallGuard {
     metrics: Metrics,
-    provider: String,
+    provider: Label,
     in_flight: Gauge,
     /// The gauge that counts this call now.
     now: Gauge,
@@ -107,7 +87,7 @@ pub struct CallGuard {
 }
 
 impl CallGuard {
-    /// The call is sent.
+    /// Counts the call as in flight instead of waiting.
     pub fn started(&mut self) {
         self.now.dec();
         self.now = self.in_flight.clone();
@@ -115,21 +95,17 @@ impl CallGuard {
         self.started = Some(Instant::now());
     }
 
-    /// The call is over, with a gRPC code or another of a few words.
+    /// Counts the end of the call. `outcome` is a gRPC code, or another constant.
     pub fn ended(mut self, outcome: &'static str) {
         self.observe(outcome);
     }
 
     fn observe(&mut self, outcome: &'static str) {
         if let Some(started) = self.started.take() {
-            let labels = Ended {
-                provider: std::mem::take(&mut self.provider),
-                outcome,
-            };
+            let labels = vec![self.provider.clone(), ("outcome", outcome.into())];
             let duration = &self.metrics.0.provider_calls.duration;
-            duration
-                .get_or_create(&labels)
-                .observe(started.elapsed().as_secs_f64());
+            let duration = duration.get_or_create(&labels);
+            duration.observe(started.elapsed().as_secs_f64());
         }
     }
 }

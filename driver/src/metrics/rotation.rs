@@ -1,63 +1,40 @@
-//! What is counted of refreshes: the existing driver's `rotation_reconcile_*`, and when each
-//! provider last succeeded.
+//! Counts refreshes, as the existing driver's `rotation_reconcile_*`, and shows when each provider
+//! last succeeded.
 //!
-//! `rotated` says whether the content changed. (The existing driver says `true` always.)
+//! The label `rotated` says whether the content changed. (The existing driver always sets it to
+//! `true`.)
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError, atomic::Ordering},
+    sync::{Mutex, MutexGuard, PoisonError, atomic::Ordering},
 };
 
 use jiff::Timestamp;
 use prometheus_client::{
-    encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
 use tokio::time::Instant;
 
-use super::{FAILED_TO_MOUNT, Metrics, OS_TYPE};
+use super::{
+    Metrics,
+    labels::{FAILED_TO_MOUNT, Label, LabelSet, OS_TYPE},
+};
 
-/// Upper bounds in seconds: the existing driver's (ten steps from 0.1 to 2.0), and some beyond
-/// for what takes longer.
+/// The upper bounds of the buckets in seconds: those of the existing driver (ten steps from 0.1 to
+/// 2.0), and some beyond for calls that take longer.
 pub(super) const BOUNDS: [f64; 16] = [
     0.1, 0.13493, 0.18206, 0.24565, 0.33145, 0.44721, 0.60342, 0.81418, 1.09856, 1.48227, 2.0, 5.0,
     10.0, 30.0, 60.0, 120.0,
 ];
 
 pub(super) struct Series {
-    reconcile: Family<Reconciled, Counter>,
-    reconcile_error: Family<Failed, Counter>,
-    duration: Family<Os, Histogram, fn() -> Histogram>,
-    last_success: Family<Provider, Gauge>,
-    /// The provider of each volume, as a label's value: a provider that no volume uses has no
-    /// last success that anybody waits for.
-    volumes: Mutex<HashMap<String, String>>,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Reconciled {
-    provider: String,
-    os_type: &'static str,
-    rotated: &'static str,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Failed {
-    provider: String,
-    error_type: String,
-    os_type: &'static str,
-    rotated: &'static str,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Os {
-    os_type: &'static str,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Provider {
-    provider: String,
+    reconcile: Family<LabelSet, Counter>,
+    reconcile_error: Family<LabelSet, Counter>,
+    duration: Family<LabelSet, Histogram, fn() -> Histogram>,
+    last_success: Family<LabelSet, Gauge>,
+    /// The provider of each volume. A provider that no volume uses has no last success.
+    volumes: Mutex<HashMap<String, Label>>,
 }
 
 impl Series {
@@ -81,7 +58,7 @@ impl Series {
         );
         registry.register(
             "rotation_reconcile_duration_sec",
-            "How long successful refreshes took",
+            "Time that successful refreshes took",
             series.duration.clone(),
         );
         registry.register(
@@ -90,6 +67,19 @@ impl Series {
             series.last_success.clone(),
         );
         series
+    }
+
+    fn volumes(&self) -> MutexGuard<'_, HashMap<String, Label>> {
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes the gauge of `provider` if no volume uses it.
+    fn forget_unused(&self, volumes: &HashMap<String, Label>, provider: Option<Label>) {
+        if let Some(provider) = provider
+            && !volumes.values().any(|other| *other == provider)
+        {
+            self.last_success.remove(&vec![provider]);
+        }
     }
 }
 
@@ -103,47 +93,31 @@ impl Metrics {
         }
     }
 
-    /// A volume of this provider has been published or refreshed. The latest counts.
+    /// Notes when a volume was published or refreshed. The gauge shows the latest time of all
+    /// volumes of the provider.
     pub fn success(&self, provider: &str, volume_id: &str, at: Timestamp) {
-        // Whoever filled a volume was there, also if this process has not seen its socket yet.
+        // A provider that filled a volume exists, even if this process has not seen its socket yet.
         self.0.labels.seen(provider, |_| true);
         let provider = self.0.labels.provider(provider);
         let series = &self.0.rotation;
-        let mut volumes = series
-            .volumes
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut volumes = series.volumes();
         let before = volumes.insert(volume_id.to_owned(), provider.clone());
         series.forget_unused(&volumes, before);
-        let latest = series
-            .last_success
-            .get_or_create_owned(&Provider { provider });
+        let latest = series.last_success.get_or_create_owned(&vec![provider]);
         latest.inner().fetch_max(at.as_second(), Ordering::Relaxed);
     }
 
-    /// A volume is gone. With the last one of its provider goes the gauge.
+    /// Forgets a volume that is gone. The gauge of a provider goes with its last volume.
     pub fn volume_gone(&self, volume_id: &str) {
         let series = &self.0.rotation;
-        let mut volumes = series
-            .volumes
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut volumes = series.volumes();
         let before = volumes.remove(volume_id);
         series.forget_unused(&volumes, before);
     }
 }
 
-impl Series {
-    fn forget_unused(&self, volumes: &HashMap<String, String>, provider: Option<String>) {
-        if let Some(provider) = provider
-            && !volumes.values().any(|other| *other == provider)
-        {
-            self.last_success.remove(&Provider { provider });
-        }
-    }
-}
-
-/// Counts one refresh: as failed with `FailedToMount` when dropped without a word.
+/// Counts one refresh. Counts it as failed with `FailedToMount` when it is dropped without a
+/// result.
 #[derive(Debug)]
 #[must_use = "dropping the guard counts a failure"]
 pub struct RefreshGuard {
@@ -153,49 +127,49 @@ pub struct RefreshGuard {
 }
 
 impl RefreshGuard {
-    /// The volume is fresh; `rotated` when its content changed.
+    /// Counts the refresh as successful. `rotated` tells whether the content changed.
     pub fn succeeded(mut self, rotated: bool) {
         if let Some(metrics) = self.metrics.take() {
             let series = &metrics.0.rotation;
-            let labels = Reconciled {
-                provider: metrics.0.labels.provider(&self.provider),
-                os_type: OS_TYPE,
-                rotated: if rotated { "true" } else { "false" },
-            };
+            let labels = vec![
+                metrics.0.labels.provider(&self.provider),
+                OS_TYPE,
+                rotated_label(rotated),
+            ];
             series.reconcile.get_or_create(&labels).inc();
-            series
-                .duration
-                .get_or_create(&Os { os_type: OS_TYPE })
-                .observe(self.started.elapsed().as_secs_f64());
+            let duration = series.duration.get_or_create(&vec![OS_TYPE]);
+            duration.observe(self.started.elapsed().as_secs_f64());
         }
     }
 
-    /// It is not, for this reason.
+    /// Counts the refresh as failed with `error_type`: a reason of the driver, or the provider's
+    /// error code.
     pub fn failed(mut self, error_type: &str) {
         self.count_failure(error_type);
     }
 
-    /// It was given up before it could be told.
+    /// Does not count the refresh, because it was given up before its result was known.
     pub fn not_counted(mut self) {
         self.metrics = None;
     }
 
     fn count_failure(&mut self, error_type: &str) {
         if let Some(metrics) = self.metrics.take() {
-            let labels = Failed {
-                provider: metrics.0.labels.provider(&self.provider),
-                error_type: metrics.0.labels.error_type(&self.provider, error_type),
-                os_type: OS_TYPE,
-                rotated: "false",
-            };
-            metrics
-                .0
-                .rotation
-                .reconcile_error
-                .get_or_create(&labels)
-                .inc();
+            let values = &metrics.0.labels;
+            let labels = vec![
+                values.provider(&self.provider),
+                values.error_type(&self.provider, error_type),
+                OS_TYPE,
+                rotated_label(false),
+            ];
+            let failed = &metrics.0.rotation.reconcile_error;
+            failed.get_or_create(&labels).inc();
         }
     }
+}
+
+fn rotated_label(rotated: bool) -> Label {
+    ("rotated", if rotated { "true" } else { "false" }.into())
 }
 
 impl Drop for RefreshGuard {
@@ -275,7 +249,7 @@ mod tests {
         metrics.volume_gone("csi-1");
         metrics.volume_gone("csi-unknown");
         assert_eq!(gauges(), [azure, r#"provider="vault"} 5"#]);
-        // A class that names another provider from now on.
+        // The class names another provider now.
         metrics.success("azure", "csi-2", at(2));
         assert_eq!(gauges(), [azure]);
         metrics.success("vault", "csi-2", at(9));

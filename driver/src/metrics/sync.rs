@@ -1,38 +1,23 @@
-//! What is counted of synced Secrets. The existing driver declares the first two and never
-//! records them.
+//! Counts what happens to synced Secrets. The existing driver declares the first two metrics and
+//! never records them.
 
 use std::time::Duration;
 
 use prometheus_client::{
-    encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, histogram::Histogram},
     registry::Registry,
 };
 
-use super::{Metrics, OS_TYPE, rotation::BOUNDS};
+use super::{
+    Metrics,
+    labels::{LabelSet, OS_TYPE},
+    rotation::BOUNDS,
+};
 
 pub(super) struct Series {
-    synced: Family<Synced, Counter>,
-    failed: Family<Failed, Counter>,
-    duration: Family<Os, Histogram, fn() -> Histogram>,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Synced {
-    provider: String,
-    os_type: &'static str,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Failed {
-    provider: String,
-    error_type: &'static str,
-    os_type: &'static str,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Os {
-    os_type: &'static str,
+    synced: Family<LabelSet, Counter>,
+    failed: Family<LabelSet, Counter>,
+    duration: Family<LabelSet, Histogram, fn() -> Histogram>,
 }
 
 impl Series {
@@ -49,12 +34,12 @@ impl Series {
         );
         registry.register(
             "sync_k8s_secret_error",
-            "Attempts after which a Secret was not as it should be",
+            "Failed attempts to create, change or keep a Secret",
             series.failed.clone(),
         );
         registry.register(
             "k8s_secret_duration_sec",
-            "How long it took to create or change a Secret",
+            "Time that it took to create or change a Secret",
             series.duration.clone(),
         );
         series
@@ -62,28 +47,22 @@ impl Series {
 }
 
 impl Metrics {
-    /// A Secret has been created or changed, in this time.
+    /// Counts a Secret that has been created or changed, and the time that this took.
     pub fn secret_synced(&self, provider: &str, took: Duration) {
         let series = &self.0.sync;
-        let provider = self.0.labels.provider(provider);
-        let os_type = OS_TYPE;
-        series
-            .synced
-            .get_or_create(&Synced { provider, os_type })
-            .inc();
-        series
-            .duration
-            .get_or_create(&Os { os_type })
-            .observe(took.as_secs_f64());
+        let labels = vec![self.0.labels.provider(provider), OS_TYPE];
+        series.synced.get_or_create(&labels).inc();
+        let duration = series.duration.get_or_create(&vec![OS_TYPE]);
+        duration.observe(took.as_secs_f64());
     }
 
-    /// A Secret is not as it should be, for this reason.
+    /// Counts a failed attempt, with a reason of the driver.
     pub fn secret_failed(&self, provider: &str, error_type: &'static str) {
-        let labels = Failed {
-            provider: self.0.labels.provider(provider),
-            error_type,
-            os_type: OS_TYPE,
-        };
+        let labels = vec![
+            self.0.labels.provider(provider),
+            ("error_type", error_type.into()),
+            OS_TYPE,
+        ];
         self.0.sync.failed.get_or_create(&labels).inc();
     }
 }

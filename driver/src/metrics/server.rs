@@ -1,9 +1,9 @@
-//! An HTTP/1 server on a port that anybody may dial.
+//! An HTTP/1 server on a port that anybody can connect to.
 //!
-//! A connection is one request and its answer, within a few seconds, with a small head and no
-//! body. There is a bounded number of them; when one more comes, the oldest of the address that
-//! holds most of them ends. So whoever opens as many as they can takes from themselves, and a
-//! scrape from elsewhere gets its answer.
+//! A connection carries one request and its answer within a few seconds, with a small head and no
+//! body. The number of connections is bounded: one more closes the oldest one of the peer address
+//! that has the most. A client that opens many connections thus closes its own, and a scrape from
+//! another address is answered.
 
 use std::{
     io,
@@ -31,26 +31,27 @@ use tokio_util::sync::CancellationToken;
 
 use crate::socket::Accepting;
 
-/// How many connections there are at most.
+/// The largest number of connections.
 const MOST_CONNECTIONS: usize = 64;
-/// How long the head of a request may take to arrive.
+/// The time in which the head of a request must arrive.
 const HEAD_WITHIN: Duration = Duration::from_secs(5);
-/// How long a connection may take as a whole; kubelet gives up on `/healthz` after ten seconds.
+/// The time that a connection may take as a whole. kubelet gives up on `/healthz` after ten
+/// seconds.
 const ALL_WITHIN: Duration = Duration::from_secs(10);
-/// The largest head of a request in bytes, and how many fields it may have.
+/// The largest head of a request in bytes, and the most fields that it may have.
 const LARGEST_HEAD: usize = 16 * 1024;
 const MOST_FIELDS: usize = 64;
-/// What is read and thrown away of what a client sends beyond its request, and for how long: a
-/// connection that is closed with something unread is reset, and the client may lose the answer.
+/// The bytes beyond the request that are read and ignored, and the time that this may take. A
+/// connection that is closed with unread bytes is reset, and the client may lose the answer.
 const MOST_IGNORED: u64 = 256 * 1024;
 const IGNORED_WITHIN: Duration = Duration::from_millis(500);
-/// What running requests may take when the process ends.
+/// The time that running requests may take when the process ends.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// What is answered to a request for a page.
+/// The answer to a request for a page.
 pub(super) type Page = Response<Full<Bytes>>;
 
-/// A page of plain text.
+/// Returns a page with this text.
 pub(super) fn text(status: StatusCode, content_type: &'static str, text: String) -> Page {
     let mut page = Response::new(Full::new(Bytes::from(text)));
     *page.status_mut() = status;
@@ -65,7 +66,7 @@ pub(super) const PLAIN: &str = "text/plain; charset=utf-8";
 /// Serves one page at `path` until `stop`.
 ///
 /// # Errors
-/// When the listener ends, which it does not by itself.
+/// Fails when the listener ends, which it does not by itself.
 pub(super) async fn serve<F, A>(
     listener: TcpListener,
     path: &'static str,
@@ -76,7 +77,7 @@ where
     F: Fn() -> A + Clone + Send + 'static,
     A: Future<Output = Page> + Send + 'static,
 {
-    let doors = Doors::default();
+    let open = Connections::default();
     let mut incoming = Accepting::new(path, TcpListenerStream::new(listener));
     let mut connections = JoinSet::new();
     loop {
@@ -84,10 +85,10 @@ where
             () = stop.cancelled() => break,
             Some(_) = connections.join_next() => {}
             Some(Ok(stream)) = incoming.next() => {
-                // One that has gone already has no address.
+                // A connection that is closed already has no peer address.
                 if let Ok(peer) = stream.peer_addr() {
-                    let door = doors.open(peer.ip().to_canonical());
-                    connections.spawn(connection(stream, path, page.clone(), door));
+                    let connection = open.add(peer.ip().to_canonical());
+                    connections.spawn(answer(stream, path, page.clone(), connection));
                 }
             }
             else => return Err(io::Error::other("the listener ended")),
@@ -98,25 +99,25 @@ where
     Ok(())
 }
 
-/// Answers one request, whatever becomes of it.
-async fn connection<F, A>(stream: TcpStream, path: &'static str, page: F, door: Door)
+/// Answers one request, and ends when the connection is closed for another one.
+async fn answer<F, A>(stream: TcpStream, path: &'static str, page: F, connection: Connection)
 where
     F: Fn() -> A + Clone + Send + 'static,
     A: Future<Output = Page> + Send + 'static,
 {
     let service = service_fn(move |request: Request<Incoming>| {
         let page = page.clone();
-        let answer = match (request.uri().path() == path, request.method()) {
-            (false, _) => Some(text(StatusCode::NOT_FOUND, PLAIN, "not found\n".to_owned())),
-            (true, &Method::GET | &Method::HEAD) => None,
-            (true, _) => {
-                let words = "only GET and HEAD\n".to_owned();
-                Some(text(StatusCode::METHOD_NOT_ALLOWED, PLAIN, words))
-            }
+        let refusal = if request.uri().path() != path {
+            Some(text(StatusCode::NOT_FOUND, PLAIN, "not found\n".to_owned()))
+        } else if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            let words = "only GET and HEAD\n".to_owned();
+            Some(text(StatusCode::METHOD_NOT_ALLOWED, PLAIN, words))
+        } else {
+            None
         };
         async move {
-            Ok::<_, std::convert::Infallible>(match answer {
-                Some(answer) => answer,
+            Ok::<_, std::convert::Infallible>(match refusal {
+                Some(refusal) => refusal,
                 None => page().await,
             })
         }
@@ -131,7 +132,7 @@ where
             .serve_connection(TokioIo::new(stream), service)
             .without_shutdown()
             .await;
-        // What a client does wrong is its own affair.
+        // An error of the client needs no log line.
         if let Ok(parts) = served {
             let mut stream = parts.io.into_inner();
             let _ = stream.shutdown().await;
@@ -143,56 +144,55 @@ where
     };
     tokio::select! {
         _ = timeout(ALL_WITHIN, served) => {}
-        () = door.closed.cancelled() => {}
+        () = connection.closed.cancelled() => {}
     }
 }
 
-/// The connections there are, in the order in which they came.
+/// The open connections, the oldest first.
 #[derive(Default)]
-struct Doors(Arc<Mutex<Vec<Held>>>);
+struct Connections(Arc<Mutex<Vec<OpenConnection>>>);
 
-struct Held {
+struct OpenConnection {
     peer: IpAddr,
     closed: CancellationToken,
 }
 
-/// One connection's place, until it is dropped.
-struct Door {
-    doors: Arc<Mutex<Vec<Held>>>,
+/// A connection, which is open until this is dropped or `closed` is cancelled.
+struct Connection {
+    all: Arc<Mutex<Vec<OpenConnection>>>,
     closed: CancellationToken,
 }
 
-impl Doors {
-    /// A place for one more connection. Closes another if there are too many.
-    fn open(&self, peer: IpAddr) -> Door {
-        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.len() >= MOST_CONNECTIONS {
-            let of = |peer: IpAddr| held.iter().filter(|other| other.peer == peer).count();
-            // The first of those that are equal is the oldest.
-            let most = held.iter().map(|other| of(other.peer)).max();
-            let oldest = held.iter().position(|other| Some(of(other.peer)) == most);
+impl Connections {
+    /// Adds a connection. Closes another one if there are too many.
+    fn add(&self, peer: IpAddr) -> Connection {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if open.len() >= MOST_CONNECTIONS {
+            let of = |peer: IpAddr| open.iter().filter(|other| other.peer == peer).count();
+            let most = open.iter().map(|other| of(other.peer)).max();
+            let oldest = open.iter().position(|other| Some(of(other.peer)) == most);
             if let Some(oldest) = oldest {
-                held.remove(oldest).closed.cancel();
+                open.remove(oldest).closed.cancel();
             }
         }
         let closed = CancellationToken::new();
-        held.push(Held {
+        open.push(OpenConnection {
             peer,
             closed: closed.clone(),
         });
-        Door {
-            doors: Arc::clone(&self.0),
+        Connection {
+            all: Arc::clone(&self.0),
             closed,
         }
     }
 }
 
-impl Drop for Door {
+impl Drop for Connection {
     fn drop(&mut self) {
-        // A closed door has left the list; no other token is cancelled by this.
+        // The others in the list are open: a connection that was closed has left it.
         self.closed.cancel();
-        let mut held = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
-        held.retain(|other| !other.closed.is_cancelled());
+        let mut open = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|other| !other.closed.is_cancelled());
     }
 }
 
@@ -202,32 +202,32 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// However many connections from however few addresses: there are never too many, the
-        /// newest is there, and whoever has the fewest keeps them.
+        /// The number of connections stays bounded, the newest connection stays open, and a
+        /// connection is only closed of an address that has the most.
         #[test]
         fn whoever_opens_most_loses(peers in proptest::collection::vec(0..6_u8, 1..400)) {
-            let doors = Doors::default();
-            let mut open: Vec<(u8, Door)> = Vec::new();
+            let connections = Connections::default();
+            let mut open: Vec<(u8, Connection)> = Vec::new();
             let address = |peer: u8| IpAddr::from([10, 0, 0, peer]);
             for peer in peers {
                 let before = open.by_peer();
-                open.push((peer, doors.open(address(peer))));
+                open.push((peer, connections.add(address(peer))));
                 let closed: Vec<u8> = open
                     .iter()
-                    .filter(|(_, door)| door.closed.is_cancelled())
+                    .filter(|(_, connection)| connection.closed.is_cancelled())
                     .map(|(peer, _)| *peer)
                     .collect();
                 prop_assert!(closed.len() <= 1);
                 if let Some(closed) = closed.first() {
                     prop_assert_eq!(before.iter().max(), Some(&before[usize::from(*closed)]));
                 }
-                open.retain(|(_, door)| !door.closed.is_cancelled());
+                open.retain(|(_, connection)| !connection.closed.is_cancelled());
                 prop_assert!(open.len() <= MOST_CONNECTIONS);
-                prop_assert_eq!(doors.0.lock().unwrap().len(), open.len());
+                prop_assert_eq!(connections.0.lock().unwrap().len(), open.len());
                 prop_assert_eq!(open.last().map(|(peer, _)| *peer), Some(peer));
             }
             drop(open);
-            prop_assert!(doors.0.lock().unwrap().is_empty());
+            prop_assert!(connections.0.lock().unwrap().is_empty());
         }
     }
 
@@ -235,7 +235,7 @@ mod tests {
         fn by_peer(&self) -> [usize; 6];
     }
 
-    impl Counts for Vec<(u8, Door)> {
+    impl Counts for Vec<(u8, Connection)> {
         fn by_peer(&self) -> [usize; 6] {
             let mut counts = [0; 6];
             for (peer, _) in self {
