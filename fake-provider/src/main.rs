@@ -1,16 +1,16 @@
-//! The binary: command line, log and signals around [`fake_provider::serve`].
+//! The program `fake-provider`: command line, log and signals around [`fake_provider::fake`].
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use fake_provider::{Error, Options, serve, socket_of_endpoint, socket_of_name};
-use tokio::signal::unix::{SignalKind, signal};
+use fake_provider::fake::{Error, Options, serve, socket_of_endpoint, socket_of_name};
+use fake_provider::server::termination;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
 
-/// Serves secrets that are none to the Secrets Store CSI driver, for tests and demos.
+/// Serves made-up secrets to the Secrets Store CSI driver, for tests and demos.
 #[derive(Debug, Parser)]
 #[command(args_override_self = true)]
 struct Arguments {
@@ -22,23 +22,23 @@ struct Arguments {
     #[arg(long, requires = "name", conflicts_with = "endpoint")]
     dir: Option<PathBuf>,
 
-    /// The provider's name, as a SecretProviderClass says it
+    /// The provider's name, as in spec.provider of a SecretProviderClass
     #[arg(long, requires = "dir")]
     name: Option<String>,
 
-    /// Where to serve HTTP, host:port or :port for all addresses; empty for no HTTP
+    /// The address to serve HTTP at: host:port, or :port for all addresses; empty for no HTTP
     #[arg(long, default_value = ":8080")]
     http_addr: String,
 
-    /// Objects to serve: a YAML file, or a directory in which every file is one
+    /// The objects to serve: a YAML file, or a directory in which each file is an object
     #[arg(long)]
     objects: Option<PathBuf>,
 
-    /// Audiences, separated by commas, for which every Mount must bring a token
+    /// The audiences, separated by commas, for which each Mount must bring a token
     #[arg(long, env = "VALIDATE_TOKENS_AUDIENCE", default_value = "")]
     token_audiences: String,
 
-    /// Log every call, not only failed ones; the number is for compatibility
+    /// Log each call, not only failed ones; the number is for compatibility
     #[arg(short, num_args = 0..=1, default_value_t = 0, default_missing_value = "1")]
     verbosity: u8,
 }
@@ -73,16 +73,11 @@ async fn main() -> ExitCode {
 
 async fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let options = arguments.into_options()?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let terminated = termination()?;
     let stop = CancellationToken::new();
     let serving = serve(options, stop.clone());
     let on_signal = async {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("stopping");
+        terminated.await;
         stop.cancel();
         std::future::pending::<()>().await;
     };
@@ -92,7 +87,7 @@ async fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     }
 }
 
-/// Our own words only: h2 and hyper would log headers.
+/// Logs to standard error, and only this crate's messages: h2 and hyper would log headers.
 fn start_logging(verbosity: u8) {
     let level = if verbosity == 0 {
         LevelFilter::INFO

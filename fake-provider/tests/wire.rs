@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use fake_provider::{Error, Options, bind};
+use fake_provider::fake::{Error, Options, bind};
 use proto::provider::csi_driver_provider_client::CsiDriverProviderClient;
 use proto::provider::{MountRequest, MountResponse, ObjectVersion, VersionRequest};
 use rstest::rstest;
@@ -360,7 +360,11 @@ async fn requests_are_checked_in_order(
         current_object_version: Vec::new(),
     };
     let error = provider.send(request).await.unwrap_err();
-    assert_eq!((error.code(), error.message()), (Code::Unknown, expected));
+    let code = match expected {
+        "parameter objects is not set" => Code::Unknown,
+        _ => Code::InvalidArgument,
+    };
+    assert_eq!((error.code(), error.message()), (code, expected));
 }
 
 #[tokio::test]

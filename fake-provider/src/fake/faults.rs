@@ -1,4 +1,4 @@
-//! Misbehaviour on request: what was asked for, for whom, and how often it happened already.
+//! Faults on request: which ones a class or a test asks for, and how often each one has struck a pod.
 
 use std::collections::HashMap;
 use std::path::{Component, Path};
@@ -10,25 +10,25 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 use tonic::{Code, Status};
 
+use super::yaml::parse_yaml;
 use crate::lock;
-use crate::objects::parse_yaml;
 
-/// One kind of misbehaviour, as written in YAML. The crate's documentation has the table.
+/// One fault as written in YAML. The documentation of [`crate::fake`] has the table.
 #[derive(Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
-pub(crate) struct Fault {
+pub(super) struct Fault {
     object: Option<String>,
     times: Option<u32>,
     #[serde(deserialize_with = "duration_field")]
-    pub(crate) delay: Duration,
-    pub(crate) crash: bool,
-    pub(crate) hang: bool,
+    pub(super) delay: Duration,
+    pub(super) crash: bool,
+    pub(super) hang: bool,
     status: Option<FaultStatus>,
-    pub(crate) error_code: Option<String>,
+    pub(super) error_code: Option<String>,
     bad_path: Option<String>,
-    pub(crate) oversize: Option<usize>,
-    pub(crate) missing_versions: bool,
-    pub(crate) write_files: bool,
+    pub(super) oversize: Option<usize>,
+    pub(super) missing_versions: bool,
+    pub(super) write_files: bool,
 }
 
 #[derive(Clone, Deserialize)]
@@ -40,17 +40,17 @@ struct FaultStatus {
     message: String,
 }
 
-/// Whose Mount calls `times` counts: those of one pod for one class.
+/// The caller whose Mount calls `times` counts: one pod with one class.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Caller {
-    pub(crate) pod_uid: String,
-    /// The class's name, or where a driver does not send that, the volume's target path.
-    pub(crate) class: String,
+pub(super) struct Caller {
+    pub(super) pod_uid: String,
+    /// The class's name, or the volume's target path if the driver did not send the name.
+    pub(super) class: String,
 }
 
-/// All faults and how often each has struck.
+/// All faults, and how often each one has struck.
 #[derive(Default)]
-pub(crate) struct Faults(Mutex<Inner>);
+pub(super) struct Faults(Mutex<Inner>);
 
 #[derive(Default)]
 struct Inner {
@@ -58,29 +58,29 @@ struct Inner {
     struck: HashMap<(Origin, usize, Caller), u32>,
 }
 
-/// The list in which a fault has its place.
+/// The list that a fault is in.
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Origin {
-    /// The text of a class's parameter: a changed text counts anew.
+    /// The parameter of a class, identified by its text: a changed text counts from zero.
     Class(String),
     RunTime,
 }
 
-/// Reads the YAML of a list of faults.
+/// Parses the YAML of a list of faults.
 ///
 /// # Errors
 ///
-/// A sentence that says where it is wrong.
-pub(crate) fn parse_faults(text: &str) -> Result<Vec<Fault>, String> {
+/// A sentence with the place of the mistake.
+pub(super) fn parse_faults(text: &str) -> Result<Vec<Fault>, String> {
     let faults: Option<Vec<Fault>> =
         parse_yaml(text).map_err(|reason| format!("faults: {reason}"))?;
     Ok(faults.unwrap_or_default())
 }
 
 impl Faults {
-    /// Replaces the faults that hold for all classes, which then strike anew; none to clear
-    /// them.
-    pub(crate) fn set(&self, faults: Vec<Fault>) {
+    /// Replaces the faults that hold for all classes, and counts them from zero. An empty list
+    /// clears them.
+    pub(super) fn set(&self, faults: Vec<Fault>) {
         let mut inner = lock(&self.0);
         inner.at_run_time = faults;
         inner
@@ -88,12 +88,12 @@ impl Faults {
             .retain(|(origin, ..), _| matches!(origin, Origin::Class(_)));
     }
 
-    /// The faults that strike this call, those of the class first. Counts them as struck.
+    /// Returns the faults that strike this call, those of the class first, and counts them.
     ///
     /// # Errors
     ///
-    /// As [`parse_faults`], for the class's parameter.
-    pub(crate) fn strike(
+    /// The error of [`parse_faults`] for the class's parameter.
+    pub(super) fn strike(
         &self,
         parameter: Option<&str>,
         caller: &Caller,
@@ -132,22 +132,23 @@ impl Faults {
 }
 
 impl Fault {
+    /// Returns whether the fault strikes a call for these objects.
     fn concerns(&self, objects: &[&str]) -> bool {
         self.object
             .as_deref()
             .is_none_or(|object| objects.contains(&object))
     }
 
-    /// The status to fail with.
-    pub(crate) fn status(&self) -> Option<Status> {
+    /// Returns the status to fail with.
+    pub(super) fn status(&self) -> Option<Status> {
         self.status
             .as_ref()
             .map(|status| Status::new(status.code, status.message.clone()))
     }
 
-    /// Gives the file of this fault's object the bad path, or adds a file that has it.
-    /// `files` are in the order of `objects`.
-    pub(crate) fn spoil_path(&self, files: &mut Vec<File>, objects: &[&str]) {
+    /// Gives the file of this fault's object the bad path, or adds a file with it. `files` have the
+    /// order of `objects`.
+    pub(super) fn spoil_path(&self, files: &mut Vec<File>, objects: &[&str]) {
         let Some(path) = &self.bad_path else { return };
         let index = self
             .object
@@ -167,12 +168,12 @@ impl Fault {
     }
 }
 
-/// Writes the files as providers did before the driver took that over.
+/// Writes the files below `target`, as providers do that the driver leaves the writing to.
 ///
 /// # Errors
 ///
-/// A sentence if a path leaves `target`, or names the file that could not be written.
-pub(crate) async fn write_files(
+/// A sentence that names the path that leaves `target`, or the file that cannot be written.
+pub(super) async fn write_files(
     target: &Path,
     permission: u32,
     files: &[File],
@@ -214,7 +215,8 @@ fn code_field<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Code, D::Err
     code_named(&name).ok_or_else(|| D::Error::custom("not the name of a gRPC error code"))
 }
 
-/// The code by the name that the gRPC documentation gives it. `OK` is no fault.
+/// Returns the code with this name in the gRPC documentation
+/// (<https://grpc.github.io/grpc/core/md_doc_statuscodes.html>), or `None` for `OK` and any other text.
 fn code_named(name: &str) -> Option<Code> {
     Some(match name {
         "CANCELLED" => Code::Cancelled,
@@ -242,7 +244,8 @@ fn duration_field<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration
     duration_of(&text).ok_or_else(|| D::Error::custom("not a duration such as 2s or 1m30s"))
 }
 
-/// A duration as Go writes it: numbers with units, `1m30s`, `1.5s`, `200ms`; or `0`.
+/// Parses a duration in the notation of Go (<https://pkg.go.dev/time#ParseDuration>): numbers with
+/// units, such as `1m30s`, `1.5s` or `200ms`, or `0`.
 fn duration_of(text: &str) -> Option<Duration> {
     if text == "0" {
         return Some(Duration::ZERO);

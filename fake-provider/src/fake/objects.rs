@@ -1,31 +1,28 @@
-//! What a class asks for in its parameter `objects`, and what each object holds.
+//! The objects that a class asks for in its parameter `objects`, and the content of each.
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::os::unix::ffi::OsStrExt;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use proto::provider::MountRequest;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use crate::source::{Stored, StoredObjects};
-use crate::tokens::{self, without_tokens};
+use super::source::{Stored, StoredObjects};
+use super::tokens::{claims, digests, without_tokens};
+use super::yaml::{decode_base64, parse_mode, parse_yaml};
+use crate::server::{Object, Request, Token};
 
-/// The version of every object that is given none, as in upstream's provider.
+/// The version of an object for which none is given, as in upstream's provider.
 const VERSION: &str = "v1";
 
-/// The most bytes that a class can make us invent. More is a mistake, not a test.
-pub(crate) const MAX_INVENTED: usize = 1 << 30;
-
-/// A JSON object of strings, as the driver sends attributes and secrets.
-pub(crate) type Strings = BTreeMap<String, String>;
+/// The largest `contentSize`. A larger one is taken for a mistake.
+pub(super) const MAX_INVENTED: usize = 1 << 30;
 
 /// One object that a class asks for.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Asked {
+pub(super) struct Asked {
     object_name: Option<String>,
     path: Option<String>,
     mode: Option<String>,
@@ -36,7 +33,7 @@ pub(crate) struct Asked {
     content_from: Option<Echo>,
 }
 
-/// A part of the request that an object can hold.
+/// A part of the request that an object can have as its content.
 #[derive(Clone, Copy, Deserialize)]
 #[serde(rename_all = "camelCase")]
 enum Echo {
@@ -49,32 +46,21 @@ enum Echo {
     TokenDigests,
 }
 
-/// One object as it will be sent.
-pub(crate) struct Object {
-    pub(crate) name: String,
-    pub(crate) path: String,
-    pub(crate) mode: i32,
-    pub(crate) contents: Vec<u8>,
-    pub(crate) version: String,
-}
-
-/// What objects are made from, besides the class.
-pub(crate) struct Material<'a> {
-    pub(crate) request: &'a MountRequest,
-    pub(crate) attributes: &'a Strings,
-    pub(crate) secrets: &'a Strings,
-    /// Objects from [`crate::Options::objects`].
-    pub(crate) stored: &'a StoredObjects,
+/// The sources of objects' content, besides the class.
+pub(super) struct Material<'a> {
+    pub(super) request: &'a Request,
+    /// Objects set over HTTP or read from [`super::Options::objects`].
+    pub(super) stored: &'a StoredObjects,
     /// Whether objects of upstream's table have their second content.
-    pub(crate) rotated: bool,
+    pub(super) rotated: bool,
 }
 
-/// Reads the class parameter `objects`.
+/// Parses the class parameter `objects`.
 ///
 /// # Errors
 ///
-/// A sentence that says which entry is wrong, without any of it.
-pub(crate) fn parse_objects(parameter: &str) -> Result<Vec<Asked>, String> {
+/// A sentence that names the wrong entry by its place and does not quote it.
+pub(super) fn parse_objects(parameter: &str) -> Result<Vec<Asked>, String> {
     #[derive(Deserialize)]
     struct Parameter {
         array: Option<Vec<Entry>>,
@@ -94,8 +80,8 @@ pub(crate) fn parse_objects(parameter: &str) -> Result<Vec<Asked>, String> {
     asked.collect()
 }
 
-/// Asks for everything that is stored.
-pub(crate) fn all_of(stored: &StoredObjects) -> Vec<Asked> {
+/// Returns an entry for each stored object.
+pub(super) fn all_of(stored: &StoredObjects) -> Vec<Asked> {
     stored
         .keys()
         .map(|name| Asked {
@@ -106,16 +92,17 @@ pub(crate) fn all_of(stored: &StoredObjects) -> Vec<Asked> {
 }
 
 impl Asked {
-    pub(crate) fn name(&self) -> &str {
+    /// Returns the object's name.
+    pub(super) fn name(&self) -> &str {
         self.object_name.as_deref().unwrap_or_default()
     }
 
-    /// The object with its content.
+    /// Returns the object with its content.
     ///
     /// # Errors
     ///
-    /// A sentence that names the object and what is wrong with its entry.
-    pub(crate) fn resolve(&self, material: &Material<'_>) -> Result<Object, String> {
+    /// A sentence that names the object and the mistake in its entry.
+    pub(super) fn resolve(&self, material: &Material<'_>) -> Result<Object, String> {
         let name = self.name();
         let named = |reason: String| format!("object {name:?}: {reason}");
 
@@ -134,7 +121,7 @@ impl Asked {
             .transpose()
             .map_err(named)?;
         Ok(Object {
-            name: name.to_owned(),
+            id: format!("secret/{name}"),
             path: self.path.as_deref().unwrap_or(name).to_owned(),
             mode: mode.unwrap_or(found.mode),
             contents: found.contents,
@@ -142,7 +129,7 @@ impl Asked {
         })
     }
 
-    /// The content that the entry itself gives, if it gives one.
+    /// Returns the content that the entry itself gives, if it gives one.
     fn given(&self, material: &Material<'_>) -> Result<Option<Vec<u8>>, String> {
         match (
             &self.content,
@@ -160,8 +147,8 @@ impl Asked {
     }
 }
 
-/// Looks up an object that the class only names: stored, or in the table of upstream's test provider
-/// (`test/e2eprovider/server/server.go`).
+/// Looks up an object that the class only names: among the stored ones, then in the table of
+/// upstream's test provider (`test/e2eprovider/server/server.go`).
 fn look_up(name: &str, material: &Material<'_>) -> Stored {
     if let Some(stored) = material.stored.get(name) {
         return Stored {
@@ -187,6 +174,7 @@ fn look_up(name: &str, material: &Material<'_>) -> Stored {
 }
 
 impl Material<'_> {
+    /// Returns a part of the request.
     fn echo(&self, echo: Echo) -> Result<Vec<u8>, String> {
         #[derive(Serialize)]
         struct Version<'a> {
@@ -195,15 +183,16 @@ impl Material<'_> {
         }
         let request = self.request;
         let json = match echo {
-            Echo::Permission => return Ok(request.permission.clone().into_bytes()),
-            Echo::TargetPath => return Ok(request.target_path.clone().into_bytes()),
-            Echo::Secrets if request.secrets.trim() == "null" => return Ok(b"null".to_vec()),
-            Echo::Secrets => serde_json::to_vec_pretty(&without_tokens(self.secrets)),
-            Echo::Attributes => serde_json::to_vec_pretty(&without_tokens(self.attributes)),
-            Echo::TokenClaims => serde_json::to_vec_pretty(&tokens::claims(self.attributes)?),
-            Echo::TokenDigests => serde_json::to_vec_pretty(&tokens::digests(self.attributes)?),
+            Echo::Permission => return Ok(request.permission().to_string().into_bytes()),
+            Echo::TargetPath => {
+                return Ok(request.target_path().as_os_str().as_bytes().to_vec());
+            }
+            Echo::Secrets => serde_json::to_vec_pretty(&request.secrets().map(without_tokens)),
+            Echo::Attributes => serde_json::to_vec_pretty(&without_tokens(request.attributes())),
+            Echo::TokenClaims => serde_json::to_vec_pretty(&claims(&tokens_of(request)?)?),
+            Echo::TokenDigests => serde_json::to_vec_pretty(&digests(&tokens_of(request)?)),
             Echo::CurrentObjectVersion => {
-                let versions = request.current_object_version.iter();
+                let versions = request.mounted_versions().iter();
                 let versions = versions.map(|v| Version {
                     id: &v.id,
                     version: &v.version,
@@ -215,13 +204,13 @@ impl Material<'_> {
     }
 }
 
-/// `size` bytes in lines of 16, each the offset at which it stands, so that a piece that is
-/// missing or misplaced shows.
+/// Returns `size` bytes in lines of 16, each with its own offset, so that a missing or misplaced
+/// piece shows.
 ///
 /// # Errors
 ///
 /// A sentence if `size` is over [`MAX_INVENTED`].
-pub(crate) fn pattern(size: usize) -> Result<Vec<u8>, String> {
+pub(super) fn pattern(size: usize) -> Result<Vec<u8>, String> {
     if size > MAX_INVENTED {
         return Err(format!(
             "{size} bytes are more than the {MAX_INVENTED} that can be made up"
@@ -235,43 +224,18 @@ pub(crate) fn pattern(size: usize) -> Result<Vec<u8>, String> {
     Ok(bytes)
 }
 
-pub(crate) fn decode_base64(text: &str) -> Result<Vec<u8>, String> {
-    // YAML's block scalars wrap and end in a newline.
-    let compact: String = text.split_whitespace().collect();
-    STANDARD
-        .decode(compact)
-        .map_err(|_| "contentBase64 is not base64".to_owned())
+/// Returns the tokens of a request, or a sentence if they do not have kubelet's form.
+fn tokens_of(request: &Request) -> Result<BTreeMap<String, Token>, String> {
+    request.tokens().map_err(|failure| failure.to_string())
 }
 
-/// Octal digits however they were written: `"0640"`, `0640`, `640`, `0o640`.
-pub(crate) fn parse_mode(text: &str) -> Result<i32, String> {
-    let digits = text.strip_prefix("0o").unwrap_or(text);
-    let octal = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
-    let mode = octal.then(|| i32::from_str_radix(digits, 8).ok()).flatten();
-    mode.ok_or_else(|| "mode must be octal digits, such as \"0640\"".to_owned())
-}
-
-/// Parses YAML. What is wrong is said by its place alone, because the parser's own words
-/// quote the input.
-pub(crate) fn parse_yaml<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    let options = serde_saphyr::options! { with_snippet: false };
-    serde_saphyr::from_str_with_options(text, options).map_err(|error| match error.location() {
-        Some(at) => format!(
-            "YAML not understood at line {}, column {}",
-            at.line(),
-            at.column()
-        ),
-        None => "YAML not understood".to_owned(),
-    })
-}
-
-/// An entry of the array: a string that is YAML, as upstream writes it, or the map itself.
+/// An entry of the array: the map, or as upstream writes it, a string that is YAML of the map.
 enum Entry {
     Text(String),
     Map(Box<Asked>),
 }
 
-/// By hand and not `untagged`, which would turn the mode `0640` into a number on the way.
+/// Written by hand, because `untagged` would turn the mode `0640` into a number.
 impl<'de> Deserialize<'de> for Entry {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct EntryVisitor;
@@ -298,22 +262,25 @@ impl<'de> Deserialize<'de> for Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tokens::TOKENS_KEY;
-    use proto::provider::ObjectVersion;
+    use crate::server::{Strings, TOKENS_KEY};
+    use proto::provider::{MountRequest, ObjectVersion};
     use rstest::rstest;
 
     fn resolve(parameter: &str) -> Result<Vec<Object>, String> {
         let tokens = r#"{"aud1":{"token":"hunter2"},"aud2":{"token":"hunter2"}}"#;
         let strings = Strings::from([(TOKENS_KEY.into(), tokens.into()), ("k".into(), "v".into())]);
-        let request = MountRequest {
+        let json = serde_json::to_string(&strings).unwrap();
+        let request = Request::parse(MountRequest {
+            attributes: json.clone(),
+            secrets: json,
             permission: "420".into(),
             target_path: "/t".into(),
             current_object_version: vec![ObjectVersion {
                 id: "secret/a".into(),
                 version: "v1".into(),
             }],
-            ..Default::default()
-        };
+        })
+        .unwrap();
         let stored = Stored {
             mode: 0o600,
             contents: b"stored".to_vec(),
@@ -321,8 +288,6 @@ mod tests {
         };
         let material = Material {
             request: &request,
-            attributes: &strings,
-            secrets: &strings,
             stored: &StoredObjects::from([("kept".to_owned(), stored)]),
             rotated: false,
         };
@@ -332,7 +297,7 @@ mod tests {
             .collect()
     }
 
-    fn one(entry: &str) -> Result<(String, i32, String, String), String> {
+    fn one(entry: &str) -> Result<(String, u32, String, String), String> {
         let o = resolve(&format!("array:\n- {entry}"))?.remove(0);
         Ok((
             o.path,
@@ -386,7 +351,7 @@ mod tests {
     fn an_entry_becomes_a_file(
         #[case] entry: &str,
         #[case] path: &str,
-        #[case] mode: i32,
+        #[case] mode: u32,
         #[case] contents: &str,
         #[case] version: &str,
     ) {

@@ -1,33 +1,43 @@
-//! The unix socket's life on disk: what may be replaced, and what is removed in the end.
+//! The unix socket's file: its mode, what it may replace, and its removal at the end.
 
-use std::fs::{self, Metadata};
+use std::fs::{self, Metadata, Permissions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixSocket};
 
-use crate::Error;
+use super::Error;
 
-/// A listening unix socket that takes its file away when it is dropped.
+/// The number of connections that may wait to be accepted.
+const BACKLOG: u32 = 1024;
+
+/// A listening unix socket. Dropping it removes its file.
+///
+/// Only its owner may connect (mode 0600): whoever can connect can ask for the secrets of any pod.
+/// The driver runs as root, which may connect to every socket.
 #[derive(Debug)]
-pub(crate) struct Socket {
+pub struct Socket {
     path: PathBuf,
     listener: Option<UnixListener>,
     identity: (u64, u64),
 }
 
 impl Socket {
-    /// Creates parent directories, replaces a stale socket, and listens.
+    /// Creates parent directories, replaces a socket that is at `path`, and listens.
+    ///
+    /// A provider that crashed leaves its socket behind, and during an update two providers run,
+    /// of which the later one serves; so an existing socket is always replaced.
     ///
     /// # Errors
     ///
-    /// [`Error::NotASocket`] if anything but a socket is at `path`, which is left alone;
-    /// [`Error::Socket`] for whatever the system refuses.
-    pub(crate) fn bind(path: PathBuf) -> Result<Self, Error> {
+    /// [`Error::NotASocket`] if anything but a socket is at `path`, which stays;
+    /// [`Error::Socket`] if the system refuses.
+    pub fn bind(path: impl Into<PathBuf>) -> Result<Self, Error> {
+        let path = path.into();
         match fs::symlink_metadata(&path) {
             Ok(found) if !found.file_type().is_socket() => return Err(Error::NotASocket(path)),
-            // Absent, stale, or out of reach: listening tells.
+            // If the path cannot be examined, listening fails and names the reason.
             _ => {}
         }
         match listen(&path) {
@@ -40,16 +50,17 @@ impl Socket {
         }
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// Returns the socket's path.
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The listener, which can be taken once.
+    /// Takes the listener out, which is possible once.
     ///
     /// # Errors
     ///
     /// [`Error::Socket`] the second time.
-    pub(crate) fn take_listener(&mut self) -> Result<UnixListener, Error> {
+    pub(super) fn take_listener(&mut self) -> Result<UnixListener, Error> {
         self.listener.take().ok_or_else(|| Error::Socket {
             path: self.path.clone(),
             source: io::Error::other("the listener is already in use"),
@@ -58,8 +69,7 @@ impl Socket {
 }
 
 impl Drop for Socket {
-    /// Leaves the file alone if it is no longer ours: in an update the next provider may have
-    /// bound the same path already.
+    /// Removes the file unless another provider has bound the same path meanwhile.
     fn drop(&mut self) {
         let ours =
             fs::symlink_metadata(&self.path).is_ok_and(|now| identity(&now) == self.identity);
@@ -83,8 +93,14 @@ fn listen(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let listener = UnixListener::bind(path)?;
-    Ok((listener, identity(&fs::symlink_metadata(path)?)))
+    let socket = UnixSocket::new_stream()?;
+    socket.bind(path)?;
+    // Nobody can connect before `listen`, so nobody does before the mode is set.
+    fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    Ok((
+        socket.listen(BACKLOG)?,
+        identity(&fs::symlink_metadata(path)?),
+    ))
 }
 
 fn identity(metadata: &Metadata) -> (u64, u64) {
@@ -100,6 +116,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("made/for/it/p.sock");
         let first = Socket::bind(path.clone()).unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         let second = Socket::bind(path.clone()).unwrap();
         drop(first);
         assert!(path.exists(), "the first removed the second's socket");

@@ -1,6 +1,6 @@
-//! Objects from outside the class: a YAML file, or a directory in which every file is one.
+//! Objects that are stored outside of the class: in a YAML file, or as the files of a directory.
 //!
-//! Both are read at every Mount, so that a change is served at the next one.
+//! Both are read at each Mount, so the next Mount serves a change.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,25 +11,34 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::Error;
-use crate::objects::{decode_base64, parse_mode, parse_yaml};
+use super::yaml::{decode_base64, parse_mode, parse_yaml};
 
-/// Where objects are read from.
+/// The file or directory that objects are read from.
 #[derive(Clone, Debug)]
-pub(crate) struct Source(PathBuf);
+pub(super) struct Source(PathBuf);
 
-/// One object as it is stored now.
+/// The reason why stored objects cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("objects in {}: {reason}", .path.display())]
+pub struct Unreadable {
+    /// The file or directory at fault.
+    pub path: PathBuf,
+    /// The mistake, without any of the content.
+    pub reason: String,
+}
+
+/// One stored object.
 #[derive(Clone)]
-pub(crate) struct Stored {
-    /// Permission bits, 0 for none given.
-    pub(crate) mode: i32,
-    pub(crate) contents: Vec<u8>,
-    pub(crate) version: String,
+pub(super) struct Stored {
+    /// The permission bits, or 0 if none are given.
+    pub(super) mode: u32,
+    pub(super) contents: Vec<u8>,
+    pub(super) version: String,
 }
 
 impl Stored {
-    /// An object of text without a mode. A version that is not given follows from the content.
-    pub(crate) fn of_text(content: String, version: Option<String>) -> Self {
+    /// Returns an object of text without a mode. The version defaults to a hash of the content.
+    pub(super) fn of_text(content: String, version: Option<String>) -> Self {
         let contents = content.into_bytes();
         Self {
             mode: 0,
@@ -39,20 +48,20 @@ impl Stored {
     }
 }
 
-/// Objects by name.
-pub(crate) type StoredObjects = BTreeMap<String, Stored>;
+/// Stored objects by name.
+pub(super) type StoredObjects = BTreeMap<String, Stored>;
 
 impl Source {
-    pub(crate) fn new(path: PathBuf) -> Self {
+    pub(super) fn new(path: PathBuf) -> Self {
         Self(path)
     }
 
-    /// All objects there are now.
+    /// Reads all objects.
     ///
     /// # Errors
     ///
-    /// [`Error::Objects`] naming the file that cannot be read or understood.
-    pub(crate) async fn read(&self) -> Result<StoredObjects, Error> {
+    /// [`Unreadable`], naming the file that cannot be read or parsed.
+    pub(super) async fn read(&self) -> Result<StoredObjects, Unreadable> {
         let path = self.0.clone();
         let reading = tokio::task::spawn_blocking(move || read(&path));
         reading
@@ -61,7 +70,7 @@ impl Source {
     }
 }
 
-fn read(path: &Path) -> Result<StoredObjects, Error> {
+fn read(path: &Path) -> Result<StoredObjects, Unreadable> {
     let mut objects = StoredObjects::new();
     if fs::metadata(path)
         .map_err(|error| failure(path, error))?
@@ -74,9 +83,9 @@ fn read(path: &Path) -> Result<StoredObjects, Error> {
     Ok(objects)
 }
 
-/// Names that begin with `..` are skipped: in a mounted ConfigMap or Secret they are the
-/// directories behind the links, and would serve every object twice.
-fn read_directory(dir: &Path, prefix: &str, objects: &mut StoredObjects) -> Result<(), Error> {
+/// Reads the files of a directory and of those in it. Names that begin with `..` are skipped: in a
+/// mounted ConfigMap or Secret they are the targets of the links, so each object would appear twice.
+fn read_directory(dir: &Path, prefix: &str, objects: &mut StoredObjects) -> Result<(), Unreadable> {
     for entry in fs::read_dir(dir).map_err(|error| failure(dir, error))? {
         let entry = entry.map_err(|error| failure(dir, error))?;
         let path = entry.path();
@@ -101,14 +110,14 @@ fn read_directory(dir: &Path, prefix: &str, objects: &mut StoredObjects) -> Resu
     Ok(())
 }
 
-/// `None` for anything but a regular file, or a link to one.
+/// Reads a regular file or a link to one. Returns `None` for anything else.
 fn read_object(path: &Path) -> io::Result<Option<Stored>> {
     let metadata = fs::metadata(path)?;
     if !metadata.is_file() {
         return Ok(None);
     }
     let contents = fs::read(path)?;
-    let mode = (metadata.permissions().mode() & 0o777).cast_signed();
+    let mode = metadata.permissions().mode() & 0o777;
     Ok(Some(Stored {
         mode,
         version: version_of(&contents),
@@ -126,7 +135,8 @@ struct Listed {
     version: Option<String>,
 }
 
-fn read_list(path: &Path, objects: &mut StoredObjects) -> Result<(), Error> {
+/// Reads the objects that a YAML file lists.
+fn read_list(path: &Path, objects: &mut StoredObjects) -> Result<(), Unreadable> {
     let text = fs::read_to_string(path).map_err(|error| failure(path, error))?;
     let listed: Vec<Listed> = parse_yaml(&text).map_err(|reason| failure(path, reason))?;
     for entry in listed {
@@ -155,7 +165,7 @@ fn stored(entry: Listed) -> Result<Stored, String> {
     })
 }
 
-/// The same for the same content, in every run: twelve hexadecimal digits of a hash.
+/// Returns twelve hexadecimal digits of a hash: the same for the same content, in each run.
 fn version_of(contents: &[u8]) -> String {
     Sha256::digest(contents)
         .iter()
@@ -164,8 +174,8 @@ fn version_of(contents: &[u8]) -> String {
         .collect()
 }
 
-fn failure(path: &Path, reason: impl ToString) -> Error {
-    Error::Objects {
+fn failure(path: &Path, reason: impl ToString) -> Unreadable {
+    Unreadable {
         path: path.to_owned(),
         reason: reason.to_string(),
     }
@@ -177,7 +187,7 @@ mod tests {
     use rstest::rstest;
     use std::os::unix::fs::symlink;
 
-    fn summary(objects: &StoredObjects) -> Vec<(String, String, i32)> {
+    fn summary(objects: &StoredObjects) -> Vec<(String, String, u32)> {
         let line = |(name, o): (&String, &Stored)| {
             (
                 name.clone(),

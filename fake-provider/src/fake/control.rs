@@ -1,4 +1,4 @@
-//! HTTP: upstream's two switches, faults at run time, and the counts of calls.
+//! The HTTP interface: upstream's two switches, objects and faults at run time, and the counts of calls.
 
 use std::sync::Arc;
 
@@ -11,15 +11,15 @@ use http::header::CONTENT_TYPE;
 use http::{Method, StatusCode, Uri};
 use serde::Deserialize;
 
-use crate::faults::parse_faults;
-use crate::provider::Provider;
-use crate::source::Stored;
+use super::faults::parse_faults;
+use super::provider::FakeProvider;
+use super::source::Stored;
 
-/// The most of a form that is read.
+/// The largest form that is read, in bytes.
 const MAX_FORM: usize = 64 << 10;
 
-/// All of the HTTP interface; the crate's documentation lists it.
-pub(crate) fn router(provider: Arc<Provider>) -> Router {
+/// Returns the routes that the documentation of [`crate::fake`] lists.
+pub(super) fn router(provider: Arc<FakeProvider>) -> Router {
     Router::new()
         .route("/rotation", any(rotation))
         .route("/validate-token-requests", any(validate_token_requests))
@@ -30,7 +30,10 @@ pub(crate) fn router(provider: Arc<Provider>) -> Router {
         .with_state(provider)
 }
 
-async fn rotation(State(provider): State<Arc<Provider>>, request: Request) -> Result<(), Refusal> {
+async fn rotation(
+    State(provider): State<Arc<FakeProvider>>,
+    request: Request,
+) -> Result<(), Refusal> {
     let state = value("rotated", request).await?;
     tracing::info!(rotated = state, "rotation set");
     provider.set_rotated(state);
@@ -38,7 +41,7 @@ async fn rotation(State(provider): State<Arc<Provider>>, request: Request) -> Re
 }
 
 async fn validate_token_requests(
-    State(provider): State<Arc<Provider>>,
+    State(provider): State<Arc<FakeProvider>>,
     request: Request,
 ) -> Result<(), Refusal> {
     let audiences = value("audience", request).await?;
@@ -47,7 +50,7 @@ async fn validate_token_requests(
     Ok(())
 }
 
-/// What `/objects` sets.
+/// The query of `/objects`.
 #[derive(Deserialize)]
 struct Setting {
     name: String,
@@ -55,7 +58,7 @@ struct Setting {
     version: Option<String>,
 }
 
-async fn set_object(State(provider): State<Arc<Provider>>, Query(setting): Query<Setting>) {
+async fn set_object(State(provider): State<Arc<FakeProvider>>, Query(setting): Query<Setting>) {
     tracing::info!(
         object = setting.name,
         version = setting.version,
@@ -65,29 +68,32 @@ async fn set_object(State(provider): State<Arc<Provider>>, Query(setting): Query
     provider.set_object(setting.name, object);
 }
 
-async fn calls(State(provider): State<Arc<Provider>>) -> Result<Response, Refusal> {
+async fn calls(State(provider): State<Arc<FakeProvider>>) -> Result<Response, Refusal> {
     let json = serde_json::to_string(&provider.calls.read())
         .map_err(|error| Refusal(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
     Ok(([(CONTENT_TYPE, "application/json")], json).into_response())
 }
 
-async fn reset_calls(State(provider): State<Arc<Provider>>) {
+async fn reset_calls(State(provider): State<Arc<FakeProvider>>) {
     provider.calls.reset();
 }
 
-async fn set_faults(State(provider): State<Arc<Provider>>, yaml: String) -> Result<(), Refusal> {
+async fn set_faults(
+    State(provider): State<Arc<FakeProvider>>,
+    yaml: String,
+) -> Result<(), Refusal> {
     let faults = parse_faults(&yaml).map_err(|reason| Refusal(StatusCode::BAD_REQUEST, reason))?;
     tracing::info!(count = faults.len(), "faults set");
     provider.faults.set(faults);
     Ok(())
 }
 
-async fn clear_faults(State(provider): State<Arc<Provider>>) {
+async fn clear_faults(State(provider): State<Arc<FakeProvider>>) {
     tracing::info!("faults cleared");
     provider.faults.set(Vec::new());
 }
 
-/// A request that could not be done, with the reason as the body.
+/// A refused request: the status, and the reason for the body.
 struct Refusal(StatusCode, String);
 
 impl IntoResponse for Refusal {
@@ -96,8 +102,8 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// A value as Go's `FormValue` finds it: in a form body if there is one, else in the query,
-/// the first of several; empty if absent.
+/// Returns a value as Go's `Request.FormValue` does: the first one of the form in the body, else of
+/// the query; empty if there is none (<https://pkg.go.dev/net/http#Request.FormValue>).
 async fn value(key: &str, request: Request) -> Result<String, Refusal> {
     let (parts, body) = request.into_parts();
     let is_form = [Method::POST, Method::PUT, Method::PATCH].contains(&parts.method)

@@ -1,0 +1,218 @@
+//! Answers Mount calls with the objects of the class and the faults that strike it, in the order of
+//! upstream's test provider (`test/e2eprovider/server/server.go`).
+
+use std::collections::HashSet;
+use std::sync::Mutex;
+
+use proto::provider::File;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use super::calls::Calls;
+use super::faults::{Caller, Fault, Faults, write_files};
+use super::objects::{Asked, Material, all_of, parse_objects, pattern};
+use super::source::{Source, Stored, StoredObjects};
+use super::tokens::audiences_of;
+use crate::lock;
+use crate::server::{Failure, Identity, MountResponse, Object, Provider, Request, TOKENS_KEY};
+
+/// The exit code of the process after the fault `crash`: the one that a shell reports for an abort,
+/// which would also write a core file.
+const CRASH_EXIT_CODE: i32 = 134;
+
+/// The fake provider and everything that it remembers until it stops.
+pub(super) struct FakeProvider {
+    source: Option<Source>,
+    rotated: Mutex<String>,
+    token_audiences: Mutex<String>,
+    /// Objects set over HTTP, which go before those of the source.
+    set: Mutex<StoredObjects>,
+    /// The UIDs of pods that have mounted: rotation changes only their objects.
+    mounted: Mutex<HashSet<String>>,
+    pub(super) calls: Calls,
+    pub(super) faults: Faults,
+    stop: CancellationToken,
+}
+
+impl FakeProvider {
+    /// Returns a provider whose delayed and hanging calls end when `stop` is cancelled.
+    pub(super) fn new(
+        source: Option<Source>,
+        token_audiences: String,
+        stop: CancellationToken,
+    ) -> Self {
+        Self {
+            source,
+            rotated: Mutex::new("false".to_owned()),
+            token_audiences: Mutex::new(token_audiences),
+            set: Mutex::default(),
+            mounted: Mutex::default(),
+            calls: Calls::default(),
+            faults: Faults::default(),
+            stop,
+        }
+    }
+
+    /// Sets the rotation state; only `true` switches rotation on.
+    pub(super) fn set_rotated(&self, state: String) {
+        *lock(&self.rotated) = state;
+    }
+
+    /// Sets the audiences, separated by commas, for which tokens must arrive; empty for none.
+    pub(super) fn set_token_audiences(&self, audiences: String) {
+        *lock(&self.token_audiences) = audiences;
+    }
+
+    /// Sets an object, as a change of the secret in the store would.
+    pub(super) fn set_object(&self, name: String, object: Stored) {
+        lock(&self.set).insert(name, object);
+    }
+
+    async fn answer(&self, request: &Request) -> Result<MountResponse, Failure> {
+        let mut stored = match &self.source {
+            Some(source) => source.read().await.map_err(unknown)?,
+            None => StoredObjects::new(),
+        };
+        stored.extend(lock(&self.set).clone());
+        let asked = self.asked(request, &stored)?;
+        let names: Vec<&str> = asked.iter().map(Asked::name).collect();
+        let faults = self.strike(request, &names)?;
+        self.suffer(&faults).await?;
+
+        let pod_uid = request.pod().uid.to_owned();
+        let rotated = *lock(&self.rotated) == "true" && lock(&self.mounted).contains(&pod_uid);
+        let material = Material {
+            request,
+            stored: &stored,
+            rotated,
+        };
+        let objects: Result<Vec<Object>, String> =
+            asked.iter().map(|asked| asked.resolve(&material)).collect();
+        let mut response = MountResponse::from_iter(objects.map_err(unknown)?);
+        self.check_tokens(request)?;
+        spoil(&mut response, &faults, &names)?;
+        if faults.iter().any(|fault| fault.write_files) {
+            let files = std::mem::take(&mut response.files);
+            write_files(request.target_path(), request.permission(), &files)
+                .await
+                .map_err(unknown)?;
+        }
+        // Calls without a UID count as those of one pod, as upstream's own tests expect.
+        lock(&self.mounted).insert(pod_uid);
+        Ok(response)
+    }
+
+    /// Returns the objects that the class asks for, or all stored ones if it names none.
+    fn asked(&self, request: &Request, stored: &StoredObjects) -> Result<Vec<Asked>, Failure> {
+        match request.parameter("objects").filter(|text| !text.is_empty()) {
+            Some(objects) => parse_objects(objects).map_err(unknown),
+            None if self.source.is_some() => Ok(all_of(stored)),
+            None => Err(unknown("parameter objects is not set")),
+        }
+    }
+
+    /// Returns the faults that strike this call.
+    fn strike(&self, request: &Request, objects: &[&str]) -> Result<Vec<Fault>, Failure> {
+        let class = request.parameter("secretProviderClass");
+        let caller = Caller {
+            pod_uid: request.pod().uid.to_owned(),
+            class: class.map_or_else(
+                || request.target_path().display().to_string(),
+                str::to_owned,
+            ),
+        };
+        self.faults
+            .strike(request.parameter("faults"), &caller, objects)
+            .map_err(unknown)
+    }
+
+    /// Waits for all delays, then does the worst that the faults ask for.
+    async fn suffer(&self, faults: &[Fault]) -> Result<(), Failure> {
+        let worst = async {
+            tokio::time::sleep(faults.iter().map(|fault| fault.delay).sum()).await;
+            if faults.iter().any(|fault| fault.crash) {
+                tracing::warn!("crashing as a fault asks for");
+                std::process::exit(CRASH_EXIT_CODE);
+            }
+            if faults.iter().any(|fault| fault.hang) {
+                std::future::pending::<()>().await;
+            }
+            if let Some(status) = faults.iter().find_map(Fault::status) {
+                return Err(Failure::Status(status));
+            }
+            match faults.iter().find_map(|fault| fault.error_code.clone()) {
+                Some(code) => Err(Failure::ErrorCode(code)),
+                None => Ok(()),
+            }
+        };
+        tokio::select! {
+            outcome = worst => outcome,
+            () = self.stop.cancelled() => {
+                Err(Failure::Status(Status::unavailable("the provider is stopping")))
+            }
+        }
+    }
+
+    /// Checks that a token arrived for each audience, as upstream's provider does: the audiences
+    /// only, not the tokens.
+    fn check_tokens(&self, request: &Request) -> Result<(), Failure> {
+        let required = lock(&self.token_audiences).trim().to_owned();
+        if required.is_empty() {
+            return Ok(());
+        }
+        let tokens = request.parameter(TOKENS_KEY).filter(|t| !t.is_empty());
+        let tokens = tokens.ok_or_else(|| unknown("no service account tokens came"))?;
+        let audiences = audiences_of(tokens)
+            .ok_or_else(|| unknown("the service account tokens are not a JSON object"))?;
+        match required
+            .split(',')
+            .find(|required| !audiences.iter().any(|audience| audience == required))
+        {
+            Some(missing) => Err(unknown(format!(
+                "no service account token came for audience {missing:?}"
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Provider for FakeProvider {
+    /// Returns the identity of upstream's provider.
+    fn identity(&self) -> Identity {
+        self.calls.version();
+        Identity {
+            name: "E2EMockProvider".to_owned(),
+            version: "v0.0.10".to_owned(),
+        }
+    }
+
+    async fn mount(&self, request: Request) -> Result<MountResponse, Failure> {
+        let _in_flight = self.calls.mount(request.pod());
+        self.answer(&request).await
+    }
+}
+
+/// Applies the faults of paths, sizes and versions. `names` are those of the objects in `response`.
+fn spoil(response: &mut MountResponse, faults: &[Fault], names: &[&str]) -> Result<(), Failure> {
+    for fault in faults {
+        fault.spoil_path(&mut response.files, names);
+        if let Some(size) = fault.oversize {
+            let contents =
+                pattern(size).map_err(|reason| unknown(format!("fault oversize: {reason}")))?;
+            response.files.push(File {
+                path: "oversize".to_owned(),
+                mode: 0,
+                contents,
+            });
+        }
+        if fault.missing_versions {
+            response.object_version.clear();
+        }
+    }
+    Ok(())
+}
+
+/// Returns a failure with the code that an error of a Go program has on the wire unless it sets one.
+fn unknown(reason: impl ToString) -> Failure {
+    Failure::Status(Status::unknown(reason.to_string()))
+}
