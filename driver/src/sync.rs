@@ -21,7 +21,7 @@ mod newer;
 mod parsing;
 mod tls;
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, slice, sync::Arc, time::Duration};
+use std::{fmt, path::PathBuf, slice, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, timeout};
 use tonic::Code;
@@ -30,9 +30,8 @@ use crate::{
     cluster::{
         Class, Cluster,
         events::Severity,
-        holders::Holder,
         resources::SecretObject,
-        secrets::{ADOPT, Data, Kept, Owner, Refusal, Wanted},
+        secrets::{ADOPT, Data, Kept, Owner, PodOwners, Refusal, Wanted},
     },
     error::{Error, Result},
     metrics::Metrics,
@@ -251,7 +250,7 @@ impl Sync {
                 );
                 for object in &class.secret_objects {
                     let (namespace, class) = (&volume.pod.namespace, &class.identity.name);
-                    let name = object.secret_name.trim();
+                    let name = &object.secret_name;
                     self.known
                         .looked_at(namespace, class, name, true, self.interval);
                 }
@@ -318,14 +317,18 @@ impl Sync {
         released: &[String],
     ) -> Result<(), Problem> {
         self.release(&volume.pod.namespace, class, released).await;
-        let holder = match self.cluster.holder(&volume.pod, &volume.pod_status).await {
-            Ok(Some(holder)) if holder.ended => return Ok(()),
+        let holder = match self
+            .cluster
+            .pod_owners(&volume.pod, &volume.pod_status)
+            .await
+        {
+            Ok(Some(holder)) if holder.pod_ended => return Ok(()),
             Ok(Some(holder)) => Ok(holder),
             Ok(None) => Err(unavailable(class, &"the pod is gone")),
             Err(error) => Err(unavailable(class, &error)),
         };
         let mut first = Ok(());
-        let class = Arc::new(class.remembered());
+        let class = Arc::new(class.without_parameters());
         if let Ok(holder) = &holder {
             self.known.set_holder(&volume.id, holder.clone());
         }
@@ -346,7 +349,7 @@ impl Sync {
                 }
                 Err(problem) => Err(problem.clone()),
             };
-            let name = object.secret_name.trim();
+            let name = &object.secret_name;
             self.report(
                 &class,
                 name,
@@ -386,7 +389,7 @@ impl Sync {
         ahead: &mut Ahead,
     ) -> Result<Option<Kept>, Problem> {
         let name = desired::name(class, object)?;
-        let same = |other: &&SecretObject| other.secret_name.trim() == name;
+        let same = |other: &&SecretObject| other.secret_name == name;
         if class.secret_objects.iter().filter(same).count() > 1 {
             return Err(Problem::new(
                 Trouble::InvalidClass,
@@ -498,9 +501,12 @@ impl Sync {
         let mut live = Vec::new();
         for mut mounted in volumes {
             let volume = &mounted.volume;
-            let holder = self.cluster.holder(&volume.pod, &volume.pod_status).await;
+            let holder = self
+                .cluster
+                .pod_owners(&volume.pod, &volume.pod_status)
+                .await;
             match holder.map_err(|error| unavailable(class, &error))? {
-                Some(holder) if !holder.ended => {
+                Some(holder) if !holder.pod_ended => {
                     self.known.set_holder(&volume.id, holder.clone());
                     mounted.holder = Some(holder);
                     live.push(mounted);
@@ -588,10 +594,7 @@ impl Sync {
 
 /// Everybody that the volumes' Secrets live with, each once.
 fn owners(volumes: &[Mounted]) -> Vec<Owner> {
-    let holders = volumes.iter().filter_map(|volume| volume.holder.as_ref());
-    let owners = holders.flat_map(|holder: &Holder| &holder.owners);
-    let by_uid: BTreeMap<&str, &Owner> = owners.map(|owner| (owner.uid.as_str(), owner)).collect();
-    by_uid.into_values().cloned().collect()
+    PodOwners::merged(volumes.iter().filter_map(|volume| volume.holder.as_ref()))
 }
 
 fn wanted<'a>(
@@ -604,8 +607,8 @@ fn wanted<'a>(
 ) -> Wanted<'a> {
     Wanted {
         namespace,
-        name: object.secret_name.trim(),
-        type_: object.type_.trim(),
+        name: &object.secret_name,
+        type_: &object.type_,
         labels: &object.labels,
         annotations: &object.annotations,
         data,

@@ -27,7 +27,7 @@ use zeroize::Zeroizing;
 use crate::{
     cluster::{
         Class, Cluster,
-        pod_status::{Mounted, Written},
+        pod_status::{DesiredPodStatus, Written},
     },
     error::{Error, Reason, Result},
     files::{Access, swap},
@@ -369,8 +369,8 @@ impl Volumes {
         request: &'a PublishRequest,
         objects: &'a [Object],
         changed: Option<Timestamp>,
-    ) -> Mounted<'a> {
-        Mounted {
+    ) -> DesiredPodStatus<'a> {
+        DesiredPodStatus {
             pod: &request.pod,
             class: &request.class,
             target_path: request.target.as_str(),

@@ -23,7 +23,7 @@ use axum::{
     http::{Method, StatusCode, Uri},
 };
 use driver::{
-    cluster::{Class, Cluster, events::Severity, pod_status::Mounted},
+    cluster::{Class, Cluster, events::Severity, pod_status::DesiredPodStatus},
     metrics::Metrics,
     mount::Tmpfs,
     record::{Pod, Record},
@@ -476,7 +476,7 @@ async fn requests_of_one_namespace_that_hang_hold_up_no_other() {
                 namespace: "bad".to_owned(),
                 uid: format!("uid-{number}"),
             };
-            let mounted = Mounted {
+            let mounted = DesiredPodStatus {
                 pod: &pod,
                 class: "db",
                 target_path: "/target",

@@ -17,7 +17,7 @@ use axum::{
     http::{Method, StatusCode, Uri},
 };
 use driver::{
-    cluster::{Cluster, pod_status::Mounted},
+    cluster::{Cluster, pod_status::DesiredPodStatus},
     record::{Object, Pod},
 };
 use rstest::rstest;
@@ -182,8 +182,8 @@ fn objects() -> Vec<Object> {
     }]
 }
 
-fn mounted<'a>(pod: &'a Pod, objects: &'a [Object]) -> Mounted<'a> {
-    Mounted {
+fn mounted<'a>(pod: &'a Pod, objects: &'a [Object]) -> DesiredPodStatus<'a> {
+    DesiredPodStatus {
         pod,
         class: "db",
         target_path: TARGET,

@@ -1,10 +1,10 @@
-//! Posts events on pods: what `kubectl describe pod` shows besides kubelet's own.
+//! Posts events on pods, which `kubectl describe pod` shows beside kubelet's own.
 //!
-//! An event is news of a change, so it may be late, and nobody waits for one. One that cannot be
-//! posted is tried again a few times, whatever the reason, because roles and webhooks change. Then
-//! whoever announced it hears that it has not been told. Each namespace has places of its own for events that wait, and posts
-//! one at a time, so that one whose events are refused or slow is in nobody's way. Whoever finds
-//! no place is told, and tries again when the same is news still.
+//! An event reports a change, so it may be late, and no caller waits for it. Posting is repeated a
+//! few times, whatever the reason of a failure, because roles and webhooks change; the caller learns
+//! in the end whether the event was posted. The events of each namespace wait in a queue of limited
+//! length and are posted one at a time, so that a namespace whose events are refused or slow holds
+//! up no other. If the queue is full, the caller announces the event again later.
 
 use std::{
     collections::HashMap,
@@ -20,39 +20,42 @@ use k8s_openapi::{
 use kube::{Api, api::PostParams, core::ObjectMeta};
 use tokio::time::sleep;
 
-use super::{Cluster, Failure, limited};
+use super::{
+    Cluster,
+    request::{Failure, limited},
+};
 use crate::{error::Result, record::Pod, turns::Turns};
 
-/// Who reports, as `kubectl describe` names it.
+/// The name of the reporter, which `kubectl describe` shows.
 const COMPONENT: &str = "secrets-store-csi-driver";
 
-/// Waits before another attempt to post.
+/// The waits before further attempts to post.
 const WAITS: [Duration; 3] = [
     Duration::from_secs(2),
     Duration::from_secs(15),
     Duration::from_secs(60),
 ];
 
-/// How many events may wait to be posted, and how many of them in one namespace.
-const MOST_WAITING: usize = 1024;
-const MOST_OF_NAMESPACE: usize = 64;
+/// The number of events that may wait to be posted, in all and of one namespace.
+const MAX_WAITING: usize = 1024;
+const MAX_OF_NAMESPACE: usize = 64;
 
-/// Limits of the API for an event's message and name.
+/// The limits of the API for an event's message and name, in bytes.
 const MAX_MESSAGE: usize = 1024;
 const MAX_NAME: usize = 253;
 
-/// Whether an event is about trouble.
+/// The type of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Severity {
-    /// Things go their way.
+    /// Something is in order, or is in order again.
     Normal,
-    /// Somebody should look.
+    /// Something needs attention.
     Warning,
 }
 
-/// The events that wait to be posted.
+/// The queues of events that wait to be posted.
 pub(super) struct Events {
-    /// How many wait, by namespace.
+    /// The number of waiting events, by namespace.
     waiting: Arc<Mutex<HashMap<String, usize>>>,
     posting: Turns<String>,
 }
@@ -66,29 +69,30 @@ impl Default for Events {
     }
 }
 
-/// The place of an event that waits.
-struct Place {
+/// The place of one event in its queue, which is free again when this is dropped.
+struct Waiting {
     namespace: String,
     waiting: Arc<Mutex<HashMap<String, usize>>>,
 }
 
 impl Events {
-    fn place(&self, namespace: &str) -> Option<Place> {
+    /// Takes a place in the queue of a namespace, unless it is full.
+    fn enqueue(&self, namespace: &str) -> Option<Waiting> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let all: usize = waiting.values().sum();
         let of_namespace = waiting.get(namespace).copied().unwrap_or_default();
-        if all >= MOST_WAITING || of_namespace >= MOST_OF_NAMESPACE {
+        if all >= MAX_WAITING || of_namespace >= MAX_OF_NAMESPACE {
             return None;
         }
         waiting.insert(namespace.to_owned(), of_namespace + 1);
-        Some(Place {
+        Some(Waiting {
             namespace: namespace.to_owned(),
             waiting: Arc::clone(&self.waiting),
         })
     }
 }
 
-impl Drop for Place {
+impl Drop for Waiting {
     fn drop(&mut self) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = waiting.get_mut(&self.namespace) {
@@ -101,10 +105,10 @@ impl Drop for Place {
 }
 
 impl Cluster {
-    /// Posts an event on a pod, in the background. `reason` is one word in CamelCase; `message`
-    /// a sentence for whoever runs the pod. Returns whether it is going to be posted: when too
-    /// many wait, it is not, and is not logged either. `ended` is called with whether it was
-    /// posted, once no further attempt is made.
+    /// Posts an event on a pod, in the background. `reason` is one word in CamelCase, `message` a
+    /// sentence for the pod's owner. Returns whether the event was accepted: if too many are waiting,
+    /// it is neither posted nor logged. After the last attempt, `ended` is called with whether the
+    /// event was posted.
     #[must_use = "an event that is not accepted has not been told"]
     pub fn announce(
         &self,
@@ -114,7 +118,7 @@ impl Cluster {
         message: &str,
         ended: impl FnOnce(bool) + Send + 'static,
     ) -> bool {
-        let Some(place) = self.events.place(&pod.namespace) else {
+        let Some(waiting) = self.events.enqueue(&pod.namespace) else {
             tracing::debug!(pod = %pod, reason, "no event is posted now: too many are waiting");
             return false;
         };
@@ -125,7 +129,7 @@ impl Cluster {
         let event = event(pod, &self.node, severity, reason, message);
         let (cluster, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
-            let _place = place;
+            let _waiting = waiting;
             let posted = cluster.post(&pod, &event).await;
             if let Err(error) = &posted {
                 tracing::warn!(pod = %pod, reason, %error, "the event could not be posted");
@@ -143,7 +147,7 @@ impl Cluster {
                     let _turn = self.events.posting.take(pod.namespace.clone()).await;
                     let api: Api<PodEvent> = Api::namespaced(client, &pod.namespace);
                     match limited(api.create(&PostParams::default(), event)).await {
-                        // The namespace or the pod's event of that name is there already or gone.
+                        // An earlier attempt was taken after all, or the namespace is gone.
                         Ok(_)
                         | Err(Failure::Refused {
                             code: 404 | 409, ..
@@ -201,7 +205,7 @@ fn event(pod: &Pod, node: &str, severity: Severity, reason: &str, message: &str)
     }
 }
 
-/// As much of a text as fits, in whole characters.
+/// Returns as many whole characters of a text as fit into a number of bytes.
 fn clipped(text: &str, max: usize) -> &str {
     let mut end = text.len().min(max);
     while !text.is_char_boundary(end) {
@@ -215,32 +219,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_namespace_uses_its_own_places() {
+    fn a_namespace_has_a_queue_of_its_own() {
         let events = Events::default();
-        let places = |namespace: &str, count: usize| {
+        let enqueued = |namespace: &str, count: usize| {
             (0..count)
-                .map_while(|_| events.place(namespace))
+                .map_while(|_| events.enqueue(namespace))
                 .collect::<Vec<_>>()
         };
-        let noisy = places("noisy", 2 * MOST_OF_NAMESPACE);
-        assert_eq!(noisy.len(), MOST_OF_NAMESPACE);
-        assert!(events.place("quiet").is_some());
-        let others: Vec<_> = (0..2 * MOST_WAITING)
-            .flat_map(|number| events.place(&number.to_string()))
+        let noisy = enqueued("noisy", 2 * MAX_OF_NAMESPACE);
+        assert_eq!(noisy.len(), MAX_OF_NAMESPACE);
+        assert!(events.enqueue("quiet").is_some());
+        let others: Vec<_> = (0..2 * MAX_WAITING)
+            .flat_map(|number| events.enqueue(&number.to_string()))
             .collect();
-        assert_eq!(noisy.len() + others.len(), MOST_WAITING);
-        assert!(events.place("quiet").is_none());
+        assert_eq!(noisy.len() + others.len(), MAX_WAITING);
+        assert!(events.enqueue("quiet").is_none());
         drop((noisy, others));
         assert_eq!(
-            places("noisy", 2 * MOST_OF_NAMESPACE).len(),
-            MOST_OF_NAMESPACE
+            enqueued("noisy", 2 * MAX_OF_NAMESPACE).len(),
+            MAX_OF_NAMESPACE
         );
         assert!(events.waiting.lock().unwrap().is_empty());
     }
 
-    /// There is no API server at all, and the attempts come to an end.
+    /// There is no API server at all, and the attempts end.
     #[tokio::test(start_paused = true)]
-    async fn whoever_announces_hears_that_posting_has_ended_without_success() {
+    async fn the_caller_learns_that_an_event_was_not_posted() {
         let nowhere = std::path::PathBuf::from("/nonexistent/kubeconfig");
         let cluster = Cluster::new(Some(nowhere), "test", "node-1");
         let pod = Pod {

@@ -73,7 +73,7 @@ pub struct Desired {
 /// # Errors
 /// When it is no name.
 pub fn name<'a>(class: &Class, object: &'a SecretObject) -> Result<&'a str, Problem> {
-    let name = object.secret_name.trim();
+    let name = object.secret_name.as_str();
     let refuse = |why: &str| Err(invalid(format!("{}: {why}", class.identity.name)));
     if name.is_empty() {
         return refuse("an entry of secretObjects has no secretName");
@@ -101,7 +101,7 @@ pub(super) fn desired<'a>(
         class: &class.identity.name,
         secret,
     };
-    let type_ = object.type_.trim();
+    let type_ = object.type_.as_str();
     if type_.is_empty() {
         return Err(at.invalid("type is empty: set it, Opaque for a Secret of any content"));
     }
@@ -189,13 +189,9 @@ fn split(
     };
     let files = sources.files();
     let source = |key: &str| {
-        let named = object
-            .data
-            .iter()
-            .rev()
-            .find(|entry| entry.key.trim() == key);
+        let named = object.data.iter().rev().find(|entry| entry.key == key);
         match named {
-            Some(entry) => entry.object_name.trim().to_owned(),
+            Some(entry) => entry.object_name.clone(),
             None => files
                 .keys()
                 .find(|path| key_of(path) == key)

@@ -184,7 +184,7 @@ impl Sync {
                 matches!(class.identity.age(known), Age::Unsure | Age::OlderContent)
             })
         };
-        let read = match self.cluster.remembered_class(namespace, name).await {
+        let read = match self.cluster.cached_class(namespace, name).await {
             Ok(class) if unsure(&class) => self.cluster.class(namespace, name).await,
             read => read,
         };
@@ -220,7 +220,7 @@ impl Sync {
         };
         let kept = match &record {
             Some(record) => {
-                let mounted = pod_status::Mounted {
+                let mounted = pod_status::DesiredPodStatus {
                     pod: &record.pod,
                     class: &record.class.name,
                     target_path: &record.target_path.to_string_lossy(),
@@ -282,7 +282,7 @@ impl Sync {
         let entry = class
             .secret_objects
             .iter()
-            .find(|object| object.secret_name.trim() == key.name);
+            .find(|object| object.secret_name == key.name);
         let Some(object) = entry else {
             return true;
         };
@@ -299,8 +299,12 @@ impl Sync {
     async fn look_after(&self, left: &Mounted, class: &Arc<Class>) -> bool {
         let volume = &left.volume;
         self.known.has_left(&volume.id);
-        let holder = match self.cluster.holder(&volume.pod, &volume.pod_status).await {
-            Ok(Some(holder)) if holder.owners_end => holder,
+        let holder = match self
+            .cluster
+            .pod_owners(&volume.pod, &volume.pod_status)
+            .await
+        {
+            Ok(Some(holder)) if holder.owners_ended => holder,
             Ok(_) => return true,
             Err(error) => {
                 tracing::debug!(pod = %volume.pod, %error, "the owners of the pod could not be read; if the pod has ended, its Secrets keep their owner until it is deleted");

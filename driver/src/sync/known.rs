@@ -16,8 +16,7 @@ use super::{Problem, Volume, content::Origin, newer::Newer};
 use crate::{
     cluster::{
         Class,
-        holders::Holder,
-        secrets::{Digest, Kept},
+        secrets::{Digest, Kept, PodOwners},
     },
     record::{self, Age},
 };
@@ -37,7 +36,7 @@ pub(super) struct Mounted {
     pub(super) volume: Volume,
     pub(super) class: String,
     /// Who its Secrets live with, once that is known.
-    pub(super) holder: Option<Holder>,
+    pub(super) holder: Option<PodOwners>,
     /// What its pod has been told of which Secret.
     told: BTreeMap<String, String>,
     /// When its pod status is looked at.
@@ -384,7 +383,7 @@ impl Known {
         of_class.map(|mounted| (**mounted).clone()).collect()
     }
 
-    pub(super) fn set_holder(&self, volume_id: &str, holder: Holder) {
+    pub(super) fn set_holder(&self, volume_id: &str, holder: PodOwners) {
         if let Some(mounted) = self.state().volumes.get_mut(volume_id) {
             mounted.holder = Some(holder);
         }
@@ -546,12 +545,12 @@ impl State {
         }
         let names = |class: &Class| -> Vec<String> {
             let names = class.secret_objects.iter();
-            names.map(|o| o.secret_name.trim().to_owned()).collect()
+            names.map(|o| o.secret_name.clone()).collect()
         };
         let before = known.class.as_deref().map(names).unwrap_or_default();
         let now_made = class.map(names).unwrap_or_default();
         let gone = class.is_none_or(|class| class.too_much.is_some());
-        known.class = class.map(|class| Arc::new(class.remembered()));
+        known.class = class.map(|class| Arc::new(class.without_parameters()));
         let (namespace, class) = key;
         for name in &now_made {
             let key = SecretKey {

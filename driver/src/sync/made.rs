@@ -62,7 +62,7 @@ impl Sync {
         pending: Option<&Record>,
         ahead: &mut Ahead,
     ) -> Result<Option<(Desired, Stamp)>, Problem> {
-        let name = object.secret_name.trim();
+        let name = object.secret_name.as_str();
         for _ in 0..ATTEMPTS {
             let Some(newest) = self.newest(class, volumes, pending).await? else {
                 return Ok(None);
@@ -178,7 +178,7 @@ fn made(
 ) -> Result<Option<Made>, Problem> {
     let objects = class.secret_objects.iter();
     let mut objects: Vec<_> = objects
-        .skip_while(|object| object.secret_name.trim() != first)
+        .skip_while(|object| object.secret_name != first)
         .collect();
     loop {
         let needs = Needs::of(objects.iter().copied());
@@ -221,7 +221,7 @@ fn made_of<'a>(class: &Class, objects: &[&'a SecretObject], mut sources: Sources
         if bytes > MOST_BYTES && !made.is_empty() {
             break;
         }
-        made.insert(object.secret_name.trim().to_owned(), desired);
+        made.insert(object.secret_name.clone(), desired);
     }
     made
 }
@@ -229,7 +229,7 @@ fn made_of<'a>(class: &Class, objects: &[&'a SecretObject], mut sources: Sources
 /// A Secret that has all that its class names, and anything at all. Nothing else may ever take the
 /// place of what is there.
 fn whole(desired: Desired, class: &Class, object: &SecretObject) -> Result<Desired, Problem> {
-    let named = object.data.iter().map(|entry| entry.key.trim());
+    let named = object.data.iter().map(|entry| entry.key.as_str());
     let lost = named
         .filter(|key| !key.is_empty())
         .find(|key| !desired.data.contains_key(*key));

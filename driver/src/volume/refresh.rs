@@ -108,7 +108,7 @@ impl Volumes {
     /// here, or there is none, reads it as it is now.
     async fn class_since(&self, request: &PublishRequest, known: &record::Class) -> Result<Class> {
         let (namespace, name) = (&request.pod.namespace, &request.class);
-        let remembered = self.cluster.remembered_class(namespace, name).await;
+        let remembered = self.cluster.cached_class(namespace, name).await;
         let mut class = match remembered {
             Ok(class) if class.identity.age(known) == Age::Current => return Ok(class),
             Err(error) if error.code() != Code::NotFound => return Err(error),

@@ -308,6 +308,36 @@ async fn a_job_that_the_user_put_on_the_secret_stays() {
     stop.cancel();
 }
 
+/// A proxy may answer with anything in the API server's place. Such an answer is no Secret of
+/// somebody else, and nothing is written because of it.
+#[tokio::test]
+async fn an_answer_that_is_not_the_secret_says_nothing_of_it() {
+    if !is_alone() {
+        return;
+    }
+    for answer in [
+        json!({"metadata": {}}),
+        json!({"metadata": {"name": ""}}),
+        json!({"metadata": {"name": "another", "uid": "u", "resourceVersion": "1"}}),
+        json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (api, cluster) = Api::start(dir.path()).await;
+        let class = class(&api, &cluster, creds()).await;
+        let web = volume(dir.path(), "web");
+        api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+        api.put(SECRET, answer.clone());
+        let sync = sync(dir.path(), &cluster, EVERY);
+        sync.volume_mounted(&web, &class).await.unwrap();
+        until("the pod is told", || !api.events().is_empty()).await;
+        let told = api.events().concat();
+        assert!(told.contains("not the object that was asked for"), "{told}");
+        assert!(!told.contains("not the driver's"), "{told}");
+        assert_eq!(api.get(SECRET), Some(answer));
+        drop(mount::detach(&web.target_path).unwrap());
+    }
+}
+
 /// A driver that has just started knows from its records how new a class was.
 #[tokio::test]
 async fn a_new_driver_believes_no_class_that_is_older_than_the_mounted_one() {

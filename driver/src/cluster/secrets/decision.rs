@@ -85,6 +85,11 @@ impl Existing {
         self.metadata.owner_references.as_deref().unwrap_or(&[])
     }
 
+    /// Returns whether this is the object of a name.
+    pub(super) fn is_named(&self, name: &str) -> bool {
+        self.metadata.name.as_deref() == Some(name)
+    }
+
     /// Whether it is one that a driver keeps.
     pub(super) fn is_managed(&self) -> bool {
         self.label(MANAGED).is_some_and(|value| value == "true")

@@ -1,31 +1,47 @@
-//! Who a Secret lives with: owner references of the driver's, and of everybody else.
+//! Decides which objects own a Secret, that is, which owner references it has.
 //!
-//! The driver takes away only what it has put there itself. Which owner references those are, the
-//! API server keeps in `metadata.managedFields`: they are the ones that the driver's field manager
-//! has. An owner that somebody else has put on a Secret stays, also when it is the very Job or
-//! ReplicaSet that the driver would have put there. Where the API server no longer knows who put
-//! an owner there, it stays: it goes with the object that it names.
+//! A Secret is owned by the controllers of the pods that use it (ReplicaSets, Jobs and so on), and
+//! by the pod status of a pod that has no controller; see [`Cluster::pod_owners`]. Kubernetes
+//! deletes the Secret with the last of its owners.
+//!
+//! The driver adds owners and removes only those that it has added itself. The API server records
+//! them in `metadata.managedFields`: they are the ones that belong to the driver's field manager
+//! alone. Any other owner stays, also if it is the very Job or ReplicaSet that the driver would
+//! have added, and so does an owner whose manager is unknown: it goes with the object that it names.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::{
+    api::GetParams,
+    core::{ObjectMeta, Request, Resource as _},
+};
+use serde::Deserialize;
 use serde_json::Value;
 
-use super::decision::{Change, Existing};
+use super::{
+    super::resources::{API_VERSION, SecretProviderClassPodStatus},
+    Cluster,
+    decision::{Change, Existing},
+};
+use crate::{
+    error::{Error, Result},
+    record::Pod,
+};
 
-/// Whose fields the driver's are. The existing driver has the same name, from its user agent.
+/// The driver's field manager. The existing driver has the same name, from its user agent.
 pub(super) const MANAGER: &str = "csi-secrets-store";
 
-/// An object that a Secret lives with.
+/// An object that owns a Secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Owner {
-    /// Group and version.
+    /// The group and version of its kind.
     pub api_version: String,
-    /// Kind.
+    /// Its kind.
     pub kind: String,
-    /// Name.
+    /// Its name.
     pub name: String,
-    /// What it is told by: a later object of that name is another.
+    /// Its UID. A later object of the same name is another owner.
     pub uid: String,
 }
 
@@ -41,17 +57,108 @@ impl Owner {
     }
 }
 
-/// The owners that a Secret should have, if they are not those it has: all that it has and ours,
-/// but for those of ours whose name another object has now.
+/// The owners that a pod gives its Secrets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodOwners {
+    /// The pod's controllers, or its pod status if it has none.
+    pub owners: Vec<Owner>,
+    /// Whether the pod has ended or is being deleted, so that it needs no Secrets any more.
+    pub pod_ended: bool,
+    /// Whether the owners have ended with the pod: its pod status, or its Job.
+    pub owners_ended: bool,
+}
+
+impl PodOwners {
+    /// Returns all owners that several pods give their Secrets, each once.
+    pub fn merged<'a>(pods: impl IntoIterator<Item = &'a Self>) -> Vec<Owner> {
+        let owners = pods.into_iter().flat_map(|pod| &pod.owners);
+        let by_uid: BTreeMap<&str, &Owner> =
+            owners.map(|owner| (owner.uid.as_str(), owner)).collect();
+        by_uid.into_values().cloned().collect()
+    }
+}
+
+#[derive(Deserialize)]
+struct Metadata {
+    metadata: ObjectMeta,
+}
+
+impl Cluster {
+    /// Finds the owners that a pod gives its Secrets. Returns `None` if the pod is gone, or if it
+    /// has no controller and no pod status.
+    ///
+    /// # Errors
+    /// When the API server does not answer, or its answer says nothing about this pod.
+    pub async fn pod_owners(&self, pod: &Pod, pod_status: &str) -> Result<Option<PodOwners>> {
+        let failed =
+            |error: Error| error.context(format_args!("failed to find the owners of pod {pod}"));
+        let found = self.pod(pod).await.map_err(failed)?;
+        // The mirror of a static pod has another UID, and nothing lives with it.
+        let itself = found.filter(|found| found.metadata.uid.as_deref() == Some(&pod.uid));
+        let Some(found) = itself else {
+            return Ok(None);
+        };
+        let finished = matches!(found.status.phase.as_str(), "Succeeded" | "Failed");
+        let controllers = found.metadata.owner_references.unwrap_or_default();
+        let owners_ended = finished && controllers.iter().all(|owner| owner.kind == "Job");
+        let mut owners: Vec<Owner> = controllers
+            .into_iter()
+            .map(|owner| Owner {
+                api_version: owner.api_version,
+                kind: owner.kind,
+                name: owner.name,
+                uid: owner.uid,
+            })
+            .collect();
+        if owners.is_empty() {
+            match self
+                .pod_status_owner(pod, pod_status)
+                .await
+                .map_err(failed)?
+            {
+                Some(owner) => owners.push(owner),
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(PodOwners {
+            owners,
+            pod_ended: finished || found.metadata.deletion_timestamp.is_some(),
+            owners_ended,
+        }))
+    }
+
+    /// Returns the pod status of a pod as an owner, if it exists and belongs to this very pod.
+    async fn pod_status_owner(&self, pod: &Pod, name: &str) -> Result<Option<Owner>> {
+        let statuses = SecretProviderClassPodStatus::url_path(&(), Some(&pod.namespace));
+        let request = Request::new(statuses).get(name, &GetParams::default());
+        let status: Metadata = match self.ask(request).await {
+            Err(failure) if failure.is_not_found(name) => return Ok(None),
+            Err(failure) => return Err(failure.into_error()),
+            Ok(status) => status,
+        };
+        let mut pods = status.metadata.owner_references.iter().flatten();
+        // Otherwise it belongs to an earlier pod of that name and is deleted soon, or to a later one.
+        let is_of_pod = pods.any(|owner| owner.uid == pod.uid);
+        Ok(is_of_pod.then(|| Owner {
+            api_version: API_VERSION.to_owned(),
+            kind: SecretProviderClassPodStatus::kind(&()).into_owned(),
+            name: name.to_owned(),
+            uid: status.metadata.uid.unwrap_or_default(),
+        }))
+    }
+}
+
+/// Returns the owner references that a Secret should have, if they differ from those that it has:
+/// the existing ones and ours, without those of ours whose name another object has now.
 pub(super) fn owners(existing: &Existing, ours: &[Owner]) -> Option<Vec<OwnerReference>> {
     let group = |api_version: &str| {
         api_version
             .split_once('/')
             .map(|(group, _)| group.to_owned())
     };
-    let put_by_us = put_by_us(existing);
+    let added_by_us = added_by_us(existing);
     let is_earlier = |there: &OwnerReference| {
-        put_by_us.contains(&there.uid)
+        added_by_us.contains(&there.uid)
             && ours.iter().any(|owner| {
                 owner.uid != there.uid
                     && owner.kind == there.kind
@@ -61,18 +168,19 @@ pub(super) fn owners(existing: &Existing, ours: &[Owner]) -> Option<Vec<OwnerRef
             && !ours.iter().any(|owner| owner.uid == there.uid)
     };
     let there = existing.owners();
-    let mut wanted: Vec<_> = there.iter().filter(|o| !is_earlier(o)).cloned().collect();
+    let mut desired: Vec<_> = there.iter().filter(|o| !is_earlier(o)).cloned().collect();
     for owner in ours {
-        if wanted.iter().all(|there| there.uid != owner.uid) {
-            wanted.push(owner.reference());
+        if desired.iter().all(|there| there.uid != owner.uid) {
+            desired.push(owner.reference());
         }
     }
-    (wanted != there).then_some(wanted)
+    (desired != there).then_some(desired)
 }
 
-/// Takes one owner away that the driver has put on a Secret of its own, unless it is the last.
+/// Returns the change that removes an owner which the driver has added to a Secret of its own,
+/// unless it is the last owner.
 pub(super) fn without_owner<'a>(existing: &'a Existing, owner: &str) -> Option<Change<'a>> {
-    if !existing.is_managed() || !put_by_us(existing).contains(owner) {
+    if !existing.is_managed() || !added_by_us(existing).contains(owner) {
         return None;
     }
     let there = existing.owners();
@@ -85,9 +193,9 @@ pub(super) fn without_owner<'a>(existing: &'a Existing, owner: &str) -> Option<C
     Some(change)
 }
 
-/// The UIDs of the owners that the driver has put on a Secret: those that the driver's field
-/// manager has, and no other has as well.
-fn put_by_us(existing: &Existing) -> BTreeSet<String> {
+/// Returns the UIDs of the owners that the driver has added to a Secret: those that belong to its
+/// field manager, and to no other.
+fn added_by_us(existing: &Existing) -> BTreeSet<String> {
     let managers = existing.metadata.managed_fields.iter().flatten();
     let mut ours = BTreeSet::new();
     let mut theirs = BTreeSet::new();
@@ -96,16 +204,22 @@ fn put_by_us(existing: &Existing) -> BTreeSet<String> {
         let owners = fields.and_then(|fields| fields.get("f:metadata")?.get("f:ownerReferences"));
         let keys = owners.and_then(Value::as_object).into_iter().flatten();
         let uids = keys.filter_map(|(key, _)| uid_in(key));
-        match entry.manager.as_deref() == Some(MANAGER) {
-            true => ours.extend(uids),
-            false => theirs.extend(uids),
+        if entry.manager.as_deref() == Some(MANAGER) {
+            ours.extend(uids);
+        } else {
+            theirs.extend(uids);
         }
     }
     &ours - &theirs
 }
 
-/// The UID in a key of `managedFields`: `k:{"uid":"..."}`.
+/// Returns the UID in a key of `managedFields`: `k:{"uid":"..."}`.
 fn uid_in(key: &str) -> Option<String> {
-    let identity: Value = serde_json::from_str(key.strip_prefix("k:")?).ok()?;
-    Some(identity.get("uid")?.as_str()?.to_owned())
+    #[derive(Deserialize)]
+    struct Identity {
+        uid: String,
+    }
+
+    let identity: Identity = serde_json::from_str(key.strip_prefix("k:")?).ok()?;
+    Some(identity.uid)
 }

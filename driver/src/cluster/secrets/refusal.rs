@@ -5,7 +5,7 @@
 //! instead is made of the HTTP code, of a reason that Kubernetes itself knows, and of a webhook's
 //! name where the API server names one.
 
-use super::super::Failure;
+use super::super::request::Failure;
 use crate::{error::Error, record::is_object_name};
 
 /// Why a Secret is not as it should be.
@@ -76,7 +76,7 @@ impl From<Failure> for Refusal {
                 ..
             } => Self::Invalid(said),
             Failure::Refused { .. } => Self::Failed(Error::unavailable(said)),
-            Failure::NoAnswer(_) | Failure::NotUnderstood => Self::Failed(failure.into_error()),
+            Failure::NoAnswer(_) | Failure::WrongObject => Self::Failed(failure.into_error()),
         }
     }
 }

@@ -250,10 +250,10 @@ impl Replacement {
     async fn is_there(&self) -> bool {
         for wait in WAITS {
             let (namespace, name) = &self.key;
-            let request = Request::new(path(namespace)).get(name, &GetParams::default());
-            match self.cluster.ask::<Existing>(request).await {
-                Ok(found) => return found.metadata.deletion_timestamp.is_none(),
-                Err(Failure::Refused { code: 404, .. }) => return false,
+            let how = GetParams::default();
+            match self.cluster.existing(namespace, name, &how).await {
+                Ok(Some(found)) => return found.metadata.deletion_timestamp.is_none(),
+                Ok(None) => return false,
                 Err(_) => sleep(wait).await,
             }
         }

@@ -23,7 +23,7 @@ fn class(objects: &[SecretObject]) -> Class {
 
 fn entry(type_: &str, data: serde_json::Value) -> SecretObject {
     let object = json!({"secretName": " creds ", "type": type_, "data": data});
-    serde_json::from_value(object).unwrap()
+    crate::cluster::trimmed(serde_json::from_value(object).unwrap())
 }
 
 fn volume(files: &[(&str, &str)]) -> BTreeMap<String, Secret> {
@@ -160,6 +160,7 @@ fn names_that_are_none(#[case] name: &str, #[case] why: &str) {
         secret_name: name.into(),
         ..SecretObject::default()
     };
+    let object = crate::cluster::trimmed(object);
     let error = super::name(&class(&[]), &object).err().unwrap().to_string();
     assert!(
         error.contains(why) && error.contains("SecretProviderClass db"),
@@ -182,12 +183,14 @@ fn a_secret_holds_no_more_than_the_api_takes() {
 
 #[test]
 fn only_what_is_needed_is_read() {
-    let named = |name: &str| SecretObject {
-        data: vec![SecretObjectData {
-            object_name: name.into(),
-            ..SecretObjectData::default()
-        }],
-        ..SecretObject::default()
+    let named = |name: &str| {
+        crate::cluster::trimmed(SecretObject {
+            data: vec![SecretObjectData {
+                object_name: name.into(),
+                ..SecretObjectData::default()
+            }],
+            ..SecretObject::default()
+        })
     };
     let needs = |object: &SecretObject, path: &str| Needs::of([object]).includes(path);
     assert!(needs(&named(" a "), "a") && !needs(&named("a"), "b"));

@@ -44,7 +44,7 @@ impl<'a> Needs<'a> {
     /// Returns what some entries need.
     pub fn of(objects: impl IntoIterator<Item = &'a SecretObject>) -> Self {
         let data = objects.into_iter().flat_map(|object| &object.data);
-        let paths: BTreeSet<_> = data.map(|d| d.object_name.trim()).collect();
+        let paths: BTreeSet<_> = data.map(|d| d.object_name.as_str()).collect();
         Self {
             all: paths.contains(ALL),
             paths,
@@ -96,8 +96,8 @@ impl<'a> Sources<'a> {
     ) -> Self {
         let mut wanted: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
         let data = objects.into_iter().flat_map(|object| &object.data);
-        for entry in data.filter(|entry| !entry.json_key.trim().is_empty()) {
-            let (source, field) = (entry.object_name.trim(), entry.json_key.trim());
+        for entry in data.filter(|entry| !entry.json_key.is_empty()) {
+            let (source, field) = (entry.object_name.as_str(), entry.json_key.as_str());
             let paths = files.keys().map(String::as_str);
             for path in paths.filter(|path| source == ALL || source == *path) {
                 wanted.entry(path).or_default().insert(field);
@@ -224,7 +224,7 @@ pub(super) fn values<'a>(
     for wish in &wishes {
         chosen.insert(&wish.key, sources.value(at, wish)?);
     }
-    copied(at, object.type_.trim(), chosen)
+    copied(at, &object.type_, chosen)
 }
 
 /// Copies the values, as far as they fit into a Secret. What a certificate and its key come from
@@ -258,8 +258,8 @@ fn wishes<'a>(
     let mut keys_of_all = BTreeSet::new();
     let mut named = Vec::new();
     for entry in &object.data {
-        let (source, key) = (entry.object_name.trim(), entry.key.trim());
-        let (json_key, encoding) = (entry.json_key.trim(), entry.encoding.trim());
+        let (source, key) = (entry.object_name.as_str(), entry.key.as_str());
+        let (json_key, encoding) = (entry.json_key.as_str(), entry.encoding.as_str());
         if source.is_empty() {
             return Err(at.invalid(format!(
                 "objectName is empty for key {key:.100?}: name the mounted object"

@@ -1,0 +1,249 @@
+//! Reads SecretProviderClasses.
+
+use std::collections::BTreeMap;
+
+use kube::{Api, api::GetParams};
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    Cluster,
+    request::Failure,
+    resources::{SecretObject, SecretObjectData, SecretProviderClass},
+};
+use crate::{
+    error::{Error, Reason, Result},
+    record::{self, is_object_name},
+};
+
+/// The prefix of annotations that are addressed to this driver.
+const OUR_ANNOTATIONS: &str = "secrets-store.csi.k8s.io/";
+
+/// Limits for the annotations that are kept in memory: their number, and the length of a value.
+/// A longer value is replaced by its beginning and a hash, so that it still differs from others.
+const MAX_ANNOTATIONS: usize = 16;
+const MAX_ANNOTATION_LENGTH: usize = 256;
+
+/// Limits for the Secrets of one class: their number, the number of all their entries, and the
+/// bytes of all names, keys, labels and annotations. They are kept in memory while a pod of the
+/// class runs, and checked again and again.
+const MAX_SECRETS: usize = 100;
+const MAX_ENTRIES: usize = 1_000;
+const MAX_TEXT: usize = 128 * 1024;
+
+/// The parts of a SecretProviderClass that a volume needs.
+#[derive(Debug, Clone)]
+pub struct Class {
+    /// The identity of the class, and which state of it this is.
+    pub identity: record::Class,
+    /// `spec.provider`, not empty.
+    pub provider: String,
+    /// `spec.parameters`, not empty.
+    pub parameters: BTreeMap<String, String>,
+    /// `spec.secretObjects`, without spaces around its names, types and keys.
+    pub secret_objects: Vec<SecretObject>,
+    /// The limit that `spec.secretObjects` exceeds, as a sentence. `secret_objects` is empty then.
+    pub too_much: Option<String>,
+}
+
+impl Class {
+    /// Returns the parts that stay in memory while a volume of the class is mounted: all but the
+    /// parameters, which only the provider needs.
+    pub fn without_parameters(&self) -> Self {
+        Self {
+            identity: self.identity.clone(),
+            provider: self.provider.clone(),
+            parameters: BTreeMap::new(),
+            secret_objects: self.secret_objects.clone(),
+            too_much: self.too_much.clone(),
+        }
+    }
+}
+
+impl Cluster {
+    /// Reads a class, as it is now.
+    ///
+    /// # Errors
+    /// When it cannot be read, or has no provider or no parameters.
+    pub async fn class(&self, namespace: &str, name: &str) -> Result<Class> {
+        self.read_class(namespace, name, &GetParams::default())
+            .await
+    }
+
+    /// Reads a class from the API server's cache. The answer may be a moment old, and costs the API
+    /// server little, because it need not ask its store.
+    ///
+    /// # Errors
+    /// The same as for [`Cluster::class`].
+    pub async fn cached_class(&self, namespace: &str, name: &str) -> Result<Class> {
+        self.read_class(namespace, name, &GetParams::any()).await
+    }
+
+    /// Returns whether a class of this name makes this Secret. It does not only if the API server
+    /// says that there is no such class, or if the class itself does not name the Secret.
+    ///
+    /// # Errors
+    /// When the class cannot be read.
+    pub(super) async fn class_makes(
+        &self,
+        namespace: &str,
+        name: &str,
+        secret: &str,
+    ) -> Result<bool> {
+        if !is_object_name(name) {
+            // No class can have this name.
+            return Ok(false);
+        }
+        let api: Api<SecretProviderClass> = Api::namespaced(self.client().await?, namespace);
+        // The cache may not have a class yet that has just been created.
+        for how in [GetParams::any(), GetParams::default()] {
+            match self.read(api.get_with(name, &how)).await {
+                // A class without a provider mounts nothing: this is hardly a class.
+                Ok(class) if !is_class(&class, name) || class.spec.provider.is_empty() => {
+                    return Err(Failure::WrongObject.into_error());
+                }
+                Ok(class) => {
+                    let mut objects = class.spec.secret_objects.into_iter().map(trimmed);
+                    if objects.any(|object| object.secret_name == secret) {
+                        return Ok(true);
+                    }
+                }
+                Err(failure) if failure.is_not_found(name) => {}
+                Err(failure) => return Err(failure.into_error()),
+            }
+        }
+        Ok(false)
+    }
+
+    async fn read_class(&self, namespace: &str, name: &str, how: &GetParams) -> Result<Class> {
+        let failed = |error: Error| {
+            error
+                .context(format_args!(
+                    "failed to get secretproviderclass {namespace}/{name}"
+                ))
+                .with_reason(Reason::SecretProviderClassNotFound)
+        };
+        if !is_object_name(name) {
+            return Err(failed(Error::invalid(format!(
+                "{name:.100?} cannot be the name of an object"
+            ))));
+        }
+        let api: Api<SecretProviderClass> =
+            Api::namespaced(self.client().await.map_err(failed)?, namespace);
+        let spc = self
+            .read(api.get_with(name, how))
+            .await
+            .and_then(|spc| match is_class(&spc, name) {
+                true => Ok(spc),
+                false => Err(Failure::WrongObject),
+            })
+            .map_err(|failure| failed(failure.into_error()))?;
+
+        if spc.spec.provider.is_empty() {
+            return Err(Error::precondition(format!(
+                "provider not set in {namespace}/{name}: set spec.provider of the SecretProviderClass"
+            )));
+        }
+        if spc.spec.parameters.is_empty() {
+            return Err(Error::precondition(format!(
+                "parameters not set in {namespace}/{name}: set spec.parameters of the SecretProviderClass to what provider {:?} needs",
+                spc.spec.provider
+            )));
+        }
+        let too_much = too_much(&spc.spec.secret_objects);
+        let secret_objects = match too_much {
+            Some(_) => Vec::new(),
+            None => spc.spec.secret_objects.into_iter().map(trimmed).collect(),
+        };
+        Ok(Class {
+            identity: record::Class {
+                name: name.to_owned(),
+                uid: spc.metadata.uid.unwrap_or_default(),
+                generation: spc.metadata.generation,
+                resource_version: spc.metadata.resource_version.unwrap_or_default(),
+                annotations: addressed_to_us(spc.metadata.annotations.unwrap_or_default()),
+            },
+            provider: spc.spec.provider,
+            parameters: spc.spec.parameters,
+            secret_objects,
+            too_much,
+        })
+    }
+}
+
+/// Removes the spaces around the names, types and keys of an entry of `secretObjects`.
+pub(crate) fn trimmed(mut object: SecretObject) -> SecretObject {
+    let trim = |text: &mut String| {
+        if text.trim().len() < text.len() {
+            *text = text.trim().to_owned();
+        }
+    };
+    trim(&mut object.secret_name);
+    trim(&mut object.type_);
+    for entry in &mut object.data {
+        trim(&mut entry.object_name);
+        trim(&mut entry.key);
+        trim(&mut entry.json_key);
+        trim(&mut entry.encoding);
+    }
+    object
+}
+
+/// Returns the annotations that are addressed to this driver, within the limits for them.
+fn addressed_to_us(annotations: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let ours = annotations
+        .into_iter()
+        .filter(|(name, _)| name.starts_with(OUR_ANNOTATIONS));
+    let shortened = ours.map(|(name, mut value)| {
+        if value.len() > MAX_ANNOTATION_LENGTH {
+            let hash: String = Sha256::digest(&value)
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect();
+            let mut end = MAX_ANNOTATION_LENGTH - hash.len();
+            while !value.is_char_boundary(end) {
+                end -= 1;
+            }
+            value.truncate(end);
+            value.push_str(&hash);
+            value.shrink_to_fit();
+        }
+        (name, value)
+    });
+    shortened.take(MAX_ANNOTATIONS).collect()
+}
+
+/// Returns which limit the Secrets of a class exceed, and what to do about it.
+fn too_much(objects: &[SecretObject]) -> Option<String> {
+    let text_of_map = |map: &BTreeMap<String, String>| -> usize {
+        map.iter().map(|(key, value)| key.len() + value.len()).sum()
+    };
+    let text_of_entry = |entry: &SecretObjectData| {
+        entry.object_name.len() + entry.key.len() + entry.json_key.len() + entry.encoding.len()
+    };
+    let text_of = |object: &SecretObject| {
+        let entries: usize = object.data.iter().map(text_of_entry).sum();
+        let maps = text_of_map(&object.labels) + text_of_map(&object.annotations);
+        object.secret_name.len() + object.type_.len() + entries + maps
+    };
+    let entries: usize = objects.iter().map(|object| object.data.len()).sum();
+    let text: usize = objects.iter().map(text_of).sum();
+    let (count, limit, what) = if objects.len() > MAX_SECRETS {
+        (objects.len(), MAX_SECRETS, "Secrets")
+    } else if entries > MAX_ENTRIES {
+        (entries, MAX_ENTRIES, "entries of data")
+    } else if text > MAX_TEXT {
+        let what = "bytes of names, keys, labels and annotations";
+        (text, MAX_TEXT, what)
+    } else {
+        return None;
+    };
+    Some(format!(
+        "its secretObjects have {count} {what}, and {limit} at most are made of one class; none of them is made. Divide them among several classes, or use objectName \"*\""
+    ))
+}
+
+/// Returns whether an answer is the class that was asked for, and not the invention of a proxy.
+fn is_class(answer: &SecretProviderClass, name: &str) -> bool {
+    let uid = answer.metadata.uid.as_deref();
+    answer.metadata.name.as_deref() == Some(name) && uid.is_some_and(|uid| !uid.is_empty())
+}

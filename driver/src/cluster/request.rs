@@ -1,0 +1,173 @@
+//! Sends requests to the API server: a bounded number at a time, each with a time limit.
+
+use std::{error::Error as StdError, future::Future, sync::atomic::Ordering, time::Duration};
+
+use kube::core::Status;
+use serde::de::DeserializeOwned;
+use tonic::Code;
+
+use super::Cluster;
+use crate::error::{Error, Result};
+
+/// The time limit of one request. It is short against kubelet's two minutes, so that a publish can
+/// report what hung.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The number of requests that run at a time while they are answered soon. Each has a connection,
+/// which is reused and takes some 70 KB.
+pub(super) const MAX_REQUESTS: usize = 8;
+
+/// The longest time that a request waits for its turn. After that it runs beside the others.
+const MAX_TURN_WAIT: Duration = Duration::from_secs(1);
+
+/// The reason why a request failed.
+pub(super) enum Failure {
+    /// The API server answered with an error.
+    Refused {
+        code: u16,
+        /// One word.
+        reason: String,
+        /// A sentence for people. Where a Secret is written, it may quote the content.
+        message: String,
+        /// The name of the object that the error is about, or empty.
+        object: String,
+        /// Whether the namespace is being deleted, so that nothing can be created in it.
+        namespace_ends: bool,
+    },
+    /// The API server did not answer.
+    NoAnswer(String),
+    /// The answer is not the object that was asked for.
+    WrongObject,
+}
+
+impl Failure {
+    /// Returns whether the API server itself says that there is no object of this name. A proxy in
+    /// front of it may answer 404 as well, and so does an API server that does not serve the kind.
+    pub(super) fn is_not_found(&self, name: &str) -> bool {
+        matches!(self, Self::Refused { code: 404, object, .. } if object == name)
+    }
+
+    /// Converts the failure for the caller that waits for this request. 404 and 403 are final,
+    /// because the user has to change something; everything else is worth another attempt.
+    pub(super) fn into_error(self) -> Error {
+        match self {
+            Self::NoAnswer(why) => {
+                Error::unavailable(format!("the API server did not answer: {why}"))
+            }
+            Self::WrongObject => Error::unavailable(
+                "the answer of the API server is not the object that was asked for",
+            ),
+            Self::Refused {
+                code,
+                message,
+                object,
+                ..
+            } => {
+                let code = match code {
+                    400 | 422 => Code::InvalidArgument,
+                    401 => Code::Unauthenticated,
+                    403 => Code::PermissionDenied,
+                    // Without an object, the kind is not served, perhaps only not yet.
+                    404 if !object.is_empty() => Code::NotFound,
+                    _ => Code::Unavailable,
+                };
+                Error::new(code, message)
+            }
+        }
+    }
+}
+
+pub(super) trait Request<T>: Future<Output = kube::Result<T>> + Send {}
+impl<T, F: Future<Output = kube::Result<T>> + Send> Request<T> for F {}
+
+pub(super) trait Answer<T>: Future<Output = Result<T, Failure>> + Send {}
+impl<T, F: Future<Output = Result<T, Failure>> + Send> Answer<T> for F {}
+
+impl Cluster {
+    /// Runs a request that only reads, as [`limited`] does, and notes whether it was answered.
+    pub(super) fn read<'a, T: 'a>(&'a self, request: impl Request<T> + 'a) -> impl Answer<T> + 'a {
+        let answer = self.in_turn(request);
+        async move {
+            let answer = answer.await;
+            let away = matches!(
+                answer,
+                Err(Failure::NoAnswer(_)
+                    | Failure::Refused {
+                        // Too many requests, or a proxy whose API server is not there.
+                        code: 429 | 502..=504,
+                        ..
+                    })
+            );
+            self.away.store(away, Ordering::Relaxed);
+            answer
+        }
+    }
+
+    /// Runs a request as [`limited`] does, after those that run already. It waits for them for a
+    /// moment only, so that requests that hang, because of one namespace's webhook for example,
+    /// hold up no others. The time limit begins when the request is sent.
+    pub(super) fn in_turn<'a, T: 'a>(
+        &'a self,
+        request: impl Request<T> + 'a,
+    ) -> impl Answer<T> + 'a {
+        let request = limited(request);
+        async move {
+            let _turn = tokio::time::timeout(MAX_TURN_WAIT, self.requests.acquire()).await;
+            request.await
+        }
+    }
+
+    /// Sends a request and deserializes its answer.
+    pub(super) async fn ask<T: DeserializeOwned>(
+        &self,
+        request: Result<http::Request<Vec<u8>>, kube::core::request::Error>,
+    ) -> Result<T, Failure> {
+        let no_answer = |error: &dyn StdError| Failure::NoAnswer(error.to_string());
+        let request = request.map_err(|error| no_answer(&error))?;
+        let client = self.client().await.map_err(|error| no_answer(&error))?;
+        match *request.method() {
+            http::Method::GET => self.read(client.request(request)).await,
+            _ => limited(client.request(request)).await,
+        }
+    }
+}
+
+/// Runs a request within [`REQUEST_TIMEOUT`]. No error carries a response's body.
+pub(super) fn limited<'a, T: 'a>(request: impl Request<T> + 'a) -> impl Answer<T> + 'a {
+    // The library's futures take kilobytes, and so would every future that awaits one directly.
+    let request = Box::pin(request);
+    async move {
+        match tokio::time::timeout(REQUEST_TIMEOUT, request).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(kube::Error::Api(status))) => Err(Failure::Refused {
+                code: status.code,
+                namespace_ends: is_about_an_ending_namespace(&status),
+                object: status.details.map(|about| about.name).unwrap_or_default(),
+                reason: status.reason,
+                message: status.message,
+            }),
+            Ok(Err(kube::Error::SerdeError(_))) => Err(Failure::WrongObject),
+            Ok(Err(error)) => Err(Failure::NoAnswer(innermost(&error))),
+            Err(_) => Err(Failure::NoAnswer(format!(
+                "no answer within {} seconds",
+                REQUEST_TIMEOUT.as_secs()
+            ))),
+        }
+    }
+}
+
+fn is_about_an_ending_namespace(status: &Status) -> bool {
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    causes
+        .into_iter()
+        .any(|cause| cause.reason == "NamespaceTerminating")
+}
+
+/// Returns the error at the bottom of a chain: "connection refused" rather than "service error".
+fn innermost(error: &dyn StdError) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}
