@@ -4,11 +4,13 @@ use std::io::{self, IsTerminal as _, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, ListParams};
+use kube::api::{DynamicObject, ListParams};
 
 use crate::binaries::Binaries;
-use crate::cluster::{Cluster as _, Error, Result};
+use crate::cluster::{Cluster as _, Component, Error, Result};
 use crate::embedded::{Embedded, Options};
+use crate::install;
+use crate::manifest::add_arguments;
 use crate::tree::{Content, Entry, Kind, View};
 
 const MANIFEST: &str = include_str!("../demo/shop.yaml");
@@ -114,14 +116,12 @@ pub async fn run() -> Result<()> {
 /// As `deploy/` installs it, with rotation, and in a hurry.
 fn options() -> Result<Options> {
     let mut options = Options::standard()?;
-    for manifest in &mut options.manifests {
-        *manifest = manifest
-            .replace(
-                "--enable-secret-rotation=false",
-                "--enable-secret-rotation=true",
-            )
-            .replace("--rotation-poll-interval=2m", "--rotation-poll-interval=1s");
-    }
+    let rotation = [
+        "--enable-secret-rotation=true",
+        "--rotation-poll-interval=1s",
+    ];
+    let driver = Component::Driver;
+    add_arguments(&mut options.manifests, driver.container(), &rotation)?;
     options.sync_period = Some(SYNC);
     Ok(options)
 }
@@ -191,17 +191,10 @@ async fn binaries(told: &Told) -> Result<Binaries> {
 }
 
 async fn pod_statuses(cluster: &Embedded, namespace: &str) -> Result<Vec<DynamicObject>> {
-    let gvk = GroupVersionKind::gvk(
-        "secrets-store.csi.x-k8s.io",
-        "v1",
-        "SecretProviderClassPodStatus",
-    );
-    let resource = ApiResource::from_gvk_with_plural(&gvk, "secretproviderclasspodstatuses");
-    let api = Api::<DynamicObject>::namespaced_with(cluster.client(), namespace, &resource);
-    let list = api.list(&ListParams::default()).await;
-    Ok(list
-        .map_err(crate::cluster::api("list pod statuses".to_owned()))?
-        .items)
+    let statuses = install::pod_statuses(&cluster.client(), namespace);
+    let list = statuses.list(&ListParams::default()).await;
+    let list = list.map_err(crate::cluster::api("list pod statuses".to_owned()))?;
+    Ok(list.items)
 }
 
 fn shown(entry: &Entry) -> String {

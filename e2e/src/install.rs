@@ -8,15 +8,17 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::storage::v1::CSINode;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::ResourceExt;
-use kube::api::{Api, ListParams};
-use serde_json::Value;
+use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, ListParams};
 
 use crate::binaries::workspace;
 use crate::cluster::{Error, Result, api, apply};
 use crate::embedded::read_manifests;
 use crate::images::{self, Image, Images};
-use crate::local::assets;
+use crate::manifest::{change_container, containers_mut, parse};
 
+/// Names the folder with the Kubernetes binaries.
+pub const ASSETS_VARIABLE: &str = "KUBE_ASSETS";
+const DEFAULT_ASSETS: &str = "/var/cache/kube-assets";
 /// Not empty: the driver runs with its two sidecars instead of by itself.
 pub const SIDECARS_VARIABLE: &str = "E2E_SIDECARS";
 
@@ -25,9 +27,15 @@ pub(crate) const NAMESPACE: &str = "kube-system";
 const DRIVER_NAME: &str = "secrets-store.csi.k8s.io";
 /// The driver's DaemonSet and its container.
 pub(crate) const DRIVER: &str = "csi-secrets-store";
+const DRIVER_CONTAINER: &str = "secrets-store";
 /// A label that no node has: a DaemonSet that selects it runs nowhere.
 pub(crate) const STOPPED: &str = "e2e/stopped";
 const POLL: Duration = Duration::from_millis(100);
+
+/// Returns the folder with the Kubernetes binaries: `$KUBE_ASSETS`, or the usual place.
+pub fn assets() -> PathBuf {
+    std::env::var_os(ASSETS_VARIABLE).map_or_else(|| DEFAULT_ASSETS.into(), PathBuf::from)
+}
 
 /// Which of its two forms the driver is installed in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,24 +105,36 @@ impl Installation {
     /// The same with this image as the driver.
     ///
     /// # Errors
-    /// When no manifest names the driver.
+    /// When no manifest has the driver's container.
     pub fn with_driver(mut self, driver: Image) -> Result<Self> {
-        let program = "secrets-store-csi";
-        let mut found = false;
-        for manifest in &mut self.manifests {
-            if let Some(old) = image_of(manifest, program)? {
-                let new = format!("image: {}\n", driver.name);
-                *manifest = manifest.replace(&format!("image: {old}\n"), &new);
-                found = true;
-            }
-        }
-        if !found {
-            let reason = format!("no container has an image {program}");
-            return Err(Error::Manifest(reason));
-        }
+        change_container(&mut self.manifests, DRIVER_CONTAINER, |container| {
+            container["image"] = driver.name.clone().into();
+        })?;
         self.images.push(driver);
         Ok(self)
     }
+}
+
+/// Returns the interface to the SecretProviderClasses of a namespace.
+pub fn classes(client: &kube::Client, namespace: &str) -> Api<DynamicObject> {
+    custom(
+        client,
+        namespace,
+        "SecretProviderClass",
+        "secretproviderclasses",
+    )
+}
+
+/// Returns the interface to the SecretProviderClassPodStatuses of a namespace.
+pub fn pod_statuses(client: &kube::Client, namespace: &str) -> Api<DynamicObject> {
+    let plural = "secretproviderclasspodstatuses";
+    custom(client, namespace, "SecretProviderClassPodStatus", plural)
+}
+
+fn custom(client: &kube::Client, namespace: &str, kind: &str, plural: &str) -> Api<DynamicObject> {
+    let kind = GroupVersionKind::gvk("secrets-store.csi.x-k8s.io", "v1", kind);
+    let resource = ApiResource::from_gvk_with_plural(&kind, plural);
+    Api::namespaced_with(client.clone(), namespace, &resource)
 }
 
 /// Applies manifests and waits until all that they install runs.
@@ -262,29 +282,14 @@ fn lean(manifest: &str, deploy: &Path) -> Result<String> {
 /// # Errors
 /// [`Error::Manifest`] when it is no YAML.
 fn image_of(manifest: &str, program: &str) -> Result<Option<String>> {
-    let documents = parse(manifest)?;
-    let containers = documents.iter().flat_map(|document| {
-        document["spec"]["template"]["spec"]["containers"]
-            .as_array()
-            .into_iter()
-            .flatten()
-    });
+    let mut documents = parse(manifest)?;
+    let containers = documents.iter_mut().flat_map(containers_mut);
     let mut images = containers.filter_map(|container| container["image"].as_str());
-    Ok(images
-        .find(|image| {
-            let last = image.rsplit('/').next().unwrap_or_default();
-            last.split(':').next() == Some(program)
-        })
-        .map(str::to_owned))
-}
-
-fn parse(manifest: &str) -> Result<Vec<Value>> {
-    let documents: Vec<Value> = serde_saphyr::from_multiple(manifest)
-        .map_err(|error| Error::Manifest(error.to_string()))?;
-    Ok(documents
-        .into_iter()
-        .filter(|document| !document.is_null())
-        .collect())
+    let image = images.find(|image| {
+        let last = image.rsplit('/').next().unwrap_or_default();
+        last.split(':').next() == Some(program)
+    });
+    Ok(image.map(str::to_owned))
 }
 
 #[cfg(test)]

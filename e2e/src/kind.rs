@@ -87,8 +87,8 @@ impl Nodes {
             .collect()
     }
 
-    /// Those that run the pods of scenarios.
-    fn for_pods(self) -> Vec<String> {
+    /// Returns the names of the nodes that run the pods of scenarios.
+    pub fn for_pods(self) -> Vec<String> {
         let mut names = self.names();
         match self {
             Self::One => names,

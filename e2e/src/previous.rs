@@ -1,7 +1,7 @@
-//! What was installed before this: an earlier state of this repository, or the existing driver.
+//! Installations to upgrade from: an earlier state of this repository, or the existing driver.
 //!
-//! A driver takes over a node with pods on it, and nobody restarts them. So the test installs
-//! what was there before, and then this over it.
+//! A new driver takes over nodes with running pods. The tests of this install one of these, run
+//! pods, and then install this driver over it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,18 +10,17 @@ use std::process::{Command, Stdio};
 use crate::binaries::{target_dir, workspace};
 use crate::cluster::{Error, Result};
 use crate::images::{build_static, of_executable, of_executables};
-use crate::install::{Form, Installation};
-use crate::local::assets;
+use crate::install::{Form, Installation, assets};
 
 /// Names a commit, tag or branch of this repository.
 pub const PREVIOUS_VARIABLE: &str = "E2E_PREVIOUS";
-/// Names a static executable of the existing driver.
+/// Names the static executable of the existing driver.
 pub const UPSTREAM_VARIABLE: &str = "UPSTREAM_DRIVER";
-/// Where that is, unless the variable says otherwise: below the Kubernetes binaries.
+/// The executable's name below the Kubernetes binaries, where the variable is not set.
 const UPSTREAM: &str = "upstream-secrets-store-csi";
 
-/// An earlier state of this repository: its `deploy/`, and its driver, which is built. In the
-/// form with three containers, if the sidecars' executables are there.
+/// Builds the driver of an earlier state of this repository and reads its `deploy/`: in the form with
+/// three containers, if the sidecars' executables are there.
 ///
 /// Blocks, the first time for minutes.
 ///
@@ -49,7 +48,7 @@ pub fn commit(reference: &str) -> Result<Installation> {
     Installation::read(&source.join("deploy"), &form)?.with_driver(image)
 }
 
-/// The files of a commit, below cargo's target directory.
+/// Writes the files of a commit below cargo's target directory.
 fn check_out(reference: &str) -> Result<PathBuf> {
     let commit = git(&["rev-parse", "--verify", &format!("{reference}^{{commit}}")])?;
     let parent = target_dir().join("previous");
@@ -68,7 +67,7 @@ fn check_out(reference: &str) -> Result<PathBuf> {
     let mut tar = Command::new("tar");
     tar.arg("-xf").arg(&archive).arg("-C").arg(&files);
     run(tar)?;
-    // Renamed into place, so that nobody builds half of it.
+    // Renamed into place, so that no other process builds half of it.
     fs::rename(&files, &source).map_err(failed)?;
     Ok(source)
 }
@@ -94,14 +93,20 @@ fn run(mut command: Command) -> Result<String> {
     Err(failed(&complaint.trim(), &command))
 }
 
-/// The executable of the existing driver: `$UPSTREAM_DRIVER`, or where it is expected.
+/// Returns the commit that `$E2E_PREVIOUS` names, if any.
+pub fn reference() -> Option<String> {
+    let reference = std::env::var(PREVIOUS_VARIABLE).ok()?;
+    (!reference.is_empty()).then_some(reference)
+}
+
+/// Returns the path of the existing driver's executable: `$UPSTREAM_DRIVER`, or the usual place.
 pub fn upstream_driver() -> PathBuf {
     std::env::var_os(UPSTREAM_VARIABLE).map_or_else(|| assets().join(UPSTREAM), PathBuf::from)
 }
 
-/// The existing driver by its executable, which must be static. It is installed by our manifests
-/// with three containers, which say what its own say. It runs `mount` and `umount`: the static
-/// `probe` can stand for these.
+/// Returns an installation of the existing driver from its executable, which has to be static. Our
+/// manifests with three containers install it; they are equivalent to its own. It runs `mount` and
+/// `umount`, for which the static `probe` stands in.
 ///
 /// # Errors
 /// When an executable is not there, or is not static.

@@ -6,14 +6,11 @@ use std::time::{Duration, Instant};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Namespace, Pod, ServiceAccount};
 use kube::ResourceExt;
-use kube::api::{
-    Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, LogParams, Patch,
-    PatchParams,
-};
+use kube::api::{Api, DeleteParams, ListParams, LogParams, Patch, PatchParams};
 use serde_json::json;
 
 use crate::cluster::{Cluster, Component, Error, Result, api as api_error};
-use crate::install::{DRIVER, NAMESPACE, STOPPED, wait_rolled_out};
+use crate::install::{DRIVER, NAMESPACE, STOPPED, classes, wait_rolled_out};
 
 const POLL: Duration = Duration::from_millis(50);
 /// For whatever kubelet or a controller has to do.
@@ -220,9 +217,7 @@ async fn delete_namespaces(client: &kube::Client) -> Result<()> {
 }
 
 async fn delete_classes_of_default(client: &kube::Client) -> Result<()> {
-    let kind = GroupVersionKind::gvk("secrets-store.csi.x-k8s.io", "v1", "SecretProviderClass");
-    let resource = ApiResource::from_gvk_with_plural(&kind, "secretproviderclasses");
-    Api::<DynamicObject>::namespaced_with(client.clone(), "default", &resource)
+    classes(client, "default")
         .delete_collection(&DeleteParams::default(), &ListParams::default())
         .await
         .map(drop)

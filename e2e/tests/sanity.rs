@@ -10,14 +10,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-use std::io::Write as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use e2e::binaries::Binaries;
-use e2e::local::assets;
+use e2e::install::assets;
 use http::{HeaderMap, HeaderValue, Response};
 use http_body_util::{BodyExt as _, Full};
 use tokio::net::UnixListener;
@@ -75,9 +74,7 @@ fn serve(socket: &Path, driver: &Path) {
 async fn csi_sanity() {
     let program = assets().join("csi-sanity");
     if !program.exists() {
-        let line = format!("skipped: csi_sanity: there is no {}", program.display());
-        writeln!(std::io::stderr(), "{line}").unwrap();
-        return;
+        return e2e::skipped::skip(&format!("there is no {}", program.display()));
     }
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("csi.sock");

@@ -8,7 +8,6 @@
 
 use std::env;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -64,10 +63,7 @@ pub(crate) fn on_docker<T: AsyncFnOnce()>(test: T) {
     let daemon = match DAEMON.get_or_init(Daemon::get) {
         Ok(daemon) => daemon,
         Err(why) => {
-            // Not by a macro: the test harness would keep it to itself.
-            let line = format!("skipped {name}: {why}\n");
-            std::io::stderr().write_all(line.as_bytes()).unwrap();
-            return;
+            return e2e::skipped::skip(why);
         }
     };
     let output = Command::new(env::current_exe().unwrap())

@@ -2,23 +2,25 @@
 
 use std::time::{Duration, Instant};
 
-use e2e::cluster::{Ability, Cluster as _};
+use e2e::cluster::Cluster as _;
 
 use crate::{
-    harness::{MOUNT, SOON, Scenario, class, class_with, pod, until},
-    target::{Needs, say, skip},
+    harness::{Scenario, scenario, until},
+    objects::{MOUNT, class, pod},
+    settings::Need,
 };
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
 
 /// Many pods start at once, and the provider never has more than its share of calls in flight.
 async fn burst(s: &Scenario, pods: usize, delay: &str) -> Duration {
-    s.apply(&class_with("db", OBJECT, &format!("- {{delay: {delay}}}")))
+    s.apply(class("db", OBJECT).faults(&format!("- {{delay: {delay}}}")))
         .await;
     let names: Vec<String> = (0..pods).map(|number| format!("web-{number}")).collect();
-    let manifests: Vec<String> = names.iter().map(|name| pod(name, &["db"])).collect();
     let started = Instant::now();
-    s.apply(&manifests.join("---\n")).await;
+    for name in &names {
+        s.apply(pod(name, &["db"])).await;
+    }
     for name in &names {
         s.ready(name).await;
     }
@@ -27,10 +29,7 @@ async fn burst(s: &Scenario, pods: usize, delay: &str) -> Duration {
 
 #[tokio::test]
 async fn two_hundred_pods_start_and_their_class_has_its_share_of_calls() {
-    let s = Scenario::start().await;
-    if s.cluster.name() != "embedded" {
-        return skip("its kubelet takes 110 pods");
-    }
+    let s = scenario!([Need::Embedded("a kubelet takes 110 pods")]);
     burst(&s, 200, "500ms").await;
     let calls = s.provider_counts().await;
     assert_eq!(calls["mountCalls"], 200, "{calls}");
@@ -46,10 +45,7 @@ async fn two_hundred_pods_start_and_their_class_has_its_share_of_calls() {
 /// which a busy machine does not slow down as much as this one.
 #[tokio::test]
 async fn a_burst_of_110_first_mounts() {
-    let s = Scenario::start().await;
-    if s.cluster.name() != "embedded" {
-        return skip("its kubelet does not start 110 pods at once");
-    }
+    let s = scenario!([Need::Embedded("a kubelet does not start 110 pods at once")]);
     let took = burst(&s, 110, "100ms").await;
     let calls = s.provider_counts().await;
     assert_eq!(calls["mountCalls"], 110, "{calls}");
@@ -63,9 +59,7 @@ async fn a_burst_of_110_first_mounts() {
         })
         .max();
     let longest = longest.unwrap();
-    say(&format!(
-        "110 first mounts: all pods ready after {took:.1?}, the longest mount took {longest} ms"
-    ));
+    println!("110 first mounts: all pods ready after {took:.1?}, longest mount {longest} ms");
     // One call after the other would take eleven seconds; on a quiet machine it is about one.
     assert!(longest < 10_000, "one of 110 mounts took {longest} ms");
 }
@@ -74,22 +68,14 @@ async fn a_burst_of_110_first_mounts() {
 /// nothing to complain of.
 #[tokio::test]
 async fn a_first_mount_waits_for_a_provider_that_starts() {
-    let Some(s) = Scenario::needing(Needs {
-        abilities: &[Ability::StopProcesses],
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    if s.cluster.name() != "embedded" {
-        return skip("a provider takes longer to start than the driver waits");
-    }
+    let s = scenario!([Need::Embedded(
+        "a provider takes longer to start than the driver waits"
+    )]);
     let node = s.node();
     let provider = s.cluster.provider(&node, "fake-provider");
     provider.stop().await.unwrap();
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     // kubelet has made the volume's directory, and called the driver.
     until("the driver is called", async || {
         s.leftovers(&node).await.contains("kubernetes.io~csi/")
@@ -108,18 +94,10 @@ async fn a_first_mount_waits_for_a_provider_that_starts() {
 /// The health check tells what changes and no more, and holds up nobody.
 #[tokio::test]
 async fn the_health_check_tells_what_changes() {
-    let Some(s) = Scenario::needing(Needs {
-        abilities: &[Ability::StopProcesses],
-        driver_flags: &[
-            "--provider-health-check",
-            "--provider-health-check-interval=1s",
-        ],
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
+    let s = scenario!([Need::Flags(&[
+        "--provider-health-check",
+        "--provider-health-check-interval=1s",
+    ])]);
     let node = s.node();
     let log = async || s.cluster.driver(&node).log().await.unwrap();
     let says = async |text: &str| log().await.matches(text).count();
@@ -138,12 +116,9 @@ async fn the_health_check_tells_what_changes() {
         says("the provider is well").await == 2
     })
     .await;
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
-    s.cluster
-        .wait_ready(&s.namespace, "web", SOON)
-        .await
-        .unwrap();
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
+    s.ready("web").await;
     // Whoever is as before is not worth a line.
     assert!(s.provider_counts().await["versionCalls"].as_u64() > Some(0));
     assert_eq!(says("the provider is").await, 2, "{}", log().await);

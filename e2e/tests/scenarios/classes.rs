@@ -1,12 +1,17 @@
 //! SecretProviderClasses that are missing, late or incomplete.
 
-use crate::harness::{Scenario, class, pod};
+use serde_json::json;
+
+use crate::{
+    harness::Scenario,
+    objects::{Class, class, pod},
+};
 
 /// kubelet's event is the one that tools look for, and the pod starts once the class is there.
 #[tokio::test]
 async fn a_missing_class_that_appears() {
     let s = Scenario::start().await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     let event = s
         .failed_mount("web", "failed to get secretproviderclass")
         .await;
@@ -19,7 +24,7 @@ async fn a_missing_class_that_appears() {
         .1;
     assert!(tail.contains("not found"), "{event}");
     s.nothing_of_the_driver_is_left().await;
-    assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
+    assert!(s.pod_status_objects().await.is_empty());
     assert!(
         s.metric(
             "node_publish_error_total",
@@ -29,7 +34,7 @@ async fn a_missing_class_that_appears() {
             >= 1.0
     );
 
-    s.apply(&class("db", "- {objectName: password, content: hunter2}"))
+    s.apply(class("db", "- {objectName: password, content: hunter2}"))
         .await;
     s.ready("web").await;
     insta::assert_snapshot!("a_class_that_appeared", s.state("web").await);
@@ -38,10 +43,9 @@ async fn a_missing_class_that_appears() {
 #[tokio::test]
 async fn a_class_in_another_namespace_is_not_found() {
     let s = Scenario::start().await;
-    let elsewhere = class("db", "- {objectName: password}")
-        .replace("name: db\n", "name: db\n  namespace: default\n");
-    s.apply(&elsewhere).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", "- {objectName: password}").namespace("default"))
+        .await;
+    s.apply(pod("web", &["db"])).await;
     s.failed_mount("web", "failed to get secretproviderclass")
         .await;
 }
@@ -49,21 +53,21 @@ async fn a_class_in_another_namespace_is_not_found() {
 #[tokio::test]
 async fn classes_that_say_too_little() {
     let s = Scenario::start().await;
-    let kind =
-        "apiVersion: secrets-store.csi.x-k8s.io/v1\nkind: SecretProviderClass\nmetadata:\n  name: ";
-    s.apply(&format!("{kind}nothing\n")).await;
-    s.apply(&format!(
-        "{kind}no-provider\nspec:\n  parameters:\n    a: b\n"
-    ))
-    .await;
-    s.apply(&format!(
-        "{kind}no-parameters\nspec:\n  provider: e2e-provider\n"
-    ))
-    .await;
-    s.apply(&class("no-objects", "")).await;
     let mut events = Vec::new();
-    for name in ["nothing", "no-provider", "no-parameters", "no-objects"] {
-        s.apply(&pod(name, &[name])).await;
+    for (name, class) in [
+        ("nothing", Class::without_spec("nothing")),
+        (
+            "no-provider",
+            Class::of("no-provider", json!({"parameters": {"a": "b"}})),
+        ),
+        (
+            "no-parameters",
+            Class::of("no-parameters", json!({"provider": "e2e-provider"})),
+        ),
+        ("no-objects", class("no-objects", "")),
+    ] {
+        s.apply(class).await;
+        s.apply(pod(name, &[name])).await;
         events.push(s.failed_mount(name, "rpc error").await);
     }
     insta::assert_snapshot!(events.join("\n"));
@@ -73,11 +77,10 @@ async fn classes_that_say_too_little() {
 #[tokio::test]
 async fn a_volume_that_is_not_read_only_or_names_no_class() {
     let s = Scenario::start().await;
-    let writable = pod("writable", &["db"]).replace(
-        "        readOnly: true\n        volumeAttributes",
-        "        volumeAttributes",
-    );
-    let without = pod("without", &["db"]).replace("secretProviderClass: db", "anything: else");
+    let mut writable = pod("writable", &["db"]);
+    writable.csi()["readOnly"] = false.into();
+    let mut without = pod("without", &["db"]);
+    without.csi()["volumeAttributes"] = json!({"anything": "else"});
     let mut events = Vec::new();
     for (name, manifest) in [("writable", writable), ("without", without)] {
         s.apply(&manifest).await;

@@ -3,18 +3,21 @@
 use e2e::cluster::Cluster as _;
 use e2e::tree::{Content, View};
 
-use crate::harness::{MOUNT, Scenario, class, class_with, pod};
-use crate::target::Needs;
+use crate::{
+    harness::{Scenario, scenario},
+    objects::{MOUNT, class, pod},
+    settings::Need,
+};
 
 #[tokio::test]
 async fn one_object() {
     let s = Scenario::start().await;
-    s.apply(&class(
+    s.apply(class(
         "db",
         "- {objectName: password, content: hunter2, version: v7}",
     ))
     .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     insta::assert_snapshot!(s.state("web").await);
     assert_eq!(s.provider_calls("web").await, 1);
@@ -31,7 +34,7 @@ async fn one_object() {
 #[tokio::test]
 async fn many_objects_with_modes() {
     let s = Scenario::start().await;
-    s.apply(&class(
+    s.apply(class(
         "db",
         "
         - {objectName: z-last, content: z, version: '3'}
@@ -44,7 +47,7 @@ async fn many_objects_with_modes() {
         ",
     ))
     .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     insta::assert_snapshot!(s.state("web").await);
 }
@@ -52,7 +55,7 @@ async fn many_objects_with_modes() {
 #[tokio::test]
 async fn nested_paths() {
     let s = Scenario::start().await;
-    s.apply(&class(
+    s.apply(class(
         "db",
         "
         - {objectName: a, path: db/creds/user, content: u}
@@ -63,15 +66,16 @@ async fn nested_paths() {
         ",
     ))
     .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    insta::assert_snapshot!(s.state("web").await);
+    let volume = s.volume_and_disk("web", MOUNT).await;
+    insta::assert_snapshot!(volume + &s.pod_statuses().await);
 }
 
 #[tokio::test]
 async fn binary_empty_and_large_contents() {
     let s = Scenario::start().await;
-    s.apply(&class(
+    s.apply(class(
         "db",
         "
         - {objectName: binary, contentBase64: '/wABAgP+'}
@@ -80,7 +84,7 @@ async fn binary_empty_and_large_contents() {
         ",
     ))
     .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     insta::assert_snapshot!(s.state("web").await);
     let tree = s.reads("web", MOUNT).await;
@@ -97,11 +101,11 @@ async fn binary_empty_and_large_contents() {
 #[tokio::test]
 async fn two_volumes_with_two_classes() {
     let s = Scenario::start().await;
-    s.apply(&class("db", "- {objectName: password, content: of db}"))
+    s.apply(class("db", "- {objectName: password, content: of db}"))
         .await;
-    s.apply(&class("api", "- {objectName: token, content: of api}"))
+    s.apply(class("api", "- {objectName: token, content: of api}"))
         .await;
-    s.apply(&pod("web", &["db", "api"])).await;
+    s.apply(pod("web", &["db", "api"])).await;
     s.ready("web").await;
     let second = s.volume("web", &format!("{MOUNT}-1")).await;
     insta::assert_snapshot!(s.state("web").await + &second);
@@ -112,14 +116,14 @@ async fn two_volumes_with_two_classes() {
 #[tokio::test]
 async fn two_volumes_with_one_class() {
     let s = Scenario::start().await;
-    s.apply(&class("db", "- {objectName: password, content: of db}"))
+    s.apply(class("db", "- {objectName: password, content: of db}"))
         .await;
-    s.apply(&pod("web", &["db", "db"])).await;
+    s.apply(pod("web", &["db", "db"])).await;
     s.ready("web").await;
     for path in [MOUNT.to_owned(), format!("{MOUNT}-1")] {
         assert_eq!(s.reads("web", &path).await.texts()["password"], "of db");
     }
-    let mut statuses = s.objects("SecretProviderClassPodStatus").await;
+    let mut statuses = s.pod_status_objects().await;
     let plain = format!("web-{}-db", s.namespace);
     let names: Vec<_> = statuses
         .iter()
@@ -149,16 +153,14 @@ async fn both_api_versions() {
     let old = class(
         "old",
         "- {objectName: password, content: written as v1alpha1}",
-    )
-    .replace("/v1\n", "/v1alpha1\n");
-    assert!(old.contains("/v1alpha1\n"));
-    s.apply(&old).await;
-    s.apply(&class(
+    );
+    s.apply(old.v1alpha1()).await;
+    s.apply(class(
         "new",
         "- {objectName: password, content: written as v1}",
     ))
     .await;
-    s.apply(&pod("web", &["old", "new"])).await;
+    s.apply(pod("web", &["old", "new"])).await;
     s.ready("web").await;
     let second = s.volume("web", &format!("{MOUNT}-1")).await;
     insta::assert_snapshot!(s.state("web").await + &second);
@@ -175,10 +177,11 @@ async fn what_the_provider_is_sent() {
         - {objectName: target, contentFrom: targetPath}
         - {objectName: current, contentFrom: currentObjectVersion}
         ";
-    let class = class("db", objects) + "    color: of the class\n    shape: of the class\n";
-    s.apply(&class).await;
-    let attributes = "          secretProviderClass: db\n          color: of the volume\n";
-    s.apply(&pod("web", &["db"]).replace("          secretProviderClass: db\n", attributes))
+    let class = class("db", objects)
+        .parameter("color", "of the class")
+        .parameter("shape", "of the class");
+    s.apply(class).await;
+    s.apply(pod("web", &["db"]).attribute("color", "of the volume"))
         .await;
     s.ready("web").await;
     let tree = s.reads("web", MOUNT).await;
@@ -198,11 +201,12 @@ async fn a_provider_that_writes_its_own_files() {
         - {objectName: password, content: hunter2}
         - {objectName: user, path: db/user, content: root}
         ";
-    s.apply(&class_with("db", objects, "- {writeFiles: true}"))
+    s.apply(class("db", objects).faults("- {writeFiles: true}"))
         .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    insta::assert_snapshot!(s.state("web").await);
+    let volume = s.volume_and_disk("web", MOUNT).await;
+    insta::assert_snapshot!(volume + &s.pod_statuses().await);
     s.delete("web").await;
     s.nothing_is_left().await;
 }
@@ -211,9 +215,9 @@ async fn a_provider_that_writes_its_own_files() {
 #[tokio::test]
 async fn the_volume_is_a_bounded_tmpfs() {
     let s = Scenario::start().await;
-    s.apply(&class("db", "- {objectName: password, content: hunter2}"))
+    s.apply(class("db", "- {objectName: password, content: hunter2}"))
         .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let disk = s
         .cluster
@@ -241,17 +245,10 @@ async fn the_volume_is_a_bounded_tmpfs() {
 #[tokio::test]
 async fn a_driver_whose_mounts_nobody_sees_refuses_to_mount() {
     for propagation in ["None", "HostToContainer"] {
-        let Some(s) = Scenario::needing(Needs {
-            propagation: Some(propagation),
-            ..Needs::default()
-        })
-        .await
-        else {
-            return;
-        };
-        s.apply(&class("db", "- {objectName: password, content: hunter2}"))
+        let s = scenario!([Need::Propagation(propagation)]);
+        s.apply(class("db", "- {objectName: password, content: hunter2}"))
             .await;
-        s.apply(&pod("web", &["db"])).await;
+        s.apply(pod("web", &["db"])).await;
         let event = s.failed_mount("web", "rpc error").await;
         insta::assert_snapshot!("a_driver_whose_mounts_nobody_sees_refuses_to_mount", event);
         assert_eq!(s.provider_calls("web").await, 0, "refused before that");

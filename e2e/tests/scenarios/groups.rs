@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use e2e::cluster::{Ability, Cluster as _};
+use e2e::cluster::Cluster as _;
+use serde_json::{Value, json};
 
 use crate::{
-    harness::{MOUNT, Scenario, class, pod, until},
-    target::Needs,
+    harness::{Scenario, scenario, until},
+    objects::{MOUNT, Pod, class, pod},
+    settings::Need,
 };
 
 const OBJECTS: &str = "
@@ -16,25 +18,26 @@ const OBJECTS: &str = "
         - {objectName: nested, path: deep/nested, content: '1', mode: '0440'}
         ";
 
-async fn with_users() -> Option<Scenario> {
-    Scenario::needing(Needs {
-        republish: true,
-        abilities: &[Ability::OtherUsers],
-        driver_flags: &[
-            "--enable-secret-rotation=true",
-            "--rotation-poll-interval=100ms",
-            "--min-rotation-poll-interval=100ms",
-        ],
-        ..Needs::default()
-    })
-    .await
-}
+const USERS: &[Need] = &[
+    Need::Republish,
+    Need::OtherUsers,
+    Need::Flags(&[
+        "--enable-secret-rotation=true",
+        "--rotation-poll-interval=100ms",
+        "--min-rotation-poll-interval=100ms",
+    ]),
+];
 
-/// A pod whose user is not root, with these further fields of its security context.
-fn user(name: &str, more: &str) -> String {
-    let context =
-        format!("spec:\n  securityContext: {{runAsUser: 1004, runAsGroup: 1004{more}}}\n  term");
-    pod(name, &["db"]).replace("spec:\n  term", &context)
+/// A pod that runs as user 1004.
+fn user(name: &str, fs_group: Option<u32>, supplemental_groups: &[u32]) -> Pod {
+    let mut context = json!({"runAsUser": 1004, "runAsGroup": 1004});
+    if let Some(group) = fs_group {
+        context["fsGroup"] = group.into();
+    }
+    if !supplemental_groups.is_empty() {
+        context["supplementalGroups"] = Value::from(supplemental_groups);
+    }
+    pod(name, &["db"]).with("securityContext", context)
 }
 
 /// A pod's own look at its volume, with what it may not read; and as root finds it on the disk.
@@ -44,19 +47,17 @@ async fn seen(s: &Scenario, name: &str) -> String {
 
 #[tokio::test]
 async fn a_user_with_and_without_the_volumes_group() {
-    let Some(s) = with_users().await else { return };
-    s.apply(&class("db", OBJECTS)).await;
-    for (name, more) in [
-        ("without", ""),
-        ("with", ", fsGroup: 1004"),
-        ("with-another", ", fsGroup: 2000"),
-        ("of-the-same-number", ", supplementalGroups: [1004]"),
-    ] {
-        s.apply(&user(name, more)).await;
-        s.ready(name).await;
-    }
+    let s = scenario!(USERS);
+    s.apply(class("db", OBJECTS)).await;
     let mut text = String::new();
-    for name in ["without", "with", "with-another", "of-the-same-number"] {
+    for (name, fs_group, supplemental_groups) in [
+        ("without", None, [].as_slice()),
+        ("with", Some(1004), &[]),
+        ("with-another", Some(2000), &[]),
+        ("of-the-same-number", None, &[1004]),
+    ] {
+        s.apply(user(name, fs_group, supplemental_groups)).await;
+        s.ready(name).await;
         text += &seen(&s, name).await;
     }
     insta::assert_snapshot!(text);
@@ -65,13 +66,13 @@ async fn a_user_with_and_without_the_volumes_group() {
 /// The group holds for what a refresh brings, too.
 #[tokio::test]
 async fn a_group_holds_after_a_refresh() {
-    let Some(s) = with_users().await else { return };
-    s.apply(&class("db", OBJECTS)).await;
-    s.apply(&user("web", ", fsGroup: 1004")).await;
+    let s = scenario!(USERS);
+    s.apply(class("db", OBJECTS)).await;
+    s.apply(user("web", Some(1004), &[])).await;
     s.ready("web").await;
     let after = OBJECTS.replace("'1'", "'2'")
         + "- {objectName: new, path: more/new, content: '2', mode: '0640'}";
-    s.apply(&class("db", &after)).await;
+    s.apply(class("db", &after)).await;
     until("the pod reads the new content", async || {
         s.cluster.look_again(&s.namespace, "web").await.unwrap();
         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -84,17 +85,15 @@ async fn a_group_holds_after_a_refresh() {
 /// The mode of files for which the provider gives none, by the volume's attribute.
 #[tokio::test]
 async fn a_default_mode() {
-    let Some(s) = with_users().await else { return };
-    s.apply(&class("db", OBJECTS)).await;
-    let attribute = "          secretProviderClass: db\n          secrets-store.csi.k8s.io/default-mode: '0400'\n";
-    let web =
-        user("web", ", fsGroup: 1004").replace("          secretProviderClass: db\n", attribute);
-    s.apply(&web).await;
+    let s = scenario!(USERS);
+    s.apply(class("db", OBJECTS)).await;
+    let attribute = "secrets-store.csi.k8s.io/default-mode";
+    let web = user("web", Some(1004), &[]).attribute(attribute, "0400");
+    s.apply(web).await;
     s.ready("web").await;
     insta::assert_snapshot!(seen(&s, "web").await);
-    let wrong = attribute.replace("0400", "rw");
-    let wrong = pod("wrong", &["db"]).replace("          secretProviderClass: db\n", &wrong);
-    s.apply(&wrong).await;
+    s.apply(pod("wrong", &["db"]).attribute(attribute, "rw"))
+        .await;
     insta::assert_snapshot!(
         "a_default_mode_that_is_none",
         s.failed_mount("wrong", "rpc error").await

@@ -1,26 +1,36 @@
 //! What every scenario starts from, and how what it sees becomes text.
 
 use std::{
-    fmt::Write as _,
+    fmt::{self, Write as _},
     fs::File,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use e2e::{
-    cluster::{Ability, Cluster, Component},
+    cluster::{Cluster, Component},
+    install::{classes, pod_statuses},
     tree::{Content, Entry, Kind, Tree, View},
 };
-use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams};
+use kube::api::{DeleteParams, DynamicObject, ListParams};
 use serde_json::{Value, json};
 
-use crate::target::{Needs, Target};
+use crate::{objects::MOUNT, settings::Need, target::Target};
 
 /// For whatever should happen at once. Long, because the machine may be busy.
 pub const SOON: Duration = Duration::from_secs(60);
 
-/// Where the pods of [`pod`] mount their first volume.
-pub const MOUNT: &str = "/mnt/secrets-store";
+/// Starts a scenario with what it needs. Where that is missing, the test ends here, and the list at
+/// the end of the run says so.
+macro_rules! scenario {
+    ($needs:expr) => {
+        match $crate::harness::Scenario::needing(&$needs).await {
+            Some(scenario) => scenario,
+            None => return,
+        }
+    };
+}
+pub(crate) use scenario;
 
 /// A cluster with a namespace of its own.
 pub struct Scenario {
@@ -34,13 +44,14 @@ pub struct Scenario {
 impl Scenario {
     /// One node, as `deploy/` installs it, and the fake provider.
     pub async fn start() -> Self {
-        let scenario = Self::needing(Needs::default()).await;
+        let scenario = Self::needing(&[]).await;
         scenario.expect("every cluster has a node")
     }
 
-    /// The same with what not every cluster has; none where it is missing.
-    pub async fn needing(needs: Needs) -> Option<Self> {
-        let cluster = Target::find(&needs).await?;
+    /// The same with what the scenario needs. Returns `None` where that is missing; the macro
+    /// `scenario!` ends the test then.
+    pub async fn needing(needs: &[Need]) -> Option<Self> {
+        let cluster = Target::find(needs).await?;
         let mut earlier_pods = Vec::new();
         for node in cluster.nodes() {
             let pods = "/var/lib/kubelet/pods".as_ref();
@@ -66,9 +77,10 @@ impl Scenario {
         self.cluster.nodes().remove(0)
     }
 
-    pub async fn apply(&self, manifest: &str) {
+    /// Applies objects: of `objects.rs`, or YAML.
+    pub async fn apply(&self, manifest: impl fmt::Display) {
         self.cluster
-            .apply(&self.namespace, manifest)
+            .apply(&self.namespace, &manifest.to_string())
             .await
             .unwrap_or_else(|error| panic!("{error}"));
     }
@@ -121,24 +133,35 @@ impl Scenario {
         lines(&self.reads(pod, path).await, true)
     }
 
-    /// The volume as the container reads it, and as it is on disk: one directory of content,
-    /// once the one before a change is gone, which stays for those who are reading it.
+    /// The volume as the container reads it: contents, modes and owners. How it is laid out on disk
+    /// is checked, and not shown.
     pub async fn volume(&self, pod: &str, path: &str) -> String {
-        until("what was replaced is gone", async || {
-            let disk = self.disk(pod, path).await;
-            let contents = disk.entries.iter().filter(|e| {
-                e.kind == Kind::Dir && e.path.starts_with("..") && !e.path.contains('/')
-            });
-            contents.count() <= 1
-        })
-        .await;
+        let disk = self.settled_disk(pod, path).await;
         let reads = self.reads(pod, path).await;
-        let disk = self.disk(pod, path).await;
+        assert_layout(&disk, &reads);
+        self.redacted(&format!("{pod} reads in {path}\n{}", lines(&reads, true)))
+    }
+
+    /// The volume as the container reads it, and as it is on disk, with its links.
+    pub async fn volume_and_disk(&self, pod: &str, path: &str) -> String {
+        let disk = self.settled_disk(pod, path).await;
+        let reads = self.reads(pod, path).await;
         self.redacted(&format!(
             "{pod} reads in {path}\n{}on disk\n{}",
             lines(&reads, true),
             lines(&disk, false)
         ))
+    }
+
+    /// The volume as it is on disk, once the content before a change is gone, which stays for those
+    /// who are reading it.
+    async fn settled_disk(&self, pod: &str, path: &str) -> Tree {
+        until("what was replaced is gone", async || {
+            let disk = self.disk(pod, path).await;
+            disk.entries.iter().filter(|e| is_content(e)).count() <= 1
+        })
+        .await;
+        self.disk(pod, path).await
     }
 
     async fn disk(&self, pod: &str, path: &str) -> Tree {
@@ -151,7 +174,7 @@ impl Scenario {
     /// The pod statuses of the namespace.
     pub async fn pod_statuses(&self) -> String {
         let mut text = "pod statuses\n".to_owned();
-        for object in self.objects("SecretProviderClassPodStatus").await {
+        for object in self.pod_status_objects().await {
             let labels = object.metadata.labels.unwrap_or_default();
             let owners: Vec<_> = object
                 .metadata
@@ -181,34 +204,16 @@ impl Scenario {
         )
     }
 
-    /// Objects of a custom resource in the namespace, by name.
-    pub async fn objects(&self, kind: &str) -> Vec<DynamicObject> {
-        let gvk = GroupVersionKind::gvk("secrets-store.csi.x-k8s.io", "v1", kind);
-        let plural = match kind {
-            "SecretProviderClass" => "secretproviderclasses",
-            _ => "secretproviderclasspodstatuses",
-        };
-        let resource = ApiResource::from_gvk_with_plural(&gvk, plural);
-        let api = Api::<DynamicObject>::namespaced_with(
-            self.cluster.client(),
-            &self.namespace,
-            &resource,
-        );
+    /// The pod statuses of the namespace, by name.
+    pub async fn pod_status_objects(&self) -> Vec<DynamicObject> {
+        let api = pod_statuses(&self.cluster.client(), &self.namespace);
         api.list(&ListParams::default()).await.unwrap().items
     }
 
     /// Deletes the pod statuses of the namespace, as somebody might by hand.
     pub async fn delete_pod_statuses(&self) {
-        let gvk = GroupVersionKind::gvk(
-            "secrets-store.csi.x-k8s.io",
-            "v1",
-            "SecretProviderClassPodStatus",
-        );
-        let plural = "secretproviderclasspodstatuses";
-        let resource = ApiResource::from_gvk_with_plural(&gvk, plural);
-        let client = self.cluster.client();
-        let api = Api::<DynamicObject>::namespaced_with(client, &self.namespace, &resource);
-        for status in self.objects("SecretProviderClassPodStatus").await {
+        let api = pod_statuses(&self.cluster.client(), &self.namespace);
+        for status in self.pod_status_objects().await {
             let name = status.metadata.name.unwrap();
             api.delete(&name, &DeleteParams::default()).await.unwrap();
         }
@@ -216,7 +221,6 @@ impl Scenario {
 
     /// What is left of pods on a node: mounts, directories of their volumes, records.
     pub async fn leftovers(&self, node: &str) -> String {
-        assert!(self.cluster.can(Ability::LookAtNodes));
         let mut text = String::new();
         for mount in self
             .cluster
@@ -304,7 +308,7 @@ impl Scenario {
     /// The same, where pods are left that have so many.
     pub async fn pod_statuses_left(&self, count: usize) {
         until("no pod status is left of pods that have gone", async || {
-            self.objects("SecretProviderClassPodStatus").await.len() == count
+            self.pod_status_objects().await.len() == count
         })
         .await;
     }
@@ -339,14 +343,9 @@ impl Scenario {
     }
 
     pub async fn delete_class(&self, name: &str) {
-        let gvk = GroupVersionKind::gvk("secrets-store.csi.x-k8s.io", "v1", "SecretProviderClass");
-        let resource = ApiResource::from_gvk_with_plural(&gvk, "secretproviderclasses");
-        let api = Api::<DynamicObject>::namespaced_with(
-            self.cluster.client(),
-            &self.namespace,
-            &resource,
-        );
-        api.delete(name, &DeleteParams::default()).await.unwrap();
+        let classes = classes(&self.cluster.client(), &self.namespace);
+        let deleted = classes.delete(name, &DeleteParams::default()).await;
+        deleted.unwrap();
     }
 
     /// The records of the driver.
@@ -361,7 +360,6 @@ impl Scenario {
 
     /// What stands in a directory of the node.
     pub async fn files(&self, directory: &str) -> Vec<PathBuf> {
-        assert!(self.cluster.can(Ability::LookAtNodes));
         let dir = Path::new(directory);
         let tree = self.cluster.node_tree(&self.node(), dir).await.unwrap();
         let entries = tree.unwrap().entries.into_iter();
@@ -492,6 +490,46 @@ fn is_uid(word: &str) -> bool {
     })
 }
 
+/// Whether an entry of a volume is a directory with the content of one time.
+fn is_content(entry: &Entry) -> bool {
+    entry.kind == Kind::Dir && entry.path.starts_with("..") && !entry.path.contains('/')
+}
+
+/// Checks that a volume has one directory of content with what is read, and links to it.
+fn assert_layout(disk: &Tree, reads: &Tree) {
+    let content = disk.entries.iter().find(|entry| is_content(entry));
+    let content = &content
+        .unwrap_or_else(|| panic!("no content: {disk:?}"))
+        .path;
+    let below = format!("{content}/");
+    let mut expected = vec!["..data".to_owned(), content.clone(), ".".to_owned()];
+    for entry in reads.entries.iter().filter(|entry| entry.path != ".") {
+        let written = disk.get(&format!("{below}{}", entry.path));
+        assert_eq!(
+            written,
+            Some(&Entry {
+                path: format!("{below}{}", entry.path),
+                ..entry.clone()
+            })
+        );
+        expected.push(format!("{below}{}", entry.path));
+        if !entry.path.contains('/') {
+            let link = disk.get(&entry.path).and_then(|link| link.target.clone());
+            assert_eq!(link, Some(format!("..data/{}", entry.path)));
+            expected.push(entry.path.clone());
+        }
+    }
+    let data = disk.get("..data").and_then(|link| link.target.as_ref());
+    assert_eq!(data, Some(content));
+    expected.sort();
+    let paths: Vec<_> = disk
+        .entries
+        .iter()
+        .map(|entry| entry.path.clone())
+        .collect();
+    assert_eq!(paths, expected, "nothing else");
+}
+
 /// One line an entry: mode, owner, path and what it is.
 fn lines(tree: &Tree, with_content: bool) -> String {
     tree.entries.iter().fold(String::new(), |mut text, entry| {
@@ -540,51 +578,4 @@ fn without_nulls(value: Value) -> Value {
         Value::Array(items) => items.into_iter().map(without_nulls).collect(),
         other => other,
     }
-}
-
-/// A class of the fake provider whose parameter `objects` is this YAML list.
-pub fn class(name: &str, objects: &str) -> String {
-    class_with(name, objects, "")
-}
-
-/// The same with faults, a YAML list too.
-pub fn class_with(name: &str, objects: &str, faults: &str) -> String {
-    let mut parameters = format!("    objects: |\n      array:\n{}", indented(objects, 8));
-    if !faults.is_empty() {
-        write!(parameters, "    faults: |\n{}", indented(faults, 6)).unwrap();
-    }
-    format!(
-        "apiVersion: secrets-store.csi.x-k8s.io/v1\nkind: SecretProviderClass\nmetadata:\n  name: {name}\nspec:\n  provider: e2e-provider\n  parameters:\n{parameters}"
-    )
-}
-
-fn indented(text: &str, by: usize) -> String {
-    text.lines()
-        .filter(|line| !line.trim().is_empty())
-        .fold(String::new(), |mut out, line| {
-            writeln!(out, "{:by$}{line}", "").unwrap();
-            out
-        })
-}
-
-/// A pod that mounts these classes: the first at [`MOUNT`], further ones at the same with a number.
-pub fn pod(name: &str, classes: &[&str]) -> String {
-    let mut mounts = String::new();
-    let mut volumes = String::new();
-    for (number, class) in classes.iter().enumerate() {
-        let suffix = if number == 0 {
-            String::new()
-        } else {
-            format!("-{number}")
-        };
-        write!(mounts, "        - name: secrets{suffix}\n          mountPath: {MOUNT}{suffix}\n          readOnly: true\n").unwrap();
-        write!(
-            volumes,
-            "    - name: secrets{suffix}\n      csi:\n        driver: secrets-store.csi.k8s.io\n        readOnly: true\n        volumeAttributes:\n          secretProviderClass: {class}\n"
-        )
-        .unwrap();
-    }
-    format!(
-        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\nspec:\n  terminationGracePeriodSeconds: 0\n  containers:\n    - name: main\n      image: probe:e2e\n      args: [sleep]\n      volumeMounts:\n{mounts}  volumes:\n{volumes}"
-    )
 }

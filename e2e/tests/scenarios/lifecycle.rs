@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use e2e::cluster::{Ability, Cluster as _};
+use e2e::cluster::Cluster as _;
+use serde_json::json;
 
 use crate::{
-    harness::{MOUNT, SOON, Scenario, class, class_with, pod},
-    target::Needs,
+    harness::{Scenario, scenario},
+    objects::{MOUNT, class, pod},
+    settings::Need,
 };
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
@@ -14,8 +16,8 @@ const OBJECT: &str = "- {objectName: password, content: hunter2}";
 #[tokio::test]
 async fn a_deleted_pod_leaves_nothing() {
     let s = Scenario::start().await;
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     insta::assert_snapshot!("a_running_pod_on_its_node", s.leftovers(&s.node()).await);
     let pod = s.cluster.pod(&s.namespace, "web").await.unwrap().unwrap();
@@ -38,16 +40,9 @@ async fn a_deleted_pod_leaves_nothing() {
 /// Unpublish asks nobody: neither the provider nor the API server.
 #[tokio::test]
 async fn unpublish_needs_nobody() {
-    let Some(s) = Scenario::needing(Needs {
-        abilities: &[Ability::DisturbApi, Ability::StopProcesses],
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::DisturbApi]);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     s.cluster
         .provider(&s.node(), "fake-provider")
@@ -65,50 +60,27 @@ async fn unpublish_needs_nobody() {
 /// A hung provider does not hold up a pod that is going away for longer than kubelet's deadline.
 #[tokio::test]
 async fn a_pod_deleted_while_its_publish_hangs() {
-    let Some(s) = Scenario::needing(Needs {
-        csi_timeout: Some(Duration::from_secs(5)),
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class_with("db", OBJECT, "- {hang: true}")).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::CsiTimeout(Duration::from_secs(5))]);
+    s.apply(class("db", OBJECT).faults("- {hang: true}")).await;
+    s.apply(pod("web", &["db"])).await;
     s.provider_is_called("web").await;
     s.cluster.delete_pod(&s.namespace, "web").await.unwrap();
-    s.cluster
-        .wait_gone(&s.namespace, "web", SOON)
-        .await
-        .unwrap();
+    s.gone("web").await;
     s.nothing_is_left().await;
-    assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
+    assert!(s.pod_status_objects().await.is_empty());
 }
 
 /// A StatefulSet's pod keeps its name and comes back as another pod, elsewhere.
 #[tokio::test]
 async fn the_same_pod_name_on_another_node() {
-    let Some(s) = Scenario::needing(Needs {
-        nodes: 2,
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
-    let on = |node: &str| {
-        pod("web-0", &["db"]).replace(
-            "spec:\n  term",
-            &format!("spec:\n  nodeName: {node}\n  term"),
-        )
-    };
+    let s = scenario!([Need::Nodes(2)]);
+    s.apply(class("db", OBJECT)).await;
     let nodes = s.cluster.nodes();
-    s.apply(&on(&nodes[0])).await;
+    s.apply(pod("web-0", &["db"]).on_node(&nodes[0])).await;
     s.ready("web-0").await;
     let before = s.pod_statuses().await;
     s.delete("web-0").await;
-    s.apply(&on(&nodes[1])).await;
+    s.apply(pod("web-0", &["db"]).on_node(&nodes[1])).await;
     s.ready("web-0").await;
     insta::assert_snapshot!(before + &s.pod_statuses().await);
     s.nothing_is_left_on(&nodes[0]).await;
@@ -118,26 +90,26 @@ async fn the_same_pod_name_on_another_node() {
 #[tokio::test]
 async fn a_pod_status_that_another_node_left_is_taken_over() {
     let s = Scenario::start().await;
-    s.apply(&class("db", OBJECT)).await;
-    let stale = format!(
-        "apiVersion: secrets-store.csi.x-k8s.io/v1
-kind: SecretProviderClassPodStatus
-metadata:
-  name: web-0-{}-db
-  labels:
-    internal.secrets-store.csi.k8s.io/node-name: another-node
-    team: shop
-status:
-  podName: web-0
-  secretProviderClassName: db
-  mounted: true
-  targetPath: /var/lib/kubelet/pods/00000000-0000-0000-0000-000000000000/volumes/kubernetes.io~csi/secrets/mount
-  objects: [{{id: secret/gone, version: v0}}]
-",
-        s.namespace
-    );
-    s.apply(&stale).await;
-    s.apply(&pod("web-0", &["db"])).await;
+    s.apply(class("db", OBJECT)).await;
+    let labels = json!({
+        "internal.secrets-store.csi.k8s.io/node-name": "another-node",
+        "team": "shop",
+    });
+    let target = "/var/lib/kubelet/pods/00000000-0000-0000-0000-000000000000/volumes/kubernetes.io~csi/secrets/mount";
+    s.apply(json!({
+        "apiVersion": "secrets-store.csi.x-k8s.io/v1",
+        "kind": "SecretProviderClassPodStatus",
+        "metadata": {"name": format!("web-0-{}-db", s.namespace), "labels": labels},
+        "status": {
+            "podName": "web-0",
+            "secretProviderClassName": "db",
+            "mounted": true,
+            "targetPath": target,
+            "objects": [{"id": "secret/gone", "version": "v0"}],
+        },
+    }))
+    .await;
+    s.apply(pod("web-0", &["db"])).await;
     s.ready("web-0").await;
     insta::assert_snapshot!(s.pod_statuses().await);
 }
@@ -152,11 +124,11 @@ async fn a_name_too_long_for_a_pod_status() {
         format!("web-{}", "w".repeat(150)),
         format!("db-{}", "d".repeat(200)),
     );
-    s.apply(&class(&db, OBJECT)).await;
-    s.apply(&pod(&web, &[&db])).await;
+    s.apply(class(&db, OBJECT)).await;
+    s.apply(pod(&web, &[&db])).await;
     s.ready(&web).await;
     assert_eq!(s.reads(&web, MOUNT).await.texts()["password"], "hunter2");
-    let statuses = s.objects("SecretProviderClassPodStatus").await;
+    let statuses = s.pod_status_objects().await;
     let name = statuses[0].metadata.name.as_deref().unwrap();
     assert!(name.starts_with("web-www") && name.len() == 253, "{name}");
     assert_eq!(statuses[0].data["status"]["podName"], web.as_str());

@@ -19,6 +19,7 @@ mod content;
 mod groups;
 mod harness;
 mod lifecycle;
+mod objects;
 mod paths;
 mod providers;
 mod restarts;

@@ -2,7 +2,10 @@
 
 use rstest::rstest;
 
-use crate::harness::{Scenario, class, class_with, pod};
+use crate::{
+    harness::Scenario,
+    objects::{class, pod},
+};
 
 #[rstest]
 #[case::absolute("absolute", "- {badPath: /etc/passwd}")]
@@ -20,14 +23,14 @@ use crate::harness::{Scenario, class, class_with, pod};
 async fn bad_paths(#[case] name: &str, #[case] fault: &str) {
     let s = Scenario::start().await;
     let object = "- {objectName: password, content: hunter2}";
-    s.apply(&class_with("db", object, fault)).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", object).faults(fault)).await;
+    s.apply(pod("web", &["db"])).await;
     insta::assert_snapshot!(
         format!("bad_path_{name}"),
         s.failed_mount("web", "rpc error").await
     );
     s.nothing_of_the_driver_is_left().await;
-    assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
+    assert!(s.pod_status_objects().await.is_empty());
     assert!(
         s.metric(
             "node_publish_error_total",
@@ -36,6 +39,6 @@ async fn bad_paths(#[case] name: &str, #[case] fault: &str) {
         .await
             >= 1.0
     );
-    s.apply(&class("db", object)).await;
+    s.apply(class("db", object)).await;
     s.ready("web").await;
 }

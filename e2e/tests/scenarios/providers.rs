@@ -1,13 +1,15 @@
 //! Providers that are missing, late, wrong or slow.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
-use e2e::cluster::Cluster as _;
+use e2e::{cluster::Cluster as _, manifest};
 use rstest::rstest;
+use serde_json::json;
 
 use crate::{
-    harness::{MOUNT, SOON, Scenario, class, class_with, pod},
-    target::Needs,
+    harness::{Scenario, scenario},
+    objects::{MOUNT, class, pod},
+    settings::Need,
 };
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
@@ -15,14 +17,16 @@ const OBJECT: &str = "- {objectName: password, content: hunter2}";
 #[tokio::test]
 async fn an_unknown_provider_that_arrives() {
     let s = Scenario::start().await;
-    s.apply(&class("db", OBJECT).replace("provider: e2e-provider", "provider: late"))
-        .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", OBJECT).provider("late")).await;
+    s.apply(pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
-    let late = include_str!("../../manifests/fake-provider.yaml")
-        .replace("name: fake-provider\n", "name: late-provider\n")
-        .replace("e2e-provider.sock", "late.sock\n            - --http-addr=");
-    s.apply(&late).await;
+    let provider = manifest::parse(include_str!("../../manifests/fake-provider.yaml"));
+    let mut late = provider.unwrap().remove(1);
+    late["metadata"]["name"] = "late-provider".into();
+    let container = &mut late["spec"]["template"]["spec"]["containers"][0];
+    container["name"] = "late-provider".into();
+    container["args"] = json!(["--endpoint=unix:///provider/late.sock", "--http-addr="]);
+    s.apply(late).await;
     s.ready("web").await;
     assert_eq!(s.reads("web", MOUNT).await.texts()["password"], "hunter2");
 }
@@ -30,9 +34,8 @@ async fn an_unknown_provider_that_arrives() {
 #[tokio::test]
 async fn a_name_that_is_no_providers() {
     let s = Scenario::start().await;
-    s.apply(&class("db", OBJECT).replace("provider: e2e-provider", "provider: ../../csi/csi"))
-        .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", OBJECT).provider("../../csi/csi")).await;
+    s.apply(pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
 }
 
@@ -55,18 +58,18 @@ async fn a_name_that_is_no_providers() {
 #[tokio::test]
 async fn provider_errors(#[case] name: &str, #[case] fault: &str) {
     let s = Scenario::start().await;
-    s.apply(&class_with("db", OBJECT, fault)).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", OBJECT).faults(fault)).await;
+    s.apply(pod("web", &["db"])).await;
     let event = s.failed_mount("web", "rpc error").await;
     // How a connection breaks depends on the moment.
     insta::with_settings!({filters => vec![(r"attempts \(.*\);", "attempts ([how]);")]}, {
         insta::assert_snapshot!(format!("provider_error_{name}"), event);
     });
     s.nothing_of_the_driver_is_left().await;
-    assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
+    assert!(s.pod_status_objects().await.is_empty());
 
     // The pod starts when the provider is well again.
-    s.apply(&class("db", OBJECT)).await;
+    s.apply(class("db", OBJECT)).await;
     s.ready("web").await;
     assert_eq!(s.reads("web", MOUNT).await.texts()["password"], "hunter2");
     insta::assert_snapshot!("provider_is_well_again", s.pod_statuses().await);
@@ -77,8 +80,8 @@ async fn provider_errors(#[case] name: &str, #[case] fault: &str) {
 async fn a_moment_of_unavailability_is_bridged() {
     let s = Scenario::start().await;
     let fault = "- {times: 2, status: {code: UNAVAILABLE, message: restarting}}";
-    s.apply(&class_with("db", OBJECT, fault)).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", OBJECT).faults(fault)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     assert_eq!(s.provider_calls("web").await, 3);
     assert!(
@@ -98,9 +101,9 @@ async fn a_dead_socket_fails_in_seconds() {
     // This directory is searched before the one with the provider's own socket.
     let socket = Path::new("/etc/kubernetes/secrets-store-csi-providers/e2e-provider.sock");
     s.cluster.leave_dead_socket(&s.node(), socket).await;
-    s.apply(&class("db", OBJECT)).await;
+    s.apply(class("db", OBJECT)).await;
     let started = std::time::Instant::now();
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
     assert!(started.elapsed().as_secs() < 10, "{:?}", started.elapsed());
     s.cluster.remove_file(&s.node(), socket).await;
@@ -110,22 +113,12 @@ async fn a_dead_socket_fails_in_seconds() {
 /// The caller's deadline bounds the provider's, and what hung is named.
 #[tokio::test]
 async fn a_provider_that_never_answers() {
-    let Some(s) = Scenario::needing(Needs {
-        csi_timeout: Some(std::time::Duration::from_secs(3)),
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class_with("db", OBJECT, "- {hang: true}")).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::CsiTimeout(Duration::from_secs(3))]);
+    s.apply(class("db", OBJECT).faults("- {hang: true}")).await;
+    s.apply(pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
     s.cluster.delete_pod(&s.namespace, "web").await.unwrap();
-    s.cluster
-        .wait_gone(&s.namespace, "web", SOON)
-        .await
-        .unwrap();
+    s.gone("web").await;
     s.nothing_is_left().await;
 }
 
@@ -133,13 +126,9 @@ async fn a_provider_that_never_answers() {
 #[tokio::test]
 async fn an_answer_without_files_is_not_a_mounted_volume() {
     let s = Scenario::start().await;
-    s.apply(&class_with(
-        "db",
-        "- {objectName: ../outside, content: x}",
-        "- {writeFiles: true}",
-    ))
-    .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", "- {objectName: ../outside, content: x}").faults("- {writeFiles: true}"))
+        .await;
+    s.apply(pod("web", &["db"])).await;
     s.failed_mount("web", "rpc error").await;
     s.nothing_of_the_driver_is_left().await;
 }

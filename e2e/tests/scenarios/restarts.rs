@@ -3,14 +3,12 @@
 
 use std::{os::fd::AsRawFd as _, path::PathBuf, time::Duration};
 
-use e2e::{
-    cluster::{Ability, Cluster as _},
-    embedded::api::Disturbance,
-};
+use e2e::{cluster::Cluster as _, embedded::api::Disturbance};
 
 use crate::{
-    harness::{MOUNT, Scenario, class, class_with, pod, until},
-    target::Needs,
+    harness::{Scenario, scenario, until},
+    objects::{MOUNT, class, pod},
+    settings::Need,
 };
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
@@ -18,9 +16,9 @@ const OBJECT: &str = "- {objectName: password, content: hunter2}";
 #[tokio::test]
 async fn killed_between_mount_and_write() {
     let s = Scenario::start().await;
-    s.apply(&class_with("db", OBJECT, "- {hang: true, times: 1}"))
+    s.apply(class("db", OBJECT).faults("- {hang: true, times: 1}"))
         .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.provider_is_called("web").await;
     assert_eq!(s.mounts().await.len(), 1);
     s.cluster.driver(&s.node()).kill().await.unwrap();
@@ -35,26 +33,17 @@ async fn killed_between_mount_and_write() {
 
 #[tokio::test]
 async fn killed_between_write_and_status() {
-    let Some(s) = Scenario::needing(Needs {
-        abilities: &[Ability::DisturbApi],
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
+    let s = scenario!([Need::DisturbApi]);
+    s.apply(class("db", OBJECT)).await;
     // Each answer takes long enough for the driver to be killed while it waits for that of the
     // pod status.
     s.cluster
         .disturb_api(Disturbance::Slow(Duration::from_secs(4)))
         .await
         .unwrap();
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     until("the files are written", async || s.written().await).await;
-    assert!(
-        s.objects("SecretProviderClassPodStatus").await.is_empty() && s.records().await.is_empty()
-    );
+    assert!(s.pod_status_objects().await.is_empty() && s.records().await.is_empty());
     s.cluster.driver(&s.node()).kill().await.unwrap();
     s.cluster.disturb_api(Disturbance::None).await.unwrap();
     s.ready("web").await;
@@ -64,16 +53,9 @@ async fn killed_between_write_and_status() {
 
 #[tokio::test]
 async fn killed_after_everything() {
-    let Some(s) = Scenario::needing(Needs {
-        republish: true,
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::Republish]);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.state("web").await;
     s.cluster.driver(&s.node()).kill().await.unwrap();
@@ -93,8 +75,8 @@ async fn killed_after_everything() {
 #[tokio::test]
 async fn stopped_while_a_publish_runs() {
     let s = Scenario::start().await;
-    s.apply(&class_with("db", OBJECT, "- {delay: 2s}")).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", OBJECT).faults("- {delay: 2s}")).await;
+    s.apply(pod("web", &["db"])).await;
     s.provider_is_called("web").await;
     s.cluster.driver(&s.node()).stop().await.unwrap();
     assert_eq!(s.records().await.len(), 1, "the publish was finished");
@@ -112,15 +94,8 @@ async fn stopped_while_a_publish_runs() {
 /// A failed write of the pod status undoes the mount; nothing of it stays.
 #[tokio::test]
 async fn an_api_server_that_does_not_take_the_status() {
-    let Some(s) = Scenario::needing(Needs {
-        abilities: &[Ability::DisturbApi],
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
+    let s = scenario!([Need::DisturbApi]);
+    s.apply(class("db", OBJECT)).await;
     let refused = Disturbance::Fail {
         status: 500,
         verb: Some("create".to_owned()),
@@ -128,7 +103,7 @@ async fn an_api_server_that_does_not_take_the_status() {
         times: u32::MAX,
     };
     s.cluster.disturb_api(refused).await.unwrap();
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
     assert!(s.mounts().await.is_empty());
     s.cluster.disturb_api(Disturbance::None).await.unwrap();
@@ -138,18 +113,11 @@ async fn an_api_server_that_does_not_take_the_status() {
 /// CSI and registration come up without the API server; a publish says what is missing.
 #[tokio::test]
 async fn an_api_server_that_is_away() {
-    let Some(s) = Scenario::needing(Needs {
-        abilities: &[Ability::DisturbApi],
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
+    let s = scenario!([Need::DisturbApi]);
+    s.apply(class("db", OBJECT)).await;
     s.cluster.disturb_api(Disturbance::Refuse).await.unwrap();
     s.cluster.driver(&s.node()).kill().await.unwrap();
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     let event = s
         .failed_mount("web", "failed to get secretproviderclass")
         .await;
@@ -164,16 +132,9 @@ async fn an_api_server_that_is_away() {
 /// After a reboot the tmpfs is gone, directories and records are not: that proves nothing.
 #[tokio::test]
 async fn a_node_that_reboots() {
-    let Some(s) = Scenario::needing(Needs {
-        abilities: &[Ability::Reboot],
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::Reboot]);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.state("web").await;
     let calls = s.provider_calls("web").await;
@@ -195,16 +156,9 @@ async fn a_node_that_reboots() {
 /// A pod that is deleted while its node is down is torn down from what lies on disk.
 #[tokio::test]
 async fn unpublish_after_a_reboot() {
-    let Some(s) = Scenario::needing(Needs {
-        abilities: &[Ability::Reboot, Ability::StopProcesses],
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::Reboot]);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     s.cluster
         .provider(&s.node(), "fake-provider")
@@ -221,16 +175,9 @@ async fn unpublish_after_a_reboot() {
 /// mount, because the running container holds it.
 #[tokio::test]
 async fn a_volume_of_an_earlier_driver() {
-    let Some(s) = Scenario::needing(Needs {
-        republish: true,
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::Republish]);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.state("web").await;
     let held = s.hold_volume().await;
@@ -256,16 +203,9 @@ async fn a_volume_of_an_earlier_driver() {
 /// The same while nothing works: what the container holds stays, and kubelet keeps it.
 #[tokio::test]
 async fn a_volume_of_an_earlier_driver_whose_class_is_gone() {
-    let Some(s) = Scenario::needing(Needs {
-        republish: true,
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::Republish]);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.volume("web", MOUNT).await;
     s.delete_class("db").await;
@@ -285,19 +225,13 @@ async fn a_volume_of_an_earlier_driver_whose_class_is_gone() {
 /// A kubelet that restarts finds driver and volumes where it left them.
 #[tokio::test]
 async fn a_kubelet_that_restarts() {
-    let needs = Needs {
-        kubelet_restart: true,
-        ..Needs::default()
-    };
-    let Some(s) = Scenario::needing(needs).await else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::KubeletRestart]);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let (before, mounts) = (s.state("web").await, s.mounts().await);
     s.cluster.restart_kubelet().await;
-    s.apply(&pod("later", &["db"])).await;
+    s.apply(pod("later", &["db"])).await;
     s.ready("later").await;
     s.delete("later").await;
     s.pod_statuses_left(1).await;
@@ -311,15 +245,8 @@ async fn a_kubelet_that_restarts() {
 /// registrar of Kubernetes does not notice.
 #[tokio::test]
 async fn a_wiped_plugin_directory() {
-    let Some(s) = Scenario::needing(Needs {
-        own_registration: true,
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
+    let s = scenario!([Need::OwnRegistration]);
+    s.apply(class("db", OBJECT)).await;
     let directory = "/var/lib/kubelet/plugins_registry";
     let sockets = s.files(directory).await;
     assert_eq!(sockets.len(), 1);
@@ -330,7 +257,7 @@ async fn a_wiped_plugin_directory() {
         s.files(directory).await.len() == 1
     })
     .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     assert_eq!(s.reads("web", MOUNT).await.texts()["password"], "hunter2");
 }

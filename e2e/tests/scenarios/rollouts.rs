@@ -13,8 +13,9 @@ use kube::{
 use serde_json::json;
 
 use crate::{
-    harness::{MOUNT, SOON, Scenario, class, pod, until},
-    target::Needs,
+    harness::{SOON, Scenario, scenario, until},
+    objects::{MOUNT, class, pod, stateful_set},
+    settings::Need,
 };
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
@@ -64,21 +65,13 @@ async fn roll_out(s: &Scenario) {
 /// what they hold, and the new driver takes them down.
 #[tokio::test]
 async fn a_new_driver_under_running_pods() {
-    let Some(s) = Scenario::needing(Needs {
-        controllers: true,
-        republish: true,
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::Controllers, Need::Republish]);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let (before, mounts) = (s.state("web").await, s.mounts().await);
     roll_out(&s).await;
-    s.apply(&pod("later", &["db"])).await;
+    s.apply(pod("later", &["db"])).await;
     s.ready("later").await;
     let later = s.reads("later", MOUNT).await;
     assert_eq!(later.texts()["password"], "hunter2");
@@ -95,36 +88,15 @@ async fn a_new_driver_under_running_pods() {
     s.no_pod_statuses().await;
 }
 
-fn stateful_set() -> String {
-    let pod = pod("web", &["db"]);
-    let (_, spec) = pod.split_once("spec:\n").unwrap();
-    let spec = spec
-        .lines()
-        .fold(String::new(), |text, line| text + "    " + line + "\n");
-    format!(
-        "apiVersion: apps/v1\nkind: StatefulSet\nmetadata:\n  name: web\nspec:\n  replicas: 1\n  \
-         serviceName: web\n  selector:\n    matchLabels:\n      app: web\n  template:\n    \
-         metadata:\n      labels:\n        app: web\n    spec:\n{spec}"
-    )
-}
-
 /// Its name stays and its node does not: the pod status follows it, and the node it leaves is
 /// left clean.
 #[tokio::test]
 async fn a_stateful_sets_pod_moves() {
-    let Some(s) = Scenario::needing(Needs {
-        controllers: true,
-        nodes: 2,
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
+    let s = scenario!([Need::Controllers, Need::Nodes(2)]);
     let nodes = s.cluster.nodes();
     let api = Api::<Node>::all(s.cluster.client());
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&stateful_set()).await;
+    s.apply(class("db", OBJECT)).await;
+    s.apply(stateful_set("web", &pod("web", &["db"]))).await;
     let mut statuses = Vec::new();
     // The scheduler places pods on the first node, and for a while on the second.
     for (from, to) in [(None, 0), (Some(0), 1), (Some(1), 0)] {
@@ -149,7 +121,7 @@ async fn a_stateful_sets_pod_moves() {
             s.nothing_is_left_on(&nodes[from]).await;
         }
         until("one pod status is of this node", async || {
-            let objects = s.objects("SecretProviderClassPodStatus").await;
+            let objects = s.pod_status_objects().await;
             let label = "internal.secrets-store.csi.k8s.io/node-name";
             objects.len() == 1 && objects[0].labels().get(label) == Some(&node)
         })

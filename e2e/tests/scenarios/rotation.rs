@@ -2,45 +2,43 @@
 
 use std::time::Duration;
 
-use e2e::{
-    cluster::{Ability, Cluster as _},
-    reader::Wanted,
-};
-use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
+use e2e::{cluster::Cluster as _, install::classes, reader::Wanted};
+use kube::api::{Patch, PatchParams};
 use serde_json::json;
 
 use crate::{
-    harness::{MOUNT, SOON, Scenario, class, pod, until},
-    target::Needs,
+    harness::{SOON, Scenario, scenario, until},
+    objects::{MOUNT, class, pod},
+    settings::Need,
 };
 
 /// Refreshes as often as kubelet looks, with waits short enough to see the next attempt.
-const OFTEN: &[&str] = &[
-    "--enable-secret-rotation=true",
-    "--rotation-poll-interval=100ms",
-    "--min-rotation-poll-interval=100ms",
-    "--rotation-backoff=1s",
-    "--rotation-backoff-max=4s",
-    "-v=5",
+const OFTEN: &[Need] = &[
+    Need::Republish,
+    Need::Flags(&[
+        "--enable-secret-rotation=true",
+        "--rotation-poll-interval=100ms",
+        "--min-rotation-poll-interval=100ms",
+        "--rotation-backoff=1s",
+        "--rotation-backoff-max=4s",
+        "-v=5",
+    ]),
 ];
 
 /// Refreshes by request only, as far as a scenario lasts.
-const SELDOM: &[&str] = &[
-    "--enable-secret-rotation=true",
-    "--rotation-poll-interval=10m",
-    "-v=5",
+const SELDOM: &[Need] = &[
+    Need::Republish,
+    Need::Flags(&[
+        "--enable-secret-rotation=true",
+        "--rotation-poll-interval=10m",
+        "-v=5",
+    ]),
 ];
 
-const OBJECT: &str = "- {objectName: password, content: hunter2}";
+/// The attribute of a volume and annotation of a class with its interval.
+const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
 
-async fn rotating(driver_flags: &'static [&'static str]) -> Scenario {
-    let needs = Needs {
-        republish: true,
-        driver_flags,
-        ..Needs::default()
-    };
-    Scenario::needing(needs).await.unwrap()
-}
+const OBJECT: &str = "- {objectName: password, content: hunter2}";
 
 /// Makes kubelet look at a pod again and again until something holds.
 async fn looked_until(s: &Scenario, pod: &str, what: &str, holds: impl AsyncFn() -> bool) {
@@ -73,10 +71,7 @@ async fn found_fresh(s: &Scenario, pod: &str) -> usize {
 }
 
 async fn annotate_class(s: &Scenario, name: &str, value: &str) {
-    let gvk = GroupVersionKind::gvk("secrets-store.csi.x-k8s.io", "v1", "SecretProviderClass");
-    let resource = ApiResource::from_gvk_with_plural(&gvk, "secretproviderclasses");
-    let classes =
-        Api::<DynamicObject>::namespaced_with(s.cluster.client(), &s.namespace, &resource);
+    let classes = classes(&s.cluster.client(), &s.namespace);
     let patch = Patch::Merge(json!({"metadata": {"annotations": {name: value}}}));
     let params = PatchParams::default();
     classes.patch("db", &params, &patch).await.unwrap();
@@ -99,7 +94,7 @@ async fn events(s: &Scenario, pod: &str, reason: &str) -> Vec<String> {
 /// One of many objects changes; the others stay, and so do their versions.
 #[tokio::test]
 async fn one_of_many_objects() {
-    let s = rotating(OFTEN).await;
+    let s = scenario!(OFTEN);
     let objects = |content: &str, version: &str| {
         format!(
             "
@@ -109,11 +104,11 @@ async fn one_of_many_objects() {
             "
         )
     };
-    s.apply(&class("db", &objects("before", "v1"))).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", &objects("before", "v1"))).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     assert!(reads_text(&s, "password", "before").await);
-    s.apply(&class("db", &objects("after", "v2"))).await;
+    s.apply(class("db", &objects("after", "v2"))).await;
     looked_until(&s, "web", "the pod reads the new content", async || {
         reads_text(&s, "password", "after").await
     })
@@ -125,8 +120,8 @@ async fn one_of_many_objects() {
 
 #[tokio::test]
 async fn modes_and_paths() {
-    let s = rotating(OFTEN).await;
-    s.apply(&class(
+    let s = scenario!(OFTEN);
+    s.apply(class(
         "db",
         "
         - {objectName: stays, content: '1'}
@@ -138,10 +133,10 @@ async fn modes_and_paths() {
         ",
     ))
     .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    let before = s.volume("web", MOUNT).await;
-    s.apply(&class(
+    let before = s.volume_and_disk("web", MOUNT).await;
+    s.apply(class(
         "db",
         "
         - {objectName: stays, content: '1'}
@@ -157,13 +152,13 @@ async fn modes_and_paths() {
         reads_text(&s, "new/file", "2").await
     })
     .await;
-    insta::assert_snapshot!(before + &s.volume("web", MOUNT).await);
+    insta::assert_snapshot!(before + &s.volume_and_disk("web", MOUNT).await);
 }
 
 /// A reader that never rests sees each version whole and none missing.
 #[tokio::test]
 async fn a_reader_sees_neither_gap_nor_mixture() {
-    let s = rotating(OFTEN).await;
+    let s = scenario!(OFTEN);
     // A real kubelet takes a second or so for each.
     let rotations = if s.cluster.name() == "embedded" {
         200
@@ -181,8 +176,8 @@ async fn a_reader_sees_neither_gap_nor_mixture() {
         });
         lines.collect::<String>()
     };
-    s.apply(&class("db", &objects(1))).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", &objects(1))).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let wanted = Wanted {
         files: files.map(str::to_owned).into(),
@@ -191,10 +186,10 @@ async fn a_reader_sees_neither_gap_nor_mixture() {
     };
     let rotate = async {
         for number in 2..=rotations {
-            s.apply(&class("db", &objects(number))).await;
+            s.apply(class("db", &objects(number))).await;
             let version = format!("v{number}");
             looked_until(&s, "web", "the version is mounted", async || {
-                let statuses = s.objects("SecretProviderClassPodStatus").await;
+                let statuses = s.pod_status_objects().await;
                 statuses[0].data["status"]["objects"][0]["version"] == version.as_str()
             })
             .await;
@@ -215,11 +210,11 @@ async fn a_reader_sees_neither_gap_nor_mixture() {
 /// driver, and however often kubelet looks.
 #[tokio::test]
 async fn the_interval_outlives_the_driver() {
-    let s = rotating(SELDOM).await;
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!(SELDOM);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    let statuses = s.objects("SecretProviderClassPodStatus").await;
+    let statuses = s.pod_status_objects().await;
     let enough = async || found_fresh(&s, "web").await >= 8;
     looked_until(&s, "web", "kubelet has looked often", enough).await;
     let looked = found_fresh(&s, "web").await;
@@ -227,7 +222,7 @@ async fn the_interval_outlives_the_driver() {
     let enough = async || found_fresh(&s, "web").await >= looked + 8;
     looked_until(&s, "web", "kubelet has looked as often again", enough).await;
     assert_eq!(s.provider_calls("web").await, 1);
-    let now = s.objects("SecretProviderClassPodStatus").await;
+    let now = s.pod_status_objects().await;
     assert_eq!(
         statuses[0].metadata.resource_version, now[0].metadata.resource_version,
         "nothing was written"
@@ -238,9 +233,9 @@ async fn the_interval_outlives_the_driver() {
 /// over; anything else said about it does not.
 #[tokio::test]
 async fn an_edited_class_and_the_refresh_annotation() {
-    let s = rotating(SELDOM).await;
-    s.apply(&class("db", "- {objectName: foo}")).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!(SELDOM);
+    s.apply(class("db", "- {objectName: foo}")).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     s.provider_control("/rotation?rotated=true").await;
 
@@ -261,7 +256,7 @@ async fn an_edited_class_and_the_refresh_annotation() {
     .await;
     let asked = s.state("web").await;
 
-    s.apply(&class(
+    s.apply(class(
         "db",
         "- {objectName: foo}\n- {objectName: bar, content: new}",
     ))
@@ -275,14 +270,12 @@ async fn an_edited_class_and_the_refresh_annotation() {
 /// A class, and before it a volume, has an interval of its own.
 #[tokio::test]
 async fn intervals_of_classes_and_volumes() {
-    let s = rotating(SELDOM).await;
-    let short = "metadata:\n  annotations: {secrets-store.csi.k8s.io/rotation-poll-interval: 1s}\n";
-    s.apply(&class("db", OBJECT).replace("metadata:\n", short))
+    let s = scenario!(SELDOM);
+    s.apply(class("db", OBJECT).annotation(INTERVAL, "1s"))
         .await;
-    s.apply(&pod("web", &["db"])).await;
-    let never = "          secretProviderClass: db\n          secrets-store.csi.k8s.io/rotation-poll-interval: never\n";
-    let never = pod("never", &["db"]).replace("          secretProviderClass: db\n", never);
-    s.apply(&never).await;
+    s.apply(pod("web", &["db"])).await;
+    s.apply(pod("never", &["db"]).attribute(INTERVAL, "never"))
+        .await;
     s.ready("web").await;
     s.ready("never").await;
     // The least interval is half a minute, which flags could lower.
@@ -296,12 +289,11 @@ async fn intervals_of_classes_and_volumes() {
 /// The same with a lower least interval, where each gets what it asks for.
 #[tokio::test]
 async fn a_volume_may_never_be_refreshed() {
-    let s = rotating(OFTEN).await;
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
-    let never = "          secretProviderClass: db\n          secrets-store.csi.k8s.io/rotation-poll-interval: never\n";
-    let never = pod("never", &["db"]).replace("          secretProviderClass: db\n", never);
-    s.apply(&never).await;
+    let s = scenario!(OFTEN);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
+    s.apply(pod("never", &["db"]).attribute(INTERVAL, "never"))
+        .await;
     s.ready("web").await;
     s.ready("never").await;
     let looked = async || s.provider_calls("web").await > 3;
@@ -315,18 +307,9 @@ async fn a_volume_may_never_be_refreshed() {
 /// rare, and the pod's owner reads of both ends of it once.
 #[tokio::test]
 async fn a_provider_that_is_away() {
-    let Some(s) = Scenario::needing(Needs {
-        republish: true,
-        driver_flags: OFTEN,
-        abilities: &[Ability::StopProcesses],
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    s.apply(&class("db", "- {objectName: foo}")).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!(OFTEN);
+    s.apply(class("db", "- {objectName: foo}")).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let (node, before) = (s.node(), s.state("web").await);
     let provider = s.cluster.provider(&node, "fake-provider");
@@ -365,9 +348,9 @@ async fn a_provider_that_is_away() {
 
 #[tokio::test]
 async fn a_deleted_class() {
-    let s = rotating(OFTEN).await;
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!(OFTEN);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.state("web").await;
     s.delete_class("db").await;
@@ -378,7 +361,7 @@ async fn a_deleted_class() {
     insta::with_settings!({filters => vec![(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "[time]")]}, {
         insta::assert_snapshot!(told.join("\n"));
     });
-    s.apply(&class("db", "- {objectName: password, content: again}"))
+    s.apply(class("db", "- {objectName: password, content: again}"))
         .await;
     let again = async || reads_text(&s, "password", "again").await;
     looked_until(&s, "web", "a class of that name is mounted", again).await;
@@ -389,19 +372,21 @@ async fn a_deleted_class() {
 /// Where kubelet can bear it, it hears of failures; the content stays all the same.
 #[tokio::test]
 async fn failures_surface_where_that_is_asked_for() {
-    let s = rotating(&[
-        "--enable-secret-rotation=true",
-        "--rotation-poll-interval=100ms",
-        "--min-rotation-poll-interval=100ms",
-        "--rotation-backoff=1s",
-        "--republish-errors=surface",
-    ])
-    .await;
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([
+        Need::Republish,
+        Need::Flags(&[
+            "--enable-secret-rotation=true",
+            "--rotation-poll-interval=100ms",
+            "--min-rotation-poll-interval=100ms",
+            "--rotation-backoff=1s",
+            "--republish-errors=surface",
+        ]),
+    ]);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.state("web").await;
-    s.apply(&class(
+    s.apply(class(
         "db",
         "- {objectName: password, path: ../../etc/passwd}",
     ))
@@ -415,11 +400,11 @@ async fn failures_surface_where_that_is_asked_for() {
 /// Off: a published volume is as it was mounted, and nobody is asked for it.
 #[tokio::test]
 async fn without_rotation_a_volume_stays_as_it_was_mounted() {
-    let s = rotating(&["-v=5"]).await;
-    s.apply(&class("db", OBJECT)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::Republish, Need::Flags(&["-v=5"])]);
+    s.apply(class("db", OBJECT)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    s.apply(&class("db", "- {objectName: password, content: changed}"))
+    s.apply(class("db", "- {objectName: password, content: changed}"))
         .await;
     let looked = async || found_fresh(&s, "web").await >= 4;
     looked_until(&s, "web", "kubelet has looked", looked).await;
@@ -431,7 +416,7 @@ async fn without_rotation_a_volume_stays_as_it_was_mounted() {
 /// explains the names), without the part about Secrets.
 #[tokio::test]
 async fn ep_24_to_26_rotation_and_metrics() {
-    let s = rotating(OFTEN).await;
+    let s = scenario!(OFTEN);
     let fixture = "
 apiVersion: secrets-store.csi.x-k8s.io/v1
 kind: SecretProviderClass
@@ -448,7 +433,7 @@ spec:
 ";
     s.apply(fixture).await;
     let name = "secrets-store-inline-rotation";
-    s.apply(&pod(name, &["e2e-provider-auto-rotation"])).await;
+    s.apply(pod(name, &["e2e-provider-auto-rotation"])).await;
     s.ready(name).await;
     let reads = async |text: &str| s.reads(name, MOUNT).await.texts()["foo"] == text;
     assert!(reads("secret").await);

@@ -23,64 +23,32 @@ use kube::{
 use serde_json::{Value, json};
 
 use crate::{
-    harness::{MOUNT, Scenario, class, class_with, pod, until},
-    target::Needs,
+    harness::{Scenario, scenario, until},
+    objects::{Class, MOUNT, SecretObject, class, deployment, job, pod, replica_set, stateful_set},
+    settings::Need,
 };
 
 /// Looks at Secrets and classes often, where a scenario waits for that.
-const OFTEN: &[&str] = &["--sync-interval=1s", "-v=5"];
+const OFTEN: Need = Need::Flags(&["--sync-interval=1s", "-v=5"]);
 
 /// Of annotations, the driver's own that differ from run to run.
 const SINCE: &str = "secrets-store.csi.k8s.io/content-since";
 const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
 
-/// A class with one object, and the Secrets that this YAML list says.
-fn syncing(name: &str, content: &str, secrets: &str) -> String {
+/// A class with one object, `password`, and the Secrets that are made from it.
+fn syncing(name: &str, content: &str, secrets: &[SecretObject]) -> Class {
     let objects = format!("- {{objectName: password, content: {content}}}");
-    format!("{}{}", class(name, &objects), entries(secrets))
+    class(name, &objects).secret_objects(secrets)
 }
 
-/// A class's `secretObjects`.
-fn entries(list: &str) -> String {
-    let lines = list.lines().map(|line| format!("    {line}\n"));
-    format!("  secretObjects:\n{}", lines.collect::<String>())
-}
-
-const CREDS: &str = "- secretName: creds
-  type: Opaque
-  labels: {environment: test}
-  annotations: {note: from the class}
-  data: [{objectName: password, key: pw}]";
-
-/// A pod whose container takes its environment from a Secret.
-fn pod_with_env(name: &str, class: &str, secret: &str, key: &str) -> String {
-    let env = format!(
-        "      env:\n        - name: SECRET\n          valueFrom:\n            secretKeyRef: {{name: {secret}, key: {key}}}\n"
-    );
-    let args = "      args: [sleep]\n";
-    pod(name, &[class]).replace(args, &format!("{args}{env}"))
-}
-
-/// A Deployment of such pods.
-fn deployment(name: &str, replicas: usize, pod: &str) -> String {
-    let (_, spec) = pod.split_once("spec:\n").unwrap();
-    let spec: String = spec.lines().map(|line| format!("    {line}\n")).collect();
-    format!(
-        "apiVersion: apps/v1\nkind: Deployment\nmetadata:\n  name: {name}\nspec:\n  replicas: {replicas}\n  \
-         selector:\n    matchLabels:\n      app: {name}\n  template:\n    metadata:\n      labels:\n        \
-         app: {name}\n    spec:\n{spec}"
-    )
+/// The Secret `creds` with the key `pw`.
+fn creds() -> SecretObject {
+    SecretObject::new("creds", &[("pw", "password")])
+        .with("labels", json!({"environment": "test"}))
+        .with("annotations", json!({"note": "from the class"}))
 }
 
 impl Scenario {
-    async fn syncing_often() -> Self {
-        let needs = Needs {
-            driver_flags: OFTEN,
-            ..Needs::default()
-        };
-        Self::needing(needs).await.unwrap()
-    }
-
     fn secrets_api(&self) -> Api<Secret> {
         Api::namespaced(self.cluster.client(), &self.namespace)
     }
@@ -240,25 +208,20 @@ impl Scenario {
 
 /// The entry of upstream's cases 14 to 19 in `e2e-provider.bats` (`upstream.rs` explains the names):
 /// Deployments of two pods each, whose environment needs the Secret.
-const FOOSECRET: &str = "- secretName: foosecret
-  type: Opaque
-  labels: {environment: test}
-  data: [{objectName: foo, key: username}]";
-
-fn foo_class(name: &str, secret: &str) -> String {
-    let objects = "- {objectName: foo}\n- {objectName: fookey}";
-    let secret = FOOSECRET.replace("foosecret", secret);
-    format!("{}{}", class(name, objects), entries(&secret))
+fn foo_class(name: &str, secret: &str) -> Class {
+    let secret = SecretObject::new(secret, &[("username", "foo")])
+        .with("labels", json!({"environment": "test"}));
+    class(name, "- {objectName: foo}\n- {objectName: fookey}").secret_objects(&[secret])
 }
 
 /// A Secret of two Deployments has both as owners, then one, and goes with the last.
 #[tokio::test]
 async fn ep_14_to_16_two_deployments_and_one_secret() {
     let s = Scenario::start().await;
-    s.apply(&foo_class("e2e-provider-sync", "foosecret")).await;
-    let pod = pod_with_env("busybox", "e2e-provider-sync", "foosecret", "username");
+    s.apply(foo_class("e2e-provider-sync", "foosecret")).await;
+    let pod = pod("busybox", &["e2e-provider-sync"]).env("foosecret", "username");
     for name in ["busybox-deployment", "busybox-deployment-two"] {
-        s.apply(&deployment(name, 2, &pod)).await;
+        s.apply(deployment(name, 2, &pod)).await;
     }
     for name in ["busybox-deployment", "busybox-deployment-two"] {
         for pod in s.all_ready(name, 2).await {
@@ -287,11 +250,11 @@ async fn ep_17_to_19_classes_of_one_name_in_two_namespaces() {
     let s = Scenario::start().await;
     let elsewhere = s.cluster.namespace().await.unwrap();
     let class = foo_class("e2e-provider-sync", "foosecret");
-    let invalid = class.replace("provider: e2e-provider", "provider: invalidprovider");
-    s.cluster.apply(&elsewhere, &invalid).await.unwrap();
+    let invalid = class.clone().provider("invalidprovider");
+    s.apply(invalid.namespace(&elsewhere)).await;
     s.apply(&class).await;
-    let pod = pod_with_env("busybox", "e2e-provider-sync", "foosecret", "username");
-    s.apply(&deployment("busybox-deployment", 2, &pod)).await;
+    let pod = pod("busybox", &["e2e-provider-sync"]).env("foosecret", "username");
+    s.apply(deployment("busybox-deployment", 2, &pod)).await;
     s.all_ready("busybox-deployment", 2).await;
     assert_eq!(s.value("foosecret", "username").await.unwrap(), "secret");
     assert_eq!(s.owners("foosecret").await.len(), 1);
@@ -309,7 +272,7 @@ async fn ep_22_and_23_a_bare_pod_with_two_classes() {
     for number in [0, 1] {
         let secret = format!("foosecret-{number}");
         let name = format!("e2e-provider-spc-{number}");
-        s.apply(&foo_class(&name, &secret)).await;
+        s.apply(foo_class(&name, &secret)).await;
     }
     let pod = pod("multi", &["e2e-provider-spc-0", "e2e-provider-spc-1"]);
     s.apply(&pod).await;

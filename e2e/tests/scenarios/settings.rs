@@ -1,83 +1,195 @@
-//! What a scenario wants otherwise than `deploy/` installs it: flags of the driver, and tokens.
+//! What a scenario needs that is not so on every cluster, or not as `deploy/` installs it.
 
+use std::time::Duration;
+
+use e2e::{
+    embedded::Options,
+    install::Form,
+    manifest::{add_arguments, change_container, change_object},
+    previous::{self, PREVIOUS_VARIABLE, UPSTREAM_VARIABLE},
+};
 use k8s_openapi::api::{apps::v1::DaemonSet, storage::v1::CSIDriver};
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::{Value, json};
 
-use crate::target::Needs;
+use crate::target::ClusterName;
 
-/// The line of the driver's manifest after which flags are put. Of a flag that comes twice the
-/// last one counts.
-const BEHIND: &str = "            - --provider-health-check-interval=2m\n";
-/// The same of the CSIDriver's.
-const REPUBLISH: &str = "  requiresRepublish: true\n";
-/// How the driver's mounts spread.
-const SPREAD: &str = "mountPropagation: Bidirectional";
-/// Where the arguments that the driver was installed with are kept while it has others.
+const DRIVER: &str = "secrets-store.csi.k8s.io";
+const DAEMON_SET: &str = "csi-secrets-store";
+const CONTAINER: &str = "secrets-store";
+/// The annotation with the arguments that the driver was installed with, while it has others.
 const INSTALLED: &str = "e2e/installed-args";
+/// The interval of the embedded kubelet, where a scenario needs republishing.
+const SYNC: Duration = Duration::from_millis(300);
 
-/// A manifest with the settings in it, for a cluster that is not there yet.
-pub fn of_manifest(manifest: &str, needs: &Needs) -> String {
-    let flags = needs.driver_flags.iter();
-    let flags: String = flags
-        .map(|flag| format!("            - {flag:?}\n"))
-        .collect();
-    let mut tokens = String::new();
-    if !needs.audiences.is_empty() {
-        let (requests, place) = (token_requests(needs), needs.tokens_in_secrets);
-        tokens = format!("  tokenRequests: {requests}\n  serviceAccountTokenInSecrets: {place}\n");
-    }
-    let spread = needs.propagation.unwrap_or("Bidirectional");
-    manifest
-        .replace(SPREAD, &SPREAD.replace("Bidirectional", spread))
-        .replace(BEHIND, &format!("{BEHIND}{flags}"))
-        .replace(REPUBLISH, &format!("{REPUBLISH}{tokens}"))
+/// A thing that a scenario needs.
+#[derive(Clone, Copy, Debug)]
+pub enum Need {
+    /// Flags of the driver, after those that it is installed with.
+    Flags(&'static [&'static str]),
+    /// Service account tokens for these audiences.
+    Tokens {
+        audiences: &'static [&'static str],
+        place: TokenPlace,
+    },
+    /// kubelet publishes mounted volumes again, every second at least.
+    Republish,
+    /// So many nodes that run pods.
+    Nodes(usize),
+    /// A deadline of kubelet's calls other than two minutes.
+    CsiTimeout(Duration),
+    /// A `mountPropagation` of the driver's volume mount of kubelet's pods other than
+    /// `Bidirectional`.
+    Propagation(&'static str),
+    /// Kubernetes' own controllers and its scheduler.
+    Controllers,
+    /// A kubelet that can be restarted without its node.
+    KubeletRestart,
+    /// A driver that registers itself with kubelet.
+    OwnRegistration,
+    /// An API server that can be made to misbehave.
+    DisturbApi,
+    /// A node that can be rebooted.
+    Reboot,
+    /// Containers that run as another user than root, with groups of their own.
+    OtherUsers,
+    /// A commit to upgrade from.
+    PreviousCommit,
+    /// The executable of the existing driver.
+    ExistingDriver,
+    /// The embedded cluster; the text says what real ones do instead.
+    Embedded(&'static str),
 }
 
-/// Gives a cluster that runs the settings, and takes away those of an earlier scenario. The
+/// Where kubelet puts service account tokens in a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenPlace {
+    /// The volume context, as in all versions before `serviceAccountTokenInSecrets`.
+    Context,
+    /// The secrets of the request.
+    Secrets,
+}
+
+impl Need {
+    /// Returns why a cluster does not have it; none when it does.
+    pub fn missing(self, cluster: ClusterName) -> Option<String> {
+        use ClusterName::{Embedded, Kind, Local};
+        let root = nix::unistd::geteuid().is_root();
+        let missing = match (self, cluster) {
+            (Self::Controllers, Embedded) => "it does not run Kubernetes' own controllers",
+            (Self::KubeletRestart, Embedded) => "its kubelet does not restart without its node",
+            (Self::OtherUsers, Embedded) if !root => {
+                "an ordinary user's cluster has no other users"
+            }
+            (Self::Nodes(2..), Local) => "it has one node",
+            (Self::Nodes(count), Kind { nodes }) if count > nodes => "it has too few nodes",
+            (Self::CsiTimeout(_), Local | Kind { .. }) => "kubelet's deadline cannot be changed",
+            (Self::Propagation(_), Local | Kind { .. }) => {
+                "all scenarios share its driver's mounts"
+            }
+            (Self::OwnRegistration, Local | Kind { .. }) if Form::from_env() != Form::Lean => {
+                "its driver is registered by a sidecar"
+            }
+            (Self::DisturbApi, Local | Kind { .. }) => "its API server does not misbehave",
+            (Self::Reboot, Local) => "its node is this machine",
+            (Self::PreviousCommit, _) if previous::reference().is_none() => {
+                return Some(format!(
+                    "{PREVIOUS_VARIABLE} names no commit to upgrade from (just e2e-upgrade)"
+                ));
+            }
+            (Self::ExistingDriver, _) if !previous::upstream_driver().is_file() => {
+                return Some(format!(
+                    "there is no executable {}, which {UPSTREAM_VARIABLE} changes",
+                    previous::upstream_driver().display()
+                ));
+            }
+            (Self::Embedded(instead), Local | Kind { .. }) => instead,
+            _ => return None,
+        };
+        Some(format!("the {cluster} cluster: {missing}"))
+    }
+}
+
+/// Puts what a scenario needs into the options of its own cluster.
+pub fn configure(options: &mut Options, needs: &[Need]) -> e2e::cluster::Result<()> {
+    let manifests = &mut options.manifests;
+    for need in needs {
+        match *need {
+            Need::Flags(flags) => add_arguments(manifests, CONTAINER, flags)?,
+            Need::Tokens { audiences, place } => {
+                change_object(manifests, "CSIDriver", DRIVER, |driver| {
+                    driver["spec"]["tokenRequests"] = token_requests(audiences);
+                    let in_secrets = place == TokenPlace::Secrets;
+                    driver["spec"]["serviceAccountTokenInSecrets"] = in_secrets.into();
+                })?;
+            }
+            Need::Propagation(propagation) => {
+                change_container(manifests, CONTAINER, |container| {
+                    let mounts = container["volumeMounts"].as_array_mut().unwrap();
+                    let mut mounts = mounts.iter_mut();
+                    let pods = mounts.find(|mount| mount["mountPropagation"] == "Bidirectional");
+                    pods.unwrap()["mountPropagation"] = propagation.into();
+                })?;
+            }
+            Need::Republish => options.sync_period = Some(SYNC),
+            Need::Nodes(count) => options.nodes = count,
+            Need::CsiTimeout(timeout) => options.csi_timeout = timeout,
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Gives a cluster that runs what a scenario needs, and takes away what an earlier one needed. The
 /// driver's pods are replaced after that.
-pub async fn change(client: &kube::Client, needs: &Needs) {
-    change_flags(client, needs.driver_flags).await.unwrap();
-    let (requests, place) = match needs.audiences {
-        [] => (Value::Null, Value::Null),
-        _ => (token_requests(needs), needs.tokens_in_secrets.into()),
-    };
-    let spec = json!({"tokenRequests": requests, "serviceAccountTokenInSecrets": place});
-    Api::<CSIDriver>::all(client.clone())
-        .patch(
-            "secrets-store.csi.k8s.io",
-            &PatchParams::default(),
-            &Patch::Merge(json!({"spec": spec})),
-        )
+pub async fn change(client: &kube::Client, needs: &[Need]) {
+    let flags = needs.iter().find_map(|need| match need {
+        Need::Flags(flags) => Some(*flags),
+        _ => None,
+    });
+    change_flags(client, flags.unwrap_or_default())
         .await
         .unwrap();
+    let tokens = needs.iter().find_map(|need| match need {
+        Need::Tokens { audiences, place } => Some((*audiences, *place)),
+        _ => None,
+    });
+    let (requests, in_secrets) = match tokens {
+        None => (Value::Null, Value::Null),
+        Some((audiences, place)) => (
+            token_requests(audiences),
+            (place == TokenPlace::Secrets).into(),
+        ),
+    };
+    let spec = json!({"tokenRequests": requests, "serviceAccountTokenInSecrets": in_secrets});
+    let patch = Patch::Merge(json!({"spec": spec}));
+    let drivers = Api::<CSIDriver>::all(client.clone());
+    let params = PatchParams::default();
+    drivers.patch(DRIVER, &params, &patch).await.unwrap();
 }
 
-fn token_requests(needs: &Needs) -> Value {
+fn token_requests(audiences: &[&str]) -> Value {
     let request = |audience: &&str| json!({"audience": audience, "expirationSeconds": 600});
-    needs.audiences.iter().map(request).collect()
+    audiences.iter().map(request).collect()
 }
 
 async fn change_flags(client: &kube::Client, flags: &[&str]) -> kube::Result<()> {
     let sets = Api::<DaemonSet>::namespaced(client.clone(), "kube-system");
-    let mut set = sets.get("csi-secrets-store").await?;
+    let mut set = sets.get(DAEMON_SET).await?;
     let annotations = set.metadata.annotations.get_or_insert_default();
-    let kept = annotations.get(INSTALLED);
-    let kept: Option<Vec<String>> = kept.map(|kept| serde_json::from_str(kept).unwrap());
-    if kept.is_none() && flags.is_empty() {
+    let noted = annotations.get(INSTALLED);
+    let noted: Option<Vec<String>> = noted.map(|noted| serde_json::from_str(noted).unwrap());
+    if noted.is_none() && flags.is_empty() {
         return Ok(());
     }
     let pod = set.spec.template.spec.as_mut().unwrap();
     let mut containers = pod.containers.iter_mut();
-    let driver = containers.find(|c| c.name == "secrets-store").unwrap();
-    let installed = kept.unwrap_or_else(|| driver.args.take().unwrap_or_default());
+    let driver = containers.find(|c| c.name == CONTAINER).unwrap();
+    let installed = noted.unwrap_or_else(|| driver.args.take().unwrap_or_default());
     let flags = flags.iter().map(|flag| (*flag).to_owned());
     driver.args = Some(installed.iter().cloned().chain(flags).collect());
-    annotations.insert(
-        INSTALLED.to_owned(),
-        serde_json::to_string(&installed).unwrap(),
-    );
-    sets.replace("csi-secrets-store", &Default::default(), &set)
-        .await
-        .map(drop)
+    let installed = serde_json::to_string(&installed).unwrap();
+    annotations.insert(INSTALLED.to_owned(), installed);
+    let replaced = sets.replace(DAEMON_SET, &Default::default(), &set).await;
+    replaced.map(drop)
 }

@@ -4,6 +4,7 @@
 //! per run. It is torn down by its guard, for nothing tells the last test that it is the last.
 
 use std::{
+    fmt,
     fs::File,
     io::Write as _,
     os::{fd::AsRawFd as _, unix::net::UnixListener},
@@ -12,7 +13,6 @@ use std::{
         OnceLock,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use e2e::{
@@ -23,63 +23,30 @@ use e2e::{
     install::{Form, Installation},
     kind::{self, Kind},
     local::{self, Local, Running},
+    skipped::skip,
     tree::Tree,
 };
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
-use crate::settings;
+use crate::settings::{self, Need};
 
-/// What a scenario needs that not every cluster has.
-#[derive(Clone, Debug)]
-pub struct Needs {
-    /// How many nodes.
-    pub nodes: usize,
-    pub abilities: &'static [Ability],
-    /// kubelet's deadline, where it is not to be two minutes.
-    pub csi_timeout: Option<Duration>,
-    /// Whether kubelet publishes volumes again within a second or so.
-    pub republish: bool,
-    /// Kubernetes' own controllers, for what the embedded cluster's do not know.
-    pub controllers: bool,
-    /// Whether kubelet can be restarted without the node.
-    pub kubelet_restart: bool,
-    /// Whether the driver registers itself with kubelet.
-    pub own_registration: bool,
-    /// `mountPropagation` of the driver's volume mount of kubelet's pods, where it is not to be
-    /// `Bidirectional`.
-    pub propagation: Option<&'static str>,
-    /// Flags for the driver, after those that it is installed with.
-    pub driver_flags: &'static [&'static str],
-    /// Audiences of the service account tokens that the CSIDriver asks for.
-    pub audiences: &'static [&'static str],
-    /// Whether those come among the secrets of a request.
-    pub tokens_in_secrets: bool,
+/// The cluster that `E2E_CLUSTER` names.
+#[derive(Clone, Copy, Debug)]
+pub enum ClusterName {
+    Embedded,
+    Local,
+    Kind { nodes: usize },
 }
 
-impl Default for Needs {
-    fn default() -> Self {
-        Self {
-            nodes: 1,
-            abilities: &[],
-            csi_timeout: None,
-            republish: false,
-            controllers: false,
-            kubelet_restart: false,
-            own_registration: false,
-            propagation: None,
-            driver_flags: &[],
-            audiences: &[],
-            tokens_in_secrets: false,
-        }
+impl fmt::Display for ClusterName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Embedded => "embedded",
+            Self::Local => "local",
+            Self::Kind { .. } => "kind",
+        })
     }
 }
-
-fn is_root() -> bool {
-    nix::unistd::geteuid().is_root()
-}
-
-/// How often the embedded kubelet looks again, where a scenario needs it to.
-const SYNC: Duration = Duration::from_millis(300);
 
 pub enum Target {
     Embedded(Box<Embedded>),
@@ -105,39 +72,33 @@ static STANDARD: OnceLock<Installation> = OnceLock::new();
 static ANOTHER: AtomicBool = AtomicBool::new(false);
 
 impl Target {
-    /// A cluster that has what is needed; none, and a line that says so, where there is not.
-    pub async fn find(needs: &Needs) -> Option<Self> {
-        let cluster = std::env::var("E2E_CLUSTER").unwrap_or_else(|_| "embedded".to_owned());
-        match cluster.as_str() {
-            "embedded" if needs.controllers => {
-                skip("the embedded cluster has no controllers of Kubernetes");
-                None
-            }
-            "embedded" if needs.kubelet_restart => {
-                skip("the embedded cluster has no kubelet that restarts without its node");
-                None
-            }
-            "embedded" if needs.abilities.contains(&Ability::OtherUsers) && !is_root() => {
-                skip("an ordinary user's cluster has no other users");
-                None
-            }
-            "embedded" => Some(Self::Embedded(Box::new(embedded(needs).await))),
-            "local" => {
-                if let Some(lacking) = lacking_on_local(needs) {
-                    skip(&format!("the local cluster has no {lacking}"));
-                    return None;
-                }
-                Some(local(needs).await)
-            }
-            "kind" => {
-                let options = kind_options();
-                if let Some(lacking) = lacking_on_kind(needs, options.nodes) {
-                    skip(&format!("the kind cluster has no {lacking}"));
-                    return None;
-                }
-                Some(kind(options, needs).await)
-            }
+    /// Returns a cluster that has what is needed. Where there is none, lists the test as skipped.
+    pub async fn find(needs: &[Need]) -> Option<Self> {
+        let name = std::env::var("E2E_CLUSTER").unwrap_or_else(|_| "embedded".to_owned());
+        let name = match name.as_str() {
+            "embedded" => ClusterName::Embedded,
+            "local" => ClusterName::Local,
+            "kind" => ClusterName::Kind {
+                nodes: kind_options().nodes.for_pods().len(),
+            },
             other => panic!("E2E_CLUSTER={other}: it is embedded, local or kind"),
+        };
+        if let Some(missing) = needs.iter().find_map(|need| need.missing(name)) {
+            skip(&missing);
+            return None;
+        }
+        Some(match name {
+            ClusterName::Embedded => Self::Embedded(Box::new(embedded(needs).await)),
+            ClusterName::Local => local(needs).await,
+            ClusterName::Kind { .. } => kind(needs).await,
+        })
+    }
+
+    /// The embedded cluster, for a scenario that needs it.
+    pub fn embedded(&self) -> &Embedded {
+        match self {
+            Self::Embedded(cluster) => cluster,
+            _ => panic!("the scenario does not say that it needs the embedded cluster"),
         }
     }
 
@@ -265,50 +226,17 @@ impl Target {
     }
 }
 
-async fn embedded(needs: &Needs) -> Embedded {
-    let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {}))
-        .await
-        .unwrap();
+async fn embedded(needs: &[Need]) -> Embedded {
+    let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {}));
+    let binaries = binaries.await.unwrap().unwrap();
     let mut options = Options::standard().unwrap();
-    options.nodes = needs.nodes;
-    options.csi_timeout = needs.csi_timeout.unwrap_or(options.csi_timeout);
-    options.sync_period = needs.republish.then_some(SYNC);
-    for manifest in &mut options.manifests {
-        *manifest = settings::of_manifest(manifest, needs);
-    }
-    Embedded::start(options, binaries.unwrap())
+    settings::configure(&mut options, needs).unwrap_or_else(|error| panic!("{error}"));
+    Embedded::start(options, binaries)
         .await
         .unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// What the driver that is installed into a shared cluster has not.
-fn lacking_in_form(needs: &Needs) -> Option<String> {
-    if needs.propagation.is_some() {
-        return Some("driver that others cannot see the mounts of".to_owned());
-    }
-    let sidecars = matches!(Form::from_env(), Form::Sidecars(_));
-    (needs.own_registration && sidecars).then(|| "driver that registers itself".to_owned())
-}
-
-/// It has one node and a real kubelet's deadline, and publishes again every second anyway.
-fn lacking_on_local(needs: &Needs) -> Option<String> {
-    if let Some(lacking) = lacking_in_form(needs) {
-        return Some(lacking);
-    }
-    if needs.nodes > 1 {
-        return Some(format!("{} nodes", needs.nodes));
-    }
-    if let Some(timeout) = needs.csi_timeout {
-        return Some(format!("deadline of {timeout:?} for calls of kubelet"));
-    }
-    let lacking = needs
-        .abilities
-        .iter()
-        .find(|ability| matches!(ability, Ability::DisturbApi | Ability::Reboot));
-    lacking.map(|ability| format!("way to do this: {ability:?}"))
-}
-
-async fn local(needs: &Needs) -> Target {
+async fn local(needs: &[Need]) -> Target {
     let turn = TURN.lock().await;
     // A thread of its own, because it makes a runtime of its own.
     let running = tokio::task::spawn_blocking(|| {
@@ -342,28 +270,9 @@ fn kind_options() -> kind::Options {
     }
 }
 
-/// The three-node cluster has two nodes for pods.
-fn lacking_on_kind(needs: &Needs, nodes: kind::Nodes) -> Option<String> {
-    if let Some(lacking) = lacking_in_form(needs) {
-        return Some(lacking);
-    }
-    let nodes = match nodes {
-        kind::Nodes::One => 1,
-        kind::Nodes::Three => 2,
-    };
-    if needs.nodes > nodes {
-        return Some(format!("{} nodes for pods", needs.nodes));
-    }
-    if let Some(timeout) = needs.csi_timeout {
-        return Some(format!("deadline of {timeout:?} for calls of kubelet"));
-    }
-    let disturbs = needs.abilities.contains(&Ability::DisturbApi);
-    disturbs.then(|| format!("way to do this: {:?}", Ability::DisturbApi))
-}
-
-async fn kind(options: kind::Options, needs: &Needs) -> Target {
+async fn kind(needs: &[Need]) -> Target {
     let turn = TURN.lock().await;
-    let running = match KIND.get_or_init(|| start_kind(options)).await {
+    let running = match KIND.get_or_init(start_kind).await {
         Ok(running) => running,
         Err(error) => panic!("{error}"),
     };
@@ -374,15 +283,17 @@ async fn kind(options: kind::Options, needs: &Needs) -> Target {
     target
 }
 
-async fn start_kind(options: kind::Options) -> std::result::Result<kind::Running, String> {
+async fn start_kind() -> std::result::Result<kind::Running, String> {
     let images = tokio::task::spawn_blocking(|| images::build(|_| {}));
     let images = images.await.unwrap().map_err(|error| error.to_string())?;
     let load =
         kind::Load::standard(&images, &Form::from_env()).map_err(|error| error.to_string())?;
     STANDARD.get_or_init(|| load.installation.clone());
-    kind::Running::start(options, &load, |step| say(&format!("kind cluster: {step}")))
-        .await
-        .map_err(|error| error.to_string())
+    kind::Running::start(kind_options(), &load, |step| {
+        say(&format!("kind cluster: {step}"))
+    })
+    .await
+    .map_err(|error| error.to_string())
 }
 
 /// What a failed scenario leaves is kept before the next one clears it away.
@@ -423,16 +334,8 @@ impl Target {
 }
 
 /// A line that is seen even of a test that passes.
-pub fn say(line: &str) {
+fn say(line: &str) {
     let _nobody_listens = writeln!(std::io::stderr(), "{line}");
-}
-
-pub fn skip(why: &str) {
-    let thread = std::thread::current();
-    say(&format!(
-        "skipped: {}: {why}",
-        thread.name().unwrap_or("a scenario")
-    ));
 }
 
 /// Runs the same call on whichever cluster it is.

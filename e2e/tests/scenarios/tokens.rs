@@ -2,51 +2,50 @@
 
 use std::time::Duration;
 
-use e2e::cluster::{Ability, Cluster as _};
+use e2e::cluster::Cluster as _;
+use serde_json::json;
 
 use crate::{
-    harness::{MOUNT, Scenario, class, class_with, pod, until},
-    target::Needs,
+    harness::{Scenario, scenario, until},
+    objects::{MOUNT, class, pod},
+    settings::{Need, TokenPlace},
 };
 
-const ROTATING: &[&str] = &[
-    "--enable-secret-rotation=true",
-    "--rotation-poll-interval=100ms",
-    "--min-rotation-poll-interval=100ms",
-    "--rotation-backoff=1s",
-    "-v=10",
-];
-
-const AUDIENCES: &[&str] = &["vault", "sts.example.com"];
-
-async fn with_tokens(tokens_in_secrets: bool) -> Scenario {
-    let needs = Needs {
-        republish: true,
-        driver_flags: ROTATING,
-        audiences: AUDIENCES,
-        tokens_in_secrets,
-        ..Needs::default()
-    };
-    Scenario::needing(needs).await.unwrap()
+/// A driver that refreshes often and logs all that it can, and tokens in this place.
+const fn tokens(place: TokenPlace) -> [Need; 3] {
+    [
+        Need::Republish,
+        Need::Flags(&[
+            "--enable-secret-rotation=true",
+            "--rotation-poll-interval=100ms",
+            "--min-rotation-poll-interval=100ms",
+            "--rotation-backoff=1s",
+            "-v=10",
+        ]),
+        Need::Tokens {
+            audiences: &["vault", "sts.example.com"],
+            place,
+        },
+    ]
 }
 
 /// The provider insists on a token for each audience, as in the first case of upstream's
 /// `e2e-provider.bats` (`upstream.rs` explains the names). The tokens are bound to the pod, and come
 /// among the attributes wherever kubelet put them.
 #[rstest::rstest]
-#[case::in_the_context(false)]
-#[case::in_secrets(true)]
+#[case::in_the_context(TokenPlace::Context)]
+#[case::in_secrets(TokenPlace::Secrets)]
 #[tokio::test]
-async fn ep_01_tokens_reach_the_provider(#[case] in_secrets: bool) {
-    let s = with_tokens(in_secrets).await;
+async fn ep_01_tokens_reach_the_provider(#[case] place: TokenPlace) {
+    let s = scenario!(tokens(place));
     s.provider_control("/validate-token-requests?audience=vault,sts.example.com")
         .await;
     let objects = "
         - {objectName: claims, contentFrom: tokenClaims}
         - {objectName: secrets, contentFrom: secrets}
         ";
-    s.apply(&class("db", objects)).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", objects)).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let tree = s.reads("web", MOUNT).await;
     let texts = tree.texts();
@@ -57,17 +56,16 @@ async fn ep_01_tokens_reach_the_provider(#[case] in_secrets: bool) {
 /// What kubelet renews is what the provider gets next.
 #[tokio::test]
 async fn renewed_tokens_reach_the_provider() {
-    let s = with_tokens(false).await;
-    if s.cluster.name() != "embedded" {
-        // A real kubelet keeps a token until a fifth of its ten minutes is left.
-        return crate::target::skip("tokens are renewed after minutes");
-    }
-    s.apply(&class(
+    let [republish, flags, tokens] = tokens(TokenPlace::Context);
+    // A real kubelet keeps a token until a fifth of its ten minutes is left.
+    let minutes = Need::Embedded("kubelet renews tokens after minutes");
+    let s = scenario!([republish, flags, tokens, minutes]);
+    s.apply(class(
         "db",
         "- {objectName: digests, contentFrom: tokenDigests}",
     ))
     .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let digests = async || s.reads("web", MOUNT).await.texts()["digests"].to_owned();
     let before = digests().await;
@@ -80,8 +78,8 @@ async fn a_missing_token_is_explained() {
     let s = Scenario::start().await;
     s.provider_control("/validate-token-requests?audience=vault")
         .await;
-    s.apply(&class("db", "- {objectName: foo}")).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(class("db", "- {objectName: foo}")).await;
+    s.apply(pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
 }
 
@@ -95,17 +93,19 @@ async fn ak_05_a_secret_reference() {
         - {objectName: secrets, contentFrom: secrets}
         - {objectName: attributes, contentFrom: attributes}
         ";
-    s.apply(&class("db", objects)).await;
-    let reference = "        readOnly: true\n        nodePublishSecretRef: {name: secrets-store-creds}\n        volumeAttributes:";
-    let web = pod("web", &["db"]).replace(
-        "        readOnly: true\n        volumeAttributes:",
-        reference,
-    );
-    s.apply(&web).await;
+    s.apply(class("db", objects)).await;
+    s.apply(pod("web", &["db"]).secret_reference("secrets-store-creds"))
+        .await;
     let missing = s.failed_mount("web", "NodePublishSecretRef").await;
     assert!(missing.contains("not found"), "{missing}");
-    let secret = "apiVersion: v1\nkind: Secret\nmetadata:\n  name: secrets-store-creds\n  labels: {secrets-store.csi.k8s.io/used: 'true'}\nstringData: {access-id: p-1, access-key: 'k\"1'}\n";
-    s.apply(secret).await;
+    let labels = json!({"secrets-store.csi.k8s.io/used": "true"});
+    s.apply(json!({
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "secrets-store-creds", "labels": labels},
+        "stringData": {"access-id": "p-1", "access-key": "k\"1"},
+    }))
+    .await;
     s.ready("web").await;
     let tree = s.reads("web", MOUNT).await;
     insta::assert_snapshot!(tree.texts()["secrets"]);
@@ -118,21 +118,14 @@ const CANARY: &str = "canary-5f1c9e";
 /// the volume: no log line, event, metric, record or error.
 #[tokio::test]
 async fn canaries_are_seen_nowhere() {
-    let Some(s) = Scenario::needing(Needs {
-        republish: true,
-        driver_flags: ROTATING,
-        audiences: AUDIENCES,
-        abilities: &[Ability::LookAtNodes],
-        ..Needs::default()
-    })
-    .await
-    else {
-        return;
-    };
-    let secret = format!(
-        "apiVersion: v1\nkind: Secret\nmetadata: {{name: creds}}\nstringData: {{key: {CANARY}-reference}}\n"
-    );
-    s.apply(&secret).await;
+    let s = scenario!(tokens(TokenPlace::Context));
+    s.apply(json!({
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "creds"},
+        "stringData": {"key": format!("{CANARY}-reference")},
+    }))
+    .await;
     let object = format!("- {{objectName: password, content: {CANARY}-content}}");
     let faults = [
         ("fine", ""),
@@ -150,16 +143,12 @@ async fn canaries_are_seen_nowhere() {
         ),
     ];
     for (name, fault) in faults {
-        let parameter = format!("    key: {CANARY}-parameter\n");
-        s.apply(&(class_with(name, &object, fault) + &parameter))
+        let class = class(name, &object).faults(fault);
+        s.apply(class.parameter("key", &format!("{CANARY}-parameter")))
             .await;
-        let reference = "        readOnly: true\n        nodePublishSecretRef: {name: creds}\n        volumeAttributes:\n";
-        let attribute = format!("{reference}          own: {CANARY}-attribute\n");
-        let pod = pod(name, &[name]).replace(
-            "        readOnly: true\n        volumeAttributes:\n",
-            &attribute,
-        );
-        s.apply(&pod).await;
+        let pod = pod(name, &[name]).secret_reference("creds");
+        s.apply(pod.attribute("own", &format!("{CANARY}-attribute")))
+            .await;
     }
     for (name, _) in faults {
         s.ready(name).await;
@@ -168,7 +157,7 @@ async fn canaries_are_seen_nowhere() {
     }
     // And while a refresh fails.
     let fault = "- {status: {code: UNAUTHENTICATED, message: token expired}}";
-    s.apply(&class_with("fine", &object, fault)).await;
+    s.apply(class("fine", &object).faults(fault)).await;
     until("the refresh fails", async || {
         s.cluster.look_again(&s.namespace, "fine").await.unwrap();
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -190,7 +179,7 @@ async fn canaries_are_seen_nowhere() {
         let events = s.cluster.events(&s.namespace, name).await.unwrap();
         told.push(("events", serde_json::to_string(&events).unwrap()));
     }
-    let statuses = s.objects("SecretProviderClassPodStatus").await;
+    let statuses = s.pod_status_objects().await;
     told.push(("statuses", serde_json::to_string(&statuses).unwrap()));
     let records = "/var/lib/kubelet/plugins/csi-secrets-store/records";
     let node = s.node();

@@ -3,18 +3,14 @@
 
 use std::time::Duration;
 
-use e2e::{
-    cluster::Cluster as _,
-    images,
-    install::Installation,
-    previous::{self, PREVIOUS_VARIABLE, UPSTREAM_VARIABLE},
-};
+use e2e::{cluster::Cluster as _, images, install::Installation, previous};
 use k8s_openapi::api::core::v1::Secret;
 use kube::{Api, ResourceExt};
 
 use crate::{
-    harness::{MOUNT, Scenario, class, pod, until},
-    target::{Needs, skip},
+    harness::{Scenario, scenario, until},
+    objects::{Class, MOUNT, SecretObject, class, pod},
+    settings::Need,
 };
 
 /// All with a mode, because the existing driver makes a file without one unreadable.
@@ -22,24 +18,12 @@ const OBJECTS: &str = "\
 - {objectName: password, content: hunter2, mode: \"0644\", version: \"3\"}
 - {objectName: tls/key, content: \"-----BEGIN\", mode: \"0400\", version: \"1\"}";
 
-/// The Secret that the first class asks for.
-const SYNCED: &str = "  secretObjects:
-    - secretName: db
-      type: Opaque
-      data:
-        - {objectName: password, key: password}
-";
-
 /// Long enough for kubelet to have looked at every volume again.
 const A_FEW_LOOKS: Duration = Duration::from_secs(3);
 
-async fn scenario() -> Option<Scenario> {
-    Scenario::needing(Needs {
-        controllers: true,
-        republish: true,
-        ..Needs::default()
-    })
-    .await
+/// A class that asks for a Secret, too.
+fn syncing_class() -> Class {
+    class("db", OBJECTS).secret_objects(&[SecretObject::new("db", &[("password", "password")])])
 }
 
 /// Where the two volumes of the pod are.
@@ -54,7 +38,7 @@ async fn everything(s: &Scenario) -> (Vec<e2e::tree::Tree>, Vec<String>, String,
         trees.push(s.reads("web", &path).await);
     }
     let mut uids: Vec<_> = s
-        .objects("SecretProviderClassPodStatus")
+        .pod_status_objects()
         .await
         .iter()
         .filter_map(ResourceExt::uid)
@@ -76,9 +60,9 @@ async fn secret(s: &Scenario) -> Option<(Option<String>, String)> {
 /// how often the provider is asked for the pod.
 async fn replace(s: &Scenario, before: &Installation, syncs: bool, calls: u64) {
     s.cluster.install(before).await;
-    s.apply(&(class("db", OBJECTS) + SYNCED)).await;
-    s.apply(&class("tls", OBJECTS)).await;
-    s.apply(&pod("web", &["db", "tls"])).await;
+    s.apply(syncing_class()).await;
+    s.apply(class("tls", OBJECTS)).await;
+    s.apply(pod("web", &["db", "tls"])).await;
     s.ready("web").await;
     if syncs {
         until("the Secret is there", async || secret(s).await.is_some()).await;
@@ -109,7 +93,7 @@ async fn replace(s: &Scenario, before: &Installation, syncs: bool, calls: u64) {
     // Its two volumes are of one pod.
     assert_eq!(s.provider_calls("web").await, calls);
 
-    s.apply(&pod("later", &["db"])).await;
+    s.apply(pod("later", &["db"])).await;
     s.ready("later").await;
     let later = s.reads("later", MOUNT).await;
     assert_eq!(later.texts()["password"], "hunter2");
@@ -128,16 +112,8 @@ async fn replace(s: &Scenario, before: &Installation, syncs: bool, calls: u64) {
 
 #[tokio::test]
 async fn from_an_earlier_commit() {
-    let Some(reference) = std::env::var(PREVIOUS_VARIABLE)
-        .ok()
-        .filter(|reference| !reference.is_empty())
-    else {
-        skip(&format!(
-            "{PREVIOUS_VARIABLE} names no commit to upgrade from (just e2e-upgrade)"
-        ));
-        return;
-    };
-    let Some(s) = scenario().await else { return };
+    let s = scenario!([Need::PreviousCommit, Need::Controllers, Need::Republish]);
+    let reference = previous::reference().unwrap();
     let before = tokio::task::spawn_blocking(move || previous::commit(&reference));
     let before = before
         .await
@@ -149,17 +125,10 @@ async fn from_an_earlier_commit() {
 /// It leaves no records: what lies in its mounts is written again, in these very mounts.
 #[tokio::test]
 async fn from_the_existing_driver() {
-    let driver = previous::upstream_driver();
-    if !driver.is_file() {
-        skip(&format!(
-            "there is no executable of the existing driver: {}, which ${UPSTREAM_VARIABLE} changes",
-            driver.display()
-        ));
-        return;
-    }
-    let Some(s) = scenario().await else { return };
+    let s = scenario!([Need::ExistingDriver, Need::Controllers, Need::Republish]);
     let images = tokio::task::spawn_blocking(|| images::build(|_| {}));
     let probe = images.await.unwrap().unwrap().probe;
+    let driver = previous::upstream_driver();
     let before = previous::upstream(&driver, &probe).unwrap_or_else(|error| panic!("{error}"));
     replace(&s, &before, true, 4).await;
 }

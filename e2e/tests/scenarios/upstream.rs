@@ -14,7 +14,10 @@ use k8s_openapi::{
 };
 use kube::Api;
 
-use crate::harness::{MOUNT, Scenario, pod};
+use crate::{
+    harness::Scenario,
+    objects::{MOUNT, pod},
+};
 
 const KEY: &str = "-----BEGIN PUBLIC KEY-----\nThis is mock key\n-----END PUBLIC KEY-----";
 
@@ -89,7 +92,7 @@ async fn ep_02_to_04_what_is_installed() {
 async fn ep_05_to_08_v1alpha1() {
     let s = Scenario::start().await;
     s.apply(&fixture("v1alpha1", "e2e-provider")).await;
-    s.apply(&pod("secrets-store-inline-crd", &["e2e-provider"]))
+    s.apply(pod("secrets-store-inline-crd", &["e2e-provider"]))
         .await;
     s.ready("secrets-store-inline-crd").await;
     reads_foo_and_fookey(&s, MOUNT).await;
@@ -101,7 +104,7 @@ async fn ep_05_to_08_v1alpha1() {
 async fn ep_09_to_13_v1_and_unmount() {
     let s = Scenario::start().await;
     s.apply(&fixture("v1", "e2e-provider")).await;
-    s.apply(&pod("secrets-store-inline-crd", &["e2e-provider"]))
+    s.apply(pod("secrets-store-inline-crd", &["e2e-provider"]))
         .await;
     s.ready("secrets-store-inline-crd").await;
     reads_foo_and_fookey(&s, MOUNT).await;
@@ -120,7 +123,7 @@ async fn ep_09_to_13_v1_and_unmount() {
 #[tokio::test]
 async fn ep_20_no_class_in_the_pods_namespace() {
     let s = Scenario::start().await;
-    s.apply(&pod("busybox", &["e2e-provider-sync"])).await;
+    s.apply(pod("busybox", &["e2e-provider-sync"])).await;
     let event = s
         .failed_mount("busybox", "failed to get secretproviderclass")
         .await;
@@ -138,7 +141,7 @@ async fn ep_21_to_23_two_classes_in_one_pod() {
     for name in ["e2e-provider-spc-0", "e2e-provider-spc-1"] {
         s.apply(&fixture("v1", name)).await;
     }
-    s.apply(&pod(
+    s.apply(pod(
         "secrets-store-inline-crd",
         &["e2e-provider-spc-0", "e2e-provider-spc-1"],
     ))

@@ -7,9 +7,9 @@ use e2e::embedded::api::Disturbance;
 
 #[tokio::test]
 async fn deleted_and_altered_secrets_heal() {
-    let s = Scenario::syncing_often().await;
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([OFTEN]);
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.secrets().await;
     insta::assert_snapshot!(before);
@@ -53,13 +53,13 @@ async fn deleted_and_altered_secrets_heal() {
 /// Somebody deletes a bare pod's status; with it goes the Secret that it owns. Both return.
 #[tokio::test]
 async fn a_pod_status_that_is_deleted_returns_with_its_secret() {
-    let s = Scenario::syncing_often().await;
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([OFTEN]);
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let (statuses, secrets) = (s.pod_statuses().await, s.secrets().await);
     let uid = async || {
-        let found = s.objects("SecretProviderClassPodStatus").await;
+        let found = s.pod_status_objects().await;
         found.first().and_then(|status| status.metadata.uid.clone())
     };
     for _ in 0..2 {
@@ -92,9 +92,9 @@ async fn a_pod_status_that_is_deleted_returns_with_its_secret() {
 /// The driver that was there before need not have been the one that made it.
 #[tokio::test]
 async fn a_new_driver_heals_from_the_mount() {
-    let s = Scenario::syncing_often().await;
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([OFTEN]);
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.secrets().await;
     s.cluster.driver(&s.node()).kill().await.unwrap();
@@ -109,20 +109,16 @@ async fn a_new_driver_heals_from_the_mount() {
 
 #[tokio::test]
 async fn a_class_that_changes() {
-    let s = Scenario::syncing_often().await;
-    let two = format!(
-        "{CREDS}\n- secretName: more\n  type: Opaque\n  data: [{{objectName: password, key: a}}]"
-    );
-    s.apply(&syncing("db", "hunter2", &two)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([OFTEN]);
+    let more = SecretObject::new("more", &[("a", "password")]);
+    s.apply(syncing("db", "hunter2", &[creds(), more])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let (uid, mut text) = (s.secret("creds").await.unwrap().uid(), s.secrets().await);
     // Another key, other labels, and one Secret fewer.
-    let changed = "- secretName: creds
-  type: Opaque
-  labels: {team: shop}
-  data: [{objectName: password, key: password}]";
-    s.apply(&syncing("db", "hunter2", changed)).await;
+    let changed = SecretObject::new("creds", &[("password", "password")])
+        .with("labels", json!({"team": "shop"}));
+    s.apply(syncing("db", "hunter2", &[changed.clone()])).await;
     s.secret_says("creds", "password", "hunter2").await;
     until("the other is let go", async || {
         let more = s.secret("more").await.unwrap();
@@ -132,8 +128,8 @@ async fn a_class_that_changes() {
     assert_eq!(s.secret("creds").await.unwrap().uid(), uid);
     text += &format!("after the class changed\n{}", s.secrets().await);
     // Another type, which only a new Secret can have.
-    let retyped = changed.replace("Opaque", "kubernetes.io/basic-auth");
-    s.apply(&syncing("db", "hunter2", &retyped)).await;
+    let retyped = changed.of_type("kubernetes.io/basic-auth");
+    s.apply(syncing("db", "hunter2", &[retyped])).await;
     until("the type is another", async || {
         let secret = s.secret("creds").await;
         secret.is_some_and(|s| s.type_.as_deref() == Some("kubernetes.io/basic-auth"))
@@ -156,13 +152,13 @@ async fn a_class_that_changes() {
 /// Without rotation nothing but the driver's own look finds that out.
 #[tokio::test]
 async fn a_class_that_gets_its_first_secret() {
-    let s = Scenario::syncing_often().await;
-    s.apply(&class("db", "- {objectName: password, content: hunter2}"))
+    let s = scenario!([OFTEN]);
+    s.apply(class("db", "- {objectName: password, content: hunter2}"))
         .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.secrets().await;
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
     s.secret_says("creds", "pw", "hunter2").await;
     insta::assert_snapshot!(format!("{before}its class changes\n{}", s.secrets().await));
     s.delete("web").await;
@@ -172,18 +168,16 @@ async fn a_class_that_gets_its_first_secret() {
 /// The Secret follows the file, with one write.
 #[tokio::test]
 async fn rotation_reaches_the_secret_with_the_file() {
-    let needs = Needs {
-        republish: true,
-        driver_flags: &[
+    let s = scenario!([
+        Need::Republish,
+        Need::Flags(&[
             "--enable-secret-rotation=true",
             "--rotation-poll-interval=100ms",
             "--min-rotation-poll-interval=100ms",
-        ],
-        ..Needs::default()
-    };
-    let s = Scenario::needing(needs).await.unwrap();
-    s.apply(&foo_class("db", "creds")).await;
-    s.apply(&pod("web", &["db"])).await;
+        ])
+    ]);
+    s.apply(foo_class("db", "creds")).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     assert_eq!(s.value("creds", "username").await.unwrap(), "secret");
     let version = s.secret("creds").await.unwrap().resource_version();
@@ -211,25 +205,15 @@ async fn rotation_reaches_the_secret_with_the_file() {
 /// What a pod mounted before the value changed never comes back over it.
 #[tokio::test]
 async fn two_nodes_with_different_versions() {
-    let needs = Needs {
-        nodes: 2,
-        driver_flags: OFTEN,
-        ..Needs::default()
-    };
-    let Some(s) = Scenario::needing(needs).await else {
-        return;
-    };
+    let s = scenario!([Need::Nodes(2), OFTEN]);
     let nodes = s.cluster.nodes();
-    let on = |name: &str, node: &str| {
-        // By name, because another scenario may have closed the node for the scheduler.
-        let spec = format!("spec:\n  nodeName: {node}\n");
-        pod(name, &["db"]).replacen("spec:\n", &spec, 1)
-    };
-    s.apply(&syncing("db", "old", CREDS)).await;
-    s.apply(&on("first", &nodes[0])).await;
+    // By name, because another scenario may have closed the node for the scheduler.
+    let on = |name: &str, node: &str| pod(name, &["db"]).on_node(node);
+    s.apply(syncing("db", "old", &[creds()])).await;
+    s.apply(on("first", &nodes[0])).await;
     s.ready("first").await;
-    s.apply(&syncing("db", "new", CREDS)).await;
-    s.apply(&on("second", &nodes[1])).await;
+    s.apply(syncing("db", "new", &[creds()])).await;
+    s.apply(on("second", &nodes[1])).await;
     s.ready("second").await;
     assert_eq!(s.reads("first", MOUNT).await.texts()["password"], "old");
     assert_eq!(s.value("creds", "pw").await.unwrap(), "new");
@@ -251,15 +235,8 @@ async fn two_nodes_with_different_versions() {
 /// An API server that is away, slow, refuses or sees conflicts delays a Secret and nothing else.
 #[tokio::test]
 async fn an_api_server_in_trouble() {
-    let needs = Needs {
-        abilities: &[e2e::cluster::Ability::DisturbApi],
-        driver_flags: OFTEN,
-        ..Needs::default()
-    };
-    let Some(s) = Scenario::needing(needs).await else {
-        return;
-    };
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    let s = scenario!([Need::DisturbApi, OFTEN]);
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
     let refused = |status| Disturbance::Fail {
         status,
         verb: Some("create".to_owned()),
@@ -272,14 +249,14 @@ async fn an_api_server_in_trouble() {
         ("slow", Disturbance::Slow(Duration::from_millis(500))),
     ] {
         s.cluster.disturb_api(disturbance).await.unwrap();
-        s.apply(&pod_with_env(name, "db", "creds", "pw")).await;
+        s.apply(pod(name, &["db"]).env("creds", "pw")).await;
         s.ready(name).await;
         s.cluster.disturb_api(Disturbance::None).await.unwrap();
         assert_eq!(s.value("creds", "pw").await.unwrap(), "hunter2");
         s.delete(name).await;
         s.no_secret("creds").await;
     }
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.secrets().await;
     s.cluster.disturb_api(Disturbance::Refuse).await.unwrap();
@@ -298,40 +275,27 @@ async fn an_api_server_in_trouble() {
 /// directory nor a volume that is being filled is content, so that the Secrets keep theirs.
 #[tokio::test]
 async fn a_reboot_before_the_provider_is_back() {
-    let needs = Needs {
-        abilities: &[e2e::cluster::Ability::Reboot],
-        driver_flags: OFTEN,
-        ..Needs::default()
-    };
-    let Some(s) = Scenario::needing(needs).await else {
-        return;
-    };
-    let secrets = |class: &str| {
-        format!(
-            "- secretName: {class}-all\n  type: Opaque\n  data: [{{objectName: \"*\"}}]\n{}",
-            CREDS.replace("creds", &format!("{class}-named"))
-        )
-    };
-    let objects = "- {objectName: password, content: hunter2}";
+    let s = scenario!([Need::Reboot, OFTEN]);
     let make = |name: &str, faults: &str| {
-        let class = class_with(name, objects, faults);
-        format!("{class}{}", entries(&secrets(name)))
+        let all = SecretObject::all_objects(&format!("{name}-all"));
+        let named = creds().name(&format!("{name}-named"));
+        syncing(name, "hunter2", &[all, named]).faults(faults)
     };
     for name in ["slow", "away"] {
-        s.apply(&make(name, "")).await;
-        s.apply(&pod(name, &[name])).await;
+        s.apply(make(name, "")).await;
+        s.apply(pod(name, &[name])).await;
         s.ready(name).await;
     }
     let before = s.secrets().await;
-    s.apply(&make("slow", "- {delay: 20s}")).await;
-    s.apply(&make("away", "- {status: {code: UNAVAILABLE}}"))
+    s.apply(make("slow", "- {delay: 20s}")).await;
+    s.apply(make("away", "- {status: {code: UNAVAILABLE}}"))
         .await;
     s.cluster.reboot(&s.node()).await.unwrap();
     for _ in 0..30 {
         assert_eq!(s.secrets().await, before);
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
-    s.apply(&make("away", "")).await;
+    s.apply(make("away", "")).await;
     until("both are mounted again", async || {
         s.provider_calls("slow").await > 0
             && s.provider_calls("away").await > 0
@@ -352,16 +316,9 @@ async fn a_reboot_before_the_provider_is_back() {
 /// A type that the API server does not take is not risked: the Secret stays.
 #[tokio::test]
 async fn a_type_that_is_refused() {
-    let needs = Needs {
-        abilities: &[e2e::cluster::Ability::DisturbApi],
-        driver_flags: OFTEN,
-        ..Needs::default()
-    };
-    let Some(s) = Scenario::needing(needs).await else {
-        return;
-    };
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::DisturbApi, OFTEN]);
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let (uid, before) = (s.secret("creds").await.unwrap().uid(), s.secrets().await);
     let refused = Disturbance::Fail {
@@ -371,8 +328,8 @@ async fn a_type_that_is_refused() {
         times: 1000,
     };
     s.cluster.disturb_api(refused).await.unwrap();
-    let retyped = CREDS.replace("Opaque", "example.com/typed");
-    s.apply(&syncing("db", "hunter2", &retyped)).await;
+    let retyped = creds().of_type("example.com/typed");
+    s.apply(syncing("db", "hunter2", &[retyped])).await;
     s.looked_again().await;
     s.looked_again().await;
     let now = s.secret("creds").await.unwrap();

@@ -11,18 +11,13 @@ macro_rules! fixture {
     };
 }
 
-const TLS: &str = "- secretName: creds
-  type: kubernetes.io/tls
-  data:
-    - {objectName: bundle, key: tls.crt}
-    - {objectName: bundle, key: tls.key}";
-
-fn tls_class(bundle: &[u8]) -> String {
+fn tls_class(bundle: &[u8]) -> Class {
     let object = format!(
         "- {{objectName: bundle, contentBase64: {:?}}}",
         BASE64.encode(bundle)
     );
-    format!("{}{}", class("db", &object), entries(TLS))
+    let secret = SecretObject::new("creds", &[("tls.crt", "bundle"), ("tls.key", "bundle")]);
+    class("db", &object).secret_objects(&[secret.of_type("kubernetes.io/tls")])
 }
 
 /// Whatever the order and the container: leaf, chain, and the key in upstream's form.
@@ -48,8 +43,8 @@ async fn certificates_in_any_form() {
         ("triple-des", fixture!("triple-des.p12").to_vec()),
         ("plain", fixture!("plain.p12").to_vec()),
     ] {
-        s.apply(&tls_class(&bundle)).await;
-        s.apply(&pod(name, &["db"])).await;
+        s.apply(tls_class(&bundle)).await;
+        s.apply(pod(name, &["db"])).await;
         s.ready(name).await;
         assert_eq!(
             s.value("creds", "tls.crt").await.unwrap().as_bytes(),
@@ -78,8 +73,8 @@ async fn certificates_in_any_form() {
             fixture!("ed25519.key.pem"),
         ),
     ] {
-        s.apply(&tls_class(&[key, certificate].concat())).await;
-        s.apply(&pod(name, &["db"])).await;
+        s.apply(tls_class(&[key, certificate].concat())).await;
+        s.apply(pod(name, &["db"])).await;
         s.ready(name).await;
         assert_eq!(
             s.value("creds", "tls.key").await.unwrap().as_bytes(),
@@ -106,8 +101,8 @@ async fn certificates_that_cannot_be_used() {
         ("garbage", b"not a certificate".as_slice()),
         ("empty", b"".as_slice()),
     ] {
-        s.apply(&tls_class(bundle)).await;
-        s.apply(&pod(name, &["db"])).await;
+        s.apply(tls_class(bundle)).await;
+        s.apply(pod(name, &["db"])).await;
         s.ready(name).await;
         let told = s.trouble(name, "Secret creds").await;
         writeln!(text, "{name}: {told}").unwrap();
@@ -124,18 +119,16 @@ async fn all_keys_decoded_and_out_of_json() {
 - {objectName: nested, path: deep/er, content: value}
 - {objectName: creds, content: '{"password": "hunter2", "port": 5432}'}
 - {objectName: encoded, content: aHVudGVyMg==}"#;
-    let secrets = r#"- secretName: everything
-  type: Opaque
-  data: [{objectName: "*"}]
-- secretName: parts
-  type: Opaque
-  data:
-    - {objectName: creds, jsonKey: password, key: password}
-    - {objectName: creds, jsonKey: port, key: port}
-    - {objectName: encoded, encoding: base64, key: decoded}"#;
-    s.apply(&format!("{}{}", class("db", objects), entries(secrets)))
+    let everything = SecretObject::all_objects("everything");
+    let parts = json!([
+        {"objectName": "creds", "jsonKey": "password", "key": "password"},
+        {"objectName": "creds", "jsonKey": "port", "key": "port"},
+        {"objectName": "encoded", "encoding": "base64", "key": "decoded"},
+    ]);
+    let parts = SecretObject::new("parts", &[]).with("data", parts);
+    s.apply(class("db", objects).secret_objects(&[everything, parts]))
         .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     insta::assert_snapshot!(s.secrets().await);
 }
@@ -148,11 +141,11 @@ async fn all_keys_decoded_and_out_of_json() {
 #[tokio::test]
 async fn keys_that_a_type_needs(#[case] type_: &str, #[case] key: &str) {
     let s = Scenario::start().await;
-    let wrong = CREDS.replace("Opaque", type_);
-    let objects = "- {objectName: password, content: '{\"auths\": {}}'}";
-    s.apply(&format!("{}{}", class("db", objects), entries(&wrong)))
+    let wrong = creds().of_type(type_);
+    let class = class("db", "- {objectName: password, content: '{\"auths\": {}}'}");
+    s.apply(class.clone().secret_objects(&[wrong.clone()]))
         .await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let told = s.trouble("web", key).await;
     assert!(
@@ -160,10 +153,8 @@ async fn keys_that_a_type_needs(#[case] type_: &str, #[case] key: &str) {
         "{told}"
     );
     assert!(s.secret("creds").await.is_none());
-    let right = wrong.replace("key: pw", &format!("key: {key}"));
-    s.apply(&format!("{}{}", class("db", objects), entries(&right)))
-        .await;
-    s.apply(&pod("later", &["db"])).await;
+    s.apply(class.secret_objects(&[wrong.key(key)])).await;
+    s.apply(pod("later", &["db"])).await;
     s.ready("later").await;
     let secret = s.secret("creds").await.unwrap();
     assert_eq!(secret.type_.as_deref(), Some(type_));

@@ -3,21 +3,23 @@
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::target::Target;
 use k8s_openapi::api::apps::v1::ReplicaSet;
+
+/// Requests of the driver are counted.
+const COUNTING: Need = Need::Embedded("the API server does not count requests");
 
 /// A Secret that is handed from one Deployment to another is the same all the time.
 #[tokio::test]
 async fn hand_over_between_deployments() {
-    let s = Scenario::syncing_often().await;
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    let pod = pod_with_env("web", "db", "creds", "pw");
-    s.apply(&deployment("round-0", 1, &pod)).await;
+    let s = scenario!([OFTEN]);
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    let pod = pod("web", &["db"]).env("creds", "pw");
+    s.apply(deployment("round-0", 1, &pod)).await;
     s.all_ready("round-0", 1).await;
     let uid = s.secret("creds").await.unwrap().uid();
     for round in 1..=5 {
         let (last, next) = (format!("round-{}", round - 1), format!("round-{round}"));
-        s.apply(&deployment(&next, 1, &pod)).await;
+        s.apply(deployment(&next, 1, &pod)).await;
         s.all_ready(&next, 1).await;
         s.delete_deployment(&last).await;
         until("only the next one owns it", async || {
@@ -31,10 +33,10 @@ async fn hand_over_between_deployments() {
 
 #[tokio::test]
 async fn scaled_to_zero_and_back() {
-    let s = Scenario::syncing_often().await;
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    let pod = pod_with_env("web", "db", "creds", "pw");
-    s.apply(&deployment("web", 2, &pod)).await;
+    let s = scenario!([OFTEN]);
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    let pod = pod("web", &["db"]).env("creds", "pw");
+    s.apply(deployment("web", 2, &pod)).await;
     s.all_ready("web", 2).await;
     let before = s.secret("creds").await.unwrap();
     s.scale("web", 0).await;
@@ -53,16 +55,12 @@ async fn scaled_to_zero_and_back() {
 /// A ReplicaSet of the same name is another one.
 #[tokio::test]
 async fn a_replica_set_made_anew_under_its_name() {
-    let s = Scenario::syncing_often().await;
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    s.apply(&pod("keeper", &["db"])).await;
+    let s = scenario!([OFTEN]);
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(pod("keeper", &["db"])).await;
     s.ready("keeper").await;
     let uid = s.secret("creds").await.unwrap().uid();
-    let set = deployment("web", 1, &pod("web", &["db"]))
-        .replace("kind: Deployment", "kind: ReplicaSet")
-        .replace("app: web", "app: web\n        pod-template-hash: one");
-    // The selector's label stands less deep than the template's.
-    let set = set.replacen("        pod-template-hash", "      pod-template-hash", 1);
+    let set = replica_set("web", &pod("web", &["db"]));
     let api = Api::<ReplicaSet>::namespaced(s.cluster.client(), &s.namespace);
     let mut seen = Vec::new();
     for _ in 0..2 {
@@ -96,14 +94,8 @@ async fn a_replica_set_made_anew_under_its_name() {
 /// at rest nothing is written. Prints what was measured.
 #[tokio::test]
 async fn fifty_pods_and_one_write() {
-    let needs = Needs {
-        driver_flags: OFTEN,
-        ..Needs::default()
-    };
-    let s = Scenario::needing(needs).await.unwrap();
-    let Target::Embedded(cluster) = &s.cluster else {
-        return;
-    };
+    let s = scenario!([COUNTING, OFTEN]);
+    let cluster = s.cluster.embedded();
     let requests = |verbs: &[&str], resource: &str| {
         let all = cluster.api().requests();
         let of_driver = all.iter().filter(|request| {
@@ -114,12 +106,12 @@ async fn fifty_pods_and_one_write() {
         of_driver.count()
     };
     const WRITES: &[&str] = &["create", "update", "patch", "delete"];
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
     let started = Instant::now();
-    s.apply(&deployment(
+    s.apply(deployment(
         "web",
         50,
-        &pod_with_env("web", "db", "creds", "pw"),
+        &pod("web", &["db"]).env("creds", "pw"),
     ))
     .await;
     let mut delay = None;
@@ -157,18 +149,12 @@ async fn fifty_pods_and_one_write() {
 /// is looked at once in an interval, which is long here and counted in `driver/tests/sync.rs`.
 #[tokio::test]
 async fn a_class_without_secrets_costs_nothing_more() {
-    let needs = Needs {
-        driver_flags: &["--sync-interval=1h"],
-        ..Needs::default()
-    };
-    let s = Scenario::needing(needs).await.unwrap();
-    let Target::Embedded(cluster) = &s.cluster else {
-        return;
-    };
-    s.apply(&class("db", "- {objectName: password, content: hunter2}"))
+    let s = scenario!([COUNTING, Need::Flags(&["--sync-interval=1h"])]);
+    let cluster = s.cluster.embedded();
+    s.apply(class("db", "- {objectName: password, content: hunter2}"))
         .await;
     cluster.api().reset_requests();
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     s.looked_again().await;
     let all = cluster.api().requests();
@@ -192,11 +178,11 @@ async fn a_class_without_secrets_costs_nothing_more() {
 #[tokio::test]
 async fn the_secret_is_there_when_the_publish_returns() {
     let s = Scenario::start().await;
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
     for round in 0..5 {
         let name = format!("web-{round}");
         let started = Instant::now();
-        s.apply(&pod_with_env(&name, "db", "creds", "pw")).await;
+        s.apply(pod(&name, &["db"]).env("creds", "pw")).await;
         until("the Secret is there", async || {
             s.secret("creds").await.is_some()
         })
@@ -215,26 +201,13 @@ async fn the_secret_is_there_when_the_publish_returns() {
 /// A StatefulSet and a Job are controllers like others.
 #[tokio::test]
 async fn other_controllers() {
-    let needs = Needs {
-        controllers: true,
-        ..Needs::default()
-    };
-    let Some(s) = Scenario::needing(needs).await else {
-        return;
-    };
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    let set = deployment("web", 1, &pod_with_env("web", "db", "creds", "pw"))
-        .replace("kind: Deployment", "kind: StatefulSet")
-        .replace("  replicas: 1\n", "  replicas: 1\n  serviceName: web\n");
-    s.apply(&set).await;
+    let s = scenario!([Need::Controllers]);
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(stateful_set("web", &pod("web", &["db"]).env("creds", "pw")))
+        .await;
     s.ready("web-0").await;
-    let job = deployment("once", 1, &pod_with_env("once", "db", "creds", "pw"))
-        .replace("apiVersion: apps/v1", "apiVersion: batch/v1")
-        .replace("kind: Deployment", "kind: Job")
-        .replace("  replicas: 1\n", "")
-        .replace("  selector:\n    matchLabels:\n      app: once\n", "")
-        .replace("    spec:\n", "    spec:\n      restartPolicy: Never\n");
-    s.apply(&job).await;
+    s.apply(job("once", &pod("once", &["db"]).env("creds", "pw")))
+        .await;
     s.all_ready("once", 1).await;
     insta::assert_snapshot!(s.secrets().await);
 }

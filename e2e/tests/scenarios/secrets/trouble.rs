@@ -4,18 +4,18 @@ use super::*;
 use k8s_openapi::api::rbac::v1::ClusterRoleBinding;
 use kube::api::PostParams;
 
-const THEIRS: &str = "apiVersion: v1\nkind: Secret\nmetadata:\n  name: creds\n  labels: {app: theirs}\nstringData: {theirs: precious}\n";
-
 #[tokio::test]
 async fn a_secret_of_somebody_else() {
-    let s = Scenario::syncing_often().await;
-    s.apply(&THEIRS.replace(
-        "stringData: {theirs: precious}",
-        "data: {theirs: cHJlY2lvdXM=}",
-    ))
+    let s = scenario!([OFTEN]);
+    s.apply(json!({
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "creds", "labels": {"app": "theirs"}},
+        "data": {"theirs": "cHJlY2lvdXM="},
+    }))
     .await;
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let mut text = s.trouble("web", "not the driver's").await;
     s.looked_again().await;
@@ -42,17 +42,17 @@ async fn a_secret_of_somebody_else() {
 
 #[tokio::test]
 async fn two_classes_and_one_secret() {
-    let s = Scenario::syncing_often().await;
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    s.apply(&syncing("other", "different", CREDS)).await;
-    s.apply(&syncing("alike", "hunter2", CREDS)).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([OFTEN]);
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("other", "different", &[creds()])).await;
+    s.apply(syncing("alike", "hunter2", &[creds()])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    s.apply(&pod("rival", &["other"])).await;
+    s.apply(pod("rival", &["other"])).await;
     s.ready("rival").await;
     let mut text = s.trouble("rival", "makes other content").await;
     // Equal content is no conflict.
-    s.apply(&pod("friend", &["alike"])).await;
+    s.apply(pod("friend", &["alike"])).await;
     s.ready("friend").await;
     let version = s.secret("creds").await.unwrap().resource_version();
     s.looked_again().await;
@@ -66,7 +66,7 @@ async fn two_classes_and_one_secret() {
     // The first class gives it up, and the other gets it.
     s.delete("friend").await;
     s.owned_by("creds", 1).await;
-    s.apply(&syncing("db", "hunter2", &CREDS.replace("creds", "mine")))
+    s.apply(syncing("db", "hunter2", &[creds().name("mine")]))
         .await;
     s.secret_says("creds", "pw", "different").await;
     s.secret_says("mine", "pw", "hunter2").await;
@@ -78,7 +78,7 @@ async fn two_classes_and_one_secret() {
 /// Without the syncing role volumes are mounted all the same, and the pod hears what is missing.
 #[tokio::test]
 async fn without_the_syncing_role() {
-    let s = Scenario::syncing_often().await;
+    let s = scenario!([OFTEN]);
     let bindings = Api::<ClusterRoleBinding>::all(s.cluster.client());
     let name = "secretprovidersyncing-rolebinding";
     let mut binding = bindings.get(name).await.unwrap();
@@ -86,8 +86,8 @@ async fn without_the_syncing_role() {
         .delete(name, &DeleteParams::default())
         .await
         .unwrap();
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    s.apply(&pod("web", &["db"])).await;
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let told = s.trouble("web", "syncSecret.enabled").await;
     let reads = s.reads("web", MOUNT).await;
@@ -107,17 +107,13 @@ async fn without_the_syncing_role() {
 
 #[tokio::test]
 async fn errors_that_fail_the_mount() {
-    let needs = Needs {
-        driver_flags: &["--sync-errors=fail"],
-        ..Needs::default()
-    };
-    let s = Scenario::needing(needs).await.unwrap();
-    let class = syncing("db", "hunter2", &CREDS.replace("password,", "nowhere,"));
-    s.apply(&class).await;
-    s.apply(&pod("web", &["db"])).await;
+    let s = scenario!([Need::Flags(&["--sync-errors=fail"])]);
+    let nowhere = creds().object("nowhere");
+    s.apply(syncing("db", "hunter2", &[nowhere])).await;
+    s.apply(pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
-    assert!(s.objects("SecretProviderClassPodStatus").await.is_empty());
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
+    assert!(s.pod_status_objects().await.is_empty());
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
     s.ready("web").await;
     assert_eq!(s.value("creds", "pw").await.unwrap(), "hunter2");
 }
@@ -125,21 +121,19 @@ async fn errors_that_fail_the_mount() {
 /// A volume that is fresh is not refreshed again and again for the sake of its Secrets.
 #[tokio::test]
 async fn errors_that_fail_no_refresh() {
-    let needs = Needs {
-        republish: true,
-        driver_flags: &[
+    let s = scenario!([
+        Need::Republish,
+        Need::Flags(&[
             "--enable-secret-rotation=true",
             "--rotation-poll-interval=1h",
             "--sync-errors=fail",
-        ],
-        ..Needs::default()
-    };
-    let s = Scenario::needing(needs).await.unwrap();
-    s.apply(&syncing("db", "hunter2", CREDS)).await;
-    s.apply(&pod("web", &["db"])).await;
+        ])
+    ]);
+    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    let nowhere = CREDS.replace("password,", "nowhere,");
-    s.apply(&syncing("db", "hunter3", &nowhere)).await;
+    let nowhere = creds().object("nowhere");
+    s.apply(syncing("db", "hunter3", &[nowhere])).await;
     until("the file is the class's", async || {
         s.cluster.look_again(&s.namespace, "web").await.unwrap();
         s.reads("web", MOUNT).await.texts()["password"] == "hunter3"
@@ -160,7 +154,7 @@ async fn errors_that_fail_no_refresh() {
         "hunter2",
         "as it was"
     );
-    s.apply(&syncing("db", "hunter3", CREDS)).await;
+    s.apply(syncing("db", "hunter3", &[creds()])).await;
     until("the Secret follows", async || {
         s.cluster.look_again(&s.namespace, "web").await.unwrap();
         s.value("creds", "pw").await.as_deref() == Some("hunter3")
@@ -171,11 +165,11 @@ async fn errors_that_fail_no_refresh() {
 /// One event, however often the driver looks.
 #[tokio::test]
 async fn more_than_a_secret_holds() {
-    let s = Scenario::syncing_often().await;
+    let s = scenario!([OFTEN]);
     let large = class("db", "- {objectName: large, contentSize: 1048577}");
-    let secret = CREDS.replace("password,", "large,");
-    s.apply(&format!("{large}{}", entries(&secret))).await;
-    s.apply(&pod("web", &["db"])).await;
+    let secret = creds().object("large");
+    s.apply(large.secret_objects(&[secret])).await;
+    s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let told = s.trouble("web", "bytes").await;
     insta::assert_snapshot!(told);
