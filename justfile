@@ -47,7 +47,7 @@ containers:
 # Measure memory, size, requests and latency of the release binary; fail when over budget.
 [group('before a pull request')]
 budget:
-    cargo run --release --bin e2e -- budget
+    cargo run --bin e2e -- budget
 
 # Write what is generated in deploy/ anew: the CRDs, the lean manifest, the chart's tables.
 [group('before a pull request')]
