@@ -1,8 +1,8 @@
-//! Container images out of this workspace's own executables, without a builder or a registry.
+//! Container images of this workspace's executables, made without a builder or a registry.
 //!
-//! Each image is one static executable and nothing else (`FROM scratch`): no shell, no libraries.
-//! It is written as the archive that `docker save` writes, which `docker load`, `kind load
-//! image-archive` and `ctr images import` read. The same executable gives the same bytes.
+//! An image contains static executables and nothing else (`FROM scratch`). It is written in the
+//! format of `docker save`, which `docker load`, `kind load image-archive` and `ctr images import`
+//! read. The same executable gives the same bytes.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -17,24 +17,24 @@ use sha2::{Digest, Sha256};
 use crate::binaries::{self, cargo_build, target_dir};
 use crate::tree::hex;
 
-/// `release` builds the images' executables as they are shipped; absent, as for tests.
+/// Names the profile of the images' executables: `release`, or that of tests when absent.
 pub const PROFILE_VARIABLE: &str = "E2E_PROFILE";
 
-/// The driver as `deploy/` names it.
+/// The driver's image, as `deploy/` names it.
 pub const DRIVER: &str = concat!("secrets-store-csi:", env!("CARGO_PKG_VERSION"));
-/// The provider of `e2e/manifests`.
+/// The image of the provider in `e2e/manifests`.
 pub const FAKE_PROVIDER: &str = "fake-provider:e2e";
-/// What runs in the pods of the scenarios.
+/// The image of the scenarios' pods.
 pub const PROBE: &str = "probe:e2e";
-/// What keeps a pod's namespaces alive where the container runtime pulls nothing.
+/// The image that keeps a pod's namespaces alive where the container runtime cannot pull one.
 pub const PAUSE: &str = "pause:e2e";
 
-/// An image in a file.
+/// An image in an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
-    /// Repository and tag, as a manifest names it.
+    /// Repository and tag, as manifests name it.
     pub name: String,
-    /// The archive.
+    /// The path of the archive.
     pub archive: PathBuf,
 }
 
@@ -43,31 +43,32 @@ pub struct Image {
 pub struct Images {
     /// [`DRIVER`], [`FAKE_PROVIDER`], [`PROBE`] and [`PAUSE`].
     pub archives: Vec<Image>,
-    /// The static `probe` itself.
+    /// The path of the static `probe`.
     pub probe: PathBuf,
 }
 
-/// Why there is no image.
+/// The reason why there is no image.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Its executable does not build.
+    /// An executable does not build.
     #[error(transparent)]
     Build(#[from] binaries::Error),
-    /// Its executable cannot be read, or the archive not be written.
+    /// An executable cannot be read, or the archive cannot be written.
     #[error("image {name}: {path}: {source}", path = path.display())]
     Write {
         /// The image.
         name: String,
         /// The file.
         path: PathBuf,
-        /// The system's words.
+        /// The error of the system.
         source: io::Error,
     },
 }
 
 /// Builds the static executables and writes the images below cargo's target directory.
 ///
-/// `progress` hears the name of each crate as it is done. Blocks, on a fresh clone for minutes.
+/// Calls `progress` with the name of each crate that is compiled. Blocks, on a fresh clone for
+/// minutes.
 ///
 /// # Errors
 /// When an executable does not build, or a file cannot be written.
@@ -100,8 +101,8 @@ pub fn build(progress: impl FnMut(&str)) -> Result<Images, Error> {
     })
 }
 
-/// Runs `cargo build` for static executables: what it built by name, and the command for a
-/// complaint.
+/// Runs `cargo build` for static executables. Returns their paths by name, and the command, for error
+/// messages.
 ///
 /// # Errors
 /// When cargo cannot be run or something does not build.
@@ -109,7 +110,7 @@ pub(crate) fn build_static(
     args: &[&str],
     progress: impl FnMut(&str),
 ) -> Result<(BTreeMap<String, PathBuf>, String), binaries::Error> {
-    // A directory of its own, for the flags make every dependency another one.
+    // A directory of its own, because the flags change every dependency.
     let target = target_dir().join("static");
     let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let mut args = args.to_vec();
@@ -117,7 +118,7 @@ pub(crate) fn build_static(
     if std::env::var(PROFILE_VARIABLE).is_ok_and(|profile| profile == "release") {
         args.push("--release");
     }
-    // With a target named, these flags do not reach build scripts, which must stay dynamic.
+    // Because a target is named, these flags do not apply to build scripts, which have to be dynamic.
     let variables = [
         ("RUSTFLAGS", OsString::from("-C target-feature=+crt-static")),
         ("CARGO_TARGET_DIR", target.into_os_string()),
@@ -127,7 +128,7 @@ pub(crate) fn build_static(
 
 /// Writes an image that holds one static executable at `/` and runs it.
 ///
-/// `arguments` always stand before those that a manifest gives.
+/// `arguments` come before those that a manifest gives.
 ///
 /// # Errors
 /// When the executable cannot be read or the archive cannot be written.
@@ -136,8 +137,8 @@ pub fn of_executable(name: &str, executable: &Path, arguments: &[&str]) -> Resul
     of_executables(name, &[(&file_name, executable)], arguments)
 }
 
-/// The same with further executables; each has its path in the image, without the first `/`. The
-/// first is the one that runs.
+/// Writes an image with several static executables; each has a path in the image, without the first
+/// `/`. The image runs the first.
 ///
 /// # Errors
 /// As of [`of_executable`].
@@ -161,7 +162,7 @@ pub fn of_executables(
         }
         programs.push((*path, stripped(executable).map_err(failed(executable))?));
     }
-    // Renamed into place, so that nobody reads half an archive.
+    // Renamed into place, so that no reader finds half an archive.
     let written = tempfile::NamedTempFile::new_in(&dir)
         .and_then(|mut file| {
             write_archive(&mut file, name, &programs, arguments)?;
@@ -177,8 +178,8 @@ pub fn of_executables(
     })
 }
 
-/// An executable's bytes without symbols, which are most of a test build's; with them where
-/// there is no `strip`.
+/// Returns an executable without its symbols, which are most of a test build. Where there is no
+/// `strip`, returns it as it is.
 fn stripped(executable: &Path) -> io::Result<Vec<u8>> {
     let dir = tempfile::tempdir()?;
     let small = dir.path().join("stripped");
@@ -237,10 +238,10 @@ fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", hex(&Sha256::digest(bytes)))
 }
 
-/// The unit of a tar archive.
+/// The block size of a tar archive.
 const BLOCK: usize = 512;
 
-/// One regular file of root's, in the POSIX `ustar` format, from 1970.
+/// Writes a regular file that belongs to root and is from 1970, in the POSIX `ustar` format.
 fn tar_entry(to: &mut impl Write, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
     let mut header = [0_u8; BLOCK];
     let mut put = |at: usize, bytes: &[u8]| {
@@ -271,9 +272,9 @@ fn tar_end(to: &mut impl Write) -> io::Result<()> {
     to.write_all(&[0; 2 * BLOCK])
 }
 
-/// Whether a 64-bit ELF executable runs without a dynamic linker.
+/// Returns whether a 64-bit ELF executable runs without a dynamic linker.
 fn is_static(executable: &Path) -> io::Result<bool> {
-    /// Program header type of the path of the dynamic linker.
+    /// The type of the program header that contains the dynamic linker's path.
     const PT_INTERP: u32 = 3;
     let mut file = File::open(executable)?;
     let mut header = [0; 64];
@@ -305,9 +306,9 @@ mod tests {
         bytes
     }
 
-    /// The system's tar reads what is written here, checksums included.
+    /// The system's tar checks the checksums.
     #[test]
-    fn an_archive_is_what_tar_and_container_runtimes_read() {
+    fn tar_and_container_runtimes_read_an_archive() {
         let dir = tempfile::tempdir().unwrap();
         let outer = dir.path().join("image.tar");
         fs::write(&outer, archive(b"not really a program")).unwrap();

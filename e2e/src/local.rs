@@ -34,7 +34,7 @@ use std::time::Duration;
 use crate::binaries::kept;
 use crate::cluster::{Error, Result};
 use crate::images;
-use crate::install::{Form, Installation, install};
+use crate::install::{Form, Installation, assets, install};
 use crate::real::KEPT_KINDS;
 use daemons::Daemons;
 use layout::{LOCK, STATE};
@@ -42,7 +42,6 @@ pub use node::Local;
 use pki::Pki;
 use processes::Processes;
 use tools::Tools;
-pub use tools::{ASSETS_VARIABLE, assets};
 
 /// For everything that is installed to run.
 const INSTALL_LIMIT: Duration = Duration::from_secs(120);

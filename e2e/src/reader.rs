@@ -1,10 +1,10 @@
-//! A program in a pod that reads its secrets over and over while they rotate, and notes what no
-//! reader may ever see.
+//! A program in a pod that reads its secrets all the time while they rotate, and notes what no
+//! reader may see.
 //!
-//! It reads files whose contents are always the same as each other's, one number in many copies,
-//! the number growing. A file that is not there is a gap. Contents that differ, or are not whole,
-//! or older than what was read before, are a mixture. What is read in one go is what lies behind
-//! one `..data`; a file that goes while it is read there is none, as long as `..data` has gone on.
+//! All files of a version contain the same number in many copies; a later version has a higher
+//! number. A file that is absent is a gap. Contents that differ, are not whole, or are older than
+//! what was read before are a mixture. The reader opens the files by their names, and also relative
+//! to one `..data`. A file that vanishes there is no gap if `..data` leads elsewhere by then.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _};
@@ -15,44 +15,44 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 const DATA: &str = "..data";
-/// How many of what should not be are told.
+/// The number of gaps, and of mixtures, that are reported.
 const MOST_TOLD: usize = 5;
 
-/// What to read, and until when.
+/// The files to read, and when to end.
 #[derive(Clone, Debug)]
 pub struct Wanted {
     /// Paths below the volume.
     pub files: Vec<String>,
-    /// The number that is the last one.
+    /// The last number: the reader ends when it has read it.
     pub last: u64,
-    /// When to give up waiting for it.
+    /// The time after which the reader gives up.
     pub limit: Duration,
 }
 
-/// What a reader saw.
+/// The findings of a reader.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Readings {
-    /// How often all files were read.
+    /// The number of times that all files were read.
     pub rounds: u64,
-    /// How many different numbers were read.
+    /// The number of different numbers that were read.
     pub numbers: u64,
     /// The last number read.
     pub last: u64,
-    /// Files that were not there.
+    /// Files that were absent.
     pub gaps: Vec<String>,
     /// Contents that do not belong together.
     pub mixtures: Vec<String>,
 }
 
 impl Wanted {
-    /// What makes `probe` read this way, before the volume's path.
+    /// Returns the arguments with which `probe` reads this, before the volume's path.
     pub(crate) fn arguments(&self) -> Vec<String> {
         let numbers = [self.last, self.limit.as_secs()].map(|number| number.to_string());
         let head = std::iter::once("read".to_owned()).chain(numbers);
         head.chain(self.files.iter().cloned()).collect()
     }
 
-    /// Reads what `Wanted::arguments` says after its first word; none when it is something else.
+    /// Parses the arguments of `Wanted::arguments` after the first; returns `None` for others.
     pub fn parse(arguments: &[&str]) -> Option<Self> {
         let [last, seconds, files @ ..] = arguments else {
             return None;
@@ -64,13 +64,13 @@ impl Wanted {
         })
     }
 
-    /// Reads until the last number is there.
+    /// Reads until the last number was read, or the limit is over.
     pub fn read(&self, volume: &Path) -> Readings {
         let mut readings = Readings::default();
         let started = Instant::now();
         while readings.last < self.last && started.elapsed() < self.limit {
             readings.rounds += 1;
-            // As a program does that knows nothing of `..data`, and one that does.
+            // As a program reads that does not know of `..data`, and as one that does.
             self.each_by_its_name(volume, &mut readings);
             if let Err(error) = self.all_at_once(volume, &mut readings) {
                 readings.gap(format!("{DATA}: {error}"));
@@ -106,7 +106,7 @@ impl Wanted {
                 Err(error) if is_current(volume, &version) => {
                     readings.gap(format!("{DATA}/{file}: {error}"));
                 }
-                // The version was taken away after a newer one was there.
+                // This version was removed after a newer one was there.
                 Err(_) => return Ok(()),
             }
         }
@@ -114,7 +114,7 @@ impl Wanted {
     }
 }
 
-/// Whether `..data` still leads there. The kernel marks a directory that was removed.
+/// Returns whether `..data` still leads there. The kernel marks the path of a removed directory.
 fn is_current(volume: &Path, version: &Path) -> bool {
     let now = fs::read_link(volume.join(DATA));
     now.is_ok_and(|now| now.file_name() == version.file_name())
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_tells_what_no_reader_may_see() {
+    fn a_reader_reports_gaps_and_mixtures() {
         let dir = tempfile::tempdir().unwrap();
         let volume = dir.path();
         for name in ["a", "b"] {
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wanted_survives_the_command_line() {
+    fn arguments_are_parsed_again() {
         let arguments = wanted(200).arguments();
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         assert_eq!(arguments, ["read", "200", "0", "a", "b"]);

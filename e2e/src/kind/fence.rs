@@ -1,24 +1,20 @@
-//! The network of the test clusters, which nothing leaves.
+//! The network of the test clusters, and a rule that lets no packet leave it.
 //!
-//! A pod that asks for an address nobody serves would have its packet follow the default route
-//! off the machine. So the clusters get a Docker network of their own, and one rule that refuses
-//! what comes from its bridge and is not for its bridge. A network that is internal in Docker's
-//! sense would say the same, but publishes no port, and then kind cannot reach its own API
-//! server. kind's usual network stays as it is: a contributor's own clusters live there.
+//! Without the rule, a packet to an address that no one serves would follow the default route off
+//! the machine. The clusters have a Docker network of their own, and the rule rejects packets from
+//! its bridge that are not for its bridge. An internal network of Docker would have the same effect,
+//! but publishes no port, and kind could not reach its API server. kind's usual network, which a
+//! contributor's own clusters use, stays as it is.
 //!
-//! What the fence does not see are the questions that Docker's engine itself sends to the
-//! machine's name server on behalf of a container. So the cluster's own DNS is off, and a pod's
-//! question for a name goes nowhere.
+//! The rule does not apply to the requests that Docker's engine itself sends to the machine's name
+//! server for a container. Therefore the cluster's DNS is off, and no pod can look up a name.
 
-use super::tools::{A_MOMENT, Tools};
+use super::tools::{A_MOMENT, NETWORK, Tools};
 use crate::cluster::{Error, Result};
 
-/// The Docker network, and its bridge on the machine.
-pub(super) const NETWORK: &str = "kind-e2e";
-
-/// Arguments: -C, -I or -D. The rule is made from within a container, in the machine's network:
-/// that needs no root here, and finds the very machine that Docker runs on. Which of the two
-/// kinds of iptables the engine speaks shows in which of them has its chain.
+/// The script that checks (-C), inserts (-I) or deletes (-D) the rule for a bridge. It runs in a
+/// container in the machine's network: this needs no root here, and finds the machine that Docker
+/// runs on. The engine uses the kind of iptables that has its chain.
 const RULE: &str = r#"
 for program in iptables iptables-nft iptables-legacy; do
   "$program" -w -n -L DOCKER-USER >/dev/null 2>&1 || continue
@@ -28,10 +24,10 @@ echo "there is no chain DOCKER-USER: does this Docker engine run with iptables s
 exit 1
 "#;
 
-/// Makes the network, if it is not there, and the fence.
+/// Makes the network and the rule, where they do not exist.
 ///
 /// # Errors
-/// When Docker refuses either: without the fence there is no cluster.
+/// When Docker refuses one of them; no cluster is made then.
 pub(super) async fn put_up(tools: &Tools, node_image: &str) -> Result<()> {
     let failed = |reason: String| Error::Start(format!("Docker network {NETWORK}: {reason}"));
     let there = tools
@@ -55,7 +51,7 @@ pub(super) async fn put_up(tools: &Tools, node_image: &str) -> Result<()> {
     Ok(())
 }
 
-/// Removes both, if they are there.
+/// Removes both, if they exist.
 ///
 /// # Errors
 /// When a container still uses the network.
@@ -65,7 +61,7 @@ pub(super) async fn take_down(tools: &Tools, node_image: &str) -> Result<()> {
         .docker(["network", "inspect", NETWORK], A_MOMENT)
         .await;
     if there.is_err() {
-        // Whoever removes the network removes the rule; without the first there is no second.
+        // The rule is removed together with the network.
         return Ok(());
     }
     tools

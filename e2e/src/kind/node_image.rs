@@ -1,10 +1,10 @@
-//! Which image the nodes are made from.
+//! The choice of the nodes' image.
 
 use super::tools::{A_MOMENT, Tools};
 use crate::binaries::workspace;
 use crate::cluster::{Error, Result};
 
-/// An image, or a Kubernetes version of the table.
+/// Names an image, or a Kubernetes version of the table.
 pub const IMAGE_VARIABLE: &str = "KIND_NODE_IMAGE";
 
 /// A line of `kind/node-images`.
@@ -15,10 +15,11 @@ struct Row {
     default: bool,
 }
 
-/// The image asked for; else the first of the table that Docker holds; else the default.
+/// Returns the image that was asked for; else the first of the table that Docker has; else the
+/// default.
 ///
 /// # Errors
-/// When the table is not to be read, or has no such version.
+/// When the table cannot be read, or does not have the version.
 pub(super) async fn choose(tools: &Tools, asked: Option<&str>) -> Result<String> {
     let path = workspace().join("kind/node-images");
     let failed = |reason: String| Error::Start(format!("{}: {reason}", path.display()));
@@ -101,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_is_a_version_or_an_image() {
+    fn a_version_or_an_image_can_be_asked_for() {
         let rows = parse("# a comment\n\n1.2.3 node:v1.2.3\n1.2.4 node:v1.2.4 default\n").unwrap();
         assert_eq!(asked_for(&rows, "v1.2.3").unwrap(), "node:v1.2.3");
         assert_eq!(asked_for(&rows, "mine:9").unwrap(), "mine:9");

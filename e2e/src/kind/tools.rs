@@ -1,4 +1,4 @@
-//! The two programs that a kind cluster needs, found and run.
+//! The two programs that a kind cluster needs.
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
@@ -9,10 +9,12 @@ use tokio::process::Command;
 
 use crate::cluster::{Error, Result};
 
-/// Names the kind executable; else it is looked for on the path.
+/// Names the kind executable; without it, the one on the path is used.
 pub const KIND_VARIABLE: &str = "KIND";
 
-/// For what Docker and kind do besides making a cluster.
+/// The Docker network of the test clusters, and its bridge on the machine.
+pub(super) const NETWORK: &str = "kind-e2e";
+/// The limit of all commands but making a cluster.
 pub(super) const A_MOMENT: Duration = Duration::from_secs(120);
 
 /// Docker and kind.
@@ -23,10 +25,10 @@ pub(super) struct Tools {
 }
 
 impl Tools {
-    /// Finds both, and makes sure that a Docker engine answers.
+    /// Finds both programs, and checks that a Docker engine answers.
     ///
     /// # Errors
-    /// What is missing, and how to get it.
+    /// Names what is missing, and how to get it.
     pub(super) async fn find() -> Result<Self> {
         let docker = on_path("docker").ok_or_else(|| {
             missing(
@@ -57,7 +59,7 @@ impl Tools {
         Ok(tools)
     }
 
-    /// Runs docker; its output, or what it says went wrong.
+    /// Runs docker; returns its output, or a sentence with what it wrote to standard error.
     pub(super) async fn docker<A: AsRef<OsStr>>(
         &self,
         args: impl IntoIterator<Item = A>,
@@ -78,7 +80,7 @@ impl Tools {
         command
             .args(args)
             .env("KIND_EXPERIMENTAL_PROVIDER", "docker")
-            .env("KIND_EXPERIMENTAL_DOCKER_NETWORK", super::fence::NETWORK);
+            .env("KIND_EXPERIMENTAL_DOCKER_NETWORK", NETWORK);
         run(command, limit).await
     }
 }

@@ -1,8 +1,7 @@
-//! The control plane and the node: which daemons run, with what settings, and why these.
+//! The daemons of the control plane and of the node, and their settings.
 
-use std::fmt::Write as _;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -28,12 +27,14 @@ pub(super) const NAMES: [&str; 6] = [
     "etcd",
     "containerd",
 ];
-/// For a daemon to answer. Usually seconds; long, because the machine may be busy.
+/// The time in which a daemon has to answer. It usually takes seconds; a busy machine takes longer.
 const LIMIT: Duration = Duration::from_secs(90);
-/// Position of CAP_SYS_RESOURCE in the kernel's sets.
+/// Runs runc without the capability that this machine lacks. `.ci/with-docker` uses it, too.
+const RUNC_WRAPPER: &str = include_str!("runc-without-sys-resource.sh");
+/// The position of CAP_SYS_RESOURCE in the kernel's capability sets.
 const CAP_SYS_RESOURCE: u32 = 24;
 
-/// Starts everything; what waits for what is in the order here.
+/// Starts the daemons, each after those that it needs.
 pub(super) struct Daemons<'a> {
     pub(super) state: &'a Path,
     pub(super) tools: &'a Tools,
@@ -42,6 +43,8 @@ pub(super) struct Daemons<'a> {
 }
 
 impl Daemons<'_> {
+    /// Starts all daemons; returns when the node is ready.
+    ///
     /// # Errors
     /// [`Error::Start`] with the last lines of the daemon that does not come up.
     pub(super) fn start(&self, images: &[Image]) -> Result<()> {
@@ -59,15 +62,15 @@ impl Daemons<'_> {
         let condition = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}{.spec.taints}"#;
         self.processes.wait_for("kubelet", "node ready", LIMIT, || {
             let state = self.kubectl(&["get", "node", NODE, "-o", condition]);
-            // Ready, and no taint that keeps pods away.
+            // Ready, and without a taint that keeps pods away.
             state.is_ok_and(|text| text == "True")
         })
     }
 
-    /// Runs kubectl to its end as an administrator; its output.
+    /// Runs kubectl as an administrator and returns its output.
     ///
     /// # Errors
-    /// Its complaint.
+    /// What kubectl writes to standard error.
     pub(super) fn kubectl(&self, args: &[&str]) -> std::result::Result<String, String> {
         let output = Command::new(&self.tools.kubectl)
             .arg("--kubeconfig")
@@ -151,14 +154,14 @@ impl Daemons<'_> {
             ]
             .map(|flag| format!("--{flag}={}", path.display()))
         };
-        // They serve metrics only, which nobody reads here.
+        // Their ports serve metrics only, which nothing reads here.
         let common = ["--leader-elect=false", "--secure-port=0"].map(str::to_owned);
         let file = |flag: &str, name: &str| format!("--{flag}={}", self.pki.path(name).display());
         let mut args = kubeconfigs("controller-manager").to_vec();
         args.extend(common.clone());
         args.extend([
             "--use-service-account-credentials=true".to_owned(),
-            // With the default it takes them five seconds longer to begin.
+            // With the defaults they start five seconds later.
             "--kube-api-qps=300".to_owned(),
             "--kube-api-burst=600".to_owned(),
             format!("--flex-volume-plugin-dir={}", self.plugins().display()),
@@ -181,13 +184,11 @@ impl Daemons<'_> {
     fn start_containerd(&self) -> Result<()> {
         let at = |name: &str| self.state.join(name);
         let weak = lacks_sys_resource();
-        let mut runc = self.tools.runc.clone();
-        if weak {
-            runc = at("runc-without-sys-resource");
-            write(&runc, &runc_wrapper(&self.tools.runc))?;
-            fs::set_permissions(&runc, fs::Permissions::from_mode(0o755))
-                .map_err(|error| failed(&runc, &error))?;
-        }
+        let runc = if weak {
+            wrap_runc(&at("runtime"), &self.tools.runc)?
+        } else {
+            self.tools.runc.clone()
+        };
         let networks = at("cni");
         fs::create_dir_all(&networks).map_err(|error| failed(&networks, &error))?;
         let network = json!({"cniVersion": "0.4.0", "name": "e2e-local", "plugins": [{
@@ -237,8 +238,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
         write(&path, &config)?;
         let mut command = Command::new(&self.tools.containerd);
         command.arg("--config").arg(path);
-        // It finds its shim beside itself. And it pulls nothing: the proxy that everything
-        // outside of this machine goes through is not there.
+        // containerd finds its shim beside itself. It cannot pull an image: requests that leave the
+        // machine go to a proxy that does not exist.
         let beside = self.tools.containerd.parent().unwrap_or(Path::new("/"));
         let path = std::env::var("PATH").unwrap_or_default();
         command
@@ -255,10 +256,10 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
             })
     }
 
-    /// Makes images known to the container runtime.
+    /// Imports images into the container runtime.
     ///
     /// # Errors
-    /// Its complaint.
+    /// What `ctr` writes to standard error.
     pub(super) fn import(&self, images: &[Image]) -> Result<()> {
         for image in images {
             let archive = image.archive.display().to_string();
@@ -288,14 +289,14 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
             "cgroupDriver": "cgroupfs",
             "containerRuntimeEndpoint": format!("unix://{}", self.socket().display()),
             "clusterDomain": "cluster.local",
-            // Nobody answers there. With the node's own servers, pods would ask outside.
+            // No server answers there. With the node's own servers, pods would ask outside.
             "clusterDNS": [DNS_ADDRESS],
             "failSwapOn": false,
-            // What is not allowed to raise limits may not lower its score either.
+            // A process without CAP_SYS_RESOURCE may not lower its OOM score.
             "oomScoreAdj": 0,
             "maxOpenFiles": open_files_limit(),
             "makeIPTablesUtilChains": false,
-            // What was imported cannot be pulled again.
+            // Imported images cannot be pulled again.
             "imageGCHighThresholdPercent": 100,
             "evictionHard": {
                 "memory.available": "100Mi", "nodefs.available": "1%",
@@ -303,14 +304,14 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
             },
             "podLogsDir": self.state.join("pod-logs"),
             "volumePluginDir": self.plugins(),
-            // Volumes are published again this often instead of once a minute.
+            // The interval at which volumes are published again; the default is a minute.
             "syncFrequency": "1s",
         });
-        // On cgroup v2, and before 1.31, kubelet does not ask.
+        // On cgroup v2, and before 1.31, kubelet does not have the setting.
         if self.tools.minor >= 31 && !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
             config["failCgroupV1"] = json!(false);
         }
-        // Since 1.35 without a feature gate: crashed containers come back within seconds.
+        // Crashed containers come back within seconds; needs a feature gate before 1.35.
         if self.tools.minor >= 35 {
             config["crashLoopBackOff"] = json!({"maxContainerRestartPeriod": "2s"});
         }
@@ -339,10 +340,10 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
     }
 }
 
-/// Runs containerd's own client to its end; its output.
+/// Runs containerd's own client and returns its output.
 ///
 /// # Errors
-/// Its complaint.
+/// What it writes to standard error.
 pub(super) fn ctr(
     program: &Path,
     state: &Path,
@@ -362,8 +363,8 @@ pub(super) fn ctr(
     }
 }
 
-/// Whether this machine, as many sandboxes do, withholds CAP_SYS_RESOURCE. Then runc cannot
-/// give it to privileged containers, and nobody may lower an OOM score.
+/// Returns whether this machine, as many sandboxes do, withholds CAP_SYS_RESOURCE. runc cannot give
+/// it to privileged containers then, and no process may lower an OOM score.
 fn lacks_sys_resource() -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let bounding = status
@@ -373,40 +374,18 @@ fn lacks_sys_resource() -> bool {
     bounding.is_some_and(|set| set & (1 << CAP_SYS_RESOURCE) == 0)
 }
 
-/// runc, asked for everything but CAP_SYS_RESOURCE: a container's capabilities stand in its
-/// bundle's `config.json`, those of an exec in a file that is named.
-fn runc_wrapper(runc: &Path) -> String {
-    let mut script =
-        "#!/bin/sh\n# Leaves out the capability that this machine does not have.\n".to_owned();
-    script.push_str(
-        r#"bundle=. process= verb= previous=
-for argument in "$@"; do
-    case $previous in
-        --bundle | -b) bundle=$argument ;;
-        --process | -p) process=$argument ;;
-    esac
-    case $argument in
-        --bundle=*) bundle=${argument#*=} ;;
-        --process=*) process=${argument#*=} ;;
-        create | run | exec) verb=${verb:-$argument} ;;
-    esac
-    previous=$argument
-done
-case $verb in
-    create | run) spec=$bundle/config.json ;;
-    exec) spec=$process ;;
-    *) spec= ;;
-esac
-if [ -f "$spec" ]; then
-    sed -i -E 's/"CAP_SYS_RESOURCE" *, *|, *"CAP_SYS_RESOURCE"|"CAP_SYS_RESOURCE"//g' "$spec"
-fi
-"#,
-    );
-    let _never_fails = writeln!(script, "exec {} \"$@\"", runc.display());
-    script
+/// Puts the wrapper and a link to runc, which it runs, into a directory; returns the wrapper's path.
+fn wrap_runc(dir: &Path, runc: &Path) -> Result<PathBuf> {
+    let wrapper = dir.join("runc-without-sys-resource");
+    fs::create_dir_all(dir)
+        .and_then(|()| symlink(runc, dir.join("runc")))
+        .and_then(|()| fs::write(&wrapper, RUNC_WRAPPER))
+        .and_then(|()| fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)))
+        .map_err(|error| failed(&wrapper, &error))?;
+    Ok(wrapper)
 }
 
-/// kubelet cannot start when it asks for more.
+/// Returns the hard limit of open files; kubelet does not start when it asks for more.
 fn open_files_limit() -> u64 {
     use nix::sys::resource::{Resource, getrlimit};
     getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(_, hard)| hard.min(1_000_000))
@@ -430,12 +409,10 @@ fn failed(path: &Path, error: &dyn std::fmt::Display) -> Error {
 mod tests {
     use super::*;
 
-    /// The wrapper is what stands between a privileged container and a failed start.
     #[test]
     fn the_wrapper_takes_the_capability_out_of_bundle_and_exec() {
         let dir = tempfile::tempdir().unwrap();
-        let wrapper = dir.path().join("wrapper");
-        fs::write(&wrapper, runc_wrapper(Path::new("/bin/echo"))).unwrap();
+        let wrapper = wrap_runc(&dir.path().join("runtime"), Path::new("/bin/echo")).unwrap();
         let spec = dir.path().join("config.json");
         for (before, after) in [
             (

@@ -1,7 +1,7 @@
-//! What the cluster changes on the machine, and how it is undone.
+//! Changes of the machine, and how they are undone.
 //!
-//! Everything is written down in the state directory before it is changed. Undoing needs only
-//! that directory, and does no harm where there is nothing to undo.
+//! The state directory records each setting before it is changed. [`restore`] needs only that
+//! directory, and does nothing where nothing was changed.
 
 use std::fmt::Display;
 use std::fs;
@@ -17,7 +17,7 @@ use super::network;
 use crate::cluster::{Error, Result};
 use crate::host::mount_points;
 
-/// What kubelet and the network plugins set for the whole machine.
+/// The kernel settings that kubelet and the network plugins change.
 const SYSCTLS: [&str; 7] = [
     "vm/overcommit_memory",
     "vm/panic_on_oom",
@@ -28,7 +28,7 @@ const SYSCTLS: [&str; 7] = [
     "net/ipv4/ip_forward",
 ];
 
-/// Directories outside of the state directory that come to be, parents before what is in them.
+/// The directories that are created outside of the state directory, parents first.
 const ELSEWHERE: [&str; 7] = [
     KUBELET_ROOT,
     "/etc/kubernetes",
@@ -38,13 +38,14 @@ const ELSEWHERE: [&str; 7] = [
     "/var/log/containers",
     "/var/log/pods",
 ];
-/// Those of containerd's shims, whose place cannot be chosen. Docker's are there as well.
+/// The directories with the sockets of containerd's shims. Their place cannot be chosen, and Docker
+/// uses them, too.
 const SHIM_SOCKETS: [&str; 2] = ["/run/containerd/s", "/run/containerd"];
 
-/// Prepares the machine.
+/// Records what will be changed, mounts kubelet's root and makes the network.
 ///
 /// # Errors
-/// When the machine runs another kubelet, or does not let itself be changed.
+/// When the machine runs another kubelet, or a change fails.
 pub(super) fn prepare(state: &Path) -> Result<()> {
     refuse_another_kubelet()?;
     fs::create_dir_all(state).map_err(|error| failed(state, &error))?;
@@ -64,10 +65,10 @@ pub(super) fn prepare(state: &Path) -> Result<()> {
     network::make()
 }
 
-/// Undoes all that [`prepare`] and the daemons have done, once these are stopped.
+/// Undoes all changes of [`prepare`] and of the daemons, which have to be stopped before.
 ///
 /// # Errors
-/// What could not be undone; everything else is.
+/// Names what could not be undone; all else is undone.
 pub(super) fn restore(state: &Path) -> Result<()> {
     let mut problems = Vec::new();
     kill_shims(state);
@@ -80,17 +81,17 @@ pub(super) fn restore(state: &Path) -> Result<()> {
             note(&mut problems, write(&path, value));
         }
     }
-    // Only what is ours below what was there before.
+    // In directories that existed before, only what belongs to this cluster.
     remove_links(Path::new("/var/log/containers"), state);
     remove_network_results(Path::new("/var/lib/cni/results"), state);
     for path in lines(&state.join("elsewhere")).iter().rev() {
         remove_if_unmounted(Path::new(path), &mut problems);
     }
     for path in SHIM_SOCKETS {
-        // As long as somebody uses it, it stays.
+        // Fails while another program uses it.
         let _in_use = fs::remove_dir(path);
     }
-    // Last, because it says what there is to undo.
+    // Last, because it records what there is to undo.
     if problems.is_empty() {
         remove_if_unmounted(state, &mut problems);
     }
@@ -117,7 +118,8 @@ fn refuse_another_kubelet() -> Result<()> {
     }
 }
 
-/// A bind mount of our own, shared: what the driver mounts below it appears on the node.
+/// Mounts kubelet's root as a shared bind mount: what the driver mounts below it in its container
+/// appears on the node.
 fn mount_kubelet_root(state: &Path) -> Result<()> {
     let root = Path::new(KUBELET_ROOT);
     let inner = state.join("kubelet");
@@ -127,7 +129,7 @@ fn mount_kubelet_root(state: &Path) -> Result<()> {
     let none = None::<&str>;
     mount(Some(&inner), root, none, MsFlags::MS_BIND, none)
         .map_err(|error| failed(root, &error))?;
-    // Its peers would get the mounts, too, if it were shared with the state directory's.
+    // Private first, so that it does not share mounts with the state directory's file system.
     for kind in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
         mount(none, root, none, kind | MsFlags::MS_REC, none)
             .map_err(|error| failed(root, &error))?;
@@ -135,7 +137,7 @@ fn mount_kubelet_root(state: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Kills the shims of our containerd, which survive it, and removes their sockets.
+/// Kills the shims, which survive containerd, and removes their sockets.
 fn kill_shims(state: &Path) {
     let socket = state.join(CONTAINERD_SOCKET).into_os_string();
     let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
@@ -168,7 +170,7 @@ fn processes() -> Vec<(i32, PathBuf)> {
         .collect()
 }
 
-/// Paths of the listening sockets below containerd's directory that a process has open.
+/// Returns the paths of the listening sockets below containerd's directory that a process has open.
 fn held_sockets(process: &Path, table: &str) -> Vec<PathBuf> {
     let descriptors = fs::read_dir(process.join("fd"))
         .into_iter()
@@ -192,7 +194,7 @@ fn held_sockets(process: &Path, table: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The cgroups of pods, one in each hierarchy.
+/// Returns the cgroups of pods, one in each hierarchy.
 fn pod_cgroups() -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     let mut candidates = vec![root.join("kubepods")];
@@ -202,7 +204,7 @@ fn pod_cgroups() -> Vec<PathBuf> {
     candidates
 }
 
-/// Kills what still runs in pods and removes their cgroups.
+/// Kills the processes of pods and removes their cgroups.
 fn kill_pods(problems: &mut Vec<String>) {
     let mut left = Vec::new();
     for _ in 0..20 {
@@ -221,7 +223,7 @@ fn kill_pods(problems: &mut Vec<String>) {
     problems.push(format!("processes {left:?} of pods do not go"));
 }
 
-/// Removes a cgroup and those in it; collects the processes that are in the way.
+/// Removes a cgroup and those in it; collects the processes that prevent it.
 fn remove_cgroup(path: &Path, left: &mut Vec<i32>) {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.path().is_dir() {
@@ -234,11 +236,11 @@ fn remove_cgroup(path: &Path, left: &mut Vec<i32>) {
             .lines()
             .filter_map(|line| line.parse::<i32>().ok()),
     );
-    // Fails while there are processes; these are reported.
+    // Fails while it has processes, which the caller reports.
     let _in_use = fs::remove_dir(path);
 }
 
-/// Takes down every mount at and below the state directory and kubelet's root, innermost first.
+/// Unmounts all below the state directory and kubelet's root, innermost first.
 fn unmount(state: &Path, problems: &mut Vec<String>) {
     for root in [state, Path::new(KUBELET_ROOT)] {
         let mut points = match mount_points(root) {
@@ -252,7 +254,7 @@ fn unmount(state: &Path, problems: &mut Vec<String>) {
         for point in points {
             let unmounted = umount2(&point, MntFlags::empty())
                 .or_else(|_| umount2(&point, MntFlags::MNT_DETACH));
-            // One that went with another is gone, too.
+            // A mount may have gone together with another one.
             if let Err(error) = unmounted
                 && mount_points(&point).is_ok_and(|left| left.contains(&point))
             {
@@ -262,7 +264,7 @@ fn unmount(state: &Path, problems: &mut Vec<String>) {
     }
 }
 
-/// kubelet links to each container's log.
+/// Removes the links that kubelet makes to each container's log.
 fn remove_links(dir: &Path, to: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(to)) {
@@ -271,7 +273,8 @@ fn remove_links(dir: &Path, to: &Path) {
     }
 }
 
-/// What the network plugins remember of each pod, with the path of its namespace.
+/// Removes the results that network plugins cache for each pod; they contain a path of the state
+/// directory.
 fn remove_network_results(dir: &Path, state: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let text = fs::read(entry.path()).unwrap_or_default();
@@ -281,7 +284,7 @@ fn remove_network_results(dir: &Path, state: &Path) {
     }
 }
 
-/// Removes a directory, but nothing that is mounted in it.
+/// Removes a directory, unless something is mounted in it.
 fn remove_if_unmounted(path: &Path, problems: &mut Vec<String>) {
     match mount_points(path) {
         Ok(points) if points.is_empty() => {}

@@ -1,7 +1,7 @@
-//! The cluster's network: a bridge, and the rules that keep what the cluster sends on this machine.
+//! The cluster's network: a bridge, and rules that keep the cluster's packets on this machine.
 //!
-//! Nobody else has a bridge or chains of these names, so that they are removed wherever they come
-//! from: whoever saves all rules of the machine and restores them later brings ours back as well.
+//! The bridge and the chains have names of their own, and are removed whoever made them: a program
+//! that saves all rules of the machine and restores them later brings ours back as well.
 
 use std::fmt::Display;
 use std::process::{Command, Stdio};
@@ -27,22 +27,22 @@ const OUTPUT: Chain = Chain {
     hooks: &["OUTPUT"],
 };
 
-/// iptables fails when somebody else changes rules at that moment, as a Docker engine does that
-/// starts or stops.
+/// iptables fails while another program changes rules, as a Docker engine does that starts or
+/// stops.
 const ATTEMPTS: u32 = 20;
 const BETWEEN: Duration = Duration::from_millis(100);
 
-/// A chain of ours, with those that jump to it.
+/// A chain of this cluster, with the chains that jump to it.
 struct Chain {
     table: &'static str,
     name: &'static str,
     hooks: &'static [&'static str],
 }
 
-/// Makes the bridge and the rules, after removing what there is of them.
+/// Makes the bridge and the rules; removes those that exist first.
 ///
 /// # Errors
-/// What `ip` or `iptables` says.
+/// What `ip` or `iptables` writes to standard error.
 pub(super) fn make() -> Result<()> {
     remove()?;
     let address = format!("{NODE_ADDRESS}/16");
@@ -57,7 +57,7 @@ pub(super) fn make() -> Result<()> {
             chain.iptables(&["-I", hook, "-j", chain.name])?;
         }
     }
-    // There is no kube-proxy, and this is the only service in use.
+    // There is no kube-proxy; this is the only service that is used.
     let api = format!("{NODE_ADDRESS}:{API_PORT}");
     let port = ["-p", "tcp", "--dport", "443"];
     SERVICE.append(
@@ -65,11 +65,11 @@ pub(super) fn make() -> Result<()> {
         &port,
         &["DNAT", "--to-destination", &api],
     )?;
-    // Pods reach each other and the node, which is no forwarding.
+    // Pods reach each other and, without forwarding, the node.
     FORWARD.append(&["-i", BRIDGE], &["-o", BRIDGE], &["ACCEPT"])?;
     FORWARD.append(&["-i", BRIDGE], &[], &["REJECT"])?;
     FORWARD.append(&["-o", BRIDGE], &[], &["REJECT"])?;
-    // Addresses that nobody holds.
+    // Packets to addresses that no pod or service has.
     OUTPUT.append(&["-d", SERVICES], &[], &["REJECT"])?;
     let elsewhere = [
         "!",
@@ -84,12 +84,12 @@ pub(super) fn make() -> Result<()> {
     OUTPUT.append(&["-d", PODS], &elsewhere, &["REJECT"])
 }
 
-/// Removes the bridge and the rules, or what there is of them.
+/// Removes the bridge and the rules, as far as they exist.
 ///
 /// # Errors
-/// What does not go.
+/// When one of them cannot be removed.
 pub(super) fn remove() -> Result<()> {
-    // Each is tried, whatever became of the others.
+    // Each is tried, even if another one fails.
     let removed = [
         SERVICE.remove(),
         FORWARD.remove(),
@@ -143,7 +143,7 @@ impl Chain {
     }
 }
 
-/// Runs a program of the system to its end; returns what it wrote.
+/// Runs a program of the system and returns its output.
 fn run(program: &str, args: &[&str]) -> Result<String> {
     let failed =
         |reason: &dyn Display| Error::Start(format!("{program} {}: {reason}", args.join(" ")));
@@ -164,15 +164,15 @@ mod tests {
 
     use super::*;
 
-    /// In a network of this thread's own; a line and nothing where there can be none.
+    /// Runs a test in a network of its own, where there can be one.
     fn in_a_network_of_its_own(test: fn()) {
         let run = move || {
             if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
-                return eprintln!("skipped: no network of its own for a test: {error}");
+                return crate::skipped::skip(&format!("no network of its own: {error}"));
             }
             for (program, list) in [("ip", "link"), ("iptables", "-S")] {
                 if let Err(error) = super::run(program, &[list]) {
-                    return eprintln!("skipped: {error}");
+                    return crate::skipped::skip(&error.to_string());
                 }
             }
             test();
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_made_is_removed() {
+    fn bridge_and_rules_are_removed_again() {
         in_a_network_of_its_own(|| {
             let before = rules();
             make().unwrap();
@@ -204,9 +204,9 @@ mod tests {
         });
     }
 
-    /// As when a snapshot of all rules is restored after the cluster is gone.
+    /// As when another program restores all rules after the cluster is gone.
     #[test]
-    fn what_came_back_is_replaced() {
+    fn rules_that_came_back_are_replaced() {
         in_a_network_of_its_own(|| {
             make().unwrap();
             let made = rules();

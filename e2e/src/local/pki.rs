@@ -1,4 +1,4 @@
-//! Certificates and kubeconfigs of the cluster, made anew for each.
+//! The certificates and kubeconfigs of a cluster, made anew at each start.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,13 +13,13 @@ use serde_json::json;
 use super::layout::{API_PORT, NODE, NODE_ADDRESS, SERVICE_ADDRESS};
 use crate::cluster::{Error, Result};
 
-/// The directory with the certificates, and the one with the kubeconfigs.
+/// The directory with the certificates and kubeconfigs.
 pub(super) struct Pki {
     dir: PathBuf,
 }
 
 impl Pki {
-    /// Makes everything that the components need to know each other.
+    /// Makes the certificates, keys and kubeconfigs of all components.
     ///
     /// # Errors
     /// When a file cannot be written.
@@ -31,7 +31,7 @@ impl Pki {
         fs::set_permissions(&pki.dir, fs::Permissions::from_mode(0o700))
             .map_err(|error| failed(&pki.dir, &error))?;
         let ca = pki.authority("ca")?;
-        // Aggregation: without it the controllers log errors for ever.
+        // For API aggregation, without which the controllers log errors all the time.
         let front_proxy_ca = pki.authority("front-proxy-ca")?;
         let names = [
             "kubernetes",
@@ -69,12 +69,12 @@ impl Pki {
         Ok(pki)
     }
 
-    /// A file's path.
+    /// Returns the path of a file.
     pub(super) fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
-    /// The kubeconfig of `admin`, `controller-manager`, `scheduler` or `kubelet`.
+    /// Returns the path of the kubeconfig of `admin`, `controller-manager`, `scheduler` or `kubelet`.
     pub(super) fn kubeconfig(&self, user: &str) -> PathBuf {
         self.path(&format!("{user}.kubeconfig"))
     }
@@ -134,7 +134,7 @@ impl Pki {
         self.write(&format!("{name}.key"), &key.serialize_pem())
     }
 
-    /// JSON, which is YAML.
+    /// Returns a kubeconfig, in JSON, which is YAML.
     fn kubeconfig_text(&self, user: &str) -> String {
         let file = |name: String| self.path(&name);
         json!({

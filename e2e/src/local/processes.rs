@@ -1,4 +1,4 @@
-//! The cluster's daemons: started with a log each, remembered on disk, so that a later run can
+//! The daemons' processes. Each has a log and a file with its process id, so that a later run can
 //! stop what an earlier one left.
 
 use std::ffi::OsStr;
@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use crate::cluster::{Error, Result};
 
 const POLL: Duration = Duration::from_millis(50);
-/// From SIGTERM to SIGKILL.
+/// The time between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_secs(10);
 
 /// The daemons of one state directory.
@@ -34,7 +34,7 @@ impl Processes {
         }
     }
 
-    /// Starts a daemon with its output in `logs/<name>.log`.
+    /// Starts a daemon whose output goes to `logs/<name>.log`.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -47,7 +47,7 @@ impl Processes {
         self.start_command(name, command)
     }
 
-    /// The same for a command with an environment or a directory of its own.
+    /// Starts a daemon from a command that may have an environment of its own.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -64,7 +64,7 @@ impl Processes {
         writeln!(log, "{command:?}").map_err(|error| failed(&error))?;
         let errors = log.try_clone().map_err(|error| failed(&error))?;
         command
-            // An interrupt at the terminal is for the test; it stops the daemons itself.
+            // An interrupt at the terminal goes to the test, which stops the daemons.
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(log)
@@ -94,19 +94,19 @@ impl Processes {
         self.start(name, Path::new(program), words)
     }
 
-    /// Whether the very process that was started under that name still runs.
+    /// Returns whether the process that was started under that name still runs.
     pub(super) fn is_alive(&self, name: &str) -> bool {
         self.pid(name).is_some()
     }
 
-    /// Stops a daemon, by SIGKILL if need be. It may be gone already.
+    /// Stops a daemon, by SIGKILL if need be. Does nothing for one that is gone.
     ///
     /// # Errors
-    /// When it does not go.
+    /// When the process survives SIGKILL.
     pub(super) fn stop(&self, name: &str) -> Result<()> {
         for signal in [Signal::SIGTERM, Signal::SIGKILL] {
             let Some(pid) = self.pid(name) else { break };
-            // It may be gone between the look and the signal.
+            // The process may end before the signal.
             let _gone = kill(pid, signal);
             let asked = Instant::now();
             while self.is_alive(name) && asked.elapsed() < GRACE {
@@ -124,10 +124,10 @@ impl Processes {
         }
     }
 
-    /// Waits until something holds that a daemon has to bring about.
+    /// Waits until `holds` returns true, which is the daemon's work.
     ///
     /// # Errors
-    /// [`Error::Start`] with the daemon's last lines when it dies or takes too long.
+    /// [`Error::Start`] with the last lines of the daemon's log when it dies or takes too long.
     pub(super) fn wait_for(
         &self,
         name: &str,
@@ -173,7 +173,7 @@ impl Processes {
     }
 }
 
-/// Program and arguments with zeroes between them, as the kernel shows them.
+/// Returns program and arguments with zeroes between them, as the kernel shows them.
 fn command_line(command: &Command) -> Vec<u8> {
     let mut words = vec![command.get_program()];
     words.extend(command.get_args());
@@ -181,8 +181,8 @@ fn command_line(command: &Command) -> Vec<u8> {
     words.join(&0)
 }
 
-/// When a process was started, in the kernel's ticks: with its number, what tells it from any
-/// other. None for one that is gone or only waits for its parent to notice.
+/// Returns when a process was started, in the kernel's ticks: number and time together identify a
+/// process. Returns `None` for one that is gone or a zombie.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold anything.
@@ -215,7 +215,7 @@ mod tests {
         later.stop("sleeper").unwrap();
     }
 
-    /// Numbers come again.
+    /// The kernel uses process ids again.
     #[test]
     fn another_process_with_the_same_number_is_not_touched() {
         let state = tempfile::tempdir().unwrap();
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_daemon_that_dies_is_quoted() {
+    fn the_error_quotes_a_daemon_that_dies() {
         let state = tempfile::tempdir().unwrap();
         let processes = Processes::new(state.path());
         processes

@@ -1,20 +1,12 @@
-//! The programs of which the cluster is made, and how one gets those that are missing.
+//! The programs that the cluster consists of, and where to get those that are missing.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::cluster::{Error, Result};
+use crate::install::ASSETS_VARIABLE;
 
-/// Names the folder with the Kubernetes binaries.
-pub const ASSETS_VARIABLE: &str = "KUBE_ASSETS";
-const DEFAULT_ASSETS: &str = "/var/cache/kube-assets";
-
-/// The folder with the Kubernetes binaries: `$KUBE_ASSETS`, or the usual place.
-pub fn assets() -> PathBuf {
-    std::env::var_os(ASSETS_VARIABLE).map_or_else(|| DEFAULT_ASSETS.into(), PathBuf::from)
-}
-
-/// Where each program is.
+/// The paths of the programs.
 #[derive(Clone, Debug)]
 pub(super) struct Tools {
     pub(super) apiserver: PathBuf,
@@ -26,18 +18,18 @@ pub(super) struct Tools {
     pub(super) containerd: PathBuf,
     pub(super) ctr: PathBuf,
     pub(super) runc: PathBuf,
-    /// The directory of the CNI plugins.
+    /// The directory with the CNI plugins.
     pub(super) cni: PathBuf,
-    /// Minor version of Kubernetes 1.
+    /// The minor version of Kubernetes 1.
     pub(super) minor: u32,
 }
 
 impl Tools {
-    /// Looks in the assets first, so that a newer containerd or etcd there is taken, then where
-    /// Debian and others install.
+    /// Finds the programs: first in the assets, so that a newer containerd or etcd there is used,
+    /// then where distributions install them.
     ///
     /// # Errors
-    /// [`Error::Start`] naming everything that is missing, and where it comes from.
+    /// [`Error::Start`] naming every program that is missing, and how to get it.
     pub(super) fn find(assets: &Path) -> Result<Self> {
         let mut search = Search {
             assets,
@@ -95,7 +87,7 @@ impl Search<'_> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let mut dirs = vec![self.assets.to_owned()];
         dirs.extend(std::env::split_paths(&path));
-        // Not on the path of everybody.
+        // An ordinary user does not have these on the path.
         dirs.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
         self.find(name, &dirs, &format!("apt-get install {package}"))
     }
@@ -109,7 +101,7 @@ impl Search<'_> {
     }
 }
 
-/// `36` out of `Kubernetes v1.36.2`.
+/// Returns `36` for `Kubernetes v1.36.2`.
 fn minor_version(kubelet: &Path) -> Result<u32> {
     let failed = |reason: &dyn std::fmt::Display| {
         Error::Start(format!("{} --version: {reason}", kubelet.display()))
