@@ -1,5 +1,5 @@
 //! What an operator installs has the names, fields and rights of the existing driver's manifests
-//! (`manifest_staging/deploy` of kubernetes-sigs/secrets-store-csi-driver, v1.6.0) where the README
+//! (`manifest_staging/deploy` of kubernetes-sigs/secrets-store-csi-driver, v1.6.0) where docs/migration.md
 //! does not say otherwise, and the generated part of it is up to date.
 //! `UPDATE_DEPLOY=1 cargo test -p driver --test manifests` writes the generated files anew.
 

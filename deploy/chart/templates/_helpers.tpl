@@ -1,6 +1,6 @@
 {{/*
-A value that the chart of the existing driver does not have is read so that its absence means its
-default: `helm upgrade --reuse-values` renders these templates with the values of the old chart.
+Each value that the chart of the existing driver does not have may be absent, which means its default:
+`helm upgrade --reuse-values` renders these templates with the values of the old chart.
 */}}
 
 {{- define "sscd.name" -}}
@@ -40,9 +40,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end -}}
 
 {{/*
-The driver's image. Values reused from the chart of the existing driver name the image of that
-driver, which does not fit these templates: where it comes from that driver's own registry it is
-replaced, and where it is somebody's copy of it we cannot know where a copy of ours would be.
+The driver's image. Values reused from the chart of the existing driver name that driver's image, which
+does not fit these templates. An image from that driver's own registry is replaced. A copy in another
+registry is refused, because the place of a copy of this driver's image is not known.
 */}}
 {{- define "sscd.driverImage" -}}
 {{- $ours := printf "secrets-store-csi:%s" .Chart.AppVersion -}}
@@ -68,10 +68,10 @@ replaced, and where it is somebody's copy of it we cannot know where a copy of o
 {{- end -}}
 
 {{/*
-Whether kubelet hands service account tokens over among the secrets of a request, "true" or
-"false". A driver older than 1.6 looks for them in the volume context only, and its pods are still
-there while an upgrade rolls out. So `auto` never moves the tokens of a cluster that has them: it
-keeps what the cluster says, and moves only where no tokens were asked for before.
+"true" if kubelet passes service account tokens among the secrets of a request, else "false". A driver
+older than 1.6 reads them only from the volume context, and its pods still run during an upgrade. So
+`auto` keeps what the cluster's CSIDriver says, and uses the secrets only where no tokens were requested
+before.
 */}}
 {{- define "sscd.tokensInSecrets" -}}
 {{- $wish := ternary .Values.tokenRequestsInSecrets "auto" (hasKey .Values "tokenRequestsInSecrets") | toString -}}
@@ -90,7 +90,7 @@ keeps what the cluster says, and moves only where no tokens were asked for befor
 {{- end -}}
 {{- end -}}
 
-{{/* What a sidecar may do: talk to a socket. */}}
+{{/* The security context of a sidecar, which only uses a socket. */}}
 {{- define "sscd.sidecarSecurityContext" -}}
 allowPrivilegeEscalation: false
 capabilities:
@@ -99,7 +99,7 @@ capabilities:
 readOnlyRootFilesystem: true
 {{- end -}}
 
-{{/* A container as the chart has it, with what the values say of it laid over it. */}}
+{{/* A container of the chart, merged with the fields of it in the values. */}}
 {{- define "sscd.overlay" -}}
 {{- toYaml (mustMergeOverwrite (fromYaml .base) (deepCopy (default dict .over))) -}}
 {{- end -}}

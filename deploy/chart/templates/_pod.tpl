@@ -193,7 +193,7 @@ resources:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
-# Kubernetes allows Bidirectional, which pods see their mounts by, to privileged containers only.
+# Pods see the mounts through Bidirectional, which Kubernetes allows only to privileged containers.
 securityContext:
   privileged: true
   readOnlyRootFilesystem: true
@@ -220,7 +220,7 @@ volumeMounts:
   {{- end }}
 {{- end -}}
 
-{{/* Asks the driver whether it is well, and answers kubelet's probe of it. */}}
+{{/* Probes the driver, and answers kubelet's probe of it. */}}
 {{- define "sscd.livenessProbe" -}}
 {{- $linux := .Values.linux -}}
 name: liveness-probe
