@@ -1,18 +1,19 @@
-//! What a volume contains: validated paths, modes and contents.
+//! The files of a volume: checked paths, modes and contents, and their way to and from the disk.
 //!
 //! A [`Payload`] is the whole content of a volume as one value, checked before anything is
 //! written: a provider cannot name a path outside the volume, one path twice, or a file where
-//! a directory is needed. [`swap`] writes it, [`read`] reads it back.
-//! [`own`] is for files that a provider wrote itself.
+//! a directory is needed. [`swap`] writes it, and [`read`] reads it back. [`layout`] says what lies
+//! in a volume, and [`own`] changes files that a provider wrote itself.
 
 mod compare;
 #[cfg(test)]
 mod generated;
-mod layout;
+pub mod layout;
 pub mod own;
 pub mod read;
 pub mod swap;
 mod tree;
+mod write;
 
 use std::{
     cmp::Ordering,
@@ -21,23 +22,23 @@ use std::{
 };
 
 use crate::secret::Secret;
+pub use tree::{clear, open_root, remove_target};
 
-/// The mode of a file for which neither the provider nor the pod gives one. This is the line
-/// that decides it.
+/// The mode of a file for which neither the provider nor the pod gives one.
 pub const DEFAULT_MODE: u32 = 0o644;
 
-/// Linux's limits (limits.h: NAME_MAX, PATH_MAX without the closing NUL's worth).
+/// The limits of Linux for one name and for a whole path: `NAME_MAX` and `PATH_MAX` in `limits.h`.
 const MAX_COMPONENT_BYTES: usize = 255;
 const MAX_PATH_BYTES: usize = 4096;
-/// How many names a path may have: more than any set of secrets needs, and few enough that
-/// whoever walks through a volume is done soon.
+/// The number of names that a path may have: more than any set of secrets needs, and few enough that
+/// a walk through a volume is short.
 const MAX_DEPTH: usize = 32;
 
 /// A path inside a volume: relative, clean, and unable to leave it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FilePath(String);
 
-/// By component, so that everything below a directory stands together: as text, `a-b` stands
+/// Orders by component, so that everything below a directory stands together: as text, `a-b` stands
 /// between `a` and `a/b`.
 impl Ord for FilePath {
     fn cmp(&self, other: &Self) -> Ordering {
@@ -52,17 +53,17 @@ impl PartialOrd for FilePath {
 }
 
 impl FilePath {
-    /// The path's components, at least one.
+    /// Returns the path's components, at least one.
     pub fn components(&self) -> impl DoubleEndedIterator<Item = &str> {
         self.0.split('/')
     }
 
-    /// The first component: the name that appears at the volume's root.
+    /// Returns the first component: the name that appears at the volume's root.
     pub fn first(&self) -> &str {
         self.0.split('/').next().unwrap_or(&self.0)
     }
 
-    /// The path as text.
+    /// Returns the path as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -113,7 +114,7 @@ impl TryFrom<String> for FilePath {
     }
 }
 
-/// Who may read a volume, as far as its provider does not say.
+/// The mode and the group of files, as far as the provider does not choose them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Access {
     /// The mode of files for which the provider gives none.
@@ -135,13 +136,13 @@ impl Default for Access {
 #[derive(Clone, PartialEq, Eq)]
 pub struct File {
     mode: Option<u32>,
-    /// What is in it.
+    /// The content.
     pub contents: Secret,
 }
 
 impl File {
-    /// A file with the mode that a provider gave. 0 means that it gave none; what lies beyond
-    /// the permission bits (a set-user-ID bit, a file type) is dropped, as in the existing driver.
+    /// Creates a file with the mode that a provider gave. 0 means that it gave none. Bits beyond the
+    /// permissions (a set-user-ID bit, a file type) are dropped, as in the existing driver.
     pub fn new(provider_mode: i32, contents: impl Into<Secret>) -> Self {
         let mode = (provider_mode != 0).then_some(provider_mode.cast_unsigned() & 0o777);
         Self {
@@ -150,7 +151,7 @@ impl File {
         }
     }
 
-    /// Permission bits, 0000 to 0777.
+    /// Returns the permission bits, 0000 to 0777.
     pub fn mode(&self) -> u32 {
         self.mode.unwrap_or(DEFAULT_MODE)
     }
@@ -165,10 +166,10 @@ pub struct Payload {
 }
 
 impl Payload {
-    /// Checks all files and the tree that they make.
+    /// Checks all files and the tree that they form.
     ///
     /// # Errors
-    /// The first file that is wrong, with its path and why.
+    /// Names the first file that is wrong, and the reason.
     pub fn new(files: impl IntoIterator<Item = (String, File)>) -> Result<Self, InvalidFile> {
         let mut tree = BTreeMap::new();
         for (path, file) in files {
@@ -189,7 +190,7 @@ impl Payload {
         })
     }
 
-    /// Gives the files what their provider left open.
+    /// Gives the files the default mode and the group, as far as their provider did not choose.
     #[must_use]
     pub fn accessible(mut self, access: Access) -> Self {
         for file in self.files.values_mut() {
@@ -199,43 +200,38 @@ impl Payload {
         self
     }
 
-    /// The group that everything in the volume belongs to, if it is to be a certain one.
+    /// Returns the group that everything in the volume must belong to, if one is set.
     pub fn group(&self) -> Option<u32> {
         self.group
     }
 
-    /// The files by path, in order.
+    /// Returns the files in the order of their paths.
     pub fn files(&self) -> impl Iterator<Item = (&FilePath, &File)> {
         self.files.iter()
     }
 
-    /// The content of a path.
-    pub fn get(&self, path: &FilePath) -> Option<&File> {
-        self.files.get(path)
-    }
-
-    /// How many files there are.
+    /// Returns the number of files.
     pub fn len(&self) -> usize {
         self.files.len()
     }
 
-    /// Whether there are none: the provider writes its files itself.
+    /// Returns whether there are no files: the provider writes its files itself.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty()
     }
 
-    /// How many directories the files need, without the root.
+    /// Returns the number of directories that the files need, without the root.
     pub fn directories(&self) -> usize {
         self.directories
     }
 
-    /// The names that appear at the volume's root.
+    /// Returns the names that appear at the volume's root.
     pub fn roots(&self) -> BTreeSet<&str> {
         self.files.keys().map(FilePath::first).collect()
     }
 }
 
-/// Counts the directories that the paths need, which are in order.
+/// Counts the directories that the paths need. The paths must be in order.
 fn count_directories<'a>(paths: impl Iterator<Item = &'a FilePath>) -> Result<usize, InvalidFile> {
     let mut count = 0;
     let mut before: Option<&FilePath> = None;
@@ -260,7 +256,7 @@ fn count_directories<'a>(paths: impl Iterator<Item = &'a FilePath>) -> Result<us
     Ok(count)
 }
 
-/// A file that a provider may not have. Its content is not in here.
+/// The error of a file that a provider may not send. It does not contain the file's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidFile {
     path: Quoted,
@@ -275,7 +271,7 @@ impl fmt::Display for InvalidFile {
 
 impl std::error::Error for InvalidFile {}
 
-/// A path out of a provider's answer as it may stand in a message: escaped and not too long.
+/// A path from a provider's answer, escaped and shortened for a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Quoted(String);
 

@@ -25,6 +25,7 @@
 //! error          the error of a CSI call
 //! secret         values that cannot be printed
 //! turns          who goes next
+//! hex            bytes as hexadecimal digits
 //! ```
 //!
 //! # Invariants
@@ -48,6 +49,7 @@ pub mod config;
 pub mod csi;
 pub mod error;
 pub mod files;
+pub mod hex;
 pub mod logging;
 pub mod memory;
 pub mod metrics;

@@ -200,7 +200,7 @@ fn cost(content: &Payload) -> u64 {
 /// What a volume holds, in bytes; nothing where nothing is mounted, or nothing can be seen.
 fn in_use(target: &Path) -> u64 {
     match mount::in_use(target) {
-        Ok(Some(in_use)) => in_use.bytes + OBJECT * in_use.objects + MOUNT,
+        Ok(Some(in_use)) => in_use.bytes + OBJECT * in_use.inodes + MOUNT,
         Ok(None) | Err(_) => 0,
     }
 }

@@ -30,10 +30,10 @@ use crate::{
         pod_status::{DesiredPodStatus, Written},
     },
     error::{Error, Reason, Result},
-    files::{Access, swap},
+    files::{Access, layout, open_root},
     memory::Memory,
     metrics::{Metrics, PublishGuard},
-    mount::{self, Held, State, Tmpfs},
+    mount::{self, TargetState, Tmpfs, VolumeMount},
     provider::{MountCall, Providers, Reply, Urgency},
     record::{self, Age, Content, Object, Pod, Record, Records},
     secret::SecretMap,
@@ -221,8 +221,8 @@ impl Volumes {
         let records = self.records.clone();
         let (id, path) = (volume_id.to_owned(), target.as_path().to_owned());
         let nothing_left = blocking(move || match mount::state(&path)? {
-            State::Absent => records.remove(&id).map(|()| true),
-            State::Directory | State::Mounted | State::NotADirectory => Ok(false),
+            TargetState::Absent => records.remove(&id).map(|()| true),
+            TargetState::Directory | TargetState::Mounted | TargetState::NotADirectory => Ok(false),
         });
         match nothing_left.await {
             Ok(true) => error,
@@ -432,13 +432,15 @@ impl Volumes {
                 .get(&volume_id)
                 .filter(|record| record.target_path == target && record.pod.uid == uid);
             let state = mount::state(&target)?;
-            let complete = state == State::Mounted
-                && match record.as_ref().map(|record| record.content) {
-                    Some(Content::Provider) => !swap::is_empty(&target)?,
-                    Some(Content::Driver) => swap::is_complete(&target)?,
+            let complete = state == TargetState::Mounted && {
+                let root = open_root(&target)?;
+                match record.as_ref().map(|record| record.content) {
+                    Some(Content::Provider) => !layout::is_empty(&root)?,
+                    Some(Content::Driver) => layout::is_complete(&root)?,
                     // Of an earlier driver, or of a publish that did not finish.
-                    None => swap::is_complete(&target)? || !swap::is_empty(&target)?,
-                };
+                    None => layout::is_complete(&root)? || !layout::is_empty(&root)?,
+                }
+            };
             Ok(Found {
                 record,
                 state,
@@ -456,7 +458,7 @@ impl Volumes {
     }
 
     /// Makes the directory and mounts an empty tmpfs on it.
-    async fn mount(&self, request: &PublishRequest) -> Result<(Undo, Arc<Held>)> {
+    async fn mount(&self, request: &PublishRequest) -> Result<(Undo, Arc<VolumeMount>)> {
         let tmpfs = Arc::clone(&self.tmpfs);
         let (memory, namespace) = (Arc::clone(&self.memory), request.pod.namespace.clone());
         let target = request.target.as_path().to_owned();
@@ -506,14 +508,12 @@ impl Volumes {
         } else {
             request.secrets.expose_json().map_err(no_json)?
         };
-        let attributes = attributes(class, request);
         self.providers
             .mount(MountCall {
                 provider: &class.provider,
                 namespace: &request.pod.namespace,
                 class: &request.class,
-                attributes: attributes.expose_json().map_err(no_json)?,
-                with_tokens: attributes.expose(TOKENS).is_some(),
+                attributes: attributes(class, request).expose_json().map_err(no_json)?,
                 secrets,
                 target: request.target.as_path(),
                 current,
@@ -592,7 +592,7 @@ impl Volumes {
 /// What [`Volumes::look`] found.
 struct Found {
     record: Option<Record>,
-    state: State,
+    state: TargetState,
     /// Whether the mount holds content.
     complete: bool,
 }
@@ -611,9 +611,11 @@ enum Plan<'a> {
 /// The decision. A directory proves nothing, and neither does a mount without a record.
 fn plan(found: &Found) -> Plan<'_> {
     match (found.state, &found.record) {
-        (State::Mounted, Some(record)) if found.complete => Plan::Keep(record),
-        (State::Mounted, _) => Plan::FillInPlace,
-        (State::Absent | State::Directory | State::NotADirectory, _) => Plan::MountAndFill,
+        (TargetState::Mounted, Some(record)) if found.complete => Plan::Keep(record),
+        (TargetState::Mounted, _) => Plan::FillInPlace,
+        (TargetState::Absent | TargetState::Directory | TargetState::NotADirectory, _) => {
+            Plan::MountAndFill
+        }
     }
 }
 
@@ -686,19 +688,19 @@ mod tests {
     }
 
     #[rstest]
-    #[case::published(true, State::Mounted, true, Does::Keep)]
-    #[case::killed_between_mount_and_write(false, State::Mounted, false, Does::Fill)]
-    #[case::killed_between_write_and_record(false, State::Mounted, true, Does::Fill)]
-    #[case::of_an_earlier_driver(false, State::Mounted, true, Does::Fill)]
-    #[case::content_lost(true, State::Mounted, false, Does::Fill)]
-    #[case::first(false, State::Absent, false, Does::Mount)]
-    #[case::a_directory_proves_nothing(false, State::Directory, false, Does::Mount)]
-    #[case::after_a_reboot(true, State::Directory, false, Does::Mount)]
-    #[case::directory_lost(true, State::Absent, false, Does::Mount)]
-    #[case::something_else_lies_there(false, State::NotADirectory, false, Does::Mount)]
+    #[case::published(true, TargetState::Mounted, true, Does::Keep)]
+    #[case::killed_between_mount_and_write(false, TargetState::Mounted, false, Does::Fill)]
+    #[case::killed_between_write_and_record(false, TargetState::Mounted, true, Does::Fill)]
+    #[case::of_an_earlier_driver(false, TargetState::Mounted, true, Does::Fill)]
+    #[case::content_lost(true, TargetState::Mounted, false, Does::Fill)]
+    #[case::first(false, TargetState::Absent, false, Does::Mount)]
+    #[case::a_directory_proves_nothing(false, TargetState::Directory, false, Does::Mount)]
+    #[case::after_a_reboot(true, TargetState::Directory, false, Does::Mount)]
+    #[case::directory_lost(true, TargetState::Absent, false, Does::Mount)]
+    #[case::something_else_lies_there(false, TargetState::NotADirectory, false, Does::Mount)]
     fn decisions(
         #[case] recorded: bool,
-        #[case] state: State,
+        #[case] state: TargetState,
         #[case] complete: bool,
         #[case] expected: Does,
     ) {

@@ -10,7 +10,7 @@ use std::{
 };
 
 /// The rooms from the top to the bottom, each with exactly the rooms that it uses.
-const ROOMS: [(&str, &[&str]); 17] = [
+const ROOMS: [(&str, &[&str]); 18] = [
     (
         "csi",
         &[
@@ -37,16 +37,17 @@ const ROOMS: [(&str, &[&str]); 17] = [
         "provider",
         &["error", "files", "metrics", "record", "secret"],
     ),
-    ("cluster", &["error", "record", "secret", "turns"]),
+    ("cluster", &["error", "hex", "record", "secret", "turns"]),
     ("metrics", &["config", "socket"]),
-    ("mount", &[]),
-    ("files", &["secret"]),
-    ("record", &[]),
+    ("mount", &["hex"]),
+    ("files", &["hex", "secret"]),
+    ("record", &["hex"]),
     ("config", &[]),
     ("socket", &[]),
     ("error", &[]),
     ("secret", &[]),
     ("turns", &[]),
+    ("hex", &[]),
 ];
 
 /// Crates that stop at certain rooms, each with exactly the rooms that use it.

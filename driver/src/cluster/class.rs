@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     error::{Error, Reason, Result},
+    hex,
     record::{self, is_object_name},
 };
 
@@ -195,10 +196,7 @@ fn addressed_to_us(annotations: BTreeMap<String, String>) -> BTreeMap<String, St
         .filter(|(name, _)| name.starts_with(OUR_ANNOTATIONS));
     let shortened = ours.map(|(name, mut value)| {
         if value.len() > MAX_ANNOTATION_LENGTH {
-            let hash: String = Sha256::digest(&value)
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect();
+            let hash = hex::digits(&Sha256::digest(&value));
             let mut end = MAX_ANNOTATION_LENGTH - hash.len();
             while !value.is_char_boundary(end) {
                 end -= 1;

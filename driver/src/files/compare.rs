@@ -20,7 +20,7 @@ use zeroize::Zeroizing;
 
 use super::{
     File, MAX_DEPTH, Payload, Quoted,
-    layout::{DATA, current, is_hidden, is_link_of_ours},
+    layout::{DATA, current, is_hidden, is_own_link},
     tree::{names, open_directory},
 };
 
@@ -46,8 +46,8 @@ fn differs<T>(path: &str, what: &'static str) -> Result<T, Difference> {
     })
 }
 
-/// Compares everything that a pod sees of a volume: names, contents, modes and the group. What
-/// cannot be looked at differs. Hidden names at the root, but for `..data`, are not compared.
+/// Compares everything that a pod sees of a volume: names, contents, modes and the group. An entry
+/// that cannot be examined differs. Hidden names at the root, except for `..data`, are not compared.
 pub(super) fn compare(root: &OwnedFd, payload: &Payload) -> Compared {
     let current = current(root).ok().flatten();
     let Some(data) = current.and_then(|name| open_directory(root.as_fd(), name.as_str()).ok())
@@ -72,7 +72,7 @@ pub(super) fn compare(root: &OwnedFd, payload: &Payload) -> Compared {
 }
 
 fn same_names(root: &OwnedFd, payload: &Payload) -> Compared {
-    let wanted = payload.roots();
+    let roots = payload.roots();
     let Ok(found) = names(root.as_fd()) else {
         return differs("/", "cannot be listed");
     };
@@ -81,10 +81,10 @@ fn same_names(root: &OwnedFd, payload: &Payload) -> Compared {
             continue;
         }
         match name.to_str() {
-            Ok(name) if !wanted.contains(name) => {
+            Ok(name) if !roots.contains(name) => {
                 return differs(name, "is there and is not part of the content");
             }
-            Ok(name) if !is_link_of_ours(root, name) => {
+            Ok(name) if !is_own_link(root, name) => {
                 return differs(name, "is not the link that leads to the content");
             }
             Ok(_) => {}
@@ -94,7 +94,7 @@ fn same_names(root: &OwnedFd, payload: &Payload) -> Compared {
     Ok(())
 }
 
-fn same_file(root: &OwnedFd, path: &str, wanted: &File, group: Option<u32>) -> Compared {
+fn same_file(root: &OwnedFd, path: &str, expected: &File, group: Option<u32>) -> Compared {
     let file = match open_as_a_pod_does(root, path) {
         Ok(file) => StdFile::from(file),
         Err(Errno::ENOENT) => return differs(path, "is missing"),
@@ -106,21 +106,21 @@ fn same_file(root: &OwnedFd, path: &str, wanted: &File, group: Option<u32>) -> C
     if !metadata.is_file() {
         return differs(path, "is not a regular file");
     }
-    if metadata.mode() & 0o7777 != wanted.mode() {
+    if metadata.mode() & 0o7777 != expected.mode() {
         return differs(path, "has another mode");
     }
     if group.is_some_and(|group| metadata.gid() != group) {
         return differs(path, "does not belong to the volume's group");
     }
-    match same_content(file, metadata.len(), wanted.contents.expose()) {
+    match same_content(file, metadata.len(), expected.contents.expose()) {
         Ok(true) => Ok(()),
         Ok(false) => differs(path, "has another content"),
         Err(_) => differs(path, "cannot be read"),
     }
 }
 
-/// Follows the links at the root, as a pod does, but leaves neither the volume nor its file
-/// system, and waits for nobody: a pipe would not open before somebody writes to it.
+/// Opens a file through the links at the root, as a pod does, but only within the volume and its file
+/// system, and without waiting for a writer where the file is a pipe.
 fn open_as_a_pod_does(root: &OwnedFd, path: &str) -> nix::Result<OwnedFd> {
     let how = OpenHow::new()
         .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
@@ -133,23 +133,23 @@ fn open_as_a_pod_does(root: &OwnedFd, path: &str) -> nix::Result<OwnedFd> {
 }
 
 /// Reads a page at a time, so that no second copy of the secret lies in memory.
-fn same_content(mut file: StdFile, length: u64, wanted: &[u8]) -> io::Result<bool> {
-    if length != wanted.len() as u64 {
+fn same_content(mut file: StdFile, length: u64, expected: &[u8]) -> io::Result<bool> {
+    if length != expected.len() as u64 {
         return Ok(false);
     }
     let mut page = Zeroizing::new([0_u8; 4096]);
-    let mut rest = wanted;
+    let mut rest = expected;
     while !rest.is_empty() {
         let read = file.read(&mut page[..])?;
         match (rest.get(..read), page.get(..read)) {
-            (Some(expected), Some(found)) if read > 0 && expected == found => rest = &rest[read..],
+            (Some(next), Some(found)) if read > 0 && next == found => rest = &rest[read..],
             _ => return Ok(false),
         }
     }
     Ok(true)
 }
 
-/// How many entries may still be found below the directory of content.
+/// The number of entries that may still be found below the directory of content.
 struct Left {
     files: usize,
     directories: usize,
@@ -157,7 +157,7 @@ struct Left {
 }
 
 impl Left {
-    /// Goes down no deeper than a payload may be.
+    /// Counts what lies in a directory, no deeper than a payload may be.
     fn count(&mut self, directory: &OwnedFd, prefix: &str, depth: usize) -> Compared {
         if depth > MAX_DEPTH {
             return differs(prefix, "is deeper than any path of the content");

@@ -1,5 +1,5 @@
-//! Generates payloads for tests: over every character that a path may hold, with names that are
-//! beginnings of one another, of one file up to two hundred.
+//! Generates payloads for tests: of one to two hundred files, with every character that a path may
+//! hold, and with names that are prefixes of one another.
 
 use std::collections::BTreeMap;
 
@@ -7,11 +7,11 @@ use proptest::prelude::*;
 
 use super::{File, Payload};
 
-/// Contents and modes by path.
+/// The contents and modes of files by path.
 pub(super) type Files = BTreeMap<String, (Vec<u8>, i32)>;
 
-/// A name at one level. Most are made of few beginnings and endings, so that they meet: endings
-/// sort before and after the slash.
+/// Generates a name at one level. Most are made of few beginnings and endings, so that they meet. The
+/// endings sort before and after the slash.
 fn name() -> impl Strategy<Value = String> {
     const BEGINNINGS: [&str; 6] = ["a", "app", "db", "tls", ".env", "ä"];
     const ENDINGS: [&str; 16] = [
@@ -46,7 +46,7 @@ fn content() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-/// The files of a volume, without those whose paths others need to be directories.
+/// Generates the files of a volume, without those whose paths others need to be directories.
 pub(super) fn files() -> impl Strategy<Value = Files> {
     let mode = prop::sample::select(&[0, 0o400, 0o440, 0o640, 0o604, 0o777][..]);
     let file = (path(), (content(), mode)).boxed();
@@ -71,7 +71,7 @@ pub(super) fn files() -> impl Strategy<Value = Files> {
     })
 }
 
-/// The payload of such files.
+/// Returns the payload of such files.
 pub(super) fn payload(files: &Files) -> Payload {
     let files = files
         .iter()

@@ -1,6 +1,7 @@
-//! Names what lies at the root of a volume.
+//! Reads what lies at the root of a volume.
 //!
-//! The layout is the one that kubelet's own atomic writer makes, which readers know:
+//! The layout is the one that kubelet's own atomic writer makes
+//! (`pkg/volume/util/atomic_writer.go` in Kubernetes), which readers know:
 //!
 //! ```text
 //! password -> ..data/password
@@ -8,17 +9,87 @@
 //! ..2026_11_23_16_19_05.123456789/password
 //! ```
 //!
-//! A directory whose name is a moment is a generation: the content of the volume from that moment
-//! on. Every name that starts with `..` is hidden: no path of a payload has one.
+//! A directory that is named after a moment is a generation: the content of the volume from that
+//! moment on. Every name that starts with `..` is hidden: no path of a payload has one.
 
-use std::{ffi::CStr, io, os::fd::OwnedFd};
+use std::{
+    ffi::CStr,
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+};
 
 use nix::{errno::Errno, fcntl::readlinkat};
 
-use super::tree::At as _;
+use super::tree::{At as _, about, names, open_directory, remove_at};
 
 /// The link that leads to the current generation.
 pub(super) const DATA: &str = "..data";
+
+/// Returns whether content has been committed: `..data` leads to a directory.
+///
+/// # Errors
+/// When the volume cannot be examined.
+pub fn is_complete(root: &OwnedFd) -> io::Result<bool> {
+    let current = current(root)?;
+    Ok(current.is_some_and(|name| open_directory(root.as_fd(), name.as_str()).is_ok()))
+}
+
+/// Returns whether a volume has nothing that a pod takes for content. Hidden names do not count,
+/// except for what `..data` leads to.
+///
+/// # Errors
+/// When the volume cannot be listed.
+pub fn is_empty(root: &OwnedFd) -> io::Result<bool> {
+    if !all_hidden(root)? {
+        return Ok(false);
+    }
+    let Some(name) = current(root)? else {
+        return Ok(true);
+    };
+    match open_directory(root.as_fd(), name.as_str()) {
+        Ok(content) => all_hidden(&content),
+        Err(error) if is_no_directory(&error) => Ok(true),
+        Err(error) => Err(about(error, DATA)),
+    }
+}
+
+fn is_no_directory(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP))
+}
+
+fn all_hidden(directory: &OwnedFd) -> io::Result<bool> {
+    Ok(names(directory.as_fd())?.iter().all(|name| is_hidden(name)))
+}
+
+/// Returns whether something at the root was not written by the driver: files of a provider that
+/// writes them itself.
+///
+/// # Errors
+/// When the volume cannot be listed.
+pub fn has_foreign_entries(root: &OwnedFd) -> io::Result<bool> {
+    let names = names(root.as_fd())?;
+    Ok(names.iter().any(|name| !is_own(root, name)))
+}
+
+/// Removes what the driver wrote, and leaves what a provider wrote beside it.
+///
+/// # Errors
+/// The system's error, with the path.
+pub fn remove_own(root: &OwnedFd) -> io::Result<()> {
+    for name in names(root.as_fd())? {
+        if is_own(root, &name) {
+            remove_at(root.as_fd(), name.as_c_str())?;
+        }
+    }
+    Ok(())
+}
+
+/// Returns whether the driver makes entries of this name and kind at the root.
+fn is_own(root: &OwnedFd, name: &CStr) -> bool {
+    let is_link = || name.to_str().is_ok_and(|name| is_own_link(root, name));
+    is_hidden(name) || is_link()
+}
 
 /// Returns a name for a generation like kubelet's, which sorts by time.
 pub(super) fn fresh_name() -> String {
@@ -27,7 +98,7 @@ pub(super) fn fresh_name() -> String {
         .to_string()
 }
 
-/// Whether a name at the root is one that [`fresh_name`] makes.
+/// Returns whether a name at the root is one that [`fresh_name`] makes.
 pub(super) fn is_generation(name: &CStr) -> bool {
     name.to_bytes()
         .strip_prefix(b"..")
@@ -35,12 +106,12 @@ pub(super) fn is_generation(name: &CStr) -> bool {
         .is_some_and(u8::is_ascii_digit)
 }
 
-/// Whether a name at the root is for the driver's own use.
+/// Returns whether a name at the root is reserved for the driver.
 pub(super) fn is_hidden(name: &CStr) -> bool {
     name.to_bytes().starts_with(b"..")
 }
 
-/// Returns where `..data` leads, if it leads to a directory beside it.
+/// Returns the name that `..data` leads to, if it is one beside it.
 pub(super) fn current(root: &OwnedFd) -> io::Result<Option<String>> {
     match readlinkat(root, DATA) {
         Ok(target) => Ok(target
@@ -52,8 +123,8 @@ pub(super) fn current(root: &OwnedFd) -> io::Result<Option<String>> {
     }
 }
 
-/// Whether `name` at the root is a link to `..data/name`.
-pub(super) fn is_link_of_ours(root: &OwnedFd, name: &str) -> bool {
+/// Returns whether `name` at the root is a link to `..data/name`.
+pub(super) fn is_own_link(root: &OwnedFd, name: &str) -> bool {
     readlinkat(root, name).is_ok_and(|target| {
         target
             .to_str()

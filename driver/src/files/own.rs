@@ -1,4 +1,4 @@
-//! Gives files that a provider wrote itself the group of their volume, and its mode.
+//! Gives files that a provider wrote itself the group of their volume, and its default mode.
 
 use std::{
     ffi::CStr,
@@ -18,17 +18,18 @@ use super::{
     tree::{about, first_names},
 };
 
-/// A provider's own writing has no bounds; what is beyond these is not a volume of secrets. The
-/// hidden directory of an atomic writer is one level more than its files need.
+/// The most levels of directories that are entered: those of a path, and the hidden directory of an
+/// atomic writer. Nothing else bounds what a provider writes itself.
 const DEEPEST: usize = 33;
+/// The most files and directories that are changed.
 const MOST_ENTRIES: usize = 20_000;
 
-/// Gives everything in a volume, whose root is open, its group, and its default mode to files that have the mode that
-/// providers are asked for: another mode is one that the provider chose. Links are not followed,
-/// and what is mounted below is left alone.
+/// Gives everything in a volume, whose root is open, the volume's group. Files that have the mode
+/// that providers are asked for get the volume's default mode; another mode is one that the provider
+/// chose. Links are not followed, and mounts below are left alone.
 ///
 /// # Errors
-/// What the system says, with the name, or that there is more than is looked at.
+/// The system's error, with the name, or that there are too many or too deep directories.
 pub fn adopt(root: &OwnedFd, access: Access) -> io::Result<()> {
     let mut left = MOST_ENTRIES;
     below(root, access, &mut left, 0)
@@ -65,7 +66,7 @@ fn entry(
     let file = match openat2(directory, name, how) {
         Ok(file) => file,
         Err(Errno::ELOOP) => return give_link(directory, name, access),
-        // Gone meanwhile; a mount; a socket; a device without a driver.
+        // It has gone meanwhile, or is a mount, a socket, or a device without a driver.
         Err(Errno::ENOENT | Errno::EXDEV | Errno::ENXIO | Errno::ENODEV) => return Ok(()),
         Err(errno) => return Err(not_opened(directory, name, errno)),
     };
@@ -86,7 +87,7 @@ fn entry(
     }
 }
 
-/// Says why an entry cannot be opened. A volume is mounted so that no device in it can.
+/// Returns the error of an entry that cannot be opened. A volume is mounted without devices.
 fn not_opened(directory: &OwnedFd, name: &CStr, errno: Errno) -> io::Error {
     let kind = fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)
         .map(|stat| SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()));
@@ -146,11 +147,12 @@ mod tests {
         super::adopt(&open_root(volume)?, access)
     }
 
-    /// A group that this user may give files to, another than his own if he may.
+    /// Returns a group that this user may give files to, another than their own if possible.
     fn group() -> u32 {
-        match geteuid().is_root() {
-            true => 1004,
-            false => getegid().as_raw(),
+        if geteuid().is_root() {
+            1004
+        } else {
+            getegid().as_raw()
         }
     }
 
@@ -168,7 +170,7 @@ mod tests {
             hidden in any::<bool>(),
         ) {
             let volume = tempfile::tempdir().unwrap();
-            // As an atomic writer of its own puts them, or as they are.
+            // In the directory of an atomic writer, or directly at the root.
             let base = if hidden { "..2026_11_25" } else { "." };
             for (path, (content, mode)) in &files {
                 let path = volume.path().join(base).join(path);
@@ -222,7 +224,7 @@ mod tests {
         fs::write(volume.join("own"), "x").unwrap();
         fs::set_permissions(volume.join("own"), fs::Permissions::from_mode(0o644)).unwrap();
         let before = (of(&outside), of(&kept));
-        // In a namespace of an ordinary user there is one group.
+        // The namespace of an ordinary user has one group.
         let group = fs::metadata(&volume).unwrap().gid();
         let group = if fs::read_to_string("/proc/self/uid_map")
             .unwrap()

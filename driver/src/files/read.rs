@@ -1,8 +1,7 @@
-//! Reads a volume's content back, for whoever mirrors it.
+//! Reads a volume's content back, for the Secrets that are made of it.
 //!
-//! What a provider wrote itself is read as well as what the driver wrote, so nothing that lies
-//! there is trusted: no link is followed, but for the one at the root by which an atomic writer
-//! names the current content, and that only to a directory beside it.
+//! Content that a provider wrote itself is not trusted: the only link that is followed is the one at
+//! the root by which an atomic writer names the current content, and only to a directory beside it.
 
 use std::{
     cell::RefCell,
@@ -26,43 +25,43 @@ use super::{
     layout::current,
     tree::{about, names, open_beneath, open_directory, open_root},
 };
-use crate::secret::Secret;
+use crate::{hex, secret::Secret};
 
-/// No directories deeper than this, and no more files: a provider's own writing has no bounds.
+/// The most levels of directories that are read. Nothing else bounds what a provider writes itself.
 const DEEPEST: usize = 32;
+/// The most files that are read.
 const MOST_FILES: usize = 10_000;
-/// How often content is read that is replaced each time meanwhile.
+/// The number of attempts to read content that is replaced meanwhile.
 const ATTEMPTS: usize = 5;
 
-/// Which of a volume's contents one is.
+/// The identity of one content of a volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Version {
     /// The name of the directory that `..data` leads to; empty where there is none, because a
     /// provider wrote the files itself.
     pub directory: String,
-    /// When the content came to be as it is: looking at it or writing the same again does not
-    /// change that.
+    /// When the content was written. Reading it or writing the same again does not change this.
     pub since: Timestamp,
 }
 
-/// A volume's content at one moment.
+/// The content of a volume at one moment.
 pub struct Snapshot {
-    /// Contents by path.
+    /// The contents of files by path.
     pub files: BTreeMap<String, Secret>,
-    /// Whether everything that was wanted is there. Otherwise it is more than was to be read.
+    /// Whether all requested files are in it. Otherwise there are more than may be read.
     pub is_all: bool,
-    /// Which content it is.
+    /// The content's identity.
     pub version: Version,
 }
 
-/// Reads the files of a volume, whose root is open, whose path `wanted` says yes to, as long as they
-/// have no more than `most_bytes` together.
+/// Reads the files of a volume, whose root is open, for whose path `wanted` returns true, as long as
+/// they have no more than `most_bytes` together.
 ///
-/// All of them are of one moment: if the content is replaced or a file goes meanwhile, the volume is
-/// read again. Only what is no regular file is left out.
+/// All files are of one moment: if the content is replaced or a file goes meanwhile, the volume is
+/// read again. Only entries that are no regular files are left out.
 ///
 /// # Errors
-/// What the system says. NotFound also when the content was replaced each time that it was read;
+/// The system's error. `NotFound` also means that the content was replaced during each attempt;
 /// trying again helps.
 pub fn snapshot(
     root: &OwnedFd,
@@ -72,11 +71,10 @@ pub fn snapshot(
     unchanged(|| read(root, most_bytes, &wanted))
 }
 
-/// Returns how many files a volume has, and a digest of their names and of those at its root that
-/// lead readers to them.
+/// Returns how many files a volume has, and a digest of their names and of the names at its root.
 ///
 /// # Errors
-/// As [`snapshot`]; NotFound also when a link leads nowhere.
+/// The same as for [`snapshot`]; `NotFound` also means that a link leads nowhere.
 pub fn all_names(volume: &Path) -> io::Result<(usize, String)> {
     let root = open_root(volume)?;
     unchanged(|| {
@@ -100,13 +98,11 @@ pub fn all_names(volume: &Path) -> io::Result<(usize, String)> {
             digest.update(name);
             digest.update([0]);
         }
-        let bytes = digest.finalize();
-        let digest = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok((found.len(), digest))
+        Ok((found.len(), hex::digits(&digest.finalize())))
     })
 }
 
-/// Reads until nothing changes meanwhile.
+/// Repeats `read` until nothing changes meanwhile.
 fn unchanged<T>(read: impl Fn() -> Result<T, Unread>) -> io::Result<T> {
     for _ in 0..ATTEMPTS {
         match read() {
@@ -121,7 +117,7 @@ fn unchanged<T>(read: impl Fn() -> Result<T, Unread>) -> io::Result<T> {
     ))
 }
 
-/// Why there is no snapshot.
+/// The reason why there is no snapshot.
 enum Unread {
     /// Something changed while it was read.
     Changed,
@@ -154,25 +150,17 @@ fn read(
         },
     };
     reader.read_below(&tree, "", 0)?;
-    match current(root)?.unwrap_or_default() == directory {
-        true => Ok(reader.snapshot),
-        false => Err(Unread::Changed),
+    if current(root)?.unwrap_or_default() != directory {
+        return Err(Unread::Changed);
     }
+    Ok(reader.snapshot)
 }
 
-/// Returns which content a volume has.
+/// Returns the identity of the content of a volume, whose root is open.
 ///
 /// # Errors
-/// What the system says.
-pub fn version(volume: &Path) -> io::Result<Version> {
-    version_in(&open_root(volume)?)
-}
-
-/// As [`version`], of a volume whose root is open.
-///
-/// # Errors
-/// As [`version`].
-pub fn version_in(root: &OwnedFd) -> io::Result<Version> {
+/// The system's error.
+pub fn version(root: &OwnedFd) -> io::Result<Version> {
     open(root).map(|(_, version)| version)
 }
 
@@ -185,19 +173,19 @@ fn open(root: &OwnedFd) -> io::Result<(OwnedFd, Version)> {
     };
     let since = match since {
         Some(since) => since,
-        None => changed(&tree)?,
+        None => modified(&tree)?,
     };
     let directory = name.unwrap_or_default();
     Ok((tree, Version { directory, since }))
 }
 
-/// The moment that the name of a directory tells: `..2026_11_23_16_19_05.123456789`.
+/// Returns the moment in the name of a directory: `..2026_11_23_16_19_05.123456789`.
 fn time_in(name: &str) -> Option<Timestamp> {
     let time = DateTime::strptime("..%Y_%m_%d_%H_%M_%S.%f", name).ok()?;
     Some(time.to_zoned(TimeZone::UTC).ok()?.timestamp())
 }
 
-fn changed(directory: &OwnedFd) -> io::Result<Timestamp> {
+fn modified(directory: &OwnedFd) -> io::Result<Timestamp> {
     let modified = StdFile::from(directory.try_clone()?)
         .metadata()?
         .modified()?;
@@ -211,7 +199,7 @@ fn changed(directory: &OwnedFd) -> io::Result<Timestamp> {
 /// Reads what lies below a directory into a snapshot.
 struct Reader<'a, W> {
     wanted: &'a W,
-    /// How many bytes may still be read.
+    /// The number of bytes that may still be read.
     room: u64,
     snapshot: Snapshot,
 }
@@ -229,11 +217,11 @@ impl<W: Fn(&str) -> bool> Reader<'_, W> {
                 continue;
             }
             let path = format!("{prefix}{name}");
-            // Without waiting for whoever might write to a pipe.
+            // Does not wait for a writer where the file is a pipe.
             let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
             let file = match open_beneath(directory, name, flags, Mode::empty()) {
                 Ok(file) => StdFile::from(file),
-                // A link, a socket, or a device without a driver.
+                // It is a link, a socket, or a device without a driver.
                 Err(Errno::ELOOP | Errno::ENXIO | Errno::ENODEV) => continue,
                 Err(errno) => return Err(about(errno.into(), format!("{path:?}")).into()),
             };
@@ -266,13 +254,13 @@ impl<W: Fn(&str) -> bool> Reader<'_, W> {
             return Ok(());
         };
         self.room = left;
-        // One byte more than it should need, so that the buffer is not moved while it grows: a
-        // moved buffer leaves a copy of the secret behind.
+        // One byte more than needed, so that the buffer does not grow: a buffer that moves leaves a
+        // copy of the secret behind.
         let length = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
         let mut content = Zeroizing::new(Vec::with_capacity(length.saturating_add(1)));
         let read = (&mut file).take(metadata.len()).read_to_end(&mut content)?;
         let after = file.metadata()?;
-        // A provider that writes its files itself may write into one that is there.
+        // A provider that writes its files itself may write into an existing one.
         let written = |m: &Metadata| (m.len(), m.mtime(), m.mtime_nsec());
         if read as u64 != metadata.len() || written(metadata) != written(&after) {
             return Err(Unread::Changed);
@@ -363,7 +351,7 @@ mod tests {
             texts(&snapshot(&volume, u64::MAX, |_| true).unwrap()),
             expected
         );
-        // Nor does its own ..data, out of the volume.
+        // The same holds for a ..data that leads out of the volume.
         symlink("..", volume.join("..data")).unwrap();
         assert_eq!(
             texts(&snapshot(&volume, u64::MAX, |_| true).unwrap()),
@@ -405,7 +393,7 @@ mod tests {
                             snapshot.files.len(),
                             texts(&snapshot).into_values().collect::<BTreeSet<_>>(),
                         )),
-                        // Nobody can read what is replaced all the time.
+                        // Content that is replaced all the time cannot be read.
                         Err(error) => assert_eq!(error.kind(), io::ErrorKind::NotFound),
                     }
                 }
@@ -450,7 +438,7 @@ mod tests {
         );
     }
 
-    /// A provider that puts a pipe where a file was, between a look and an open.
+    /// The provider puts a pipe where a file was, between the examination of a file and its opening.
     #[test]
     fn no_pipe_holds_a_reader_or_a_writer_up() {
         let dir = tempfile::tempdir().unwrap();

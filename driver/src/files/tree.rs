@@ -1,4 +1,4 @@
-//! Opens, lists and removes what lies below a directory, by descriptors and never through a link.
+//! Opens, lists and removes the entries of a directory, by descriptors and never through a link.
 
 use std::{
     ffi::CString,
@@ -17,14 +17,18 @@ use nix::{
     unistd::{UnlinkatFlags, unlinkat},
 };
 
-/// How many names of a directory that is emptied are held in memory.
+/// The number of names of a directory that are read at a time while it is cleared.
 const BATCH: usize = 1024;
-/// How often somebody else may put something into a directory that is being removed.
+/// The number of attempts to remove a directory into which others keep writing.
 const MOST_TRIES: usize = 100;
-/// How many directories a tree that is removed may have: more than memory has room for.
+/// The number of directories that a removed tree may have: more than memory has room for.
 const MOST_MOVES: u64 = 1 << 32;
 
-pub(super) fn open_root(volume: &Path) -> io::Result<OwnedFd> {
+/// Opens a directory such as the root of a volume.
+///
+/// # Errors
+/// The system's error, with the path.
+pub fn open_root(volume: &Path) -> io::Result<OwnedFd> {
     nix::fcntl::open(volume, directory_flags(), Mode::empty()).at(volume.display())
 }
 
@@ -39,7 +43,7 @@ pub(super) fn open_directory<N: NixPath + ?Sized>(
     Ok(openat(parent, name, directory_flags(), Mode::empty())?)
 }
 
-/// openat2(2) with the resolution confined below `parent`: no "..", no links, no way out.
+/// Opens a path with openat2(2), which resolves no link and nothing outside of `parent`.
 pub(super) fn open_beneath(
     parent: &OwnedFd,
     path: &str,
@@ -58,7 +62,7 @@ pub(super) fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
     first_names(directory, usize::MAX)
 }
 
-/// Returns no more than `most` of them.
+/// Returns the first `most` entries of a directory, without "." and "..".
 pub(super) fn first_names(directory: BorrowedFd<'_>, most: usize) -> io::Result<Vec<CString>> {
     let mut dir = Dir::openat(directory, ".", directory_flags(), Mode::empty())?;
     let mut names = Vec::new();
@@ -74,30 +78,34 @@ pub(super) fn first_names(directory: BorrowedFd<'_>, most: usize) -> io::Result<
     Ok(names)
 }
 
-/// Removes a file, a link (not what it leads to) or a tree. Nothing there is success, also when
-/// somebody else removes the same.
+/// Removes a file, a link (not what it leads to) or a tree. Succeeds if nothing is there, also when
+/// others remove the same.
 ///
 /// A tree may have any depth and any number of entries: there are never more than three
-/// descriptors and [`BATCH`] names in use. What is mounted below is not entered.
+/// descriptors and [`BATCH`] names in use. Mounts below are not entered.
 ///
 /// # Errors
-/// What the system says; EBUSY where something is mounted.
+/// The system's error; EBUSY where something is mounted.
 pub(super) fn remove_at<N: NixPath + ?Sized>(parent: BorrowedFd<'_>, name: &N) -> io::Result<()> {
     for _ in 0..MOST_TRIES {
-        if remove_entry(parent, name)? == Entry::Gone {
+        if remove_entry(parent, name)? == Removal::Gone {
             return Ok(());
         }
         if let Some(directory) = open_to_remove(parent, name)? {
-            empty(directory.as_fd())?;
+            clear(directory.as_fd())?;
         }
     }
     Err(io::Error::other("others write into it while it is removed"))
 }
 
-/// Removes everything in a directory, as [`remove_at`] does.
+/// Removes everything in a directory that is open, never through a link and never beyond its own
+/// mount.
 ///
-/// Directories are not gone into: what a directory holds is moved up until it is empty.
-pub(super) fn empty(directory: BorrowedFd<'_>) -> io::Result<()> {
+/// Subdirectories are not descended into: their entries are moved up until they are empty.
+///
+/// # Errors
+/// The system's error; EBUSY where something is mounted.
+pub fn clear(directory: BorrowedFd<'_>) -> io::Result<()> {
     let mut moved = 0;
     loop {
         let batch = present(first_names(directory, BATCH))?.unwrap_or_default();
@@ -105,18 +113,33 @@ pub(super) fn empty(directory: BorrowedFd<'_>) -> io::Result<()> {
             return Ok(());
         }
         for name in batch {
-            if remove_entry(directory, name.as_c_str())? == Entry::Full
+            if remove_entry(directory, name.as_c_str())? == Removal::NotEmpty
                 && let Some(below) = open_to_remove(directory, name.as_c_str())?
             {
                 move_up(below.as_fd(), directory, &mut moved)?;
-                // Not empty again: the next batch has it.
+                // If it is not empty again, the next batch has it.
                 remove_entry(directory, name.as_c_str())?;
             }
         }
     }
 }
 
-/// Removes the files of a directory and moves its directories into the one above.
+/// Removes the directory of a target on which nothing is mounted, and what an interrupted publish
+/// left in it. Succeeds if nothing is there.
+///
+/// # Errors
+/// The system's error; EBUSY where something is mounted.
+pub fn remove_target(target: &Path) -> io::Result<()> {
+    let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    };
+    match open_root(parent) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        parent => remove_at(parent?.as_fd(), name),
+    }
+}
+
+/// Removes the files of the directory `from` and moves its subdirectories into `to`.
 fn move_up(from: BorrowedFd<'_>, to: BorrowedFd<'_>, moved: &mut u64) -> io::Result<()> {
     loop {
         let batch = present(first_names(from, BATCH))?.unwrap_or_default();
@@ -124,7 +147,7 @@ fn move_up(from: BorrowedFd<'_>, to: BorrowedFd<'_>, moved: &mut u64) -> io::Res
             return Ok(());
         }
         for name in batch {
-            if remove_entry(from, name.as_c_str())? == Entry::Gone {
+            if remove_entry(from, name.as_c_str())? == Removal::Gone {
                 continue;
             }
             loop {
@@ -132,11 +155,11 @@ fn move_up(from: BorrowedFd<'_>, to: BorrowedFd<'_>, moved: &mut u64) -> io::Res
                 let free = format!("..removed_{moved}");
                 match renameat(from, name.as_c_str(), to, free.as_str()) {
                     Ok(()) => break,
-                    // Who removed the one above has moved all of this up before.
+                    // Another caller has removed `to`, and moved all of this up before.
                     Err(Errno::ENOENT) if fstat(to)?.st_nlink == 0 => return Ok(()),
                     Err(Errno::ENOENT) => break,
                     Err(Errno::EEXIST | Errno::ENOTEMPTY | Errno::ENOTDIR) => {}
-                    // Its owner, if that is not root, needs to be able to write into it.
+                    // Renaming a directory needs the permission to write into it.
                     Err(Errno::EACCES) => drop(open_to_remove(from, name.as_c_str())?),
                     Err(errno) => return Err(errno).at(name.to_string_lossy()),
                 }
@@ -150,33 +173,33 @@ fn move_up(from: BorrowedFd<'_>, to: BorrowedFd<'_>, moved: &mut u64) -> io::Res
     }
 }
 
-/// What became of an entry that was to be removed.
+/// The result of an attempt to remove an entry.
 #[derive(PartialEq, Eq)]
-enum Entry {
+enum Removal {
     /// It is not there any more.
     Gone,
     /// It is a directory with something in it.
-    Full,
+    NotEmpty,
 }
 
-fn remove_entry<N: NixPath + ?Sized>(parent: BorrowedFd<'_>, name: &N) -> io::Result<Entry> {
+fn remove_entry<N: NixPath + ?Sized>(parent: BorrowedFd<'_>, name: &N) -> io::Result<Removal> {
     let unlinked = unlinkat(parent, name, UnlinkatFlags::NoRemoveDir);
     match unlinked {
-        Ok(()) | Err(Errno::ENOENT) => return Ok(Entry::Gone),
+        Ok(()) | Err(Errno::ENOENT) => return Ok(Removal::Gone),
         Err(Errno::EISDIR | Errno::EPERM) => {}
         Err(errno) => return Err(errno.into()),
     }
     match unlinkat(parent, name, UnlinkatFlags::RemoveDir) {
-        Ok(()) | Err(Errno::ENOENT) => Ok(Entry::Gone),
-        Err(Errno::ENOTEMPTY | Errno::EEXIST) => Ok(Entry::Full),
-        // A file that may not be removed.
-        Err(Errno::ENOTDIR) => unlinked.map(|()| Entry::Gone).map_err(Into::into),
+        Ok(()) | Err(Errno::ENOENT) => Ok(Removal::Gone),
+        Err(Errno::ENOTEMPTY | Errno::EEXIST) => Ok(Removal::NotEmpty),
+        // It is a file that may not be removed.
+        Err(Errno::ENOTDIR) => unlinked.map(|()| Removal::Gone).map_err(Into::into),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// Opens a directory whose entries are to be removed, whatever its mode is. None: it has gone, or
-/// is no directory any more.
+/// Opens a directory whose entries are to be removed, whatever its mode is. Returns nothing if it
+/// has gone, or is no directory any more.
 fn open_to_remove<N: NixPath + ?Sized>(
     parent: BorrowedFd<'_>,
     name: &N,
@@ -212,7 +235,7 @@ fn open_to_remove<N: NixPath + ?Sized>(
     Ok(opened)
 }
 
-/// None for what has gone meanwhile.
+/// Turns the errors of an entry that has gone meanwhile into `None`.
 fn present<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(found) => Ok(Some(found)),
@@ -228,12 +251,13 @@ fn present<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
+/// Adds to an error what it is about.
 pub(super) fn about(error: io::Error, what: impl Display) -> io::Error {
     io::Error::new(error.kind(), format!("{what}: {error}"))
 }
 
 pub(super) trait At<T> {
-    /// Says which path an error is about.
+    /// Adds to an error the path that it is about.
     fn at(self, what: impl Display) -> io::Result<T>;
 }
 
@@ -258,7 +282,7 @@ mod tests {
 
     use crate::mount::alone::{Own, alone};
 
-    /// Makes a directory in which each directory holds one other, and a file, `depth` times.
+    /// Makes a tree in which each directory holds a file and one other directory, `depth` times.
     fn deep(parent: &Path, depth: usize) {
         let mut here = open_root(parent).unwrap();
         for level in 0..depth {
@@ -274,7 +298,7 @@ mod tests {
         fs::read_dir(directory).unwrap().next().is_none()
     }
 
-    /// In a process of its own, because the limit of descriptors is the process's.
+    /// Runs in a process of its own, because the limit of descriptors is the process's.
     #[test]
     fn any_depth_and_any_number_are_removed_with_few_descriptors() {
         const NAME: &str =
@@ -294,8 +318,21 @@ mod tests {
         }
         remove_at(open_root(dir.path()).unwrap().as_fd(), "bush").unwrap();
         assert!(!dir.path().join("bush").exists());
-        empty(open_root(dir.path()).unwrap().as_fd()).unwrap();
+        clear(open_root(dir.path()).unwrap().as_fd()).unwrap();
         assert!(is_empty(dir.path()));
+    }
+
+    #[test]
+    fn clearing_never_goes_through_a_link() {
+        let outside = tempfile::tempdir().unwrap();
+        fs::write(outside.path().join("kept"), "x").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        symlink(outside.path(), dir.path().join("out")).unwrap();
+        fs::create_dir(dir.path().join("dir")).unwrap();
+        symlink(outside.path(), dir.path().join("dir/out")).unwrap();
+        clear(open_root(dir.path()).unwrap().as_fd()).unwrap();
+        assert!(is_empty(dir.path()));
+        assert!(outside.path().join("kept").exists());
     }
 
     #[test]
@@ -309,7 +346,7 @@ mod tests {
                 fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
             }
         }
-        empty(open_root(dir.path()).unwrap().as_fd()).unwrap();
+        clear(open_root(dir.path()).unwrap().as_fd()).unwrap();
         assert!(is_empty(dir.path()));
     }
 
@@ -335,7 +372,7 @@ mod tests {
                         let root = open_root(dir).unwrap();
                         barrier.wait();
                         match number {
-                            0 => empty(root.as_fd()),
+                            0 => clear(root.as_fd()),
                             _ => remove_at(root.as_fd(), "tree"),
                         }
                     })

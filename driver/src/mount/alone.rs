@@ -1,21 +1,20 @@
-//! Runs a test in a process of its own, for what belongs to a whole process: its mounts, its
-//! limits.
+//! Runs a test in a process of its own, because mounts and limits belong to a whole process.
 
 use std::{env, process::Command};
 
-/// What of the test's process is its own.
+/// The things that a test does not share with others.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Own {
-    /// Nothing but the process.
+    /// Only the process.
     Process,
-    /// The table of mounts too, in which the test is root.
+    /// The process and its mount namespace, in which the test is root.
     Mounts,
 }
 
-/// Whether this is the process in which the test `name` is to run. If it is not, that process is
-/// started, and has passed when this returns.
+/// Returns whether this is the process in which the test `name` must run. If it is not, this function
+/// runs that process, which has passed the test when this returns.
 ///
-/// An ordinary user who may not make namespaces cannot mount: then the test says so and passes.
+/// A user who may not create namespaces cannot mount: then the test prints this and passes.
 pub(crate) fn alone(name: &str, own: Own) -> bool {
     const ALONE: &str = "TEST_ALONE";
     if env::var_os(ALONE).is_some() {

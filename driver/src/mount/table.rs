@@ -1,4 +1,4 @@
-//! Reads the kernel's table of mounts, `/proc/self/mountinfo`.
+//! Reads the kernel's table of mounts, `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
 
 use std::{
     ffi::OsString,
@@ -14,38 +14,41 @@ use std::{
 use nix::sys::stat::makedev;
 use sha2::{Digest as _, Sha256};
 
+use crate::hex;
+
 /// One mount, as this process sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) id: u64,
-    /// The same for all mounts of one file system.
+    /// The number of the device, which all mounts of one file system share.
     device: u64,
-    /// Which directory of its file system is mounted. `/` unless it is a bind mount of another.
+    /// The directory of the file system that is mounted: `/`, except for bind mounts of another.
     root: String,
-    /// Where it is mounted.
+    /// The mount point.
     pub(super) point: PathBuf,
-    /// Whether what is mounted below it is seen through other mounts of its group as well.
+    /// Whether mounts below it propagate to the other mounts of its peer group.
     pub(super) shared: bool,
-    /// The file system's kind and name.
+    /// The type of the file system.
     pub(super) kind: String,
+    /// The name of the file system.
     pub(super) source: String,
 }
 
 impl Entry {
-    /// Whether this is what [`Tmpfs::mount`](super::Tmpfs::mount) made at a target, and not a bind
-    /// mount of it or of anything else.
+    /// Returns whether [`Tmpfs::mount`](super::Tmpfs::mount) made this mount at a target, and it is
+    /// not a bind mount.
     pub(super) fn is_own(&self, target: &Path) -> bool {
         self.kind == "tmpfs" && self.root == "/" && self.source == source_of(target)
     }
 
-    /// Whether this is the whole file system of a device.
+    /// Returns whether this is the whole file system of a device.
     pub(super) fn is_whole(&self, device: u64) -> bool {
         self.device == device && self.root == "/"
     }
 
-    /// Whether this may be the tmpfs of a driver that did not name its mounts. It is not if the same
-    /// tmpfs is mounted elsewhere than in the pod's directory, and not if it covers a volume of this
-    /// driver: then it is somebody else's.
+    /// Returns whether this may be the tmpfs of a driver that did not name its mounts. It belongs to
+    /// another program if the same tmpfs is mounted outside of the pod's directory, or if it covers a
+    /// volume of this driver.
     pub(super) fn is_of_an_earlier_driver(&self, target: &Path, all: &[Self]) -> bool {
         let pod = target.ancestors().nth(4).and_then(Path::file_name);
         let in_pod = |entry: &Self| pod.is_some_and(|pod| entry.point.iter().any(|n| n == pod));
@@ -57,25 +60,24 @@ impl Entry {
     }
 }
 
-/// Returns the name of the file system at a target, by which its driver knows it again.
+/// Returns the name that the driver gives the file system at a target, to recognize it.
 pub(super) fn source_of(target: &Path) -> String {
     let digest = Sha256::digest(target.as_os_str().as_encoded_bytes());
-    let short: String = digest.iter().take(8).map(|b| format!("{b:02x}")).collect();
-    format!("secrets-store-csi:{short}")
+    format!("secrets-store-csi:{}", hex::digits(&digest[..8]))
 }
 
-/// Returns all mounts, each after those that it lies upon.
+/// Returns all mounts, each after those that it is mounted upon.
 pub(super) fn all() -> io::Result<Vec<Entry>> {
     let mut entries = Vec::new();
     each(|line| {
-        // Whoever misses the line of another form says so.
+        // A line of another form is left out; a caller that needs its mount reports that.
         entries.extend(parse(line));
         true
     })?;
     Ok(entries)
 }
 
-/// Returns the mount of an ID.
+/// Returns the mount with an ID.
 pub(super) fn of(id: u64) -> io::Result<Option<Entry>> {
     let prefix = format!("{id} ");
     let mut found = None;
@@ -88,7 +90,7 @@ pub(super) fn of(id: u64) -> io::Result<Option<Entry>> {
     Ok(found)
 }
 
-/// Shows all lines, until `go_on` says that it has seen enough.
+/// Passes the lines to `go_on` until it returns false.
 fn each(mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
     let mut table = BufReader::new(fs::File::open("/proc/self/mountinfo")?);
     let mut line = Vec::new();
@@ -110,7 +112,7 @@ pub(super) fn id_of(file: BorrowedFd<'_>) -> io::Result<u64> {
         .ok_or_else(|| io::Error::other(format!("{path} names no mount")))
 }
 
-/// `36 35 98:0 /root /point rw,noatime shared:1 master:2 - ext4 /dev/sda1 rw`, proc(5).
+/// Parses a line: `36 35 98:0 /root /point rw,noatime shared:1 master:2 - ext4 /dev/sda1 rw`.
 fn parse(line: &[u8]) -> Option<Entry> {
     let mut fields = line.split(|b| *b == b' ');
     let mut text = || Some(String::from_utf8_lossy(fields.next()?).into_owned());
@@ -140,7 +142,7 @@ fn parse(line: &[u8]) -> Option<Entry> {
     })
 }
 
-/// The kernel writes space, tab, newline and backslash as three octal digits.
+/// Decodes space, tab, newline and backslash, which the kernel writes as three octal digits.
 fn unescaped(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;

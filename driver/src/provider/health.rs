@@ -1,8 +1,7 @@
-//! Asks the providers for their version periodically, and logs changes
-//! (`--provider-health-check`).
+//! Asks the providers from time to time who they are, and logs what changes (`--provider-health-check`).
 //!
-//! No publish depends on the answers or waits for them. All providers are asked at once, and a
-//! health check takes none of the places that calls need.
+//! Nothing depends on the answer and nobody waits for it: a pod that needs a provider finds out
+//! by itself. Providers are asked all at once and without holding anything that a call needs.
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
@@ -13,27 +12,27 @@ use tonic::Request;
 
 use super::{Providers, refusal, wire};
 
-/// The time in which a provider must answer, as in upstream's `HealthCheck`
+/// How long a provider has to answer: five seconds, as in upstream's `HealthCheck`
 /// (`pkg/secrets-store/provider_client.go`).
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The shortest time between two rounds, in case the interval was set too short by mistake.
+/// The shortest time between two rounds, for an interval that is a mistake.
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The version of the provider interface that the driver speaks.
+/// The interface version that the driver speaks.
 const VERSION: &str = "v1alpha1";
 
-/// The result of the last health check of a provider.
+/// What was last known of a provider.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Health {
-    /// It answered with its name and version.
+    /// It answered: its name and version, as it says them.
     Well { runtime: String, version: String },
-    /// It did not answer well, for this reason.
+    /// It did not, for this reason.
     Unwell(String),
 }
 
 impl Providers {
-    /// Asks every provider once in each `interval`, until `stop`.
+    /// Asks every provider, then waits for `interval`, until `stop`.
     pub async fn watch_health(&self, interval: Duration, stop: CancellationToken) {
         let mut known = BTreeMap::new();
         let watching = async {
@@ -83,7 +82,7 @@ async fn ask(socket: PathBuf) -> Health {
     }
 }
 
-/// Logs each change, and at the debug level each provider that is as before.
+/// A change is worth a line always, a provider that is as it was only for who looks closely.
 fn report(before: &BTreeMap<String, Health>, now: &BTreeMap<String, Health>) {
     for (provider, health) in now {
         match health {

@@ -1,5 +1,5 @@
-//! Interprets the failure of a call to a provider: whether and when to try again, and what to tell
-//! the owner of the pod.
+//! What a provider's failure means: whether to try again, when, and what to tell the person with
+//! the broken pod.
 
 use std::{path::Path, time::Duration};
 
@@ -7,27 +7,25 @@ use prost::Message as _;
 use tonic::{Code, Status};
 
 use super::{
-    Limits,
     queue::Ending,
-    wire::{LONGEST_HEADERS, TooLarge},
+    wire::{LONGEST_HEADERS, Refused},
 };
 use crate::error::{Error, Reason};
 
 /// The longest wait that a provider can ask for. A longer one is shortened to this.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
-/// The number of bytes of a provider's message that an error quotes. With the words around it, they
-/// fit into an event, whose message may have 1024 bytes.
+/// The longest part of a provider's message that is told, in bytes. With the words around it that
+/// fits into an event, whose message may have 1024.
 const LONGEST_MESSAGE: usize = 700;
 
-/// The trailer that tells gRPC clients when to try again
-/// ([gRFC A6](https://github.com/grpc/proposal/blob/master/A6-client-retries.md)).
+/// The trailer by which a server tells gRPC clients when to try again (gRFC A6).
 const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
-/// The type of the status detail that tells the same (`google/rpc/error_details.proto`).
+/// The type of the detail that says the same (`google/rpc/error_details.proto`).
 const RETRY_INFO: &str = "google.rpc.RetryInfo";
 
-/// The part of `google.rpc.Status` that is read. The trailer `grpc-status-details-bin` holds one.
+/// `google.rpc.Status` as far as it is read: the trailer `grpc-status-details-bin` holds one.
 #[derive(Clone, PartialEq, prost::Message)]
 struct RichStatus {
     #[prost(message, repeated, tag = "3")]
@@ -59,7 +57,7 @@ struct Delay {
     nanos: i32,
 }
 
-/// Returns the time after which the provider wants to be asked again, if it tells one.
+/// When the provider wants to be asked again, if it says so.
 pub(super) fn retry_after(status: &Status) -> Option<Duration> {
     let pushback = status
         .metadata()
@@ -81,15 +79,15 @@ pub(super) fn retry_after(status: &Status) -> Option<Duration> {
     Some(longest.min(LONGEST_RETRY_AFTER))
 }
 
-/// Returns whether trying again at once may help: the provider is unavailable, or its connection
-/// broke. A connection that breaks during a call shows as CANCELLED or UNKNOWN with a transport
-/// error as its source.
+/// Whether trying again at once may help: the provider says so, or its connection broke. A
+/// connection that breaks under a call shows as CANCELLED or UNKNOWN with a transport error
+/// inside.
 pub(super) fn is_transient(status: &Status) -> bool {
-    let is_broken = connection_failure(status).is_some_and(|why| !is_too_long(&why));
+    let is_broken = connection_failure(status).is_some_and(|why| !is_for_length(&why));
     status.code() == Code::Unavailable || is_broken
 }
 
-/// What a call still waited for at its deadline.
+/// What a call had not got when its deadline came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TooLate {
     /// An answer.
@@ -109,29 +107,29 @@ impl std::fmt::Display for TooLate {
 
 impl std::error::Error for TooLate {}
 
-/// Returns the status of a call that did not end before its deadline.
+/// The status of a call whose deadline came.
 pub(super) fn too_late(lacked: TooLate) -> Status {
     let mut status = Status::deadline_exceeded(lacked.to_string());
     status.set_source(std::sync::Arc::new(lacked));
     status
 }
 
-/// Returns how a failed call ended, for the standing of its class.
+/// What a failed call says about its class.
 pub(super) fn ending(status: &Status) -> Ending {
-    if let Some(lacked) = found_here::<TooLate>(status) {
+    if let Some(lacked) = made_here::<TooLate>(status) {
         match lacked {
             TooLate::Answer => Ending::Silent,
             TooLate::Memory => Ending::Answered,
         }
-    } else if connection_failure(status).is_some_and(|why| !is_too_long(&why)) {
+    } else if connection_failure(status).is_some_and(|why| !is_for_length(&why)) {
         Ending::Lost
     } else {
         Ending::Refused
     }
 }
 
-/// Returns the beginning of a provider's message, on one line, and its length if it was cut. Control
-/// characters become spaces, because the message is shown in terminals.
+/// Returns the beginning of a provider's words, on one line, and how many there were. Control
+/// characters become spaces, because the words end up in terminals.
 pub(super) fn clipped(words: &str) -> String {
     let words = words.replace(|c: char| c.is_control(), " ");
     match words
@@ -143,19 +141,21 @@ pub(super) fn clipped(words: &str) -> String {
     }
 }
 
-/// A call that failed.
-pub(super) struct FailedCall<'a> {
+/// What is known of a call that failed.
+pub(super) struct Failed<'a> {
     pub(super) provider: &'a str,
     pub(super) socket: &'a Path,
     pub(super) attempts: usize,
-    pub(super) limits: Limits,
-    /// Whether the call had service account tokens.
+    /// What an answer may have, and all together.
+    pub(super) max_message_bytes: usize,
+    pub(super) max_bytes: usize,
+    /// Whether the call brought service account tokens.
     pub(super) with_tokens: bool,
 }
 
-impl FailedCall<'_> {
-    /// Turns a provider's status into an error. The error quotes the provider's own message: the
-    /// owner of the pod needs it, and providers know what they may tell.
+impl Failed<'_> {
+    /// Line a provider's status into a sentence. A provider's own message goes into it: it is
+    /// what the person with the broken pod needs, and providers know what they may say.
     pub(super) fn explain(&self, status: &Status) -> Error {
         let at = format!("provider {:?} at {}", self.provider, self.socket.display());
         let times = if self.attempts > 1 {
@@ -163,17 +163,17 @@ impl FailedCall<'_> {
         } else {
             String::new()
         };
-        let error = if let Some(too_large) = found_here::<TooLarge>(status) {
+        let error = if let Some(refused) = made_here::<Refused>(status) {
             Error::new(
                 Code::ResourceExhausted,
-                format!("{at} answered with {too_large}; split the SecretProviderClass"),
+                format!("{at} answered with {refused}; split the SecretProviderClass"),
             )
-        } else if found_here(status) == Some(&TooLate::Memory) {
+        } else if made_here(status) == Some(&TooLate::Memory) {
             Error::new(
                 Code::ResourceExhausted,
                 format!(
                     "{at} began to answer, but until the deadline other answers used all of the memory for its answers ({} bytes, of which one namespace may use half); raise --provider-max-bytes of the driver (chart value providerMaxBytes) if this happens often",
-                    self.limits.max_bytes
+                    self.max_bytes
                 ),
             )
         } else if is_over_the_limit(status) {
@@ -181,18 +181,18 @@ impl FailedCall<'_> {
                 Code::ResourceExhausted,
                 format!(
                     "{at} answered with more than {} bytes; raise --max-call-recv-msg-size of the driver (chart value maxCallRecvMsgSize), or split the SecretProviderClass",
-                    self.limits.max_message_bytes
+                    self.max_message_bytes
                 ),
             )
         } else if let Some(why) = connection_failure(status) {
-            if is_too_long(&why) {
+            if is_for_length(&why) {
                 Error::new(
                     Code::ResourceExhausted,
                     format!(
                         "{at} answered with an error that is larger than {LONGEST_HEADERS} bytes, so its text is lost; see the provider's log"
                     ),
                 )
-            } else if is_perhaps_too_long(&why) {
+            } else if is_perhaps_for_length(&why) {
                 Error::unavailable(format!(
                     "{at} sent an answer that cannot be read{times} ({why}); an error that is larger than {LONGEST_HEADERS} bytes has this effect. See the provider's log"
                 ))
@@ -225,8 +225,8 @@ impl FailedCall<'_> {
     }
 }
 
-/// Returns what to add to a provider's message if it seems to miss a service account token and none
-/// was sent.
+/// What to add to a provider's words when they read as if a service account token were missing,
+/// and none was sent.
 pub(super) fn token_hint(words: &str, with_tokens: bool) -> &'static str {
     let words = words.to_ascii_lowercase();
     let about_tokens = ["token", "audience"]
@@ -238,7 +238,7 @@ pub(super) fn token_hint(words: &str, with_tokens: bool) -> &'static str {
     ". No service account token was sent, because the CSIDriver asks for none; if this provider needs one, name its audience in spec.tokenRequests of the CSIDriver (chart value tokenRequests)"
 }
 
-/// Returns a status for a log line.
+/// A status for a log line.
 pub(super) fn in_short(status: &Status) -> String {
     connection_failure(status).unwrap_or_else(|| {
         format!(
@@ -249,10 +249,10 @@ pub(super) fn in_short(status: &Status) -> String {
     })
 }
 
-/// Returns the cause of a status that tonic made of a broken connection, or `None` for a status
-/// that a provider sent.
+/// What a status that tonic made of a broken connection is about; none for a status that a
+/// provider sent.
 fn connection_failure(status: &Status) -> Option<String> {
-    if found_here::<TooLarge>(status).is_some() || found_here::<TooLate>(status).is_some() {
+    if made_here::<Refused>(status).is_some() || made_here::<TooLate>(status).is_some() {
         return None;
     }
     let mut source = std::error::Error::source(status)?;
@@ -262,27 +262,26 @@ fn connection_failure(status: &Status) -> Option<String> {
     Some(source.to_string())
 }
 
-/// Returns whether the client closed the connection because the provider's headers or trailers,
-/// which hold an error, were too large.
-fn is_too_long(why: &str) -> bool {
+/// Whether a connection was ended here because the provider's headers or trailers, in which an
+/// error is, had more bytes than are read.
+fn is_for_length(why: &str) -> bool {
     ["too_many_continuations", "header_list_way_too_large"]
         .iter()
         .any(|reason| why.contains(reason))
 }
 
-/// Returns whether the client reset the stream for what may be the same reason: h2 leaves out
-/// headers that are too large, and an answer without them is invalid.
-fn is_perhaps_too_long(why: &str) -> bool {
+/// Whether a stream was ended here for a reason that may be the same: what is too long is left out,
+/// and an answer without it makes no sense.
+fn is_perhaps_for_length(why: &str) -> bool {
     why.contains("stream error detected: unspecific protocol error")
 }
 
-/// Returns the source of a status that the driver made itself.
-fn found_here<E: std::error::Error + 'static>(status: &Status) -> Option<&E> {
+/// What the driver itself found wrong, rather than the provider or the connection.
+fn made_here<E: std::error::Error + 'static>(status: &Status) -> Option<&E> {
     std::error::Error::source(status)?.downcast_ref()
 }
 
-/// Returns whether tonic refused a message because of its length, which it does with OUT_OF_RANGE
-/// before it decodes the message.
+/// tonic refuses a message over the limit with OUT_OF_RANGE, before it decodes it.
 fn is_over_the_limit(status: &Status) -> bool {
     status.code() == Code::OutOfRange
         && status
@@ -290,7 +289,7 @@ fn is_over_the_limit(status: &Status) -> bool {
             .contains("decoded message length too large")
 }
 
-/// Returns a code as the gRPC specification spells it.
+/// A code as the gRPC specification spells it.
 pub(super) fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
@@ -361,15 +360,12 @@ mod tests {
         let status = throttled(&details, pushback);
         let expected = milliseconds.map(Duration::from_millis);
         assert_eq!(retry_after(&status), expected);
-        let failed = FailedCall {
+        let failed = Failed {
             provider: "vault",
             socket: Path::new("/p/vault.sock"),
             attempts: 1,
-            limits: Limits {
-                max_calls: 1,
-                max_bytes: 1,
-                max_message_bytes: 1,
-            },
+            max_message_bytes: 1,
+            max_bytes: 1,
             with_tokens: false,
         };
         let error = failed.explain(&status);

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::Record;
+use crate::hex;
 
 /// The format of a record. One of another format is as good as none: the volume is published
 /// again, in place. A field that is new gets a default instead of a new format, so that an
@@ -260,10 +261,7 @@ impl Records {
         if plain {
             return self.directory.join(format!("{volume_id}.json"));
         }
-        let hash: String = Sha256::digest(volume_id)
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let hash = hex::digits(&Sha256::digest(volume_id));
         self.directory.join(format!("sha256-{hash}.json"))
     }
 }

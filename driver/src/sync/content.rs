@@ -19,8 +19,8 @@ use jiff::Timestamp;
 use super::Volume;
 use crate::{
     cluster::Class,
-    files::{read, swap},
-    mount::{self, Tmpfs},
+    files::{layout, read},
+    mount::{Tmpfs, VolumeMount},
     record::{Content, Record, Records},
 };
 
@@ -45,7 +45,7 @@ impl Stamp {
 /// The content that a volume has.
 pub(super) struct Held {
     pub(super) volume: Volume,
-    mount: mount::Held,
+    mount: VolumeMount,
     content: Content,
     version: read::Version,
     orders: BTreeMap<String, String>,
@@ -158,15 +158,15 @@ impl Held {
 /// Whether the content of a volume is complete.
 fn is_complete(root: &OwnedFd, content: Content) -> io::Result<bool> {
     match content {
-        Content::Driver => swap::holds_committed(root),
-        Content::Provider => Ok(!swap::shows_nothing(root)?),
+        Content::Driver => layout::is_complete(root),
+        Content::Provider => Ok(!layout::is_empty(root)?),
     }
 }
 
 /// Returns which content it is. What a provider has written itself has one name, whatever lies
 /// there.
 fn version(root: &OwnedFd, content: Content) -> io::Result<read::Version> {
-    let version = read::version_in(root)?;
+    let version = read::version(root)?;
     Ok(match content {
         Content::Driver => version,
         Content::Provider => read::Version {

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -13,9 +14,9 @@ use tonic::Code;
 use super::{PublishRequest, threads::blocking};
 use crate::{
     error::{Error, Reason, Result},
-    files::{File, Payload, own, read, swap},
+    files::{self, File, Payload, layout, own, read, swap},
     memory::{Memory, Reservation},
-    mount::{self, Detached, Held, Tmpfs},
+    mount::{self, Detached, Tmpfs, VolumeMount},
     record::{Content, Record},
 };
 
@@ -25,7 +26,7 @@ const MAX_STACKED: usize = 32;
 /// What came of a provider's files.
 pub(super) enum Stage {
     /// They lie beside the content that the volume has, in memory that is set aside for them.
-    Files(swap::Staged, Reservation),
+    Files(swap::StagedContent, Reservation),
     /// They are the content that the volume has.
     Unchanged,
     /// The provider has written them itself.
@@ -74,7 +75,10 @@ impl Stage {
 
 /// Makes sure that a target that has a mount has a volume, and gives it the bounds of today before
 /// anybody writes into it.
-pub(super) async fn refit(request: &PublishRequest, tmpfs: &Arc<Tmpfs>) -> Result<Arc<Held>> {
+pub(super) async fn refit(
+    request: &PublishRequest,
+    tmpfs: &Arc<Tmpfs>,
+) -> Result<Arc<VolumeMount>> {
     let (volume, tmpfs) = (request.target.as_path().to_owned(), Arc::clone(tmpfs));
     blocking(move || tmpfs.refit(&volume).map(Arc::new))
         .await
@@ -87,7 +91,7 @@ pub(super) async fn refit(request: &PublishRequest, tmpfs: &Arc<Tmpfs>) -> Resul
 /// looked at and written to.
 pub(super) async fn stage_files(
     request: &PublishRequest,
-    held: &Arc<Held>,
+    held: &Arc<VolumeMount>,
     tmpfs: &Arc<Tmpfs>,
     memory: &Arc<Memory>,
     files: Vec<(String, File)>,
@@ -106,7 +110,7 @@ pub(super) async fn stage_files(
             let reservation = match memory.reserve(&volume, &namespace, &payload) {
                 Ok(reservation) => reservation,
                 // What is there already needs no room.
-                Err(_) if swap::has(&root, &payload) => return Ok(Some(Stage::Unchanged)),
+                Err(_) if swap::holds(&root, &payload) => return Ok(Some(Stage::Unchanged)),
                 Err(no_room) => return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room)),
             };
             let staged =
@@ -118,13 +122,13 @@ pub(super) async fn stage_files(
         }
         // What the driver wrote is no answer of this provider's.
         if so_far == Some(Content::Driver) {
-            if !swap::has_strangers(&root)? {
+            if !layout::has_foreign_entries(&root)? {
                 return Ok(None);
             }
             own::adopt(&root, access)?;
             return Ok(Some(Stage::TakenOver));
         }
-        if swap::shows_nothing(&root)? {
+        if layout::is_empty(&root)? {
             return Ok(None);
         }
         own::adopt(&root, access)?;
@@ -143,21 +147,21 @@ pub(super) async fn stage_files(
 /// provider wrote itself.
 pub(super) async fn directory(
     request: &PublishRequest,
-    held: &Arc<Held>,
+    held: &Arc<VolumeMount>,
     content: Content,
 ) -> Result<String> {
     if content == Content::Provider {
         return Ok(String::new());
     }
     let held = Arc::clone(held);
-    let version = blocking(move || read::version_in(&held.open()?)).await;
+    let version = blocking(move || read::version(&held.open()?)).await;
     version
         .map(|version| version.directory)
         .map_err(|error| failed_to_write(request, explained(request, &error)))
 }
 
 /// Makes sure, before a volume is recorded, that it is still what a pod sees at the target.
-pub(super) async fn still_there(request: &PublishRequest, held: &Arc<Held>) -> Result<()> {
+pub(super) async fn still_there(request: &PublishRequest, held: &Arc<VolumeMount>) -> Result<()> {
     let held = Arc::clone(held);
     blocking(move || held.check())
         .await
@@ -168,7 +172,7 @@ pub(super) async fn still_there(request: &PublishRequest, held: &Arc<Held>) -> R
 /// little later.
 pub(super) async fn commit_content(
     request: &PublishRequest,
-    held: &Arc<Held>,
+    held: &Arc<VolumeMount>,
     tmpfs: &Arc<Tmpfs>,
     memory: &Arc<Memory>,
     staged: Stage,
@@ -188,7 +192,7 @@ pub(super) async fn commit_content(
                     .map_err(|error| raise(error, &tmpfs, &volume))
             }
             Stage::Unchanged | Stage::OfProvider => Ok(None),
-            Stage::TakenOver => swap::remove_own(&root).map(|()| None),
+            Stage::TakenOver => layout::remove_own(&root).map(|()| None),
         };
         // Before the reservation ends, so that at no moment less is counted than is there.
         measured.found(&volume, &namespace, content == Content::Driver);
@@ -349,7 +353,7 @@ pub(super) fn take_down(target: &Path) -> io::Result<()> {
         match mount::detach(target)? {
             Detached::Own(volume) => {
                 // It is nowhere any more, and its memory goes with the last who holds it.
-                if let Err(error) = swap::clear(&volume) {
+                if let Err(error) = files::clear(volume.as_fd()) {
                     tracing::warn!(target_path = %target.display(), %error, "a volume was unmounted, but its files could not be removed; processes that still use it can read them");
                 }
             }
@@ -358,7 +362,7 @@ pub(super) fn take_down(target: &Path) -> io::Result<()> {
             }
             Detached::Nothing => {
                 mount::detach_below(target)?;
-                return swap::remove_target(target);
+                return files::remove_target(target);
             }
         }
     }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use driver::{
-    files::{File, Payload, read, swap},
+    files::{File, Payload, open_root, read, swap},
     mount::{self, Tmpfs},
     record::{Class, Content, Pod, Record, Records},
 };
@@ -62,7 +62,7 @@ pub(crate) fn write(target: &Path, files: &[(&str, &str)]) {
     let file =
         |(path, text): &(&str, &str)| ((*path).to_owned(), File::new(0, text.as_bytes().to_vec()));
     let payload = Payload::new(files.iter().map(file)).unwrap();
-    if let Some(staged) = swap::stage(fs::File::open(target).unwrap().into(), payload).unwrap() {
+    if let Some(staged) = swap::stage(open_root(target).unwrap(), payload).unwrap() {
         staged.commit().unwrap();
     }
 }
@@ -70,7 +70,9 @@ pub(crate) fn write(target: &Path, files: &[(&str, &str)]) {
 /// The record of a volume whose content has this order.
 pub(crate) fn record(dir: &Path, pod: &str, order: &str) -> Record {
     let target = target(dir, pod);
-    let directory = read::version(&target).map_or_else(|_| String::new(), |v| v.directory);
+    let directory = open_root(&target)
+        .and_then(|root| read::version(&root))
+        .map_or_else(|_| String::new(), |version| version.directory);
     Record {
         volume_id: format!("csi-{pod}"),
         target_path: target,

@@ -481,7 +481,7 @@ impl Volume {
         format!("/api/v1/namespaces/shop/pods/{}", self.id)
     }
 
-    pub(crate) fn state(&self) -> mount::State {
+    pub(crate) fn state(&self) -> mount::TargetState {
         mount::state(&self.target).unwrap()
     }
 

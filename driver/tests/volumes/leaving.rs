@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use driver::mount::State;
+use driver::mount::TargetState;
 use serde_json::json;
 use tonic::Code;
 
@@ -54,7 +54,7 @@ fn a_pod_that_goes_does_not_wait_for_a_provider_that_hangs() {
             let unpublish = async {
                 if *unpublishes {
                     // The publish waits for the provider by then.
-                    while volume.state() != State::Mounted || world.provider.waits() < 4 {
+                    while volume.state() != TargetState::Mounted || world.provider.waits() < 4 {
                         tokio::time::sleep(Duration::from_millis(10)).await;
                     }
                     world.try_to_unpublish(volume).await.unwrap();
@@ -65,7 +65,7 @@ fn a_pod_that_goes_does_not_wait_for_a_provider_that_hangs() {
             assert!(started.elapsed() < SOON, "{case}: {:?}", started.elapsed());
             let kept = *is_refresh && !unpublishes;
             assert_eq!(world.record(volume).is_some(), kept, "{case}");
-            assert_eq!(volume.state() == State::Mounted, kept, "{case}");
+            assert_eq!(volume.state() == TargetState::Mounted, kept, "{case}");
         };
         let [a, b, c, d] = &cases[..] else {
             unreachable!("four cases")

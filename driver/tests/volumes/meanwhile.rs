@@ -8,7 +8,7 @@ use std::{
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use driver::mount::State;
+use driver::mount::TargetState;
 
 use serde_json::json;
 
@@ -150,7 +150,7 @@ async fn run(world: &mut World, act: &str, when: When, then: Then) {
     let now = tree(&volume.target);
     match when {
         When::FirstPublish => {
-            assert_eq!(volume.state(), State::Absent, "{case}");
+            assert_eq!(volume.state(), TargetState::Absent, "{case}");
             assert!(!world.record_file(&volume).exists(), "{case}");
             assert_eq!(world.api.status_of(&volume), None, "{case}");
         }
@@ -173,13 +173,13 @@ async fn run(world: &mut World, act: &str, when: When, then: Then) {
                 assert_eq!(tree(&volume.target), now, "{case}");
                 assert!(!is_final(again.unwrap_err().code()), "{case}");
             } else {
-                assert_eq!(volume.state(), State::Mounted, "{case}");
+                assert_eq!(volume.state(), TargetState::Mounted, "{case}");
                 assert_eq!(volume.reads()["pw"], SECRET, "{case}");
             }
         }
     }
     world.unpublish(&volume).await.expect(&case);
-    assert_eq!(volume.state(), State::Absent, "{case}");
+    assert_eq!(volume.state(), TargetState::Absent, "{case}");
     assert!(!world.record_file(&volume).exists(), "{case}");
     assert_eq!(tree(&host), kept, "{case}");
 }
@@ -241,7 +241,7 @@ fn a_volume_in_which_a_pod_sees_nothing_is_refused() {
                     .await
                     .expect_err(&format!("{act:?}"));
                 assert!(status.message().contains("empty"), "{act:?}: {status}");
-                assert_eq!(volume.state(), State::Absent, "{act:?}");
+                assert_eq!(volume.state(), TargetState::Absent, "{act:?}");
                 world.unpublish(&volume).await.unwrap();
             }
         }
@@ -317,7 +317,7 @@ async fn come_between(world: &mut World, act: &str, between: Between, of_driver:
     };
     assert_eq!(value, expected, "{case}");
     if between != Between::PodStatusOfARefresh {
-        assert_eq!(volume.state(), State::Absent, "{case}");
+        assert_eq!(volume.state(), TargetState::Absent, "{case}");
         assert_eq!(world.api.status_of(&volume), None, "{case}");
     }
     assert_eq!(tree(&host), kept, "{case}");
@@ -434,7 +434,7 @@ fn odd_things_that_a_provider_does_are_named() {
                 "{case}: {message}"
             );
             match when {
-                When::FirstPublish => assert_eq!(volume.state(), State::Absent, "{case}"),
+                When::FirstPublish => assert_eq!(volume.state(), TargetState::Absent, "{case}"),
                 When::Refresh { .. } if then == Then::AnswersFiles => {
                     assert!(!is_final(status.code()), "{case}: {status}");
                     assert_eq!(volume.reads()["pw"], FORMER, "{case}");

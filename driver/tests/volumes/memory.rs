@@ -8,9 +8,9 @@ use std::{
 };
 
 use driver::{
-    files::{File, Payload, swap},
+    files::{File, Payload, open_root, swap},
     memory::{Budget, Limit, Memory, Source},
-    mount::{self, State, Tmpfs},
+    mount::{self, TargetState, Tmpfs},
 };
 use proptest::{
     prelude::*,
@@ -66,7 +66,7 @@ fn what_is_set_aside_is_enough() {
             let before = memory.in_use();
             let reservation = memory.reserve(&target, "a", &payload).unwrap();
             reserved += memory.in_use() - before;
-            let staged = swap::stage(fs::File::open(&target).unwrap().into(), payload).unwrap();
+            let staged = swap::stage(open_root(&target).unwrap(), payload).unwrap();
             memory.found(&target, "a", true);
             assert!(memory.in_use() <= 2 * reserved);
             if let Some(staged) = staged {
@@ -176,7 +176,7 @@ fn a_driver_refuses_what_does_not_fit() {
                     for part in ["64.0 MiB", "linux.driver.resources.limits.memory"] {
                         assert!(status.message().contains(part), "{status}");
                     }
-                    assert_eq!(volume.state(), State::Absent);
+                    assert_eq!(volume.state(), TargetState::Absent);
                     refused += 1;
                 }
             }
@@ -317,7 +317,7 @@ fn a_process_below_a_real_limit_is_not_killed() {
         assert_eq!(held[0], held[1]);
         // The memory goes with the mounts.
         for volume in &volumes {
-            if volume.state() == State::Mounted {
+            if volume.state() == TargetState::Mounted {
                 volume.unmount();
             }
         }

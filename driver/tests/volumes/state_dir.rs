@@ -2,7 +2,7 @@
 
 use std::{fs, io::Write as _, path::Path};
 
-use driver::mount::State;
+use driver::mount::TargetState;
 use proptest::{
     prelude::*,
     strategy::ValueTree as _,
@@ -37,7 +37,7 @@ fn a_pod_goes_although_its_record_cannot() {
         read_only(&world.state_dir(), true);
         for volume in &volumes {
             world.unpublish(volume).await.unwrap();
-            assert_eq!(volume.state(), State::Absent);
+            assert_eq!(volume.state(), TargetState::Absent);
             assert!(world.record_file(volume).exists());
             world.unpublish(volume).await.unwrap();
         }
@@ -142,7 +142,7 @@ fn a_full_disk_changes_all_or_nothing() {
                 }
             }
             if first && published.is_err() {
-                assert_eq!(volume.state(), State::Absent);
+                assert_eq!(volume.state(), TargetState::Absent);
                 assert!(!world.record_file(&volume).exists());
             }
             fs::remove_file(world.state_dir().join("fill")).unwrap();

@@ -3,7 +3,7 @@
 
 use std::{fs, sync::Arc};
 
-use driver::mount::State;
+use driver::mount::TargetState;
 use proto::csi::{
     NodePublishVolumeRequest, VolumeCapability,
     volume_capability::{AccessType, MountVolume},
@@ -256,7 +256,7 @@ async fn fails(
     }
     // Whatever came of it, a pod can go.
     world.unpublish(volume).await.unwrap();
-    assert_eq!(volume.state(), State::Absent, "{case}");
+    assert_eq!(volume.state(), TargetState::Absent, "{case}");
     assert!(!world.record_file(volume).exists(), "{case}");
     code
 }
@@ -359,7 +359,7 @@ fn a_record_that_cannot_be_written_is_not_final_while_anything_is_left() {
         }
         for (_, _, volume) in &cases {
             world.unpublish(volume).await.unwrap();
-            assert_eq!(volume.state(), State::Absent);
+            assert_eq!(volume.state(), TargetState::Absent);
         }
         read_only(&world.state_dir(), false);
     });

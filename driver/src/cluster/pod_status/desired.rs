@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 use super::super::resources::{ObjectVersion, PodStatus, SecretProviderClassPodStatus};
 use crate::{
     error::Error,
+    hex,
     record::{Object, Pod},
 };
 
@@ -193,11 +194,7 @@ fn shortened(text: &str, max: usize) -> String {
 
 /// Returns ten hexadecimal digits: 40 bits, enough for the objects of one namespace.
 fn short_hash(text: &str) -> String {
-    Sha256::digest(text)
-        .iter()
-        .take(5)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hex::digits(&Sha256::digest(text)[..5])
 }
 
 #[cfg(test)]
