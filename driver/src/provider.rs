@@ -1,9 +1,9 @@
-//! Talks to providers: finds the socket, bounds the calls and their answers, shares both between
+//! Calls providers: finds the socket, bounds the calls and their answers, shares both between
 //! namespaces and classes, and speaks `v1alpha1`. Protobuf stops here.
 //!
-//! A call waits for its turn, because a provider has as much to do as it may have, then for the
-//! answer; both within the caller's deadline. A provider that is away fails a call in seconds,
-//! naming the socket; a first mount waits a moment for one that has not started yet.
+//! A call waits for its turn and then for the answer, both within the caller's deadline. If the
+//! provider is away, the call fails within seconds and names the socket; a first mount waits a
+//! moment for a provider that has not started yet.
 
 mod health;
 mod line;
@@ -33,19 +33,19 @@ use crate::{
     record::Object,
     secret::Secret,
 };
-use line::Owner;
-use memory::{Held, Memory};
+use line::ClassName;
+use memory::{AnswerMemory, Reserved};
 use queue::{Ending, Place, Queue};
-use refusal::{Failed, TooLate};
+use refusal::{FailedCall, TooLate};
 use socket::Sockets;
 use wire::Asking;
 
-/// The mode that providers are told to give files: 0644, always the same, because some keep the wish
-/// of one call for others. It is sent as upstream sends it, as a decimal number in JSON: `420`
-/// (`filePermission` in `pkg/secrets-store/nodeserver.go`).
+/// The mode that providers are told to give files. It is always 0644, because some providers keep
+/// the mode of one call for other calls. It is sent as upstream sends it, as a decimal number in
+/// JSON: `420` (`filePermission` in `pkg/secrets-store/nodeserver.go`).
 const PERMISSION: i32 = 0o644;
 
-/// Attempts while a provider answers UNAVAILABLE or drops the connection, and the waits before
+/// The attempts while a provider answers UNAVAILABLE or drops the connection, and the waits before
 /// the second and third: the existing driver's retry policy.
 const ATTEMPTS: usize = 3;
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -55,77 +55,75 @@ const WAIT_FACTOR: f64 = 1.1;
 /// call ends.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
-/// How long a refresh may take, waiting included. It holds up nobody, is tried again when kubelet
-/// looks the next time, and must not hold a place that a pod waits for.
+/// The time that a refresh may take, waiting included. No pod waits for a refresh, kubelet causes
+/// it again, and it must not hold a place that a pod needs.
 const REFRESH_WITHIN: Duration = Duration::from_secs(30);
 
-/// How often a call that waits for its turn looks whether others hang.
+/// The interval at which a call that waits for its turn checks whether others hang.
 const PRESS_EVERY: Duration = Duration::from_secs(1);
 
-/// The longest part of a provider's error code that is kept.
+/// The number of characters of a provider's error code that are kept.
 const LONGEST_CODE: usize = 100;
 
 /// The outcome that is counted when a provider answers with an error code of its own.
 const PROVIDER_ERROR: &str = "PROVIDER_ERROR";
 
-/// Where the tokens are among the attributes. JSON puts a backslash before a quote inside of a
-/// value, so that this is the key and nothing else.
-const TOKENS_KEY: &str = "\"csi.storage.k8s.io/serviceAccount.tokens\":";
-
-/// What a provider is asked for.
+/// A request for the objects of a volume.
 pub struct MountCall<'a> {
-    /// The provider's name, as the class says it.
+    /// The provider's name, as the class gives it.
     pub provider: &'a str,
     /// The namespace of the pod and of its class.
     pub namespace: &'a str,
-    /// The name of the class. Classes share a provider.
+    /// The name of the class.
     pub class: &'a str,
     /// A JSON object of strings: parameters and volume attributes, tokens included.
     pub attributes: Zeroizing<String>,
+    /// Whether the attributes have service account tokens.
+    pub with_tokens: bool,
     /// A JSON object of strings, or `null`.
     pub secrets: Zeroizing<String>,
-    /// Where the volume is, for providers that write files themselves.
+    /// The target path, for providers that write files themselves.
     pub target: &'a Path,
-    /// What the volume holds now.
+    /// The objects that the volume holds now.
     pub current: &'a [Object],
-    /// Who goes ahead when the provider has as much to do as it may have.
+    /// Whether a pod waits for the call.
     pub urgency: Urgency,
-    /// When the answer must be there; for a refresh that may be earlier than the caller says.
+    /// The time until which the caller waits. A refresh may end earlier.
     pub deadline: Instant,
 }
 
-/// How much waits for a call.
+/// Whether a pod waits for a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Urgency {
-    /// A pod that cannot start.
+    /// A pod cannot start before the call ends.
     FirstMount,
-    /// Nothing: the pod runs with what it has.
+    /// The pod runs with the content that it has.
     Refresh,
 }
 
-/// What a provider answered.
+/// The answer of a provider.
 pub struct Reply {
-    /// The objects it fetched, in order of id, each id once.
+    /// The objects that it fetched, in order of id, each id once.
     pub objects: Vec<Object>,
-    /// The files, not yet checked. None: the provider writes them itself.
+    /// The paths and files, not yet checked. Empty if the provider writes files itself.
     pub files: Vec<(String, File)>,
-    /// Their memory, which others wait for.
-    _held: Held,
+    /// The memory of the answer, which other answers wait for.
+    _reserved: Reserved,
 }
 
-/// How much providers may have to do, and how much they may answer.
+/// The limits of the calls to one provider and of its answers.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Calls in flight to one provider.
+    /// The calls in flight.
     pub max_calls: usize,
-    /// Memory in bytes for the answers of one provider: from the moment in which an answer begins
-    /// to arrive until its files are written.
+    /// The memory for answers in bytes. An answer takes it from the moment at which it begins to
+    /// arrive until its files are written.
     pub max_bytes: usize,
-    /// The largest answer that is accepted.
+    /// The largest answer that is accepted, in bytes.
     pub max_message_bytes: usize,
 }
 
-/// All providers of this node.
+/// The providers of this node.
 pub struct Providers {
     sockets: Sockets,
     limits: Limits,
@@ -133,15 +131,30 @@ pub struct Providers {
     shared: Mutex<HashMap<String, Shared>>,
 }
 
-/// What the calls to one provider share.
+/// The queue and the memory that the calls to one provider share.
 #[derive(Clone)]
 struct Shared {
     queue: Arc<Queue>,
-    memory: Arc<Memory>,
+    memory: Arc<AnswerMemory>,
+}
+
+/// The failure of one attempt.
+enum AttemptError {
+    /// An error after which there is no further attempt.
+    Final(Error),
+    /// A status from the call to this socket.
+    Status(PathBuf, Status),
+}
+
+impl From<Error> for AttemptError {
+    fn from(error: Error) -> Self {
+        Self::Final(error)
+    }
 }
 
 impl Providers {
-    /// Providers whose sockets are in these directories, the first one that has it wins.
+    /// Creates the providers whose sockets are in the directories of `search`. The first directory
+    /// that has a socket wins.
     pub fn new(search: Vec<PathBuf>, limits: Limits, metrics: Metrics) -> Self {
         Self {
             sockets: Sockets::new(search),
@@ -154,87 +167,102 @@ impl Providers {
     /// Asks a provider for the objects of a volume.
     ///
     /// # Errors
-    /// Says which provider at which socket, what it answered, and what to do. Has the wait that the
-    /// provider asked for, if it did.
+    /// Names the provider and its socket, what it answered, and what to do. The error has the wait
+    /// that the provider asked for.
     pub async fn mount(&self, mut call: MountCall<'_>) -> Result<Reply> {
         if call.urgency == Urgency::Refresh {
             call.deadline = call.deadline.min(Instant::now() + REFRESH_WITHIN);
         }
-        let name = call.provider;
-        let owner = Owner::new(call.namespace, call.class);
-        let with_tokens = call.attributes.contains(TOKENS_KEY);
+        let class = ClassName::new(call.namespace, call.class);
         let mut wait = FIRST_WAIT;
         for attempt in 1.. {
-            // Whoever is not there has no queue.
-            match call.urgency {
-                Urgency::FirstMount => self.sockets.wait(name, call.deadline).await?,
-                Urgency::Refresh => drop(self.sockets.find(name)?),
-            }
-            let still_there = |name: &str| self.sockets.find(name).is_ok();
-            self.metrics.provider_seen(name, still_there);
-            let shared = self.shared(name);
-            let (place, counted) = self.turn(&shared.queue, &owner, &call).await?;
-            // A turn may take a while to come, in which the provider may have moved.
-            let socket = self.sockets.find(name)?;
-            let channel = wire::channel(&socket)?;
-            let waits_for_memory = Arc::default();
-            let asking = Asking {
-                waits_for_memory: &waits_for_memory,
-                owner: &owner,
-                memory: &shared.memory,
-                max_message_bytes: self.limits.max_message_bytes,
+            let (socket, status) = match self.attempt(&call, &class).await {
+                Ok(reply) => return Ok(reply),
+                Err(AttemptError::Final(error)) => return Err(error),
+                Err(AttemptError::Status(socket, status)) => (socket, status),
             };
-            let answer = tokio::select! {
-                biased;
-                answer = ask(&call, channel, asking) => answer,
-                () = place.has_to_give_way() => {
-                    counted.ended(refusal::code_name(Code::Cancelled));
-                    place.ended(Ending::Silent);
-                    return Err(gave_way(name, &socket));
-                }
-            };
-            match answer {
-                Ok((response, held)) => {
-                    place.ended(Ending::Answered);
-                    return accept(response, name, with_tokens, held, counted);
-                }
-                Err(status) => {
-                    place.ended(refusal::ending(&status));
-                    counted.ended(refusal::code_name(status.code()));
-                    let pause = refusal::retry_after(&status).map_or(wait, |told| told.max(wait));
-                    let again = attempt < ATTEMPTS
-                        && refusal::is_transient(&status)
-                        && pause <= LONGEST_WAIT
-                        && Instant::now() + pause < call.deadline;
-                    if !again {
-                        let failed = Failed {
-                            provider: name,
-                            socket: &socket,
-                            attempts: attempt,
-                            max_message_bytes: self.limits.max_message_bytes,
-                            max_bytes: self.limits.max_bytes,
-                            with_tokens,
-                        };
-                        return Err(failed.explain(&status));
-                    }
-                    tracing::debug!(provider = name, code = ?status.code(), attempt, "the provider is not available; trying again");
-                    sleep(pause).await;
-                    wait = wait.mul_f64(WAIT_FACTOR);
-                }
+            let pause = refusal::retry_after(&status).map_or(wait, |told| told.max(wait));
+            let again = attempt < ATTEMPTS
+                && refusal::is_transient(&status)
+                && pause <= LONGEST_WAIT
+                && Instant::now() + pause < call.deadline;
+            if !again {
+                let failed = FailedCall {
+                    provider: call.provider,
+                    socket: &socket,
+                    attempts: attempt,
+                    limits: self.limits,
+                    with_tokens: call.with_tokens,
+                };
+                return Err(failed.explain(&status));
             }
+            tracing::debug!(provider = call.provider, code = ?status.code(), attempt, "the provider is not available; trying again");
+            sleep(pause).await;
+            wait = wait.mul_f64(WAIT_FACTOR);
         }
         unreachable!("the loop above ends by returning")
     }
 
-    /// Waits until the call may go.
+    /// Finds the socket, waits for a place, and calls the provider once.
+    async fn attempt(
+        &self,
+        call: &MountCall<'_>,
+        class: &ClassName,
+    ) -> Result<Reply, AttemptError> {
+        let name = call.provider;
+        // A call to a provider without a socket waits in no queue.
+        match call.urgency {
+            Urgency::FirstMount => self.sockets.wait(name, call.deadline).await?,
+            Urgency::Refresh => drop(self.sockets.find(name)?),
+        }
+        let still_there = |name: &str| self.sockets.find(name).is_ok();
+        self.metrics.provider_seen(name, still_there);
+        let shared = self.shared(name);
+        let (place, counted) = self.turn(&shared.queue, class, call).await?;
+        // The provider may have moved while the call waited for its turn.
+        let socket = self.sockets.find(name)?;
+        let channel = wire::channel(&socket)?;
+        let asking = Asking {
+            class,
+            memory: &shared.memory,
+            max_message_bytes: self.limits.max_message_bytes,
+            waits_for_memory: &Arc::default(),
+        };
+        let answer = tokio::select! {
+            biased;
+            answer = ask(call, channel, asking) => answer,
+            () = place.has_to_give_way() => {
+                counted.ended(refusal::code_name(Code::Cancelled));
+                place.ended(Ending::Silent);
+                return Err(gave_way(name, &socket).into());
+            }
+        };
+        match answer {
+            Ok((response, reserved)) => {
+                place.ended(Ending::Answered);
+                counted.ended(match error_code(&response) {
+                    Some(_) => PROVIDER_ERROR,
+                    None => refusal::code_name(Code::Ok),
+                });
+                Ok(accept(call, response, reserved)?)
+            }
+            Err(status) => {
+                place.ended(refusal::ending(&status));
+                counted.ended(refusal::code_name(status.code()));
+                Err(AttemptError::Status(socket, status))
+            }
+        }
+    }
+
+    /// Waits for a place until the deadline.
     async fn turn(
         &self,
         queue: &Arc<Queue>,
-        owner: &Owner,
+        class: &ClassName,
         call: &MountCall<'_>,
     ) -> Result<(Place, CallGuard)> {
         let mut counted = self.metrics.provider_call(call.provider);
-        let mut entering = pin!(queue.enter(owner, call.urgency));
+        let mut entering = pin!(queue.enter(class, call.urgency));
         loop {
             tokio::select! {
                 biased;
@@ -242,19 +270,19 @@ impl Providers {
                     counted.started();
                     return Ok((place, counted));
                 }
-                () = sleep_until(call.deadline) => return Err(self.busy(queue, owner, call)),
-                () = sleep(PRESS_EVERY) => queue.press(owner, call.urgency),
+                () = sleep_until(call.deadline) => return Err(self.busy(queue, class, call)),
+                () = sleep(PRESS_EVERY) => queue.press(class, call.urgency),
             }
         }
     }
 
-    fn busy(&self, queue: &Queue, owner: &Owner, call: &MountCall<'_>) -> Error {
+    fn busy(&self, queue: &Queue, class: &ClassName, call: &MountCall<'_>) -> Error {
         Error::new(
             Code::DeadlineExceeded,
             format!(
                 "provider {:?} is busy: this call waited for its turn until its deadline. {}. Is the provider or its store slow, or is --provider-max-calls ({}) too small?",
                 call.provider,
-                queue.ahead_of(owner),
+                queue.ahead_of(class),
                 self.limits.max_calls,
             ),
         )
@@ -268,7 +296,7 @@ impl Providers {
         }
         let new = Shared {
             queue: Queue::new(self.limits.max_calls),
-            memory: Memory::new(self.limits.max_bytes),
+            memory: AnswerMemory::new(self.limits.max_bytes),
         };
         shared.insert(name.to_owned(), new.clone());
         new
@@ -280,7 +308,7 @@ async fn ask(
     call: &MountCall<'_>,
     channel: tonic::transport::Channel,
     asking: Asking<'_>,
-) -> Result<(MountResponse, Held), Status> {
+) -> Result<(MountResponse, Reserved), Status> {
     let mut request = Request::new(MountRequest {
         attributes: call.attributes.to_string(),
         secrets: call.secrets.to_string(),
@@ -295,11 +323,11 @@ async fn ask(
             })
             .collect(),
     });
-    // The provider is told when we stop waiting. tonic enforces what it sends, and would
-    // call it CANCELLED; a little later, so that the line below is the one that decides.
+    // The provider is told the deadline. tonic would end the call with CANCELLED at the timeout
+    // that it sends; half a second more lets `timeout_at` below end it first.
     let left = call.deadline.saturating_duration_since(Instant::now());
     request.set_timeout(left + Duration::from_millis(500));
-    // What these types print of themselves holds no secret.
+    // The `Debug` output of these types holds no secret.
     tracing::debug!(provider = call.provider, request = ?request.get_ref(), "asking the provider");
     let waits_for_memory = Arc::clone(asking.waits_for_memory);
     let answer = match timeout_at(call.deadline, wire::mount(channel, request, asking)).await {
@@ -320,7 +348,7 @@ async fn ask(
     answer
 }
 
-/// Says that a call ended for the sake of others. kubelet calls again.
+/// Returns the error of a call that gave way to another one. kubelet calls again.
 fn gave_way(name: &str, socket: &Path) -> Error {
     Error::unavailable(format!(
         "provider {name:?} at {} did not answer this call for {} s or more, and the driver ended it to let other SecretProviderClasses call; the driver tries again. Is the store of this class slow or unreachable?",
@@ -330,33 +358,32 @@ fn gave_way(name: &str, socket: &Path) -> Error {
     .with_reason(Reason::GrpcProviderError)
 }
 
-/// Returns the mode that a provider has chosen for a file, or 0. Many copy the permission that they
-/// were asked for into every file that has none of its own, and have chosen nothing.
+/// Returns the mode that a provider has chosen for a file, or 0. Many providers copy the permission
+/// that they were asked for into every file that has no mode of its own.
 fn chosen(mode: i32) -> i32 {
     if mode == PERMISSION { 0 } else { mode }
 }
 
-/// Takes an answer apart. The provider's own error code is a failure, whatever else it answered.
-fn accept(
-    mut response: MountResponse,
-    name: &str,
-    with_tokens: bool,
-    held: Held,
-    counted: CallGuard,
-) -> Result<Reply> {
-    if let Some(error) = response.error.filter(|error| !error.code.is_empty()) {
-        counted.ended(PROVIDER_ERROR);
-        let code: String = error.code.chars().take(LONGEST_CODE).collect();
+/// Returns the error code that a provider gives in its answer.
+fn error_code(response: &MountResponse) -> Option<&str> {
+    let error = response.error.as_ref()?;
+    Some(error.code.as_str()).filter(|code| !code.is_empty())
+}
+
+/// Takes an answer apart. An answer with an error code is a failure, even if it has objects.
+fn accept(call: &MountCall<'_>, mut response: MountResponse, reserved: Reserved) -> Result<Reply> {
+    let name = call.provider;
+    if let Some(code) = error_code(&response) {
+        let code: String = code.chars().take(LONGEST_CODE).collect();
         return Err(Error::new(
             Code::Unknown,
             format!(
                 "provider {name:?}: mount request failed with provider error code {code}{}",
-                refusal::token_hint(&code, with_tokens),
+                refusal::token_hint(&code, call.with_tokens),
             ),
         )
         .with_reason(Reason::Provider(code)));
     }
-    counted.ended(refusal::code_name(Code::Ok));
     if response.object_version.is_empty() {
         return Err(Error::precondition(format!(
             "provider {name:?}: missing object versions: it answered without naming any object. Does the SecretProviderClass list at least one object?"
@@ -371,7 +398,7 @@ fn accept(
             version: o.version,
         })
         .collect();
-    // An id that comes twice: the last one counts, as in a map.
+    // Of an id that comes more than once, the last one counts, as in a map.
     objects.reverse();
     objects.sort_by(|a, b| a.id.cmp(&b.id));
     objects.dedup_by(|a, b| a.id == b.id);
@@ -386,6 +413,6 @@ fn accept(
     Ok(Reply {
         objects,
         files,
-        _held: held,
+        _reserved: reserved,
     })
 }

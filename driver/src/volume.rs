@@ -508,12 +508,14 @@ impl Volumes {
         } else {
             request.secrets.expose_json().map_err(no_json)?
         };
+        let attributes = attributes(class, request);
         self.providers
             .mount(MountCall {
                 provider: &class.provider,
                 namespace: &request.pod.namespace,
                 class: &request.class,
-                attributes: attributes(class, request).expose_json().map_err(no_json)?,
+                attributes: attributes.expose_json().map_err(no_json)?,
+                with_tokens: attributes.expose(TOKENS).is_some(),
                 secrets,
                 target: request.target.as_path(),
                 current,

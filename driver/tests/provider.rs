@@ -132,6 +132,7 @@ async fn mount(providers: &Providers, urgency: Urgency, within: Duration) -> Res
             namespace: "shop",
             class: "db",
             attributes: "{}".to_owned().into(),
+            with_tokens: false,
             secrets: "null".to_owned().into(),
             target: Path::new("/target"),
             current: &[],

@@ -170,6 +170,7 @@ async fn mount(providers: &Providers, class: &str, wish: &str, within: Duration)
             namespace,
             class,
             attributes: wish.to_owned().into(),
+            with_tokens: false,
             secrets: "null".to_owned().into(),
             target: Path::new("/target"),
             current: &[],

@@ -1,7 +1,8 @@
-//! Asks the providers from time to time who they are, and logs what changes (`--provider-health-check`).
+//! Asks the providers for their version periodically, and logs changes
+//! (`--provider-health-check`).
 //!
-//! Nothing depends on the answer and nobody waits for it: a pod that needs a provider finds out
-//! by itself. Providers are asked all at once and without holding anything that a call needs.
+//! No publish depends on the answers or waits for them. All providers are asked at once, and a
+//! health check takes none of the places that calls need.
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
@@ -12,27 +13,27 @@ use tonic::Request;
 
 use super::{Providers, refusal, wire};
 
-/// How long a provider has to answer: five seconds, as in upstream's `HealthCheck`
+/// The time in which a provider must answer, as in upstream's `HealthCheck`
 /// (`pkg/secrets-store/provider_client.go`).
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The shortest time between two rounds, for an interval that is a mistake.
+/// The shortest time between two rounds, in case the interval was set too short by mistake.
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The interface version that the driver speaks.
+/// The version of the provider interface that the driver speaks.
 const VERSION: &str = "v1alpha1";
 
-/// What was last known of a provider.
+/// The result of the last health check of a provider.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Health {
-    /// It answered: its name and version, as it says them.
+    /// It answered with its name and version.
     Well { runtime: String, version: String },
-    /// It did not, for this reason.
+    /// It did not answer well, for this reason.
     Unwell(String),
 }
 
 impl Providers {
-    /// Asks every provider, then waits for `interval`, until `stop`.
+    /// Asks every provider once in each `interval`, until `stop`.
     pub async fn watch_health(&self, interval: Duration, stop: CancellationToken) {
         let mut known = BTreeMap::new();
         let watching = async {
@@ -82,7 +83,7 @@ async fn ask(socket: PathBuf) -> Health {
     }
 }
 
-/// A change is worth a line always, a provider that is as it was only for who looks closely.
+/// Logs each change, and at the debug level each provider that is as before.
 fn report(before: &BTreeMap<String, Health>, now: &BTreeMap<String, Health>) {
     for (provider, health) in now {
         match health {

@@ -1,145 +1,148 @@
-//! The memory that the answers of one provider take, and who waits for some.
+//! The memory for the answers of one provider.
 //!
-//! How large an answer is stands in its first five bytes; the rest stays with the provider until
-//! there is memory for it. A namespace may hold half of the memory, and namespaces take turns.
-//! One answer always gets what it needs, however small the memory is.
+//! The first five bytes of an answer tell its length. The rest stays with the provider until there
+//! is memory for it. A namespace may hold half of the memory, and namespaces take turns. A single
+//! answer always gets the memory that it needs, even if that is more than there is.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
-use super::line::{Line, Owner};
+use super::line::{ClassName, Line};
 
 /// The memory for the answers of one provider.
-pub(super) struct Memory {
+pub(super) struct AnswerMemory {
     most: usize,
-    state: Mutex<State>,
+    answers: Mutex<Answers>,
 }
 
 #[derive(Default)]
-struct State {
-    holders: Vec<Holder>,
+struct Answers {
+    held: Vec<Answer>,
     last_id: u64,
-    waiting: Line<Wish>,
+    waiting: Line<Arriving>,
 }
 
-struct Holder {
+/// An answer that has memory.
+struct Answer {
     id: u64,
-    owner: Owner,
+    class: ClassName,
     bytes: usize,
 }
 
-struct Wish {
+/// An answer that waits for memory.
+struct Arriving {
     bytes: usize,
-    sender: oneshot::Sender<Held>,
+    sender: oneshot::Sender<Reserved>,
 }
 
-/// Memory that one answer holds. Dropping it gives it to the next.
-pub(super) struct Held {
-    memory: Arc<Memory>,
+/// The memory of one answer. Dropping it frees the memory for the next answer.
+pub(super) struct Reserved {
+    memory: Arc<AnswerMemory>,
     id: u64,
     held: bool,
 }
 
-impl Memory {
-    /// Memory of `most` bytes.
+impl AnswerMemory {
+    /// Creates a memory of `most` bytes.
     pub(super) fn new(most: usize) -> Arc<Self> {
         Arc::new(Self {
             most,
-            state: Mutex::default(),
+            answers: Mutex::default(),
         })
     }
 
-    /// Waits for `bytes`. A dropped future has none and waits for none.
-    pub(super) async fn take(self: &Arc<Self>, owner: &Owner, bytes: usize) -> Held {
+    /// Waits until `bytes` are free, and reserves them. Dropping the future ends the wait.
+    pub(super) async fn reserve(self: &Arc<Self>, class: &ClassName, bytes: usize) -> Reserved {
         loop {
-            let held = {
-                let (sender, held) = oneshot::channel();
-                self.lock()
-                    .waiting
-                    .push(owner.clone(), Wish { bytes, sender });
-                held
+            let reserved = {
+                let (sender, reserved) = oneshot::channel();
+                let arriving = Arriving { bytes, sender };
+                self.lock().waiting.push(class.clone(), arriving);
+                reserved
             };
             self.let_through();
-            // The memory outlives this call, and nobody drops a sender without an answer.
-            if let Ok(held) = held.await {
-                return held;
+            // A sender is dropped unused only if its receiver is gone.
+            if let Ok(reserved) = reserved.await {
+                return reserved;
             }
         }
     }
 
+    /// Reserves memory for answers that wait, as long as there is some.
     fn let_through(self: &Arc<Self>) {
         loop {
-            let (wish, id) = {
-                let mut state = self.lock();
-                let Some((owner, wish)) = state.next(self.most) else {
+            let (arriving, id) = {
+                let mut answers = self.lock();
+                let Some((class, arriving)) = answers.next(self.most) else {
                     return;
                 };
-                state.last_id += 1;
-                let (id, bytes) = (state.last_id, wish.bytes);
-                state.holders.push(Holder { id, owner, bytes });
-                (wish, id)
+                answers.last_id += 1;
+                let (id, bytes) = (answers.last_id, arriving.bytes);
+                answers.held.push(Answer { id, class, bytes });
+                (arriving, id)
             };
-            let held = Held {
+            let reserved = Reserved {
                 memory: Arc::clone(self),
                 id,
                 held: true,
             };
-            // Who has stopped waiting in this moment gives it back without calling this again.
-            if let Err(mut unwanted) = wish.sender.send(held) {
-                unwanted.held = false;
-                self.lock().forget(id);
+            // If the receiver has just stopped waiting, the memory is freed here: dropping
+            // `reserved` would call this function again.
+            if let Err(mut unused) = arriving.sender.send(reserved) {
+                unused.held = false;
+                self.lock().free(id);
             }
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // The lists are whole whoever panicked while holding them.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Answers> {
+        // A panic elsewhere leaves the lists whole.
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
-    /// Whose turn it is. One who is next and needs more than there is holds up those behind, so
-    /// that it gets its turn.
-    fn next(&mut self, most: usize) -> Option<(Owner, Wish)> {
-        self.waiting.retain(|wish| !wish.sender.is_closed());
-        let holders = &self.holders;
-        let total: usize = holders.iter().map(|holder| holder.bytes).sum();
-        let within_share = |owner: &Owner, wish: &Wish| {
-            let own: usize = holders
+impl Answers {
+    /// Takes the answer whose turn it is. If it needs more memory than there is, those behind it
+    /// wait, so that it gets its turn.
+    fn next(&mut self, most: usize) -> Option<(ClassName, Arriving)> {
+        self.waiting.retain(|arriving| !arriving.sender.is_closed());
+        let held = &self.held;
+        let total: usize = held.iter().map(|answer| answer.bytes).sum();
+        let within_share = |class: &ClassName, arriving: &Arriving| {
+            let own: usize = held
                 .iter()
-                .filter(|holder| holder.owner.namespace == owner.namespace)
-                .map(|holder| holder.bytes)
+                .filter(|answer| answer.class.namespace == class.namespace)
+                .map(|answer| answer.bytes)
                 .sum();
-            own == 0 || own.saturating_add(wish.bytes) <= most / 2
+            own == 0 || own.saturating_add(arriving.bytes) <= most / 2
         };
-        let fits = |wish: &Wish| total == 0 || total.saturating_add(wish.bytes) <= most;
-        self.waiting.take_if(within_share, |_, wish| fits(wish))
+        let fits = |arriving: &Arriving| total == 0 || total.saturating_add(arriving.bytes) <= most;
+        self.waiting.take_if(within_share, fits)
     }
 
-    fn forget(&mut self, id: u64) {
-        self.holders.retain(|holder| holder.id != id);
+    fn free(&mut self, id: u64) {
+        self.held.retain(|answer| answer.id != id);
     }
 }
 
-impl Held {
-    /// The answer has been read and takes this much.
+impl Reserved {
+    /// Frees what the answer does not need: it has been decoded and takes `bytes`.
     pub(super) fn shrink_to(&self, bytes: usize) {
         {
-            let mut state = self.memory.lock();
-            if let Some(holder) = state.holders.iter_mut().find(|h| h.id == self.id) {
-                holder.bytes = holder.bytes.min(bytes);
+            let mut answers = self.memory.lock();
+            if let Some(answer) = answers.held.iter_mut().find(|a| a.id == self.id) {
+                answer.bytes = answer.bytes.min(bytes);
             }
         }
         self.memory.let_through();
     }
 }
 
-impl Drop for Held {
+impl Drop for Reserved {
     fn drop(&mut self) {
         if self.held {
-            self.memory.lock().forget(self.id);
+            self.memory.lock().free(self.id);
             self.memory.let_through();
         }
     }
@@ -151,16 +154,17 @@ mod tests {
     use proptest::prelude::*;
     use std::{future::Future, pin::Pin, task::Poll};
 
-    type Taking = Pin<Box<dyn Future<Output = Held>>>;
+    type Taking = Pin<Box<dyn Future<Output = Reserved>>>;
 
-    fn taking(memory: &Arc<Memory>, namespace: &str, bytes: usize) -> Taking {
-        let (memory, owner) = (Arc::clone(memory), Owner::new(namespace, "db"));
-        Box::pin(async move { memory.take(&owner, bytes).await })
+    fn taking(memory: &Arc<AnswerMemory>, namespace: &str, bytes: usize) -> Taking {
+        let (memory, class) = (Arc::clone(memory), ClassName::new(namespace, "db"));
+        Box::pin(async move { memory.reserve(&class, bytes).await })
     }
 
-    fn now(taking: &mut Taking) -> Option<Held> {
+    fn now(taking: &mut Taking) -> Option<Reserved> {
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        // All of a test is one poll for tokio, which would make a channel wait for the next one.
+        // A test is one poll of a task. Without `unconstrained`, its channels would use up the
+        // budget that tokio gives to a poll, and wait for the next one.
         let taking = std::pin::pin!(tokio::task::unconstrained(taking.as_mut()));
         match taking.poll(&mut context) {
             Poll::Ready(held) => Some(held),
@@ -168,18 +172,14 @@ mod tests {
         }
     }
 
-    fn total(memory: &Memory) -> usize {
-        memory
-            .lock()
-            .holders
-            .iter()
-            .map(|holder| holder.bytes)
-            .sum()
+    fn total(memory: &AnswerMemory) -> usize {
+        let answers = memory.lock();
+        answers.held.iter().map(|answer| answer.bytes).sum()
     }
 
     #[test]
-    fn an_answer_that_is_smaller_than_feared_gives_back_the_rest() {
-        let memory = Memory::new(20);
+    fn an_answer_that_is_smaller_than_expected_gives_back_the_rest() {
+        let memory = AnswerMemory::new(20);
         let first = now(&mut taking(&memory, "a", 10)).unwrap();
         let _second = now(&mut taking(&memory, "b", 10)).unwrap();
         let mut third = taking(&memory, "c", 9);
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn one_answer_goes_through_however_small_the_memory() {
-        let memory = Memory::new(5);
+        let memory = AnswerMemory::new(5);
         let only = now(&mut taking(&memory, "a", 10)).unwrap();
         let mut next = taking(&memory, "b", 10);
         assert!(now(&mut next).is_none());
@@ -201,8 +201,8 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_holds_half_and_a_large_wish_gets_its_turn() {
-        let memory = Memory::new(100);
+    fn a_namespace_holds_half_and_a_large_answer_gets_its_turn() {
+        let memory = AnswerMemory::new(100);
         let _held = now(&mut taking(&memory, "crowd", 50)).unwrap();
         let mut more = taking(&memory, "crowd", 1);
         assert!(now(&mut more).is_none());
@@ -220,16 +220,16 @@ mod tests {
     }
 
     proptest! {
-        /// Whoever comes, goes and gives up: no more is held than there is, but for one answer
-        /// alone, and everybody gets what they wait for.
+        /// Answers come, go and are given up in any order: no more is held than there is, except
+        /// for one answer alone, and every answer gets its memory.
         #[test]
         fn memory_is_bounded_and_everybody_gets_some(
             most in 1_usize..200,
             steps in proptest::collection::vec((0..4_u8, 0..5_u8, 1..120_usize, any::<usize>()), 1..100),
         ) {
-            let memory = Memory::new(most);
-            let (mut waiting, mut held): (Vec<Taking>, Vec<Held>) = Default::default();
-            let admit = |waiting: &mut Vec<Taking>, held: &mut Vec<Held>| {
+            let memory = AnswerMemory::new(most);
+            let (mut waiting, mut held): (Vec<Taking>, Vec<Reserved>) = Default::default();
+            let admit = |waiting: &mut Vec<Taking>, held: &mut Vec<Reserved>| {
                 waiting.retain_mut(|taking| match now(taking) {
                     Some(got) => { held.push(got); false }
                     None => true,

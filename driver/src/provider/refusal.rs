@@ -1,5 +1,5 @@
-//! What a provider's failure means: whether to try again, when, and what to tell the person with
-//! the broken pod.
+//! Interprets the failure of a call to a provider: whether and when to try again, and what to tell
+//! the owner of the pod.
 
 use std::{path::Path, time::Duration};
 
@@ -7,25 +7,27 @@ use prost::Message as _;
 use tonic::{Code, Status};
 
 use super::{
+    Limits,
     queue::Ending,
-    wire::{LONGEST_HEADERS, Refused},
+    wire::{LONGEST_HEADERS, TooLarge},
 };
 use crate::error::{Error, Reason};
 
 /// The longest wait that a provider can ask for. A longer one is shortened to this.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
-/// The longest part of a provider's message that is told, in bytes. With the words around it that
-/// fits into an event, whose message may have 1024.
+/// The number of bytes of a provider's message that an error quotes. With the words around it, they
+/// fit into an event, whose message may have 1024 bytes.
 const LONGEST_MESSAGE: usize = 700;
 
-/// The trailer by which a server tells gRPC clients when to try again (gRFC A6).
+/// The trailer that tells gRPC clients when to try again
+/// ([gRFC A6](https://github.com/grpc/proposal/blob/master/A6-client-retries.md)).
 const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
-/// The type of the detail that says the same (`google/rpc/error_details.proto`).
+/// The type of the status detail that tells the same (`google/rpc/error_details.proto`).
 const RETRY_INFO: &str = "google.rpc.RetryInfo";
 
-/// `google.rpc.Status` as far as it is read: the trailer `grpc-status-details-bin` holds one.
+/// The part of `google.rpc.Status` that is read. The trailer `grpc-status-details-bin` holds one.
 #[derive(Clone, PartialEq, prost::Message)]
 struct RichStatus {
     #[prost(message, repeated, tag = "3")]
@@ -57,7 +59,7 @@ struct Delay {
     nanos: i32,
 }
 
-/// When the provider wants to be asked again, if it says so.
+/// Returns the time after which the provider wants to be asked again, if it tells one.
 pub(super) fn retry_after(status: &Status) -> Option<Duration> {
     let pushback = status
         .metadata()
@@ -79,15 +81,15 @@ pub(super) fn retry_after(status: &Status) -> Option<Duration> {
     Some(longest.min(LONGEST_RETRY_AFTER))
 }
 
-/// Whether trying again at once may help: the provider says so, or its connection broke. A
-/// connection that breaks under a call shows as CANCELLED or UNKNOWN with a transport error
-/// inside.
+/// Returns whether trying again at once may help: the provider is unavailable, or its connection
+/// broke. A connection that breaks during a call shows as CANCELLED or UNKNOWN with a transport
+/// error as its source.
 pub(super) fn is_transient(status: &Status) -> bool {
-    let is_broken = connection_failure(status).is_some_and(|why| !is_for_length(&why));
+    let is_broken = connection_failure(status).is_some_and(|why| !is_too_long(&why));
     status.code() == Code::Unavailable || is_broken
 }
 
-/// What a call had not got when its deadline came.
+/// What a call still waited for at its deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TooLate {
     /// An answer.
@@ -107,29 +109,29 @@ impl std::fmt::Display for TooLate {
 
 impl std::error::Error for TooLate {}
 
-/// The status of a call whose deadline came.
+/// Returns the status of a call that did not end before its deadline.
 pub(super) fn too_late(lacked: TooLate) -> Status {
     let mut status = Status::deadline_exceeded(lacked.to_string());
     status.set_source(std::sync::Arc::new(lacked));
     status
 }
 
-/// What a failed call says about its class.
+/// Returns how a failed call ended, for the standing of its class.
 pub(super) fn ending(status: &Status) -> Ending {
-    if let Some(lacked) = made_here::<TooLate>(status) {
+    if let Some(lacked) = found_here::<TooLate>(status) {
         match lacked {
             TooLate::Answer => Ending::Silent,
             TooLate::Memory => Ending::Answered,
         }
-    } else if connection_failure(status).is_some_and(|why| !is_for_length(&why)) {
+    } else if connection_failure(status).is_some_and(|why| !is_too_long(&why)) {
         Ending::Lost
     } else {
         Ending::Refused
     }
 }
 
-/// Returns the beginning of a provider's words, on one line, and how many there were. Control
-/// characters become spaces, because the words end up in terminals.
+/// Returns the beginning of a provider's message, on one line, and its length if it was cut. Control
+/// characters become spaces, because the message is shown in terminals.
 pub(super) fn clipped(words: &str) -> String {
     let words = words.replace(|c: char| c.is_control(), " ");
     match words
@@ -141,21 +143,19 @@ pub(super) fn clipped(words: &str) -> String {
     }
 }
 
-/// What is known of a call that failed.
-pub(super) struct Failed<'a> {
+/// A call that failed.
+pub(super) struct FailedCall<'a> {
     pub(super) provider: &'a str,
     pub(super) socket: &'a Path,
     pub(super) attempts: usize,
-    /// What an answer may have, and all together.
-    pub(super) max_message_bytes: usize,
-    pub(super) max_bytes: usize,
-    /// Whether the call brought service account tokens.
+    pub(super) limits: Limits,
+    /// Whether the call had service account tokens.
     pub(super) with_tokens: bool,
 }
 
-impl Failed<'_> {
-    /// Line a provider's status into a sentence. A provider's own message goes into it: it is
-    /// what the person with the broken pod needs, and providers know what they may say.
+impl FailedCall<'_> {
+    /// Turns a provider's status into an error. The error quotes the provider's own message: the
+    /// owner of the pod needs it, and providers know what they may tell.
     pub(super) fn explain(&self, status: &Status) -> Error {
         let at = format!("provider {:?} at {}", self.provider, self.socket.display());
         let times = if self.attempts > 1 {
@@ -163,17 +163,17 @@ impl Failed<'_> {
         } else {
             String::new()
         };
-        let error = if let Some(refused) = made_here::<Refused>(status) {
+        let error = if let Some(too_large) = found_here::<TooLarge>(status) {
             Error::new(
                 Code::ResourceExhausted,
-                format!("{at} answered with {refused}; split the SecretProviderClass"),
+                format!("{at} answered with {too_large}; split the SecretProviderClass"),
             )
-        } else if made_here(status) == Some(&TooLate::Memory) {
+        } else if found_here(status) == Some(&TooLate::Memory) {
             Error::new(
                 Code::ResourceExhausted,
                 format!(
                     "{at} began to answer, but until the deadline other answers used all of the memory for its answers ({} bytes, of which one namespace may use half); raise --provider-max-bytes of the driver (chart value providerMaxBytes) if this happens often",
-                    self.max_bytes
+                    self.limits.max_bytes
                 ),
             )
         } else if is_over_the_limit(status) {
@@ -181,18 +181,18 @@ impl Failed<'_> {
                 Code::ResourceExhausted,
                 format!(
                     "{at} answered with more than {} bytes; raise --max-call-recv-msg-size of the driver (chart value maxCallRecvMsgSize), or split the SecretProviderClass",
-                    self.max_message_bytes
+                    self.limits.max_message_bytes
                 ),
             )
         } else if let Some(why) = connection_failure(status) {
-            if is_for_length(&why) {
+            if is_too_long(&why) {
                 Error::new(
                     Code::ResourceExhausted,
                     format!(
                         "{at} answered with an error that is larger than {LONGEST_HEADERS} bytes, so its text is lost; see the provider's log"
                     ),
                 )
-            } else if is_perhaps_for_length(&why) {
+            } else if is_perhaps_too_long(&why) {
                 Error::unavailable(format!(
                     "{at} sent an answer that cannot be read{times} ({why}); an error that is larger than {LONGEST_HEADERS} bytes has this effect. See the provider's log"
                 ))
@@ -225,8 +225,8 @@ impl Failed<'_> {
     }
 }
 
-/// What to add to a provider's words when they read as if a service account token were missing,
-/// and none was sent.
+/// Returns what to add to a provider's message if it seems to miss a service account token and none
+/// was sent.
 pub(super) fn token_hint(words: &str, with_tokens: bool) -> &'static str {
     let words = words.to_ascii_lowercase();
     let about_tokens = ["token", "audience"]
@@ -238,7 +238,7 @@ pub(super) fn token_hint(words: &str, with_tokens: bool) -> &'static str {
     ". No service account token was sent, because the CSIDriver asks for none; if this provider needs one, name its audience in spec.tokenRequests of the CSIDriver (chart value tokenRequests)"
 }
 
-/// A status for a log line.
+/// Returns a status for a log line.
 pub(super) fn in_short(status: &Status) -> String {
     connection_failure(status).unwrap_or_else(|| {
         format!(
@@ -249,10 +249,10 @@ pub(super) fn in_short(status: &Status) -> String {
     })
 }
 
-/// What a status that tonic made of a broken connection is about; none for a status that a
-/// provider sent.
+/// Returns the cause of a status that tonic made of a broken connection, or `None` for a status
+/// that a provider sent.
 fn connection_failure(status: &Status) -> Option<String> {
-    if made_here::<Refused>(status).is_some() || made_here::<TooLate>(status).is_some() {
+    if found_here::<TooLarge>(status).is_some() || found_here::<TooLate>(status).is_some() {
         return None;
     }
     let mut source = std::error::Error::source(status)?;
@@ -262,26 +262,27 @@ fn connection_failure(status: &Status) -> Option<String> {
     Some(source.to_string())
 }
 
-/// Whether a connection was ended here because the provider's headers or trailers, in which an
-/// error is, had more bytes than are read.
-fn is_for_length(why: &str) -> bool {
+/// Returns whether the client closed the connection because the provider's headers or trailers,
+/// which hold an error, were too large.
+fn is_too_long(why: &str) -> bool {
     ["too_many_continuations", "header_list_way_too_large"]
         .iter()
         .any(|reason| why.contains(reason))
 }
 
-/// Whether a stream was ended here for a reason that may be the same: what is too long is left out,
-/// and an answer without it makes no sense.
-fn is_perhaps_for_length(why: &str) -> bool {
+/// Returns whether the client reset the stream for what may be the same reason: h2 leaves out
+/// headers that are too large, and an answer without them is invalid.
+fn is_perhaps_too_long(why: &str) -> bool {
     why.contains("stream error detected: unspecific protocol error")
 }
 
-/// What the driver itself found wrong, rather than the provider or the connection.
-fn made_here<E: std::error::Error + 'static>(status: &Status) -> Option<&E> {
+/// Returns the source of a status that the driver made itself.
+fn found_here<E: std::error::Error + 'static>(status: &Status) -> Option<&E> {
     std::error::Error::source(status)?.downcast_ref()
 }
 
-/// tonic refuses a message over the limit with OUT_OF_RANGE, before it decodes it.
+/// Returns whether tonic refused a message because of its length, which it does with OUT_OF_RANGE
+/// before it decodes the message.
 fn is_over_the_limit(status: &Status) -> bool {
     status.code() == Code::OutOfRange
         && status
@@ -289,7 +290,7 @@ fn is_over_the_limit(status: &Status) -> bool {
             .contains("decoded message length too large")
 }
 
-/// A code as the gRPC specification spells it.
+/// Returns a code as the gRPC specification spells it.
 pub(super) fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
@@ -360,12 +361,15 @@ mod tests {
         let status = throttled(&details, pushback);
         let expected = milliseconds.map(Duration::from_millis);
         assert_eq!(retry_after(&status), expected);
-        let failed = Failed {
+        let failed = FailedCall {
             provider: "vault",
             socket: Path::new("/p/vault.sock"),
             attempts: 1,
-            max_message_bytes: 1,
-            max_bytes: 1,
+            limits: Limits {
+                max_calls: 1,
+                max_bytes: 1,
+                max_message_bytes: 1,
+            },
             with_tokens: false,
         };
         let error = failed.explain(&status);

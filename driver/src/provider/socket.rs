@@ -1,7 +1,7 @@
-//! Where a provider is: its socket.
+//! Finds the socket of a provider.
 //!
-//! A socket is looked up again for every call: a provider that restarted, moved or was replaced
-//! is found without a restart of the driver.
+//! A socket is looked up again for every call, so that a provider that restarted, moved or was
+//! replaced is found without a restart of the driver.
 
 use std::{
     fs, io,
@@ -14,18 +14,18 @@ use tokio::time::{Instant, sleep};
 
 use crate::error::{Error, Reason, Result};
 
-/// How long a first mount waits for a socket, at most; less when its deadline is near. On a new
-/// node the provider's pod often starts together with the first pod that needs it.
+/// The longest time that a first mount waits for a socket; it is less when the deadline is near.
+/// On a new node the provider's pod often starts together with the first pod that needs it.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
-/// How many sockets an error message names.
+/// The most sockets that an error message names.
 const MOST_NAMED: usize = 20;
 
-/// The ending of a provider's socket.
+/// The extension of a provider's socket.
 const ENDING: &str = ".sock";
 
-/// The directories of sockets.
+/// The directories in which sockets are searched.
 pub(super) struct Sockets {
     search: Vec<PathBuf>,
 }
@@ -35,10 +35,10 @@ impl Sockets {
         Self { search }
     }
 
-    /// The provider's socket. The first directory that has one wins.
+    /// Returns the provider's socket, from the first directory that has one.
     ///
     /// # Errors
-    /// Says where was searched and what is there.
+    /// Names the directories and the sockets that are there.
     pub(super) fn find(&self, name: &str) -> Result<PathBuf> {
         match self.look(name)? {
             Some(found) => Ok(found),
@@ -46,10 +46,10 @@ impl Sockets {
         }
     }
 
-    /// The same, for who can wait a moment until the provider has started.
+    /// Waits a moment for a provider that is starting.
     ///
     /// # Errors
-    /// As [`Sockets::find`], after the wait.
+    /// Returns the error of [`Sockets::find`] after the wait.
     pub(super) async fn wait(&self, name: &str, deadline: Instant) -> Result<()> {
         let left = deadline.saturating_duration_since(Instant::now());
         let give_up = Instant::now() + LONGEST_WAIT.min(left / 4);
@@ -64,7 +64,7 @@ impl Sockets {
         }
     }
 
-    /// Name and socket of every provider there is, each name once.
+    /// Returns the name and the socket of every provider, each name once.
     pub(super) fn all(&self) -> Vec<(String, PathBuf)> {
         let mut names: Vec<String> = self
             .files()
@@ -122,7 +122,7 @@ impl Sockets {
         ))
     }
 
-    /// The names of the sockets there are.
+    /// Returns the names of all sockets.
     fn files(&self) -> impl Iterator<Item = String> {
         self.search
             .iter()
@@ -137,8 +137,8 @@ fn lookup(message: String) -> Error {
     Error::precondition(message).with_reason(Reason::FailedToLookupProviderGrpcClient)
 }
 
-/// Whether a name cannot leave the socket directory. The form is that of upstream's
-/// `pluginNameRe` (`pkg/secrets-store/provider_client.go`), which also allows the empty name.
+/// Returns whether a name is valid, so that it cannot leave the socket directory. The form is that
+/// of upstream's `pluginNameRe` (`pkg/secrets-store/provider_client.go`), which also allows the empty name.
 fn is_provider_name(name: &str) -> bool {
     (1..=30).contains(&name.len())
         && name
@@ -146,7 +146,7 @@ fn is_provider_name(name: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
 }
 
-/// Whether there is a socket. Something else in its place is an error.
+/// Returns whether there is a socket. Any other file in its place is an error.
 fn is_socket(path: &Path) -> io::Result<bool> {
     match fs::metadata(path) {
         Ok(metadata) if metadata.file_type().is_socket() => Ok(true),

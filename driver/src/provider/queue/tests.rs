@@ -6,19 +6,20 @@ mod crowd;
 
 type Entering = Pin<Box<dyn Future<Output = Place>>>;
 
-fn owner(namespace: &str, class: &str) -> Owner {
-    Owner::new(namespace, class)
+fn class_of(namespace: &str, name: &str) -> ClassName {
+    ClassName::new(namespace, name)
 }
 
-fn entering(queue: &Arc<Queue>, owner: &Owner, urgency: Urgency) -> Entering {
-    let (queue, owner) = (Arc::clone(queue), owner.clone());
-    Box::pin(async move { queue.enter(&owner, urgency).await })
+fn entering(queue: &Arc<Queue>, class: &ClassName, urgency: Urgency) -> Entering {
+    let (queue, class) = (Arc::clone(queue), class.clone());
+    Box::pin(async move { queue.enter(&class, urgency).await })
 }
 
-/// The place, if it was given. The first call takes the place in the queue.
+/// Returns the place if it was given. The first call enters the queue.
 fn now(entering: &mut Entering) -> Option<Place> {
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-    // All of a test is one poll for tokio, which would make a channel wait for the next one.
+    // A test is one poll of a task. Without `unconstrained`, its channels would use up the budget
+    // that tokio gives to a poll, and wait for the next one.
     let entering = std::pin::pin!(tokio::task::unconstrained(entering.as_mut()));
     match entering.poll(&mut context) {
         Poll::Ready(place) => Some(place),
@@ -26,29 +27,29 @@ fn now(entering: &mut Entering) -> Option<Place> {
     }
 }
 
-fn enter_now(queue: &Arc<Queue>, owner: &Owner, urgency: Urgency) -> Option<Place> {
-    now(&mut entering(queue, owner, urgency))
+fn enter_now(queue: &Arc<Queue>, class: &ClassName, urgency: Urgency) -> Option<Place> {
+    now(&mut entering(queue, class, urgency))
 }
 
-/// As many places as `owner` gets.
-fn all_for(queue: &Arc<Queue>, owner: &Owner, urgency: Urgency) -> Vec<Place> {
-    std::iter::from_fn(|| enter_now(queue, owner, urgency)).collect()
+/// Takes as many places as `class` gets.
+fn all_for(queue: &Arc<Queue>, class: &ClassName, urgency: Urgency) -> Vec<Place> {
+    std::iter::from_fn(|| enter_now(queue, class, urgency)).collect()
 }
 
-fn make_known(queue: &Arc<Queue>, owner: &Owner, standing: Standing) {
+fn make_known(queue: &Arc<Queue>, class: &ClassName, standing: Standing) {
     let known = (standing, Instant::now());
-    queue.lock().standings.insert(owner.clone(), known);
+    queue.lock().standings.insert(class.clone(), known);
 }
 
-fn make_trusted(queue: &Arc<Queue>, owner: &Owner) {
-    let place = enter_now(queue, owner, Urgency::FirstMount).unwrap();
+fn make_trusted(queue: &Arc<Queue>, class: &ClassName) {
+    let place = enter_now(queue, class, Urgency::FirstMount).unwrap();
     place.ended(Ending::Answered);
 }
 
 #[tokio::test(start_paused = true)]
 async fn first_mounts_go_ahead_and_refreshes_are_not_starved() {
     let queue = Queue::new(1);
-    let class = owner("shop", "db");
+    let class = class_of("shop", "db");
     let mut place = queue.enter(&class, Urgency::Refresh).await;
     let mut line: Vec<(&str, Entering)> = Vec::new();
     let mut wait = |name, urgency| {
@@ -81,7 +82,7 @@ async fn first_mounts_go_ahead_and_refreshes_are_not_starved() {
 #[tokio::test(start_paused = true)]
 async fn who_stops_waiting_has_no_place() {
     let queue = Queue::new(1);
-    let class = owner("shop", "db");
+    let class = class_of("shop", "db");
     let place = queue.enter(&class, Urgency::FirstMount).await;
     let mut gone = entering(&queue, &class, Urgency::FirstMount);
     let mut waits = entering(&queue, &class, Urgency::Refresh);
@@ -89,7 +90,7 @@ async fn who_stops_waiting_has_no_place() {
     drop(gone);
     drop(place);
     let place = now(&mut waits).expect("its turn");
-    // One who got the place and went before it saw it.
+    // A caller that stops waiting after it was given the place.
     let mut last = entering(&queue, &class, Urgency::Refresh);
     let mut unseen = entering(&queue, &class, Urgency::FirstMount);
     assert!(now(&mut last).is_none() && now(&mut unseen).is_none());
@@ -99,42 +100,42 @@ async fn who_stops_waiting_has_no_place() {
     assert_eq!(queue.ahead_of(&class).in_flight, 0);
 }
 
-/// A store hangs whose classes were never answered: the others do not notice.
+/// The store of classes that were never answered hangs, and other classes are not affected.
 #[tokio::test(start_paused = true)]
 async fn classes_that_hang_from_the_start_hold_few_places() {
     let queue = Queue::new(16);
-    let hung = all_for(&queue, &owner("shop", "hung"), Urgency::FirstMount);
+    let hung = all_for(&queue, &class_of("shop", "hung"), Urgency::FirstMount);
     assert_eq!(hung.len(), 2, "one class");
-    let same_namespace = enter_now(&queue, &owner("shop", "db"), Urgency::FirstMount);
+    let same_namespace = enter_now(&queue, &class_of("shop", "db"), Urgency::FirstMount);
     assert!(same_namespace.is_some(), "another class of the namespace");
 
     let mut held = Vec::new();
     for class in 0..100 {
         held.extend(all_for(
             &queue,
-            &owner("hostile", &format!("c{class}")),
+            &class_of("hostile", &format!("c{class}")),
             Urgency::FirstMount,
         ));
     }
     assert_eq!(held.len(), 4, "a namespace of a hundred classes");
-    assert!(enter_now(&queue, &owner("web", "db"), Urgency::FirstMount).is_some());
+    assert!(enter_now(&queue, &class_of("web", "db"), Urgency::FirstMount).is_some());
 }
 
-/// A store hangs after its classes had been answered, so that they are trusted.
+/// A store hangs after its class was answered, so that the class is trusted.
 #[tokio::test(start_paused = true)]
 async fn a_class_that_was_well_leaves_places_when_it_hangs() {
     let queue = Queue::new(16);
-    let db = owner("shop", "db");
+    let db = class_of("shop", "db");
     make_trusted(&queue, &db);
     let mut hung = all_for(&queue, &db, Urgency::FirstMount);
     assert_eq!(hung.len(), 12);
-    let other_class = enter_now(&queue, &owner("shop", "files"), Urgency::FirstMount);
+    let other_class = enter_now(&queue, &class_of("shop", "files"), Urgency::FirstMount);
     assert!(other_class.is_none(), "the namespace holds its share");
-    let other = enter_now(&queue, &owner("web", "db"), Urgency::FirstMount);
+    let other = enter_now(&queue, &class_of("web", "db"), Urgency::FirstMount);
     assert!(other.is_some());
 
-    // The other class of the namespace waits until it is plain that the first one hangs.
-    let files = owner("shop", "files");
+    // The other class of the namespace waits until the first one is known to hang.
+    let files = class_of("shop", "files");
     let mut waits = entering(&queue, &files, Urgency::FirstMount);
     assert!(now(&mut waits).is_none());
     drop(hung.pop());
@@ -142,7 +143,7 @@ async fn a_class_that_was_well_leaves_places_when_it_hangs() {
     tokio::time::advance(HANGS).await;
     drop(hung.pop());
     assert!(now(&mut waits).is_some());
-    // What hung is not trusted any more.
+    // A class that hung is not trusted any more.
     drop(hung);
     assert_eq!(all_for(&queue, &db, Urgency::FirstMount).len(), 2);
 }
@@ -153,29 +154,29 @@ async fn refreshes_leave_places_to_first_mounts() {
         let queue = Queue::new(most);
         let mut refreshes = Vec::new();
         for namespace in 0..most * 2 {
-            let class = owner(&format!("n{namespace}"), "db");
+            let class = class_of(&format!("n{namespace}"), "db");
             refreshes.extend(all_for(&queue, &class, Urgency::Refresh));
         }
         let (held, expected) = (refreshes.len(), (most / 2).max(1));
         assert_eq!(held, expected, "of {most}");
-        let first = enter_now(&queue, &owner("web", "db"), Urgency::FirstMount);
+        let first = enter_now(&queue, &class_of("web", "db"), Urgency::FirstMount);
         assert!(first.is_some() || most == 1, "of {most}");
     }
 }
 
-/// More namespaces hang than there are places. One that is well waits no longer than it takes
-/// to notice.
+/// More namespaces hang than there are places. A healthy class waits no longer than it takes to
+/// notice.
 #[tokio::test(start_paused = true)]
 async fn calls_that_hang_give_way() {
     let queue = Queue::new(16);
     let mut hung = Vec::new();
     for namespace in 0..40 {
-        let class = owner(&format!("n{namespace}"), "hung");
+        let class = class_of(&format!("n{namespace}"), "hung");
         hung.extend(all_for(&queue, &class, Urgency::FirstMount));
     }
     // The other places are for classes that were answered.
     assert_eq!(hung.len(), 12);
-    let well = owner("web", "db");
+    let well = class_of("web", "db");
     let mut waits = entering(&queue, &well, Urgency::FirstMount);
     assert!(now(&mut waits).is_none());
     queue.press(&well, Urgency::FirstMount);
@@ -191,14 +192,14 @@ async fn calls_that_hang_give_way() {
     let at = hung.iter().position(|place| place.give_way.is_cancelled());
     let gives_way = hung.remove(at.unwrap());
     let its_class = {
-        let state = queue.lock();
-        let call = state.calls.iter().find(|call| call.id == gives_way.id);
-        call.unwrap().owner.clone()
+        let calls = queue.lock();
+        let call = calls.in_flight.iter().find(|call| call.id == gives_way.id);
+        call.unwrap().class.clone()
     };
     gives_way.ended(Ending::Silent);
     assert!(now(&mut waits).is_some());
-    // Who has hung makes nobody give way.
-    let held = all_for(&queue, &owner("web", "db"), Urgency::FirstMount);
+    // A class that hung makes no call give way.
+    let held = all_for(&queue, &class_of("web", "db"), Urgency::FirstMount);
     queue.press(&its_class, Urgency::FirstMount);
     assert_eq!(asked(&hung), 0);
     drop(held);
@@ -210,11 +211,12 @@ enum Step {
         class: usize,
         refresh: bool,
     },
-    /// A call ends, a waiting one is given up, or the time passes: which, modulo how many.
+    /// Ends the call with this number, modulo the number of calls.
     End {
         which: usize,
         ending: Option<Ending>,
     },
+    /// Gives up the waiting call with this number, modulo their number.
     GiveUp {
         which: usize,
     },
@@ -244,15 +246,15 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     proptest::collection::vec(step, 1..120)
 }
 
-/// Twelve classes in four namespaces.
-fn class(at: usize) -> Owner {
-    owner(&format!("n{}", at % 4), &format!("c{}", at / 4))
+/// Returns one of twelve classes in four namespaces.
+fn class(at: usize) -> ClassName {
+    class_of(&format!("n{}", at % 4), &format!("c{}", at / 4))
 }
 
 proptest! {
-    /// Whatever comes, ends, hangs and is given up in whatever order: there are never more calls
-    /// than places, nobody holds more than its share, an answered class of a namespace that has
-    /// nothing in flight always gets a place while one is free, and in the end everybody had a turn.
+    /// For any order of calls that come, end, hang and are given up: there are never more calls
+    /// than places, no namespace holds more than its share, an answered class of a namespace that
+    /// has nothing in flight always gets a place while one is free, and every call has its turn.
     #[test]
     fn places_are_shared(most in 1_usize..20, steps in steps()) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
@@ -286,7 +288,7 @@ proptest! {
                 });
                 check(&queue, most, places.len());
             }
-            // No refresh and no class that waits is passed for ever.
+            // No refresh and no class that waits is passed forever.
             let mut rounds = 0;
             while !waiting.is_empty() {
                 places.pop().expect("somebody waits while nothing is in flight").ended(Ending::Answered);
@@ -308,42 +310,44 @@ proptest! {
 fn check(queue: &Arc<Queue>, most: usize, held: usize) {
     let shares = Shares::of(most);
     {
-        let state = queue.lock();
-        assert_eq!(state.calls.len(), held);
+        let calls = queue.lock();
+        assert_eq!(calls.in_flight.len(), held);
         assert!(held <= most);
-        let refreshes = state
-            .calls
+        let refreshes = calls
+            .in_flight
             .iter()
             .filter(|call| call.urgency == Urgency::Refresh);
         assert!(refreshes.count() <= shares.for_refreshes);
         for at in 0..4 {
             let name = format!("n{at}");
-            let held = state
-                .calls
+            let held = calls
+                .in_flight
                 .iter()
-                .filter(|call| *call.owner.namespace == *name);
+                .filter(|call| *call.class.namespace == *name);
             assert!(held.count() <= shares.of_one());
         }
     }
     if held < most {
-        let class = owner("newcomer", "db");
+        let class = class_of("newcomer", "db");
         make_known(queue, &class, Standing::Answered);
         let newcomer = enter_now(queue, &class, Urgency::FirstMount);
         assert!(newcomer.is_some(), "{held} of {most} are held");
-        // It was never here: a call that is given up at once is not remembered.
+        // Forgets the newcomer.
         drop(newcomer);
         queue.lock().standings.remove(&class);
     }
 }
 
-/// A hundred of one namespace wait; one of another comes last and is next but one.
+/// A hundred calls of one namespace wait. A call of another one comes last and is among the next.
 #[tokio::test(start_paused = true)]
 async fn namespaces_take_turns_and_so_do_classes() {
     let queue = Queue::new(1);
-    let place = queue.enter(&owner("crowd", "a"), Urgency::FirstMount).await;
+    let place = queue
+        .enter(&class_of("crowd", "a"), Urgency::FirstMount)
+        .await;
     let mut line = Vec::new();
     let mut wait = |namespace: &'static str, class: &'static str| {
-        let mut entering = entering(&queue, &owner(namespace, class), Urgency::FirstMount);
+        let mut entering = entering(&queue, &class_of(namespace, class), Urgency::FirstMount);
         assert!(now(&mut entering).is_none());
         line.push((format!("{namespace}/{class}"), entering));
     };

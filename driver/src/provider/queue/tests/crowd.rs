@@ -1,4 +1,4 @@
-//! Many namespaces share a store that hangs; their calls are tried again as kubelet does.
+//! Simulates namespaces that share a store that hangs. Their calls are repeated as kubelet does.
 
 use super::*;
 use rstest::rstest;
@@ -8,39 +8,39 @@ use tokio::{
 };
 
 const MOST: usize = 16;
-/// How long kubelet waits for a publish.
+/// The time that kubelet waits for a publish.
 const KUBELET_WAITS: Duration = Duration::from_secs(110);
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Waits for a place as a call to a provider does, pressing once a second.
-async fn turn(queue: &Arc<Queue>, owner: &Owner, deadline: Instant) -> Option<Place> {
-    let mut entering = std::pin::pin!(queue.enter(owner, Urgency::FirstMount));
+/// Waits for a place as a call to a provider does, and presses once a second.
+async fn turn(queue: &Arc<Queue>, class: &ClassName, deadline: Instant) -> Option<Place> {
+    let mut entering = std::pin::pin!(queue.enter(class, Urgency::FirstMount));
     loop {
         tokio::select! {
             biased;
             place = &mut entering => return Some(place),
             () = sleep_until(deadline) => return None,
-            () = sleep(SECOND) => queue.press(owner, Urgency::FirstMount),
+            () = sleep(SECOND) => queue.press(class, Urgency::FirstMount),
         }
     }
 }
 
-/// When the calls of a class began.
-type Probes = Arc<Mutex<HashMap<Owner, Vec<Instant>>>>;
+/// The times at which the calls of each class began.
+type Probes = Arc<Mutex<HashMap<ClassName, Vec<Instant>>>>;
 
-/// Calls a store that never answers, again and again.
-async fn hang(queue: Arc<Queue>, owner: Owner, probes: Probes) {
+/// Calls a store that never answers, in a loop.
+async fn hang(queue: Arc<Queue>, class: ClassName, probes: Probes) {
     loop {
         let deadline = Instant::now() + KUBELET_WAITS;
-        let Some(place) = turn(&queue, &owner, deadline).await else {
+        let Some(place) = turn(&queue, &class, deadline).await else {
             continue;
         };
-        assert!(queue.ahead_of(&owner).in_flight <= MOST);
+        assert!(queue.ahead_of(&class).in_flight <= MOST);
         let now = Instant::now();
         probes
             .lock()
             .unwrap()
-            .entry(owner.clone())
+            .entry(class.clone())
             .or_default()
             .push(now);
         let _ = timeout_at(deadline, place.has_to_give_way()).await;
@@ -48,7 +48,7 @@ async fn hang(queue: Arc<Queue>, owner: Owner, probes: Probes) {
     }
 }
 
-/// A crowd of classes that hang. Were they answered before, or never seen?
+/// A crowd of classes that hang.
 struct Crowd {
     queue: Arc<Queue>,
     probes: Probes,
@@ -56,25 +56,26 @@ struct Crowd {
 }
 
 impl Crowd {
+    /// Starts the calls of the classes, which were `answered` before or are new.
     async fn new(namespaces: usize, classes: usize, answered: bool) -> Self {
         let queue = Queue::new(MOST);
         let probes = Probes::default();
         let mut tasks = JoinSet::new();
-        let mut owners = Vec::new();
+        let mut names = Vec::new();
         for class in 0..classes {
             for namespace in 0..namespaces {
-                owners.push(owner(&format!("n{namespace}"), &format!("c{class}")));
+                names.push(class_of(&format!("n{namespace}"), &format!("c{class}")));
             }
         }
         if answered {
-            for owner in &owners {
-                make_trusted(&queue, owner);
+            for class in &names {
+                make_trusted(&queue, class);
             }
         }
         sleep(SECOND).await;
-        make_trusted(&queue, &owner("ok", "good"));
-        for owner in owners {
-            tasks.spawn(hang(Arc::clone(&queue), owner, Arc::clone(&probes)));
+        make_trusted(&queue, &class_of("ok", "good"));
+        for class in names {
+            tasks.spawn(hang(Arc::clone(&queue), class, Arc::clone(&probes)));
         }
         sleep(Duration::from_millis(1)).await;
         Self {
@@ -84,13 +85,13 @@ impl Crowd {
         }
     }
 
-    /// The longest wait of a class that is answered at once, for so long.
-    async fn longest_wait(&self, owner: &Owner, during: Duration) -> Duration {
+    /// Returns the longest wait of a class that is answered at once, and calls `during` this time.
+    async fn longest_wait(&self, class: &ClassName, during: Duration) -> Duration {
         let until = Instant::now() + during;
         let mut longest = Duration::ZERO;
         while Instant::now() < until {
             let asked = Instant::now();
-            let place = turn(&self.queue, owner, asked + KUBELET_WAITS).await;
+            let place = turn(&self.queue, class, asked + KUBELET_WAITS).await;
             longest = longest.max(asked.elapsed());
             sleep(Duration::from_millis(50)).await;
             if let Some(place) = place {
@@ -102,8 +103,8 @@ impl Crowd {
     }
 }
 
-/// However many namespaces hang, and whether their classes were answered before: a class whose
-/// last call was answered has its place soon.
+/// A class whose last call was answered gets its place soon, however many namespaces hang, and
+/// whether their classes were answered before or not.
 #[rstest]
 #[tokio::test(start_paused = true)]
 async fn a_crowd_that_hangs_keeps_no_answered_class_waiting(
@@ -111,14 +112,15 @@ async fn a_crowd_that_hangs_keeps_no_answered_class_waiting(
     #[values(false, true)] answered: bool,
 ) {
     let crowd = Crowd::new(namespaces, classes, answered).await;
-    let good = owner("ok", "good");
+    let good = class_of("ok", "good");
     let longest = crowd.longest_wait(&good, Duration::from_secs(120)).await;
-    // Those that were answered fill all places until it is plain that they hang.
+    // Classes that were answered fill all places until they are known to hang.
     let bound = if answered { 15 * SECOND } else { SECOND };
     assert!(longest <= bound, "{longest:?}");
 }
 
-/// A class that was never seen has its first place soon, in a namespace that has others or none.
+/// A class that was never seen gets its first place soon, in a namespace that has other classes or
+/// none.
 #[rstest]
 #[tokio::test(start_paused = true)]
 async fn a_crowd_that_hangs_keeps_no_new_class_waiting(
@@ -126,21 +128,21 @@ async fn a_crowd_that_hangs_keeps_no_new_class_waiting(
     #[values("new", "n0")] namespace: &str,
 ) {
     let crowd = Crowd::new(namespaces, classes, false).await;
-    // Until each class of the crowd was tried once, they are as new as the one that comes.
+    // Until each class of the crowd was tried once, all are as new as this one.
     let all = namespaces * classes;
     while crowd.probes.lock().unwrap().len() < all {
         sleep(SECOND).await;
     }
     sleep(HANGS).await;
     for class in 0..5 {
-        let new = owner(namespace, &format!("never-seen-{class}"));
+        let new = class_of(namespace, &format!("never-seen-{class}"));
         let longest = crowd.longest_wait(&new, SECOND).await;
         assert!(longest <= 30 * SECOND, "{longest:?}");
     }
 }
 
-/// While healthy classes keep the provider busy, those that hang are tried again, so that it is
-/// noticed when their store is back.
+/// Classes that hang are tried again while healthy classes keep the provider busy, so that they
+/// recover when their store is back.
 #[rstest]
 #[tokio::test(start_paused = true)]
 async fn each_class_of_a_crowd_that_hangs_is_tried_again(
@@ -151,7 +153,7 @@ async fn each_class_of_a_crowd_that_hangs_is_tried_again(
     let crowd = Crowd::new(namespaces, classes, false).await;
     let mut healthy = JoinSet::new();
     for namespace in 0..busy {
-        let class = owner(&format!("busy{namespace}"), "db");
+        let class = class_of(&format!("busy{namespace}"), "db");
         make_known(&crowd.queue, &class, Standing::Answered);
         let queue = Arc::clone(&crowd.queue);
         healthy.spawn(async move {
@@ -164,18 +166,18 @@ async fn each_class_of_a_crowd_that_hangs_is_tried_again(
     }
     let start = Instant::now();
     let all = u32::try_from(namespaces * classes).unwrap();
-    // One that nobody presses lasts until kubelet gives up. Alone they have half of the places
-    // for 30 s each, and an eighth of them in any case.
+    // A call that does not have to give way lasts until kubelet gives up. Alone, the classes have
+    // half of the places for 30 s each, and always an eighth.
     let places = if busy == 0 { 8 } else { 2 };
     let round = Duration::from_secs(115) + Duration::from_secs(35) * all / places;
     sleep(round + round / 2).await;
     let probes = crowd.probes.lock().unwrap();
     assert_eq!(probes.len(), namespaces * classes);
-    for (owner, at) in probes.iter() {
+    for (class, at) in probes.iter() {
         let mut last = start;
         for at in at.iter().copied().chain([Instant::now()]) {
             let gap = at.saturating_duration_since(last);
-            assert!(gap <= round, "{owner:?}: {gap:?} of {round:?}");
+            assert!(gap <= round, "{class:?}: {gap:?} of {round:?}");
             last = last.max(at);
         }
     }
