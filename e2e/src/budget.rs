@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use embedded::Options;
 use futures::{StreamExt as _, stream};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
@@ -21,7 +22,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::binaries::{self, BIN_DIR_VARIABLE, Binaries, cargo_build};
 use crate::cluster::{Cluster as _, Component, Error, Result};
-use crate::embedded::{Embedded, Options};
+use crate::embedded::{Embedded, standard};
 use crate::manifest::add_arguments;
 
 const MIB: f64 = 1024.0 * 1024.0;
@@ -58,7 +59,7 @@ pub async fn run() -> Result<()> {
     #[expect(clippy::cast_precision_loss, reason = "a few megabytes")]
     table.at_most("binary, MB", size as f64 / 1e6, 10.0);
 
-    let cluster = Embedded::start(rotating()?, binaries).await?;
+    let cluster = Embedded::start(rotating(&binaries)?).await?;
     let bench = Bench::prepare(&cluster).await?;
     tokio::time::sleep(Duration::from_secs(2)).await;
     table.at_most("idle VmRSS, MiB", bench.rss()?, 10.0);
@@ -145,8 +146,8 @@ fn binaries() -> std::result::Result<Binaries, binaries::Error> {
 
 /// What `deploy/` installs, with rotation and intervals that do not pass while this runs: what the
 /// driver looks at of its own accord is no call's cost. `driver/tests/sync.rs` counts that.
-fn rotating() -> Result<Options> {
-    let mut options = Options::standard()?;
+fn rotating(binaries: &Binaries) -> Result<Options> {
+    let mut options = standard(binaries)?;
     let flags = [
         "--enable-secret-rotation=true",
         "--rotation-poll-interval=1h",
@@ -185,7 +186,7 @@ impl<'a> Bench<'a> {
         let pid = driver
             .and_then(|c| c.pid)
             .ok_or_else(|| failed("the driver", &"does not run"))?;
-        let disk = cluster.state().join("nodes").join(&name).join("root");
+        let disk = cluster.disk(&name);
         let socket = disk.join("var/lib/kubelet/plugins/csi-secrets-store/csi.sock");
         let channel = Endpoint::from_shared(format!("unix://{}", socket.display()))
             .map_err(|error| failed("the CSI socket", &error))?

@@ -10,21 +10,18 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+pub use embedded::HttpAnswer;
+use embedded::api::Disturbance;
+use embedded::is_ready;
 use k8s_openapi::api::core::v1::{Event, Namespace, Pod};
 use kube::ResourceExt;
 use kube::api::{
     Api, DeleteParams, DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams,
 };
-use kube::discovery::{self, Scope};
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-use crate::embedded::api::Disturbance;
 use crate::reader::{Readings, Wanted};
 use crate::tree::{Tree, View};
 
-/// Owner of the fields that a scenario applies.
-const MANAGER: &str = "e2e";
 /// Where a node keeps its pods.
 const PODS: &str = "/var/lib/kubelet/pods";
 /// Between two looks at what is waited for.
@@ -74,15 +71,6 @@ pub enum Action {
     Stop,
     /// Undoes a stop.
     Start,
-}
-
-/// An answer over HTTP.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HttpAnswer {
-    /// The status code.
-    pub status: u16,
-    /// The body as text.
-    pub body: String,
 }
 
 /// Why a cluster did not do as asked.
@@ -463,7 +451,7 @@ pub trait Cluster: Send + Sync {
     }
 }
 
-fn printed<T: serde::de::DeserializeOwned>(json: &str) -> Result<T> {
+pub(crate) fn printed<T: serde::de::DeserializeOwned>(json: &str) -> Result<T> {
     serde_json::from_str(json)
         .map_err(|error| Error::Impossible(format!("probe's output: {error}")))
 }
@@ -548,61 +536,11 @@ pub async fn apply(
     namespace: &str,
     manifest: &str,
 ) -> Result<Vec<DynamicObject>> {
-    let documents: Vec<Value> = serde_saphyr::from_multiple(manifest)
-        .map_err(|error| Error::Manifest(error.to_string()))?;
-    let mut applied = Vec::new();
-    for document in documents.into_iter().filter(|document| !document.is_null()) {
-        let object: DynamicObject =
-            serde_json::from_value(document).map_err(|error| Error::Manifest(error.to_string()))?;
-        applied.push(apply_object(client, namespace, object).await?);
-    }
-    Ok(applied)
-}
-
-async fn apply_object(
-    client: &kube::Client,
-    namespace: &str,
-    object: DynamicObject,
-) -> Result<DynamicObject> {
-    let name = object.name_any();
-    let types = object
-        .types
-        .as_ref()
-        .ok_or_else(|| Error::Manifest(format!("{name} has no apiVersion and kind")))?;
-    let what = format!("apply {} {name}", types.kind);
-    let kind = types
-        .try_into()
-        .map_err(|error| Error::Manifest(format!("{what}: {error}")))?;
-    let (resource, capabilities) = discovery::pinned_kind(client, &kind)
-        .await
-        .map_err(api(what.clone()))?;
-    let api_of_kind: Api<DynamicObject> = match capabilities.scope {
-        Scope::Cluster => Api::all_with(client.clone(), &resource),
-        Scope::Namespaced => {
-            let namespace = object.namespace().unwrap_or_else(|| namespace.to_owned());
-            Api::namespaced_with(client.clone(), &namespace, &resource)
-        }
-    };
-    let params = PatchParams::apply(MANAGER).force();
-    api_of_kind
-        .patch(&name, &params, &Patch::Apply(&object))
-        .await
-        .map_err(api(what))
+    Ok(embedded::apply(client, namespace, manifest).await?)
 }
 
 pub(crate) fn api(what: String) -> impl FnOnce(kube::Error) -> Error {
     move |source| Error::Api { what, source }
-}
-
-/// Whether a pod's condition `Ready` is true.
-pub(crate) fn is_ready(pod: &Pod) -> bool {
-    let conditions = pod
-        .status
-        .iter()
-        .flat_map(|status| status.conditions.iter().flatten());
-    conditions
-        .into_iter()
-        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
 fn describe(pod: &Pod) -> String {

@@ -4,11 +4,12 @@ use std::io::{self, IsTerminal as _, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use embedded::Options;
 use kube::api::{DynamicObject, ListParams};
 
 use crate::binaries::Binaries;
 use crate::cluster::{Cluster as _, Component, Error, Result};
-use crate::embedded::{Embedded, Options};
+use crate::embedded::{Embedded, standard};
 use crate::install;
 use crate::manifest::add_arguments;
 use crate::tree::{Content, Entry, Kind, View};
@@ -41,7 +42,7 @@ pub async fn run() -> Result<()> {
 
     let moment = Instant::now();
     told.step("Bring up a cluster: an API server, and a node with kubelet, driver and provider");
-    let cluster = Embedded::start(options()?, binaries).await?;
+    let cluster = Embedded::start(options(&binaries)?).await?;
     let namespace = cluster.namespace().await?;
     let node = cluster.nodes().remove(0);
     for secret in STORE {
@@ -114,8 +115,8 @@ pub async fn run() -> Result<()> {
 }
 
 /// As `deploy/` installs it, with rotation, and in a hurry.
-fn options() -> Result<Options> {
-    let mut options = Options::standard()?;
+fn options(binaries: &Binaries) -> Result<Options> {
+    let mut options = standard(binaries)?;
     let rotation = [
         "--enable-secret-rotation=true",
         "--rotation-poll-interval=1s",

@@ -1,6 +1,7 @@
 //! What runs in the cluster: `deploy/` as an operator installs it, and the provider of the tests.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,6 @@ use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, ListParams};
 
 use crate::binaries::workspace;
 use crate::cluster::{Error, Result, api, apply};
-use crate::embedded::read_manifests;
 use crate::images::{self, Image, Images};
 use crate::manifest::{change_container, containers_mut, parse};
 
@@ -135,6 +135,29 @@ fn custom(client: &kube::Client, namespace: &str, kind: &str, plural: &str) -> A
     let kind = GroupVersionKind::gvk("secrets-store.csi.x-k8s.io", "v1", kind);
     let resource = ApiResource::from_gvk_with_plural(&kind, plural);
     Api::namespaced_with(client.clone(), namespace, &resource)
+}
+
+/// The `*.yaml` files of a directory by name; those that define kinds come first.
+pub(crate) fn read_manifests(dir: &Path) -> Result<Vec<String>> {
+    let failed =
+        |path: &Path, error: io::Error| Error::Start(format!("{}: {error}", path.display()));
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(dir).map_err(|error| failed(dir, error))? {
+        let path = entry.map_err(|error| failed(dir, error))?.path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "yaml")
+        {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    let mut manifests = Vec::new();
+    for path in paths {
+        manifests.push(fs::read_to_string(&path).map_err(|error| failed(&path, error))?);
+    }
+    manifests.sort_by_key(|manifest| !manifest.contains("kind: CustomResourceDefinition"));
+    Ok(manifests)
 }
 
 /// Applies manifests and waits until all that they install runs.

@@ -130,6 +130,17 @@ impl Tree {
         }
     }
 
+    /// Reads the tree below `root`; none when nothing is there, or not any more.
+    ///
+    /// # Errors
+    /// As of [`Tree::read`].
+    pub fn read_if_there(root: &Path, view: View) -> io::Result<Option<Self>> {
+        match Self::read(root, view) {
+            Err(_) if !root.exists() => Ok(None),
+            read => read.map(Some),
+        }
+    }
+
     /// The entry at a path relative to the root.
     pub fn get(&self, path: &str) -> Option<&Entry> {
         self.entries.iter().find(|entry| entry.path == path)

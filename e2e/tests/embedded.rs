@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use e2e::binaries::Binaries;
 use e2e::cluster::{Cluster, Error};
-use e2e::embedded::{Embedded, Options};
+use e2e::embedded::{Embedded, standard};
 use e2e::tree::View;
+use embedded::Options;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
@@ -52,9 +53,9 @@ async fn start(nodes: usize) -> Embedded {
         .unwrap();
     let options = Options {
         nodes,
-        ..Options::standard().unwrap()
+        ..standard(&binaries).unwrap()
     };
-    Embedded::start(options, binaries).await.unwrap()
+    Embedded::start(options).await.unwrap()
 }
 
 async fn secret(cluster: &Embedded, namespace: &str) -> Option<String> {

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use e2e::binaries::Binaries;
 use e2e::cluster::{Action, Cluster, Component};
-use e2e::embedded::{Embedded, Options, Status};
+use e2e::embedded::{Embedded, bare};
+use embedded::Status;
 
 const NODE: &str = "node-1";
 const LIMIT: Duration = Duration::from_secs(20);
@@ -47,7 +48,7 @@ spec:
       serviceAccountName: script
       containers:
       - name: secrets-store
-        image: driver:e2e
+        image: secrets-store-csi:e2e
         args: ['--nodeid=$(KUBE_NODE_NAME)']
         env:
         - name: KUBE_NODE_NAME
@@ -99,7 +100,7 @@ async fn a_node_is_a_world_of_its_own_that_survives_a_reboot() {
         probe: env!("CARGO_BIN_EXE_probe").into(),
         e2e: env!("CARGO_BIN_EXE_e2e").into(),
     };
-    let cluster = Embedded::start(Options::bare(), binaries).await.unwrap();
+    let cluster = Embedded::start(bare(&binaries)).await.unwrap();
     cluster.apply("default", MANIFEST).await.unwrap();
     let pods = Path::new("/var/lib/kubelet/pods");
     let target = pods.join("uid/mount");

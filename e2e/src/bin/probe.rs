@@ -1,6 +1,6 @@
 //! A small static binary that runs inside a pod, where there is no shell:
 //!
-//! - `probe tree [--reader] <directory>` prints what stands below a directory, as JSON;
+//! - `probe tree [--reader] <directory>` prints what stands below a directory, as JSON, or `null`;
 //! - `probe read <last> <seconds> <file>... <directory>` reads files over and over until one holds
 //!   the last number, and prints what it saw, as JSON;
 //! - `probe sleep` waits for SIGTERM or SIGINT: the main process of a test's pod;
@@ -67,8 +67,8 @@ fn enter_as(user: &str, directory: &str) -> Result<(), String> {
 /// What is done to a directory.
 fn look(args: &[&str], directory: &Path) -> Result<(), String> {
     match args {
-        ["tree"] => print(Tree::read(directory, View::Disk)),
-        ["tree", "--reader"] => print(Tree::read(directory, View::Reader)),
+        ["tree"] => print(Tree::read_if_there(directory, View::Disk)),
+        ["tree", "--reader"] => print(Tree::read_if_there(directory, View::Reader)),
         ["read", args @ ..] => match Wanted::parse(args) {
             Some(wanted) => print(Ok(wanted.read(directory))),
             None => Err(USAGE.to_owned()),

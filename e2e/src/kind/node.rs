@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use embedded::api::Disturbance;
 use http_body_util::BodyExt as _;
 use k8s_openapi::api::storage::v1::CSINode;
 use kube::ResourceExt;
@@ -14,14 +15,10 @@ use super::{Nodes, PROBE, START_LIMIT, kubectl};
 use crate::cluster::{
     Ability, Action, Cluster, Component, Error, HttpAnswer, Result, api as api_error,
 };
-use crate::embedded::api::Disturbance;
 use crate::host::mount_points_in;
 use crate::install::{NAMESPACE, lacking};
 use crate::real::{self, Patience, running_pod_of};
 use crate::tree::Tree;
-
-/// What `sh` says when a path of a node is not there.
-const ABSENT: &str = "e2e: nothing there";
 
 /// A way to the cluster. It belongs to the runtime in which it was made.
 pub struct Kind {
@@ -193,19 +190,13 @@ impl Cluster for Kind {
 
     async fn node_tree(&self, node: &str, path: &Path) -> Result<Option<Tree>> {
         let path = path.to_string_lossy();
-        // A path may go while it is looked at.
-        let look = format!(
-            "{PROBE} tree \"$1\" || {{ [ -e \"$1\" ] && exit 1; echo '{ABSENT}' >&2; exit 1; }}"
-        );
-        let args = ["exec", node, "sh", "-c", &look, "sh", &path];
-        let json = match self.tools.docker(args, A_MOMENT).await {
-            Ok(json) => json,
-            Err(reason) if reason.ends_with(ABSENT) => return Ok(None),
-            Err(reason) => return Err(node_error(node, reason)),
-        };
-        serde_json::from_str(&json)
-            .map(Some)
-            .map_err(|error| node_error(node, format!("probe: {error}")))
+        let args = ["exec", node, PROBE, "tree", &path];
+        let json = self
+            .tools
+            .docker(args, A_MOMENT)
+            .await
+            .map_err(|reason| node_error(node, reason))?;
+        serde_json::from_str(&json).map_err(|error| node_error(node, format!("probe: {error}")))
     }
 
     async fn mounts(&self, node: &str, below: &Path) -> Result<Vec<PathBuf>> {

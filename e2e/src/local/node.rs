@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use embedded::api::Disturbance;
 use kube::ResourceExt;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use nix::sys::signal::{Signal, kill};
@@ -13,8 +14,7 @@ use super::daemons::ctr;
 use super::layout::NODE;
 use super::processes::Processes;
 use crate::cluster::{Ability, Action, Cluster, Component, Error, HttpAnswer, Result};
-use crate::embedded::api::Disturbance;
-use crate::host::{fetch, mount_points};
+use crate::host::mount_points;
 use crate::install::wait_rolled_out;
 use crate::real::{self, LIMIT, running_pod_of};
 use crate::tree::{Tree, View};
@@ -152,11 +152,7 @@ impl Cluster for Local {
 
     /// This machine is the node.
     async fn node_tree(&self, _: &str, path: &Path) -> Result<Option<Tree>> {
-        match Tree::read(path, View::Disk) {
-            Ok(tree) => Ok(Some(tree)),
-            Err(_) if !path.exists() => Ok(None),
-            Err(error) => Err(refused(&error)),
-        }
+        Tree::read_if_there(path, View::Disk).map_err(|error| refused(&error))
     }
 
     async fn mounts(&self, _: &str, below: &Path) -> Result<Vec<PathBuf>> {
@@ -191,7 +187,7 @@ impl Cluster for Local {
             .and_then(|status| status.pod_ip.as_deref()?.parse().ok());
         let address = address
             .ok_or_else(|| Error::Impossible(format!("pod {} has no address", pod.name_any())))?;
-        fetch(SocketAddr::new(address, port), path)
+        embedded::get(SocketAddr::new(address, port), path)
             .await
             .map_err(|error| refused(&error))
     }

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use e2e::cluster::apply;
-use e2e::embedded::{Options, api::ApiServer};
+use e2e::embedded::manifests;
 use e2e::images;
+use embedded::api::ApiServer;
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
 use kube::api::{Api, PostParams};
@@ -72,7 +73,7 @@ impl Node {
         mount(nothing, &pods, nothing, MsFlags::MS_SHARED, nothing).unwrap();
 
         let api = ApiServer::start(&root.path().join("api")).await.unwrap();
-        for manifest in Options::standard().unwrap().manifests {
+        for manifest in manifests().unwrap() {
             apply(&api.client(), "default", &manifest).await.unwrap();
         }
         let mut relay = JoinSet::new();

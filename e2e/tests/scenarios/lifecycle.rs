@@ -50,7 +50,7 @@ async fn unpublish_needs_nobody() {
         .await
         .unwrap();
     s.cluster
-        .disturb_api(e2e::embedded::api::Disturbance::Refuse)
+        .disturb_api(embedded::api::Disturbance::Refuse)
         .await
         .unwrap();
     s.delete("web").await;

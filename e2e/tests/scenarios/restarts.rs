@@ -3,7 +3,8 @@
 
 use std::{os::fd::AsRawFd as _, path::PathBuf, time::Duration};
 
-use e2e::{cluster::Cluster as _, embedded::api::Disturbance};
+use e2e::cluster::Cluster as _;
+use embedded::api::Disturbance;
 
 use crate::{
     harness::{Scenario, scenario, until},

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use e2e::{
-    embedded::Options,
     install::Form,
     manifest::{add_arguments, change_container, change_object},
     previous::{self, PREVIOUS_VARIABLE, UPSTREAM_VARIABLE},
 };
+use embedded::Options;
 use k8s_openapi::api::{apps::v1::DaemonSet, storage::v1::CSIDriver};
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::{Value, json};

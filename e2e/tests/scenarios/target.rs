@@ -18,7 +18,7 @@ use std::{
 use e2e::{
     binaries::{Binaries, kept},
     cluster::{Ability, Action, Cluster, Component, HttpAnswer, Result},
-    embedded::{Embedded, Options, api::Disturbance},
+    embedded::{Embedded, standard},
     images,
     install::{Form, Installation},
     kind::{self, Kind},
@@ -26,6 +26,7 @@ use e2e::{
     skipped::skip,
     tree::Tree,
 };
+use embedded::api::Disturbance;
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
 use crate::settings::{self, Need};
@@ -106,7 +107,7 @@ impl Target {
     fn disk(&self, node: &str, path: &Path) -> Option<PathBuf> {
         match self {
             Self::Embedded(cluster) => {
-                let root = cluster.state().join("nodes").join(node).join("root");
+                let root = cluster.disk(node);
                 Some(root.join(path.strip_prefix("/").unwrap()))
             }
             // This machine is the node.
@@ -229,9 +230,9 @@ impl Target {
 async fn embedded(needs: &[Need]) -> Embedded {
     let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {}));
     let binaries = binaries.await.unwrap().unwrap();
-    let mut options = Options::standard().unwrap();
+    let mut options = standard(&binaries).unwrap();
     settings::configure(&mut options, needs).unwrap_or_else(|error| panic!("{error}"));
-    Embedded::start(options, binaries)
+    Embedded::start(options)
         .await
         .unwrap_or_else(|error| panic!("{error}"))
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use e2e::embedded::api::Disturbance;
+use embedded::api::Disturbance;
 
 #[tokio::test]
 async fn deleted_and_altered_secrets_heal() {

@@ -1,4 +1,4 @@
-//! `e2e node`: a node of the embedded cluster, a process in namespaces of its own.
+//! A node of the cluster: a process in namespaces of its own.
 //!
 //! It is kubelet and container runtime in one: enters its world, connects its loopback to the
 //! API server, runs the DaemonSets and the kubelet, and obeys its control socket. It ends when
@@ -18,67 +18,80 @@ use kube::ResourceExt;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
+use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, UnixStream};
 
-use super::control::Server;
-use super::namespaces::{self, KUBELET_ROOT, STATE, World};
-use super::processes::{self, Container, Processes};
-use super::{api, daemonsets, kubelet};
+use crate::control::Server;
+use crate::namespaces::{self, KUBELET_ROOT, STATE, World};
+use crate::processes::{self, Container, Processes};
+use crate::{api, daemonsets, kubelet};
 
 /// How often a DaemonSet is tried again whose service account is not there yet.
 const RETRY: Duration = Duration::from_millis(300);
 /// A token outlives every test; nothing renews it.
 const TOKEN_SECONDS: i64 = 24 * 60 * 60;
 
-/// `e2e node`, started by the embedded cluster.
-#[derive(Clone, Debug, clap::Args)]
-pub struct Args {
+/// The first argument of a process that is to become a node; the second is its [`Settings`].
+pub(crate) const NODE: &str = "embedded-node";
+/// The first argument of a process that is to become a container; the second is its
+/// [`Container`], the third the node's process.
+pub(crate) const CONTAINER: &str = "embedded-container";
+
+/// The properties of a node, as JSON on its command line.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Settings {
     /// The cluster's state directory.
-    #[arg(long)]
-    pub state: PathBuf,
-    /// The node's name.
-    #[arg(long)]
-    pub name: String,
-    /// The executable secrets-store-csi.
-    #[arg(long)]
-    pub driver: PathBuf,
-    /// The executable fake-provider.
-    #[arg(long)]
-    pub fake_provider: PathBuf,
-    /// The executable probe.
-    #[arg(long)]
-    pub probe: PathBuf,
-    /// Deadline of a call to a driver, in milliseconds.
-    #[arg(long, default_value_t = 120_000)]
-    pub csi_timeout_ms: u64,
-    /// How often volumes are republished, in milliseconds; 0: never.
-    #[arg(long, default_value_t = 0)]
-    pub sync_period_ms: u64,
+    pub(crate) state: PathBuf,
+    pub(crate) name: String,
+    pub(crate) programs: BTreeMap<String, PathBuf>,
+    pub(crate) csi_timeout: Duration,
+    pub(crate) sync_period: Option<Duration>,
 }
 
-/// `e2e container`, started by a node: becomes a container's program.
-#[derive(Clone, Debug, clap::Args)]
-pub struct ContainerArgs {
-    /// The node's process.
-    node: i32,
-    /// What to become, as JSON.
-    container: String,
-}
-
-/// Why a node ended.
+/// The reason why a node ended.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+enum Error {
     /// It has no world of its own.
     #[error(transparent)]
     World(#[from] namespaces::Error),
-    /// A step of its start or its work.
+    /// A step of its start or its work failed.
     #[error("{step}: {reason}")]
-    Step {
-        /// What was tried.
-        step: &'static str,
-        /// What happened.
-        reason: String,
-    },
+    Step { step: &'static str, reason: String },
+}
+
+/// Becomes a node or a container of a [`Cluster`](crate::Cluster) if this process was started as
+/// one, and does not return then. Otherwise it does nothing.
+///
+/// The executable that [`Options::node_program`](crate::Options::node_program) names calls this
+/// first in `main`, while it has one thread.
+pub fn take_over() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let outcome = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [NODE, settings] => {
+            tracing_subscriber::fmt()
+                .with_writer(io::stderr)
+                .with_ansi(false)
+                .init();
+            parse(settings).and_then(|settings| run(&settings))
+        }
+        [CONTAINER, container, node] => become_container(container, node),
+        _ => return,
+    };
+    if let Err(error) = outcome {
+        eprintln!("{error}");
+        std::process::exit(1);
+    }
+    std::process::exit(0);
+}
+
+fn parse<T: serde::de::DeserializeOwned>(argument: &str) -> Result<T, Error> {
+    serde_json::from_str(argument).map_err(|error| failed("read the arguments", &error))
+}
+
+/// Returns only when it fails.
+fn become_container(container: &str, node: &str) -> Result<(), Error> {
+    let error = processes::become_container(&parse::<Container>(container)?, parse(node)?);
+    Err(failed("become the container", &error))
 }
 
 /// Where a node keeps what is its own, below the state directory.
@@ -87,21 +100,11 @@ pub(crate) fn node_dir(state: &Path, name: &str) -> PathBuf {
 }
 
 /// Runs a node until its standard input ends. The process must have one thread.
-///
-/// # Errors
-/// A sentence for whoever started it.
-pub fn run(args: &Args) -> Result<(), Error> {
-    let own = std::env::current_exe().map_err(|error| failed("find the own executable", &error))?;
-    let binaries = [
-        ("secrets-store-csi", args.driver.clone()),
-        ("fake-provider", args.fake_provider.clone()),
-        ("probe", args.probe.clone()),
-        ("e2e", own),
-    ];
+fn run(settings: &Settings) -> Result<(), Error> {
     namespaces::enter(&World {
-        root: &node_dir(&args.state, &args.name).join("root"),
-        state: &args.state,
-        binaries: &binaries,
+        root: &node_dir(&settings.state, &settings.name).join("root"),
+        state: &settings.state,
+        programs: &settings.programs,
     })?;
     // Only now: the namespaces are those of one thread, and of the threads it starts.
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -109,41 +112,31 @@ pub fn run(args: &Args) -> Result<(), Error> {
         .enable_all()
         .build()
         .map_err(|error| failed("start the runtime", &error))?;
-    let outcome = runtime.block_on(work(args));
+    let outcome = runtime.block_on(work(settings));
     // Its tasks may wait for a driver; the containers are killed by the kernel.
     runtime.shutdown_background();
     outcome
 }
 
-/// Becomes a container's program; returns only when that fails.
-pub fn run_container(args: &ContainerArgs) -> Error {
-    match serde_json::from_str::<Container>(&args.container) {
-        Ok(container) => {
-            let error = processes::become_container(&container, args.node);
-            failed("become the container", &error)
-        }
-        Err(error) => failed("read what to become", &error),
-    }
-}
-
-async fn work(args: &Args) -> Result<(), Error> {
+async fn work(settings: &Settings) -> Result<(), Error> {
     let state = Path::new(STATE);
-    let dir = node_dir(state, &args.name);
+    let dir = node_dir(state, &settings.name);
     let client = api::connect(&state.join("api.sock"));
     let processes = Processes::new(dir.join("logs"));
     let server = Server {
         processes: processes.clone(),
     };
     let config = kubelet::Config {
-        node: args.name.clone(),
+        node: settings.name.clone(),
         root: PathBuf::from(KUBELET_ROOT),
-        csi_timeout: Duration::from_millis(args.csi_timeout_ms),
+        csi_timeout: settings.csi_timeout,
         path_authority: true,
-        sync_period: (args.sync_period_ms > 0).then(|| Duration::from_millis(args.sync_period_ms)),
+        sync_period: settings.sync_period,
     };
     let daemon_sets = DaemonSets {
         client: client.clone(),
-        node: args.name.clone(),
+        node: settings.name.clone(),
+        programs: settings.programs.clone(),
         processes,
     };
     let pods_socket = state.join("pods.sock");
@@ -187,6 +180,7 @@ async fn proxy(socket: &Path) -> io::Result<()> {
 struct DaemonSets {
     client: kube::Client,
     node: String,
+    programs: BTreeMap<String, PathBuf>,
     processes: Processes,
 }
 
@@ -246,8 +240,7 @@ impl DaemonSets {
         let namespace = set.namespace().unwrap_or_default();
         // In memory, as kubelet's projected volumes are.
         let credentials = PathBuf::from(format!("/run/serviceaccounts/{namespace}/{account}"));
-        let labels = kubelet::node_labels(&self.node);
-        let containers = daemonsets::containers(set, &self.node, &labels, &credentials)?;
+        let containers = daemonsets::containers(set, &self.node, &self.programs, &credentials)?;
         if !containers.is_empty() {
             self.write_credentials(&credentials, &namespace, account)
                 .await?;

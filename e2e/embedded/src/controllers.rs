@@ -7,7 +7,7 @@
 //! server's own collector.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,10 +24,9 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
-use super::control::{Command, Control};
-use super::processes::{Container, Status};
-use super::{daemonsets, kubelet};
-use crate::tree::hex;
+use crate::control::{Command, Control};
+use crate::processes::{Container, Status};
+use crate::{daemonsets, kubelet};
 
 /// How often the nodes are asked what runs there.
 const DAEMON_SET_PERIOD: Duration = Duration::from_millis(250);
@@ -164,7 +163,7 @@ async fn reconcile_deployment(
     let api: Api<ReplicaSet> = Api::namespaced(client.clone(), &namespace);
     let spec = &deployment.spec;
     let template = serde_json::to_vec(&spec.template).map_err(kube::Error::SerdeError)?;
-    let hash = hex(&Sha256::digest(&template)[..5]);
+    let hash = crate::hex(&Sha256::digest(&template)[..5]);
     let name = format!("{}-{hash}", deployment.name_any());
     let replicas = spec.replicas.unwrap_or(1);
     let owned: Vec<_> = sets
@@ -275,10 +274,7 @@ async fn reconcile_set(
             api.delete(name, &DeleteParams::default()).await?;
         }
     }
-    let ready = owned
-        .values()
-        .filter(|pod| crate::cluster::is_ready(pod))
-        .count();
+    let ready = owned.values().filter(|pod| is_ready(pod)).count();
     let known = set.status.clone().unwrap_or_default();
     let count = |number: usize| i32::try_from(number).unwrap_or(i32::MAX);
     if known.replicas != count(owned.len()) || known.ready_replicas.unwrap_or(0) != count(ready) {
@@ -324,15 +320,33 @@ fn owned_by(object: &impl ResourceExt, owner: &impl ResourceExt) -> bool {
         .any(|reference| Some(&reference.uid) == uid.as_ref())
 }
 
-/// The containers that a DaemonSet has on a node.
-pub(crate) fn containers_of(set: &DaemonSet, node: &str) -> Vec<Container> {
+/// Whether a pod's condition `Ready` is true.
+pub fn is_ready(pod: &Pod) -> bool {
+    let conditions = pod
+        .status
+        .iter()
+        .flat_map(|status| status.conditions.iter().flatten());
+    conditions
+        .into_iter()
+        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+}
+
+/// Returns the containers that a DaemonSet has on a node.
+pub(crate) fn containers_of(
+    set: &DaemonSet,
+    node: &str,
+    programs: &BTreeMap<String, PathBuf>,
+) -> Vec<Container> {
     // A set that cannot run anywhere says so in the log of every node.
-    let containers = daemonsets::containers(set, node, &kubelet::node_labels(node), Path::new("/"));
-    containers.unwrap_or_default()
+    daemonsets::containers(set, node, programs, Path::new("/")).unwrap_or_default()
 }
 
 /// Says in each DaemonSet's status on how many of the nodes it runs.
-pub(crate) async fn report_daemon_sets(client: kube::Client, nodes: Vec<(String, Control)>) {
+pub(crate) async fn report_daemon_sets(
+    client: kube::Client,
+    nodes: Vec<(String, Control)>,
+    programs: BTreeMap<String, PathBuf>,
+) {
     let api: Api<DaemonSet> = Api::all(client.clone());
     let mut written: BTreeMap<String, Value> = BTreeMap::new();
     loop {
@@ -350,7 +364,7 @@ pub(crate) async fn report_daemon_sets(client: kube::Client, nodes: Vec<(String,
         for set in sets {
             let placed: Vec<_> = nodes
                 .iter()
-                .map(|(node, _)| (node, containers_of(&set, node)))
+                .map(|(node, _)| (node, containers_of(&set, node, &programs)))
                 .filter(|(_, containers)| !containers.is_empty())
                 .collect();
             let runs = |node: &&String, containers: &[Container]| {

@@ -26,8 +26,7 @@ use sha2::{Digest, Sha256};
 use super::csi::{CallError, Driver};
 use super::registration::Drivers;
 use super::tokens::{self, Token};
-use crate::embedded::daemonsets::service_account;
-use crate::tree::hex;
+use crate::daemonsets::service_account;
 
 const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
 const PLUGIN: &str = "kubernetes.io~csi";
@@ -468,7 +467,7 @@ fn sha256(parts: &[&str]) -> String {
     for part in parts {
         digest.update(part.as_bytes());
     }
-    hex(&digest.finalize())
+    crate::hex(&digest.finalize())
 }
 
 #[cfg(test)]

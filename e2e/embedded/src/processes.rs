@@ -1,9 +1,9 @@
 //! A node's containers as child processes: each with its own mounts, restarted when it exits,
 //! gone with the node.
 //!
-//! A container starts in two steps: the node runs its own executable as `e2e container`, which
-//! is single-threaded and so may make the container's mount namespace in safe code, and then
-//! becomes the container's program.
+//! A container starts in two steps: the node runs its own executable again, which is
+//! single-threaded and so may make the container's mount namespace in safe code, and then becomes
+//! the container's program.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -22,7 +22,8 @@ use nix::unistd::{Pid, getppid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::namespaces::{BINARIES, KUBELET_ROOT};
+use crate::namespaces::{KUBELET_ROOT, PATH, PROGRAMS};
+use crate::node::CONTAINER;
 
 /// Between a container's exit and its restart; doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -37,33 +38,35 @@ const GRACE: Duration = Duration::from_secs(30);
 pub(crate) struct Container {
     /// Unique on the node.
     pub(crate) name: String,
-    /// Path in the node.
-    pub(crate) program: PathBuf,
+    /// Its name in [`PROGRAMS`].
+    pub(crate) program: String,
     pub(crate) args: Vec<String>,
     pub(crate) env: BTreeMap<String, String>,
     pub(crate) mounts: Vec<Mount>,
 }
 
 impl Container {
-    /// The value of a flag `--name=value`; the last one counts.
-    pub(crate) fn flag(&self, name: &str) -> Option<&str> {
-        let args = self.args.iter().rev();
-        args.filter_map(|arg| arg.trim_start_matches('-').strip_prefix(name))
-            .find_map(|rest| rest.strip_prefix('='))
+    /// The path of the program in the node.
+    pub(crate) fn program(&self) -> PathBuf {
+        Path::new(PROGRAMS).join(&self.program)
     }
 
-    /// Where on the node the socket of a provider will be.
-    pub(crate) fn provider_socket(&self) -> Option<PathBuf> {
-        if !self.program.ends_with("fake-provider") {
-            return None;
-        }
-        let socket = Path::new(self.flag("endpoint")?.strip_prefix("unix://")?);
-        let mount = self
-            .mounts
-            .iter()
-            .find(|mount| socket.starts_with(&mount.to));
-        let within =
-            mount.and_then(|mount| Some(mount.from.join(socket.strip_prefix(&mount.to).ok()?)));
+    /// Whether it has kubelet's directory for the sockets of plugins.
+    pub(crate) fn registers(&self) -> bool {
+        let registry = Path::new(KUBELET_ROOT).join("plugins_registry");
+        self.mounts.iter().any(|mount| mount.from == registry)
+    }
+
+    /// The path on the node of the Unix socket that its flag `--endpoint` names.
+    pub(crate) fn endpoint(&self) -> Option<PathBuf> {
+        let mut args = self.args.iter().rev();
+        let socket = args.find_map(|arg| arg.strip_prefix("--endpoint=unix://"))?;
+        let socket = Path::new(socket);
+        let mut mounts = self.mounts.iter();
+        let within = mounts.find_map(|mount| {
+            let path = socket.strip_prefix(&mount.to).ok()?;
+            Some(mount.from.join(path))
+        });
         within.or_else(|| Some(socket.to_owned()))
     }
 }
@@ -124,10 +127,10 @@ pub struct Status {
 /// failure.
 pub(crate) fn become_container(container: &Container, node: i32) -> io::Error {
     match prepare(container, Pid::from_raw(node)) {
-        Ok(()) => std::process::Command::new(&container.program)
+        Ok(()) => std::process::Command::new(container.program())
             .args(&container.args)
             .env_clear()
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("PATH", PATH)
             .envs(&container.env)
             .exec(),
         Err(error) => error,
@@ -423,10 +426,10 @@ fn spawn(container: &Container, log: &Path) -> io::Result<tokio::process::Child>
         fs::create_dir_all(dir)?;
     }
     let output = OpenOptions::new().create(true).append(true).open(log)?;
-    tokio::process::Command::new(Path::new(BINARIES).join("e2e"))
-        .arg("container")
-        .arg(std::process::id().to_string())
+    tokio::process::Command::new("/proc/self/exe")
+        .arg(CONTAINER)
         .arg(serde_json::to_string(container)?)
+        .arg(std::process::id().to_string())
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)

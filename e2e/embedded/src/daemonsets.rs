@@ -1,9 +1,8 @@
 //! DaemonSets out of the API as containers of this node.
 //!
 //! What a manifest says is taken as it stands: arguments, environment, hostPath volumes, the
-//! service account. Only the images are not pulled: each stands for an executable of this
-//! workspace, and the two sidecars of CSI, which have none here, for the flags of the driver
-//! that do their work.
+//! service account. Only the images are not pulled: each stands for the executable of its name in
+//! [`Options::programs`](crate::Options::programs).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,92 +10,50 @@ use std::path::{Path, PathBuf};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1 as core;
 
-use super::namespaces::BINARIES;
-use super::processes::{Container, Mount, Propagation};
+use crate::kubelet::node_labels;
+use crate::processes::{Container, Mount, Propagation};
 
 /// Where a pod finds its service account, as every in-cluster client expects it.
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// The API server's address in every node.
 pub(crate) const API_ADDRESS: (&str, u16) = ("127.0.0.1", 6443);
 
-/// What an image stands for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Image {
-    Driver,
-    FakeProvider,
-    Registrar,
-    LivenessProbe,
-}
-
-/// The containers of a DaemonSet on this node; none if its node selector excludes the node.
+/// Returns the containers of a DaemonSet on a node; none if its node selector excludes the node.
 ///
 /// `credentials` is the directory with the service account's token.
 ///
 /// # Errors
-/// What in the manifest has no equivalent here, by name.
+/// A sentence that names what in the manifest has no equivalent here.
 pub(crate) fn containers(
     set: &DaemonSet,
     node: &str,
-    labels: &BTreeMap<String, String>,
+    programs: &BTreeMap<String, PathBuf>,
     credentials: &Path,
 ) -> Result<Vec<Container>, String> {
     let Some(pod) = &set.spec.template.spec else {
         return Err("it has no pod template".to_owned());
     };
-    let selected = pod
-        .node_selector
-        .iter()
-        .flatten()
-        .all(|(key, value)| labels.get(key) == Some(value));
-    if !selected {
+    let labels = node_labels(node);
+    let mut selector = pod.node_selector.iter().flatten();
+    if !selector.all(|(key, value)| labels.get(key) == Some(value)) {
         return Ok(Vec::new());
     }
     let facts = PodFacts { set, pod, node };
-    let mut containers = Vec::new();
-    let mut sidecars = Vec::new();
-    for container in &pod.containers {
+    let container = |container: &core::Container| {
         let image = container.image.as_deref().unwrap_or_default();
-        match image_of(image) {
-            Some(Image::Driver) => containers.push((
-                true,
-                facts.container(container, "secrets-store-csi", credentials)?,
-            )),
-            Some(Image::FakeProvider) => {
-                containers.push((
-                    false,
-                    facts.container(container, "fake-provider", credentials)?,
-                ));
-            }
-            Some(sidecar) => sidecars.push((sidecar, container)),
-            None => return Err(format!("there is no executable for image {image:?} here")),
+        if !programs.contains_key(program_of(image)) {
+            return Err(format!("there is no executable for image {image:?} here"));
         }
-    }
-    for (sidecar, container) in sidecars {
-        let Some((_, driver)) = containers.iter_mut().find(|(is_driver, _)| *is_driver) else {
-            return Err(format!("sidecar {} without a driver", container.name));
-        };
-        facts.merge(sidecar, container, driver)?;
-    }
-    Ok(containers
-        .into_iter()
-        .map(|(_, container)| container)
-        .collect())
+        facts.container(container, program_of(image), credentials)
+    };
+    pod.containers.iter().map(container).collect()
 }
 
-/// By the last component of the image's path, without tag and digest.
-fn image_of(image: &str) -> Option<Image> {
+/// The last component of an image's path, without tag and digest.
+fn program_of(image: &str) -> &str {
     let path = image.split('@').next().unwrap_or_default();
     let last = path.rsplit('/').next().unwrap_or_default();
-    let name = last.split(':').next().unwrap_or_default();
-    match name {
-        "csi-node-driver-registrar" => Some(Image::Registrar),
-        "livenessprobe" => Some(Image::LivenessProbe),
-        "fake-provider" | "e2e-provider" => Some(Image::FakeProvider),
-        _ if name.starts_with("driver") || name.starts_with("secrets-store-csi") => {
-            Some(Image::Driver)
-        }
-        _ => None,
-    }
+    last.split(':').next().unwrap_or_default()
 }
 
 struct PodFacts<'a> {
@@ -128,46 +85,11 @@ impl PodFacts<'_> {
             .collect();
         Ok(Container {
             name: from.name.clone(),
-            program: Path::new(BINARIES).join(program),
+            program: program.to_owned(),
             args,
             env,
             mounts,
         })
-    }
-
-    /// Gives the driver the flags that do a sidecar's work, and the sidecar's mounts.
-    fn merge(
-        &self,
-        sidecar: Image,
-        from: &core::Container,
-        driver: &mut Container,
-    ) -> Result<(), String> {
-        let args = from.args.as_deref().unwrap_or_default();
-        let flag = |name: &str| {
-            args.iter().find_map(|arg| {
-                arg.trim_start_matches('-')
-                    .strip_prefix(name)?
-                    .strip_prefix('=')
-            })
-        };
-        if sidecar == Image::Registrar {
-            let socket = flag("kubelet-registration-path")
-                .ok_or_else(|| format!("{} has no --kubelet-registration-path", from.name))?;
-            let dir = flag("plugin-registration-path").unwrap_or("/registration");
-            driver.args.push(format!("--registration-dir={dir}"));
-            driver
-                .args
-                .push(format!("--kubelet-registration-path={socket}"));
-        } else {
-            let address = flag("http-endpoint").unwrap_or("0.0.0.0:9808");
-            driver.args.push(format!("--healthz-addr={address}"));
-        }
-        for mount in self.mounts(from)? {
-            if driver.mounts.iter().all(|known| known.to != mount.to) {
-                driver.mounts.push(mount);
-            }
-        }
-        Ok(())
     }
 
     fn mounts(&self, from: &core::Container) -> Result<Vec<Mount>, String> {
@@ -290,23 +212,17 @@ mod tests {
     const DRIVER: &str = r"
 apiVersion: apps/v1
 kind: DaemonSet
-metadata: {name: csi-secrets-store, namespace: kube-system}
+metadata: {name: csi-driver, namespace: kube-system}
 spec:
-  selector: {matchLabels: {app: csi-secrets-store}}
+  selector: {matchLabels: {app: csi-driver}}
   template:
-    metadata: {labels: {app: csi-secrets-store}}
+    metadata: {labels: {app: csi-driver}}
     spec:
-      serviceAccountName: secrets-store-csi-driver
+      serviceAccountName: csi-driver
       nodeSelector: {kubernetes.io/os: linux}
       containers:
-      - name: node-driver-registrar
-        image: registry.k8s.io/sig-storage/csi-node-driver-registrar:v2.16.0
-        args: [--v=5, --csi-address=/csi/csi.sock, --kubelet-registration-path=/var/lib/kubelet/plugins/csi-secrets-store/csi.sock]
-        volumeMounts:
-        - {name: plugin-dir, mountPath: /csi}
-        - {name: registration-dir, mountPath: /registration}
-      - name: secrets-store
-        image: registry.k8s.io/csi-secrets-store/driver:v1.6.0
+      - name: driver
+        image: registry.k8s.io/csi/driver:v1.6.0
         args: ['--endpoint=$(CSI_ENDPOINT)', '--nodeid=$(KUBE_NODE_NAME)']
         env:
         - {name: CSI_ENDPOINT, value: 'unix:///csi/csi.sock'}
@@ -315,91 +231,62 @@ spec:
         volumeMounts:
         - {name: plugin-dir, mountPath: /csi}
         - {name: mountpoint-dir, mountPath: /var/lib/kubelet/pods, mountPropagation: Bidirectional}
-      - name: liveness-probe
-        image: registry.k8s.io/sig-storage/livenessprobe:v2.18.0
-        args: [--csi-address=/csi/csi.sock, --probe-timeout=3s, '--http-endpoint=0.0.0.0:9808', -v=2]
-        volumeMounts: [{name: plugin-dir, mountPath: /csi}]
+        - {name: registration-dir, mountPath: /registration}
       volumes:
       - {name: mountpoint-dir, hostPath: {path: /var/lib/kubelet/pods}}
       - {name: registration-dir, hostPath: {path: /var/lib/kubelet/plugins_registry/}}
-      - {name: plugin-dir, hostPath: {path: /var/lib/kubelet/plugins/csi-secrets-store/}}
+      - {name: plugin-dir, hostPath: {path: /var/lib/kubelet/plugins/driver/}}
 ";
 
-    fn linux() -> BTreeMap<String, String> {
-        BTreeMap::from([("kubernetes.io/os".to_owned(), "linux".to_owned())])
-    }
-
-    fn set(yaml: &str) -> DaemonSet {
-        serde_saphyr::from_str(yaml).unwrap()
+    /// The containers of a manifest on `node-1`.
+    fn run(yaml: &str) -> Result<Vec<Container>, String> {
+        let set = serde_saphyr::from_str(yaml).unwrap();
+        let programs = BTreeMap::from([("driver".to_owned(), "/built/driver".into())]);
+        containers(&set, "node-1", &programs, Path::new("/run/sa"))
     }
 
     #[test]
-    fn the_drivers_manifest_becomes_one_process_that_does_the_sidecars_work() {
-        let containers =
-            containers(&set(DRIVER), "node-1", &linux(), Path::new("/run/sa")).unwrap();
+    fn a_manifest_becomes_a_process() {
+        let containers = run(DRIVER).unwrap();
         let [driver] = &containers[..] else {
             panic!("{containers:?}")
         };
-        assert_eq!(driver.name, "secrets-store");
-        assert_eq!(driver.program, Path::new("/opt/e2e/bin/secrets-store-csi"));
+        assert_eq!(driver.name, "driver");
+        assert_eq!(driver.program(), Path::new("/opt/embedded/bin/driver"));
         assert_eq!(
             driver.args,
-            [
-                "--endpoint=unix:///csi/csi.sock",
-                "--nodeid=node-1",
-                "--registration-dir=/registration",
-                "--kubelet-registration-path=/var/lib/kubelet/plugins/csi-secrets-store/csi.sock",
-                "--healthz-addr=0.0.0.0:9808",
-            ]
+            ["--endpoint=unix:///csi/csi.sock", "--nodeid=node-1"]
         );
-        let mounts: Vec<_> = driver
-            .mounts
-            .iter()
-            .map(|m| {
-                (
-                    m.from.to_str().unwrap(),
-                    m.to.to_str().unwrap(),
-                    m.propagation,
-                )
-            })
-            .collect();
-        assert_eq!(
-            mounts,
-            [
-                (
-                    "/var/lib/kubelet/plugins/csi-secrets-store",
-                    "/csi",
-                    Propagation::None
-                ),
-                (
-                    "/var/lib/kubelet/pods",
-                    "/var/lib/kubelet/pods",
-                    Propagation::Bidirectional
-                ),
-                ("/run/sa", SERVICE_ACCOUNT, Propagation::None),
-                (
-                    "/var/lib/kubelet/plugins_registry",
-                    "/registration",
-                    Propagation::None
-                ),
-            ]
-        );
+        let plugin = "/var/lib/kubelet/plugins/driver";
+        let socket = Path::new(plugin).join("csi.sock");
+        assert_eq!(driver.endpoint(), Some(socket));
+        assert!(driver.registers());
+        let pods = "/var/lib/kubelet/pods";
+        let registry = "/var/lib/kubelet/plugins_registry";
+        let expected = [
+            (plugin, "/csi", Propagation::None),
+            (pods, pods, Propagation::Bidirectional),
+            (registry, "/registration", Propagation::None),
+            ("/run/sa", SERVICE_ACCOUNT, Propagation::None),
+        ]
+        .map(|(from, to, propagation)| Mount {
+            from: from.into(),
+            to: to.into(),
+            propagation,
+        });
+        assert_eq!(driver.mounts, expected);
         assert_eq!(driver.env["KUBERNETES_SERVICE_PORT"], "6443");
     }
 
     #[test]
     fn a_set_for_other_nodes_is_none_of_ours() {
-        let windows = set(&DRIVER.replace("os: linux", "os: windows"));
-        assert_eq!(
-            containers(&windows, "node-1", &linux(), Path::new("/x")).unwrap(),
-            []
-        );
+        let windows = DRIVER.replace("os: linux", "os: windows");
+        assert_eq!(run(&windows).unwrap(), []);
     }
 
     #[test]
     fn an_image_without_an_executable_is_refused_by_name() {
-        let other = set(&DRIVER.replace("csi-secrets-store/driver:v1.6.0", "nginx:1"));
-        let error = containers(&other, "node-1", &linux(), Path::new("/x")).unwrap_err();
+        let error = run(&DRIVER.replace("csi/driver:v1.6.0", "nginx:1")).unwrap_err();
         assert!(error.contains("nginx:1"), "{error}");
     }
 

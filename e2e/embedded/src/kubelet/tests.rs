@@ -15,7 +15,7 @@ use tonic::{Code, Status};
 
 use super::volumes::Volume;
 use super::*;
-use crate::embedded::api::ApiServer;
+use crate::api::ApiServer;
 use fake_driver::Fake;
 
 const DRIVER: &str = "secrets-store.csi.k8s.io";
@@ -48,7 +48,7 @@ impl World {
         for (name, value) in fields.as_object().unwrap() {
             class["spec"][name] = value.clone();
         }
-        crate::cluster::apply(&api.client(), "default", &class.to_string())
+        crate::apply(&api.client(), "default", &class.to_string())
             .await
             .unwrap();
         let mut world = Self {
@@ -157,7 +157,7 @@ impl World {
     async fn ready(&self) {
         eventually("the pod is ready", async || {
             let pod = self.pods().get("p").await.unwrap();
-            crate::cluster::is_ready(&pod)
+            crate::is_ready(&pod)
         })
         .await;
     }
@@ -458,7 +458,7 @@ async fn a_container_waits_for_the_secret_in_its_environment() {
         Some("Error: secret \"s\" not found")
     );
     let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {k: v}";
-    crate::cluster::apply(&world.api.client(), "default", secret)
+    crate::apply(&world.api.client(), "default", secret)
         .await
         .unwrap();
     world.ready().await;
@@ -517,7 +517,7 @@ async fn a_changed_annotation_makes_kubelet_republish_at_once() {
     annotate("before it runs").await;
     world.event("Failed").await;
     let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: late}\nstringData: {k: v}";
-    crate::cluster::apply(&world.api.client(), "default", secret)
+    crate::apply(&world.api.client(), "default", secret)
         .await
         .unwrap();
     world.ready().await;
@@ -552,7 +552,7 @@ async fn tokens_and_the_publish_secret_reach_the_driver() {
         "{message}"
     );
     let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {k: v}";
-    crate::cluster::apply(&world.api.client(), "default", secret)
+    crate::apply(&world.api.client(), "default", secret)
         .await
         .unwrap();
     world.ready().await;

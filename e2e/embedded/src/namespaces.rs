@@ -8,6 +8,7 @@
 //! What this deliberately does not do: a process namespace (the node's children are ordinary
 //! processes of the host) and users other than the caller.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
@@ -20,14 +21,16 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{chdir, getegid, geteuid, pivot_root};
 
 /// Where a node sees the cluster's state directory.
-pub(crate) const STATE: &str = "/run/e2e";
-/// Where a node sees the workspace's executables.
-pub(crate) const BINARIES: &str = "/opt/e2e/bin";
-/// The kubelet's root.
-pub(crate) const KUBELET_ROOT: &str = "/var/lib/kubelet";
+pub(crate) const STATE: &str = "/run/embedded";
+/// Where a node sees the executables of [`Options::programs`](crate::Options::programs).
+pub(crate) const PROGRAMS: &str = "/opt/embedded/bin";
+/// Where a node sees the programs of the host.
+pub(crate) const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+/// The kubelet's root directory on every node.
+pub const KUBELET_ROOT: &str = "/var/lib/kubelet";
 
-/// Programs and their libraries: directories are bound read-only, links are made anew.
-const PROGRAMS: [&str; 8] = [
+/// Programs of the host and their libraries: directories are bound read-only, links are made anew.
+const HOST: [&str; 8] = [
     "usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "nix",
 ];
 /// The kernel's own file systems.
@@ -43,11 +46,10 @@ const ETC: [&str; 8] = [
     "protocols",
     "resolv.conf",
 ];
-/// Directories that a node has from the start, besides what is bound. The provider directories
-/// are not among them: the manifests make those.
+/// Directories that a node has from the start, besides what is bound. Manifests make others.
 const OWN: [&str; 8] = [
     "etc",
-    "opt/e2e/bin",
+    "opt/embedded/bin",
     "run",
     "tmp",
     "var/lib/kubelet/plugins",
@@ -63,13 +65,13 @@ pub(crate) struct World<'a> {
     pub(crate) root: &'a Path,
     /// Bound to [`STATE`].
     pub(crate) state: &'a Path,
-    /// Executables, bound into [`BINARIES`] under the given names.
-    pub(crate) binaries: &'a [(&'a str, PathBuf)],
+    /// Executables by name, bound into [`PROGRAMS`].
+    pub(crate) programs: &'a BTreeMap<String, PathBuf>,
 }
 
 /// Why a node has no world of its own.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The system refuses new namespaces to this user.
     #[error(
         "this user may not make namespaces ({0}). Run as root, or allow user namespaces: sysctl \
@@ -154,7 +156,7 @@ fn build_root(world: &World<'_>) -> Result<(), Error> {
     for name in OWN {
         make_dir(&root.join(name))?;
     }
-    for name in PROGRAMS {
+    for name in HOST {
         let host = Path::new("/").join(name);
         match fs::read_link(&host) {
             Ok(target) => link(&target, &root.join(name))?,
@@ -192,8 +194,8 @@ fn build_root(world: &World<'_>) -> Result<(), Error> {
             None::<&str>,
         )
     })?;
-    for (name, path) in world.binaries {
-        bind_file(path, &inside(root, BINARIES).join(name))?;
+    for (name, path) in world.programs {
+        bind_file(path, &inside(root, PROGRAMS).join(name))?;
     }
     Ok(())
 }

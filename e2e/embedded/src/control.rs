@@ -8,6 +8,7 @@
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use bytes::Bytes;
 use http::{Request, StatusCode, header};
@@ -16,56 +17,28 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::namespaces::{BINARIES, KUBELET_ROOT};
-use super::processes::{Processes, Status};
-use crate::host::{exchange, fetch, mount_points};
-use crate::tree::{Tree, View};
-use crate::user::User;
+use crate::exchange::{exchange, get};
+use crate::namespaces::{PATH, PROGRAMS};
+use crate::processes::Processes;
 
 /// What can be asked of a node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Command {
-    /// What stands below a path of the node, by `probe`; null when nothing is there.
-    Tree {
-        path: PathBuf,
-        view: View,
-    },
-    /// What `probe` prints, run as a container's user with these arguments and the path that the
-    /// container has mounted.
-    Probe {
-        arguments: Vec<String>,
-        path: PathBuf,
-        user: User,
-    },
-    /// What every container does.
+    /// Runs a program; the result is what it prints, or an error with what it prints to stderr.
+    Exec { arguments: Vec<String> },
+    /// Lists the status of every container.
     Containers,
-    /// SIGKILL; the node restarts the container.
-    Kill {
-        container: String,
-    },
-    /// SIGTERM; the container stays away.
-    Stop {
-        container: String,
-    },
-    Start {
-        container: String,
-    },
-    /// All that a container has printed since the node was made.
-    Log {
-        container: String,
-    },
-    /// A GET over the node's loopback.
-    Fetch {
-        port: u16,
-        path: String,
-    },
-    /// Empties `plugins_registry`, as an administrator or a fresh kubelet might.
-    WipePlugins,
-    /// Mount points at and below a path.
-    Mounts {
-        below: PathBuf,
-    },
+    /// Sends SIGKILL; the node restarts the container.
+    Kill { container: String },
+    /// Sends SIGTERM; the container stays away.
+    Stop { container: String },
+    /// Undoes a stop.
+    Start { container: String },
+    /// Reads all that a container has printed since the node was made.
+    Log { container: String },
+    /// Sends a GET over the node's loopback.
+    Get { port: u16, path: String },
 }
 
 /// Why a node did not do as told.
@@ -147,42 +120,21 @@ impl Server {
     }
 
     async fn obey(&self, command: Command) -> Result<serde_json::Value, String> {
-        let done = |()| serde_json::Value::Null;
+        let processes = &self.processes;
         match command {
-            Command::Tree { path, view } => json(&tree(&path, view).await?),
-            Command::Probe {
-                arguments,
-                path,
-                user,
-            } => json(&probe(&user, &arguments, &path).await?),
-            Command::Containers => json::<Vec<Status>>(&self.processes.list()),
-            Command::Kill { container } => {
-                let killed = self.processes.kill(&container).await;
-                killed.map(done).map_err(|error| error.to_string())
-            }
-            Command::Stop { container } => {
-                let stopped = self.processes.stop(&container).await;
-                stopped.map(done).map_err(|error| error.to_string())
-            }
-            Command::Start { container } => {
-                let started = self.processes.start(&container).await;
-                started.map(done).map_err(|error| error.to_string())
-            }
+            Command::Exec { arguments } => json(&exec(&arguments).await?),
+            Command::Containers => json(&processes.list()),
+            Command::Kill { container } => done(processes.kill(&container).await),
+            Command::Stop { container } => done(processes.stop(&container).await),
+            Command::Start { container } => done(processes.start(&container).await),
             Command::Log { container } => {
-                let path = self.processes.log(&container);
+                let path = processes.log(&container);
                 let log =
                     std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
                 json(&String::from_utf8_lossy(&log))
             }
-            Command::Fetch { port, path } => {
-                json(&fetch((Ipv4Addr::LOCALHOST, port).into(), &path).await?)
-            }
-            Command::WipePlugins => wipe(&Path::new(KUBELET_ROOT).join("plugins_registry"))
-                .map(done)
-                .map_err(|error| error.to_string()),
-            Command::Mounts { below } => {
-                let points = mount_points(&below);
-                json(&points.map_err(|error| format!("/proc/self/mountinfo: {error}"))?)
+            Command::Get { port, path } => {
+                json(&get((Ipv4Addr::LOCALHOST, port).into(), &path).await?)
             }
         }
     }
@@ -192,44 +144,29 @@ fn json<T: Serialize>(value: &T) -> Result<serde_json::Value, String> {
     serde_json::to_value(value).map_err(|error| error.to_string())
 }
 
-/// As root, and nothing where nothing is.
-async fn tree(path: &Path, view: View) -> Result<Option<Tree>, String> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    match probe(&User::default(), &view.arguments(), path).await {
-        Ok(json) => serde_json::from_str(&json).map_err(|error| format!("probe's output: {error}")),
-        // A volume may go while it is looked at.
-        Err(_) if !path.exists() => Ok(None),
-        Err(reason) => Err(reason),
-    }
+fn done<E: std::fmt::Display>(outcome: Result<(), E>) -> Result<serde_json::Value, String> {
+    let done = outcome.map(|()| serde_json::Value::Null);
+    done.map_err(|error| error.to_string())
 }
 
-/// Runs the very binary that looks into volumes on real clusters.
-async fn probe(user: &User, arguments: &[String], path: &Path) -> Result<String, String> {
-    let output = tokio::process::Command::new(Path::new(BINARIES).join("probe"))
-        .args(user.arguments())
+async fn exec(arguments: &[String]) -> Result<String, String> {
+    let (program, arguments) = arguments.split_first().ok_or("no program")?;
+    let output = tokio::process::Command::new(program)
         .args(arguments)
-        .arg(path)
+        .env("PATH", format!("{PROGRAMS}:{PATH}"))
+        .stdin(Stdio::null())
         .kill_on_drop(true)
         .output()
         .await
-        .map_err(|error| format!("run probe: {error}"))?;
+        .map_err(|error| format!("run {program}: {error}"))?;
     if !output.status.success() {
-        return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        return Err(match stderr.trim() {
+            "" => format!("{program}: {}", output.status),
+            reason => reason.to_owned(),
+        });
     }
-    String::from_utf8(output.stdout).map_err(|error| format!("probe's output: {error}"))
-}
-
-fn wipe(dir: &Path) -> io::Result<()> {
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        match path.is_dir() {
-            true => std::fs::remove_dir_all(path)?,
-            false => std::fs::remove_file(path)?,
-        }
-    }
-    Ok(())
+    String::from_utf8(output.stdout).map_err(|error| format!("the output of {program}: {error}"))
 }
 
 #[cfg(test)]
@@ -237,6 +174,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::processes::Status;
 
     #[tokio::test]
     async fn a_node_says_why_it_does_not_obey() {

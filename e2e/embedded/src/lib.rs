@@ -1,0 +1,47 @@
+//! A small Kubernetes in one process: an API server, and nodes with a kubelet that treats a CSI
+//! driver as the real one does. It is for tests of CSI drivers and needs neither Docker nor the
+//! Kubernetes binaries.
+//!
+//! ```text
+//! test process                               one process per node
+//!   api           the API server      <----    kubelet      registers, publishes, reports
+//!   controllers   pods onto nodes              daemonsets   manifests into containers
+//!   cluster       both of them                 processes    real executables
+//!   control       looks and breaks    ---->    control
+//!                                              namespaces   mounts and network of its own
+//! ```
+//!
+//! Everything that a driver touches is real but the API server and the kubelet: its process, its
+//! sockets, its mounts. It needs Linux, and root or user namespaces; nothing leaves the machine.
+
+pub mod api;
+mod apply;
+mod cluster;
+mod control;
+mod controllers;
+mod daemonsets;
+mod exchange;
+mod kubelet;
+mod namespaces;
+mod node;
+mod processes;
+
+pub use apply::apply;
+pub use cluster::{Cluster, Error, Options, Result};
+pub use controllers::is_ready;
+pub use exchange::{HttpAnswer, get};
+pub use namespaces::KUBELET_ROOT;
+pub use node::take_over;
+pub use processes::Status;
+
+use std::path::{Path, PathBuf};
+
+/// Returns the path at which a driver is told to mount a volume of a pod.
+pub fn target_path(pod_uid: &str, volume: &str) -> PathBuf {
+    kubelet::target(Path::new(KUBELET_ROOT), pod_uid, volume)
+}
+
+/// Formats bytes as lower-case hexadecimal.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
