@@ -1,13 +1,16 @@
 //! What the author of a provider for the Secrets Store CSI driver needs:
 //!
-//! - [`server`] is the server half of a provider. `examples/directory.rs` is a provider built on it.
+//! - [`server`] is the server half of a provider. `examples/directory.rs` is a provider built on it,
+//!   and `docs/writing-a-provider.md` explains it.
+//! - [`check`] is a conformance checker. The program `provider-check` runs it against a socket.
 //! - [`fake`] is a provider for tests and demos, built on [`server`]. The program `fake-provider`
 //!   runs it.
 //!
-//! The server does not use the fake provider.
+//! The server uses neither of the others, and the checker and the fake provider do not know each other.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+pub mod check;
 pub mod fake;
 pub mod server;
 

@@ -1,0 +1,172 @@
+//! Checks that tokens, secrets and malformed input do not come back in answers, errors or the log.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use proto::provider::MountRequest;
+use serde_json::json;
+
+use super::subject::tokens_json;
+use super::{Check, Finding, Subject, failed, needs};
+use crate::server::TOKENS_KEY;
+
+/// A value that the checks plant wherever secrets arrive, and look for.
+const CANARY: &str = "canary-a4f2c81d7e";
+
+const AUDIENCE: &str = "provider-check.example.com";
+
+const TOKEN_REQUESTS: &str = "https://kubernetes-csi.github.io/docs/token-requests.html";
+const SECRETS: &str = "https://kubernetes.io/docs/concepts/security/secrets-good-practices/";
+
+pub(super) const CHECKS: &[Check] = &[
+    Check {
+        name: "tokens-accepted",
+        rule: "Tokens for audiences that the provider does not use are ignored.",
+        source: TOKEN_REQUESTS,
+        run: |s| Box::pin(tokens_accepted(s)),
+    },
+    Check {
+        name: "tokens-not-in-answers",
+        rule: "No token is in the answer.",
+        source: TOKEN_REQUESTS,
+        run: |s| Box::pin(tokens_not_in_answers(s)),
+    },
+    Check {
+        name: "tokens-not-in-errors",
+        rule: "Malformed tokens are not in the error.",
+        source: TOKEN_REQUESTS,
+        run: |s| Box::pin(tokens_not_in_errors(s)),
+    },
+    Check {
+        name: "secrets-not-in-errors",
+        rule: "Malformed attributes and secrets are not in the error.",
+        source: SECRETS,
+        run: |s| Box::pin(secrets_not_in_errors(s)),
+    },
+    Check {
+        name: "secrets-not-in-log",
+        rule: "No token and no secret is in the provider's log.",
+        source: SECRETS,
+        run: |s| Box::pin(secrets_not_in_log(s)),
+    },
+];
+
+/// Returns a request with one more token, the canary.
+fn with_canary_token(subject: &Subject) -> MountRequest {
+    let mut tokens = subject.settings.tokens.clone();
+    tokens.insert(AUDIENCE.to_owned(), CANARY.to_owned());
+    subject.request_with(TOKENS_KEY, &tokens_json(&tokens))
+}
+
+async fn tokens_accepted(subject: &Subject) -> Result<(), Finding> {
+    let answer = subject.succeeds(with_canary_token(subject)).await?;
+    if answer.paths() != subject.first().await?.paths() {
+        return Err(failed("the answer has other files"));
+    }
+    Ok(())
+}
+
+async fn tokens_not_in_answers(subject: &Subject) -> Result<(), Finding> {
+    subject.first().await?;
+    let Ok(answer) = subject.mount(with_canary_token(subject)).await else {
+        return Err(Finding::Skipped("tokens-accepted failed".to_owned()));
+    };
+    let mut tokens: Vec<&str> = subject
+        .settings
+        .tokens
+        .values()
+        .map(String::as_str)
+        .collect();
+    tokens.push(CANARY);
+    for token in tokens {
+        let in_version = answer
+            .versions
+            .iter()
+            .any(|v| v.id.contains(token) || v.version.contains(token));
+        if in_version {
+            return Err(failed("a token is in an object version"));
+        }
+        let in_file = answer.files.iter().find(|file| {
+            let contents = String::from_utf8_lossy(&file.contents);
+            file.path.contains(token) || contents.contains(token)
+        });
+        if let Some(file) = in_file {
+            return Err(failed(format!("a token is in {:?}", file.path)));
+        }
+    }
+    Ok(())
+}
+
+/// Sends requests that are wrong, and looks for the canary in the errors.
+async fn not_in_errors(
+    subject: &Subject,
+    requests: impl IntoIterator<Item = MountRequest>,
+) -> Result<(), Finding> {
+    for request in requests {
+        if let Err(status) = subject.mount(request).await {
+            let details = String::from_utf8_lossy(status.details());
+            if status.message().contains(CANARY) || details.contains(CANARY) {
+                return Err(failed("the error quotes the request"));
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn tokens_not_in_errors(subject: &Subject) -> Result<(), Finding> {
+    let malformed = [
+        CANARY.to_owned(),
+        json!([CANARY]).to_string(),
+        json!({AUDIENCE: CANARY}).to_string(),
+        json!({AUDIENCE: {"token": [CANARY]}}).to_string(),
+    ];
+    let requests = malformed.map(|tokens| subject.request_with(TOKENS_KEY, &tokens));
+    not_in_errors(subject, requests).await
+}
+
+async fn secrets_not_in_errors(subject: &Subject) -> Result<(), Finding> {
+    let malformed = [
+        CANARY.to_owned(),
+        json!([CANARY]).to_string(),
+        json!({"key": [CANARY]}).to_string(),
+    ];
+    let requests = malformed.into_iter().flat_map(|text| {
+        let attributes = MountRequest {
+            attributes: text.clone(),
+            ..subject.request()
+        };
+        let secrets = MountRequest {
+            secrets: text,
+            ..subject.request()
+        };
+        [attributes, secrets]
+    });
+    not_in_errors(subject, requests).await
+}
+
+async fn secrets_not_in_log(subject: &Subject) -> Result<(), Finding> {
+    let path = subject
+        .settings
+        .log
+        .as_ref()
+        .ok_or_else(|| needs("--log"))?;
+    let secrets = BTreeMap::from([("key".to_owned(), CANARY.to_owned())]);
+    let with_secrets = MountRequest {
+        secrets: json!(secrets).to_string(),
+        ..subject.request()
+    };
+    for request in [with_canary_token(subject), with_secrets] {
+        // It may fail, which is logged as well.
+        let _ = subject.mount(request).await;
+    }
+    let log = fs::read(path)
+        .map_err(|error| Finding::Skipped(format!("cannot read {}: {error}", path.display())))?;
+    let log = String::from_utf8_lossy(&log);
+    let settings = &subject.settings;
+    let mut values: Vec<&String> = settings.tokens.values().collect();
+    values.extend(settings.secrets.iter().flat_map(BTreeMap::values));
+    if log.contains(CANARY) || values.iter().any(|value| log.contains(value.as_str())) {
+        return Err(failed("the log has a token or a secret"));
+    }
+    Ok(())
+}

@@ -1,0 +1,282 @@
+//! The checker against providers: the fake one passes, and one with a flaw fails the checks that
+//! name the flaw.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "all of this file is a test"
+)]
+
+#[path = "conformance/flawed.rs"]
+mod flawed;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use fake_provider::check::{Checked, GROUPS, Outcome, Settings, run};
+use fake_provider::fake;
+use flawed::Flaw;
+use rstest::rstest;
+use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
+
+type Map = BTreeMap<String, String>;
+
+fn map(pairs: &[(&str, &str)]) -> Map {
+    let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+    pairs.iter().map(owned).collect()
+}
+
+fn settings(socket: PathBuf, dir: &Path) -> Settings {
+    Settings {
+        socket,
+        parameters: Map::new(),
+        missing: None,
+        outage: None,
+        secrets: None,
+        tokens: Map::new(),
+        pod: map(&[("csi.storage.k8s.io/pod.uid", "uid-1")]),
+        target_dir: dir.to_owned(),
+        log: None,
+        restart: None,
+        change: None,
+        timeout: Duration::from_secs(10),
+        only: Vec::new(),
+        skip: Vec::new(),
+    }
+}
+
+fn with(results: &[Checked], outcome: Outcome) -> Vec<&str> {
+    let some = results.iter().filter(|result| result.outcome == outcome);
+    some.map(|result| result.name).collect()
+}
+
+/// A directory that only its owner may write to, whatever the temporary directory's mode is.
+fn directory() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    dir
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_fake_provider_passes() {
+    let dir = directory();
+    let objects = dir.path().join("objects");
+    fs::create_dir_all(objects.join("tls")).unwrap();
+    fs::write(objects.join("user"), "alice").unwrap();
+    fs::write(objects.join("tls/key"), "k").unwrap();
+    let socket = dir.path().join("fake.sock");
+    let mut options = fake::Options::new(&socket);
+    options.objects = Some(objects.clone());
+    let stop = CancellationToken::new();
+    let serving = tokio::spawn(fake::bind(options).await.unwrap().run(stop.clone()));
+
+    let mut settings = settings(socket, dir.path());
+    settings.missing = Some(map(&[(
+        "faults",
+        "[{status: {code: NOT_FOUND, message: no such object}}]",
+    )]));
+    settings.outage = Some(map(&[("faults", "[{status: {code: UNAVAILABLE}}]")]));
+    settings.change = Some(format!("echo bob > {}/user", objects.display()));
+    let results = run(settings).await;
+    assert_eq!(with(&results, Outcome::Failed), [""; 0], "{results:#?}");
+    let skipped = [
+        "unknown-secrets",
+        "error-code",
+        "secrets-not-in-log",
+        "restart-answers",
+        "restart-same-socket",
+        "restart-same-objects",
+    ];
+    assert_eq!(with(&results, Outcome::Skipped), skipped, "{results:#?}");
+    stop.cancel();
+    serving.await.unwrap().unwrap();
+}
+
+#[rstest]
+#[case(Flaw::None, &[])]
+#[case(Flaw::SocketMode, &["socket-mode"])]
+#[case(Flaw::SocketName, &["socket-name"])]
+#[case(Flaw::SocketDirectory, &["socket-directory"])]
+#[case(Flaw::OtherInterface, &["version-interface"])]
+#[case(Flaw::NoName, &["version-names"])]
+#[case(Flaw::OneConnection, &["idle-connections"])]
+#[case(Flaw::OneCall, &["calls-at-once", "calls-on-one-connection", "modes-concurrent"])]
+#[case(Flaw::RefusesUnknownAttributes, &["unknown-attributes", "large-attributes"])]
+#[case(Flaw::RefusesUnknownSecrets, &["unknown-secrets", "large-secrets"])]
+#[case(Flaw::RefusesEmptySecrets, &["secrets-empty"])]
+#[case(Flaw::RefusesPermission, &["permission-other", "modes-asked-for", "modes-concurrent"])]
+#[case(Flaw::OnlyChanges, &["versions-sent"])]
+#[case(Flaw::EchoesVersions, &["versions-of-others"])]
+#[case(Flaw::SmallRequests, &["large-attributes", "large-secrets"])]
+#[case(Flaw::AcceptsAnything, &["malformed-attributes", "empty-request"])]
+#[case(Flaw::HangsOnMalformedSecrets, &["malformed-secrets"])]
+#[case(Flaw::NoFiles, &["files-present"])]
+#[case(Flaw::WritesBesideAnswer, &["no-files-beside-answer"])]
+#[case(Flaw::LargeAnswer, &["answer-bounded"])]
+#[case(Flaw::NoVersions, &["versions-present"])]
+#[case(Flaw::SameIds, &["version-ids"])]
+#[case(Flaw::ManyVersions, &["versions-bounded"])]
+#[case(Flaw::Path("/etc/x"), &["paths-relative"])]
+#[case(Flaw::Path("a/../b"), &["paths-clean"])]
+#[case(Flaw::Path("../b"), &["paths-clean"])]
+#[case(Flaw::Path("a//b"), &["paths-clean"])]
+#[case(Flaw::Path("..data/x"), &["paths-reserved"])]
+#[case(Flaw::Path("a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a"), &["paths-short"])]
+#[case(Flaw::Path("user"), &["paths-unique"])]
+#[case(Flaw::Path("user/name"), &["paths-unique"])]
+#[case(Flaw::Mode(0o1777), &["modes-in-range"])]
+#[case(Flaw::OddMode, &["modes-asked-for"])]
+#[case(Flaw::GlobalMode, &["modes-concurrent"])]
+#[case(Flaw::ContentChanges, &["content-stable"])]
+#[case(Flaw::VersionsChange, &["versions-stable"])]
+#[case(Flaw::MissingSucceeds, &["missing-object"])]
+#[case(Flaw::MissingUnavailable, &["missing-object-code"])]
+#[case(Flaw::Message(""), &["error-message"])]
+#[case(Flaw::Message("two\nlines"), &["error-message"])]
+#[case(Flaw::ErrorCode("not a label"), &["error-code"])]
+#[case(Flaw::ErrorCode("NotFound"), &[])]
+#[case(Flaw::NoParametersUnavailable, &["no-parameters"])]
+#[case(Flaw::OutageNotFound, &["outage-code"])]
+#[case(Flaw::RefusesTokens, &["tokens-accepted"])]
+#[case(Flaw::EchoesTokens, &["tokens-not-in-answers"])]
+#[case(Flaw::QuotesTokens, &["tokens-not-in-errors"])]
+#[case(Flaw::QuotesSecrets, &["secrets-not-in-errors"])]
+#[case(Flaw::LogsSecrets, &["secrets-not-in-log"])]
+#[case(Flaw::ChangeKeepsVersion, &["change-new-version"])]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flaw_fails_the_checks_that_name_it(#[case] flaw: Flaw, #[case] expected: &[&str]) {
+    let dir = directory();
+    let flawed = flawed::start(flaw, dir.path());
+    let mut settings = settings(flawed.socket.clone(), dir.path());
+    settings.parameters = map(&[("objects", "user")]);
+    settings.missing = Some(map(&[("objects", "missing")]));
+    settings.outage = Some(map(&[("objects", "outage")]));
+    settings.log = Some(flawed.log.clone());
+    settings.change = Some(format!("echo 2 > {}", flawed.store.display()));
+    settings.timeout = flaw.patience();
+    if flaw == Flaw::RefusesUnknownSecrets {
+        settings.secrets = Some(map(&[("password", "hunter2")]));
+    }
+    let results = run(settings).await;
+    assert_eq!(with(&results, Outcome::Failed), expected, "{results:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provider_that_does_not_answer_fails_one_check_and_skips_the_rest() {
+    let dir = directory();
+    let socket = dir.path().join("dead.sock");
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).unwrap();
+    let results = run(settings(socket, dir.path())).await;
+    assert_eq!(with(&results, Outcome::Failed), ["authority-localhost"]);
+    assert_eq!(with(&results, Outcome::Passed).len(), 5, "{results:#?}");
+}
+
+fn provider_check(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_provider-check"))
+        .args(arguments)
+        .output()
+        .unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (
+        output.status.code(),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
+
+/// The program restarts the other program: `kill -9` leaves the socket behind.
+#[test]
+fn the_program_checks_a_restart_and_reports_as_text_and_json() {
+    let dir = directory();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let start = format!(
+        "{} --dir {} --name fake --http-addr= -v=1 2>>{} & echo $! > {}",
+        env!("CARGO_BIN_EXE_fake-provider"),
+        dir.path().display(),
+        at("log"),
+        at("pid"),
+    );
+    let shell = |command: &str| {
+        let status = Command::new("/bin/sh").args(["-c", command]).status();
+        assert!(status.unwrap().success());
+    };
+    shell(&start);
+    while !dir.path().join("fake.sock").exists() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    fs::write(at("parameters"), "objects: 'array: [{objectName: foo}]'\n").unwrap();
+    fs::write(at("tokens"), r#"{"vault": "hunter2"}"#).unwrap();
+    let (socket, parameters, tokens) = (at("fake.sock"), at("parameters"), at("tokens"));
+    let (log, target, stop) = (
+        at("log"),
+        at("targets"),
+        format!("kill -9 $(cat {})", at("pid")),
+    );
+    let restart = format!("{stop}; {start}");
+    let common = [
+        socket.as_str(),
+        "--parameters",
+        &parameters,
+        "--tokens",
+        &tokens,
+        "--log",
+        &log,
+        "--target-dir",
+        &target,
+    ];
+
+    let (code, out, err) = provider_check(&[&common[..], &["--restart", &restart]].concat());
+    assert_eq!(code, Some(0), "{out}{err}");
+    assert!(out.contains("ok      restart-same-objects\n"), "{out}");
+    assert!(out.contains("ok      secrets-not-in-log\n"), "{out}");
+
+    let json = [
+        "--output",
+        "json",
+        "--only",
+        "answer",
+        "--skip",
+        "paths-short",
+    ];
+    let (code, out, err) = provider_check(&[&common[..], &json].concat());
+    assert_eq!(code, Some(0), "{out}{err}");
+    let report: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(report["counts"]["passed"], 15, "{out}");
+    assert_eq!(report["checks"][0]["name"], "files-present");
+
+    let (code, out, _) = provider_check(&[&socket, "--target-dir", &target]);
+    assert_eq!(code, Some(1), "{out}");
+    assert!(
+        out.contains("FAILED  mount-succeeds: without --parameters it fails"),
+        "{out}"
+    );
+    shell(&stop);
+}
+
+#[rstest]
+#[case(&["/nowhere.sock"], "/nowhere.sock: No such file")]
+#[case(&["x.sock", "--only", "nonsense"], "there is no check or group \"nonsense\"")]
+#[case(&["x.sock", "--parameters", "/nowhere"], "/nowhere: No such file")]
+#[case(&[], "<SOCKET>")]
+fn a_mistake_on_the_command_line_is_exit_code_2(
+    #[case] arguments: &[&str],
+    #[case] expected: &str,
+) {
+    let (code, _, err) = provider_check(arguments);
+    assert_eq!(code, Some(2), "{err}");
+    assert!(err.contains(expected), "{err}");
+}
+
+#[test]
+fn all_checks_are_listed() {
+    let (code, out, _) = provider_check(&["--list"]);
+    assert_eq!(code, Some(0));
+    let checks: usize = GROUPS.iter().map(|(_, checks)| checks.len()).sum();
+    assert_eq!(out.matches("https://").count(), checks);
+}
