@@ -1,10 +1,10 @@
-//! No secret leaves the driver but into the volume and to the provider. The binary publishes, at
-//! its most verbose, volumes with a different canary in every place that can hold a secret:
-//! once with success, and in many ways without. No canary may turn up in the log, an answer, the
+//! Checks that secrets leave the driver only into the volume and to the provider. The program
+//! publishes volumes at its highest verbosity, with a different canary in every place that can hold
+//! a secret: some with success, and many that fail. No canary may appear in the log, an answer, the
 //! metrics, a record or an object in the API.
 //!
 //! The driver gets a mount namespace of its own, with `unshare` of util-linux, so that it may
-//! mount. The API server and the provider are as small as they can be.
+//! mount.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
@@ -26,35 +26,35 @@ use axum::{
     extract::State,
     http::{Method, StatusCode, Uri},
 };
+use fake_provider::server::{
+    Failure, Identity, MountResponse, Object, Provider, Request, Server, Socket,
+};
 use proto::{
     csi::{
         NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability,
         node_client::NodeClient,
     },
-    provider::{
-        File, MountRequest, MountResponse, ObjectVersion, VersionRequest, VersionResponse,
-        csi_driver_provider_server::{CsiDriverProvider, CsiDriverProviderServer},
-    },
+    provider::File,
 };
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream, UnixListener},
+    net::{TcpListener, TcpStream},
 };
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{
-    Code, Request, Response, Status,
-    transport::{Channel, Endpoint, Server},
+    Code, Status,
+    transport::{Channel, Endpoint},
 };
 
 const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
 const UID: &str = "7a6ab1a5-0d1d-4a5a-9a7c-3d6c1f3e0a11";
-/// Every canary begins with it; the rest says where it was put.
+/// The beginning of every canary. The rest tells where it was put.
 const CANARY: &str = "canary-";
 /// The beginning of a canary in base64, as a Secret holds it.
 const ENCODED: &str = "Y2FuYXJ5";
 
-/// What is wrong with a publish: the class says it to the API server and the provider below.
+/// The cases of a publish, and the code of its answer. The class carries the case to the API server
+/// and the provider below.
 const CASES: [(&str, Code); 21] = [
     ("ok", Code::Ok),
     ("synced", Code::Ok),
@@ -79,7 +79,7 @@ const CASES: [(&str, Code); 21] = [
     ("elsewhere", Code::InvalidArgument),
 ];
 
-/// What goes wrong when a volume that was published well is refreshed.
+/// The failures of a refresh, after a successful publish.
 const REFRESHES: [&str; 6] = [
     "refresh-ok",
     "refresh-absent",
@@ -94,7 +94,9 @@ async fn no_canary_leaves_the_driver() {
     let dir = tempfile::tempdir().unwrap();
     let bodies = Bodies::default();
     let api = serve_api(bodies.clone()).await;
-    let asked = serve_provider(dir.path()).await;
+    let provider = Recorder::default();
+    let socket = Socket::bind(dir.path().join("test.sock")).unwrap();
+    tokio::spawn(Server::new(socket, provider.clone()).run(std::future::pending()));
     let driver = Driver::start(dir.path(), &api);
     let mut csi = driver.connect().await;
 
@@ -122,7 +124,7 @@ async fn no_canary_leaves_the_driver() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
-    // One more stays published, so that its record is there to be looked at.
+    // One volume stays published, so that its record can be read.
     csi.node_publish_volume(request(dir.path(), "ok"))
         .await
         .unwrap();
@@ -151,8 +153,8 @@ async fn no_canary_leaves_the_driver() {
     assert!(!records.is_empty());
     said.extend(records);
 
-    // The canaries did travel: the provider got them all.
-    let asked = asked.lock().unwrap().join("\n");
+    // The provider received all canaries.
+    let asked = provider.asked.lock().unwrap().join("\n");
     for place in ["parameter", "attribute", "secret", "token"] {
         assert!(asked.contains(&format!("{CANARY}{place}")), "{place}");
     }
@@ -164,7 +166,7 @@ async fn no_canary_leaves_the_driver() {
     }
 }
 
-/// What kubelet sends, with canaries.
+/// Returns the request of kubelet, with canaries.
 fn request(dir: &Path, case: &str) -> NodePublishVolumeRequest {
     let canary = |place: &str| format!("{CANARY}{place}");
     let tokens =
@@ -287,7 +289,7 @@ impl Driver {
         fs::read_to_string(self.dir.join("log")).unwrap()
     }
 
-    /// Ends it; what it logged in its life.
+    /// Ends the process and returns its log.
     fn end(mut self) -> String {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
@@ -297,18 +299,18 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        // Fails only if it has ended already.
+        // This fails only if the process has ended already.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
-/// What was written to the API, and the classes that were read.
+/// The objects that were written to the API, and the classes that were read.
 #[derive(Clone, Default)]
 struct Bodies(Arc<Mutex<Vec<String>>>, Arc<Mutex<Vec<String>>>);
 
 impl Bodies {
-    /// What a class's name asks for. With `refresh-`, only once it has been read well.
+    /// Returns the case of a class. A class `refresh-CASE` is read well the first time.
     fn case<'a>(&self, class: &'a str) -> &'a str {
         let mut read = self.1.lock().unwrap();
         let first = !read.iter().any(|earlier| earlier == class);
@@ -321,7 +323,7 @@ impl Bodies {
     }
 }
 
-/// An API server that knows a class for every case, and takes pod statuses; its address.
+/// Serves an API that has a class for every case and accepts pod statuses. Returns its address.
 async fn serve_api(bodies: Bodies) -> String {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -397,8 +399,8 @@ async fn answer(
     }
 }
 
-/// What becomes of a new Secret: some are refused by one that quotes what it refuses, each time in
-/// another form.
+/// Answers the creation of a Secret. Some are refused with a message that quotes the content, each
+/// time in another form.
 fn answer_secret(name: &str) -> (StatusCode, String) {
     static ASKED: AtomicUsize = AtomicUsize::new(0);
     let content = format!("{CANARY}content");
@@ -427,71 +429,55 @@ fn answer_secret(name: &str) -> (StatusCode, String) {
     (code, status.to_string())
 }
 
-/// Keeps what it is asked, and answers as the class's `case` says.
-struct Provider(Arc<Mutex<Vec<String>>>);
-
-/// Starts it; what it is asked.
-async fn serve_provider(dir: &Path) -> Arc<Mutex<Vec<String>>> {
-    let asked = Arc::default();
-    let listener = UnixListener::bind(dir.join("test.sock")).unwrap();
-    let service = CsiDriverProviderServer::new(Provider(Arc::clone(&asked)));
-    tokio::spawn(
-        Server::builder()
-            .add_service(service)
-            .serve_with_incoming(UnixListenerStream::new(listener)),
-    );
-    asked
+/// A provider that records each request, and answers as the class's `case` says.
+#[derive(Clone, Default)]
+struct Recorder {
+    asked: Arc<Mutex<Vec<String>>>,
 }
 
-#[tonic::async_trait]
-impl CsiDriverProvider for Provider {
-    async fn version(
-        &self,
-        _: Request<VersionRequest>,
-    ) -> Result<Response<VersionResponse>, Status> {
-        Err(Status::unimplemented("not needed"))
+impl Provider for Recorder {
+    fn identity(&self) -> Identity {
+        Identity {
+            name: "test".to_owned(),
+            version: "1".to_owned(),
+        }
     }
 
-    async fn mount(
-        &self,
-        request: Request<MountRequest>,
-    ) -> Result<Response<MountResponse>, Status> {
-        let request = request.into_inner();
-        let attributes: Value = serde_json::from_str(&request.attributes).unwrap();
-        let mut case = attributes["case"].as_str().unwrap();
+    async fn mount(&self, request: Request) -> Result<MountResponse, Failure> {
+        let mut case = request.parameter("case").unwrap();
         if let Some(at_refresh) = case.strip_prefix("refresh-") {
-            let mine = format!("\"case\":\"{case}\"");
-            let earlier = self.0.lock().unwrap();
-            let is_refresh = earlier.iter().any(|asked| asked.contains(&mine));
-            if is_refresh {
+            let mine = format!("\"case\": \"{case}\"");
+            let earlier = self.asked.lock().unwrap();
+            if earlier.iter().any(|asked| asked.contains(&mine)) {
                 case = at_refresh;
             }
         }
-        if !request.current_object_version.is_empty() {
-            return Err(Status::internal("nobody asked for versions to be sent"));
+        if !request.mounted_versions().is_empty() {
+            return Err(Failure::new(Code::Internal, "no class asks for versions"));
         }
-        self.0
-            .lock()
-            .unwrap()
-            .push(request.attributes + &request.secrets);
-        let file = |path: &str, size: usize| File {
+        let asked = format!("{:?}{:?}", request.attributes(), request.secrets());
+        self.asked.lock().unwrap().push(asked);
+        let content = |times: usize| format!("{CANARY}content").repeat(times).into_bytes();
+        let file = |path: &str, times| File {
             path: path.to_owned(),
             mode: 0o644,
-            contents: format!("{CANARY}content").repeat(size).into_bytes(),
+            contents: content(times),
         };
-        let mut response = MountResponse {
-            object_version: vec![ObjectVersion {
-                id: "secret/object".to_owned(),
-                version: "v1".to_owned(),
-            }],
-            files: vec![file("object", 1)],
-            ..Default::default()
+        let object = Object {
+            id: "secret/object".to_owned(),
+            version: "v1".to_owned(),
+            path: "object".to_owned(),
+            mode: 0o644,
+            contents: content(1),
         };
+        let mut response: MountResponse = [object].into_iter().collect();
         match case {
             "bad-path" => response.files.push(file("../object", 1)),
             "two-of-a-name" => response.files.push(file("object", 2)),
             "too-large" => response.files.push(file("large", 10_000)),
-            "error" => return Err(Status::permission_denied("the store says no")),
+            "error" => {
+                return Err(Failure::new(Code::PermissionDenied, "the store says no"));
+            }
             "error-code" => {
                 response.error = Some(proto::provider::Error {
                     code: "STORE_SAYS_NO".to_owned(),
@@ -499,11 +485,11 @@ impl CsiDriverProvider for Provider {
             }
             _ => {}
         }
-        Ok(Response::new(response))
+        Ok(response)
     }
 }
 
-/// The text of every file below a directory.
+/// Returns the path and the text of every file below a directory.
 fn files_below(dir: &Path) -> Vec<(String, String)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).unwrap() {

@@ -23,27 +23,23 @@ use driver::{
     mount,
     record::{Record, Records},
 };
+use fake_provider::server::{
+    Failure, Identity, MountResponse, ObjectVersion, Provider, Request, Server, Socket,
+};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use proto::{
     csi::{
         NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability,
         node_client::NodeClient,
     },
-    provider::{
-        File, MountRequest, MountResponse, ObjectVersion, VersionRequest, VersionResponse,
-        csi_driver_provider_server::{CsiDriverProvider, CsiDriverProviderServer},
-    },
+    provider::File,
 };
 use serde_json::{Value, json};
-use tokio::{
-    net::{TcpListener, UnixListener},
-    task::JoinHandle,
-};
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tonic::{
-    Code, Request, Response, Status,
-    transport::{Channel, Endpoint, Server},
+    Code, Status,
+    transport::{Channel, Endpoint},
 };
 
 use crate::acts::Act;
@@ -325,7 +321,7 @@ async fn serve_api(api: Api) -> String {
     format!("http://{address}")
 }
 
-/// What a provider does when it is asked for a class.
+/// The answer of the provider for a class.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Answer {
     pub(crate) status: Option<Code>,
@@ -358,92 +354,91 @@ impl Answer {
     }
 }
 
-/// A provider that answers by the class, and the parameters and `versions` that it was asked with.
+/// A provider with an answer for each class. It records the requests.
 #[derive(Clone, Default)]
-pub(crate) struct Provider(Arc<Mutex<Asked>>);
+pub(crate) struct TestProvider(Arc<Mutex<ProviderState>>);
 
-/// Answers by class, what the provider was asked with, and how many calls hang or have hung.
-type Asked = (BTreeMap<String, Answer>, Vec<Value>, usize);
+#[derive(Default)]
+struct ProviderState {
+    answers: BTreeMap<String, Answer>,
+    /// The attributes of each request, with the mounted versions as `versions`.
+    asked: Vec<Value>,
+    /// The number of calls that hang or have hung.
+    hung: usize,
+}
 
-impl Provider {
+impl TestProvider {
     pub(crate) fn answers(&self, class: &str, answer: Answer) {
-        self.0.lock().unwrap().0.insert(class.to_owned(), answer);
+        let mut state = self.0.lock().unwrap();
+        state.answers.insert(class.to_owned(), answer);
     }
 
-    /// How many calls it has let hang.
+    /// Returns the number of calls that the provider has let hang.
     pub(crate) fn waits(&self) -> usize {
-        self.0.lock().unwrap().2
+        self.0.lock().unwrap().hung
     }
 
-    /// What it was asked since this was called last.
+    /// Returns the requests since the last time that this was called.
     pub(crate) fn asked(&self) -> Vec<Value> {
-        std::mem::take(&mut self.0.lock().unwrap().1)
+        std::mem::take(&mut self.0.lock().unwrap().asked)
     }
 }
 
-#[tonic::async_trait]
-impl CsiDriverProvider for Provider {
-    async fn version(
-        &self,
-        _: Request<VersionRequest>,
-    ) -> Result<Response<VersionResponse>, Status> {
-        Err(Status::unimplemented("not needed"))
+impl Provider for TestProvider {
+    fn identity(&self) -> Identity {
+        Identity {
+            name: "test".to_owned(),
+            version: "1".to_owned(),
+        }
     }
 
-    async fn mount(
-        &self,
-        request: Request<MountRequest>,
-    ) -> Result<Response<MountResponse>, Status> {
-        let request = request.into_inner();
-        let mut attributes: Value = serde_json::from_str(&request.attributes).unwrap();
-        let asked: i32 = request.permission.parse().unwrap();
-        let answer = {
+    async fn mount(&self, request: Request) -> Result<MountResponse, Failure> {
+        let versions = request.mounted_versions();
+        let mut answer = {
             let mut state = self.0.lock().unwrap();
-            let case = attributes["case"].as_str().unwrap().to_owned();
-            let told = request.current_object_version.iter();
-            attributes["versions"] = told.map(|object| object.version.clone()).collect();
-            state.1.push(attributes);
-            state.0.get(&case).cloned().unwrap_or_default()
+            let mut attributes = json!(request.attributes());
+            attributes["versions"] = versions.iter().map(|of| of.version.clone()).collect();
+            state.asked.push(attributes);
+            let answer = state.answers.get(request.parameter("case").unwrap());
+            answer.cloned().unwrap_or_default()
         };
-        if answer.refuses_versions && !request.current_object_version.is_empty() {
-            return Err(Status::permission_denied("may not describe"));
+        if answer.refuses_versions && !versions.is_empty() {
+            return Err(Failure::new(Code::PermissionDenied, "may not describe"));
         }
-        let mut answer = answer;
-        if answer.leaves_out && !request.current_object_version.is_empty() {
+        if answer.leaves_out && !versions.is_empty() {
             answer.files.truncate(1);
         }
         if answer.hangs {
-            self.0.lock().unwrap().2 += 1;
+            self.0.lock().unwrap().hung += 1;
             std::future::pending::<()>().await;
         }
         if let Some(code) = answer.status {
-            return Err(Status::new(code, "the store says no"));
+            return Err(Failure::new(code, "the store says no"));
         }
+        let target = request.target_path();
         if let Some(act) = &answer.act {
-            act.carry_out(Path::new(&request.target_path));
+            act.carry_out(target);
         }
         for (path, contents) in &answer.writes {
-            fs::write(Path::new(&request.target_path).join(path), contents).unwrap();
+            fs::write(target.join(path), contents).unwrap();
         }
         let object = |version| ObjectVersion {
             id: "object".to_owned(),
             version,
         };
-        Ok(Response::new(MountResponse {
+        let mode = answer.mode.unwrap_or(request.permission().cast_signed());
+        let file = |(path, contents)| File {
+            path,
+            mode,
+            contents,
+        };
+        Ok(MountResponse {
             object_version: answer.version.map(object).into_iter().collect(),
             error: answer.error_code.map(|code| proto::provider::Error {
                 code: code.to_owned(),
             }),
-            files: answer
-                .files
-                .into_iter()
-                .map(|(path, contents)| File {
-                    path,
-                    mode: answer.mode.unwrap_or(asked),
-                    contents,
-                })
-                .collect(),
-        }))
+            files: answer.files.into_iter().map(file).collect(),
+        })
     }
 }
 
@@ -530,7 +525,7 @@ impl Drop for Process {
 pub(crate) struct World {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) api: Api,
-    pub(crate) provider: Provider,
+    pub(crate) provider: TestProvider,
     server: String,
     flags: Vec<String>,
     running: Option<(CancellationToken, JoinHandle<std::io::Result<()>>)>,
@@ -566,14 +561,9 @@ impl World {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
         tmpfs(&dir.path().join("kubelet/pods"), "mode=0755");
-        let provider = Provider::default();
-        let listener = UnixListener::bind(dir.path().join("test.sock")).unwrap();
-        let service = CsiDriverProviderServer::new(provider.clone());
-        tokio::spawn(
-            Server::builder()
-                .add_service(service)
-                .serve_with_incoming(UnixListenerStream::new(listener)),
-        );
+        let provider = TestProvider::default();
+        let socket = Socket::bind(dir.path().join("test.sock")).unwrap();
+        tokio::spawn(Server::new(socket, provider.clone()).run(std::future::pending()));
         let mut world = Self {
             dir,
             api,
@@ -691,7 +681,7 @@ impl World {
 
     /// A publish of a kubelet that has little time.
     pub(crate) async fn publish(&self, request: NodePublishVolumeRequest) -> Result<(), Status> {
-        let mut request = Request::new(request);
+        let mut request = tonic::Request::new(request);
         request.set_timeout(Duration::from_secs(4));
         let mut client = self.client().await;
         client.node_publish_volume(request).await.map(drop)

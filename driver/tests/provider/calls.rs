@@ -1,13 +1,9 @@
-//! Calls to a provider on a real socket: how many at once, who waits, for whom one waits, and
-//! what a refusal says about the next attempt.
-
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+//! Checks how many calls a provider has at once, which calls wait, and when the driver tries again.
 
 use std::{
     fs,
-    path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -15,25 +11,21 @@ use std::{
 
 use driver::{
     error::Result,
-    metrics::Metrics,
-    provider::{Limits, MountCall, Providers, Reply, Urgency},
+    provider::{Providers, Reply, Urgency},
 };
-use proto::provider::{
-    MountRequest, MountResponse, ObjectVersion, VersionRequest, VersionResponse,
-    csi_driver_provider_server::{CsiDriverProvider, CsiDriverProviderServer},
-};
+use fake_provider::server::{Code, Failure, Identity, MountResponse, Object, Provider, Request};
 use tokio::{
     net::UnixListener,
-    task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
-use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, Response, Status, metadata::MetadataMap, transport::Server};
+use tonic::{Status, metadata::MetadataMap};
+
+use crate::{LONG, Node, call, identity, refused};
 
 /// A provider that answers after a while, or refuses.
 #[derive(Clone, Default)]
-struct Provider {
+struct Slow {
     name: &'static str,
     takes: Duration,
     refusal: Option<Status>,
@@ -41,110 +33,38 @@ struct Provider {
     peak: Arc<AtomicUsize>,
     calls: Arc<AtomicUsize>,
     version_calls: Arc<AtomicUsize>,
-    seen: Arc<Mutex<Vec<MountRequest>>>,
 }
 
-#[tonic::async_trait]
-impl CsiDriverProvider for Provider {
-    async fn version(
-        &self,
-        _: Request<VersionRequest>,
-    ) -> std::result::Result<Response<VersionResponse>, Status> {
+impl Provider for Slow {
+    fn identity(&self) -> Identity {
         self.version_calls.fetch_add(1, Ordering::SeqCst);
-        Ok(Response::new(VersionResponse {
-            version: "v1alpha1".to_owned(),
-            ..Default::default()
-        }))
+        identity()
     }
 
-    async fn mount(
-        &self,
-        request: Request<MountRequest>,
-    ) -> std::result::Result<Response<MountResponse>, Status> {
+    async fn mount(&self, _: Request) -> Result<MountResponse, Failure> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         let now = self.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
         self.peak.fetch_max(now, Ordering::SeqCst);
         sleep(self.takes).await;
         self.in_flight.fetch_sub(1, Ordering::SeqCst);
-        self.seen.lock().unwrap().push(request.into_inner());
         if let Some(refusal) = &self.refusal {
-            return Err(refusal.clone());
+            return Err(Failure::Status(refusal.clone()));
         }
-        let object = ObjectVersion {
+        let object = Object {
             id: "secret/object".to_owned(),
             version: self.name.to_owned(),
+            path: "object".to_owned(),
+            ..Object::default()
         };
-        Ok(Response::new(MountResponse {
-            object_version: vec![object],
-            ..Default::default()
-        }))
-    }
-}
-
-impl Provider {
-    /// Serves it as `test` in a directory.
-    fn serve(&self, dir: &Path) -> JoinHandle<()> {
-        let listener = UnixListener::bind(dir.join("test.sock")).unwrap();
-        let service = CsiDriverProviderServer::new(self.clone());
-        let server = Server::builder().add_service(service);
-        let incoming = UnixListenerStream::new(listener);
-        tokio::spawn(async move { server.serve_with_incoming(incoming).await.unwrap() })
-    }
-}
-
-/// Directories as the driver has them by default: two, the first one searched first.
-struct Node {
-    dirs: tempfile::TempDir,
-    metrics: Metrics,
-}
-
-impl Node {
-    fn new() -> Self {
-        let dirs = tempfile::tempdir().unwrap();
-        for name in ["first", "last"] {
-            fs::create_dir(dirs.path().join(name)).unwrap();
-        }
-        Self {
-            dirs,
-            metrics: Metrics::new(),
-        }
-    }
-
-    fn dir(&self, name: &str) -> PathBuf {
-        self.dirs.path().join(name)
-    }
-
-    fn providers(&self, max_calls: usize) -> Arc<Providers> {
-        let limits = Limits {
-            max_calls,
-            max_bytes: 64 << 20,
-            max_message_bytes: 4 << 20,
-        };
-        let search = vec![self.dir("first"), self.dir("last")];
-        Arc::new(Providers::new(search, limits, self.metrics.clone()))
+        Ok([object].into_iter().collect())
     }
 }
 
 async fn mount(providers: &Providers, urgency: Urgency, within: Duration) -> Result<Reply> {
-    providers
-        .mount(MountCall {
-            provider: "test",
-            namespace: "shop",
-            class: "db",
-            attributes: "{}".to_owned().into(),
-            with_tokens: false,
-            secrets: "null".to_owned().into(),
-            target: Path::new("/target"),
-            current: &[],
-            urgency,
-            deadline: Instant::now() + within,
-        })
-        .await
+    call(providers, "shop/db", "", urgency, within).await
 }
 
-const LONG: Duration = Duration::from_secs(60);
-
-/// Whose answer it was.
+/// Returns the name of the provider that answered.
 fn answered_by(reply: Result<Reply>) -> String {
     match reply {
         Ok(reply) => reply.objects[0].version.clone(),
@@ -154,13 +74,13 @@ fn answered_by(reply: Result<Reply>) -> String {
 
 #[tokio::test]
 async fn a_burst_of_first_mounts_is_over_soon_with_the_default_bounds() {
-    let node = Node::new();
-    let provider = Provider {
+    let node = Node::new(16);
+    let provider = Slow {
         takes: Duration::from_millis(100),
-        ..Provider::default()
+        ..Slow::default()
     };
-    provider.serve(&node.dir("last"));
-    let providers = node.providers(16);
+    node.serve("last", provider.clone());
+    let providers = Arc::clone(&node.providers);
     let started = Instant::now();
     let mut burst = tokio::task::JoinSet::new();
     for _ in 0..110 {
@@ -172,7 +92,7 @@ async fn a_burst_of_first_mounts_is_over_soon_with_the_default_bounds() {
     burst.join_all().await;
     let took = started.elapsed();
     assert!(took < Duration::from_secs(5), "{took:?}");
-    // A class that answers may have three quarters of the places.
+    // A class that was answered may have three quarters of the places.
     assert_eq!(provider.peak.load(Ordering::SeqCst), 12);
     assert_eq!(provider.calls.load(Ordering::SeqCst), 110);
     let page = node.metrics.render();
@@ -182,13 +102,13 @@ async fn a_burst_of_first_mounts_is_over_soon_with_the_default_bounds() {
 
 #[tokio::test]
 async fn a_call_that_waits_ends_at_its_deadline_and_leaves_its_place_when_it_is_dropped() {
-    let node = Node::new();
-    let provider = Provider {
+    let node = Node::new(1);
+    let provider = Slow {
         takes: Duration::from_millis(600),
-        ..Provider::default()
+        ..Slow::default()
     };
-    provider.serve(&node.dir("last"));
-    let providers = node.providers(1);
+    node.serve("last", provider.clone());
+    let providers = Arc::clone(&node.providers);
     let first = {
         let providers = Arc::clone(&providers);
         tokio::spawn(async move { mount(&providers, Urgency::Refresh, LONG).await.is_ok() })
@@ -199,7 +119,7 @@ async fn a_call_that_waits_ends_at_its_deadline_and_leaves_its_place_when_it_is_
     let dropped = mount(&providers, Urgency::FirstMount, LONG);
     assert!(timeout(Duration::from_millis(50), dropped).await.is_err());
     let waited = mount(&providers, Urgency::FirstMount, Duration::from_millis(100)).await;
-    let error = waited.err().unwrap();
+    let error = refused(waited);
     assert_eq!(error.code(), Code::DeadlineExceeded);
     assert!(
         error.to_string().contains("--provider-max-calls (1)"),
@@ -208,7 +128,11 @@ async fn a_call_that_waits_ends_at_its_deadline_and_leaves_its_place_when_it_is_
 
     let last = mount(&providers, Urgency::FirstMount, LONG).await;
     assert!(last.is_ok() && first.await.unwrap());
-    assert_eq!(provider.calls.load(Ordering::SeqCst), 2, "neither was sent");
+    assert_eq!(
+        provider.calls.load(Ordering::SeqCst),
+        2,
+        "one of the others was sent"
+    );
     let page = node.metrics.render();
     assert!(
         page.contains("calls_waiting{provider=\"test\"} 0"),
@@ -218,11 +142,11 @@ async fn a_call_that_waits_ends_at_its_deadline_and_leaves_its_place_when_it_is_
 
 #[tokio::test]
 async fn a_first_mount_waits_for_a_provider_that_starts_and_a_refresh_does_not() {
-    let node = Node::new();
-    let providers = node.providers(16);
+    let node = Node::new(16);
+    let providers = Arc::clone(&node.providers);
     let started = Instant::now();
     let refresh = mount(&providers, Urgency::Refresh, LONG).await;
-    let error = refresh.err().unwrap().to_string();
+    let error = refused(refresh).to_string();
     assert!(error.contains("the sockets there are: none"), "{error}");
     assert!(started.elapsed() < Duration::from_secs(1));
 
@@ -232,23 +156,23 @@ async fn a_first_mount_waits_for_a_provider_that_starts_and_a_refresh_does_not()
     };
     sleep(Duration::from_millis(300)).await;
     assert!(!first.is_finished());
-    let provider = Provider {
+    let provider = Slow {
         name: "late",
-        ..Provider::default()
+        ..Slow::default()
     };
-    provider.serve(&node.dir("first"));
+    node.serve("first", provider.clone());
     assert_eq!(answered_by(first.await.unwrap()), "late");
 }
 
 #[tokio::test]
 async fn the_wait_for_a_provider_ends_well_before_the_deadline() {
-    let node = Node::new();
-    fs::write(node.dir("last").join("other.sock"), "").unwrap();
-    let providers = node.providers(16);
+    let node = Node::new(16);
+    fs::write(node.socket("last").with_file_name("other.sock"), "").unwrap();
+    let providers = Arc::clone(&node.providers);
     let waited = async |within| {
         let started = Instant::now();
         let reply = mount(&providers, Urgency::FirstMount, within).await;
-        let error = reply.err().unwrap().to_string();
+        let error = refused(reply).to_string();
         assert!(
             error.contains("the sockets there are: other.sock"),
             "{error}"
@@ -265,61 +189,58 @@ async fn the_wait_for_a_provider_ends_well_before_the_deadline() {
 
 #[tokio::test]
 async fn a_socket_that_moved_or_was_replaced_is_noticed() {
-    let node = Node::new();
-    let provider = |name| Provider {
+    let node = Node::new(16);
+    let provider = |name| Slow {
         name,
-        ..Provider::default()
+        ..Slow::default()
     };
-    let providers = node.providers(16);
-    provider("old").serve(&node.dir("last"));
+    let providers = Arc::clone(&node.providers);
+    node.serve("last", provider("old"));
     let ask = async || answered_by(mount(&providers, Urgency::Refresh, LONG).await);
     assert_eq!(ask().await, "old");
 
-    // The old one still listens, on a socket that nobody finds any more.
-    fs::remove_file(node.dir("last").join("test.sock")).unwrap();
-    provider("replaced").serve(&node.dir("last"));
+    // The old provider still listens, on a socket that has no name any more.
+    fs::remove_file(node.socket("last")).unwrap();
+    node.serve("last", provider("replaced"));
     assert_eq!(ask().await, "replaced");
 
-    provider("moved").serve(&node.dir("first"));
+    node.serve("first", provider("moved"));
     assert_eq!(ask().await, "moved");
-    fs::remove_file(node.dir("first").join("test.sock")).unwrap();
+    fs::remove_file(node.socket("first")).unwrap();
     assert_eq!(ask().await, "replaced");
 }
 
-/// The same path, the same process id even, and nobody listens at first: what a crash leaves.
+/// A provider crashed and left its socket, on which no process listens, and starts again.
 #[tokio::test]
 async fn a_stale_socket_is_replaced_while_a_call_tries_again() {
-    let node = Node::new();
-    let path = node.dir("last").join("test.sock");
+    let node = Node::new(16);
+    let path = node.socket("last");
     drop(UnixListener::bind(&path).unwrap());
-    let providers = node.providers(16);
+    let providers = Arc::clone(&node.providers);
     let asked = tokio::spawn(async move { mount(&providers, Urgency::FirstMount, LONG).await });
     sleep(Duration::from_millis(200)).await;
     fs::remove_file(&path).unwrap();
-    let provider = Provider {
+    let provider = Slow {
         name: "new",
-        ..Provider::default()
+        ..Slow::default()
     };
-    provider.serve(&node.dir("last"));
+    node.serve("last", provider.clone());
     assert_eq!(answered_by(asked.await.unwrap()), "new");
 }
 
 #[tokio::test]
 async fn a_provider_that_throttles_is_left_alone() {
-    let node = Node::new();
+    let node = Node::new(16);
     let mut metadata = MetadataMap::new();
     metadata.insert("grpc-retry-pushback-ms", "30000".parse().unwrap());
     let refusal = Status::with_metadata(Code::ResourceExhausted, "throttled", metadata);
-    let provider = Provider {
+    let provider = Slow {
         refusal: Some(refusal),
-        ..Provider::default()
+        ..Slow::default()
     };
-    provider.serve(&node.dir("last"));
-    let providers = node.providers(16);
-    let error = mount(&providers, Urgency::FirstMount, LONG)
-        .await
-        .err()
-        .unwrap();
+    node.serve("last", provider.clone());
+    let providers = Arc::clone(&node.providers);
+    let error = refused(mount(&providers, Urgency::FirstMount, LONG).await);
     assert_eq!(error.code(), Code::ResourceExhausted);
     assert_eq!(error.retry_after(), Some(Duration::from_secs(30)));
     assert_eq!(provider.calls.load(Ordering::SeqCst), 1);
@@ -327,20 +248,17 @@ async fn a_provider_that_throttles_is_left_alone() {
 
 #[tokio::test]
 async fn a_provider_that_is_away_for_long_is_not_waited_for_in_the_call() {
-    let node = Node::new();
+    let node = Node::new(16);
     let mut metadata = MetadataMap::new();
     metadata.insert("grpc-retry-pushback-ms", "30000".parse().unwrap());
-    let provider = Provider {
+    let provider = Slow {
         refusal: Some(Status::with_metadata(Code::Unavailable, "sealed", metadata)),
-        ..Provider::default()
+        ..Slow::default()
     };
-    provider.serve(&node.dir("last"));
-    let providers = node.providers(16);
+    node.serve("last", provider.clone());
+    let providers = Arc::clone(&node.providers);
     let started = Instant::now();
-    let error = mount(&providers, Urgency::Refresh, LONG)
-        .await
-        .err()
-        .unwrap();
+    let error = refused(mount(&providers, Urgency::Refresh, LONG).await);
     assert_eq!(error.retry_after(), Some(Duration::from_secs(30)));
     assert_eq!(provider.calls.load(Ordering::SeqCst), 1);
     assert!(started.elapsed() < Duration::from_secs(1));
@@ -348,12 +266,12 @@ async fn a_provider_that_is_away_for_long_is_not_waited_for_in_the_call() {
 
 #[tokio::test]
 async fn the_health_check_asks_every_provider_again_and_again() {
-    let node = Node::new();
-    let provider = Provider::default();
-    provider.serve(&node.dir("first"));
-    // Nobody listens on it, and it holds up nothing.
-    drop(UnixListener::bind(node.dir("last").join("dead.sock")).unwrap());
-    let providers = node.providers(16);
+    let node = Node::new(16);
+    let provider = Slow::default();
+    node.serve("first", provider.clone());
+    // No process listens on this socket, which must not delay the others.
+    drop(UnixListener::bind(node.socket("last").with_file_name("dead.sock")).unwrap());
+    let providers = Arc::clone(&node.providers);
     let stop = CancellationToken::new();
     let watching = {
         let (providers, stop) = (Arc::clone(&providers), stop.clone());
