@@ -1,9 +1,9 @@
-//! A certificate's parts out of what a provider delivers: PEM in any order, or PKCS#12.
+//! Reads certificates and keys from mounted objects, which are PEM in any order, or PKCS#12.
 //!
-//! A Secret of type kubernetes.io/tls wants `tls.crt`, the leaf first and then its chain, and
-//! `tls.key`. Providers deliver both in one object or in two, keys before certificates, chains
-//! in any order. What does not fit together is refused with a sentence, and nothing comes out
-//! empty. Nothing here touches the system.
+//! A Secret of type kubernetes.io/tls has `tls.crt`, the leaf first and then its chain, and
+//! `tls.key`. Providers deliver both in one object or in two, keys before certificates, chains in
+//! any order. Parts that do not belong together are refused with a sentence, and neither value is
+//! ever empty. Nothing here reads files or the clock.
 
 mod key;
 mod pkcs12;
@@ -19,33 +19,32 @@ use super::parsing::Waiting;
 use crate::secret::Secret;
 use key::{Key, Match};
 
-/// An object with certificates is not read beyond this: no more fits into a Secret.
-const MOST_BYTES: usize = 1024 * 1024;
-/// How many PEM blocks, certificates and keys an object may have. A bundle of all public
+/// The size of the largest object that is read: no more fits into a Secret.
+const MAX_BYTES: usize = 1024 * 1024;
+/// The number of PEM blocks, certificates and keys that an object may have. A bundle of all public
 /// authorities has about 150 certificates.
-const MOST_BLOCKS: usize = 1_000;
-const MOST_CERTIFICATES: usize = 500;
-const MOST_KEYS: usize = 20;
-/// Longer labels are none.
-const LONGEST_LABEL: usize = 64;
+const MAX_BLOCKS: usize = 1_000;
+const MAX_CERTIFICATES: usize = 500;
+const MAX_KEYS: usize = 20;
+/// The length of the longest label of a PEM block.
+const MAX_LABEL: usize = 64;
 
-/// In which form a private key is written.
+/// The form in which a private key is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum KeyFormat {
     /// RSA as PKCS#1 and elliptic curves as SEC1, as the existing driver writes them; other
     /// kinds as PKCS#8.
     #[default]
     Traditional,
-    /// As it came; out of PKCS#12 that is PKCS#8.
+    /// The form that the object has; in PKCS#12 that is PKCS#8.
     Original,
 }
 
-/// Why an object has no usable parts. A sentence without any of the object's content.
+/// The reason why an object cannot be used, as a sentence without any of the object's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Unusable(String);
 
 impl Unusable {
-    /// For this reason.
     pub(super) fn because(why: impl Into<String>) -> Self {
         Self(why.into())
     }
@@ -61,7 +60,7 @@ fn unusable<T>(why: impl Into<String>) -> Result<T, Unusable> {
     Err(Unusable::because(why))
 }
 
-/// What an object holds.
+/// The certificates and keys of an object.
 pub(super) struct Parts {
     certificates: Vec<Certificate>,
     keys: Vec<Key>,
@@ -69,7 +68,7 @@ pub(super) struct Parts {
 
 /// The two values of a Secret of type kubernetes.io/tls.
 pub(super) struct Pair {
-    /// `tls.crt`: PEM, the leaf first, then its chain, then whatever else there was.
+    /// `tls.crt`: PEM, the leaf first, then its chain, then all other certificates.
     pub(super) certificate: Secret,
     /// `tls.key`: PEM.
     pub(super) key: Secret,
@@ -85,19 +84,18 @@ struct Certificate {
 }
 
 impl Parts {
-    /// Reads an object, as long as somebody waits for it: PEM when it has a PEM block, PKCS#12
-    /// with an empty password otherwise.
+    /// Reads an object: as PEM if it has a PEM block, otherwise as PKCS#12 with an empty password.
+    /// Ends early if no caller waits for it any more.
     ///
     /// # Errors
-    /// Says what the object is, as far as that can be told, or which limit it does not keep to,
-    /// and what to do.
+    /// Names what is wrong with the object, or the limit that it exceeds, and what to do.
     pub(super) fn read(object: &[u8], waiting: &Waiting) -> Result<Self, Unusable> {
         if object.trim_ascii().is_empty() {
             return unusable("it is empty");
         }
-        if object.len() > MOST_BYTES {
+        if object.len() > MAX_BYTES {
             return unusable(format!(
-                "it has {} bytes; a certificate and its chain may have {MOST_BYTES}",
+                "it has {} bytes; a certificate and its chain may have {MAX_BYTES}",
                 object.len()
             ));
         }
@@ -125,7 +123,7 @@ impl Parts {
                     );
                 }
                 label if label.ends_with("PRIVATE KEY") => parts.add_key(&der)?,
-                // Parameters of a curve, certificate requests, public keys.
+                // Curve parameters, certificate requests and public keys are not needed.
                 _ => {}
             }
         }
@@ -138,9 +136,9 @@ impl Parts {
         };
         let is_new = |known: &Certificate| known.der != certificate.der;
         if self.certificates.iter().all(is_new) {
-            if self.certificates.len() == MOST_CERTIFICATES {
+            if self.certificates.len() == MAX_CERTIFICATES {
                 return unusable(format!(
-                    "it has more than {MOST_CERTIFICATES} certificates; store the leaf and its chain only"
+                    "it has more than {MAX_CERTIFICATES} certificates; store the leaf and its chain only"
                 ));
             }
             self.certificates.push(certificate);
@@ -149,9 +147,9 @@ impl Parts {
     }
 
     fn add_key(&mut self, der: &[u8]) -> Result<(), Unusable> {
-        if self.keys.len() == MOST_KEYS {
+        if self.keys.len() == MAX_KEYS {
             return unusable(format!(
-                "it has more than {MOST_KEYS} private keys; store the certificate's own only"
+                "it has more than {MAX_KEYS} private keys; store the certificate's own only"
             ));
         }
         self.keys.push(Key::parse(der).map_err(Unusable)?);
@@ -159,12 +157,11 @@ impl Parts {
     }
 }
 
-/// The pair out of the object that `tls.crt` comes from and the one that `tls.key` comes from,
-/// which may be the same.
+/// Finds a key and the certificate that it belongs to, in the object that `tls.crt` comes from and
+/// the one that `tls.key` comes from, which may be the same.
 ///
 /// # Errors
-/// When one has no certificate or the other no key, or the key belongs to none of the
-/// certificates.
+/// Fails if one has no certificate or the other no key, or the key belongs to none of the certificates.
 pub(super) fn pair(
     certificates: &Parts,
     keys: &Parts,
@@ -197,7 +194,7 @@ pub(super) fn pair(
             }
         }
     }
-    // A kind of key that cannot be compared goes by what the bundle says.
+    // A key of a kind that cannot be compared is taken for that of the first certificate.
     match unknown {
         Some((key, at, public)) => Ok(Pair {
             certificate: chain(certificates, at),
@@ -224,7 +221,7 @@ impl Certificate {
     }
 }
 
-/// The leaf, whoever issued it, and so on; then what belongs to no chain, in its order.
+/// Returns the leaf, its issuer, and so on; then the other certificates in their order.
 fn chain(certificates: &[Certificate], leaf: usize) -> Secret {
     let mut rest: Vec<&Certificate> = certificates.iter().collect();
     let mut current = rest.remove(leaf);
@@ -244,7 +241,7 @@ fn chain(certificates: &[Certificate], leaf: usize) -> Secret {
     text.into()
 }
 
-/// A PEM block as Go and openssl write it.
+/// Returns a PEM block as Go and openssl write it.
 fn block(label: &str, der: Vec<u8>) -> String {
     let block = Pem::new(label, der);
     let config = EncodeConfig::new().set_line_ending(LineEnding::LF);
@@ -253,13 +250,13 @@ fn block(label: &str, der: Vec<u8>) -> String {
     text
 }
 
-/// A label, and what a block of that label holds.
+/// The label and the content of a PEM block.
 type Block = (String, Zeroizing<Vec<u8>>);
 
-/// The blocks of a text by label. A block that cannot be decoded is passed over, as other
-/// readers do; so is text between blocks, and a beginning with another before its end.
+/// Returns the PEM blocks of a text. Like other readers, it skips a block that cannot be decoded, the
+/// text between blocks, and a begin line that is followed by another before its end line.
 ///
-/// Each byte is looked at a fixed number of times, whatever the text is.
+/// Each byte is read a fixed number of times, whatever the text is.
 fn pem_blocks(text: &[u8]) -> Result<Vec<Block>, Unusable> {
     const BEGIN: &[u8] = b"-----BEGIN ";
     const END: &[u8] = b"-----END ";
@@ -277,7 +274,7 @@ fn pem_blocks(text: &[u8]) -> Result<Vec<Block>, Unusable> {
         if begins.is_some_and(|next| next < end) {
             continue;
         }
-        let line = &text[inside..end.min(inside + LONGEST_LABEL + DASHES.len())];
+        let line = &text[inside..end.min(inside + MAX_LABEL + DASHES.len())];
         let Some(length) = find(line, DASHES, 0) else {
             continue;
         };
@@ -289,9 +286,9 @@ fn pem_blocks(text: &[u8]) -> Result<Vec<Block>, Unusable> {
             continue;
         }
         if let Ok(block) = pem::parse(&text[begin..end + end_line.len()]) {
-            if blocks.len() == MOST_BLOCKS {
+            if blocks.len() == MAX_BLOCKS {
                 return unusable(format!(
-                    "it has more than {MOST_BLOCKS} PEM blocks; store the certificate, its chain and its key only"
+                    "it has more than {MAX_BLOCKS} PEM blocks; store the certificate, its chain and its key only"
                 ));
             }
             blocks.push((label.to_owned(), Zeroizing::new(block.into_contents())));
@@ -300,7 +297,7 @@ fn pem_blocks(text: &[u8]) -> Result<Vec<Block>, Unusable> {
     Ok(blocks)
 }
 
-/// Where something stands in a text, from a place on.
+/// Returns the first position of a pattern in a text, from a position on.
 fn find(text: &[u8], what: &[u8], from: usize) -> Option<usize> {
     let rest = text.get(from..)?;
     let at = rest.windows(what.len()).position(|window| window == what)?;

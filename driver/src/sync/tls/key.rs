@@ -1,4 +1,4 @@
-//! A private key: which certificate it belongs to, and the forms it can be written in.
+//! Reads private keys, finds their certificates, and writes them in several forms.
 
 use der::{Decode as _, Encode as _};
 use pkcs1::RsaPrivateKey;
@@ -16,33 +16,33 @@ use zeroize::Zeroizing;
 use super::{KeyFormat, block};
 use crate::secret::Secret;
 
-/// Algorithms of keys (RFC 3279, RFC 5480, RFC 8410).
+/// The algorithms of keys (RFC 3279, RFC 5480, RFC 8410).
 const RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
 const EC: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
 const ED25519: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.101.112");
-/// Curves (RFC 5480) whose keys can be checked against a public key.
+/// The curves (RFC 5480) whose keys can be checked against a public key.
 const P256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
 const P384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
 
 /// A private key.
 pub(super) struct Key {
     kind: Kind,
-    /// As it came.
+    /// The key as it was read.
     original: Zeroizing<Vec<u8>>,
     original_label: &'static str,
 }
 
 enum Kind {
-    /// PKCS#1.
+    /// A key in PKCS#1.
     Rsa(Zeroizing<Vec<u8>>),
     Ec {
-        /// SEC1, in which the curve and the public key may be missing.
+        /// The key in SEC1, in which the curve and the public key may be missing.
         sec1: Zeroizing<Vec<u8>>,
         curve: ObjectIdentifier,
     },
-    /// The seed.
+    /// The seed of the key.
     Ed25519(Zeroizing<Vec<u8>>),
-    /// Something in PKCS#8.
+    /// A key of another kind in PKCS#8.
     Other(ObjectIdentifier),
 }
 
@@ -51,12 +51,12 @@ enum Kind {
 pub(super) enum Match {
     Yes,
     No,
-    /// A kind of key that cannot be compared.
+    /// The kind of key cannot be compared.
     Unknown,
 }
 
 impl Key {
-    /// Reads a key, whichever of PKCS#8, PKCS#1 and SEC1 it is in: labels are not to be trusted.
+    /// Reads a key in PKCS#8, PKCS#1 or SEC1. The PEM label is ignored, because it may be wrong.
     pub(super) fn parse(der: &[u8]) -> Result<Self, String> {
         let (kind, original_label) = parse(der)
             .ok_or("its private key cannot be read as PKCS#8, PKCS#1 or SEC1; it may be damaged")?;
@@ -67,7 +67,7 @@ impl Key {
         })
     }
 
-    /// Whether this is the key of a certificate with that public key.
+    /// Returns whether this is the key of a certificate with that public key.
     pub(super) fn belongs_to(&self, algorithm: &str, public: &[u8]) -> Match {
         let oid = match &self.kind {
             Kind::Rsa(_) => RSA,
@@ -94,7 +94,7 @@ impl Key {
         }
     }
 
-    /// The key as PEM. `public` fills in what a key of an elliptic curve may lack.
+    /// Returns the key as PEM. `public` is added to a key of an elliptic curve that lacks it.
     pub(super) fn pem(&self, format: KeyFormat, public: Option<&[u8]>) -> Result<Secret, String> {
         let original = || block(self.original_label, self.original.to_vec());
         let text = match (format, &self.kind) {

@@ -1,10 +1,10 @@
-//! Reads PKCS#12 (RFC 7292) with an empty password, as stores deliver certificates.
+//! Reads PKCS#12 (RFC 7292) with an empty password, the form in which some stores deliver
+//! certificates.
 //!
-//! Read are the schemes that are met in practice: PBES2 (openssl 3, Java, modern stores), the
-//! older ones with Triple DES and RC2, and no encryption at all. Tools disagree on what an empty
-//! password is, one UTF-16 NUL or no bytes, so both are tried. The MAC is not verified: with a
-//! password that everybody knows it proves nothing, and a damaged key is found out when it is
-//! compared with its certificate.
+//! The schemes that occur in practice are supported: PBES2 (openssl 3, Java, modern stores), the
+//! older ones with Triple DES and RC2, and no encryption at all. Tools disagree on whether an empty
+//! password is one UTF-16 NUL or no bytes, so both are tried. The MAC is not verified: with a known
+//! password it proves nothing, and a damaged key does not match its certificate.
 
 use cbc::cipher::{BlockModeDecrypt, InnerIvInit, KeyIvInit, block_padding::Pkcs7};
 use der::{
@@ -34,43 +34,43 @@ const SHA1_2DES: ObjectIdentifier = oid("1.2.840.113549.1.12.1.4");
 const SHA1_RC2_128: ObjectIdentifier = oid("1.2.840.113549.1.12.1.5");
 const SHA1_RC2_40: ObjectIdentifier = oid("1.2.840.113549.1.12.1.6");
 
-/// How many rounds of key derivation an archive may take in all: a few times what the most
-/// careful tools ask for, which is 600,000 for each of its parts, and one to three seconds.
-const MOST_ROUNDS: u64 = 4_000_000;
-/// After how many rounds it is asked whether anybody still waits.
-const BETWEEN_QUESTIONS: u32 = 10_000;
-/// How many bags an archive may have in all.
-const MOST_BAGS: u64 = 1_000;
-/// How deep bags may lie in bags.
-const DEEPEST: usize = 4;
+/// The rounds of key derivation that an archive may take in all, in one to three seconds. It is a few
+/// times as many as the most careful tools use, which is 600,000 for each part of an archive.
+const MAX_ROUNDS: u64 = 4_000_000;
+/// The number of rounds after which the work ends if no caller waits for it any more.
+const ROUNDS_BETWEEN_CHECKS: u32 = 10_000;
+/// The number of bags that an archive may have in all.
+const MAX_BAGS: u64 = 1_000;
+/// The number of levels to which bags may be nested.
+const MAX_DEPTH: usize = 4;
 
-/// The two readings of "no password", as the older schemes are fed them.
+/// The two forms of an empty password in the older schemes.
 const EMPTY: [&[u8]; 2] = [&[0, 0], &[]];
 
-/// What an archive holds: DER.
+/// The certificates and keys of an archive, in DER.
 #[derive(Default)]
 pub(super) struct Found {
     pub(super) certificates: Vec<Vec<u8>>,
     pub(super) keys: Vec<Zeroizing<Vec<u8>>>,
 }
 
-/// Why an archive could not be read.
-enum Failure {
-    /// It is not what the standard describes.
+/// The reason why an archive could not be read.
+enum ArchiveError {
+    /// It does not follow the standard.
     Malformed,
-    /// It cannot be decrypted.
+    /// An empty password does not decrypt it.
     Password,
-    /// It is encrypted in a way that is not read here.
+    /// It is encrypted with a scheme that is not supported.
     Scheme(ObjectIdentifier),
-    /// Its keys take more rounds than are spent on one archive.
+    /// It takes more rounds of key derivation than an archive may.
     Rounds,
-    /// It has more bags than are read of one archive.
+    /// It has more bags than an archive may.
     Bags,
-    /// Nobody waits for it any more.
+    /// No caller waits for it any more.
     GivenUp,
 }
 
-/// What may still be spent on an archive.
+/// The rounds and bags that an archive may still take.
 struct Budget<'w> {
     rounds: u64,
     bags: u64,
@@ -78,71 +78,75 @@ struct Budget<'w> {
 }
 
 impl Budget<'_> {
-    fn take_rounds(&mut self, rounds: u32) -> Result<(), Failure> {
+    fn take_rounds(&mut self, rounds: u32) -> Result<(), ArchiveError> {
         self.rounds = self
             .rounds
             .checked_sub(rounds.into())
-            .ok_or(Failure::Rounds)?;
+            .ok_or(ArchiveError::Rounds)?;
         Ok(())
     }
 
-    fn take_bag(&mut self) -> Result<(), Failure> {
-        self.bags = self.bags.checked_sub(1).ok_or(Failure::Bags)?;
-        self.still_wanted()
+    fn take_bag(&mut self) -> Result<(), ArchiveError> {
+        self.bags = self.bags.checked_sub(1).ok_or(ArchiveError::Bags)?;
+        self.check_waiting()
     }
 
-    fn still_wanted(&self) -> Result<(), Failure> {
-        match self.waiting.is_over() {
-            true => Err(Failure::GivenUp),
-            false => Ok(()),
+    fn check_waiting(&self) -> Result<(), ArchiveError> {
+        if self.waiting.is_over() {
+            return Err(ArchiveError::GivenUp);
         }
+        Ok(())
     }
 }
 
-impl From<der::Error> for Failure {
+impl From<der::Error> for ArchiveError {
     fn from(_: der::Error) -> Self {
         Self::Malformed
     }
 }
 
-/// Reads an archive, as long as somebody waits for it.
+/// Reads an archive. Ends early if no caller waits for it any more.
 ///
 /// # Errors
-/// Says what is wrong with it, or which limit it does not keep to, and what to do.
+/// Names what is wrong with the archive, or the limit that it exceeds, and what to do.
 pub(super) fn read(archive: &[u8], waiting: &Waiting) -> Result<Found, String> {
     let mut found = Found::default();
     let mut budget = Budget {
-        rounds: MOST_ROUNDS,
-        bags: MOST_BAGS,
+        rounds: MAX_ROUNDS,
+        bags: MAX_BAGS,
         waiting,
     };
     match read_archive(archive, &mut found, &mut budget) {
         Ok(()) => Ok(found),
-        Err(Failure::Malformed) => {
+        Err(ArchiveError::Malformed) => {
             Err("it is neither PEM nor PKCS#12, or it is damaged".to_owned())
         }
-        Err(Failure::Password) => Err(
+        Err(ArchiveError::Password) => Err(
             "it is PKCS#12 that an empty password does not open; store it without a password, or as PEM".to_owned(),
         ),
-        Err(Failure::Scheme(oid)) => Err(format!(
+        Err(ArchiveError::Scheme(oid)) => Err(format!(
             "it is PKCS#12 encrypted with a scheme that is not supported (OID {oid}); export it with AES-256-CBC, or store it as PEM"
         )),
-        Err(Failure::Rounds) => Err(format!(
-            "it is PKCS#12 that takes more than {MOST_ROUNDS} rounds of key derivation in all; export it with fewer, or store it as PEM"
+        Err(ArchiveError::Rounds) => Err(format!(
+            "it is PKCS#12 that takes more than {MAX_ROUNDS} rounds of key derivation in all; export it with fewer, or store it as PEM"
         )),
-        Err(Failure::Bags) => Err(format!(
-            "it is PKCS#12 with more than {MOST_BAGS} bags; store what is needed of it only"
+        Err(ArchiveError::Bags) => Err(format!(
+            "it is PKCS#12 with more than {MAX_BAGS} bags; store what is needed of it only"
         )),
-        Err(Failure::GivenUp) => Err("it was given up, because nobody waits for it".to_owned()),
+        Err(ArchiveError::GivenUp) => Err("it was given up, because nobody waits for it".to_owned()),
     }
 }
 
-fn read_archive(archive: &[u8], found: &mut Found, budget: &mut Budget<'_>) -> Result<(), Failure> {
+fn read_archive(
+    archive: &[u8],
+    found: &mut Found,
+    budget: &mut Budget<'_>,
+) -> Result<(), ArchiveError> {
     let mut fields = fields(archive)?;
     let _version: AnyRef<'_> = fields.decode()?;
     let (kind, content) = content_info(fields.decode()?)?;
     if kind != DATA {
-        return Err(Failure::Malformed);
+        return Err(ArchiveError::Malformed);
     }
     let safe = <&OctetStringRef>::from_der(content)?;
     let mut contents = self::fields(safe.as_bytes())?;
@@ -158,44 +162,44 @@ fn read_archive(archive: &[u8], found: &mut Found, budget: &mut Budget<'_>) -> R
                 let bytes = encrypted_data(content, budget)?;
                 bags(&bytes, found, budget, 0)?;
             }
-            // Encrypted for somebody's public key.
-            _ => return Err(Failure::Scheme(kind)),
+            // It is encrypted with a public key.
+            _ => return Err(ArchiveError::Scheme(kind)),
         }
     }
     Ok(())
 }
 
-/// A reader of what is inside a SEQUENCE.
-fn fields(bytes: &[u8]) -> Result<SliceReader<'_>, Failure> {
+/// Returns a reader of the fields of a SEQUENCE.
+fn fields(bytes: &[u8]) -> Result<SliceReader<'_>, ArchiveError> {
     let any = AnyRef::from_der(bytes)?;
     inside(any)
 }
 
-fn inside(any: AnyRef<'_>) -> Result<SliceReader<'_>, Failure> {
+fn inside(any: AnyRef<'_>) -> Result<SliceReader<'_>, ArchiveError> {
     if any.header().tag() != Tag::Sequence {
-        return Err(Failure::Malformed);
+        return Err(ArchiveError::Malformed);
     }
     Ok(SliceReader::new(any.value())?)
 }
 
-/// A ContentInfo's type, and its content as DER.
-fn content_info(any: AnyRef<'_>) -> Result<(ObjectIdentifier, &[u8]), Failure> {
+/// Returns the type of a ContentInfo, and its content as DER.
+fn content_info(any: AnyRef<'_>) -> Result<(ObjectIdentifier, &[u8]), ArchiveError> {
     let mut fields = inside(any)?;
     Ok((fields.decode()?, tagged_0(fields.decode()?)?))
 }
 
-/// What is inside an explicit tag 0.
-fn tagged_0(any: AnyRef<'_>) -> Result<&[u8], Failure> {
+/// Returns the content of an explicit tag 0.
+fn tagged_0(any: AnyRef<'_>) -> Result<&[u8], ArchiveError> {
     match any.header().tag() {
         Tag::ContextSpecific {
             number: TagNumber(0),
             ..
         } => Ok(any.value()),
-        _ => Err(Failure::Malformed),
+        _ => Err(ArchiveError::Malformed),
     }
 }
 
-fn encrypted_data(der: &[u8], budget: &mut Budget<'_>) -> Result<Zeroizing<Vec<u8>>, Failure> {
+fn encrypted_data(der: &[u8], budget: &mut Budget<'_>) -> Result<Zeroizing<Vec<u8>>, ArchiveError> {
     let mut data = fields(der)?;
     let _version: AnyRef<'_> = data.decode()?;
     let mut info = inside(data.decode()?)?;
@@ -211,9 +215,9 @@ fn bags(
     found: &mut Found,
     budget: &mut Budget<'_>,
     depth: usize,
-) -> Result<(), Failure> {
-    if depth > DEEPEST {
-        return Err(Failure::Malformed);
+) -> Result<(), ArchiveError> {
+    if depth > MAX_DEPTH {
+        return Err(ArchiveError::Malformed);
     }
     let mut bags_in = fields(contents)?;
     while !bags_in.is_finished() {
@@ -240,20 +244,20 @@ fn bags(
                 }
             }
             SAFE_CONTENTS_BAG => bags(value, found, budget, depth + 1)?,
-            // Revocation lists and other secrets.
+            // Revocation lists and other secrets are not needed.
             _ => {}
         }
     }
     Ok(())
 }
 
-/// Decrypts with an empty password, in the first reading of that whose result looks right.
+/// Decrypts with an empty password, in the form for which the result looks right.
 fn decrypt(
     algorithm: AnyRef<'_>,
     ciphertext: &[u8],
     budget: &mut Budget<'_>,
     looks_right: impl Fn(&[u8]) -> bool,
-) -> Result<Zeroizing<Vec<u8>>, Failure> {
+) -> Result<Zeroizing<Vec<u8>>, ArchiveError> {
     let mut identifier = inside(algorithm)?;
     let scheme: ObjectIdentifier = identifier.decode()?;
     let parameters: AnyRef<'_> = identifier.decode()?;
@@ -262,7 +266,7 @@ fn decrypt(
         let plain = decrypt_pbes2(&parameters, ciphertext, budget)?;
         return plain
             .filter(|plain| looks_right(plain))
-            .ok_or(Failure::Password);
+            .ok_or(ArchiveError::Password);
     }
     let mut parameters = inside(parameters)?;
     let salt: &OctetStringRef = parameters.decode()?;
@@ -281,35 +285,35 @@ fn decrypt(
             }
             SHA1_RC2_128 => unpad_rc2(&derive(1, 16)?, &derive(2, 8)?, ciphertext),
             SHA1_RC2_40 => unpad_rc2(&derive(1, 5)?, &derive(2, 8)?, ciphertext),
-            other => return Err(Failure::Scheme(other)),
+            other => return Err(ArchiveError::Scheme(other)),
         };
         if let Some(plain) = plain.filter(|plain| looks_right(plain)) {
             return Ok(plain);
         }
     }
-    Err(Failure::Password)
+    Err(ArchiveError::Password)
 }
 
-/// Decrypts with the scheme of RFC 8018, 6.2. None when the password is another.
+/// Decrypts with the scheme of RFC 8018, 6.2. Returns `None` if the password is another.
 fn decrypt_pbes2(
     parameters: &pbes2::Parameters,
     ciphertext: &[u8],
     budget: &mut Budget<'_>,
-) -> Result<Option<Zeroizing<Vec<u8>>>, Failure> {
+) -> Result<Option<Zeroizing<Vec<u8>>>, ArchiveError> {
     let scheme = parameters.encryption;
     let pbes2::Kdf::Pbkdf2(kdf) = &parameters.kdf else {
-        return Err(Failure::Scheme(parameters.kdf.oid()));
+        return Err(ArchiveError::Scheme(parameters.kdf.oid()));
     };
     let function = match kdf.prf {
         Pbkdf2Prf::HmacWithSha1 => hmac::HMAC_SHA1_FOR_LEGACY_USE_ONLY,
         Pbkdf2Prf::HmacWithSha256 => hmac::HMAC_SHA256,
         Pbkdf2Prf::HmacWithSha384 => hmac::HMAC_SHA384,
         Pbkdf2Prf::HmacWithSha512 => hmac::HMAC_SHA512,
-        other => return Err(Failure::Scheme(other.oid())),
+        other => return Err(ArchiveError::Scheme(other.oid())),
     };
     let length = scheme.key_size();
     if kdf.key_length.is_some_and(|own| usize::from(own) != length) {
-        return Err(Failure::Malformed);
+        return Err(ArchiveError::Malformed);
     }
     let (salt, rounds) = (kdf.salt.as_ref(), kdf.iteration_count);
     let key = pbkdf2(function, salt, rounds, length, budget)?;
@@ -332,19 +336,19 @@ fn decrypt_pbes2(
         EncryptionScheme::Aes256Gcm { nonce } => {
             opened(&aead::AES_256_GCM, &key, nonce, ciphertext)
         }
-        other => return Err(Failure::Scheme(other.oid())),
+        other => return Err(ArchiveError::Scheme(other.oid())),
     })
 }
 
-/// The key derivation of RFC 8018, 5.2, with an empty password. Written here because no library
-/// lets go of it halfway.
+/// Derives a key as in RFC 8018, 5.2, with an empty password. It is implemented here because no
+/// library can end it early.
 fn pbkdf2(
     function: hmac::Algorithm,
     salt: &[u8],
     rounds: u32,
     length: usize,
     budget: &mut Budget<'_>,
-) -> Result<Zeroizing<Vec<u8>>, Failure> {
+) -> Result<Zeroizing<Vec<u8>>, ArchiveError> {
     let password = hmac::Key::new(function, b"");
     let mut derived = Zeroizing::new(Vec::with_capacity(length + 64));
     for block in 1_u32.. {
@@ -355,8 +359,8 @@ fn pbkdf2(
         let mut last = context.sign();
         let mut sum = Zeroizing::new(last.as_ref().to_vec());
         for round in 1..rounds {
-            if round % BETWEEN_QUESTIONS == 0 {
-                budget.still_wanted()?;
+            if round % ROUNDS_BETWEEN_CHECKS == 0 {
+                budget.check_waiting()?;
             }
             last = hmac::sign(&password, last.as_ref());
             for (byte, add) in sum.iter_mut().zip(last.as_ref()) {
@@ -396,7 +400,7 @@ where
     Some(Zeroizing::new(plain))
 }
 
-/// RC2 with as many effective bits as the key has.
+/// Decrypts with RC2, with as many effective bits as the key has.
 fn unpad_rc2(key: &[u8], iv: &[u8], ciphertext: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     let cipher = rc2::Rc2::new_with_eff_key_len(key, key.len() * 8);
     let iv = iv.try_into().ok()?;
@@ -405,8 +409,8 @@ fn unpad_rc2(key: &[u8], iv: &[u8], ciphertext: &[u8]) -> Option<Zeroizing<Vec<u
     Some(Zeroizing::new(plain))
 }
 
-/// The key derivation of RFC 7292, appendix B.2, with SHA-1. `purpose` is 1 for a key and 2 for
-/// an initialization vector.
+/// Derives a key as in RFC 7292, appendix B.2, with SHA-1. `purpose` is 1 for a key and 2 for an
+/// initialization vector.
 fn derive(
     password: &[u8],
     salt: &[u8],
@@ -414,14 +418,14 @@ fn derive(
     purpose: u8,
     length: usize,
     budget: &mut Budget<'_>,
-) -> Result<Zeroizing<Vec<u8>>, Failure> {
+) -> Result<Zeroizing<Vec<u8>>, ArchiveError> {
     const BLOCK: usize = 64;
     let sha1 = |parts: &[&[u8]]| {
         let mut context = digest::Context::new(&digest::SHA1_FOR_LEGACY_USE_ONLY);
         parts.iter().for_each(|part| context.update(part));
         context.finish()
     };
-    // Each text repeated to fill whole blocks.
+    // Repeats a text to fill whole blocks.
     let filled = |text: &[u8]| -> Vec<u8> {
         let length = text.len().div_ceil(BLOCK) * BLOCK;
         text.iter().copied().cycle().take(length).collect()
@@ -432,8 +436,8 @@ fn derive(
         budget.take_rounds(rounds)?;
         let mut hash = sha1(&[&[purpose; BLOCK], &input]);
         for round in 1..rounds {
-            if round % BETWEEN_QUESTIONS == 0 {
-                budget.still_wanted()?;
+            if round % ROUNDS_BETWEEN_CHECKS == 0 {
+                budget.check_waiting()?;
             }
             hash = sha1(&[hash.as_ref()]);
         }

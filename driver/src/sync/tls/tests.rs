@@ -1,4 +1,4 @@
-//! The fixtures are made by `fixtures/generate.sh`, and so is what is expected of keys.
+//! Tests with the fixtures that `fixtures/generate.sh` makes, which include the expected keys.
 
 use super::*;
 use rstest::rstest;
@@ -36,7 +36,7 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
 
-/// What openssl writes with -traditional is what upstream writes.
+/// Upstream writes keys as openssl does with `-traditional`.
 #[rstest]
 #[case::rsa(
     fixture!("rsa.key.pem"), fixture!("rsa.crt.pem"), fixture!("rsa.traditional.pem")
@@ -96,7 +96,7 @@ fn leaf_first_then_its_chain_whatever_the_order() {
         let (crt, _) = both(&joined(&order), KeyFormat::Traditional);
         assert_eq!(crt, text(&ordered));
     }
-    // Twice the same is once; what belongs to another chain comes last; text between is passed over.
+    // A repeated certificate is written once, one of another chain last, and text is skipped.
     let messy = joined(&[
         b"Bag Attributes\n  friendlyName: x\n",
         root,
@@ -172,12 +172,12 @@ fn pkcs12_with_an_edwards_key() {
     b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
     "X.509"
 )]
-fn what_is_no_certificate_is_refused(#[case] object: &[u8], #[case] why: &str) {
+fn an_object_without_certificates_is_refused(#[case] object: &[u8], #[case] why: &str) {
     let error = read_or_not(object).err().unwrap().to_string();
     assert!(error.contains(why), "{error}");
 }
 
-/// However much of an archive is lost, it is a sentence and not a panic or a half.
+/// An archive that is cut off anywhere is an error, not a panic or a part of the content.
 #[test]
 fn a_damaged_archive_is_refused() {
     let whole = fixture!("modern.p12");
@@ -205,7 +205,7 @@ fn parts_that_do_not_fit_are_refused(
 }
 
 #[test]
-fn a_block_that_cannot_be_decoded_is_passed_over() {
+fn a_block_that_cannot_be_decoded_is_skipped() {
     let object = joined(&[
         b"-----BEGIN CERTIFICATE-----\n!!!\n-----END CERTIFICATE-----\n-----BEGIN X-----\n",
         fixture!("rsa.crt.pem"),
@@ -215,7 +215,7 @@ fn a_block_that_cannot_be_decoded_is_passed_over() {
     assert_eq!(crt, text(fixture!("rsa.crt.pem")));
 }
 
-/// A text of a Secret's size that is nothing but the same piece again and again, and ends in another.
+/// Tests texts of a Secret's size that repeat one piece and end with another.
 #[rstest]
 #[case::begins("-----BEGIN X-----", "")]
 #[case::begins_of_certificates("-----BEGIN CERTIFICATE-----\n", "")]
@@ -233,19 +233,18 @@ fn a_block_that_cannot_be_decoded_is_passed_over() {
 #[case::lines("\n", "-----BEGIN X-----\n-----END X-----")]
 #[case::sequences("0\u{30}\u{3}\u{2}", "")]
 fn a_text_of_any_kind_is_read_in_no_time(#[case] piece: &str, #[case] last: &str) {
-    let text = piece.repeat((MOST_BYTES - last.len()) / piece.len()) + last;
+    let text = piece.repeat((MAX_BYTES - last.len()) / piece.len()) + last;
     let started = std::time::Instant::now();
     let blocks = read_or_not(text.as_bytes());
-    // A hundredth of a second where nothing else runs. What looks at everything from everywhere
-    // takes hours.
+    // It takes a hundredth of a second on an idle machine. A quadratic algorithm takes hours.
     let took = started.elapsed();
     assert!(took < std::time::Duration::from_secs(30), "{took:?}");
     assert!(blocks.is_err() || blocks.is_ok_and(|parts| parts.certificates.is_empty()));
 }
 
 #[rstest]
-#[case::certificates(fixture!("rsa.crt.pem"), MOST_BLOCKS + 1, "PEM blocks")]
-#[case::keys(fixture!("ed25519.key.pem"), MOST_KEYS + 1, "private keys")]
+#[case::certificates(fixture!("rsa.crt.pem"), MAX_BLOCKS + 1, "PEM blocks")]
+#[case::keys(fixture!("ed25519.key.pem"), MAX_KEYS + 1, "private keys")]
 fn more_parts_than_are_read(#[case] part: &[u8], #[case] count: usize, #[case] what: &str) {
     let error = read_or_not(&part.repeat(count)).err().unwrap().to_string();
     assert!(error.contains(what), "{error}");
@@ -253,16 +252,16 @@ fn more_parts_than_are_read(#[case] part: &[u8], #[case] count: usize, #[case] w
 
 #[test]
 fn more_bytes_than_are_read() {
-    let object = joined(&[&vec![b' '; MOST_BYTES], fixture!("rsa.crt.pem")]);
+    let object = joined(&[&vec![b' '; MAX_BYTES], fixture!("rsa.crt.pem")]);
     let error = read_or_not(&object).err().unwrap().to_string();
-    assert!(error.contains(&MOST_BYTES.to_string()), "{error}");
+    assert!(error.contains(&MAX_BYTES.to_string()), "{error}");
 }
 
 mod generated {
     use super::*;
     use proptest::prelude::*;
 
-    /// Pieces of texts with and without certificates.
+    /// Returns pieces of texts, with and without certificates.
     fn pieces() -> impl Strategy<Value = Vec<Vec<u8>>> {
         let piece = prop_oneof![
             Just(fixture!("rsa.crt.pem").to_vec()),
@@ -278,8 +277,7 @@ mod generated {
     }
 
     proptest! {
-        /// A whole block is found whatever stands before it, unless that ends in the middle of a
-        /// block of its own.
+        /// A whole block is found whatever stands before it, except an unfinished block.
         #[test]
         fn whole_blocks_are_found_in_any_company(pieces in pieces()) {
             let mut text = Vec::new();

@@ -1,4 +1,4 @@
-//! Archives as openssl does not write them, made here.
+//! Tests archives that openssl does not write.
 
 use super::*;
 use cbc::cipher::BlockModeEncrypt as _;
@@ -19,7 +19,7 @@ fn unlimited(waiting: &Waiting) -> Budget<'_> {
     }
 }
 
-/// A DER value: its tag, its length, its content.
+/// Returns a DER value: its tag, length and content.
 fn der(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
     let content = parts.concat();
     let length = content.len().to_be_bytes();
@@ -48,7 +48,7 @@ fn identifier(oid: ObjectIdentifier) -> Vec<u8> {
     oid.to_der().unwrap()
 }
 
-/// An archive with these bags in the open.
+/// Returns an archive with these bags, not encrypted.
 fn archive(bags: &[Vec<u8>]) -> Vec<u8> {
     let bags: Vec<&[u8]> = bags.iter().map(Vec::as_slice).collect();
     let content = |inner: &[u8]| sequence(&[&identifier(DATA), &der(0xa0, &[&octets(inner)])]);
@@ -80,7 +80,7 @@ fn encrypted(algorithm: &[u8], ciphertext: &[u8]) -> Vec<u8> {
     )
 }
 
-/// A bag that claims to be encrypted with so many rounds.
+/// Returns a bag that claims to be encrypted with so many rounds.
 fn claiming(rounds: u32) -> Vec<u8> {
     encrypted(&modern(rounds), &[0; 32])
 }
@@ -89,7 +89,7 @@ fn claiming_the_older(scheme: ObjectIdentifier, rounds: u32) -> Vec<u8> {
     encrypted(&older(scheme, rounds), &[0; 32])
 }
 
-/// A bag with something that looks like a key, encrypted as modern tools do.
+/// Returns a bag with something that looks like a key, encrypted as modern tools do.
 fn shrouded(rounds: u32) -> Vec<u8> {
     let waiting = Waiting::default();
     let key = pbkdf2(
@@ -105,7 +105,7 @@ fn shrouded(rounds: u32) -> Vec<u8> {
     encrypted(&modern(rounds), &ciphertext)
 }
 
-fn keys_within(archive: &[u8], rounds: u64, bags: u64) -> Result<usize, Failure> {
+fn keys_within(archive: &[u8], rounds: u64, bags: u64) -> Result<usize, ArchiveError> {
     let mut found = Found::default();
     let waiting = Waiting::default();
     let mut budget = Budget {
@@ -120,14 +120,14 @@ fn keys_within(archive: &[u8], rounds: u64, bags: u64) -> Result<usize, Failure>
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
-    /// However the rounds are spread over the bags, the sum of them decides.
+    /// The sum of all rounds counts, however they are spread over the bags.
     #[test]
     fn rounds_are_counted_over_the_whole_archive(each in prop::collection::vec(1_u32..200, 1..20)) {
         let bags: Vec<_> = each.iter().map(|rounds| shrouded(*rounds)).collect();
         let archive = archive(&bags);
         let sum = each.iter().copied().map(u64::from).sum();
         prop_assert!(matches!(keys_within(&archive, sum, 1000), Ok(keys) if keys == each.len()));
-        prop_assert!(matches!(keys_within(&archive, sum - 1, 1000), Err(Failure::Rounds)));
+        prop_assert!(matches!(keys_within(&archive, sum - 1, 1000), Err(ArchiveError::Rounds)));
     }
 
     #[test]
@@ -141,11 +141,11 @@ proptest! {
         let archive = archive(&bags);
         let all = u64::try_from(keys + counts.len() + 1).unwrap();
         prop_assert!(matches!(keys_within(&archive, 0, all), Ok(found) if found == keys));
-        prop_assert!(matches!(keys_within(&archive, 0, all - 1), Err(Failure::Bags)));
+        prop_assert!(matches!(keys_within(&archive, 0, all - 1), Err(ArchiveError::Bags)));
     }
 }
 
-/// What a bag claims is refused before it is computed, and the sentence names the limit.
+/// Too many rounds are refused before they are computed, and the error names the limit.
 #[rstest]
 #[case::modern(claiming(u32::MAX))]
 #[case::triple_des(claiming_the_older(SHA1_3DES, u32::MAX))]
@@ -153,31 +153,31 @@ proptest! {
 fn more_rounds_than_an_archive_may_take(#[case] bag: Vec<u8>) {
     let bags = [shrouded(1_000), bag];
     let error = read(&archive(&bags), &Waiting::default()).err().unwrap();
-    assert!(error.contains(&MOST_ROUNDS.to_string()), "{error}");
+    assert!(error.contains(&MAX_ROUNDS.to_string()), "{error}");
 }
 
 #[test]
 fn more_bags_than_an_archive_may_have() {
     let bags = vec![bag(KEY_BAG, &sequence(&[])); 2_000];
     let error = read(&archive(&bags), &Waiting::default()).err().unwrap();
-    assert!(error.contains(&MOST_BAGS.to_string()), "{error}");
+    assert!(error.contains(&MAX_BAGS.to_string()), "{error}");
 }
 
 #[rstest]
 #[case::modern(modern(u32::MAX))]
 #[case::triple_des(older(SHA1_3DES, u32::MAX))]
-fn work_that_nobody_waits_for_is_given_up(#[case] algorithm: Vec<u8>) {
+fn work_without_a_caller_is_given_up(#[case] algorithm: Vec<u8>) {
     let waiting = Waiting::over();
     let algorithm = AnyRef::from_der(&algorithm).unwrap();
     let decrypted = decrypt(algorithm, &[0; 32], &mut unlimited(&waiting), |_| true);
-    assert!(matches!(decrypted, Err(Failure::GivenUp)));
+    assert!(matches!(decrypted, Err(ArchiveError::GivenUp)));
 }
 
-/// openssl writes only the first of the two, other tools also the second.
+/// openssl writes only the first of the two forms, other tools also the second.
 #[rstest]
 #[case::one_nul(EMPTY[0])]
 #[case::no_bytes(EMPTY[1])]
-fn both_readings_of_no_password(#[case] password: &[u8]) {
+fn both_forms_of_an_empty_password(#[case] password: &[u8]) {
     let waiting = Waiting::default();
     let mut budget = unlimited(&waiting);
     let mut derive = |purpose, length| {
