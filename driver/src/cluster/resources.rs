@@ -1,9 +1,9 @@
-//! The two custom resources as Rust types, at the storage version `v1`.
+//! Defines the two custom resources as Rust types, at the storage version `v1`.
 //!
-//! An object that leaves everything out deserializes: each field has a default, and what a class
-//! must say is checked where it is needed, with a message for the person who wrote it. Empty
-//! fields are left out when serializing, as Kubernetes does. The CRDs in `deploy/` are rendered
-//! from these types and their comments by `tests/manifests.rs`.
+//! An object without any fields deserializes: each field has a default, and a field that a class must
+//! have is checked where it is needed, with a message for its author. Empty fields are left out when
+//! serializing, as Kubernetes does. `tests/manifests.rs` renders the CRDs in `deploy/` from these
+//! types and their comments.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -14,13 +14,13 @@ use serde::{Deserialize, Serialize};
 
 /// The API group of both custom resources.
 pub const GROUP: &str = "secrets-store.csi.x-k8s.io";
-/// The version that is stored, and the only one the driver speaks. Objects written as `v1alpha1`
-/// arrive as `v1` through the API server.
+/// The stored version, and the only one that the driver uses. The API server converts objects that
+/// were written as `v1alpha1`.
 pub const VERSION: &str = "v1";
-/// [`GROUP`] and [`VERSION`] as an object's `apiVersion` spells them.
+/// [`GROUP`] and [`VERSION`] as in an object's `apiVersion`.
 pub const API_VERSION: &str = "secrets-store.csi.x-k8s.io/v1";
 
-/// Which objects of an external store a volume holds, and which provider brings them.
+/// The objects of an external store that a volume holds, and the provider that delivers them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SecretProviderClass {
@@ -30,14 +30,14 @@ pub struct SecretProviderClass {
     /// Always `SecretProviderClass`.
     #[schemars(skip)]
     pub kind: String,
-    /// Name, namespace, uid and the like.
+    /// The name, namespace, UID and so on.
     #[schemars(skip)]
     pub metadata: ObjectMeta,
-    /// The provider, what to ask it for, and which Secrets to keep in step with the answer.
+    /// The provider, the objects to request from it, and the Secrets to make of them.
     pub spec: SecretProviderClassSpec,
 }
 
-/// The wish of a [`SecretProviderClass`].
+/// The specification of a [`SecretProviderClass`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SecretProviderClassSpec {
@@ -45,12 +45,11 @@ pub struct SecretProviderClassSpec {
     /// directories of the node.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub provider: String,
-    /// What the provider needs to know to find the objects. The driver passes it on and does not
-    /// look inside.
+    /// Parameters of the provider, which name the objects. The driver passes them on unread.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub parameters: BTreeMap<String, String>,
-    /// Secrets to make of the mounted objects. A Secret exists while a pod that mounts this class
-    /// does.
+    /// Secrets to make of the mounted objects. A Secret exists as long as a pod that mounts this
+    /// class.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub secret_objects: Vec<SecretObject>,
 }
@@ -84,21 +83,21 @@ pub struct SecretObjectData {
     /// under its own name.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub object_name: String,
-    /// Key in the Secret. Left out with "*".
+    /// Key in the Secret. It is left out with "*".
     #[serde(skip_serializing_if = "String::is_empty")]
     pub key: String,
-    /// The object is a JSON object and the Secret gets the value of this field: a string as it
-    /// is, anything else as JSON.
+    /// Field of the object, which must be a JSON object then. The Secret gets the value of this
+    /// field: a string as it is, anything else as JSON.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub json_key: String,
-    /// How the value is encoded in the store: base64, which the Secret gets decoded. Left out, it
-    /// gets the value as it is.
+    /// Encoding of the value in the store: base64, which is decoded for the Secret. If it is left
+    /// out, the Secret gets the value as it is.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub encoding: String,
 }
 
-/// What the driver has mounted into one volume of one pod. The driver writes it, people and the
-/// Secret sync read it.
+/// The objects that the driver has mounted into one volume of one pod. The driver writes it, for
+/// people and other tools.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SecretProviderClassPodStatus {
@@ -108,7 +107,7 @@ pub struct SecretProviderClassPodStatus {
     /// Always `SecretProviderClassPodStatus`.
     #[schemars(skip)]
     pub kind: String,
-    /// Name, namespace, labels, owner and the like.
+    /// The name, namespace, labels, owner and so on.
     #[schemars(skip)]
     pub metadata: ObjectMeta,
     /// The mounted volume. It is part of the object itself: there is no status subresource.
@@ -128,7 +127,7 @@ pub struct PodStatus {
     /// Whether the volume is mounted with its content.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub mounted: bool,
-    /// Where on the node the volume is mounted.
+    /// Path on the node at which the volume is mounted.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub target_path: String,
     /// The objects in the volume and their versions, sorted by id.
@@ -140,7 +139,7 @@ pub struct PodStatus {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ObjectVersion {
-    /// What the provider calls the object.
+    /// Name of the object at the provider.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub id: String,
     /// The version of the object that is mounted, as the provider reported it.
@@ -170,7 +169,7 @@ impl Default for SecretProviderClassPodStatus {
     }
 }
 
-/// Tells the kube client where a custom resource lives.
+/// Tells the kube client the path of a custom resource.
 macro_rules! custom_resource {
     ($type:ty, kind: $kind:literal, plural: $plural:literal) => {
         impl Resource for $type {
