@@ -30,6 +30,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::error::{Error, Result};
 pub use class::Class;
+#[cfg(test)]
 pub(crate) use class::trimmed;
 use events::Events;
 use request::MAX_REQUESTS;

@@ -77,7 +77,7 @@ use mount::Tmpfs;
 use provider::{Limits, Providers};
 use record::{Content, Records};
 use registration::Registrar;
-use sync::Sync;
+use sync::{Options, SecretSync};
 use volume::{
     Clock, Volumes,
     policy::{Failing, Policy},
@@ -170,13 +170,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)
             .in_a_pod(std::env::var_os(IN_A_POD).is_some()),
     );
-    let sync = Arc::new(Sync::new(
+    let sync = Arc::new(SecretSync::new(
         cluster.clone(),
         records.clone(),
         Arc::clone(&tmpfs),
         metrics.clone(),
-        config.sync_errors == SyncErrors::Fail,
-        config.sync_interval,
+        Options {
+            errors_fail_publish: config.sync_errors == SyncErrors::Fail,
+            interval: config.sync_interval,
+        },
     ));
     let finishing = cluster.clone();
     let volumes = Arc::new(Volumes {

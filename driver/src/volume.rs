@@ -37,7 +37,7 @@ use crate::{
     provider::{MountCall, Providers, Reply, Urgency},
     record::{self, Age, Content, Object, Pod, Record, Records},
     secret::SecretMap,
-    sync::Sync,
+    sync::SecretSync,
 };
 use content::{
     Undo, commit_content, directory, reaches_pods, refit, stage_files, still_there, take_down,
@@ -144,7 +144,7 @@ pub struct Volumes {
     /// What counts refreshes.
     pub metrics: Metrics,
     /// What keeps the Secrets of classes that make some.
-    pub sync: Arc<Sync>,
+    pub sync: Arc<SecretSync>,
     /// What time it is.
     pub clock: Clock,
     /// Whether the threads of file system work get anywhere.

@@ -1,5 +1,5 @@
-//! One namespace's trouble is its own: its Secrets and its events are in nobody's way. Seen at an
-//! API server that is as small as can be and has a temper for each namespace.
+//! Tests that failures in one namespace do not delay the Secrets and events of others. The API server
+//! is a minimal one that behaves differently for each namespace.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
@@ -27,7 +27,7 @@ use driver::{
     metrics::Metrics,
     mount::Tmpfs,
     record::{Pod, Record},
-    sync::Sync,
+    sync::{Options, SecretSync},
 };
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -37,35 +37,35 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Between two looks of the driver.
+/// The interval between two checks of the driver.
 const EVERY: Duration = Duration::from_millis(200);
-/// For what happens at once, on a machine that may be busy.
+/// The time limit for things that happen at once, on a machine that may be busy.
 const SOON: Duration = Duration::from_secs(120);
 
-/// How an API server answers a write in a namespace.
+/// The way in which the API server answers writes in a namespace.
 #[derive(Debug, Clone, Copy)]
 enum Temper {
-    /// As it should.
+    /// It accepts them.
     Good,
-    /// With this code.
+    /// It answers with this code.
     Refuses(u16),
-    /// Never.
+    /// It never answers.
     Hangs,
-    /// With a Secret that is being deleted, and stays.
+    /// It has a Secret that is being deleted, and stays.
     HeldByAFinalizer,
 }
 
 #[derive(Default)]
 struct Objects {
     tempers: BTreeMap<String, Temper>,
-    /// Namespaces that have their Secret.
+    /// The namespaces whose Secret exists.
     secrets: BTreeSet<String>,
-    /// Messages of events by namespace.
+    /// The messages of events, with their namespaces.
     events: Vec<(String, String)>,
-    /// Whether nothing is answered at all.
+    /// Whether no request is answered at all.
     away: bool,
     requests: usize,
-    /// How many events have been refused.
+    /// The number of events that have been refused.
     refused_events: usize,
 }
 
@@ -152,7 +152,7 @@ async fn answer(
         (temper.unwrap_or(Temper::Good), objects.away)
     };
     if away {
-        // Which hangs up, without a word in the output of the test.
+        // Closes the connection, without any output of the test.
         std::panic::resume_unwind(Box::new("away"));
     }
     if method == Method::GET {
@@ -212,14 +212,14 @@ fn class(namespace: &str) -> Value {
     })
 }
 
-async fn mount(sync: &Arc<Sync>, cluster: &Cluster, dir: &Path, namespace: &str) {
+async fn mount(sync: &Arc<SecretSync>, cluster: &Cluster, dir: &Path, namespace: &str) {
     let class = cluster.class(namespace, "db").await.unwrap();
     sync.volume_mounted(&volume(dir, namespace), &class)
         .await
         .unwrap();
 }
 
-/// The volume of a namespace's pod, mounted and recorded.
+/// Mounts and records the volume of a namespace's pod.
 fn volume(dir: &Path, namespace: &str) -> Record {
     let target = volumes::target(dir, namespace);
     if !target.exists() {
@@ -238,28 +238,30 @@ fn volume(dir: &Path, namespace: &str) -> Record {
     record
 }
 
-fn sync(dir: &Path, cluster: &Cluster) -> Arc<Sync> {
+fn sync(dir: &Path, cluster: &Cluster) -> Arc<SecretSync> {
     let (cluster, records) = (cluster.clone(), volumes::records(dir));
     let tmpfs = Arc::new(Tmpfs::bounded_by(1));
-    Arc::new(Sync::new(
+    Arc::new(SecretSync::new(
         cluster,
         records,
         tmpfs,
         Metrics::new(),
-        false,
-        EVERY,
+        Options {
+            errors_fail_publish: false,
+            interval: EVERY,
+        },
     ))
 }
 
-fn run(sync: &Arc<Sync>) -> CancellationToken {
+fn run(sync: &Arc<SecretSync>) -> CancellationToken {
     let (sync, stop) = (Arc::clone(sync), CancellationToken::new());
     let ended = stop.clone();
     tokio::spawn(async move { sync.run(ended).await });
     stop
 }
 
-/// However many namespaces are in trouble, and whatever it is, the Secret of another is healed
-/// again and again meanwhile.
+/// The Secret of a namespace is created again each time that it is deleted, while checks of many
+/// others fail for any reason.
 #[rstest]
 #[case::a_webhook_that_fails(Temper::Refuses(500), 12)]
 #[case::too_many_requests(Temper::Refuses(429), 5)]
@@ -300,7 +302,7 @@ async fn the_trouble_of_some_namespaces(#[case] temper: Temper, #[case] count: u
     stop.cancel();
 }
 
-/// Then nothing is asked for a while, and everything is healed soon after it is back.
+/// The driver sends few requests for a while, and restores everything soon after the API server is back.
 #[tokio::test]
 async fn an_api_server_that_is_away_is_left_alone() {
     if !volumes::is_alone() {
@@ -319,7 +321,7 @@ async fn an_api_server_that_is_away_is_left_alone() {
     assert!(cluster.is_away());
     api.0.lock().unwrap().requests = 0;
     sleep(Duration::from_secs(8)).await;
-    // Between two looks there are waits of at least half of two, four and eight seconds.
+    // Between two checks there are waits of at least half of two, four and eight seconds.
     let requests = api.0.lock().unwrap().requests;
     assert!(requests < 30, "{requests}");
     api.0.lock().unwrap().away = false;
@@ -327,7 +329,7 @@ async fn an_api_server_that_is_away_is_left_alone() {
     stop.cancel();
 }
 
-/// One namespace's events are refused or never answered, and there are hundreds.
+/// Hundreds of events of one namespace are refused or get no answer.
 #[rstest]
 #[case::hangs(Temper::Hangs)]
 #[case::refuses(Temper::Refuses(500))]
@@ -361,8 +363,8 @@ async fn events_of_one_namespace_wait_for_themselves(#[case] temper: Temper) {
     );
 }
 
-/// Trouble that goes on is told once, however long its event is refused before: for one attempt to
-/// post it, or for all of them, after which it is announced anew.
+/// A pod is told of a lasting error once, however long the event was refused before: for one attempt
+/// to post it, or for all of them, after which it is announced again.
 #[rstest]
 #[case::a_role_that_is_missing_for_a_moment(403, 1)]
 #[case::a_webhook_that_fails_for_a_moment(500, 1)]
@@ -404,7 +406,7 @@ async fn trouble_is_told_though_its_event_is_refused_for_a_while(
     assert_eq!(api.events("shop").len(), 1);
 }
 
-/// More trouble than can be told at once: each pod hears of each of it, and once.
+/// With more errors than can be told at once, each pod is still told of each of them, once.
 #[tokio::test]
 async fn what_is_not_told_now_is_told_later() {
     if !volumes::is_alone() {
@@ -460,8 +462,8 @@ async fn what_is_not_told_now_is_told_later() {
     assert!(times.values().all(|times| *times == PODS), "{times:?}");
 }
 
-/// Requests take turns so that a burst needs few connections; those that are not answered, because of
-/// a namespace's webhook for example, keep nobody else's waiting.
+/// Requests take turns, so that a burst needs few connections. Requests that get no answer, because
+/// of one namespace's webhook for example, delay no others.
 #[tokio::test]
 async fn requests_of_one_namespace_that_hang_hold_up_no_other() {
     let dir = tempfile::tempdir().unwrap();

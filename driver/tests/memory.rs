@@ -22,7 +22,7 @@ use driver::{
     metrics::Metrics,
     mount::Tmpfs,
     record::{self, Content, Object, Pod, Record, Records},
-    sync::Sync,
+    sync::{Options, SecretSync},
 };
 use jiff::Timestamp;
 use rstest::rstest;
@@ -136,7 +136,7 @@ fn record(number: usize, class: &record::Class, provider: &str) -> Record {
     }
 }
 
-async fn mount(sync: &Sync, cluster: &Cluster, number: usize) {
+async fn mount(sync: &SecretSync, cluster: &Cluster, number: usize) {
     let name = format!("class-{number}");
     let class = cluster.class("shop", &name).await.unwrap();
     let volume = record(number, &class.identity, &class.provider);
@@ -181,7 +181,11 @@ fn sixty_large_classes(#[case] large: &'static str) {
         let hour = Duration::from_secs(3600);
         let records = Records::open(dir.path().join("records")).unwrap();
         let tmpfs = Arc::new(Tmpfs::bounded_by(1));
-        let sync = Sync::new(cluster.clone(), records, tmpfs, Metrics::new(), false, hour);
+        let options = Options {
+            errors_fail_publish: false,
+            interval: hour,
+        };
+        let sync = SecretSync::new(cluster.clone(), records, tmpfs, Metrics::new(), options);
         for number in 0..FIRST {
             mount(&sync, &cluster, number).await;
         }

@@ -1,4 +1,4 @@
-//! Whose a pod status is: every pod that may ask for one, against every one that may be there.
+//! Tests whether a pod status is written: every kind of pod, against every object that may exist.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
@@ -29,7 +29,7 @@ const STATUSES: &str =
 const POD: &str = "/api/v1/namespaces/shop/pods/web";
 const TARGET: &str = "/pods/ours/mount";
 
-/// Objects by path, and the writes so far.
+/// The objects by path, and the writes so far.
 type Stored = (BTreeMap<String, Value>, Vec<String>);
 
 #[derive(Clone, Default)]
@@ -100,24 +100,24 @@ async fn answer(
     (StatusCode::OK, object.to_string())
 }
 
-/// What is there under the name that our pod's status has.
+/// The object that has the name of our pod's status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum There {
     Nothing,
-    /// Ours, with what it says now, or with other versions.
+    /// Our pod's status, with the versions of now, or with others.
     Ours,
     OursOfBefore,
-    /// That of another volume of our pod.
+    /// The status of another volume of our pod.
     AnotherVolumes,
-    /// That of another pod of the same name, earlier or later.
+    /// The status of another pod of the same name, earlier or later.
     AnotherPods,
-    /// That of a pod that is called `web-shop`, in a namespace that is called `shop`.
+    /// The status of a pod that is called `web-shop`, in a namespace that is called `shop`.
     OfALikeName,
-    /// Made by somebody by hand.
+    /// An object that somebody has made by hand.
     Nobodys,
 }
 
-/// Which pod the API server knows by our pod's name.
+/// The pod that has our pod's name in the API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Known {
     Ours,
@@ -193,7 +193,7 @@ fn mounted<'a>(pod: &'a Pod, objects: &'a [Object]) -> DesiredPodStatus<'a> {
     }
 }
 
-/// Whether an object is another pod's still, with what that pod wrote.
+/// Returns whether the object is still as it was at the beginning.
 fn is_as_before(api: &Api, there: There) -> bool {
     let now = api.get(&format!("{STATUSES}/web-shop-db"));
     there == There::Nothing
@@ -281,7 +281,7 @@ async fn a_look_makes_it_again_for_a_pod_that_lives(
     assert_eq!(object["status"]["targetPath"], TARGET);
 }
 
-/// Whose an object is that somebody has laid hands on.
+/// The owner of an object that somebody has edited by hand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Owned {
     Ours,
@@ -299,8 +299,8 @@ const PARTS: [&str; 5] = [
     "objects",
 ];
 
-/// Every set of parts that somebody may have removed by hand, whoever is left as the owner: the
-/// object is repaired where it is, and no second one is made beside it.
+/// Whichever fields somebody removed by hand, and whoever is left as the owner: the object is
+/// repaired, and no second one is made beside it.
 #[rstest]
 #[tokio::test]
 async fn what_somebody_emptied_is_repaired_in_place(
@@ -339,7 +339,7 @@ async fn what_somebody_emptied_is_repaired_in_place(
                 metadata.insert("ownerReferences".to_owned(), owner("web-shop", "third"));
             }
         }
-        // The last one has lost all of it.
+        // The last object has lost its whole status.
         if removed == 1 << PARTS.len() {
             object.as_object_mut().unwrap().remove("status");
         }
@@ -364,7 +364,7 @@ async fn what_somebody_emptied_is_repaired_in_place(
         let writes = api.writes();
         let of_another = owned == Owned::OfALikeName && (removes(0) || removed == 1 << PARTS.len());
         if of_another {
-            // It may be that of the pod that still owns it.
+            // It may belong to the pod that still owns it.
             assert!(writes.len() == 1 && writes[0].starts_with("POST web-shop-db-"));
             continue;
         }
@@ -379,8 +379,8 @@ async fn what_somebody_emptied_is_repaired_in_place(
     }
 }
 
-/// A volume whose name was taken when it was written first stays where it is, also when what has
-/// the name is emptied or gone.
+/// A pod status whose usual name was taken when it was written first keeps its name, also if the
+/// object that took the usual name is emptied or gone.
 #[rstest]
 #[tokio::test]
 async fn a_name_of_its_own_stays(

@@ -64,7 +64,7 @@ impl Cluster {
     /// Reads a class, as it is now.
     ///
     /// # Errors
-    /// When it cannot be read, or has no provider or no parameters.
+    /// Fails if it cannot be read, or has no provider or no parameters.
     pub async fn class(&self, namespace: &str, name: &str) -> Result<Class> {
         self.read_class(namespace, name, &GetParams::default())
             .await
@@ -83,7 +83,7 @@ impl Cluster {
     /// says that there is no such class, or if the class itself does not name the Secret.
     ///
     /// # Errors
-    /// When the class cannot be read.
+    /// Fails if the class cannot be read.
     pub(super) async fn class_makes(
         &self,
         namespace: &str,

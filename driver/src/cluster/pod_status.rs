@@ -38,7 +38,7 @@ impl Written {
     }
 }
 
-/// What a write does with a complete pod status of this volume that names other versions.
+/// The action for a complete pod status of this volume that names other versions.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum OtherVersions {
     Replace,
@@ -59,7 +59,7 @@ impl Cluster {
     /// not know that yet: then nothing is written, and the resource version that is returned is empty.
     ///
     /// # Errors
-    /// When the API server does not answer, or refuses the object.
+    /// Fails if the API server does not answer, or refuses the object.
     pub async fn write_pod_status(
         &self,
         desired: &DesiredPodStatus<'_>,
@@ -82,7 +82,7 @@ impl Cluster {
     /// stays: a refresh writes them before the volume has them.
     ///
     /// # Errors
-    /// When the API server does not answer, or refuses the object.
+    /// Fails if the API server does not answer, or refuses the object.
     pub async fn keep_pod_status(
         &self,
         desired: &DesiredPodStatus<'_>,
@@ -172,7 +172,7 @@ impl Cluster {
     /// owns it.
     ///
     /// # Errors
-    /// When the API server does not answer, or refuses to delete it.
+    /// Fails if the API server does not answer, or refuses to delete it.
     pub async fn delete_pod_status(&self, pod: &Pod, name: &str) -> Result<()> {
         let api = self.pod_statuses(pod).await?;
         let existing = match self.read(api.get(name)).await {

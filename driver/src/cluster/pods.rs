@@ -31,7 +31,7 @@ impl Cluster {
     /// count.
     ///
     /// # Errors
-    /// When the API server does not answer, or its answer says nothing about this pod.
+    /// Fails if the API server does not answer, or its answer says nothing about this pod.
     pub async fn is_alive(&self, pod: &Pod) -> Result<bool> {
         let found = self.pod(pod).await?;
         Ok(found.is_some_and(|found| found.metadata.deletion_timestamp.is_none()))
@@ -40,7 +40,7 @@ impl Cluster {
     /// Reads a pod. Returns `None` if it is gone.
     ///
     /// # Errors
-    /// When the API server does not answer, or its answer says nothing about this pod.
+    /// Fails if the API server does not answer, or its answer says nothing about this pod.
     pub(super) async fn pod(&self, pod: &Pod) -> Result<Option<PodView>> {
         let pods = format!("/api/v1/namespaces/{}/pods", pod.namespace);
         let request = Request::new(pods).get(&pod.name, &GetParams::default());

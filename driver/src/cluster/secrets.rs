@@ -1,43 +1,44 @@
-//! Keeps Secrets as they should be: read by name, and written only where something of ours
-//! differs, against the version that was read.
+//! Keeps Secrets as classes ask for them. Each is read by name, and written only where the driver's
+//! part of it differs, against the version that was read.
 //!
-//! Of a Secret the driver owns its data and its type, the labels and annotations that the class
-//! asks for, its own annotations, and the owners that it adds; everything else is left as it is.
-//! What a Secret says about itself decides, so that drivers on many nodes agree without talking:
-//! which class made it, and what the order of its content is. Newer content replaces older, never
-//! the other way round, and equal content is never written.
+//! The driver's part of a Secret is its data and type, the labels and annotations that the class
+//! asks for, the driver's own annotations, and the owners that it adds. Everything else stays as it
+//! is. Drivers on many nodes agree without talking to each other, because each decides from what the
+//! Secret says about itself: which class made it, and the order of its content. Newer content
+//! replaces older, never the other way round, and equal content is never written.
 //!
 //! # Which content is newer
 //!
 //! The order of a content is the resource version of the SecretProviderClassPodStatus that was
-//! written when a volume got that content. All nodes write pod statuses to the same API server,
-//! and so their resource versions are one order that no clock has a part in. The Secret carries
-//! the order of its content ([`ORDER`]); the higher one wins. A content that was fetched before
-//! another and whose pod status was written after it counts as the newer one, until the next
-//! refresh of its volume.
+//! written when a volume got that content. All nodes write pod statuses to the same API server, so
+//! their resource versions are one order that depends on no clock. The Secret carries the order of
+//! its content ([`ORDER`]); the higher one wins. If a content was fetched before another, but its pod
+//! status was written after the other's, it counts as the newer one until the next refresh of its
+//! volume.
 //!
-//! A refresh that finds its content unchanged keeps its order and writes nothing, unless the
-//! Secret has other content of a higher order: the store may have gone back to an earlier value,
-//! and the node that saw the later one may have missed that. Such a refresh writes the pod status
-//! once, so that the content has an order of the moment at which it was fetched last.
+//! A refresh that finds its content unchanged keeps the order and writes nothing, unless the Secret
+//! has other content of a higher order: the store may have gone back to an earlier value, and the
+//! node that saw the later value may have missed that. Such a refresh writes the pod status once, so
+//! that the content has the order of the moment at which it was fetched last.
 //!
 //! A volume that an earlier driver mounted has no order until a refresh gives it one, and replaces
 //! no content whose order is known.
 //!
-//! Where the order on the Secret is missing or cannot be believed, the moments since when the
-//! volumes have held their contents decide instead ([`SINCE`]), by the nodes' clocks:
+//! If the order on the Secret is missing or cannot be true, the times since when the volumes have
+//! held their contents decide ([`SINCE`]), by the nodes' clocks:
 //!
-//! - on a Secret that an earlier driver wrote. It gets an order with its next content, or at once
-//!   when its content is that of the volume;
+//! - on a Secret that an earlier driver wrote. It gets an order with its next content, or at once if
+//!   its content is that of the volume;
 //! - on a Secret that was restored into another cluster: its order is not below its own resource
 //!   version, although its pod status must have been written before it;
 //! - where resource versions are not numbers.
 
 mod decision;
 mod digest;
+mod error;
 mod missing;
+mod object;
 mod owners;
-mod refusal;
 mod replace;
 
 use std::{collections::BTreeMap, sync::Arc};
@@ -50,42 +51,46 @@ use kube::{
 use serde::de::IgnoredAny;
 
 use super::{Cluster, request::Failure};
-use crate::{
-    error::{Error, Result},
-    record::Class,
-    secret::Secret,
-};
-use decision::{Change, Decision, Existing, Holder, Object, decide};
+use crate::{record::Class, secret::Secret};
+use decision::{Decision, NamedClass, decide};
 pub use digest::Digest;
+pub use error::{ErrorType, SyncError};
 pub(in crate::cluster) use missing::Missing;
 use missing::Step;
+use object::{Change, Existing, NewSecret};
 use owners::{MANAGER, without_owner};
 pub use owners::{Owner, PodOwners};
-pub use refusal::Refusal;
 
-/// On every Secret that the driver keeps, as on those of the existing driver.
+/// The label of every Secret that the driver keeps, as in the existing driver.
 pub const MANAGED: &str = "secrets-store.csi.k8s.io/managed";
-/// On a Secret of somebody else's: the driver may have it.
+/// The annotation with which a user lets the driver adopt a Secret that it has not made.
 pub const ADOPT: &str = "secrets-store.csi.k8s.io/adopt";
-/// Which class made the content: its name and its UID.
+/// The annotation with the name of the class that made the content.
 pub const CLASS: &str = "secrets-store.csi.k8s.io/class";
-/// See [`CLASS`].
+/// The annotation with the UID of that class.
 pub const CLASS_UID: &str = "secrets-store.csi.k8s.io/class-uid";
-/// Since when the volume that the content was taken from has held it.
+/// The annotation with the time since when a volume has held the content.
 pub const SINCE: &str = "secrets-store.csi.k8s.io/content-since";
-/// The order of the content among the contents of all volumes; see the module.
+/// The annotation with the order of the content; see the documentation of the module.
 pub const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
-/// The type that a new Secret in this one's place should have had, and that was refused.
+/// The annotation with the type that was refused for a new Secret in this one's place.
 pub const REFUSED_TYPE: &str = "secrets-store.csi.k8s.io/refused-type";
-/// How often a write is tried against others who write the same Secret.
+/// The annotation that lists the labels that the class asked for, so that they can be removed when
+/// it no longer does.
+const LABELS: &str = "secrets-store.csi.k8s.io/class-labels";
+/// The annotation that lists the annotations that the class asked for.
+const ANNOTATIONS: &str = "secrets-store.csi.k8s.io/class-annotations";
+
+/// The number of attempts to write a Secret that others write at the same time.
 const ATTEMPTS: usize = 5;
 
-/// All of a Secret's data, or what it is told by.
+/// The data of a Secret, or its digest.
 #[derive(Clone, Copy)]
 pub enum Data<'a> {
     /// The values, by key.
     Values(&'a BTreeMap<String, Secret>),
-    /// The digest of the values, which must not be empty. It is enough to look, and not to write.
+    /// The digest of the values, of which there is at least one. It is enough for a check, and not
+    /// for writing.
     Digest(Digest),
 }
 
@@ -99,214 +104,242 @@ impl Data<'_> {
 
 /// A Secret as it should be.
 #[derive(Clone, Copy)]
-pub struct Wanted<'a> {
-    /// Where it is.
+pub struct DesiredSecret<'a> {
+    /// The namespace.
     pub namespace: &'a str,
-    /// Its name, which must be one.
+    /// The name, which has been checked to be one.
     pub name: &'a str,
-    /// Its type.
+    /// The type.
     pub type_: &'a str,
-    /// Labels that the class asks for.
+    /// The labels that the class asks for.
     pub labels: &'a BTreeMap<String, String>,
-    /// Annotations that the class asks for.
+    /// The annotations that the class asks for.
     pub annotations: &'a BTreeMap<String, String>,
-    /// All of its data.
+    /// The whole data.
     pub data: Data<'a>,
     /// The class that asks for it.
     pub class: &'a Class,
-    /// Since when the volume has held this content.
+    /// The time since when a volume has held this content.
     pub since: Timestamp,
-    /// The order of this content, where it is known.
+    /// The order of this content, if it is known.
     pub order: Option<u64>,
-    /// Who needs it, at least one. It goes when the last of all its owners is gone.
+    /// The owners that this node's pods give it, at least one.
     pub owners: &'a [Owner],
-    /// Whether it is created where it is not there.
-    pub create: bool,
 }
 
-/// What became of a Secret.
+/// The action for a Secret that does not exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kept {
-    /// It was as it should be, or newer by the clocks.
+pub enum IfAbsent {
+    /// It is created.
+    Create,
+    /// It is left to other nodes.
+    Leave,
+}
+
+/// The result of a reconciliation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reconciled {
+    /// The Secret was as desired, or its content is newer by the clocks.
     Unchanged,
-    /// It was left as it is: it has other content of this order, which is higher.
+    /// The Secret was left as it is, because it has other content of a higher order.
     Overtaken {
-        /// See [`ORDER`].
+        /// The order of that content; see [`ORDER`].
         order: u64,
     },
-    /// It is not there, and was not to be created.
+    /// The Secret does not exist, and was left to other nodes.
     Absent,
-    /// It was not there.
+    /// The Secret did not exist and was created.
     Created,
-    /// Something of ours was not as it should be.
+    /// The driver's part of the Secret differed and was written.
     Updated,
-    /// Its type had to change, which only a new Secret can.
+    /// The type of the Secret had to change, so it was replaced by a new one.
     Recreated,
 }
 
 impl Cluster {
-    /// Looks whether a Secret is as it should be, at what the API server has at hand, which may
-    /// be a moment old. None when something is to be written.
+    /// Checks whether a Secret is as desired, in the API server's cache, which may be a moment old.
+    /// Returns `None` if something is to be written.
     ///
     /// # Errors
-    /// When it is not and that is not for the driver to change, or the API server does not answer.
-    pub async fn secret_is_kept(&self, wanted: &Wanted<'_>) -> Result<Option<Kept>, Refusal> {
-        if self.missing.find(&wanted.key()).is_some() {
+    /// Fails if the Secret differs and is not the driver's to change, or the API server does not answer.
+    pub async fn check_secret(
+        &self,
+        desired: &DesiredSecret<'_>,
+    ) -> Result<Option<Reconciled>, SyncError> {
+        if self.missing.find(&desired.key()).is_some() {
             return Ok(None);
         }
-        let Some(existing) = self.secret(wanted, &GetParams::any()).await? else {
+        let (namespace, name) = (desired.namespace, desired.name);
+        let existing = self.existing(namespace, name, &GetParams::any()).await?;
+        let Some(existing) = existing else {
             return Ok(None);
         };
-        match decide(&existing, wanted, false) {
-            Decision::Nothing => Ok(Some(Kept::Unchanged)),
-            Decision::Overtaken { order } => Ok(Some(Kept::Overtaken { order })),
-            Decision::Unmanaged => Err(Refusal::Unmanaged),
-            Decision::OtherClass(holder) if self.holds(wanted, &holder).await? => {
-                Err(Refusal::OtherClass(holder.name))
+        match decide(&existing, desired, NamedClass::MakesIt) {
+            Decision::Unchanged => Ok(Some(Reconciled::Unchanged)),
+            Decision::Overtaken { order } => Ok(Some(Reconciled::Overtaken { order })),
+            Decision::Unmanaged => Err(unmanaged(desired)),
+            Decision::OtherClass(other) if self.makes(desired, &other).await? => {
+                Err(conflict(&other))
             }
             Decision::OtherClass(_)
             | Decision::Write(_)
-            | Decision::Content
+            | Decision::WriteData
             | Decision::Replace => Ok(None),
         }
     }
 
-    /// Makes a Secret as it should be. All of its values must be there.
+    /// Writes whatever of a Secret is not as desired. Its data must be values.
     ///
     /// # Errors
-    /// When the Secret is not the driver's, or the API server does not take it.
-    pub async fn keep_secret(&self, wanted: &Wanted<'_>) -> Result<Kept, Refusal> {
+    /// Fails if the Secret is not the driver's, or the API server refuses it or does not answer.
+    pub async fn reconcile_secret(
+        &self,
+        desired: &DesiredSecret<'_>,
+        if_absent: IfAbsent,
+    ) -> Result<Reconciled, SyncError> {
+        let (namespace, name) = (desired.namespace, desired.name);
         for _ in 0..ATTEMPTS {
-            let missing = self.missing.find(&wanted.key());
-            let former = match missing {
-                Some((step @ (Step::Deleting | Step::Making), _)) => return Err(step.refusal()),
+            let former = match self.missing.find(&desired.key()) {
+                Some((step @ (Step::Deleting | Step::Creating), _)) => {
+                    return Err(step.error(namespace, desired.type_));
+                }
                 Some((Step::Failed(_), former)) => Some(former),
                 None => None,
             };
-            let Some(existing) = self.secret(wanted, &GetParams::default()).await? else {
-                if let Some(former) = &former {
-                    match self.make_again(wanted, former).await? {
-                        Some(kept) => return Ok(kept),
-                        None => continue,
+            let how = GetParams::default();
+            let existing = self.existing(namespace, name, &how).await?;
+            // `None`: it was changed, created or deleted by another client since it was read.
+            let reconciled = match (existing, former) {
+                (None, Some(former)) => self.recreate(desired, &former).await?,
+                (None, None) => self.create_secret(desired, if_absent).await?,
+                (Some(existing), _) if existing.metadata.deletion_timestamp.is_some() => {
+                    return Err(SyncError::unavailable(
+                        "it is being deleted; it is made again when it is gone",
+                    ));
+                }
+                (Some(existing), Some(former)) => {
+                    let complete = match existing.with_foreign_of(&former) {
+                        Some(change) => self.patch(namespace, name, change).await?,
+                        None => true,
+                    };
+                    if complete {
+                        self.missing.remove(&desired.key());
                     }
+                    None
                 }
-                if !wanted.create {
-                    return Ok(Kept::Absent);
-                }
-                let object = wanted.object(None)?;
-                match self.create_new(wanted.namespace, object).await {
-                    Ok(()) => return Ok(Kept::Created),
-                    // Somebody was faster.
-                    Err(Failure::Refused { code: 409, .. }) => continue,
-                    Err(failure) => return Err(failure.into()),
-                }
+                (Some(existing), None) => self.update_secret(desired, existing).await?,
             };
-            if existing.metadata.deletion_timestamp.is_some() {
-                return Err(Refusal::Failed(Error::unavailable(
-                    "it is being deleted; it is made again when it is gone",
-                )));
-            }
-            if let Some(former) = &former {
-                // Somebody else was faster.
-                let taken = match existing.with_foreign_of(former) {
-                    Some(change) => self.patch(wanted.namespace, wanted.name, change).await?,
-                    None => true,
-                };
-                if taken {
-                    self.missing.is_there(&wanted.key());
-                }
-                continue;
-            }
-            let existing = Arc::new(existing);
-            let mut decision = decide(&existing, wanted, false);
-            if let Decision::OtherClass(holder) = &decision {
-                if self.holds(wanted, holder).await? {
-                    return Err(Refusal::OtherClass(holder.name.clone()));
-                }
-                decision = decide(&existing, wanted, true);
-            }
-            let written = match decision {
-                Decision::Nothing => return Ok(Kept::Unchanged),
-                Decision::Overtaken { order } => return Ok(Kept::Overtaken { order }),
-                Decision::Unmanaged => return Err(Refusal::Unmanaged),
-                // Decided above.
-                Decision::OtherClass(holder) => return Err(Refusal::OtherClass(holder.name)),
-                Decision::Write(change) => {
-                    let patched = self.patch(wanted.namespace, wanted.name, change).await?;
-                    patched.then_some(Kept::Updated)
-                }
-                Decision::Content => return Err(without_values()),
-                Decision::Replace => self.replace(wanted, &existing).await?,
-            };
-            // None: changed or gone since it was read.
-            if let Some(kept) = written {
-                return Ok(kept);
+            if let Some(reconciled) = reconciled {
+                return Ok(reconciled);
             }
         }
-        Err(Refusal::Failed(Error::unavailable(
+        Err(SyncError::unavailable(
             "it kept changing; trying again later",
-        )))
+        ))
     }
 
-    /// Lets a Secret of the driver's go on without an owner that the driver has put there, if
-    /// others are left to keep it. Returns whether anything was written.
+    /// Creates a Secret, with its owners. Returns `None` if another client has created it.
+    async fn create_secret(
+        &self,
+        desired: &DesiredSecret<'_>,
+        if_absent: IfAbsent,
+    ) -> Result<Option<Reconciled>, SyncError> {
+        if if_absent == IfAbsent::Leave {
+            return Ok(Some(Reconciled::Absent));
+        }
+        let secret: NewSecret<'_> = desired.object(None)?;
+        let body =
+            serde_json::to_vec(&secret).map_err(|error| Failure::NoAnswer(error.to_string()))?;
+        let how = PostParams {
+            field_manager: Some(MANAGER.to_owned()),
+            ..PostParams::default()
+        };
+        let request = Request::new(path(desired.namespace)).create(&how, body);
+        match self.ask::<IgnoredAny>(request).await {
+            Ok(_) => Ok(Some(Reconciled::Created)),
+            Err(Failure::Refused { code: 409, .. }) => Ok(None),
+            Err(failure) => Err(failure.into()),
+        }
+    }
+
+    /// Writes whatever differs in an existing Secret. Returns `None` if it has changed or gone since
+    /// it was read.
+    async fn update_secret(
+        &self,
+        desired: &DesiredSecret<'_>,
+        existing: Existing,
+    ) -> Result<Option<Reconciled>, SyncError> {
+        let existing = Arc::new(existing);
+        let mut decision = decide(&existing, desired, NamedClass::MakesIt);
+        if let Decision::OtherClass(other) = &decision {
+            if self.makes(desired, other).await? {
+                return Err(conflict(other));
+            }
+            decision = decide(&existing, desired, NamedClass::HasReleasedIt);
+        }
+        match decision {
+            Decision::Unchanged => Ok(Some(Reconciled::Unchanged)),
+            Decision::Overtaken { order } => Ok(Some(Reconciled::Overtaken { order })),
+            Decision::Unmanaged => Err(unmanaged(desired)),
+            // Decided above.
+            Decision::OtherClass(other) => Err(conflict(&other)),
+            Decision::Write(change) => {
+                let patched = self.patch(desired.namespace, desired.name, change).await?;
+                Ok(patched.then_some(Reconciled::Updated))
+            }
+            Decision::WriteData => Err(without_values()),
+            Decision::Replace => self.replace(desired, &existing).await,
+        }
+    }
+
+    /// Removes an owner that the driver has added to a Secret of its own, if the Secret has other
+    /// owners.
     ///
     /// # Errors
-    /// When the API server does not take it.
-    pub async fn disown_secret(
+    /// Fails if the API server refuses the change or does not answer.
+    pub async fn remove_owner(
         &self,
         namespace: &str,
         name: &str,
         owner: &str,
-    ) -> Result<bool, Refusal> {
-        let Some(existing) = self
+    ) -> Result<(), SyncError> {
+        let existing = self
             .existing(namespace, name, &GetParams::default())
-            .await?
-        else {
-            return Ok(false);
-        };
-        match without_owner(&existing, owner) {
-            Some(change) => self.patch(namespace, name, change).await,
-            None => Ok(false),
+            .await?;
+        if let Some(change) = existing.as_ref().and_then(|e| without_owner(e, owner)) {
+            self.patch(namespace, name, change).await?;
         }
+        Ok(())
     }
 
-    /// Says that a class no longer makes a Secret, so that another may. Content and owners stay:
-    /// running pods may still use them, and it goes with the last of its owners.
+    /// Notes on a Secret that a class no longer makes it, so that another class may. Content and
+    /// owners stay, because running pods may still use them; the Secret goes with the last of its
+    /// owners.
     ///
     /// # Errors
-    /// When the API server does not take it.
+    /// Fails if the API server refuses the change or does not answer.
     pub async fn release_secret(
         &self,
         namespace: &str,
         name: &str,
         class: &Class,
-    ) -> Result<bool, Refusal> {
-        let Some(existing) = self
+    ) -> Result<(), SyncError> {
+        let existing = self
             .existing(namespace, name, &GetParams::default())
-            .await?
-        else {
-            return Ok(false);
+            .await?;
+        // A class that was deleted and created again under its name is the same class.
+        let is_of_class = |existing: &Existing| {
+            existing.annotation(CLASS_UID) == Some(&class.uid)
+                || existing.annotation(CLASS) == Some(&class.name)
         };
-        // A class that was made anew under its name is the same class.
-        let is_of = existing.annotation(CLASS_UID) == Some(&class.uid)
-            || existing.annotation(CLASS) == Some(&class.name);
-        if !existing.is_managed() || !is_of {
-            return Ok(false);
+        if let Some(existing) = existing.filter(|e| e.is_managed() && is_of_class(e)) {
+            let mut change = Change::of(&existing);
+            for ours in [CLASS, CLASS_UID, SINCE, ORDER] {
+                change.metadata.annotations.insert(ours, None);
+            }
+            self.patch(namespace, name, change).await?;
         }
-        let mut change = Change::of(&existing);
-        for ours in [CLASS, CLASS_UID, SINCE, ORDER] {
-            change.metadata.annotations.insert(ours, None);
-        }
-        self.patch(namespace, name, change).await
-    }
-
-    async fn secret(
-        &self,
-        wanted: &Wanted<'_>,
-        how: &GetParams,
-    ) -> Result<Option<Existing>, Refusal> {
-        self.existing(wanted.namespace, wanted.name, how).await
+        Ok(())
     }
 
     async fn existing(
@@ -314,7 +347,7 @@ impl Cluster {
         namespace: &str,
         name: &str,
         how: &GetParams,
-    ) -> Result<Option<Existing>, Refusal> {
+    ) -> Result<Option<Existing>, SyncError> {
         let request = Request::new(path(namespace)).get(name, how);
         match self.ask::<Existing>(request).await {
             // A proxy that answers in the API server's place knows no Secret.
@@ -325,13 +358,13 @@ impl Cluster {
         }
     }
 
-    /// Changes a Secret as it was read. False: it has changed or gone since.
+    /// Changes a Secret. Returns `false` if it has changed or gone since it was read.
     async fn patch(
         &self,
         namespace: &str,
         name: &str,
         change: Change<'_>,
-    ) -> Result<bool, Refusal> {
+    ) -> Result<bool, SyncError> {
         let how = PatchParams {
             field_manager: Some(MANAGER.to_owned()),
             ..PatchParams::default()
@@ -346,32 +379,34 @@ impl Cluster {
         }
     }
 
-    /// Makes the Secret, with its owners.
-    async fn create_new(&self, namespace: &str, object: Object<'_>) -> Result<(), Failure> {
-        let body =
-            serde_json::to_vec(&object).map_err(|error| Failure::NoAnswer(error.to_string()))?;
-        let how = PostParams {
-            field_manager: Some(MANAGER.to_owned()),
-            ..PostParams::default()
-        };
-        let request = Request::new(path(namespace)).create(&how, body);
-        self.ask::<IgnoredAny>(request).await.map(|_| ())
-    }
-
-    /// Whether the class that a Secret names still makes it, whichever UID it has now.
-    async fn holds(&self, wanted: &Wanted<'_>, holder: &Holder) -> Result<bool, Refusal> {
-        let makes = self
-            .class_makes(wanted.namespace, &holder.name, wanted.name)
-            .await;
-        makes.map_err(Refusal::Failed)
+    /// Returns whether the class of this name, whichever UID it has now, makes a Secret.
+    async fn makes(&self, desired: &DesiredSecret<'_>, class: &str) -> Result<bool, SyncError> {
+        let makes = self.class_makes(desired.namespace, class, desired.name);
+        makes.await.map_err(SyncError::unavailable)
     }
 }
 
-/// A caller has asked for something to be written without having the values.
-fn without_values() -> Refusal {
-    Refusal::Failed(Error::internal(
-        "a bug in the driver: the values of the Secret are not at hand",
-    ))
+fn unmanaged(desired: &DesiredSecret<'_>) -> SyncError {
+    let (namespace, name) = (desired.namespace, desired.name);
+    SyncError::new(
+        ErrorType::Unmanaged,
+        format!(
+            "there is a Secret of this name that is not the driver's, and it is left as it is. To let the driver have it, and replace its content: kubectl annotate secret -n {namespace} {name} {ADOPT}=true"
+        ),
+    )
+}
+
+fn conflict(other: &str) -> SyncError {
+    SyncError::new(
+        ErrorType::Conflict,
+        format!(
+            "SecretProviderClass {other} makes other content of this Secret, and it is left as it is; give one of the two another secretName"
+        ),
+    )
+}
+
+fn without_values() -> SyncError {
+    SyncError::unavailable("a bug in the driver: the values of the Secret are not at hand")
 }
 
 fn path(namespace: &str) -> String {

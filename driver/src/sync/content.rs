@@ -1,16 +1,16 @@
-//! The one door to what the volumes of this node hold.
+//! Finds and reads the content of the volumes of this node. Secrets are made of nothing else.
 //!
-//! A volume has content for its readers when all of these are so, and at no other time:
+//! A volume has content only if all of these are true:
 //!
-//! - it is recorded, so that its publish has come to its end, or is the one that is at its last
-//!   step just now and says so itself; and the record is that of this pod at this place;
-//! - what is mounted at its target is a volume of this driver or an earlier one, and not something
-//!   that another program has mounted there or over it;
-//! - the content is complete: `..data` leads to a directory, or there are the files that a
-//!   provider has written itself.
+//! - It is recorded, for this pod and this target path, so its publish has ended; or its publish is
+//!   at its last step and passes the record that it is about to write.
+//! - A volume of this driver or an earlier one is mounted at its target path, and not something that
+//!   another program has mounted there or over it.
+//! - The content is complete: `..data` leads to a directory, or there are files that a provider has
+//!   written itself.
 //!
-//! A directory on which nothing is mounted, as after a reboot of the node, and a tmpfs that is
-//! being filled hold nothing. That is no trouble of anybody's, and nothing is said about it.
+//! A directory on which nothing is mounted, as after a reboot of the node, and a tmpfs that is being
+//! filled have no content. That is not an error, and no pod is told about it.
 
 use std::{collections::BTreeMap, io, os::fd::OwnedFd};
 
@@ -24,12 +24,12 @@ use crate::{
     record::{Content, Record, Records},
 };
 
-/// Which of several contents is the newest.
+/// The age of a content, which decides which of several is the newest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stamp {
-    /// The resource version of the pod status that was written with it, if that is a number.
+    /// The resource version of the pod status that was written with the content, if it is a number.
     pub(super) order: Option<u64>,
-    /// When it came into its volume, by the node's clock.
+    /// The time at which the content came into its volume, by the node's clock.
     pub(super) since: Timestamp,
 }
 
@@ -42,19 +42,19 @@ impl Stamp {
     }
 }
 
-/// The content that a volume has.
-pub(super) struct Held {
+/// The content of a mounted volume.
+pub(super) struct VolumeContent {
     pub(super) volume: Volume,
     mount: VolumeMount,
     content: Content,
     version: read::Version,
     orders: BTreeMap<String, String>,
-    /// Whether the record is still in memory only.
+    /// Whether the record has not been written to disk yet.
     is_pending: bool,
 }
 
-/// What decides which Secrets come out of a content: which content of which volume it is, and
-/// which state of the class is applied to it.
+/// The origin of computed Secrets: the volume, the version of its content, and the state of the
+/// class. The same origin gives the same Secrets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Origin {
     volume: String,
@@ -62,13 +62,39 @@ pub(super) struct Origin {
     class: (String, String),
 }
 
-impl Held {
-    /// Finds the content of a volume, if it has any. `pending` is the record of a publish that is
-    /// at its last step.
+impl VolumeContent {
+    /// Finds the newest content of some volumes, if any has content. `pending` is the record of a
+    /// publish that is at its last step.
     ///
     /// # Errors
-    /// What the system says.
-    pub(super) fn find(
+    /// Fails if no content was found, and a volume could not be examined.
+    pub(super) fn newest(
+        records: &Records,
+        tmpfs: &Tmpfs,
+        volumes: &[Volume],
+        pending: Option<&Record>,
+    ) -> io::Result<Option<Self>> {
+        let (mut newest, mut failed) = (None::<Self>, None);
+        for volume in volumes {
+            match Self::find(records, tmpfs, volume, pending) {
+                Ok(Some(found)) => {
+                    let is_newest = |other: &Self| found.stamp().is_newer_than(&other.stamp());
+                    if newest.as_ref().is_none_or(is_newest) {
+                        newest = Some(found);
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => failed = Some(error),
+            }
+        }
+        match (newest, failed) {
+            (None, Some(error)) => Err(error),
+            (newest, _) => Ok(newest),
+        }
+    }
+
+    /// Finds the content of a volume, if it has any.
+    fn find(
         records: &Records,
         tmpfs: &Tmpfs,
         volume: &Volume,
@@ -102,25 +128,26 @@ impl Held {
         }))
     }
 
-    /// Reads the files whose path `wanted` says yes to, up to a number of bytes. None when the
-    /// content has been replaced, covered or taken down since it was found; finding it again helps.
+    /// Reads the files for whose paths `includes` returns `true`, up to a number of bytes. Returns
+    /// `None` if the content has been replaced, covered or taken down since it was found; the caller
+    /// has to find it again.
     ///
     /// # Errors
-    /// What the system says.
+    /// Fails if the volume cannot be read.
     pub(super) fn read(
         &self,
         records: &Records,
-        most_bytes: u64,
-        wanted: impl Fn(&str) -> bool,
+        max_bytes: u64,
+        includes: impl Fn(&str) -> bool,
     ) -> io::Result<Option<read::Snapshot>> {
         let Some(root) = self.mount.open_if_there()? else {
             return Ok(None);
         };
-        let snapshot = match read::snapshot(&root, most_bytes, wanted) {
+        let snapshot = match read::snapshot(&root, max_bytes, includes) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             snapshot => snapshot?,
         };
-        // A volume that is taken down loses its record first, then its files one by one.
+        // An unpublish removes the record first, then the files one by one.
         let still = self.mount.open_if_there()?.is_some()
             && is_complete(&root, self.content)?
             && version(&root, self.content)? == self.version
@@ -129,7 +156,7 @@ impl Held {
         Ok(still.then_some(snapshot))
     }
 
-    /// What decides about the Secrets that a class makes of it.
+    /// Returns the origin of the Secrets that a class makes of this content.
     pub(super) fn origin(&self, class: &Class) -> Origin {
         let class = &class.identity;
         Origin {
@@ -139,13 +166,13 @@ impl Held {
         }
     }
 
-    /// Whether other content has another version. A provider that writes its files itself may
-    /// write into those that are there.
+    /// Returns whether different content always has a different version. A provider that writes its
+    /// files itself may change them in place.
     pub(super) fn is_versioned(&self) -> bool {
         self.content == Content::Driver
     }
 
-    /// When this content came, among all of them.
+    /// Returns the age of this content.
     pub(super) fn stamp(&self) -> Stamp {
         let order = self.orders.get(&self.version.directory);
         Stamp {
@@ -155,7 +182,7 @@ impl Held {
     }
 }
 
-/// Whether the content of a volume is complete.
+/// Returns whether the content of a volume is complete.
 fn is_complete(root: &OwnedFd, content: Content) -> io::Result<bool> {
     match content {
         Content::Driver => layout::is_complete(root),
@@ -163,8 +190,8 @@ fn is_complete(root: &OwnedFd, content: Content) -> io::Result<bool> {
     }
 }
 
-/// Returns which content it is. What a provider has written itself has one name, whatever lies
-/// there.
+/// Returns the version of the content. Files that a provider has written itself have one directory
+/// name, whatever they are.
 fn version(root: &OwnedFd, content: Content) -> io::Result<read::Version> {
     let version = read::version(root)?;
     Ok(match content {

@@ -1,44 +1,45 @@
-//! What a Secret should be: a class's entry and the mounted files make it, and nothing else does.
+//! Computes the data that a Secret should have, from an entry of a class and the mounted files.
 //!
 //! Everything that the API server would refuse is refused here first, with the class, the Secret
 //! and the key by name: its own answer would name none of the three that the user can change.
 
+mod batch;
 mod values;
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::de::IgnoredAny;
 
-use super::{
-    Problem, Trouble,
-    parsing::Waiting,
-    tls::{self, KeyFormat},
-};
+use super::tls::{self, KeyFormat};
 use crate::{
-    cluster::{Class, resources::SecretObject},
+    cluster::{
+        Class,
+        resources::SecretObject,
+        secrets::{ErrorType, SyncError},
+    },
     record::is_object_name,
     secret::Secret,
 };
-pub use values::Needs;
+pub(super) use batch::{Batch, Computed, compute};
 #[cfg(test)]
-pub(super) use values::PARSED;
-pub(super) use values::Sources;
-use values::{key_of, values};
+use values::PARSED;
+use values::{Needs, Sources, key_of, values};
 
-/// On a class: how the private keys of its TLS Secrets are written, `traditional` or `original`.
-pub const TLS_KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
+/// The annotation of a class that says how the private keys of its TLS Secrets are written:
+/// `traditional` or `original`.
+const TLS_KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
 
-/// As an object's name: all of them.
+/// The object name that stands for all objects.
 const ALL: &str = "*";
 
-/// The API server takes no more in the values of one Secret.
-pub(super) const MOST_BYTES: usize = 1024 * 1024;
+/// The number of bytes that the API server accepts in the values of one Secret.
+const MAX_BYTES: usize = 1024 * 1024;
 
 const TLS: &str = "kubernetes.io/tls";
 const CERTIFICATE: &str = "tls.crt";
 const PRIVATE_KEY: &str = "tls.key";
 
-/// Keys without which a Secret of a type is of no use, and mostly refused by the API server:
+/// The keys that a Secret of a type must have:
 /// https://kubernetes.io/docs/concepts/configuration/secret/#secret-types
 const REQUIRED: [(&str, &[&str]); 7] = [
     (TLS, &[CERTIFICATE, PRIVATE_KEY]),
@@ -49,221 +50,200 @@ const REQUIRED: [(&str, &[&str]); 7] = [
         "bootstrap.kubernetes.io/token",
         &["token-id", "token-secret"],
     ),
-    // Either of them does.
+    // One of the two is enough.
     ("kubernetes.io/basic-auth", &["username", "password"]),
     ("kubernetes.io/service-account-token", &[]),
 ];
 
-/// A Secret as it should be, without what the driver adds for itself.
-pub struct Desired {
-    /// Its name, which is one.
-    pub name: String,
-    /// Its type.
-    pub type_: String,
-    /// Labels that the class asks for.
-    pub labels: BTreeMap<String, String>,
-    /// Annotations that the class asks for.
-    pub annotations: BTreeMap<String, String>,
-    /// All of its data.
-    pub data: BTreeMap<String, Secret>,
+/// The data of a Secret, by key.
+pub(super) type SecretData = BTreeMap<String, Secret>;
+
+/// One entry of `secretObjects`, whose Secret has a valid name that no other entry has.
+#[derive(Clone, Copy)]
+pub(super) struct Entry<'a> {
+    /// The class.
+    pub(super) class: &'a Class,
+    /// The entry.
+    pub(super) object: &'a SecretObject,
 }
 
-/// The name of an entry's Secret, in which there is nothing that could lead to another object.
-///
-/// # Errors
-/// When it is no name.
-pub fn name<'a>(class: &Class, object: &'a SecretObject) -> Result<&'a str, Problem> {
-    let name = object.secret_name.as_str();
-    let refuse = |why: &str| Err(invalid(format!("{}: {why}", class.identity.name)));
-    if name.is_empty() {
-        return refuse("an entry of secretObjects has no secretName");
-    }
-    if !is_object_name(name) {
-        return refuse(&format!(
-            "secretName {name:.100?} cannot be the name of a Secret: use lower case letters, digits, \"-\" and \".\""
-        ));
-    }
-    Ok(name)
-}
-
-/// Makes the Secret of one of the entries that the sources were parsed for, as long as somebody
-/// waits for it.
-///
-/// # Errors
-/// Names the class, the Secret and the key, and what to change.
-pub(super) fn desired<'a>(
-    class: &Class,
-    object: &'a SecretObject,
-    sources: &mut Sources<'a>,
-) -> Result<Desired, Problem> {
-    let secret = name(class, object)?;
-    let at = Place {
-        class: &class.identity.name,
-        secret,
-    };
-    let type_ = object.type_.as_str();
-    if type_.is_empty() {
-        return Err(at.invalid("type is empty: set it, Opaque for a Secret of any content"));
-    }
-    if object.data.is_empty() {
-        return Err(at.invalid("data is empty: name the objects that the Secret is made of"));
-    }
-    let mut data = values(&at, object, sources)?;
-    if type_ == TLS {
-        split(&at, class, object, sources, &mut data)?;
-    }
-    check(&at, type_, object, &data)?;
-    Ok(Desired {
-        name: secret.to_owned(),
-        type_: type_.to_owned(),
-        labels: object.labels.clone(),
-        annotations: object.annotations.clone(),
-        data,
-    })
-}
-
-/// Where in the class something is wrong.
-struct Place<'a> {
-    class: &'a str,
-    secret: &'a str,
-}
-
-impl Place<'_> {
-    fn problem(&self, trouble: Trouble, what: impl fmt::Display) -> Problem {
-        Problem::new(
-            trouble,
-            format!(
-                "SecretProviderClass {}, Secret {}: {what}",
-                self.class, self.secret
-            ),
-        )
-    }
-
-    fn invalid(&self, what: impl fmt::Display) -> Problem {
-        self.problem(Trouble::InvalidClass, what)
-    }
-
-    fn too_large(&self) -> Problem {
-        self.problem(
-            Trouble::TooLarge,
-            format_args!(
-                "its values have more than the {MOST_BYTES} bytes that a Secret holds; read the object from the volume instead, or split it"
-            ),
-        )
-    }
-
-    /// Ends the work when nobody waits for it any more.
-    fn still_wanted(&self, waiting: &Waiting) -> Result<(), Problem> {
-        match waiting.is_over() {
-            true => Err(self.problem(Trouble::Unavailable, "nobody waits for it any more")),
-            false => Ok(()),
+impl<'a> Entry<'a> {
+    /// Checks the name of an entry's Secret.
+    ///
+    /// # Errors
+    /// Fails if it is not a name, so that it could lead to another object, or another entry has it.
+    pub(super) fn new(class: &'a Class, object: &'a SecretObject) -> Result<Self, SyncError> {
+        let name = &object.secret_name;
+        let entry = Self { class, object };
+        let invalid = |why: String| {
+            SyncError::new(ErrorType::InvalidClass, why)
+                .context(format_args!("SecretProviderClass {}", class.identity.name))
+        };
+        if name.is_empty() {
+            let why = "an entry of secretObjects has no secretName";
+            return Err(invalid(why.to_owned()));
         }
-    }
-}
-
-fn invalid(what: String) -> Problem {
-    Problem::new(Trouble::InvalidClass, format!("SecretProviderClass {what}"))
-}
-
-/// Makes certificate and key out of the objects that the two keys come from.
-fn split(
-    at: &Place<'_>,
-    class: &Class,
-    object: &SecretObject,
-    sources: &mut Sources<'_>,
-    data: &mut BTreeMap<String, Secret>,
-) -> Result<(), Problem> {
-    let format = match class
-        .identity
-        .annotations
-        .get(TLS_KEY_FORMAT)
-        .map(|v| v.trim())
-    {
-        None | Some("traditional") => KeyFormat::Traditional,
-        Some("original") => KeyFormat::Original,
-        Some(other) => {
-            return Err(at.invalid(format!(
-                "annotation {TLS_KEY_FORMAT} of the class is {other:.40?}: traditional or original"
+        if !is_object_name(name) {
+            return Err(invalid(format!(
+                "secretName {name:.100?} cannot be the name of a Secret: use lower case letters, digits, \"-\" and \".\""
             )));
         }
-    };
-    let files = sources.files();
-    let source = |key: &str| {
-        let named = object.data.iter().rev().find(|entry| entry.key == key);
-        match named {
-            Some(entry) => entry.object_name.clone(),
-            None => files
-                .keys()
-                .find(|path| key_of(path) == key)
-                .cloned()
-                .unwrap_or_default(),
+        let of_name = class.secret_objects.iter();
+        if of_name.filter(|other| other.secret_name == *name).count() > 1 {
+            return Err(entry.error(SyncError::new(
+                ErrorType::InvalidClass,
+                "two entries of secretObjects have this secretName; put their data into one",
+            )));
         }
-    };
-    // Either missing is said by the check of the required keys.
+        Ok(entry)
+    }
+
+    /// Returns the name of the Secret.
+    pub(super) fn name(&self) -> &'a str {
+        &self.object.secret_name
+    }
+
+    /// Adds the names of the class and the Secret to an error.
+    pub(super) fn error(&self, error: SyncError) -> SyncError {
+        error.context(format_args!(
+            "SecretProviderClass {}, Secret {}",
+            self.class.identity.name,
+            self.name()
+        ))
+    }
+}
+
+/// Computes the data of the Secret of an entry, which is one of those that the sources were parsed
+/// for. Ends early if no caller waits for it any more.
+///
+/// # Errors
+/// Names the key, and what to change.
+pub(super) fn data<'a>(
+    entry: Entry<'a>,
+    sources: &mut Sources<'a>,
+) -> Result<SecretData, SyncError> {
+    let object = entry.object;
+    if object.type_.is_empty() {
+        return Err(invalid(
+            "type is empty: set it, Opaque for a Secret of any content",
+        ));
+    }
+    if object.data.is_empty() {
+        return Err(invalid(
+            "data is empty: name the objects that the Secret is made of",
+        ));
+    }
+    let mut data = values(object, sources)?;
+    if object.type_ == TLS {
+        pair_certificate(entry, sources, &mut data)?;
+    }
+    check(object, &data)?;
+    Ok(data)
+}
+
+fn invalid(what: impl Into<String>) -> SyncError {
+    SyncError::new(ErrorType::InvalidClass, what)
+}
+
+fn too_large() -> SyncError {
+    SyncError::new(
+        ErrorType::TooLarge,
+        format!(
+            "its values have more than the {MAX_BYTES} bytes that a Secret holds; read the object from the volume instead, or split it"
+        ),
+    )
+}
+
+/// Replaces the objects under `tls.crt` and `tls.key` by the certificate and the key in them.
+fn pair_certificate(
+    entry: Entry<'_>,
+    sources: &mut Sources<'_>,
+    data: &mut SecretData,
+) -> Result<(), SyncError> {
+    let format = key_format(entry.class)?;
+    // If either is missing, the check of the required keys says so.
     let (Some(certificates), Some(keys)) = (data.get(CERTIFICATE), data.get(PRIVATE_KEY)) else {
         return Ok(());
     };
+    let files = sources.files();
     let mut parts = |key: &str, value: &Secret| {
         sources.parts(value).map_err(|why| {
-            at.problem(
-                Trouble::InvalidCertificate,
-                format_args!(
-                    "key {key}: object {:.100?} cannot be used: {why}",
-                    source(key)
-                ),
+            let source = source_of(key, entry.object, files);
+            SyncError::new(
+                ErrorType::InvalidCertificate,
+                format!("key {key}: object {source:.100?} cannot be used: {why}"),
             )
         })
     };
     let is_one_object = certificates == keys;
     let certificates = parts(CERTIFICATE, certificates)?;
-    let keys = match is_one_object {
-        true => Arc::clone(&certificates),
-        false => parts(PRIVATE_KEY, keys)?,
+    let keys = if is_one_object {
+        Arc::clone(&certificates)
+    } else {
+        parts(PRIVATE_KEY, keys)?
     };
     let pair = tls::pair(&certificates, &keys, format, sources.waiting())
-        .map_err(|why| at.problem(Trouble::InvalidCertificate, why))?;
+        .map_err(|why| SyncError::new(ErrorType::InvalidCertificate, why.to_string()))?;
     data.insert(CERTIFICATE.to_owned(), pair.certificate);
     data.insert(PRIVATE_KEY.to_owned(), pair.key);
     Ok(())
 }
 
-/// What a type requires, and what any Secret must keep to.
-fn check(
-    at: &Place<'_>,
-    type_: &str,
-    object: &SecretObject,
-    data: &BTreeMap<String, Secret>,
-) -> Result<(), Problem> {
-    let missing = |what: String| at.problem(Trouble::MissingKey, what);
+/// Returns the form in which a class wants private keys.
+fn key_format(class: &Class) -> Result<KeyFormat, SyncError> {
+    let annotation = class.identity.annotations.get(TLS_KEY_FORMAT);
+    match annotation.map(|value| value.trim()) {
+        None | Some("traditional") => Ok(KeyFormat::Traditional),
+        Some("original") => Ok(KeyFormat::Original),
+        Some(other) => Err(invalid(format!(
+            "annotation {TLS_KEY_FORMAT} of the class is {other:.40?}: traditional or original"
+        ))),
+    }
+}
+
+/// Returns the path of the object that a key's value comes from.
+fn source_of<'a>(key: &str, object: &'a SecretObject, files: &'a SecretData) -> &'a str {
+    let mut named = object.data.iter().rev();
+    match named.find(|entry| entry.key == key) {
+        Some(entry) => &entry.object_name,
+        None => {
+            let path = files.keys().find(|path| key_of(path) == key);
+            path.map_or("", String::as_str)
+        }
+    }
+}
+
+/// Checks what the type of a Secret requires, and what every Secret has to keep to.
+fn check(object: &SecretObject, data: &SecretData) -> Result<(), SyncError> {
+    let type_ = object.type_.as_str();
+    let missing = |what: String| Err(SyncError::new(ErrorType::MissingKey, what));
     let required = REQUIRED.iter().find(|(name, _)| *name == type_);
     let keys = required.map(|(_, keys)| *keys).unwrap_or_default();
-    let there = |key: &&&str| data.get(**key).is_some_and(|v| !v.expose().is_empty());
+    let has_value = |key: &&&str| data.get(**key).is_some_and(|v| !v.expose().is_empty());
     match type_ {
         "kubernetes.io/basic-auth" => {
             if !keys.iter().any(|key| data.contains_key(*key)) {
-                return Err(missing(format!(
+                return missing(format!(
                     "type {type_} needs key username or password, and neither is there"
-                )));
+                ));
             }
         }
         "kubernetes.io/service-account-token" => {
             const ACCOUNT: &str = "kubernetes.io/service-account.name";
             if object.annotations.get(ACCOUNT).is_none_or(String::is_empty) {
-                return Err(missing(format!(
+                return missing(format!(
                     "type {type_} needs annotation {ACCOUNT}, and it is not there"
-                )));
+                ));
             }
         }
         _ => {
-            if let Some(key) = keys.iter().find(|key| !there(key)) {
+            if let Some(key) = keys.iter().find(|key| !has_value(key)) {
                 let how = if data.contains_key(*key) {
                     "is empty"
                 } else {
                     "is not there"
                 };
-                return Err(missing(format!(
-                    "type {type_} needs key {key}, and it {how}"
-                )));
+                return missing(format!("type {type_} needs key {key}, and it {how}"));
             }
         }
     }
@@ -272,17 +252,21 @@ fn check(
             serde_json::from_slice::<BTreeMap<String, IgnoredAny>>(value.expose()).is_ok()
         };
         if keys.contains(&key) && !data.get(key).is_some_and(is_json) {
-            return Err(at.problem(
-                Trouble::InvalidValue,
-                format_args!("key {key}: type {type_} needs a JSON object, and the value is none"),
+            return Err(SyncError::new(
+                ErrorType::InvalidValue,
+                format!("key {key}: type {type_} needs a JSON object, and the value is none"),
             ));
         }
     }
-    let bytes: usize = data.values().map(|value| value.expose().len()).sum();
-    if bytes > MOST_BYTES {
-        return Err(at.too_large());
+    if bytes_of(data) > MAX_BYTES {
+        return Err(too_large());
     }
     Ok(())
+}
+
+/// Returns the number of bytes of all values.
+fn bytes_of(data: &SecretData) -> usize {
+    data.values().map(|value| value.expose().len()).sum()
 }
 
 #[cfg(test)]

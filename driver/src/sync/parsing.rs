@@ -1,9 +1,9 @@
-//! Gives the reading and parsing of synced objects threads of their own.
+//! Runs the reading and parsing of synced objects in threads of their own.
 //!
-//! How long that takes is up to whoever wrote the objects. So it never takes one of the threads
+//! The author of the objects determines how long that takes. So it never takes one of the threads
 //! that mounts and unmounts need, a namespace has one thread at a time, and the namespaces take
-//! turns. A job that nobody waits for any more is told so, and keeps its thread until it has ended.
-//! What was refused after long work is not worked on again as long as it is the same.
+//! turns. A job that no caller waits for any more is told so, and keeps its thread until it has
+//! ended. An object that was refused as a certificate or key is not read again while it is the same.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -21,31 +21,31 @@ use tokio::sync::{Semaphore, oneshot};
 use super::tls::Unusable;
 use crate::{cluster::secrets::Digest, turns::Turns};
 
-/// How many refusals are remembered. One that is forgotten costs its work once more.
-const MOST_REFUSALS: usize = 500;
+/// The number of refused objects that are remembered. One that is forgotten is read once more.
+const MAX_REFUSED: usize = 500;
 
-/// How many jobs run at once. One that takes long leaves another thread to the other namespaces.
+/// The number of jobs that run at once. A long job leaves another thread to the other namespaces.
 const THREADS: usize = 2;
 
-/// Runs jobs, in threads that live as long as their job.
+/// Runs jobs, each in a thread that ends with it.
 pub(super) struct Parsing {
     namespaces: Turns<String>,
     threads: Arc<Semaphore>,
 }
 
-/// Tells a job whether somebody still waits for its result.
+/// Tells a job whether a caller still waits for its result.
 #[derive(Clone, Default)]
 pub(super) struct Waiting {
     given_up: Arc<AtomicBool>,
 }
 
 impl Waiting {
-    /// Returns whether the job may end, because nobody waits for its result any more.
+    /// Returns whether the job may end, because no caller waits for its result any more.
     pub(super) fn is_over(&self) -> bool {
         self.given_up.load(Ordering::Relaxed)
     }
 
-    /// Nobody waits.
+    /// Makes one whose caller has stopped waiting.
     #[cfg(test)]
     pub(super) fn over() -> Self {
         let waiting = Self::default();
@@ -54,7 +54,7 @@ impl Waiting {
     }
 }
 
-/// Gives up the job of a future that is dropped.
+/// Tells a job, when this is dropped, that no caller waits for it any more.
 struct GiveUp(Waiting);
 
 impl Drop for GiveUp {
@@ -73,18 +73,18 @@ impl Default for Parsing {
 }
 
 impl Parsing {
-    /// Runs a job for a namespace when it is that namespace's turn. Dropping the future gives the
-    /// job up.
+    /// Runs a job for a namespace when it is that namespace's turn. Dropping the future tells the job
+    /// that it may end.
     ///
     /// # Errors
-    /// When the system has no thread for it, or the job panicked.
+    /// Fails if no thread can be started, or the job panicked.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         namespace: &str,
         job: impl FnOnce(&Waiting) -> T + Send + 'static,
     ) -> io::Result<T> {
         let turn = self.namespaces.take(namespace.to_owned()).await;
-        // A namespace has one job here at most, so that this queue is one of namespaces.
+        // At most one job of a namespace waits here, so that namespaces take turns.
         let thread = Arc::clone(&self.threads).acquire_owned().await;
         let waiting = Waiting::default();
         let _give_up = GiveUp(waiting.clone());
@@ -93,9 +93,9 @@ impl Parsing {
             .name("parse".to_owned())
             .spawn(move || {
                 let _held = (turn, thread);
-                // The panic hook has said where it was.
+                // The panic hook has logged a panic.
                 if let Ok(result) = catch_unwind(AssertUnwindSafe(|| job(&waiting))) {
-                    // Nobody may wait for it any more.
+                    // Fails if no caller waits any more.
                     let _ = answer.send(result);
                 }
             })?;
@@ -105,31 +105,32 @@ impl Parsing {
     }
 }
 
-/// Which objects were refused as certificates and keys, and why.
+/// The objects that were refused as certificates and keys, by their digests.
 #[derive(Default)]
-pub(super) struct Refusals(Mutex<Refused>);
+pub(super) struct RefusedObjects(Mutex<Refused>);
 
 #[derive(Default)]
 struct Refused {
     reasons: HashMap<Digest, Unusable>,
+    /// From the oldest to the newest.
     in_order: VecDeque<Digest>,
 }
 
-impl Refusals {
-    /// Returns why this was refused, if it was.
+impl RefusedObjects {
+    /// Returns why an object was refused, if it was.
     pub(super) fn find(&self, of: &Digest) -> Option<Unusable> {
         let refused = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         refused.reasons.get(of).cloned()
     }
 
-    /// Remembers a refusal, in place of the oldest one when there are many.
+    /// Remembers a refused object, in place of the oldest one if there are too many.
     pub(super) fn add(&self, of: Digest, why: Unusable) {
         let mut refused = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if refused.reasons.insert(of, why).is_some() {
             return;
         }
         refused.in_order.push_back(of);
-        if refused.in_order.len() > MOST_REFUSALS
+        if refused.in_order.len() > MAX_REFUSED
             && let Some(oldest) = refused.in_order.pop_front()
         {
             refused.reasons.remove(&oldest);
@@ -146,25 +147,25 @@ mod tests {
     };
 
     #[test]
-    fn the_newest_refusals_are_remembered() {
-        let refusals = Refusals::default();
+    fn the_objects_that_were_refused_last_are_remembered() {
+        let refused = RefusedObjects::default();
         let of = |number: usize| Digest::of([&number.to_be_bytes()[..]]);
-        for number in 0..2 * MOST_REFUSALS {
+        for number in 0..2 * MAX_REFUSED {
             let why = Unusable::because(number.to_string());
-            refusals.add(of(number), why.clone());
-            refusals.add(of(number), why);
+            refused.add(of(number), why.clone());
+            refused.add(of(number), why);
         }
-        assert!(refusals.find(&of(0)).is_none());
-        let found = refusals.find(&of(MOST_REFUSALS)).unwrap();
-        assert_eq!(found.to_string(), MOST_REFUSALS.to_string());
-        assert_eq!(refusals.0.lock().unwrap().reasons.len(), MOST_REFUSALS);
+        assert!(refused.find(&of(0)).is_none());
+        let found = refused.find(&of(MAX_REFUSED)).unwrap();
+        assert_eq!(found.to_string(), MAX_REFUSED.to_string());
+        assert_eq!(refused.0.lock().unwrap().reasons.len(), MAX_REFUSED);
     }
 
     use tokio::time::timeout;
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// A job that runs until its sender is dropped or nobody waits for it.
+    /// Returns a job that runs until the sender is dropped or no caller waits for it.
     fn endless() -> (mpsc::Sender<()>, impl FnOnce(&Waiting) + Send + 'static) {
         let (hold, held) = mpsc::channel::<()>();
         let job = move |waiting: &Waiting| {
@@ -227,7 +228,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_job_that_nobody_waits_for_ends_and_frees_its_thread() {
+    async fn a_job_without_a_caller_ends_and_frees_its_thread() {
         let parsing = Parsing::default();
         for _ in 0..20 {
             let (_hold, job) = endless();

@@ -1,5 +1,5 @@
-//! An API server that is as small as can be: it keeps objects by path, counts what is asked, notes
-//! who put an owner on a Secret, and refuses what it is told to refuse.
+//! A minimal API server: it stores objects by path, records requests and who added an owner to a
+//! Secret, and refuses what it is told to refuse.
 
 use std::{
     collections::BTreeMap,
@@ -24,25 +24,25 @@ pub(crate) const SECRET: &str = "/api/v1/namespaces/shop/secrets/creds";
 pub(crate) const CLASS: &str =
     "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasses/db";
 
-/// The name by which the API server knows the driver's fields.
+/// The driver's field manager.
 const MANAGER: &str = "csi-secrets-store";
 
-/// What a request is for.
+/// A kind of request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum What {
-    /// A trial to create a Secret.
+    /// A dry run of creating a Secret.
     Trial,
-    /// A Secret is created.
+    /// The creation of a Secret.
     Create,
-    /// A Secret is created that has been there before.
+    /// The creation of a Secret that was there before.
     PutBack,
     Delete,
     Patch,
-    /// A class is read.
+    /// A read of a class.
     Class,
 }
 
-/// A refusal for the next requests of a kind.
+/// The answer to the next requests of a kind.
 #[derive(Debug, Clone)]
 pub(crate) struct Refuse {
     pub(crate) what: What,
@@ -99,12 +99,12 @@ impl Api {
         self.0.lock().unwrap().objects.get(path).cloned()
     }
 
-    /// The requests since the last call.
+    /// Returns the requests since the last call.
     pub(crate) fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.0.lock().unwrap().requests)
     }
 
-    /// How many requests of those that have not been taken yet hold a text.
+    /// Returns how many of the requests since the last call of `requests` contain a text.
     pub(crate) fn count(&self, part: &str) -> usize {
         let state = self.0.lock().unwrap();
         state.requests.iter().filter(|r| r.contains(part)).count()
@@ -114,17 +114,17 @@ impl Api {
         self.0.lock().unwrap().refusals = refusals;
     }
 
-    /// How long each answer takes from now on.
+    /// Sets how long each answer takes from now on.
     pub(crate) fn takes(&self, time: Duration) {
         self.0.lock().unwrap().takes = time;
     }
 
-    /// Whether requests to create a Secret, but for trials, are never answered from now on.
+    /// Sets whether requests to create a Secret get no answer from now on, except dry runs.
     pub(crate) fn hangs(&self, hangs: bool) {
         self.0.lock().unwrap().hangs = hangs;
     }
 
-    /// The bodies of the events that were posted.
+    /// Returns the bodies of the events that were posted.
     pub(crate) fn events(&self) -> Vec<String> {
         self.0.lock().unwrap().events.clone()
     }
@@ -152,7 +152,7 @@ impl Api {
         self.put(&format!("/api/v1/namespaces/shop/pods/{name}"), object);
     }
 
-    /// UIDs of the owners of the Secret.
+    /// Returns the UIDs of the owners of the Secret.
     pub(crate) fn owners(&self) -> Vec<String> {
         let secret = self.get(SECRET).unwrap();
         let owners = secret["metadata"]["ownerReferences"].as_array().unwrap();
@@ -162,7 +162,7 @@ impl Api {
 }
 
 impl Stored {
-    /// The refusal that is due for a request, if one is.
+    /// Returns the refusal of a request, if it is to be refused.
     fn refusal(&mut self, what: What) -> Option<(StatusCode, String)> {
         let next = self.refusals.iter_mut();
         let due = next.filter(|refuse| refuse.what == what && refuse.times > 0);

@@ -1,4 +1,4 @@
-//! Which of a node's volumes have content: generated states of several at a time.
+//! Tests which of a node's volumes have content, with generated states of several volumes.
 
 use super::*;
 use driver::mount::Detached;
@@ -9,7 +9,7 @@ use proptest::{
 };
 use rstest::rstest;
 
-/// What is recorded of a volume.
+/// The record of a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Recorded {
     No,
@@ -19,29 +19,29 @@ enum Recorded {
     Torn,
 }
 
-/// What lies in a volume.
+/// The files in a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Lies {
     Nothing,
-    /// Written by the driver, to the end.
+    /// Files that the driver has written completely.
     Complete,
-    /// A directory of content that no `..data` leads to.
+    /// A content directory to which no `..data` leads.
     Partial,
-    /// Files at the root.
+    /// Files in the root directory.
     Plain,
 }
 
-/// What is mounted where a volume should be.
+/// The mount at a target path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mount {
     Nothing,
     Own,
     /// A tmpfs as an earlier driver mounts it.
     OfAnEarlierDriver,
-    /// A tmpfs of somebody else: by itself, or over a volume that has content.
+    /// A tmpfs of another program: alone, or over a volume that has content.
     Foreign,
     ForeignOver,
-    /// The same directory of the node.
+    /// A bind mount of the same directory.
     Bind,
 }
 
@@ -60,7 +60,7 @@ struct State {
 }
 
 impl State {
-    /// Whether it has content, by the rule and not by the code.
+    /// Returns whether the volume has content, by the documented rule.
     fn counts(&self) -> bool {
         let complete = match self.by_provider {
             false => self.lies == Lies::Complete,
@@ -143,7 +143,7 @@ fn states() -> impl Strategy<Value = Vec<State>> {
             State {
                 mount,
                 recorded,
-                // What the driver has begun is never a provider's.
+                // A provider never leaves a directory of the driver's.
                 lies: match (by_provider, lies) {
                     (true, Partial) => Plain,
                     (_, lies) => lies,
@@ -161,8 +161,8 @@ fn states() -> impl Strategy<Value = Vec<State>> {
     })
 }
 
-/// The Secret has "*", so that anything at all that is taken for content shows. It is made of the
-/// newest volume that counts, or stays as it was, and no pod hears of trouble.
+/// The Secret includes "*", so that any file that is taken for content shows. It is made from the
+/// newest volume with content, or stays as it was, and no pod is told of an error.
 #[tokio::test]
 async fn only_what_is_mounted_recorded_and_complete_is_content() {
     if !is_alone() {
@@ -187,7 +187,7 @@ async fn only_content_decides(states: &[State]) {
         api.pod(&pod, Some(("ReplicaSet", "rs")), "Running");
         state.make(dir.path(), &pod);
     }
-    // As an earlier driver left it: without an order, older than all volumes.
+    // An earlier driver wrote the Secret: without an order, older than all volumes.
     let before = json!({
         "metadata": {
             "name": "creds", "uid": "u", "resourceVersion": "100",
@@ -214,7 +214,7 @@ async fn only_content_decides(states: &[State]) {
             Recorded::Yes | Recorded::ForAnotherPod | Recorded::ForAnotherPlace
         )
     }) {
-        // Each look at the class is followed by one at the Secret.
+        // Each check of the class is followed by one of the Secret.
         until("the class has been looked at", || api.count(CLASS) >= 6).await;
     }
     stop.cancel();
@@ -241,9 +241,9 @@ fn base64(text: &str) -> String {
     base64::engine::general_purpose::STANDARD.encode(text)
 }
 
-/// A volume that an earlier driver recorded, without orders, replaces no content whose order can be
-/// believed, whatever the version of its pod status and the clocks say, until a refresh has given
-/// it an order. Where the Secret has none, the moments decide, and no order is made up.
+/// A volume that an earlier driver recorded, without orders, replaces no content with a plausible
+/// order, whatever the version of its pod status and the clocks say, until a refresh has given it an
+/// order. If the Secret has none, the times decide, and no order is invented.
 #[rstest]
 #[case::touched_since(Some("15"), "17", "2020-01-01T00:00:00Z", false)]
 #[case::touched_long_before(Some("15"), "3", "2020-01-01T00:00:00Z", false)]
@@ -274,7 +274,7 @@ async fn a_volume_without_an_order_beats_none(
     let metadata =
         json!({"name": "web-shop-db", "resourceVersion": status, "ownerReferences": owners});
     api.put(path, json!({"metadata": metadata}));
-    // But for its content it is as it should be, so that nothing else is written.
+    // Except for its content the Secret is as desired, so that nothing else is written.
     let mut before = json!({
         "metadata": {
             "name": "creds", "uid": "u", "resourceVersion": "100",
@@ -304,7 +304,7 @@ async fn a_volume_without_an_order_beats_none(
     let namespace = &earlier.pod.namespace;
     assert_eq!(sync.was_overtaken(namespace, "db"), !written);
     assert!(!sync.was_overtaken(namespace, "db"), "it is said once");
-    // As a refresh does it.
+    // A refresh gives the volume an order.
     let refreshed = record(dir.path(), "web", "99");
     records(dir.path()).put(&refreshed).unwrap();
     sync.volume_mounted(&refreshed, &class).await.unwrap();
@@ -314,8 +314,8 @@ async fn a_volume_without_an_order_beats_none(
     drop(mount::detach(&earlier.target_path).unwrap());
 }
 
-/// A Secret that has been deleted is made by the node with the newest content, and by a node with
-/// older content only when no other has made it for longer than an interval.
+/// A deleted Secret is created by the node with the newest content, and by a node with older content
+/// only if no other node has created it for longer than an interval.
 #[rstest]
 #[case::older("15", "14", true)]
 #[case::much_older("900", "3", true)]
@@ -360,7 +360,7 @@ async fn a_deleted_secret_is_left_to_the_newest_content(
         .iter()
         .position(|r| r.starts_with("POST") && r.contains("/secrets?"));
     let made = made.unwrap_or_else(|| panic!("{removed:?}"));
-    // A look asks what is at hand, and then what there is.
+    // A check reads the cache first, and the store if something differs.
     let looks = removed[..made]
         .iter()
         .filter(|r| r.starts_with(read))

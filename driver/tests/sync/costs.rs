@@ -1,14 +1,14 @@
-//! What the Secrets of a class cost, however many there are of how large objects.
+//! Tests what the Secrets of a class cost, if there are many of large objects.
 
 use super::*;
 use driver::mount::Tmpfs;
 
-/// As many as one class may make, but for one.
+/// The number of Secrets: one less than a class may make.
 const SECRETS: usize = 99;
 /// The length of the object that all of them are made of.
 const OBJECT: usize = 3 * 1024 * 1024;
 
-/// Each Secret is one field of one large object.
+/// Returns Secrets that are each made from one field of one large object.
 fn fields_of_one_object(key: &str) -> Value {
     let secret = |number: usize| {
         json!({"secretName": format!("creds-{number}"), "type": "Opaque", "data": [
@@ -22,15 +22,15 @@ fn path(number: usize) -> String {
     format!("/api/v1/namespaces/shop/secrets/creds-{number}")
 }
 
-/// How many bytes this process has read, of files and of sockets.
+/// Returns the number of bytes that this process has read from files and sockets.
 fn bytes_read() -> usize {
     let io = fs::read_to_string("/proc/self/io").unwrap();
     let line = io.lines().find_map(|line| line.strip_prefix("rchar: "));
     line.unwrap().parse().unwrap()
 }
 
-/// A class run reads its object once, be it a publish or a look after the class has changed; and
-/// looks read nothing while nothing changes.
+/// The object is read once for all Secrets, by a publish and after a change of the class; and checks
+/// do not read it while nothing changes.
 #[tokio::test]
 async fn objects_are_read_for_a_class_and_not_for_each_secret() {
     if !is_alone() {

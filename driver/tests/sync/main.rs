@@ -1,7 +1,8 @@
-//! What keeping Secrets costs, when it lets go, and what of a node's volumes it takes for content.
+//! Tests how Secrets are kept in step with volumes: the requests that it takes, when owners are
+//! removed, and what of a node's volumes is content.
 //!
-//! The API server is as small as can be. The volumes are real: each test runs once more, in a
-//! process with a mount namespace of its own, made by `unshare` of util-linux.
+//! The API server is a minimal one. The volumes are real: each test runs once more, in a process with
+//! a mount namespace of its own, made by `unshare` of util-linux.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
@@ -25,16 +26,16 @@ use driver::{
     metrics::Metrics,
     mount::{self, Tmpfs},
     record::{Content, Record},
-    sync::Sync,
+    sync::{Options, SecretSync},
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use volumes::{is_alone, make_and_mount, record, records, take_down, target, volume, write};
 
-/// Between two looks of the driver.
+/// The interval between two checks of the driver.
 const EVERY: Duration = Duration::from_millis(200);
 
-/// A class in the API, and as the driver reads it.
+/// Puts a class into the API, and returns it as the driver reads it.
 async fn class(api: &Api, cluster: &Cluster, secret_objects: Value) -> Class {
     api.put_class(&secret_objects, "1");
     let class = cluster.class("shop", "db").await.unwrap();
@@ -46,20 +47,22 @@ fn creds() -> Value {
     json!([{"secretName": "creds", "type": "Opaque", "data": [{"objectName": "pw", "key": "pw"}]}])
 }
 
-fn sync(dir: &Path, cluster: &Cluster, every: Duration) -> Arc<Sync> {
+fn sync(dir: &Path, cluster: &Cluster, every: Duration) -> Arc<SecretSync> {
     let (cluster, records) = (cluster.clone(), records(dir));
     let tmpfs = Arc::new(Tmpfs::bounded_by(1));
-    Arc::new(Sync::new(
+    Arc::new(SecretSync::new(
         cluster,
         records,
         tmpfs,
         Metrics::new(),
-        false,
-        every,
+        Options {
+            errors_fail_publish: false,
+            interval: every,
+        },
     ))
 }
 
-fn run(sync: &Arc<Sync>) -> CancellationToken {
+fn run(sync: &Arc<SecretSync>) -> CancellationToken {
     let (sync, stop) = (Arc::clone(sync), CancellationToken::new());
     let ended = stop.clone();
     tokio::spawn(async move { sync.run(ended).await });
@@ -77,7 +80,7 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
-/// Makes the pod status of a volume, as its publish does.
+/// Writes the pod status of a volume, as its publish does.
 fn put_status(api: &Api, volume: &Record) {
     let path = format!(
         "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/{}",
@@ -100,7 +103,7 @@ fn put_status(api: &Api, volume: &Record) {
     );
 }
 
-/// How many looks at pod statuses there are among these requests, and the others.
+/// Returns the number of reads of pod statuses among these requests, and the other requests.
 fn without_statuses(requests: Vec<String>) -> (usize, Vec<String>) {
     let is_of_status = |request: &String| {
         request.starts_with("GET") && request.contains("/secretproviderclasspodstatuses/")
@@ -109,8 +112,8 @@ fn without_statuses(requests: Vec<String>) -> (usize, Vec<String>) {
     (statuses.len(), others)
 }
 
-/// Nothing when it is mounted, and one look at the class in an interval; so that the Secrets that
-/// it gets later are made for the pods that mount it already, and live with them.
+/// A class without Secrets costs no request when it is mounted, and one read in an interval. The
+/// Secrets that it gets later are made for the pods that mount it already.
 #[tokio::test]
 async fn a_class_that_gets_its_first_secrets() {
     if !is_alone() {
@@ -144,9 +147,9 @@ async fn a_class_that_gets_its_first_secrets() {
     stop.cancel();
 }
 
-/// Fifty at once: one write; each reads its pod and the Secret. At rest one look at the Secret
-/// and one at the class in an interval, however many volumes there are, and one at each pod status
-/// in four intervals.
+/// Fifty volumes at once cause one write; each reads its pod and the Secret. Later there is one read
+/// of the Secret and one of the class in an interval, however many volumes there are, and one of each
+/// pod status in four intervals.
 #[tokio::test]
 async fn fifty_volumes_at_once_and_at_rest() {
     if !is_alone() {
@@ -176,8 +179,8 @@ async fn fifty_volumes_at_once_and_at_rest() {
     let stop = run(&sync);
     tokio::time::sleep(EVERY * 50).await;
     let (statuses, requests) = without_statuses(api.requests());
-    // Five intervals: one look at each pod status in four of them, and two others in each, with
-    // their jitter.
+    // Five intervals, with jitter: one read of each pod status in four of them, and two other reads
+    // in each.
     assert!((40..=100).contains(&statuses), "{statuses}");
     assert!((8..=14).contains(&requests.len()), "{requests:?}");
     for request in requests {
@@ -189,8 +192,8 @@ async fn fifty_volumes_at_once_and_at_rest() {
     stop.cancel();
 }
 
-/// A bare pod that has ended keeps its object and its pod status; it lets go of the Secret that
-/// another lives with, and never of one that has no other owner.
+/// A bare pod that has ended keeps its object and its pod status. Its pod status stops owning a Secret
+/// that has another owner, and never one that has not.
 #[tokio::test]
 async fn pods_that_have_ended_let_go() {
     if !is_alone() {
@@ -219,7 +222,7 @@ async fn pods_that_have_ended_let_go() {
     take_down(dir.path(), &bare);
     sync.forget(&bare.volume_id);
     until("the ended pod lets go", || api.owners() == ["rs"]).await;
-    // The Secret of the last is left to the collector.
+    // The last owner is left to the garbage collector.
     api.pod("web", Some(("Job", "rs")), "Succeeded");
     take_down(dir.path(), &web);
     sync.forget(&web.volume_id);
@@ -250,13 +253,13 @@ async fn nobody_makes_secrets_for_pods_that_go() {
     let stop = run(&sync);
     tokio::time::sleep(EVERY * 5).await;
     assert!(api.get(SECRET).is_none());
-    // Alive again, as if it had never gone.
+    // The pod is alive again, as if it had not been deleted.
     api.pod("web", Some(("ReplicaSet", "rs")), "Running");
     until("the Secret is there", || api.get(SECRET).is_some()).await;
     stop.cancel();
 }
 
-/// Who put an owner on a Secret decides who may take it away.
+/// The driver does not remove an owner that somebody else has put on a Secret.
 #[tokio::test]
 async fn a_job_that_the_user_put_on_the_secret_stays() {
     if !is_alone() {
@@ -269,7 +272,7 @@ async fn a_job_that_the_user_put_on_the_secret_stays() {
     let web = volume(dir.path(), "web");
     api.pod("web", Some(("ReplicaSet", "rs")), "Running");
     sync.volume_mounted(&web, &class).await.unwrap();
-    // The user's own: the driver's pod of that Job finds it there.
+    // The user adds the Job as an owner before a pod of that Job mounts the class.
     let mut secret = api.get(SECRET).unwrap();
     let owners = secret["metadata"]["ownerReferences"]
         .as_array_mut()
@@ -288,7 +291,7 @@ async fn a_job_that_the_user_put_on_the_secret_stays() {
     until("it is looked after", || api.count("/pods/job") > 0).await;
     until("and again", || api.count("/secrets/creds") > 1).await;
     assert_eq!(api.owners(), ["rs", "job"]);
-    // Nor is anything done to a Secret that is not the driver's at all.
+    // A Secret that is not the driver's stays as it is, too.
     let theirs = json!({
         "metadata": {"name": "creds", "uid": "theirs", "resourceVersion": "1", "ownerReferences": [
             {"apiVersion": "x/v1", "kind": "ReplicaSet", "name": "rs", "uid": "rs"},
@@ -338,7 +341,7 @@ async fn an_answer_that_is_not_the_secret_says_nothing_of_it() {
     }
 }
 
-/// A driver that has just started knows from its records how new a class was.
+/// A driver that has just started knows from its records the newest state of a class.
 #[tokio::test]
 async fn a_new_driver_believes_no_class_that_is_older_than_the_mounted_one() {
     if !is_alone() {
@@ -373,7 +376,7 @@ async fn a_new_driver_believes_no_class_that_is_older_than_the_mounted_one() {
         assert_eq!(api.get(SECRET).unwrap()["data"], made, "{stale}");
         stop.cancel();
     }
-    // What is newer counts.
+    // A newer state counts.
     api.put_class(&creds(), "21");
     let stop = run(&sync(dir.path(), &cluster, EVERY));
     until("the key has gone", || {
@@ -383,8 +386,8 @@ async fn a_new_driver_believes_no_class_that_is_older_than_the_mounted_one() {
     stop.cancel();
 }
 
-/// Only the API server's word that there is no such class, or the class itself, gives its Secret
-/// to another.
+/// A class gets the Secret of another only if the API server says that the other does not exist, or
+/// if the other does not name the Secret.
 #[tokio::test]
 async fn a_class_that_cannot_be_read_keeps_its_secret() {
     if !is_alone() {
@@ -418,12 +421,12 @@ async fn a_class_that_cannot_be_read_keeps_its_secret() {
     let whole = json!({"provider": "test", "parameters": {"a": "b"}});
     sync.volume_mounted(&web, &class).await.unwrap();
     let theirs = of_rival("rival");
-    // The class was made anew, and is the holder under its new UID as well.
+    // The class was deleted and created again, and makes the Secret under its new UID as well.
     api.put(rival, makes("creds", whole.clone()));
     api.put(SECRET, theirs.clone());
     sync.volume_mounted(&web, &class).await.unwrap();
     assert_eq!(api.get(SECRET).unwrap()["data"], theirs["data"]);
-    // It says too little to be mounted, and still makes the Secret of those who mounted it.
+    // It cannot be mounted any more, and still makes the Secret of the pods that mounted it.
     api.put(rival, makes("creds", json!({})));
     sync.volume_mounted(&web, &class).await.unwrap();
     assert_eq!(api.get(SECRET).unwrap()["data"], theirs["data"]);
@@ -445,10 +448,10 @@ async fn a_class_that_cannot_be_read_keeps_its_secret() {
         assert_eq!(api.get(SECRET).unwrap()["data"], theirs["data"], "{answer}");
     }
     api.remove(rival);
-    // The client itself tries again after 503, until the request's time is over.
+    // After 503 the client itself tries again, until the request's time is over.
     let codes = [400, 401, 403, 404, 406, 409, 410, 422, 500, 502, 503];
     for code in codes {
-        // A 404 that is not about this class: its kind is not served, for now.
+        // This 404 is not about the class: its kind is not served for now.
         let message = "the server could not find the requested resource".to_owned();
         api.refuse(vec![Refuse {
             what: What::Class,
@@ -482,7 +485,7 @@ async fn a_class_that_cannot_be_read_keeps_its_secret() {
         json!({"pw": "aHVudGVyMg=="}),
         "gone"
     );
-    // The driver's own class: what it makes is not let go while it cannot be read.
+    // The Secrets of this driver's own class are not released while it cannot be read.
     let stop = run(&sync);
     let signed = api.get(SECRET).unwrap();
     for code in [401, 403, 404, 500] {

@@ -1,9 +1,9 @@
-//! A Secret whose type changes: it is there whatever is refused and whoever stops waiting.
+//! Tests a Secret whose type changes: it exists whatever is refused, and if the caller gives up.
 
 use super::*;
 use rstest::rstest;
 
-/// The Secret as it is before its type changes, with what others have put on it.
+/// Makes the Secret as it is before its type changes, with metadata of others.
 async fn made(dir: &Path, api: &Api, cluster: &Cluster) -> (Record, Value) {
     let class = class(api, cluster, creds()).await;
     let web = volume(dir, "web");
@@ -37,7 +37,7 @@ fn refuse(what: What, code: u16, times: usize) -> Refuse {
     }
 }
 
-/// Whether the Secret is as before, but for what the server writes and the driver's note.
+/// Returns whether the Secret is as before, except for server-side fields and the driver's annotation.
 fn is_as_before(before: &Value, now: &Value) -> bool {
     let part = |secret: &Value, part: &str| secret["metadata"][part].clone();
     let annotations = |secret: &Value| {
@@ -53,7 +53,7 @@ fn is_as_before(before: &Value, now: &Value) -> bool {
         && annotations(before) == annotations(now)
 }
 
-/// What others had put there is on the new one as well.
+/// Returns whether the Secret has its new type and the metadata of others.
 fn is_new_and_whole(before: &Value, now: &Value) -> bool {
     now["type"] == "example.com/typed"
         && now["data"] == json!({"pw": "aHVudGVyMg==", "more": "aHVudGVyMg=="})
@@ -67,7 +67,7 @@ async fn refused_at_any_step_it_is_there() {
     if !is_alone() {
         return;
     }
-    // What is refused, how often, and whether the new Secret is there in the end.
+    // Each case: what is refused, how often, and whether the new Secret is there in the end.
     let mut cases = vec![(vec![], true)];
     for code in [400, 403, 413, 422] {
         cases.push((vec![refuse(What::Trial, code, 99)], false));
@@ -84,7 +84,7 @@ async fn refused_at_any_step_it_is_there() {
         ];
         cases.push((both, false));
     }
-    // Without an answer, because the client tries again until the request's time is over.
+    // The client itself tries again after 503, until the request's time is over.
     cases.push((vec![refuse(What::Delete, 503, 99)], false));
     for (refusals, is_new) in cases {
         let dir = tempfile::tempdir().unwrap();
@@ -106,7 +106,7 @@ async fn refused_at_any_step_it_is_there() {
         if refusals.first().is_some_and(|r| r.what == What::Trial) {
             assert_eq!(deleted, 0, "nothing was risked: {refusals:#?}");
         }
-        // It is not deleted and put back again and again, and the pod hears of it.
+        // It is not deleted and put back again and again, and the pod is told.
         sync.volume_mounted(&web, &class).await.unwrap();
         if !is_new && refusals[0].what == What::Create {
             assert_eq!(api.count("DELETE"), deleted, "{refusals:#?}");
@@ -130,7 +130,7 @@ async fn refused_at_any_step_it_is_there() {
     }
 }
 
-/// Whoever waited for it stops waiting, at any moment.
+/// The caller gives up at any moment.
 #[tokio::test]
 async fn given_up_at_any_moment_it_is_there() {
     if !is_alone() {
@@ -167,19 +167,19 @@ async fn given_up_at_any_moment_it_is_there() {
     drop(mount::detach(&web.target_path).unwrap());
 }
 
-/// How the API server lets a Secret be missing.
+/// The reason why the Secret is missing for a while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Away {
-    /// It fails.
+    /// The API server answers with an error.
     Fails(u16),
-    /// It takes neither the new Secret nor the former one.
+    /// The API server refuses the new Secret and the former one.
     RefusesBoth(u16),
-    /// It does not answer.
+    /// The API server does not answer.
     Hangs,
 }
 
-/// While a Secret is missing, the pod hears of it, nothing else waits for it, and nothing that
-/// others had put on it is lost, whoever makes it in the end.
+/// While a Secret is missing, the pod is told and nothing else waits for it. No metadata of others is
+/// lost, whoever creates the Secret in the end.
 #[rstest]
 #[tokio::test]
 async fn missing_for_a_while_it_comes_back_whole(
@@ -212,7 +212,7 @@ async fn missing_for_a_while_it_comes_back_whole(
     let class = cluster.class("shop", "db").await.unwrap();
     sync.volume_mounted(&web, &class).await.unwrap();
     assert!(api.get(other).is_some());
-    // The other one is let go of, and had.
+    // The class stopped making the first Secret, which is restored to its former state.
     api.put(SECRET, before.clone());
 
     match away {

@@ -1,5 +1,5 @@
-//! Volumes as a node has them: a tmpfs, files, a record. A test that mounts runs once more, in a
-//! process with a mount namespace of its own, made by `unshare` of util-linux.
+//! Makes volumes as a node has them: a tmpfs, files, a record. A test that mounts runs once more, in
+//! a process with a mount namespace of its own, made by `unshare` of util-linux.
 
 use std::{
     collections::BTreeMap,
@@ -17,8 +17,8 @@ use driver::{
 };
 use jiff::Timestamp;
 
-/// Whether the caller may mount, because it is alone with its mounts. If not, its test has been
-/// run where it may, and has passed.
+/// Returns whether the caller may mount, because it runs in a mount namespace of its own. Otherwise
+/// its test has been run in one, and has passed.
 pub(crate) fn is_alone() -> bool {
     const ALONE: &str = "DRIVER_TEST_IS_ALONE";
     static ALL: OnceLock<()> = OnceLock::new();
@@ -36,7 +36,7 @@ pub(crate) fn is_alone() -> bool {
         assert!(status.success(), "{arguments:?}, in a namespace of its own");
     };
     match thread::current().name() {
-        // The thread of a test has its name, except where there is only one thread.
+        // The thread of a test has the test's name, unless there is only one thread.
         Some("main") | None => {
             ALL.get_or_init(|| run(&["--test-threads=2"]));
         }
@@ -67,7 +67,7 @@ pub(crate) fn write(target: &Path, files: &[(&str, &str)]) {
     }
 }
 
-/// The record of a volume whose content has this order.
+/// Returns the record of a volume whose content has this order.
 pub(crate) fn record(dir: &Path, pod: &str, order: &str) -> Record {
     let target = target(dir, pod);
     let directory = open_root(&target)
@@ -100,7 +100,7 @@ pub(crate) fn record(dir: &Path, pod: &str, order: &str) -> Record {
     }
 }
 
-/// A volume that is published: mounted, written and recorded.
+/// Publishes a volume: mounts, writes and records it.
 pub(crate) fn volume(dir: &Path, pod: &str) -> Record {
     let target = target(dir, pod);
     make_and_mount(&target);

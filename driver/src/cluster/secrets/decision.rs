@@ -1,331 +1,137 @@
-//! What has to be done about a Secret, by what it says about itself.
+//! Decides what has to be done about a Secret, from what the Secret says about itself.
 
 use std::collections::BTreeMap;
 
-use base64::{Engine as _, display::Base64Display, engine::general_purpose::STANDARD};
 use jiff::{Timestamp, ToSpan as _};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::core::ObjectMeta;
-use serde::{
-    Deserialize, Deserializer, Serialize, Serializer,
-    de::{self, Visitor},
-};
 
 use super::{
-    ADOPT, CLASS, CLASS_UID, Data, MANAGED, ORDER, Owner, REFUSED_TYPE, Refusal, SINCE, Wanted,
-    digest::Digest, owners::owners, without_values,
+    ADOPT, ANNOTATIONS, CLASS, CLASS_UID, Data, DesiredSecret, LABELS, MANAGED, ORDER, Owner,
+    REFUSED_TYPE, SINCE, SyncError,
+    object::{Change, Encoded, Existing, NewSecret, is_reserved},
+    owners::owners,
+    without_values,
 };
-use crate::secret::Secret;
 
-/// The keys of the labels that the class asked for, so that they can go when it no longer does.
-pub(super) const LABELS: &str = "secrets-store.csi.k8s.io/class-labels";
-/// The same for annotations.
-pub(super) const ANNOTATIONS: &str = "secrets-store.csi.k8s.io/class-annotations";
+/// The seconds by which the clocks of nodes may differ. A later time on a Secret counts as wrong, so
+/// that a node whose clock is far ahead does not keep others from writing.
+const MAX_CLOCK_DIFFERENCE: i64 = 300;
 
-/// A node whose clock is further ahead does not keep others from writing.
-const CLOCKS_DIFFER: i64 = 300;
-
-/// A Secret as the API server has it. It has no `Debug`.
-#[derive(Deserialize)]
-pub(super) struct Existing {
-    pub(super) metadata: ObjectMeta,
-    #[serde(rename = "type", default)]
-    type_: String,
-    #[serde(default)]
-    data: BTreeMap<String, Decoded>,
-    #[serde(default)]
-    immutable: Option<bool>,
-}
-
-pub(super) struct Decoded(Secret);
-
-impl<'de> Deserialize<'de> for Decoded {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Base64;
-
-        impl Visitor<'_> for Base64 {
-            type Value = Decoded;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("base64")
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Decoded, E> {
-                let decoded = STANDARD.decode(text).map_err(|_| E::custom("not base64"))?;
-                Ok(Decoded(decoded.into()))
-            }
-
-            fn visit_unit<E: de::Error>(self) -> Result<Decoded, E> {
-                Ok(Decoded(Secret::default()))
-            }
-        }
-        deserializer.deserialize_any(Base64)
-    }
-}
-
-/// A value on its way to the API server, encoded without another copy.
-pub(super) struct Encoded<'a>(&'a Secret);
-
-impl Serialize for Encoded<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&Base64Display::new(self.0.expose(), &STANDARD))
-    }
-}
-
-impl Existing {
-    pub(super) fn annotation(&self, key: &str) -> Option<&String> {
-        self.metadata.annotations.as_ref()?.get(key)
-    }
-
-    fn label(&self, key: &str) -> Option<&String> {
-        self.metadata.labels.as_ref()?.get(key)
-    }
-
-    pub(super) fn owners(&self) -> &[OwnerReference] {
-        self.metadata.owner_references.as_deref().unwrap_or(&[])
-    }
-
-    /// Returns whether this is the object of a name.
-    pub(super) fn is_named(&self, name: &str) -> bool {
-        self.metadata.name.as_deref() == Some(name)
-    }
-
-    /// Whether it is one that a driver keeps.
-    pub(super) fn is_managed(&self) -> bool {
-        self.label(MANAGED).is_some_and(|value| value == "true")
-            || self.annotation(CLASS_UID).is_some()
-    }
-
-    /// Labels and annotations that are neither the driver's nor the class's.
-    fn foreign(&self) -> [Vec<(&String, &String)>; 2] {
-        let listed = |list: &str| {
-            let keys = self.annotation(list).map_or("", String::as_str);
-            keys.split(',').collect::<Vec<_>>()
-        };
-        let ours = [listed(LABELS), listed(ANNOTATIONS)];
-        let all = [&self.metadata.labels, &self.metadata.annotations];
-        let is_foreign = |key: &String, ours: &[&str]| {
-            !ours.contains(&key.as_str()) && key != MANAGED && !is_reserved(key)
-        };
-        let of = |at: usize| {
-            let all = all[at].iter().flatten();
-            all.filter(|(key, _)| is_foreign(key, &ours[at])).collect()
-        };
-        [of(0), of(1)]
-    }
-
-    /// The change that gives this Secret what others had put on one that it has taken the place
-    /// of. None when there is nothing to change, or this Secret is not the driver's.
-    pub(super) fn with_foreign_of<'a>(&'a self, former: &'a Self) -> Option<Change<'a>> {
-        let mut change = Change::of(self);
-        let [labels, annotations] = former.foreign();
-        let labels = labels.into_iter();
-        let labels = labels.filter(|(key, _)| self.label(key).is_none());
-        let annotations = annotations.into_iter();
-        let annotations = annotations.filter(|(key, _)| self.annotation(key).is_none());
-        let set = |(key, value): (&'a String, &String)| (key.as_str(), Some(value.clone()));
-        change.metadata.labels.extend(labels.map(set));
-        change.metadata.annotations.extend(annotations.map(set));
-        (self.is_managed() && !change.is_empty()).then_some(change)
-    }
-
-    /// This Secret as it is to be put back, with a note of the type that it could not get.
-    pub(super) fn object<'a>(&'a self, wanted: &Wanted<'a>, refused: &str) -> Object<'a> {
-        let mut annotations = self.metadata.annotations.clone().unwrap_or_default();
-        annotations.insert(REFUSED_TYPE.to_owned(), refused.to_owned());
-        let data = self.data.iter();
-        Object {
-            api_version: "v1",
-            kind: "Secret",
-            metadata: ObjectMeta {
-                name: Some(wanted.name.to_owned()),
-                namespace: Some(wanted.namespace.to_owned()),
-                labels: self.metadata.labels.clone(),
-                annotations: Some(annotations),
-                owner_references: self.metadata.owner_references.clone(),
-                ..ObjectMeta::default()
-            },
-            type_: &self.type_,
-            data: data
-                .map(|(key, value)| (key.as_str(), Encoded(&value.0)))
-                .collect(),
-            immutable: self.immutable,
-        }
-    }
-
-    fn has(&self, data: &Data<'_>) -> bool {
-        match data {
-            Data::Values(data) => {
-                let has = |(key, value): (&String, &Secret)| {
-                    self.data.get(key).is_some_and(|there| there.0 == *value)
-                };
-                self.data.len() == data.len() && data.iter().all(has)
-            }
-            Data::Digest(digest) => {
-                let parts = self.data.iter();
-                let parts = parts.flat_map(|(key, value)| [key.as_bytes(), value.0.expose()]);
-                Digest::of(parts) == *digest
-            }
-        }
-    }
-}
-
-/// A merge patch: what is absent stays, what is null goes.
-#[derive(Serialize)]
-pub(super) struct Change<'a> {
-    pub(super) metadata: ChangedMeta<'a>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    data: BTreeMap<&'a str, Option<Encoded<'a>>>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct ChangedMeta<'a> {
-    uid: Option<&'a str>,
-    resource_version: Option<&'a str>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    labels: BTreeMap<&'a str, Option<String>>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) annotations: BTreeMap<&'a str, Option<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) owner_references: Option<Vec<OwnerReference>>,
-}
-
-impl<'a> Change<'a> {
-    /// No change yet. It applies only to what was read.
-    pub(super) fn of(existing: &'a Existing) -> Self {
-        Self {
-            metadata: ChangedMeta {
-                uid: existing.metadata.uid.as_deref(),
-                resource_version: existing.metadata.resource_version.as_deref(),
-                labels: BTreeMap::new(),
-                annotations: BTreeMap::new(),
-                owner_references: None,
-            },
-            data: BTreeMap::new(),
-        }
-    }
-
-    /// Sets an annotation that has another value.
-    fn set(&mut self, existing: &Existing, key: &'a str, value: &str) {
-        if existing.annotation(key).map(String::as_str) != Some(value) {
-            let annotations = &mut self.metadata.annotations;
-            annotations.insert(key, Some(value.to_owned()));
-        }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.metadata.labels.is_empty()
-            && self.metadata.annotations.is_empty()
-            && self.metadata.owner_references.is_none()
-            && self.data.is_empty()
-    }
-}
-
-/// The class that a Secret says it is of.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Holder {
-    pub(super) name: String,
-    pub(super) uid: String,
-}
-
-/// What has to be done.
+/// The action for an existing Secret.
 pub(super) enum Decision<'a> {
-    /// Nothing: it is as it should be, or newer by the clocks.
-    Nothing,
-    /// Nothing: it has other content whose order is higher, or known where the wanted one's is not.
+    /// No action: it is as desired, or its content is newer by the clocks.
+    Unchanged,
+    /// No action: it has other content of a higher order, or content whose order is known while that
+    /// of the desired content is not.
     Overtaken { order: u64 },
-    /// Nothing, because it is somebody else's.
+    /// No action: it is not the driver's.
     Unmanaged,
-    /// Nothing, if that class still makes it.
-    OtherClass(Holder),
-    /// This change.
+    /// No action as long as the class of this name makes it.
+    OtherClass(String),
+    /// Write this change.
     Write(Change<'a>),
-    /// A change of the content, for which the values would have to be at hand.
-    Content,
-    /// A new Secret in its place.
+    /// Change its data, for which the values are needed and not only their digest.
+    WriteData,
+    /// Replace it by a new one.
     Replace,
 }
 
-/// The decision, by what the Secret says about itself. `released`: the class that it names does
-/// not make it any more.
+/// Whether the class that a Secret names still makes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NamedClass {
+    /// It does, as far as is known.
+    MakesIt,
+    /// It does not any more.
+    HasReleasedIt,
+}
+
+/// Decides what has to be done about an existing Secret.
 pub(super) fn decide<'a>(
     existing: &'a Existing,
-    wanted: &Wanted<'a>,
-    released: bool,
+    desired: &DesiredSecret<'a>,
+    named: NamedClass,
 ) -> Decision<'a> {
-    let holder = existing.annotation(CLASS_UID).map(|uid| Holder {
-        name: existing.annotation(CLASS).cloned().unwrap_or_default(),
-        uid: uid.clone(),
-    });
-    let may_be_had = existing.annotation(ADOPT).is_some_and(|yes| yes == "true");
-    if !existing.is_managed() && !may_be_had {
+    let may_be_adopted = existing.annotation(ADOPT).is_some_and(|yes| yes == "true");
+    if !existing.is_managed() && !may_be_adopted {
         return Decision::Unmanaged;
     }
-    let equal = existing.type_ == wanted.type_ && existing.has(&wanted.data);
+    let equal = existing.type_ == desired.type_ && existing.has(&desired.data);
     let mut change = Change::of(existing);
-    change.metadata.owner_references = owners(existing, wanted.owners);
-    // A class that was made anew under its name is the same class.
-    let other = holder.as_ref().is_some_and(|holder| {
-        !released && holder.uid != wanted.class.uid && holder.name != wanted.class.name
-    });
-    if other && !equal {
-        return Decision::OtherClass(holder.unwrap_or(Holder {
-            name: String::new(),
-            uid: String::new(),
-        }));
+    change.metadata.owner_references = owners(existing, desired.owners);
+    let is_released = named == NamedClass::HasReleasedIt;
+    if !is_released && let Some(other) = other_class(existing, desired) {
+        // Two classes may share equal content: this one adds its owners only.
+        if !equal {
+            return Decision::OtherClass(other);
+        }
+        return write(change, None);
     }
-    let mut overtaken = None;
-    if !other {
-        // Whatever came out of a volume, nothing never takes the place of something.
-        let is_empty = matches!(wanted.data, Data::Values(data) if data.is_empty());
-        let nothing = is_empty && !existing.data.is_empty();
-        let newer_there = !released && is_newer(existing, wanted);
-        let replace_content = !equal && !newer_there && !nothing;
-        overtaken = order(existing).filter(|_| !equal && newer_there);
-        if replace_content && existing.type_ != wanted.type_ {
-            return Decision::Replace;
-        }
-        wanted.change_metadata(existing, &mut change);
-        if replace_content {
-            match wanted.data {
-                Data::Values(data) => change_data(data, existing, &mut change),
-                Data::Digest(_) => return Decision::Content,
-            }
-        }
-        let unsigned = existing.annotation(ORDER).is_none() && wanted.order.is_some();
-        if replace_content || holder.is_none() || released || equal && unsigned {
-            wanted.change_origin(existing, &mut change);
-        } else if holder.is_some_and(|holder| holder.uid != wanted.class.uid) {
-            change.set(existing, CLASS_UID, &wanted.class.uid);
-            change.set(existing, CLASS, &wanted.class.name);
-        }
-        if existing.annotation(REFUSED_TYPE).is_some_and(|_| equal) {
-            change.metadata.annotations.insert(REFUSED_TYPE, None);
+
+    // Whatever came out of a volume, no content never replaces content.
+    let is_empty = matches!(desired.data, Data::Values(data) if data.is_empty());
+    let is_newer = !is_released && is_newer(existing, desired);
+    let replaces_data = !equal && !is_newer && (!is_empty || existing.data.is_empty());
+    if replaces_data && existing.type_ != desired.type_ {
+        return Decision::Replace;
+    }
+    desired.change_metadata(existing, &mut change);
+    if replaces_data {
+        match desired.data {
+            Data::Values(data) => change.replace_data(existing, data),
+            Data::Digest(_) => return Decision::WriteData,
         }
     }
-    match (change.is_empty(), overtaken) {
-        (true, Some(order)) => Decision::Overtaken { order },
-        (true, None) => Decision::Nothing,
-        (false, _) => Decision::Write(change),
+    let lacks_class = existing.annotation(CLASS_UID).is_none();
+    let lacks_order = existing.annotation(ORDER).is_none() && desired.order.is_some();
+    if replaces_data || lacks_class || is_released || equal && lacks_order {
+        for (key, value) in desired.origin() {
+            change.annotate(existing, key, value);
+        }
+    } else if existing.annotation(CLASS_UID) != Some(&desired.class.uid) {
+        // The class was deleted and created again under its name.
+        change.annotate(existing, CLASS_UID, Some(desired.class.uid.clone()));
+        change.annotate(existing, CLASS, Some(desired.class.name.clone()));
+    }
+    if equal && existing.annotation(REFUSED_TYPE).is_some() {
+        change.metadata.annotations.insert(REFUSED_TYPE, None);
+    }
+    write(change, order(existing).filter(|_| !equal && is_newer))
+}
+
+/// Returns the decision to write a change, if there is any; otherwise whether the desired content is
+/// overtaken, by content of which order.
+fn write(change: Change<'_>, overtaken: Option<u64>) -> Decision<'_> {
+    match overtaken {
+        _ if !change.is_empty() => Decision::Write(change),
+        Some(order) => Decision::Overtaken { order },
+        None => Decision::Unchanged,
     }
 }
 
-/// Whether the content of a Secret is newer than the one that is wanted. See the module above.
-fn is_newer(existing: &Existing, wanted: &Wanted<'_>) -> bool {
+/// Returns the name of the class that a Secret names, if that is another than the desired one. A
+/// class that was deleted and created again under its name is the same class.
+fn other_class(existing: &Existing, desired: &DesiredSecret<'_>) -> Option<String> {
+    let uid = existing.annotation(CLASS_UID)?;
+    let name = existing.annotation(CLASS).cloned().unwrap_or_default();
+    (*uid != desired.class.uid && name != desired.class.name).then_some(name)
+}
+
+/// Returns whether the content of a Secret is newer than the desired one. The documentation of the
+/// parent module says which content is newer.
+fn is_newer(existing: &Existing, desired: &DesiredSecret<'_>) -> bool {
     if let Some(there) = order(existing) {
-        // What has no order yet gets one with the next refresh of its volume.
-        return wanted.order.is_none_or(|ours| there > ours);
+        // Content without an order gets one with the next refresh of its volume.
+        return desired.order.is_none_or(|ours| there > ours);
     }
-    let latest = Timestamp::now().saturating_add(CLOCKS_DIFFER.seconds());
+    let latest = Timestamp::now().saturating_add(MAX_CLOCK_DIFFERENCE.seconds());
     let since = existing.annotation(SINCE);
     let since = since.and_then(|text| text.parse::<Timestamp>().ok());
-    since.is_some_and(|since| since > wanted.since && latest.is_ok_and(|latest| since <= latest))
+    since.is_some_and(|since| since > desired.since && latest.is_ok_and(|latest| since <= latest))
 }
 
-/// The order that a Secret says its content has, if it can be believed: the pod status was written
-/// before the Secret, so that its resource version is the lower one, unless the Secret was written
-/// in another cluster.
+/// Returns the order that a Secret says its content has, if that can be true: the pod status is
+/// written before the Secret, so its resource version is the lower one, unless the Secret was
+/// written in another cluster.
 fn order(existing: &Existing) -> Option<u64> {
     let order: u64 = existing.annotation(ORDER)?.parse().ok()?;
     let written = existing.metadata.resource_version.as_ref();
@@ -335,13 +141,14 @@ fn order(existing: &Existing) -> Option<u64> {
         .then_some(order)
 }
 
-impl<'a> Wanted<'a> {
-    /// Its namespace and name.
+impl<'a> DesiredSecret<'a> {
+    /// Returns its namespace and name.
     pub(super) fn key(&self) -> (String, String) {
         (self.namespace.to_owned(), self.name.to_owned())
     }
 
-    /// Where the content comes from. Nothing: an annotation that must not be there.
+    /// Returns the annotations that say where the content comes from; `None` for one that must not
+    /// be there.
     fn origin(&self) -> [(&'static str, Option<String>); 4] {
         [
             (CLASS, Some(self.class.name.clone())),
@@ -351,157 +158,86 @@ impl<'a> Wanted<'a> {
         ]
     }
 
-    fn change_origin(&self, existing: &'a Existing, change: &mut Change<'a>) {
-        for (key, value) in self.origin() {
-            if existing.annotation(key) != value.as_ref() {
-                change.metadata.annotations.insert(key, value);
-            }
-        }
+    /// Returns the annotations that list the keys of the labels and annotations of the class.
+    fn lists(&self) -> [(&'static str, Option<String>); 2] {
+        [(LABELS, self.labels), (ANNOTATIONS, self.annotations)].map(|(list, map)| {
+            let keys: Vec<&str> = map.keys().map(String::as_str).collect();
+            (list, (!keys.is_empty()).then(|| keys.join(",")))
+        })
     }
 
-    /// The keys of what the class asks for, as an annotation's value.
-    fn keys(map: &BTreeMap<String, String>) -> Option<String> {
-        let keys: Vec<&str> = map.keys().map(String::as_str).collect();
-        (!keys.is_empty()).then(|| keys.join(","))
-    }
-
-    /// Labels and annotations: set what is asked for, take away what no longer is.
+    /// Sets the labels and annotations that the class asks for, and removes those that it asked for
+    /// before.
     fn change_metadata(&self, existing: &'a Existing, change: &mut Change<'a>) {
-        let set = |there: Option<&String>, value: &str| there.map(String::as_str) != Some(value);
-        let earlier = |key: &str| {
-            existing
-                .annotation(key)
-                .map_or("", String::as_str)
-                .split(',')
+        let listed = |list: &str| {
+            let keys = existing.annotation(list).map_or("", String::as_str);
+            keys.split(',')
         };
-        let (labels, annotations) = (
-            &mut change.metadata.labels,
-            &mut change.metadata.annotations,
-        );
-        for key in earlier(LABELS) {
+        let labels = &mut change.metadata.labels;
+        for key in listed(LABELS) {
             if existing.label(key).is_some() && !self.labels.contains_key(key) && key != MANAGED {
                 labels.insert(key, None);
             }
         }
-        for key in earlier(ANNOTATIONS) {
-            if existing.annotation(key).is_some() && !self.annotations.contains_key(key) {
-                annotations.insert(key, None);
-            }
-        }
         for (key, value) in self.labels {
-            if key != MANAGED && set(existing.label(key), value) {
+            if key != MANAGED && existing.label(key) != Some(value) {
                 labels.insert(key, Some(value.clone()));
             }
         }
-        if set(existing.label(MANAGED), "true") {
+        if existing.label(MANAGED).is_none_or(|value| value != "true") {
             labels.insert(MANAGED, Some("true".to_owned()));
         }
-        for (key, value) in self.annotations {
-            if !is_reserved(key) && set(existing.annotation(key), value) {
-                annotations.insert(key, Some(value.clone()));
+        for key in listed(ANNOTATIONS) {
+            if !self.annotations.contains_key(key) {
+                change.annotate(existing, key, None);
             }
         }
-        for (key, map) in [(LABELS, self.labels), (ANNOTATIONS, self.annotations)] {
-            let keys = Self::keys(map);
-            if existing.annotation(key) != keys.as_ref() {
-                annotations.insert(key, keys);
+        for (key, value) in self.annotations {
+            if !is_reserved(key) {
+                change.annotate(existing, key, Some(value.clone()));
             }
+        }
+        for (list, keys) in self.lists() {
+            change.annotate(existing, list, keys);
         }
     }
 
-    /// The whole Secret, with what others had put on an earlier one.
+    /// Returns the whole Secret, with the labels, annotations and owners that others have put on a
+    /// former one.
     ///
     /// # Errors
-    /// When its values are not at hand.
-    pub(super) fn object(&self, earlier: Option<&Existing>) -> Result<Object<'a>, Refusal> {
+    /// Fails if its values are not at hand.
+    pub(super) fn object(&self, former: Option<&Existing>) -> Result<NewSecret<'a>, SyncError> {
         let Data::Values(data) = self.data else {
             return Err(without_values());
         };
         let mut labels = BTreeMap::new();
         let mut annotations = BTreeMap::new();
         let mut owner_references: Vec<_> = self.owners.iter().map(Owner::reference).collect();
-        if let Some(earlier) = earlier {
-            let [their_labels, their_annotations] = earlier.foreign();
+        if let Some(former) = former {
+            let [their_labels, their_annotations] = former.foreign();
             let owned = |(key, value): (&String, &String)| (key.clone(), value.clone());
             labels.extend(their_labels.into_iter().map(owned));
             annotations.extend(their_annotations.into_iter().map(owned));
-            if let Some(all) = owners(earlier, self.owners) {
-                owner_references = all;
-            } else {
-                owner_references = earlier.owners().to_vec();
-            }
+            let changed = owners(former, self.owners);
+            owner_references = changed.unwrap_or_else(|| former.owners().to_vec());
         }
         labels.extend(self.labels.clone());
         labels.insert(MANAGED.to_owned(), "true".to_owned());
         let asked_for = self.annotations.iter().filter(|(key, _)| !is_reserved(key));
         annotations.extend(asked_for.map(|(key, value)| (key.clone(), value.clone())));
-        let ours = self.origin().into_iter();
+        let ours = self.origin().into_iter().chain(self.lists());
         annotations.extend(ours.filter_map(|(key, value)| Some((key.to_owned(), value?))));
-        for (key, map) in [(LABELS, self.labels), (ANNOTATIONS, self.annotations)] {
-            annotations.extend(Self::keys(map).map(|keys| (key.to_owned(), keys)));
-        }
-        Ok(Object {
-            api_version: "v1",
-            kind: "Secret",
-            metadata: ObjectMeta {
-                name: Some(self.name.to_owned()),
-                namespace: Some(self.namespace.to_owned()),
-                labels: Some(labels),
-                annotations: Some(annotations),
-                owner_references: Some(owner_references),
-                ..ObjectMeta::default()
-            },
-            type_: self.type_,
-            data: data
-                .iter()
-                .map(|(key, value)| (key.as_str(), Encoded(value)))
-                .collect(),
-            immutable: None,
-        })
+        let metadata = ObjectMeta {
+            name: Some(self.name.to_owned()),
+            namespace: Some(self.namespace.to_owned()),
+            labels: Some(labels),
+            annotations: Some(annotations),
+            owner_references: Some(owner_references),
+            ..ObjectMeta::default()
+        };
+        let data = data.iter();
+        let data = data.map(|(key, value)| (key.as_str(), Encoded(value)));
+        Ok(NewSecret::new(metadata, self.type_, data))
     }
-}
-
-fn change_data<'a>(
-    data: &'a BTreeMap<String, Secret>,
-    existing: &'a Existing,
-    change: &mut Change<'a>,
-) {
-    for key in existing.data.keys() {
-        if !data.contains_key(key) {
-            change.data.insert(key, None);
-        }
-    }
-    for (key, value) in data {
-        if existing.data.get(key).is_none_or(|there| there.0 != *value) {
-            change.data.insert(key, Some(Encoded(value)));
-        }
-    }
-}
-
-/// Annotations that are the driver's to set.
-fn is_reserved(key: &str) -> bool {
-    [
-        CLASS,
-        CLASS_UID,
-        SINCE,
-        ORDER,
-        REFUSED_TYPE,
-        LABELS,
-        ANNOTATIONS,
-    ]
-    .contains(&key)
-}
-
-/// A Secret to be created.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Object<'a> {
-    api_version: &'static str,
-    kind: &'static str,
-    metadata: ObjectMeta,
-    #[serde(rename = "type")]
-    type_: &'a str,
-    data: BTreeMap<&'a str, Encoded<'a>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    immutable: Option<bool>,
 }

@@ -1,16 +1,16 @@
-//! Tells contents apart without keeping them.
+//! Compares contents without keeping them in memory.
 
 use std::sync::OnceLock;
 
 use ring::hmac;
 
-/// What a content is told by, for as long as this process lives: its key is random, so that nothing
-/// can be guessed from the digest of a short secret.
+/// A keyed hash of a content. Its key is random for each process, so that nothing can be guessed from
+/// the digest of a short secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Digest([u8; 32]);
 
 impl Digest {
-    /// Returns the digest of some parts. A part is never mistaken for a piece of another.
+    /// Returns the digest of some parts. Other boundaries between the parts give another digest.
     pub fn of<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Self {
         static KEY: OnceLock<hmac::Key> = OnceLock::new();
         let key =
@@ -32,7 +32,7 @@ mod tests {
     use std::collections::HashSet;
 
     #[test]
-    fn parts_are_told_apart() {
+    fn the_boundaries_between_parts_count() {
         let digests = [
             &[&b"ab"[..], b"c"][..],
             &[b"a", b"bc"],

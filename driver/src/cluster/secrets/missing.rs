@@ -1,4 +1,4 @@
-//! Secrets that this process has deleted, because their type was to change, and that are not there
+//! Remembers the Secrets that this process has deleted to change their type, and that are not there
 //! again yet.
 
 use std::{
@@ -9,22 +9,21 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{Refusal, decision::Existing};
-use crate::error::Error;
+use super::{SyncError, object::Existing};
 
-/// How many Secrets may be missing at a time, and how many of one namespace. Each is kept in memory
-/// until it is there again.
-const MOST: usize = 16;
-const MOST_OF_NAMESPACE: usize = 2;
+/// The number of Secrets that may be missing at a time, in all and in one namespace. Each is kept in
+/// memory until it is there again.
+const MAX_MISSING: usize = 16;
+const MAX_OF_NAMESPACE: usize = 2;
 
-/// A Secret that nobody has tried to make for so long is not wanted any more. Whoever wants one
-/// tries every few minutes.
+/// The time after which a missing Secret is forgotten, unless there was another attempt to create
+/// it. As long as a pod needs it, there is one every few minutes.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(30 * 60);
 
-/// Namespace and name of a Secret.
+/// The namespace and name of a Secret.
 type Key = (String, String);
 
-/// The Secrets that are missing.
+/// The missing Secrets.
 #[derive(Default)]
 pub(in crate::cluster) struct Missing(Mutex<HashMap<Key, Entry>>);
 
@@ -34,15 +33,31 @@ struct Entry {
     asked_for: Instant,
 }
 
-/// How far a Secret that is made anew has come.
+/// The progress of a Secret that is being replaced.
 #[derive(Debug, Clone)]
 pub(super) enum Step {
     /// The former one is being deleted.
     Deleting,
-    /// It is being made.
-    Making,
-    /// It could not be made: why.
+    /// The new one is being created.
+    Creating,
+    /// The new one could not be created, for this reason.
     Failed(String),
+}
+
+impl Step {
+    /// Returns the error of a Secret that is missing, for the type that it should have.
+    pub(super) fn error(self, namespace: &str, desired_type: &str) -> SyncError {
+        let why = match self {
+            Self::Deleting => {
+                return SyncError::unavailable(
+                    "its type is to change, and the API server has not answered the request to delete it yet",
+                );
+            }
+            Self::Creating => "the API server has not answered yet".to_owned(),
+            Self::Failed(why) => why,
+        };
+        SyncError::missing(namespace, desired_type, why)
+    }
 }
 
 impl Missing {
@@ -54,18 +69,18 @@ impl Missing {
         entries
     }
 
-    /// Begins with a Secret that is about to be deleted.
+    /// Adds a Secret that is about to be deleted.
     ///
     /// # Errors
-    /// When as many are missing as may be.
-    pub(super) fn begin(&self, key: &Key, former: &Arc<Existing>) -> Result<(), Refusal> {
+    /// Fails if too many are missing already.
+    pub(super) fn begin(&self, key: &Key, former: &Arc<Existing>) -> Result<(), SyncError> {
         let mut entries = self.entries();
         let of_namespace = entries.keys().filter(|(ns, _)| *ns == key.0).count();
-        if entries.len() >= MOST || of_namespace >= MOST_OF_NAMESPACE {
-            return Err(Refusal::Failed(Error::unavailable(format!(
+        if entries.len() >= MAX_MISSING || of_namespace >= MAX_OF_NAMESPACE {
+            return Err(SyncError::unavailable(format_args!(
                 "its type is to change, for which the driver deletes it, but other Secrets that were deleted for that have to be there again first ({of_namespace} in this namespace are missing, {} in all)",
                 entries.len()
-            ))));
+            )));
         }
         let entry = Entry {
             former: Arc::clone(former),
@@ -76,7 +91,7 @@ impl Missing {
         Ok(())
     }
 
-    /// Returns how far a Secret has come that is missing, and what it was. Whoever asks wants it.
+    /// Returns the progress of a missing Secret, and the former one. Counts as an attempt to create it.
     pub(super) fn find(&self, key: &Key) -> Option<(Step, Arc<Existing>)> {
         let mut entries = self.entries();
         let entry = entries.get_mut(key)?;
@@ -84,15 +99,15 @@ impl Missing {
         Some((entry.step.clone(), Arc::clone(&entry.former)))
     }
 
-    /// A missing Secret has come so far.
-    pub(super) fn is_at(&self, key: &Key, step: Step) {
+    /// Sets the progress of a missing Secret.
+    pub(super) fn set_step(&self, key: &Key, step: Step) {
         if let Some(entry) = self.entries().get_mut(key) {
             entry.step = step;
         }
     }
 
-    /// A Secret is there again, or has never been deleted.
-    pub(super) fn is_there(&self, key: &Key) {
+    /// Removes a Secret that is there again, or was not deleted after all.
+    pub(super) fn remove(&self, key: &Key) {
         self.entries().remove(key);
     }
 }
@@ -111,7 +126,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn few_are_missing_at_a_time_and_those_that_nobody_wants_are_forgotten() {
+    async fn few_are_missing_at_a_time_and_those_without_attempts_are_forgotten() {
         let missing = Missing::default();
         let mut begun = 0;
         for namespace in 0..20 {
@@ -119,20 +134,23 @@ mod tests {
                 let key = key(namespace, name);
                 if missing.begin(&key, &former()).is_ok() {
                     begun += 1;
-                    missing.is_at(&key, Step::Failed("no".to_owned()));
+                    missing.set_step(&key, Step::Failed("no".to_owned()));
                 }
             }
         }
-        assert_eq!(begun, MOST);
-        assert!(missing.find(&key(0, MOST_OF_NAMESPACE)).is_none());
-        missing.is_at(&key(1, 1), Step::Making);
+        assert_eq!(begun, MAX_MISSING);
+        assert!(missing.find(&key(0, MAX_OF_NAMESPACE)).is_none());
+        missing.set_step(&key(1, 1), Step::Creating);
         for _ in 0..5 {
             tokio::time::advance(FORGOTTEN_AFTER / 3).await;
-            assert!(missing.find(&key(0, 0)).is_some(), "it is wanted");
+            assert!(missing.find(&key(0, 0)).is_some(), "an attempt was made");
         }
         let left = missing.entries().len();
-        assert_eq!(left, 2, "one is wanted, and one is being made");
-        missing.is_there(&key(0, 0));
+        assert_eq!(
+            left, 2,
+            "an attempt was made for one, and one is being created"
+        );
+        missing.remove(&key(0, 0));
         assert!(missing.find(&key(0, 0)).is_none());
         assert!(missing.begin(&key(0, 0), &former()).is_ok());
     }

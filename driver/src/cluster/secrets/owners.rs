@@ -22,7 +22,7 @@ use serde_json::Value;
 use super::{
     super::resources::{API_VERSION, SecretProviderClassPodStatus},
     Cluster,
-    decision::{Change, Existing},
+    object::{Change, Existing},
 };
 use crate::{
     error::{Error, Result},
@@ -88,7 +88,7 @@ impl Cluster {
     /// has no controller and no pod status.
     ///
     /// # Errors
-    /// When the API server does not answer, or its answer says nothing about this pod.
+    /// Fails if the API server does not answer, or its answer says nothing about this pod.
     pub async fn pod_owners(&self, pod: &Pod, pod_status: &str) -> Result<Option<PodOwners>> {
         let failed =
             |error: Error| error.context(format_args!("failed to find the owners of pod {pod}"));

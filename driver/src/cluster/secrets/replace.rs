@@ -1,16 +1,15 @@
-//! Makes a Secret anew, because its type has to change and the type of a Secret cannot.
+//! Replaces a Secret whose type has to change, because the type of a Secret is immutable.
 //!
-//! Nothing is deleted before the API server has said that it would take the new Secret, in a
-//! trial (a dry run) that passes through all rules and all webhooks. What comes after that is done
-//! by a task of its own, so that it is finished when whoever asked for it has gone. If the new
-//! Secret is refused all the same, the former one is put back as it was, and says which type it
-//! could not get: from then on it is left alone until the class asks for another type, or until
-//! somebody takes that annotation away.
+//! Nothing is deleted before the API server has accepted the new Secret in a dry run, which passes
+//! through all its rules and webhooks. The deletion and what follows run in a task of their own,
+//! which is finished even if the caller has given up. If the new Secret is refused all the same, the
+//! former one is put back as it was, annotated with the type that was refused. It is left alone
+//! until the class asks for another type, or until somebody removes the annotation.
 //!
-//! Where the API server takes neither, or does not answer, the Secret is missing for a while. Each
-//! later look at it tries again in the background, as long as a pod needs it, and what others had
-//! put on the former Secret is remembered for that. If the process ends before, their labels and
-//! annotations are lost: the next one makes the Secret as the class says.
+//! If the API server accepts neither, or does not answer, the Secret is missing for a while. Each
+//! later check tries again in the background, as long as a pod needs the Secret, and adds what others
+//! had put on the former one. If the process ends before, those labels and annotations are lost: the
+//! next process creates the Secret as the class asks for it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,12 +22,16 @@ use tokio::time::{Instant, sleep, timeout};
 use zeroize::Zeroizing;
 
 use super::{
-    Cluster, Failure, Kept, REFUSED_TYPE, Refusal, Wanted, decision::Existing, missing::Step,
-    owners::MANAGER, path,
+    super::request::Failure,
+    Cluster, DesiredSecret, REFUSED_TYPE, Reconciled, SyncError,
+    error::{ErrorType, describe, error_type},
+    missing::Step,
+    object::Existing,
+    owners::MANAGER,
+    path,
 };
-use crate::error::Error;
 
-/// Waits before the next attempt to create a Secret, where the last one had no clear answer.
+/// The waits before further attempts to create a Secret, after an attempt without a clear answer.
 const WAITS: [Duration; 4] = [
     Duration::from_millis(200),
     Duration::from_millis(500),
@@ -36,67 +39,86 @@ const WAITS: [Duration; 4] = [
     Duration::from_secs(2),
 ];
 
-/// No attempt begins later than this after the first one. The next look tries again.
-const ATTEMPTS_LAST: Duration = Duration::from_secs(5);
+/// The time in which attempts begin. After that, the next check of the Secret tries again.
+const ATTEMPTS_WITHIN: Duration = Duration::from_secs(5);
 
-/// How long a caller waits for the task. Others of its namespace wait for the caller.
-const PATIENCE: Duration = Duration::from_secs(4);
+/// The time for which a caller waits for the task. Other Secrets of the namespace wait for the
+/// caller.
+const CALLER_WAIT: Duration = Duration::from_secs(4);
 
-/// Everything that the task needs, owned by it.
+/// A Secret that is being replaced, with everything that the task needs.
 struct Replacement {
     cluster: Cluster,
     key: (String, String),
+    type_: String,
     new: Zeroizing<Vec<u8>>,
     former: Zeroizing<Vec<u8>>,
 }
 
-/// What became of an attempt to create a Secret.
+/// The result of an attempt to create a Secret.
 enum Created {
-    /// It was made.
     Yes,
-    /// One of this name is there: made by somebody else, or by an attempt without an answer.
-    There,
-    /// The API server does not take it.
-    Refused(Refusal),
+    /// A Secret of this name exists: created by another client, or by an attempt whose answer got
+    /// lost.
+    Exists,
+    /// The API server refuses it.
+    Refused(Failure),
     /// There was no clear answer.
-    Unclear(Refusal),
+    Unclear(Failure),
+}
+
+/// The Secret that is there at the end of a replacement.
+enum Replaced {
+    /// The new one.
+    New,
+    /// The former one, because the new one was refused.
+    PutBack(Failure),
+    /// One that another client has created.
+    Other,
+    /// None, for this reason.
+    Missing(String),
 }
 
 impl Cluster {
-    /// Puts a new Secret in the place of an existing one, with what others had put on that.
+    /// Replaces an existing Secret by a new one, which keeps what others have put on it. Returns
+    /// `None` if the Secret changed since it was read.
     ///
     /// # Errors
-    /// When the Secret changed since it was read, as `Ok(None)`; when the new Secret is not taken:
-    /// then the existing one is there as before.
+    /// Fails if the new Secret is refused; the existing one is there as before then. Fails without a
+    /// clear answer, too; the Secret may be missing for now then.
     pub(super) async fn replace(
         &self,
-        wanted: &Wanted<'_>,
+        desired: &DesiredSecret<'_>,
         existing: &Arc<Existing>,
-    ) -> Result<Option<Kept>, Refusal> {
-        if existing.annotation(REFUSED_TYPE).map(String::as_str) == Some(wanted.type_) {
-            return Err(Refusal::TypeStays(format!(
-                "a new Secret of that type has been refused before, and the former one was put back. To try again: kubectl annotate secret -n {} {} {REFUSED_TYPE}-",
-                wanted.namespace, wanted.name
-            )));
+    ) -> Result<Option<Reconciled>, SyncError> {
+        if existing.annotation(REFUSED_TYPE).map(String::as_str) == Some(desired.type_) {
+            let (namespace, name) = (desired.namespace, desired.name);
+            return Err(SyncError::type_stays(
+                desired.type_,
+                format_args!(
+                    "a new Secret of that type has been refused before, and the former one was put back. To try again: kubectl annotate secret -n {namespace} {name} {REFUSED_TYPE}-"
+                ),
+            ));
         }
         if let Some(finalizer) = existing.metadata.finalizers.iter().flatten().next() {
-            return Err(Refusal::TypeStays(format!(
-                "finalizer {finalizer:.100?} keeps the Secret from being deleted"
-            )));
+            return Err(SyncError::type_stays(
+                desired.type_,
+                format_args!("finalizer {finalizer:.100?} keeps the Secret from being deleted"),
+            ));
         }
-        let replacement = self.replacement(wanted, existing)?;
-        let trial = PostParams {
+        let replacement = self.replacement(desired, existing)?;
+        let dry_run = PostParams {
             dry_run: true,
             field_manager: Some(MANAGER.to_owned()),
         };
-        match self
-            .create(wanted.namespace, &replacement.new, &trial)
-            .await
-        {
-            // In a trial too this is said last, after all rules and webhooks.
-            Created::Yes | Created::There => {}
-            Created::Refused(refusal) => return Err(type_stays(refusal, "a trial says no")),
-            Created::Unclear(refusal) => return Err(refusal),
+        let tried = self.create(desired.namespace, &replacement.new, &dry_run);
+        match tried.await {
+            // The API server looks for the name last, after all rules and webhooks.
+            Created::Yes | Created::Exists => {}
+            Created::Refused(failure) => {
+                return Err(replacement.type_stays(failure, "a trial says no"));
+            }
+            Created::Unclear(failure) => return Err(failure.into()),
         }
         let only_this = DeleteParams {
             preconditions: Some(Preconditions {
@@ -109,107 +131,113 @@ impl Cluster {
         self.in_background(replacement, Some(only_this)).await
     }
 
-    /// Makes a Secret that this process has deleted and that is still missing, with what others
-    /// had put on the former one.
+    /// Creates a Secret that this process has deleted and that is still missing, with what others
+    /// had put on the former one. Returns `None` if another client has created it.
     ///
     /// # Errors
-    /// As [`Self::replace`], and when it stays missing for now.
-    pub(super) async fn make_again(
+    /// Fails if the new Secret is refused and the former one put back, or if it stays missing for now.
+    pub(super) async fn recreate(
         &self,
-        wanted: &Wanted<'_>,
+        desired: &DesiredSecret<'_>,
         former: &Existing,
-    ) -> Result<Option<Kept>, Refusal> {
-        let replacement = self.replacement(wanted, former)?;
-        self.missing.is_at(&replacement.key, Step::Making);
+    ) -> Result<Option<Reconciled>, SyncError> {
+        let replacement = self.replacement(desired, former)?;
+        self.missing.set_step(&replacement.key, Step::Creating);
         self.in_background(replacement, None).await
     }
 
-    fn replacement(&self, wanted: &Wanted<'_>, former: &Existing) -> Result<Replacement, Refusal> {
+    fn replacement(
+        &self,
+        desired: &DesiredSecret<'_>,
+        former: &Existing,
+    ) -> Result<Replacement, SyncError> {
+        let former_again = former.to_put_back((desired.namespace, desired.name), desired.type_);
         Ok(Replacement {
             cluster: self.clone(),
-            key: wanted.key(),
-            new: body(&wanted.object(Some(former))?)?,
-            former: body(&former.object(wanted, wanted.type_))?,
+            key: desired.key(),
+            type_: desired.type_.to_owned(),
+            new: body(&desired.object(Some(former))?)?,
+            former: body(&former_again)?,
         })
     }
 
-    /// Runs a replacement to its end, and waits a while for that.
+    /// Runs a replacement to its end in a task, and waits for it for a while.
     async fn in_background(
         &self,
         replacement: Replacement,
         delete: Option<DeleteParams>,
-    ) -> Result<Option<Kept>, Refusal> {
-        let key = replacement.key.clone();
+    ) -> Result<Option<Reconciled>, SyncError> {
+        let (key, type_) = (replacement.key.clone(), replacement.type_.clone());
         let task = self.replacing.spawn(replacement.run(delete));
-        match timeout(PATIENCE, task).await {
+        match timeout(CALLER_WAIT, task).await {
             Ok(Ok(done)) => done,
             Ok(Err(error)) => match error.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
-                Err(_) => Err(Refusal::Failed(Error::unavailable("the driver is ending"))),
+                Err(_) => Err(SyncError::unavailable("the driver is ending")),
             },
             Err(_) => match self.missing.find(&key) {
-                Some((step, _)) => Err(step.refusal()),
+                Some((step, _)) => Err(step.error(&key.0, &type_)),
                 None => Ok(None),
             },
         }
     }
 
-    /// Creates a Secret.
     async fn create(&self, namespace: &str, body: &[u8], how: &PostParams) -> Created {
         let request = Request::new(path(namespace)).create(how, body.to_vec());
         match self.ask::<IgnoredAny>(request).await {
             Ok(_) => Created::Yes,
             Err(Failure::Refused {
                 code: 409, reason, ..
-            }) if reason == "AlreadyExists" => Created::There,
-            Err(failure) => match Refusal::from(failure) {
-                refusal @ Refusal::Failed(_) => Created::Unclear(refusal),
-                refusal => Created::Refused(refusal),
-            },
-        }
-    }
-}
-
-impl Step {
-    /// What is said of a Secret that is missing.
-    pub(super) fn refusal(self) -> Refusal {
-        match self {
-            Self::Deleting => Refusal::Failed(Error::unavailable(
-                "its type is to change, and the API server has not answered the request to delete it yet",
-            )),
-            Self::Making => Refusal::Missing("the API server has not answered yet".to_owned()),
-            Self::Failed(why) => Refusal::Missing(why),
+            }) if reason == "AlreadyExists" => Created::Exists,
+            Err(failure) if error_type(&failure) == ErrorType::Unavailable => {
+                Created::Unclear(failure)
+            }
+            Err(failure) => Created::Refused(failure),
         }
     }
 }
 
 impl Replacement {
-    /// Deletes the former Secret, if that is still to be done, and makes the new one. The Secret
+    /// Deletes the former Secret, if that is still to be done, and creates the new one. The Secret
     /// counts as missing until one of the two is there.
-    async fn run(self, delete: Option<DeleteParams>) -> Result<Option<Kept>, Refusal> {
+    async fn run(self, delete: Option<DeleteParams>) -> Result<Option<Reconciled>, SyncError> {
         let missing = &self.cluster.missing;
         if let Some(only_this) = delete {
             match self.delete(&only_this).await {
-                Ok(true) => missing.is_at(&self.key, Step::Making),
+                Ok(true) => missing.set_step(&self.key, Step::Creating),
                 stays => {
-                    missing.is_there(&self.key);
+                    missing.remove(&self.key);
                     return stays.map(|_| None);
                 }
             }
         }
-        let made = self.make().await;
-        match &made {
-            Ok(Some(_)) | Err(Refusal::TypeStays(_)) => missing.is_there(&self.key),
-            // One that somebody else has made gets what the former one had.
-            Ok(None) => missing.is_at(&self.key, Step::Failed("it kept changing".to_owned())),
-            Err(Refusal::Missing(why)) => missing.is_at(&self.key, Step::Failed(why.clone())),
-            Err(refusal) => missing.is_at(&self.key, Step::Failed(refusal.said())),
+        match self.create_either().await {
+            Replaced::New => {
+                missing.remove(&self.key);
+                Ok(Some(Reconciled::Recreated))
+            }
+            Replaced::PutBack(failure) => {
+                missing.remove(&self.key);
+                Err(self.type_stays(
+                    failure,
+                    "the new Secret was refused although a trial had succeeded, and the former one has been put back",
+                ))
+            }
+            // The next attempt adds what the former one had.
+            Replaced::Other => {
+                missing.set_step(&self.key, Step::Failed("it kept changing".to_owned()));
+                Ok(None)
+            }
+            Replaced::Missing(why) => {
+                let step = Step::Failed(why);
+                missing.set_step(&self.key, step.clone());
+                Err(step.error(&self.key.0, &self.type_))
+            }
         }
-        made
     }
 
-    /// Deletes the former Secret. False: it has changed or gone since it was read.
-    async fn delete(&self, only_this: &DeleteParams) -> Result<bool, Refusal> {
+    /// Deletes the former Secret. Returns `false` if it has changed or gone since it was read.
+    async fn delete(&self, only_this: &DeleteParams) -> Result<bool, SyncError> {
         let (namespace, name) = &self.key;
         let request = Request::new(path(namespace)).delete(name, only_this);
         match self.cluster.ask::<IgnoredAny>(request).await {
@@ -218,38 +246,33 @@ impl Replacement {
                 code: 404 | 409, ..
             }) => Ok(false),
             Err(failure @ Failure::Refused { .. }) => {
-                Err(type_stays(failure.into(), "it cannot be deleted"))
+                Err(self.type_stays(failure, "it cannot be deleted"))
             }
-            Err(failure) => match self.is_there().await {
-                true => Err(failure.into()),
-                false => Ok(true),
-            },
+            Err(failure) if self.is_there().await => Err(failure.into()),
+            Err(_) => Ok(true),
         }
     }
 
-    /// Makes the new Secret, or else the former one. None: one of that name is there.
-    async fn make(&self) -> Result<Option<Kept>, Refusal> {
-        let refusal = match self.create_at_last(&self.new).await {
-            Created::Yes => return Ok(Some(Kept::Recreated)),
-            Created::There => return Ok(None),
-            Created::Unclear(refusal) => return Err(Refusal::Missing(refusal.said())),
-            Created::Refused(refusal) => refusal,
+    /// Creates the new Secret, or else the former one.
+    async fn create_either(&self) -> Replaced {
+        let refused = match self.create_at_last(&self.new).await {
+            Created::Yes => return Replaced::New,
+            Created::Exists => return Replaced::Other,
+            Created::Unclear(failure) => return Replaced::Missing(describe(&failure)),
+            Created::Refused(failure) => failure,
         };
         match self.create_at_last(&self.former).await {
-            Created::Yes => Err(type_stays(
-                refusal,
-                "the new Secret was refused although a trial had succeeded, and the former one has been put back",
-            )),
-            Created::There => Ok(None),
-            Created::Refused(_) | Created::Unclear(_) => Err(Refusal::Missing(refusal.said())),
+            Created::Yes => Replaced::PutBack(refused),
+            Created::Exists => Replaced::Other,
+            Created::Refused(_) | Created::Unclear(_) => Replaced::Missing(describe(&refused)),
         }
     }
 
-    /// Whether the former Secret is still there after a request to delete it that nobody answered.
-    /// While nobody answers it counts as gone: to create it then harms nothing.
+    /// Returns whether the former Secret is still there, after a request to delete it that got no
+    /// answer. Without an answer to this either, it counts as gone: creating it then does no harm.
     async fn is_there(&self) -> bool {
+        let (namespace, name) = &self.key;
         for wait in WAITS {
-            let (namespace, name) = &self.key;
             let how = GetParams::default();
             match self.cluster.existing(namespace, name, &how).await {
                 Ok(Some(found)) => return found.metadata.deletion_timestamp.is_none(),
@@ -260,7 +283,7 @@ impl Replacement {
         false
     }
 
-    /// Creates a Secret, a few times while there is no clear answer.
+    /// Creates a Secret, with further attempts while there is no clear answer.
     async fn create_at_last(&self, body: &[u8]) -> Created {
         let how = PostParams {
             dry_run: false,
@@ -271,26 +294,28 @@ impl Replacement {
         loop {
             let created = self.cluster.create(&self.key.0, body, &how).await;
             match (created, waits.next()) {
-                (Created::Unclear(_), Some(wait)) if started.elapsed() + wait < ATTEMPTS_LAST => {
+                (Created::Unclear(_), Some(wait)) if started.elapsed() + wait < ATTEMPTS_WITHIN => {
                     sleep(wait).await;
                 }
                 (created, _) => return created,
             }
         }
     }
-}
 
-/// Says that the type stays as it is, unless the reason is something that passes or that somebody
-/// else has to mend.
-fn type_stays(refusal: Refusal, how: &str) -> Refusal {
-    match refusal {
-        Refusal::Invalid(said) => Refusal::TypeStays(format!("{how}: {said}")),
-        other => other,
+    /// Converts a failure: the type stays as it is if the Secret is refused. Missing permissions and
+    /// failures that may pass say nothing about the type.
+    fn type_stays(&self, failure: Failure, step: &str) -> SyncError {
+        match error_type(&failure) {
+            ErrorType::Refused => {
+                SyncError::type_stays(&self.type_, format_args!("{step}: {}", describe(&failure)))
+            }
+            _ => failure.into(),
+        }
     }
 }
 
-fn body(object: &impl Serialize) -> Result<Zeroizing<Vec<u8>>, Refusal> {
+fn body(object: &impl Serialize) -> Result<Zeroizing<Vec<u8>>, SyncError> {
     let body = serde_json::to_vec(object);
     body.map(Zeroizing::new)
-        .map_err(|_| Refusal::Failed(Error::internal("the Secret cannot be written as JSON")))
+        .map_err(|_| SyncError::unavailable("the Secret cannot be written as JSON"))
 }

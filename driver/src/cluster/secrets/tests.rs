@@ -1,9 +1,6 @@
-//! The decision, on Secrets as the API server would have them.
+//! Tests decisions on Secrets as the API server would have them.
 
-use super::{
-    decision::{ANNOTATIONS, LABELS},
-    *,
-};
+use super::*;
 use base64::{
     Engine as _,
     engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
@@ -36,8 +33,8 @@ fn owner(name: &str, uid: &str) -> Owner {
     }
 }
 
-/// What a wanted Secret borrows.
-struct Wish {
+/// A desired Secret with everything that it borrows.
+struct Fixture {
     class: Class,
     labels: BTreeMap<String, String>,
     annotations: BTreeMap<String, String>,
@@ -48,7 +45,7 @@ struct Wish {
     order: Option<u64>,
 }
 
-impl Wish {
+impl Fixture {
     fn new() -> Self {
         Self {
             class: class("db", "class-1"),
@@ -62,8 +59,8 @@ impl Wish {
         }
     }
 
-    fn wanted(&self) -> Wanted<'_> {
-        Wanted {
+    fn desired(&self) -> DesiredSecret<'_> {
+        DesiredSecret {
             namespace: "shop",
             name: "creds",
             type_: self.type_,
@@ -74,13 +71,12 @@ impl Wish {
             since: self.since.parse().unwrap(),
             order: self.order,
             owners: &self.owners,
-            create: true,
         }
     }
 
-    /// The Secret as it was created for this wish.
+    /// Returns the Secret as the API server has it after it was created.
     fn stored(&self) -> Value {
-        let mut object = serde_json::to_value(self.wanted().object(None).unwrap()).unwrap();
+        let mut object = serde_json::to_value(self.desired().object(None).unwrap()).unwrap();
         object["metadata"]["uid"] = json!("secret-1");
         object["metadata"]["resourceVersion"] = json!("5");
         let owners = object["metadata"]["ownerReferences"].as_array().unwrap();
@@ -99,20 +95,20 @@ impl Wish {
     }
 
     fn decides(&self, stored: &Value) -> Value {
-        self.decides_if(stored, false)
+        self.decides_if(stored, NamedClass::MakesIt)
     }
 
-    fn decides_if(&self, stored: &Value, released: bool) -> Value {
-        let decision = self.decides_by(stored, released, Data::Values(&self.data));
+    fn decides_if(&self, stored: &Value, named: NamedClass) -> Value {
+        let decision = self.decides_by(stored, named, Data::Values(&self.data));
         let written = |decision: &Value| {
             decision.is_object() && decision.get("of").is_none()
                 || decision == "replace"
-                || decision == "content"
+                || decision == "data"
         };
         if !self.data.is_empty() {
-            // Whoever has only the digest finds the same, but for what would be written.
+            // With the digest alone the decision is the same, but for what would be written.
             let digest = Data::Digest(Data::digest(&self.data));
-            let by_digest = self.decides_by(stored, released, digest);
+            let by_digest = self.decides_by(stored, named, digest);
             assert_eq!(
                 written(&by_digest),
                 written(&decision),
@@ -126,18 +122,18 @@ impl Wish {
         decision
     }
 
-    fn decides_by(&self, stored: &Value, released: bool, data: Data<'_>) -> Value {
+    fn decides_by(&self, stored: &Value, named: NamedClass, data: Data<'_>) -> Value {
         let existing: Existing = serde_json::from_value(stored.clone()).unwrap();
-        let wanted = Wanted {
+        let desired = DesiredSecret {
             data,
-            ..self.wanted()
+            ..self.desired()
         };
-        match decide(&existing, &wanted, released) {
-            Decision::Nothing => json!("nothing"),
+        match decide(&existing, &desired, named) {
+            Decision::Unchanged => json!("unchanged"),
             Decision::Overtaken { .. } => json!("overtaken"),
             Decision::Unmanaged => json!("unmanaged"),
-            Decision::OtherClass(holder) => json!({"of": holder.name}),
-            Decision::Content => json!("content"),
+            Decision::OtherClass(other) => json!({"of": other}),
+            Decision::WriteData => json!("data"),
             Decision::Replace => json!("replace"),
             Decision::Write(change) => {
                 let mut change = serde_json::to_value(change).unwrap();
@@ -150,7 +146,7 @@ impl Wish {
     }
 }
 
-/// An entry of `managedFields` that says whose these owners are.
+/// Returns an entry of `managedFields` that gives these owners to a manager.
 fn owned_by(manager: &str, uids: &[&str]) -> Value {
     let owners = uids
         .iter()
@@ -162,7 +158,7 @@ fn owned_by(manager: &str, uids: &[&str]) -> Value {
     })
 }
 
-/// A value as messages quote it, in one of eight ways.
+/// Returns a value as messages quote it, in one of eight ways.
 pub(super) fn quoted(value: &[u8], how: usize) -> String {
     let text = String::from_utf8_lossy(value).into_owned();
     match how {
@@ -180,8 +176,8 @@ pub(super) fn quoted(value: &[u8], how: usize) -> String {
 const HUNTER2: &str = "aHVudGVyMg==";
 
 #[test]
-fn a_new_secret_says_whose_it_is_and_has_its_owners() {
-    let object = Wish::new().stored();
+fn a_new_secret_names_its_class_and_has_its_owners() {
+    let object = Fixture::new().stored();
     assert_eq!(object["data"], json!({"password": HUNTER2}));
     let metadata = &object["metadata"];
     assert_eq!(
@@ -203,10 +199,10 @@ fn a_new_secret_says_whose_it_is_and_has_its_owners() {
 
 #[test]
 fn what_is_as_it_should_be_is_not_written() {
-    let wish = Wish::new();
-    let mut stored = wish.stored();
-    assert_eq!(wish.decides(&stored), "nothing");
-    // What others put there is theirs.
+    let fixture = Fixture::new();
+    let mut stored = fixture.stored();
+    assert_eq!(fixture.decides(&stored), "unchanged");
+    // Metadata of others stays.
     stored["metadata"]["labels"]["foreign"] = json!("1");
     stored["metadata"]["annotations"]["foreign"] = json!("1");
     stored["metadata"]["finalizers"] = json!(["x/y"]);
@@ -214,10 +210,10 @@ fn what_is_as_it_should_be_is_not_written() {
         .as_array_mut()
         .unwrap();
     owners.push(json!({"apiVersion": "v1", "kind": "ConfigMap", "name": "c", "uid": "cm-1", "blockOwnerDeletion": true}));
-    assert_eq!(wish.decides(&stored), "nothing");
-    // Nor is equal content because it was obtained again.
-    let later = Wish::with("hunter2", "2026-11-23T11:00:00Z", Some(4));
-    assert_eq!(later.decides(&stored), "nothing");
+    assert_eq!(fixture.decides(&stored), "unchanged");
+    // Equal content is not written because it was fetched again.
+    let later = Fixture::with("hunter2", "2026-11-23T11:00:00Z", Some(4));
+    assert_eq!(later.decides(&stored), "unchanged");
 }
 
 #[rstest]
@@ -228,27 +224,27 @@ fn what_is_as_it_should_be_is_not_written() {
 #[case::our_label(json!({"metadata": {"labels": {MANAGED: null}}}), json!({"metadata": {"labels": {MANAGED: "true"}}}))]
 #[case::an_annotation(json!({"metadata": {"annotations": {"note": null}}}), json!({"metadata": {"annotations": {"note": "x"}}}))]
 fn what_was_altered_is_put_right(#[case] altered: Value, #[case] written: Value) {
-    let wish = Wish::new();
-    let mut stored = wish.stored();
+    let fixture = Fixture::new();
+    let mut stored = fixture.stored();
     merge(&mut stored, &altered);
     let mut expected = written;
     if expected.get("metadata").is_none() {
         expected["metadata"] = json!({});
     }
-    assert_eq!(wish.decides(&stored), expected);
+    assert_eq!(fixture.decides(&stored), expected);
 }
 
 #[test]
 fn what_the_class_no_longer_asks_for_goes_and_nothing_else() {
-    let mut stored = Wish::new().stored();
+    let mut stored = Fixture::new().stored();
     stored["metadata"]["labels"]["foreign"] = json!("1");
-    let wish = Wish {
+    let fixture = Fixture {
         labels: map(&[("team", "shop")]),
         annotations: map(&[]),
-        ..Wish::new()
+        ..Fixture::new()
     };
     assert_eq!(
-        wish.decides(&stored),
+        fixture.decides(&stored),
         json!({"metadata": {
             "labels": {"environment": null, "team": "shop"},
             "annotations": {"note": null, LABELS: "team", ANNOTATIONS: null},
@@ -268,9 +264,9 @@ fn newer_content_replaces_older_and_never_the_other_way(
     #[case] since: &'static str,
     #[case] written: bool,
 ) {
-    let stored = Wish::new().stored();
-    let wish = Wish::with("rotated", since, order);
-    let decided = wish.decides(&stored);
+    let stored = Fixture::new().stored();
+    let fixture = Fixture::with("rotated", since, order);
+    let decided = fixture.decides(&stored);
     if !written {
         assert_eq!(decided, "overtaken");
         return;
@@ -286,7 +282,7 @@ fn newer_content_replaces_older_and_never_the_other_way(
     said(SINCE, Some(since.to_owned()));
 }
 
-/// An order that is not below the resource version of its Secret is from another cluster.
+/// An order that is not below the resource version of its Secret comes from another cluster.
 #[rstest]
 #[case::of_another_cluster("5", "2026-11-23T09:00:00Z", true)]
 #[case::of_another_cluster_by_far("900000", "2026-11-23T09:00:00Z", true)]
@@ -295,60 +291,55 @@ fn newer_content_replaces_older_and_never_the_other_way(
 #[case::no_number_and_newer_by_the_clocks("-1", "2026-11-23T11:00:00Z", false)]
 #[case::a_clock_that_is_far_ahead("x", "2126-01-01T00:00:00Z", true)]
 #[case::no_time_and_no_number("x", "soon", true)]
-fn an_order_that_cannot_be_believed(
-    #[case] order: &str,
-    #[case] since: &str,
-    #[case] written: bool,
-) {
-    let mut stored = Wish::new().stored();
+fn an_order_that_cannot_be_true(#[case] order: &str, #[case] since: &str, #[case] written: bool) {
+    let mut stored = Fixture::new().stored();
     stored["metadata"]["annotations"][ORDER] = json!(order);
     stored["metadata"]["annotations"][SINCE] = json!(since);
-    let wish = Wish::with("rotated", "2026-11-23T10:00:00Z", Some(4));
-    let decided = wish.decides(&stored);
+    let fixture = Fixture::with("rotated", "2026-11-23T10:00:00Z", Some(4));
+    let decided = fixture.decides(&stored);
     assert_eq!(decided.get("data").is_some(), written, "{decided}");
-    // Equal content is not written for the sake of it, whichever node looks.
-    assert_eq!(Wish::new().decides(&stored), "nothing");
+    // Equal content is not written because of it, whichever node checks.
+    assert_eq!(Fixture::new().decides(&stored), "unchanged");
 }
 
 #[test]
 fn a_secret_of_an_earlier_driver_gets_an_order_once() {
-    let mut stored = Wish::new().stored();
+    let mut stored = Fixture::new().stored();
     stored["metadata"]["annotations"]
         .as_object_mut()
         .unwrap()
         .remove(ORDER);
-    let older = Wish::with("old", "2026-11-23T09:00:00Z", Some(4));
-    assert_eq!(older.decides(&stored), "nothing");
-    let newer = Wish::with("new", "2026-11-23T11:00:00Z", Some(4));
+    let older = Fixture::with("old", "2026-11-23T09:00:00Z", Some(4));
+    assert_eq!(older.decides(&stored), "unchanged");
+    let newer = Fixture::with("new", "2026-11-23T11:00:00Z", Some(4));
     assert_eq!(
         newer.decides(&stored)["metadata"]["annotations"][ORDER],
         "4"
     );
     assert_eq!(
-        Wish::new().decides(&stored),
+        Fixture::new().decides(&stored),
         json!({"metadata": {"annotations": {ORDER: "3"}}})
     );
 }
 
 #[test]
 fn nothing_never_takes_the_place_of_something() {
-    let stored = Wish::new().stored();
+    let stored = Fixture::new().stored();
     for type_ in ["Opaque", "kubernetes.io/basic-auth"] {
-        let wish = Wish {
+        let fixture = Fixture {
             data: BTreeMap::new(),
             type_,
             order: Some(4),
-            ..Wish::new()
+            ..Fixture::new()
         };
-        assert_eq!(wish.decides(&stored), "nothing");
+        assert_eq!(fixture.decides(&stored), "unchanged");
     }
 }
 
 proptest! {
-    /// Contents are fetched on several nodes, one after the other, and each node looks at any time
-    /// with a clock of its own, forgets nothing and may see what it has seen before. Whatever the
-    /// clocks say, the Secret never goes back, and it has the newest content as soon as its node
-    /// has looked.
+    /// Contents are fetched on several nodes, one after the other, and each node checks the Secret at
+    /// any time, with a clock of its own. Whatever the clocks say, the Secret never goes back, and it
+    /// has the newest content as soon as the node of that content has checked it.
     #[test]
     fn the_secret_follows_the_newest_content_whatever_the_clocks_say(
         skews in prop::collection::vec(-300_i64..300, 2..5),
@@ -372,24 +363,24 @@ proptest! {
                 continue;
             }
             let Some((content, order, since)) = volumes[node] else { continue };
-            let wish = Wish {
+            let fixture = Fixture {
                 data: BTreeMap::from([("n".to_owned(), content.to_string().into())]),
                 order: Some(order),
-                ..Wish::new()
+                ..Fixture::new()
             };
-            let wanted = Wanted { since, ..wish.wanted() };
+            let desired = DesiredSecret { since, ..fixture.desired() };
             revision += 1;
             let version = json!(revision.to_string());
             match &mut stored {
                 None => {
-                    let mut made = serde_json::to_value(wanted.object(None).unwrap()).unwrap();
+                    let mut made = serde_json::to_value(desired.object(None).unwrap()).unwrap();
                     made["metadata"]["resourceVersion"] = version;
                     stored = Some(made);
                     shown = content;
                 }
                 Some(secret) => {
                     let existing: Existing = serde_json::from_value(secret.clone()).unwrap();
-                    if let Decision::Write(change) = decide(&existing, &wanted, false) {
+                    if let Decision::Write(change) = decide(&existing, &desired, NamedClass::MakesIt) {
                         let mut change = serde_json::to_value(change).unwrap();
                         change["metadata"]["resourceVersion"] = version;
                         merge(secret, &change);
@@ -405,8 +396,7 @@ proptest! {
         }
     }
 
-    /// Whoever put an owner on whichever Secret: the driver takes away none but its own, from none
-    /// but its own.
+    /// The driver removes only owners that it has added, and only from Secrets of its own.
     #[test]
     fn no_owner_of_anybody_else_is_taken_away(
         owners in prop::collection::vec((0..3_usize, 0..6_usize), 0..6),
@@ -453,12 +443,12 @@ proptest! {
             let expected: Vec<_> = references.iter().filter(|r| r["uid"] != going).collect();
             prop_assert_eq!(rest.iter().collect::<Vec<_>>(), expected);
         }
-        // Nor by another object of the name that the driver's owner has.
-        let wish = Wish {
+        // A new object of the same name replaces only the driver's own owners.
+        let fixture = Fixture {
             owners: vec![Owner { kind: "Job".into(), api_version: "batch/v1".into(), ..owner("job", "new") }],
-            ..Wish::new()
+            ..Fixture::new()
         };
-        let kept = owners::owners(&existing, &wish.owners).unwrap();
+        let kept = owners::owners(&existing, &fixture.owners).unwrap();
         for reference in &references {
             let uid = reference["uid"].as_str().unwrap();
             prop_assert_eq!(kept.iter().any(|o| o.uid == uid), !ours.contains(&uid));
@@ -477,18 +467,15 @@ fn merge(into: &mut Value, patch: &Value) {
     }
 }
 
-/// A class that was deleted and made anew under its name is the holder, under its new UID.
+/// A class that was deleted and created again under its name makes the Secret under its new UID.
 #[rstest]
 #[case::equal_content("hunter2", Some(9))]
 #[case::older_content("old", Some(1))]
-fn a_class_that_was_made_anew_goes_on_as_the_holder(
-    #[case] content: &str,
-    #[case] order: Option<u64>,
-) {
-    let stored = Wish::new().stored();
-    let again = Wish {
+fn a_class_that_was_created_again_goes_on(#[case] content: &str, #[case] order: Option<u64>) {
+    let stored = Fixture::new().stored();
+    let again = Fixture {
         class: class("db", "class-3"),
-        ..Wish::with(content, "2026-11-23T10:00:00Z", order)
+        ..Fixture::with(content, "2026-11-23T10:00:00Z", order)
     };
     assert_eq!(
         again.decides(&stored),
@@ -497,15 +484,15 @@ fn a_class_that_was_made_anew_goes_on_as_the_holder(
 }
 
 #[test]
-fn an_older_volume_still_gives_its_owner() {
-    let stored = Wish::new().stored();
-    let wish = Wish {
+fn an_older_volume_still_adds_its_owner() {
+    let stored = Fixture::new().stored();
+    let fixture = Fixture {
         data: BTreeMap::from([("password".to_owned(), "old".to_owned().into())]),
         order: Some(2),
         owners: vec![owner("other", "rs-2")],
-        ..Wish::new()
+        ..Fixture::new()
     };
-    let written = wish.decides(&stored);
+    let written = fixture.decides(&stored);
     assert_eq!(written.get("data"), None);
     let owners = written["metadata"]["ownerReferences"].as_array().unwrap();
     let uids: Vec<_> = owners.iter().map(|owner| owner["uid"].clone()).collect();
@@ -514,16 +501,16 @@ fn an_older_volume_still_gives_its_owner() {
 
 #[test]
 fn owners_are_told_by_uid_and_dead_ones_of_a_name_go() {
-    let mut stored = Wish::new().stored();
+    let mut stored = Fixture::new().stored();
     let owners = stored["metadata"]["ownerReferences"]
         .as_array_mut()
         .unwrap();
     owners.push(json!({"apiVersion": "v1", "kind": "ConfigMap", "name": "web", "uid": "cm-1", "controller": true}));
-    let wish = Wish {
+    let fixture = Fixture {
         owners: vec![owner("web", "rs-new")],
-        ..Wish::new()
+        ..Fixture::new()
     };
-    let written = &wish.decides(&stored)["metadata"]["ownerReferences"];
+    let written = &fixture.decides(&stored)["metadata"]["ownerReferences"];
     assert_eq!(
         *written,
         json!([
@@ -535,30 +522,30 @@ fn owners_are_told_by_uid_and_dead_ones_of_a_name_go() {
 
 #[test]
 fn the_last_owner_is_not_taken_away() {
-    let wish = Wish {
+    let fixture = Fixture {
         owners: vec![owner("web", "rs-1"), owner("job", "job-1")],
-        ..Wish::new()
+        ..Fixture::new()
     };
-    let existing: Existing = serde_json::from_value(wish.stored()).unwrap();
+    let existing: Existing = serde_json::from_value(fixture.stored()).unwrap();
     let change = without_owner(&existing, "job-1").unwrap();
     let change = serde_json::to_value(change).unwrap();
     let owners = change["metadata"]["ownerReferences"].as_array().unwrap();
     assert_eq!((owners.len(), &owners[0]["uid"]), (1, &json!("rs-1")));
     assert!(without_owner(&existing, "unknown").is_none());
-    let alone: Existing = serde_json::from_value(Wish::new().stored()).unwrap();
+    let alone: Existing = serde_json::from_value(Fixture::new().stored()).unwrap();
     assert!(without_owner(&alone, "rs-1").is_none());
 }
 
 #[test]
-fn a_secret_of_somebody_else_is_left_alone_until_it_may_be_had() {
-    let wish = Wish::new();
+fn a_secret_of_somebody_else_is_left_alone_until_it_may_be_adopted() {
+    let fixture = Fixture::new();
     let mut stored = json!({
         "metadata": {"uid": "secret-1", "resourceVersion": "5", "labels": {"app": "x"}},
         "type": "Opaque", "data": {"theirs": "eA=="},
     });
-    assert_eq!(wish.decides(&stored), "unmanaged");
+    assert_eq!(fixture.decides(&stored), "unmanaged");
     stored["metadata"]["annotations"] = json!({ADOPT: "true"});
-    let written = wish.decides(&stored);
+    let written = fixture.decides(&stored);
     assert_eq!(
         written["data"],
         json!({"theirs": null, "password": HUNTER2})
@@ -566,13 +553,13 @@ fn a_secret_of_somebody_else_is_left_alone_until_it_may_be_had() {
     assert_eq!(written["metadata"]["labels"][MANAGED], "true");
     assert_eq!(written["metadata"]["annotations"][CLASS_UID], "class-1");
     stored["type"] = json!("kubernetes.io/basic-auth");
-    assert_eq!(wish.decides(&stored), "replace");
+    assert_eq!(fixture.decides(&stored), "replace");
 }
 
-/// The existing driver's Secrets have its label and no more.
+/// The Secrets of the existing driver have its label and none of the annotations.
 #[test]
 fn a_secret_of_the_existing_driver_is_signed_and_its_content_left() {
-    let wish = Wish::new();
+    let fixture = Fixture::new();
     let stored = json!({
         "metadata": {
             "uid": "secret-1", "resourceVersion": "5",
@@ -581,7 +568,7 @@ fn a_secret_of_the_existing_driver_is_signed_and_its_content_left() {
         },
         "type": "Opaque", "data": {"password": HUNTER2},
     });
-    let written = wish.decides(&stored);
+    let written = fixture.decides(&stored);
     assert_eq!(written.get("data"), None);
     let metadata = written["metadata"].as_object().unwrap();
     assert_eq!(metadata.keys().collect::<Vec<_>>(), ["annotations"]);
@@ -589,25 +576,25 @@ fn a_secret_of_the_existing_driver_is_signed_and_its_content_left() {
 
 #[test]
 fn two_classes_share_equal_content_and_do_not_fight_over_other() {
-    let stored = Wish::new().stored();
-    let other = || Wish {
+    let stored = Fixture::new().stored();
+    let other = || Fixture {
         class: class("other", "class-2"),
         labels: map(&[]),
         order: Some(4),
-        ..Wish::new()
+        ..Fixture::new()
     };
-    assert_eq!(other().decides(&stored), "nothing");
-    let different = Wish {
+    assert_eq!(other().decides(&stored), "unchanged");
+    let different = Fixture {
         data: BTreeMap::from([("password".to_owned(), "else".to_owned().into())]),
         ..other()
     };
     assert_eq!(different.decides(&stored), json!({"of": "db"}));
-    // The first no longer makes it.
-    let written = different.decides_if(&stored, true);
+    // The first class no longer makes it.
+    let written = different.decides_if(&stored, NamedClass::HasReleasedIt);
     assert_eq!(written["metadata"]["annotations"][CLASS], "other");
     assert_eq!(written["data"]["password"], "ZWxzZQ==");
-    // A class made anew under its name goes on.
-    let again = Wish {
+    // A class that was deleted and created again goes on.
+    let again = Fixture {
         class: class("db", "class-3"),
         ..different
     };
@@ -616,17 +603,17 @@ fn two_classes_share_equal_content_and_do_not_fight_over_other() {
 
 #[test]
 fn a_type_that_changed_needs_a_new_secret_which_keeps_what_is_not_ours() {
-    let mut stored = Wish::new().stored();
+    let mut stored = Fixture::new().stored();
     stored["metadata"]["labels"]["foreign"] = json!("1");
-    let wish = Wish {
+    let fixture = Fixture {
         type_: "kubernetes.io/basic-auth",
         labels: map(&[]),
         owners: vec![owner("other", "rs-2")],
-        ..Wish::new()
+        ..Fixture::new()
     };
-    assert_eq!(wish.decides(&stored), "replace");
+    assert_eq!(fixture.decides(&stored), "replace");
     let existing: Existing = serde_json::from_value(stored).unwrap();
-    let object = serde_json::to_value(wish.wanted().object(Some(&existing)).unwrap()).unwrap();
+    let object = serde_json::to_value(fixture.desired().object(Some(&existing)).unwrap()).unwrap();
     assert_eq!(
         object["metadata"]["labels"],
         json!({"foreign": "1", MANAGED: "true"})
@@ -634,8 +621,8 @@ fn a_type_that_changed_needs_a_new_secret_which_keeps_what_is_not_ours() {
     let owners = object["metadata"]["ownerReferences"].as_array().unwrap();
     assert_eq!(owners.len(), 2);
     assert_eq!(object["metadata"].get("resourceVersion"), None);
-    // As it is put back when the new one is refused.
-    let former = serde_json::to_value(existing.object(&wish.wanted(), "x/y")).unwrap();
+    // It is put back when the new one is refused.
+    let former = serde_json::to_value(existing.to_put_back(("shop", "creds"), "x/y")).unwrap();
     assert_eq!(former["type"], "Opaque");
     assert_eq!(former["data"], json!({"password": HUNTER2}));
     for part in ["labels", "ownerReferences"] {
@@ -650,11 +637,11 @@ fn a_type_that_changed_needs_a_new_secret_which_keeps_what_is_not_ours() {
     for server in ["uid", "resourceVersion", "managedFields"] {
         assert_eq!(former["metadata"].get(server), None);
     }
-    // A type that it gets at last is no longer a refused one.
-    let mut again = wish.stored();
+    // The annotation goes when the type is accepted at last.
+    let mut again = fixture.stored();
     again["metadata"]["annotations"][REFUSED_TYPE] = json!("x/y");
     assert_eq!(
-        wish.decides(&again),
+        fixture.decides(&again),
         json!({"metadata": {"annotations": {REFUSED_TYPE: null}}})
     );
 }

@@ -1,7 +1,11 @@
-//! Entries of classes, files of volumes, and what they make or why they do not.
+//! Tests the data that entries of classes and files of volumes give, and the errors.
 
 use super::*;
-use crate::{cluster::resources::SecretObjectData, record, sync::parsing::Refusals};
+use crate::{
+    cluster::resources::SecretObjectData,
+    record,
+    sync::parsing::{RefusedObjects, Waiting},
+};
 use rstest::rstest;
 use serde_json::json;
 
@@ -31,27 +35,26 @@ fn volume(files: &[(&str, &str)]) -> BTreeMap<String, Secret> {
     files.iter().map(file).collect()
 }
 
-fn made(object: &SecretObject, files: &[(&str, &str)]) -> Result<Desired, String> {
+fn computed(object: &SecretObject, files: &[(&str, &str)]) -> Result<SecretData, String> {
     let class = class(std::slice::from_ref(object));
-    desired(&class, object, &volume(files), &Waiting::default())
-        .map_err(|problem| problem.to_string())
+    compute_alone(&class, object, &volume(files)).map_err(|error| error.to_string())
 }
 
-/// Makes the Secret of one entry alone.
-fn desired(
+/// Computes the Secret of one entry alone.
+fn compute_alone(
     class: &Class,
     object: &SecretObject,
-    files: &BTreeMap<String, Secret>,
-    waiting: &Waiting,
-) -> Result<Desired, Problem> {
-    let refusals = Refusals::default();
-    let mut sources = Sources::parse([object], files, &refusals, waiting);
-    super::desired(class, object, &mut sources)
+    files: &SecretData,
+) -> Result<SecretData, SyncError> {
+    let (refused, waiting) = (RefusedObjects::default(), Waiting::default());
+    let mut sources = Sources::parse([object], files, &refused, &waiting);
+    let entry = Entry::new(class, object)?;
+    data(entry, &mut sources).map_err(|error| entry.error(error))
 }
 
-fn texts(desired: &Desired) -> BTreeMap<&str, &str> {
+fn texts(data: &SecretData) -> BTreeMap<&str, &str> {
     let text = |value| std::str::from_utf8(Secret::expose(value)).unwrap();
-    let data = desired.data.iter();
+    let data = data.iter();
     data.map(|(key, value)| (key.as_str(), text(value)))
         .collect()
 }
@@ -84,21 +87,17 @@ const FILES: &[(&str, &str)] = &[
 #[case::json_null(json!([{"objectName": "creds", "key": "a", "jsonKey": "none"}]), &[("a", "null")])]
 #[case::base64(json!([{"objectName": "encoded", "key": "a", "encoding": "base64"}]), &[("a", "hunter2")])]
 fn values_come_from_the_files(#[case] data: serde_json::Value, #[case] expected: &[(&str, &str)]) {
-    let made = made(&entry("Opaque", data), FILES).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(
-        (made.name.as_str(), made.type_.as_str()),
-        ("creds", "Opaque")
-    );
-    assert_eq!(texts(&made), expected.iter().copied().collect());
+    let computed = computed(&entry("Opaque", data), FILES).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(texts(&computed), expected.iter().copied().collect());
 }
 
 #[test]
 fn all_objects_and_what_is_named_wins() {
     let files = &[("a", "1"), ("b/c", "2"), ("d", "3")];
     let data = json!([{"objectName": "d", "key": "a"}, {"objectName": "*"}]);
-    let made = made(&entry("Opaque", data), files).unwrap_or_else(|e| panic!("{e}"));
+    let computed = computed(&entry("Opaque", data), files).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(
-        texts(&made),
+        texts(&computed),
         BTreeMap::from([("a", "3"), ("b.c", "2"), ("d", "3")])
     );
 }
@@ -131,7 +130,7 @@ fn what_cannot_be_is_refused(
     #[case] data: serde_json::Value,
     #[case] why: &str,
 ) {
-    let error = made(&entry(type_, data), FILES).err().unwrap();
+    let error = computed(&entry(type_, data), FILES).err().unwrap();
     assert!(error.contains(why), "{error}");
     assert!(
         error.starts_with("SecretProviderClass db, Secret creds: "),
@@ -145,8 +144,8 @@ fn what_cannot_be_is_refused(
 #[case::any("shop.example/custom", "anything")]
 fn types_that_have_what_they_need(#[case] type_: &str, #[case] key: &str) {
     let data = json!([{"objectName": "password", "key": key}]);
-    let made = made(&entry(type_, data), FILES).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(made.type_, type_);
+    let computed = computed(&entry(type_, data), FILES).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(texts(&computed), BTreeMap::from([(key, "hunter2")]));
 }
 
 #[rstest]
@@ -161,7 +160,7 @@ fn names_that_are_none(#[case] name: &str, #[case] why: &str) {
         ..SecretObject::default()
     };
     let object = crate::cluster::trimmed(object);
-    let error = super::name(&class(&[]), &object).err().unwrap().to_string();
+    let error = Entry::new(&class(&[]), &object).err().unwrap().to_string();
     assert!(
         error.contains(why) && error.contains("SecretProviderClass db"),
         "{error}"
@@ -172,9 +171,11 @@ fn names_that_are_none(#[case] name: &str, #[case] why: &str) {
 fn a_secret_holds_no_more_than_the_api_takes() {
     let data = json!([{"objectName": "a", "key": "a"}, {"objectName": "b", "key": "b"}]);
     let object = entry("Opaque", data);
-    let text = "x".repeat(MOST_BYTES - 1);
-    assert!(made(&object, &[("a", &text), ("b", "y")]).is_ok());
-    let error = made(&object, &[("a", &text), ("b", "yy")]).err().unwrap();
+    let text = "x".repeat(MAX_BYTES - 1);
+    assert!(computed(&object, &[("a", &text), ("b", "y")]).is_ok());
+    let error = computed(&object, &[("a", &text), ("b", "yy")])
+        .err()
+        .unwrap();
     assert!(
         error.contains("more than the 1048576 bytes that a Secret holds"),
         "{error}"
@@ -219,13 +220,12 @@ fn a_tls_secret_gets_pairs_in_the_form_that_the_class_asks_for() {
         let mut class = class(&[]);
         let annotation = format.map(|format| (TLS_KEY_FORMAT.to_owned(), format.to_owned()));
         class.identity.annotations.extend(annotation);
-        let made = desired(&class, &object, &files, &Waiting::default()).ok();
-        let made = made.as_ref().map(|made| texts(made)["tls.key"]);
-        assert_eq!(made, expected);
+        let computed = compute_alone(&class, &object, &files).ok();
+        let key = computed.as_ref().map(|data| texts(data)["tls.key"]);
+        assert_eq!(key, expected);
     }
-    let made = desired(&class(&[]), &object, &files, &Waiting::default())
-        .unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(texts(&made)["ca.crt"], "as it is");
+    let computed = compute_alone(&class(&[]), &object, &files).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(texts(&computed)["ca.crt"], "as it is");
 }
 
 mod generated {
@@ -266,7 +266,7 @@ mod generated {
         contents.prop_map(|(a, c, json, encoded)| [a, c, json.to_owned(), encoded])
     }
 
-    /// One entry's value, worked out from the start.
+    /// Returns one entry's value, computed by itself.
     fn one_value(entry: &SecretObjectData, content: &Secret) -> Option<Vec<u8>> {
         let mut value = content.expose().to_vec();
         if !entry.json_key.is_empty() {
@@ -285,7 +285,7 @@ mod generated {
         Some(value)
     }
 
-    /// The same for all: none where one of them cannot be.
+    /// Returns the values of all entries, or `None` if one of them has none.
     fn expected(
         entries: &[SecretObjectData],
         files: &BTreeMap<String, Secret>,
@@ -311,7 +311,7 @@ mod generated {
     }
 
     proptest! {
-        /// Parts that are read once for all keys are what each would have been by itself.
+        /// Each key gets the value that its entry would give by itself.
         #[test]
         fn each_key_gets_what_its_entry_says(entries in entries(), contents in contents()) {
             let [a, c, json, encoded] = &contents;
@@ -320,18 +320,17 @@ mod generated {
                 data: entries.clone(),
                 ..entry("Opaque", json!([]))
             };
-            let made = desired(&class(&[]), &object, &files, &Waiting::default()).ok();
-            let data = made.map(|made| {
+            let computed = compute_alone(&class(&[]), &object, &files).ok();
+            let data = computed.map(|data| {
                 let value = |(key, value): (String, Secret)| (key, value.expose().to_vec());
-                made.data.into_iter().map(value).collect()
+                data.into_iter().map(value).collect()
             });
             prop_assert_eq!(data, expected(&entries, &files));
         }
     }
 }
 
-/// What one tenant's class of half a megabyte costs: not what its entries have together, and not
-/// one reading for each.
+/// Tests the cost of a class of half a megabyte, which must not grow with the sum of its entries.
 mod costs {
     use super::*;
     use std::{
@@ -350,7 +349,7 @@ mod costs {
         "x".repeat(length)
     }
 
-    /// A case by its name: a Secret and the files of its volume.
+    /// Returns a case by its name: a Secret and the files of its volume.
     fn case(name: &str) -> (SecretObject, BTreeMap<String, Secret>) {
         let key = |number: usize| format!("k{number}");
         match name {
@@ -404,7 +403,7 @@ mod costs {
         }
     }
 
-    /// The most memory that this process has had, in KiB.
+    /// Returns the most memory that this process has had, in KiB.
     fn most_memory() -> u64 {
         let status = fs::read_to_string("/proc/self/status").unwrap();
         let line = status.lines().find(|line| line.starts_with("VmHWM:"));
@@ -423,7 +422,7 @@ mod costs {
     #[case::many_objects("many_objects", "")]
     fn neither_memory_nor_time(#[case] name: &str, #[case] says: &str) {
         if env::var(CHILD).is_err() {
-            // By itself, so that the other tests' memory is not counted.
+            // Runs in a process of its own, so that the memory of other tests is not counted.
             let own = std::thread::current().name().unwrap().to_owned();
             let child = Command::new(env::current_exe().unwrap())
                 .args(["--exact", &own, "--nocapture"])
@@ -441,13 +440,13 @@ mod costs {
         let class = class(&[]);
         let before = most_memory();
         let started = Instant::now();
-        let made = desired(&class, &object, &files, &Waiting::default());
+        let computed = compute_alone(&class, &object, &files);
         let took = started.elapsed();
-        match made {
+        match computed {
             Ok(_) => assert_eq!(says, ""),
-            Err(problem) => {
-                let problem = problem.to_string();
-                assert!(!says.is_empty() && problem.contains(says), "{problem}");
+            Err(error) => {
+                let error = error.to_string();
+                assert!(!says.is_empty() && error.contains(says), "{error}");
             }
         }
         let more = most_memory() - before;

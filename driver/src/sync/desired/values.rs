@@ -1,8 +1,8 @@
-//! The value of each key, out of the mounted files.
+//! Takes the value of each key out of the mounted files.
 //!
-//! How often the entries of a class name an object, or a part of it, does not decide what that
-//! costs: each object is parsed once for all of them, each part is decoded once, each certificate
-//! is read once, and nothing is copied beyond what a Secret holds.
+//! The cost does not depend on how often the entries of a class name an object, or a part of it: each
+//! object is parsed once for all of them, each part is decoded once, each certificate is read once,
+//! and nothing is copied beyond the size of a Secret.
 
 use std::{
     borrow::Cow,
@@ -19,30 +19,32 @@ use serde::{
 use serde_json::{Map, Number, Value};
 use zeroize::Zeroizing;
 
-use super::{ALL, CERTIFICATE, MOST_BYTES, PRIVATE_KEY, Place, TLS};
+use super::{ALL, CERTIFICATE, MAX_BYTES, PRIVATE_KEY, SecretData, TLS, invalid, too_large};
 use crate::{
-    cluster::{resources::SecretObject, secrets::Digest},
+    cluster::{
+        resources::SecretObject,
+        secrets::{Digest, ErrorType, SyncError},
+    },
     secret::Secret,
     sync::{
-        Problem, Trouble,
-        parsing::{Refusals, Waiting},
+        parsing::{RefusedObjects, Waiting},
         tls::{Parts, Unusable},
     },
 };
 
-/// What a JSON value may take in memory while it is read. A text of a Secret's size takes less,
-/// unless it is hardly anything but brackets and commas.
-const LARGEST_VALUE: usize = 8 * MOST_BYTES;
+/// The memory that a JSON value may take while it is read. A text of a Secret's size takes less,
+/// unless it consists of little but brackets and commas.
+const MAX_VALUE: usize = 8 * MAX_BYTES;
 
-/// The files that entries are made of.
-pub struct Needs<'a> {
+/// The files that some entries name.
+pub(super) struct Needs<'a> {
     all: bool,
     paths: BTreeSet<&'a str>,
 }
 
 impl<'a> Needs<'a> {
-    /// Returns what some entries need.
-    pub fn of(objects: impl IntoIterator<Item = &'a SecretObject>) -> Self {
+    /// Returns the files that some entries name.
+    pub(super) fn of(objects: impl IntoIterator<Item = &'a SecretObject>) -> Self {
         let data = objects.into_iter().flat_map(|object| &object.data);
         let paths: BTreeSet<_> = data.map(|d| d.object_name.as_str()).collect();
         Self {
@@ -52,65 +54,64 @@ impl<'a> Needs<'a> {
     }
 
     /// Returns whether a file is among them.
-    pub fn includes(&self, path: &str) -> bool {
+    pub(super) fn includes(&self, path: &str) -> bool {
         self.all || self.paths.contains(path)
     }
 }
 
-/// What one key gets: an object, perhaps a field of it, perhaps decoded.
-struct Wish<'a> {
+/// The source of one key's value: an object, or a field of it, and how the value is encoded.
+struct ValueSource<'a> {
     key: Cow<'a, str>,
     path: &'a str,
     json_key: &'a str,
     encoding: &'a str,
 }
 
-type Files = BTreeMap<String, Secret>;
-/// The fields of a JSON object that somebody wishes for, by name. Missing ones are left out.
+/// The fields of a JSON object that entries name. Missing ones are left out.
 type Fields<'a> = BTreeMap<&'a str, Result<Secret, TooLarge>>;
 
-/// A JSON value takes more memory than a value that a Secret holds.
+/// The error of a JSON value that takes more memory than a value of a Secret may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct TooLarge;
 
-/// Files of a volume, and what has been parsed of them for the entries of one class.
+/// The files of a volume, and what has been parsed of them for the entries of one class.
 pub(in crate::sync) struct Sources<'a> {
-    files: &'a Files,
-    refusals: &'a Refusals,
+    files: &'a SecretData,
+    refused: &'a RefusedObjects,
     waiting: &'a Waiting,
-    /// What the entries name of each object. None: it is no JSON object.
+    /// The fields that the entries name, by object; `None` if it is not a JSON object.
     parsed: BTreeMap<&'a str, Option<Fields<'a>>>,
-    /// By path and field. None: it is not base64.
+    /// The decoded parts, by path and field; `None` if the part is not base64.
     decoded: BTreeMap<(&'a str, &'a str), Option<Secret>>,
     parts: HashMap<Digest, Result<Arc<Parts>, Unusable>>,
 }
 
 impl<'a> Sources<'a> {
-    /// Parses what these entries name, as long as somebody waits for it. What is left out then
-    /// counts as not being there.
+    /// Parses the objects of which these entries name fields. Ends early if no caller waits for it
+    /// any more; what has not been parsed then counts as missing.
     pub(in crate::sync) fn parse(
         objects: impl IntoIterator<Item = &'a SecretObject>,
-        files: &'a Files,
-        refusals: &'a Refusals,
+        files: &'a SecretData,
+        refused: &'a RefusedObjects,
         waiting: &'a Waiting,
     ) -> Self {
-        let mut wanted: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+        let mut named: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
         let data = objects.into_iter().flat_map(|object| &object.data);
         for entry in data.filter(|entry| !entry.json_key.is_empty()) {
             let (source, field) = (entry.object_name.as_str(), entry.json_key.as_str());
             let paths = files.keys().map(String::as_str);
             for path in paths.filter(|path| source == ALL || source == *path) {
-                wanted.entry(path).or_default().insert(field);
+                named.entry(path).or_default().insert(field);
             }
         }
-        let wanted = wanted.into_iter().take_while(|_| !waiting.is_over());
-        let parsed = wanted.map(|(path, names)| {
+        let named = named.into_iter().take_while(|_| !waiting.is_over());
+        let parsed = named.map(|(path, names)| {
             let content = files.get(path).map_or(&[][..], Secret::expose);
             (path, fields(content, &names))
         });
         Self {
             files,
-            refusals,
+            refused,
             waiting,
             parsed: parsed.collect(),
             decoded: BTreeMap::new(),
@@ -118,7 +119,7 @@ impl<'a> Sources<'a> {
         }
     }
 
-    pub(super) fn files(&self) -> &'a Files {
+    pub(super) fn files(&self) -> &'a SecretData {
         self.files
     }
 
@@ -126,32 +127,32 @@ impl<'a> Sources<'a> {
         self.waiting
     }
 
-    /// Reads the certificates and keys of a value, or remembers them.
+    /// Reads the certificates and keys of a value, each value once.
     pub(super) fn parts(&mut self, value: &Secret) -> Result<Arc<Parts>, Unusable> {
         let digest = Digest::of([value.expose()]);
         if let Some(known) = self.parts.get(&digest) {
             return known.clone();
         }
-        let read = match self.refusals.find(&digest) {
+        let read = match self.refused.find(&digest) {
             Some(why) => Err(why),
             None => Parts::read(value.expose(), self.waiting).map(Arc::new),
         };
         if !self.waiting.is_over() {
             if let Err(why) = &read {
-                self.refusals.add(digest, why.clone());
+                self.refused.add(digest, why.clone());
             }
             self.parts.insert(digest, read.clone());
         }
         read
     }
 
-    /// The part of an object that is asked for, as it is there.
-    fn part(&self, at: &Place<'_>, wish: &Wish<'a>) -> Result<&Secret, Problem> {
-        let (key, json_key) = (&wish.key, wish.json_key);
+    /// Returns the part of an object that is a key's source, without decoding it.
+    fn part(&self, source: &ValueSource<'a>) -> Result<&Secret, SyncError> {
+        let (key, json_key) = (&source.key, source.json_key);
         let part = match json_key {
-            "" => self.files.get(wish.path).map(Ok),
+            "" => self.files.get(source.path).map(Ok),
             _ => {
-                let fields = self.parsed.get(wish.path).and_then(Option::as_ref);
+                let fields = self.parsed.get(source.path).and_then(Option::as_ref);
                 fields
                     .and_then(|fields| fields.get(json_key))
                     .map(Result::as_ref)
@@ -159,101 +160,101 @@ impl<'a> Sources<'a> {
         };
         match part {
             Some(Ok(part)) => Ok(part),
-            Some(Err(TooLarge)) => Err(at.problem(
-                Trouble::TooLarge,
-                format_args!("key {key}: the field {json_key:.100?} is too large for a Secret"),
+            Some(Err(TooLarge)) => Err(SyncError::new(
+                ErrorType::TooLarge,
+                format!("key {key}: the field {json_key:.100?} is too large for a Secret"),
             )),
-            None => Err(at.problem(
-                Trouble::InvalidValue,
-                format_args!(
-                    "key {key}: the object is not a JSON object with a field {json_key:.100?}"
-                ),
+            None => Err(SyncError::new(
+                ErrorType::InvalidValue,
+                format!("key {key}: the object is not a JSON object with a field {json_key:.100?}"),
             )),
         }
     }
 
-    /// Decodes what is asked for, if it is encoded and has not been decoded before.
-    fn decode(&mut self, at: &Place<'_>, wish: &Wish<'a>) -> Result<(), Problem> {
-        let name = (wish.path, wish.json_key);
-        if wish.encoding.is_empty() || self.decoded.contains_key(&name) {
+    /// Decodes a key's source, if it is encoded and has not been decoded before.
+    fn decode(&mut self, source: &ValueSource<'a>) -> Result<(), SyncError> {
+        let name = (source.path, source.json_key);
+        if source.encoding.is_empty() || self.decoded.contains_key(&name) {
             return Ok(());
         }
-        at.still_wanted(self.waiting)?;
-        let decoded = decoded(self.part(at, wish)?);
+        self.check_waiting()?;
+        let decoded = decoded(self.part(source)?);
         self.decoded.insert(name, decoded);
         Ok(())
     }
 
-    /// The value that is asked for.
-    fn value(&self, at: &Place<'_>, wish: &Wish<'a>) -> Result<&Secret, Problem> {
-        if wish.encoding.is_empty() {
-            return self.part(at, wish);
+    /// Returns a key's value.
+    fn value(&self, source: &ValueSource<'a>) -> Result<&Secret, SyncError> {
+        if source.encoding.is_empty() {
+            return self.part(source);
         }
-        let decoded = self.decoded.get(&(wish.path, wish.json_key));
+        let decoded = self.decoded.get(&(source.path, source.json_key));
         decoded.and_then(Option::as_ref).ok_or_else(|| {
-            at.problem(
-                Trouble::InvalidValue,
-                format_args!(
+            SyncError::new(
+                ErrorType::InvalidValue,
+                format!(
                     "key {}: the object is not base64, which encoding says it is",
-                    wish.key
+                    source.key
                 ),
             )
         })
+    }
+
+    /// Ends the work if no caller waits for it any more.
+    fn check_waiting(&self) -> Result<(), SyncError> {
+        if self.waiting.is_over() {
+            return Err(SyncError::unavailable("nobody waits for it any more"));
+        }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 thread_local! {
-    /// How often a JSON text was parsed in this thread.
-    pub(in crate::sync) static PARSED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+    /// The number of JSON texts that were parsed in this thread.
+    pub(super) static PARSED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
-/// Makes the value of each key. Of several entries with one key the last wins, and what is named
-/// wins over what "*" brings.
+/// Computes the value of each key. Of several entries with one key the last wins, and a named object
+/// wins over one that "*" includes.
 pub(super) fn values<'a>(
-    at: &Place<'_>,
     object: &'a SecretObject,
     sources: &mut Sources<'a>,
-) -> Result<BTreeMap<String, Secret>, Problem> {
-    let wishes = wishes(at, object, sources.files)?;
-    at.still_wanted(sources.waiting)?;
-    for wish in &wishes {
-        sources.decode(at, wish)?;
+) -> Result<SecretData, SyncError> {
+    let value_sources = value_sources(object, sources.files)?;
+    sources.check_waiting()?;
+    for source in &value_sources {
+        sources.decode(source)?;
     }
     let mut chosen: BTreeMap<&str, &Secret> = BTreeMap::new();
-    for wish in &wishes {
-        chosen.insert(&wish.key, sources.value(at, wish)?);
+    for source in &value_sources {
+        chosen.insert(&source.key, sources.value(source)?);
     }
-    copied(at, &object.type_, chosen)
+    copied(&object.type_, chosen)
 }
 
-/// Copies the values, as far as they fit into a Secret. What a certificate and its key come from
-/// may be more than what is made of it.
-fn copied(
-    at: &Place<'_>,
-    type_: &str,
-    chosen: BTreeMap<&str, &Secret>,
-) -> Result<BTreeMap<String, Secret>, Problem> {
+/// Copies the values, unless they are larger than a Secret may be. The objects that a certificate
+/// and its key come from are not counted, because only parts of them are used.
+fn copied(type_: &str, chosen: BTreeMap<&str, &Secret>) -> Result<SecretData, SyncError> {
     let mut values = BTreeMap::new();
     let mut bytes = 0_usize;
     for (key, value) in chosen {
         let length = value.expose().len();
         let is_part = type_ == TLS && (key == CERTIFICATE || key == PRIVATE_KEY);
         bytes += if is_part { 0 } else { length };
-        if bytes.max(length) > MOST_BYTES {
-            return Err(at.too_large());
+        if bytes.max(length) > MAX_BYTES {
+            return Err(too_large());
         }
         values.insert(key.to_owned(), value.clone());
     }
     Ok(values)
 }
 
-/// Returns what each key gets: first what "*" brings, then what is named.
-fn wishes<'a>(
-    at: &Place<'_>,
+/// Returns the sources of all keys: first those that "*" includes, then those that are named.
+fn value_sources<'a>(
     object: &'a SecretObject,
-    files: &'a Files,
-) -> Result<Vec<Wish<'a>>, Problem> {
+    files: &'a SecretData,
+) -> Result<Vec<ValueSource<'a>>, SyncError> {
     let mut all = Vec::new();
     let mut keys_of_all = BTreeSet::new();
     let mut named = Vec::new();
@@ -261,30 +262,30 @@ fn wishes<'a>(
         let (source, key) = (entry.object_name.as_str(), entry.key.as_str());
         let (json_key, encoding) = (entry.json_key.as_str(), entry.encoding.as_str());
         if source.is_empty() {
-            return Err(at.invalid(format!(
+            return Err(invalid(format!(
                 "objectName is empty for key {key:.100?}: name the mounted object"
             )));
         }
         if !["", "base64"].contains(&encoding) {
-            return Err(at.invalid(format!(
+            return Err(invalid(format!(
                 "key {key}: encoding {encoding:.40?} is not known: base64, or leave it out"
             )));
         }
         if source == ALL {
             if !key.is_empty() {
-                return Err(at.invalid(format!(
+                return Err(invalid(format!(
                     "key {key:.100?} is given with objectName \"*\": leave it out, each object gets its own name as key"
                 )));
             }
             for path in files.keys() {
                 let key = key_of(path);
-                check_key(at, &key)?;
+                check_key(&key)?;
                 if !keys_of_all.insert(key.clone()) {
-                    return Err(at.invalid(format!(
+                    return Err(invalid(format!(
                         "two mounted objects would both become key {key:?}: name them one by one"
                     )));
                 }
-                all.push(Wish {
+                all.push(ValueSource {
                     key: Cow::Owned(key),
                     path,
                     json_key,
@@ -294,20 +295,20 @@ fn wishes<'a>(
             continue;
         }
         if key.is_empty() {
-            return Err(at.invalid(format!(
+            return Err(invalid(format!(
                 "key is empty for object {source:.100?}: name the key that it becomes"
             )));
         }
-        check_key(at, key)?;
+        check_key(key)?;
         if !files.contains_key(source) {
-            return Err(at.problem(
-                Trouble::ObjectNotFound,
-                format_args!(
+            return Err(SyncError::new(
+                ErrorType::ObjectNotFound,
+                format!(
                     "key {key}: there is no object {source:.100?} in the volume; objectName must be the path of a mounted file"
                 ),
             ));
         }
-        named.push(Wish {
+        named.push(ValueSource {
             key: Cow::Borrowed(key),
             path: source,
             json_key,
@@ -318,36 +319,36 @@ fn wishes<'a>(
     Ok(all)
 }
 
-/// Decodes base64, in which line breaks are usual.
+/// Decodes base64, which may contain line breaks.
 fn decoded(encoded: &Secret) -> Option<Secret> {
     let mut digits = Zeroizing::new(Vec::with_capacity(encoded.expose().len()));
     digits.extend(encoded.expose().iter().filter(|b| !b.is_ascii_whitespace()));
     STANDARD.decode(digits.as_slice()).ok().map(Secret::from)
 }
 
-/// A path as a key, in which no "/" may stand.
+/// Returns the key for a path: a key cannot contain "/".
 pub(super) fn key_of(path: &str) -> String {
     path.replace('/', ".")
 }
 
-fn check_key(at: &Place<'_>, key: &str) -> Result<(), Problem> {
+fn check_key(key: &str) -> Result<(), SyncError> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
     if key.len() > 253 || !key.bytes().all(allowed) || key == "." || key.starts_with("..") {
-        return Err(at.invalid(format!(
+        return Err(invalid(format!(
             "{key:.100?} cannot be a key of a Secret: use letters, digits, \"-\", \"_\" and \".\""
         )));
     }
     Ok(())
 }
 
-/// Reads fields of a JSON object: a string's text, or anything else as JSON. The values of other
-/// fields are never made. None when it is no JSON object.
+/// Reads fields of a JSON object: the text of a string, or the JSON of anything else. The values of
+/// other fields are skipped. Returns `None` if it is not a JSON object.
 fn fields<'a>(json: &[u8], names: &BTreeSet<&'a str>) -> Option<Fields<'a>> {
     #[cfg(test)]
     PARSED.set(PARSED.get() + 1);
-    struct Wanted<'n, 'a>(&'n BTreeSet<&'a str>);
+    struct Named<'n, 'a>(&'n BTreeSet<&'a str>);
 
-    impl<'de, 'a> Visitor<'de> for Wanted<'_, 'a> {
+    impl<'de, 'a> Visitor<'de> for Named<'_, 'a> {
         type Value = Fields<'a>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -362,7 +363,7 @@ fn fields<'a>(json: &[u8], names: &BTreeSet<&'a str>) -> Option<Fields<'a>> {
                     continue;
                 };
                 // Of several fields of one name the last counts.
-                let mut room = Some(LARGEST_VALUE);
+                let mut room = Some(MAX_VALUE);
                 let value = fields.next_value_seed(Bounded(&mut room))?;
                 let value = match (room, value) {
                     (None, _) => Err(TooLarge),
@@ -376,13 +377,13 @@ fn fields<'a>(json: &[u8], names: &BTreeSet<&'a str>) -> Option<Fields<'a>> {
     }
 
     let mut reader = serde_json::Deserializer::from_slice(json);
-    let found = reader.deserialize_map(Wanted(names)).ok()?;
+    let found = reader.deserialize_map(Named(names)).ok()?;
     reader.end().ok()?;
     Some(found)
 }
 
-/// Reads a JSON value that takes no more memory than there is room for. When there is no room
-/// left, the rest is read and thrown away.
+/// Reads a JSON value that takes no more memory than there is room for. If there is no room left,
+/// the rest is read and dropped.
 struct Bounded<'r>(&'r mut Option<usize>);
 
 impl Bounded<'_> {
@@ -392,7 +393,7 @@ impl Bounded<'_> {
         self.0.is_some()
     }
 
-    fn made<E>(mut self, text: usize, value: impl FnOnce() -> Value) -> Result<Value, E> {
+    fn value<E>(mut self, text: usize, value: impl FnOnce() -> Value) -> Result<Value, E> {
         Ok(if self.take(text) {
             value()
         } else {
@@ -417,28 +418,28 @@ impl<'de> Visitor<'de> for Bounded<'_> {
     }
 
     fn visit_unit<E>(self) -> Result<Value, E> {
-        self.made(0, || Value::Null)
+        self.value(0, || Value::Null)
     }
 
     fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-        self.made(0, || value.into())
+        self.value(0, || value.into())
     }
 
     fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-        self.made(0, || value.into())
+        self.value(0, || value.into())
     }
 
     fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-        self.made(0, || value.into())
+        self.value(0, || value.into())
     }
 
     fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
         let number = Number::from_f64(value).ok_or_else(|| E::custom("no number"))?;
-        self.made(0, || number.into())
+        self.value(0, || number.into())
     }
 
     fn visit_str<E>(self, text: &str) -> Result<Value, E> {
-        self.made(text.len(), || text.into())
+        self.value(text.len(), || text.into())
     }
 
     fn visit_seq<S: SeqAccess<'de>>(mut self, mut items: S) -> Result<Value, S::Error> {

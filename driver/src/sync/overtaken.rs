@@ -1,59 +1,59 @@
-//! Leaves it to the node with the newest content to make a Secret that has gone.
+//! Leaves the creation of a deleted Secret to the node with the newest content.
 //!
-//! A node that has seen a Secret with newer content than that of its own volumes does not make it
-//! with its older content at once. The node with the newer content, if it is still there, looks
-//! within one interval and makes it. After that anybody does.
+//! A node that has seen a Secret with newer content than that of its own volumes does not create it
+//! again with the older content at once. The node with the newer content, if it still exists, checks
+//! the Secret within one interval and creates it. After that, any node does.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How many intervals a missing Secret is left to others. Another node looks at it after 1.1 of
-/// them at the latest.
+/// The number of intervals for which an absent Secret is left to other nodes, which check it after
+/// 1.1 intervals at the latest.
 const INTERVALS: f64 = 1.5;
 
-/// Other content of a Secret, of a higher order than that of this node's volumes.
-pub(super) struct Newer {
+/// A Secret that was seen with other content, of a higher order than that of this node's volumes.
+pub(super) struct Overtaken {
     order: u64,
-    /// Whether nobody has asked for it since it was seen.
+    /// Whether it was seen since [`Overtaken::take_news`] was called last.
     is_news: bool,
-    /// When the Secret was first found to be missing.
-    missing_since: Option<Instant>,
+    /// The time at which the Secret was first found to be absent.
+    absent_since: Option<Instant>,
 }
 
-impl Newer {
+impl Overtaken {
     /// Remembers the order of a content that has been seen just now.
-    pub(super) fn seen(order: u64) -> Self {
+    pub(super) fn by(order: u64) -> Self {
         Self {
             order,
             is_news: true,
-            missing_since: None,
+            absent_since: None,
         }
     }
 
-    /// Returns once for each time that it was seen whether it was.
+    /// Returns whether the content was seen since the last call.
     pub(super) fn take_news(&mut self) -> bool {
         std::mem::take(&mut self.is_news)
     }
 
-    /// The Secret was written since by this node, with whichever content.
-    pub(super) fn written(&mut self) {
+    /// Notes that this node has written the Secret, with whichever content.
+    pub(super) fn set_written(&mut self) {
         self.is_news = false;
-        self.missing_since = None;
+        self.absent_since = None;
     }
 
-    /// The Secret is not there.
-    pub(super) fn missing(&mut self) {
-        self.missing_since.get_or_insert_with(Instant::now);
+    /// Notes that the Secret does not exist.
+    pub(super) fn set_absent(&mut self) {
+        self.absent_since.get_or_insert_with(Instant::now);
     }
 
-    /// Returns whether a missing Secret is left to others, by the order of this node's content.
-    pub(super) fn leaves(&self, ours: Option<u64>, every: Duration) -> bool {
+    /// Returns whether this node, whose content has this order, leaves an absent Secret to others.
+    pub(super) fn waits(&self, ours: Option<u64>, every: Duration) -> bool {
         let is_older = ours.is_none_or(|ours| ours < self.order);
         let longest = every.mul_f64(INTERVALS);
         is_older
             && self
-                .missing_since
+                .absent_since
                 .is_none_or(|since| since.elapsed() < longest)
     }
 }
@@ -79,14 +79,14 @@ mod tests {
                 .unwrap();
             let every = Duration::from_secs(every);
             let (first, made) = runtime.block_on(async {
-                let mut newer = Newer::seen(seen);
-                let first = newer.leaves(ours, every);
+                let mut overtaken = Overtaken::by(seen);
+                let first = overtaken.waits(ours, every);
                 let mut made = Duration::ZERO;
                 for wait in looks {
-                    if !newer.leaves(ours, every) {
+                    if !overtaken.waits(ours, every) {
                         break;
                     }
-                    newer.missing();
+                    overtaken.set_absent();
                     let wait = every.mul_f64(wait);
                     made += wait;
                     tokio::time::advance(wait).await;
