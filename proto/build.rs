@@ -1,7 +1,7 @@
 //! Compiles the `.proto` files with protox, so that no system `protoc` is needed.
 
-/// Messages with no derived `Debug`: they carry secrets, or contain a message that does.
-/// `src/lib.rs` chooses field by field what of them may be printed.
+/// The messages without a derived `Debug`, because they have secrets or contain a message that has.
+/// `src/lib.rs` implements it for them.
 const SECRET_BEARING: [&str; 6] = [
     ".csi.v1.NodePublishVolumeRequest",
     ".csi.v1.NodeStageVolumeRequest",

@@ -1,9 +1,10 @@
 //! A provider for tests and demos: it serves the objects it is told to, rotates them, and fails on
 //! request. It holds no real secret and protects none.
 //!
-//! Without the extensions below it answers like the provider of upstream's end-to-end tests
-//! (`test/e2eprovider`): `foo` is `secret`, `fookey` is a mock public key, any other name is empty;
-//! and it refuses callers whose `:authority` is not `localhost`.
+//! It serves the objects of upstream's end-to-end tests (`test/e2eprovider`): `foo` is `secret`,
+//! `fookey` is a mock public key, any other name is empty. Like upstream's provider it refuses callers
+//! whose `:authority` is not `localhost`. Unlike it, and like most providers, it gives files the mode
+//! that was asked for; upstream's gives mode 0.
 //!
 //! # The class parameter `objects`
 //!
@@ -14,12 +15,13 @@
 //! | `objectName` | the object's name; the id of its version is `secret/<objectName>` |
 //! | `objectVersion` | ignored |
 //! | `path` | the file's path, sent to the driver as it is; default `objectName` |
-//! | `mode` | octal digits, quoted or not; default 0, which on the wire means "none given" |
+//! | `mode` | octal digits, quoted or not; default the permission that was asked for |
 //! | `version` | the version; default `v1` |
 //! | `content` | the content as text |
 //! | `contentBase64` | the content as base64 |
 //! | `contentSize` | a content of this many bytes, in a fixed pattern |
 //! | `contentFrom` | a part of the request, see below |
+//! | `wholeAnswer` | wraps the content in JSON that changes with each Mount, like Vault's answer |
 //!
 //! `contentFrom` is one of `attributes`, `secrets`, `permission`, `targetPath` and
 //! `currentObjectVersion`, with `<token>` in place of each service account token; or of
@@ -47,6 +49,26 @@
 //! | `oversize` | adds a file `oversize` of this many bytes |
 //! | `missingVersions` | answers without `object_version` |
 //! | `writeFiles` | writes the files below the target path and answers without files |
+//! | `describeDenied` | with AWS's manners: fails calls that bring mounted versions |
+//!
+//! # The class parameter `manners`
+//!
+//! The name of a provider that the answer is like. Delays and hanging calls are faults, see above.
+//!
+//! | manners | effect |
+//! |---|---|
+//! | `aws` | writes files itself; gives them the permission of the latest request of the process; adds mounted versions of other objects to its answer; tells each failure in the same words |
+//! | `azure` | has the digest of a version in place of the version |
+//! | `gcp` | has resource names as ids and versions |
+//! | `vault`, `openbao` | has a digest of the content as the version |
+//!
+//! Sources: [aws](https://github.com/aws/secrets-store-csi-driver-provider-aws) (`server/server.go`,
+//! `provider/secrets_manager_provider.go`),
+//! [azure](https://github.com/Azure/secrets-store-csi-driver-provider-azure),
+//! [gcp](https://github.com/GoogleCloudPlatform/secrets-store-csi-driver-provider-gcp),
+//! [vault](https://github.com/hashicorp/vault-csi-provider),
+//! [openbao](https://github.com/openbao/openbao-csi-provider). `docs/writing-a-provider.md` has what
+//! was seen of each.
 //!
 //! # HTTP
 //!
@@ -69,6 +91,7 @@ use tokio_util::sync::CancellationToken;
 mod calls;
 mod control;
 mod faults;
+mod manners;
 mod objects;
 mod provider;
 mod source;

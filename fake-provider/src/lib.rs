@@ -1,4 +1,4 @@
-//! What the author of a provider for the Secrets Store CSI driver needs:
+//! Tools for authors of providers for the Secrets Store CSI driver:
 //!
 //! - [`server`] is the server half of a provider. `examples/directory.rs` is a provider built on it,
 //!   and `docs/writing-a-provider.md` explains it.

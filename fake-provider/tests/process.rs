@@ -1,4 +1,4 @@
-//! The binary: command line, signals, and the fault that needs a process of its own to crash.
+//! Runs the program `fake-provider`: command line, signals, and the fault that ends the process.
 
 #![allow(
     clippy::expect_used,
@@ -21,14 +21,14 @@ use proto::provider::csi_driver_provider_client::CsiDriverProviderClient;
 use rstest::rstest;
 use tonic::transport::Endpoint;
 
-/// The binary, serving; killed when dropped.
+/// A running program, which is killed when dropped.
 struct Process {
     child: Child,
     log: BufReader<std::process::ChildStderr>,
 }
 
 impl Process {
-    /// Starts it and waits until it says that it serves.
+    /// Starts the program and waits until it serves.
     fn start(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut process = Self::spawn(arguments, environment);
         let mut line = String::new();
@@ -53,7 +53,7 @@ impl Process {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
     }
 
-    /// How it ended and what it logged meanwhile.
+    /// Waits for the end of the process, and returns its status and the rest of its log.
     fn wait(mut self) -> (ExitStatus, String) {
         let limit = Instant::now() + Duration::from_secs(20);
         let status = loop {
@@ -71,7 +71,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Fails only if it has ended already.
+        // It fails only if the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -103,7 +103,7 @@ const FOO: (&str, &str) = ("objects", "array: [{objectName: foo}]");
 async fn a_signal_stops_it_and_removes_the_socket(#[case] signal: Signal) {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("made/fake.sock");
-    // A socket that nobody listens on any more.
+    // A stale socket: nobody listens on it.
     fs::create_dir(dir.path().join("made")).unwrap();
     drop(UnixListener::bind(&socket).unwrap());
     let endpoint = format!("--endpoint=unix://{}", socket.display());

@@ -1,4 +1,4 @@
-//! The provider over a real socket, in process, as the driver calls it.
+//! Calls the fake provider over a real socket, in this process, as the driver does.
 
 #![allow(
     clippy::expect_used,
@@ -142,7 +142,7 @@ fn request(attributes: &[(&str, &str)]) -> MountRequest {
     }
 }
 
-/// Path, content and version of every object.
+/// Returns path, content and version of each object.
 fn seen(response: &MountResponse) -> Vec<(&str, &str, &str)> {
     assert_eq!(response.files.len(), response.object_version.len());
     let pairs = response.files.iter().zip(&response.object_version);
@@ -201,7 +201,7 @@ async fn foo_and_fookey_rotate_for_a_pod_that_has_mounted() {
     assert_eq!(seen(&response), first);
     assert_eq!(response.error, None);
     assert_eq!(response.object_version[0].id, "secret/foo");
-    assert!(response.files.iter().all(|file| file.mode == 0));
+    assert!(response.files.iter().all(|file| file.mode == 640));
     assert_eq!(seen(&provider.mount(&class).await.unwrap()), first);
 
     assert_eq!(
@@ -303,7 +303,7 @@ async fn a_caller_with_another_authority_is_refused(
     );
 }
 
-/// Each request is wrong in this and all later respects, so that the order shows.
+/// Each request is wrong in this respect and all later ones, so that the order of the checks shows.
 #[rstest]
 #[case(
     "[]",
@@ -536,6 +536,81 @@ async fn files_can_be_written_the_old_way() {
     };
     assert_eq!(written("a/b"), ("x".to_owned(), 0o640));
     assert_eq!(written("c"), ("y".to_owned(), 0o600));
+}
+
+// Manners.
+
+fn ids(response: &MountResponse) -> Vec<&str> {
+    let versions = response.object_version.iter();
+    versions.map(|version| version.id.as_str()).collect()
+}
+
+#[tokio::test]
+async fn aws_writes_files_keeps_the_latest_permission_and_echoes_versions() {
+    use std::os::unix::fs::PermissionsExt;
+    let provider = Running::start().await;
+    let with = |faults: &str, permission: u32, target: &str| {
+        let objects = "array: [{objectName: foo}]";
+        let mut sent = request(&[("objects", objects), ("manners", "aws"), ("faults", faults)]);
+        sent.permission = permission.to_string();
+        let target = provider.dir.path().join(target);
+        sent.target_path = target.display().to_string();
+        sent.current_object_version = vec![ObjectVersion {
+            id: "secret/gone".into(),
+            version: "1".into(),
+        }];
+        sent
+    };
+    let mode = |target: &str| {
+        let file = provider.dir.path().join(target).join("foo");
+        fs::metadata(file).unwrap().permissions().mode() & 0o777
+    };
+    let slow = provider.send(with("[{delay: 300ms}]", 0o400, "slow"));
+    let fast = async {
+        provider.wait_for_calls_in_flight(1).await;
+        provider.send(with("", 0o600, "fast")).await
+    };
+    let (slow, fast) = tokio::join!(slow, fast);
+    assert_eq!(ids(&slow.unwrap()), ["secret/foo", "secret/gone"]);
+    assert!(fast.unwrap().files.is_empty());
+    assert_eq!((mode("slow"), mode("fast")), (0o600, 0o600));
+
+    let denied = with("[{describeDenied: true}]", 0o644, "denied");
+    let error = provider.send(denied.clone()).await.unwrap_err();
+    assert!(error.message().ends_with("are granted for: foo"), "{error}");
+    let without = MountRequest {
+        current_object_version: Vec::new(),
+        ..denied
+    };
+    provider.send(without).await.unwrap();
+}
+
+#[rstest]
+#[case("", "secret/foo", Some("v1"))]
+#[case("vault", "secret/foo", Some("2bb80d537b1d"))]
+#[case(
+    "gcp",
+    "projects/fake/secrets/foo/versions/latest",
+    Some("projects/fake/secrets/foo/versions/v1")
+)]
+#[case("nobody", "", None)]
+#[tokio::test]
+async fn ids_and_versions_are_those_of_the_provider(
+    #[case] manners: &str,
+    #[case] id: &str,
+    #[case] version: Option<&str>,
+) {
+    let provider = Running::start().await;
+    let attributes = [
+        ("objects", "array: [{objectName: foo}]"),
+        ("manners", manners),
+    ];
+    let answer = provider.mount(&attributes).await.ok();
+    let versions = answer.as_ref().map(|answer| &answer.object_version[0]);
+    assert_eq!(
+        versions.map(|v| (&*v.id, &*v.version)),
+        version.map(|v| (id, v))
+    );
 }
 
 #[tokio::test]

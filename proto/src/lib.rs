@@ -1,11 +1,11 @@
-//! The three wire contracts, wire-exact, as Rust types:
+//! The three interfaces of the driver as Rust types, exactly as they are on the wire:
 //!
 //! - [`csi`]: the Container Storage Interface's Identity and Node services, which kubelet calls;
 //! - [`provider`]: `v1alpha1`, which the driver calls on a provider's socket;
 //! - [`registration`]: kubelet's plugin registration.
 //!
-//! Messages that carry secrets have no derived [`Debug`]. What can be printed of them is
-//! chosen below, field by field, so that a log line or an assertion cannot leak one.
+//! Messages with secrets have no derived [`Debug`]. The implementations below print chosen fields
+//! only, so that a log line or an assertion cannot leak a secret.
 
 // The comments of the generated code are those of the `.proto` files.
 #![allow(missing_docs)]
@@ -30,8 +30,8 @@ pub mod registration {
     tonic::include_proto!("pluginregistration");
 }
 
-/// Keys of a volume's context that name the pod and may be printed. Everything else in there
-/// is somebody's, tokens included.
+/// The keys of a volume's context that identify the pod and may be printed. All others may be secret,
+/// such as tokens.
 const PRINTABLE_CONTEXT: [&str; 5] = [
     "csi.storage.k8s.io/pod.name",
     "csi.storage.k8s.io/pod.namespace",

@@ -29,6 +29,7 @@ pub(super) struct Fault {
     pub(super) oversize: Option<usize>,
     pub(super) missing_versions: bool,
     pub(super) write_files: bool,
+    pub(super) describe_denied: bool,
 }
 
 #[derive(Clone, Deserialize)]

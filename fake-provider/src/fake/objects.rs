@@ -7,7 +7,9 @@ use std::os::unix::ffi::OsStrExt;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
+use super::manners::Manners;
 use super::source::{Stored, StoredObjects};
 use super::tokens::{claims, digests, without_tokens};
 use super::yaml::{decode_base64, parse_mode, parse_yaml};
@@ -21,7 +23,7 @@ pub(super) const MAX_INVENTED: usize = 1 << 30;
 
 /// One object that a class asks for.
 #[derive(Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", default)]
 pub(super) struct Asked {
     object_name: Option<String>,
     path: Option<String>,
@@ -31,6 +33,7 @@ pub(super) struct Asked {
     content_base64: Option<String>,
     content_size: Option<usize>,
     content_from: Option<Echo>,
+    whole_answer: bool,
 }
 
 /// A part of the request that an object can have as its content.
@@ -53,6 +56,11 @@ pub(super) struct Material<'a> {
     pub(super) stored: &'a StoredObjects,
     /// Whether objects of upstream's table have their second content.
     pub(super) rotated: bool,
+    /// The mode of a file that has none of its own.
+    pub(super) mode: u32,
+    pub(super) manners: Manners,
+    /// The number of the request, in the order of arrival.
+    pub(super) number: u64,
 }
 
 /// Parses the class parameter `objects`.
@@ -108,7 +116,7 @@ impl Asked {
 
         let found = match self.given(material).map_err(named)? {
             Some(contents) => Stored {
-                mode: 0,
+                mode: None,
                 contents,
                 version: VERSION.to_owned(),
             },
@@ -120,13 +128,20 @@ impl Asked {
             .map(parse_mode)
             .transpose()
             .map_err(named)?;
-        Ok(Object {
+        let mut object = Object {
             id: format!("secret/{name}"),
             path: self.path.as_deref().unwrap_or(name).to_owned(),
-            mode: mode.unwrap_or(found.mode),
+            mode: mode.or(found.mode).unwrap_or(material.mode),
             contents: found.contents,
             version: self.version.clone().unwrap_or(found.version),
-        })
+        };
+        if self.whole_answer {
+            let value = String::from_utf8_lossy(&object.contents);
+            let answer = json!({"request_id": material.number, "data": {"value": value}});
+            object.contents = answer.to_string().into_bytes();
+        }
+        material.manners.name(&mut object, name);
+        Ok(object)
     }
 
     /// Returns the content that the entry itself gives, if it gives one.
@@ -167,7 +182,7 @@ fn look_up(name: &str, material: &Material<'_>) -> Stored {
         _ => ("", VERSION),
     };
     Stored {
-        mode: 0,
+        mode: None,
         contents: contents.into(),
         version: version.to_owned(),
     }
@@ -282,7 +297,7 @@ mod tests {
         })
         .unwrap();
         let stored = Stored {
-            mode: 0o600,
+            mode: Some(0o600),
             contents: b"stored".to_vec(),
             version: "s1".into(),
         };
@@ -290,6 +305,9 @@ mod tests {
             request: &request,
             stored: &StoredObjects::from([("kept".to_owned(), stored)]),
             rotated: false,
+            mode: 0,
+            manners: Manners::Common,
+            number: 7,
         };
         parse_objects(parameter)?
             .iter()
@@ -336,6 +354,13 @@ mod tests {
         "a",
         0,
         "000000000000000\n00",
+        "v1"
+    )]
+    #[case::whole(
+        "{objectName: a, content: x, wholeAnswer: true}",
+        "a",
+        0,
+        r#"{"data":{"value":"x"},"request_id":7}"#,
         "v1"
     )]
     #[case::stored("{objectName: kept}", "kept", 0o600, "stored", "s1")]

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use proto::provider::File;
 use tokio_util::sync::CancellationToken;
@@ -10,11 +11,14 @@ use tonic::Status;
 
 use super::calls::Calls;
 use super::faults::{Caller, Fault, Faults, write_files};
+use super::manners::Manners;
 use super::objects::{Asked, Material, all_of, parse_objects, pattern};
 use super::source::{Source, Stored, StoredObjects};
 use super::tokens::audiences_of;
 use crate::lock;
-use crate::server::{Failure, Identity, MountResponse, Object, Provider, Request, TOKENS_KEY};
+use crate::server::{
+    Code, Failure, Identity, MountResponse, Object, Provider, Request, TOKENS_KEY,
+};
 
 /// The exit code of the process after the fault `crash`: the one that a shell reports for an abort,
 /// which would also write a core file.
@@ -29,6 +33,9 @@ pub(super) struct FakeProvider {
     set: Mutex<StoredObjects>,
     /// The UIDs of pods that have mounted: rotation changes only their objects.
     mounted: Mutex<HashSet<String>>,
+    /// The permission of the latest request, which AWS's manners give to all files.
+    permission: AtomicU32,
+    requests: AtomicU64,
     pub(super) calls: Calls,
     pub(super) faults: Faults,
     stop: CancellationToken,
@@ -47,6 +54,8 @@ impl FakeProvider {
             token_audiences: Mutex::new(token_audiences),
             set: Mutex::default(),
             mounted: Mutex::default(),
+            permission: AtomicU32::new(0),
+            requests: AtomicU64::new(0),
             calls: Calls::default(),
             faults: Faults::default(),
             stop,
@@ -69,6 +78,10 @@ impl FakeProvider {
     }
 
     async fn answer(&self, request: &Request) -> Result<MountResponse, Failure> {
+        let manners = Manners::parse(request.parameter("manners")).map_err(unknown)?;
+        let number = self.requests.fetch_add(1, Ordering::Relaxed);
+        self.permission
+            .store(request.permission(), Ordering::Relaxed);
         let mut stored = match &self.source {
             Some(source) => source.read().await.map_err(unknown)?,
             None => StoredObjects::new(),
@@ -77,7 +90,16 @@ impl FakeProvider {
         let asked = self.asked(request, &stored)?;
         let names: Vec<&str> = asked.iter().map(Asked::name).collect();
         let faults = self.strike(request, &names)?;
-        self.suffer(&faults).await?;
+        let describes = manners.describes() && !request.mounted_versions().is_empty();
+        let object = names.first().copied().unwrap_or_default();
+        tokio::select! {
+            outcome = suffer(&faults, describes) => {
+                outcome.map_err(|failure| manners.told(failure, object))?;
+            }
+            () = self.stop.cancelled() => {
+                return Err(Failure::new(Code::Unavailable, "the provider is stopping"));
+            }
+        }
 
         let pod_uid = request.pod().uid.to_owned();
         let rotated = *lock(&self.rotated) == "true" && lock(&self.mounted).contains(&pod_uid);
@@ -85,13 +107,20 @@ impl FakeProvider {
             request,
             stored: &stored,
             rotated,
+            mode: manners.mode(
+                request.permission(),
+                self.permission.load(Ordering::Relaxed),
+            ),
+            manners,
+            number,
         };
         let objects: Result<Vec<Object>, String> =
             asked.iter().map(|asked| asked.resolve(&material)).collect();
         let mut response = MountResponse::from_iter(objects.map_err(unknown)?);
         self.check_tokens(request)?;
+        manners.echo(&mut response, request.mounted_versions());
         spoil(&mut response, &faults, &names)?;
-        if faults.iter().any(|fault| fault.write_files) {
+        if manners.writes_files() || faults.iter().any(|fault| fault.write_files) {
             let files = std::mem::take(&mut response.files);
             write_files(request.target_path(), request.permission(), &files)
                 .await
@@ -124,33 +153,6 @@ impl FakeProvider {
         self.faults
             .strike(request.parameter("faults"), &caller, objects)
             .map_err(unknown)
-    }
-
-    /// Waits for all delays, then does the worst that the faults ask for.
-    async fn suffer(&self, faults: &[Fault]) -> Result<(), Failure> {
-        let worst = async {
-            tokio::time::sleep(faults.iter().map(|fault| fault.delay).sum()).await;
-            if faults.iter().any(|fault| fault.crash) {
-                tracing::warn!("crashing as a fault asks for");
-                std::process::exit(CRASH_EXIT_CODE);
-            }
-            if faults.iter().any(|fault| fault.hang) {
-                std::future::pending::<()>().await;
-            }
-            if let Some(status) = faults.iter().find_map(Fault::status) {
-                return Err(Failure::Status(status));
-            }
-            match faults.iter().find_map(|fault| fault.error_code.clone()) {
-                Some(code) => Err(Failure::ErrorCode(code)),
-                None => Ok(()),
-            }
-        };
-        tokio::select! {
-            outcome = worst => outcome,
-            () = self.stop.cancelled() => {
-                Err(Failure::Status(Status::unavailable("the provider is stopping")))
-            }
-        }
     }
 
     /// Checks that a token arrived for each audience, as upstream's provider does: the audiences
@@ -189,6 +191,29 @@ impl Provider for FakeProvider {
     async fn mount(&self, request: Request) -> Result<MountResponse, Failure> {
         let _in_flight = self.calls.mount(request.pod());
         self.answer(&request).await
+    }
+}
+
+/// Waits for all delays, then does the worst that the faults ask for. `describes` says whether the
+/// provider asks the store for versions first.
+async fn suffer(faults: &[Fault], describes: bool) -> Result<(), Failure> {
+    tokio::time::sleep(faults.iter().map(|fault| fault.delay).sum()).await;
+    if faults.iter().any(|fault| fault.crash) {
+        tracing::warn!("crashing as a fault asks for");
+        std::process::exit(CRASH_EXIT_CODE);
+    }
+    if faults.iter().any(|fault| fault.hang) {
+        std::future::pending::<()>().await;
+    }
+    if describes && faults.iter().any(|fault| fault.describe_denied) {
+        return Err(unknown("describing is denied"));
+    }
+    if let Some(status) = faults.iter().find_map(Fault::status) {
+        return Err(Failure::Status(status));
+    }
+    match faults.iter().find_map(|fault| fault.error_code.clone()) {
+        Some(code) => Err(Failure::ErrorCode(code)),
+        None => Ok(()),
     }
 }
 

@@ -30,8 +30,8 @@ pub struct Unreadable {
 /// One stored object.
 #[derive(Clone)]
 pub(super) struct Stored {
-    /// The permission bits, or 0 if none are given.
-    pub(super) mode: u32,
+    /// The permission bits, if any are given.
+    pub(super) mode: Option<u32>,
     pub(super) contents: Vec<u8>,
     pub(super) version: String,
 }
@@ -41,7 +41,7 @@ impl Stored {
     pub(super) fn of_text(content: String, version: Option<String>) -> Self {
         let contents = content.into_bytes();
         Self {
-            mode: 0,
+            mode: None,
             version: version.unwrap_or_else(|| version_of(&contents)),
             contents,
         }
@@ -119,7 +119,7 @@ fn read_object(path: &Path) -> io::Result<Option<Stored>> {
     let contents = fs::read(path)?;
     let mode = metadata.permissions().mode() & 0o777;
     Ok(Some(Stored {
-        mode,
+        mode: Some(mode),
         version: version_of(&contents),
         contents,
     }))
@@ -156,7 +156,7 @@ fn stored(entry: Listed) -> Result<Stored, String> {
         (None, Some(base64)) => decode_base64(&base64)?,
         _ => return Err("give either content or contentBase64".to_owned()),
     };
-    let mode = entry.mode.as_deref().map_or(Ok(0), parse_mode)?;
+    let mode = entry.mode.as_deref().map(parse_mode).transpose()?;
     let version = entry.version.unwrap_or_else(|| version_of(&contents));
     Ok(Stored {
         mode,
@@ -166,7 +166,7 @@ fn stored(entry: Listed) -> Result<Stored, String> {
 }
 
 /// Returns twelve hexadecimal digits of a hash: the same for the same content, in each run.
-fn version_of(contents: &[u8]) -> String {
+pub(super) fn version_of(contents: &[u8]) -> String {
     Sha256::digest(contents)
         .iter()
         .take(6)
@@ -192,7 +192,7 @@ mod tests {
             (
                 name.clone(),
                 String::from_utf8_lossy(&o.contents).into_owned(),
-                o.mode,
+                o.mode.unwrap_or_default(),
             )
         };
         objects.iter().map(line).collect()
@@ -233,7 +233,8 @@ mod tests {
                     - {name: b, contentBase64: AAE=, version: '7'}\n";
         fs::write(&path, text).unwrap();
         let objects = Source::new(path).read().await.unwrap();
-        assert_eq!(objects["a"].mode, 0o640);
+        assert_eq!(objects["a"].mode, Some(0o640));
+        assert_eq!(objects["b"].mode, None);
         assert_eq!(objects["a"].version, "2bd806c97f0e");
         assert_eq!(
             (&objects["b"].contents[..], &objects["b"].version[..]),

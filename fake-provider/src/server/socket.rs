@@ -95,7 +95,7 @@ fn listen(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
     }
     let socket = UnixSocket::new_stream()?;
     socket.bind(path)?;
-    // Nobody can connect before `listen`, so nobody does before the mode is set.
+    // The mode is set before `listen`, because nobody can connect earlier.
     fs::set_permissions(path, Permissions::from_mode(0o600))?;
     Ok((
         socket.listen(BACKLOG)?,
