@@ -1,11 +1,11 @@
-//! The wire: the CSI Identity and Node services on the driver's socket.
+//! Serves the CSI Identity and Node services on the driver's socket.
 //!
-//! This room checks a request's form, turns it into a `PublishRequest`, and turns an `Error` into
-//! a status. Protobuf stops here. Each call gets one span, one log line for its end, and one
-//! metrics guard, which counts a failure unless told otherwise.
+//! This room checks the form of requests, parses them into a `PublishRequest` or an
+//! `UnpublishRequest`, and turns an `Error` into a status. Each call gets one span, one log line for
+//! its end, and one metrics guard, which counts a failure unless it is told otherwise.
 //!
-//! A call's work runs in a task of its own: a caller that goes away cannot leave a half-made
-//! volume behind, and a panic answers its own call with UNAVAILABLE and harms no other.
+//! A call's work runs in a task of its own: a caller that goes away cannot leave an unfinished
+//! volume behind, and a panic answers only its own call, with UNAVAILABLE.
 
 mod request;
 
@@ -42,12 +42,11 @@ use crate::{
 };
 use request::{POD_NAME, POD_NAMESPACE, deadline, publish_request, unpublish_request};
 
-/// How long connections may stay open after `stop`: longer than calls may run on, and shorter than
-/// the time after which Kubernetes kills the process. A client that does not read its socket is not
-/// waited for.
+/// How long connections may stay open after `stop`, even if a client does not read its socket:
+/// longer than calls may run on, and shorter than the time after which Kubernetes kills the process.
 const END_WITHIN: Duration = Duration::from_secs(25);
 
-/// The two services.
+/// The implementation of the two services.
 #[derive(Clone)]
 pub struct Csi {
     /// The driver's name.
@@ -56,26 +55,26 @@ pub struct Csi {
     pub version: String,
     /// This node's name.
     pub node_id: String,
-    /// What does the work.
+    /// The volumes of this node.
     pub volumes: Arc<Volumes>,
-    /// Where it is counted.
+    /// The metrics that count calls.
     pub metrics: Metrics,
 }
 
-/// A socket on which CSI is served.
+/// A listening socket for CSI.
 pub enum Listener {
-    /// What kubelet uses.
+    /// A socket in the file system, which kubelet uses.
     Unix(UnixListener, SocketFile),
-    /// For tests from afar.
+    /// A TCP socket, for tests from another machine.
     Tcp(TcpListener),
 }
 
 impl Listener {
-    /// Binds. A socket that an earlier run left, or that another driver has there, is replaced;
-    /// anything else is not.
+    /// Binds an endpoint. Replaces a socket that an earlier run left or another driver has there, but
+    /// no other file.
     ///
     /// # Errors
-    /// When there is something other than a socket, or the system refuses.
+    /// The system's error, or that there is a file that is not a socket.
     pub async fn bind(endpoint: &Endpoint) -> io::Result<Self> {
         match endpoint {
             Endpoint::Tcp(address) => Ok(Self::Tcp(TcpListener::bind(address).await?)),
@@ -88,7 +87,7 @@ impl Listener {
 }
 
 impl Csi {
-    /// Serves until `stop`, then finishes the calls that run.
+    /// Serves until `stop`, then waits for running calls.
     ///
     /// # Errors
     /// When the transport fails.
@@ -150,8 +149,8 @@ impl Identity for Csi {
         }))
     }
 
-    /// None: the driver is node-only, and kubelet uses neither a controller nor staging for
-    /// inline volumes.
+    /// Returns no capabilities: the driver is node-only, and kubelet uses neither a controller nor
+    /// staging for inline volumes.
     async fn get_plugin_capabilities(
         &self,
         _: Request<GetPluginCapabilitiesRequest>,
@@ -159,13 +158,13 @@ impl Identity for Csi {
         Ok(Response::new(GetPluginCapabilitiesResponse::default()))
     }
 
-    /// Answers in any case, and says whether the driver can publish.
+    /// Returns whether the driver can publish.
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
-        let able = self.volumes.health.check().await;
-        if let Err(why) = &able {
+        let healthy = self.volumes.check_health().await;
+        if let Err(why) = &healthy {
             tracing::warn!("not ready: {why}");
         }
-        let ready = Some(able.is_ok());
+        let ready = Some(healthy.is_ok());
         Ok(Response::new(ProbeResponse { ready }))
     }
 }
@@ -185,12 +184,12 @@ impl Node for Csi {
         let (volumes, metrics) = (Arc::clone(&self.volumes), self.metrics.clone());
         to_the_end(span, async move |gone: CancellationToken| {
             let started = Instant::now();
-            // What these types print of themselves holds no secret.
+            // The `Debug` of these types leaves secrets out.
             tracing::debug!(request = ?request.get_ref(), "asked to publish");
             let mut counted = metrics.publish();
             let request = request.into_inner();
             let (volume_id, target) = (request.volume_id.clone(), request.target_path.clone());
-            let result = match publish_request(request, deadline, volumes.kubelet_root.as_deref()) {
+            let result = match publish_request(request, deadline, volumes.kubelet_root()) {
                 Ok(request) => volumes.publish(&request, &mut counted, &gone).await,
                 Err(error) => Err(volumes.refuse(&volume_id, &target, error).await),
             };
@@ -204,13 +203,15 @@ impl Node for Csi {
                     counted.succeeded();
                 }
                 Ok(Outcome::Refreshed { changed }) => {
-                    match changed {
-                        true => tracing::info!(milliseconds = millis(started), "refreshed: the content changed"),
-                        false => tracing::debug!(milliseconds = millis(started), "refreshed: nothing changed"),
+                    let milliseconds = millis(started);
+                    if changed {
+                        tracing::info!(milliseconds, "refreshed: the content changed");
+                    } else {
+                        tracing::debug!(milliseconds, "refreshed: nothing changed");
                     }
                     counted.succeeded();
                 }
-                // kubelet must not take a pod that runs for one that cannot.
+                // kubelet is not told, because the pod runs on with the content that it has.
                 Ok(Outcome::Kept(error)) => counted.failed(error.reason().label()),
                 Err(error) => {
                     tracing::error!(code = ?error.code(), milliseconds = millis(started), "failed to publish: {error}");
@@ -233,13 +234,14 @@ impl Node for Csi {
         to_the_end(span, async move |_| {
             tracing::debug!(?request, "asked to unpublish");
             let counted = metrics.unpublish();
-            let result = match unpublish_request(&request, volumes.kubelet_root.as_deref()) {
-                Ok(target) => volumes.unpublish(&request.volume_id, &target).await,
+            let target_path = request.target_path.clone();
+            let result = match unpublish_request(request, volumes.kubelet_root()) {
+                Ok(request) => volumes.unpublish(&request).await,
                 Err(error) => Err(error),
             };
             match result {
                 Ok(()) => {
-                    tracing::info!(target_path = request.target_path, "unpublished");
+                    tracing::info!(target_path, "unpublished");
                     counted.succeeded();
                     Ok(NodeUnpublishVolumeResponse {})
                 }
@@ -315,8 +317,8 @@ fn not_offered(call: &str) -> Status {
     ))
 }
 
-/// Runs a call's work in a task of its own, to its end. The token it gets is cancelled when the
-/// caller goes away.
+/// Runs a call's work to its end, in a task of its own. The token that the work gets is cancelled when
+/// the caller goes away.
 async fn to_the_end<W, F, R>(span: tracing::Span, work: W) -> Result<Response<R>, Status>
 where
     W: FnOnce(CancellationToken) -> F,
@@ -330,11 +332,11 @@ where
         Ok(Ok(answer)) => Ok(Response::new(answer)),
         Ok(Err(error)) => Err(Status::new(error.code(), error.to_string())),
         Err(_) => {
-            // The panic's own text may hold anything; the hook has logged where it was.
+            // The panic's text may contain a secret; the panic hook has logged the place.
             span.in_scope(|| {
                 tracing::error!("a bug in the driver ended this call; nothing else is affected")
             });
-            // Not final: nobody knows what the call has left behind.
+            // Not final, because the call may have left a volume behind.
             Err(Status::unavailable(
                 "a bug in the driver ended this call; see the driver's log on this node",
             ))

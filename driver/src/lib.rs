@@ -33,16 +33,14 @@
 //! - A volume is published when its record says so, its mount is there and its content is there.
 //!   Nothing else means published.
 //! - A failed refresh leaves the last good content alone, and is announced once.
-//! - A live mount is never replaced or taken away by a publish; a failed first publish leaves
-//!   nothing behind.
-//! - Only what is recorded, mounted and complete is content that a Secret may be made of; newer
-//!   content replaces older by an order that hangs on no clock, and nothing replaces something.
-//! - Nothing is watched or listed. An API write happens only when something changed.
-//! - Unpublish needs neither the API server nor a provider; CSI and registration come up without
-//!   them.
+//! - A publish never replaces or removes a live mount. A failed first publish leaves nothing behind.
+//! - Secrets are made only of content that is recorded, mounted and complete. Newer content replaces
+//!   older content, by an order that does not depend on clocks.
+//! - The driver watches and lists nothing. It writes to the API only when something has changed.
+//! - Unpublish needs neither the API server nor a provider. CSI and registration start without them.
 //! - Protobuf types stop at `csi`, `registration`, `provider` and `metrics`, the kube crate at
 //!   `cluster`, system calls at `mount`, `files` and `socket`.
-//! - A secret is a [`secret::Secret`]; errors never embed their input.
+//! - A secret is a [`secret::Secret`]. Errors never contain their input.
 
 pub mod cluster;
 pub mod config;
@@ -63,13 +61,13 @@ pub mod sync;
 pub mod turns;
 pub mod volume;
 
-use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{future::Future, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use cluster::Cluster;
-use config::{BUILD_VERSION, Config, RepublishErrors, SyncErrors};
+use config::{BUILD_VERSION, Config, SyncErrors};
 use csi::{Csi, Listener};
 use memory::Memory;
 use metrics::{Metrics, http};
@@ -78,93 +76,28 @@ use provider::{Limits, Providers};
 use record::{Content, Records};
 use registration::Registrar;
 use sync::{Options, SecretSync};
-use volume::{
-    Clock, Volumes,
-    policy::{Failing, Policy},
-    restless::Restless,
-    target::{Busy, TargetPath},
-    threads::Health,
-};
+use volume::{Parts, Volumes, target::TargetPath};
 
-/// How long calls that run may go on after `stop`. What is not finished by then is undone, before
-/// Kubernetes' usual grace period of 30 seconds ends with a SIGKILL.
+/// How long running calls may continue after `stop`. Calls that have not finished by then are undone,
+/// before Kubernetes' usual grace period of 30 seconds ends with a SIGKILL.
 const FINISH_WITHIN: Duration = Duration::from_secs(20);
 
-/// What kubelet sets in each container. Where it is, kubelet does not see what the driver mounts unless
-/// mounts spread; elsewhere the two are expected to share a table of mounts.
+/// The variable that kubelet sets in each container. In a container, kubelet sees the driver's mounts
+/// only if they propagate; elsewhere the two are expected to share a mount namespace.
 const IN_A_POD: &str = "KUBERNETES_SERVICE_HOST";
 
 /// How often mounted volumes are measured for the metrics, and the memory limit is read again.
 const MEASURE_EVERY: Duration = Duration::from_secs(10);
 
-/// Runs the driver until `stop`, then finishes the calls that run.
+/// Runs the driver until `stop`, then finishes the running calls.
 ///
 /// # Errors
-/// When it cannot start: the socket, the state directory or an address cannot be had. Names
-/// which, and what to do.
+/// Names the socket, the state directory or the address that the driver cannot use, and says why.
 pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
-    for flag in config.without_effect() {
-        tracing::warn!(flag, "this flag is accepted and has no effect");
-    }
-    for flag in config.below_zero() {
-        tracing::warn!(flag, "this flag's value is below zero and counts as zero");
-    }
-    for argument in &config.ignored_arguments {
-        tracing::warn!(
-            argument,
-            "this argument is ignored, because it is or follows an argument that is not a flag"
-        );
-    }
-    if config.node_id.is_empty() {
-        tracing::warn!("--nodeid is empty; kubelet does not register a driver without a node name");
-    }
-    let records = Records::open(&config.state_dir).map_err(|error| {
-        about(
-            error,
-            format!("the state directory {}", config.state_dir.display()),
-        )
-    })?;
-    let root = config.kubelet_root_dir.clone();
-    let records =
-        records.checked_by(move |record| TargetPath::check_record(record, root.as_deref()));
-    match records.remove_orphans() {
-        Ok(0) => {}
-        Ok(removed) => tracing::info!(
-            removed,
-            "removed the records of volumes whose pods are gone"
-        ),
-        Err(error) => {
-            tracing::warn!(%error, "the records of volumes whose pods are gone could not be removed")
-        }
-    }
-
+    warn_about_flags(&config);
+    let records = open_records(&config)?;
     let metrics = Metrics::new();
-    let memory = Memory::new(
-        memory::limit(Path::new("/")),
-        config.provider_max_bytes as u64,
-    );
-    let read = records.each(|record| {
-        metrics.success(&record.provider, &record.volume_id, record.last_success);
-        let charged = record.content == Content::Driver;
-        memory.found(&record.target_path, &record.pod.namespace, charged);
-    });
-    if let Err(error) = read {
-        tracing::warn!(%error, "the records of volumes could not be read; metrics show a last success only after the next refresh or publish");
-    }
-    memory.find_others(&config.driver_name);
-    let budget = memory.budget();
-    tracing::info!(
-        limit = budget.limit().bytes,
-        source = ?budget.limit().source,
-        room = budget.room(),
-        mounted = memory.readings().mounted,
-        "memory for mounted content, in bytes"
-    );
-    let limits = Limits {
-        max_calls: config.provider_max_calls,
-        max_bytes: usize::try_from(budget.answer_bytes()).unwrap_or(usize::MAX),
-        max_message_bytes: config.max_call_recv_msg_size,
-    };
+    let memory = find_volumes(&config, &records, &metrics);
     let cluster = Cluster::new(config.kubeconfig.clone(), BUILD_VERSION, &config.node_id);
     let tmpfs = Arc::new(
         Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)
@@ -180,31 +113,21 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             interval: config.sync_interval,
         },
     ));
-    let finishing = cluster.clone();
-    let volumes = Arc::new(Volumes {
-        node: config.node_id.clone(),
-        kubelet_root: config.kubelet_root_dir.clone(),
+    let limits = Limits {
+        max_calls: config.provider_max_calls,
+        max_bytes: usize::try_from(memory.budget().answer_bytes()).unwrap_or(usize::MAX),
+        max_message_bytes: config.max_call_recv_msg_size,
+    };
+    let parts = Parts {
         records,
-        cluster,
+        cluster: cluster.clone(),
         providers: Providers::new(config.provider_dirs(), limits, metrics.clone()),
         tmpfs,
         memory: Arc::clone(&memory),
-        busy: Busy::default(),
-        policy: Policy {
-            enabled: config.enable_secret_rotation,
-            interval: config.rotation_poll_interval,
-            least_interval: config.min_rotation_poll_interval,
-            surface_errors: config.republish_errors == RepublishErrors::Surface,
-            first_wait: config.rotation_backoff,
-            longest_wait: config.rotation_backoff_max,
-        },
-        failing: Failing::default(),
-        restless: Restless::default(),
-        metrics: metrics.clone(),
         sync: Arc::clone(&sync),
-        clock: Clock::start(),
-        health: Health::default(),
-    });
+        metrics: metrics.clone(),
+    };
+    let volumes = Arc::new(Volumes::new(&config, parts));
     let csi = Csi {
         driver_name: config.driver_name.clone(),
         version: BUILD_VERSION.to_owned(),
@@ -217,16 +140,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         .map_err(|error| about(error, format!("--endpoint {}", config.endpoint)))?;
     tracing::info!(endpoint = %config.endpoint, driver = config.driver_name, version = BUILD_VERSION, "listening");
 
-    // Each of these ends at `stop`. The first that fails before ends the others with it.
-    let mut tasks = JoinSet::new();
-    tasks.spawn(measure(memory, metrics.clone(), stop.clone()));
+    let mut tasks = Tasks::new(stop);
+    tasks.start(|stop| measure(memory, metrics.clone(), stop));
     if let Some(address) = config.metrics_addr {
         let listener = listen("--metrics-addr", address).await?;
-        tasks.spawn(http::serve(listener, metrics, stop.clone()));
+        tasks.start(|stop| http::serve(listener, metrics, stop));
     }
     if let Some(address) = config.healthz_addr {
         let listener = listen("--healthz-addr", address).await?;
-        tasks.spawn(http::serve_health(listener, config.endpoint, stop.clone()));
+        tasks.start(|stop| http::serve_health(listener, config.endpoint, stop));
     }
     if let Some(dir) = config.registration_dir {
         let registrar = Registrar {
@@ -234,51 +156,23 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             driver_name: config.driver_name,
             endpoint: config.kubelet_registration_path,
         };
-        let stop = stop.clone();
-        tasks.spawn(async move {
-            registrar.run(stop).await;
-            Ok(())
-        });
+        tasks.start(async move |stop| Ok(registrar.run(stop).await));
     }
     if config.provider_health_check {
-        let (volumes, stop) = (Arc::clone(&volumes), stop.clone());
-        tasks.spawn(async move {
-            let providers = &volumes.providers;
-            providers
-                .watch_health(config.provider_health_check_interval, stop)
-                .await;
-            Ok(())
-        });
+        let (volumes, interval) = (Arc::clone(&volumes), config.provider_health_check_interval);
+        tasks.start(async move |stop| Ok(volumes.watch_providers(interval, stop).await));
     }
-    {
-        let stop = stop.clone();
-        tasks.spawn(async move {
-            sync.run(stop).await;
-            Ok(())
-        });
-    }
-    let stopped = stop.clone();
+    tasks.start(async move |stop| Ok(sync.run(stop).await));
+    let stopped = tasks.stop.clone();
     tokio::spawn(async move {
         stopped.cancelled().await;
         tokio::time::sleep(FINISH_WITHIN).await;
-        volumes.busy.give_up();
+        volumes.cancel_publishes();
     });
-    let serving = stop.clone();
-    tasks.spawn(async move {
-        let served = csi.serve(listener, serving).await;
-        served.map_err(io::Error::other)
-    });
-
-    let mut outcome = Ok(());
-    while let Some(ended) = tasks.join_next().await {
-        let ended = ended.unwrap_or_else(|panic| Err(io::Error::other(panic)));
-        if outcome.is_ok() {
-            outcome = ended;
-        }
-        stop.cancel();
-    }
-    // A Secret that was deleted to be made anew is made, or put back.
-    if timeout(FINISH_WITHIN, finishing.finish()).await.is_err() {
+    tasks.start(async move |stop| csi.serve(listener, stop).await.map_err(io::Error::other));
+    let outcome = tasks.end().await;
+    // A Secret that was deleted to change its type is created again before the driver ends.
+    if timeout(FINISH_WITHIN, cluster.finish()).await.is_err() {
         tracing::error!(
             "the driver stops while a Secret that it deleted to change its type is not there again"
         );
@@ -286,7 +180,110 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     outcome
 }
 
-/// Measures mounted volumes until `stop`, and notices when the limit of the driver's pod changes.
+/// The tasks of the driver. When one of them ends, the others are stopped.
+struct Tasks {
+    running: JoinSet<io::Result<()>>,
+    stop: CancellationToken,
+}
+
+impl Tasks {
+    fn new(stop: CancellationToken) -> Self {
+        Self {
+            running: JoinSet::new(),
+            stop,
+        }
+    }
+
+    fn start<F>(&mut self, task: impl FnOnce(CancellationToken) -> F)
+    where
+        F: Future<Output = io::Result<()>> + Send + 'static,
+    {
+        self.running.spawn(task(self.stop.clone()));
+    }
+
+    /// Waits for the end of all tasks. Returns the first error.
+    async fn end(mut self) -> io::Result<()> {
+        let mut outcome = Ok(());
+        while let Some(ended) = self.running.join_next().await {
+            let ended = ended.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+            outcome = outcome.and(ended);
+            self.stop.cancel();
+        }
+        outcome
+    }
+}
+
+fn warn_about_flags(config: &Config) {
+    for flag in config.without_effect() {
+        tracing::warn!(flag, "this flag is accepted and has no effect");
+    }
+    for flag in config.below_zero() {
+        tracing::warn!(flag, "this flag's value is below zero and counts as zero");
+    }
+    for argument in &config.ignored_arguments {
+        tracing::warn!(
+            argument,
+            "this argument is ignored, because it is or follows an argument that is not a flag"
+        );
+    }
+    if config.node_id.is_empty() {
+        tracing::warn!("--nodeid is empty; kubelet does not register a driver without a node name");
+    }
+}
+
+/// Opens the records, and removes those of volumes whose pods are gone.
+fn open_records(config: &Config) -> io::Result<Records> {
+    let directory = &config.state_dir;
+    let records = Records::open(directory).map_err(|error| {
+        about(
+            error,
+            format!("the state directory {}", directory.display()),
+        )
+    })?;
+    let root = config.kubelet_root_dir.clone();
+    let records =
+        records.checked_by(move |record| TargetPath::check_record(record, root.as_deref()));
+    match records.remove_orphans() {
+        Ok(0) => {}
+        Ok(removed) => tracing::info!(
+            removed,
+            "removed the records of volumes whose pods are gone"
+        ),
+        Err(error) => {
+            tracing::warn!(%error, "the records of volumes whose pods are gone could not be removed")
+        }
+    }
+    Ok(records)
+}
+
+/// Finds the volumes that are mounted already: for the memory that they take, and for the metrics.
+fn find_volumes(config: &Config, records: &Records, metrics: &Metrics) -> Arc<Memory> {
+    let memory = Memory::new(
+        memory::limit(Path::new("/")),
+        config.provider_max_bytes as u64,
+    );
+    let read = records.each(|record| {
+        metrics.success(&record.provider, &record.volume_id, record.last_success);
+        let is_charged = record.content == Content::Driver;
+        memory.found(&record.target_path, &record.pod.namespace, is_charged);
+    });
+    if let Err(error) = read {
+        tracing::warn!(%error, "the records of volumes could not be read; metrics show a last success only after the next refresh or publish");
+    }
+    memory.find_others(&config.driver_name);
+    let budget = memory.budget();
+    tracing::info!(
+        limit = budget.limit().bytes,
+        source = ?budget.limit().source,
+        room = budget.room(),
+        mounted = memory.readings().mounted,
+        "memory for mounted content, in bytes"
+    );
+    memory
+}
+
+/// Measures mounted volumes until `stop`, and reads the memory limit again, which Kubernetes can change
+/// while the pod runs.
 async fn measure(memory: Arc<Memory>, metrics: Metrics, stop: CancellationToken) -> io::Result<()> {
     loop {
         let measured = Arc::clone(&memory);
@@ -303,11 +300,13 @@ async fn measure(memory: Arc<Memory>, metrics: Metrics, stop: CancellationToken)
     }
 }
 
+/// Binds the address of a flag.
 async fn listen(flag: &str, address: SocketAddr) -> io::Result<TcpListener> {
     let listener = http::listen(address).await;
     listener.map_err(|error| about(error, format!("{flag} {address}")))
 }
 
+/// Adds to an error what it is about.
 fn about(error: io::Error, what: String) -> io::Error {
     io::Error::new(error.kind(), format!("{what}: {error}"))
 }

@@ -1,8 +1,8 @@
-//! What this node knows of a volume, on disk, without secrets.
+//! Records, on the node's disk and without secrets, which volumes are published and what they hold.
 //!
 //! A record is the commit marker of a publish: it is written when everything else is done, and
-//! a volume without one is unfinished work. It needs no fsync: what it vouches for, a tmpfs,
-//! goes away with the kernel that holds the page cache.
+//! a volume without one is unfinished work. It needs no fsync: a volume is a tmpfs, which is lost
+//! together with the kernel's page cache.
 
 mod disk;
 
@@ -11,37 +11,37 @@ use std::{collections::BTreeMap, path::PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-pub use disk::{Records, Staged};
+pub use disk::{Records, StagedRecord};
 
 /// A published volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Record {
-    /// The volume handle that kubelet uses.
+    /// kubelet's volume handle.
     pub volume_id: String,
-    /// Where it is mounted.
+    /// The path at which it is mounted.
     pub target_path: PathBuf,
-    /// Whose it is.
+    /// The pod that mounts it.
     pub pod: Pod,
-    /// The class as it was at the last success.
-    pub class: Class,
+    /// The state of the class at the last success.
+    pub class: ClassState,
     /// The provider's name.
     pub provider: String,
     /// The name of the SecretProviderClassPodStatus.
     pub pod_status: String,
     /// The objects and versions that are mounted, in order of id.
     pub objects: Vec<Object>,
-    /// Who wrote the files.
+    /// The writer of the files.
     pub content: Content,
-    /// The resource version of the pod status that was written with a content, by the name of the
-    /// directory that holds it; under an empty name for files that a provider wrote itself. It
-    /// orders the contents of all volumes of the cluster. A content whose pod status an earlier
-    /// driver wrote is missing here, until a refresh gives it an order.
+    /// The orders of contents, by the name of the directory that holds each; the name is empty for
+    /// files that a provider wrote itself. An order is the resource version of the pod status that
+    /// was written with the content, and orders the contents of all volumes of the cluster. A content
+    /// whose pod status an earlier driver wrote has none until it is refreshed.
     #[serde(default)]
     pub orders: BTreeMap<String, String>,
-    /// Which files the volume had when the provider answered last, where its class has the
-    /// annotation `secrets-store.csi.k8s.io/send-object-versions`: with others the content is not
-    /// whole.
+    /// The names of the files when the provider answered last, if the class has the annotation
+    /// `secrets-store.csi.k8s.io/send-object-versions`. If the volume has other names, its content is
+    /// not whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub files: Option<Names>,
     /// The last time that the provider answered and the content was made to match.
@@ -49,15 +49,15 @@ pub struct Record {
     /// The last time that the provider's answer changed the content.
     #[serde(default)]
     pub last_change: Timestamp,
-    /// Since when refreshes fail, if the last one did.
+    /// The time since when refreshes fail, if the last one did.
     pub failing_since: Option<Timestamp>,
 }
 
 impl Record {
-    /// Makes sure that the names in it are such as the API has.
+    /// Checks that its names can be names of objects in the API.
     ///
     /// # Errors
-    /// Says which one is not.
+    /// Names the one that cannot.
     fn check_names(&self) -> Result<(), String> {
         for (what, name) in [
             ("pod", &self.pod.name),
@@ -78,7 +78,7 @@ impl Record {
 /// The names of a volume's files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Names {
-    /// How many files there are.
+    /// The number of files.
     pub files: usize,
     /// A digest of all names.
     pub digest: String,
@@ -91,7 +91,7 @@ pub struct Pod {
     pub name: String,
     /// Its namespace.
     pub namespace: String,
-    /// Its UID: a pod of the same name that comes later is another pod.
+    /// Its UID, which tells it from later pods of the same name.
     pub uid: String,
 }
 
@@ -101,24 +101,24 @@ impl std::fmt::Display for Pod {
     }
 }
 
-/// Which state of which SecretProviderClass was mounted.
+/// A state of a SecretProviderClass.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Class {
+pub struct ClassState {
     /// Its name, in the pod's namespace.
     pub name: String,
     /// Its UID.
     pub uid: String,
-    /// Its generation, where the API server keeps one.
+    /// Its generation, if the API server keeps one.
     pub generation: Option<i64>,
     /// Its resource version.
     pub resource_version: String,
-    /// Those of its annotations that are addressed to this driver.
+    /// Its annotations that are addressed to this driver.
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
 }
 
-/// How a state of a class that was read compares with the newest state that is known, from the
+/// The age of a state of a class, compared with the newest state that is known. Ordered from the
 /// newest to the oldest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Age {
@@ -133,12 +133,13 @@ pub enum Age {
     OlderContent,
 }
 
-impl Class {
-    /// Compares a state that was read with the newest one that is known. An API server may answer
-    /// from a cache that lags behind, and answers may arrive out of order.
+impl ClassState {
+    /// Compares this state, as it was read, with the newest one that is known. An API server may
+    /// answer from a cache that lags behind, and answers may arrive out of order.
     ///
     /// The generation counts changes of the content. Resource versions of one kind of object can
-    /// be compared where both are numbers; where one is not, they order nothing.
+    /// be compared if both are numbers
+    /// (<https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions>).
     pub fn age(&self, known: &Self) -> Age {
         let number = |class: &Self| class.resource_version.parse::<u64>().ok();
         let lower =
@@ -166,7 +167,7 @@ pub struct Object {
     pub version: String,
 }
 
-/// Who wrote the files of a volume, which decides what "the content is there" means.
+/// The writer of the files of a volume. It decides what "the content is there" means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Content {
@@ -176,8 +177,8 @@ pub enum Content {
     Provider,
 }
 
-/// Whether a text from outside can be the name of an object: a DNS subdomain (RFC 1123). Nothing
-/// else may become part of a request's path, where it could lead to another object.
+/// Returns whether a text can be the name of an object: a DNS subdomain (RFC 1123). Any other text in
+/// the path of a request could lead to another object.
 pub fn is_object_name(name: &str) -> bool {
     let is_label = |label: &str| {
         let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
@@ -194,8 +195,8 @@ mod tests {
     use super::*;
     use rstest::rstest;
 
-    fn class(uid: &str, generation: Option<i64>, version: &str) -> Class {
-        Class {
+    fn class(uid: &str, generation: Option<i64>, version: &str) -> ClassState {
+        ClassState {
             name: "db".into(),
             uid: uid.into(),
             generation,
@@ -218,7 +219,7 @@ mod tests {
     #[case::neither_orders(class("u", None, "a9"), Age::Current)]
     #[case::its_successor(class("v", Some(1), "30"), Age::Current)]
     #[case::perhaps_its_predecessor(class("v", Some(9), "10"), Age::Unsure)]
-    fn ages(#[case] read: Class, #[case] age: Age) {
+    fn ages(#[case] read: ClassState, #[case] age: Age) {
         assert_eq!(read.age(&class("u", Some(2), "20")), age);
     }
 }

@@ -1,161 +1,146 @@
-//! One volume's life: publish, refresh and unpublish.
+//! The life of a volume: publish, refresh and unpublish.
 //!
 //! A volume is published when its record says so, its mount is there and its content is there;
 //! the function `plan` decides from these three and nothing else. The order of steps of a publish,
 //! and what undoes them, stand in `Volumes::carry_out`; those of a refresh in `Volumes::refresh`.
 //!
 //! A live mount is never replaced or taken away by a publish, because a running container may
-//! hold it: a mount without a record is filled in place. What a failed publish made itself goes
-//! away again, whichever way the publish ends: by an error, a cancelled call or a panic. A refresh
-//! that fails leaves content and pod status as they were, and is repeated later.
+//! use it: a mount without a record is filled in place. A failed publish removes what it made
+//! itself, whether it ends by an error, a cancelled call or a panic. A refresh that fails leaves
+//! content and pod status as they were, and is repeated later.
 
+mod ask;
 mod content;
+mod failing;
 pub mod policy;
+mod recording;
 mod refresh;
-pub mod restless;
+mod request;
+mod restless;
 pub mod target;
-pub mod threads;
+mod threads;
 
-use std::{collections::BTreeMap, future::Future, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
-use jiff::Timestamp;
-use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
-use zeroize::Zeroizing;
 
 use crate::{
-    cluster::{
-        Class, Cluster,
-        pod_status::{DesiredPodStatus, Written},
-    },
+    cluster::{Class, Cluster},
+    config::Config,
     error::{Error, Reason, Result},
-    files::{Access, layout, open_root},
+    files::{layout, open_root},
     memory::Memory,
     metrics::{Metrics, PublishGuard},
     mount::{self, TargetState, Tmpfs, VolumeMount},
-    provider::{MountCall, Providers, Reply, Urgency},
-    record::{self, Age, Content, Object, Pod, Record, Records},
-    secret::SecretMap,
+    provider::Providers,
+    record::{Age, Content, Record, Records},
     sync::SecretSync,
 };
-use content::{
-    Undo, commit_content, directory, reaches_pods, refit, stage_files, still_there, take_down,
-};
-use policy::{Every, Failing, Policy};
+use ask::unless;
+use content::{Undo, take_down};
+use failing::Failing;
+use policy::{Clock, Policy};
+pub use request::{Outcome, PublishRequest, TOKENS, UnpublishRequest};
 use restless::Restless;
 use target::{Busy, TargetPath};
 use threads::{Health, blocking};
 
-/// Where kubelet passes service account tokens, and where a provider looks for them.
-pub const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
-
-/// How often it is asked whether a pod is being deleted whose provider does not answer.
-const LOOK_AT_POD: Duration = Duration::from_secs(10);
-
-/// A NodePublishVolume, checked for form.
-pub struct PublishRequest {
-    /// kubelet's volume handle.
-    pub volume_id: String,
-    /// Where the volume must appear.
-    pub target: TargetPath,
-    /// Who wants it.
-    pub pod: Pod,
-    /// The name of the SecretProviderClass, in the pod's namespace.
-    pub class: String,
-    /// The volume's attributes: the user's, and those that kubelet adds. Without tokens.
-    pub attributes: SecretMap,
-    /// The data of the pod's nodePublishSecretRef. Without tokens.
-    pub secrets: SecretMap,
-    /// Service account tokens as kubelet's JSON, when the CSIDriver asks for them.
-    pub tokens: Option<Zeroizing<String>>,
-    /// Who may read the files.
-    pub access: Access,
-    /// How often the volume wants to be refreshed, if it says so itself.
-    pub every: Option<Every>,
-    /// When the provider must have answered, so that there is time left to finish or undo.
-    pub deadline: Instant,
-}
-
-/// What a publish found or did.
-#[derive(Debug, Clone)]
-pub enum Outcome {
-    /// The volume was published already and not due for a refresh; no provider was asked.
-    AlreadyPublished,
-    /// The volume is published now.
-    Published,
-    /// The volume was published already and has been refreshed.
-    Refreshed {
-        /// Whether its content changed.
-        changed: bool,
-    },
-    /// The volume was published already, its refresh failed, and it keeps what it holds.
-    Kept(Error),
-}
-
-/// The time of the day that does not jump: as it was when the driver started, and what has
-/// passed since.
-#[derive(Debug, Clone, Copy)]
-pub struct Clock {
-    at_start: Timestamp,
-    started: Instant,
-}
-
-impl Clock {
-    /// A clock that starts now.
-    pub fn start() -> Self {
-        Self {
-            at_start: Timestamp::now(),
-            started: Instant::now(),
-        }
-    }
-
-    fn now(&self) -> Timestamp {
-        self.at_start
-            .saturating_add(self.started.elapsed())
-            .unwrap_or(self.at_start)
-    }
-}
-
-/// All volumes of this node.
-pub struct Volumes {
-    /// This node's name.
-    pub node: String,
-    /// kubelet's root directory, where it is known: targets must lie below it.
-    pub kubelet_root: Option<PathBuf>,
-    /// What is known of them.
+/// The parts of the driver that volumes use.
+pub struct Parts {
+    /// The records of this node.
     pub records: Records,
     /// The API server.
     pub cluster: Cluster,
     /// The providers.
     pub providers: Providers,
-    /// Their file systems.
+    /// The file systems of volumes.
     pub tmpfs: Arc<Tmpfs>,
-    /// What their content takes.
+    /// The memory that content takes.
     pub memory: Arc<Memory>,
-    /// The targets that are being worked on.
-    pub busy: Busy,
-    /// Which refreshes there are.
-    pub policy: Policy,
-    /// The volumes whose refreshes fail.
-    pub failing: Failing,
-    /// The volumes whose content is another at each refresh.
-    pub restless: Restless,
-    /// What counts refreshes.
-    pub metrics: Metrics,
-    /// What keeps the Secrets of classes that make some.
+    /// The Secrets of classes that declare some.
     pub sync: Arc<SecretSync>,
-    /// What time it is.
-    pub clock: Clock,
-    /// Whether the threads of file system work get anywhere.
-    pub health: Health,
+    /// The metrics.
+    pub metrics: Metrics,
+}
+
+/// All volumes of this node.
+pub struct Volumes {
+    /// This node's name.
+    node: String,
+    /// kubelet's root directory, if it is known: targets must lie below it.
+    kubelet_root: Option<PathBuf>,
+    policy: Policy,
+    records: Records,
+    cluster: Cluster,
+    providers: Providers,
+    tmpfs: Arc<Tmpfs>,
+    memory: Arc<Memory>,
+    sync: Arc<SecretSync>,
+    metrics: Metrics,
+    /// The targets that calls are working on.
+    busy: Busy,
+    failing: Failing,
+    restless: Restless,
+    clock: Clock,
+    health: Health,
 }
 
 impl Volumes {
+    /// Creates the volumes of the node that `config` names.
+    pub fn new(config: &Config, parts: Parts) -> Self {
+        Self {
+            node: config.node_id.clone(),
+            kubelet_root: config.kubelet_root_dir.clone(),
+            policy: Policy::from(config),
+            records: parts.records,
+            cluster: parts.cluster,
+            providers: parts.providers,
+            tmpfs: parts.tmpfs,
+            memory: parts.memory,
+            sync: parts.sync,
+            metrics: parts.metrics,
+            busy: Busy::default(),
+            failing: Failing::default(),
+            restless: Restless::default(),
+            clock: Clock::start(),
+            health: Health::default(),
+        }
+    }
+
+    /// Returns kubelet's root directory, if it is known.
+    pub fn kubelet_root(&self) -> Option<&Path> {
+        self.kubelet_root.as_deref()
+    }
+
+    /// Checks that the driver can publish and unpublish.
+    ///
+    /// # Errors
+    /// A sentence for the log.
+    pub async fn check_health(&self) -> std::result::Result<(), String> {
+        self.health.check().await
+    }
+
+    /// Asks the providers for their health every `interval`, until `stop`.
+    pub async fn watch_providers(&self, interval: Duration, stop: CancellationToken) {
+        self.providers.watch_health(interval, stop).await;
+    }
+
+    /// Cancels all publishes that are running, which undoes what they have not finished.
+    pub fn cancel_publishes(&self) {
+        self.busy.cancel_all();
+    }
+
     /// Publishes a volume, or refreshes one that is published and due.
     ///
-    /// `cancelled` says that nobody waits for the result any more. A publish that has not got
-    /// the provider's answer by then ends and is undone; one that has it finishes.
+    /// `cancelled` says that the result is not needed any more. A publish that has not got the
+    /// provider's answer by then ends and is undone; one that has it finishes.
     ///
     /// # Errors
     /// Names the step and the pod. A first publish that failed has left nothing behind; a
@@ -167,33 +152,25 @@ impl Volumes {
         cancelled: &CancellationToken,
     ) -> Result<Outcome> {
         let _busy = self.busy.publishing(&request.target, cancelled)?;
-        let found = match self.look(request).await {
+        let (volume_id, target) = (&request.volume_id, &request.target);
+        let found = match self.find(request).await {
             Ok(found) => found,
-            Err(error) => {
-                return Err(self
-                    .answer(&request.volume_id, &request.target, error)
-                    .await);
-            }
+            Err(error) => return Err(self.answer(volume_id, target, error).await),
         };
-        let published = match plan(&found) {
-            Plan::Keep(record) => {
+        let start = match plan(&found) {
+            Plan::KeepFresh(record) => {
                 metrics.provider(&record.provider);
                 return self.keep_fresh(record.clone(), request, cancelled).await;
             }
-            needed => {
-                let needs_mount = needed == Plan::MountAndFill;
-                let earlier = found.record.as_ref();
-                self.carry_out(needs_mount, earlier, request, metrics, cancelled)
-                    .await
-            }
+            Plan::Fill(start) => start,
         };
-        match published {
+        let earlier = found.record.as_ref();
+        let published = self.carry_out(start, earlier, request, metrics, cancelled);
+        match published.await {
             Ok(()) => Ok(Outcome::Published),
             Err(error) => {
-                self.measure(&request.target).await;
-                Err(self
-                    .answer(&request.volume_id, &request.target, error)
-                    .await)
+                self.measure(target).await;
+                Err(self.answer(volume_id, target, error).await)
             }
         }
     }
@@ -210,10 +187,10 @@ impl Volumes {
         }
     }
 
-    /// Returns the answer to a publish that kubelet may hear.
+    /// Returns the error with which kubelet is answered.
     ///
     /// kubelet forgets a volume after a final code, and would never unpublish it. So the code of
-    /// `error` stays final only where nothing is left: no directory, no mount, no record.
+    /// `error` stays final only if nothing is left: no directory, no mount, no record.
     async fn answer(&self, volume_id: &str, target: &TargetPath, error: Error) -> Error {
         if !error.is_final() {
             return error;
@@ -234,11 +211,11 @@ impl Volumes {
         }
     }
 
-    /// Returns the answer to a publish whose request is wrong in its form. `target` is the path
-    /// as it was sent: a volume may be mounted there since an earlier request.
+    /// Returns the error with which kubelet is answered if the form of a publish is wrong. `target`
+    /// is the path as it was sent: a volume may be mounted there since an earlier request.
     pub async fn refuse(&self, volume_id: &str, target: &str, error: Error) -> Error {
-        // What is no path of kubelet's has never been published at.
-        let Ok(target) = TargetPath::parse(target, self.kubelet_root.as_deref(), None) else {
+        // Nothing was ever published at a path that kubelet does not make.
+        let Ok(target) = TargetPath::parse(target, self.kubelet_root(), None) else {
             return error;
         };
         match self.busy.publishing(&target, &CancellationToken::new()) {
@@ -247,57 +224,37 @@ impl Volumes {
         }
     }
 
-    /// The steps of a publish, in their order. Dropping `undo` takes a new mount away again.
-    /// `earlier` is what is recorded of this volume, which is not published all the same.
+    /// Carries out the steps of a publish, in their order. Dropping `undo` takes a new mount away
+    /// again. `earlier` is the record of this volume, which is not published although it has one.
     async fn carry_out(
         &self,
-        needs_mount: bool,
+        start: Start,
         earlier: Option<&Record>,
         request: &PublishRequest,
         metrics: &mut PublishGuard,
         cancelled: &CancellationToken,
     ) -> Result<()> {
         let pod = &request.pod;
-        let class = unless(
-            cancelled,
-            self.cluster.class(&pod.namespace, &request.class),
-        )
-        .await?;
+        let class = self.cluster.class(&pod.namespace, &request.class);
+        let class = unless(cancelled, class).await?;
         metrics.provider(&class.provider);
-        if let Some(earlier) = earlier
-            && class.identity.age(&earlier.class) == Age::OlderContent
-        {
-            return Err(Error::unavailable(format!(
-                "secretproviderclass {}/{}: the API server answers with an older state of it (resource version {}) than the one that this volume had ({}); trying again. If the API server was restored from a backup, change the class or replace the pod",
-                pod.namespace,
-                request.class,
-                class.identity.resource_version,
-                earlier.class.resource_version,
-            ))
-            .with_reason(Reason::SecretProviderClassNotFound));
-        }
+        refuse_older_class(request, &class, earlier)?;
 
-        let (undo, held) = match needs_mount {
-            true => {
-                let (undo, held) = self.mount(request).await?;
-                (Some(undo), held)
+        let (undo, mount) = match start {
+            Start::NewMount => {
+                let (undo, mount) = self.mount(request).await?;
+                (Some(undo), mount)
             }
-            false => (None, refit(request, &self.tmpfs).await?),
+            Start::InPlace => (None, self.refit(request).await?),
         };
-        let ask = self.ask_provider(request, &class, &[], Urgency::FirstMount);
-        let reply = self.while_wanted(pod, cancelled, ask).await?;
-        let so_far = earlier
-            .filter(|_| !needs_mount)
-            .map(|earlier| earlier.content);
-        let staged = stage_files(
-            request,
-            &held,
-            &self.tmpfs,
-            &self.memory,
-            reply.files,
-            so_far,
-        )
-        .await?;
+        let reply = self.ask_first(&class, request, cancelled).await?;
+        let present = match start {
+            Start::NewMount => None,
+            Start::InPlace => earlier.map(|earlier| earlier.content),
+        };
+        let staged = self
+            .stage_files(request, &mount, reply.files, present)
+            .await?;
         let now = self.clock.now();
         let mut record = Record {
             volume_id: request.volume_id.clone(),
@@ -314,12 +271,12 @@ impl Volumes {
             last_change: now,
             failing_since: None,
         };
-        let place = self.stage_record(&record).await?;
-        commit_content(request, &held, &self.tmpfs, &self.memory, staged).await?;
-        let directory = directory(request, &held, record.content).await?;
-        // An annotation that says neither is a refresh's trouble.
-        let sends = policy::sends_versions(&class.identity).unwrap_or_default();
-        record.files = self.names(request, sends).await;
+        let staged_record = self.stage_record(&record).await?;
+        self.commit_content(request, &mount, staged).await?;
+        let directory = self.directory(request, &mount, record.content).await?;
+        // A wrong value of the annotation fails the next refresh, and not this publish.
+        let sends_versions = policy::sends_versions(&class.identity).unwrap_or_default();
+        record.files = self.names(request, sends_versions).await;
         let before = earlier.map(|earlier| earlier.pod_status.as_str());
         let written = self
             .write_pod_status(request, &record.objects, Some(now), before)
@@ -330,17 +287,15 @@ impl Volumes {
         let synced = self.sync.volume_mounted(&record, &class).await;
         let committing = async {
             synced?;
-            still_there(request, &held).await?;
-            self.commit_record(place, record).await
+            self.check_mount(request, &mount).await?;
+            self.commit_record(staged_record, record).await
         };
         if let Err(error) = committing.await {
             if undo.is_some() {
                 self.sync.forget(&request.volume_id);
-            }
-            if undo.is_some()
-                && let Err(left) = self.cluster.delete_pod_status(pod, &pod_status).await
-            {
-                tracing::warn!(pod = %pod, error = %left, "the pod status of a failed publish stays until the pod goes");
+                if let Err(error) = self.cluster.delete_pod_status(pod, &pod_status).await {
+                    tracing::warn!(pod = %pod, %error, "the pod status of a failed publish stays until the pod goes");
+                }
             }
             return Err(error);
         }
@@ -352,45 +307,18 @@ impl Volumes {
         Ok(())
     }
 
-    async fn write_pod_status(
-        &self,
-        request: &PublishRequest,
-        objects: &[Object],
-        changed: Option<Timestamp>,
-        before: Option<&str>,
-    ) -> Result<Written> {
-        let mounted = self.mounted(request, objects, changed);
-        self.cluster.write_pod_status(&mounted, before).await
-    }
-
-    /// What the pod status of a volume says.
-    fn mounted<'a>(
-        &'a self,
-        request: &'a PublishRequest,
-        objects: &'a [Object],
-        changed: Option<Timestamp>,
-    ) -> DesiredPodStatus<'a> {
-        DesiredPodStatus {
-            pod: &request.pod,
-            class: &request.class,
-            target_path: request.target.as_str(),
-            node: &self.node,
-            objects,
-            changed,
-        }
-    }
-
-    /// Unpublishes a volume: content, mount, directory and record. Asks nobody, and finds
-    /// nothing to do where nothing is.
+    /// Unpublishes a volume: removes record, mount, content and directory. Needs neither the API
+    /// server nor a provider, and succeeds if nothing is there.
     ///
     /// A record that cannot be removed, because the node's disk is read-only for example, does
     /// not keep a pod from going: without its mount it says nothing, and it is removed when the
     /// driver starts.
     ///
     /// # Errors
-    /// ABORTED if a publish of this target, which is told to stop, goes on for seconds; otherwise
-    /// what the system says.
-    pub async fn unpublish(&self, volume_id: &str, target: &TargetPath) -> Result<()> {
+    /// ABORTED if a publish of this target, which is cancelled, goes on for seconds; otherwise the
+    /// system's error.
+    pub async fn unpublish(&self, request: &UnpublishRequest) -> Result<()> {
+        let UnpublishRequest { volume_id, target } = request;
         let _busy = self.busy.unpublishing(target).await?;
         self.failing.gone(volume_id);
         self.restless.gone(volume_id);
@@ -398,7 +326,7 @@ impl Volumes {
         self.metrics.volume_gone(volume_id);
         let (memory, tmpfs) = (Arc::clone(&self.memory), Arc::clone(&self.tmpfs));
         let records = self.records.clone();
-        let (volume_id, path) = (volume_id.to_owned(), target.as_path().to_owned());
+        let (volume_id, path) = (volume_id.clone(), target.as_path().to_owned());
         blocking(move || {
             // The record first: without it nothing counts as published, however far this gets.
             let removed = records.remove(&volume_id);
@@ -419,8 +347,8 @@ impl Volumes {
         })
     }
 
-    /// Looks at the three things that decide.
-    async fn look(&self, request: &PublishRequest) -> Result<Found> {
+    /// Examines the three things that decide whether a volume is published.
+    async fn find(&self, request: &PublishRequest) -> Result<Found> {
         let records = self.records.clone();
         let (volume_id, target, uid) = (
             request.volume_id.clone(),
@@ -432,19 +360,19 @@ impl Volumes {
                 .get(&volume_id)
                 .filter(|record| record.target_path == target && record.pod.uid == uid);
             let state = mount::state(&target)?;
-            let complete = state == TargetState::Mounted && {
+            let has_content = state == TargetState::Mounted && {
                 let root = open_root(&target)?;
                 match record.as_ref().map(|record| record.content) {
                     Some(Content::Provider) => !layout::is_empty(&root)?,
                     Some(Content::Driver) => layout::is_complete(&root)?,
-                    // Of an earlier driver, or of a publish that did not finish.
+                    // An earlier driver wrote it, or a publish that did not finish.
                     None => layout::is_complete(&root)? || !layout::is_empty(&root)?,
                 }
             };
             Ok(Found {
                 record,
                 state,
-                complete,
+                has_content,
             })
         })
         .await
@@ -459,11 +387,11 @@ impl Volumes {
 
     /// Makes the directory and mounts an empty tmpfs on it.
     async fn mount(&self, request: &PublishRequest) -> Result<(Undo, Arc<VolumeMount>)> {
+        self.check_propagation(request).await?;
         let tmpfs = Arc::clone(&self.tmpfs);
         let (memory, namespace) = (Arc::clone(&self.memory), request.pod.namespace.clone());
         let target = request.target.as_path().to_owned();
         let parent = request.target.parent();
-        reaches_pods(request, &self.tmpfs).await?;
         blocking(move || {
             let undo = Undo::of(target.clone());
             // What an interrupted attempt left is taken away first, contents included.
@@ -488,178 +416,74 @@ impl Volumes {
             _ => Error::internal(format!("failed to mount tmpfs at {} for pod {}: {error}", request.target, request.pod)),
         })
     }
-
-    async fn ask_provider(
-        &self,
-        request: &PublishRequest,
-        class: &Class,
-        current: &[Object],
-        urgency: Urgency,
-    ) -> Result<Reply> {
-        let failed = |error: Error| {
-            error.context(format_args!(
-                "failed to mount secrets store objects for pod {}",
-                request.pod
-            ))
-        };
-        let no_json = |error| failed(Error::internal(format!("attributes: {error}")));
-        let secrets = if request.secrets.is_empty() {
-            "null".to_owned().into()
-        } else {
-            request.secrets.expose_json().map_err(no_json)?
-        };
-        let attributes = attributes(class, request);
-        self.providers
-            .mount(MountCall {
-                provider: &class.provider,
-                namespace: &request.pod.namespace,
-                class: &request.class,
-                attributes: attributes.expose_json().map_err(no_json)?,
-                with_tokens: attributes.expose(TOKENS).is_some(),
-                secrets,
-                target: request.target.as_path(),
-                current,
-                urgency,
-                deadline: request.deadline,
-            })
-            .await
-            .map_err(failed)
-    }
-
-    /// Awaits a provider's answer, unless nobody needs it any more. kubelet does not unpublish a
-    /// volume before its publish has ended, so that the API server is asked what it does not say.
-    async fn while_wanted(
-        &self,
-        pod: &Pod,
-        cancelled: &CancellationToken,
-        ask: impl Future<Output = Result<Reply>>,
-    ) -> Result<Reply> {
-        let leaves = async {
-            loop {
-                sleep(LOOK_AT_POD).await;
-                if matches!(self.cluster.is_alive(pod).await, Ok(false)) {
-                    break;
-                }
-            }
-            tracing::info!(pod = %pod, "the pod is being deleted; its provider is not waited for");
-            cancelled.cancel();
-        };
-        let (ask, leaves) = (unless(cancelled, Box::pin(ask)), Box::pin(leaves));
-        tokio::pin!(ask);
-        tokio::select! {
-            reply = &mut ask => return reply,
-            () = leaves => {}
-        }
-        ask.await
-    }
-
-    /// Takes the room for a record, before anything is done that could not be recorded.
-    async fn stage_record(&self, record: &Record) -> Result<record::Staged> {
-        let (records, staged) = (self.records.clone(), record.clone());
-        blocking(move || records.stage(&staged))
-            .await
-            .map_err(|error| self.not_recorded(record, &error))
-    }
-
-    /// Makes a record valid, and with it the volume a published one.
-    async fn commit_record(&self, place: record::Staged, record: Record) -> Result<()> {
-        let committed = record.clone();
-        blocking(move || place.commit(&committed))
-            .await
-            .map_err(|error| self.not_recorded(&record, &error))
-    }
-
-    /// Writes a record of which nothing else depends.
-    async fn write_record(&self, record: Record) -> Result<()> {
-        let place = self.stage_record(&record).await?;
-        self.commit_record(place, record).await
-    }
-
-    fn not_recorded(&self, record: &Record, error: &io::Error) -> Error {
-        let code = match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::ResourceExhausted,
-            _ => Code::Internal,
-        };
-        Error::new(
-            code,
-            format!(
-                "failed to record the volume of pod {} on the node's disk, in {}: {error}",
-                record.pod,
-                self.records.directory().display()
-            ),
-        )
-    }
 }
 
-/// What [`Volumes::look`] found.
+/// The three things that decide whether a volume is published.
 struct Found {
     record: Option<Record>,
     state: TargetState,
-    /// Whether the mount holds content.
-    complete: bool,
+    /// Whether the mount has content.
+    has_content: bool,
 }
 
-/// What a publish has to do.
+/// The work of a publish.
 #[derive(Debug, PartialEq, Eq)]
 enum Plan<'a> {
-    /// Nothing but to keep it fresh: the volume is published.
-    Keep(&'a Record),
-    /// Write the content into the mount that is there.
-    FillInPlace,
-    /// All of it.
-    MountAndFill,
+    /// Refresh the volume if it is due: it is published.
+    KeepFresh(&'a Record),
+    /// Write the content and record it.
+    Fill(Start),
 }
 
-/// The decision. A directory proves nothing, and neither does a mount without a record.
+/// The mount into which a publish writes the content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// A new mount, which a failure takes away again.
+    NewMount,
+    /// The mount that is there.
+    InPlace,
+}
+
+/// Decides what a publish has to do. A directory proves nothing, and neither does a mount without a
+/// record.
 fn plan(found: &Found) -> Plan<'_> {
     match (found.state, &found.record) {
-        (TargetState::Mounted, Some(record)) if found.complete => Plan::Keep(record),
-        (TargetState::Mounted, _) => Plan::FillInPlace,
+        (TargetState::Mounted, Some(record)) if found.has_content => Plan::KeepFresh(record),
+        (TargetState::Mounted, _) => Plan::Fill(Start::InPlace),
         (TargetState::Absent | TargetState::Directory | TargetState::NotADirectory, _) => {
-            Plan::MountAndFill
+            Plan::Fill(Start::NewMount)
         }
     }
 }
 
-/// Returns what a provider is told: the class's parameters, the volume's attributes over them, and
-/// the tokens, in the order in which upstream merges them (`NodePublishVolume` in
-/// `pkg/secrets-store/nodeserver.go`).
-fn attributes(class: &Class, request: &PublishRequest) -> SecretMap {
-    let mut attributes: SecretMap = class
-        .parameters
-        .iter()
-        .map(|(k, v)| (k.as_str(), v.as_str()))
-        .collect();
-    attributes.extend(&request.attributes);
-    if let Some(tokens) = &request.tokens {
-        attributes.insert(TOKENS, tokens.as_str());
+/// Refuses a class that is older than the one that the volume had.
+fn refuse_older_class(
+    request: &PublishRequest,
+    class: &Class,
+    earlier: Option<&Record>,
+) -> Result<()> {
+    let Some(earlier) = earlier else {
+        return Ok(());
+    };
+    if class.identity.age(&earlier.class) != Age::OlderContent {
+        return Ok(());
     }
-    attributes
-}
-
-/// Awaits a step, unless nobody waits for the publish any more.
-async fn unless<T>(
-    cancelled: &CancellationToken,
-    step: impl Future<Output = Result<T>>,
-) -> Result<T> {
-    tokio::select! {
-        biased;
-        () = cancelled.cancelled() => Err(Error::new(Code::Cancelled, "the publish was cancelled: its caller went away, its pod is being deleted, or the volume is being unpublished")),
-        result = step => result,
-    }
+    Err(Error::unavailable(format!(
+        "secretproviderclass {}/{}: the API server answers with an older state of it (resource version {}) than the one that this volume had ({}); trying again. If the API server was restored from a backup, change the class or replace the pod",
+        request.pod.namespace,
+        request.class,
+        class.identity.resource_version,
+        earlier.class.resource_version,
+    ))
+    .with_reason(Reason::SecretProviderClassNotFound))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::{ClassState, Pod};
+    use jiff::Timestamp;
     use rstest::rstest;
-
-    #[derive(Debug, PartialEq)]
-    enum Does {
-        Keep,
-        Fill,
-        Mount,
-    }
 
     fn some_record() -> Record {
         Record {
@@ -670,7 +494,7 @@ mod tests {
                 namespace: "n".into(),
                 uid: "u".into(),
             },
-            class: record::Class {
+            class: ClassState {
                 name: "c".into(),
                 uid: "u".into(),
                 generation: None,
@@ -689,34 +513,36 @@ mod tests {
         }
     }
 
+    const KEEP: Option<Start> = None;
+    const FILL: Option<Start> = Some(Start::InPlace);
+    const MOUNT: Option<Start> = Some(Start::NewMount);
+
     #[rstest]
-    #[case::published(true, TargetState::Mounted, true, Does::Keep)]
-    #[case::killed_between_mount_and_write(false, TargetState::Mounted, false, Does::Fill)]
-    #[case::killed_between_write_and_record(false, TargetState::Mounted, true, Does::Fill)]
-    #[case::of_an_earlier_driver(false, TargetState::Mounted, true, Does::Fill)]
-    #[case::content_lost(true, TargetState::Mounted, false, Does::Fill)]
-    #[case::first(false, TargetState::Absent, false, Does::Mount)]
-    #[case::a_directory_proves_nothing(false, TargetState::Directory, false, Does::Mount)]
-    #[case::after_a_reboot(true, TargetState::Directory, false, Does::Mount)]
-    #[case::directory_lost(true, TargetState::Absent, false, Does::Mount)]
-    #[case::something_else_lies_there(false, TargetState::NotADirectory, false, Does::Mount)]
+    #[case::published(true, TargetState::Mounted, true, KEEP)]
+    #[case::killed_between_mount_and_write(false, TargetState::Mounted, false, FILL)]
+    #[case::killed_between_write_and_record(false, TargetState::Mounted, true, FILL)]
+    #[case::of_an_earlier_driver(false, TargetState::Mounted, true, FILL)]
+    #[case::content_lost(true, TargetState::Mounted, false, FILL)]
+    #[case::first(false, TargetState::Absent, false, MOUNT)]
+    #[case::a_directory_proves_nothing(false, TargetState::Directory, false, MOUNT)]
+    #[case::after_a_reboot(true, TargetState::Directory, false, MOUNT)]
+    #[case::directory_lost(true, TargetState::Absent, false, MOUNT)]
+    #[case::something_else_lies_there(false, TargetState::NotADirectory, false, MOUNT)]
     fn decisions(
         #[case] recorded: bool,
         #[case] state: TargetState,
-        #[case] complete: bool,
-        #[case] expected: Does,
+        #[case] has_content: bool,
+        #[case] expected: Option<Start>,
     ) {
-        let record = recorded.then(some_record);
         let found = Found {
-            record,
+            record: recorded.then(some_record),
             state,
-            complete,
+            has_content,
         };
-        let does = match plan(&found) {
-            Plan::Keep(_) => Does::Keep,
-            Plan::FillInPlace => Does::Fill,
-            Plan::MountAndFill => Does::Mount,
+        let start = match plan(&found) {
+            Plan::KeepFresh(_) => None,
+            Plan::Fill(start) => Some(start),
         };
-        assert_eq!(does, expected);
+        assert_eq!(start, expected);
     }
 }

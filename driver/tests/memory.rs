@@ -114,7 +114,7 @@ fn field_of(process: u32, field: &str) -> u64 {
     digits.unwrap().parse().unwrap()
 }
 
-fn record(number: usize, class: &record::Class, provider: &str) -> Record {
+fn record(number: usize, class: &record::ClassState, provider: &str) -> Record {
     Record {
         volume_id: format!("csi-{number}"),
         target_path: "/nowhere".into(),
@@ -226,7 +226,7 @@ fn sixty_records_of_many_objects() {
     for number in 0..CLASSES {
         let mut record = record(
             number,
-            &record::Class {
+            &record::ClassState {
                 name: format!("class-{number}"),
                 uid: "u".to_owned(),
                 generation: Some(1),

@@ -35,7 +35,7 @@ const MAX_TEXT: usize = 128 * 1024;
 #[derive(Debug, Clone)]
 pub struct Class {
     /// The identity of the class, and which state of it this is.
-    pub identity: record::Class,
+    pub identity: record::ClassState,
     /// `spec.provider`, not empty.
     pub provider: String,
     /// `spec.parameters`, not empty.
@@ -156,7 +156,7 @@ impl Cluster {
             None => spc.spec.secret_objects.into_iter().map(trimmed).collect(),
         };
         Ok(Class {
-            identity: record::Class {
+            identity: record::ClassState {
                 name: name.to_owned(),
                 uid: spc.metadata.uid.unwrap_or_default(),
                 generation: spc.metadata.generation,

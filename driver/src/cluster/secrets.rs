@@ -51,7 +51,7 @@ use kube::{
 use serde::de::IgnoredAny;
 
 use super::{Cluster, request::Failure};
-use crate::{record::Class, secret::Secret};
+use crate::{record::ClassState, secret::Secret};
 use decision::{Decision, NamedClass, decide};
 pub use digest::Digest;
 pub use error::{ErrorType, SyncError};
@@ -118,7 +118,7 @@ pub struct DesiredSecret<'a> {
     /// The whole data.
     pub data: Data<'a>,
     /// The class that asks for it.
-    pub class: &'a Class,
+    pub class: &'a ClassState,
     /// The time since when a volume has held this content.
     pub since: Timestamp,
     /// The order of this content, if it is known.
@@ -322,7 +322,7 @@ impl Cluster {
         &self,
         namespace: &str,
         name: &str,
-        class: &Class,
+        class: &ClassState,
     ) -> Result<(), SyncError> {
         let existing = self
             .existing(namespace, name, &GetParams::default())

@@ -1,4 +1,4 @@
-//! The form of a request: what must be in it, and what it means to the rooms below.
+//! Parses requests: checks their form, and turns them into types of the rooms below.
 
 use std::{path::Path, time::Duration};
 
@@ -15,13 +15,13 @@ use crate::{
     record::{Pod, is_object_name},
     secret::SecretMap,
     volume::{
-        PublishRequest, TOKENS,
+        PublishRequest, TOKENS, UnpublishRequest,
         policy::{self, Every},
         target::TargetPath,
     },
 };
 
-/// What kubelet puts into a volume's context for a driver with `podInfoOnMount`:
+/// The keys that kubelet adds to a volume's context for a driver with `podInfoOnMount`:
 /// <https://kubernetes-csi.github.io/docs/pod-info.html>.
 pub(super) const POD_NAME: &str = "csi.storage.k8s.io/pod.name";
 pub(super) const POD_NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
@@ -29,14 +29,14 @@ const POD_UID: &str = "csi.storage.k8s.io/pod.uid";
 /// The volume attribute that names the class.
 const CLASS: &str = "secretProviderClass";
 
-/// The volume attribute that says the mode of files for which the provider gives none, in octal.
-const DEFAULT_MODE: &str = "secrets-store.csi.k8s.io/default-mode";
+/// The volume attribute with the mode, in octal, of files for which the provider gives none.
+const MODE: &str = "secrets-store.csi.k8s.io/default-mode";
 
-/// kubelet's deadline for a call, assumed for a caller that sends none.
+/// The deadline of a caller that sends none: kubelet's deadline for a call.
 const USUAL_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Checks the form of a publish, in the order and with the words of upstream's `NodePublishVolume`
-/// (`pkg/secrets-store/nodeserver.go`), but `readOnly` before anything is read.
+/// Parses a publish. Checks in the order and reports in the words of upstream's `NodePublishVolume`
+/// (`pkg/secrets-store/nodeserver.go`), except that `readOnly` is checked before anything is read.
 pub(super) fn publish_request(
     request: NodePublishVolumeRequest,
     deadline: Instant,
@@ -61,22 +61,22 @@ pub(super) fn publish_request(
     }
     let mut attributes: SecretMap = request.volume_context.into_iter().collect();
     let mut secrets: SecretMap = request.secrets.into_iter().collect();
-    // What is said to the driver is not the provider's.
+    // Attributes that are addressed to the driver are not passed on to the provider.
     let every = attributes
         .remove(policy::INTERVAL)
         .map(|text| Every::parse(&text).map_err(|why| wrong_attribute(policy::INTERVAL, &why)))
         .transpose()?;
     let default_mode = attributes
-        .remove(DEFAULT_MODE)
-        .map(|text| mode(&text).map_err(|why| wrong_attribute(DEFAULT_MODE, why)))
+        .remove(MODE)
+        .map(|text| mode(&text).map_err(|why| wrong_attribute(MODE, why)))
         .transpose()?
         .unwrap_or(files::DEFAULT_MODE);
     let access = Access {
         default_mode,
         group: group(&capability)?,
     };
-    // Since Kubernetes 1.35 tokens may come in `secrets`. They leave both maps, so that a
-    // provider gets them once, where it looks for them.
+    // Since Kubernetes 1.35 tokens may come in `secrets`. They are removed from both maps, so that a
+    // provider gets them once, among the attributes.
     let in_context = attributes.remove(TOKENS);
     let tokens = secrets
         .remove(TOKENS)
@@ -89,15 +89,15 @@ pub(super) fn publish_request(
             "{key} missing in request: the CSIDriver object of this driver needs `podInfoOnMount: true`"
         ))),
     };
-    // They become part of the paths of requests to the API server.
+    // These names become part of the paths of requests to the API server.
     let name = |key: &str| {
         let name = required(key)?;
-        match is_object_name(&name) {
-            true => Ok(name),
-            false => Err(Error::invalid(format!(
+        if !is_object_name(&name) {
+            return Err(Error::invalid(format!(
                 "{key} {name:.100?} in request cannot be the name of an object"
-            ))),
+            )));
         }
+        Ok(name)
     };
     let class = match attributes.expose(CLASS) {
         Some(class) if !class.is_empty() => class.to_owned(),
@@ -126,7 +126,7 @@ pub(super) fn publish_request(
     })
 }
 
-/// Reads the group that kubelet asks for: the pod's fsGroup, which it passes on to drivers with the
+/// Parses the group that kubelet asks for: the pod's fsGroup, which it passes on to drivers with the
 /// capability `VOLUME_MOUNT_GROUP` (<https://kubernetes-csi.github.io/docs/support-fsgroup.html>).
 fn group(capability: &VolumeCapability) -> Result<Option<u32>> {
     let Some(AccessType::Mount(mount)) = &capability.access_type else {
@@ -135,8 +135,8 @@ fn group(capability: &VolumeCapability) -> Result<Option<u32>> {
     match mount.volume_mount_group.as_str() {
         "" => Ok(None),
         text => match text.parse::<u32>() {
-            // As kubelet writes a number. The largest is no group: to chown(2) it says to leave the
-            // group as it is.
+            // Only the form in which kubelet writes a number is accepted. The largest number is no
+            // group: with it chown(2) leaves the group as it is.
             Ok(group) if group != u32::MAX && group.to_string() == text => Ok(Some(group)),
             _ => Err(Error::invalid(format!(
                 "volume mount group {text:.20?} in request is not a group ID: set the pod's spec.securityContext.fsGroup to a number from 0 to {}",
@@ -146,7 +146,7 @@ fn group(capability: &VolumeCapability) -> Result<Option<u32>> {
     }
 }
 
-/// A file mode as people write it: octal digits, at most 0777.
+/// Parses a file mode: octal digits, at most 0777.
 fn mode(text: &str) -> Result<u32, &'static str> {
     let digits = text.strip_prefix("0o").unwrap_or(text);
     u32::from_str_radix(digits, 8)
@@ -161,31 +161,36 @@ fn wrong_attribute(name: &str, why: &str) -> Error {
     ))
 }
 
+/// Parses an unpublish.
 pub(super) fn unpublish_request(
-    request: &NodeUnpublishVolumeRequest,
+    request: NodeUnpublishVolumeRequest,
     root: Option<&Path>,
-) -> Result<TargetPath> {
+) -> Result<UnpublishRequest> {
     if request.volume_id.is_empty() {
         return Err(Error::invalid("Volume ID missing in request"));
     }
     if request.target_path.is_empty() {
         return Err(Error::invalid("Target path missing in request"));
     }
-    TargetPath::parse(&request.target_path, root, None)
+    Ok(UnpublishRequest {
+        target: TargetPath::parse(&request.target_path, root, None)?,
+        volume_id: request.volume_id,
+    })
 }
 
-/// When a provider must have answered for the call to end within its caller's deadline: a fifth
-/// of the time, at most ten seconds, is kept for what comes after.
+/// Returns the time by which a provider must have answered for the call to end within its caller's
+/// deadline: a fifth of the time, at most ten seconds, is left for the remaining steps.
 pub(super) fn deadline(metadata: &MetadataMap) -> Instant {
     let whole = metadata
         .get("grpc-timeout")
         .and_then(|value| grpc_timeout(value.to_str().ok()?))
         .map_or(USUAL_DEADLINE, |timeout| timeout.min(USUAL_DEADLINE));
-    let kept = (whole / 5).min(Duration::from_secs(10));
-    Instant::now() + (whole - kept)
+    let remaining_steps = (whole / 5).min(Duration::from_secs(10));
+    Instant::now() + (whole - remaining_steps)
 }
 
-/// The header that carries a deadline: up to eight digits and a unit (gRPC over HTTP/2).
+/// Parses the value of the header `grpc-timeout`: up to eight digits and a unit
+/// (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>).
 fn grpc_timeout(value: &str) -> Option<Duration> {
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
     let amount: u64 = digits.parse().ok()?;
@@ -208,7 +213,7 @@ mod tests {
     use rstest::rstest;
     use tonic::Code;
 
-    fn wanted() -> NodePublishVolumeRequest {
+    fn valid() -> NodePublishVolumeRequest {
         let context = [
             (POD_NAME, "web"),
             (POD_NAMESPACE, "shop"),
@@ -238,22 +243,22 @@ mod tests {
 
     #[test]
     fn what_is_said_to_the_driver_is_taken_and_not_passed_on() {
-        let mut request = wanted();
-        for (name, value) in [(policy::INTERVAL, "1h"), (DEFAULT_MODE, "0440")] {
+        let mut request = valid();
+        for (name, value) in [(policy::INTERVAL, "1h"), (MODE, "0440")] {
             request.volume_context.insert(name.into(), value.into());
         }
         request.volume_capability = Some(with_group("1004"));
-        let request = parse(request).ok().unwrap();
+        let parsed = parse(request).ok().unwrap();
         assert_eq!(
-            request.every,
+            parsed.every,
             Some(Every::Interval(Duration::from_secs(3600)))
         );
         let access = Access {
             default_mode: 0o440,
             group: Some(1004),
         };
-        assert_eq!(request.access, access);
-        let passed_on = request.attributes.expose_json().unwrap();
+        assert_eq!(parsed.access, access);
+        let passed_on = parsed.attributes.expose_json().unwrap();
         assert!(
             !passed_on.contains("secrets-store.csi.k8s.io"),
             "{}",
@@ -261,12 +266,12 @@ mod tests {
         );
         assert!(passed_on.contains("mine"));
 
-        let plain = parse(wanted()).ok().unwrap();
+        let plain = parse(valid()).ok().unwrap();
         assert_eq!((plain.every, plain.access), (None, Access::default()));
     }
 
     proptest! {
-        /// What is no name of an object comes into no path of the API.
+        /// A text that is no name of an object gets into no path of the API.
         #[test]
         fn names_that_are_none_are_refused(
             key in prop::sample::select(vec![POD_NAME, POD_NAMESPACE]),
@@ -278,7 +283,7 @@ mod tests {
                 r"[a-z0-9]{1,5}([-.][a-z0-9]{1,3}){0,2}",
             ],
         ) {
-            let mut request = wanted();
+            let mut request = valid();
             request.volume_context.insert(key.into(), name.clone());
             let parsed = parse(request);
             prop_assert_eq!(parsed.is_ok(), is_object_name(&name), "{:?}", name);
@@ -302,8 +307,8 @@ mod tests {
     #[case::class(|r: &mut NodePublishVolumeRequest| { r.volume_context.remove(CLASS); }, "secretProviderClass is not set")]
     #[case::pod_info(|r: &mut NodePublishVolumeRequest| { r.volume_context.remove(POD_UID); }, "podInfoOnMount")]
     #[case::interval(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(policy::INTERVAL.into(), "soon".into()); }, "rotation-poll-interval")]
-    #[case::mode(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(DEFAULT_MODE.into(), "0888".into()); }, "default-mode")]
-    #[case::mode_beyond_permissions(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(DEFAULT_MODE.into(), "4755".into()); }, "at most")]
+    #[case::mode(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(MODE.into(), "0888".into()); }, "default-mode")]
+    #[case::mode_beyond_permissions(|r: &mut NodePublishVolumeRequest| { r.volume_context.insert(MODE.into(), "4755".into()); }, "at most")]
     #[case::group(|r: &mut NodePublishVolumeRequest| r.volume_capability = Some(with_group("staff")), "not a group ID")]
     #[case::group_minus_one(|r: &mut NodePublishVolumeRequest| r.volume_capability = Some(with_group("4294967295")), "fsGroup")]
     #[case::group_too_large(|r: &mut NodePublishVolumeRequest| r.volume_capability = Some(with_group("4294967296")), "fsGroup")]
@@ -316,7 +321,7 @@ mod tests {
         #[case] spoil: fn(&mut NodePublishVolumeRequest),
         #[case] why: &str,
     ) {
-        let mut request = wanted();
+        let mut request = valid();
         spoil(&mut request);
         let error = parse(request).err().unwrap();
         assert!(error.to_string().contains(why), "{error}");
@@ -334,7 +339,7 @@ mod tests {
         #[case] secrets: Option<&str>,
         #[case] expected: Option<&str>,
     ) {
-        let mut request = wanted();
+        let mut request = valid();
         if let Some(tokens) = context {
             request.volume_context.insert(TOKENS.into(), tokens.into());
         }

@@ -83,7 +83,7 @@ struct CachedClass {
     class: Option<Arc<Class>>,
     /// The newest state that a volume was mounted with before this process ran. An answer that is
     /// older than this one is stale.
-    recorded: Option<record::Class>,
+    recorded: Option<record::ClassState>,
 }
 
 #[derive(Default)]
@@ -161,7 +161,7 @@ impl Cache {
 
     /// Adds a volume that was mounted before this process ran. Its class is checked within one
     /// interval.
-    pub(super) fn add_recorded(&self, volume: Volume, class: record::Class) {
+    pub(super) fn add_recorded(&self, volume: Volume, class: record::ClassState) {
         let mut entries = self.entries();
         if entries.volumes.contains_key(&volume.id) {
             return;
@@ -180,7 +180,7 @@ impl Cache {
             }
         }
         let known = entries.classes.entry(cached.class.clone()).or_default();
-        let is_newest = |before: &record::Class| class.age(before) == Age::Current;
+        let is_newest = |before: &record::ClassState| class.age(before) == Age::Current;
         if known.recorded.as_ref().is_none_or(is_newest) {
             known.recorded = Some(class);
         }
@@ -259,7 +259,7 @@ impl Cache {
 
     /// Returns the newest known state of a class: as it was last read, or as a volume was mounted
     /// with before this process ran.
-    pub(super) fn newest_state(&self, key: &ClassKey) -> Option<record::Class> {
+    pub(super) fn newest_state(&self, key: &ClassKey) -> Option<record::ClassState> {
         let entries = self.entries();
         let known = entries.classes.get(key)?;
         let read = known.class.as_ref().map(|class| class.identity.clone());

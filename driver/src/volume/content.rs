@@ -1,7 +1,8 @@
-//! The file system's side of a volume: content staged and committed, mounts taken down.
+//! Stages and commits the content of a volume, and takes volumes down.
 
 use std::{
     collections::BTreeMap,
+    future::Future,
     io,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
@@ -11,42 +12,41 @@ use std::{
 use tokio::time::sleep;
 use tonic::Code;
 
-use super::{PublishRequest, threads::blocking};
+use super::{PublishRequest, Volumes, threads::blocking};
 use crate::{
     error::{Error, Reason, Result},
     files::{self, File, Payload, layout, own, read, swap},
-    memory::{Memory, Reservation},
+    memory::Reservation,
     mount::{self, Detached, Tmpfs, VolumeMount},
     record::{Content, Record},
 };
 
-/// How many mounts may lie on top of each other at one target; earlier drivers could stack them.
+/// The number of mounts that may lie on top of each other at one target. Earlier drivers could stack
+/// them.
 const MAX_STACKED: usize = 32;
 
-/// What came of a provider's files.
+/// The files of a provider's answer, before they are the volume's content.
 pub(super) enum Stage {
-    /// They lie beside the content that the volume has, in memory that is set aside for them.
+    /// The files lie beside the present content, in memory that is reserved for them.
     Files(swap::StagedContent, Reservation),
-    /// They are the content that the volume has.
+    /// The volume has exactly these files.
     Unchanged,
-    /// The provider has written them itself.
+    /// The provider has written the files itself.
     OfProvider,
-    /// The provider has written them itself, beside those that the driver wrote before.
+    /// The provider has written the files itself, beside those that the driver wrote before.
     TakenOver,
 }
 
 impl Stage {
-    /// Who has written what the volume holds when this is committed.
+    /// Returns who wrote the content that the volume has once this is committed.
     pub(super) fn content(&self) -> Content {
         match self {
             Self::Files(..) | Self::Unchanged => Content::Driver,
             Self::OfProvider | Self::TakenOver => Content::Provider,
         }
     }
-}
 
-impl Stage {
-    /// Adds the order of this content to a record, and keeps that of the content of now.
+    /// Adds the order of this content to a record, and keeps the order of the present content.
     pub(super) fn order(&self, record: &mut Record, order: String) {
         match self {
             Self::Files(staged, _) => {
@@ -62,8 +62,8 @@ impl Stage {
         }
     }
 
-    /// Returns the name of the directory that holds the content once this is committed, where
-    /// that is another than now.
+    /// Returns the name of the directory that holds the content once this is committed, if that
+    /// is not the present one.
     pub(super) fn new_directory(&self) -> Option<String> {
         match self {
             Self::Files(staged, _) => Some(staged.directory().to_owned()),
@@ -73,157 +73,197 @@ impl Stage {
     }
 }
 
-/// Makes sure that a target that has a mount has a volume, and gives it the bounds of today before
-/// anybody writes into it.
-pub(super) async fn refit(
-    request: &PublishRequest,
-    tmpfs: &Arc<Tmpfs>,
-) -> Result<Arc<VolumeMount>> {
-    let (volume, tmpfs) = (request.target.as_path().to_owned(), Arc::clone(tmpfs));
-    blocking(move || tmpfs.refit(&volume).map(Arc::new))
-        .await
-        .map_err(|error| failed_to_write(request, explained(request, &error)))
-}
+impl Volumes {
+    /// Makes sure that the mount at a target is a volume, and gives it the present bounds before
+    /// anything is written into it.
+    pub(super) async fn refit(&self, request: &PublishRequest) -> Result<Arc<VolumeMount>> {
+        let (target, tmpfs) = (request.target.as_path().to_owned(), Arc::clone(&self.tmpfs));
+        blocking(move || tmpfs.refit(&target).map(Arc::new))
+            .await
+            .map_err(|error| failed_to_write(request, explained(request, &error)))
+    }
 
-/// Checks the provider's files and writes them where no reader looks, if there is memory for
-/// them; those that it wrote itself get mode and group. `so_far` is who wrote the content that the
-/// volume has. Only what is still mounted at the target since before the provider was asked is
-/// looked at and written to.
-pub(super) async fn stage_files(
-    request: &PublishRequest,
-    held: &Arc<VolumeMount>,
-    tmpfs: &Arc<Tmpfs>,
-    memory: &Arc<Memory>,
-    files: Vec<(String, File)>,
-    so_far: Option<Content>,
-) -> Result<Stage> {
-    let failed = |error| failed_to_write(request, error);
-    let payload = Payload::new(files)
-        .map_err(|invalid| failed(Error::precondition(invalid.to_string())))?
-        .accessible(request.access);
-    let (volume, access) = (request.target.as_path().to_owned(), request.access);
-    let (held, tmpfs) = (Arc::clone(held), Arc::clone(tmpfs));
-    let (memory, namespace) = (Arc::clone(memory), request.pod.namespace.clone());
-    let staged = blocking(move || {
-        let root = held.open()?;
-        if !payload.is_empty() {
-            let reservation = match memory.reserve(&volume, &namespace, &payload) {
-                Ok(reservation) => reservation,
-                // What is there already needs no room.
-                Err(_) if swap::holds(&root, &payload) => return Ok(Some(Stage::Unchanged)),
-                Err(no_room) => return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room)),
-            };
-            let staged =
-                swap::stage(root, payload).map_err(|error| raise(error, &tmpfs, &volume))?;
-            return Ok(Some(match staged {
-                Some(staged) => Stage::Files(staged, reservation),
-                None => Stage::Unchanged,
-            }));
-        }
-        // What the driver wrote is no answer of this provider's.
-        if so_far == Some(Content::Driver) {
-            if !layout::has_foreign_entries(&root)? {
+    /// Checks the provider's files and writes them where no reader looks, if there is memory for
+    /// them. Files that the provider wrote itself get their mode and group. `present` says who wrote
+    /// the present content. Fails if `mount` is not what is mounted at the target any more.
+    pub(super) async fn stage_files(
+        &self,
+        request: &PublishRequest,
+        mount: &Arc<VolumeMount>,
+        files: Vec<(String, File)>,
+        present: Option<Content>,
+    ) -> Result<Stage> {
+        let failed = |error| failed_to_write(request, error);
+        let payload = Payload::new(files)
+            .map_err(|invalid| failed(Error::precondition(invalid.to_string())))?
+            .accessible(request.access);
+        let (target, access) = (request.target.as_path().to_owned(), request.access);
+        let (mount, tmpfs) = (Arc::clone(mount), Arc::clone(&self.tmpfs));
+        let (memory, namespace) = (Arc::clone(&self.memory), request.pod.namespace.clone());
+        let staged = blocking(move || {
+            let root = mount.open()?;
+            if !payload.is_empty() {
+                let reservation = match memory.reserve(&target, &namespace, &payload) {
+                    Ok(reservation) => reservation,
+                    // Content that is there already needs no room.
+                    Err(_) if swap::holds(&root, &payload) => return Ok(Some(Stage::Unchanged)),
+                    Err(no_room) => {
+                        return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room));
+                    }
+                };
+                let staged = swap::stage(root, payload)
+                    .map_err(|error| explain_full(error, &tmpfs, &target))?;
+                return Ok(Some(match staged {
+                    Some(staged) => Stage::Files(staged, reservation),
+                    None => Stage::Unchanged,
+                }));
+            }
+            // Files that the driver wrote are no answer of this provider.
+            if present == Some(Content::Driver) {
+                if !layout::has_foreign_entries(&root)? {
+                    return Ok(None);
+                }
+                own::adopt(&root, access)?;
+                return Ok(Some(Stage::TakenOver));
+            }
+            if layout::is_empty(&root)? {
                 return Ok(None);
             }
             own::adopt(&root, access)?;
-            return Ok(Some(Stage::TakenOver));
-        }
-        if layout::is_empty(&root)? {
-            return Ok(None);
-        }
-        own::adopt(&root, access)?;
-        Ok(Some(Stage::OfProvider))
-    })
-    .await
-    .map_err(|error| failed(explained(request, &error)))?;
-    staged.ok_or_else(|| {
-        failed(Error::precondition(
-            "the provider named objects but sent no files and wrote none itself; the volume would be empty",
-        ))
-    })
-}
-
-/// Returns the name of the directory that holds a volume's content; empty for content that the
-/// provider wrote itself.
-pub(super) async fn directory(
-    request: &PublishRequest,
-    held: &Arc<VolumeMount>,
-    content: Content,
-) -> Result<String> {
-    if content == Content::Provider {
-        return Ok(String::new());
-    }
-    let held = Arc::clone(held);
-    let version = blocking(move || read::version(&held.open()?)).await;
-    version
-        .map(|version| version.directory)
-        .map_err(|error| failed_to_write(request, explained(request, &error)))
-}
-
-/// Makes sure, before a volume is recorded, that it is still what a pod sees at the target.
-pub(super) async fn still_there(request: &PublishRequest, held: &Arc<VolumeMount>) -> Result<()> {
-    let held = Arc::clone(held);
-    blocking(move || held.check())
+            Ok(Some(Stage::OfProvider))
+        })
         .await
-        .map_err(|error| failed_to_write(request, explained(request, &error)))
-}
+        .map_err(|error| failed(explained(request, &error)))?;
+        staged.ok_or_else(|| {
+            failed(Error::precondition(
+                "the provider named objects but sent no files and wrote none itself; the volume would be empty",
+            ))
+        })
+    }
 
-/// Makes what is staged the volume's content, and measures it. What was there before goes a
-/// little later.
-pub(super) async fn commit_content(
-    request: &PublishRequest,
-    held: &Arc<VolumeMount>,
-    tmpfs: &Arc<Tmpfs>,
-    memory: &Arc<Memory>,
-    staged: Stage,
-) -> Result<()> {
-    let (tmpfs, volume) = (Arc::clone(tmpfs), request.target.as_path().to_owned());
-    let (measured, namespace) = (Arc::clone(memory), request.pod.namespace.clone());
-    let content = staged.content();
-    let volume_held = Arc::clone(held);
-    let former = blocking(move || {
-        let root = volume_held.open()?;
-        let mut aside = None;
-        let former = match staged {
-            Stage::Files(staged, reservation) => {
-                aside = Some(reservation);
-                staged
-                    .commit()
-                    .map_err(|error| raise(error, &tmpfs, &volume))
-            }
-            Stage::Unchanged | Stage::OfProvider => Ok(None),
-            Stage::TakenOver => layout::remove_own(&root).map(|()| None),
-        };
-        // Before the reservation ends, so that at no moment less is counted than is there.
-        measured.found(&volume, &namespace, content == Content::Driver);
-        drop(aside);
-        former
-    })
-    .await
-    .map_err(|error| failed_to_write(request, explained(request, &error)))?;
-    if let Some(former) = former {
-        let (volume, memory) = (request.target.as_path().to_owned(), Arc::clone(memory));
-        let held = Arc::clone(held);
-        tokio::spawn(async move {
+    /// Returns the name of the directory that holds a volume's content; empty for content that the
+    /// provider wrote itself.
+    pub(super) async fn directory(
+        &self,
+        request: &PublishRequest,
+        mount: &Arc<VolumeMount>,
+        content: Content,
+    ) -> Result<String> {
+        if content == Content::Provider {
+            return Ok(String::new());
+        }
+        let mount = Arc::clone(mount);
+        let version = blocking(move || read::version(&mount.open()?)).await;
+        version
+            .map(|version| version.directory)
+            .map_err(|error| failed_to_write(request, explained(request, &error)))
+    }
+
+    /// Makes sure, before a volume is recorded, that it is still what a pod sees at the target.
+    pub(super) async fn check_mount(
+        &self,
+        request: &PublishRequest,
+        mount: &Arc<VolumeMount>,
+    ) -> Result<()> {
+        let mount = Arc::clone(mount);
+        blocking(move || mount.check())
+            .await
+            .map_err(|error| failed_to_write(request, explained(request, &error)))
+    }
+
+    /// Makes the staged files the volume's content, and measures it. The former content is removed
+    /// a little later.
+    pub(super) async fn commit_content(
+        &self,
+        request: &PublishRequest,
+        mount: &Arc<VolumeMount>,
+        staged: Stage,
+    ) -> Result<()> {
+        let target = request.target.as_path().to_owned();
+        let (tmpfs, memory) = (Arc::clone(&self.tmpfs), Arc::clone(&self.memory));
+        let namespace = request.pod.namespace.clone();
+        let is_charged = staged.content() == Content::Driver;
+        let volume = Arc::clone(mount);
+        let former = blocking(move || {
+            let root = volume.open()?;
+            let mut reserved = None;
+            let former = match staged {
+                Stage::Files(staged, reservation) => {
+                    reserved = Some(reservation);
+                    staged
+                        .commit()
+                        .map_err(|error| explain_full(error, &tmpfs, &target))
+                }
+                Stage::Unchanged | Stage::OfProvider => Ok(None),
+                Stage::TakenOver => layout::remove_own(&root).map(|()| None),
+            };
+            // Before the reservation ends, so that at no moment less is counted than is there.
+            memory.found(&target, &namespace, is_charged);
+            drop(reserved);
+            former
+        })
+        .await
+        .map_err(|error| failed_to_write(request, explained(request, &error)))?;
+        if let Some(former) = former {
+            tokio::spawn(self.remove_later(request, Arc::clone(mount), former));
+        }
+        Ok(())
+    }
+
+    /// Removes the former content of a volume after [`swap::GRACE`].
+    fn remove_later(
+        &self,
+        request: &PublishRequest,
+        mount: Arc<VolumeMount>,
+        former: swap::Former,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        let target = request.target.as_path().to_owned();
+        let memory = Arc::clone(&self.memory);
+        async move {
             sleep(swap::GRACE).await;
             let removed = blocking(move || {
-                // Unmounted meanwhile, it has gone with its volume.
-                let removed = match held.open_if_there()? {
+                // If the volume has been unmounted, the former content has gone with it.
+                let removed = match mount.open_if_there()? {
                     Some(root) => swap::remove(&root, &former),
                     None => Ok(()),
                 };
-                memory.changed(&volume);
+                memory.changed(&target);
                 removed
             });
             if let Err(error) = removed.await {
                 tracing::warn!(%error, "replaced content could not be removed and stays until the next refresh");
             }
-        });
+        }
     }
-    Ok(())
+
+    /// Refuses a target whose mount would not be seen outside of the driver's container: its pod
+    /// would see an empty directory.
+    pub(super) async fn check_propagation(&self, request: &PublishRequest) -> Result<()> {
+        let (parent, tmpfs) = (request.target.parent(), Arc::clone(&self.tmpfs));
+        let unseen = blocking(move || match tmpfs.unseen(&parent) {
+            // The mount itself reports a missing directory.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            unseen => unseen,
+        })
+        .await
+        .map_err(|error| {
+            Error::internal(format!(
+                "failed to read how mounts at {} spread: {error}",
+                request.target
+            ))
+        })?;
+        match unseen {
+            None => Ok(()),
+            Some(point) => Err(Error::precondition(format!(
+                "failed to mount for pod {}: what the driver mounts below {point} is not seen outside its container, and the pod would get an empty directory. Set mountPropagation: Bidirectional for the volume mount {point} of the driver's container; the mount that holds it on the node must be shared (findmnt -o TARGET,PROPAGATION -T {point}; mount --make-rshared)",
+                request.pod,
+                point = point.display()
+            ))),
+        }
+    }
 }
 
-pub(super) fn failed_to_write(request: &PublishRequest, error: Error) -> Error {
+fn failed_to_write(request: &PublishRequest, error: Error) -> Error {
     error
         .context(format_args!(
             "failed to write the files of pod {}",
@@ -232,8 +272,8 @@ pub(super) fn failed_to_write(request: &PublishRequest, error: Error) -> Error {
         .with_reason(Reason::FileWriteError)
 }
 
-/// Adds to an error for want of room what gives the volume more of it, if anything does.
-fn raise(error: io::Error, tmpfs: &Tmpfs, volume: &Path) -> io::Error {
+/// Adds to the error of a full volume what to do about it.
+fn explain_full(error: io::Error, tmpfs: &Tmpfs, volume: &Path) -> io::Error {
     if error.kind() != io::ErrorKind::StorageFull {
         return error;
     }
@@ -254,8 +294,8 @@ fn raise(error: io::Error, tmpfs: &Tmpfs, volume: &Path) -> io::Error {
     io::Error::new(error.kind(), format!("{error}: {help}"))
 }
 
-/// Says of an error of the file system where it was met, and what to do where somebody has done
-/// to the volume what nobody should.
+/// Adds to an error of the file system the target, and what to do if another program has changed the
+/// volume.
 fn explained(request: &PublishRequest, error: &io::Error) -> Error {
     use io::ErrorKind::{
         CrossesDevices, OutOfMemory, PermissionDenied, ReadOnlyFilesystem, ResourceBusy,
@@ -279,46 +319,22 @@ fn explained(request: &PublishRequest, error: &io::Error) -> Error {
         _ => Code::Internal,
     };
     let (said, target) = (error.to_string(), request.target.as_str());
-    let at = match said.contains(target) {
-        true => String::new(),
-        false => format!("at {target}: "),
+    let at = if said.contains(target) {
+        String::new()
+    } else {
+        format!("at {target}: ")
     };
     Error::new(code, format!("{at}{said}{help}"))
 }
 
-/// Refuses a target whose mount would stay the driver's own: its pods would see an empty directory.
-pub(super) async fn reaches_pods(request: &PublishRequest, tmpfs: &Arc<Tmpfs>) -> Result<()> {
-    let (parent, tmpfs) = (request.target.parent(), Arc::clone(tmpfs));
-    let unseen = blocking(move || match tmpfs.unseen(&parent) {
-        // Whoever mounts says what is missing.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        unseen => unseen,
-    })
-    .await
-    .map_err(|error| {
-        Error::internal(format!(
-            "failed to read how mounts at {} spread: {error}",
-            request.target
-        ))
-    })?;
-    match unseen {
-        None => Ok(()),
-        Some(point) => Err(Error::precondition(format!(
-            "failed to mount for pod {}: what the driver mounts below {point} is not seen outside its container, and the pod would get an empty directory. Set mountPropagation: Bidirectional for the volume mount {point} of the driver's container; the mount that holds it on the node must be shared (findmnt -o TARGET,PROPAGATION -T {point}; mount --make-rshared)",
-            request.pod,
-            point = point.display()
-        ))),
-    }
-}
-
-/// A publish's own mount, taken away again when this is dropped.
+/// Takes down the mount that a publish makes, when this is dropped.
 pub(super) struct Undo {
     target: PathBuf,
     armed: bool,
 }
 
 impl Undo {
-    /// From now on a failure takes down what is at this target.
+    /// Takes down what is at this target, unless [`forget`](Self::forget) is called.
     pub(super) fn of(target: PathBuf) -> Self {
         Self {
             target,
@@ -326,7 +342,7 @@ impl Undo {
         }
     }
 
-    /// The publish has succeeded.
+    /// Keeps the mount: the publish has succeeded.
     pub(super) fn forget(mut self) {
         self.armed = false;
     }
@@ -345,14 +361,14 @@ impl Drop for Undo {
 /// Removes mounts, content and directory at a target path, never through a link and never beyond
 /// the driver's own mount.
 ///
-/// Whatever is mounted there is taken off first: what is not the driver's keeps its files, also
-/// a file system that does not answer. What was the driver's own is emptied after that, for those
-/// who still hold it.
+/// Everything that is mounted there is taken off first. A mount that is not the driver's keeps its
+/// files, also if its file system does not answer. The driver's own tmpfs is emptied after that, for
+/// processes that still use it.
 pub(super) fn take_down(target: &Path) -> io::Result<()> {
     for _ in 0..MAX_STACKED {
         match mount::detach(target)? {
             Detached::Own(volume) => {
-                // It is nowhere any more, and its memory goes with the last who holds it.
+                // It is mounted nowhere any more, and its memory is freed with its last user.
                 if let Err(error) = files::clear(volume.as_fd()) {
                     tracing::warn!(target_path = %target.display(), %error, "a volume was unmounted, but its files could not be removed; processes that still use it can read them");
                 }
@@ -380,7 +396,7 @@ mod tests {
 
     const VOLUME: &str = "pods/u-1/volumes/kubernetes.io~csi/v/mount";
 
-    /// What somebody may have put at a target, or below it.
+    /// The mounts that another program may have made at a target, or below it.
     const LAYERS: [&str; 8] = [
         "own",
         "own with content",
@@ -435,7 +451,7 @@ mod tests {
         }
     }
 
-    /// Every row of up to three layers.
+    /// Tries every sequence of up to two layers, and sequences of all of them.
     #[test]
     fn what_is_mounted_at_a_target_is_taken_off_and_keeps_its_files() {
         const NAME: &str =

@@ -1,4 +1,4 @@
-//! Volumes whose content is another at each refresh, which no store means: an object that is the
+//! Finds volumes whose content changes at each refresh, which no store intends: an object that is the
 //! store's whole answer, for example, with the ID of the request in it.
 
 use std::{
@@ -6,12 +6,12 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// After how many refreshes in a row that each changed the content whoever runs the pod is told.
+/// The number of refreshes in a row that changed the content, after which the pod is told.
 const MOST_IN_A_ROW: u32 = 5;
 
 /// Counts the refreshes of each volume that changed its content, since the last one that did not.
 #[derive(Clone, Default)]
-pub struct Restless(Arc<Mutex<HashMap<String, Count>>>);
+pub(super) struct Restless(Arc<Mutex<HashMap<String, Count>>>);
 
 #[derive(Default)]
 struct Count {
@@ -20,9 +20,9 @@ struct Count {
 }
 
 impl Restless {
-    /// Notes a refresh that succeeded. Returns how many in a row have changed the content, once,
-    /// when they are many. It counts as told until [`untold`](Self::untold) says otherwise.
-    pub fn refreshed(&self, volume_id: &str, changed: bool) -> Option<u32> {
+    /// Counts a refresh that succeeded. Returns, once, how many in a row have changed the content,
+    /// when they are many. The pod counts as told until [`untold`](Self::untold) is called.
+    pub(super) fn refreshed(&self, volume_id: &str, changed: bool) -> Option<u32> {
         let mut volumes = self.volumes();
         if !changed && !volumes.get(volume_id).is_some_and(|count| count.told) {
             volumes.remove(volume_id);
@@ -37,15 +37,15 @@ impl Restless {
         Some(count.in_a_row)
     }
 
-    /// The event could not be posted: the next such refresh tells it.
-    pub fn untold(&self, volume_id: &str) {
+    /// Forgets that the pod was told, because the event could not be posted.
+    pub(super) fn untold(&self, volume_id: &str) {
         if let Some(count) = self.volumes().get_mut(volume_id) {
             count.told = false;
         }
     }
 
-    /// The volume is gone.
-    pub fn gone(&self, volume_id: &str) {
+    /// Forgets a volume that is gone.
+    pub(super) fn gone(&self, volume_id: &str) {
         self.volumes().remove(volume_id);
     }
 

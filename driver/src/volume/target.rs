@@ -1,5 +1,5 @@
-//! Where a volume is mounted, checked against the paths that kubelet makes, and which of these
-//! are being worked on.
+//! The target path of a volume, checked against the paths that kubelet makes, and the lock that lets
+//! only one call work on a target.
 
 use std::{
     collections::HashMap,
@@ -17,21 +17,21 @@ use crate::{
     record::Record,
 };
 
-/// A target path as kubelet makes them:
+/// A target path of the form that kubelet makes:
 /// `<root>/pods/<pod uid>/volumes/kubernetes.io~csi/<volume name>/mount`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetPath(PathBuf);
 
 impl TargetPath {
-    /// Checks a path from a request. `root` is kubelet's root directory, where it is known;
-    /// `pod_uid` the pod that the path must belong to, where the request names one.
+    /// Checks a path from a request. `root` is kubelet's root directory, if it is known; `pod_uid`
+    /// is the pod that the path must belong to, if the request names one.
     ///
     /// # Errors
     /// Says what is wrong with the path.
     pub fn parse(path: &str, root: Option<&Path>, pod_uid: Option<&str>) -> Result<Self> {
         let refuse = |why: String| Err(Error::invalid(format!("target path {path:.300?} {why}")));
         let parsed = Path::new(path);
-        // Comparing with what the components make again refuses "//", "/./" and a trailing "/".
+        // Comparing the path with its joined components refuses "//", "/./" and a trailing "/".
         let clean = parsed
             .components()
             .all(|c| matches!(c, Component::RootDir | Component::Normal(_)))
@@ -71,11 +71,11 @@ impl TargetPath {
         Ok(Self(parsed.to_owned()))
     }
 
-    /// Makes sure that a record is about a volume that kubelet may have asked for. `root` is
-    /// kubelet's root directory, where it is known.
+    /// Checks that the target path of a record is one that kubelet makes for its pod. `root` is
+    /// kubelet's root directory, if it is known.
     ///
     /// # Errors
-    /// Says what is wrong with it.
+    /// Says what is wrong with the path.
     pub fn check_record(record: &Record, root: Option<&Path>) -> Result<(), String> {
         let path = record.target_path.to_str().unwrap_or_default();
         match Self::parse(path, root, Some(&record.pod.uid)) {
@@ -84,17 +84,17 @@ impl TargetPath {
         }
     }
 
-    /// The path.
+    /// Returns the path.
     pub fn as_path(&self) -> &Path {
         &self.0
     }
 
-    /// The path as text.
+    /// Returns the path as text.
     pub fn as_str(&self) -> &str {
         self.0.to_str().unwrap_or_default()
     }
 
-    /// The directory that kubelet makes for the volume.
+    /// Returns the directory that kubelet makes for the volume.
     pub fn parent(&self) -> PathBuf {
         self.0.parent().unwrap_or(&self.0).to_owned()
     }
@@ -106,28 +106,27 @@ impl fmt::Display for TargetPath {
     }
 }
 
-/// The targets that are being worked on: one call at a time for each.
+/// The targets that calls are working on: one call at a time for each.
 #[derive(Default)]
-pub struct Busy(Mutex<HashMap<PathBuf, Call>>);
+pub struct Busy(Mutex<HashMap<PathBuf, RunningCall>>);
 
-/// A call that has a target.
+/// A call that works on a target.
 #[derive(Clone)]
-struct Call {
-    /// Tells it to stop.
+struct RunningCall {
+    /// Cancels the call.
     stop: CancellationToken,
-    /// It has ended.
+    /// Is cancelled when the call has ended.
     ended: CancellationToken,
 }
 
-/// How long an unpublish waits for a publish that it has told to stop. What the publish has mounted
-/// is undone in that time.
+/// How long an unpublish waits for a publish that it has cancelled, and that undoes its mount.
 const STOPS_WITHIN: Duration = Duration::from_secs(10);
 
 impl Busy {
-    /// Takes a target for a publish, which `stop` ends.
+    /// Takes a target for a publish that `stop` cancels.
     ///
     /// # Errors
-    /// ABORTED while another call has it.
+    /// ABORTED while another call has the target.
     pub fn publishing(
         &self,
         target: &TargetPath,
@@ -137,11 +136,11 @@ impl Busy {
             .map_err(|_| running(target))
     }
 
-    /// Takes a target for an unpublish. Tells a publish that is running to stop, so that a hung
-    /// provider does not hold up a pod that is going away, and waits for that a while.
+    /// Takes a target for an unpublish. Cancels a publish that is running, so that a hung provider
+    /// does not delay a pod that is going away, and waits a while for its end.
     ///
     /// # Errors
-    /// ABORTED if another call has it for so long.
+    /// ABORTED if another call still has the target then.
     pub async fn unpublishing(&self, target: &TargetPath) -> Result<BusyGuard<'_>> {
         let free = async {
             loop {
@@ -159,23 +158,23 @@ impl Busy {
             .map_err(|_| running(target))
     }
 
-    /// Tells every publish that runs to stop, and to undo what it has not finished.
-    pub fn give_up(&self) {
+    /// Cancels all publishes, which undo what they have not finished.
+    pub fn cancel_all(&self) {
         let targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         targets.values().for_each(|call| call.stop.cancel());
     }
 
-    /// Returns the call that has the target, if one has.
+    /// Takes a target, or returns the call that has it.
     fn enter(
         &self,
         target: &TargetPath,
         stop: CancellationToken,
-    ) -> std::result::Result<BusyGuard<'_>, Call> {
+    ) -> std::result::Result<BusyGuard<'_>, RunningCall> {
         let mut targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(running) = targets.get(&target.0) {
             return Err(running.clone());
         }
-        let call = Call {
+        let call = RunningCall {
             stop,
             ended: CancellationToken::new(),
         };
@@ -191,7 +190,7 @@ fn running(target: &TargetPath) -> Error {
     Error::aborted(format!("another call for {target} is still running"))
 }
 
-/// Gives its target back when it is dropped.
+/// A target that a call has taken. Dropping it lets the next call take it.
 #[must_use]
 pub struct BusyGuard<'a> {
     busy: &'a Busy,
@@ -303,7 +302,7 @@ mod tests {
         };
         let (unpublish, ()) = tokio::join!(busy.unpublishing(&target), stops);
         let unpublish = unpublish.unwrap();
-        // A second one comes when the first has done its work.
+        // The second one starts when the first has ended.
         let ends = async {
             sleep(STOPS_WITHIN / 2).await;
             drop(unpublish);

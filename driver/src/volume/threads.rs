@@ -1,8 +1,8 @@
-//! Runs file system work where it may block, and tells whether that work gets anywhere.
+//! Runs file system work on threads that may block, and tells whether that work makes progress.
 //!
 //! Each publish and each unpublish needs one of a few threads. A disk or a mount that does not
-//! answer can keep all of them, and then the driver answers calls and can do none. Only a restart
-//! helps then, and so whoever asks for the driver's health is told.
+//! answer can block all of them. Only a restart helps then, so the driver reports that it is not
+//! healthy.
 
 use std::{
     io,
@@ -19,17 +19,18 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// How long a question may wait among the work before the progress of the others is looked at.
-/// Short against the three seconds in which the livenessprobe sidecar wants its answer.
+/// How long a health check waits for a thread before it asks for the progress of other work. This is
+/// well below the three seconds within which the livenessprobe sidecar needs an answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long no work may have ended, while some waits, until the threads count as stuck.
+/// The time without any finished work, while some waits, after which the threads count as stuck.
 const STUCK_AFTER: Duration = Duration::from_secs(30);
 
-/// How much work has ended since the driver started. The threads are the process's.
+/// The number of pieces of work that have ended since the driver started, on the threads that the
+/// whole process shares.
 static ENDED: AtomicU64 = AtomicU64::new(0);
 
-/// Runs file system work where it may block.
+/// Runs file system work on a thread that may block.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
@@ -41,23 +42,24 @@ pub(super) async fn blocking<T: Send + 'static>(
     }
 }
 
-/// Whether the threads get anywhere.
-pub struct Health {
+/// Checks whether the threads make progress.
+pub(super) struct Health {
     patience: Duration,
     stuck_after: Duration,
     ended: &'static AtomicU64,
-    question: Arc<Question>,
+    probe: Arc<Probe>,
 }
 
-/// A piece of work that does nothing, of which at most one waits.
-struct Question {
-    state: Mutex<State>,
-    answered: Notify,
+/// A piece of work that does nothing. At most one waits for a thread.
+struct Probe {
+    progress: Mutex<Progress>,
+    done: Notify,
 }
 
-struct State {
-    waits: bool,
-    /// How much work had ended when progress was last seen, and when that was.
+struct Progress {
+    /// Whether a probe waits for a thread.
+    probe_waits: bool,
+    /// The number of pieces of work that had ended when it was last seen to grow, and when that was.
     ended: u64,
     since: Instant,
 }
@@ -70,8 +72,8 @@ impl Default for Health {
 
 impl Health {
     fn of(ended: &'static AtomicU64, patience: Duration, stuck_after: Duration) -> Self {
-        let state = State {
-            waits: false,
+        let progress = Progress {
+            probe_waits: false,
             ended: 0,
             since: Instant::now(),
         };
@@ -79,36 +81,35 @@ impl Health {
             patience,
             stuck_after,
             ended,
-            question: Arc::new(Question {
-                state: Mutex::new(state),
-                answered: Notify::new(),
+            probe: Arc::new(Probe {
+                progress: Mutex::new(progress),
+                done: Notify::new(),
             }),
         }
     }
 
-    /// Checks that file system work ends. However much of it waits, it is enough that some of it
-    /// has ended lately.
+    /// Checks that some file system work has ended lately, however much of it waits.
     ///
     /// # Errors
     /// A sentence for the log when none has.
-    pub async fn check(&self) -> Result<(), String> {
-        let question = &self.question;
-        // Hears an answer from now on.
-        let answered = question.answered.notified();
-        if !std::mem::replace(&mut question.state().waits, true) {
+    pub(super) async fn check(&self) -> Result<(), String> {
+        let probe = &self.probe;
+        // Registered before the probe starts, so that its end is not missed.
+        let done = probe.done.notified();
+        if !std::mem::replace(&mut probe.progress().probe_waits, true) {
             self.progressed();
-            let asked = Arc::clone(question);
+            let started = Arc::clone(probe);
             spawn_blocking(move || {
-                asked.state().waits = false;
-                asked.answered.notify_waiters();
+                started.progress().probe_waits = false;
+                started.done.notify_waiters();
             });
         }
-        if timeout(self.patience, answered).await.is_ok() || !question.state().waits {
+        if timeout(self.patience, done).await.is_ok() || !probe.progress().probe_waits {
             return Ok(());
         }
         let (seen, since) = {
-            let state = question.state();
-            (state.ended, state.since)
+            let progress = probe.progress();
+            (progress.ended, progress.since)
         };
         if self.ended.load(Ordering::Relaxed) != seen {
             self.progressed();
@@ -125,16 +126,16 @@ impl Health {
     }
 
     fn progressed(&self) {
-        let mut state = self.question.state();
-        state.ended = self.ended.load(Ordering::Relaxed);
-        state.since = Instant::now();
+        let mut progress = self.probe.progress();
+        progress.ended = self.ended.load(Ordering::Relaxed);
+        progress.since = Instant::now();
     }
 }
 
-impl Question {
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Whoever panicked while holding it left every part of it whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+impl Probe {
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        // A panic while it was held has left each field whole.
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -146,7 +147,7 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// A runtime with one thread for work, and a health of its own.
+    /// Returns a runtime with one thread for work, and a health of its own.
     fn one_thread(stuck_after: Duration) -> (Runtime, Health) {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -160,7 +161,7 @@ mod tests {
         )
     }
 
-    /// Keeps the thread until the sender is dropped.
+    /// Blocks the thread until the sender is dropped.
     fn keep_busy() -> mpsc::Sender<()> {
         let (hold, held) = mpsc::channel::<()>();
         spawn_blocking(move || held.recv());
@@ -186,7 +187,7 @@ mod tests {
         });
     }
 
-    /// The thread is always busy, and the question never gets its turn; but other work ends.
+    /// The thread is always busy, so that the probe never runs; but other work ends.
     #[test]
     fn threads_that_are_busy_are_able() {
         let (runtime, health) = one_thread(Duration::ZERO);
@@ -204,14 +205,14 @@ mod tests {
     }
 
     #[test]
-    fn one_question_waits_at_most() {
+    fn one_probe_waits_at_most() {
         let (runtime, health) = one_thread(LONG);
         runtime.block_on(async {
             let hold = keep_busy();
             for _ in 0..20 {
                 health.check().await.unwrap();
             }
-            assert_eq!(Arc::strong_count(&health.question), 2);
+            assert_eq!(Arc::strong_count(&health.probe), 2);
             drop(hold);
         });
     }

@@ -13,7 +13,7 @@ use std::{
 use driver::{
     files::{File, Payload, open_root, read, swap},
     mount::{self, Tmpfs},
-    record::{Class, Content, Pod, Record, Records},
+    record::{ClassState, Content, Pod, Record, Records},
 };
 use jiff::Timestamp;
 
@@ -81,7 +81,7 @@ pub(crate) fn record(dir: &Path, pod: &str, order: &str) -> Record {
             namespace: "shop".to_owned(),
             uid: format!("uid-{pod}"),
         },
-        class: Class {
+        class: ClassState {
             name: "db".to_owned(),
             uid: "class".to_owned(),
             generation: None,

@@ -9,8 +9,8 @@ use proptest::prelude::*;
 use rstest::rstest;
 use serde_json::{Value, json};
 
-fn class(name: &str, uid: &str) -> Class {
-    Class {
+fn class(name: &str, uid: &str) -> ClassState {
+    ClassState {
         name: name.into(),
         uid: uid.into(),
         generation: Some(1),
@@ -35,7 +35,7 @@ fn owner(name: &str, uid: &str) -> Owner {
 
 /// A desired Secret with everything that it borrows.
 struct Fixture {
-    class: Class,
+    class: ClassState,
     labels: BTreeMap<String, String>,
     annotations: BTreeMap<String, String>,
     data: BTreeMap<String, Secret>,

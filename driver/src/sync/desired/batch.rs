@@ -158,7 +158,7 @@ mod tests {
 
     fn class(objects: serde_json::Value) -> Class {
         Class {
-            identity: record::Class {
+            identity: record::ClassState {
                 name: "db".to_owned(),
                 uid: "u".to_owned(),
                 generation: None,

@@ -11,7 +11,7 @@ use serde_json::json;
 
 fn class(objects: &[SecretObject]) -> Class {
     Class {
-        identity: record::Class {
+        identity: record::ClassState {
             name: "db".into(),
             uid: "u".into(),
             generation: Some(1),
