@@ -1,47 +1,23 @@
-//! What a test can ask of a cluster, whichever it is.
+//! What differs between clusters.
 //!
 //! A scenario is written against [`Cluster`] and does not know whether it runs in the embedded
-//! cluster, on real Kubernetes binaries or in kind. An implementation supplies what differs: how
-//! one looks into a volume, and how one reaches the driver's and the provider's processes. All
-//! else is the Kubernetes API and stands here once.
+//! cluster, on real Kubernetes binaries or in kind. An implementation shows volumes and nodes, and
+//! reaches the processes of the driver and the provider. All else is the Kubernetes API:
+//! [`Namespace`](crate::namespace::Namespace).
 
 use std::fmt;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use embedded::HttpAnswer;
 use embedded::api::Disturbance;
-use embedded::is_ready;
-use k8s_openapi::api::core::v1::{Event, Namespace, Pod};
-use kube::ResourceExt;
-use kube::api::{
-    Api, DeleteParams, DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams,
-};
 
 use crate::reader::{Readings, Wanted};
 use crate::tree::{Tree, View};
 
-/// Where a node keeps its pods.
-const PODS: &str = "/var/lib/kubelet/pods";
-/// Between two looks at what is waited for.
+/// The interval of [`poll`].
 const POLL: Duration = Duration::from_millis(25);
-
-/// A thing that not every cluster can do. A scenario that needs it is skipped where it is
-/// missing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ability {
-    /// [`Cluster::disturb_api`].
-    DisturbApi,
-    /// [`Cluster::reboot`].
-    Reboot,
-    /// [`Cluster::node_tree`] and [`Cluster::mounts`]: looking at a node outside of its pods.
-    LookAtNodes,
-    /// Containers that run as another user than root, with groups of their own.
-    OtherUsers,
-    /// [`Process::stop`], after which the process stays away until it is started.
-    StopProcesses,
-}
 
 /// A process on a node that a scenario may watch and break.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +29,7 @@ pub enum Component {
 }
 
 impl Component {
-    /// The container's name in its DaemonSet.
+    /// Returns the container's name in its DaemonSet.
     pub fn container(&self) -> &str {
         match self {
             Self::Driver => "secrets-store",
@@ -62,42 +38,42 @@ impl Component {
     }
 }
 
-/// What can be done to a [`Component`].
+/// An action on a [`Component`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// SIGKILL; it comes back by itself, as after a crash.
+    /// SIGKILL. The process is started again, as after a crash.
     Kill,
-    /// SIGTERM, and it stays away.
+    /// SIGTERM. The process is not started again.
     Stop,
-    /// Undoes a stop.
+    /// Starts a stopped process.
     Start,
 }
 
-/// Why a cluster did not do as asked.
+/// The reason why a cluster did not do as asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The API server's answer.
+    /// The API server refused a request, or did not answer.
     #[error("{what}: {source}")]
     Api {
-        /// What was asked.
+        /// The request.
         what: String,
-        /// Its answer.
+        /// The answer.
         source: kube::Error,
     },
-    /// What was waited for did not come.
+    /// A condition did not become true in time.
     #[error("after {after:?} still waiting for {what}; {last}")]
     Timeout {
-        /// What was waited for.
+        /// The condition.
         what: String,
-        /// For how long.
+        /// The time that was waited.
         after: Duration,
-        /// What was seen instead.
+        /// The state at the last check.
         last: String,
     },
-    /// A manifest is not one.
+    /// A text is no manifest, or does not contain what was to be changed.
     #[error("manifest: {0}")]
     Manifest(String),
-    /// This cluster lacks an [`Ability`], or the pod, node or volume is not there.
+    /// This cluster cannot do it, or the pod, node or volume does not exist.
     #[error("{0}")]
     Impossible(String),
     /// A node did not do as told.
@@ -105,124 +81,112 @@ pub enum Error {
     Node {
         /// The node's name.
         node: String,
-        /// What happened.
+        /// The error of the node.
         reason: String,
     },
-    /// The cluster did not come up.
+    /// The cluster did not start.
     #[error("start of the cluster: {0}")]
     Start(String),
+}
+
+impl From<embedded::Error> for Error {
+    fn from(error: embedded::Error) -> Self {
+        match error {
+            embedded::Error::Api { what, source } => Self::Api { what, source },
+            embedded::Error::Manifest(reason) => Self::Manifest(reason),
+            embedded::Error::Node { node, reason } => Self::Node { node, reason },
+            embedded::Error::Start(reason) => Self::Start(reason),
+        }
+    }
 }
 
 /// The result of asking a cluster.
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// A Kubernetes cluster with the driver and a provider on every node.
-pub trait Cluster: Send + Sync {
-    /// `embedded`, `local` or `kind`.
+#[expect(
+    async_fn_in_trait,
+    reason = "no caller moves these futures between threads"
+)]
+pub trait Cluster {
+    /// Returns `embedded`, `local` or `kind`.
     fn name(&self) -> &'static str;
 
-    /// An administrator's client.
+    /// Returns an administrator's client.
     fn client(&self) -> kube::Client;
 
-    /// Names of the nodes that run pods.
+    /// Returns the names of the nodes that run pods.
     fn nodes(&self) -> Vec<String>;
 
-    /// Whether this cluster can do that.
-    fn can(&self, ability: Ability) -> bool;
-
-    /// What `probe` prints when it runs as the user of a pod's container, with these arguments
-    /// and after them the path of a mount, given as the container has it. The pod must run.
-    fn probe(
+    /// Runs `probe` as the user of a pod's container, with these arguments and after them the path
+    /// of a mount, given as the container has it. The pod has to run. Returns what `probe` prints.
+    async fn probe(
         &self,
         namespace: &str,
         pod: &str,
         mount_path: &str,
         arguments: &[String],
-    ) -> impl Future<Output = Result<String>> + Send;
+    ) -> Result<String>;
 
-    /// What stands below a path of a node; none when nothing is there.
-    fn node_tree(
-        &self,
-        node: &str,
-        path: &Path,
-    ) -> impl Future<Output = Result<Option<Tree>>> + Send;
+    /// Reads the tree below a path of a node; returns `None` when the path does not exist.
+    async fn node_tree(&self, node: &str, path: &Path) -> Result<Option<Tree>>;
 
-    /// Mount points at and below a path of a node.
-    fn mounts(&self, node: &str, below: &Path)
-    -> impl Future<Output = Result<Vec<PathBuf>>> + Send;
+    /// Returns the mount points at and below a path of a node.
+    async fn mounts(&self, node: &str, below: &Path) -> Result<Vec<PathBuf>>;
 
     /// Acts on a process; returns when it is gone or there again.
-    fn act(
-        &self,
-        node: &str,
-        component: &Component,
-        action: Action,
-    ) -> impl Future<Output = Result<()>> + Send;
+    async fn act(&self, node: &str, component: &Component, action: Action) -> Result<()>;
 
-    /// What a process has printed.
-    fn log(&self, node: &str, component: &Component)
-    -> impl Future<Output = Result<String>> + Send;
+    /// Returns what a process has printed.
+    async fn log(&self, node: &str, component: &Component) -> Result<String>;
 
-    /// A GET to a port of a process, over its pod's network.
-    fn get(
+    /// Sends a GET to a port of a process, over its pod's network.
+    async fn get(
         &self,
         node: &str,
         component: &Component,
         port: u16,
         path: &str,
-    ) -> impl Future<Output = Result<HttpAnswer>> + Send;
+    ) -> Result<HttpAnswer>;
 
-    /// Takes a node down without warning and brings it up again: mounts are gone, its disk is
+    /// Takes a node down without warning and brings it up again: its mounts are gone, its disk is
     /// not. Returns when the node and its driver are back.
-    fn reboot(&self, node: &str) -> impl Future<Output = Result<()>> + Send;
-
-    /// Makes the API server misbehave towards pods.
-    fn disturb_api(&self, disturbance: Disturbance) -> impl Future<Output = Result<()>> + Send;
-
-    /// What stands in a container's mount, as its user sees it.
-    fn tree(
-        &self,
-        namespace: &str,
-        pod: &str,
-        mount_path: &str,
-        view: View,
-    ) -> impl Future<Output = Result<Tree>> + Send {
-        async move {
-            let arguments = view.arguments();
-            printed(&self.probe(namespace, pod, mount_path, &arguments).await?)
-        }
+    async fn reboot(&self, _node: &str) -> Result<()> {
+        let reason = "the node is this machine, which is not rebooted";
+        Err(Error::Impossible(reason.to_owned()))
     }
 
-    /// Reads files of a container's mount over and over, as its user, until one of them says so.
-    fn read(
+    /// Makes the API server misbehave towards pods.
+    async fn disturb_api(&self, _disturbance: Disturbance) -> Result<()> {
+        let reason = "the API server is a real one, which does not misbehave";
+        Err(Error::Impossible(reason.to_owned()))
+    }
+
+    /// Waits until a new namespace can have pods: where controllers fill it, that is later.
+    async fn wait_namespace(&self, _namespace: &str) -> Result<()> {
+        Ok(())
+    }
+
+    /// Reads the tree of a container's mount, as its user.
+    async fn tree(&self, namespace: &str, pod: &str, mount_path: &str, view: View) -> Result<Tree> {
+        let arguments = view.arguments();
+        printed(&self.probe(namespace, pod, mount_path, &arguments).await?)
+    }
+
+    /// Reads files of a container's mount all the time, as its user, until they contain the last
+    /// number.
+    async fn read(
         &self,
         namespace: &str,
         pod: &str,
         mount_path: &str,
         wanted: &Wanted,
-    ) -> impl Future<Output = Result<Readings>> + Send {
-        async move {
-            let arguments = wanted.arguments();
-            printed(&self.probe(namespace, pod, mount_path, &arguments).await?)
-        }
+    ) -> Result<Readings> {
+        let arguments = wanted.arguments();
+        printed(&self.probe(namespace, pod, mount_path, &arguments).await?)
     }
 
-    /// Makes a pod's kubelet look at it again at once.
-    fn look_again(&self, namespace: &str, pod: &str) -> impl Future<Output = Result<()>> + Send {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        async move {
-            let count = COUNT.fetch_add(1, Ordering::Relaxed).to_string();
-            let annotations = serde_json::json!({"e2e/look-again": count});
-            let patch = serde_json::json!({"metadata": {"annotations": annotations}});
-            Api::<Pod>::namespaced(self.client(), namespace)
-                .patch(pod, &PatchParams::default(), &Patch::Merge(patch))
-                .await
-                .map(drop)
-                .map_err(api(format!("annotate pod {namespace}/{pod}")))
-        }
-    }
-
-    /// The driver on a node.
+    /// Returns the driver on a node.
     fn driver<'a>(&'a self, node: &'a str) -> Process<'a, Self> {
         Process {
             cluster: self,
@@ -231,7 +195,7 @@ pub trait Cluster: Send + Sync {
         }
     }
 
-    /// A provider on a node, by its container's name.
+    /// Returns a provider on a node, by its container's name.
     fn provider<'a>(&'a self, node: &'a str, name: &str) -> Process<'a, Self> {
         Process {
             cluster: self,
@@ -239,224 +203,55 @@ pub trait Cluster: Send + Sync {
             component: Component::Provider(name.to_owned()),
         }
     }
-
-    /// Makes a namespace for one scenario, of a name that no other has.
-    fn namespace(&self) -> impl Future<Output = Result<String>> + Send {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        async move {
-            let count = COUNT.fetch_add(1, Ordering::Relaxed);
-            // Unique among the runs against a cluster that stays up, too.
-            let moment = jiff::Timestamp::now().as_millisecond() & 0xff_ffff_ffff;
-            let name = format!("e2e-{moment:x}-{count}");
-            let namespace = Namespace {
-                metadata: ObjectMeta {
-                    name: Some(name.clone()),
-                    ..ObjectMeta::default()
-                },
-                ..Namespace::default()
-            };
-            Api::<Namespace>::all(self.client())
-                .create(&PostParams::default(), &namespace)
-                .await
-                .map_err(api(format!("create namespace {name}")))?;
-            self.wait_namespace(&name).await?;
-            Ok(name)
-        }
-    }
-
-    /// Waits until a new namespace can have pods. Where controllers fill it, that is later.
-    #[doc(hidden)]
-    fn wait_namespace(&self, _: &str) -> impl Future<Output = Result<()>> + Send {
-        std::future::ready(Ok(()))
-    }
-
-    /// Applies every document of a manifest, in its order. Objects that name no namespace go to
-    /// the given one.
-    fn apply(
-        &self,
-        namespace: &str,
-        manifest: &str,
-    ) -> impl Future<Output = Result<Vec<DynamicObject>>> + Send {
-        async move { apply(&self.client(), namespace, manifest).await }
-    }
-
-    /// Deletes a pod with its own grace period; does not wait.
-    fn delete_pod(&self, namespace: &str, name: &str) -> impl Future<Output = Result<()>> + Send {
-        async move {
-            let pods = Api::<Pod>::namespaced(self.client(), namespace);
-            let deleted = pods.delete(name, &DeleteParams::default()).await;
-            deleted
-                .map(|_| ())
-                .map_err(api(format!("delete pod {namespace}/{name}")))
-        }
-    }
-
-    /// A pod as it is now; none when there is none.
-    fn pod(&self, namespace: &str, name: &str) -> impl Future<Output = Result<Option<Pod>>> + Send {
-        async move {
-            let pods = Api::<Pod>::namespaced(self.client(), namespace);
-            pods.get_opt(name)
-                .await
-                .map_err(api(format!("get pod {namespace}/{name}")))
-        }
-    }
-
-    /// Waits until a pod is ready.
-    ///
-    /// The error of a timeout shows the pod's state and events.
-    fn wait_ready(
-        &self,
-        namespace: &str,
-        name: &str,
-        limit: Duration,
-    ) -> impl Future<Output = Result<Pod>> + Send {
-        async move {
-            let what = format!("pod {namespace}/{name} to be ready");
-            let ready = |pod: Option<Pod>| pod.filter(is_ready);
-            self.wait_pod(namespace, name, &what, limit, ready).await
-        }
-    }
-
-    /// Waits until there is no pod of that name.
-    fn wait_gone(
-        &self,
-        namespace: &str,
-        name: &str,
-        limit: Duration,
-    ) -> impl Future<Output = Result<()>> + Send {
-        async move {
-            let what = format!("pod {namespace}/{name} to be gone");
-            let gone = |pod: Option<Pod>| pod.is_none().then_some(());
-            self.wait_pod(namespace, name, &what, limit, gone).await
-        }
-    }
-
-    /// Waits until nothing of a pod is left on its node: no mount and no directory. A pod
-    /// without grace period leaves the API before that. Needs [`Ability::LookAtNodes`].
-    fn wait_cleaned_up(
-        &self,
-        pod: &Pod,
-        limit: Duration,
-    ) -> impl Future<Output = Result<()>> + Send {
-        async move {
-            let what = format!("node to be rid of pod {}", pod.name_any());
-            let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
-            let node = node
-                .ok_or_else(|| Error::Impossible(format!("pod {} has no node", pod.name_any())))?;
-            let dir = Path::new(PODS).join(pod.uid().unwrap_or_default());
-            let deadline = tokio::time::Instant::now() + limit;
-            loop {
-                let mounts = self.mounts(node, &dir).await?;
-                let tree = self.node_tree(node, &dir).await?;
-                if mounts.is_empty() && tree.is_none() {
-                    return Ok(());
-                }
-                if tokio::time::Instant::now() > deadline {
-                    let paths = tree.map(|tree| tree.entries).unwrap_or_default();
-                    let paths: Vec<_> = paths.into_iter().map(|entry| entry.path).collect();
-                    return Err(Error::Timeout {
-                        what,
-                        after: limit,
-                        last: format!(
-                            "in {} there are mounts {mounts:?} and {paths:?}",
-                            dir.display()
-                        ),
-                    });
-                }
-                tokio::time::sleep(POLL).await;
-            }
-        }
-    }
-
-    /// Waits for an event on a pod, by its reason and what its message says.
-    fn wait_event(
-        &self,
-        namespace: &str,
-        pod: &str,
-        reason: &str,
-        message: impl Fn(&str) -> bool + Send + Sync,
-        limit: Duration,
-    ) -> impl Future<Output = Result<Event>> + Send {
-        async move {
-            let deadline = tokio::time::Instant::now() + limit;
-            loop {
-                let events = self.events(namespace, pod).await?;
-                let found = events.iter().find(|event| {
-                    event.reason.as_deref() == Some(reason)
-                        && message(event.message.as_deref().unwrap_or_default())
-                });
-                if let Some(event) = found {
-                    return Ok(event.clone());
-                }
-                if tokio::time::Instant::now() > deadline {
-                    return Err(Error::Timeout {
-                        what: format!("an event {reason} on pod {namespace}/{pod}"),
-                        after: limit,
-                        last: describe_events(&events),
-                    });
-                }
-                tokio::time::sleep(POLL).await;
-            }
-        }
-    }
-
-    /// All events on pods of that name.
-    fn events(
-        &self,
-        namespace: &str,
-        pod: &str,
-    ) -> impl Future<Output = Result<Vec<Event>>> + Send {
-        async move {
-            let events = Api::<Event>::namespaced(self.client(), namespace);
-            let about = ListParams::default().fields(&format!("involvedObject.name={pod}"));
-            let list = events
-                .list(&about)
-                .await
-                .map_err(api(format!("list events in {namespace}")))?;
-            Ok(list.items)
-        }
-    }
-
-    /// Looks at a pod until `reached` has a result.
-    #[doc(hidden)]
-    fn wait_pod<T: Send>(
-        &self,
-        namespace: &str,
-        name: &str,
-        what: &str,
-        limit: Duration,
-        reached: impl Fn(Option<Pod>) -> Option<T> + Send + Sync,
-    ) -> impl Future<Output = Result<T>> + Send {
-        async move {
-            let deadline = tokio::time::Instant::now() + limit;
-            loop {
-                let pod = self.pod(namespace, name).await?;
-                let last = pod
-                    .as_ref()
-                    .map_or_else(|| "there is none".to_owned(), describe);
-                if let Some(result) = reached(pod) {
-                    return Ok(result);
-                }
-                if tokio::time::Instant::now() > deadline {
-                    let events = describe_events(&self.events(namespace, name).await?);
-                    return Err(Error::Timeout {
-                        what: what.to_owned(),
-                        after: limit,
-                        last: format!("{last}; {events}"),
-                    });
-                }
-                tokio::time::sleep(POLL).await;
-            }
-        }
-    }
 }
 
+/// Parses what `probe` printed.
 pub(crate) fn printed<T: serde::de::DeserializeOwned>(json: &str) -> Result<T> {
     serde_json::from_str(json)
         .map_err(|error| Error::Impossible(format!("probe's output: {error}")))
 }
 
-/// A component of a node, to be watched and broken.
+/// Calls `check` until it breaks with a value; it continues with the state that it saw.
+///
+/// # Errors
+/// [`Error::Timeout`] with the last state, or an error of `check`.
+pub async fn poll<T>(
+    what: &str,
+    limit: Duration,
+    mut check: impl AsyncFnMut() -> Result<ControlFlow<T, String>>,
+) -> Result<T> {
+    let started = Instant::now();
+    loop {
+        match check().await? {
+            ControlFlow::Break(value) => return Ok(value),
+            ControlFlow::Continue(last) if started.elapsed() > limit => {
+                return Err(Error::Timeout {
+                    what: what.to_owned(),
+                    after: limit,
+                    last,
+                });
+            }
+            ControlFlow::Continue(_) => tokio::time::sleep(POLL).await,
+        }
+    }
+}
+
+/// Polls until something holds.
+///
+/// # Errors
+/// [`Error::Timeout`] when it does not hold in time.
+pub async fn wait_until(what: &str, limit: Duration, holds: impl AsyncFn() -> bool) -> Result<()> {
+    poll(what, limit, async || {
+        Ok(if holds().await {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue("it does not hold".to_owned())
+        })
+    })
+    .await
+}
+
+/// A component on a node, to be watched and broken.
 pub struct Process<'a, C: ?Sized> {
     cluster: &'a C,
     node: &'a str,
@@ -464,37 +259,35 @@ pub struct Process<'a, C: ?Sized> {
 }
 
 impl<C: Cluster + ?Sized> Process<'_, C> {
-    /// SIGKILL; it comes back by itself. Returns when it is gone.
+    /// Sends SIGKILL; the process is started again. Returns when the killed one is gone.
     ///
     /// # Errors
     /// When it does not run.
     pub async fn kill(&self) -> Result<()> {
-        self.cluster
-            .act(self.node, &self.component, Action::Kill)
-            .await
+        self.act(Action::Kill).await
     }
 
-    /// Stops it until it is started again. Needs [`Ability::StopProcesses`].
+    /// Stops the process until [`start`](Self::start).
     ///
     /// # Errors
     /// When the node does not answer.
     pub async fn stop(&self) -> Result<()> {
-        self.cluster
-            .act(self.node, &self.component, Action::Stop)
-            .await
+        self.act(Action::Stop).await
     }
 
-    /// Starts it again.
+    /// Starts the stopped process.
     ///
     /// # Errors
     /// When the node does not answer.
     pub async fn start(&self) -> Result<()> {
-        self.cluster
-            .act(self.node, &self.component, Action::Start)
-            .await
+        self.act(Action::Start).await
     }
 
-    /// What it has printed.
+    async fn act(&self, action: Action) -> Result<()> {
+        self.cluster.act(self.node, &self.component, action).await
+    }
+
+    /// Returns what the process has printed.
     ///
     /// # Errors
     /// When it never ran.
@@ -502,20 +295,19 @@ impl<C: Cluster + ?Sized> Process<'_, C> {
         self.cluster.log(self.node, &self.component).await
     }
 
-    /// A GET to one of its ports.
+    /// Sends a GET to one of its ports.
     ///
     /// # Errors
-    /// When nobody answers there; a status of 400 and more is an answer.
+    /// When no server answers there; a status of 400 and more is an answer.
     pub async fn get(&self, port: u16, path: &str) -> Result<HttpAnswer> {
-        self.cluster
-            .get(self.node, &self.component, port, path)
-            .await
+        let cluster = self.cluster;
+        cluster.get(self.node, &self.component, port, path).await
     }
 
-    /// The driver's metrics, as Prometheus' text.
+    /// Returns the driver's metrics, in the text format of Prometheus.
     ///
     /// # Errors
-    /// When nobody answers on the metrics port.
+    /// When no server answers on the metrics port.
     pub async fn metrics(&self) -> Result<String> {
         Ok(self.get(8095, "/metrics").await?.body)
     }
@@ -527,56 +319,7 @@ impl<C: ?Sized> fmt::Debug for Process<'_, C> {
     }
 }
 
-/// Applies every document of a manifest by server-side apply.
-///
-/// # Errors
-/// [`Error::Manifest`] for what is no object, [`Error::Api`] for what the server refuses.
-pub async fn apply(
-    client: &kube::Client,
-    namespace: &str,
-    manifest: &str,
-) -> Result<Vec<DynamicObject>> {
-    Ok(embedded::apply(client, namespace, manifest).await?)
-}
-
+/// Returns the conversion of a client's error, with the request.
 pub(crate) fn api(what: String) -> impl FnOnce(kube::Error) -> Error {
     move |source| Error::Api { what, source }
-}
-
-fn describe(pod: &Pod) -> String {
-    let status = pod.status.clone().unwrap_or_default();
-    let waiting: Vec<_> = status
-        .container_statuses
-        .iter()
-        .flatten()
-        .filter_map(|container| container.state.as_ref()?.waiting.as_ref()?.reason.clone())
-        .collect();
-    format!(
-        "it is {} on node {}, {}waiting: {waiting:?}",
-        status.phase.unwrap_or_default(),
-        pod.spec
-            .as_ref()
-            .and_then(|spec| spec.node_name.as_deref())
-            .unwrap_or("none"),
-        if pod.metadata.deletion_timestamp.is_some() {
-            "being deleted, "
-        } else {
-            ""
-        },
-    )
-}
-
-fn describe_events(events: &[Event]) -> String {
-    let lines: Vec<_> = events
-        .iter()
-        .map(|event| {
-            format!(
-                "{} ({}): {}",
-                event.reason.as_deref().unwrap_or_default(),
-                event.count.unwrap_or(1),
-                event.message.as_deref().unwrap_or_default()
-            )
-        })
-        .collect();
-    format!("events: {lines:?}")
 }

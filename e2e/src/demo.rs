@@ -1,6 +1,7 @@
 //! The demo: the driver's main job on an embedded cluster, told as it happens.
 
 use std::io::{self, IsTerminal as _, Write};
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -8,10 +9,11 @@ use embedded::Options;
 use kube::api::{DynamicObject, ListParams};
 
 use crate::binaries::Binaries;
-use crate::cluster::{Cluster as _, Component, Error, Result};
+use crate::cluster::{Cluster as _, Component, Error, Result, poll};
 use crate::embedded::{Embedded, standard};
 use crate::install;
 use crate::manifest::add_arguments;
+use crate::namespace::Namespace;
 use crate::tree::{Content, Entry, Kind, View};
 
 const MANIFEST: &str = include_str!("../demo/shop.yaml");
@@ -43,7 +45,7 @@ pub async fn run() -> Result<()> {
     let moment = Instant::now();
     told.step("Bring up a cluster: an API server, and a node with kubelet, driver and provider");
     let cluster = Embedded::start(options(&binaries)?).await?;
-    let namespace = cluster.namespace().await?;
+    let namespace = Namespace::create(&cluster).await?;
     let node = cluster.nodes().remove(0);
     for secret in STORE {
         store(&cluster, &node, secret).await?;
@@ -53,12 +55,14 @@ pub async fn run() -> Result<()> {
     let moment = Instant::now();
     told.step("Apply a SecretProviderClass and a Pod");
     told.quote(MANIFEST);
-    cluster.apply(&namespace, MANIFEST).await?;
-    let pod = cluster.wait_ready(&namespace, POD, LIMIT).await?;
+    namespace.apply(MANIFEST).await?;
+    let pod = namespace.wait_ready(POD, LIMIT).await?;
     told.done(moment);
 
     told.step(&format!("Look into the pod, at {MOUNT}"));
-    let tree = cluster.tree(&namespace, POD, MOUNT, View::Reader).await?;
+    let tree = cluster
+        .tree(namespace.name(), POD, MOUNT, View::Reader)
+        .await?;
     for entry in tree.entries.iter().filter(|entry| entry.kind == Kind::File) {
         told.fact(&format!("{} {}", entry.mode, entry.path), &shown(entry));
     }
@@ -71,7 +75,7 @@ pub async fn run() -> Result<()> {
     }
 
     told.step("Read what the driver reports: the SecretProviderClassPodStatus");
-    for status in pod_statuses(&cluster, &namespace).await? {
+    for status in pod_statuses(&cluster, namespace.name()).await? {
         told.fact("name", status.metadata.name.as_deref().unwrap_or_default());
         let yaml = serde_saphyr::to_string(&status.data["status"]).unwrap_or_default();
         told.quote(&yaml);
@@ -81,8 +85,8 @@ pub async fn run() -> Result<()> {
     told.step(
         "Change the password in the store, while a program in the pod reads it over and over",
     );
-    rotate(&mut told, &cluster, &namespace, &node).await?;
-    for status in pod_statuses(&cluster, &namespace).await? {
+    rotate(&mut told, &cluster, namespace.name(), &node).await?;
+    for status in pod_statuses(&cluster, namespace.name()).await? {
         let objects = serde_saphyr::to_string(&status.data["status"]["objects"]);
         told.quote(&objects.unwrap_or_default());
     }
@@ -90,21 +94,24 @@ pub async fn run() -> Result<()> {
 
     let moment = Instant::now();
     told.step("Delete the pod, and see that nothing is left");
-    cluster.delete_pod(&namespace, POD).await?;
-    cluster.wait_gone(&namespace, POD, LIMIT).await?;
+    namespace.delete_pod(POD).await?;
+    namespace.wait_gone(POD, LIMIT).await?;
     told.fact(
         "mounts",
         &left(cluster.mounts(&node, Path::new(&kubelet_dir)).await?.len()),
     );
     let directory = cluster.node_tree(&node, Path::new(&kubelet_dir)).await?;
     told.fact("directories", &left(usize::from(directory.is_some())));
-    let mut statuses = pod_statuses(&cluster, &namespace).await?.len();
-    while statuses > 0 && moment.elapsed() < LIMIT {
-        // They are the pod's, and collected with it.
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        statuses = pod_statuses(&cluster, &namespace).await?.len();
-    }
-    told.fact("pod statuses", &left(statuses));
+    // The pod owns them, and they are collected after it.
+    poll("the pod statuses to be gone", LIMIT, async || {
+        let statuses = pod_statuses(&cluster, namespace.name()).await?;
+        Ok(match statuses.len() {
+            0 => ControlFlow::Break(()),
+            count => ControlFlow::Continue(format!("there are {count}")),
+        })
+    })
+    .await?;
+    told.fact("pod statuses", &left(0));
     told.done(moment);
 
     told.title(&format!(

@@ -8,9 +8,10 @@ use embedded::{Options, Status, target_path};
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::binaries::{Binaries, workspace};
-use crate::cluster::{Ability, Action, Cluster, Component, Error, HttpAnswer, Result, printed};
+use crate::cluster::{Action, Cluster, Component, Error, HttpAnswer, Result, printed};
 use crate::host::mount_points_in;
 use crate::install::{Form, Installation, read_manifests};
+use crate::namespace::Namespace;
 use crate::tree::{Tree, View};
 use crate::user::User;
 
@@ -106,11 +107,6 @@ impl Cluster for Embedded {
         self.0.nodes()
     }
 
-    /// Another user's namespace has this user only.
-    fn can(&self, ability: Ability) -> bool {
-        ability != Ability::OtherUsers || nix::unistd::geteuid().is_root()
-    }
-
     async fn probe(
         &self,
         namespace: &str,
@@ -119,7 +115,7 @@ impl Cluster for Embedded {
         arguments: &[String],
     ) -> Result<String> {
         let name = format!("pod {namespace}/{pod}");
-        let found = self.pod(namespace, pod).await?;
+        let found = Namespace::of(self.client(), namespace).pod(pod).await?;
         let found = found.ok_or_else(|| Error::Impossible(format!("there is no {name}")))?;
         let (node, path) = volume_of(&found, mount_path).ok_or_else(|| {
             Error::Impossible(format!(
@@ -194,15 +190,4 @@ fn volume_of(pod: &Pod, mount_path: &str) -> Option<(String, PathBuf)> {
         path.push(sub_path);
     }
     Some((spec.node_name.clone()?, path))
-}
-
-impl From<embedded::Error> for Error {
-    fn from(error: embedded::Error) -> Self {
-        match error {
-            embedded::Error::Api { what, source } => Self::Api { what, source },
-            embedded::Error::Manifest(reason) => Self::Manifest(reason),
-            embedded::Error::Node { node, reason } => Self::Node { node, reason },
-            embedded::Error::Start(reason) => Self::Start(reason),
-        }
-    }
 }

@@ -1,9 +1,10 @@
-//! What runs in the cluster: `deploy/` as an operator installs it, and the provider of the tests.
+//! Installations of the driver: `deploy/` as an operator applies it, and the tests' provider.
 
 use std::fs;
 use std::io;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::storage::v1::CSINode;
@@ -12,43 +13,43 @@ use kube::ResourceExt;
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, ListParams};
 
 use crate::binaries::workspace;
-use crate::cluster::{Error, Result, api, apply};
+use crate::cluster::{Error, Result, api, poll};
 use crate::images::{self, Image, Images};
 use crate::manifest::{change_container, containers_mut, parse};
+use crate::namespace::Namespace;
 
 /// Names the folder with the Kubernetes binaries.
 pub const ASSETS_VARIABLE: &str = "KUBE_ASSETS";
 const DEFAULT_ASSETS: &str = "/var/cache/kube-assets";
-/// Not empty: the driver runs with its two sidecars instead of by itself.
+/// Not empty: the driver is installed with its two sidecars.
 pub const SIDECARS_VARIABLE: &str = "E2E_SIDECARS";
 
-/// Where everything runs.
+/// The namespace of driver and provider.
 pub(crate) const NAMESPACE: &str = "kube-system";
 const DRIVER_NAME: &str = "secrets-store.csi.k8s.io";
-/// The driver's DaemonSet and its container.
+/// The names of the driver's DaemonSet and its container.
 pub(crate) const DRIVER: &str = "csi-secrets-store";
 const DRIVER_CONTAINER: &str = "secrets-store";
 /// A label that no node has: a DaemonSet that selects it runs nowhere.
 pub(crate) const STOPPED: &str = "e2e/stopped";
-const POLL: Duration = Duration::from_millis(100);
 
 /// Returns the folder with the Kubernetes binaries: `$KUBE_ASSETS`, or the usual place.
 pub fn assets() -> PathBuf {
     std::env::var_os(ASSETS_VARIABLE).map_or_else(|| DEFAULT_ASSETS.into(), PathBuf::from)
 }
 
-/// Which of its two forms the driver is installed in.
+/// The form of the driver's DaemonSet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// `lean/` below the manifests: one container.
+    /// One container, as in `lean/` below the manifests.
     Lean,
-    /// The manifests themselves: beside the driver the registrar and the liveness probe of
-    /// Kubernetes, whose static executables are in this folder.
+    /// Beside the driver Kubernetes' registrar and liveness probe, as in the manifests themselves.
+    /// Their static executables are in this folder.
     Sidecars(PathBuf),
 }
 
 impl Form {
-    /// What `$E2E_SIDECARS` asks for.
+    /// Returns the form that `$E2E_SIDECARS` asks for.
     pub fn from_env() -> Self {
         match std::env::var_os(SIDECARS_VARIABLE).is_some_and(|value| !value.is_empty()) {
             true => Self::Sidecars(assets()),
@@ -57,17 +58,17 @@ impl Form {
     }
 }
 
-/// What is put into a cluster of real Kubernetes.
+/// Manifests and images that are put into a cluster of real Kubernetes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Installation {
-    /// Applied in order, each with any number of documents.
+    /// The manifests in the order of their application, each with any number of documents.
     pub manifests: Vec<String>,
-    /// What they run.
+    /// The images that they name.
     pub images: Vec<Image>,
 }
 
 impl Installation {
-    /// What a folder like `deploy/` installs, without an image for the driver.
+    /// Reads a folder like `deploy/`. The driver's image is not among the images.
     ///
     /// # Errors
     /// When a manifest cannot be read, or a sidecar's executable is not there or not static.
@@ -90,7 +91,7 @@ impl Installation {
         Ok(Self { manifests, images })
     }
 
-    /// What this workspace's `deploy/` installs, and the tests' provider.
+    /// Reads this workspace's `deploy/` and the tests' provider.
     ///
     /// # Errors
     /// As of [`Installation::read`].
@@ -102,7 +103,7 @@ impl Installation {
         Ok(standard)
     }
 
-    /// The same with this image as the driver.
+    /// Replaces the driver's image.
     ///
     /// # Errors
     /// When no manifest has the driver's container.
@@ -137,7 +138,7 @@ fn custom(client: &kube::Client, namespace: &str, kind: &str, plural: &str) -> A
     Api::namespaced_with(client.clone(), namespace, &resource)
 }
 
-/// The `*.yaml` files of a directory by name; those that define kinds come first.
+/// Reads the `*.yaml` files of a directory, by name; those that define kinds come first.
 pub(crate) fn read_manifests(dir: &Path) -> Result<Vec<String>> {
     let failed =
         |path: &Path, error: io::Error| Error::Start(format!("{}: {error}", path.display()));
@@ -160,17 +161,18 @@ pub(crate) fn read_manifests(dir: &Path) -> Result<Vec<String>> {
     Ok(manifests)
 }
 
-/// Applies manifests and waits until all that they install runs.
+/// Applies manifests; returns when all of it runs and the driver is registered.
 ///
 /// # Errors
-/// What the API server refuses, or what is still lacking after `limit`.
+/// When the API server refuses an object, or something is missing after `limit`.
 pub(crate) async fn install(
     client: &kube::Client,
     manifests: &[String],
     limit: Duration,
 ) -> Result<()> {
+    let namespace = Namespace::of(client.clone(), NAMESPACE);
     for manifest in manifests {
-        apply(client, NAMESPACE, manifest).await?;
+        namespace.apply(manifest).await?;
         wait_established(client, limit).await?;
     }
     wait_rolled_out(client, limit).await
@@ -179,58 +181,46 @@ pub(crate) async fn install(
 /// Waits until the API server serves all custom kinds.
 async fn wait_established(client: &kube::Client, limit: Duration) -> Result<()> {
     let definitions = Api::<CustomResourceDefinition>::all(client.clone());
-    let started = Instant::now();
-    loop {
+    let is_established = |definition: &CustomResourceDefinition| {
+        let status = definition.status.iter();
+        let conditions = status.flat_map(|status| status.conditions.iter().flatten());
+        let mut conditions = conditions.into_iter();
+        conditions.any(|c| c.type_ == "Established" && c.status == "True")
+    };
+    poll("custom kinds to be served", limit, async || {
         let list = definitions
             .list(&ListParams::default())
             .await
             .map_err(api("list CustomResourceDefinitions".to_owned()))?;
-        let lacking = list.iter().find(|definition| {
-            let conditions = definition
-                .status
-                .iter()
-                .flat_map(|status| &status.conditions);
-            !conditions
-                .flatten()
-                .any(|c| c.type_ == "Established" && c.status == "True")
-        });
-        let Some(lacking) = lacking else {
-            return Ok(());
-        };
-        let lacking = format!("{} to be served", lacking.name_any());
-        wait_or_give_up(lacking, started, limit).await?;
-    }
+        let missing = list.iter().find(|definition| !is_established(definition));
+        Ok(match missing {
+            Some(missing) => ControlFlow::Continue(format!("{} is not", missing.name_any())),
+            None => ControlFlow::Break(()),
+        })
+    })
+    .await
 }
 
-/// Waits until every DaemonSet runs as it is written now, and kubelet knows the driver.
+/// Waits until the pods of every DaemonSet run its current template, and kubelet has registered the
+/// driver.
 ///
 /// # Errors
-/// What is still lacking after `limit`.
+/// When something is missing after `limit`.
 pub(crate) async fn wait_rolled_out(client: &kube::Client, limit: Duration) -> Result<()> {
-    let started = Instant::now();
-    while let Some(lacking) = lacking(client).await? {
-        wait_or_give_up(lacking, started, limit).await?;
-    }
-    Ok(())
+    poll("what is installed to run", limit, async || {
+        Ok(match missing(client).await? {
+            Some(missing) => ControlFlow::Continue(format!("missing: {missing}")),
+            None => ControlFlow::Break(()),
+        })
+    })
+    .await
 }
 
-async fn wait_or_give_up(what: String, started: Instant, limit: Duration) -> Result<()> {
-    if started.elapsed() > limit {
-        return Err(Error::Timeout {
-            what,
-            after: limit,
-            last: "see kubectl describe and the logs below the state directory".to_owned(),
-        });
-    }
-    tokio::time::sleep(POLL).await;
-    Ok(())
-}
-
-/// What of the above is not yet so.
+/// Returns what [`wait_rolled_out`] waits for, if anything.
 ///
 /// # Errors
 /// When the API server does not answer.
-pub(crate) async fn lacking(client: &kube::Client) -> Result<Option<String>> {
+pub(crate) async fn missing(client: &kube::Client) -> Result<Option<String>> {
     let sets = Api::<DaemonSet>::namespaced(client.clone(), NAMESPACE);
     let sets = sets
         .list(&ListParams::default())
@@ -238,7 +228,7 @@ pub(crate) async fn lacking(client: &kube::Client) -> Result<Option<String>> {
         .map_err(api("list DaemonSets".to_owned()))?;
     for set in &sets {
         if !is_rolled_out(set) {
-            return Ok(Some(format!("DaemonSet {} to run", set.name_any())));
+            return Ok(Some(format!("pods of DaemonSet {}", set.name_any())));
         }
     }
     if sets.iter().all(|set| set.name_any() != DRIVER) {
@@ -248,42 +238,40 @@ pub(crate) async fn lacking(client: &kube::Client) -> Result<Option<String>> {
         .list(&ListParams::default())
         .await
         .map_err(api("list CSINodes".to_owned()))?;
-    let lacks = |node: &&CSINode| {
+    let unregistered = |node: &&CSINode| {
         let mut drivers = node.spec.drivers.iter();
         drivers.all(|driver| driver.name != DRIVER_NAME)
     };
-    Ok(nodes.iter().find(lacks).map(|node| {
-        format!(
-            "driver {DRIVER_NAME} to be registered on {}",
-            node.name_any()
-        )
-    }))
+    Ok(nodes
+        .iter()
+        .find(unregistered)
+        .map(|node| format!("registration of {DRIVER_NAME} on {}", node.name_any())))
 }
 
 fn is_rolled_out(set: &DaemonSet) -> bool {
     let Some(status) = &set.status else {
         return false;
     };
-    let wanted = status.desired_number_scheduled;
+    let desired = status.desired_number_scheduled;
     if is_stopped(set) {
-        return status.observed_generation == set.metadata.generation && wanted == 0;
+        return status.observed_generation == set.metadata.generation && desired == 0;
     }
     status.observed_generation == set.metadata.generation
-        && wanted > 0
-        && status.updated_number_scheduled == Some(wanted)
-        && status.number_ready == wanted
-        && status.number_available == Some(wanted)
+        && desired > 0
+        && status.updated_number_scheduled == Some(desired)
+        && status.number_ready == desired
+        && status.number_available == Some(desired)
 }
 
-/// Whether somebody has taken it off all nodes.
+/// Returns whether a scenario has taken it off all nodes.
 fn is_stopped(set: &DaemonSet) -> bool {
     let spec = set.spec.template.spec.as_ref();
     let selector = spec.and_then(|spec| spec.node_selector.as_ref());
     selector.is_some_and(|labels| labels.contains_key(STOPPED))
 }
 
-/// The lean form of a manifest: for that of the driver, what replaces it in `lean/`, in which it
-/// registers itself and answers kubelet's probe. Others stay as they are.
+/// Returns the lean form of a manifest: for the driver's, the file in `lean/`, with which the driver
+/// registers itself and answers kubelet's probe; any other as it is.
 ///
 /// # Errors
 /// [`Error::Manifest`] when it is no YAML, or there is no lean form.
@@ -300,7 +288,7 @@ fn lean(manifest: &str, deploy: &Path) -> Result<String> {
         .map_err(|error| Error::Manifest(format!("{}: {error}", path.display())))
 }
 
-/// The images that the driver's manifest names, by the last part of their path.
+/// Returns the image that a manifest names for a program, the last part of the image's path.
 ///
 /// # Errors
 /// [`Error::Manifest`] when it is no YAML.

@@ -1,107 +1,69 @@
-//! A cluster of Docker containers, made by kind from the configurations in `kind/`.
+//! The kind cluster: nodes in Docker containers, made by kind from the configurations in `kind/`.
 //!
-//! It has a name and a Docker network of its own, which nothing leaves; a contributor's own
-//! clusters are left alone. The nodes are looked at and broken from outside through Docker, pods
-//! and objects through the API server.
+//! ```text
+//! tools       docker and kind, and kubectl on the first node
+//! layout      names and nodes
+//! node_image  the image of the nodes
+//! fence       the network, and the rule that keeps packets on this machine
+//! node        the Cluster interface: nodes through Docker, pods through the API server
+//! ```
+//!
+//! It has a name and a Docker network of its own; a contributor's own clusters are left alone.
 
 mod fence;
+mod layout;
 mod node;
 mod node_image;
 mod tools;
 
-use std::fs::File;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::Duration;
-
-use tokio::io::{AsyncBufReadExt as _, BufReader};
-use tokio::process::{Child, Command};
 
 use crate::binaries::{kept, workspace};
 use crate::cluster::{Cluster as _, Error, Result};
+use crate::guard::{self, Lock};
 use crate::images::Images;
 use crate::install::{Form, Installation, install};
-use crate::real::KEPT_KINDS;
+use crate::real::{KEPT_KINDS, not_started};
+use layout::{NAME, PROBE, START_LIMIT};
 use tools::{A_MOMENT, Tools};
 
+pub use layout::Nodes;
 pub use node::Kind;
 pub use node_image::IMAGE_VARIABLE;
 pub use tools::KIND_VARIABLE;
 
-/// 1 or 3.
+/// Names the number of nodes, 1 or 3.
 pub const NODES_VARIABLE: &str = "KIND_NODES";
-/// Not empty: the cluster is used again if it is there, and stays when all is done.
+/// Not empty: a cluster that exists is used again, and is not deleted at the end.
 pub const KEEP_VARIABLE: &str = "E2E_KEEP";
 
-/// The cluster's name.
-const NAME: &str = "e2e";
-/// For kind to make a cluster.
+/// The time in which kind has to make a cluster.
 const CREATE_LIMIT: Duration = Duration::from_secs(300);
-/// For what is installed to run and be registered, and for a node to come back.
-const START_LIMIT: Duration = Duration::from_secs(120);
-/// A guard's word.
+/// The line with which a guard says that it holds the lock.
 const READY: &str = "ready";
-/// Where `probe` is put on every node.
-const PROBE: &str = "/usr/local/bin/e2e-probe";
-/// What a kind cluster is made of.
+
+/// The settings of a kind cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Control plane and pods on one node, or two nodes for pods beside it.
+    /// The control plane and pods on one node, or two more nodes for pods.
     pub nodes: Nodes,
-    /// The node image, or a version of `kind/node-images`; absent for the default.
+    /// The node image, or a version of `kind/node-images`; the default when absent.
     pub node_image: Option<String>,
-    /// Whether to use a cluster that is there, and to leave it behind.
+    /// Whether to use a cluster that exists, and not to delete it at the end.
     pub keep: bool,
-    /// An executable that, run as `<guard> guard`, calls [`guard`]; without one, nobody tears
-    /// down when this process is gone.
+    /// An executable that, run as `<guard> guard`, calls [`guard()`]. Without one, the cluster outlives
+    /// a process that is killed.
     pub guard: Option<PathBuf>,
 }
 
-/// How many nodes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Nodes {
-    /// `kind/one-node.yaml`.
-    #[default]
-    One,
-    /// `kind/three-nodes.yaml`.
-    Three,
-}
-
-impl Nodes {
-    fn configuration(self) -> &'static str {
-        match self {
-            Self::One => "kind/one-node.yaml",
-            Self::Three => "kind/three-nodes.yaml",
-        }
-    }
-
-    /// All of them, as kind names them; those for pods are the last ones.
-    fn names(self) -> Vec<String> {
-        let suffixes: &[&str] = match self {
-            Self::One => &["control-plane"],
-            Self::Three => &["control-plane", "worker", "worker2"],
-        };
-        suffixes
-            .iter()
-            .map(|suffix| format!("{NAME}-{suffix}"))
-            .collect()
-    }
-
-    /// Returns the names of the nodes that run the pods of scenarios.
-    pub fn for_pods(self) -> Vec<String> {
-        let mut names = self.names();
-        match self {
-            Self::One => names,
-            Self::Three => names.split_off(1),
-        }
-    }
-}
-
 impl Options {
-    /// What `$KIND_NODES`, `$KIND_NODE_IMAGE` and `$E2E_KEEP` ask for.
+    /// Returns the settings that `$KIND_NODES`, `$KIND_NODE_IMAGE` and `$E2E_KEEP` ask for.
     ///
     /// # Errors
-    /// When there is no cluster of so many nodes.
+    /// When there is no configuration with that number of nodes.
     pub fn from_env() -> Result<Self> {
         let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let nodes = match set(NODES_VARIABLE).as_deref() {
@@ -122,17 +84,17 @@ impl Options {
     }
 }
 
-/// What is put into a cluster.
+/// The programs that are put into a cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Load {
-    /// What is installed.
+    /// Manifests and images.
     pub installation: Installation,
-    /// A static `probe`.
+    /// The path of a static `probe`.
     pub probe: PathBuf,
 }
 
 impl Load {
-    /// What `deploy/` installs, and the fake provider.
+    /// Reads `deploy/` and the fake provider.
     ///
     /// # Errors
     /// As of [`Installation::standard`].
@@ -144,25 +106,25 @@ impl Load {
     }
 }
 
-/// A running kind cluster. [`Running::stop`] ends it, or the end of this process, if it is guarded.
+/// A running kind cluster. [`Running::stop`] ends it; a guard does when this process ends.
 pub struct Running {
     tools: Tools,
     options: Options,
     node_image: String,
-    /// An administrator's, in YAML.
+    /// An administrator's kubeconfig, in YAML.
     kubeconfig: String,
     _guard: Option<Child>,
 }
 
 impl Running {
-    /// Makes a cluster, or takes the one that is there if it may, and installs into it; returns
-    /// when every DaemonSet runs and the driver is registered on every node.
+    /// Makes a cluster, or uses one that exists if it may, and installs into it; returns when every
+    /// DaemonSet runs and the driver is registered on every node.
     ///
-    /// `progress` hears each step as it begins.
+    /// Calls `progress` with each step as it begins.
     ///
     /// # Errors
-    /// [`Error::Start`] with what is missing or went wrong, and where the cluster's logs are kept.
-    /// Without a guard the cluster is left for a look, and replaced by the next start.
+    /// [`Error::Start`] with what is missing or failed, and the folder with the cluster's logs. Without
+    /// a guard the cluster stays for inspection; the next start replaces it.
     pub async fn start(
         options: Options,
         load: &Load,
@@ -170,14 +132,11 @@ impl Running {
     ) -> Result<Self> {
         let tools = Tools::find().await?;
         let node_image = node_image::choose(&tools, options.node_image.as_deref()).await?;
-        let guard = match &options.guard {
-            Some(program) => Some(spawn_guard(program).await?),
-            None => None,
-        };
+        let guard = options.guard.as_deref().map(spawn_guard).transpose()?;
         progress("network and fence");
         fence::put_up(&tools, &node_image).await?;
         if options.keep && is_there(&tools, &options, &node_image).await? {
-            progress("the cluster that is there");
+            progress("the cluster that exists");
         } else {
             progress(&format!("nodes from {node_image}"));
             create(&tools, &options, &node_image).await?;
@@ -195,16 +154,12 @@ impl Running {
         };
         if let Err(error) = running.fill(load, &mut progress).await {
             let dir = kept("start");
-            let failed = match running.keep_logs(&dir).await {
-                Ok(()) => format!("{error}; logs and objects are in {}", dir.display()),
-                Err(not_kept) => format!("{error}; {not_kept}"),
-            };
-            return Err(Error::Start(failed));
+            return Err(not_started(&error, &dir, running.keep_logs(&dir).await));
         }
         Ok(running)
     }
 
-    /// Images and what they run in.
+    /// Copies `probe` to the nodes, and installs manifests and images.
     async fn fill(&self, load: &Load, progress: &mut impl FnMut(&str)) -> Result<()> {
         self.calm().await?;
         for node in self.options.nodes.names() {
@@ -217,10 +172,10 @@ impl Running {
         self.install(&load.installation).await
     }
 
-    /// Installs, over what is installed; returns when all of it runs and the driver is registered.
+    /// Installs over what is installed; returns when all of it runs and the driver is registered.
     ///
     /// # Errors
-    /// What the API server refuses or does not come up.
+    /// When the API server refuses an object, or something does not run in time.
     pub async fn install(&self, installation: &Installation) -> Result<()> {
         for image in &installation.images {
             let archive = image.archive.as_os_str();
@@ -236,7 +191,7 @@ impl Running {
         install(&client, &installation.manifests, START_LIMIT).await
     }
 
-    /// A way to the cluster, for one runtime.
+    /// Connects to the cluster, for one runtime.
     ///
     /// # Errors
     /// When kind's kubeconfig cannot be used.
@@ -244,10 +199,10 @@ impl Running {
         Kind::connect(self.tools.clone(), self.options.nodes, &self.kubeconfig).await
     }
 
-    /// Deletes the cluster, its network and the fence, unless it is to be kept.
+    /// Deletes the cluster, its network and the rule, unless it is to be kept.
     ///
     /// # Errors
-    /// When Docker does not let go of something.
+    /// When Docker cannot delete something.
     pub async fn stop(self) -> Result<()> {
         if self.options.keep {
             return Ok(());
@@ -256,11 +211,10 @@ impl Running {
         fence::take_down(&self.tools, &self.node_image).await
     }
 
-    /// Writes the logs of every node and container, and the objects without the Secrets, into a
-    /// folder.
+    /// Writes the logs of every node and container, and all objects but Secrets, into a folder.
     ///
     /// # Errors
-    /// When they cannot be had or written.
+    /// When they cannot be read or written.
     pub async fn keep_logs(&self, dir: &Path) -> Result<()> {
         let failed = |reason: String| Error::Start(format!("keep logs: {reason}"));
         std::fs::create_dir_all(dir).map_err(|error| failed(error.to_string()))?;
@@ -271,16 +225,16 @@ impl Running {
             .await
             .map_err(failed)?;
         let objects = ["get", KEPT_KINDS, "--all-namespaces", "--output=yaml"];
-        let objects = kubectl(&self.tools, &objects).await.map_err(failed)?;
+        let objects = self.tools.kubectl(&objects).await.map_err(failed)?;
         std::fs::write(dir.join("objects.yaml"), objects).map_err(|error| failed(error.to_string()))
     }
 
-    /// A scenario with one node looks at the first, so that is where the scheduler may place
-    /// pods; those that name their node go there all the same. The cluster's DNS is switched
-    /// off: see [`fence`].
+    /// Keeps the scheduler off all nodes but the first, which is the one that scenarios with one node
+    /// look at; a pod that names its node runs there all the same. Switches the cluster's DNS off: see
+    /// [`fence`].
     async fn calm(&self) -> Result<()> {
         for other in self.options.nodes.for_pods().iter().skip(1) {
-            let cordoned = kubectl(&self.tools, &["cordon", other]).await;
+            let cordoned = self.tools.kubectl(&["cordon", other]).await;
             cordoned.map_err(Error::Start)?;
         }
         let scale = [
@@ -291,68 +245,54 @@ impl Running {
             "coredns",
             "--replicas=0",
         ];
-        let scaled = kubectl(&self.tools, &scale).await;
+        let scaled = self.tools.kubectl(&scale).await;
         scaled.map(drop).map_err(Error::Start)
     }
 }
 
-/// Waits until the process that made the cluster is gone, which closes standard input, and deletes
-/// the cluster, unless it is to be kept.
+/// Runs the guard: waits until the process that started it is gone, and deletes the cluster, unless it
+/// is to be kept.
 ///
-/// One guard at a time: it says `ready` when an earlier one, which may still be deleting the
+/// One guard runs at a time: it prints `ready` when an earlier one, which may still be deleting the
 /// cluster of the same name, is done.
 ///
 /// # Errors
-/// What could not be deleted.
+/// When something cannot be deleted.
 pub async fn guard() -> Result<()> {
     let _held = lock()?;
     println!("{READY}");
-    let _gone = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+    guard::wait_for_parent();
     if Options::from_env()?.keep {
         return Ok(());
     }
     undo().await
 }
 
-/// Held by whoever makes or deletes the cluster, until the file is dropped.
-fn lock() -> Result<File> {
-    let path = std::env::temp_dir().join("e2e-kind.lock");
-    let failed = |error: std::io::Error| Error::Start(format!("{}: {error}", path.display()));
-    let lock = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(failed)?;
-    lock.lock().map_err(failed)?;
-    Ok(lock)
+/// Takes the lock that a process holds while it makes or deletes the cluster.
+fn lock() -> Result<Lock> {
+    Lock::take(&std::env::temp_dir().join("e2e-kind.lock"), || ())
 }
 
-async fn spawn_guard(program: &Path) -> Result<Child> {
-    let failed =
-        |error: std::io::Error| Error::Start(format!("guard {}: {error}", program.display()));
-    let mut guard = Command::new(program)
-        .arg("guard")
-        // An interrupt at the terminal is for the test, and its end for the guard.
-        .process_group(0)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(failed)?;
-    if let Some(stdout) = guard.stdout.take() {
-        let mut lines = BufReader::new(stdout).lines();
-        if lines.next_line().await.map_err(failed)?.as_deref() != Some(READY) {
-            return Err(Error::Start("the guard did not take its post".to_owned()));
-        }
+/// Starts a guard; returns when it holds the lock.
+fn spawn_guard(program: &Path) -> Result<Child> {
+    let mut child = guard::spawn(program, Stdio::piped())?;
+    let mut line = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        // Its end is no line, and reported below.
+        let _read = BufReader::new(stdout).read_line(&mut line);
     }
-    Ok(guard)
+    if line.trim_end() != READY {
+        let reason = format!("the guard {} failed", program.display());
+        return Err(Error::Start(reason));
+    }
+    Ok(child)
 }
 
-/// Deletes the cluster of an earlier run, if there is one, its network and the fence. Waits for a
-/// guard that is at it.
+/// Deletes the cluster of an earlier run, if there is one, its network and the rule. Waits for a guard
+/// that does the same.
 ///
 /// # Errors
-/// When Docker or kind is not there, or does not let go of something.
+/// When Docker or kind is missing, or cannot delete something.
 pub async fn tear_down() -> Result<()> {
     let _held = lock()?;
     undo().await
@@ -366,17 +306,7 @@ async fn undo() -> Result<()> {
     fence::take_down(&tools, &node_image).await
 }
 
-/// The node image has kubectl, and the first node the administrator's credentials.
-async fn kubectl(tools: &Tools, args: &[&str]) -> std::result::Result<String, String> {
-    let node = format!("{NAME}-control-plane");
-    let kubectl = ["kubectl", "--kubeconfig=/etc/kubernetes/admin.conf"];
-    let kubectl = ["exec", node.as_str()].into_iter().chain(kubectl);
-    tools
-        .docker(kubectl.chain(args.iter().copied()), A_MOMENT)
-        .await
-}
-
-/// Whether the cluster exists, has these nodes and is made from this image.
+/// Returns whether the cluster exists with these nodes, made from this image.
 async fn is_there(tools: &Tools, options: &Options, node_image: &str) -> Result<bool> {
     let nodes = tools
         .kind(["get", "nodes", "--name", NAME], A_MOMENT)
@@ -403,10 +333,10 @@ async fn is_there(tools: &Tools, options: &Options, node_image: &str) -> Result<
 }
 
 async fn create(tools: &Tools, options: &Options, node_image: &str) -> Result<()> {
-    // Of a run that was cut short.
+    // A run that was killed may have left one.
     delete(tools).await?;
     let failed = |error: std::io::Error| Error::Start(format!("kind's kubeconfig: {error}"));
-    // kind would write into the user's own otherwise.
+    // Without one, kind would change the user's own kubeconfig.
     let scratch = tempfile::tempdir().map_err(failed)?;
     let kubeconfig = scratch.path().join("kubeconfig");
     let configuration = workspace().join(options.nodes.configuration());

@@ -1,19 +1,19 @@
 //! The local cluster: real Kubernetes on this machine, without Docker, systemd or a registry.
 //!
 //! ```text
-//! tools       which programs, and where one gets what is missing
-//! machine     what is changed on this machine, and undone: kubelet's root, kernel settings
-//! network     the bridge and the rules that keep what is sent on this machine
-//! processes   daemons with logs, found again by a later run
+//! tools       the programs, and where to get those that are missing
+//! layout      names, addresses and paths
+//! machine     changes of this machine, and how they are undone
+//! network     the bridge, and the rules that keep packets on this machine
+//! processes   daemons with logs, which a later run finds again
 //! pki         certificates and kubeconfigs
 //! daemons     control plane, container runtime and kubelet, with their settings
-//! node        the Cluster interface: looking into pods, breaking their processes
+//! node        the Cluster interface: volumes of pods, processes of driver and provider
 //! ```
 //!
-//! One node, `node-1`. At most one such cluster runs on a machine at a time: whoever runs it
-//! holds a lock. Whatever happens, nothing stays: a guard process tears down when the process
-//! that started the cluster is gone, and should that be killed as well, the next start does.
-//! Nothing that runs in the cluster reaches anything outside of this machine.
+//! It has one node, `node-1`. One such cluster runs on a machine at a time: the process that runs it
+//! holds a lock. A guard process tears it down when that process is gone; if the guard is killed, too,
+//! the next start does. Nothing that runs in the cluster reaches anything outside of this machine.
 
 mod daemons;
 mod layout;
@@ -24,18 +24,17 @@ mod pki;
 mod processes;
 mod tools;
 
-use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::CommandExt;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use crate::binaries::kept;
-use crate::cluster::{Error, Result};
+use crate::cluster::{Cluster as _, Error, Result};
+use crate::guard::{self, Lock};
 use crate::images;
 use crate::install::{Form, Installation, assets, install};
-use crate::real::KEPT_KINDS;
+use crate::real::{KEPT_KINDS, not_started};
 use daemons::Daemons;
 use layout::{LOCK, STATE};
 pub use node::Local;
@@ -43,23 +42,24 @@ use pki::Pki;
 use processes::Processes;
 use tools::Tools;
 
-/// For everything that is installed to run.
+/// The time in which everything installed has to run.
 const INSTALL_LIMIT: Duration = Duration::from_secs(120);
 
-/// How the cluster is made.
+/// The settings of a local cluster.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The folder with the Kubernetes binaries.
     pub assets: PathBuf,
-    /// What is installed.
+    /// Manifests and images.
     pub installation: Installation,
-    /// An executable that, run as `<guard> guard`, calls [`guard`]; without one, nobody tears
-    /// down when this process is killed.
+    /// An executable that, run as `<guard> guard`, calls [`guard()`]. Without one, the cluster outlives
+    /// a process that is killed.
     pub guard: Option<PathBuf>,
 }
 
 impl Options {
-    /// Binaries from where [`assets`] says, the form that the environment asks for, guarded.
+    /// Builds the images and reads the manifests, in the form that the environment asks for. The
+    /// binaries come from [`assets`].
     ///
     /// # Errors
     /// When an image does not build, or a manifest cannot be read.
@@ -82,22 +82,24 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts a cluster; returns when all that is installed runs and the driver is registered.
-    /// What an earlier run left is torn down first. Blocks, and not from within a runtime.
+    /// Tears down what an earlier run left and starts a cluster; returns when everything installed
+    /// runs and the driver is registered. Blocks; must not be called from within a runtime.
     ///
-    /// `progress` hears each step as it begins.
+    /// Calls `progress` with each step as it begins.
     ///
     /// # Errors
-    /// [`Error::Start`] with the programs that are missing, or with the last lines of the daemon
-    /// that did not come up. Nothing stays then.
+    /// [`Error::Start`] with the programs that are missing, or with the last lines of the daemon that
+    /// did not start. All changes are undone then.
     pub fn start(options: &Options, mut progress: impl FnMut(&str)) -> Result<Self> {
         let tools = Tools::find(&options.assets)?;
         if !nix::unistd::geteuid().is_root() {
             return Err(Error::Start("the local cluster needs root".to_owned()));
         }
-        let lock = Lock::take(&mut progress)?;
+        let waiting = || progress("waiting for another local cluster to end");
+        let lock = Lock::take(Path::new(LOCK), waiting)?;
         undo()?;
-        let guard = options.guard.as_deref().map(spawn_guard).transpose()?;
+        let spawn = |program| guard::spawn(program, Stdio::null());
+        let guard = options.guard.as_deref().map(spawn).transpose()?;
         let state = Path::new(STATE);
         progress("network, mounts and certificates");
         let made = machine::prepare(state).and_then(|()| Pki::make(state));
@@ -111,14 +113,10 @@ impl Running {
             _lock: lock,
             guard,
         };
-        // From here on, dropping it undoes it.
+        // From here on, dropping it undoes all changes.
         if let Err(error) = running.bring_up(options, &mut progress) {
             let dir = kept("start");
-            let failed = match running.keep_logs(&dir) {
-                Ok(()) => format!("{error}; logs and objects are in {}", dir.display()),
-                Err(not_kept) => format!("{error}; {not_kept}"),
-            };
-            return Err(Error::Start(failed));
+            return Err(not_started(&error, &dir, running.keep_logs(&dir)));
         }
         Ok(running)
     }
@@ -134,19 +132,19 @@ impl Running {
             .build()
             .map_err(|error| Error::Start(format!("runtime: {error}")))?;
         runtime.block_on(async {
-            let client = self.connect().await?.kube_client();
+            let client = self.connect().await?.client();
             install(&client, &installation.manifests, INSTALL_LIMIT).await
         })
     }
 
-    /// Installs, over what is installed; returns when all of it runs and the driver is registered.
+    /// Installs over what is installed; returns when all of it runs and the driver is registered.
     ///
     /// # Errors
-    /// What the API server refuses or does not come up.
+    /// When the API server refuses an object, or something does not run in time.
     pub async fn install(&self, installation: &Installation) -> Result<()> {
         let processes = Processes::new(Path::new(STATE));
         self.daemons(&processes).import(&installation.images)?;
-        let client = self.connect().await?.kube_client();
+        let client = self.connect().await?.client();
         install(&client, &installation.manifests, INSTALL_LIMIT).await
     }
 
@@ -159,7 +157,7 @@ impl Running {
         }
     }
 
-    /// A way to the cluster, for one runtime.
+    /// Connects to the cluster, for one runtime.
     ///
     /// # Errors
     /// When the kubeconfig cannot be used.
@@ -173,16 +171,16 @@ impl Running {
         .await
     }
 
-    /// An administrator's kubeconfig.
+    /// Returns the path of an administrator's kubeconfig.
     pub fn kubeconfig(&self) -> PathBuf {
         self.pki.kubeconfig("admin")
     }
 
-    /// Copies the logs of every daemon and container, and writes the objects without the Secrets,
-    /// into a folder. Blocks.
+    /// Writes the logs of every daemon and container, and all objects but Secrets, into a folder.
+    /// Blocks.
     ///
     /// # Errors
-    /// When they cannot be had or written.
+    /// When they cannot be read or written.
     pub fn keep_logs(&self, dir: &Path) -> Result<()> {
         let failed = |reason: String| Error::Start(format!("keep logs: {reason}"));
         for logs in ["logs", "pod-logs"] {
@@ -195,7 +193,7 @@ impl Running {
         fs::write(dir.join("objects.yaml"), objects).map_err(|error| failed(error.to_string()))
     }
 
-    /// Where the cluster keeps the logs of its daemons.
+    /// Returns the folder with the logs of the daemons.
     pub fn logs(&self) -> PathBuf {
         Path::new(STATE).join("logs")
     }
@@ -207,32 +205,31 @@ impl Drop for Running {
             eprintln!("local cluster: {error}");
         }
         if let Some(guard) = &mut self.guard {
-            // It waits for the end of its input, then for the lock, which goes with this.
+            // It waits for the end of its input, and then for the lock, which is released after this.
             drop(guard.stdin.take());
         }
     }
 }
 
-/// Waits until the process that started the cluster is gone, which closes standard input, and
-/// then tears down what it left.
+/// Runs the guard: waits until the process that started it is gone, and tears down what it left.
 ///
 /// # Errors
-/// What could not be undone.
+/// Names what could not be undone.
 pub fn guard() -> Result<()> {
-    let _gone = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+    guard::wait_for_parent();
     tear_down()
 }
 
-/// Tears down what an earlier run left, if anything. Waits for a run that still goes on.
+/// Tears down what an earlier run left. Waits for the end of a cluster that still runs.
 ///
 /// # Errors
-/// What could not be undone.
+/// Names what could not be undone.
 pub fn tear_down() -> Result<()> {
-    let _lock = Lock::take(&mut |_| {})?;
+    let _lock = Lock::take(Path::new(LOCK), || ())?;
     undo()
 }
 
-/// Stops every daemon and undoes every change. The caller holds the lock.
+/// Stops every daemon and undoes every change. The caller has to hold the lock.
 fn undo() -> Result<()> {
     let state = Path::new(STATE);
     if !state.exists() {
@@ -245,7 +242,7 @@ fn undo() -> Result<()> {
     machine::restore(state)
 }
 
-/// Tears down after a failed start; the error names both failures, if there are two.
+/// Tears down after a failed start. The error names both failures, if there are two.
 fn undone(error: Error) -> Error {
     match undo() {
         Ok(()) => error,
@@ -253,18 +250,7 @@ fn undone(error: Error) -> Error {
     }
 }
 
-fn spawn_guard(program: &Path) -> Result<Child> {
-    Command::new(program)
-        .arg("guard")
-        // An interrupt at the terminal is for the test, and its end for the guard.
-        .process_group(0)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .map_err(|error| Error::Start(format!("guard {}: {error}", program.display())))
-}
-
-/// Copies what stands below a directory, which may be absent. What goes meanwhile is left out.
+/// Copies all files below a directory, which may be absent. Leaves out files that vanish meanwhile.
 fn copy_files(from: &Path, to: &Path) -> std::io::Result<()> {
     fs::create_dir_all(to)?;
     let Ok(entries) = fs::read_dir(from) else {
@@ -279,38 +265,4 @@ fn copy_files(from: &Path, to: &Path) -> std::io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Held as long as this machine's one local cluster is ours.
-struct Lock(File);
-
-impl Lock {
-    fn take(progress: &mut dyn FnMut(&str)) -> Result<Self> {
-        let path = Path::new(LOCK);
-        let failed = |error: std::io::Error| Error::Start(format!("{LOCK}: {error}"));
-        loop {
-            let file = File::options()
-                .create(true)
-                .truncate(false)
-                .write(true)
-                .open(path)
-                .map_err(failed)?;
-            if file.try_lock().is_err() {
-                progress("waiting for another local cluster to end");
-                file.lock().map_err(failed)?;
-            }
-            // Whoever held it before has removed it.
-            let inode = file.metadata().map_err(failed)?.ino();
-            if fs::metadata(path).is_ok_and(|current| current.ino() == inode) {
-                return Ok(Self(file));
-            }
-        }
-    }
-}
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        let _not_there = fs::remove_file(LOCK);
-        let _closes_anyway = self.0.unlock();
-    }
 }

@@ -1,74 +1,59 @@
-//! What clusters of real Kubernetes have in common: the driver and the provider run in pods of
-//! DaemonSets, which are found, read, stopped and renewed through the API server.
+//! What clusters of real Kubernetes have in common: driver and provider run in pods of DaemonSets,
+//! which are found, read, stopped and renewed through the API server.
 
-use std::time::{Duration, Instant};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Namespace, Pod, ServiceAccount};
 use kube::ResourceExt;
 use kube::api::{Api, DeleteParams, ListParams, LogParams, Patch, PatchParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::json;
 
-use crate::cluster::{Cluster, Component, Error, Result, api as api_error};
+use crate::cluster::{Cluster, Component, Error, Result, api as api_error, poll};
 use crate::install::{DRIVER, NAMESPACE, STOPPED, classes, wait_rolled_out};
 
-const POLL: Duration = Duration::from_millis(50);
-/// For whatever kubelet or a controller has to do.
+/// The time in which kubelet or a controller has to do something.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
-/// The DaemonSet of the tests' provider.
+/// The name of the DaemonSet of the tests' provider.
 const PROVIDER: &str = "fake-provider";
 
 const KUBELET_PODS: &str = "/var/lib/kubelet/pods";
-/// Of a path there that belongs to a CSI volume.
+/// The part of a path below it that belongs to a CSI volume.
 const CSI_VOLUMES: &str = "/volumes/kubernetes.io~csi/";
 
-/// What of a failed run is worth reading besides logs. No Secrets.
+/// The kinds of objects that are kept of a failed run. Secrets are not among them.
 pub(crate) const KEPT_KINDS: &str = "nodes,csinodes,csidrivers,namespaces,pods,daemonsets,events,\
      secretproviderclasses,secretproviderclasspodstatuses";
 
-/// Waits for something, for so long in all.
-pub(crate) struct Patience {
-    what: String,
-    limit: Duration,
-    started: Instant,
-}
-
-impl Patience {
-    /// For [`LIMIT`].
-    pub(crate) fn new(what: String) -> Self {
-        Self::of(what, LIMIT)
-    }
-
-    pub(crate) fn of(what: String, limit: Duration) -> Self {
-        Self {
-            what,
-            limit,
-            started: Instant::now(),
-        }
-    }
-
-    /// Until the next look.
-    ///
-    /// # Errors
-    /// When it has been long enough; with what was last seen.
-    pub(crate) async fn wait(&self, last: &str) -> Result<()> {
-        if self.started.elapsed() > self.limit {
-            return Err(Error::Timeout {
-                what: self.what.clone(),
-                after: self.limit,
-                last: last.to_owned(),
-            });
-        }
-        tokio::time::sleep(POLL).await;
-        Ok(())
-    }
-}
-
-/// Makes the cluster as new: what earlier scenarios left is gone, driver and provider run and
-/// have just been started.
+/// Returns an administrator's client. It belongs to the runtime in which it is made.
 ///
 /// # Errors
-/// What does not go or does not come.
+/// When the kubeconfig cannot be used.
+pub(crate) async fn client(kubeconfig: Kubeconfig) -> Result<kube::Client> {
+    let failed = |error: &dyn std::fmt::Display| Error::Start(format!("kubeconfig: {error}"));
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+        .await
+        .map_err(|error| failed(&error))?;
+    kube::Client::try_from(config).map_err(|error| failed(&error))
+}
+
+/// Returns the error of a cluster that did not start, with the folder of its logs, or why there are
+/// none.
+pub(crate) fn not_started(error: &Error, dir: &Path, logs: Result<()>) -> Error {
+    Error::Start(match logs {
+        Ok(()) => format!("{error}; logs and objects are in {}", dir.display()),
+        Err(not_kept) => format!("{error}; {not_kept}"),
+    })
+}
+
+/// Makes the cluster as new: deletes what earlier scenarios left, and replaces the pods of driver and
+/// provider.
+///
+/// # Errors
+/// When something is not gone, or not there, in time.
 pub(crate) async fn renew(cluster: &impl Cluster) -> Result<()> {
     let client = &cluster.client();
     delete_namespaces(client).await?;
@@ -91,7 +76,7 @@ pub(crate) async fn renew(cluster: &impl Cluster) -> Result<()> {
                 .map_err(api_error(format!("delete DaemonSet {name}")))?;
         }
     }
-    // By the driver that is still there: the new one counts from nothing.
+    // By the driver that is still there: the new one's counters begin at zero.
     for node in cluster.nodes() {
         wait_for_volumes_to_go(cluster, &node).await?;
     }
@@ -103,16 +88,11 @@ pub(crate) async fn renew(cluster: &impl Cluster) -> Result<()> {
             other => drop(other.map_err(api_error(format!("delete pod {}", pod.name_any())))?),
         }
     }
-    let patience = Patience::new("pods of driver and provider to be replaced".to_owned());
     for pod in &old {
-        while is_there(&pods, pod).await? {
-            patience
-                .wait(&format!("{} is there", pod.name_any()))
-                .await?;
-        }
+        wait_pod_gone(&pods, pod).await?;
     }
     wait_rolled_out(client, LIMIT).await?;
-    // A DaemonSet says for a moment that it runs the pods that have just gone.
+    // For a moment, the status of a DaemonSet still counts the pods that have just gone.
     for node in cluster.nodes() {
         for component in [Component::Driver, Component::Provider(PROVIDER.to_owned())] {
             wait_serving(cluster, &node, &component, LIMIT).await?;
@@ -121,11 +101,11 @@ pub(crate) async fn renew(cluster: &impl Cluster) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the driver or the tests' provider serves HTTP on a node. Their pods have no
-/// readiness probe, so that they are ready when their process starts.
+/// Waits until the driver or the tests' provider serves HTTP on a node. Their pods have no readiness
+/// probe, so that they are ready as soon as their processes start.
 ///
 /// # Errors
-/// When it does not after `limit`.
+/// When it does not serve after `limit`.
 pub(crate) async fn wait_serving(
     cluster: &impl Cluster,
     node: &str,
@@ -136,43 +116,52 @@ pub(crate) async fn wait_serving(
         Component::Driver => (8095, "/metrics"),
         Component::Provider(_) => (8080, "/calls"),
     };
-    let patience = Patience::of(format!("{component:?} to serve on {node}"), limit);
-    loop {
-        let last = match cluster.get(node, component, port, path).await {
-            Ok(answer) if answer.status == 200 => return Ok(()),
-            // The API server's, which passes it on.
-            Ok(answer) => format!("status {}: {}", answer.status, answer.body),
-            Err(error) => error.to_string(),
-        };
-        patience.wait(&last).await?;
-    }
-}
-
-/// kubelet is done with a pod later than the API server is. A volume's directory goes after the
-/// driver was called.
-async fn wait_for_volumes_to_go(cluster: &impl Cluster, node: &str) -> Result<()> {
-    let patience = Patience::new(format!("volumes on {node} to go"));
-    loop {
-        let last = match cluster.node_tree(node, KUBELET_PODS.as_ref()).await {
-            Ok(tree) => {
-                let entries = tree.into_iter().flat_map(|tree| tree.entries);
-                let mut paths = entries.map(|entry| entry.path);
-                match paths.find(|path| path.contains(CSI_VOLUMES)) {
-                    Some(left) => format!("{left} is there"),
-                    None => return Ok(()),
-                }
+    let what = format!("{component:?} to serve on {node}");
+    poll(&what, limit, async || {
+        let answer = cluster.get(node, component, port, path).await;
+        Ok(match answer {
+            Ok(answer) if answer.status == 200 => ControlFlow::Break(()),
+            // An API server that passes the request on answers itself.
+            Ok(answer) => {
+                ControlFlow::Continue(format!("status {}: {}", answer.status, answer.body))
             }
-            // kubelet takes directories away while they are read.
-            Err(error) => error.to_string(),
-        };
-        patience.wait(&last).await?;
-    }
+            Err(error) => ControlFlow::Continue(error.to_string()),
+        })
+    })
+    .await
 }
 
-async fn is_there(pods: &Api<Pod>, pod: &Pod) -> Result<bool> {
-    let now = pods.get_opt(&pod.name_any()).await;
-    let now = now.map_err(api_error(format!("get pod {}", pod.name_any())))?;
-    Ok(now.is_some_and(|now| now.uid() == pod.uid()))
+/// Waits until no pod has a volume on a node. kubelet takes a pod's volumes down after the pod has
+/// left the API server, and removes a volume's directory after it has called the driver.
+async fn wait_for_volumes_to_go(cluster: &impl Cluster, node: &str) -> Result<()> {
+    poll(&format!("volumes on {node} to go"), LIMIT, async || {
+        let tree = match cluster.node_tree(node, KUBELET_PODS.as_ref()).await {
+            Ok(tree) => tree,
+            // kubelet removes directories while they are read.
+            Err(error) => return Ok(ControlFlow::Continue(error.to_string())),
+        };
+        let entries = tree.into_iter().flat_map(|tree| tree.entries);
+        let mut paths = entries.map(|entry| entry.path);
+        Ok(match paths.find(|path| path.contains(CSI_VOLUMES)) {
+            Some(left) => ControlFlow::Continue(format!("{left} exists")),
+            None => ControlFlow::Break(()),
+        })
+    })
+    .await
+}
+
+/// Waits until a pod is gone; another one of its name may be there.
+async fn wait_pod_gone(pods: &Api<Pod>, pod: &Pod) -> Result<()> {
+    let name = pod.name_any();
+    poll(&format!("pod {name} to be gone"), LIMIT, async || {
+        let now = pods.get_opt(&name).await;
+        let now = now.map_err(api_error(format!("get pod {name}")))?;
+        Ok(match now {
+            Some(now) if now.uid() == pod.uid() => ControlFlow::Continue("it exists".to_owned()),
+            _ => ControlFlow::Break(()),
+        })
+    })
+    .await
 }
 
 async fn pods_of(client: &kube::Client, set: &DaemonSet) -> Result<Vec<Pod>> {
@@ -203,7 +192,7 @@ async fn delete_namespaces(client: &kube::Client) -> Result<()> {
         if !name.starts_with("e2e-") || namespace.metadata.deletion_timestamp.is_some() {
             continue;
         }
-        // Sooner than the namespace's own deletion would.
+        // Sooner than with the deletion of the namespace.
         let pods = Api::<Pod>::namespaced(client.clone(), &name);
         pods.delete_collection(&now, &ListParams::default())
             .await
@@ -224,12 +213,10 @@ async fn delete_classes_of_default(client: &kube::Client) -> Result<()> {
         .map_err(api_error("delete classes in default".to_owned()))
 }
 
-/// Lets a DaemonSet run on the nodes or not, as an administrator stops one.
+/// Takes a DaemonSet off all nodes, as an administrator does, by a label that no node has; or undoes
+/// that.
 async fn run_daemon_set(client: &kube::Client, name: &str, run: bool) -> Result<()> {
-    let value = match run {
-        true => json!(null),
-        false => json!("true"),
-    };
+    let value = if run { json!(null) } else { json!("true") };
     let patch = json!({"spec": {"template": {"spec": {"nodeSelector": {STOPPED: value}}}}});
     Api::<DaemonSet>::namespaced(client.clone(), NAMESPACE)
         .patch(name, &PatchParams::default(), &Patch::Merge(patch))
@@ -238,7 +225,7 @@ async fn run_daemon_set(client: &kube::Client, name: &str, run: bool) -> Result<
         .map_err(api_error(format!("patch DaemonSet {name}")))
 }
 
-/// The DaemonSet to which a component's pod belongs.
+/// Returns the DaemonSet to which a component's pods belong.
 fn daemon_set_of(component: &Component) -> &str {
     match component {
         Component::Driver => DRIVER,
@@ -249,36 +236,35 @@ fn daemon_set_of(component: &Component) -> &str {
 /// Takes a component's DaemonSet off all nodes; returns when its pod on this one is gone.
 ///
 /// # Errors
-/// When it does not run there, or does not go.
+/// When it does not run there, or is not gone in time.
 pub(crate) async fn stop(client: &kube::Client, node: &str, component: &Component) -> Result<()> {
     let pods = Api::<Pod>::namespaced(client.clone(), NAMESPACE);
     let set = daemon_set_of(component);
     let pod = running_pod_of(client, node, component).await?;
     run_daemon_set(client, set, false).await?;
-    let patience = Patience::new(format!("{set} to stop on {node}"));
-    while is_there(&pods, &pod).await? {
-        patience.wait("its pod is there").await?;
-    }
-    Ok(())
+    wait_pod_gone(&pods, &pod).await
 }
 
 /// Undoes [`stop`]; returns when the component serves and the driver is registered.
 ///
 /// # Errors
-/// When it does not come.
+/// When that does not happen in time.
 pub(crate) async fn start(cluster: &impl Cluster, node: &str, component: &Component) -> Result<()> {
     let client = &cluster.client();
     let set = daemon_set_of(component);
     run_daemon_set(client, set, true).await?;
-    let patience = Patience::new(format!("{set} to start on {node}"));
-    while pod_of(client, node, component).await?.is_none() {
-        patience.wait("it has no pod there").await?;
-    }
+    poll(&format!("{set} to start on {node}"), LIMIT, async || {
+        Ok(match pod_of(client, node, component).await? {
+            Some(_) => ControlFlow::Break(()),
+            None => ControlFlow::Continue("it has no pod there".to_owned()),
+        })
+    })
+    .await?;
     wait_rolled_out(client, LIMIT).await?;
     wait_serving(cluster, node, component, LIMIT).await
 }
 
-/// The pod of a component on a node that is not on its way out.
+/// Returns the pod of a component on a node, unless it is being deleted.
 ///
 /// # Errors
 /// When the API server does not answer.
@@ -301,10 +287,10 @@ pub(crate) async fn pod_of(
     Ok(pods.find(|pod| pod.metadata.deletion_timestamp.is_none() && has_it(pod)))
 }
 
-/// The same where there has to be one.
+/// Returns the pod of a component that has to run on a node.
 ///
 /// # Errors
-/// When there is none.
+/// When it does not run there.
 pub(crate) async fn running_pod_of(
     client: &kube::Client,
     node: &str,
@@ -316,7 +302,7 @@ pub(crate) async fn running_pod_of(
     })
 }
 
-/// The containerd id of a component's container.
+/// Returns the containerd id of a component's container.
 ///
 /// # Errors
 /// When it does not run.
@@ -338,31 +324,33 @@ fn running_container(pod: Pod, component: &Component) -> Option<String> {
     Some(id.trim_start_matches("containerd://").to_owned())
 }
 
-/// Waits until another container of a component runs than the one with this id, and kubelet says
-/// so: before that it refuses to show a log.
+/// Waits until another container of a component runs than the one with this id, and kubelet reports
+/// it: before that it refuses to show a log.
 ///
 /// # Errors
-/// When none comes.
+/// When no other container runs in time.
 pub(crate) async fn wait_replaced(
     client: &kube::Client,
     node: &str,
     component: &Component,
     id: &str,
 ) -> Result<()> {
-    let patience = Patience::new(format!("{} to come back on {node}", component.container()));
-    loop {
+    let what = format!("{} to come back on {node}", component.container());
+    poll(&what, LIMIT, async || {
         if let Some(pod) = pod_of(client, node, component).await? {
             match running_container(pod.clone(), component) {
-                Some(new) if new != id => return Ok(()),
-                _ => do_not_let_wait(client, pod, component).await?,
+                Some(new) if new != id => return Ok(ControlFlow::Break(())),
+                _ => shorten_backoff(client, pod, component).await?,
             }
         }
-        patience.wait("no other container runs").await?;
-    }
+        Ok(ControlFlow::Continue("no other container runs".to_owned()))
+    })
+    .await
 }
 
-/// kubelet lets a container that dies often wait ever longer; its pod is then made anew.
-async fn do_not_let_wait(client: &kube::Client, pod: Pod, component: &Component) -> Result<()> {
+/// Deletes a pod whose container kubelet does not start yet because it died often; its DaemonSet makes
+/// another pod.
+async fn shorten_backoff(client: &kube::Client, pod: Pod, component: &Component) -> Result<()> {
     let name = pod.name_any();
     let waiting = status_of(pod, component).and_then(|status| status.state?.waiting);
     if waiting.and_then(|waiting| waiting.reason).as_deref() != Some("CrashLoopBackOff") {
@@ -376,7 +364,7 @@ async fn do_not_let_wait(client: &kube::Client, pod: Pod, component: &Component)
         .map_err(api_error(format!("delete pod {name}")))
 }
 
-/// What kubelet says of a component's container.
+/// Returns the status of a component's container.
 fn status_of(pod: Pod, component: &Component) -> Option<ContainerStatus> {
     let statuses = pod.status?.container_statuses?;
     statuses
@@ -384,11 +372,10 @@ fn status_of(pod: Pod, component: &Component) -> Option<ContainerStatus> {
         .find(|status| status.name == component.container())
 }
 
-/// The log of the container before its last restart, which is all that kubelet keeps, and that
-/// since.
+/// Returns the log of the container before its last restart, the oldest that kubelet keeps, and since.
 ///
 /// # Errors
-/// When it does not run, or kubelet has no log.
+/// When the component does not run, or kubelet has no log.
 pub(crate) async fn log(
     client: &kube::Client,
     node: &str,
@@ -414,16 +401,16 @@ pub(crate) async fn log(
     Ok(text)
 }
 
-/// Waits until a new namespace can have pods: a pod is refused without the account, and waits
-/// with a complaint without the authority.
+/// Waits until a new namespace has what a pod needs: a pod is refused without the service account, and
+/// not started without the certificate authority.
 ///
 /// # Errors
-/// When the controllers do not fill it.
+/// When the controllers do not make them in time.
 pub(crate) async fn wait_namespace(client: &kube::Client, namespace: &str) -> Result<()> {
     let accounts = Api::<ServiceAccount>::namespaced(client.clone(), namespace);
     let maps = Api::<ConfigMap>::namespaced(client.clone(), namespace);
-    let patience = Patience::new(format!("namespace {namespace} to be filled"));
-    loop {
+    let what = format!("namespace {namespace} to be filled");
+    poll(&what, LIMIT, async || {
         let account = accounts
             .get_opt("default")
             .await
@@ -432,11 +419,11 @@ pub(crate) async fn wait_namespace(client: &kube::Client, namespace: &str) -> Re
             .get_opt("kube-root-ca.crt")
             .await
             .map_err(api_error(format!("get ConfigMap in {namespace}")))?;
-        if account.is_some() && authority.is_some() {
-            return Ok(());
-        }
-        patience
-            .wait("it has no service account or no authority")
-            .await?;
-    }
+        Ok(match (account, authority) {
+            (Some(_), Some(_)) => ControlFlow::Break(()),
+            (None, _) => ControlFlow::Continue("it has no service account".to_owned()),
+            (_, None) => ControlFlow::Continue("it has no authority".to_owned()),
+        })
+    })
+    .await
 }

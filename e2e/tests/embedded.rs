@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use e2e::binaries::Binaries;
-use e2e::cluster::{Cluster, Error};
+use e2e::cluster::{Cluster, Error, wait_until};
 use e2e::embedded::{Embedded, standard};
+use e2e::namespace::Namespace;
 use e2e::tree::View;
 use embedded::Options;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
@@ -69,18 +70,12 @@ async fn secret(cluster: &Embedded, namespace: &str) -> Option<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_secret_is_mounted_survives_a_reboot_and_leaves_nothing() {
     let cluster = start(1).await;
-    let ns = cluster.namespace().await.unwrap();
+    let ns = Namespace::create(&cluster).await.unwrap();
 
-    cluster.apply(&ns, POD).await.unwrap();
+    ns.apply(POD).await.unwrap();
     let missing = format!("failed to get secretproviderclass {ns}/class");
-    let event = cluster
-        .wait_event(
-            &ns,
-            "pod",
-            "FailedMount",
-            |text| text.contains(&missing),
-            LIMIT,
-        )
+    let event = ns
+        .wait_event("pod", "FailedMount", |text| text.contains(&missing), LIMIT)
         .await
         .unwrap();
     assert!(
@@ -89,8 +84,8 @@ async fn a_secret_is_mounted_survives_a_reboot_and_leaves_nothing() {
             .unwrap()
             .starts_with("MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = ")
     );
-    let error = cluster
-        .wait_ready(&ns, "pod", Duration::from_millis(100))
+    let error = ns
+        .wait_ready("pod", Duration::from_millis(100))
         .await
         .unwrap_err();
     assert!(
@@ -98,9 +93,9 @@ async fn a_secret_is_mounted_survives_a_reboot_and_leaves_nothing() {
         "{error}"
     );
 
-    cluster.apply(&ns, CLASS).await.unwrap();
-    cluster.wait_ready(&ns, "pod", LIMIT).await.unwrap();
-    assert_eq!(secret(&cluster, &ns).await.as_deref(), Some("secret"));
+    ns.apply(CLASS).await.unwrap();
+    ns.wait_ready("pod", LIMIT).await.unwrap();
+    assert_eq!(secret(&cluster, ns.name()).await.as_deref(), Some("secret"));
     assert_eq!(
         cluster.mounts(NODE, Path::new(PODS)).await.unwrap().len(),
         1
@@ -140,16 +135,16 @@ async fn a_secret_is_mounted_survives_a_reboot_and_leaves_nothing() {
     );
 
     cluster.driver(NODE).kill().await.unwrap();
-    assert_eq!(secret(&cluster, &ns).await.as_deref(), Some("secret"));
+    assert_eq!(secret(&cluster, ns.name()).await.as_deref(), Some("secret"));
 
     cluster.reboot(NODE).await.unwrap();
-    cluster.wait_ready(&ns, "pod", LIMIT).await.unwrap();
-    assert_eq!(secret(&cluster, &ns).await.as_deref(), Some("secret"));
+    ns.wait_ready("pod", LIMIT).await.unwrap();
+    assert_eq!(secret(&cluster, ns.name()).await.as_deref(), Some("secret"));
 
-    let pod = cluster.pod(&ns, "pod").await.unwrap().unwrap();
-    cluster.delete_pod(&ns, "pod").await.unwrap();
-    cluster.wait_gone(&ns, "pod", LIMIT).await.unwrap();
-    cluster.wait_cleaned_up(&pod, LIMIT).await.unwrap();
+    let pod = ns.pod("pod").await.unwrap().unwrap();
+    ns.delete_pod("pod").await.unwrap();
+    ns.wait_gone("pod", LIMIT).await.unwrap();
+    cleaned_up(&cluster, &pod).await;
     assert_eq!(
         cluster.mounts(NODE, Path::new(PODS)).await.unwrap(),
         Vec::<PathBuf>::new()
@@ -165,11 +160,11 @@ async fn a_secret_is_mounted_survives_a_reboot_and_leaves_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deployment_is_spread_scaled_and_gone() {
     let cluster = start(2).await;
-    let ns = cluster.namespace().await.unwrap();
-    cluster.apply(&ns, CLASS).await.unwrap();
-    cluster.apply(&ns, DEPLOYMENT).await.unwrap();
-    let pods: Api<Pod> = Api::namespaced(cluster.client(), &ns);
-    let deployments: Api<Deployment> = Api::namespaced(cluster.client(), &ns);
+    let ns = Namespace::create(&cluster).await.unwrap();
+    ns.apply(CLASS).await.unwrap();
+    ns.apply(DEPLOYMENT).await.unwrap();
+    let pods = ns.api::<Pod>();
+    let deployments = ns.api::<Deployment>();
     let ready = async || {
         let status = deployments
             .get("web")
@@ -206,17 +201,22 @@ async fn a_deployment_is_spread_scaled_and_gone() {
     })
     .await;
     for pod in &list {
-        cluster.wait_cleaned_up(pod, LIMIT).await.unwrap();
+        cleaned_up(&cluster, pod).await;
     }
 }
 
-async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + LIMIT;
-    while !check().await {
-        assert!(
-            tokio::time::Instant::now() < deadline,
-            "not in {LIMIT:?}: {what}"
-        );
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+async fn eventually(what: &str, check: impl AsyncFn() -> bool) {
+    wait_until(what, LIMIT, check).await.unwrap();
+}
+
+/// Waits until a pod has neither a mount nor a directory on its node: a pod without grace period
+/// leaves the API before that.
+async fn cleaned_up(cluster: &Embedded, pod: &Pod) {
+    let node = pod.spec.as_ref().unwrap().node_name.as_deref().unwrap();
+    let dir = Path::new(PODS).join(pod.metadata.uid.as_deref().unwrap());
+    eventually("the node is rid of the pod", async || {
+        let mounts = cluster.mounts(node, &dir).await.unwrap();
+        mounts.is_empty() && cluster.node_tree(node, &dir).await.unwrap().is_none()
+    })
+    .await;
 }

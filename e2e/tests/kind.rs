@@ -6,9 +6,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use e2e::cluster::{Ability, Cluster};
+use e2e::cluster::Cluster;
 use e2e::install::Form;
 use e2e::kind::{Load, Options, Running};
+use e2e::namespace::Namespace;
 use e2e::tree::View;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -32,14 +33,16 @@ async fn what_the_interface_promises() {
     let cluster = running.connect().await.unwrap();
     eprintln!("started after {:?}", started.elapsed());
     let node = cluster.nodes().remove(0);
-    let namespace = cluster.namespace().await.unwrap();
-    cluster.apply(&namespace, CLASS).await.unwrap();
-    cluster.apply(&namespace, POD).await.unwrap();
-    let pod = cluster.wait_ready(&namespace, "pod", LIMIT).await.unwrap();
+    let namespace = Namespace::create(&cluster).await.unwrap();
+    namespace.apply(CLASS).await.unwrap();
+    namespace.apply(POD).await.unwrap();
+    let pod = namespace.wait_ready("pod", LIMIT).await.unwrap();
     assert_eq!(pod.spec.unwrap().node_name.as_deref(), Some(node.as_str()));
 
     let path = "/mnt/secrets-store";
-    let tree = cluster.tree(&namespace, "pod", path, View::Reader).await;
+    let tree = cluster
+        .tree(namespace.name(), "pod", path, View::Reader)
+        .await;
     assert_eq!(tree.unwrap().texts()["foo"], "secret");
     let uid = pod.metadata.uid.clone().unwrap();
     let below = Path::new(PODS).join(&uid).join("volumes/kubernetes.io~csi");
@@ -75,15 +78,16 @@ async fn what_the_interface_promises() {
     assert!(driver.log().await.unwrap().contains("listening"));
     provider.kill().await.unwrap();
 
-    assert!(cluster.can(Ability::Reboot));
     let started = std::time::Instant::now();
     cluster.reboot(&node).await.unwrap();
     eprintln!("rebooted after {:?}", started.elapsed());
-    cluster.wait_ready(&namespace, "pod", LIMIT).await.unwrap();
-    let tree = cluster.tree(&namespace, "pod", path, View::Reader).await;
+    namespace.wait_ready("pod", LIMIT).await.unwrap();
+    let tree = cluster
+        .tree(namespace.name(), "pod", path, View::Reader)
+        .await;
     assert_eq!(tree.unwrap().texts()["foo"], "secret");
-    cluster.delete_pod(&namespace, "pod").await.unwrap();
-    cluster.wait_gone(&namespace, "pod", LIMIT).await.unwrap();
+    namespace.delete_pod("pod").await.unwrap();
+    namespace.wait_gone("pod", LIMIT).await.unwrap();
     let dir = tempfile::tempdir().unwrap();
     running.keep_logs(dir.path()).await.unwrap();
     assert!(dir.path().join("objects.yaml").is_file());

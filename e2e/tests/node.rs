@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use e2e::binaries::Binaries;
-use e2e::cluster::{Action, Cluster, Component};
+use e2e::cluster::{Action, Cluster, Component, wait_until};
 use e2e::embedded::{Embedded, bare};
+use e2e::namespace::Namespace;
 use embedded::Status;
 
 const NODE: &str = "node-1";
@@ -68,15 +69,8 @@ fn executable(dir: &Path, name: &str, text: &str) -> PathBuf {
     path
 }
 
-async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + LIMIT;
-    while !check().await {
-        assert!(
-            tokio::time::Instant::now() < deadline,
-            "not in {LIMIT:?}: {what}"
-        );
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+async fn eventually(what: &str, check: impl AsyncFn() -> bool) {
+    wait_until(what, LIMIT, check).await.unwrap();
 }
 
 async fn boots(cluster: &Embedded) -> usize {
@@ -101,7 +95,10 @@ async fn a_node_is_a_world_of_its_own_that_survives_a_reboot() {
         e2e: env!("CARGO_BIN_EXE_e2e").into(),
     };
     let cluster = Embedded::start(bare(&binaries)).await.unwrap();
-    cluster.apply("default", MANIFEST).await.unwrap();
+    Namespace::of(cluster.client(), "default")
+        .apply(MANIFEST)
+        .await
+        .unwrap();
     let pods = Path::new("/var/lib/kubelet/pods");
     let target = pods.join("uid/mount");
     let up = async || {

@@ -1,26 +1,26 @@
-//! The [`Cluster`] interface over kind: the API server from here, the nodes through Docker.
+//! The [`Cluster`] interface over kind: pods through the API server, nodes through Docker.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use embedded::api::Disturbance;
 use http_body_util::BodyExt as _;
 use k8s_openapi::api::storage::v1::CSINode;
 use kube::ResourceExt;
 use kube::api::{Api, Patch, PatchParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::Kubeconfig;
 use serde_json::json;
 
+use super::layout::{Nodes, PROBE, START_LIMIT};
 use super::tools::{A_MOMENT, Tools};
-use super::{Nodes, PROBE, START_LIMIT, kubectl};
 use crate::cluster::{
-    Ability, Action, Cluster, Component, Error, HttpAnswer, Result, api as api_error,
+    Action, Cluster, Component, Error, HttpAnswer, Result, api as api_error, poll,
 };
 use crate::host::mount_points_in;
-use crate::install::{NAMESPACE, lacking};
-use crate::real::{self, Patience, running_pod_of};
+use crate::install::{NAMESPACE, missing};
+use crate::real::{self, LIMIT, running_pod_of};
 use crate::tree::Tree;
 
-/// A way to the cluster. It belongs to the runtime in which it was made.
+/// A connection to the cluster. It belongs to the runtime in which it was made.
 pub struct Kind {
     tools: Tools,
     nodes: Nodes,
@@ -29,29 +29,25 @@ pub struct Kind {
 
 impl Kind {
     pub(super) async fn connect(tools: Tools, nodes: Nodes, kubeconfig: &str) -> Result<Self> {
-        let failed =
-            |error: &dyn std::fmt::Display| Error::Start(format!("kind's kubeconfig: {error}"));
-        let read = Kubeconfig::from_yaml(kubeconfig).map_err(|error| failed(&error))?;
-        let config = kube::Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
-            .await
-            .map_err(|error| failed(&error))?;
+        let read = Kubeconfig::from_yaml(kubeconfig)
+            .map_err(|error| Error::Start(format!("kind's kubeconfig: {error}")))?;
         Ok(Self {
             tools,
             nodes,
-            client: kube::Client::try_from(config).map_err(|error| failed(&error))?,
+            client: real::client(read).await?,
         })
     }
 
-    /// Makes the cluster as new: what earlier scenarios left is gone, driver and provider run
-    /// and have just been started.
+    /// Makes the cluster as new: deletes what earlier scenarios left, and replaces the pods of driver
+    /// and provider.
     ///
     /// # Errors
-    /// What does not go or does not come.
+    /// When something is not gone, or not there, in time.
     pub async fn renew(&self) -> Result<()> {
         real::renew(self).await
     }
 
-    /// The kernel's mount table, as a node's kubelet sees it.
+    /// Returns the kernel's mount table, as a node's kubelet sees it.
     ///
     /// # Errors
     /// When Docker does not reach the node.
@@ -62,14 +58,14 @@ impl Kind {
     /// Restarts a node's kubelet; returns when it has registered the driver.
     ///
     /// # Errors
-    /// When it does not come back.
+    /// When it is not back in time.
     pub async fn restart_kubelet(&self, node: &str) -> Result<()> {
         self.forget_registration(node).await?;
         self.on(node, &["systemctl", "restart", "kubelet"]).await?;
         self.wait_registered(node).await
     }
 
-    /// So that what is waited for next is a new registration.
+    /// Deletes the registration of drivers, so that only a new one counts.
     async fn forget_registration(&self, node: &str) -> Result<()> {
         let none = Patch::Merge(json!({"spec": {"drivers": []}}));
         Api::<CSINode>::all(self.client())
@@ -79,33 +75,36 @@ impl Kind {
             .map_err(api_error(format!("patch CSINode {node}")))
     }
 
-    /// Waits until every DaemonSet runs and every kubelet knows the driver. The API server may
-    /// be down with its node for a while.
+    /// Waits until everything runs and every kubelet has registered the driver. The API server may be
+    /// down together with its node for a while.
     async fn wait_registered(&self, node: &str) -> Result<()> {
-        let patience = Patience::of(format!("node {node} to be back"), START_LIMIT);
-        loop {
-            let last = match lacking(&self.client).await {
-                Ok(None) => return Ok(()),
-                Ok(Some(lacking)) => lacking,
-                Err(error) => error.to_string(),
-            };
-            patience.wait(&last).await?;
-        }
+        poll(
+            &format!("node {node} to be back"),
+            START_LIMIT,
+            async || {
+                Ok(match missing(&self.client).await {
+                    Ok(None) => ControlFlow::Break(()),
+                    Ok(Some(missing)) => ControlFlow::Continue(format!("missing: {missing}")),
+                    Err(error) => ControlFlow::Continue(error.to_string()),
+                })
+            },
+        )
+        .await
     }
 
     /// Removes a file of a node's disk.
     ///
     /// # Errors
-    /// When it is not there.
+    /// When it does not exist.
     pub async fn remove_file(&self, node: &str, path: &Path) -> Result<()> {
         let path = path.to_string_lossy();
         self.on(node, &["rm", &path]).await.map(drop)
     }
 
-    /// Leaves a socket on a node's disk that nobody listens on.
+    /// Makes a socket on a node's disk that no process listens on.
     ///
     /// # Errors
-    /// When something is in its place.
+    /// When the path exists.
     pub async fn leave_dead_socket(&self, node: &str, path: &Path) -> Result<()> {
         let path = path.to_string_lossy();
         self.on(node, &[PROBE, "dead-socket", &path])
@@ -120,8 +119,8 @@ impl Kind {
         output.map_err(|reason| node_error(node, reason))
     }
 
-    /// SIGKILL from outside of its namespaces, where nothing holds it back. Waits until another
-    /// container runs.
+    /// Sends SIGKILL from outside of its namespaces, where process 1 cannot ignore it. Waits until
+    /// another container runs.
     async fn kill(&self, node: &str, component: &Component) -> Result<()> {
         let id = real::container_of(&self.client, node, component).await?;
         let kill = [
@@ -152,16 +151,6 @@ impl Cluster for Kind {
         self.nodes.for_pods()
     }
 
-    fn can(&self, ability: Ability) -> bool {
-        match ability {
-            Ability::LookAtNodes
-            | Ability::Reboot
-            | Ability::StopProcesses
-            | Ability::OtherUsers => true,
-            Ability::DisturbApi => false,
-        }
-    }
-
     async fn probe(
         &self,
         namespace: &str,
@@ -175,17 +164,18 @@ impl Cluster for Kind {
         let mut args = vec!["-n", namespace, "exec", pod, "--", "/probe"];
         args.extend(arguments.iter().map(String::as_str));
         args.push(mount_path);
-        let patience = Patience::new(format!("the container of pod {namespace}/{pod} to run"));
-        loop {
-            match kubectl(&self.tools, &args).await {
-                Ok(printed) => return Ok(printed),
-                // After a reboot the API server knows of the pod as it was before.
+        let what = format!("the container of pod {namespace}/{pod} to run");
+        poll(&what, LIMIT, async || {
+            match self.tools.kubectl(&args).await {
+                Ok(printed) => Ok(ControlFlow::Break(printed)),
+                // After a reboot the API server still has the pod's status of before.
                 Err(reason) if reason.contains("container not found") => {
-                    patience.wait(&reason).await?;
+                    Ok(ControlFlow::Continue(reason))
                 }
-                Err(reason) => return Err(failed(&reason)),
+                Err(reason) => Err(failed(&reason)),
             }
-        }
+        })
+        .await
     }
 
     async fn node_tree(&self, node: &str, path: &Path) -> Result<Option<Tree>> {
@@ -215,7 +205,7 @@ impl Cluster for Kind {
         real::log(&self.client, node, component).await
     }
 
-    /// Over the API server, which reaches every pod: this process may not reach the nodes.
+    /// Goes over the API server, which reaches every pod: this process may not reach the nodes.
     async fn get(
         &self,
         node: &str,
@@ -250,19 +240,12 @@ impl Cluster for Kind {
             .await
             .map_err(|reason| node_error(node, reason))?;
         self.wait_registered(node).await?;
-        // The provider's socket is in memory, and gone with the node. No pod of it where a
-        // scenario has stopped it.
+        // The provider's socket is in memory, and gone with the node. A stopped provider has no pod.
         let provider = Component::Provider("fake-provider".to_owned());
         match real::pod_of(&self.client, node, &provider).await? {
             Some(_) => real::wait_serving(self, node, &provider, START_LIMIT).await,
             None => Ok(()),
         }
-    }
-
-    async fn disturb_api(&self, _: Disturbance) -> Result<()> {
-        Err(Error::Impossible(
-            "the API server is a real one, which does not misbehave".to_owned(),
-        ))
     }
 
     async fn wait_namespace(&self, namespace: &str) -> Result<()> {

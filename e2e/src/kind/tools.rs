@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::process::Command;
 
+use super::layout::NAME;
 use crate::cluster::{Error, Result};
 
 /// Names the kind executable; without it, the one on the path is used.
@@ -82,6 +83,15 @@ impl Tools {
             .env("KIND_EXPERIMENTAL_PROVIDER", "docker")
             .env("KIND_EXPERIMENTAL_DOCKER_NETWORK", NETWORK);
         run(command, limit).await
+    }
+
+    /// Runs kubectl as an administrator on the first node, which has it and the credentials.
+    pub(super) async fn kubectl(&self, args: &[&str]) -> std::result::Result<String, String> {
+        let node = format!("{NAME}-control-plane");
+        let kubectl = ["kubectl", "--kubeconfig=/etc/kubernetes/admin.conf"];
+        let kubectl = ["exec", node.as_str()].into_iter().chain(kubectl);
+        self.docker(kubectl.chain(args.iter().copied()), A_MOMENT)
+            .await
     }
 }
 

@@ -4,22 +4,22 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use embedded::api::Disturbance;
 use kube::ResourceExt;
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::Kubeconfig;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::daemons::ctr;
 use super::layout::NODE;
 use super::processes::Processes;
-use crate::cluster::{Ability, Action, Cluster, Component, Error, HttpAnswer, Result};
+use crate::cluster::{Action, Cluster, Component, Error, HttpAnswer, Result};
 use crate::host::mount_points;
 use crate::install::wait_rolled_out;
+use crate::namespace::Namespace;
 use crate::real::{self, LIMIT, running_pod_of};
 use crate::tree::{Tree, View};
 
-/// A way to the cluster. It belongs to the runtime in which it was made.
+/// A connection to the cluster. It belongs to the runtime in which it was made.
 pub struct Local {
     client: kube::Client,
     kubeconfig: PathBuf,
@@ -35,15 +35,10 @@ impl Local {
         ctr: PathBuf,
         state: PathBuf,
     ) -> Result<Self> {
-        let failed = |error: &dyn std::fmt::Display| {
-            Error::Start(format!("{}: {error}", kubeconfig.display()))
-        };
-        let read = Kubeconfig::read_from(kubeconfig).map_err(|error| failed(&error))?;
-        let config = kube::Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
-            .await
-            .map_err(|error| failed(&error))?;
+        let read = Kubeconfig::read_from(kubeconfig)
+            .map_err(|error| Error::Start(format!("{}: {error}", kubeconfig.display())))?;
         Ok(Self {
-            client: kube::Client::try_from(config).map_err(|error| failed(&error))?,
+            client: real::client(read).await?,
             kubeconfig: kubeconfig.to_owned(),
             kubectl,
             ctr,
@@ -51,23 +46,19 @@ impl Local {
         })
     }
 
-    pub(super) fn kube_client(&self) -> kube::Client {
-        self.client.clone()
-    }
-
-    /// Makes the cluster as new: what earlier scenarios left is gone, driver and provider run
-    /// and have just been started.
+    /// Makes the cluster as new: deletes what earlier scenarios left, and replaces the pods of driver
+    /// and provider.
     ///
     /// # Errors
-    /// What does not go or does not come.
+    /// When something is not gone, or not there, in time.
     pub async fn renew(&self) -> Result<()> {
         real::renew(self).await
     }
 
-    /// Restarts kubelet, whose containers go on meanwhile. Returns when it is registered anew.
+    /// Restarts kubelet, whose containers keep running; returns when it has registered the driver.
     ///
     /// # Errors
-    /// When it does not come back.
+    /// When it is not back in time.
     pub async fn restart_kubelet(&self) -> Result<()> {
         let state = self.state.clone();
         let restarted =
@@ -76,8 +67,8 @@ impl Local {
         wait_rolled_out(&self.client, LIMIT).await
     }
 
-    /// SIGKILL from outside of its namespaces, where nothing holds it back. Waits until another
-    /// container runs.
+    /// Sends SIGKILL from outside of its namespaces, where process 1 cannot ignore it. Waits until
+    /// another container runs.
     async fn kill(&self, node: &str, component: &Component) -> Result<()> {
         let id = real::container_of(&self.client, node, component).await?;
         let tasks =
@@ -103,13 +94,6 @@ impl Cluster for Local {
         vec![NODE.to_owned()]
     }
 
-    fn can(&self, ability: Ability) -> bool {
-        match ability {
-            Ability::LookAtNodes | Ability::StopProcesses | Ability::OtherUsers => true,
-            Ability::DisturbApi | Ability::Reboot => false,
-        }
-    }
-
     /// Runs `probe` in the container that has the mount.
     async fn probe(
         &self,
@@ -119,7 +103,7 @@ impl Cluster for Local {
         arguments: &[String],
     ) -> Result<String> {
         let name = format!("pod {namespace}/{pod}");
-        let found = self.pod(namespace, pod).await?;
+        let found = Namespace::of(self.client(), namespace).pod(pod).await?;
         let container = found
             .iter()
             .filter_map(|pod| pod.spec.as_ref())
@@ -159,8 +143,8 @@ impl Cluster for Local {
         mount_points(below).map_err(|error| refused(&error))
     }
 
-    /// A process is stopped by taking its DaemonSet off the node, as an administrator does it.
-    /// kubelet would start a single stopped process again.
+    /// Stops a process by taking its DaemonSet off the node, as an administrator does: kubelet would
+    /// start a single stopped process again.
     async fn act(&self, node: &str, component: &Component, action: Action) -> Result<()> {
         match action {
             Action::Kill => self.kill(node, component).await,
@@ -192,24 +176,12 @@ impl Cluster for Local {
             .map_err(|error| refused(&error))
     }
 
-    async fn reboot(&self, _: &str) -> Result<()> {
-        Err(Error::Impossible(
-            "the node is this machine, which is not rebooted".to_owned(),
-        ))
-    }
-
-    async fn disturb_api(&self, _: Disturbance) -> Result<()> {
-        Err(Error::Impossible(
-            "the API server is a real one, which does not misbehave".to_owned(),
-        ))
-    }
-
     async fn wait_namespace(&self, namespace: &str) -> Result<()> {
         real::wait_namespace(&self.client, namespace).await
     }
 }
 
-/// The process of a container out of `ctr tasks ls`.
+/// Returns the process of a container in the output of `ctr tasks ls`.
 fn pid_of_task(table: &str, id: &str) -> Option<i32> {
     table.lines().find_map(|line| {
         let mut fields = line.split_whitespace();

@@ -84,7 +84,7 @@ async fn a_first_mount_waits_for_a_provider_that_starts() {
     provider.start().await.unwrap();
     s.ready("web").await;
     assert_eq!(s.reads("web", MOUNT).await.texts()["password"], "hunter2");
-    let events = s.cluster.events(&s.namespace, "web").await.unwrap();
+    let events = s.namespace.events("web").await.unwrap();
     let failed = events
         .iter()
         .filter(|e| e.reason.as_deref() == Some("FailedMount"));

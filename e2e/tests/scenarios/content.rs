@@ -221,7 +221,7 @@ async fn the_volume_is_a_bounded_tmpfs() {
     s.ready("web").await;
     let disk = s
         .cluster
-        .tree(&s.namespace, "web", MOUNT, View::Disk)
+        .tree(s.namespace.name(), "web", MOUNT, View::Disk)
         .await
         .unwrap();
     assert_eq!(disk.get(".").unwrap().mode, "0755");

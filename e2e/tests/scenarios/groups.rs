@@ -74,7 +74,7 @@ async fn a_group_holds_after_a_refresh() {
         + "- {objectName: new, path: more/new, content: '2', mode: '0640'}";
     s.apply(class("db", &after)).await;
     until("the pod reads the new content", async || {
-        s.cluster.look_again(&s.namespace, "web").await.unwrap();
+        s.namespace.reconcile("web").await.unwrap();
         tokio::time::sleep(Duration::from_millis(200)).await;
         s.reads("web", MOUNT).await.texts().get("more/new") == Some(&"2")
     })

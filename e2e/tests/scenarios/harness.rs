@@ -4,12 +4,13 @@ use std::{
     fmt::{self, Write as _},
     fs::File,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use e2e::{
-    cluster::{Cluster, Component},
+    cluster::{Cluster, Component, wait_until},
     install::{classes, pod_statuses},
+    namespace::Namespace,
     tree::{Content, Entry, Kind, Tree, View},
 };
 use kube::api::{DeleteParams, DynamicObject, ListParams};
@@ -35,7 +36,7 @@ pub(crate) use scenario;
 /// A cluster with a namespace of its own.
 pub struct Scenario {
     pub cluster: Target,
-    pub namespace: String,
+    pub namespace: Namespace,
     /// UIDs of pods whose directories were there before: those of the driver and the provider,
     /// and what kubelet has not yet cleaned up.
     earlier_pods: Vec<String>,
@@ -61,8 +62,7 @@ impl Scenario {
         }
         // Of each, the directory itself says enough.
         earlier_pods.retain(|path| !path.contains('/'));
-        let namespace = cluster
-            .namespace()
+        let namespace = Namespace::create(&cluster)
             .await
             .unwrap_or_else(|error| panic!("{error}"));
         Some(Self {
@@ -79,27 +79,27 @@ impl Scenario {
 
     /// Applies objects: of `objects.rs`, or YAML.
     pub async fn apply(&self, manifest: impl fmt::Display) {
-        self.cluster
-            .apply(&self.namespace, &manifest.to_string())
+        self.namespace
+            .apply(&manifest.to_string())
             .await
             .unwrap_or_else(|error| panic!("{error}"));
     }
 
     pub async fn ready(&self, pod: &str) {
-        self.cluster
-            .wait_ready(&self.namespace, pod, SOON)
+        self.namespace
+            .wait_ready(pod, SOON)
             .await
             .unwrap_or_else(|error| panic!("{error}"));
     }
 
     pub async fn delete(&self, pod: &str) {
-        self.cluster.delete_pod(&self.namespace, pod).await.unwrap();
+        self.namespace.delete_pod(pod).await.unwrap();
         self.gone(pod).await;
     }
 
     pub async fn gone(&self, pod: &str) {
-        self.cluster
-            .wait_gone(&self.namespace, pod, SOON)
+        self.namespace
+            .wait_gone(pod, SOON)
             .await
             .unwrap_or_else(|error| panic!("{error}"));
     }
@@ -107,14 +107,8 @@ impl Scenario {
     /// Waits for kubelet's word that a volume cannot be mounted, and returns it.
     pub async fn failed_mount(&self, pod: &str, says: &str) -> String {
         let event = self
-            .cluster
-            .wait_event(
-                &self.namespace,
-                pod,
-                "FailedMount",
-                |message| message.contains(says),
-                SOON,
-            )
+            .namespace
+            .wait_event(pod, "FailedMount", |message| message.contains(says), SOON)
             .await
             .unwrap_or_else(|error| panic!("{error}"));
         self.redacted(&event.message.unwrap_or_default())
@@ -123,7 +117,7 @@ impl Scenario {
     /// What the pod's container reads below a path.
     pub async fn reads(&self, pod: &str, path: &str) -> Tree {
         self.cluster
-            .tree(&self.namespace, pod, path, View::Reader)
+            .tree(self.namespace.name(), pod, path, View::Reader)
             .await
             .unwrap_or_else(|error| panic!("{error}"))
     }
@@ -166,7 +160,7 @@ impl Scenario {
 
     async fn disk(&self, pod: &str, path: &str) -> Tree {
         self.cluster
-            .tree(&self.namespace, pod, path, View::Disk)
+            .tree(self.namespace.name(), pod, path, View::Disk)
             .await
             .unwrap_or_else(|error| panic!("{error}"))
     }
@@ -206,13 +200,13 @@ impl Scenario {
 
     /// The pod statuses of the namespace, by name.
     pub async fn pod_status_objects(&self) -> Vec<DynamicObject> {
-        let api = pod_statuses(&self.cluster.client(), &self.namespace);
+        let api = pod_statuses(&self.cluster.client(), self.namespace.name());
         api.list(&ListParams::default()).await.unwrap().items
     }
 
     /// Deletes the pod statuses of the namespace, as somebody might by hand.
     pub async fn delete_pod_statuses(&self) {
-        let api = pod_statuses(&self.cluster.client(), &self.namespace);
+        let api = pod_statuses(&self.cluster.client(), self.namespace.name());
         for status in self.pod_status_objects().await {
             let name = status.metadata.name.unwrap();
             api.delete(&name, &DeleteParams::default()).await.unwrap();
@@ -343,7 +337,7 @@ impl Scenario {
     }
 
     pub async fn delete_class(&self, name: &str) {
-        let classes = classes(&self.cluster.client(), &self.namespace);
+        let classes = classes(&self.cluster.client(), self.namespace.name());
         let deleted = classes.delete(name, &DeleteParams::default()).await;
         deleted.unwrap();
     }
@@ -422,7 +416,7 @@ impl Scenario {
 
     /// What differs from run to run, named for what it is.
     pub fn redacted(&self, text: &str) -> String {
-        let mut out = text.replace(&self.namespace, "[namespace]");
+        let mut out = text.replace(self.namespace.name(), "[namespace]");
         let nodes = self.cluster.nodes().into_iter();
         let mut nodes: Vec<_> = nodes.enumerate().collect();
         // One name may begin with another.
@@ -438,11 +432,8 @@ impl Scenario {
 
 /// Waits until something holds.
 pub async fn until(what: &str, holds: impl AsyncFn() -> bool) {
-    let started = Instant::now();
-    while !holds().await {
-        assert!(started.elapsed() < SOON, "waited in vain until {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let waited = wait_until(what, SOON, holds).await;
+    waited.unwrap_or_else(|error| panic!("{error}"));
 }
 
 /// Replaces UIDs and the names of timestamped directories. Each UID keeps a number of its own,

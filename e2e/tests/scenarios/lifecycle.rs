@@ -20,7 +20,7 @@ async fn a_deleted_pod_leaves_nothing() {
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     insta::assert_snapshot!("a_running_pod_on_its_node", s.leftovers(&s.node()).await);
-    let pod = s.cluster.pod(&s.namespace, "web").await.unwrap().unwrap();
+    let pod = s.namespace.pod("web").await.unwrap().unwrap();
     s.delete("web").await;
     s.nothing_is_left().await;
     s.no_pod_statuses().await;
@@ -64,7 +64,7 @@ async fn a_pod_deleted_while_its_publish_hangs() {
     s.apply(class("db", OBJECT).faults("- {hang: true}")).await;
     s.apply(pod("web", &["db"])).await;
     s.provider_is_called("web").await;
-    s.cluster.delete_pod(&s.namespace, "web").await.unwrap();
+    s.namespace.delete_pod("web").await.unwrap();
     s.gone("web").await;
     s.nothing_is_left().await;
     assert!(s.pod_status_objects().await.is_empty());

@@ -85,8 +85,8 @@ async fn a_moment_of_unavailability_is_bridged() {
     s.ready("web").await;
     assert_eq!(s.provider_calls("web").await, 3);
     assert!(
-        s.cluster
-            .events(&s.namespace, "web")
+        s.namespace
+            .events("web")
             .await
             .unwrap()
             .iter()
@@ -117,7 +117,7 @@ async fn a_provider_that_never_answers() {
     s.apply(class("db", OBJECT).faults("- {hang: true}")).await;
     s.apply(pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
-    s.cluster.delete_pod(&s.namespace, "web").await.unwrap();
+    s.namespace.delete_pod("web").await.unwrap();
     s.gone("web").await;
     s.nothing_is_left().await;
 }

@@ -166,7 +166,7 @@ async fn unpublish_after_a_reboot() {
         .stop()
         .await
         .unwrap();
-    s.cluster.delete_pod(&s.namespace, "web").await.unwrap();
+    s.namespace.delete_pod("web").await.unwrap();
     s.cluster.reboot(&s.node()).await.unwrap();
     s.gone("web").await;
     s.nothing_is_left().await;

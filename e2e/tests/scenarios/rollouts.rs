@@ -39,7 +39,7 @@ async fn drivers(s: &Scenario) -> Vec<String> {
 async fn roll_out(s: &Scenario) {
     let before = drivers(s).await;
     let sets = Api::<DaemonSet>::namespaced(s.cluster.client(), "kube-system");
-    let annotations = json!({"e2e/for": s.namespace});
+    let annotations = json!({"e2e/for": s.namespace.name()});
     let patch = json!({"spec": {"template": {"metadata": {"annotations": annotations}}}});
     sets.patch(
         "csi-secrets-store",
@@ -103,16 +103,16 @@ async fn a_stateful_sets_pod_moves() {
         if let Some(from) = from {
             api.uncordon(&nodes[to]).await.unwrap();
             api.cordon(&nodes[from]).await.unwrap();
-            let before = s.cluster.pod(&s.namespace, "web-0").await.unwrap().unwrap();
-            s.cluster.delete_pod(&s.namespace, "web-0").await.unwrap();
+            let before = s.namespace.pod("web-0").await.unwrap().unwrap();
+            s.namespace.delete_pod("web-0").await.unwrap();
             until("the pod is another", async || {
-                let now = s.cluster.pod(&s.namespace, "web-0").await.unwrap();
+                let now = s.namespace.pod("web-0").await.unwrap();
                 now.is_some_and(|now| now.uid() != before.uid())
             })
             .await;
         }
         s.ready("web-0").await;
-        let pod = s.cluster.wait_ready(&s.namespace, "web-0", SOON).await;
+        let pod = s.namespace.wait_ready("web-0", SOON).await;
         let node = pod.unwrap().spec.unwrap().node_name.unwrap();
         assert_eq!(node, nodes[to]);
         let tree = s.reads("web-0", MOUNT).await;

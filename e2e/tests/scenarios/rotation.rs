@@ -43,7 +43,7 @@ const OBJECT: &str = "- {objectName: password, content: hunter2}";
 /// Makes kubelet look at a pod again and again until something holds.
 async fn looked_until(s: &Scenario, pod: &str, what: &str, holds: impl AsyncFn() -> bool) {
     until(what, async || {
-        s.cluster.look_again(&s.namespace, pod).await.unwrap();
+        s.namespace.reconcile(pod).await.unwrap();
         for _ in 0..20 {
             if holds().await {
                 return true;
@@ -71,7 +71,7 @@ async fn found_fresh(s: &Scenario, pod: &str) -> usize {
 }
 
 async fn annotate_class(s: &Scenario, name: &str, value: &str) {
-    let classes = classes(&s.cluster.client(), &s.namespace);
+    let classes = classes(&s.cluster.client(), s.namespace.name());
     let patch = Patch::Merge(json!({"metadata": {"annotations": {name: value}}}));
     let params = PatchParams::default();
     classes.patch("db", &params, &patch).await.unwrap();
@@ -79,7 +79,7 @@ async fn annotate_class(s: &Scenario, name: &str, value: &str) {
 
 /// Messages of the events with a reason.
 async fn events(s: &Scenario, pod: &str, reason: &str) -> Vec<String> {
-    let events = s.cluster.events(&s.namespace, pod).await.unwrap();
+    let events = s.namespace.events(pod).await.unwrap();
     let of_reason = events
         .into_iter()
         .filter(|e| e.reason.as_deref() == Some(reason));
@@ -195,7 +195,7 @@ async fn a_reader_sees_neither_gap_nor_mixture() {
             .await;
         }
     };
-    let reading = s.cluster.read(&s.namespace, "web", MOUNT, &wanted);
+    let reading = s.cluster.read(s.namespace.name(), "web", MOUNT, &wanted);
     let ((), readings) = tokio::join!(rotate, reading);
     let readings = readings.unwrap();
     assert_eq!(readings.gaps, [""; 0], "{readings:?}");

@@ -8,7 +8,7 @@ mod trouble;
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
-use e2e::cluster::Cluster as _;
+use e2e::{cluster::Cluster as _, namespace::Namespace};
 use k8s_openapi::{
     api::{
         apps::v1::Deployment,
@@ -50,7 +50,7 @@ fn creds() -> SecretObject {
 
 impl Scenario {
     fn secrets_api(&self) -> Api<Secret> {
-        Api::namespaced(self.cluster.client(), &self.namespace)
+        self.namespace.api()
     }
 
     async fn secret(&self, name: &str) -> Option<Secret> {
@@ -96,13 +96,13 @@ impl Scenario {
     }
 
     async fn delete_deployment(&self, name: &str) {
-        let api = Api::<Deployment>::namespaced(self.cluster.client(), &self.namespace);
+        let api = self.namespace.api::<Deployment>();
         let background = DeleteParams::background();
         api.delete(name, &background).await.unwrap();
     }
 
     async fn scale(&self, name: &str, replicas: usize) {
-        let api = Api::<Deployment>::namespaced(self.cluster.client(), &self.namespace);
+        let api = self.namespace.api::<Deployment>();
         let patch = Patch::Merge(json!({"spec": {"replicas": replicas}}));
         let how = PatchParams::default();
         api.patch(name, &how, &patch).await.unwrap();
@@ -110,7 +110,7 @@ impl Scenario {
 
     /// Names of the pods of a Deployment.
     async fn pods_of(&self, deployment: &str) -> Vec<String> {
-        let api = Api::<Pod>::namespaced(self.cluster.client(), &self.namespace);
+        let api = self.namespace.api::<Pod>();
         let of = ListParams::default().labels(&format!("app={deployment}"));
         let pods = api.list(&of).await.unwrap();
         pods.iter().map(|pod| pod.name_any()).collect()
@@ -130,7 +130,7 @@ impl Scenario {
 
     /// Events of a reason on a pod, with the driver's words.
     async fn told(&self, pod: &str, reason: &str) -> Vec<String> {
-        let events = self.cluster.events(&self.namespace, pod).await.unwrap();
+        let events = self.namespace.events(pod).await.unwrap();
         let of_reason = |event: &Event| event.reason.as_deref() == Some(reason);
         let events = events.into_iter().filter(of_reason);
         events
@@ -248,17 +248,17 @@ async fn ep_14_to_16_two_deployments_and_one_secret() {
 #[tokio::test]
 async fn ep_17_to_19_classes_of_one_name_in_two_namespaces() {
     let s = Scenario::start().await;
-    let elsewhere = s.cluster.namespace().await.unwrap();
+    let elsewhere = Namespace::create(&s.cluster).await.unwrap();
     let class = foo_class("e2e-provider-sync", "foosecret");
     let invalid = class.clone().provider("invalidprovider");
-    s.apply(invalid.namespace(&elsewhere)).await;
+    s.apply(invalid.namespace(elsewhere.name())).await;
     s.apply(&class).await;
     let pod = pod("busybox", &["e2e-provider-sync"]).env("foosecret", "username");
     s.apply(deployment("busybox-deployment", 2, &pod)).await;
     s.all_ready("busybox-deployment", 2).await;
     assert_eq!(s.value("foosecret", "username").await.unwrap(), "secret");
     assert_eq!(s.owners("foosecret").await.len(), 1);
-    let others = Api::<Secret>::namespaced(s.cluster.client(), &elsewhere);
+    let others = elsewhere.api::<Secret>();
     assert!(others.get_opt("foosecret").await.unwrap().is_none());
     s.delete_deployment("busybox-deployment").await;
     s.no_secret("foosecret").await;

@@ -17,7 +17,7 @@ use std::{
 
 use e2e::{
     binaries::{Binaries, kept},
-    cluster::{Ability, Action, Cluster, Component, HttpAnswer, Result},
+    cluster::{Action, Cluster, Component, HttpAnswer, Result},
     embedded::{Embedded, standard},
     images,
     install::{Form, Installation},
@@ -364,10 +364,6 @@ impl Cluster for Target {
 
     fn nodes(&self) -> Vec<String> {
         on!(self, cluster => cluster.nodes())
-    }
-
-    fn can(&self, ability: Ability) -> bool {
-        on!(self, cluster => cluster.can(ability))
     }
 
     async fn probe(

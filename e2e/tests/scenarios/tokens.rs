@@ -159,9 +159,9 @@ async fn canaries_are_seen_nowhere() {
     let fault = "- {status: {code: UNAUTHENTICATED, message: token expired}}";
     s.apply(class("fine", &object).faults(fault)).await;
     until("the refresh fails", async || {
-        s.cluster.look_again(&s.namespace, "fine").await.unwrap();
+        s.namespace.reconcile("fine").await.unwrap();
         tokio::time::sleep(Duration::from_millis(300)).await;
-        let events = s.cluster.events(&s.namespace, "fine").await.unwrap();
+        let events = s.namespace.events("fine").await.unwrap();
         let mut reasons = events.iter().filter_map(|event| event.reason.as_deref());
         reasons.any(|reason| reason == "MountRotationFailed")
     })
@@ -176,7 +176,7 @@ async fn canaries_are_seen_nowhere() {
     );
     let mut told = vec![("log", log), ("metrics", driver.metrics().await.unwrap())];
     for (name, _) in faults {
-        let events = s.cluster.events(&s.namespace, name).await.unwrap();
+        let events = s.namespace.events(name).await.unwrap();
         told.push(("events", serde_json::to_string(&events).unwrap()));
     }
     let statuses = s.pod_status_objects().await;

@@ -49,7 +49,7 @@ async fn everything(s: &Scenario) -> (Vec<e2e::tree::Tree>, Vec<String>, String,
 
 /// The Secret's identity and what it holds.
 async fn secret(s: &Scenario) -> Option<(Option<String>, String)> {
-    let secrets = Api::<Secret>::namespaced(s.cluster.client(), &s.namespace);
+    let secrets = s.namespace.api::<Secret>();
     let secret = secrets.get_opt("db").await.unwrap()?;
     let data = secret.data.as_ref().unwrap()["password"].0.clone();
     Some((secret.uid(), String::from_utf8(data).unwrap()))

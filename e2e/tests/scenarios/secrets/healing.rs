@@ -184,7 +184,7 @@ async fn rotation_reaches_the_secret_with_the_file() {
     // Refreshes without change write nothing.
     let calls = s.provider_calls("web").await;
     until("it is refreshed", async || {
-        s.cluster.look_again(&s.namespace, "web").await.unwrap();
+        s.namespace.reconcile("web").await.unwrap();
         s.provider_calls("web").await > calls + 1
     })
     .await;
@@ -192,7 +192,7 @@ async fn rotation_reaches_the_secret_with_the_file() {
     let written = s.metric("sync_k8s_secret_total", &[]).await;
     s.provider_control("/rotation?rotated=true").await;
     until("file and Secret are rotated", async || {
-        s.cluster.look_again(&s.namespace, "web").await.unwrap();
+        s.namespace.reconcile("web").await.unwrap();
         let file = s.reads("web", MOUNT).await.texts()["foo"] == "rotated";
         file && s.value("creds", "username").await.as_deref() == Some("rotated")
     })

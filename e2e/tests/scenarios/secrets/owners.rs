@@ -61,7 +61,7 @@ async fn a_replica_set_made_anew_under_its_name() {
     s.ready("keeper").await;
     let uid = s.secret("creds").await.unwrap().uid();
     let set = replica_set("web", &pod("web", &["db"]));
-    let api = Api::<ReplicaSet>::namespaced(s.cluster.client(), &s.namespace);
+    let api = s.namespace.api::<ReplicaSet>();
     let mut seen = Vec::new();
     for _ in 0..2 {
         s.apply(&set).await;

@@ -135,14 +135,14 @@ async fn errors_that_fail_no_refresh() {
     let nowhere = creds().object("nowhere");
     s.apply(syncing("db", "hunter3", &[nowhere])).await;
     until("the file is the class's", async || {
-        s.cluster.look_again(&s.namespace, "web").await.unwrap();
+        s.namespace.reconcile("web").await.unwrap();
         s.reads("web", MOUNT).await.texts()["password"] == "hunter3"
     })
     .await;
     s.trouble("web", "nowhere").await;
     let calls = s.provider_calls("web").await;
     for _ in 0..3 {
-        s.cluster.look_again(&s.namespace, "web").await.unwrap();
+        s.namespace.reconcile("web").await.unwrap();
         s.looked_again().await;
     }
     assert_eq!(s.provider_calls("web").await, calls, "it is fresh");
@@ -156,7 +156,7 @@ async fn errors_that_fail_no_refresh() {
     );
     s.apply(syncing("db", "hunter3", &[creds()])).await;
     until("the Secret follows", async || {
-        s.cluster.look_again(&s.namespace, "web").await.unwrap();
+        s.namespace.reconcile("web").await.unwrap();
         s.value("creds", "pw").await.as_deref() == Some("hunter3")
     })
     .await;
