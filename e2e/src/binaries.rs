@@ -1,4 +1,4 @@
-//! The workspace's executables: found, and built first where they are stale.
+//! The workspace's executables, built where they are stale.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -9,10 +9,10 @@ use std::sync::Mutex;
 
 use serde::Deserialize;
 
-/// Names a folder that holds all four executables; nothing is built then.
+/// Names a folder with all four executables. Nothing is built then.
 pub const BIN_DIR_VARIABLE: &str = "E2E_BIN_DIR";
 
-/// Where each executable is.
+/// The paths of the executables.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Binaries {
     /// `secrets-store-csi`.
@@ -21,28 +21,28 @@ pub struct Binaries {
     pub fake_provider: PathBuf,
     /// `probe`.
     pub probe: PathBuf,
-    /// `e2e`, which is also the node.
+    /// `e2e`, which also runs the nodes of the embedded cluster.
     pub e2e: PathBuf,
 }
 
-/// What went wrong while the executables were looked for.
+/// The reason why there are no executables.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// The build tool could not be run.
     #[error("run {cargo:?} to build the workspace's executables: {reason}")]
     Run {
-        /// The program.
+        /// The path of cargo.
         cargo: OsString,
-        /// The system's words.
+        /// The error of the system.
         reason: String,
     },
-    /// The compiler's own messages went to stderr.
+    /// The workspace does not build; the compiler's messages are on standard error.
     #[error("the workspace does not build: {command} failed, its messages are above")]
     Build {
-        /// What was run.
+        /// The command.
         command: String,
     },
-    /// A place without one of the executables.
+    /// An executable is missing.
     #[error("there is no executable {name} in {place}")]
     Missing {
         /// The executable's file name.
@@ -55,15 +55,15 @@ pub enum Error {
 static FOUND: Mutex<Option<Binaries>> = Mutex::new(None);
 
 impl Binaries {
-    /// The executables of this workspace, in the profile this crate was compiled in.
+    /// Returns the executables of this workspace, in the profile of this crate.
     ///
-    /// The first call of a process builds them, which takes a moment or, on a fresh clone,
-    /// minutes; `progress` hears the name of each crate as it is done. Blocks.
+    /// The first call of a process builds them, which takes a moment or, on a fresh clone, minutes.
+    /// Calls `progress` with the name of each crate that is compiled. Blocks.
     ///
     /// # Errors
     /// When the build fails, or when `$E2E_BIN_DIR` lacks one.
     pub fn find(progress: impl FnMut(&str)) -> Result<Self, Error> {
-        // Held while building: a second caller wants the same result, not a second build.
+        // Locked while building: a second caller needs the same result, not a second build.
         let mut found = FOUND
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -77,10 +77,10 @@ impl Binaries {
         Ok(found.insert(binaries).clone())
     }
 
-    /// The executables in a folder.
+    /// Returns the executables in a folder.
     ///
     /// # Errors
-    /// [`Error::Missing`] for the first that is not there.
+    /// [`Error::Missing`] for the first that does not exist.
     pub fn in_dir(dir: &Path) -> Result<Self, Error> {
         let at = |name: &'static str| {
             let path = dir.join(name);
@@ -120,7 +120,8 @@ impl Binaries {
     }
 }
 
-/// Runs `cargo build` in the workspace: what it built by name, and the command for a complaint.
+/// Runs `cargo build` in the workspace. Returns the executables by name, and the command, for error
+/// messages.
 ///
 /// # Errors
 /// When cargo cannot be run or the workspace does not build.
@@ -129,7 +130,7 @@ pub(crate) fn cargo_build(
     variables: &[(&str, OsString)],
     mut progress: impl FnMut(&str),
 ) -> Result<(BTreeMap<String, PathBuf>, String), Error> {
-    // Set by cargo for everything it runs; by hand, the one on the path serves as well.
+    // Cargo sets the variable for what it runs; otherwise, the one on the path is used.
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let failed = |reason: std::io::Error| Error::Run {
         cargo: cargo.clone(),
@@ -142,8 +143,8 @@ pub(crate) fn cargo_build(
         .current_dir(workspace())
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
-    // Build scripts of dependencies look at these, and what they saw last was not this
-    // crate's: with them in place every run would compile half the world anew.
+    // Build scripts of dependencies depend on these variables, and the last build had other values:
+    // with them, each run would compile many dependencies again.
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(is_of_this_crate) {
             command.env_remove(name);
@@ -155,7 +156,7 @@ pub(crate) fn cargo_build(
     if let Some(stdout) = child.stdout.take() {
         for line in BufReader::new(stdout).lines() {
             let line = line.map_err(failed)?;
-            // The other kinds of message have none of these fields.
+            // Other kinds of messages do not have these fields.
             let Ok(artifact) = serde_json::from_str::<Artifact>(&line) else {
                 continue;
             };
@@ -166,19 +167,19 @@ pub(crate) fn cargo_build(
         }
     }
     let shown = format!("{command:?}");
-    match child.wait().map_err(failed)?.success() {
-        true => Ok((executables, shown)),
-        false => Err(Error::Build { command: shown }),
+    if child.wait().map_err(failed)?.success() {
+        return Ok((executables, shown));
     }
+    Err(Error::Build { command: shown })
 }
 
-/// The top of the repository.
+/// Returns the root of the repository.
 pub fn workspace() -> &'static Path {
     let crate_dir = Path::new(env!("CARGO_MANIFEST_DIR"));
     crate_dir.parent().unwrap_or(crate_dir)
 }
 
-/// Where cargo builds.
+/// Returns the directory in which cargo builds.
 pub(crate) fn target_dir() -> PathBuf {
     match std::env::var_os("CARGO_TARGET_DIR") {
         Some(dir) => workspace().join(dir),
@@ -186,12 +187,12 @@ pub(crate) fn target_dir() -> PathBuf {
     }
 }
 
-/// The folder for what a failed run leaves, by the run's name.
-pub fn kept(run: &str) -> PathBuf {
+/// Returns the folder for the logs of a failed run.
+pub fn logs_dir(run: &str) -> PathBuf {
     target_dir().join("e2e").join(run)
 }
 
-/// Whether a variable is one that cargo sets for the crate whose program it runs.
+/// Returns whether cargo sets a variable for the crate whose program it runs.
 fn is_of_this_crate(variable: &str) -> bool {
     const PREFIXES: [&str; 4] = [
         "CARGO_PKG_",
@@ -203,7 +204,7 @@ fn is_of_this_crate(variable: &str) -> bool {
         || ["CARGO_PRIMARY_PACKAGE", "OUT_DIR"].contains(&variable)
 }
 
-/// The part of cargo's `compiler-artifact` message that is of interest.
+/// The used fields of cargo's message `compiler-artifact`.
 #[derive(Deserialize)]
 struct Artifact {
     target: Target,
@@ -238,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_of_cargo_without_an_executable_are_told_apart() {
+    fn only_artifacts_are_parsed_as_artifacts() {
         let library =
             r#"{"reason":"compiler-artifact","target":{"name":"serde"},"executable":null}"#;
         assert!(

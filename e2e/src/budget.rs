@@ -1,8 +1,9 @@
-//! What the driver may cost, measured on the release binary in an embedded cluster.
+//! The budgets: limits of the driver's size, memory, requests and time, measured on its release build
+//! in an embedded cluster.
 //!
-//! Publishes go straight to the driver's CSI socket, as kubelet's would, so that the driver is
-//! measured and not the embedded kubelet. The API server, over TLS, and the provider, over its
-//! socket, are asked for real, and share the machine.
+//! The calls go to the driver's CSI socket directly, so that the embedded kubelet is not measured.
+//! The driver asks the API server, over TLS, and the provider, over its socket; both run on the same
+//! machine.
 
 use std::fs;
 use std::io;
@@ -43,13 +44,13 @@ fn class(annotations: &Value) -> Value {
 
 /// The kernel's ticks in a second.
 const TICKS: f64 = 100.0;
-/// How long after a burst the driver has given back what it needed for it.
+/// The time after which the driver has released the memory that it needed for a burst.
 const AT_REST: Duration = Duration::from_secs(10);
 
-/// Measures, prints a table, and holds it against the budgets.
+/// Measures the driver and prints a table with the budgets.
 ///
 /// # Errors
-/// When something is over its budget, or cannot be measured.
+/// When a value exceeds its budget, or cannot be measured.
 pub async fn run() -> Result<()> {
     let binaries = tokio::task::spawn_blocking(binaries).await;
     let binaries = binaries
@@ -124,15 +125,14 @@ pub async fn run() -> Result<()> {
     table.verdict()
 }
 
-/// Returns the driver and the provider as they are released, in a cluster as it was compiled: what is
-/// measured does not depend on the cluster, and its release build would take minutes. Where
-/// `$E2E_BIN_DIR` names executables, these are measured.
+/// Builds the driver and the provider as they are released; the cluster stays as it was compiled, for
+/// its release build would take minutes. Where `$E2E_BIN_DIR` is set, uses these executables.
 fn binaries() -> std::result::Result<Binaries, binaries::Error> {
     let cluster = Binaries::find(|_| {})?;
     if std::env::var_os(BIN_DIR_VARIABLE).is_some() {
         return Ok(cluster);
     }
-    // Of all members, so that their dependencies have the features of every other build.
+    // With all members selected, dependencies have the same features as in every other build.
     let args = ["--workspace", "--release", "--locked"];
     let bins = ["--bin", "secrets-store-csi", "--bin", "fake-provider"];
     let (mut built, command) = cargo_build(&[&args[..], &bins].concat(), &[], |_| {})?;
@@ -149,8 +149,8 @@ fn binaries() -> std::result::Result<Binaries, binaries::Error> {
     })
 }
 
-/// What `deploy/` installs, with rotation and intervals that do not pass while this runs: what the
-/// driver looks at of its own accord is no call's cost. `driver/tests/sync.rs` counts that.
+/// Returns the options of a cluster with rotation, and with intervals longer than a run: periodic work
+/// is not part of a call's cost. `driver/tests/sync.rs` counts it.
 fn rotating(binaries: &Binaries) -> Result<Options> {
     let mut options = standard(binaries)?;
     let flags = [
@@ -169,7 +169,7 @@ struct Bench<'a> {
     namespace: Namespace,
     node: NodeClient<Channel>,
     pid: i32,
-    /// The node's disk, as this process sees it.
+    /// The root of the node's disk.
     disk: PathBuf,
 }
 
@@ -207,7 +207,7 @@ impl<'a> Bench<'a> {
         })
     }
 
-    /// Pods that no kubelet runs, so that pod statuses have a living owner.
+    /// Makes pods that no kubelet runs, as owners of pod statuses.
     async fn pods(&self, run: usize) -> Result<Vec<Volume>> {
         let api = self.namespace.api::<Pod>();
         let made = stream::iter(0..PUBLISHES).map(|number| {
@@ -221,7 +221,7 @@ impl<'a> Bench<'a> {
                 let made = api.create(&PostParams::default(), &pod).await;
                 let made = made.map_err(|error| failed("a pod", &error))?;
                 let volume = Volume { pod: made.name_any(), uid: made.uid().unwrap_or_default() };
-                // kubelet's part: the parent of the target.
+                // kubelet makes the parent of the target.
                 let parent = self.disk.join(self.target(&volume).trim_start_matches('/'));
                 let parent = parent.parent().unwrap_or(Path::new("/")).to_owned();
                 fs::create_dir_all(parent).map_err(|error| failed("a pod's directory", &error))?;
@@ -242,7 +242,7 @@ impl<'a> Bench<'a> {
         )
     }
 
-    /// How long each publish took, in milliseconds, in order.
+    /// Publishes all volumes. Returns the time of each call in milliseconds, sorted.
     async fn publish_all(&self, pods: &[Volume], concurrency: usize) -> Result<Vec<f64>> {
         let calls = stream::iter(pods).map(|volume| async {
             let started = Instant::now();
@@ -260,10 +260,13 @@ impl<'a> Bench<'a> {
         Ok(latencies)
     }
 
-    /// What published volumes cost: when kubelet looks and none is due, and when all are due
-    /// and nothing has changed.
+    /// Measures publishes of mounted volumes: when none is due, and when all are due and nothing has
+    /// changed.
     async fn rest(&self, pods: &[Volume], table: &mut Table) -> Result<()> {
-        for (what, reads, calls) in [("a look", 1.0, 0.0), ("a refresh without change", 2.0, 1.0)] {
+        for (what, reads, calls) in [
+            ("a republish", 1.0, 0.0),
+            ("a refresh without change", 2.0, 1.0),
+        ] {
             if calls > 0.0 {
                 let asked = class(&json!({"secrets-store.csi.k8s.io/refresh": "1"}));
                 let asked = asked.to_string();
@@ -289,7 +292,7 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    /// How many Mount calls the provider has had.
+    /// Returns the number of Mount calls that the provider has had.
     async fn provider_calls(&self) -> Result<f64> {
         let node = self.cluster.nodes().remove(0);
         let provider = Component::Provider("fake-provider".to_owned());
@@ -340,7 +343,7 @@ impl<'a> Bench<'a> {
         results.into_iter().collect()
     }
 
-    /// What the driver asked of the API server since the last reset: reads and writes.
+    /// Returns the numbers of reads and writes at the API server since the last reset.
     fn requests(&self) -> (f64, f64) {
         let requests = self.cluster.api().requests();
         let reads = requests
@@ -351,7 +354,7 @@ impl<'a> Bench<'a> {
         (count(reads), count(requests.len() - reads))
     }
 
-    /// The CPU time that the driver has used, in seconds.
+    /// Returns the CPU time that the driver has used, in seconds.
     fn cpu(&self) -> Result<f64> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid));
         let stat = stat.map_err(|error| failed("the driver's CPU time", &error))?;
@@ -384,7 +387,7 @@ fn per(pods: &[Volume]) -> f64 {
     f64::from(u32::try_from(pods.len()).unwrap_or(u32::MAX))
 }
 
-/// Of values in order.
+/// Returns a percentile of sorted values.
 fn percentile(sorted: &[f64], percent: usize) -> f64 {
     let at = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
     sorted.get(at).copied().unwrap_or(f64::NAN)
@@ -394,7 +397,7 @@ fn failed(what: &str, why: &dyn std::fmt::Display) -> Error {
     Error::Start(format!("budget: {what}: {why}"))
 }
 
-/// What was measured, and what it may be.
+/// The measured values and their bounds.
 #[derive(Default)]
 struct Table(Vec<(String, f64, Option<Bound>)>);
 

@@ -1,4 +1,4 @@
-//! What differs between clusters.
+//! The part of the clusters that differs.
 //!
 //! A scenario is written against [`Cluster`] and does not know whether it runs in the embedded
 //! cluster, on real Kubernetes binaries or in kind. An implementation shows volumes and nodes, and
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 pub use embedded::HttpAnswer;
 use embedded::api::Disturbance;
 
-use crate::reader::{Readings, Wanted};
+use crate::reader::{Reader, Readings};
 use crate::tree::{Tree, View};
 
 /// The interval of [`poll`].
@@ -180,9 +180,9 @@ pub trait Cluster {
         namespace: &str,
         pod: &str,
         mount_path: &str,
-        wanted: &Wanted,
+        reader: &Reader,
     ) -> Result<Readings> {
-        let arguments = wanted.arguments();
+        let arguments = reader.arguments();
         printed(&self.probe(namespace, pod, mount_path, &arguments).await?)
     }
 

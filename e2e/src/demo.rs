@@ -1,4 +1,4 @@
-//! The demo: the driver's main job on an embedded cluster, told as it happens.
+//! The demo: shows the driver's main job on an embedded cluster, step by step.
 
 use std::io::{self, IsTerminal as _, Write};
 use std::ops::ControlFlow;
@@ -20,19 +20,19 @@ const MANIFEST: &str = include_str!("../demo/shop.yaml");
 const POD: &str = "shop";
 const MOUNT: &str = "/mnt/secrets";
 const LIMIT: Duration = Duration::from_secs(60);
-/// What the store holds, as the provider's control takes it: name, version and content.
+/// The secrets in the provider's store, as parameters of its control: name, version and content.
 const STORE: [&str; 2] = [
     "name=db-password&version=7&content=correct horse battery staple",
     "name=api-token&version=2026-11-23&content=tok_4f9a27",
 ];
 const ROTATED: &str = "name=db-password&version=8&content=incorrect zebra charger";
-/// How often kubelet looks at a pod again, which is once a minute in a real one.
+/// The interval at which kubelet publishes a volume again; a minute by default.
 const SYNC: Duration = Duration::from_millis(500);
 
 /// Runs the demo, printing to standard output.
 ///
 /// # Errors
-/// The first step that did not work.
+/// The error of the first step that fails.
 pub async fn run() -> Result<()> {
     let mut told = Told::default();
     let started = Instant::now();
@@ -121,7 +121,7 @@ pub async fn run() -> Result<()> {
     Ok(())
 }
 
-/// As `deploy/` installs it, with rotation, and in a hurry.
+/// Returns the options of a cluster with the driver as `deploy/` installs it, and frequent rotation.
 fn options(binaries: &Binaries) -> Result<Options> {
     let mut options = standard(binaries)?;
     let rotation = [
@@ -145,7 +145,7 @@ async fn store(cluster: &Embedded, node: &str, secret: &str) -> Result<()> {
     }
 }
 
-/// Changes the password and tells what the reader reads, until that is the new one.
+/// Changes the password and shows what a program in the pod reads, until that is the new one.
 async fn rotate(told: &mut Told, cluster: &Embedded, namespace: &str, node: &str) -> Result<()> {
     let started = Instant::now();
     let mut last = None;
@@ -172,7 +172,7 @@ async fn rotate(told: &mut Told, cluster: &Embedded, namespace: &str, node: &str
     })
 }
 
-/// Finds or builds the executables, naming each crate while it takes a while.
+/// Finds or builds the executables; shows the name of each crate that is compiled.
 async fn binaries(told: &Told) -> Result<Binaries> {
     let terminal = told.terminal;
     let found = tokio::task::spawn_blocking(move || {
@@ -181,7 +181,7 @@ async fn binaries(told: &Told) -> Result<Binaries> {
             built += 1;
             if terminal {
                 let mut out = io::stdout();
-                // Losing a progress line is no reason to stop.
+                // A lost progress line is no reason to stop.
                 let _ = write!(out, "\r\x1b[2K      {built} crates, {name}");
                 let _ = out.flush();
             }
@@ -222,7 +222,7 @@ fn left(count: usize) -> String {
     }
 }
 
-/// What the demo says, with colours where somebody watches.
+/// The demo's output, with colours on a terminal.
 struct Told {
     terminal: bool,
     steps: usize,

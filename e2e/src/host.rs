@@ -1,9 +1,9 @@
-//! The mount points of the namespaces that this process is in, or of another node.
+//! Mount points of this process, or of another node.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Mount points at and below a path, in the order they were mounted.
+/// Returns the mount points of this process at and below a path, in the order of mounting.
 ///
 /// # Errors
 /// When the kernel's table cannot be read.
@@ -12,7 +12,7 @@ pub(crate) fn mount_points(below: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(mount_points_in(&table, below))
 }
 
-/// The same of a table that was read elsewhere.
+/// Returns those in a table that was read elsewhere.
 pub(crate) fn mount_points_in(table: &str, below: &Path) -> Vec<PathBuf> {
     table
         .lines()
@@ -22,7 +22,7 @@ pub(crate) fn mount_points_in(table: &str, below: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Undoes the kernel's `\040` for characters that would break its columns.
+/// Undoes the kernel's escapes, such as `\040`, for characters that would break its columns.
 fn unescape(path: &str) -> String {
     [
         ("\\040", " "),

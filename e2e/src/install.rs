@@ -51,9 +51,10 @@ pub enum Form {
 impl Form {
     /// Returns the form that `$E2E_SIDECARS` asks for.
     pub fn from_env() -> Self {
-        match std::env::var_os(SIDECARS_VARIABLE).is_some_and(|value| !value.is_empty()) {
-            true => Self::Sidecars(assets()),
-            false => Self::Lean,
+        if std::env::var_os(SIDECARS_VARIABLE).is_some_and(|value| !value.is_empty()) {
+            Self::Sidecars(assets())
+        } else {
+            Self::Lean
         }
     }
 }

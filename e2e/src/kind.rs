@@ -21,12 +21,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use crate::binaries::{kept, workspace};
+use crate::binaries::{logs_dir, workspace};
 use crate::cluster::{Cluster as _, Error, Result};
 use crate::guard::{self, Lock};
 use crate::images::Images;
 use crate::install::{Form, Installation, install};
-use crate::real::{KEPT_KINDS, not_started};
+use crate::real::{LOGGED_KINDS, not_started};
 use layout::{NAME, PROBE, START_LIMIT};
 use tools::{A_MOMENT, Tools};
 
@@ -153,7 +153,7 @@ impl Running {
             _guard: guard,
         };
         if let Err(error) = running.fill(load, &mut progress).await {
-            let dir = kept("start");
+            let dir = logs_dir("start");
             return Err(not_started(&error, &dir, running.keep_logs(&dir).await));
         }
         Ok(running)
@@ -224,7 +224,7 @@ impl Running {
             .kind(export.into_iter().chain(name), A_MOMENT)
             .await
             .map_err(failed)?;
-        let objects = ["get", KEPT_KINDS, "--all-namespaces", "--output=yaml"];
+        let objects = ["get", LOGGED_KINDS, "--all-namespaces", "--output=yaml"];
         let objects = self.tools.kubectl(&objects).await.map_err(failed)?;
         std::fs::write(dir.join("objects.yaml"), objects).map_err(|error| failed(error.to_string()))
     }

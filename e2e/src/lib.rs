@@ -1,4 +1,20 @@
-//! Clusters behind one interface, the scenarios and their snapshots, and the demo.
+//! End-to-end tests of the driver: clusters behind one interface, the demo and the budgets. The
+//! scenarios are in `tests/scenarios`.
+//!
+//! ```text
+//! demo, budget       what the command `e2e` runs
+//! embedded           the clusters: an API server and a kubelet of our own,
+//! local, kind        real Kubernetes on this machine, and in Docker
+//!   guard, real      what local and kind share
+//!   previous         installations to upgrade from
+//!   install          manifests and images of the driver and the tests' provider
+//!   images           images of this workspace's executables
+//! namespace          objects, pods and events: what is alike on all clusters
+//! manifest           manifests as values
+//!   cluster          what differs between the clusters
+//!     tree, reader   what `probe` reads in a volume
+//! binaries, host, skipped, user      leaves
+//! ```
 
 pub mod binaries;
 pub mod budget;

@@ -29,12 +29,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use crate::binaries::kept;
+use crate::binaries::logs_dir;
 use crate::cluster::{Cluster as _, Error, Result};
 use crate::guard::{self, Lock};
 use crate::images;
 use crate::install::{Form, Installation, assets, install};
-use crate::real::{KEPT_KINDS, not_started};
+use crate::real::{LOGGED_KINDS, not_started};
 use daemons::Daemons;
 use layout::{LOCK, STATE};
 pub use node::Local;
@@ -115,7 +115,7 @@ impl Running {
         };
         // From here on, dropping it undoes all changes.
         if let Err(error) = running.bring_up(options, &mut progress) {
-            let dir = kept("start");
+            let dir = logs_dir("start");
             return Err(not_started(&error, &dir, running.keep_logs(&dir)));
         }
         Ok(running)
@@ -188,7 +188,7 @@ impl Running {
                 .map_err(|error| failed(error.to_string()))?;
         }
         let processes = Processes::new(Path::new(STATE));
-        let objects = ["get", KEPT_KINDS, "--all-namespaces", "--output=yaml"];
+        let objects = ["get", LOGGED_KINDS, "--all-namespaces", "--output=yaml"];
         let objects = self.daemons(&processes).kubectl(&objects).map_err(failed)?;
         fs::write(dir.join("objects.yaml"), objects).map_err(|error| failed(error.to_string()))
     }

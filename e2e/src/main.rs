@@ -1,4 +1,4 @@
-//! The demo, the budgets, and the nodes of the embedded cluster, which are run from the same
+//! The command `e2e`: the demo and the budgets. The nodes of the embedded cluster run from the same
 //! executable.
 
 use std::process::ExitCode;
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use e2e::{budget, demo};
 
-/// The Secrets Store CSI driver, end to end. Without a command: the demo.
+/// Run the Secrets Store CSI driver end to end. Without a command, run the demo.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -18,7 +18,7 @@ struct Cli {
 enum Command {
     /// Mount a pod's secrets on an embedded cluster, show them, and tear everything down.
     Demo,
-    /// Measure the driver against its budgets; fails when it is over one.
+    /// Measure the release build of the driver against its budgets, and fail when it exceeds one.
     Budget,
 }
 

@@ -1,4 +1,5 @@
-//! What is alike on all clusters: objects, pods and events of a namespace, over the Kubernetes API.
+//! The part of the clusters that is alike: objects, pods and events of a namespace, over the
+//! Kubernetes API.
 
 use std::fmt;
 use std::ops::ControlFlow;

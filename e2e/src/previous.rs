@@ -39,9 +39,10 @@ pub fn commit(reference: &str) -> Result<Installation> {
         .get("secrets-store-csi")
         .ok_or_else(|| failed(format!("{command} built no secrets-store-csi")))?;
     let sidecars = assets();
-    let form = match sidecars.join("csi-node-driver-registrar").is_file() {
-        true => Form::Sidecars(sidecars),
-        false => Form::Lean,
+    let form = if sidecars.join("csi-node-driver-registrar").is_file() {
+        Form::Sidecars(sidecars)
+    } else {
+        Form::Lean
     };
     let image = of_executable("secrets-store-csi:previous", driver, &[]);
     let image = image.map_err(|error| failed(error.to_string()))?;

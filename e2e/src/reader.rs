@@ -20,7 +20,7 @@ const MOST_TOLD: usize = 5;
 
 /// The files to read, and when to end.
 #[derive(Clone, Debug)]
-pub struct Wanted {
+pub struct Reader {
     /// Paths below the volume.
     pub files: Vec<String>,
     /// The last number: the reader ends when it has read it.
@@ -44,7 +44,7 @@ pub struct Readings {
     pub mixtures: Vec<String>,
 }
 
-impl Wanted {
+impl Reader {
     /// Returns the arguments with which `probe` reads this, before the volume's path.
     pub(crate) fn arguments(&self) -> Vec<String> {
         let numbers = [self.last, self.limit.as_secs()].map(|number| number.to_string());
@@ -52,7 +52,7 @@ impl Wanted {
         head.chain(self.files.iter().cloned()).collect()
     }
 
-    /// Parses the arguments of `Wanted::arguments` after the first; returns `None` for others.
+    /// Parses the arguments of `Reader::arguments` after the first; returns `None` for others.
     pub fn parse(arguments: &[&str]) -> Option<Self> {
         let [last, seconds, files @ ..] = arguments else {
             return None;
@@ -175,8 +175,8 @@ mod tests {
         fs::rename(volume.join("..tmp"), volume.join(DATA)).unwrap();
     }
 
-    fn wanted(last: u64) -> Wanted {
-        Wanted {
+    fn reader(last: u64) -> Reader {
+        Reader {
             files: vec!["a".to_owned(), "b".to_owned()],
             last,
             limit: Duration::from_millis(300),
@@ -191,7 +191,7 @@ mod tests {
             symlink(format!("..data/{name}"), volume.join(name)).unwrap();
         }
         write(volume, "..1", &[("a", "1 1"), ("b", "1 1")]);
-        let readings = wanted(1).read(volume);
+        let readings = reader(1).read(volume);
         let expected = Readings {
             rounds: 1,
             numbers: 1,
@@ -201,14 +201,14 @@ mod tests {
         assert_eq!(readings, expected);
 
         write(volume, "..2", &[("a", "2 2"), ("b", "1 2")]);
-        let readings = wanted(2).read(volume);
+        let readings = reader(2).read(volume);
         let told = readings.mixtures.join("; ");
         assert!(told.contains("b has more than one number"), "{told}");
         assert!(told.contains("b has 1 after 2"), "{told}");
         assert!(told.contains("in one version a has \"2 2\""), "{told}");
 
         write(volume, "..3", &[("a", "2 2")]);
-        let readings = wanted(3).read(volume);
+        let readings = reader(3).read(volume);
         let told = readings.gaps.join("; ");
         assert!(
             told.contains("b: ") && told.contains("..data/b: "),
@@ -219,9 +219,9 @@ mod tests {
 
     #[test]
     fn arguments_are_parsed_again() {
-        let arguments = wanted(200).arguments();
+        let arguments = reader(200).arguments();
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         assert_eq!(arguments, ["read", "200", "0", "a", "b"]);
-        assert_eq!(Wanted::parse(&arguments[1..]).unwrap().files, ["a", "b"]);
+        assert_eq!(Reader::parse(&arguments[1..]).unwrap().files, ["a", "b"]);
     }
 }

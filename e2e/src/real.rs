@@ -1,5 +1,5 @@
-//! What clusters of real Kubernetes have in common: driver and provider run in pods of DaemonSets,
-//! which are found, read, stopped and renewed through the API server.
+//! The part that local and kind share: driver and provider run in pods of DaemonSets, which are found,
+//! read, stopped and renewed through the API server.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -25,7 +25,7 @@ const KUBELET_PODS: &str = "/var/lib/kubelet/pods";
 const CSI_VOLUMES: &str = "/volumes/kubernetes.io~csi/";
 
 /// The kinds of objects that are kept of a failed run. Secrets are not among them.
-pub(crate) const KEPT_KINDS: &str = "nodes,csinodes,csidrivers,namespaces,pods,daemonsets,events,\
+pub(crate) const LOGGED_KINDS: &str = "nodes,csinodes,csidrivers,namespaces,pods,daemonsets,events,\
      secretproviderclasses,secretproviderclasspodstatuses";
 
 /// Returns an administrator's client. It belongs to the runtime in which it is made.
@@ -92,7 +92,7 @@ pub(crate) async fn renew(cluster: &impl Cluster) -> Result<()> {
         wait_pod_gone(&pods, pod).await?;
     }
     wait_rolled_out(client, LIMIT).await?;
-    // For a moment, the status of a DaemonSet still counts the pods that have just gone.
+    // The status of a DaemonSet still counts, for a moment, the pods that have just gone.
     for node in cluster.nodes() {
         for component in [Component::Driver, Component::Provider(PROVIDER.to_owned())] {
             wait_serving(cluster, &node, &component, LIMIT).await?;

@@ -1,7 +1,7 @@
-//! What stands below a directory, as data: the language in which a test looks into a volume.
+//! Directory trees as data: the form in which a test reads a volume.
 //!
-//! [`Tree::read`] runs in the `probe` binary, inside the pod or inside the node's namespaces;
-//! the test reads the same type back from its JSON.
+//! [`Tree::read`] runs in the executable `probe`, in a pod or on a node, which prints the tree as
+//! JSON; the test parses it into the same type.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
@@ -14,25 +14,26 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// Contents up to this many bytes are shown; of larger ones their size and digest.
+/// The maximum size of contents that are shown. Larger ones are shown as size and digest.
 const SHOWN_BYTES: u64 = 4096;
 
-/// How often a tree is read again when an entry vanishes under the reader's hands, which the
-/// swap of `..data` does.
+/// The number of attempts to read a tree from which entries vanish meanwhile, as the swap of `..data`
+/// makes them.
 const ATTEMPTS: usize = 5;
 
-/// What a look into a directory shows.
+/// The way in which a directory is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum View {
-    /// Every entry as it is on disk: links as links, timestamped directories included.
+    /// All entries as they are on disk: links as links, with timestamped directories.
     Disk,
-    /// What a program in the pod reads: links followed, names that start with `..` left out.
+    /// The entries that a program in the pod uses: follows links, leaves out names that start with
+    /// `..`.
     Reader,
 }
 
 impl View {
-    /// What makes `probe` look this way, before the directory's path.
+    /// Returns the arguments with which `probe` reads this way, before the directory's path.
     pub(crate) fn arguments(self) -> Vec<String> {
         let mut arguments = vec!["tree".to_owned()];
         if self == Self::Reader {
@@ -42,10 +43,10 @@ impl View {
     }
 }
 
-/// A directory and all that stands below it, sorted by path.
+/// A directory and all entries below it, sorted by path.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tree {
-    /// The directory itself (path `.`) and everything below.
+    /// The directory itself, with the path `.`, and all entries below it.
     pub entries: Vec<Entry>,
 }
 
@@ -54,23 +55,23 @@ pub struct Tree {
 pub struct Entry {
     /// Relative to the directory; `.` is the directory itself.
     pub path: String,
-    /// What it is.
+    /// The kind of the entry.
     pub kind: Kind,
-    /// Permission bits with set-id and sticky bits, four octal digits.
+    /// The permission, set-id and sticky bits, as four octal digits.
     pub mode: String,
-    /// Owner.
+    /// The owner.
     pub uid: u32,
-    /// Group.
+    /// The group.
     pub gid: u32,
-    /// Where a link points.
+    /// The target of a link.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
-    /// What a file holds; for a directory, whether it could not be listed.
+    /// The content of a file; for a directory, [`Content::Denied`] if it could not be listed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<Content>,
 }
 
-/// What an [`Entry`] is.
+/// The kind of an [`Entry`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -84,21 +85,21 @@ pub enum Kind {
     Other,
 }
 
-/// What a file holds.
+/// The content of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Content {
-    /// UTF-8.
+    /// UTF-8 text.
     Text(String),
-    /// Anything else, in base64.
+    /// Other bytes, in base64.
     Base64(String),
-    /// Not for the user that looks: permission denied.
+    /// The reader has no permission.
     Denied,
-    /// More than 4 KiB.
+    /// A content of more than 4 KiB.
     Digest {
-        /// In bytes.
+        /// The size in bytes.
         size: u64,
-        /// Hexadecimal.
+        /// The digest in hexadecimal.
         sha256: String,
     },
 }
@@ -107,7 +108,7 @@ impl Tree {
     /// Reads the tree below `root`.
     ///
     /// # Errors
-    /// Any error of the file system, with the path at which it happened.
+    /// An error of the file system, with the path.
     pub fn read(root: &Path, view: View) -> io::Result<Self> {
         let mut attempt = 1;
         loop {
@@ -117,7 +118,7 @@ impl Tree {
                     entries.sort_by(|a, b| a.path.cmp(&b.path));
                     return Ok(Self { entries });
                 }
-                // Only the root's own absence is an answer; any other is a swap in progress.
+                // Only the root may be absent; if another entry is, a swap is in progress.
                 Err(error)
                     if error.kind() == io::ErrorKind::NotFound
                         && attempt < ATTEMPTS
@@ -130,7 +131,7 @@ impl Tree {
         }
     }
 
-    /// Reads the tree below `root`; none when nothing is there, or not any more.
+    /// Reads the tree below `root`; returns `None` when that does not exist, or no longer.
     ///
     /// # Errors
     /// As of [`Tree::read`].
@@ -141,12 +142,12 @@ impl Tree {
         }
     }
 
-    /// The entry at a path relative to the root.
+    /// Returns the entry at a path relative to the root.
     pub fn get(&self, path: &str) -> Option<&Entry> {
         self.entries.iter().find(|entry| entry.path == path)
     }
 
-    /// Path and text of every file that is text: the short form for an assertion.
+    /// Returns path and text of every file that is text: the short form for an assertion.
     pub fn texts(&self) -> BTreeMap<&str, &str> {
         self.entries
             .iter()
@@ -164,7 +165,7 @@ fn visit(path: &Path, name: &str, view: View, entries: &mut Vec<Entry>) -> io::R
         View::Reader => fs::metadata(path),
     }
     .map_err(|error| at(path, error))?;
-    let entry = look(path, name, &metadata).map_err(|error| at(path, error))?;
+    let entry = entry_at(path, name, &metadata).map_err(|error| at(path, error))?;
     let descend = entry.kind == Kind::Dir;
     entries.push(entry);
     if !descend {
@@ -195,7 +196,7 @@ fn visit(path: &Path, name: &str, view: View, entries: &mut Vec<Entry>) -> io::R
     Ok(())
 }
 
-fn look(path: &Path, name: &str, metadata: &Metadata) -> io::Result<Entry> {
+fn entry_at(path: &Path, name: &str, metadata: &Metadata) -> io::Result<Entry> {
     let file_type = metadata.file_type();
     let kind = if file_type.is_file() {
         Kind::File
@@ -255,7 +256,7 @@ fn content(path: &Path, size: u64) -> io::Result<Content> {
     })
 }
 
-/// Lower-case hexadecimal.
+/// Formats bytes as lower-case hexadecimal.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -269,7 +270,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    /// A volume as kubelet's atomic writer lays it out.
+    /// Returns a volume with the layout of kubelet's atomic writer.
     fn volume() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("..2026_01_01_00_00_00.1");

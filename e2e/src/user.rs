@@ -1,10 +1,10 @@
-//! The user that a container runs as: what a pod's security contexts come to.
+//! The user of a container, from its pod's security contexts.
 
 use k8s_openapi::api::core::v1::Pod;
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
 use serde::{Deserialize, Serialize};
 
-/// User, group and further groups of a process; root where a pod says nothing, as in our images.
+/// User, group and further groups of a process; root where a pod does not set them, as in our images.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct User {
     uid: u32,
@@ -13,11 +13,11 @@ pub struct User {
 }
 
 impl User {
-    /// The user of a pod's first container. Its own security context goes before the pod's, and
-    /// the pod's `fsGroup` is one of its groups, as kubelet has it.
+    /// Returns the user of a pod's first container. Its own security context takes precedence over the
+    /// pod's, and the pod's `fsGroup` is one of its groups, as with kubelet.
     ///
     /// # Errors
-    /// When an id is none of Linux's.
+    /// When an id is not in the range of Linux.
     pub fn of(pod: &Pod) -> Result<Self, std::num::TryFromIntError> {
         let Some(spec) = &pod.spec else {
             return Ok(Self::default());
@@ -39,7 +39,7 @@ impl User {
         })
     }
 
-    /// What makes `probe` become this user: nothing for the one that it is.
+    /// Returns the arguments with which `probe` becomes this user; none for root.
     pub(crate) fn arguments(&self) -> Vec<String> {
         if *self == Self::default() {
             return Vec::new();
@@ -52,7 +52,7 @@ impl User {
         vec!["--as".to_owned(), ids.join(",")]
     }
 
-    /// Reads what `User::arguments` says; none when it is something else.
+    /// Parses the ids of `User::arguments`; returns `None` for other text.
     pub fn parse(text: &str) -> Option<Self> {
         let ids: Result<Vec<u32>, _> = text.split(',').map(str::parse).collect();
         let ids = ids.ok()?;
@@ -66,10 +66,10 @@ impl User {
         })
     }
 
-    /// Makes this process run as that user for good. The process must have one thread.
+    /// Makes this process run as this user for good. The process must have one thread.
     ///
     /// # Errors
-    /// When this process may not.
+    /// When this process is not permitted to.
     pub fn become_it(&self) -> nix::Result<()> {
         let groups: Vec<Gid> = self.groups.iter().map(|id| Gid::from_raw(*id)).collect();
         setgroups(&groups)?;

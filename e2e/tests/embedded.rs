@@ -1,5 +1,5 @@
-//! The embedded cluster with all that it runs for real: `deploy/` as it stands, the driver, the
-//! provider. One walk through what the `Cluster` interface promises; the scenarios are elsewhere.
+//! The embedded cluster with `deploy/`, the driver and the provider: one test of the whole
+//! `Cluster` interface. The scenarios are in `scenarios/`.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 

@@ -1,5 +1,5 @@
-//! The kind cluster: one walk through what the `Cluster` interface promises. Runs where
-//! `E2E_CLUSTER` is `kind`; the scenarios are elsewhere.
+//! The kind cluster: one test of the whole `Cluster` interface, where `E2E_CLUSTER` is `kind`. The
+//! scenarios are in `scenarios/`.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 

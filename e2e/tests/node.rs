@@ -1,5 +1,5 @@
-//! The embedded node's world: namespaces, paths, processes, reboot. The driver is a shell script
-//! here, so that what is seen is the node's doing.
+//! The node of the embedded cluster: namespaces, paths, processes, reboot. A shell script stands in
+//! for the driver.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -110,7 +110,7 @@ async fn a_node_is_a_world_of_its_own_that_survives_a_reboot() {
     };
     eventually("the script runs", up).await;
 
-    // What the container mounts reaches the node, and what it writes is on the node's disk.
+    // Mounts of the container reach the node, and its files are on the node's disk.
     assert_eq!(
         cluster.mounts(NODE, pods).await.unwrap(),
         std::slice::from_ref(&target)
@@ -125,7 +125,7 @@ async fn a_node_is_a_world_of_its_own_that_survives_a_reboot() {
     let log = cluster.driver(NODE).log().await.unwrap();
     assert_eq!(log, "node-1: --nodeid=node-1\nkube-system\nup\n");
 
-    // Only a loopback, and no process of the host listens there.
+    // The node has a loopback only, on which no process of the host listens.
     let net = cluster
         .node_tree(NODE, Path::new("/proc/net/dev"))
         .await
@@ -168,7 +168,7 @@ async fn a_node_is_a_world_of_its_own_that_survives_a_reboot() {
             .ends_with("stopped\n")
     );
     assert_eq!(cluster.containers(NODE).await.unwrap()[0].pid, None);
-    // A mount outlives the process that made it.
+    // A mount outlives the process that has made it.
     assert_eq!(
         cluster.mounts(NODE, pods).await.unwrap(),
         std::slice::from_ref(&target)

@@ -1,12 +1,12 @@
-//! The CSI community's own checks, `csi-sanity`, against the driver's executable.
+//! The CSI community's checks, `csi-sanity`, against the driver's executable.
 //!
 //! Source: <https://github.com/kubernetes-csi/csi-test>. Checks that need a controller service, or
-//! volumes that it has made, are skipped: this driver only runs on nodes. The whole test is skipped
-//! with a line that says so where there is no `csi-sanity`.
+//! volumes that it has made, are skipped: this driver runs on nodes only. Without `csi-sanity`, the
+//! whole test is skipped.
 //!
-//! Up to 5.4 the checks ask for a controller's capabilities even where the driver does not say
-//! that it has one, and want at least one. So a stand-in sits in front of the driver: it answers
-//! what is meant for a controller with the capability `UNKNOWN`, and forwards all else.
+//! Up to 5.4, the checks read a controller's capabilities even if the driver does not have one, and
+//! expect at least one. Therefore a proxy in front of the driver answers requests to a controller
+//! with the capability `UNKNOWN`, and forwards all others.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -26,13 +26,13 @@ use tonic::service::Routes;
 use tonic::transport::{Channel, Endpoint, Server};
 use tower::ServiceExt as _;
 
-/// What needs a controller, or stages volumes first.
+/// The checks that need a controller or staged volumes.
 const SKIPPED: &str =
     "Controller|should.work|NodeStageVolume|should.be.idempotent|should.remove.target.path";
-/// Of 96: identity 3, node capabilities and node info, publish 3, unpublish 2.
+/// The passed checks, of 96: identity 3, node capabilities, node info, publish 3, unpublish 2.
 const PASSED: &str = "10 Passed";
 
-/// Ends with the test.
+/// The driver's process; killed when dropped.
 struct Driver(Child);
 
 impl Drop for Driver {
@@ -42,7 +42,7 @@ impl Drop for Driver {
     }
 }
 
-/// ControllerGetCapabilitiesResponse with one capability, the RPC `UNKNOWN`, in gRPC's frame.
+/// A ControllerGetCapabilitiesResponse with one capability, the RPC `UNKNOWN`, in gRPC's framing.
 const NO_CONTROLLER: [u8; 9] = [0, 0, 0, 0, 4, 0x0a, 2, 0x0a, 0];
 
 async fn answer(driver: Channel, request: axum::extract::Request) -> Response<Body> {
@@ -56,7 +56,7 @@ async fn answer(driver: Channel, request: axum::extract::Request) -> Response<Bo
     driver.oneshot(request.map(Body::new)).await.unwrap()
 }
 
-/// Serves the stand-in in front of the driver.
+/// Serves the proxy in front of the driver.
 fn serve(socket: &Path, driver: &Path) {
     let driver = Endpoint::from_shared(format!("unix://{}", driver.display()))
         .unwrap()
@@ -84,7 +84,7 @@ async fn csi_sanity() {
             .arg(format!("--endpoint=unix://{}", socket.display()))
             .args(["--nodeid=node-1", "--metrics-addr="])
             .arg(format!("--provider-volume={}", dir.path().display()))
-            // Here it shares its mounts with who calls it, also where a pod runs these tests.
+            // Where the tests run in a pod, too, the driver shares its mounts with the caller.
             .env_remove("KUBERNETES_SERVICE_HOST")
             .stdin(Stdio::null())
             .spawn()

@@ -1,7 +1,7 @@
-//! The kind cluster by hand:
+//! Starts and stops the kind cluster by hand:
 //!
-//! - `e2e-kind up` makes it and installs into it; `kind export kubeconfig --name e2e` is the way in;
-//! - `e2e-kind down` deletes it, its network and the fence;
+//! - `e2e-kind up` makes it and installs into it; `kind export kubeconfig --name e2e` gives access;
+//! - `e2e-kind down` deletes it, its network and the rule that keeps packets on this machine;
 //! - `e2e-kind guard` is started by tests: it deletes the cluster when they are gone.
 
 use std::process::ExitCode;
@@ -37,7 +37,7 @@ async fn up() -> Result<(), Error> {
     let load = Load::standard(&images, &Form::from_env())?;
     let started = Running::start(Options::from_env()?, &load, |step| eprintln!("{step}")).await?;
     println!("kind export kubeconfig --name e2e");
-    // Left as it is: nobody guards it.
+    // Without a guard, the cluster stays.
     drop(started);
     Ok(())
 }

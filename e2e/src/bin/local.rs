@@ -1,6 +1,6 @@
-//! The local cluster by hand:
+//! Starts and stops the local cluster by hand:
 //!
-//! - `local up` starts it, says how to use it, and tears it down when interrupted;
+//! - `local up` starts it, prints how to use it, and tears it down when interrupted;
 //! - `local down` tears down what a killed run left;
 //! - `local guard` is started by tests: it tears down when they are gone.
 
@@ -32,7 +32,7 @@ fn main() -> ExitCode {
 
 fn up() -> Result<(), Error> {
     let failed = |error: &dyn std::fmt::Display| Error::Start(error.to_string());
-    // Before there is a second thread, so that no thread dies of them.
+    // Blocked before there is a second thread, so that no thread is killed by them.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);

@@ -1,21 +1,21 @@
-//! A small static binary that runs inside a pod, where there is no shell:
+//! A small static executable that runs in a pod, where there is no shell:
 //!
-//! - `probe tree [--reader] <directory>` prints what stands below a directory, as JSON, or `null`;
-//! - `probe read <last> <seconds> <file>... <directory>` reads files over and over until one holds
-//!   the last number, and prints what it saw, as JSON;
+//! - `probe tree [--reader] <directory>` prints the tree below a directory as JSON, or `null`;
+//! - `probe read <last> <seconds> <file>... <directory>` reads files all the time until one contains
+//!   the last number, and prints its findings as JSON;
 //! - `probe sleep` waits for SIGTERM or SIGINT: the main process of a test's pod;
-//! - `probe dead-socket <path>` leaves a socket that nobody listens on, as a crash does;
-//! - under the names `mount` and `umount` it does what these do, for a driver that runs them:
-//!   `mount -t <type> <source> <target>`, `umount <target>`.
+//! - `probe dead-socket <path>` leaves a socket that no process listens on, as a crash does;
+//! - under the names `mount` and `umount` it stands in for these programs, for a driver that runs
+//!   them: `mount -t <type> <source> <target>`, `umount <target>`.
 //!
-//! `probe --as <uid>,<gid>[,<group>...]` before one of these that take a directory does it as that
-//! user. The directory is entered before, for a container's mounts lie where its user may go.
+//! With `--as <uid>,<gid>[,<group>...]`, `tree` and `read` run as that user. The directory is entered
+//! before: in a container its user can reach the mount, on the node only root can.
 
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
 
-use e2e::reader::Wanted;
+use e2e::reader::Reader;
 use e2e::tree::{Tree, View};
 use e2e::user::User;
 use nix::errno::Errno;
@@ -36,13 +36,13 @@ fn main() -> ExitCode {
     }
     exit(match args[..] {
         ["--as", user, ref args @ .., directory] => {
-            enter_as(user, directory).and_then(|()| look(args, Path::new(".")))
+            enter_as(user, directory).and_then(|()| read(args, Path::new(".")))
         }
         ["sleep"] => sleep(),
         ["dead-socket", path] => UnixListener::bind(path)
             .map(drop)
             .map_err(|error| format!("{path}: {error}")),
-        [ref args @ .., directory] => look(args, Path::new(directory)),
+        [ref args @ .., directory] => read(args, Path::new(directory)),
         [] => Err(USAGE.to_owned()),
     })
 }
@@ -64,13 +64,13 @@ fn enter_as(user: &str, directory: &str) -> Result<(), String> {
         .map_err(|error| format!("become another user: {error}"))
 }
 
-/// What is done to a directory.
-fn look(args: &[&str], directory: &Path) -> Result<(), String> {
+/// Reads a directory.
+fn read(args: &[&str], directory: &Path) -> Result<(), String> {
     match args {
         ["tree"] => print(Tree::read_if_there(directory, View::Disk)),
         ["tree", "--reader"] => print(Tree::read_if_there(directory, View::Reader)),
-        ["read", args @ ..] => match Wanted::parse(args) {
-            Some(wanted) => print(Ok(wanted.read(directory))),
+        ["read", args @ ..] => match Reader::parse(args) {
+            Some(reader) => print(Ok(reader.read(directory))),
             None => Err(USAGE.to_owned()),
         },
         _ => Err(USAGE.to_owned()),
@@ -97,7 +97,7 @@ fn mount_or_unmount(args: &[&str]) -> Result<(), String> {
     }
 }
 
-/// As process 1 of a container it gets no signal that it does not ask for.
+/// Waits for a signal: process 1 of a container gets only those that it asks for.
 fn sleep() -> Result<(), String> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);

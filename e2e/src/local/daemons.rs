@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use serde_json::json;
@@ -81,10 +81,7 @@ impl Daemons<'_> {
             .stdin(Stdio::null())
             .output()
             .map_err(|error| error.to_string())?;
-        match output.status.success() {
-            true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
-            false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
-        }
+        outcome(&output)
     }
 
     fn start_etcd(&self) -> Result<()> {
@@ -357,10 +354,15 @@ pub(super) fn ctr(
         .stdin(Stdio::null())
         .output()
         .map_err(|error| error.to_string())?;
-    match output.status.success() {
-        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
-        false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+    outcome(&output)
+}
+
+/// Returns what a program wrote to standard output or, if it failed, to standard error.
+fn outcome(output: &Output) -> std::result::Result<String, String> {
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
+    Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
 }
 
 /// Returns whether this machine, as many sandboxes do, withholds CAP_SYS_RESOURCE. runc cannot give

@@ -95,10 +95,10 @@ pub(super) fn restore(state: &Path) -> Result<()> {
     if problems.is_empty() {
         remove_if_unmounted(state, &mut problems);
     }
-    match problems.is_empty() {
-        true => Ok(()),
-        false => Err(Error::Start(format!("not undone: {}", problems.join("; ")))),
+    if problems.is_empty() {
+        return Ok(());
     }
+    Err(Error::Start(format!("not undone: {}", problems.join("; "))))
 }
 
 fn refuse_another_kubelet() -> Result<()> {

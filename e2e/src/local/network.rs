@@ -49,7 +49,7 @@ pub(super) fn make() -> Result<()> {
     run("ip", &["link", "add", BRIDGE, "type", "bridge"])?;
     run("ip", &["address", "add", &address, "dev", BRIDGE])?;
     run("ip", &["link", "set", BRIDGE, "up"])?;
-    // So that a machine without a default route reaches services as well.
+    // Without it, a machine without a default route does not reach services.
     run("ip", &["route", "add", SERVICES, "dev", BRIDGE])?;
     for chain in [&SERVICE, &FORWARD, &OUTPUT] {
         chain.iptables(&["-N", chain.name])?;
@@ -152,10 +152,10 @@ fn run(program: &str, args: &[&str]) -> Result<String> {
         .stdin(Stdio::null())
         .output()
         .map_err(|error| failed(&error))?;
-    match output.status.success() {
-        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
-        false => Err(failed(&String::from_utf8_lossy(&output.stderr).trim())),
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
+    Err(failed(&String::from_utf8_lossy(&output.stderr).trim()))
 }
 
 #[cfg(test)]

@@ -1,10 +1,9 @@
-//! A Docker daemon with our images in it: the one that runs here, or one of our own, which
-//! ends with the tests.
+//! A Docker daemon with our images: the one that runs on this machine, or one that is started for
+//! the tests.
 //!
-//! testcontainers finds its daemon by `DOCKER_HOST` alone, and a process cannot safely change
-//! its own environment. So each test runs itself again in a process of its own, whose
-//! environment says where the daemon is; this also keeps tests from sharing a connection whose
-//! runtime is gone.
+//! testcontainers finds its daemon only by `DOCKER_HOST`, and a process cannot safely change its
+//! own environment. Therefore each test runs again in a process of its own with that variable; this
+//! also keeps tests from sharing a connection whose runtime is gone.
 
 use std::env;
 use std::fs;
@@ -20,16 +19,16 @@ use testcontainers::bollard::{API_DEFAULT_VERSION, Docker, body_full};
 
 use e2e::images::Images;
 
-/// Set for the process in which a test really runs.
+/// Set in the process in which a test runs for the second time.
 const INNER: &str = "E2E_CONTAINERS_INNER";
 const HOST: &str = "DOCKER_HOST";
 const USUAL_SOCKET: &str = "/var/run/docker.sock";
-/// For a daemon to answer, or to load an image.
+/// The time in which a daemon has to answer, or to load an image.
 const LIMIT_SECONDS: u64 = 60;
 
-/// Starts a daemon, ends it when standard input does, which happens with the process that holds
-/// the other end, however that one ends; then removes what the daemon leaves. `$1` is its
-/// directory, the rest its command line.
+/// Starts a daemon; stops it at the end of standard input, which comes with the end of the test
+/// process; then removes the daemon's directory. `$1` is that directory, the rest is the daemon's
+/// command line.
 const KEEPER: &str = r#"
 dir=$1; shift
 "$@" >"$dir/log" 2>&1 </dev/null &
@@ -43,13 +42,13 @@ rm -rf "$dir"
 /// A daemon that has the images.
 struct Daemon {
     host: String,
-    /// A daemon of our own lives while the standard input of its keeper is open.
+    /// The process that stops a daemon of our own at the end of its standard input.
     _keeper: Option<Child>,
 }
 
 static DAEMON: OnceLock<Result<Daemon, String>> = OnceLock::new();
 
-/// Runs a test where a Docker daemon can be had; elsewhere says why not, and passes.
+/// Runs a test with a Docker daemon; skips it where there is none.
 pub(crate) fn on_docker<T: AsyncFnOnce()>(test: T) {
     if env::var_os(INNER).is_some() {
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -80,10 +79,10 @@ pub(crate) fn on_docker<T: AsyncFnOnce()>(test: T) {
 }
 
 impl Daemon {
-    /// Finds or starts one and loads the images.
+    /// Finds or starts a daemon and loads the images.
     ///
     /// # Errors
-    /// Why there is none.
+    /// The reason why there is none.
     fn get() -> Result<Self, String> {
         if !geteuid().is_root() {
             return Err("the driver's socket is for root only, and this is not root".to_owned());
@@ -110,7 +109,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Starts a daemon that touches nothing of the host outside of its directory, and no network.
+    /// Starts a daemon that changes nothing on the host outside of its directory, and no network.
     fn start(runtime: &tokio::runtime::Runtime) -> Result<Self, String> {
         let Some(program) = on_path("dockerd") else {
             return Err("there is no dockerd to start one (Debian: apt install docker.io)".into());
@@ -131,7 +130,7 @@ impl Daemon {
             .arg(format!("--data-root={}", at("data")))
             .arg(format!("--exec-root={}", at("exec")))
             .arg(format!("--pidfile={}", at("pid")))
-            // Where a containerd runs already, dockerd uses it.
+            // dockerd uses a containerd that already runs.
             .arg(format!("--containerd-namespace={name}"))
             .arg(format!("--containerd-plugins-namespace=plugins.{name}"))
             .args(["--bridge=none", "--iptables=false", "--ip6tables=false"])
@@ -168,7 +167,7 @@ async fn answers(host: &str) -> bool {
 
 fn connect(host: &str) -> Option<Docker> {
     match host.strip_prefix("unix://") {
-        // Checked here, because an absent socket is an error of the connection already.
+        // Checked before, because connecting to an absent socket fails.
         Some(path) if !Path::new(path).exists() => None,
         Some(path) => Docker::connect_with_unix(path, LIMIT_SECONDS, API_DEFAULT_VERSION).ok(),
         None => Docker::connect_with_http(host, LIMIT_SECONDS, API_DEFAULT_VERSION).ok(),
@@ -188,12 +187,12 @@ async fn load(host: &str, images: &Images) {
         for answer in answers {
             answer.unwrap_or_else(|error| panic!("load image {}: {error}", image.name));
         }
-        // Otherwise every change of the code would leave an image without a name.
+        // Without this, each change of the code would leave an image without a name.
         let after = docker.inspect_image(&image.name).await.unwrap();
         if let Some(old) = before.and_then(|before| before.id)
             && after.id.as_ref() != Some(&old)
         {
-            // Refused where it has another name or a container, and then it is somebody's.
+            // Docker refuses it for an image with another name or a container, which others use.
             let _ = docker
                 .remove_image(&old, None::<RemoveImageOptions>, None)
                 .await;

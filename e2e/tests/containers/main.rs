@@ -1,7 +1,7 @@
-//! The images, as containers: the driver and the fake provider share directories as they do on
-//! a node, and the tests are kubelet. What needs a kubelet of its own is in the scenarios; here
-//! is what only a container can show: a root file system without anything in it and read-only,
-//! few capabilities, mounts that reach the host, signals to process 1.
+//! The images in Docker: the containers of the driver and the fake provider share directories as on
+//! a node, and the tests act as kubelet. They check what only containers have: an empty, read-only
+//! root file system, few capabilities, mounts that reach the host, and signals to process 1. All
+//! else is in the scenarios.
 
 #![allow(
     clippy::expect_used,
@@ -117,7 +117,7 @@ fn sigterm_lets_a_running_publish_finish() {
             let (node, request) = (driver.csi().await, volume.publish_request());
             async move { { node }.node_publish_volume(request).await }
         });
-        // The mount is made before the provider is asked, which now takes its time.
+        // The driver mounts before it asks the provider, which answers after three seconds.
         until("the mount", || volume.is_mounted()).await;
         assert_eq!(driver.stop().await, Some(0));
         running.await.unwrap().unwrap();
@@ -154,7 +154,7 @@ fn a_killed_driver_finds_its_mounts_again() {
             [done.mount_id(), half.mount_id()],
             "a container that holds a mount would not see what is in another one"
         );
-        // The record outlived the process: what was whole was not fetched again.
+        // The record outlived the process: the complete volume was not fetched again.
         let (_, metrics) = driver.get("metrics").await;
         assert_eq!(
             metric(&metrics, "node_publish_total", "provider=\"fake\""),
@@ -183,7 +183,7 @@ fn a_target_path_outside_of_the_kubelets_pods_is_refused() {
     });
 }
 
-/// The value of a counter that has a label, or any with an empty one.
+/// Returns the value of a counter's series that has a label; of the first, if the label is empty.
 fn metric(page: &str, name: &str, label: &str) -> u64 {
     let line = page
         .lines()

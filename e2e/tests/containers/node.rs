@@ -1,5 +1,5 @@
-//! A node as the two containers see it: directories that they share with kubelet, and an API
-//! server; and the containers themselves.
+//! The node of the two containers: the directories that they share with kubelet, and an API server;
+//! and the containers themselves.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -32,18 +32,18 @@ use tokio::task::JoinSet;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
-/// The driver's name by default.
+/// The driver's default name.
 pub(crate) const DRIVER_NAME: &str = "secrets-store.csi.k8s.io";
 const NODE_NAME: &str = "node-1";
 const PROVIDER: &str = "fake";
 const NAMESPACE: &str = "default";
-/// What a volume's directory is below, in the container.
+/// kubelet's directory of pods in the container.
 const PODS: &str = "/var/lib/kubelet/pods";
 const LIMIT: Duration = Duration::from_secs(20);
-/// What docker grants a process between SIGTERM and SIGKILL.
+/// The time between SIGTERM and SIGKILL.
 const GRACE_SECONDS: i32 = 30;
 
-/// Waits until something is so.
+/// Waits until something holds.
 pub(crate) async fn until(what: &str, mut so: impl FnMut() -> bool) {
     let deadline = Instant::now() + LIMIT;
     while !so() {
@@ -52,7 +52,7 @@ pub(crate) async fn until(what: &str, mut so: impl FnMut() -> bool) {
     }
 }
 
-/// The directories, and an API server on a port of this machine's loopback.
+/// The directories of a node, and an API server on a port of this machine's loopback.
 pub(crate) struct Node {
     root: tempfile::TempDir,
     api: ApiServer,
@@ -65,8 +65,8 @@ impl Node {
         for dir in ["plugin", "providers", "pods"] {
             fs::create_dir(root.path().join(dir)).unwrap();
         }
-        // What the driver mounts below it in its container must appear here, and what is mounted
-        // here must be there when the container starts again.
+        // Mounts of the driver in its container have to appear here, and mounts that exist here
+        // have to appear in a container that starts again.
         let pods = root.path().join("pods");
         let nothing = None::<&str>;
         mount(Some(&pods), &pods, nothing, MsFlags::MS_BIND, nothing).unwrap();
@@ -95,13 +95,13 @@ impl Node {
         self.root.path().join(format!("providers/{PROVIDER}.sock"))
     }
 
-    /// Starts the driver with what it may do to mount, and nothing more.
+    /// Starts the driver with the capability to mount, and no other.
     pub(crate) async fn driver(&self) -> Driver {
         let port = free_port();
         let health = free_port();
         let request = self
             .driver_request()
-            // For the API server, /metrics and /healthz: all on the loopback.
+            // The API server, /metrics and /healthz are on the loopback.
             .with_network("host")
             .with_cmd([
                 "--endpoint=unix:///csi/csi.sock".to_owned(),
@@ -114,7 +114,7 @@ impl Node {
         self.start_driver(request, port, health).await
     }
 
-    /// Starts it where there is neither an API server nor a network.
+    /// Starts the driver without an API server and without a network.
     pub(crate) async fn driver_without_api_server(&self) -> Driver {
         let request = self.driver_request().with_network("none").with_cmd([
             "--endpoint=unix:///csi/csi.sock".to_owned(),
@@ -161,7 +161,8 @@ impl Node {
         Provider(request.start().await.unwrap())
     }
 
-    /// Directories of the node, with where they are in the container and how.
+    /// Adds directories of the node to a container: their names here, their paths there, and
+    /// options.
     fn bound(
         &self,
         request: ContainerRequest<GenericImage>,
@@ -176,8 +177,8 @@ impl Node {
         request.with_host_config_modifier(move |config| config.binds = Some(binds.clone()))
     }
 
-    /// Makes a class and a pod of this name, and what kubelet makes before it asks for a volume.
-    /// `faults` is what the provider does wrong, as in its crate's documentation.
+    /// Makes a class and a pod of this name, and the directory that kubelet makes before a publish.
+    /// The documentation of the fake provider's crate describes `faults`.
     pub(crate) async fn volume(&self, name: &str, faults: &str) -> Volume {
         let manifest = format!(
             r#"
@@ -221,15 +222,15 @@ spec:
 
 impl Drop for Node {
     fn drop(&mut self) {
-        // Takes along what is mounted below it.
+        // Detaches the mounts below it, too.
         if let Err(error) = umount2(&self.root.path().join("pods"), MntFlags::MNT_DETACH) {
             eprintln!("{} stays mounted: {error}", self.root.path().display());
         }
     }
 }
 
-/// What is asked of every container: nothing of its own to write to, and no rights. It has
-/// started when its log has the line.
+/// Returns the settings of every container: a read-only root file system and no capabilities. It
+/// has started when its log contains the line.
 fn hardened(image: &str, line: &str) -> ContainerRequest<GenericImage> {
     let (name, tag) = image.split_once(':').unwrap();
     GenericImage::new(name, tag)
@@ -239,7 +240,7 @@ fn hardened(image: &str, line: &str) -> ContainerRequest<GenericImage> {
         .with_readonly_rootfs(true)
         .with_cap_drop("ALL")
         .with_security_opt("no-new-privileges")
-        // Docker's own profile forbids mount(2) whatever the capabilities.
+        // Docker's default profile forbids mount(2), whatever the capabilities.
         .with_security_opt("apparmor=unconfined")
         .with_startup_timeout(LIMIT)
 }
@@ -281,7 +282,7 @@ impl Driver {
         answer.map(|_: Response<_>| ())
     }
 
-    /// Status and body of `/metrics` or `/healthz`.
+    /// Returns status and body of `/metrics` or `/healthz`.
     pub(crate) async fn get(&self, page: &str) -> (u16, String) {
         let port = match page {
             "metrics" => self.metrics,
@@ -300,12 +301,12 @@ impl Driver {
         (status, body.to_owned())
     }
 
-    /// SIGTERM; how it ended.
+    /// Sends SIGTERM; returns the exit code.
     pub(crate) async fn stop(&self) -> Option<i64> {
         stop(&self.container).await
     }
 
-    /// SIGKILL; returns when it is gone.
+    /// Sends SIGKILL; returns when the process is gone.
     pub(crate) async fn kill(&self) {
         let docker = docker_client_instance().await.unwrap();
         let options = KillContainerOptions {
@@ -320,7 +321,7 @@ impl Driver {
         }
     }
 
-    /// Starts the same container anew; returns when it answers.
+    /// Starts the same container again; returns when it answers.
     pub(crate) async fn start_again(&self) {
         self.container.start().await.unwrap();
         let deadline = Instant::now() + LIMIT;
@@ -339,7 +340,7 @@ impl Driver {
 pub(crate) struct Provider(ContainerAsync<GenericImage>);
 
 impl Provider {
-    /// SIGTERM; how it ended.
+    /// Sends SIGTERM; returns the exit code.
     pub(crate) async fn stop(&self) -> Option<i64> {
         stop(&self.0).await
     }
@@ -366,7 +367,7 @@ impl Volume {
         format!("csi-{}", self.uid)
     }
 
-    /// What kubelet sends.
+    /// Returns the request that kubelet sends.
     pub(crate) fn publish_request(&self) -> NodePublishVolumeRequest {
         let context = [
             ("csi.storage.k8s.io/pod.name", self.name.as_str()),
@@ -389,12 +390,12 @@ impl Volume {
         }
     }
 
-    /// Where the volume is on the host.
+    /// Returns the path of the volume on the host.
     pub(crate) fn path(&self) -> &Path {
         &self.on_host
     }
 
-    /// A file in it, read on the host.
+    /// Reads a file of the volume on the host.
     pub(crate) fn read(&self, file: &str) -> String {
         fs::read_to_string(self.on_host.join(file)).unwrap()
     }
@@ -403,7 +404,7 @@ impl Volume {
         self.mount_line().is_some()
     }
 
-    /// Tells this mount from any other of its time.
+    /// Returns the mount's id, which no other mount has at the same time.
     pub(crate) fn mount_id(&self) -> String {
         let line = self.mount_line().expect("a mount");
         line.split(' ').next().unwrap().to_owned()
@@ -436,7 +437,7 @@ async fn relay_to(tasks: &mut JoinSet<()>, socket: PathBuf) -> SocketAddr {
     address
 }
 
-/// For the driver, with the rights of its service account.
+/// Returns a kubeconfig with the rights of the driver's service account.
 async fn kubeconfig(api: &ApiServer, address: SocketAddr) -> String {
     let accounts: Api<ServiceAccount> = Api::namespaced(api.client(), "kube-system");
     let request = TokenRequest {
@@ -466,7 +467,8 @@ fn base64(text: &str) -> String {
     base64::engine::general_purpose::STANDARD.encode(text)
 }
 
-/// A port nobody listens on; somebody else may take it before it is used, but not soon.
+/// Returns a free port. Another process may take it before it is used, but the kernel does not hand
+/// it out soon.
 fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     listener.local_addr().unwrap().port()

@@ -1,4 +1,4 @@
-//! Providers that are slow, throttled, late or gone, and what the driver spares them.
+//! Providers that are slow, throttled, late or gone, and the limits on calls to them.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use crate::{
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
 
-/// Many pods start at once, and the provider never has more than its share of calls in flight.
+/// Starts many pods at once; returns the time until all are ready.
 async fn burst(s: &Scenario, pods: usize, delay: &str) -> Duration {
     s.apply(class("db", OBJECT).faults(&format!("- {{delay: {delay}}}")))
         .await;
@@ -33,16 +33,16 @@ async fn two_hundred_pods_start_and_their_class_has_its_share_of_calls() {
     burst(&s, 200, "500ms").await;
     let calls = s.provider_counts().await;
     assert_eq!(calls["mountCalls"], 200, "{calls}");
-    // Three quarters of the places: the others are kept for other classes.
+    // Three quarters of the places; the rest is reserved for other classes.
     assert_eq!(calls["maxInFlight"], 12, "{calls}");
     let counted = "secrets_store_provider_call_duration_seconds_count";
     let labels = ["provider=\"e2e-provider\"", "outcome=\"OK\""];
     assert_eq!(s.metric(counted, &labels).await, 200.0);
 }
 
-/// As many pods as a node takes, of a provider that answers in 100 ms. How long a mount took the
-/// driver says in its log. That it is under five seconds in all is a test of the driver's own,
-/// which a busy machine does not slow down as much as this one.
+/// A node's maximum of pods, with a provider that answers in 100 ms. The driver logs the time of
+/// each mount. A test in the driver's crate, which a busy machine affects less, has a limit of five
+/// seconds for all of them.
 #[tokio::test]
 async fn a_burst_of_110_first_mounts() {
     let s = scenario!([Need::Embedded("a kubelet does not start 110 pods at once")]);
@@ -60,12 +60,12 @@ async fn a_burst_of_110_first_mounts() {
         .max();
     let longest = longest.unwrap();
     println!("110 first mounts: all pods ready after {took:.1?}, longest mount {longest} ms");
-    // One call after the other would take eleven seconds; on a quiet machine it is about one.
+    // One call after the other would take eleven seconds; a quiet machine takes about one.
     assert!(longest < 10_000, "one of 110 mounts took {longest} ms");
 }
 
-/// A pod and its provider start together: the first mount waits for the socket and kubelet has
-/// nothing to complain of.
+/// A pod and its provider start together: the first mount waits for the socket, without an event of
+/// kubelet.
 #[tokio::test]
 async fn a_first_mount_waits_for_a_provider_that_starts() {
     let s = scenario!([Need::Embedded(
@@ -91,7 +91,7 @@ async fn a_first_mount_waits_for_a_provider_that_starts() {
     assert_eq!(failed.count(), 0, "{events:?}");
 }
 
-/// The health check tells what changes and no more, and holds up nobody.
+/// The health check logs changes only, and delays no mount.
 #[tokio::test]
 async fn the_health_check_tells_what_changes() {
     let s = scenario!([Need::Flags(&[
@@ -119,7 +119,7 @@ async fn the_health_check_tells_what_changes() {
     s.apply(class("db", OBJECT)).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    // Whoever is as before is not worth a line.
+    // A provider whose state has not changed is not logged.
     assert!(s.provider_counts().await["versionCalls"].as_u64() > Some(0));
     assert_eq!(says("the provider is").await, 2, "{}", log().await);
 }

@@ -7,7 +7,7 @@ use crate::{
     objects::{Class, class, pod},
 };
 
-/// kubelet's event is the one that tools look for, and the pod starts once the class is there.
+/// kubelet's event has the text that tools search for, and the pod starts once the class exists.
 #[tokio::test]
 async fn a_missing_class_that_appears() {
     let s = Scenario::start().await;
@@ -16,7 +16,7 @@ async fn a_missing_class_that_appears() {
         .failed_mount("web", "failed to get secretproviderclass")
         .await;
     insta::assert_snapshot!(event);
-    // Upstream's suites (`test/bats/*.bats`) look for
+    // Upstream's suites (`test/bats/*.bats`) search for
     // `FailedMount.*failed to get secretproviderclass <namespace>/<name>.*not found`.
     let tail = event
         .split_once("failed to get secretproviderclass [namespace]/db")

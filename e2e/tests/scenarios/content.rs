@@ -1,4 +1,4 @@
-//! What a provider sends is what a container reads: content, modes, trees, sizes.
+//! Files in a container are those that the provider sends: content, modes, trees, sizes.
 
 use e2e::cluster::Cluster as _;
 use e2e::tree::{Content, View};
@@ -111,8 +111,8 @@ async fn two_volumes_with_two_classes() {
     insta::assert_snapshot!(s.state("web").await + &second);
 }
 
-/// Each volume has a status of its own. Which of them gets the plain name depends on which is
-/// mounted first, so the snapshot shows them by path and without the suffix.
+/// Each volume has a pod status of its own. The one that is mounted first gets the plain name, so
+/// the snapshot sorts them by path and leaves the names out.
 #[tokio::test]
 async fn two_volumes_with_one_class() {
     let s = Scenario::start().await;
@@ -166,7 +166,8 @@ async fn both_api_versions() {
     insta::assert_snapshot!(s.state("web").await + &second);
 }
 
-/// What the provider is sent: parameters, the volume's attributes over them, kubelet's keys.
+/// The provider gets the class's parameters, the volume's attributes, which take precedence, and
+/// kubelet's keys.
 #[tokio::test]
 async fn what_the_provider_is_sent() {
     let s = Scenario::start().await;
@@ -193,7 +194,7 @@ async fn what_the_provider_is_sent() {
     insta::assert_snapshot!(s.redacted(&texts.join("\n")));
 }
 
-/// Providers from before the driver wrote files keep working.
+/// Providers that write files themselves, as all did before the driver did it, keep working.
 #[tokio::test]
 async fn a_provider_that_writes_its_own_files() {
     let s = Scenario::start().await;
@@ -211,7 +212,7 @@ async fn a_provider_that_writes_its_own_files() {
     s.nothing_is_left().await;
 }
 
-/// The volume is a tmpfs with the promised options.
+/// The volume is a tmpfs with the documented options.
 #[tokio::test]
 async fn the_volume_is_a_bounded_tmpfs() {
     let s = Scenario::start().await;
@@ -241,7 +242,7 @@ async fn the_volume_is_a_bounded_tmpfs() {
     }
 }
 
-/// Without mount propagation the pod would get an empty directory.
+/// Without mount propagation, the pod would get an empty directory.
 #[tokio::test]
 async fn a_driver_whose_mounts_nobody_sees_refuses_to_mount() {
     for propagation in ["None", "HostToContainer"] {

@@ -1,8 +1,7 @@
-//! Who may read: pods that do not run as root, with and without a group of the volume.
+//! Read permission of pods that do not run as root, with and without a group of the volume.
 
 use std::time::Duration;
 
-use e2e::cluster::Cluster as _;
 use serde_json::{Value, json};
 
 use crate::{
@@ -28,7 +27,7 @@ const USERS: &[Need] = &[
     ]),
 ];
 
-/// A pod that runs as user 1004.
+/// Returns a pod that runs as user 1004.
 fn user(name: &str, fs_group: Option<u32>, supplemental_groups: &[u32]) -> Pod {
     let mut context = json!({"runAsUser": 1004, "runAsGroup": 1004});
     if let Some(group) = fs_group {
@@ -40,7 +39,7 @@ fn user(name: &str, fs_group: Option<u32>, supplemental_groups: &[u32]) -> Pod {
     pod(name, &["db"]).with("securityContext", context)
 }
 
-/// A pod's own look at its volume, with what it may not read; and as root finds it on the disk.
+/// Returns the volume as the pod's user reads it, with the files that it has no permission for.
 async fn seen(s: &Scenario, name: &str) -> String {
     s.redacted(&format!("{name}\n{}", s.listing(name, MOUNT).await))
 }
@@ -63,7 +62,7 @@ async fn a_user_with_and_without_the_volumes_group() {
     insta::assert_snapshot!(text);
 }
 
-/// The group holds for what a refresh brings, too.
+/// Files of a refresh have the group, too.
 #[tokio::test]
 async fn a_group_holds_after_a_refresh() {
     let s = scenario!(USERS);
@@ -82,7 +81,7 @@ async fn a_group_holds_after_a_refresh() {
     insta::assert_snapshot!(seen(&s, "web").await);
 }
 
-/// The mode of files for which the provider gives none, by the volume's attribute.
+/// An attribute of the volume sets the mode of files for which the provider gives none.
 #[tokio::test]
 async fn a_default_mode() {
     let s = scenario!(USERS);

@@ -1,4 +1,4 @@
-//! What every scenario starts from, and how what it sees becomes text.
+//! The start of every scenario, and the text of its snapshots.
 
 use std::{
     fmt::{self, Write as _},
@@ -18,11 +18,11 @@ use serde_json::{Value, json};
 
 use crate::{objects::MOUNT, settings::Need, target::Target};
 
-/// For whatever should happen at once. Long, because the machine may be busy.
+/// The limit of waits for something that should happen at once; the machine may be busy.
 pub const SOON: Duration = Duration::from_secs(60);
 
-/// Starts a scenario with what it needs. Where that is missing, the test ends here, and the list at
-/// the end of the run says so.
+/// Starts a scenario with what it needs. Where that is missing, ends the test, which the list at
+/// the end of the run names.
 macro_rules! scenario {
     ($needs:expr) => {
         match $crate::harness::Scenario::needing(&$needs).await {
@@ -37,19 +37,20 @@ pub(crate) use scenario;
 pub struct Scenario {
     pub cluster: Target,
     pub namespace: Namespace,
-    /// UIDs of pods whose directories were there before: those of the driver and the provider,
-    /// and what kubelet has not yet cleaned up.
+    /// UIDs of pods whose directories existed before: those of driver and provider, and those that
+    /// kubelet has not yet cleaned up.
     earlier_pods: Vec<String>,
 }
 
 impl Scenario {
-    /// One node, as `deploy/` installs it, and the fake provider.
+    /// Starts a scenario on one node with the driver, as `deploy/` installs it, and the fake
+    /// provider.
     pub async fn start() -> Self {
         let scenario = Self::needing(&[]).await;
         scenario.expect("every cluster has a node")
     }
 
-    /// The same with what the scenario needs. Returns `None` where that is missing; the macro
+    /// Starts a scenario with what it needs. Returns `None` where that is missing; the macro
     /// `scenario!` ends the test then.
     pub async fn needing(needs: &[Need]) -> Option<Self> {
         let cluster = Target::find(needs).await?;
@@ -60,7 +61,7 @@ impl Scenario {
             let entries = tree.into_iter().flat_map(|tree| tree.entries);
             earlier_pods.extend(entries.map(|entry| entry.path));
         }
-        // Of each, the directory itself says enough.
+        // Only the directories themselves, not the paths below them.
         earlier_pods.retain(|path| !path.contains('/'));
         let namespace = Namespace::create(&cluster)
             .await
@@ -72,7 +73,7 @@ impl Scenario {
         })
     }
 
-    /// The node on which a scenario with one node runs.
+    /// Returns the node on which a scenario with one node runs.
     pub fn node(&self) -> String {
         self.cluster.nodes().remove(0)
     }
@@ -104,7 +105,7 @@ impl Scenario {
             .unwrap_or_else(|error| panic!("{error}"));
     }
 
-    /// Waits for kubelet's word that a volume cannot be mounted, and returns it.
+    /// Waits for kubelet's event that a volume cannot be mounted; returns its message.
     pub async fn failed_mount(&self, pod: &str, says: &str) -> String {
         let event = self
             .namespace
@@ -114,7 +115,7 @@ impl Scenario {
         self.redacted(&event.message.unwrap_or_default())
     }
 
-    /// What the pod's container reads below a path.
+    /// Returns the tree that the pod's container reads below a path.
     pub async fn reads(&self, pod: &str, path: &str) -> Tree {
         self.cluster
             .tree(self.namespace.name(), pod, path, View::Reader)
@@ -122,13 +123,13 @@ impl Scenario {
             .unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// What the pod's container finds in its volume, a line an entry, with contents.
+    /// Returns that tree as text, one line for each entry.
     pub async fn listing(&self, pod: &str, path: &str) -> String {
         lines(&self.reads(pod, path).await, true)
     }
 
-    /// The volume as the container reads it: contents, modes and owners. How it is laid out on disk
-    /// is checked, and not shown.
+    /// Returns the volume as the container reads it: contents, modes and owners. The layout on disk
+    /// is checked, and not part of the text.
     pub async fn volume(&self, pod: &str, path: &str) -> String {
         let disk = self.settled_disk(pod, path).await;
         let reads = self.reads(pod, path).await;
@@ -136,7 +137,7 @@ impl Scenario {
         self.redacted(&format!("{pod} reads in {path}\n{}", lines(&reads, true)))
     }
 
-    /// The volume as the container reads it, and as it is on disk, with its links.
+    /// Returns the volume as the container reads it, and as it is on disk, with its links.
     pub async fn volume_and_disk(&self, pod: &str, path: &str) -> String {
         let disk = self.settled_disk(pod, path).await;
         let reads = self.reads(pod, path).await;
@@ -147,8 +148,8 @@ impl Scenario {
         ))
     }
 
-    /// The volume as it is on disk, once the content before a change is gone, which stays for those
-    /// who are reading it.
+    /// Returns the volume as it is on disk, once the previous content is gone, which the driver
+    /// keeps for a moment for programs that read it.
     async fn settled_disk(&self, pod: &str, path: &str) -> Tree {
         until("what was replaced is gone", async || {
             let disk = self.disk(pod, path).await;
@@ -165,7 +166,7 @@ impl Scenario {
             .unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// The pod statuses of the namespace.
+    /// Returns the pod statuses of the namespace as text.
     pub async fn pod_statuses(&self) -> String {
         let mut text = "pod statuses\n".to_owned();
         for object in self.pod_status_objects().await {
@@ -189,7 +190,7 @@ impl Scenario {
         self.redacted(&text)
     }
 
-    /// Volume and pod statuses: the snapshot of most scenarios.
+    /// Returns volume and pod statuses as text: the snapshot of most scenarios.
     pub async fn state(&self, pod: &str) -> String {
         format!(
             "{}{}",
@@ -198,13 +199,13 @@ impl Scenario {
         )
     }
 
-    /// The pod statuses of the namespace, by name.
+    /// Returns the pod statuses of the namespace, sorted by name.
     pub async fn pod_status_objects(&self) -> Vec<DynamicObject> {
         let api = pod_statuses(&self.cluster.client(), self.namespace.name());
         api.list(&ListParams::default()).await.unwrap().items
     }
 
-    /// Deletes the pod statuses of the namespace, as somebody might by hand.
+    /// Deletes the pod statuses of the namespace, as an administrator might.
     pub async fn delete_pod_statuses(&self) {
         let api = pod_statuses(&self.cluster.client(), self.namespace.name());
         for status in self.pod_status_objects().await {
@@ -213,7 +214,8 @@ impl Scenario {
         }
     }
 
-    /// What is left of pods on a node: mounts, directories of their volumes, records.
+    /// Returns what is left of pods on a node, as text: mounts, directories of their volumes,
+    /// records.
     pub async fn leftovers(&self, node: &str) -> String {
         let mut text = String::new();
         for mount in self
@@ -222,7 +224,7 @@ impl Scenario {
             .await
             .unwrap()
         {
-            // kubelet's root is a mount of the node's own.
+            // kubelet's root itself is a mount of the node.
             if mount.components().count() > 5 && self.is_of_a_volume(&mount.to_string_lossy()) {
                 writeln!(text, "mount {}", mount.display()).unwrap();
             }
@@ -244,8 +246,8 @@ impl Scenario {
         }
     }
 
-    /// Whether a path below kubelet's pods belongs to a CSI volume of this scenario, or is a
-    /// directory on the way to one. A real kubelet keeps more there, and more pods.
+    /// Returns whether a path below kubelet's pods belongs to a CSI volume of this scenario, or is
+    /// a parent of one. A real kubelet has more files and pods there.
     fn is_of_a_volume(&self, path: &str) -> bool {
         let path = path.strip_prefix("/var/lib/kubelet/pods/").unwrap_or(path);
         let parts: Vec<&str> = path.split('/').collect();
@@ -259,7 +261,7 @@ impl Scenario {
         }
     }
 
-    /// The same without what kubelet itself keeps while it tries again.
+    /// Returns the same without the directories that kubelet keeps between attempts.
     async fn leftovers_of_the_driver(&self, node: &str) -> String {
         let all = self.leftovers(node).await;
         let kept = |line: &&str| {
@@ -270,13 +272,13 @@ impl Scenario {
             .fold(String::new(), |text, line| text + line + "\n")
     }
 
-    /// Waits until neither a pod nor the driver has left anything on the node: a pod without
-    /// grace period is gone from the API before kubelet has taken down its volumes.
+    /// Waits until nothing of pods and their volumes is left on the node: a pod without grace
+    /// period leaves the API server before kubelet has taken down its volumes.
     pub async fn nothing_is_left(&self) {
         self.nothing_is_left_on(&self.node()).await;
     }
 
-    /// The same on one of several nodes.
+    /// Waits until nothing of pods and their volumes is left on one of several nodes.
     pub async fn nothing_is_left_on(&self, node: &str) {
         until("nothing is left on the node", async || {
             self.leftovers(node).await == "nothing\n"
@@ -284,8 +286,8 @@ impl Scenario {
         .await;
     }
 
-    /// Waits until the driver has left nothing on the node. kubelet tries a publish that failed
-    /// again and again, and while such an attempt runs there is something of it.
+    /// Waits until nothing of the driver is left on the node. kubelet repeats a failed publish, and
+    /// an attempt that runs has a mount.
     pub async fn nothing_of_the_driver_is_left(&self) {
         until("nothing of the driver is left on the node", async || {
             self.leftovers_of_the_driver(&self.node()).await.is_empty()
@@ -293,13 +295,13 @@ impl Scenario {
         .await;
     }
 
-    /// Waits until the pod statuses are collected with their pods. The controller of Kubernetes
-    /// may take half a minute after it has started.
+    /// Waits until the pod statuses are collected after their pods. Kubernetes' controller may take
+    /// half a minute after its start.
     pub async fn no_pod_statuses(&self) {
         self.pod_statuses_left(0).await;
     }
 
-    /// The same, where pods are left that have so many.
+    /// Waits until this number of pod statuses is left.
     pub async fn pod_statuses_left(&self, count: usize) {
         until("no pod status is left of pods that have gone", async || {
             self.pod_status_objects().await.len() == count
@@ -307,19 +309,19 @@ impl Scenario {
         .await;
     }
 
-    /// Mount calls that the provider has had for a pod since it started.
+    /// Returns the number of Mount calls for a pod since the provider started.
     pub async fn provider_calls(&self, pod: &str) -> u64 {
         self.provider_counts().await["mountCallsByPod"][format!("{}/{pod}", self.namespace)]
             .as_u64()
             .unwrap_or(0)
     }
 
-    /// What the provider has counted since it started.
+    /// Returns the provider's counters since its start.
     pub async fn provider_counts(&self) -> Value {
         serde_json::from_str(&self.provider_control("/calls").await).unwrap()
     }
 
-    /// Asks something of the provider, or tells it to do something.
+    /// Sends a request to the provider's control; returns the answer.
     pub async fn provider_control(&self, path: &str) -> String {
         let provider = Component::Provider("fake-provider".to_owned());
         let answer = self.cluster.get(&self.node(), &provider, 8080, path).await;
@@ -342,17 +344,17 @@ impl Scenario {
         deleted.unwrap();
     }
 
-    /// The records of the driver.
+    /// Returns the paths of the driver's records.
     pub async fn records(&self) -> Vec<PathBuf> {
         let files = self
             .files("/var/lib/kubelet/plugins/csi-secrets-store/records")
             .await;
-        // One that is not valid yet has another ending.
+        // A record that is not valid yet has another extension.
         let is_record = |file: &PathBuf| file.extension().is_some_and(|ending| ending == "json");
         files.into_iter().filter(is_record).collect()
     }
 
-    /// What stands in a directory of the node.
+    /// Returns the paths of all entries below a directory of the node.
     pub async fn files(&self, directory: &str) -> Vec<PathBuf> {
         let dir = Path::new(directory);
         let tree = self.cluster.node_tree(&self.node(), dir).await.unwrap();
@@ -363,14 +365,14 @@ impl Scenario {
             .collect()
     }
 
-    /// Removes them, as if an earlier driver had published.
+    /// Removes the records, as if an earlier driver had published the volumes.
     pub async fn forget_records(&self) {
         for record in self.records().await {
             self.cluster.remove_file(&self.node(), &record).await;
         }
     }
 
-    /// Whether the node's one volume has its content.
+    /// Returns whether the node's one volume has its content.
     pub async fn written(&self) -> bool {
         let pods = self
             .cluster
@@ -383,7 +385,7 @@ impl Scenario {
         })
     }
 
-    /// Holds the node's one volume open, as a running container does, wherever it is mounted.
+    /// Opens the root of the node's one volume, which a running container holds, too.
     pub async fn hold_volume(&self) -> Option<File> {
         let pods = Path::new("/var/lib/kubelet/pods");
         let mounts = self.cluster.mounts(&self.node(), pods).await.unwrap();
@@ -392,7 +394,7 @@ impl Scenario {
         Some(File::open(root.join(target.strip_prefix("/").unwrap())).unwrap())
     }
 
-    /// The lines of the kernel's mount table that are volumes, as kubelet sees them.
+    /// Returns the lines of the kernel's mount table that are volumes, as kubelet sees them.
     pub async fn mounts(&self) -> Vec<String> {
         let table = self.cluster.mount_table(&self.node()).await;
         table
@@ -402,7 +404,7 @@ impl Scenario {
             .collect()
     }
 
-    /// A counter of the driver: the sum of all series whose line contains each of `parts`.
+    /// Returns a counter of the driver: the sum of all series whose line contains each of `parts`.
     pub async fn metric(&self, name: &str, parts: &[&str]) -> f64 {
         let page = self.cluster.driver(&self.node()).metrics().await.unwrap();
         page.lines()
@@ -414,17 +416,17 @@ impl Scenario {
             .sum()
     }
 
-    /// What differs from run to run, named for what it is.
+    /// Replaces what differs from run to run by a name.
     pub fn redacted(&self, text: &str) -> String {
         let mut out = text.replace(self.namespace.name(), "[namespace]");
         let nodes = self.cluster.nodes().into_iter();
         let mut nodes: Vec<_> = nodes.enumerate().collect();
-        // One name may begin with another.
+        // A name may begin with another one.
         nodes.sort_by_key(|(_, name)| std::cmp::Reverse(name.len()));
         for (number, name) in nodes {
             out = out.replace(&name, &format!("[node {}]", number + 1));
         }
-        // The replacement itself must hold no node's name while others are replaced.
+        // Done at the end, because a replacement must not contain another node's name.
         out = out.replace("[node ", "[node-");
         redact_words(&out)
     }
@@ -436,8 +438,8 @@ pub async fn until(what: &str, holds: impl AsyncFn() -> bool) {
     waited.unwrap_or_else(|error| panic!("{error}"));
 }
 
-/// Replaces UIDs and the names of timestamped directories. Each UID keeps a number of its own,
-/// so that a snapshot shows which are the same.
+/// Replaces UIDs and the names of timestamped directories. Each UID has a number, so that a
+/// snapshot shows which are the same.
 fn redact_words(text: &str) -> String {
     let mut uids: Vec<String> = Vec::new();
     let mut out = String::new();
@@ -481,12 +483,12 @@ fn is_uid(word: &str) -> bool {
     })
 }
 
-/// Whether an entry of a volume is a directory with the content of one time.
+/// Returns whether an entry of a volume is a directory with the content of one time.
 fn is_content(entry: &Entry) -> bool {
     entry.kind == Kind::Dir && entry.path.starts_with("..") && !entry.path.contains('/')
 }
 
-/// Checks that a volume has one directory of content with what is read, and links to it.
+/// Checks that a volume has one directory with the content that is read, and links to it.
 fn assert_layout(disk: &Tree, reads: &Tree) {
     let content = disk.entries.iter().find(|entry| is_content(entry));
     let content = &content
@@ -521,7 +523,7 @@ fn assert_layout(disk: &Tree, reads: &Tree) {
     assert_eq!(paths, expected, "nothing else");
 }
 
-/// One line an entry: mode, owner, path and what it is.
+/// Returns one line for each entry: mode, owner, path and content.
 fn lines(tree: &Tree, with_content: bool) -> String {
     tree.entries.iter().fold(String::new(), |mut text, entry| {
         writeln!(text, "  {}", line(entry, with_content)).unwrap();

@@ -1,4 +1,4 @@
-//! Pods that go, come again, and move.
+//! Pods that are deleted, come back, and move.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ async fn a_deleted_pod_leaves_nothing() {
     s.nothing_is_left().await;
     s.no_pod_statuses().await;
     let log = s.cluster.driver(&s.node()).log().await.unwrap();
-    // On a shared cluster the driver may still unpublish for a scenario before this one.
+    // On a shared cluster, the driver may still unpublish a volume of an earlier scenario.
     let of_this_pod = format!("/pods/{}/", pod.metadata.uid.unwrap());
     let unpublished = |line: &&str| line.contains("\"unpublished\"") && line.contains(&of_this_pod);
     assert_eq!(log.lines().filter(unpublished).count(), 1, "{log}");
@@ -37,7 +37,7 @@ async fn a_deleted_pod_leaves_nothing() {
     assert!(log.lines().all(|line| !line.starts_with('E')), "{log}");
 }
 
-/// Unpublish asks nobody: neither the provider nor the API server.
+/// Unpublish needs neither the provider nor the API server.
 #[tokio::test]
 async fn unpublish_needs_nobody() {
     let s = scenario!([Need::DisturbApi]);
@@ -57,7 +57,7 @@ async fn unpublish_needs_nobody() {
     s.nothing_is_left().await;
 }
 
-/// A hung provider does not hold up a pod that is going away for longer than kubelet's deadline.
+/// A hung provider delays the deletion of a pod until kubelet's deadline at most.
 #[tokio::test]
 async fn a_pod_deleted_while_its_publish_hangs() {
     let s = scenario!([Need::CsiTimeout(Duration::from_secs(5))]);
@@ -70,7 +70,7 @@ async fn a_pod_deleted_while_its_publish_hangs() {
     assert!(s.pod_status_objects().await.is_empty());
 }
 
-/// A StatefulSet's pod keeps its name and comes back as another pod, elsewhere.
+/// A StatefulSet's pod comes back on another node, as another pod with the same name.
 #[tokio::test]
 async fn the_same_pod_name_on_another_node() {
     let s = scenario!([Need::Nodes(2)]);
@@ -86,7 +86,8 @@ async fn the_same_pod_name_on_another_node() {
     s.nothing_is_left_on(&nodes[0]).await;
 }
 
-/// What an earlier pod of that name left on another node is taken over, others' labels kept.
+/// The pod status of an earlier pod with that name on another node is taken over; labels that
+/// others have set stay.
 #[tokio::test]
 async fn a_pod_status_that_another_node_left_is_taken_over() {
     let s = Scenario::start().await;
@@ -114,12 +115,12 @@ async fn a_pod_status_that_another_node_left_is_taken_over() {
     insta::assert_snapshot!(s.pod_statuses().await);
 }
 
-/// Names that the API does not take as they are get a readable beginning and a hash.
+/// A name that is too long for the API gets a readable beginning and a hash.
 #[tokio::test]
 async fn a_name_too_long_for_a_pod_status() {
     let s = Scenario::start().await;
-    // With a longer one of its own, kubelet cannot start the pod: its directory of logs has the
-    // pod's namespace, name and UID in one name.
+    // kubelet cannot start a pod with a longer name: the name of its log directory consists of
+    // namespace, name and UID.
     let (web, db) = (
         format!("web-{}", "w".repeat(150)),
         format!("db-{}", "d".repeat(200)),

@@ -1,9 +1,8 @@
-//! The scenarios: what a user does with the driver, and what must then be in the volumes, in the
-//! pod statuses and in the events.
+//! The scenarios: actions of a user, and the volumes, pod statuses and events that have to follow.
 //!
-//! One binary, so that it links once. Each scenario gets a cluster of its own, or on clusters
-//! that are slow to make a namespace of its own, and does not know which cluster that is. What it
-//! sees is asserted as a snapshot with names and times that differ from run to run redacted.
+//! All are in one executable, which links once. A scenario has an embedded cluster of its own, or a
+//! namespace on a shared local or kind cluster, and does not know which. Its result is compared
+//! with a snapshot, in which names and times that differ from run to run are replaced.
 
 #![allow(
     clippy::unwrap_used,

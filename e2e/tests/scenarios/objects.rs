@@ -57,8 +57,8 @@ impl Class {
         self
     }
 
-    pub fn secret_objects(mut self, entries: &[SecretObject]) -> Self {
-        self.0["spec"]["secretObjects"] = entries.iter().map(|entry| entry.0.clone()).collect();
+    pub fn secret_objects(mut self, entries: impl IntoIterator<Item = SecretObject>) -> Self {
+        self.0["spec"]["secretObjects"] = entries.into_iter().map(|entry| entry.0).collect();
         self
     }
 

@@ -1,4 +1,4 @@
-//! Paths that a provider may not name: refused, and nothing written.
+//! Paths that a provider must not send: they are refused, and nothing is written.
 
 use rstest::rstest;
 

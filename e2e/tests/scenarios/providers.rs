@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
-use e2e::{cluster::Cluster as _, manifest};
+use e2e::manifest;
 use rstest::rstest;
 use serde_json::json;
 
@@ -39,7 +39,8 @@ async fn a_name_that_is_no_providers() {
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
 }
 
-/// Codes that a provider answers reach kubelet, and a transient fault is over after a retry.
+/// A provider's error reaches kubelet with its code, and the pod starts once the provider works
+/// again.
 #[rstest]
 #[case::not_found("not_found", "- {status: {code: NOT_FOUND, message: no such secret}}")]
 #[case::denied(
@@ -61,21 +62,20 @@ async fn provider_errors(#[case] name: &str, #[case] fault: &str) {
     s.apply(class("db", OBJECT).faults(fault)).await;
     s.apply(pod("web", &["db"])).await;
     let event = s.failed_mount("web", "rpc error").await;
-    // How a connection breaks depends on the moment.
+    // The error of a broken connection depends on the moment.
     insta::with_settings!({filters => vec![(r"attempts \(.*\);", "attempts ([how]);")]}, {
         insta::assert_snapshot!(format!("provider_error_{name}"), event);
     });
     s.nothing_of_the_driver_is_left().await;
     assert!(s.pod_status_objects().await.is_empty());
 
-    // The pod starts when the provider is well again.
     s.apply(class("db", OBJECT)).await;
     s.ready("web").await;
     assert_eq!(s.reads("web", MOUNT).await.texts()["password"], "hunter2");
     insta::assert_snapshot!("provider_is_well_again", s.pod_statuses().await);
 }
 
-/// UNAVAILABLE is tried again within the same call, so that the pod does not wait for kubelet.
+/// The driver retries UNAVAILABLE within the same call, so that the pod does not wait for kubelet.
 #[tokio::test]
 async fn a_moment_of_unavailability_is_bridged() {
     let s = Scenario::start().await;
@@ -94,11 +94,11 @@ async fn a_moment_of_unavailability_is_bridged() {
     );
 }
 
-/// A socket that nobody listens on fails in seconds, not at kubelet's deadline.
+/// A socket that no process listens on fails in seconds, not at kubelet's deadline.
 #[tokio::test]
 async fn a_dead_socket_fails_in_seconds() {
     let s = Scenario::start().await;
-    // This directory is searched before the one with the provider's own socket.
+    // The driver searches this directory before the one with the provider's socket.
     let socket = Path::new("/etc/kubernetes/secrets-store-csi-providers/e2e-provider.sock");
     s.cluster.leave_dead_socket(&s.node(), socket).await;
     s.apply(class("db", OBJECT)).await;
@@ -110,7 +110,7 @@ async fn a_dead_socket_fails_in_seconds() {
     s.ready("web").await;
 }
 
-/// The caller's deadline bounds the provider's, and what hung is named.
+/// A call to a provider ends before kubelet's deadline, and the error names the provider.
 #[tokio::test]
 async fn a_provider_that_never_answers() {
     let s = scenario!([Need::CsiTimeout(Duration::from_secs(3))]);
@@ -122,7 +122,8 @@ async fn a_provider_that_never_answers() {
     s.nothing_is_left().await;
 }
 
-/// Objects were named and no file came: a pod does not start with an empty volume.
+/// The class names objects and the provider sends no file: the pod does not start with an empty
+/// volume.
 #[tokio::test]
 async fn an_answer_without_files_is_not_a_mounted_volume() {
     let s = Scenario::start().await;

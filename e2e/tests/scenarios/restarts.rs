@@ -1,5 +1,5 @@
-//! Drivers and nodes that go down at the worst moment. A pod never starts with an empty or half
-//! volume, and one that runs never loses what it holds.
+//! Drivers and nodes that go down at the worst moment. No pod starts with an empty or incomplete
+//! volume, and no running pod loses its content.
 
 use std::{os::fd::AsRawFd as _, path::PathBuf, time::Duration};
 
@@ -36,8 +36,7 @@ async fn killed_between_mount_and_write() {
 async fn killed_between_write_and_status() {
     let s = scenario!([Need::DisturbApi]);
     s.apply(class("db", OBJECT)).await;
-    // Each answer takes long enough for the driver to be killed while it waits for that of the
-    // pod status.
+    // Each answer takes long enough for the driver to be killed while it waits for the pod status.
     s.cluster
         .disturb_api(Disturbance::Slow(Duration::from_secs(4)))
         .await
@@ -60,7 +59,7 @@ async fn killed_after_everything() {
     s.ready("web").await;
     let before = s.state("web").await;
     s.cluster.driver(&s.node()).kill().await.unwrap();
-    // Long enough for kubelet to have looked again, more than once.
+    // kubelet publishes the volume again more than once in this time.
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!(s.state("web").await, before);
     assert_eq!(
@@ -72,7 +71,7 @@ async fn killed_after_everything() {
     s.nothing_is_left().await;
 }
 
-/// SIGTERM, as in a roll of the DaemonSet: the call that runs is answered first.
+/// On SIGTERM, as in a rollout of the DaemonSet, the driver answers the running call first.
 #[tokio::test]
 async fn stopped_while_a_publish_runs() {
     let s = Scenario::start().await;
@@ -85,14 +84,14 @@ async fn stopped_while_a_publish_runs() {
     s.ready("web").await;
     assert_eq!(s.provider_calls("web").await, 1);
     s.delete("web").await;
-    // On a real cluster the driver has a new pod now, whose directory stays.
+    // On a real cluster, the driver has a new pod now, whose directory stays.
     until("the volume is gone", async || {
         s.mounts().await.is_empty() && s.records().await.is_empty()
     })
     .await;
 }
 
-/// A failed write of the pod status undoes the mount; nothing of it stays.
+/// A failed write of the pod status undoes the mount.
 #[tokio::test]
 async fn an_api_server_that_does_not_take_the_status() {
     let s = scenario!([Need::DisturbApi]);
@@ -111,7 +110,7 @@ async fn an_api_server_that_does_not_take_the_status() {
     s.ready("web").await;
 }
 
-/// CSI and registration come up without the API server; a publish says what is missing.
+/// CSI and registration work without the API server; the error of a publish names what is missing.
 #[tokio::test]
 async fn an_api_server_that_is_away() {
     let s = scenario!([Need::DisturbApi]);
@@ -130,7 +129,8 @@ async fn an_api_server_that_is_away() {
     s.ready("web").await;
 }
 
-/// After a reboot the tmpfs is gone, directories and records are not: that proves nothing.
+/// After a reboot, the tmpfs is gone, while directories and records still exist: the volume is
+/// published again.
 #[tokio::test]
 async fn a_node_that_reboots() {
     let s = scenario!([Need::Reboot]);
@@ -154,7 +154,7 @@ async fn a_node_that_reboots() {
     s.nothing_is_left().await;
 }
 
-/// A pod that is deleted while its node is down is torn down from what lies on disk.
+/// A pod that is deleted while its node is down is torn down from the files on disk.
 #[tokio::test]
 async fn unpublish_after_a_reboot() {
     let s = scenario!([Need::Reboot]);
@@ -172,8 +172,8 @@ async fn unpublish_after_a_reboot() {
     s.nothing_is_left().await;
 }
 
-/// A volume of an earlier driver has a mount and no record. It is taken over in place: the same
-/// mount, because the running container holds it.
+/// A volume of an earlier driver has a mount and no record. The driver takes it over in the same
+/// mount, because the running container holds that.
 #[tokio::test]
 async fn a_volume_of_an_earlier_driver() {
     let s = scenario!([Need::Republish]);
@@ -188,8 +188,9 @@ async fn a_volume_of_an_earlier_driver() {
     })
     .await;
     assert_eq!(s.state("web").await, before);
-    // A container sees its volume through what it holds, not through the path. Where only the
-    // pod's own container holds it, that is what was just compared.
+    // A container reads its volume through the mount that it holds, not through the path. On
+    // clusters where this process cannot hold it, the comparison above reads in the pod's
+    // container.
     if let Some(held) = &held {
         let through = PathBuf::from(format!("/proc/self/fd/{}", held.as_raw_fd()));
         let text = std::fs::read_to_string(through.join("password"));
@@ -201,7 +202,8 @@ async fn a_volume_of_an_earlier_driver() {
     s.nothing_is_left().await;
 }
 
-/// The same while nothing works: what the container holds stays, and kubelet keeps it.
+/// If the class is gone, too, the content stays, and the error is not final, so that kubelet keeps
+/// the volume.
 #[tokio::test]
 async fn a_volume_of_an_earlier_driver_whose_class_is_gone() {
     let s = scenario!([Need::Republish]);
@@ -223,7 +225,7 @@ async fn a_volume_of_an_earlier_driver_whose_class_is_gone() {
     s.nothing_is_left().await;
 }
 
-/// A kubelet that restarts finds driver and volumes where it left them.
+/// After a restart, kubelet finds the driver and its volumes again.
 #[tokio::test]
 async fn a_kubelet_that_restarts() {
     let s = scenario!([Need::KubeletRestart]);
@@ -242,7 +244,7 @@ async fn a_kubelet_that_restarts() {
     assert_eq!(mounts.len(), 1);
 }
 
-/// Whoever empties kubelet's directory of plugins, the driver is registered again by itself. The
+/// The driver registers itself again after kubelet's directory of plugins was emptied, which the
 /// registrar of Kubernetes does not notice.
 #[tokio::test]
 async fn a_wiped_plugin_directory() {

@@ -1,4 +1,4 @@
-//! What only Kubernetes' own controllers bring about: a new driver under running pods, and a
+//! Rollouts, which need Kubernetes' own controllers: a new driver under running pods, and a
 //! StatefulSet's pod that moves.
 
 use e2e::cluster::Cluster as _;
@@ -20,7 +20,7 @@ use crate::{
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
 
-/// UIDs of the driver's pods.
+/// Returns the UIDs of the driver's pods.
 async fn drivers(s: &Scenario) -> Vec<String> {
     let pods = Api::<Pod>::namespaced(s.cluster.client(), "kube-system");
     let driver = ListParams::default().labels("app=csi-secrets-store");
@@ -61,8 +61,8 @@ async fn roll_out(s: &Scenario) {
     .await;
 }
 
-/// The pods of before keep their volumes, which are the very same mounts, nobody is asked for
-/// what they hold, and the new driver takes them down.
+/// Running pods keep their volumes in the same mounts, the provider is not asked again, and the new
+/// driver takes the volumes down.
 #[tokio::test]
 async fn a_new_driver_under_running_pods() {
     let s = scenario!([Need::Controllers, Need::Republish]);
@@ -77,7 +77,7 @@ async fn a_new_driver_under_running_pods() {
     assert_eq!(later.texts()["password"], "hunter2");
     s.delete("later").await;
     s.pod_statuses_left(1).await;
-    // The kubelet has long looked again by then.
+    // kubelet publishes the volumes again in this time.
     tokio::time::sleep(std::time::Duration::from_secs(3)).await;
     assert_eq!(s.state("web").await, before);
     assert_eq!(s.mounts().await, mounts, "the very same mount");
@@ -88,8 +88,8 @@ async fn a_new_driver_under_running_pods() {
     s.no_pod_statuses().await;
 }
 
-/// Its name stays and its node does not: the pod status follows it, and the node it leaves is
-/// left clean.
+/// The pod keeps its name and changes its node: the pod status follows it, and nothing is left on
+/// the old node.
 #[tokio::test]
 async fn a_stateful_sets_pod_moves() {
     let s = scenario!([Need::Controllers, Need::Nodes(2)]);
@@ -98,7 +98,7 @@ async fn a_stateful_sets_pod_moves() {
     s.apply(class("db", OBJECT)).await;
     s.apply(stateful_set("web", &pod("web", &["db"]))).await;
     let mut statuses = Vec::new();
-    // The scheduler places pods on the first node, and for a while on the second.
+    // Only one node at a time is open to the scheduler.
     for (from, to) in [(None, 0), (Some(0), 1), (Some(1), 0)] {
         if let Some(from) = from {
             api.uncordon(&nodes[to]).await.unwrap();
@@ -128,7 +128,7 @@ async fn a_stateful_sets_pod_moves() {
         .await;
         statuses.push(s.pod_statuses().await);
     }
-    // Back where it began, all is as it was.
+    // On the first node again, the pod status is the same again.
     assert_eq!(statuses[0], statuses[2]);
     assert_ne!(statuses[0], statuses[1]);
 }

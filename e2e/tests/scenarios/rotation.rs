@@ -1,8 +1,8 @@
-//! Secrets that change in the store reach the pod that runs.
+//! Changed secrets reach running pods.
 
 use std::time::Duration;
 
-use e2e::{cluster::Cluster as _, install::classes, reader::Wanted};
+use e2e::{cluster::Cluster as _, install::classes, reader::Reader};
 use kube::api::{Patch, PatchParams};
 use serde_json::json;
 
@@ -12,7 +12,7 @@ use crate::{
     settings::Need,
 };
 
-/// Refreshes as often as kubelet looks, with waits short enough to see the next attempt.
+/// A driver that refreshes at every publish, and retries within seconds.
 const OFTEN: &[Need] = &[
     Need::Republish,
     Need::Flags(&[
@@ -25,7 +25,7 @@ const OFTEN: &[Need] = &[
     ]),
 ];
 
-/// Refreshes by request only, as far as a scenario lasts.
+/// A driver that refreshes on request only: its interval is longer than a scenario.
 const SELDOM: &[Need] = &[
     Need::Republish,
     Need::Flags(&[
@@ -35,13 +35,13 @@ const SELDOM: &[Need] = &[
     ]),
 ];
 
-/// The attribute of a volume and annotation of a class with its interval.
+/// The attribute of a volume, and the annotation of a class, with its interval.
 const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
 
 const OBJECT: &str = "- {objectName: password, content: hunter2}";
 
-/// Makes kubelet look at a pod again and again until something holds.
-async fn looked_until(s: &Scenario, pod: &str, what: &str, holds: impl AsyncFn() -> bool) {
+/// Makes kubelet reconcile a pod until something holds.
+async fn reconciled_until(s: &Scenario, pod: &str, what: &str, holds: impl AsyncFn() -> bool) {
     until(what, async || {
         s.namespace.reconcile(pod).await.unwrap();
         for _ in 0..20 {
@@ -60,7 +60,7 @@ async fn reads_text(s: &Scenario, file: &str, text: &str) -> bool {
     tree.texts().get(file) == Some(&text)
 }
 
-/// How often the driver has had nothing to do for a pod.
+/// Returns how often a publish of a pod's volume had nothing to do.
 async fn found_fresh(s: &Scenario, pod: &str) -> usize {
     let log = s.cluster.driver(&s.node()).log().await.unwrap();
     let of_pod = format!("pod=\"{}/{pod}\"", s.namespace);
@@ -77,13 +77,12 @@ async fn annotate_class(s: &Scenario, name: &str, value: &str) {
     classes.patch("db", &params, &patch).await.unwrap();
 }
 
-/// Messages of the events with a reason.
+/// Returns the messages of the events with a reason; a repeated one as often as it was posted.
 async fn events(s: &Scenario, pod: &str, reason: &str) -> Vec<String> {
     let events = s.namespace.events(pod).await.unwrap();
     let of_reason = events
         .into_iter()
         .filter(|e| e.reason.as_deref() == Some(reason));
-    // Said again is said once more.
     let said = of_reason.flat_map(|e| {
         let times = usize::try_from(e.count.unwrap_or(1)).unwrap();
         vec![e.message.unwrap_or_default(); times]
@@ -91,7 +90,7 @@ async fn events(s: &Scenario, pod: &str, reason: &str) -> Vec<String> {
     said.map(|message| s.redacted(&message)).collect()
 }
 
-/// One of many objects changes; the others stay, and so do their versions.
+/// One of many objects changes; the others and their versions stay.
 #[tokio::test]
 async fn one_of_many_objects() {
     let s = scenario!(OFTEN);
@@ -109,7 +108,7 @@ async fn one_of_many_objects() {
     s.ready("web").await;
     assert!(reads_text(&s, "password", "before").await);
     s.apply(class("db", &objects("after", "v2"))).await;
-    looked_until(&s, "web", "the pod reads the new content", async || {
+    reconciled_until(&s, "web", "the pod reads the new content", async || {
         reads_text(&s, "password", "after").await
     })
     .await;
@@ -148,18 +147,18 @@ async fn modes_and_paths() {
         ",
     ))
     .await;
-    looked_until(&s, "web", "the new paths are there", async || {
+    reconciled_until(&s, "web", "the new paths are there", async || {
         reads_text(&s, "new/file", "2").await
     })
     .await;
     insta::assert_snapshot!(before + &s.volume_and_disk("web", MOUNT).await);
 }
 
-/// A reader that never rests sees each version whole and none missing.
+/// A reader without pause reads complete versions only, and no gap between them.
 #[tokio::test]
 async fn a_reader_sees_neither_gap_nor_mixture() {
     let s = scenario!(OFTEN);
-    // A real kubelet takes a second or so for each.
+    // A real kubelet takes about a second for each.
     let rotations = if s.cluster.name() == "embedded" {
         200
     } else {
@@ -179,7 +178,7 @@ async fn a_reader_sees_neither_gap_nor_mixture() {
     s.apply(class("db", &objects(1))).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    let wanted = Wanted {
+    let reader = Reader {
         files: files.map(str::to_owned).into(),
         last: rotations,
         limit: 4 * SOON,
@@ -188,26 +187,26 @@ async fn a_reader_sees_neither_gap_nor_mixture() {
         for number in 2..=rotations {
             s.apply(class("db", &objects(number))).await;
             let version = format!("v{number}");
-            looked_until(&s, "web", "the version is mounted", async || {
+            reconciled_until(&s, "web", "the version is mounted", async || {
                 let statuses = s.pod_status_objects().await;
                 statuses[0].data["status"]["objects"][0]["version"] == version.as_str()
             })
             .await;
         }
     };
-    let reading = s.cluster.read(s.namespace.name(), "web", MOUNT, &wanted);
+    let reading = s.cluster.read(s.namespace.name(), "web", MOUNT, &reader);
     let ((), readings) = tokio::join!(rotate, reading);
     let readings = readings.unwrap();
     assert_eq!(readings.gaps, [""; 0], "{readings:?}");
     assert_eq!(readings.mixtures, [""; 0], "{readings:?}");
     assert_eq!(readings.last, rotations, "{readings:?}");
-    // It did not sleep through most of them.
+    // The reader has read most of them.
     assert!(readings.numbers > rotations / 2, "{readings:?}");
     assert!(readings.rounds > rotations, "{readings:?}");
 }
 
-/// The interval is counted from the last success as it is recorded, whatever happens to the
-/// driver, and however often kubelet looks.
+/// The interval begins at the last success, which is recorded on disk: neither a restart of the
+/// driver nor frequent publishes change it.
 #[tokio::test]
 async fn the_interval_outlives_the_driver() {
     let s = scenario!(SELDOM);
@@ -216,11 +215,11 @@ async fn the_interval_outlives_the_driver() {
     s.ready("web").await;
     let statuses = s.pod_status_objects().await;
     let enough = async || found_fresh(&s, "web").await >= 8;
-    looked_until(&s, "web", "kubelet has looked often", enough).await;
+    reconciled_until(&s, "web", "kubelet has looked often", enough).await;
     let looked = found_fresh(&s, "web").await;
     s.cluster.driver(&s.node()).kill().await.unwrap();
     let enough = async || found_fresh(&s, "web").await >= looked + 8;
-    looked_until(&s, "web", "kubelet has looked as often again", enough).await;
+    reconciled_until(&s, "web", "kubelet has looked as often again", enough).await;
     assert_eq!(s.provider_calls("web").await, 1);
     let now = s.pod_status_objects().await;
     assert_eq!(
@@ -229,8 +228,8 @@ async fn the_interval_outlives_the_driver() {
     );
 }
 
-/// An edited class, and one that is only said to be stale, reach the pod before the interval is
-/// over; anything else said about it does not.
+/// An edited class, and the annotation `refresh`, take effect before the interval is over; other
+/// annotations do not.
 #[tokio::test]
 async fn an_edited_class_and_the_refresh_annotation() {
     let s = scenario!(SELDOM);
@@ -242,13 +241,13 @@ async fn an_edited_class_and_the_refresh_annotation() {
     annotate_class(&s, "team", "shop").await;
     let before = found_fresh(&s, "web").await;
     let looked = async || found_fresh(&s, "web").await >= before + 4;
-    looked_until(&s, "web", "kubelet has looked", looked).await;
+    reconciled_until(&s, "web", "kubelet has looked", looked).await;
     assert_eq!(s.provider_calls("web").await, 1);
 
     for number in 1..3 {
         annotate_class(&s, "secrets-store.csi.k8s.io/refresh", &number.to_string()).await;
         let called = async || s.provider_calls("web").await == 1 + number;
-        looked_until(&s, "web", "somebody's request is heard", called).await;
+        reconciled_until(&s, "web", "somebody's request is heard", called).await;
     }
     until("the pod reads the new content", async || {
         reads_text(&s, "foo", "rotated").await
@@ -262,12 +261,12 @@ async fn an_edited_class_and_the_refresh_annotation() {
     ))
     .await;
     let edited = async || reads_text(&s, "bar", "new").await;
-    looked_until(&s, "web", "the edited class is mounted", edited).await;
+    reconciled_until(&s, "web", "the edited class is mounted", edited).await;
     assert_eq!(s.provider_calls("web").await, 4);
     insta::assert_snapshot!(asked + &s.state("web").await);
 }
 
-/// A class, and before it a volume, has an interval of its own.
+/// A class can have an interval of its own, and so can a volume, which takes precedence.
 #[tokio::test]
 async fn intervals_of_classes_and_volumes() {
     let s = scenario!(SELDOM);
@@ -278,15 +277,15 @@ async fn intervals_of_classes_and_volumes() {
         .await;
     s.ready("web").await;
     s.ready("never").await;
-    // The least interval is half a minute, which flags could lower.
+    // The minimum of an interval is half a minute, unless a flag lowers it.
     let before = found_fresh(&s, "web").await;
     let looked = async || found_fresh(&s, "web").await >= before + 4;
-    looked_until(&s, "web", "kubelet has looked", looked).await;
+    reconciled_until(&s, "web", "kubelet has looked", looked).await;
     assert_eq!(s.provider_calls("web").await, 1);
     assert_eq!(s.provider_calls("never").await, 1);
 }
 
-/// The same with a lower least interval, where each gets what it asks for.
+/// With a lower minimum, one volume is refreshed often, and one never.
 #[tokio::test]
 async fn a_volume_may_never_be_refreshed() {
     let s = scenario!(OFTEN);
@@ -297,14 +296,14 @@ async fn a_volume_may_never_be_refreshed() {
     s.ready("web").await;
     s.ready("never").await;
     let looked = async || s.provider_calls("web").await > 3;
-    looked_until(&s, "web", "the one is refreshed", looked).await;
+    reconciled_until(&s, "web", "the one is refreshed", looked).await;
     let fresh = async || found_fresh(&s, "never").await > 3;
-    looked_until(&s, "never", "the other is looked at", fresh).await;
+    reconciled_until(&s, "never", "the other is looked at", fresh).await;
     assert_eq!(s.provider_calls("never").await, 1);
 }
 
-/// A provider that is away hurts no pod that runs: content and status stay, attempts become
-/// rare, and the pod's owner reads of both ends of it once.
+/// While a provider is away, running pods keep content and status, attempts become rare, and the
+/// pod gets one event at the beginning and one at the end.
 #[tokio::test]
 async fn a_provider_that_is_away() {
     let s = scenario!(OFTEN);
@@ -316,12 +315,13 @@ async fn a_provider_that_is_away() {
     provider.stop().await.unwrap();
 
     let failed = async || !events(&s, "web", "MountRotationFailed").await.is_empty();
-    looked_until(&s, "web", "the pod's owner is told", failed).await;
+    reconciled_until(&s, "web", "the pod's owner is told", failed).await;
     let errors = async || s.metric("rotation_reconcile_error_total", &[]).await;
     let (started, first) = (std::time::Instant::now(), errors().await);
     let fourth = async || errors().await >= first + 3.0;
-    looked_until(&s, "web", "it is tried again", fourth).await;
-    // Two seconds and four at least, each up to a fifth shorter; kubelet looked all the while.
+    reconciled_until(&s, "web", "it is tried again", fourth).await;
+    // At least two and four seconds, each up to a fifth shorter, although kubelet publishes all the
+    // time.
     let took = started.elapsed();
     assert!(took > Duration::from_secs(4), "{took:?}");
     assert_eq!(s.state("web").await, before);
@@ -329,8 +329,8 @@ async fn a_provider_that_is_away() {
     provider.start().await.unwrap();
     let started = std::time::Instant::now();
     let told = async || !events(&s, "web", "MountRotationComplete").await.is_empty();
-    looked_until(&s, "web", "the pod's owner is told again", told).await;
-    // The longest wait, a fifth longer, and kubelet's pace.
+    reconciled_until(&s, "web", "the pod's owner is told again", told).await;
+    // The longest backoff, a fifth longer, and kubelet's interval.
     let took = started.elapsed();
     assert!(took < Duration::from_secs(15), "{took:?}");
     assert_eq!(s.state("web").await, before);
@@ -355,7 +355,7 @@ async fn a_deleted_class() {
     let before = s.state("web").await;
     s.delete_class("db").await;
     let failed = async || !events(&s, "web", "MountRotationFailed").await.is_empty();
-    looked_until(&s, "web", "the pod's owner is told", failed).await;
+    reconciled_until(&s, "web", "the pod's owner is told", failed).await;
     assert_eq!(s.state("web").await, before);
     let told = events(&s, "web", "MountRotationFailed").await;
     insta::with_settings!({filters => vec![(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "[time]")]}, {
@@ -364,12 +364,12 @@ async fn a_deleted_class() {
     s.apply(class("db", "- {objectName: password, content: again}"))
         .await;
     let again = async || reads_text(&s, "password", "again").await;
-    looked_until(&s, "web", "a class of that name is mounted", again).await;
+    reconciled_until(&s, "web", "a class of that name is mounted", again).await;
     s.delete("web").await;
     s.nothing_is_left().await;
 }
 
-/// Where kubelet can bear it, it hears of failures; the content stays all the same.
+/// With `--republish-errors=surface`, kubelet gets the errors of refreshes; the content stays.
 #[tokio::test]
 async fn failures_surface_where_that_is_asked_for() {
     let s = scenario!([
@@ -392,12 +392,12 @@ async fn failures_surface_where_that_is_asked_for() {
     ))
     .await;
     let failed = async || !events(&s, "web", "FailedMount").await.is_empty();
-    looked_until(&s, "web", "kubelet says so", failed).await;
+    reconciled_until(&s, "web", "kubelet says so", failed).await;
     assert_eq!(s.state("web").await, before);
     insta::assert_snapshot!(events(&s, "web", "FailedMount").await[0]);
 }
 
-/// Off: a published volume is as it was mounted, and nobody is asked for it.
+/// Without rotation, a volume stays as it was mounted, and the provider is not asked.
 #[tokio::test]
 async fn without_rotation_a_volume_stays_as_it_was_mounted() {
     let s = scenario!([Need::Republish, Need::Flags(&["-v=5"])]);
@@ -407,7 +407,7 @@ async fn without_rotation_a_volume_stays_as_it_was_mounted() {
     s.apply(class("db", "- {objectName: password, content: changed}"))
         .await;
     let looked = async || found_fresh(&s, "web").await >= 4;
-    looked_until(&s, "web", "kubelet has looked", looked).await;
+    reconciled_until(&s, "web", "kubelet has looked", looked).await;
     assert!(reads_text(&s, "password", "hunter2").await);
     assert_eq!(s.provider_calls("web").await, 1);
 }
@@ -438,7 +438,7 @@ spec:
     let reads = async |text: &str| s.reads(name, MOUNT).await.texts()["foo"] == text;
     assert!(reads("secret").await);
     s.provider_control("/rotation?rotated=true").await;
-    looked_until(&s, name, "the content is rotated", async || {
+    reconciled_until(&s, name, "the content is rotated", async || {
         reads("rotated").await
     })
     .await;
@@ -451,8 +451,8 @@ spec:
         page().await.contains("node_unpublish_total")
     })
     .await;
-    // Two drivers may have overlapped before this scenario; what the earlier one took down, this
-    // one finds gone at its looks.
+    // Two drivers may have overlapped before this scenario; this one notices at its next check that
+    // the earlier one has taken volumes down.
     until("no volume uses the provider", async || {
         !page().await.contains(last_success)
     })

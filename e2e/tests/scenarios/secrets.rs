@@ -1,5 +1,5 @@
-//! Secrets that mirror what is mounted: made before the containers start, owned by who uses them,
-//! and never taken from somebody else.
+//! Secrets with the content of volumes: they exist before the containers start, their users own
+//! them, and the driver does not take over Secrets of others.
 
 mod healing;
 mod inputs;
@@ -28,20 +28,20 @@ use crate::{
     settings::Need,
 };
 
-/// Looks at Secrets and classes often, where a scenario waits for that.
+/// A driver that checks Secrets and classes every second.
 const OFTEN: Need = Need::Flags(&["--sync-interval=1s", "-v=5"]);
 
-/// Of annotations, the driver's own that differ from run to run.
+/// Annotations of the driver that differ from run to run.
 const SINCE: &str = "secrets-store.csi.k8s.io/content-since";
 const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
 
-/// A class with one object, `password`, and the Secrets that are made from it.
-fn syncing(name: &str, content: &str, secrets: &[SecretObject]) -> Class {
+/// Returns a class with one object, `password`, and the Secrets that are made from it.
+fn syncing(name: &str, content: &str, secrets: impl IntoIterator<Item = SecretObject>) -> Class {
     let objects = format!("- {{objectName: password, content: {content}}}");
     class(name, &objects).secret_objects(secrets)
 }
 
-/// The Secret `creds` with the key `pw`.
+/// Returns the entry for a Secret `creds` with the key `pw`.
 fn creds() -> SecretObject {
     SecretObject::new("creds", &[("pw", "password")])
         .with("labels", json!({"environment": "test"}))
@@ -57,7 +57,7 @@ impl Scenario {
         self.secrets_api().get_opt(name).await.unwrap()
     }
 
-    /// The text of a key, if both are there.
+    /// Returns the text of a Secret's key, if both exist.
     async fn value(&self, secret: &str, key: &str) -> Option<String> {
         let data = self.secret(secret).await?.data?;
         Some(String::from_utf8(data.get(key)?.0.clone()).unwrap())
@@ -108,7 +108,7 @@ impl Scenario {
         api.patch(name, &how, &patch).await.unwrap();
     }
 
-    /// Names of the pods of a Deployment.
+    /// Returns the names of a Deployment's pods.
     async fn pods_of(&self, deployment: &str) -> Vec<String> {
         let api = self.namespace.api::<Pod>();
         let of = ListParams::default().labels(&format!("app={deployment}"));
@@ -128,8 +128,8 @@ impl Scenario {
         pods
     }
 
-    /// Events of a reason on a pod, with the driver's words.
-    async fn told(&self, pod: &str, reason: &str) -> Vec<String> {
+    /// Returns the messages of a pod's events with a reason.
+    async fn messages(&self, pod: &str, reason: &str) -> Vec<String> {
         let events = self.namespace.events(pod).await.unwrap();
         let of_reason = |event: &Event| event.reason.as_deref() == Some(reason);
         let events = events.into_iter().filter(of_reason);
@@ -138,24 +138,24 @@ impl Scenario {
             .collect()
     }
 
-    /// Waits for the driver's word that a Secret cannot be kept.
-    async fn trouble(&self, pod: &str, says: &str) -> String {
+    /// Waits for the event that a Secret cannot be synced; returns its message.
+    async fn failed_sync(&self, pod: &str, says: &str) -> String {
         until(&format!("{pod} hears {says:?}"), async || {
-            let told = self.told(pod, "FailedToCreateSecret").await;
+            let told = self.messages(pod, "FailedToCreateSecret").await;
             told.iter().any(|message| message.contains(says))
         })
         .await;
-        let mut told = self.told(pod, "FailedToCreateSecret").await;
+        let mut told = self.messages(pod, "FailedToCreateSecret").await;
         told.retain(|message| message.contains(says));
         told.remove(0)
     }
 
-    /// The driver has looked at everything once more, at least.
-    async fn looked_again(&self) {
+    /// Waits until the driver has checked everything again.
+    async fn checked_again(&self) {
         tokio::time::sleep(std::time::Duration::from_secs(3)).await;
     }
 
-    /// All Secrets of the namespace as text.
+    /// Returns all Secrets of the namespace as text.
     async fn secrets(&self) -> String {
         let list = self.secrets_api().list(&ListParams::default()).await;
         let mut text = "secrets\n".to_owned();
@@ -206,15 +206,15 @@ impl Scenario {
     }
 }
 
-/// The entry of upstream's cases 14 to 19 in `e2e-provider.bats` (`upstream.rs` explains the names):
-/// Deployments of two pods each, whose environment needs the Secret.
+/// Returns the class of upstream's cases 14 to 19 in `e2e-provider.bats` (`upstream.rs` explains
+/// the names). Their Deployments have two pods each, whose environment needs the Secret.
 fn foo_class(name: &str, secret: &str) -> Class {
     let secret = SecretObject::new(secret, &[("username", "foo")])
         .with("labels", json!({"environment": "test"}));
-    class(name, "- {objectName: foo}\n- {objectName: fookey}").secret_objects(&[secret])
+    class(name, "- {objectName: foo}\n- {objectName: fookey}").secret_objects([secret])
 }
 
-/// A Secret of two Deployments has both as owners, then one, and goes with the last.
+/// A Secret of two Deployments has both as owners, and is deleted with the last one.
 #[tokio::test]
 async fn ep_14_to_16_two_deployments_and_one_secret() {
     let s = Scenario::start().await;
@@ -227,8 +227,8 @@ async fn ep_14_to_16_two_deployments_and_one_secret() {
         for pod in s.all_ready(name, 2).await {
             let tree = s.reads(&pod, MOUNT).await;
             assert_eq!(tree.texts()["foo"], "secret");
-            // The Secret was there at the container's first start.
-            assert_eq!(s.told(&pod, "Failed").await, Vec::<String>::new());
+            // The Secret existed at the container's first start.
+            assert_eq!(s.messages(&pod, "Failed").await, Vec::<String>::new());
         }
     }
     assert_eq!(s.owners("foosecret").await.len(), 2, "without waiting");
@@ -239,12 +239,12 @@ async fn ep_14_to_16_two_deployments_and_one_secret() {
     assert_eq!(s.secret("foosecret").await.unwrap().uid(), uid);
     s.delete_deployment("busybox-deployment-two").await;
     s.no_secret("foosecret").await;
-    // And nobody makes it again for pods that end.
+    // It is not created again for pods that end.
     s.nothing_is_left().await;
     assert!(s.secret("foosecret").await.is_none());
 }
 
-/// A pod uses the class of its own namespace, and makes no Secret in another.
+/// A pod uses the class of its own namespace; no Secret is created in another one.
 #[tokio::test]
 async fn ep_17_to_19_classes_of_one_name_in_two_namespaces() {
     let s = Scenario::start().await;
@@ -264,8 +264,8 @@ async fn ep_17_to_19_classes_of_one_name_in_two_namespaces() {
     s.no_secret("foosecret").await;
 }
 
-/// A bare pod has no controller: its Secrets live with its pod statuses. These are the cases 22 and 23
-/// of upstream's `e2e-provider.bats`.
+/// A bare pod has no controller: its pod statuses own its Secrets. These are the cases 22 and 23 of
+/// upstream's `e2e-provider.bats`.
 #[tokio::test]
 async fn ep_22_and_23_a_bare_pod_with_two_classes() {
     let s = Scenario::start().await;

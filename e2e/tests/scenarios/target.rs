@@ -1,7 +1,7 @@
-//! The cluster that a scenario runs in: one of its own, or its turn on one that all share.
+//! The cluster of a scenario: an embedded one of its own, or a turn on one that all share.
 //!
-//! `E2E_CLUSTER` says which: `embedded` (default), `local` or `kind`. A shared cluster is started once
-//! per run. It is torn down by its guard, for nothing tells the last test that it is the last.
+//! `E2E_CLUSTER` names it: `embedded` (default), `local` or `kind`. A shared cluster is started
+//! once per run. Its guard tears it down, because no test knows that it is the last one.
 
 use std::{
     fmt,
@@ -16,7 +16,7 @@ use std::{
 };
 
 use e2e::{
-    binaries::{Binaries, kept},
+    binaries::{Binaries, logs_dir},
     cluster::{Action, Cluster, Component, HttpAnswer, Result},
     embedded::{Embedded, standard},
     images,
@@ -61,15 +61,16 @@ pub enum Target {
     ),
 }
 
-/// Scenarios take turns on a shared cluster: they restart its driver and count its calls.
+/// Held by the scenario whose turn it is on a shared cluster: scenarios restart its driver and
+/// count its calls.
 static TURN: Mutex<()> = Mutex::const_new(());
-/// The one local cluster of this process, or why there is none.
+/// The local cluster of this process, or the reason why there is none.
 static LOCAL: OnceLock<std::result::Result<Running, String>> = OnceLock::new();
-/// The same for kind.
+/// The kind cluster of this process, or the reason why there is none.
 static KIND: OnceCell<std::result::Result<kind::Running, String>> = OnceCell::const_new();
-/// What is installed into a shared cluster when it starts.
+/// The installation with which a shared cluster starts.
 static STANDARD: OnceLock<Installation> = OnceLock::new();
-/// Whether a scenario has installed something else and not yet undone it.
+/// Whether a scenario has installed something else, which is not undone yet.
 static ANOTHER: AtomicBool = AtomicBool::new(false);
 
 impl Target {
@@ -95,7 +96,7 @@ impl Target {
         })
     }
 
-    /// The embedded cluster, for a scenario that needs it.
+    /// Returns the embedded cluster, for a scenario that needs it.
     pub fn embedded(&self) -> &Embedded {
         match self {
             Self::Embedded(cluster) => cluster,
@@ -103,7 +104,7 @@ impl Target {
         }
     }
 
-    /// Where this process finds a path of a node's disk, if it does.
+    /// Returns the path of a node's file for this process, if it has access.
     fn disk(&self, node: &str, path: &Path) -> Option<PathBuf> {
         match self {
             Self::Embedded(cluster) => {
@@ -124,11 +125,11 @@ impl Target {
         }
     }
 
-    /// A listener that is dropped leaves its socket file, as a crash does.
+    /// Makes a socket that no process listens on, as a crash leaves it.
     pub async fn leave_dead_socket(&self, node: &str, path: &Path) {
         match (self.disk(node, path), self) {
             (Some(path), _) => {
-                // A socket's path has a limit, which the path of a node's disk may be over.
+                // The path of a node's disk may be longer than a socket's path can be.
                 let directory = File::open(path.parent().unwrap()).unwrap();
                 let name = path.file_name().unwrap().to_string_lossy();
                 let short = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
@@ -139,7 +140,7 @@ impl Target {
         }
     }
 
-    /// Restarts kubelet, where that was asked for.
+    /// Restarts kubelet, for a scenario that needs it.
     pub async fn restart_kubelet(&self) {
         match self {
             Self::Embedded(_) => unreachable!("the scenario is skipped"),
@@ -148,20 +149,19 @@ impl Target {
         }
     }
 
-    /// Installs something over what is installed, as an operator does on a cluster of real
-    /// Kubernetes.
+    /// Installs something over what is installed, as an operator does, on a shared cluster.
     pub async fn install(&self, installation: &Installation) {
         ANOTHER.store(true, Ordering::Relaxed);
         self.apply_installation(installation).await;
     }
 
-    /// Installs what a cluster starts with.
+    /// Installs that with which a cluster starts.
     pub async fn install_standard(&self) {
         self.apply_installation(STANDARD.get().unwrap()).await;
         ANOTHER.store(false, Ordering::Relaxed);
     }
 
-    /// Undoes what a scenario that failed has installed.
+    /// Undoes the installation of a scenario that failed.
     async fn install_standard_again(&self) {
         if ANOTHER.load(Ordering::Relaxed) {
             self.install_standard().await;
@@ -193,7 +193,7 @@ impl Target {
         done.unwrap_or_else(|error| panic!("{error}"));
     }
 
-    /// The kernel's mount table, as the node's kubelet sees it.
+    /// Returns the kernel's mount table, as the node's kubelet sees it.
     pub async fn mount_table(&self, node: &str) -> String {
         if let Self::Kind(cluster, _) = self {
             return cluster.mount_table(node).await.unwrap();
@@ -202,14 +202,13 @@ impl Target {
         std::fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap()
     }
 
-    /// The root directory of the node, its mounts included, if this process can reach it.
+    /// Returns the root directory of the node with its mounts, if this process has access.
     pub async fn root_of(&self, node: &str) -> Option<PathBuf> {
         let process = self.process_on(node).await?;
         Some(PathBuf::from(format!("/proc/{process}/root")))
     }
 
-    /// A process that sees the node's mounts, as a name in `/proc`; none where it is another
-    /// user's.
+    /// Returns the name in `/proc` of a process that sees the node's mounts; `None` for kind.
     async fn process_on(&self, node: &str) -> Option<String> {
         let process = match self {
             Self::Embedded(cluster) => {
@@ -239,7 +238,7 @@ async fn embedded(needs: &[Need]) -> Embedded {
 
 async fn local(needs: &[Need]) -> Target {
     let turn = TURN.lock().await;
-    // A thread of its own, because it makes a runtime of its own.
+    // In a thread of its own, because it has a runtime of its own.
     let running = tokio::task::spawn_blocking(|| {
         let start = || LOCAL.get_or_init(start_local);
         std::thread::scope(|scope| scope.spawn(start).join().unwrap())
@@ -297,15 +296,15 @@ async fn start_kind() -> std::result::Result<kind::Running, String> {
     .map_err(|error| error.to_string())
 }
 
-/// What a failed scenario leaves is kept before the next one clears it away.
+/// Keeps logs and objects of a failed scenario, before the next one deletes them.
 impl Drop for Target {
     fn drop(&mut self) {
         if !std::thread::panicking() {
             return;
         }
         let thread = std::thread::current();
-        let dir = kept(&thread.name().unwrap_or("scenario").replace("::", "-"));
-        // This thread is already driving a runtime.
+        let dir = logs_dir(&thread.name().unwrap_or("scenario").replace("::", "-"));
+        // This thread already runs a runtime.
         let outcome = std::thread::scope(|scope| scope.spawn(|| self.keep_logs(&dir)).join());
         match outcome {
             Ok(None) => {}
@@ -317,7 +316,7 @@ impl Drop for Target {
 }
 
 impl Target {
-    /// None where the cluster is the scenario's own and says all in its error.
+    /// Returns `None` for an embedded cluster, whose errors contain its logs.
     fn keep_logs(&self, dir: &Path) -> Option<Result<()>> {
         match self {
             Self::Embedded(_) => None,
@@ -334,12 +333,12 @@ impl Target {
     }
 }
 
-/// A line that is seen even of a test that passes.
+/// Writes a line that is shown even if the test passes.
 fn say(line: &str) {
     let _nobody_listens = writeln!(std::io::stderr(), "{line}");
 }
 
-/// Runs the same call on whichever cluster it is.
+/// Makes the same call on any of the clusters.
 macro_rules! on {
     ($target:expr, $cluster:ident => $call:expr) => {
         match $target {

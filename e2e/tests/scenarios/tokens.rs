@@ -1,4 +1,5 @@
-//! Service account tokens and secret references: what reaches the provider, and nobody else.
+//! Service account tokens and secret references: they reach the provider, and are seen nowhere
+//! else.
 
 use std::time::Duration;
 
@@ -11,7 +12,8 @@ use crate::{
     settings::{Need, TokenPlace},
 };
 
-/// A driver that refreshes often and logs all that it can, and tokens in this place.
+/// Returns the needs of these scenarios: a driver that refreshes often and logs all it can, and
+/// tokens in this place.
 const fn tokens(place: TokenPlace) -> [Need; 3] {
     [
         Need::Republish,
@@ -29,9 +31,9 @@ const fn tokens(place: TokenPlace) -> [Need; 3] {
     ]
 }
 
-/// The provider insists on a token for each audience, as in the first case of upstream's
-/// `e2e-provider.bats` (`upstream.rs` explains the names). The tokens are bound to the pod, and come
-/// among the attributes wherever kubelet put them.
+/// The provider requires a token for each audience, as in the first case of upstream's
+/// `e2e-provider.bats` (`upstream.rs` explains the names). The tokens are bound to the pod. They
+/// reach the provider among the attributes, wherever kubelet puts them.
 #[rstest::rstest]
 #[case::in_the_context(TokenPlace::Context)]
 #[case::in_secrets(TokenPlace::Secrets)]
@@ -53,11 +55,11 @@ async fn ep_01_tokens_reach_the_provider(#[case] place: TokenPlace) {
     insta::assert_snapshot!("tokens_are_bound_to_the_pod", s.redacted(texts["claims"]));
 }
 
-/// What kubelet renews is what the provider gets next.
+/// The provider gets the tokens that kubelet has renewed.
 #[tokio::test]
 async fn renewed_tokens_reach_the_provider() {
     let [republish, flags, tokens] = tokens(TokenPlace::Context);
-    // A real kubelet keeps a token until a fifth of its ten minutes is left.
+    // A real kubelet renews a token when a fifth of its ten minutes is left.
     let minutes = Need::Embedded("kubelet renews tokens after minutes");
     let s = scenario!([republish, flags, tokens, minutes]);
     s.apply(class(
@@ -72,7 +74,7 @@ async fn renewed_tokens_reach_the_provider() {
     until("other tokens have come", async || digests().await != before).await;
 }
 
-/// What looks like a missing token is explained, where none is asked for.
+/// When no token is configured, the error explains how to configure one.
 #[tokio::test]
 async fn a_missing_token_is_explained() {
     let s = Scenario::start().await;
@@ -85,7 +87,7 @@ async fn a_missing_token_is_explained() {
 
 /// The Secret that a pod names in `nodePublishSecretRef` reaches the provider as a JSON object of
 /// strings. This is the fifth case of upstream's `test/bats/akeyless.bats`, the only suite of
-/// upstream's that uses such a reference; the provider here is the fake one.
+/// upstream that uses such a reference, with the fake provider.
 #[tokio::test]
 async fn ak_05_a_secret_reference() {
     let s = Scenario::start().await;
@@ -114,8 +116,8 @@ async fn ak_05_a_secret_reference() {
 
 const CANARY: &str = "canary-5f1c9e";
 
-/// At the loudest, on success and on every way to fail, nothing that is secret is anywhere but in
-/// the volume: no log line, event, metric, record or error.
+/// With the most verbose log, on success and after every error, secrets are in the volume only: in
+/// no log line, event, metric, record or error.
 #[tokio::test]
 async fn canaries_are_seen_nowhere() {
     let s = scenario!(tokens(TokenPlace::Context));
@@ -155,7 +157,7 @@ async fn canaries_are_seen_nowhere() {
         let password = format!("{CANARY}-content");
         assert_eq!(s.reads(name, MOUNT).await.texts()["password"], password);
     }
-    // And while a refresh fails.
+    // Also while a refresh fails.
     let fault = "- {status: {code: UNAUTHENTICATED, message: token expired}}";
     s.apply(class("fine", &object).faults(fault)).await;
     until("the refresh fails", async || {
@@ -187,7 +189,7 @@ async fn canaries_are_seen_nowhere() {
     told.push(("records", serde_json::to_string(&records).unwrap()));
     for (place, text) in told {
         assert!(!text.contains(CANARY), "{place}: {text}");
-        // How every token begins: {"alg":
+        // Every token begins with this: {"alg":
         assert!(!text.contains("eyJhbGci"), "{place}: {text}");
     }
 }

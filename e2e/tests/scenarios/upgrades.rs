@@ -1,11 +1,11 @@
-//! This driver put in the place of another one, under pods that run: an earlier state of this
-//! repository, or the existing driver. Nothing that a pod has may change.
+//! Upgrades to this driver under running pods, from an earlier state of this repository and from
+//! the existing driver. A pod's files, mounts and statuses must not change.
 
 use std::time::Duration;
 
 use e2e::{cluster::Cluster as _, images, install::Installation, previous};
 use k8s_openapi::api::core::v1::Secret;
-use kube::{Api, ResourceExt};
+use kube::ResourceExt;
 
 use crate::{
     harness::{Scenario, scenario, until},
@@ -13,25 +13,25 @@ use crate::{
     settings::Need,
 };
 
-/// All with a mode, because the existing driver makes a file without one unreadable.
+/// Objects with modes: the existing driver makes a file without a mode unreadable.
 const OBJECTS: &str = "\
 - {objectName: password, content: hunter2, mode: \"0644\", version: \"3\"}
 - {objectName: tls/key, content: \"-----BEGIN\", mode: \"0400\", version: \"1\"}";
 
-/// Long enough for kubelet to have looked at every volume again.
+/// The time in which kubelet publishes every volume again.
 const A_FEW_LOOKS: Duration = Duration::from_secs(3);
 
-/// A class that asks for a Secret, too.
+/// Returns a class that declares a Secret, too.
 fn syncing_class() -> Class {
-    class("db", OBJECTS).secret_objects(&[SecretObject::new("db", &[("password", "password")])])
+    class("db", OBJECTS).secret_objects([SecretObject::new("db", &[("password", "password")])])
 }
 
-/// Where the two volumes of the pod are.
+/// Returns the mount paths of the pod's two volumes.
 fn volumes() -> [String; 2] {
     [MOUNT.to_owned(), format!("{MOUNT}-1")]
 }
 
-/// What the pod reads, and what it can be told from: mounts, pod statuses.
+/// Returns everything that must not change: files, mounts, pod statuses and their UIDs.
 async fn everything(s: &Scenario) -> (Vec<e2e::tree::Tree>, Vec<String>, String, Vec<String>) {
     let mut trees = Vec::new();
     for path in volumes() {
@@ -47,7 +47,7 @@ async fn everything(s: &Scenario) -> (Vec<e2e::tree::Tree>, Vec<String>, String,
     (trees, s.mounts().await, s.pod_statuses().await, uids)
 }
 
-/// The Secret's identity and what it holds.
+/// Returns the Secret's UID and content.
 async fn secret(s: &Scenario) -> Option<(Option<String>, String)> {
     let secrets = s.namespace.api::<Secret>();
     let secret = secrets.get_opt("db").await.unwrap()?;
@@ -55,9 +55,9 @@ async fn secret(s: &Scenario) -> Option<(Option<String>, String)> {
     Some((secret.uid(), String::from_utf8(data).unwrap()))
 }
 
-/// Runs a pod with two volumes under what was there before, puts this driver in its place, and
-/// looks at the pod until it is gone. `syncs` says that a Secret is there before, too; `calls` is
-/// how often the provider is asked for the pod.
+/// Runs a pod with two volumes under the installation `before`, installs this driver over it, and
+/// checks the pod until it is gone. `syncs` says whether the earlier driver makes the Secret, too;
+/// `calls` is the number of the provider's calls for the pod.
 async fn replace(s: &Scenario, before: &Installation, syncs: bool, calls: u64) {
     s.cluster.install(before).await;
     s.apply(syncing_class()).await;
@@ -79,7 +79,7 @@ async fn replace(s: &Scenario, before: &Installation, syncs: bool, calls: u64) {
     .await;
     tokio::time::sleep(A_FEW_LOOKS).await;
     let mut now = everything(s).await;
-    // The mounts are the same ones; their bounds are those of the new driver.
+    // The mounts are the same; their limits are those of the new driver.
     for lines in [&mut now.1, &mut earlier.1] {
         for line in lines {
             let mount = line.split_once(" - ").map(|(mount, _)| mount.to_owned());
@@ -90,7 +90,7 @@ async fn replace(s: &Scenario, before: &Installation, syncs: bool, calls: u64) {
     if synced.is_some() {
         assert_eq!(secret(s).await, synced);
     }
-    // Its two volumes are of one pod.
+    // Both volumes belong to this pod.
     assert_eq!(s.provider_calls("web").await, calls);
 
     s.apply(pod("later", &["db"])).await;
@@ -122,7 +122,7 @@ async fn from_an_earlier_commit() {
     replace(&s, &before, false, 2).await;
 }
 
-/// It leaves no records: what lies in its mounts is written again, in these very mounts.
+/// It leaves no records: the content is written again, in the same mounts.
 #[tokio::test]
 async fn from_the_existing_driver() {
     let s = scenario!([Need::ExistingDriver, Need::Controllers, Need::Republish]);

@@ -1,10 +1,10 @@
-//! The existing driver's own end-to-end cases with its fixtures, without the parts about Secrets.
+//! The end-to-end cases of the existing driver with its fixtures, without the parts about Secrets.
 //!
-//! Its suite is `test/bats/e2e-provider.bats` of kubernetes-sigs/secrets-store-csi-driver, v1.6.0, its
-//! fixtures lie in `test/bats/tests/e2e_provider`. A name such as `ep_05_to_08` says which cases of that
-//! file a scenario stands for, counted from the first `@test`; `ep` is short for "e2e-provider". Cases 1,
-//! 14 to 19, 22 and 23 (with Secrets) and 24 to 26 are in `tokens.rs`, `secrets.rs` and `rotation.rs`.
-//! `ak_05` is the fifth case of `test/bats/akeyless.bats`.
+//! Its suite is `test/bats/e2e-provider.bats` of kubernetes-sigs/secrets-store-csi-driver, v1.6.0;
+//! the fixtures are in `test/bats/tests/e2e_provider`. A name such as `ep_05_to_08` names the cases
+//! of that file that a scenario covers, counted from the first `@test`; `ep` is short for
+//! "e2e-provider". Cases 1, 14 to 19, 22 and 23 (with Secrets) and 24 to 26 are in `tokens.rs`,
+//! `secrets.rs` and `rotation.rs`. `ak_05` is the fifth case of `test/bats/akeyless.bats`.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use e2e::cluster::Cluster as _;
@@ -21,7 +21,7 @@ use crate::{
 
 const KEY: &str = "-----BEGIN PUBLIC KEY-----\nThis is mock key\n-----END PUBLIC KEY-----";
 
-/// The class of the cases 5 and 9.
+/// Returns the class of the cases 5 and 9.
 fn fixture(api_version: &str, name: &str) -> String {
     format!(
         "apiVersion: secrets-store.csi.x-k8s.io/{api_version}
@@ -51,7 +51,7 @@ async fn reads_foo_and_fookey(s: &Scenario, path: &str) {
     assert_eq!(BASE64.encode(tree.texts()["fookey"]), BASE64.encode(KEY));
 }
 
-/// The CRDs are established, and roles and bindings have the names that tools know.
+/// The CRDs are established, and roles and bindings have the usual names.
 #[tokio::test]
 async fn ep_02_to_04_what_is_installed() {
     let s = Scenario::start().await;

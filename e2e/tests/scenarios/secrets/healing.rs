@@ -1,4 +1,4 @@
-//! Secrets that somebody deleted or altered, classes that change, content that changes.
+//! Secrets that are deleted or changed by others, classes that change, content that changes.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use embedded::api::Disturbance;
 #[tokio::test]
 async fn deleted_and_altered_secrets_heal() {
     let s = scenario!([OFTEN]);
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.secrets().await;
@@ -37,24 +37,25 @@ async fn deleted_and_altered_secrets_heal() {
     s.patch_secret("creds", json!({"metadata": {"ownerReferences": null}}))
         .await;
     healed().await;
-    // What others put there stays, and is no reason to write.
+    // Labels and annotations of others stay, and are no reason to write.
     s.patch_secret(
         "creds",
         json!({"metadata": {"labels": {"foreign": "1"}, "annotations": {"foreign": "1"}}}),
     )
     .await;
     let version = s.secret("creds").await.unwrap().resource_version();
-    s.looked_again().await;
+    s.checked_again().await;
     let now = s.secret("creds").await.unwrap();
     assert_eq!(now.resource_version(), version);
     assert_eq!(now.labels()["foreign"], "1");
 }
 
-/// Somebody deletes a bare pod's status; with it goes the Secret that it owns. Both return.
+/// A bare pod's status is deleted, and with it the Secret that it owns. The driver creates both
+/// again.
 #[tokio::test]
 async fn a_pod_status_that_is_deleted_returns_with_its_secret() {
     let s = scenario!([OFTEN]);
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let (statuses, secrets) = (s.pod_statuses().await, s.secrets().await);
@@ -89,11 +90,11 @@ async fn a_pod_status_that_is_deleted_returns_with_its_secret() {
     assert_eq!(s.provider_calls("web").await, 1, "nobody was asked");
 }
 
-/// The driver that was there before need not have been the one that made it.
+/// A new driver restores a Secret that an earlier one made, without the provider.
 #[tokio::test]
 async fn a_new_driver_heals_from_the_mount() {
     let s = scenario!([OFTEN]);
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.secrets().await;
@@ -111,14 +112,14 @@ async fn a_new_driver_heals_from_the_mount() {
 async fn a_class_that_changes() {
     let s = scenario!([OFTEN]);
     let more = SecretObject::new("more", &[("a", "password")]);
-    s.apply(syncing("db", "hunter2", &[creds(), more])).await;
+    s.apply(syncing("db", "hunter2", [creds(), more])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let (uid, mut text) = (s.secret("creds").await.unwrap().uid(), s.secrets().await);
-    // Another key, other labels, and one Secret fewer.
+    // Another key, other labels, and one Secret less.
     let changed = SecretObject::new("creds", &[("password", "password")])
         .with("labels", json!({"team": "shop"}));
-    s.apply(syncing("db", "hunter2", &[changed.clone()])).await;
+    s.apply(syncing("db", "hunter2", [changed.clone()])).await;
     s.secret_says("creds", "password", "hunter2").await;
     until("the other is let go", async || {
         let more = s.secret("more").await.unwrap();
@@ -127,9 +128,9 @@ async fn a_class_that_changes() {
     .await;
     assert_eq!(s.secret("creds").await.unwrap().uid(), uid);
     text += &format!("after the class changed\n{}", s.secrets().await);
-    // Another type, which only a new Secret can have.
+    // Another type, which needs a new Secret.
     let retyped = changed.of_type("kubernetes.io/basic-auth");
-    s.apply(syncing("db", "hunter2", &[retyped])).await;
+    s.apply(syncing("db", "hunter2", [retyped])).await;
     until("the type is another", async || {
         let secret = s.secret("creds").await;
         secret.is_some_and(|s| s.type_.as_deref() == Some("kubernetes.io/basic-auth"))
@@ -138,18 +139,18 @@ async fn a_class_that_changes() {
     assert_ne!(s.secret("creds").await.unwrap().uid(), uid);
     text += &format!("after the type changed\n{}", s.secrets().await);
     until("the pod is told", async || {
-        !s.told("web", "SecretRecreated").await.is_empty()
+        !s.messages("web", "SecretRecreated").await.is_empty()
     })
     .await;
-    text += &s.told("web", "SecretRecreated").await.join("\n");
+    text += &s.messages("web", "SecretRecreated").await.join("\n");
     insta::assert_snapshot!(text);
-    // Released, it still goes with the last of its owners.
+    // A released Secret is deleted with the last of its owners, too.
     s.delete("web").await;
     s.no_secret("more").await;
     s.no_secret("creds").await;
 }
 
-/// Without rotation nothing but the driver's own look finds that out.
+/// Without rotation, only the driver's periodic check notices the change.
 #[tokio::test]
 async fn a_class_that_gets_its_first_secret() {
     let s = scenario!([OFTEN]);
@@ -158,14 +159,14 @@ async fn a_class_that_gets_its_first_secret() {
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let before = s.secrets().await;
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     s.secret_says("creds", "pw", "hunter2").await;
     insta::assert_snapshot!(format!("{before}its class changes\n{}", s.secrets().await));
     s.delete("web").await;
     s.no_secret("creds").await;
 }
 
-/// The Secret follows the file, with one write.
+/// The Secret follows the file with one write.
 #[tokio::test]
 async fn rotation_reaches_the_secret_with_the_file() {
     let s = scenario!([
@@ -202,41 +203,42 @@ async fn rotation_reaches_the_secret_with_the_file() {
     s.provider_control("/rotation?rotated=false").await;
 }
 
-/// What a pod mounted before the value changed never comes back over it.
+/// A pod that has mounted an older value never overwrites a newer one.
 #[tokio::test]
 async fn two_nodes_with_different_versions() {
     let s = scenario!([Need::Nodes(2), OFTEN]);
     let nodes = s.cluster.nodes();
-    // By name, because another scenario may have closed the node for the scheduler.
+    // Named, because another scenario may have closed the node to the scheduler.
     let on = |name: &str, node: &str| pod(name, &["db"]).on_node(node);
-    s.apply(syncing("db", "old", &[creds()])).await;
+    s.apply(syncing("db", "old", [creds()])).await;
     s.apply(on("first", &nodes[0])).await;
     s.ready("first").await;
-    s.apply(syncing("db", "new", &[creds()])).await;
+    s.apply(syncing("db", "new", [creds()])).await;
     s.apply(on("second", &nodes[1])).await;
     s.ready("second").await;
     assert_eq!(s.reads("first", MOUNT).await.texts()["password"], "old");
     assert_eq!(s.value("creds", "pw").await.unwrap(), "new");
     let version = s.secret("creds").await.unwrap().resource_version();
-    s.looked_again().await;
+    s.checked_again().await;
     let now = s.secret("creds").await.unwrap();
     assert_eq!(now.resource_version(), version, "nobody wrote");
     s.patch_secret("creds", json!({"data": {"pw": "eA=="}}))
         .await;
     s.secret_says("creds", "pw", "new").await;
     assert_eq!(s.owners("creds").await.len(), 2);
-    // The newer is gone: what it left is still newer.
+    // The pod with the newer value is gone; the value stays.
     s.delete("second").await;
     s.owned_by("creds", 1).await;
-    s.looked_again().await;
+    s.checked_again().await;
     assert_eq!(s.value("creds", "pw").await.unwrap(), "new");
 }
 
-/// An API server that is away, slow, refuses or sees conflicts delays a Secret and nothing else.
+/// An API server that is away or slow, refuses requests or reports conflicts delays the Secret
+/// only.
 #[tokio::test]
 async fn an_api_server_in_trouble() {
     let s = scenario!([Need::DisturbApi, OFTEN]);
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     let refused = |status| Disturbance::Fail {
         status,
         verb: Some("create".to_owned()),
@@ -271,15 +273,15 @@ async fn an_api_server_in_trouble() {
     .await;
 }
 
-/// After a reboot nothing is mounted, and the provider is slow or not there yet. Neither a bare
-/// directory nor a volume that is being filled is content, so that the Secrets keep theirs.
+/// After a reboot, nothing is mounted, and the provider is slow or away. Neither an empty directory
+/// nor an incomplete volume counts as content, so the Secrets keep their data.
 #[tokio::test]
 async fn a_reboot_before_the_provider_is_back() {
     let s = scenario!([Need::Reboot, OFTEN]);
     let make = |name: &str, faults: &str| {
         let all = SecretObject::all_objects(&format!("{name}-all"));
         let named = creds().name(&format!("{name}-named"));
-        syncing(name, "hunter2", &[all, named]).faults(faults)
+        syncing(name, "hunter2", [all, named]).faults(faults)
     };
     for name in ["slow", "away"] {
         s.apply(make(name, "")).await;
@@ -305,19 +307,19 @@ async fn a_reboot_before_the_provider_is_back() {
     for name in ["slow", "away"] {
         s.ready(name).await;
         assert_eq!(s.reads(name, MOUNT).await.texts()["password"], "hunter2");
-        let told = s.told(name, "FailedToCreateSecret").await;
+        let told = s.messages(name, "FailedToCreateSecret").await;
         assert_eq!(told, Vec::<String>::new());
     }
-    s.looked_again().await;
+    s.checked_again().await;
     let values = async || s.value("slow-all", "password").await;
     assert_eq!(values().await.as_deref(), Some("hunter2"));
 }
 
-/// A type that the API server does not take is not risked: the Secret stays.
+/// If the API server refuses the new type, the Secret stays.
 #[tokio::test]
 async fn a_type_that_is_refused() {
     let s = scenario!([Need::DisturbApi, OFTEN]);
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let (uid, before) = (s.secret("creds").await.unwrap().uid(), s.secrets().await);
@@ -329,9 +331,9 @@ async fn a_type_that_is_refused() {
     };
     s.cluster.disturb_api(refused).await.unwrap();
     let retyped = creds().of_type("example.com/typed");
-    s.apply(syncing("db", "hunter2", &[retyped])).await;
-    s.looked_again().await;
-    s.looked_again().await;
+    s.apply(syncing("db", "hunter2", [retyped])).await;
+    s.checked_again().await;
+    s.checked_again().await;
     let now = s.secret("creds").await.unwrap();
     assert_eq!((now.uid(), s.secrets().await), (uid, before));
     s.cluster.disturb_api(Disturbance::None).await.unwrap();

@@ -1,4 +1,4 @@
-//! What values are made of: certificates in all their forms, and what goes beyond upstream.
+//! Sources of values: certificates in all forms, and the options that upstream does not have.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use rstest::rstest;
@@ -17,10 +17,11 @@ fn tls_class(bundle: &[u8]) -> Class {
         BASE64.encode(bundle)
     );
     let secret = SecretObject::new("creds", &[("tls.crt", "bundle"), ("tls.key", "bundle")]);
-    class("db", &object).secret_objects(&[secret.of_type("kubernetes.io/tls")])
+    class("db", &object).secret_objects([secret.of_type("kubernetes.io/tls")])
 }
 
-/// Whatever the order and the container: leaf, chain, and the key in upstream's form.
+/// A Secret has leaf, chain and key in upstream's form, whatever the order and format of the
+/// object.
 #[tokio::test]
 async fn certificates_in_any_form() {
     let s = Scenario::start().await;
@@ -86,7 +87,7 @@ async fn certificates_in_any_form() {
     }
 }
 
-/// Nothing half and nothing empty is written; the pod hears why.
+/// No incomplete or empty Secret is written; an event on the pod explains why.
 #[tokio::test]
 async fn certificates_that_cannot_be_used() {
     let s = Scenario::start().await;
@@ -104,7 +105,7 @@ async fn certificates_that_cannot_be_used() {
         s.apply(tls_class(bundle)).await;
         s.apply(pod(name, &["db"])).await;
         s.ready(name).await;
-        let told = s.trouble(name, "Secret creds").await;
+        let told = s.failed_sync(name, "Secret creds").await;
         writeln!(text, "{name}: {told}").unwrap();
         assert!(s.secret("creds").await.is_none());
         s.delete(name).await;
@@ -126,14 +127,14 @@ async fn all_keys_decoded_and_out_of_json() {
         {"objectName": "encoded", "encoding": "base64", "key": "decoded"},
     ]);
     let parts = SecretObject::new("parts", &[]).with("data", parts);
-    s.apply(class("db", objects).secret_objects(&[everything, parts]))
+    s.apply(class("db", objects).secret_objects([everything, parts]))
         .await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     insta::assert_snapshot!(s.secrets().await);
 }
 
-/// Required keys are checked before the API server is asked, and named.
+/// Keys that a type requires are checked before the API server is asked; the event names them.
 #[rstest]
 #[case::docker("kubernetes.io/dockerconfigjson", ".dockerconfigjson")]
 #[case::basic_auth("kubernetes.io/basic-auth", "username")]
@@ -143,17 +144,16 @@ async fn keys_that_a_type_needs(#[case] type_: &str, #[case] key: &str) {
     let s = Scenario::start().await;
     let wrong = creds().of_type(type_);
     let class = class("db", "- {objectName: password, content: '{\"auths\": {}}'}");
-    s.apply(class.clone().secret_objects(&[wrong.clone()]))
-        .await;
+    s.apply(class.clone().secret_objects([wrong.clone()])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    let told = s.trouble("web", key).await;
+    let told = s.failed_sync("web", key).await;
     assert!(
         told.contains(type_) && told.contains("Secret creds"),
         "{told}"
     );
     assert!(s.secret("creds").await.is_none());
-    s.apply(class.secret_objects(&[wrong.key(key)])).await;
+    s.apply(class.secret_objects([wrong.key(key)])).await;
     s.apply(pod("later", &["db"])).await;
     s.ready("later").await;
     let secret = s.secret("creds").await.unwrap();

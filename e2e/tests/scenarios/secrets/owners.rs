@@ -1,18 +1,18 @@
-//! Who a Secret lives with, and how long.
+//! The owners of a Secret, and its deletion with the last one.
 
 use std::time::{Duration, Instant};
 
 use super::*;
 use k8s_openapi::api::apps::v1::ReplicaSet;
 
-/// Requests of the driver are counted.
+/// The scenario counts the driver's requests.
 const COUNTING: Need = Need::Embedded("the API server does not count requests");
 
-/// A Secret that is handed from one Deployment to another is the same all the time.
+/// A Secret that one Deployment after another uses stays the same object.
 #[tokio::test]
 async fn hand_over_between_deployments() {
     let s = scenario!([OFTEN]);
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     let pod = pod("web", &["db"]).env("creds", "pw");
     s.apply(deployment("round-0", 1, &pod)).await;
     s.all_ready("round-0", 1).await;
@@ -34,7 +34,7 @@ async fn hand_over_between_deployments() {
 #[tokio::test]
 async fn scaled_to_zero_and_back() {
     let s = scenario!([OFTEN]);
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     let pod = pod("web", &["db"]).env("creds", "pw");
     s.apply(deployment("web", 2, &pod)).await;
     s.all_ready("web", 2).await;
@@ -52,11 +52,11 @@ async fn scaled_to_zero_and_back() {
     assert_eq!(after.resource_version(), before.resource_version());
 }
 
-/// A ReplicaSet of the same name is another one.
+/// A new ReplicaSet with the name of a deleted one is another owner.
 #[tokio::test]
 async fn a_replica_set_made_anew_under_its_name() {
     let s = scenario!([OFTEN]);
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     s.apply(pod("keeper", &["db"])).await;
     s.ready("keeper").await;
     let uid = s.secret("creds").await.unwrap().uid();
@@ -90,8 +90,8 @@ async fn a_replica_set_made_anew_under_its_name() {
     s.no_secret("creds").await;
 }
 
-/// Fifty pods of one ReplicaSet share a Secret: the first makes it, the others find it right, and
-/// at rest nothing is written. Prints what was measured.
+/// Fifty pods of one ReplicaSet share a Secret: it is written once, and never again at rest. Prints
+/// the numbers of requests.
 #[tokio::test]
 async fn fifty_pods_and_one_write() {
     let s = scenario!([COUNTING, OFTEN]);
@@ -106,7 +106,7 @@ async fn fifty_pods_and_one_write() {
         of_driver.count()
     };
     const WRITES: &[&str] = &["create", "update", "patch", "delete"];
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     let started = Instant::now();
     s.apply(deployment(
         "web",
@@ -123,20 +123,20 @@ async fn fifty_pods_and_one_write() {
     let pods = s.all_ready("web", 50).await;
     assert_eq!(requests(WRITES, "secrets"), 1);
     for pod in &pods {
-        assert_eq!(s.told(pod, "Failed").await, Vec::<String>::new());
+        assert_eq!(s.messages(pod, "Failed").await, Vec::<String>::new());
     }
     let version = s.secret("creds").await.unwrap().resource_version();
     cluster.api().reset_requests();
     tokio::time::sleep(Duration::from_secs(10)).await;
     assert_eq!(requests(WRITES, ""), 0, "at rest");
     let statuses = requests(&["get"], "secretproviderclasspodstatuses");
-    // One look at each pod status in four seconds.
+    // Each pod status is read every four seconds.
     assert!(
         (50..=200).contains(&statuses),
         "{statuses} reads in ten seconds"
     );
     let reads = requests(&["get"], "") - statuses;
-    // One look at the Secret and one at the class a second, as the flag has it.
+    // Secret and class are read every second, as the flag sets it.
     assert!((10..=40).contains(&reads), "{reads} reads in ten seconds");
     assert_eq!(requests(&["list", "watch"], ""), 0);
     assert_eq!(s.secret("creds").await.unwrap().resource_version(), version);
@@ -145,8 +145,8 @@ async fn fifty_pods_and_one_write() {
     );
 }
 
-/// A class without Secrets costs what it did: one read and one write for a publish. Beyond that it
-/// is looked at once in an interval, which is long here and counted in `driver/tests/sync.rs`.
+/// With a class without Secrets, a publish needs one read and one write. The class is also read
+/// once in an interval, which is long here; `driver/tests/sync.rs` counts that.
 #[tokio::test]
 async fn a_class_without_secrets_costs_nothing_more() {
     let s = scenario!([COUNTING, Need::Flags(&["--sync-interval=1h"])]);
@@ -156,7 +156,7 @@ async fn a_class_without_secrets_costs_nothing_more() {
     cluster.api().reset_requests();
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    s.looked_again().await;
+    s.checked_again().await;
     let all = cluster.api().requests();
     let mut of_driver: Vec<_> = all
         .iter()
@@ -173,12 +173,12 @@ async fn a_class_without_secrets_costs_nothing_more() {
     );
 }
 
-/// How long a pod that needs the Secret waits for it, which is not at all: the publish that
-/// returns has made it. Prints how long a publish with a Secret takes.
+/// A pod does not wait for its Secret, which exists when its volume is published. Prints the time
+/// that this takes.
 #[tokio::test]
 async fn the_secret_is_there_when_the_publish_returns() {
     let s = Scenario::start().await;
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     for round in 0..5 {
         let name = format!("web-{round}");
         let started = Instant::now();
@@ -192,17 +192,17 @@ async fn the_secret_is_there_when_the_publish_returns() {
             started.elapsed()
         );
         s.ready(&name).await;
-        assert_eq!(s.told(&name, "Failed").await, Vec::<String>::new());
+        assert_eq!(s.messages(&name, "Failed").await, Vec::<String>::new());
         s.delete(&name).await;
         s.no_secret("creds").await;
     }
 }
 
-/// A StatefulSet and a Job are controllers like others.
+/// A StatefulSet and a Job own Secrets, too.
 #[tokio::test]
 async fn other_controllers() {
     let s = scenario!([Need::Controllers]);
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     s.apply(stateful_set("web", &pod("web", &["db"]).env("creds", "pw")))
         .await;
     s.ready("web-0").await;

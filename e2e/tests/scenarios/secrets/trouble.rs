@@ -1,4 +1,4 @@
-//! Secrets that are not the driver's to write, and drivers that may not write any.
+//! Secrets that the driver must not write, and drivers without permission to write any.
 
 use super::*;
 use k8s_openapi::api::rbac::v1::ClusterRoleBinding;
@@ -14,13 +14,17 @@ async fn a_secret_of_somebody_else() {
         "data": {"theirs": "cHJlY2lvdXM="},
     }))
     .await;
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    let mut text = s.trouble("web", "not the driver's").await;
-    s.looked_again().await;
+    let mut text = s.failed_sync("web", "not the driver's").await;
+    s.checked_again().await;
     write!(text, "\n{}", s.secrets().await).unwrap();
-    assert_eq!(s.told("web", "FailedToCreateSecret").await.len(), 1, "once");
+    assert_eq!(
+        s.messages("web", "FailedToCreateSecret").await.len(),
+        1,
+        "once"
+    );
     s.patch_secret(
         "creds",
         json!({"metadata": {"annotations": {"secrets-store.csi.k8s.io/adopt": "true"}}}),
@@ -28,7 +32,7 @@ async fn a_secret_of_somebody_else() {
     .await;
     s.secret_says("creds", "pw", "hunter2").await;
     until("the pod is told", async || {
-        !s.told("web", "SecretSynced").await.is_empty()
+        !s.messages("web", "SecretSynced").await.is_empty()
     })
     .await;
     write!(text, "adopted\n{}", s.secrets().await).unwrap();
@@ -43,30 +47,30 @@ async fn a_secret_of_somebody_else() {
 #[tokio::test]
 async fn two_classes_and_one_secret() {
     let s = scenario!([OFTEN]);
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
-    s.apply(syncing("other", "different", &[creds()])).await;
-    s.apply(syncing("alike", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
+    s.apply(syncing("other", "different", [creds()])).await;
+    s.apply(syncing("alike", "hunter2", [creds()])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     s.apply(pod("rival", &["other"])).await;
     s.ready("rival").await;
-    let mut text = s.trouble("rival", "makes other content").await;
-    // Equal content is no conflict.
+    let mut text = s.failed_sync("rival", "makes other content").await;
+    // Equal content is not a conflict.
     s.apply(pod("friend", &["alike"])).await;
     s.ready("friend").await;
     let version = s.secret("creds").await.unwrap().resource_version();
-    s.looked_again().await;
+    s.checked_again().await;
     let now = s.secret("creds").await.unwrap();
     assert_eq!(now.resource_version(), version, "no alternation");
     assert_eq!(
-        s.told("friend", "FailedToCreateSecret").await,
+        s.messages("friend", "FailedToCreateSecret").await,
         Vec::<String>::new()
     );
     write!(text, "\n{}", s.secrets().await).unwrap();
-    // The first class gives it up, and the other gets it.
+    // The first class no longer declares it, and the other gets it.
     s.delete("friend").await;
     s.owned_by("creds", 1).await;
-    s.apply(syncing("db", "hunter2", &[creds().name("mine")]))
+    s.apply(syncing("db", "hunter2", [creds().name("mine")]))
         .await;
     s.secret_says("creds", "pw", "different").await;
     s.secret_says("mine", "pw", "hunter2").await;
@@ -75,7 +79,8 @@ async fn two_classes_and_one_secret() {
     insta::assert_snapshot!(text);
 }
 
-/// Without the syncing role volumes are mounted all the same, and the pod hears what is missing.
+/// Without the syncing role, volumes are mounted all the same, and an event on the pod names what
+/// is missing.
 #[tokio::test]
 async fn without_the_syncing_role() {
     let s = scenario!([OFTEN]);
@@ -86,10 +91,10 @@ async fn without_the_syncing_role() {
         .delete(name, &DeleteParams::default())
         .await
         .unwrap();
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    let told = s.trouble("web", "syncSecret.enabled").await;
+    let told = s.failed_sync("web", "syncSecret.enabled").await;
     let reads = s.reads("web", MOUNT).await;
     let made = s.secret("creds").await;
     binding.metadata.resource_version = None;
@@ -109,16 +114,16 @@ async fn without_the_syncing_role() {
 async fn errors_that_fail_the_mount() {
     let s = scenario!([Need::Flags(&["--sync-errors=fail"])]);
     let nowhere = creds().object("nowhere");
-    s.apply(syncing("db", "hunter2", &[nowhere])).await;
+    s.apply(syncing("db", "hunter2", [nowhere])).await;
     s.apply(pod("web", &["db"])).await;
     insta::assert_snapshot!(s.failed_mount("web", "rpc error").await);
     assert!(s.pod_status_objects().await.is_empty());
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     s.ready("web").await;
     assert_eq!(s.value("creds", "pw").await.unwrap(), "hunter2");
 }
 
-/// A volume that is fresh is not refreshed again and again for the sake of its Secrets.
+/// An error of a Secret does not make the driver refresh a fresh volume.
 #[tokio::test]
 async fn errors_that_fail_no_refresh() {
     let s = scenario!([
@@ -129,32 +134,32 @@ async fn errors_that_fail_no_refresh() {
             "--sync-errors=fail",
         ])
     ]);
-    s.apply(syncing("db", "hunter2", &[creds()])).await;
+    s.apply(syncing("db", "hunter2", [creds()])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let nowhere = creds().object("nowhere");
-    s.apply(syncing("db", "hunter3", &[nowhere])).await;
+    s.apply(syncing("db", "hunter3", [nowhere])).await;
     until("the file is the class's", async || {
         s.namespace.reconcile("web").await.unwrap();
         s.reads("web", MOUNT).await.texts()["password"] == "hunter3"
     })
     .await;
-    s.trouble("web", "nowhere").await;
+    s.failed_sync("web", "nowhere").await;
     let calls = s.provider_calls("web").await;
     for _ in 0..3 {
         s.namespace.reconcile("web").await.unwrap();
-        s.looked_again().await;
+        s.checked_again().await;
     }
     assert_eq!(s.provider_calls("web").await, calls, "it is fresh");
     for reason in ["MountRotationFailed", "MountRotationComplete"] {
-        assert_eq!(s.told("web", reason).await, Vec::<String>::new());
+        assert_eq!(s.messages("web", reason).await, Vec::<String>::new());
     }
     assert_eq!(
         s.value("creds", "pw").await.unwrap(),
         "hunter2",
         "as it was"
     );
-    s.apply(syncing("db", "hunter3", &[creds()])).await;
+    s.apply(syncing("db", "hunter3", [creds()])).await;
     until("the Secret follows", async || {
         s.namespace.reconcile("web").await.unwrap();
         s.value("creds", "pw").await.as_deref() == Some("hunter3")
@@ -162,18 +167,18 @@ async fn errors_that_fail_no_refresh() {
     .await;
 }
 
-/// One event, however often the driver looks.
+/// The driver posts one event, however often it checks.
 #[tokio::test]
 async fn more_than_a_secret_holds() {
     let s = scenario!([OFTEN]);
     let large = class("db", "- {objectName: large, contentSize: 1048577}");
     let secret = creds().object("large");
-    s.apply(large.secret_objects(&[secret])).await;
+    s.apply(large.secret_objects([secret])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    let told = s.trouble("web", "bytes").await;
+    let told = s.failed_sync("web", "bytes").await;
     insta::assert_snapshot!(told);
-    s.looked_again().await;
-    assert_eq!(s.told("web", "FailedToCreateSecret").await.len(), 1);
+    s.checked_again().await;
+    assert_eq!(s.messages("web", "FailedToCreateSecret").await.len(), 1);
     assert!(s.secret("creds").await.is_none());
 }
