@@ -73,13 +73,13 @@ pub struct Config {
     pub rotation_poll_interval: Duration,
     /// The shortest interval that a class or a volume can set.
     pub min_rotation_poll_interval: Duration,
-    /// What kubelet is told when a refresh fails.
+    /// The answer to kubelet when a refresh fails.
     pub republish_errors: RepublishErrors,
     /// The wait before a failed refresh is tried again. It doubles with each further failure.
     pub rotation_backoff: Duration,
     /// The longest wait before a failed refresh is tried again.
     pub rotation_backoff_max: Duration,
-    /// What happens when a Secret cannot be written.
+    /// The outcome of a publish when a Secret cannot be written.
     pub sync_errors: SyncErrors,
     /// The time in which each synced Secret and the class of each volume are checked once.
     pub sync_interval: Duration,
@@ -102,7 +102,7 @@ pub struct Config {
     print_version: bool,
 }
 
-/// What kubelet is told when a refresh fails.
+/// The answer to kubelet when a refresh fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RepublishErrors {
     /// Success.
@@ -111,7 +111,7 @@ pub enum RepublishErrors {
     Surface,
 }
 
-/// What happens when a Secret cannot be written.
+/// The outcome of a publish when a Secret cannot be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SyncErrors {
     /// The publish succeeds and an event reports the failure.

@@ -398,7 +398,7 @@ fn accept(call: &MountCall<'_>, mut response: MountResponse, reserved: Reserved)
             version: o.version,
         })
         .collect();
-    // Of an id that comes more than once, the last one counts, as in a map.
+    // The last one counts of an id that comes more than once, as in a map.
     objects.reverse();
     objects.sort_by(|a, b| a.id.cmp(&b.id));
     objects.dedup_by(|a, b| a.id == b.id);

@@ -1,8 +1,8 @@
-//! The Helm chart: its values are those of the existing driver's chart and some of ours, and what
-//! it renders is what the plain manifests say.
+//! Checks the Helm chart: it has the values of the existing driver's chart and some more, and renders
+//! the same objects as the plain manifests.
 //!
-//! Rendering needs Helm, from `$HELM`, the search path or `/var/cache/e2e-tools`; without it those
-//! tests say so and pass. `just manifests` writes the table of values in the chart's README anew.
+//! Rendering needs Helm, from `$HELM`, the search path or `/var/cache/e2e-tools`. Without it those
+//! tests say so and pass. `just manifests` writes the table of values in the chart's README.
 
 // A test crate outside of its #[test] functions.
 #![allow(clippy::panic, clippy::unwrap_used)]
@@ -33,7 +33,7 @@ fn schema() -> Value {
     serde_json::from_str(&text).unwrap()
 }
 
-/// The value at `linux.image.tag` and the like, absent if there is none.
+/// Returns the value of a key such as `linux.image.tag`.
 fn value<'a>(values: &'a Value, key: &str) -> Option<&'a Value> {
     key.split('.')
         .try_fold(values, |values, part| values.get(part))
@@ -49,13 +49,13 @@ fn values_have_the_names_and_defaults_of_the_existing_chart() {
     }
 }
 
-/// A value as the schema describes it.
+/// A value that the schema describes.
 struct Described {
     key: String,
     effect: String,
 }
 
-/// Every value with an effect of its own. What has none is an object that holds such values.
+/// Returns every value that has a description. A value without one is an object of such values.
 fn described(schema: &Value) -> Vec<Described> {
     let mut found = Vec::new();
     let mut open = vec![(String::new(), schema)];
@@ -120,9 +120,9 @@ fn the_readme_has_every_value() {
     );
 }
 
-/// Versions of distributions, such as v1.35.6-eks-1, are pre-releases to a comparison, which only
-/// lets those in if it names a pre-release itself. `helm template` cuts such suffixes off, so that
-/// rendering does not show it.
+/// Helm compares versions of distributions, such as v1.35.6-eks-1, as pre-releases, which match only
+/// a constraint that names a pre-release itself. `helm template` removes such suffixes, so that
+/// rendering does not show a wrong constraint.
 #[test]
 fn version_gates_let_distributions_in() {
     let mut gates = 0;
@@ -169,7 +169,7 @@ fn renders(
         .unwrap();
     insta::assert_snapshot!(name, rendered);
 
-    // Kubernetes knows every field, and the driver every argument.
+    // This fails for a field that Kubernetes, or an argument that the driver does not know.
     for daemon_set in objects::<DaemonSet>(&rendered) {
         let pod = daemon_set.spec.template.spec.unwrap();
         config(container(&pod, "secrets-store"));
@@ -188,13 +188,13 @@ fn an_upgrade_can_reuse_the_values_of_the_existing_chart() {
         "with values left: of the existing chart, right: of ours"
     );
 
-    // Charts before 1.5.6 did not have this value.
+    // Charts before 1.5.6 do not have this value.
     let older = REUSED.replace("automountServiceAccountToken: true\n", "");
     assert_ne!(older, REUSED);
     let older = helm.render(&Chart::with_values(&older), "1.34.2", "", &[]);
     assert_eq!(older.unwrap(), upgraded);
 
-    // What an installation had set, and one of ours on top.
+    // Values that an installation has set, and one value that only this chart has.
     let set = format!("{TOKENS}\n{PULL_SECRETS}\nsyncSecret: {{enabled: true}}\n{BUILTIN}\n");
     let rendered = helm.render(&reused, "1.34.2", &set, &[]).unwrap();
     insta::assert_snapshot!("reused_values", rendered);
@@ -260,8 +260,8 @@ fn container<'a>(pod: &'a PodSpec, name: &str) -> &'a Container {
     containers.find(|container| container.name == name).unwrap()
 }
 
-/// The pod spec without what the two kinds of manifest may word differently: names of volumes, and
-/// the driver's arguments, which are compared by what the driver makes of them.
+/// Returns the pod spec without the parts in which the two kinds of manifest may differ: the names of
+/// volumes, and the driver's arguments, which are compared as parsed settings.
 fn comparable(mut pod: PodSpec) -> PodSpec {
     let volumes = pod.volumes.take().unwrap();
     for container in &mut pod.containers {
@@ -295,13 +295,13 @@ fn the_pods_are_those_of_the_plain_manifests(#[case] file: &str, #[case] values:
     let mut plain_config = config(container(&plain, "secrets-store"));
     let chart_config = config(container(&chart, "secrets-store"));
     if plain.containers.len() == 3 {
-        // This plain manifest has exactly the arguments of the existing driver's.
+        // This plain manifest has exactly the arguments of the existing driver's manifest.
         assert_eq!(plain_config.kubelet_root_dir, None);
         plain_config.kubelet_root_dir = Some("/var/lib/kubelet".into());
     }
     assert_eq!(chart_config, plain_config);
 
-    // Only the chart has these, as the existing driver's does.
+    // Only the chart has these fields, like the existing driver's chart.
     assert!(chart.affinity.take().is_some());
     assert_eq!(chart.automount_service_account_token.take(), Some(true));
     assert_eq!(comparable(chart), comparable(plain));

@@ -1,7 +1,7 @@
-//! What an operator installs has the names, fields and rights of the existing driver's manifests
-//! (`manifest_staging/deploy` of kubernetes-sigs/secrets-store-csi-driver, v1.6.0) where docs/migration.md
-//! does not say otherwise, and the generated part of it is up to date.
-//! `UPDATE_DEPLOY=1 cargo test -p driver --test manifests` writes the generated files anew.
+//! Checks that the manifests have the names, fields and rights of the existing driver's manifests
+//! (`manifest_staging/deploy` of kubernetes-sigs/secrets-store-csi-driver, v1.6.0), except for the
+//! differences in docs/migration.md, and that the generated manifests are up to date. `just manifests`
+//! writes those.
 
 // A test crate outside of its #[test] functions.
 #![allow(clippy::panic, clippy::unwrap_used)]
@@ -53,7 +53,7 @@ fn crds_are_rendered_from_the_rust_types(
     keep(&format!("chart/crds/{file}"), &rendered);
 }
 
-/// The tree of fields, as `path: type` lines without the three fields every object has.
+/// Adds the tree of fields as `path: type` lines, without the three fields that every object has.
 fn fields(path: &str, schema: &JSONSchemaProps, lines: &mut Vec<String>) {
     let kind = schema.type_.as_deref().unwrap_or("?");
     match (&schema.items, &schema.additional_properties) {
@@ -86,7 +86,8 @@ fn fields(path: &str, schema: &JSONSchemaProps, lines: &mut Vec<String>) {
     );
 }
 
-/// The fields of the existing driver's CRD, and two that are ours: `encoding` and `jsonKey`.
+/// The fields of the existing driver's CRD, and two that only this driver has: `encoding` and
+/// `jsonKey`.
 const CLASS_SPEC: [&str; 10] = [
     ".spec.parameters{}: string",
     ".spec.provider: string",
@@ -154,8 +155,8 @@ fn crds_show_their_gist_and_nothing_that_scripts_would_trip_over(
     #[case] definition: CustomResourceDefinition,
     #[case] columns: &[&str],
 ) {
-    // A line of `kubectl api-resources --no-headers`. Scripts take the version from column 2,
-    // which would be the short names if there were any.
+    // This is a line of `kubectl api-resources --no-headers`. Scripts read the version from column
+    // 2, which would hold the short names if there were any.
     let names = &definition.spec.names;
     let line = format!(
         "{} {} {GROUP}/{} true {}",
@@ -381,7 +382,7 @@ fn volumes_are_the_paths_of_the_node() {
         found,
         [
             "mountpoint-dir /var/lib/kubelet/pods DirectoryOrCreate",
-            // Must exist: kubelet would not watch a directory that it did not make.
+            // It must exist: kubelet watches only a directory that it has created.
             "registration-dir /var/lib/kubelet/plugins_registry/ Directory",
             "plugin-dir /var/lib/kubelet/plugins/csi-secrets-store/ DirectoryOrCreate",
             "providers-dir /etc/kubernetes/secrets-store-csi-providers DirectoryOrCreate",

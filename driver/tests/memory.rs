@@ -1,4 +1,4 @@
-//! What is remembered of classes and records does not grow with what tenants write into them.
+//! Checks that the memory for classes and records does not grow with what tenants write into them.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
@@ -31,19 +31,19 @@ use tokio::net::TcpListener;
 
 const CHILD: &str = "A_CHILD_THAT_MEASURES_ITS_MEMORY";
 const CLASSES: usize = 60;
-/// How many classes come first. The server in this process makes each class up and lets go of it;
-/// after so many, the holes that this leaves in the heap are as large as they get.
+/// The number of classes that are mounted before the measurement. The server in this process creates
+/// and drops each class, and after this many the holes that this leaves in the heap do not grow.
 const FIRST: usize = 40;
-/// What a class is large by. An object of the API has at most a megabyte and a half.
+/// The size of the large part of a class in bytes. An object of the API has at most 1.5 MiB.
 const LARGE: usize = 900 * 1024;
 
-/// A map of strings that has about so many bytes.
+/// Returns a map of strings of about this many bytes.
 fn map_of(bytes: usize, prefix: &str, each: usize) -> Value {
     let entries = (0..bytes / each).map(|n| (format!("{prefix}{n}"), "x".repeat(each).into()));
     Value::Object(entries.collect::<Map<_, _>>())
 }
 
-/// A class that is large by one of its parts.
+/// Returns a class with one large part.
 fn class(name: &str, large: &str) -> Value {
     let mut annotations = json!({});
     let mut parameters = json!({"a": "b"});
@@ -78,16 +78,18 @@ fn class(name: &str, large: &str) -> Value {
     })
 }
 
-/// An API server that makes up each class when it is asked, and takes whatever is written.
+/// Serves an API that creates each class when it is read, and accepts every write.
 async fn cluster(dir: &Path, large: &'static str) -> Cluster {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let server = format!("http://{}", listener.local_addr().unwrap());
     let answer = async move |uri: Uri| {
         let name = uri.path().rsplit('/').next().unwrap().to_owned();
-        match name.starts_with("class-") {
-            true => (StatusCode::OK, class(&name, large).to_string()),
-            false => (StatusCode::OK, "{}".to_owned()),
-        }
+        let object = if name.starts_with("class-") {
+            class(&name, large)
+        } else {
+            json!({})
+        };
+        (StatusCode::OK, object.to_string())
     };
     tokio::spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await });
     let kubeconfig = json!({
@@ -101,12 +103,12 @@ async fn cluster(dir: &Path, large: &'static str) -> Cluster {
     Cluster::new(Some(path), "test", "node-1")
 }
 
-/// The memory that this process has now, in KiB.
+/// Returns the memory of this process in KiB.
 fn memory() -> u64 {
     field_of(std::process::id(), "VmRSS:")
 }
 
-/// What the kernel says of a process, in KiB.
+/// Returns a field of `/proc/<pid>/status` in KiB.
 fn field_of(process: u32, field: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with(field));
@@ -154,7 +156,7 @@ async fn mount(sync: &SecretSync, cluster: &Cluster, number: usize) {
 #[case::labels("labels")]
 fn sixty_large_classes(#[case] large: &'static str) {
     if env::var_os(CHILD).is_none() {
-        // By itself, with an allocator that gives back what is free.
+        // Runs the test in a process of its own, whose allocator returns free memory.
         let own = std::thread::current().name().unwrap().to_owned();
         let child = Command::new(env::current_exe().unwrap())
             .args(["--exact", &own, "--nocapture"])
@@ -193,7 +195,7 @@ fn sixty_large_classes(#[case] large: &'static str) {
         for number in FIRST..FIRST + CLASSES {
             mount(&sync, &cluster, number).await;
         }
-        // They have 50 MiB together. What was given up because the machine is busy ends soon.
+        // The classes have 50 MiB together. Work that was given up on a busy machine ends soon.
         let since = Instant::now();
         loop {
             let grown = memory().saturating_sub(before);
@@ -207,8 +209,8 @@ fn sixty_large_classes(#[case] large: &'static str) {
     });
 }
 
-/// A provider may name many objects, and the record of a volume has them all. What a driver takes
-/// for itself when it starts does not grow with them.
+/// A provider may name many objects, and the record of a volume has them all. The memory that a
+/// driver takes when it starts does not grow with them.
 #[test]
 fn sixty_records_of_many_objects() {
     let dir = tempfile::tempdir().unwrap();
@@ -235,7 +237,7 @@ fn sixty_records_of_many_objects() {
             },
             "test",
         );
-        // Its pod is there, so that the record stays.
+        // The directory of the pod exists, so that the record stays.
         record.target_path = target.clone();
         record.objects.clone_from(&objects);
         records.put(&record).unwrap();
@@ -254,18 +256,18 @@ fn sixty_records_of_many_objects() {
         assert!(since.elapsed() < Duration::from_secs(60), "no socket");
         std::thread::sleep(Duration::from_millis(10));
     }
-    // The Secrets' part reads the records a moment later.
+    // The sync of Secrets reads the records a moment later.
     std::thread::sleep(Duration::from_secs(2));
     let peak = field_of(driver.id(), "VmHWM:");
     let left = fs::read_dir(&state).unwrap().count();
     driver.kill().unwrap();
     driver.wait().unwrap();
     assert_eq!(left, CLASSES);
-    // They have 50 MiB together, and twice that in memory.
+    // The records have 50 MiB together, and twice that in memory.
     assert!(peak < 60 * 1024, "{peak} KiB at the most");
 }
 
-/// What is remembered of annotations tells one value from another.
+/// Long values of annotations are shortened so that different values stay different.
 #[tokio::test]
 async fn long_annotations_are_told_apart() {
     let dir = tempfile::tempdir().unwrap();

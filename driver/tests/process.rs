@@ -1,5 +1,5 @@
-//! The binary as a process: whose socket is at the path when several drivers come and go, and
-//! what strangers can do to it by TCP.
+//! Checks the program as a process: which driver's socket is at the path when several start and
+//! end, and that strangers cannot stop it by TCP.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
@@ -23,7 +23,7 @@ use tokio::{
 };
 use tonic::transport::Endpoint;
 
-/// Longer than anything here takes on a busy machine.
+/// Longer than any step of these tests takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Driver {
@@ -36,7 +36,7 @@ impl Driver {
         Self::start_with(dir, name, "true", &["--metrics-addr="])
     }
 
-    /// Starts one with the limits that a shell sets.
+    /// Starts a driver with the limits that a shell command sets.
     fn start_with(dir: &Path, name: &'static str, limits: &str, flags: &[&str]) -> Self {
         let process = Command::new("sh")
             .args(["-c", "eval $0 && exec \"$@\"", limits])
@@ -65,7 +65,7 @@ fn socket(dir: &Path) -> PathBuf {
     dir.join("csi.sock")
 }
 
-/// The name of the driver that answers at the path.
+/// Returns the name of the driver that answers at the path.
 async fn who_answers(dir: &Path) -> Option<String> {
     let uri = format!("unix://{}", socket(dir).display());
     let channel = Endpoint::from_shared(uri).unwrap().connect().await.ok()?;
@@ -82,7 +82,7 @@ async fn wait_for(dir: &Path, name: &str) {
     }
 }
 
-/// What happens to two drivers, in every order in which each starts before it ends.
+/// Returns every order in which two drivers start and end.
 fn schedules() -> Vec<[&'static str; 4]> {
     let mut all = Vec::new();
     for first in ["start a", "start b"] {
@@ -100,9 +100,9 @@ fn schedules() -> Vec<[&'static str; 4]> {
     all
 }
 
-/// The driver that started last answers at the path for as long as it runs. When it ends, in order
-/// or not, the other one answers there soon, if it runs. A driver that ends in order leaves nothing
-/// of its own there.
+/// The driver that started last answers at the path for as long as it runs. When it ends, by either
+/// signal, the other one soon answers there, if it runs. A driver that ends by SIGTERM leaves no
+/// socket of its own there.
 #[tokio::test]
 async fn the_driver_that_came_last_keeps_the_path() {
     let signals = [Signal::SIGTERM, Signal::SIGKILL];
@@ -154,16 +154,16 @@ async fn come_and_go(schedule: [&str; 4], end_of_a: Signal, end_of_b: Signal) {
     }
 }
 
-/// An address that is free now.
+/// Returns an address that is free now.
 fn free_address() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().to_string()
 }
 
-/// The status and the text of an answer; none if the connection ended without.
+/// Returns the status and the text of an answer, or `None` if the connection ended without one.
 async fn ask(address: &str, request: &[u8]) -> Option<(u16, String)> {
     let mut stream = TcpStream::connect(address).await.ok()?;
-    // Who has been answered already may not take the rest.
+    // A server that has answered already may close the connection.
     let _ = stream.write_all(request).await;
     let mut answer = Vec::new();
     let read = timeout(PATIENCE, stream.read_to_end(&mut answer)).await;
@@ -179,7 +179,7 @@ async fn get(address: &str, path: &str) -> u16 {
     answer.map_or(0, |(status, _)| status)
 }
 
-/// A number of `/proc/<pid>/status`, or the clock ticks that the process has used.
+/// Returns a number of `/proc/<pid>/status`, or the clock ticks that the process has used.
 fn of_process(driver: &Driver, what: &str) -> u64 {
     let pid = driver.process.id().unwrap();
     let read = |name| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
@@ -203,7 +203,7 @@ fn of_process(driver: &Driver, what: &str) -> u64 {
         .unwrap()
 }
 
-/// Raises this process's own limit of open files as far as it may.
+/// Raises the limit of open files of this process, and returns it.
 fn own_descriptors() -> u64 {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     let wanted = hard.min(8192);
@@ -211,11 +211,11 @@ fn own_descriptors() -> u64 {
     wanted
 }
 
-/// 1,100 connections to each port of a driver that may have 1,024 files open: silent ones, ones
-/// that begin a request, and ones that never end its head.
+/// Opens 1,100 connections to each port of a driver that may have 1,024 open files. Some of them are
+/// silent, some begin a request, and some never end its head.
 #[tokio::test]
 async fn strangers_cannot_stop_the_driver_by_tcp() {
-    // Where not so many can be had, as many as there are.
+    // A lower limit of this process allows fewer.
     let each = 1100.min(own_descriptors() / 2 - 100);
     let dir = tempfile::tempdir().unwrap();
     let (metrics, healthz) = (free_address(), free_address());
@@ -251,12 +251,12 @@ async fn strangers_cannot_stop_the_driver_by_tcp() {
         assert!(probed.is_ok(), "{probed:?}");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    // A spinning process uses a hundred in each second.
+    // A process that spins uses a hundred ticks in each second.
     let used = of_process(&driver, "ticks") - before;
     assert!(used < 150, "{used} ticks in {:?}", since.elapsed());
     drop(held);
 
-    // Heads without an end, on as many connections as before.
+    // Sends heads without an end on many connections.
     let mut heads = tokio::task::JoinSet::new();
     for _ in 0..each.min(300) {
         let metrics = metrics.clone();
@@ -278,7 +278,7 @@ async fn strangers_cannot_stop_the_driver_by_tcp() {
     assert!(peak < 80 * 1024, "{peak} KiB");
 }
 
-/// What is no plain request gets a refusal or an end, soon, and whoever asks well is answered.
+/// Invalid requests are refused or their connection is closed soon, and valid ones are answered.
 #[tokio::test]
 async fn requests_that_are_none_are_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -332,7 +332,7 @@ async fn requests_that_are_none_are_refused() {
         let status = ask(&metrics, request).await.map_or(0, |(status, _)| status);
         assert!(expected.contains(&status), "{name}: {status}");
     }
-    // One that stops within its head is ended by the driver.
+    // The driver closes a connection that stops within the head.
     let since = Instant::now();
     assert!(
         ask(&metrics, b"GET /metr")
@@ -340,14 +340,14 @@ async fn requests_that_are_none_are_refused() {
             .is_none_or(|(status, _)| status == 408)
     );
     assert!(since.elapsed() < PATIENCE / 2, "{:?}", since.elapsed());
-    // One that does not read its answer is ended too.
+    // A client that does not read its answer does not cost memory.
     let mut deaf = TcpStream::connect(&metrics).await.unwrap();
     deaf.write_all(get_metrics).await.unwrap();
     let peak = of_process(&driver, "VmHWM:");
     assert!(peak < 80 * 1024, "{peak} KiB");
 }
 
-/// The limit of open files is as high as the system lets it be, up to what makes sense.
+/// The driver raises its limit of open files to the hard limit, up to 65,536.
 #[tokio::test]
 async fn the_soft_limit_of_files_is_raised() {
     let dir = tempfile::tempdir().unwrap();

@@ -191,7 +191,7 @@ fn request(dir: &Path, case: &str) -> NodePublishVolumeRequest {
         .into(),
         secrets: [
             ("password".to_owned(), canary("secret")),
-            // As Kubernetes 1.35 may send them.
+            // Kubernetes 1.35 may send tokens here.
             (TOKENS.to_owned(), tokens.to_string()),
         ]
         .into(),

@@ -17,7 +17,7 @@
 //!   more than an eighth if that class has no call in flight. For a hung class that has no call in
 //!   flight it does so after [`PROBED`], so that each is tried again.
 //!
-//! Of the calls that wait, those of answered classes go first, then those of new ones, then those
+//! Among the calls that wait, those of answered classes go first, then those of new ones, then those
 //! of hung ones. A group that was passed too often goes first once. While nothing hangs, new classes
 //! take turns with answered ones. Among answered classes and among new ones, namespaces take turns,
 //! and so do the classes of a namespace; but while some calls hang, the class that was answered last
@@ -77,12 +77,12 @@ struct Calls {
     /// The number of first mounts that went ahead of a waiting refresh.
     in_a_row: usize,
     passed: Passed,
-    /// When a call that hung last ended.
+    /// The last time at which a call ended that hung.
     last_hung: Option<Instant>,
     standings: Standings,
 }
 
-/// How the last call of each class ended, and when. A new class has no entry.
+/// The standing of each class, and the time at which its last call ended. A new class has no entry.
 type Standings = HashMap<ClassName, (Standing, Instant)>;
 
 /// A call in flight.
@@ -96,27 +96,27 @@ struct Call {
     gives_way_to: Option<ClassName>,
 }
 
-/// What is known of a class, the best first.
+/// The standing of a class, the best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Standing {
-    /// Its last call had an answer, also a refusal.
+    /// The last call of the class had an answer, also a refusal.
     Answered,
-    /// No call of it has ended.
+    /// No call of the class has ended.
     New,
-    /// Its last call had no answer.
+    /// The last call of the class had no answer.
     Hung,
 }
 
-/// How a call ended.
+/// The end of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ending {
-    /// With an answer.
+    /// The provider answered.
     Answered,
-    /// With a refusal. A store that hangs often shows as a late refusal.
+    /// The provider refused. A store that hangs often shows as a late refusal.
     Refused,
-    /// Without an answer.
+    /// No answer came.
     Silent,
-    /// With its connection, which tells nothing about the class.
+    /// The connection broke, which tells nothing about the class.
     Lost,
 }
 

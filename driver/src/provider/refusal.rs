@@ -89,7 +89,7 @@ pub(super) fn is_transient(status: &Status) -> bool {
     status.code() == Code::Unavailable || is_broken
 }
 
-/// What a call still waited for at its deadline.
+/// The thing that a call lacked at its deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TooLate {
     /// An answer.

@@ -1,8 +1,8 @@
 //! Sends one call to a provider, on a connection of its own.
 //!
-//! What a provider sends on a connection (an endless header, a frame that makes no sense) can only
-//! end the call on that connection, and the next call finds a provider that was replaced. A
-//! connection to a unix socket costs a fraction of a millisecond.
+//! A provider that sends an endless header, or a frame that makes no sense, can only end the call on
+//! that connection, and the next call finds a provider that was replaced. A connection to a unix
+//! socket costs a fraction of a millisecond.
 
 mod count;
 mod metered;

@@ -1,4 +1,4 @@
-//! Runs Helm on the chart.
+//! Renders the chart with Helm.
 
 use std::fs;
 use std::io::Write as _;
@@ -17,7 +17,7 @@ pub(crate) struct Chart {
 }
 
 impl Chart {
-    /// The one in `deploy/`.
+    /// Returns the chart in `deploy/`.
     pub(crate) fn ours() -> Self {
         Self {
             path: deploy("chart"),
@@ -25,8 +25,8 @@ impl Chart {
         }
     }
 
-    /// Our templates with other default values, which is what Helm makes of `--reuse-values`: the
-    /// values of the release stand in for those of the new chart.
+    /// Returns the chart in `deploy/` with other default values, as Helm uses it with
+    /// `--reuse-values`: the values of the release replace those of the new chart.
     pub(crate) fn with_values(values: &str) -> Self {
         let copy = tempfile::tempdir().unwrap();
         copy_tree(&deploy("chart"), copy.path());
@@ -51,11 +51,11 @@ fn copy_tree(from: &Path, to: &Path) {
     }
 }
 
-/// The Helm of this machine.
+/// The `helm` program of this machine.
 pub(crate) struct Helm(PathBuf);
 
 impl Helm {
-    /// Says so when there is none.
+    /// Finds the program. Prints a line if there is none.
     pub(crate) fn find() -> Option<Self> {
         let named = std::env::var_os("HELM").map(PathBuf::from);
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -66,15 +66,15 @@ impl Helm {
             .find(|candidate| candidate.is_file());
         static ONCE: Once = Once::new();
         if found.is_none() {
-            // Not by eprintln!, which the test harness keeps to itself when the test passes.
+            // The test harness would hide the output of eprintln! when the test passes.
             let line = "skipped: rendering the chart needs helm in $HELM or $PATH\n";
             ONCE.call_once(|| std::io::stderr().write_all(line.as_bytes()).unwrap());
         }
         found.map(Self)
     }
 
-    /// What an installation as `csi-secrets-store` in `kube-system` would create, without CRDs;
-    /// with `only`, of these templates. The error is what Helm says.
+    /// Renders the objects of an installation `csi-secrets-store` in `kube-system`, without CRDs. If
+    /// `only` is not empty, renders only these templates. The error is Helm's message.
     pub(crate) fn render(
         &self,
         chart: &Chart,

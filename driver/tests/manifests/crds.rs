@@ -1,11 +1,10 @@
 //! Renders the two CRDs from the Rust types, for every served version.
 //!
-//! It lives beside the tests because nothing in the product renders a CRD: an operator applies
-//! the files in `deploy/`.
+//! The driver itself does not render CRDs: an operator applies the files in `deploy/`.
 //!
-//! The schemas refuse nothing but a wrong type, and have no rules in CEL: what the existing driver
-//! stored stays valid, also when it can never be published. A class that lacks something is
-//! explained by the event of the pod that mounts it, on every cluster alike.
+//! The schemas refuse only wrong types, and have no CEL rules: every object that the existing driver
+//! stored stays valid, even if it can never be published. An event on the pod that mounts a class
+//! explains what the class lacks, on every cluster alike.
 
 use std::collections::BTreeMap;
 
@@ -20,10 +19,10 @@ use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
-/// The CRD of SecretProviderClass.
+/// Returns the CRD of SecretProviderClass.
 ///
-/// The driver neither reads nor writes a class's `status`, so its types have none. The schemas
-/// have one because objects of the existing driver may carry it.
+/// The driver neither reads nor writes the `status` of a class, so that its types have none. The
+/// schemas have one because objects of the existing driver may have it.
 pub(crate) fn secret_provider_class() -> CustomResourceDefinition {
     let schema_with_status = |status: Value| {
         let mut schema = schema_of::<SecretProviderClass>();
@@ -54,7 +53,7 @@ pub(crate) fn secret_provider_class() -> CustomResourceDefinition {
     definition::<SecretProviderClass>("secretproviderclass", v1, v1alpha1, Some(warning), &columns)
 }
 
-/// The CRD of SecretProviderClassPodStatus.
+/// Returns the CRD of SecretProviderClassPodStatus.
 pub(crate) fn secret_provider_class_pod_status() -> CustomResourceDefinition {
     let schema = schema_of::<SecretProviderClassPodStatus>();
     let columns = [
@@ -82,7 +81,7 @@ fn definition<K: Resource<DynamicType = ()>>(
     CustomResourceDefinition {
         metadata: ObjectMeta {
             name: Some(format!("{plural}.{GROUP}")),
-            // Tools and older manifests look for it; it says which dialect of schema this is.
+            // Tools and older manifests read it: it tells the dialect of the schema.
             annotations: Some(BTreeMap::from([(
                 "controller-gen.kubebuilder.io/version".to_owned(),
                 "v0.16.3".to_owned(),
@@ -114,8 +113,8 @@ fn definition<K: Resource<DynamicType = ()>>(
     }
 }
 
-/// What `kubectl get` shows, beside the name and the age of an object. It changes nothing in
-/// `kubectl api-resources`, which scripts read by column.
+/// Returns a column that `kubectl get` shows beside the name and the age of an object. It does not
+/// change the output of `kubectl api-resources`, which scripts read by column.
 fn column(name: &str, kind: &str, json_path: &str) -> CustomResourceColumnDefinition {
     CustomResourceColumnDefinition {
         name: name.to_owned(),
@@ -130,7 +129,7 @@ fn version(
     schema: Value,
     columns: &[CustomResourceColumnDefinition],
 ) -> CustomResourceDefinitionVersion {
-    // kubectl leaves its own age column out as soon as there is another column.
+    // kubectl omits its own age column as soon as there is another column.
     let age = column("Age", "date", ".metadata.creationTimestamp");
     let schema: JSONSchemaProps = serde_json::from_value(schema).unwrap();
     CustomResourceDefinitionVersion {
@@ -145,8 +144,8 @@ fn version(
     }
 }
 
-/// The schema of a custom resource: types and descriptions from the Rust type, and the three
-/// fields that every object has.
+/// Returns the schema of a custom resource: types and descriptions from the Rust type, and the
+/// three fields that every object has.
 fn schema_of<K: JsonSchema>() -> Value {
     let mut settings = SchemaSettings::openapi3();
     settings.inline_subschemas = true;
@@ -169,8 +168,8 @@ fn schema_of<K: JsonSchema>() -> Value {
     schema
 }
 
-/// Keeps what a schema of ours says (types and descriptions) and drops what the generator adds:
-/// defaults, formats, titles. Every field stays optional and nothing is refused but a wrong type.
+/// Keeps types and descriptions, and drops what the generator adds: defaults, formats, titles. Every
+/// field stays optional, and only wrong types are refused.
 fn plain(schema: Value) -> Value {
     let Value::Object(schema) = schema else {
         return schema;
@@ -179,7 +178,7 @@ fn plain(schema: Value) -> Value {
     for (keyword, value) in schema {
         match keyword.as_str() {
             "type" => drop(kept.insert(keyword, value)),
-            // Rust comments are wrapped and link to Rust items; a manifest's reader sees neither.
+            // The wrapping and the links of Rust comments do not belong into a manifest.
             "description" => {
                 let text = value
                     .as_str()

@@ -1,18 +1,17 @@
-//! Makes the lean DaemonSet, one container, out of the one with three.
+//! Renders the lean DaemonSet, with one container, from the one with three.
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{Container, ResourceRequirements};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-/// The same DaemonSet without sidecars: the driver registers itself with kubelet and answers
-/// kubelet's probe. Everything that stays is as it is in `full`, so that one form replaces the
-/// other in place.
+/// Returns the same DaemonSet without sidecars: the driver registers itself with kubelet and answers
+/// kubelet's probe. The rest is equal to `full`, so that one form can replace the other in place.
 pub(crate) fn lean(mut full: DaemonSet) -> DaemonSet {
     let pod = full.spec.template.spec.as_mut().unwrap();
     let [registrar, driver, _liveness_probe] = pod.containers.as_mut_slice() else {
         panic!("three containers")
     };
-    // What the sidecars are told, for the driver that does their work.
+    // The driver gets the settings of the sidecars, whose work it does.
     let registration_path = argument(registrar, "--kubelet-registration-path=");
     let mounts = registrar.volume_mounts.take().unwrap();
     let registration = mounts
@@ -33,7 +32,8 @@ pub(crate) fn lean(mut full: DaemonSet) -> DaemonSet {
     full
 }
 
-/// What the driver needs at rest, with room; its limits are for when many pods start at once.
+/// Requests what the driver needs at rest, with some room. Its limits are for many pods that start at
+/// once.
 fn request_less(resources: &mut ResourceRequirements) {
     let requests = resources.requests.as_mut().unwrap();
     requests.insert("cpu".to_owned(), Quantity("10m".to_owned()));

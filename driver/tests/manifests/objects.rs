@@ -1,4 +1,4 @@
-//! Reads the files of `deploy/`, and keeps the generated ones up to date.
+//! Reads the files of `deploy/`, and checks or updates the generated ones.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,15 +10,15 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// A file of `deploy/`.
+/// Returns the path of a file of `deploy/`.
 pub(crate) fn deploy(file: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("../deploy")
         .join(file)
 }
 
-/// Fails if a generated file of `deploy/` is not what it would be now. With `UPDATE_DEPLOY` set,
-/// writes it.
+/// Fails if a file of `deploy/` differs from what is generated now. With `UPDATE_DEPLOY` set, writes
+/// the file.
 pub(crate) fn keep(file: &str, generated: &str) {
     if std::env::var_os("UPDATE_DEPLOY").is_some() {
         fs::write(deploy(file), generated).unwrap();
@@ -30,7 +30,7 @@ pub(crate) fn keep(file: &str, generated: &str) {
     );
 }
 
-/// The objects of type `K` in a manifest. Fails on a field that Kubernetes does not know.
+/// Returns the objects of type `K` in a manifest. Fails on a field that Kubernetes does not know.
 pub(crate) fn objects<K: Resource<DynamicType = ()> + DeserializeOwned + Serialize>(
     manifest: &str,
 ) -> Vec<K> {
@@ -49,7 +49,7 @@ pub(crate) fn objects<K: Resource<DynamicType = ()> + DeserializeOwned + Seriali
         .collect()
 }
 
-/// What the driver makes of its container's arguments on a node `node-1`.
+/// Returns the settings that the driver reads from its container's arguments on a node `node-1`.
 pub(crate) fn config(container: &Container) -> Config {
     let value = |name: &str| {
         let mut env = container.env.iter().flatten();

@@ -258,9 +258,11 @@ async fn a_provider_that_is_away_for_long_is_not_waited_for_in_the_call() {
     node.serve("last", provider.clone());
     let providers = Arc::clone(&node.providers);
     let started = Instant::now();
-    let error = refused(mount(&providers, Urgency::Refresh, LONG).await);
-    assert_eq!(error.retry_after(), Some(Duration::from_secs(30)));
-    assert_eq!(provider.calls.load(Ordering::SeqCst), 1);
+    for (calls, urgency) in [(1, Urgency::Refresh), (2, Urgency::FirstMount)] {
+        let error = refused(mount(&providers, urgency, LONG).await);
+        assert_eq!(error.retry_after(), Some(Duration::from_secs(30)));
+        assert_eq!(provider.calls.load(Ordering::SeqCst), calls);
+    }
     assert!(started.elapsed() < Duration::from_secs(1));
 }
 

@@ -1,4 +1,4 @@
-//! What providers and other programs do at a target.
+//! Changes that providers and other programs make at a target.
 
 use std::{
     fs,
@@ -10,32 +10,32 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::harness::read_only;
 
-/// What a provider does at the target that it is given.
+/// A change at a target.
 #[derive(Clone, Debug)]
 pub(crate) enum Act {
-    /// It mounts this directory over it.
+    /// Mounts this directory over it.
     Binds(PathBuf),
-    /// It mounts a tmpfs over it.
+    /// Mounts a tmpfs over it.
     MountsTmpfs,
-    /// It mounts a tmpfs over it that looks like a volume with one file.
+    /// Mounts a tmpfs over it that looks like a volume with one file.
     MountsVolume(&'static str, &'static str),
-    /// It takes the volume off.
+    /// Unmounts the volume.
     Unmounts,
-    /// It takes the volume off and leaves a file in the directory that is there then.
+    /// Unmounts the volume and writes a file into the directory below.
     UnmountsAndWrites,
-    /// It makes a pipe of this name.
+    /// Makes a pipe of this name.
     MakesPipe(&'static str),
-    /// It makes a device of this name.
+    /// Makes a device of this name.
     MakesDevice(&'static str),
-    /// It makes a directory of this name and mounts something there.
+    /// Makes a directory of this name and mounts a tmpfs there.
     MountsBelow(&'static str),
-    /// It makes the volume read-only.
+    /// Makes the volume read-only.
     MakesReadOnly,
-    /// It fills the volume with a file of this name.
+    /// Fills the volume with a file of this name.
     Fills(&'static str),
-    /// It makes a directory of this name.
+    /// Makes a directory of this name.
     MakesDirectory(&'static str),
-    /// It makes a link of this name to the second.
+    /// Makes a symbolic link of this name to the second path.
     MakesLink(&'static str, &'static str),
 }
 
@@ -88,7 +88,7 @@ impl Act {
     }
 }
 
-/// Makes a device, as far as this user may.
+/// Makes a device. Fails if this user may not.
 pub(crate) fn make_device(at: &Path) -> nix::Result<()> {
     use nix::sys::stat::{Mode, SFlag, makedev, mknod};
     mknod(at, SFlag::S_IFCHR, Mode::S_IRWXU, makedev(1, 3))

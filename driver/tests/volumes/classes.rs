@@ -1,5 +1,5 @@
-//! Classes that are read out of order: from a cache that lags behind, from a server that was
-//! slow. No provider is asked with an older class than the one that is mounted.
+//! Checks classes that are read out of order, from a cache that lags behind or a slow server: no
+//! provider is asked with an older class than the one that is mounted.
 
 use proptest::{
     prelude::*,
@@ -10,21 +10,22 @@ use serde_json::Value;
 
 use crate::harness::{Answer, Class, EAGER, World, alone, block_on, class};
 
-/// What happens at one look of kubelet.
+/// A publish of kubelet, and the state in which it happens.
 #[derive(Debug, Clone)]
 struct Look {
-    /// The generations that the class is read with, one after the other.
+    /// The generations that the API server returns, one after the other.
     reads: Vec<i64>,
     /// Whether the provider answers.
     answers: bool,
-    /// Whether the API server keeps no generations, or gives versions that are no numbers.
     versions: Versions,
 }
 
+/// The versions that the API server gives to a class.
 #[derive(Debug, Clone, Copy)]
 enum Versions {
     Both,
     NoGeneration,
+    /// The resource version is not a number.
     NoNumbers,
 }
 
@@ -69,7 +70,7 @@ fn generation(asked: &Value) -> i64 {
     asked["generation"].as_str().unwrap().parse().unwrap()
 }
 
-/// A file that says of which generation it is.
+/// Returns an answer with a file that holds the generation of the class.
 fn answer(generation: i64) -> Answer {
     Answer::file("generation", &generation.to_string())
 }
@@ -118,7 +119,7 @@ fn no_provider_is_asked_with_an_older_class_than_the_mounted_one() {
                     assert!(recorded == mounted || recorded == mounted * 10);
                 }
             }
-            // Nothing that was seen out of order stands in the way of what comes at last.
+            // Reads out of order do not prevent the newest class from being used.
             let last = &looks[0].versions;
             world.api.class_is(name, [state(name, 9, *last)]);
             world.provider.answers(name, answer(9));
@@ -130,7 +131,7 @@ fn no_provider_is_asked_with_an_older_class_than_the_mounted_one() {
     });
 }
 
-/// A node that lost the content and not the record: the class that it reads must not be older.
+/// If a node lost the content and has the record, the class that it reads must not be older.
 #[test]
 fn a_volume_that_is_mounted_again_gets_no_older_class() {
     if !alone("classes::a_volume_that_is_mounted_again_gets_no_older_class") {
@@ -143,9 +144,10 @@ fn a_volume_that_is_mounted_again_gets_no_older_class() {
             let name = &volume.class;
             world.api.class_is(name, [state(name, 5, Versions::Both)]);
             world.publish_patiently(&volume).await.unwrap();
-            match unmounted {
-                true => volume.unmount(),
-                false => std::fs::remove_file(volume.target.join("..data")).unwrap(),
+            if unmounted {
+                volume.unmount();
+            } else {
+                std::fs::remove_file(volume.target.join("..data")).unwrap();
             }
             world.provider.asked();
             world.api.class_is(name, [state(name, 4, Versions::Both)]);
@@ -160,7 +162,7 @@ fn a_volume_that_is_mounted_again_gets_no_older_class() {
     });
 }
 
-/// A cache that has not heard of the class yet is no reason to announce that it is gone.
+/// A class that a cache does not have yet is not announced as gone.
 #[test]
 fn a_class_that_a_cache_does_not_know_yet_is_read_again() {
     if !alone("classes::a_class_that_a_cache_does_not_know_yet_is_read_again") {

@@ -1,5 +1,5 @@
-//! Who has written what a volume holds: the record knows, whatever a provider does next, and no
-//! status names what is not there.
+//! Checks that the record tells who wrote the content of a volume, whatever the provider does next,
+//! and that no pod status names objects that are not there.
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
@@ -12,23 +12,23 @@ use proptest::{
 
 use crate::harness::{Answer, EAGER, World, alone, block_on};
 
-/// What a provider does when it is asked.
+/// The action of a provider that is asked.
 #[derive(Debug, Clone)]
 enum Does {
-    /// It answers files.
+    /// It answers with files.
     Answers(u8),
-    /// It writes a file itself and answers none.
+    /// It writes a file itself and answers without files.
     Writes(u8),
-    /// It answers no files, and writes none.
+    /// It answers without files and writes none.
     Nothing,
-    /// It answers files, and writes one itself.
+    /// It answers with files and writes one itself.
     Both(u8),
 }
 
 #[derive(Debug, Clone)]
 struct Step {
     does: Does,
-    /// Whether somebody takes all that lies in the volume away before.
+    /// Whether the volume is emptied before.
     emptied: bool,
     /// Whether the object has another version than before.
     new_version: bool,
@@ -75,9 +75,10 @@ fn the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there(
                 if step.emptied && volume.target.is_dir() {
                     for entry in fs::read_dir(&volume.target).unwrap() {
                         let path = entry.unwrap().path();
-                        match fs::symlink_metadata(&path).unwrap().is_dir() {
-                            true => fs::remove_dir_all(path).unwrap(),
-                            false => fs::remove_file(path).unwrap(),
+                        if fs::symlink_metadata(&path).unwrap().is_dir() {
+                            fs::remove_dir_all(path).unwrap();
+                        } else {
+                            fs::remove_file(path).unwrap();
                         }
                     }
                 }
@@ -148,7 +149,7 @@ fn the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there(
     });
 }
 
-/// A mode that a provider copies from what it was asked for is none of its own.
+/// A provider that copies the permission of the request into a file has not chosen a mode.
 #[test]
 fn a_default_mode_is_for_every_file_without_a_mode_of_its_own() {
     if !alone("content::a_default_mode_is_for_every_file_without_a_mode_of_its_own") {
@@ -167,7 +168,7 @@ fn a_default_mode_is_for_every_file_without_a_mode_of_its_own() {
         let default = proptest::option::of(1..=0o777_u32);
         for _ in 0..runner.config().cases {
             let volume = world.volume_of_its_own();
-            // A first content, and another.
+            // The first content, and a replacement.
             for text in ["one", "two"] {
                 let (mode, default) = (chosen.clone(), default.clone())
                     .new_tree(&mut runner)
@@ -197,7 +198,7 @@ fn a_default_mode_is_for_every_file_without_a_mode_of_its_own() {
     });
 }
 
-/// As with an object that is a store's whole answer, with the ID of the request in it.
+/// The content is, for example, the whole answer of a store, with the ID of the request in it.
 #[test]
 fn content_that_never_stays_the_same_is_told_once() {
     if !alone("content::content_that_never_stays_the_same_is_told_once") {

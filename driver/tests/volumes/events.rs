@@ -1,4 +1,4 @@
-//! What a pod is told of the refreshes of its volume when the API server takes no events for a while.
+//! Checks the events about refreshes when the API server refuses events for a while.
 
 use std::time::{Duration, Instant};
 
@@ -9,21 +9,21 @@ use crate::harness::{Answer, EAGER, Volume, World, alone, block_on};
 const FAILED: &str = "MountRotationFailed";
 const COMPLETE: &str = "MountRotationComplete";
 
-/// How often one event is posted before it is given up, and more than it waits in between.
+/// The attempts to post one event, and a time that is longer than the waits between them.
 const ATTEMPTS: usize = 4;
 const LONGER_THAN_WAITS: Duration = Duration::from_secs(61);
 
-/// For what the driver does in the background, on a machine that may be busy.
+/// The time for work in the background on a busy machine.
 const SOON: Duration = Duration::from_secs(60);
 
-/// Lets the time of this process pass.
+/// Advances the clock of this process.
 async fn pass(time: Duration) {
     tokio::time::pause();
     tokio::time::advance(time).await;
     tokio::time::resume();
 }
 
-/// Waits until an event has been refused as often as it is posted.
+/// Waits until all attempts to post an event were refused.
 async fn until_given_up(world: &World, case: &str) {
     let started = Instant::now();
     let mut seen = 0;
@@ -33,7 +33,7 @@ async fn until_given_up(world: &World, case: &str) {
         tokio::time::sleep(Duration::from_millis(50)).await;
         looks += 1;
         let now = world.api.events_refused();
-        // The answer arrives before the driver waits, and what is under way needs a while.
+        // The driver begins its wait a moment after the answer.
         if now != seen {
             (seen, looks) = (now, 0);
         } else if looks % 6 == 0 && now > 0 {
@@ -42,7 +42,7 @@ async fn until_given_up(world: &World, case: &str) {
     }
 }
 
-/// Looks again and again, as kubelet does, until the pod has been told, and then some more.
+/// Publishes repeatedly, as kubelet does, until the event was posted, and then some more.
 async fn until_told(world: &World, volume: &Volume, reason: &str, well: bool) {
     let started = Instant::now();
     let mut more = 0;
@@ -63,7 +63,7 @@ fn fails(world: &World, volume: &Volume) {
     world.provider.answers(&volume.class, answer);
 }
 
-/// Both words are told once the API server takes events, each once, however often kubelet looks.
+/// Both events are posted once the API server accepts events, and each only once.
 #[test]
 fn what_was_refused_is_told_once_events_are_taken() {
     if !alone("events::what_was_refused_is_told_once_events_are_taken") {

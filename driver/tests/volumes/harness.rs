@@ -327,24 +327,25 @@ pub(crate) struct Answer {
     pub(crate) status: Option<Code>,
     pub(crate) error_code: Option<&'static str>,
     pub(crate) hangs: bool,
-    /// Whether it fails when it is told which versions are mounted.
+    /// Whether the provider fails when it is told which versions are mounted.
     pub(crate) refuses_versions: bool,
-    /// Whether it answers with its first file only when it is told which versions are mounted.
+    /// Whether the provider answers with its first file only, when it is told which versions are
+    /// mounted.
     pub(crate) leaves_out: bool,
-    /// What it answers.
+    /// The files of the answer.
     pub(crate) files: Vec<(String, Vec<u8>)>,
-    /// The version of its one object; without one it names none.
+    /// The version of the only object, or `None` to name no object.
     pub(crate) version: Option<String>,
-    /// The mode of its files; the one that was asked for where it says none.
+    /// The mode of the files. `None` for the permission of the request.
     pub(crate) mode: Option<i32>,
-    /// What it does at the target before it writes and answers.
+    /// The change that the provider makes at the target before it writes and answers.
     pub(crate) act: Option<Act>,
-    /// What it writes itself.
+    /// The files that the provider writes itself.
     pub(crate) writes: Vec<(String, Vec<u8>)>,
 }
 
 impl Answer {
-    /// One file.
+    /// Returns an answer with one file.
     pub(crate) fn file(name: &str, text: &str) -> Self {
         Self {
             files: vec![(name.to_owned(), text.as_bytes().to_vec())],

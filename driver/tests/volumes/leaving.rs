@@ -1,4 +1,4 @@
-//! A pod that goes while its provider does not answer: nobody waits for the provider.
+//! Checks that the end of a pod does not wait for a provider that does not answer.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use tonic::Code;
 
 use crate::harness::{Answer, EAGER, Volume, World, alone, block_on};
 
-/// Far less than a call to a provider may take.
+/// A time that is far shorter than a call to a provider may take.
 const SOON: Duration = Duration::from_secs(30);
 
 fn hanging() -> Answer {
@@ -18,8 +18,8 @@ fn hanging() -> Answer {
     }
 }
 
-/// First mounts and refreshes, each told of its end by an unpublish, and by the API server: kubelet
-/// sends no unpublish before its publish has ended.
+/// First mounts and refreshes learn that the pod ends from an unpublish, and from the API server,
+/// because kubelet sends no unpublish before its publish has ended.
 #[test]
 fn a_pod_that_goes_does_not_wait_for_a_provider_that_hangs() {
     if !alone("leaving::a_pod_that_goes_does_not_wait_for_a_provider_that_hangs") {
@@ -53,7 +53,7 @@ fn a_pod_that_goes_does_not_wait_for_a_provider_that_hangs() {
             };
             let unpublish = async {
                 if *unpublishes {
-                    // The publish waits for the provider by then.
+                    // The publish waits for the provider now.
                     while volume.state() != TargetState::Mounted || world.provider.waits() < 4 {
                         tokio::time::sleep(Duration::from_millis(10)).await;
                     }

@@ -1,5 +1,5 @@
-//! Volumes in every state that they can be in, while everything that they need fails in every way
-//! that it can: what kubelet is told, what is left, and what a container still reads.
+//! Checks volumes in every state while their dependencies fail in every way: the answer to kubelet,
+//! what is left behind, and what a container still reads.
 
 #![allow(
     clippy::unwrap_used,

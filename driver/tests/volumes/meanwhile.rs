@@ -1,5 +1,5 @@
-//! What a provider does to the target while it is asked: content comes into the driver's own
-//! tmpfs or nowhere, and what is not the driver's keeps its files.
+//! Checks providers that change the target during a call: the driver writes content only into its own
+//! tmpfs, and other file systems keep their files.
 
 use std::{
     collections::BTreeMap,
@@ -9,7 +9,6 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use driver::mount::TargetState;
-
 use serde_json::json;
 
 use crate::{
@@ -17,28 +16,37 @@ use crate::{
     harness::{Answer, Class, EAGER, Volume, World, alone, block_on, class, is_final},
 };
 
-/// The content that must not come to lie outside.
+/// The content that must not be written outside of the volume.
 const SECRET: &str = "the-new-content";
 /// The content before.
 const FORMER: &str = "the-former-content";
 
-/// When the provider does it.
+/// The publish during which the provider acts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum When {
     FirstPublish,
-    /// The content of now was written by the driver, or by the provider itself.
     Refresh {
+        /// Whether the driver wrote the present content, and not the provider.
         of_driver: bool,
     },
 }
 
-/// What the provider does after it.
+/// The action of the provider after that.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Then {
     AnswersFiles,
     AnswersSameFiles,
     WritesFiles,
     Nothing,
+}
+
+/// Returns the action after which the driver, or else the provider, has written the content.
+fn writer(of_driver: bool) -> Then {
+    if of_driver {
+        Then::AnswersFiles
+    } else {
+        Then::WritesFiles
+    }
 }
 
 fn answer(then: Then, text: &str) -> Answer {
@@ -56,7 +64,7 @@ fn answer(then: Then, text: &str) -> Answer {
     }
 }
 
-/// Every file below a directory, without following links.
+/// Returns every file below a directory, without following links.
 fn tree(directory: &Path) -> BTreeMap<PathBuf, String> {
     let mut found = BTreeMap::new();
     let Ok(entries) = fs::read_dir(directory) else {
@@ -78,7 +86,7 @@ fn tree(directory: &Path) -> BTreeMap<PathBuf, String> {
     found
 }
 
-/// A directory of the host with files that look like anything, a volume's own names included.
+/// Creates a directory of the host with files of various names, also those of a volume.
 fn host_directory(world: &World, volume: &Volume) -> PathBuf {
     let host = world.dir.path().join(format!("host-{}", volume.id));
     for directory in ["deep/deeper", "..2020_01_01_00_00_00.1", "..aside"] {
@@ -110,10 +118,7 @@ async fn run(world: &mut World, act: &str, when: When, then: Then) {
     };
     let on_top = matches!(act, Act::Binds(_) | Act::MountsTmpfs);
     if let When::Refresh { of_driver } = when {
-        let first = match of_driver {
-            true => Then::AnswersFiles,
-            false => Then::WritesFiles,
-        };
+        let first = writer(of_driver);
         world.provider.answers(&volume.class, answer(first, FORMER));
         world.publish_patiently(&volume).await.expect(&case);
     }
@@ -136,7 +141,7 @@ async fn run(world: &mut World, act: &str, when: When, then: Then) {
         Ok(()) => panic!("nothing that a pod sees is the driver's, and it says OK: {case}"),
     };
     if matches!(act, Act::Binds(_)) && then == Then::WritesFiles {
-        // The provider has written this itself.
+        // The provider itself has written this file.
         kept.insert(host.join("pw"), SECRET.to_owned());
     }
     assert_eq!(tree(&host), kept, "{case}: {status}");
@@ -163,8 +168,8 @@ async fn run(world: &mut World, act: &str, when: When, then: Then) {
             assert_eq!(after, before, "{case}");
             let written = now.values().any(|found| found == SECRET);
             assert!(!written || then == Then::WritesFiles, "{case}: {now:?}");
-            // The provider behaves again: what lies on top stays refused, what was taken off is
-            // mounted again.
+            // Once the provider behaves, a mount on top is still refused, and a volume that was
+            // unmounted is mounted again.
             let well = answer(Then::AnswersFiles, SECRET);
             world.provider.answers(&volume.class, well);
             let again = world.publish_patiently(&volume).await;
@@ -213,7 +218,7 @@ fn content_comes_into_the_volume_that_was_there_before_the_call_or_nowhere() {
     });
 }
 
-/// Names that start with two dots are no content, unless they lead to some.
+/// Names that start with two dots are not content unless they lead to content.
 #[test]
 fn a_volume_in_which_a_pod_sees_nothing_is_refused() {
     if !alone("meanwhile::a_volume_in_which_a_pod_sees_nothing_is_refused") {
@@ -248,7 +253,7 @@ fn a_volume_in_which_a_pod_sees_nothing_is_refused() {
     });
 }
 
-/// When somebody comes between the content and the record.
+/// The write at which another program acts, between the content and the record.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Between {
     PodStatus,
@@ -272,10 +277,7 @@ async fn come_between(world: &mut World, act: &str, between: Between, of_driver:
     });
     let path = format!("/api/v1/namespaces/shop/pods/{}", volume.id);
     world.api.put(&path, pod);
-    let then = match of_driver {
-        true => Then::AnswersFiles,
-        false => Then::WritesFiles,
-    };
+    let then = writer(of_driver);
     if between == Between::PodStatusOfARefresh {
         world.provider.answers(&volume.class, answer(then, FORMER));
         world.publish_patiently(&volume).await.expect(&case);
@@ -325,8 +327,8 @@ async fn come_between(world: &mut World, act: &str, between: Between, of_driver:
     assert_eq!(tree(&host), kept, "{case}");
 }
 
-/// What comes to lie at the target between the content and the record is not recorded as the
-/// volume, and not read for a Secret.
+/// A mount that another program makes at the target between the content and the record is not
+/// recorded as the volume, and not read for a Secret.
 #[test]
 fn what_is_mounted_before_the_record_is_written_is_no_volume() {
     if !alone("meanwhile::what_is_mounted_before_the_record_is_written_is_no_volume") {
@@ -348,15 +350,15 @@ fn what_is_mounted_before_the_record_is_written_is_no_volume() {
     });
 }
 
-/// What is odd in a volume is named, with its place and what to do; a first publish leaves nothing,
-/// and a refresh what there was.
+/// The error for an unusual volume names the path and what to do. A failed first publish leaves
+/// nothing, and a failed refresh leaves the content.
 #[test]
 fn odd_things_that_a_provider_does_are_named() {
     if !alone("meanwhile::odd_things_that_a_provider_does_are_named") {
         return;
     }
     block_on(async {
-        // A volume that is soon full.
+        // The limit makes volumes small.
         let flags: Vec<&str> = EAGER
             .into_iter()
             .chain(["--max-call-recv-msg-size=65536"])
@@ -364,7 +366,7 @@ fn odd_things_that_a_provider_does_are_named() {
         let mut world = World::start(&flags).await;
         let first = When::FirstPublish;
         let files = Then::AnswersFiles;
-        // Only who is root outside of its namespace too makes devices.
+        // Only root outside of the namespace can make devices.
         let makes_devices = make_device(&world.dir.path().join("device")).is_ok();
         let refreshes = [true, false].map(|of_driver| When::Refresh { of_driver });
         let mut rows = vec![(
@@ -406,10 +408,7 @@ fn odd_things_that_a_provider_does_are_named() {
             let case = format!("{act:?}, {when:?}, {then:?}");
             let volume = world.volume_of_its_own();
             if let When::Refresh { of_driver } = when {
-                let before = match of_driver {
-                    true => Then::AnswersFiles,
-                    false => Then::WritesFiles,
-                };
+                let before = writer(of_driver);
                 world
                     .provider
                     .answers(&volume.class, answer(before, FORMER));

@@ -1,5 +1,5 @@
-//! Mounted content and the memory that it takes: what is set aside is enough, what does not fit is
-//! refused in time, and a volume that holds something keeps it.
+//! Checks the memory of mounted content: reservations are large enough, content that does not fit is
+//! refused in time, and a volume keeps its content.
 
 use std::{
     fs,
@@ -38,8 +38,8 @@ fn files() -> impl Strategy<Value = Vec<(String, Vec<u8>)>> {
     prop::collection::vec((path, content), 1..60)
 }
 
-/// Whatever the content is, a volume takes no more than was set aside for it, and all of that is
-/// given back when it goes.
+/// A volume takes no more memory than was reserved for it, with any content, and all of it is freed
+/// with the volume.
 #[test]
 fn what_is_set_aside_is_enough() {
     if !alone("memory::what_is_set_aside_is_enough") {
@@ -54,7 +54,7 @@ fn what_is_set_aside_is_enough() {
     for _ in 0..runner.config().cases {
         Tmpfs::bounded_by(64 * MIB).mount(&target).unwrap();
         let mut reserved = 0;
-        // A first content, and one that replaces it.
+        // The first content, and a replacement.
         for _ in 0..2 {
             let files = files().new_tree(&mut runner).unwrap().current();
             let files = files
@@ -84,7 +84,7 @@ fn what_is_set_aside_is_enough() {
     }
 }
 
-/// Content of so many bytes.
+/// Returns an answer with one file of this many bytes.
 fn of(bytes: u64) -> Answer {
     Answer {
         files: vec![("pw".to_owned(), vec![b'x'; usize::try_from(bytes).unwrap()])],
@@ -93,7 +93,7 @@ fn of(bytes: u64) -> Answer {
     }
 }
 
-/// Fifty at once cannot have more than there is, and in the end all that could be had is used.
+/// Fifty threads never reserve more than there is, and all of it is free in the end.
 #[test]
 fn reservations_of_many_threads_never_exceed_the_room() {
     let memory = Memory::new(limit(200), 64 * MIB);
@@ -131,15 +131,15 @@ fn reservations_of_many_threads_never_exceed_the_room() {
     assert_eq!(memory.in_use(), 0);
 }
 
-/// The whole driver, with a small limit: what does not fit is refused with a sentence and leaves
-/// nothing, and a refresh that does not fit keeps what the volume holds.
+/// A whole driver with a small limit refuses content that does not fit, with a sentence. A refused
+/// first publish leaves nothing, and a refused refresh leaves the content.
 #[test]
 fn a_driver_refuses_what_does_not_fit() {
     if !alone("memory::a_driver_refuses_what_does_not_fit") {
         return;
     }
     block_on(async {
-        // 20 MiB for the driver, 21 for answers, 22 for content.
+        // The driver has 20 MiB, answers have 21, and content has 22.
         if !limit_memory(64 * MIB) {
             println!("skipped: no cgroup that limits memory is mounted here");
             return;
@@ -181,13 +181,13 @@ fn a_driver_refuses_what_does_not_fit() {
                 }
             }
         }
-        // All are of one namespace, which may have three quarters.
+        // All volumes are in one namespace, which may have three quarters.
         let held = mounted.len() as u64 * 3 * MIB;
         assert!(
             held <= room && held >= room / 2,
             "{held} of {room}, {refused} refused"
         );
-        // A refresh that fits, because the volume's own content makes way, and one that does not.
+        // One refresh fits because the volume's own content makes room, and one does not fit.
         let volume = &mounted[0];
         world.provider.answers(&volume.class, of(2 * MIB));
         world.publish_patiently(volume).await.unwrap();
@@ -196,7 +196,7 @@ fn a_driver_refuses_what_does_not_fit() {
         let status = world.publish_patiently(volume).await.unwrap_err();
         assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
         assert_eq!(volume.reads()["pw"].len() as u64, 2 * MIB);
-        // A driver that starts anew counts what is mounted, also what it has no record of.
+        // A driver that restarts counts all mounted volumes, also those without a record.
         let forgotten = mounted.pop().unwrap();
         fs::remove_file(world.record_file(&forgotten)).unwrap();
         let kubelets = "{\"driverName\":\"secrets-store.csi.k8s.io\"}";
@@ -213,7 +213,7 @@ fn a_driver_refuses_what_does_not_fit() {
             status.message().contains("of this node are in use"),
             "{status}"
         );
-        // And all of it is given back.
+        // All memory is free after the volumes are unpublished.
         for volume in mounted.iter().chain([&forgotten]) {
             world.unpublish(volume).await.unwrap();
         }
@@ -222,11 +222,11 @@ fn a_driver_refuses_what_does_not_fit() {
     });
 }
 
-/// A cgroup of its own with a memory limit, removed when dropped.
+/// A cgroup with a memory limit. Dropping it removes the cgroup.
 struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// None, with a line that says why, where none can be made.
+    /// Creates a cgroup, or prints why that is not possible.
     fn limited(bytes: u64) -> Option<Self> {
         let own = fs::read_to_string("/proc/self/cgroup").unwrap();
         let paths = own.lines().filter_map(|line| {
@@ -270,8 +270,8 @@ impl Drop for Cgroup {
     }
 }
 
-/// The driver's process, below a real limit, and more content at once than fits: it lives, and so
-/// does the next one after it was killed.
+/// A driver in a cgroup with a real limit survives more content than fits, and so does the next
+/// driver after it was killed.
 #[test]
 fn a_process_below_a_real_limit_is_not_killed() {
     if !alone("memory::a_process_below_a_real_limit_is_not_killed") {
@@ -315,7 +315,7 @@ fn a_process_below_a_real_limit_is_not_killed() {
             drop(driver);
         }
         assert_eq!(held[0], held[1]);
-        // The memory goes with the mounts.
+        // The unmounts free the memory.
         for volume in &volumes {
             if volume.state() == TargetState::Mounted {
                 volume.unmount();

@@ -1,5 +1,5 @@
-//! Secrets of classes whose volumes lie on two nodes, while the store changes, also back to what it
-//! had before, and nodes come, go and miss values.
+//! Checks Secrets of classes with volumes on two nodes, while the store changes, also back to former
+//! values, and pods come, go and miss values.
 
 use std::{
     collections::BTreeMap,
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Answer, Class, EAGER, Volume, World, alone, block_on, class};
 
-/// For what takes a few looks of the driver, on a machine that may be busy.
+/// The time for a few checks of the driver on a busy machine.
 const SOON: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy)]
@@ -25,9 +25,9 @@ enum Step {
     Store(u8),
     /// A node refreshes its volume, if it has one.
     Refresh(usize),
-    /// A pod comes to a node that has none.
+    /// A pod starts on a node that has none.
     Comes(usize),
-    /// The pod of a node goes.
+    /// The pod of a node ends.
     Goes(usize),
 }
 
@@ -41,7 +41,7 @@ fn histories() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..16)
 }
 
-/// A class of its own, whose volumes go through a history.
+/// A class whose volumes go through a history.
 struct Case {
     name: String,
     history: Vec<Step>,
@@ -92,7 +92,7 @@ impl Case {
         secret["data"]["pw"] == STANDARD.encode(self.store.to_string())
     }
 
-    /// The resource versions of the pod statuses of its volumes.
+    /// Returns the resource versions of the pod statuses of its volumes.
     fn versions(&self, nodes: &[World; 2]) -> BTreeMap<String, Value> {
         let version = |volume: &Volume| {
             let path = format!(
@@ -114,9 +114,8 @@ async fn refresh_all(nodes: &mut [World; 2], cases: &mut [Case]) {
     }
 }
 
-/// When every volume has been refreshed and is as the store, so is the Secret, however often the
-/// store had this value before and whichever node has missed another; and then nothing is written
-/// any more.
+/// When every volume has been refreshed, the Secret has the value of the store, even if the store
+/// had this value before or a node has missed another one. After that nothing is written.
 #[test]
 fn a_secret_follows_the_store_also_back() {
     if !alone("rollbacks::a_secret_follows_the_store_also_back") {
@@ -181,7 +180,7 @@ fn a_secret_follows_the_store_also_back() {
                 cases.iter().map(|case| case.versions(&nodes)).collect()
             };
             let before = versions(&cases);
-            // Each Secret is looked at meanwhile.
+            // Each Secret is checked in this time.
             tokio::time::sleep(Duration::from_millis(2500)).await;
             refresh_all(&mut nodes, &mut cases).await;
             let now: Vec<_> = cases.iter().map(|case| case.versions(&nodes)).collect();

@@ -1,4 +1,4 @@
-//! The directory of records when the disk refuses: full, read-only, or full of trash.
+//! Checks the directory of records on a full or read-only disk, and with unreadable records.
 
 use std::{fs, io::Write as _, path::Path};
 
@@ -14,7 +14,7 @@ use crate::harness::{
     Answer, Class, EAGER, Volume, World, alone, block_on, class, read_only, tmpfs,
 };
 
-/// Moves the records to a disk of their own.
+/// Starts a node whose records are on a disk of their own.
 async fn with_disk(flags: &[&str], options: &str) -> World {
     let mut world = World::start(flags).await;
     world.stop_driver().await;
@@ -41,7 +41,7 @@ fn a_pod_goes_although_its_record_cannot() {
             assert!(world.record_file(volume).exists());
             world.unpublish(volume).await.unwrap();
         }
-        // A pod of the same name with the same volume is published anew, once that is possible.
+        // The volume can be published again once the disk is writable.
         read_only(&world.state_dir(), false);
         world.publish_patiently(&volumes[0]).await.unwrap();
         assert_eq!(volumes[0].reads()["pw"], "one");
@@ -59,7 +59,7 @@ fn a_pod_goes_although_its_record_cannot() {
     });
 }
 
-/// Leaves so many bytes free.
+/// Fills a disk up to this many free bytes.
 fn fill(disk: &Path, free: usize) {
     let mut file = fs::File::create(disk.join("fill")).unwrap();
     let page = [0_u8; 4096];
@@ -70,7 +70,7 @@ fn fill(disk: &Path, free: usize) {
 
 const SECRET: &str = "/api/v1/namespaces/shop/secrets/creds";
 
-/// The class of a volume that makes a Secret.
+/// Returns a class with a Secret.
 fn synced(name: &str) -> Value {
     let mut object = class(name, 1);
     object["spec"]["secretObjects"] = json!([{
@@ -79,8 +79,8 @@ fn synced(name: &str) -> Value {
     object
 }
 
-/// On a full disk a refresh is refused before anything has changed, or is done as a whole: files,
-/// Secret and status say the same.
+/// On a full disk a publish is either refused before anything has changed, or done as a whole: files,
+/// Secret and pod status agree.
 #[test]
 fn a_full_disk_changes_all_or_nothing() {
     if !alone("state_dir::a_full_disk_changes_all_or_nothing") {
@@ -158,7 +158,7 @@ fn a_full_disk_changes_all_or_nothing() {
     });
 }
 
-/// What lies where a live volume's record should is replaced: the volume is filled in place.
+/// An unreadable record of a mounted volume is replaced, and the volume is filled in place.
 #[test]
 fn a_live_volume_without_a_readable_record_is_filled_in_place() {
     if !alone("state_dir::a_live_volume_without_a_readable_record_is_filled_in_place") {
@@ -210,8 +210,8 @@ fn a_live_volume_without_a_readable_record_is_filled_in_place() {
     });
 }
 
-/// A record that names what kubelet and the API do not have is none: it goes at the start, and its
-/// volume is published again where it is mounted.
+/// A record with values that kubelet and the API cannot have is removed at the start, and its volume
+/// is published again in place.
 #[test]
 fn a_record_of_what_cannot_be_is_none() {
     if !alone("state_dir::a_record_of_what_cannot_be_is_none") {
@@ -251,7 +251,7 @@ fn a_record_of_what_cannot_be_is_none() {
         }
         world.stop_driver().await;
         for (volume, place, value, _) in &volumes {
-            // Where the target is a path of kubelet's, its directory is there.
+            // A target with the form of kubelet's paths exists.
             let value = value.replace("UID", &volume.uid);
             if value.starts_with(elsewhere.to_str().unwrap()) {
                 fs::create_dir_all(Path::new(&value).parent().unwrap()).unwrap();

@@ -1,5 +1,5 @@
-//! A final code says that nothing is left. kubelet forgets the volume then, and never unpublishes
-//! it.
+//! Checks that a failed publish that leaves something behind has no final code. After a final code
+//! kubelet forgets the volume and never unpublishes it.
 
 use std::{fs, sync::Arc};
 
@@ -16,7 +16,7 @@ use crate::harness::{
     Answer, Class, EAGER, Volume, World, alone, block_on, class, is_final, read_only, tmpfs,
 };
 
-/// What is recorded of a volume.
+/// The record of a volume.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Recorded {
     Nothing,
@@ -25,14 +25,14 @@ enum Recorded {
     OfAnotherPod,
 }
 
-/// What is at its target.
+/// The state of its target.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum There {
     Nothing,
     Directory,
     EmptyMount,
     Content,
-    /// What a provider wrote itself.
+    /// Content that the provider wrote itself.
     Strangers,
     BrokenContent,
     File,
@@ -55,7 +55,7 @@ const THERE: [There; 7] = [
     There::File,
 ];
 
-/// The step that fails, and how.
+/// The step that fails, and its failure.
 #[derive(Clone, Debug)]
 enum Failure {
     Class(Class),
@@ -81,7 +81,7 @@ fn failures() -> Vec<Failure> {
             hangs: true,
             ..Answer::default()
         },
-        // Neither objects nor files; objects without files; a path that cannot be.
+        // These are: neither objects nor files; objects without files; an invalid path.
         Answer::default(),
         Answer {
             files: Vec::new(),
@@ -124,7 +124,7 @@ fn failures() -> Vec<Failure> {
     failures
 }
 
-/// A request that is wrong in its form.
+/// Returns an invalid request.
 fn spoilt(volume: &Volume, how: &str) -> NodePublishVolumeRequest {
     let mut request = volume.request();
     let mut say = |name: &str, value: &str| {
@@ -165,9 +165,10 @@ async fn bring(world: &World, volume: &Volume, recorded: Recorded, there: There)
     let clear = || {
         for entry in fs::read_dir(&volume.target).unwrap() {
             let path = entry.unwrap().path();
-            match fs::symlink_metadata(&path).unwrap().is_dir() {
-                true => fs::remove_dir_all(&path).unwrap(),
-                false => fs::remove_file(&path).unwrap(),
+            if fs::symlink_metadata(&path).unwrap().is_dir() {
+                fs::remove_dir_all(&path).unwrap();
+            } else {
+                fs::remove_file(&path).unwrap();
             }
         }
     };
@@ -206,14 +207,14 @@ async fn bring(world: &World, volume: &Volume, recorded: Recorded, there: There)
     }
 }
 
-/// What the answer to a failing publish has to agree with.
+/// Checks that nothing is left of a failed publish if its code is final.
 fn judge(world: &World, volume: &Volume, code: Code, case: &str) {
     if is_final(code) {
         assert!(
             !volume.target.exists() && fs::symlink_metadata(&volume.target).is_err(),
             "{code:?} is final, and something is at the target: {case}"
         );
-        // Without an id nobody knows whose record to look for.
+        // The driver cannot find the record of a request without an id.
         assert!(
             !world.record_file(volume).exists() || case.contains("\"id\""),
             "{code:?} is final, and there is a record: {case}"
@@ -237,7 +238,7 @@ async fn fails(
         Failure::Class(answer) => world.api.class_is(&volume.class, [answer]),
         Failure::Provider(answer) => world.provider.answers(&volume.class, answer),
         Failure::PodStatus(code) => {
-            // Something new, so that the status is written.
+            // A new version makes the driver write the pod status.
             let new = Answer::file("pw", "two");
             world.provider.answers(&volume.class, new);
             world.api.refuse_status(&volume.class, Some(code));
@@ -254,7 +255,7 @@ async fn fails(
     if (recorded, there) == (Recorded::Well, There::Content) && code != Code::Ok {
         assert_eq!(volume.reads(), before, "the content stays: {case}");
     }
-    // Whatever came of it, a pod can go.
+    // The volume can be unpublished in every case.
     world.unpublish(volume).await.unwrap();
     assert_eq!(volume.state(), TargetState::Absent, "{case}");
     assert!(!world.record_file(volume).exists(), "{case}");
@@ -292,7 +293,7 @@ fn final_codes_say_that_nothing_is_left() {
     });
 }
 
-/// Something that is not the driver's is mounted at the target, and cannot be looked through.
+/// A foreign file system whose content the driver cannot examine is mounted at the target.
 #[test]
 fn a_foreign_file_system_at_the_target_is_not_final() {
     if !alone("states::a_foreign_file_system_at_the_target_is_not_final") {
@@ -324,7 +325,7 @@ fn a_foreign_file_system_at_the_target_is_not_final() {
     });
 }
 
-/// The node's disk refuses the record.
+/// The disk of the node refuses the record.
 #[test]
 fn a_record_that_cannot_be_written_is_not_final_while_anything_is_left() {
     if !alone("states::a_record_that_cannot_be_written_is_not_final_while_anything_is_left") {

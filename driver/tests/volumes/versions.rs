@@ -1,5 +1,5 @@
-//! What a provider is told of the versions that are mounted: nothing, unless the class wants it and
-//! it is of use.
+//! Checks that a provider is told the mounted versions only if the class asks for it and the content
+//! is whole.
 
 use std::fs;
 
@@ -14,16 +14,16 @@ use crate::harness::{Answer, Class, EAGER, World, alone, block_on, class};
 
 const ANNOTATION: &str = "secrets-store.csi.k8s.io/send-object-versions";
 
-/// What happens before a look of kubelet, and at it.
+/// The events before a publish of kubelet, and during it.
 #[derive(Clone, Debug)]
 struct Step {
     annotation: Option<&'static str>,
     edited: bool,
-    /// What is done to a file in the volume by hand.
+    /// The damage to a file in the volume.
     damaged: Option<Damage>,
     rotated: bool,
     refuses_versions: bool,
-    /// The provider leaves files out of its answer that it is told are mounted.
+    /// Whether the provider omits files from its answer when it is told that they are mounted.
     leaves_out: bool,
     fails: bool,
 }
@@ -83,7 +83,8 @@ fn versions_are_sent_only_where_the_class_wants_it_and_the_content_is_whole() {
             let steps = steps().new_tree(&mut runner).unwrap().current();
             let volume = world.volume_of_its_own();
             let (mut generation, mut version) = (1, 0);
-            // What was true when the provider answered last, if it ever has.
+            // The generation, whether the class asked for versions, and the version of the last
+            // successful publish.
             let mut success: Option<(i64, bool, u64)> = None;
             for (number, step) in steps.iter().enumerate() {
                 generation += i64::from(step.edited);
@@ -113,7 +114,7 @@ fn versions_are_sent_only_where_the_class_wants_it_and_the_content_is_whole() {
                 let damaged = step.damaged.filter(|_| success.is_some());
                 if let Some(damage) = damaged {
                     let (link, file) = (volume.target.join("b"), volume.target.join("..data/b"));
-                    // It may be gone since an earlier step that did not mend it.
+                    // The file may be missing since an earlier step that failed.
                     let _ = match damage {
                         Damage::Removed => fs::remove_file(file),
                         Damage::LinkRemoved => fs::remove_file(link),
