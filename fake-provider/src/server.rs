@@ -87,8 +87,8 @@ pub struct Object {
     pub id: String,
     /// The version that was fetched. It changes when the content does.
     pub version: String,
-    /// The file's path below the volume's root: relative, without `.`, `..` and empty parts, and
-    /// not beginning with `..`.
+    /// The file's path below the volume's root: relative, without `.` and empty parts, and without
+    /// parts that begin with `..`.
     pub path: String,
     /// The file's permission bits, or 0 to leave them to the driver.
     pub mode: u32,

@@ -126,6 +126,7 @@ async fn the_fake_provider_passes() {
 #[case(Flaw::Path("../b"), &["paths-clean"])]
 #[case(Flaw::Path("a//b"), &["paths-clean"])]
 #[case(Flaw::Path("..data/x"), &["paths-reserved"])]
+#[case(Flaw::Path("a/..b"), &["paths-reserved"])]
 #[case(Flaw::Path("a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a"), &["paths-short"])]
 #[case(Flaw::Path("user"), &["paths-unique"])]
 #[case(Flaw::Path("user/name"), &["paths-unique"])]

@@ -79,7 +79,7 @@ pub(super) const CHECKS: &[Check] = &[
     },
     Check {
         name: "paths-reserved",
-        rule: "No path begins with '..', which is reserved for the driver's own links.",
+        rule: "No part of a path begins with '..', which is reserved for the driver's own links.",
         source: ATOMIC_WRITER,
         run: |s| Box::pin(of_first(s, paths_reserved)),
     },
@@ -211,13 +211,14 @@ fn paths_clean(answer: &Answer) -> Result<(), Finding> {
 
 fn paths_reserved(answer: &Answer) -> Result<(), Finding> {
     each_path(answer, |path| {
-        !path.starts_with("..") || path == ".." || path.starts_with("../")
+        path.split('/')
+            .all(|part| part == ".." || !part.starts_with(".."))
     })
 }
 
 fn paths_short(answer: &Answer) -> Result<(), Finding> {
     each_path(answer, |path| {
-        path.len() < LONGEST_PATH
+        path.len() <= LONGEST_PATH
             && path.split('/').count() <= MOST_LEVELS
             && path.split('/').all(|part| part.len() <= LONGEST_NAME)
     })
