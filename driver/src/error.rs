@@ -1,19 +1,19 @@
-//! The one error type.
+//! The error of a CSI call.
 //!
-//! An [`Error`] carries three things and each has one reader: a sentence for the person who
-//! reads `kubectl describe pod`, a gRPC code for kubelet, and an `error_type` label for the
-//! dashboard. Errors never embed their input, so none can carry a secret.
+//! An [`Error`] has a sentence for the person who reads `kubectl describe pod`, a gRPC code for
+//! kubelet, and an `error_type` label for dashboards. Errors never contain their input, so that none
+//! can contain a secret.
 //!
-//! kubelet takes CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, RESOURCE_EXHAUSTED and ABORTED for
-//! "perhaps mounted": it keeps the directory and calls again, or unpublishes when the pod goes.
-//! Every other code is final for that attempt: kubelet removes what it made and starts afresh
-//! (`isFinalError` in kubelet's `csi_client.go`). Either way kubelet tries again with a backoff.
+//! After CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, RESOURCE_EXHAUSTED and ABORTED the volume may be
+//! mounted: kubelet keeps the directory and calls again, or unpublishes when the pod goes. Every other
+//! code is final for that attempt: kubelet removes the directory (`isFinalError` in kubelet's
+//! `csi_client.go`). In both cases kubelet tries again with a backoff.
 
 use std::{fmt, sync::Arc, time::Duration};
 
 use tonic::Code;
 
-/// Why a call failed. Cheap to clone.
+/// The reason why a call failed. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Error {
     code: Code,
@@ -28,7 +28,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// The `error_type` label of `node_publish_error_total`. The first five are upstream's values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reason {
-    /// Whatever has no value of its own.
+    /// Any failure without a value of its own.
     FailedToMount,
     /// The SecretProviderClass could not be read.
     SecretProviderClassNotFound,
@@ -38,14 +38,14 @@ pub enum Reason {
     GrpcProviderError,
     /// The provider's files could not be written.
     FileWriteError,
-    /// No socket of that provider, or a name that cannot be one.
+    /// The provider has no socket, or its name cannot be one.
     FailedToLookupProviderGrpcClient,
     /// The provider's own error code.
     Provider(String),
 }
 
 impl Reason {
-    /// The label's value.
+    /// Returns the value of the label.
     pub fn label(&self) -> &str {
         match self {
             Self::FailedToMount => "FailedToMount",
@@ -60,7 +60,7 @@ impl Reason {
 }
 
 impl Error {
-    /// An error with the label `FailedToMount`; see [`Error::with_reason`].
+    /// Creates an error with the label `FailedToMount`; see [`Error::with_reason`].
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
             code,
@@ -70,27 +70,27 @@ impl Error {
         }
     }
 
-    /// The request itself is wrong; repeating it cannot help.
+    /// Creates an INVALID_ARGUMENT error: the request is wrong, and repeating it cannot help.
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(Code::InvalidArgument, message)
     }
 
-    /// The system is not in the state that the call needs; somebody has to change something.
+    /// Creates a FAILED_PRECONDITION error: the call needs a change of the system by a person.
     pub fn precondition(message: impl Into<String>) -> Self {
         Self::new(Code::FailedPrecondition, message)
     }
 
-    /// Something that should work did not: a file, a mount.
+    /// Creates an INTERNAL error: something such as a file or a mount did not work.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(Code::Internal, message)
     }
 
-    /// Somebody we depend on is away; trying again helps.
+    /// Creates an UNAVAILABLE error: a peer is away, and trying again helps.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(Code::Unavailable, message)
     }
 
-    /// The same volume is being worked on.
+    /// Creates an ABORTED error: another call works on the volume.
     pub fn aborted(message: impl Into<String>) -> Self {
         Self::new(Code::Aborted, message)
     }
@@ -109,15 +109,14 @@ impl Error {
         self
     }
 
-    /// Puts words before the message: the step, the pod.
+    /// Puts words before the message, such as the step and the pod.
     #[must_use]
     pub fn context(mut self, words: impl fmt::Display) -> Self {
         self.message = format!("{words}: {}", self.message).into();
         self
     }
 
-    /// Makes a code that kubelet takes as final into one that it does not, for a volume whose
-    /// content is in use and must not be cleaned away.
+    /// Turns a final code into UNAVAILABLE, for a volume that kubelet must not forget.
     #[must_use]
     pub fn not_final(mut self) -> Self {
         if self.is_final() {
@@ -126,7 +125,7 @@ impl Error {
         self
     }
 
-    /// Whether kubelet takes the attempt for over and removes the volume's directory.
+    /// Returns whether the code is final: kubelet ends the attempt and removes the volume's directory.
     pub fn is_final(&self) -> bool {
         !matches!(
             self.code,
@@ -138,7 +137,7 @@ impl Error {
         )
     }
 
-    /// The gRPC code.
+    /// Returns the gRPC code.
     pub fn code(&self) -> Code {
         self.code
     }
@@ -148,7 +147,7 @@ impl Error {
         self.retry_after
     }
 
-    /// The metric label.
+    /// Returns the metric label.
     pub fn reason(&self) -> &Reason {
         &self.reason
     }

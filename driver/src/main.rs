@@ -1,4 +1,4 @@
-//! The binary: flags, logging, the runtime, signals and the exit code.
+//! The binary. Sets up flags, logging, the runtime and signals, and returns the exit code.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -7,13 +7,13 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Threads for file system work. The async part needs one: disk and peers decide the pace.
+/// The number of threads for file system work. The async part runs on one more thread.
 const BLOCKING_THREADS: usize = 4;
 
-/// How many files the driver may have open.
+/// The number of files that the driver may have open.
 const MOST_DESCRIPTORS: u64 = 65_536;
 
-/// How often memory that a burst of publishes took is given back to the system.
+/// How often free memory is given back to the system, as after a burst of publishes.
 const TRIM_EVERY: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
@@ -28,7 +28,7 @@ fn main() -> ExitCode {
         });
     }
     std::panic::set_hook(Box::new(|panic| {
-        // Where, and not what: a panic's text may hold a piece of what it fell over.
+        // Only the place is logged, because a panic's text may contain a secret.
         let place = panic
             .location()
             .map(ToString::to_string)
@@ -87,14 +87,15 @@ fn say(exit: &driver::config::Exit) -> ExitCode {
     ExitCode::from(u8::try_from(exit.code).unwrap_or(1))
 }
 
-/// Raises the soft limit of open files to the hard one. Without that, a system's usual soft limit
-/// of 1024 is what anybody has to use up. More than [`MOST_DESCRIPTORS`] are of no use.
+/// Raises the soft limit of open files to the hard one, but to no more than [`MOST_DESCRIPTORS`]. The
+/// usual soft limit of 1024 is easily used up by connections.
 fn raise_descriptors() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        let wanted = hard.min(MOST_DESCRIPTORS);
-        match soft < wanted {
-            true => setrlimit(Resource::RLIMIT_NOFILE, wanted, hard),
-            false => Ok(()),
+        let limit = hard.min(MOST_DESCRIPTORS);
+        if soft < limit {
+            setrlimit(Resource::RLIMIT_NOFILE, limit, hard)
+        } else {
+            Ok(())
         }
     });
     if let Err(error) = raised {

@@ -1,12 +1,11 @@
-//! How much memory mounted content takes, and how much it may take.
+//! Bounds the memory that mounted content takes.
 //!
-//! A tmpfs is memory that the kernel charges to who writes it, and it stays charged when the
-//! writer dies. Content that does not fit below the driver's memory limit would end the driver,
-//! and the next one after it. So a volume's content is reserved before it is written, and refused
-//! where it does not fit; the room is the limit less what the driver needs itself.
+//! The kernel charges the memory of a tmpfs to the process that writes it, also after that process has
+//! ended. Content that does not fit below the driver's memory limit would kill the driver, and each
+//! driver after it. So memory is reserved before content is written, and content that does not fit is
+//! refused. The room for content is the limit less what the driver needs itself.
 //!
-//! Files that a provider writes are charged to the provider. They are measured, and take nothing
-//! of the room.
+//! Files that a provider writes are charged to the provider. They are measured, but take no room.
 
 mod cgroup;
 mod ledger;
@@ -24,51 +23,52 @@ pub use cgroup::limit;
 use ledger::Ledger;
 pub use ledger::{Budget, Limit, NoRoom, Source};
 
-/// A file of one byte takes a page.
+/// The size of a page, in bytes. A file of one byte takes a page.
 const PAGE: u64 = 4096;
 
-/// What the kernel keeps of each file, directory and link beside its content: an inode and the
-/// name (measured on Linux 6.18: 0.9 to 1.3 KiB).
+/// The bytes that the kernel needs for each file, directory and link beside its content: an inode and
+/// the name (measured on Linux 6.18: 0.9 to 1.3 KiB).
 const OBJECT: u64 = 2048;
 
-/// What the kernel keeps of each mount (measured: 2.8 KiB).
+/// The bytes that the kernel needs for each mount (measured: 2.8 KiB).
 const MOUNT: u64 = 2 * OBJECT;
 
-/// A link whose target is at least this long takes a page.
+/// The length of a link's target from which on the link takes a page.
 const LONGEST_INLINE_LINK: usize = 128;
 
-/// What [`Memory::check`] asks for: less than this, no content takes.
+/// The bytes that any content takes, which [`Memory::check`] asks for.
 const LEAST: u64 = 16 * 1024;
 
-/// The memory of this process, as far as content takes it.
+/// The memory of this process that content takes.
 #[derive(Debug)]
 pub struct Memory {
     ledger: Mutex<Ledger<PathBuf>>,
     answer_bytes: u64,
 }
 
-/// Memory that is set aside for content that is being written. Dropping it gives it back.
+/// Memory that is reserved for content while it is written. Dropping it frees it.
 #[derive(Debug)]
-#[must_use = "dropping a reservation gives it back"]
+#[must_use = "dropping a reservation frees it"]
 pub struct Reservation {
     memory: Arc<Memory>,
     target: PathBuf,
     bytes: u64,
 }
 
-/// What `/metrics` says, in bytes.
+/// The readings for `/metrics`, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Readings {
-    /// What all mounted volumes hold.
+    /// The memory that all mounted volumes take.
     pub mounted: u64,
-    /// What the volumes may hold whose content the driver writes.
+    /// The memory that content that the driver writes may take.
     pub room: u64,
-    /// What bounds this process.
+    /// The memory limit of this process.
     pub limit: u64,
 }
 
 impl Memory {
-    /// Shares out a limit. `answer_bytes` is what the answers of a provider may take together.
+    /// Creates the memory with a limit. `answer_bytes` is the memory that all answers of a provider may
+    /// take together.
     pub fn new(limit: Limit, answer_bytes: u64) -> Arc<Self> {
         Arc::new(Self {
             ledger: Mutex::new(Ledger::new(Budget::of(limit, answer_bytes))),
@@ -76,21 +76,21 @@ impl Memory {
         })
     }
 
-    /// How the limit is shared out.
+    /// Returns how the limit is divided.
     pub fn budget(&self) -> Budget {
         self.lock().budget()
     }
 
-    /// The limit may have changed: Kubernetes can resize a pod that runs.
+    /// Sets the limit, which changes when Kubernetes resizes the pod.
     pub fn set_limit(&self, limit: Limit) {
         self.lock().set_budget(Budget::of(limit, self.answer_bytes));
     }
 
-    /// Sets memory aside for content that is about to be written into a volume, beside what it
-    /// holds. May block.
+    /// Reserves memory for content that is about to be written into a volume, beside its present
+    /// content. May block.
     ///
     /// # Errors
-    /// When it does not fit.
+    /// Says which bound the content exceeds.
     pub fn reserve(
         self: &Arc<Self>,
         target: &Path,
@@ -100,8 +100,8 @@ impl Memory {
         self.reserve_bytes(target, namespace, cost(content))
     }
 
-    /// Refuses a volume for which there is no room whatever its content is, before anybody is
-    /// asked for it. May block.
+    /// Makes sure that there is room for the smallest content, before a provider is asked for it. May
+    /// block.
     ///
     /// # Errors
     /// When nothing fits any more.
@@ -118,7 +118,7 @@ impl Memory {
         let target = target.to_owned();
         let mut ledger = self.lock();
         if ledger.reserve(&target, namespace, bytes).is_err() {
-            // Perhaps something is gone that still counts, former content for example.
+            // Content that is gone, such as former content, may still be counted.
             ledger.measure(|target| in_use(target));
             ledger.reserve(&target, namespace, bytes)?;
         }
@@ -129,22 +129,22 @@ impl Memory {
         })
     }
 
-    /// Measures a volume that may be new here. `charged` says whether the driver wrote what is in
-    /// it. May block.
-    pub fn found(&self, target: &Path, namespace: &str, charged: bool) {
+    /// Measures a volume that may not be known yet. `is_charged` says whether the driver wrote its
+    /// content. May block.
+    pub fn found(&self, target: &Path, namespace: &str, is_charged: bool) {
         let used = in_use(target);
         self.lock()
-            .holds(&target.to_owned(), namespace, used, charged);
+            .holds(&target.to_owned(), namespace, used, is_charged);
     }
 
-    /// Measures a volume anew, if it is known here. May block.
+    /// Measures a volume again, if it is known. May block.
     pub fn changed(&self, target: &Path) {
         let used = in_use(target);
         self.lock().changed(&target.to_owned(), used);
     }
 
-    /// Finds volumes of this driver that are mounted without being known here: a driver that was
-    /// killed left them, and their memory. May block.
+    /// Finds mounted volumes of this driver that are not known yet: an earlier driver was killed while
+    /// it published them. May block.
     pub fn find_others(&self, driver_name: &str) {
         for target in cgroup::tmpfs_mounts(Path::new("/")) {
             if !self.lock().knows(&target) && is_of_driver(&target, driver_name) {
@@ -153,7 +153,7 @@ impl Memory {
         }
     }
 
-    /// What is held and set aside of the room, in bytes, as far as it is known without measuring.
+    /// Returns the bytes of the room that are used or reserved, by the last measurement.
     pub fn in_use(&self) -> u64 {
         self.lock().in_use()
     }
@@ -171,7 +171,7 @@ impl Memory {
     }
 
     fn lock(&self) -> MutexGuard<'_, Ledger<PathBuf>> {
-        // Its numbers are whole whoever panicked while holding it.
+        // A panic while it was held has left the numbers whole.
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -182,7 +182,7 @@ impl Drop for Reservation {
     }
 }
 
-/// What content takes at most once it is written, in bytes.
+/// Returns the bytes that content takes at most once it is written.
 fn cost(content: &Payload) -> u64 {
     let files: u64 = content
         .files()
@@ -191,13 +191,13 @@ fn cost(content: &Payload) -> u64 {
     let roots = content.roots();
     let long = |name: &&&str| name.len() + "..data/".len() >= LONGEST_INLINE_LINK;
     let long_links = roots.iter().filter(long).count();
-    // Links at the root exist twice for a moment; the root, `..data`, the directory that it leads
-    // to and the one for what is put aside are there always.
+    // Links at the root exist twice for a moment. The four others are the root, `..data`, the
+    // directory that it leads to, and the one for what a swap puts aside.
     let objects = content.len() + content.directories() + 2 * roots.len() + 4;
     files + 2 * PAGE * long_links as u64 + OBJECT * objects as u64 + MOUNT
 }
 
-/// What a volume holds, in bytes; nothing where nothing is mounted, or nothing can be seen.
+/// Returns the bytes that a volume takes: none if nothing is mounted, or it cannot be examined.
 fn in_use(target: &Path) -> u64 {
     match mount::in_use(target) {
         Ok(Some(in_use)) => in_use.bytes + OBJECT * in_use.inodes + MOUNT,
@@ -205,7 +205,7 @@ fn in_use(target: &Path) -> u64 {
     }
 }
 
-/// Whether kubelet says that a volume is of this driver: it leaves a file beside the target.
+/// Returns whether a volume is of this driver, by the file that kubelet writes beside the target.
 fn is_of_driver(target: &Path, driver_name: &str) -> bool {
     const LONGEST: u64 = 64 * 1024;
     let read = || {

@@ -1,12 +1,12 @@
-//! The built-in registrar: tells kubelet that the driver is there, without a sidecar.
+//! Registers the driver with kubelet, without a sidecar.
 //!
-//! kubelet watches a directory. For each socket that appears it asks `GetInfo`, calls the CSI
-//! endpoint named there, and reports the outcome by `NotifyRegistrationStatus`. When the socket
-//! goes away the driver is no longer registered. So the registrar keeps its socket in that
-//! directory as long as it runs: it waits for a missing directory, comes back when somebody
-//! removes the socket, and when kubelet refuses it reports why and offers itself anew.
+//! kubelet watches a directory. For each socket that appears it calls `GetInfo`, calls the CSI
+//! endpoint that is named there, and reports the outcome by `NotifyRegistrationStatus`. When the
+//! socket goes away, the driver is no longer registered. So the registrar keeps its socket in that
+//! directory as long as it runs: it waits for a missing directory, creates a removed socket again,
+//! and after a refusal logs the reason and creates the socket again.
 //!
-//! It asks nothing of the driver and nothing depends on it: kubelet can be away for any time.
+//! The rest of the driver does not depend on it: kubelet may be away for any time.
 
 mod authority;
 
@@ -32,14 +32,14 @@ use authority::AnyAuthority;
 
 /// The plugin type that kubelet registers as a CSI driver.
 const PLUGIN_TYPE: &str = "CSIPlugin";
-/// Versions of the CSI wire; kubelet accepts 0.x and 1.x and looks at nothing else.
+/// The supported versions of CSI. kubelet accepts 0.x and 1.x.
 const SUPPORTED_VERSIONS: [&str; 1] = ["1.0.0"];
-/// How often to look whether the socket is still ours, and whether the directory is there.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Pauses before offering again after a failure: each is twice the one before.
+/// How often to check whether the socket is still there, and whether the directory is.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// The bounds of the pause before another offer after a failure. Each pause is twice the one before.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// What an answer to kubelet may take when the socket is taken away.
+/// How long an answer to kubelet may take when the socket is removed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Registers one driver with the kubelet of this node.
@@ -53,20 +53,20 @@ pub struct Registrar {
     pub endpoint: PathBuf,
 }
 
-/// Why an offer ended.
+/// The reason why an offer ended.
 enum End {
     Stopped,
-    /// The socket is gone: kubelet or a person cleaned the directory.
+    /// The socket is gone, because kubelet or a person cleaned the directory.
     Wiped,
     /// Another file has taken the socket's place.
     Replaced,
-    /// kubelet did not take the driver, and said why.
+    /// kubelet refused the driver, with this reason.
     Refused(String),
 }
 
 impl Registrar {
-    /// Offers the driver to kubelet until `stop`, then takes the socket away. Every failure is
-    /// logged and tried again.
+    /// Offers the driver to kubelet until `stop`, then removes the socket. Logs each failure and tries
+    /// again.
     pub async fn run(self, stop: CancellationToken) {
         let socket = self.dir.join(format!("{}-reg.sock", self.driver_name));
         let socket = socket.as_path();
@@ -104,7 +104,7 @@ impl Registrar {
         }
     }
 
-    /// Waits for kubelet's directory, which kubelet makes when it starts. False: stopped.
+    /// Waits for the directory that kubelet creates when it starts. Returns false if it was stopped.
     async fn directory_exists(&self, stop: &CancellationToken) -> bool {
         let mut told = false;
         while !self.dir.is_dir() {
@@ -114,13 +114,13 @@ impl Registrar {
             }
             tokio::select! {
                 () = stop.cancelled() => return false,
-                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = tokio::time::sleep(CHECK_EVERY) => {}
             }
         }
         true
     }
 
-    /// Puts the socket there and serves it until there is a reason to end.
+    /// Creates the socket and serves it until there is a reason to end.
     async fn offer(&self, socket: &Path, stop: &CancellationToken) -> io::Result<End> {
         let (listener, file) = listen_privately(socket)?;
         let incoming = Accepting::new("registration", UnixListenerStream::new(listener));
@@ -145,7 +145,7 @@ impl Registrar {
         );
         info!(socket = %socket.display(), endpoint = %self.endpoint.display(), "offering the driver to kubelet");
 
-        let mut look = tokio::time::interval(LOOK_EVERY);
+        let mut look = tokio::time::interval(CHECK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let end = loop {
             tokio::select! {
@@ -167,15 +167,15 @@ impl Registrar {
         };
 
         ended.cancel();
-        // kubelet is waiting for the answer to its refusal. It may also keep the connection
-        // open for no reason, so what matters is that the socket is gone, not how this ends.
+        // kubelet waits for the answer to its refusal. It may also keep the connection open, so a
+        // timeout is no failure.
         let _ = tokio::time::timeout(DRAIN_TIMEOUT, server).await;
         file.remove()?;
         Ok(end)
     }
 }
 
-/// What kubelet talks to.
+/// The service that kubelet calls.
 struct Service {
     info: PluginInfo,
     outcome: mpsc::Sender<Result<(), String>>,
@@ -197,7 +197,7 @@ impl Registration for Service {
         } else {
             Err(status.error)
         };
-        // Nobody listens any more when this offer has ended; the next one gets its own outcome.
+        // Sending fails if this offer has ended; the next one gets its own outcome.
         let _ = self.outcome.send(outcome).await;
         Ok(Response::new(RegistrationStatusResponse {}))
     }
@@ -303,7 +303,7 @@ mod tests {
         );
         let inode = || fs::metadata(run.socket()).unwrap().ino();
         let before = inode();
-        tokio::time::sleep(LOOK_EVERY * 2).await;
+        tokio::time::sleep(CHECK_EVERY * 2).await;
         assert_eq!(inode(), before, "a registered driver stays");
         run.end().await;
     }
@@ -377,7 +377,7 @@ mod tests {
 
         let registry = run.dir.path().join("plugins_registry");
         fs::remove_dir_all(&registry).unwrap();
-        tokio::time::sleep(LOOK_EVERY * 2).await;
+        tokio::time::sleep(CHECK_EVERY * 2).await;
         assert!(!registry.exists(), "the directory is kubelet's to make");
         fs::create_dir(&registry).unwrap();
         run.client().await.get_info(InfoRequest {}).await.unwrap();

@@ -2,8 +2,7 @@
 //!
 //! [`Secret`] has no `Debug`, `Display` or `Serialize`, and is wiped when it is dropped. The
 //! only way to its bytes is [`Secret::expose`], so that a search for that word finds every
-//! place where a secret leaves its type. Buffers of the gRPC transport are not ours to wipe:
-//! what is promised is that no secret is printed, and that our own copies do not linger.
+//! place where a secret leaves its type. The buffers of the gRPC transport are not wiped.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +13,7 @@ use zeroize::Zeroizing;
 pub struct Secret(Zeroizing<Vec<u8>>);
 
 impl Secret {
-    /// The bytes. Whoever calls this answers for where they go.
+    /// Returns the bytes. The caller must not let them be printed or stored.
     pub fn expose(&self) -> &[u8] {
         &self.0
     }
@@ -32,17 +31,17 @@ impl From<String> for Secret {
     }
 }
 
-/// Strings by key whose values are secret: kubelet's `secrets`, the attributes for a provider.
+/// A map of keys to secret strings, such as kubelet's `secrets` or the attributes for a provider.
 #[derive(Clone, Default)]
 pub struct SecretMap(BTreeMap<String, Zeroizing<String>>);
 
 impl SecretMap {
-    /// Sets a value; an earlier one under that key is wiped.
+    /// Sets a value. An earlier value of that key is wiped.
     pub fn insert(&mut self, key: impl Into<String>, value: impl Into<String>) {
         self.0.insert(key.into(), Zeroizing::new(value.into()));
     }
 
-    /// Lays another map over this one.
+    /// Adds the entries of another map, which replace entries of this one.
     pub fn extend(&mut self, over: &Self) {
         self.0.extend(
             over.0
@@ -51,25 +50,25 @@ impl SecretMap {
         );
     }
 
-    /// Takes a value out.
+    /// Removes a value and returns it.
     pub fn remove(&mut self, key: &str) -> Option<Zeroizing<String>> {
         self.0.remove(key)
     }
 
-    /// Looks a value up.
+    /// Returns a value.
     pub fn expose(&self, key: &str) -> Option<&str> {
         self.0.get(key).map(|value| value.as_str())
     }
 
-    /// Whether there is nothing in it.
+    /// Returns whether the map is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The map as a JSON object of strings, keys in order: what a provider is sent.
+    /// Returns the map as a JSON object of strings, in the order of the keys, for a provider.
     ///
     /// # Errors
-    /// None in practice: maps of strings always serialize.
+    /// Serializing a map of strings does not fail in practice.
     pub fn expose_json(&self) -> Result<Zeroizing<String>, serde_json::Error> {
         let exposed: BTreeMap<&str, &str> = self
             .0

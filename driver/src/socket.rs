@@ -1,10 +1,10 @@
-//! Sockets in the file system that others dial, and accepting that outlives a shortage.
+//! Listens on sockets in the file system, and keeps accepting through a shortage of descriptors.
 //!
-//! Two drivers may serve the same path for a while: a surge update, or a pod that was deleted by
-//! force. The one that came last owns the path. So a socket is bound under another name and
-//! renamed over the path, which is never empty meanwhile; and a driver that ends removes the path
-//! only while its own socket is there. A driver that runs on where the last one has ended notices
-//! that nobody can be reached at the path, and binds again.
+//! Two drivers may serve the same path for a while: during an update with surge, or after a pod was
+//! deleted by force. The one that started last owns the path. So a socket is bound under another name
+//! and renamed over the path, which is never empty meanwhile; and a driver that ends removes the path
+//! only if its own socket is there. If the other driver ends first, the remaining one notices that the
+//! path is deserted, and binds again.
 
 use std::{
     convert::Infallible,
@@ -30,33 +30,34 @@ use tokio::{
 };
 use tokio_stream::Stream;
 
-/// How many connections may wait to be accepted. The kernel takes its own limit
-/// (`net.core.somaxconn`) for what is larger.
+/// The number of connections that may wait to be accepted. The kernel lowers it to its own limit
+/// (`net.core.somaxconn`).
 const BACKLOG: u32 = u32::MAX;
 
-/// How long nothing is accepted after the system could not give a descriptor or memory.
+/// The pause in accepting after the system had no descriptor or no memory.
 const REST: Duration = Duration::from_millis(250);
 
-/// The shortest time between two log lines about that.
+/// The shortest time between two log lines about failed accepting.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
 
-/// How often to look whether somebody can be reached at a socket's path, and at how many looks in
-/// a row nobody could before the driver binds again. Another driver may be about to bind.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
-const LOOKS: u32 = 2;
+/// How often to check whether the path of a socket is deserted.
+const CHECK_EVERY: Duration = Duration::from_secs(5);
+/// The number of checks in a row that find the path deserted before the driver binds again. Another
+/// driver may be about to bind.
+const CHECKS: u32 = 2;
 
-/// A socket's place in the file system, and the means to tell whether the socket is still there.
+/// The path of a socket, with the means to tell whether the socket is still there.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// Keeps the inode, so that its number belongs to no other file while this value lives.
+    /// Keeps the inode, so that no other file gets its number while this value exists.
     inode: OwnedFd,
 }
 
-/// What is at a socket's path.
+/// The file at a socket's path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// The socket that was put there.
+    /// The socket that this process created there.
     Ours,
     /// Something else, usually the socket of another process.
     Another,
@@ -65,7 +66,7 @@ pub enum Found {
 }
 
 impl SocketFile {
-    /// Looks what is at the path now.
+    /// Returns what is at the path now.
     ///
     /// # Errors
     /// When the path cannot be examined.
@@ -76,14 +77,14 @@ impl SocketFile {
             Err(error) => return Err(error),
         };
         let ours = fstat(&self.inode)?;
-        match (there.dev(), there.ino()) == (ours.st_dev, ours.st_ino) {
-            true => Ok(Found::Ours),
-            false => Ok(Found::Another),
+        if (there.dev(), there.ino()) == (ours.st_dev, ours.st_ino) {
+            Ok(Found::Ours)
+        } else {
+            Ok(Found::Another)
         }
     }
 
-    /// Returns whether nobody can be reached at the path: there is nothing, or something at which
-    /// nobody listens.
+    /// Returns whether the path is deserted: nothing is there, or a socket on which no process listens.
     async fn is_deserted(&self) -> io::Result<bool> {
         match self.look()? {
             Found::Ours => return Ok(false),
@@ -92,18 +93,18 @@ impl SocketFile {
         }
         match UnixStream::connect(&self.path).await.map_err(|e| e.kind()) {
             Err(io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => Ok(true),
-            // Whoever has no room for a connection listens all the same.
+            // A listener without room for a connection still listens.
             Ok(_) | Err(_) => Ok(false),
         }
     }
 
-    /// Binds again whenever nobody can be reached at the path for some seconds, and hands the new
-    /// listener to `anew`. A path that another process serves is left alone. Failures are logged
-    /// and tried again. Does not return.
+    /// Binds again whenever the path is deserted for some seconds, and sends the new listener to
+    /// `anew`. Leaves a path alone that another process serves. Logs failures and tries again. Does
+    /// not return.
     pub async fn keep(&mut self, anew: mpsc::Sender<UnixListener>) -> Infallible {
         let mut deserted = 0;
         loop {
-            sleep(LOOK_EVERY).await;
+            sleep(CHECK_EVERY).await;
             deserted = match self.is_deserted().await {
                 Ok(true) => deserted + 1,
                 Ok(false) => 0,
@@ -112,7 +113,7 @@ impl SocketFile {
                     0
                 }
             };
-            if deserted < LOOKS {
+            if deserted < CHECKS {
                 continue;
             }
             deserted = 0;
@@ -120,7 +121,7 @@ impl SocketFile {
                 Ok((listener, file)) => {
                     *self = file;
                     tracing::warn!(socket = %self.path.display(), "nobody could be reached at the socket any more, because another process or a person replaced or removed it; listening there again");
-                    // Who accepts no longer is about to end.
+                    // Sending fails if the server is about to end.
                     let _ = anew.send(listener).await;
                 }
                 Err(error) => {
@@ -130,7 +131,7 @@ impl SocketFile {
         }
     }
 
-    /// Removes the socket from the path if it is still there. Anything else at the path stays.
+    /// Removes the socket from the path if it is still there. Any other file stays.
     ///
     /// # Errors
     /// When the path cannot be examined or the socket cannot be removed.
@@ -142,18 +143,16 @@ impl SocketFile {
     }
 }
 
-/// Listens on a socket in the file system that only the process's own user can connect to, in
-/// the place of a socket that an earlier or another process has there. Must be called from
-/// within a runtime.
+/// Listens on a socket in the file system to which only the process's own user can connect. Replaces
+/// a socket that another process has there. Must be called from within a runtime.
 ///
 /// The socket has mode 0600 from its first moment. A umask would do that too, but it belongs to
-/// the whole process and would change the modes of files that other threads make meanwhile; a
-/// `chmod` after the bind leaves a moment in which anybody may connect. Linux gives the file
-/// that `bind` makes the mode of the unbound socket, so that is where the mode is set.
+/// the whole process and would change the modes of files that other threads create meanwhile; a
+/// `chmod` after the bind leaves a moment in which other users may connect. Linux gives the file
+/// that `bind` creates the mode of the unbound socket, so the mode is set on that.
 ///
 /// # Errors
-/// If there is something other than a socket at the path, which is left alone, or if the system
-/// refuses.
+/// The system's error, or that there is a file that is not a socket, which stays.
 pub fn listen_privately(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     let at_path =
         |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
@@ -168,8 +167,8 @@ pub fn listen_privately(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     }
     let socket = UnixSocket::new_stream()?;
     fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
-    // kubelet ignores names with a dot in front. A socket's path may have 107 bytes; this name
-    // is as short as those that are used.
+    // kubelet ignores names that begin with a dot. A socket's path may have 107 bytes; this name is
+    // no longer than the usual ones.
     let new = path.with_file_name(format!(".{:07x}", rand::random::<u32>() >> 4));
     socket.bind(&new).map_err(at_path)?;
     let placed = || {
@@ -181,13 +180,13 @@ pub fn listen_privately(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     };
     let placed: io::Result<_> = placed();
     placed.map_err(|error| {
-        // It is this call's own; the error that is told is the one that matters.
+        // The file is this call's own. The first error is the one to report.
         let _ = fs::remove_file(&new);
         at_path(error)
     })
 }
 
-/// The connections of a listener, and then those of the listeners that take its place.
+/// The connections of a listener, and then of the listeners that replace it.
 pub struct Renewed {
     listener: UnixListener,
     newer: mpsc::Receiver<UnixListener>,
@@ -214,8 +213,8 @@ impl Stream for Renewed {
     }
 }
 
-/// Connections as they come, without errors: after one, nothing is accepted for a moment, so
-/// that a process without descriptors neither stops to listen nor spins.
+/// The connections of a stream, without errors. After an error there is a pause, so that a process
+/// without descriptors neither ends nor spins.
 pub struct Accepting<S> {
     incoming: S,
     what: &'static str,

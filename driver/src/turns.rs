@@ -1,5 +1,5 @@
-//! Takes turns: of those who want the same thing for the same reason, only so many go at once, in
-//! the order in which they came. Whoever has another reason does not wait for them.
+//! Limits how many callers with the same key run at once. Others wait for their turn in the order of
+//! their calls. Callers with different keys do not wait for each other.
 
 use std::{
     collections::HashMap,
@@ -9,20 +9,19 @@ use std::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Lets at most a fixed number go at once for each key. A key that nobody waits for and nobody
-/// holds a turn of takes no memory.
+/// The turns of all keys. A key without a turn in use and without a waiting caller takes no memory.
 pub struct Turns<K> {
     at_once: usize,
     queues: Mutex<HashMap<K, Arc<Semaphore>>>,
 }
 
-/// A turn. It ends when this is dropped.
+/// A turn. Dropping it ends it.
 pub struct Turn {
     _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl<K: Hash + Eq> Turns<K> {
-    /// Lets `at_once` go at once for each key.
+    /// Creates turns of which each key has `at_once` at the same time.
     pub fn new(at_once: usize) -> Self {
         Self {
             at_once,
@@ -34,12 +33,12 @@ impl<K: Hash + Eq> Turns<K> {
     pub async fn take(&self, key: K) -> Turn {
         let queue = {
             let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-            // Whoever waits for a queue or holds a turn of it has a clone of it.
+            // A waiting caller, and a turn that is in use, have a clone of the queue.
             queues.retain(|_, queue| Arc::strong_count(queue) > 1);
             let new = || Arc::new(Semaphore::new(self.at_once));
             Arc::clone(queues.entry(key).or_insert_with(new))
         };
-        // Nobody closes a queue.
+        // Acquiring fails only if the queue is closed, which never happens.
         let permit = queue.acquire_owned().await.ok();
         Turn { _permit: permit }
     }

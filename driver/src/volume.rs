@@ -394,7 +394,7 @@ impl Volumes {
         let parent = request.target.parent();
         blocking(move || {
             let undo = Undo::of(target.clone());
-            // What an interrupted attempt left is taken away first, contents included.
+            // An interrupted attempt may have left a mount or files.
             take_down(&target)?;
             memory.changed(&target);
             if let Err(no_room) = memory.check(&target, &namespace) {

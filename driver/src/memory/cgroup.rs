@@ -1,4 +1,4 @@
-//! The memory limit of this process, as its cgroups say it (cgroups(7), versions 1 and 2).
+//! Reads the memory limit of this process from its cgroups (cgroups(7), versions 1 and 2).
 
 use std::{
     fs,
@@ -8,21 +8,22 @@ use std::{
 
 use super::ledger::{Limit, Source};
 
-/// The largest of the files here is the table of mounts: a line for each volume of the node.
+/// The most bytes that are read of a file. The largest is the table of mounts, with a line for each
+/// volume of the node.
 const LONGEST_FILE: u64 = 16 << 20;
 
-/// Finds out what bounds the memory of this process: the smallest limit of its cgroup and those
-/// around it that can be seen. `root` is `/`.
+/// Returns the memory limit of this process: the smallest one of its cgroup and the visible cgroups
+/// above it. `root` is `/`.
 ///
-/// In a container with a cgroup namespace its own cgroup is the only one that can be seen; a
-/// limit of the pod is then the sum of its containers', and not smaller.
+/// In a container with a cgroup namespace only its own cgroup is visible. The limit of the pod is
+/// then the sum of its containers' limits, and not smaller.
 pub fn limit(root: &Path) -> Limit {
     let machine = memory_of_machine(root).unwrap_or(u64::MAX / 2);
     let files = directories(root).into_iter().flat_map(|directory| {
         ["memory.max", "memory.high", "memory.limit_in_bytes"].map(|name| directory.join(name))
     });
     let limits = files.filter_map(|file| read(&file).ok()?.trim().parse::<u64>().ok());
-    // Version 1 says "no limit" with a number that is larger than any machine.
+    // Version 1 writes "no limit" as a number that is larger than the memory of any machine.
     match limits.filter(|limit| *limit < machine).min() {
         Some(bytes) => Limit {
             bytes,
@@ -35,7 +36,7 @@ pub fn limit(root: &Path) -> Limit {
     }
 }
 
-/// The directories of this process's cgroups that may limit memory, and of those around them.
+/// Returns the directories of this process's cgroups that may limit memory, and of those above them.
 fn directories(root: &Path) -> Vec<PathBuf> {
     let own = read(&root.join("proc/self/cgroup")).unwrap_or_default();
     let mounts = read(&root.join("proc/self/mountinfo")).unwrap_or_default();
@@ -53,7 +54,7 @@ fn directories(root: &Path) -> Vec<PathBuf> {
             .lines()
             .filter_map(|line| mount(line, is_of_version_2))
         {
-            // A cgroup that lies outside of what is mounted here is seen as the top of it.
+            // For a cgroup outside of the mounted hierarchy, the top of that hierarchy is used.
             let below = Path::new(path).strip_prefix(&top).unwrap_or(Path::new(""));
             let point = root.join(point.strip_prefix("/").unwrap_or(&point));
             let climbs = below.components().any(|part| part.as_os_str() == "..");
@@ -64,22 +65,23 @@ fn directories(root: &Path) -> Vec<PathBuf> {
     directories
 }
 
-/// Reads a line of mountinfo (proc_pid_mountinfo(5)): which cgroup is mounted where, if it is a
-/// hierarchy that may limit memory.
+/// Parses a line of mountinfo (proc_pid_mountinfo(5)). Returns the mounted cgroup and the mount point,
+/// if it is a hierarchy that may limit memory.
 fn mount(line: &str, version_2: bool) -> Option<(PathBuf, PathBuf)> {
     let (before, after) = line.split_once(" - ")?;
     let mut before = before.split(' ').skip(3);
     let (top, point) = (before.next()?, before.next()?);
     let mut after = after.split(' ');
     let (kind, options) = (after.next()?, after.nth(1)?);
-    let fits = match version_2 {
-        true => kind == "cgroup2",
-        false => kind == "cgroup" && options.split(',').any(|option| option == "memory"),
+    let fits = if version_2 {
+        kind == "cgroup2"
+    } else {
+        kind == "cgroup" && options.split(',').any(|option| option == "memory")
     };
     fits.then(|| (unescaped(top), unescaped(point)))
 }
 
-/// The kernel writes space, tab, newline and backslash in octal.
+/// Decodes space, tab, newline and backslash, which the kernel writes in octal.
 fn unescaped(path: &str) -> PathBuf {
     let mut path = path.to_owned();
     for (octal, character) in [
@@ -93,7 +95,7 @@ fn unescaped(path: &str) -> PathBuf {
     path.into()
 }
 
-/// Returns where the volumes of kubelet's pods are mounted that are a tmpfs, whoever made them.
+/// Returns the mount points of all volumes of kubelet's pods that are a tmpfs, of any driver.
 pub(super) fn tmpfs_mounts(root: &Path) -> Vec<PathBuf> {
     let mounts = read(&root.join("proc/self/mountinfo")).unwrap_or_default();
     let of_tmpfs = mounts.lines().filter_map(|line| {

@@ -1,35 +1,35 @@
-//! Who holds how much memory, and whether more fits: the pure part.
+//! Counts the memory of volumes, and decides whether more fits, without any input or output.
 
 use std::{collections::BTreeMap, fmt};
 
 const MIB: u64 = 1 << 20;
 
-/// Kept for the driver's own memory: an eighth of the limit, within these bounds.
+/// The bounds of the driver's own memory, which is an eighth of the limit.
 const LEAST_FOR_ITSELF: u64 = 20 * MIB;
 const MOST_FOR_ITSELF: u64 = 64 * MIB;
 
-/// An answer exists twice for a moment: as it came over the wire, and taken apart.
+/// The number of copies of an answer that exist for a moment: as it was received, and decoded.
 const COPIES_OF_AN_ANSWER: u64 = 2;
 
-/// What bounds the memory of this process.
+/// The memory limit of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limit {
-    /// In bytes.
+    /// The limit, in bytes.
     pub bytes: u64,
-    /// Whose limit it is.
+    /// The source of the limit.
     pub source: Source,
 }
 
-/// Whose limit it is.
+/// The source of a memory limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
-    /// The cgroup's: the container has a memory limit, or one of those around it has.
+    /// The process's cgroup, or one above it, has a limit.
     Cgroup,
-    /// Nobody has set a limit: half of the machine's memory, as a tmpfs has it by default.
+    /// No cgroup has a limit: it is half of the machine's memory, as for a tmpfs by default.
     Machine,
 }
 
-/// How a limit is shared out.
+/// The division of a memory limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
     limit: Limit,
@@ -38,8 +38,8 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// Shares a limit out. `answer_bytes` is what the answers of a provider may take together:
-    /// they get no more than a third of the limit.
+    /// Divides a limit. `answer_bytes` is the memory that all answers of a provider may take together;
+    /// they get at most a third of the limit.
     pub fn of(limit: Limit, answer_bytes: u64) -> Self {
         Self {
             limit,
@@ -50,38 +50,38 @@ impl Budget {
         }
     }
 
-    /// The limit, in bytes.
+    /// Returns the limit.
     pub fn limit(&self) -> Limit {
         self.limit
     }
 
-    /// What the answers of a provider may take, in bytes of what a provider sends.
+    /// Returns the bytes that all answers of a provider may have together.
     pub fn answer_bytes(&self) -> u64 {
         self.answers / COPIES_OF_AN_ANSWER
     }
 
-    /// What is kept for the driver itself, in bytes.
+    /// Returns the bytes that are kept for the driver itself.
     pub fn reserve(&self) -> u64 {
         self.own + self.answers
     }
 
-    /// What is left for the content of all volumes, in bytes.
+    /// Returns the bytes that the content of all volumes may take.
     pub fn room(&self) -> u64 {
         self.limit.bytes.saturating_sub(self.reserve())
     }
 
-    /// The most that one volume may hold: no content shuts out all others.
+    /// Returns the bytes that one volume may take, so that none uses up the room.
     pub fn of_one_volume(&self) -> u64 {
         self.room() / 2
     }
 
-    /// The most that the volumes of one namespace may hold together.
+    /// Returns the bytes that the volumes of one namespace may take together.
     pub fn of_one_namespace(&self) -> u64 {
         self.room() / 4 * 3
     }
 }
 
-/// Why more does not fit.
+/// The error of content that does not fit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NoRoom {
     needed: u64,
@@ -143,7 +143,7 @@ impl fmt::Display for NoRoom {
 
 impl std::error::Error for NoRoom {}
 
-/// Bytes for people.
+/// A number of bytes that is displayed in MiB.
 struct Mib(u64);
 
 impl fmt::Display for Mib {
@@ -153,9 +153,9 @@ impl fmt::Display for Mib {
     }
 }
 
-/// What one volume holds.
+/// The memory of one volume.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Held {
+struct Usage {
     namespace: String,
     used: u64,
     reserved: u64,
@@ -163,15 +163,15 @@ struct Held {
     charged: bool,
 }
 
-/// What all volumes hold, by a key of each.
+/// The memory of all volumes, by a key of each.
 #[derive(Debug)]
 pub(super) struct Ledger<K> {
     budget: Budget,
-    volumes: BTreeMap<K, Held>,
+    volumes: BTreeMap<K, Usage>,
 }
 
 impl<K: Ord + Clone> Ledger<K> {
-    /// Nothing is held yet.
+    /// Creates a ledger without volumes.
     pub(super) fn new(budget: Budget) -> Self {
         Self {
             budget,
@@ -179,20 +179,20 @@ impl<K: Ord + Clone> Ledger<K> {
         }
     }
 
-    /// How the limit is shared out.
+    /// Returns how the limit is divided.
     pub(super) fn budget(&self) -> Budget {
         self.budget
     }
 
-    /// The limit has changed. What is held stays, also where it is too much now.
+    /// Sets a changed limit. Volumes keep what they have, even if it exceeds the new limit.
     pub(super) fn set_budget(&mut self, budget: Budget) {
         self.budget = budget;
     }
 
-    /// Reserves memory for content that is about to be written beside what a volume holds.
+    /// Reserves memory for content that is about to be written beside a volume's present content.
     ///
     /// # Errors
-    /// When it does not fit. Nothing is reserved then.
+    /// Says which bound the content exceeds. Nothing is reserved then.
     pub(super) fn reserve(&mut self, key: &K, namespace: &str, bytes: u64) -> Result<(), NoRoom> {
         let refuse = |bound, in_use| {
             Err(NoRoom {
@@ -209,7 +209,7 @@ impl<K: Ord + Clone> Ledger<K> {
         if in_use.saturating_add(bytes) > self.budget.room() {
             return refuse(Bound::Node, in_use);
         }
-        // What the volume itself holds makes way for the new.
+        // The volume's present content is not counted, because the new content replaces it.
         let others = self
             .volumes
             .iter()
@@ -225,7 +225,7 @@ impl<K: Ord + Clone> Ledger<K> {
         Ok(())
     }
 
-    /// A reservation is over: its content is written, or not.
+    /// Ends a reservation, whether its content was written or not.
     pub(super) fn release(&mut self, key: &K, bytes: u64) {
         if let Some(held) = self.volumes.get_mut(key) {
             held.reserved = held.reserved.saturating_sub(bytes);
@@ -235,7 +235,7 @@ impl<K: Ord + Clone> Ledger<K> {
         }
     }
 
-    /// A volume holds this much; with nothing, it is forgotten.
+    /// Sets the memory that a volume takes. A volume that takes none is forgotten.
     pub(super) fn holds(&mut self, key: &K, namespace: &str, used: u64, charged: bool) {
         let held = self.volumes.entry(key.clone()).or_default();
         namespace.clone_into(&mut held.namespace);
@@ -246,12 +246,12 @@ impl<K: Ord + Clone> Ledger<K> {
         }
     }
 
-    /// Whether anything is known of a volume.
+    /// Returns whether a volume is known.
     pub(super) fn knows(&self, key: &K) -> bool {
         self.volumes.contains_key(key)
     }
 
-    /// A volume that is known holds this much now.
+    /// Sets the memory that a volume takes, if the volume is known.
     pub(super) fn changed(&mut self, key: &K, used: u64) {
         if let Some(held) = self.volumes.get_mut(key) {
             held.used = used;
@@ -261,7 +261,7 @@ impl<K: Ord + Clone> Ledger<K> {
         }
     }
 
-    /// Asks anew what each volume holds, but for those into which something is being written.
+    /// Measures all volumes, except for those into which content is being written.
     pub(super) fn measure(&mut self, used: impl Fn(&K) -> u64) {
         self.volumes.retain(|key, held| {
             if held.reserved == 0 {
@@ -271,13 +271,13 @@ impl<K: Ord + Clone> Ledger<K> {
         });
     }
 
-    /// What is held and reserved of what is charged to the driver, in bytes.
+    /// Returns the bytes that are used or reserved and charged to the driver.
     pub(super) fn in_use(&self) -> u64 {
         let charged = self.volumes.values().filter(|held| held.charged);
         charged.map(|held| held.used + held.reserved).sum()
     }
 
-    /// What all volumes hold, in bytes, whoever wrote it.
+    /// Returns the bytes that all volumes take, including files that providers wrote.
     pub(super) fn mounted(&self) -> u64 {
         self.volumes.values().map(|held| held.used).sum()
     }

@@ -1,15 +1,14 @@
-//! Requests whose authority is a socket's path, made acceptable.
+//! Replaces the authority of requests, which kubelet sets to a socket's path.
 //!
 //! kubelet connects to a registration socket by its path, and its gRPC library then sends that
 //! path, percent-encoded, as the `:authority` of each request (gRPC for Go, `encodeAuthority`).
 //! That is no authority in the sense of RFC 3986, and the HTTP/2 library used here resets such a
-//! request before anybody sees it. Nothing depends on the value. So it is replaced on the wire,
-//! between the socket and the HTTP/2 library.
+//! request. Nothing depends on the value, so it is replaced between the socket and the HTTP/2 library.
 //!
-//! Only the length of a header field is needed for that, never its Huffman coding. The field is
-//! found by its index in HPACK's static table, which every encoder uses for it. What a client's
-//! encoder believes about the dynamic table stays true enough: the entry is never longer than
-//! what was sent, so that no entry leaves this side's table too early.
+//! This needs only the length of a header field, and not its Huffman coding. The field is found by
+//! its index in HPACK's static table, which every encoder uses for it. The dynamic tables of the two
+//! sides stay compatible: the new entry is never longer than the one that was sent, so that no entry
+//! leaves this side's table too early.
 
 use std::io;
 use std::ops::Range;
@@ -20,7 +19,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tonic::transport::server::{Connected, UdsConnectInfo};
 
-/// What a client sends before its first frame (RFC 9113, 3.4).
+/// The length of what a client sends before its first frame (RFC 9113, 3.4).
 const PREFACE_BYTES: usize = 24;
 const FRAME_HEADER_BYTES: usize = 9;
 /// The frame type with a request's header, and the flags that put something around the block.
@@ -32,15 +31,15 @@ const PRIORITY_BYTES: usize = 5;
 const LARGEST_FRAME: usize = 16 * 1024;
 /// `:authority` in the static table (RFC 7541, appendix A).
 const AUTHORITY_INDEX: usize = 1;
-/// A string without Huffman coding: its length and itself.
+/// The new value: a string without Huffman coding, after its length.
 const LOCALHOST: &[u8] = b"\x09localhost";
 const READ_BYTES: usize = 4 * 1024;
 
-/// A connection on which every request's authority is acceptable.
+/// A connection that replaces the authority of every request.
 pub(super) struct AnyAuthority {
     stream: UnixStream,
     rewriter: Rewriter,
-    /// Rewritten and not yet read.
+    /// The rewritten bytes that have not been read yet.
     ready: Vec<u8>,
 }
 
@@ -66,7 +65,7 @@ impl AsyncRead for AnyAuthority {
             let mut read = ReadBuf::new(&mut bytes);
             ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
             if read.filled().is_empty() {
-                // The end; half a frame is of no use to anybody.
+                // The end of the connection; an incomplete frame is dropped.
                 return Poll::Ready(Ok(()));
             }
             this.rewriter.push(read.filled(), &mut this.ready);
@@ -104,11 +103,11 @@ impl Connected for AnyAuthority {
     }
 }
 
-/// Takes a client's bytes as they come and gives them on with other authorities.
+/// Rewrites the bytes of a client, in pieces of any size.
 struct Rewriter {
-    /// The beginning of something of which the rest has not come.
+    /// The beginning of a frame whose rest has not arrived.
     pending: Vec<u8>,
-    /// How much of what comes next is none of this module's business.
+    /// The number of the next bytes that are passed on unchanged.
     pass: usize,
 }
 
@@ -135,7 +134,7 @@ impl Rewriter {
             };
             let length =
                 usize::from(header[0]) << 16 | usize::from(header[1]) << 8 | usize::from(header[2]);
-            // What is too large is for the HTTP/2 library to refuse.
+            // The HTTP/2 library refuses a frame that is too large.
             if header[3] != HEADERS || length > LARGEST_FRAME {
                 self.pass = FRAME_HEADER_BYTES + length;
                 continue;

@@ -41,8 +41,8 @@ struct Failures {
     error: Error,
 }
 
-/// What this driver has told pods about the refreshes of their volumes, by volume, and the time since
-/// when these fail. A volume is removed when its pod has been told that refreshes work again.
+/// The events that this driver has posted about the refreshes of volumes, by volume, each with the time
+/// since when these fail. A volume is removed when its pod has been told that refreshes work again.
 #[derive(Clone, Default)]
 pub(super) struct Notices(Arc<Mutex<HashMap<String, (Timestamp, Notice)>>>);
 
