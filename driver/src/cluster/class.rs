@@ -130,15 +130,11 @@ impl Cluster {
         }
         let api: Api<SecretProviderClass> =
             Api::namespaced(self.client().await.map_err(failed)?, namespace);
-        let spc = self
-            .read(api.get_with(name, how))
-            .await
-            .and_then(|spc| match is_class(&spc, name) {
-                true => Ok(spc),
-                false => Err(Failure::WrongObject),
-            })
-            .map_err(|failure| failed(failure.into_error()))?;
-
+        let spc = self.read(api.get_with(name, how)).await;
+        let spc = spc.map_err(|failure| failed(failure.into_error()))?;
+        if !is_class(&spc, name) {
+            return Err(failed(Failure::WrongObject.into_error()));
+        }
         if spc.spec.provider.is_empty() {
             return Err(Error::precondition(format!(
                 "provider not set in {namespace}/{name}: set spec.provider of the SecretProviderClass"
@@ -168,6 +164,26 @@ impl Cluster {
             secret_objects,
             too_much,
         })
+    }
+}
+
+#[cfg(test)]
+impl Class {
+    /// Makes a class `db` with these entries.
+    pub(crate) fn with_secrets(secret_objects: Vec<SecretObject>) -> Self {
+        Self {
+            identity: record::ClassState {
+                name: "db".into(),
+                uid: "u".into(),
+                generation: Some(1),
+                resource_version: "1".into(),
+                annotations: BTreeMap::new(),
+            },
+            provider: "vault".into(),
+            parameters: BTreeMap::new(),
+            secret_objects,
+            too_much: None,
+        }
     }
 }
 

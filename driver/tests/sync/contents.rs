@@ -62,9 +62,10 @@ struct State {
 impl State {
     /// Returns whether the volume has content, by the documented rule.
     fn counts(&self) -> bool {
-        let complete = match self.by_provider {
-            false => self.lies == Lies::Complete,
-            true => self.lies != Lies::Nothing,
+        let complete = if self.by_provider {
+            self.lies != Lies::Nothing
+        } else {
+            self.lies == Lies::Complete
         };
         let mounted = matches!(self.mount, Mount::Own | Mount::OfAnEarlierDriver);
         mounted && self.recorded == Recorded::Yes && complete

@@ -96,9 +96,10 @@ async fn refused_at_any_step_it_is_there() {
         api.requests();
         sync.volume_mounted(&web, &class).await.unwrap();
         let now = api.get(SECRET).unwrap();
-        let ok = match is_new {
-            true => is_new_and_whole(&before, &now),
-            false => is_as_before(&before, &now),
+        let ok = if is_new {
+            is_new_and_whole(&before, &now)
+        } else {
+            is_as_before(&before, &now)
         };
         assert!(ok, "{refusals:#?}\nbefore {before:#}\nnow {now:#}");
         let deleted = api.count("DELETE");
@@ -145,11 +146,8 @@ async fn given_up_at_any_moment_it_is_there() {
         api.put(SECRET, before.clone());
         api.takes(Duration::from_millis(15));
         let refuses = step % 2 == 1;
-        api.refuse(match refuses {
-            true => vec![refuse(What::Create, 422, 99)],
-            false => vec![],
-        });
-        let (_, cluster) = (&cluster, cluster.clone());
+        let refusals = refuses.then(|| refuse(What::Create, 422, 99));
+        api.refuse(refusals.into_iter().collect());
         let sync = sync(dir.path(), &cluster, EVERY);
         let given_up = Duration::from_millis(6 * step);
         let publish = tokio::time::timeout(given_up, sync.volume_mounted(&web, &class));

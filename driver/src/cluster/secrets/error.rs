@@ -161,18 +161,17 @@ impl From<Failure> for SyncError {
 /// Returns whether a failure is about permissions or about the Secret, or may pass by itself.
 pub(super) fn error_type(failure: &Failure) -> ErrorType {
     match failure {
-        // A webhook, a policy, a quota and a namespace that is being deleted answer 403 as well.
         Failure::Refused {
             code: 403,
-            namespace_ends: false,
-            message,
+            namespace_ends: true,
             ..
-        } => match is_about_permissions(message) {
-            true => ErrorType::Forbidden,
-            false => ErrorType::Refused,
-        },
+        } => ErrorType::Unavailable,
         Failure::Refused {
-            code: 400 | 413 | 422,
+            code: 403, message, ..
+        } if is_about_permissions(message) => ErrorType::Forbidden,
+        // A webhook, a policy or a quota says 403 as well.
+        Failure::Refused {
+            code: 400 | 403 | 413 | 422,
             ..
         } => ErrorType::Refused,
         _ => ErrorType::Unavailable,
@@ -312,49 +311,25 @@ mod tests {
         assert!(said.starts_with(&expected), "{said}");
     }
 
-    /// Only what the API server says of a permission is mended by one.
-    #[rstest]
-    #[case::create(
-        "secrets is forbidden: User \"system:serviceaccount:kube-system:driver\" cannot create resource \"secrets\" in API group \"\" in the namespace \"shop\"",
-        true
-    )]
-    #[case::by_name(
-        "secrets \"creds\" is forbidden: User \"u\" cannot patch resource \"secrets\" in API group \"\" in the namespace \"shop\"",
-        true
-    )]
-    #[case::with_a_reason(
-        "secrets \"creds\" is forbidden: User \"u\" cannot delete resource \"secrets\" in API group \"\" in the namespace \"shop\": RBAC: role not found",
-        true
-    )]
-    #[case::a_quota(
-        "secrets \"creds\" is forbidden: exceeded quota: few, requested: secrets=1, used: secrets=3, limited: secrets=3",
-        false
-    )]
-    #[case::a_policy(
-        "secrets \"creds\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'b' denied request: User \"u\" cannot create resource \"secrets\"",
-        false
-    )]
-    #[case::a_webhook(
-        "admission webhook \"values.example.com\" denied the request: no",
-        false
-    )]
-    #[case::a_webhook_with_an_odd_name(
-        "admission webhook \"Values_1\" denied the request: no",
-        false
-    )]
-    #[case::a_webhook_that_quotes(
-        "admission webhook \"Values_1\" denied the request: secrets is forbidden: User \"u\" cannot create resource \"secrets\"",
-        false
-    )]
-    #[case::anything_else("no", false)]
-    fn a_hint_at_permissions(#[case] message: &str, #[case] is: bool) {
-        let error = SyncError::from(refused(403, "Forbidden", message));
-        let expected = if is {
-            ErrorType::Forbidden
-        } else {
-            ErrorType::Refused
-        };
-        assert_eq!(error.error_type(), expected, "{error}");
+    /// Only a message of the API server itself about permissions gets a hint at them.
+    #[test]
+    fn a_hint_at_permissions() {
+        let denied = "User \"system:serviceaccount:kube-system:driver\" cannot patch resource \"secrets\" in API group \"\" in the namespace \"shop\"";
+        let webhook = "admission webhook \"Values_1\" denied the request:";
+        for (message, expected) in [
+            (format!("secrets is forbidden: {denied}"), ErrorType::Forbidden),
+            (format!("secrets \"creds\" is forbidden: {denied}"), ErrorType::Forbidden),
+            (format!("secrets \"creds\" is forbidden: {denied}: RBAC: role not found"), ErrorType::Forbidden),
+            ("secrets \"creds\" is forbidden: exceeded quota: few, requested: secrets=1, used: secrets=3, limited: secrets=3".to_owned(), ErrorType::Refused),
+            (format!("secrets \"creds\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'b' denied request: {denied}"), ErrorType::Refused),
+            ("admission webhook \"values.example.com\" denied the request: no".to_owned(), ErrorType::Refused),
+            (format!("{webhook} no"), ErrorType::Refused),
+            (format!("{webhook} secrets is forbidden: {denied}"), ErrorType::Refused),
+            ("no".to_owned(), ErrorType::Refused),
+        ] {
+            let error = SyncError::from(refused(403, "Forbidden", &message));
+            assert_eq!(error.error_type(), expected, "{message}");
+        }
     }
 
     #[test]

@@ -152,25 +152,9 @@ fn complete(data: SecretData, object: &SecretObject) -> Result<SecretData, SyncE
 #[cfg(test)]
 mod tests {
     use super::{super::PARSED, *};
-    use crate::{record, secret::Secret};
+    use crate::secret::Secret;
     use proptest::prelude::*;
     use serde_json::json;
-
-    fn class(objects: serde_json::Value) -> Class {
-        Class {
-            identity: record::ClassState {
-                name: "db".to_owned(),
-                uid: "u".to_owned(),
-                generation: None,
-                resource_version: "1".to_owned(),
-                annotations: BTreeMap::new(),
-            },
-            provider: "vault".to_owned(),
-            parameters: BTreeMap::new(),
-            secret_objects: serde_json::from_value(objects).unwrap(),
-            too_much: None,
-        }
-    }
 
     fn text(computed: &Result<SecretData, SyncError>) -> Result<String, String> {
         let values = |data: &SecretData| {
@@ -202,7 +186,7 @@ mod tests {
                 "secretName": format!("s-{number}"), "type": "Opaque",
                 "data": [{"objectName": format!("file-{file}"), "key": "k", "jsonKey": field.to_string()}],
             })).collect();
-            let class = class(objects.into());
+            let class = Class::with_secrets(serde_json::from_value(serde_json::Value::from(objects)).unwrap());
             let (refused, waiting) = (RefusedObjects::default(), Waiting::default());
             let mut left: Vec<&SecretObject> = class.secret_objects.iter().collect();
             let (mut all, mut runs) = (Computed::new(), 0);

@@ -3,27 +3,10 @@
 use super::*;
 use crate::{
     cluster::resources::SecretObjectData,
-    record,
     sync::parsing::{RefusedObjects, Waiting},
 };
 use rstest::rstest;
 use serde_json::json;
-
-fn class(objects: &[SecretObject]) -> Class {
-    Class {
-        identity: record::ClassState {
-            name: "db".into(),
-            uid: "u".into(),
-            generation: Some(1),
-            resource_version: "1".into(),
-            annotations: BTreeMap::new(),
-        },
-        provider: "vault".into(),
-        parameters: BTreeMap::new(),
-        secret_objects: objects.to_vec(),
-        too_much: None,
-    }
-}
 
 fn entry(type_: &str, data: serde_json::Value) -> SecretObject {
     let object = json!({"secretName": " creds ", "type": type_, "data": data});
@@ -36,7 +19,7 @@ fn volume(files: &[(&str, &str)]) -> BTreeMap<String, Secret> {
 }
 
 fn computed(object: &SecretObject, files: &[(&str, &str)]) -> Result<SecretData, String> {
-    let class = class(std::slice::from_ref(object));
+    let class = Class::with_secrets(vec![object.clone()]);
     compute_alone(&class, object, &volume(files)).map_err(|error| error.to_string())
 }
 
@@ -160,7 +143,10 @@ fn names_that_are_none(#[case] name: &str, #[case] why: &str) {
         ..SecretObject::default()
     };
     let object = crate::cluster::trimmed(object);
-    let error = Entry::new(&class(&[]), &object).err().unwrap().to_string();
+    let error = Entry::new(&Class::with_secrets(Vec::new()), &object)
+        .err()
+        .unwrap()
+        .to_string();
     assert!(
         error.contains(why) && error.contains("SecretProviderClass db"),
         "{error}"
@@ -217,14 +203,15 @@ fn a_tls_secret_gets_pairs_in_the_form_that_the_class_asks_for() {
         (Some("original"), Some(key)),
         (Some("pkcs9"), None),
     ] {
-        let mut class = class(&[]);
+        let mut class = Class::with_secrets(Vec::new());
         let annotation = format.map(|format| (TLS_KEY_FORMAT.to_owned(), format.to_owned()));
         class.identity.annotations.extend(annotation);
         let computed = compute_alone(&class, &object, &files).ok();
         let key = computed.as_ref().map(|data| texts(data)["tls.key"]);
         assert_eq!(key, expected);
     }
-    let computed = compute_alone(&class(&[]), &object, &files).unwrap_or_else(|e| panic!("{e}"));
+    let computed = compute_alone(&Class::with_secrets(Vec::new()), &object, &files)
+        .unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(texts(&computed)["ca.crt"], "as it is");
 }
 
@@ -320,7 +307,7 @@ mod generated {
                 data: entries.clone(),
                 ..entry("Opaque", json!([]))
             };
-            let computed = compute_alone(&class(&[]), &object, &files).ok();
+            let computed = compute_alone(&Class::with_secrets(Vec::new()), &object, &files).ok();
             let data = computed.map(|data| {
                 let value = |(key, value): (String, Secret)| (key, value.expose().to_vec());
                 data.into_iter().map(value).collect()
@@ -437,7 +424,7 @@ mod costs {
             return;
         }
         let (object, files) = case(name);
-        let class = class(&[]);
+        let class = Class::with_secrets(Vec::new());
         let before = most_memory();
         let started = Instant::now();
         let computed = compute_alone(&class, &object, &files);
