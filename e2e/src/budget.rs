@@ -80,7 +80,7 @@ pub async fn run() -> Result<()> {
         let rate = per(&pods) / seconds;
         if concurrency == MANY {
             table.at_least(&format!("publishes a second {at}"), rate, 100.0);
-            let of_cpu = format!("publishes a second of the driver's CPU time {at}");
+            let of_cpu = format!("publishes a second of CPU time {at}");
             table.at_least(&of_cpu, per(&pods) / cpu, 300.0);
         } else {
             table.note(&format!("publishes a second {at}"), rate);
