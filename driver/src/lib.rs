@@ -156,13 +156,22 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
             driver_name: config.driver_name,
             endpoint: config.kubelet_registration_path,
         };
-        tasks.start(async move |stop| Ok(registrar.run(stop).await));
+        tasks.start(async move |stop| {
+            registrar.run(stop).await;
+            Ok(())
+        });
     }
     if config.provider_health_check {
         let (volumes, interval) = (Arc::clone(&volumes), config.provider_health_check_interval);
-        tasks.start(async move |stop| Ok(volumes.watch_providers(interval, stop).await));
+        tasks.start(async move |stop| {
+            volumes.watch_providers(interval, stop).await;
+            Ok(())
+        });
     }
-    tasks.start(async move |stop| Ok(sync.run(stop).await));
+    tasks.start(async move |stop| {
+        sync.run(stop).await;
+        Ok(())
+    });
     let stopped = tasks.stop.clone();
     tokio::spawn(async move {
         stopped.cancelled().await;
