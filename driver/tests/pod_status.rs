@@ -2,102 +2,67 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "api/server.rs"]
+mod server;
+
 use std::{
-    collections::BTreeMap,
-    fs,
-    net::Ipv4Addr,
     path::Path,
     sync::{Arc, Mutex},
 };
 
-use axum::{
-    Router,
-    body::Bytes,
-    extract::State,
-    http::{Method, StatusCode, Uri},
-};
 use driver::{
     cluster::{Cluster, pod_status::DesiredPodStatus},
     record::{Object, Pod},
 };
+use embedded::api::{ApiServer, Reaction};
 use rstest::rstest;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
 const STATUSES: &str =
     "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses";
 const POD: &str = "/api/v1/namespaces/shop/pods/web";
 const TARGET: &str = "/pods/ours/mount";
 
-/// The objects by path, and the writes so far.
-type Stored = (BTreeMap<String, Value>, Vec<String>);
-
-#[derive(Clone, Default)]
-struct Api(Arc<Mutex<Stored>>);
+/// An API server that notes writes, but for those of names that are taken.
+struct Api {
+    server: Arc<ApiServer>,
+    writes: Arc<Mutex<Vec<String>>>,
+}
 
 impl Api {
     async fn start(dir: &Path) -> (Self, Cluster) {
-        let api = Self::default();
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let server = format!("http://{}", listener.local_addr().unwrap());
-        let router = Router::new().fallback(answer).with_state(api.clone());
-        tokio::spawn(async move { axum::serve(listener, router).await });
-        let kubeconfig = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-            "clusters": [{"name": "c", "cluster": {"server": server}}],
-            "users": [{"name": "u", "user": {}}],
+        let (server, cluster) = server::start(dir).await;
+        let server = Arc::new(server);
+        let writes = Arc::<Mutex<Vec<String>>>::default();
+        let (noted, stored) = (Arc::clone(&writes), Arc::downgrade(&server));
+        server.intercept(move |call| {
+            if call.method != "GET" {
+                let object: Value = serde_json::from_slice(call.body).unwrap();
+                let name = object["metadata"]["name"].as_str().unwrap();
+                let path = format!("{}/{name}", call.uri.split('?').next().unwrap());
+                let stored = stored.upgrade().unwrap();
+                if call.method != "POST" || stored.get(&path).is_none() {
+                    let mut writes = noted.lock().unwrap();
+                    writes.push(format!("{} {name}", call.method));
+                }
+            }
+            Reaction::Serve
         });
-        let path = dir.join("kubeconfig");
-        fs::write(&path, kubeconfig.to_string()).unwrap();
-        (api, Cluster::new(Some(path), "test", "node-1"))
+        (Self { server, writes }, cluster)
     }
 
     fn put(&self, path: String, object: Value) {
-        self.0.lock().unwrap().0.insert(path, object);
+        self.server.put(&path, object).unwrap();
     }
 
     fn get(&self, path: &str) -> Option<Value> {
-        self.0.lock().unwrap().0.get(path).cloned()
+        self.server.get(path)
     }
 
     fn writes(&self) -> Vec<String> {
-        std::mem::take(&mut self.0.lock().unwrap().1)
+        std::mem::take(&mut self.writes.lock().unwrap())
     }
-}
-
-async fn answer(
-    State(api): State<Api>,
-    method: Method,
-    uri: Uri,
-    body: Bytes,
-) -> (StatusCode, String) {
-    let name = uri.path().rsplit('/').next().unwrap_or_default().to_owned();
-    let refusal = |code: StatusCode| {
-        let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
-            "code": code.as_u16(), "reason": "x", "message": "no", "details": {"name": name}});
-        (code, status.to_string())
-    };
-    let mut state = api.0.lock().unwrap();
-    let (objects, writes) = &mut *state;
-    let mut path = uri.path().to_owned();
-    if method == Method::GET {
-        return match objects.get(&path) {
-            Some(object) => (StatusCode::OK, object.to_string()),
-            None => refusal(StatusCode::NOT_FOUND),
-        };
-    }
-    let mut object: Value = serde_json::from_slice(&body).unwrap();
-    if method == Method::POST {
-        path = format!("{path}/{}", object["metadata"]["name"].as_str().unwrap());
-        if objects.contains_key(&path) {
-            return refusal(StatusCode::CONFLICT);
-        }
-    }
-    writes.push(format!("{method} {}", path.rsplit('/').next().unwrap()));
-    object["metadata"]["resourceVersion"] = json!((writes.len() + 100).to_string());
-    objects.insert(path, object.clone());
-    (StatusCode::OK, object.to_string())
 }
 
 /// The object that has the name of our pod's status.
@@ -387,7 +352,7 @@ async fn a_name_of_its_own_stays(
     assert!(first.name.starts_with("web-shop-db-"));
     let base = format!("{STATUSES}/web-shop-db");
     match there {
-        There::Nothing => drop(api.0.lock().unwrap().0.remove(&base)),
+        There::Nothing => api.server.remove(&base),
         There::Ours => {
             let mut emptied = api.get(&base).unwrap();
             emptied["status"] = json!({});

@@ -215,13 +215,9 @@ fn content_that_never_stays_the_same_is_told_once() {
             world.publish_patiently(&steady).await.unwrap();
         }
         let told = || {
-            let state = world.api.0.lock().unwrap();
-            let events = state
-                .objects
-                .iter()
-                .filter(|(path, _)| path.contains("/events/"));
-            let told = events.filter(|(_, event)| event["reason"] == "MountChangesAtEachRefresh");
-            let pods = told.map(|(_, event)| {
+            let events = world.api.events().into_iter();
+            let told = events.filter(|event| event["reason"] == "MountChangesAtEachRefresh");
+            let pods = told.map(|event| {
                 let object = ["regarding", "involvedObject"].map(|key| &event[key]["name"]);
                 object
                     .into_iter()

@@ -4,25 +4,19 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     fs,
-    net::Ipv4Addr,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::{Child, Command},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
     time::{Duration, Instant},
 };
 
-use axum::{
-    Router,
-    body::Bytes,
-    extract::State,
-    http::{Method, StatusCode, Uri},
-};
 use driver::{
     config::Config,
     mount,
     record::{Record, Records},
 };
+use embedded::api::{ApiServer, Call, Reaction};
 use fake_provider::server::{
     Failure, Identity, MountResponse, ObjectVersion, Provider, Request, Server, Socket,
 };
@@ -35,14 +29,14 @@ use proto::{
     provider::File,
 };
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Code, Status,
     transport::{Channel, Endpoint},
 };
 
-use crate::acts::Act;
+use crate::{acts::Act, server};
 
 /// Says to a process that it is the one that a test has started for itself.
 const ALONE: &str = "ALONE_WITH_ITS_MOUNTS";
@@ -118,25 +112,46 @@ pub(crate) struct ApiState {
     /// What another program does at a target when this is written next: the pod status of a class,
     /// or a Secret of this name.
     pub(crate) acts: BTreeMap<String, (Act, PathBuf)>,
-    /// Everything else, by path.
-    pub(crate) objects: BTreeMap<String, Value>,
-    version: u64,
 }
 
-/// An API server that keeps objects and enforces nothing but that names are taken once.
-#[derive(Clone, Default)]
-pub(crate) struct Api(pub Arc<Mutex<ApiState>>);
+pub(crate) struct Running {
+    server: ApiServer,
+    kubeconfig: String,
+    state: Mutex<ApiState>,
+    _dir: tempfile::TempDir,
+}
+
+/// An API server that answers some requests as a test says.
+#[derive(Clone)]
+pub(crate) struct Api(Arc<Running>);
 
 impl Api {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (server, kubeconfig) = server::serve(dir.path()).await;
+        let running = Arc::new(Running {
+            server,
+            kubeconfig,
+            state: Mutex::default(),
+            _dir: dir,
+        });
+        let weak: Weak<Running> = Arc::downgrade(&running);
+        running.server.intercept(move |call| match weak.upgrade() {
+            Some(running) => running.state.lock().unwrap().react(call),
+            None => Reaction::Close,
+        });
+        Self(running)
+    }
+
     pub(crate) fn class_is(&self, name: &str, answers: impl IntoIterator<Item = Class>) {
         let answers = answers.into_iter().collect();
-        let mut state = self.0.lock().unwrap();
+        let mut state = self.0.state.lock().unwrap();
         state.classes.insert(name.to_owned(), answers);
     }
 
     /// Refuses the pod statuses of a class, or takes them again.
     pub(crate) fn refuse_status(&self, class: &str, code: Option<u16>) {
-        let mut state = self.0.lock().unwrap();
+        let mut state = self.0.state.lock().unwrap();
         match code {
             Some(code) => state.statuses.insert(class.to_owned(), code),
             None => state.statuses.remove(class),
@@ -145,55 +160,59 @@ impl Api {
 
     /// Refuses events, or takes them again.
     pub(crate) fn refuse_events(&self, code: Option<u16>) {
-        self.0.lock().unwrap().events_refused = (code, 0);
+        self.0.state.lock().unwrap().events_refused = (code, 0);
     }
 
     /// How many events have been refused since then.
     pub(crate) fn events_refused(&self) -> usize {
-        self.0.lock().unwrap().events_refused.1
+        self.0.state.lock().unwrap().events_refused.1
+    }
+
+    pub(crate) fn events(&self) -> Vec<Value> {
+        self.0.server.all("events")
     }
 
     /// How many events of a reason there are about the pod of a volume.
     pub(crate) fn events_of(&self, volume: &Volume, reason: &str) -> usize {
-        let state = self.0.lock().unwrap();
-        let events = state.objects.iter().filter(|(path, event)| {
-            path.contains("/events/")
-                && event["involvedObject"]["uid"] == volume.uid
-                && event["reason"] == reason
-        });
-        events.count()
+        let is_it = |event: &&Value| {
+            event["involvedObject"]["uid"] == volume.uid && event["reason"] == reason
+        };
+        self.events().iter().filter(is_it).count()
     }
 
     /// Does something at a target as soon as the pod status of this class, or the Secret of this
     /// name, is written.
     pub(crate) fn act_at(&self, written: &str, act: Act, target: &Path) {
-        let mut state = self.0.lock().unwrap();
+        let mut state = self.0.state.lock().unwrap();
         let act = (act, target.to_owned());
         state.acts.insert(written.to_owned(), act);
     }
 
     /// Whether that has not happened yet.
     pub(crate) fn is_to_act_at(&self, written: &str) -> bool {
-        self.0.lock().unwrap().acts.contains_key(written)
+        self.0.state.lock().unwrap().acts.contains_key(written)
     }
 
     pub(crate) fn put(&self, path: &str, object: Value) {
-        let mut state = self.0.lock().unwrap();
-        state.objects.insert(path.to_owned(), object);
+        self.0.server.put(path, object).unwrap();
     }
 
     pub(crate) fn get(&self, path: &str) -> Option<Value> {
-        self.0.lock().unwrap().objects.get(path).cloned()
+        self.0.server.get(path)
+    }
+
+    pub(crate) fn remove(&self, path: &str) {
+        self.0.server.remove(path);
     }
 
     /// The objects and versions that the pod status of a volume names, if there is one.
     pub(crate) fn status_of(&self, volume: &Volume) -> Option<Vec<(String, String)>> {
-        let state = self.0.lock().unwrap();
-        let status = state.objects.iter().find(|(path, object)| {
-            path.contains("secretproviderclasspodstatuses")
-                && object["status"]["targetPath"] == volume.target.to_str().unwrap()
-        })?;
-        let objects = status.1["status"]["objects"].as_array()?;
+        let kind = "secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io";
+        let statuses = self.0.server.all(kind);
+        let status = statuses
+            .iter()
+            .find(|object| object["status"]["targetPath"] == volume.target.to_str().unwrap())?;
+        let objects = status["status"]["objects"].as_array()?;
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         Some(
             objects
@@ -202,123 +221,52 @@ impl Api {
                 .collect(),
         )
     }
+}
 
-    fn answer(&self, method: &Method, path: &str, body: &[u8]) -> (StatusCode, Value) {
+impl ApiState {
+    fn react(&mut self, call: &Call<'_>) -> Reaction {
+        let path = call.uri.split('?').next().unwrap();
         let name = path.rsplit('/').next().unwrap();
-        let refused = |code: u16, reason: &str| {
-            let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
-                "code": code, "reason": reason, "message": "refused by the test",
-                "details": {"name": name}});
-            (StatusCode::from_u16(code).unwrap(), status)
+        let refuse = |code: u16, reason: &str| {
+            server::refuse(code, reason, "refused by the test", Some(name))
         };
-        let mut state = self.0.lock().unwrap();
         if path.contains("/secretproviderclasses/") {
-            let Some(answers) = state.classes.get_mut(name) else {
-                return refused(404, "NotFound");
+            let Some(answers) = self.classes.get_mut(name) else {
+                return refuse(404, "NotFound");
             };
             let answer = answers.front().cloned().unwrap();
             if answers.len() > 1 {
                 answers.pop_front();
             }
             return match answer {
-                Class::Is(object) => (StatusCode::OK, object),
-                Class::Refused(code) => refused(code, "x"),
-                Class::Garbled => (StatusCode::OK, json!({"spec": 7})),
+                Class::Is(object) => Reaction::Answer(200, object.to_string()),
+                Class::Refused(code) => refuse(code, "x"),
+                Class::Garbled => Reaction::Answer(200, json!({"spec": 7}).to_string()),
             };
         }
-        if *method == Method::POST
-            && name == "events"
-            && let (Some(code), refusals) = &mut state.events_refused
+        if call.method == "GET" {
+            return Reaction::Serve;
+        }
+        if name == "events"
+            && let (Some(code), refusals) = &mut self.events_refused
         {
             *refusals += 1;
-            return refused(*code, "x");
+            return refuse(*code, "x");
         }
-        let body: Value = serde_json::from_slice(body).unwrap_or_default();
-        let of = match body["status"]["secretProviderClassName"].as_str() {
+        let body: Value = serde_json::from_slice(call.body).unwrap_or_default();
+        let class = body["status"]["secretProviderClassName"].as_str();
+        let written = match class {
             None if path.contains("/secrets") => body["metadata"]["name"].as_str(),
             class => class,
         };
-        if *method != Method::GET
-            && let Some((act, target)) = of.and_then(|of| state.acts.remove(of))
-        {
+        if let Some((act, target)) = written.and_then(|written| self.acts.remove(written)) {
             act.carry_out(&target);
         }
-        if *method != Method::GET
-            && let Some(class) = body["status"]["secretProviderClassName"].as_str()
-            && let Some(code) = state.statuses.get(class)
-        {
-            return refused(*code, "x");
-        }
-        state.version += 1;
-        let version = state.version.to_string();
-        match *method {
-            Method::POST => {
-                let name = &body["metadata"]["name"];
-                let path = format!("{path}/{}", name.as_str().unwrap_or(&version));
-                if state.objects.contains_key(&path) {
-                    return refused(409, "AlreadyExists");
-                }
-                let mut object = body;
-                object["metadata"]["uid"] = json!(format!("uid-{version}"));
-                object["metadata"]["resourceVersion"] = json!(version);
-                state.objects.insert(path, object.clone());
-                (StatusCode::CREATED, object)
-            }
-            Method::DELETE => match state.objects.remove(path) {
-                Some(object) => (StatusCode::OK, object),
-                None => refused(404, "NotFound"),
-            },
-            _ => {
-                let Some(object) = state.objects.get_mut(path) else {
-                    return refused(404, "NotFound");
-                };
-                if *method == Method::PUT {
-                    *object = body;
-                } else if *method == Method::PATCH {
-                    let of = &body["metadata"]["resourceVersion"];
-                    if !of.is_null() && *of != object["metadata"]["resourceVersion"] {
-                        return refused(409, "Conflict");
-                    }
-                    merge(object, body);
-                }
-                if *method != Method::GET {
-                    object["metadata"]["resourceVersion"] = json!(version);
-                }
-                (StatusCode::OK, object.clone())
-            }
+        match class.and_then(|class| self.statuses.get(class)) {
+            Some(code) => refuse(*code, "x"),
+            None => Reaction::Serve,
         }
     }
-}
-
-/// JSON merge patch (RFC 7386).
-fn merge(object: &mut Value, patch: Value) {
-    match patch {
-        Value::Object(patch) => {
-            if !object.is_object() {
-                *object = json!({});
-            }
-            for (key, value) in patch {
-                if value.is_null() {
-                    object.as_object_mut().unwrap().remove(&key);
-                } else {
-                    merge(&mut object[key], value);
-                }
-            }
-        }
-        other => *object = other,
-    }
-}
-
-async fn serve_api(api: Api) -> String {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let answer = async |State(api): State<Api>, method: Method, uri: Uri, body: Bytes| {
-        let (code, object) = api.answer(&method, uri.path(), &body);
-        (code, object.to_string())
-    };
-    let router = Router::new().fallback(answer).with_state(api);
-    tokio::spawn(async move { axum::serve(listener, router).await });
-    format!("http://{address}")
 }
 
 /// The answer of the provider for a class.
@@ -527,7 +475,6 @@ pub(crate) struct World {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) api: Api,
     pub(crate) provider: TestProvider,
-    server: String,
     flags: Vec<String>,
     running: Option<(CancellationToken, JoinHandle<std::io::Result<()>>)>,
     volumes: usize,
@@ -545,18 +492,16 @@ pub(crate) const EAGER: [&str; 5] = [
 impl World {
     /// Starts a driver with these flags beside the usual ones.
     pub(crate) async fn start(flags: &[&str]) -> Self {
-        let api = Api::default();
-        let server = serve_api(api.clone()).await;
-        Self::start_at(api, server, 0, flags).await
+        Self::start_at(Api::start().await, 0, flags).await
     }
 
     /// Starts another node of the same cluster.
     pub(crate) async fn beside(other: &Self, flags: &[&str]) -> Self {
-        Self::start_at(other.api.clone(), other.server.clone(), 1000, flags).await
+        Self::start_at(other.api.clone(), 1000, flags).await
     }
 
     /// Starts a driver at an API server. Its volumes are numbered from `volumes` on.
-    async fn start_at(api: Api, server: String, volumes: usize, flags: &[&str]) -> Self {
+    async fn start_at(api: Api, volumes: usize, flags: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         for name in ["kubelet", "kubelet/pods", "state"] {
             fs::create_dir(dir.path().join(name)).unwrap();
@@ -569,7 +514,6 @@ impl World {
             dir,
             api,
             provider,
-            server,
             flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
             running: None,
             volumes,
@@ -601,13 +545,7 @@ impl World {
 
     fn flags(&self) -> Vec<String> {
         let dir = self.dir.path();
-        let kubeconfig = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-            "clusters": [{"name": "c", "cluster": {"server": self.server}}],
-            "users": [{"name": "u", "user": {}}],
-        });
-        fs::write(dir.join("kubeconfig"), kubeconfig.to_string()).unwrap();
+        fs::write(dir.join("kubeconfig"), &self.api.0.kubeconfig).unwrap();
         let usual = [
             format!("--endpoint=unix://{}", dir.join("csi.sock").display()),
             format!("--state-dir={}", self.state_dir().display()),

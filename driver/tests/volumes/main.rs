@@ -17,6 +17,9 @@ mod leaving;
 mod meanwhile;
 mod memory;
 mod rollbacks;
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "../api/server.rs"]
+mod server;
 mod state_dir;
 mod states;
 mod versions;

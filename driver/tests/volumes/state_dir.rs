@@ -101,18 +101,15 @@ fn a_full_disk_changes_all_or_nothing() {
             world
                 .api
                 .class_is(&volume.class, [Class::Is(synced(&volume.class))]);
-            world.api.0.lock().unwrap().objects.insert(
-                format!("/api/v1/namespaces/shop/pods/{}", volume.id),
+            world.api.put(
+                &format!("/api/v1/namespaces/shop/pods/{}", volume.id),
                 json!({"metadata": {"name": volume.id, "uid": volume.uid, "ownerReferences": [
                     {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "rs", "controller": true},
                 ]}, "status": {"phase": "Pending"}}),
             );
             let secret = |world: &World| {
-                let state = world.api.0.lock().unwrap();
-                state
-                    .objects
-                    .get(SECRET)
-                    .map(|secret| secret["data"]["pw"].clone())
+                let secret = world.api.get(SECRET);
+                secret.map(|secret| secret["data"]["pw"].clone())
             };
             if !first {
                 world.publish_patiently(&volume).await.unwrap();
@@ -150,7 +147,7 @@ fn a_full_disk_changes_all_or_nothing() {
             assert_eq!(volume.reads()["pw"], "two");
             assert_eq!(secret(&world), Some("dHdv".into()));
             world.unpublish(&volume).await.unwrap();
-            world.api.0.lock().unwrap().objects.clear();
+            world.api.remove(SECRET);
             let left = fs::read_dir(world.state_dir()).unwrap().count();
             assert_eq!(left, 0, "nothing is left of it");
         }

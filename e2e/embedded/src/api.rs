@@ -1,25 +1,26 @@
 //! A Kubernetes API server in this process: small, fast to start, and strict.
 //!
-//! It does what the driver, the kubelet and kube's client rely on, and refuses what a real one
+//! It serves what CSI drivers, the kubelet and kube's client rely on, and refuses what a real one
 //! refuses: forbidden requests, invalid and unknown fields, conflicts, missing namespaces. Objects
 //! live in memory only.
 //!
 //! ```text
-//! listener     the two sockets: api.sock (administrators), pods.sock (TLS and bearer tokens)
-//! server       one request: identity, disturbance, permission, verb, answer
+//! listener     the sockets: api.sock (administrators), pods.sock (TLS and bearer tokens), a port
+//! server       one request: identity, interception, disturbance, permission, verb, answer
 //!   request    verb and object out of method and address      rbac       roles and bindings
 //!   discovery  what is served                                 tokens     service account tokens
 //!   render     objects and lists on the wire                  watch      changes on the wire
 //! objects      create, update, patch for every kind          deletion   delete for every kind
 //!   body       from a body to the stored form and back        admission  defaults and rules of built-in kinds
-//!   schema     rules of custom kinds                          patch      the four ways to patch
+//!   schema     rules of custom kinds                          patch      merge patch and apply
 //!   fields     sets of fields and their managers              selectors  labels and fields
 //! store        objects, revisions, histories                  collector  ownership and namespaces
-//! resources    the table of kinds                             status     refusals
+//! resources    the table of kinds                             status     refusals, field_error
 //! ```
 //!
-//! Known differences from a real server: CEL rules are not evaluated, definitions with `pattern`
-//! are refused, lists of custom kinds are atomic whatever `x-kubernetes-list-type` says, lists are
+//! Differences from a real server: there is neither strategic merge patch nor JSON patch, CEL rules
+//! are not evaluated, definitions with `pattern` are refused, tables and `PartialObjectMetadata` are
+//! not rendered, lists of custom kinds are atomic whatever `x-kubernetes-list-type` says, lists are
 //! never cut into pages, periodic bookmarks are not sent, foreground deletion is background
 //! deletion, admission does not inject token volumes, and no controller runs for workloads.
 
@@ -28,6 +29,7 @@ mod body;
 mod collector;
 mod deletion;
 mod discovery;
+mod field_error;
 mod fields;
 mod listener;
 mod objects;
@@ -49,6 +51,7 @@ mod tests;
 
 use std::{
     fs, io,
+    net::Ipv4Addr,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -63,12 +66,16 @@ use kube::{
     Client, Config,
     client::{Body, ConfigExt},
 };
-use serde_json::json;
-use tokio::{net::UnixStream, task::JoinSet};
+use serde_json::{Value, json};
+use tokio::{
+    net::{TcpListener, UnixStream},
+    task::{AbortHandle, JoinSet},
+};
 use tower::{Layer, service_fn};
 
 use body::{Target, UnknownFields, WriteOptions};
 use listener::Certificates;
+use request::RequestInfo;
 use server::Server;
 use store::Store;
 use tokens::Tokens;
@@ -78,10 +85,11 @@ pub struct ApiServer {
     server: Arc<Server>,
     ca_pem: String,
     client: Client,
-    _tasks: JoinSet<()>,
+    collector: AbortHandle,
+    tasks: JoinSet<()>,
 }
 
-/// Why the API server does not start.
+/// The reason why the API server does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The directory for the sockets cannot be made private.
@@ -89,7 +97,7 @@ pub enum Error {
     Directory {
         /// The directory.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
     /// A socket cannot be opened.
@@ -97,7 +105,7 @@ pub enum Error {
     Socket {
         /// The socket.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
     /// The certificates cannot be made.
@@ -116,7 +124,7 @@ pub enum Error {
     },
 }
 
-/// A request somebody other than an administrator made, for counting.
+/// A request that was made by anyone but an administrator, for counting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// `system:serviceaccount:<namespace>:<name>`, `system:anonymous`, or empty for a bad token.
@@ -138,7 +146,35 @@ pub struct Request {
     pub status: u16,
 }
 
-/// What happens to the requests of everybody but administrators.
+/// A request as an interceptor sees it.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// The HTTP method.
+    pub method: &'a str,
+    /// The path and the query.
+    pub uri: &'a str,
+    /// The body; empty for none.
+    pub body: &'a [u8],
+}
+
+/// The effect of an interceptor on a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reaction {
+    /// It is served.
+    Serve,
+    /// The other reaction follows that much later.
+    Delay(Duration, Box<Reaction>),
+    /// It is answered with this HTTP status and body, and not served.
+    Answer(u16, String),
+    /// It is never answered.
+    Hang,
+    /// Its connection is closed.
+    Close,
+}
+
+type Interceptor = dyn Fn(&Call<'_>) -> Reaction + Send + Sync;
+
+/// A disturbance of the requests of everybody but administrators.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Disturbance {
     /// They are answered.
@@ -153,11 +189,11 @@ pub enum Disturbance {
     Fail {
         /// HTTP status.
         status: u16,
-        /// Only this verb, as in [`Request::verb`].
+        /// The verb of the requests that match, as in [`Request::verb`]; any when absent.
         verb: Option<String>,
-        /// Only this resource, as in [`Request::resource`].
+        /// The resource of the requests that match, as in [`Request::resource`]; any when absent.
         resource: Option<String>,
-        /// How many requests.
+        /// The number of requests that fail.
         times: u32,
     },
 }
@@ -187,20 +223,22 @@ impl ApiServer {
             tokens: Tokens::default(),
             requests: Mutex::default(),
             disturbance: tokio::sync::watch::Sender::new(Disturbance::None),
+            interceptor: Mutex::default(),
         });
         let certificates = Certificates::generate()?;
         let ca_pem = certificates.ca_pem.clone();
         let admins = listener::bind(&dir.join("api.sock"))?;
         let pods = listener::bind(&dir.join("pods.sock"))?;
         let mut tasks = JoinSet::new();
-        tasks.spawn(collector::run(store, chores));
+        let collector = tasks.spawn(collector::run(store, chores));
         tasks.spawn(listener::serve_admins(admins, server.clone()));
         tasks.spawn(listener::serve_pods(pods, server.clone(), certificates));
         Ok(ApiServer {
             server,
             ca_pem,
             client: connect(&dir.join("api.sock")),
-            _tasks: tasks,
+            collector,
+            tasks,
         })
     }
 
@@ -214,7 +252,7 @@ impl ApiServer {
         &self.ca_pem
     }
 
-    /// Every request of others than administrators so far; a watch counts when it begins.
+    /// Returns every request of others than administrators so far; a watch counts when it begins.
     pub fn requests(&self) -> Vec<Request> {
         self.server
             .requests
@@ -223,7 +261,7 @@ impl ApiServer {
             .clone()
     }
 
-    /// Starts counting anew.
+    /// Forgets the requests so far.
     pub fn reset_requests(&self) {
         self.server
             .requests
@@ -236,9 +274,86 @@ impl ApiServer {
     pub fn disturb(&self, disturbance: Disturbance) {
         self.server.disturbance.send_replace(disturbance);
     }
+
+    /// Calls `interceptor` from now on for each request that comes by `pods.sock` or by
+    /// [`ApiServer::kubeconfig`]. It replaces an earlier one.
+    pub fn intercept(&self, interceptor: impl Fn(&Call<'_>) -> Reaction + Send + Sync + 'static) {
+        let current = self.server.interceptor.lock();
+        *current.unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(interceptor));
+    }
+
+    /// Listens on a free port of the loopback, without TLS, and returns a kubeconfig for it. Its
+    /// users are administrators whose requests are intercepted, disturbed and counted.
+    ///
+    /// # Errors
+    /// When there is no port.
+    pub async fn kubeconfig(&mut self) -> io::Result<String> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let server = format!("http://{}", listener.local_addr()?);
+        let serve = listener::serve_loopback(listener, self.server.clone());
+        self.tasks.spawn(serve);
+        let kubeconfig = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "clusters": [{"name": "c", "cluster": {"server": server}}],
+            "users": [{"name": "u", "user": {}}],
+        });
+        Ok(kubeconfig.to_string())
+    }
+
+    /// Stops the garbage collector: objects whose owners are gone stay, as do deleted namespaces.
+    pub fn stop_collector(&self) {
+        self.collector.abort();
+    }
+
+    /// Stores an object at a path such as `/api/v1/namespaces/default/pods/web` exactly as it is,
+    /// whatever the rules. Its uid and resource version are those that it contains.
+    ///
+    /// # Errors
+    /// Returns a sentence when the path is not that of an object.
+    pub fn put(&self, path: &str, object: Value) -> Result<(), String> {
+        let target = self.target(path)?;
+        self.server.store.place(target.key(), object);
+        Ok(())
+    }
+
+    /// Returns the object at a path.
+    pub fn get(&self, path: &str) -> Option<Value> {
+        let target = self.target(path).ok()?;
+        let current = self.server.store.current(&target).ok()?;
+        Some(Value::clone(&current))
+    }
+
+    /// Removes the object at a path, whatever its finalizers and grace period.
+    pub fn remove(&self, path: &str) {
+        let Ok(target) = self.target(path) else {
+            return;
+        };
+        while let Ok(current) = self.server.store.current(&target) {
+            // It may have been written meanwhile.
+            let _raced = self.server.store.remove(&target.key(), &current);
+        }
+    }
+
+    /// Returns all objects of a kind such as `pods` or `deployments.apps`.
+    pub fn all(&self, kind: &str) -> Vec<Value> {
+        let (_, objects) = self.server.store.list(kind, None);
+        objects.iter().map(|object| Value::clone(object)).collect()
+    }
+
+    fn target(&self, path: &str) -> Result<Target, String> {
+        let uri = path.parse().map_err(|error| format!("{path}: {error}"))?;
+        let info = RequestInfo::parse(&http::Method::GET, &uri).map_err(|status| status.message)?;
+        let target = self.server.target(&info).map_err(|status| status.message)?;
+        match target.name.as_str() {
+            "" => Err(format!("{path} is no object's path")),
+            _ => Ok(target),
+        }
+    }
 }
 
-/// An administrator's client over the `api.sock` of a server in any process. Needs a tokio runtime.
+/// Returns an administrator's client over the `api.sock` of a server in any process. It needs a tokio
+/// runtime.
 pub fn connect(socket: &Path) -> Client {
     let socket = socket.to_owned();
     let connector = service_fn(move |_: http::Uri| {
@@ -250,7 +365,7 @@ pub fn connect(socket: &Path) -> Client {
     Client::new(base.layer(http), "default")
 }
 
-/// Creates what every cluster starts with.
+/// Creates the namespaces and roles that every cluster starts with.
 fn bootstrap(store: &Store) -> Result<(), Error> {
     let namespaces = ["default", "kube-system", "kube-public", "kube-node-lease"]
         .map(|name| ("namespaces", json!({"metadata": {"name": name}})));

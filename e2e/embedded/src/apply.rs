@@ -5,7 +5,7 @@ use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use kube::discovery::{self, Scope};
 use serde_json::Value;
 
-use crate::cluster::{Error, Result, api_error};
+use crate::error::{Error, Result, api_error};
 
 /// The owner of applied fields, the same as that of `kubectl apply --server-side`.
 const MANAGER: &str = "kubectl";

@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 
 use crate::api::ApiServer;
 use crate::control::{Command, Control};
+use crate::error::{Error, Result, api_error};
 use crate::exchange::HttpAnswer;
 use crate::node::{self, Settings, node_dir};
 use crate::processes::{Container, Status};
@@ -37,6 +38,9 @@ pub struct Options {
     /// The interval at which kubelet republishes volumes of drivers that ask for it; it never does
     /// when absent.
     pub sync_period: Option<Duration>,
+    /// Whether the path of a registration socket is the authority of the calls to it, as with
+    /// kubelet. Servers that check the authority, such as tonic's, refuse it.
+    pub path_authority: bool,
     /// Executables by name. A container of a DaemonSet runs the one whose name is the last part of
     /// its image (`registry.example/csi/driver:v1` runs `driver`), and [`Cluster::exec`] finds them.
     pub programs: BTreeMap<String, PathBuf>,
@@ -52,44 +56,11 @@ impl Options {
             manifests: Vec::new(),
             csi_timeout: Duration::from_secs(120),
             sync_period: None,
+            path_authority: true,
             programs: BTreeMap::new(),
             node_program,
         }
     }
-}
-
-/// The reason why a cluster did not do as asked.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The API server refuses a request.
-    #[error("{what}: {source}")]
-    Api {
-        /// The request.
-        what: String,
-        /// The answer.
-        source: kube::Error,
-    },
-    /// A manifest is not one.
-    #[error("manifest: {0}")]
-    Manifest(String),
-    /// There is no such node, or it did not do as told.
-    #[error("node {node}: {reason}")]
-    Node {
-        /// The node's name.
-        node: String,
-        /// The node's answer.
-        reason: String,
-    },
-    /// The cluster did not come up.
-    #[error("start of the cluster: {0}")]
-    Start(String),
-}
-
-/// The result of asking a cluster.
-pub type Result<T> = std::result::Result<T, Error>;
-
-pub(crate) fn api_error(what: String) -> impl FnOnce(kube::Error) -> Error {
-    move |source| Error::Api { what, source }
 }
 
 /// A running API server with nodes. Dropping it ends every process of it.
@@ -201,7 +172,7 @@ impl Cluster {
     /// Runs a program among the mounts of a node, as root, and returns what it prints.
     ///
     /// # Errors
-    /// What it prints to standard error when it fails.
+    /// Returns what it prints to standard error when it fails.
     pub async fn exec(&self, node: &str, arguments: &[&str]) -> Result<String> {
         let arguments = arguments.iter().map(|&argument| argument.to_owned());
         let arguments = arguments.collect();
@@ -259,7 +230,7 @@ impl Cluster {
     /// disk is not. Returns when all that [`Cluster::start`] waits for is there again.
     ///
     /// # Errors
-    /// As of [`Cluster::start`].
+    /// Returns the errors of [`Cluster::start`].
     pub async fn reboot(&self, name: &str) -> Result<()> {
         let node = self.node(name)?;
         {
@@ -409,6 +380,7 @@ fn spawn_node(state: &Path, name: &str, options: &Options) -> Result<Child> {
         programs: options.programs.clone(),
         csi_timeout: options.csi_timeout,
         sync_period: options.sync_period,
+        path_authority: options.path_authority,
     };
     let settings = serde_json::to_string(&settings).map_err(|error| failed(error.into()))?;
     Program::new(&options.node_program)

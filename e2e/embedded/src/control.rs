@@ -1,8 +1,7 @@
-//! The control socket of a node, both ends: how the test process looks into a node's world and
-//! breaks it.
+//! The control socket of a node, both ends. The test process inspects and disturbs a node with it.
 //!
-//! HTTP over a Unix socket: a [`Command`] as JSON in a POST, the result as JSON in the answer,
-//! or a status of 400 and more with a sentence. By hand:
+//! The protocol is HTTP over a Unix socket: a POST carries a [`Command`] as JSON, the answer the
+//! result as JSON, or a sentence with a status of 400 and more. By hand:
 //! `curl --unix-socket control.sock -d '"containers"' http://node/`.
 
 use std::io;
@@ -21,7 +20,7 @@ use crate::exchange::{exchange, get};
 use crate::namespaces::{PATH, PROGRAMS};
 use crate::processes::Processes;
 
-/// What can be asked of a node.
+/// A request to a node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Command {
@@ -41,23 +40,23 @@ pub(crate) enum Command {
     Get { port: u16, path: String },
 }
 
-/// Why a node did not do as told.
+/// The reason why a node did not carry out a command.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
-    /// The node itself says no.
+    /// The node refused.
     #[error("node: {0}")]
     Refused(String),
     /// There is no node at the socket, or it went away.
     #[error("control socket {}: {reason}", socket.display())]
     Unreachable {
-        /// Where the node should listen.
+        /// The path of the socket.
         socket: PathBuf,
-        /// What happened.
+        /// The error of the connection.
         reason: String,
     },
 }
 
-/// The test's end.
+/// The test's end of the socket.
 #[derive(Clone, Debug)]
 pub(crate) struct Control {
     socket: PathBuf,
@@ -90,7 +89,7 @@ impl Control {
     }
 }
 
-/// The node's end.
+/// The node's end of the socket.
 #[derive(Clone)]
 pub(crate) struct Server {
     pub(crate) processes: Processes,

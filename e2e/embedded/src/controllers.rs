@@ -1,10 +1,9 @@
-//! What the scheduler and the workload controllers do, as far as scenarios need it: pods get a
-//! node, Deployments become ReplicaSets, these become pods, and a DaemonSet's status says on how
-//! many nodes it runs.
+//! A scheduler and controllers for workloads: pods get a node, Deployments become ReplicaSets, these
+//! become pods, and the status of a DaemonSet says on how many nodes it runs.
 //!
-//! Names of pods are counted, not drawn: a pod is replaced only when the last of its name is
-//! gone. An old ReplicaSet is scaled to nothing at once. What owns what is deleted by the API
-//! server's own collector.
+//! The pods of a ReplicaSet are numbered, so that one is replaced only when the former pod of its
+//! name is gone. An old ReplicaSet is scaled to zero at once. The API server's own collector deletes
+//! objects whose owners are gone.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -28,13 +27,13 @@ use crate::control::{Command, Control};
 use crate::processes::{Container, Status};
 use crate::{daemonsets, kubelet};
 
-/// How often the nodes are asked what runs there.
+/// The interval at which the nodes are asked for their containers.
 const DAEMON_SET_PERIOD: Duration = Duration::from_millis(250);
-/// After a failed write.
+/// The pause after a failed write.
 const RETRY: Duration = Duration::from_millis(200);
 const TEMPLATE_HASH: &str = "pod-template-hash";
 
-/// Gives pods without a node one, in turn.
+/// Assigns pods to the nodes that fit them, in turn.
 pub(crate) async fn schedule(client: kube::Client, nodes: Vec<String>) {
     let unassigned = watcher::Config::default().fields("spec.nodeName=");
     let mut pods = watcher(Api::<Pod>::all(client.clone()), unassigned)
@@ -86,12 +85,12 @@ async fn bind(client: &kube::Client, pod: &Pod, node: &str) -> kube::Result<()> 
     Ok(())
 }
 
-/// Keeps Deployments and ReplicaSets at what they ask for.
+/// Reconciles Deployments and ReplicaSets.
 pub(crate) async fn reconcile_workloads(client: kube::Client) {
     let changed = Arc::new(Notify::new());
     let (deployments, watch_deployments) = cache::<Deployment>(&client, &changed, "");
     let (sets, watch_sets) = cache::<ReplicaSet>(&client, &changed, "");
-    // Only what a ReplicaSet made carries the label.
+    // Only the pods of a ReplicaSet carry the label.
     let (pods, watch_pods) = cache::<Pod>(&client, &changed, TEMPLATE_HASH);
     let reconcile = async {
         loop {
@@ -112,7 +111,7 @@ pub(crate) async fn reconcile_workloads(client: kube::Client) {
     tokio::join!(watch_deployments, watch_sets, watch_pods, reconcile);
 }
 
-/// A kind's objects as last seen, and the task that keeps them so.
+/// Returns a cache of a kind's objects, and the task that fills it.
 fn cache<K>(
     client: &kube::Client,
     changed: &Arc<Notify>,
@@ -138,8 +137,8 @@ where
     (store, task)
 }
 
-/// Whether it should be tried again. A conflict or an object that is there already only says
-/// that the cache is behind, and the cache says when it no longer is.
+/// Returns whether to try again. A conflict, or an object that exists already, only means that the
+/// cache lags behind, and reconciling starts again when the cache changes.
 fn report(outcome: kube::Result<()>) -> bool {
     match outcome {
         Ok(()) => false,
@@ -159,89 +158,89 @@ async fn reconcile_deployment(
     if deployment.metadata.deletion_timestamp.is_some() {
         return Ok(());
     }
-    let namespace = deployment.namespace().unwrap_or_default();
-    let api: Api<ReplicaSet> = Api::namespaced(client.clone(), &namespace);
-    let spec = &deployment.spec;
-    let template = serde_json::to_vec(&spec.template).map_err(kube::Error::SerdeError)?;
+    let api: Api<ReplicaSet> =
+        Api::namespaced(client.clone(), &deployment.namespace().unwrap_or_default());
+    let template =
+        serde_json::to_vec(&deployment.spec.template).map_err(kube::Error::SerdeError)?;
     let hash = crate::hex(&Sha256::digest(&template)[..5]);
     let name = format!("{}-{hash}", deployment.name_any());
-    let replicas = spec.replicas.unwrap_or(1);
-    let owned: Vec<_> = sets
-        .iter()
-        .filter(|set| owned_by(set.as_ref(), deployment))
-        .collect();
+    let replicas = deployment.spec.replicas.unwrap_or(1);
     let mut ready = 0;
-    let mut there = false;
-    for set in owned {
+    let mut exists = false;
+    for set in sets.iter().filter(|set| owned_by(set.as_ref(), deployment)) {
         let current = set.name_any() == name;
-        there |= current;
-        ready += set
-            .status
-            .as_ref()
-            .and_then(|status| status.ready_replicas)
-            .unwrap_or(0);
-        let wanted = if current { replicas } else { 0 };
-        if set.spec.replicas != Some(wanted) {
-            let patch = Patch::Merge(json!({"spec": {"replicas": wanted}}));
+        exists |= current;
+        let status = set.status.as_ref();
+        ready += status.and_then(|status| status.ready_replicas).unwrap_or(0);
+        let desired = if current { replicas } else { 0 };
+        if set.spec.replicas != Some(desired) {
+            let patch = Patch::Merge(json!({"spec": {"replicas": desired}}));
             api.patch(&set.name_any(), &PatchParams::default(), &patch)
                 .await?;
         }
     }
-    if !there {
-        let mut labelled = spec.template.clone();
-        let metadata = labelled.metadata.get_or_insert_default();
-        metadata
-            .labels
-            .get_or_insert_default()
-            .insert(TEMPLATE_HASH.to_owned(), hash.clone());
-        let mut selector = spec.selector.clone();
-        selector
-            .match_labels
-            .get_or_insert_default()
-            .insert(TEMPLATE_HASH.to_owned(), hash);
-        let set = ReplicaSet {
-            metadata: ObjectMeta {
-                name: Some(name),
-                namespace: Some(namespace.clone()),
-                labels: labelled
-                    .metadata
-                    .as_ref()
-                    .and_then(|metadata| metadata.labels.clone()),
-                owner_references: deployment
-                    .controller_owner_ref(&())
-                    .map(|owner| vec![owner]),
-                ..ObjectMeta::default()
-            },
-            spec: ReplicaSetSpec {
-                replicas: Some(replicas),
-                selector,
-                template: Some(labelled),
-                ..ReplicaSetSpec::default()
-            },
-            ..ReplicaSet::default()
-        };
+    if !exists {
+        let set = set_of(deployment, name, &hash, replicas);
         api.create(&PostParams::default(), &set).await?;
     }
-    let known = deployment.status.clone().unwrap_or_default();
-    if known.ready_replicas.unwrap_or(0) != ready
-        || known.observed_generation != deployment.metadata.generation
-    {
-        let status = json!({"status": {
-            "observedGeneration": deployment.metadata.generation,
-            "replicas": replicas,
-            "updatedReplicas": replicas,
-            "readyReplicas": ready,
-            "availableReplicas": ready,
-        }});
-        let api: Api<Deployment> = Api::namespaced(client.clone(), &namespace);
-        api.patch_status(
-            &deployment.name_any(),
-            &PatchParams::default(),
-            &Patch::Merge(status),
-        )
-        .await?;
+    report_deployment(client, deployment, replicas, ready).await
+}
+
+/// Returns the ReplicaSet for the current pod template of a Deployment.
+fn set_of(deployment: &Deployment, name: String, hash: &str, replicas: i32) -> ReplicaSet {
+    let mut template = deployment.spec.template.clone();
+    let metadata = template.metadata.get_or_insert_default();
+    let labels = metadata.labels.get_or_insert_default();
+    labels.insert(TEMPLATE_HASH.to_owned(), hash.to_owned());
+    let labels = labels.clone();
+    let mut selector = deployment.spec.selector.clone();
+    let match_labels = selector.match_labels.get_or_insert_default();
+    match_labels.insert(TEMPLATE_HASH.to_owned(), hash.to_owned());
+    ReplicaSet {
+        metadata: ObjectMeta {
+            name: Some(name),
+            namespace: deployment.namespace(),
+            labels: Some(labels),
+            owner_references: deployment
+                .controller_owner_ref(&())
+                .map(|owner| vec![owner]),
+            ..ObjectMeta::default()
+        },
+        spec: ReplicaSetSpec {
+            replicas: Some(replicas),
+            selector,
+            template: Some(template),
+            ..ReplicaSetSpec::default()
+        },
+        ..ReplicaSet::default()
     }
-    Ok(())
+}
+
+/// Writes the status of a Deployment if it differs.
+async fn report_deployment(
+    client: &kube::Client,
+    deployment: &Deployment,
+    replicas: i32,
+    ready: i32,
+) -> kube::Result<()> {
+    let known = deployment.status.clone().unwrap_or_default();
+    let generation = deployment.metadata.generation;
+    if known.ready_replicas.unwrap_or(0) == ready && known.observed_generation == generation {
+        return Ok(());
+    }
+    let status = json!({"status": {
+        "observedGeneration": generation,
+        "replicas": replicas,
+        "updatedReplicas": replicas,
+        "readyReplicas": ready,
+        "availableReplicas": ready,
+    }});
+    let api: Api<Deployment> =
+        Api::namespaced(client.clone(), &deployment.namespace().unwrap_or_default());
+    let (name, params) = (deployment.name_any(), PatchParams::default());
+    api.patch_status(&name, &params, &Patch::Merge(status))
+        .await
+        .map(drop)
 }
 
 async fn reconcile_set(
@@ -320,7 +319,7 @@ fn owned_by(object: &impl ResourceExt, owner: &impl ResourceExt) -> bool {
         .any(|reference| Some(&reference.uid) == uid.as_ref())
 }
 
-/// Whether a pod's condition `Ready` is true.
+/// Returns whether a pod's condition `Ready` is true.
 pub fn is_ready(pod: &Pod) -> bool {
     let conditions = pod
         .status
@@ -337,11 +336,11 @@ pub(crate) fn containers_of(
     node: &str,
     programs: &BTreeMap<String, PathBuf>,
 ) -> Vec<Container> {
-    // A set that cannot run anywhere says so in the log of every node.
+    // Every node logs why a set cannot run there.
     daemonsets::containers(set, node, programs, Path::new("/")).unwrap_or_default()
 }
 
-/// Says in each DaemonSet's status on how many of the nodes it runs.
+/// Writes into the status of each DaemonSet on how many nodes it runs.
 pub(crate) async fn report_daemon_sets(
     client: kube::Client,
     nodes: Vec<(String, Control)>,

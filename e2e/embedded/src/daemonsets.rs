@@ -1,7 +1,7 @@
-//! DaemonSets out of the API as containers of this node.
+//! The containers that a DaemonSet has on a node.
 //!
-//! What a manifest says is taken as it stands: arguments, environment, hostPath volumes, the
-//! service account. Only the images are not pulled: each stands for the executable of its name in
+//! Arguments, environment, hostPath volumes and the service account are those of the manifest. Images
+//! are not pulled: each stands for the executable of its name in
 //! [`Options::programs`](crate::Options::programs).
 
 use std::collections::BTreeMap;
@@ -11,9 +11,10 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1 as core;
 
 use crate::kubelet::node_labels;
+use crate::kubelet::tokens::service_account;
 use crate::processes::{Container, Mount, Propagation};
 
-/// Where a pod finds its service account, as every in-cluster client expects it.
+/// The directory in which in-cluster clients find their service account.
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// The API server's address in every node.
 pub(crate) const API_ADDRESS: (&str, u16) = ("127.0.0.1", 6443);
@@ -23,7 +24,7 @@ pub(crate) const API_ADDRESS: (&str, u16) = ("127.0.0.1", 6443);
 /// `credentials` is the directory with the service account's token.
 ///
 /// # Errors
-/// A sentence that names what in the manifest has no equivalent here.
+/// Returns a sentence that names the part of the manifest that is not supported.
 pub(crate) fn containers(
     set: &DaemonSet,
     node: &str,
@@ -49,7 +50,7 @@ pub(crate) fn containers(
     pod.containers.iter().map(container).collect()
 }
 
-/// The last component of an image's path, without tag and digest.
+/// Returns the last component of an image's path, without tag and digest.
 fn program_of(image: &str) -> &str {
     let path = image.split('@').next().unwrap_or_default();
     let last = path.rsplit('/').next().unwrap_or_default();
@@ -76,7 +77,7 @@ impl PodFacts<'_> {
             to: SERVICE_ACCOUNT.into(),
             propagation: Propagation::None,
         });
-        // `command` replaces an image's entry point, which is the program in ours.
+        // The executable is the image's entry point; `command`, which would replace it, is not read.
         let args = from
             .args
             .iter()
@@ -165,14 +166,6 @@ impl PodFacts<'_> {
             self.set.metadata.name.as_deref().unwrap_or_default(),
             self.node
         )
-    }
-}
-
-/// The service account a pod runs as.
-pub(crate) fn service_account(pod: &core::PodSpec) -> &str {
-    match pod.service_account_name.as_deref() {
-        None | Some("") => "default",
-        Some(name) => name,
     }
 }
 

@@ -1,12 +1,12 @@
-//! The node agent of the embedded cluster: does to a CSI driver what kubelet does.
+//! The kubelet of a node.
 //!
 //! It registers drivers, publishes and unpublishes the inline CSI volumes of the pods bound to
 //! its node, in kubelet's order, with kubelet's files, deadlines, pauses, judgement of errors
 //! and events (`pkg/kubelet/pluginmanager` and `pkg/volume/csi` of kubernetes/kubernetes). After a
-//! restart it picks up where the directories say it was, pods that have vanished meanwhile included.
+//! restart it continues from the directories that it finds, also for pods that were deleted meanwhile.
 //!
-//! What it deliberately does not do: pull images, run a pod's containers (they are said to
-//! run), cache service account tokens, mount volumes other than inline CSI.
+//! It does not pull images, run the containers of pods (their status says that they run), cache
+//! service account tokens, or mount volumes other than inline CSI.
 
 mod authority;
 mod backoff;
@@ -41,23 +41,23 @@ use pods::{Context, Desired};
 
 const MANAGER: &str = "kubelet";
 
-/// What tells one kubelet from another.
+/// The settings of a kubelet.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     /// The node's name.
     pub(crate) node: String,
-    /// `/var/lib/kubelet`, or a directory that stands for it.
+    /// The root directory: [`KUBELET_ROOT`](crate::KUBELET_ROOT), or another in tests.
     pub(crate) root: PathBuf,
-    /// Deadline of every call to a driver: two minutes in kubelet.
+    /// The deadline of every call to a driver: two minutes in kubelet.
     pub(crate) csi_timeout: Duration,
-    /// How often volumes are republished for drivers that ask for it; never when absent.
+    /// The interval at which volumes are republished for drivers that ask for it; never when absent.
     pub(crate) sync_period: Option<Duration>,
-    /// Whether a registration socket's path is the authority of the calls to it, as with
-    /// kubelet. Servers that insist on a proper one refuse it.
+    /// Whether the path of a registration socket is the authority of the calls to it, as with
+    /// kubelet. Servers that check the authority, such as tonic's, refuse it.
     pub(crate) path_authority: bool,
 }
 
-/// The labels of an embedded node.
+/// Returns the labels of a node.
 pub(crate) fn node_labels(node: &str) -> BTreeMap<String, String> {
     let arch = match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -69,12 +69,12 @@ pub(crate) fn node_labels(node: &str) -> BTreeMap<String, String> {
         .into()
 }
 
-/// Where a driver is told to mount a pod's volume.
+/// Returns the path at which a driver is told to mount a volume of a pod.
 pub(crate) fn target(root: &Path, uid: &str, volume: &str) -> PathBuf {
     volumes::Volume::new(root, uid, volume, "").target()
 }
 
-/// Runs until it is dropped.
+/// Runs a kubelet until the future is dropped.
 ///
 /// # Errors
 /// When the node cannot be registered.
@@ -109,7 +109,7 @@ pub(crate) async fn run(config: Config, client: kube::Client) -> kube::Result<()
     );
     let cache = reflector::reflector(writer, stream.default_backoff()).for_each(async |_| {});
     let watch_pods = async {
-        // kubelet starts no pod before its caches are filled.
+        // The real kubelet starts no pod before its caches are filled, either.
         if classes.wait_until_ready().await.is_ok() {
             watch(context, client).await;
         }
@@ -118,7 +118,7 @@ pub(crate) async fn run(config: Config, client: kube::Client) -> kube::Result<()
     Ok(())
 }
 
-/// Makes or renews the Node and its CSINode, the latter without drivers: they register anew.
+/// Creates or renews the Node and its CSINode, the latter without drivers: they register again.
 async fn register(config: &Config, client: &kube::Client) -> kube::Result<()> {
     let name = &config.node;
     let node = json!({
@@ -166,11 +166,11 @@ async fn register(config: &Config, client: &kube::Client) -> kube::Result<()> {
     Ok(())
 }
 
-/// One task per pod, from its binding to this node until nothing of it is left.
+/// Runs one task for each pod, from its binding to this node until nothing of it is left.
 async fn watch(context: Context, client: kube::Client) {
     let mut tasks = JoinSet::new();
     let mut workers: BTreeMap<String, watch::Sender<Desired>> = BTreeMap::new();
-    // What lies on disk and is in no list was deleted while this kubelet was away.
+    // Pods that have directories here and are not listed were deleted while this kubelet was away.
     let mut orphans = pods_on_disk(&context.node.root);
     let mut listed: Option<Vec<String>> = None;
     let only_mine =
@@ -233,7 +233,7 @@ fn update(
         Some(_) => Desired::End(Arc::new(pod)),
     };
     match workers.get(&uid) {
-        // A pod that began to end does not come back.
+        // A pod that is being deleted does not run again.
         Some(known) if known.borrow().is_run() => {
             known.send_replace(desired);
         }

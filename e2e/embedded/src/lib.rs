@@ -20,6 +20,7 @@ mod cluster;
 mod control;
 mod controllers;
 mod daemonsets;
+mod error;
 mod exchange;
 mod kubelet;
 mod namespaces;
@@ -27,8 +28,9 @@ mod node;
 mod processes;
 
 pub use apply::apply;
-pub use cluster::{Cluster, Error, Options, Result};
+pub use cluster::{Cluster, Options};
 pub use controllers::is_ready;
+pub use error::{Error, Result};
 pub use exchange::{HttpAnswer, get};
 pub use namespaces::KUBELET_ROOT;
 pub use node::take_over;

@@ -1,12 +1,12 @@
-//! A node's own world: mount and network namespaces around a root directory of its own.
+//! The mount and network namespaces of a node, around a root directory of its own.
 //!
 //! Afterwards the process sees the paths of the manifests (`/var/lib/kubelet`, `/run`, `/etc`)
 //! and nothing of the host but its programs, read-only. Its network is a loopback: nothing can
-//! leave the machine. Mounts vanish with the last process of the namespace; the directories
-//! under the root stay, as a node's disk does over a reboot, and `/run` does not, as there.
+//! leave the machine. Mounts and `/run` vanish with the last process of the namespace, as over a
+//! reboot; the directories under the root stay, as a node's disk does.
 //!
-//! What this deliberately does not do: a process namespace (the node's children are ordinary
-//! processes of the host) and users other than the caller.
+//! There is no process namespace (the node's children are ordinary processes of the host), and no
+//! user but the caller.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,22 +20,22 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{chdir, getegid, geteuid, pivot_root};
 
-/// Where a node sees the cluster's state directory.
+/// The path of the cluster's state directory in a node.
 pub(crate) const STATE: &str = "/run/embedded";
-/// Where a node sees the executables of [`Options::programs`](crate::Options::programs).
+/// The directory of [`Options::programs`](crate::Options::programs) in a node.
 pub(crate) const PROGRAMS: &str = "/opt/embedded/bin";
-/// Where a node sees the programs of the host.
+/// The directories of the host's programs in a node.
 pub(crate) const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 /// The kubelet's root directory on every node.
 pub const KUBELET_ROOT: &str = "/var/lib/kubelet";
 
-/// Programs of the host and their libraries: directories are bound read-only, links are made anew.
+/// The host's programs and their libraries: directories are bound read-only, links are created again.
 const HOST: [&str; 8] = [
     "usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "nix",
 ];
 /// The kernel's own file systems.
 const KERNEL: [&str; 3] = ["proc", "dev", "sys"];
-/// What programs read of `/etc` when they start or resolve `localhost`.
+/// The files of `/etc` that programs read when they start or resolve `localhost`.
 const ETC: [&str; 8] = [
     "group",
     "hosts",
@@ -46,7 +46,7 @@ const ETC: [&str; 8] = [
     "protocols",
     "resolv.conf",
 ];
-/// Directories that a node has from the start, besides what is bound. Manifests make others.
+/// Directories that a node has from the start, besides those that are bound. Manifests create others.
 const OWN: [&str; 8] = [
     "etc",
     "opt/embedded/bin",
@@ -58,10 +58,10 @@ const OWN: [&str; 8] = [
     "var/log",
 ];
 
-/// What the world is made of.
+/// The parts of a node's file system.
 #[derive(Debug)]
 pub(crate) struct World<'a> {
-    /// The node's root directory; made when absent, kept as it is otherwise.
+    /// The node's root directory; created when absent, left as it is otherwise.
     pub(crate) root: &'a Path,
     /// Bound to [`STATE`].
     pub(crate) state: &'a Path,
@@ -69,7 +69,7 @@ pub(crate) struct World<'a> {
     pub(crate) programs: &'a BTreeMap<String, PathBuf>,
 }
 
-/// Why a node has no world of its own.
+/// The reason why a node has no namespaces of its own.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// The system refuses new namespaces to this user.
@@ -79,23 +79,23 @@ pub(crate) enum Error {
          kernel.apparmor_restrict_unprivileged_userns=0 (where it exists)"
     )]
     Refused(Errno),
-    /// Any other step.
+    /// Another step failed.
     #[error("{step}: {source}")]
     Step {
-        /// What was tried.
+        /// The step.
         step: String,
-        /// The system's words.
+        /// The system's error.
         source: io::Error,
     },
 }
 
 /// Moves this process into new namespaces and makes `world.root` its root.
 ///
-/// The process must have one thread: a namespace of users cannot be entered by a process with
-/// more, and mounts seen by one thread only would be no help.
+/// The process must have one thread: a process with more cannot enter a user namespace, and its other
+/// threads would stay in the old namespaces.
 ///
 /// # Errors
-/// [`Error::Refused`] with what to do about it; otherwise the step that failed.
+/// Returns [`Error::Refused`] with a remedy, or the step that failed.
 pub(crate) fn enter(world: &World<'_>) -> Result<(), Error> {
     unshare_as_caller()?;
     let everything = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
@@ -107,7 +107,7 @@ pub(crate) fn enter(world: &World<'_>) -> Result<(), Error> {
         Path::new(KUBELET_ROOT),
         Access::Write,
     )?;
-    // As the kubelet itself does: the driver's mounts must reach every other namespace.
+    // The kubelet does so as well: the driver's mounts must reach every other namespace.
     change_propagation(
         Path::new(KUBELET_ROOT),
         MsFlags::MS_REC | MsFlags::MS_SHARED,
@@ -121,21 +121,21 @@ fn unshare_as_caller() -> Result<(), Error> {
     if uid.is_root() {
         match unshare(own) {
             Ok(()) => return Ok(()),
-            // Root of a container without CAP_SYS_ADMIN is an ordinary user here.
+            // Root in a container without CAP_SYS_ADMIN needs a user namespace like any user.
             Err(Errno::EPERM) => {}
             Err(error) => return Err(Error::Refused(error)),
         }
     }
     unshare(own | CloneFlags::CLONE_NEWUSER).map_err(Error::Refused)?;
     let maps = [
-        // The kernel wants this before a group map by someone without privileges.
+        // The kernel requires this before an unprivileged process writes a group map.
         ("/proc/self/setgroups", "deny".to_owned()),
         ("/proc/self/uid_map", format!("0 {uid} 1")),
         ("/proc/self/gid_map", format!("0 {gid} 1")),
     ];
     for (file, line) in maps {
         fs::write(file, &line).map_err(|error| {
-            // AppArmor lets the namespace be made and then gives it no rights.
+            // AppArmor allows the namespace to be created and then gives it no rights.
             match error.kind() {
                 io::ErrorKind::PermissionDenied => Error::Refused(Errno::EPERM),
                 _ => Error::Step {
@@ -203,7 +203,7 @@ fn build_root(world: &World<'_>) -> Result<(), Error> {
 /// Leaves the host's mounts behind for good, which a `chroot` would not.
 fn change_root(root: &Path) -> Result<(), Error> {
     step(format!("enter {}", root.display()), || chdir(root))?;
-    // With one directory for both, the old root lies on top of the new one and is taken off.
+    // Given one directory for both, the kernel mounts the old root on top of the new one.
     step(format!("make {} the root", root.display()), || {
         pivot_root(".", ".")
     })?;
@@ -213,14 +213,14 @@ fn change_root(root: &Path) -> Result<(), Error> {
     step("enter the new root".to_owned(), || chdir("/"))
 }
 
-/// How a bound directory may be used.
+/// The access to a bound directory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Access {
     Read,
     Write,
 }
 
-/// Binds with everything mounted below, without which a user namespace may not bind at all.
+/// Binds a directory with all mounts below, because a user namespace may not bind it without them.
 fn bind(from: &Path, to: &Path, access: Access) -> Result<(), Error> {
     step(
         format!("bind {} to {}", from.display(), to.display()),
@@ -252,7 +252,7 @@ fn bind_file(from: &Path, to: &Path) -> Result<(), Error> {
     bind(from, to, Access::Read)
 }
 
-/// The flags that a user namespace may not drop when it mounts again what it was given.
+/// Returns the flags that a user namespace must keep when it remounts a path.
 fn locked_flags(path: &Path) -> nix::Result<MsFlags> {
     let pairs = [
         (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
@@ -276,7 +276,7 @@ fn change_propagation(path: &Path, flags: MsFlags) -> Result<(), Error> {
     )
 }
 
-/// A new network namespace has a loopback, but down.
+/// Brings up the loopback, which is down in a new network namespace.
 #[allow(unsafe_code)]
 fn bring_loopback_up() -> Result<(), Error> {
     use nix::libc;
@@ -314,7 +314,7 @@ fn make_dir(path: &Path) -> Result<(), Error> {
     })
 }
 
-/// Makes a link, or leaves the one of an earlier boot.
+/// Creates a link, or leaves the one of an earlier boot.
 fn link(target: &Path, path: &Path) -> Result<(), Error> {
     match symlink(target, path) {
         Err(source) if source.kind() != io::ErrorKind::AlreadyExists => Err(Error::Step {

@@ -1,9 +1,9 @@
 //! A node of the cluster: a process in namespaces of its own.
 //!
-//! It is kubelet and container runtime in one: enters its world, connects its loopback to the
-//! API server, runs the DaemonSets and the kubelet, and obeys its control socket. It ends when
-//! its standard input does, so that it does not outlive the test that started it, however that
-//! ends; its containers end with it. Killed and started again on the same root it has been
+//! It is kubelet and container runtime in one: it enters its namespaces, connects its loopback to
+//! the API server, runs the DaemonSets and the kubelet, and carries out the commands of its control
+//! socket. It ends when its standard input does, so that it never outlives the test that started it;
+//! its containers end with it. A node that is killed and started again on the same root has been
 //! rebooted: mounts and `/run` are gone, its disk is not.
 
 use std::collections::BTreeMap;
@@ -23,20 +23,16 @@ use tokio::net::{TcpListener, UnixStream};
 
 use crate::control::Server;
 use crate::namespaces::{self, KUBELET_ROOT, STATE, World};
-use crate::processes::{self, Container, Processes};
+use crate::processes::{self, CONTAINER, Container, Processes};
 use crate::{api, daemonsets, kubelet};
 
-/// How often a DaemonSet is tried again whose service account is not there yet.
+/// The pause before a DaemonSet is tried again, for example because its service account is missing.
 const RETRY: Duration = Duration::from_millis(300);
-/// A token outlives every test; nothing renews it.
+/// The lifetime of a token. It is longer than any test, because nothing renews it.
 const TOKEN_SECONDS: i64 = 24 * 60 * 60;
 
 /// The first argument of a process that is to become a node; the second is its [`Settings`].
 pub(crate) const NODE: &str = "embedded-node";
-/// The first argument of a process that is to become a container; the second is its
-/// [`Container`], the third the node's process.
-pub(crate) const CONTAINER: &str = "embedded-container";
-
 /// The properties of a node, as JSON on its command line.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Settings {
@@ -46,12 +42,13 @@ pub(crate) struct Settings {
     pub(crate) programs: BTreeMap<String, PathBuf>,
     pub(crate) csi_timeout: Duration,
     pub(crate) sync_period: Option<Duration>,
+    pub(crate) path_authority: bool,
 }
 
 /// The reason why a node ended.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    /// It has no world of its own.
+    /// It has no namespaces of its own.
     #[error(transparent)]
     World(#[from] namespaces::Error),
     /// A step of its start or its work failed.
@@ -94,7 +91,7 @@ fn become_container(container: &str, node: &str) -> Result<(), Error> {
     Err(failed("become the container", &error))
 }
 
-/// Where a node keeps what is its own, below the state directory.
+/// Returns the directory of a node below the state directory.
 pub(crate) fn node_dir(state: &Path, name: &str) -> PathBuf {
     state.join("nodes").join(name)
 }
@@ -106,7 +103,7 @@ fn run(settings: &Settings) -> Result<(), Error> {
         state: &settings.state,
         programs: &settings.programs,
     })?;
-    // Only now: the namespaces are those of one thread, and of the threads it starts.
+    // Not earlier: only the threads that this one starts from here on are in the namespaces.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -130,7 +127,7 @@ async fn work(settings: &Settings) -> Result<(), Error> {
         node: settings.name.clone(),
         root: PathBuf::from(KUBELET_ROOT),
         csi_timeout: settings.csi_timeout,
-        path_authority: true,
+        path_authority: settings.path_authority,
         sync_period: settings.sync_period,
     };
     let daemon_sets = DaemonSets {
@@ -150,25 +147,25 @@ async fn work(settings: &Settings) -> Result<(), Error> {
     }
 }
 
-/// A thread waits for it, because tokio's standard input is a thread as well.
+/// Waits for the end of standard input, in a thread, as tokio does it.
 async fn standard_input_ends() {
     let (ended, end) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {
-        // Whether it ends or breaks is the same: nobody holds the other end.
+        // An error means the same as the end: nobody holds the other end.
         let _copied = io::copy(&mut io::stdin().lock(), &mut io::sink());
         ended.send(())
     });
     let _ended = end.await;
 }
 
-/// Gives in-cluster clients the address they expect, byte for byte.
+/// Forwards connections to the address that in-cluster clients expect.
 async fn proxy(socket: &Path) -> io::Result<()> {
     let listener = TcpListener::bind(daemonsets::API_ADDRESS).await?;
     loop {
         let (mut client, _) = listener.accept().await?;
         let socket = socket.to_owned();
         tokio::spawn(async move {
-            // A broken connection is its two ends' affair, and they notice.
+            // Both ends notice a broken connection themselves.
             if let Ok(mut server) = UnixStream::connect(socket).await {
                 let _copied = tokio::io::copy_bidirectional(&mut client, &mut server).await;
             }
@@ -186,7 +183,7 @@ struct DaemonSets {
 
 impl DaemonSets {
     async fn run(self) {
-        // Names of the containers of each set, and the sets that could not be run yet.
+        // The names of the containers of each set, and the sets that could not be run yet.
         let mut running: BTreeMap<String, Vec<String>> = BTreeMap::new();
         let mut waiting: BTreeMap<String, DaemonSet> = BTreeMap::new();
         let sets = Api::<DaemonSet>::all(self.client.clone());
@@ -236,9 +233,9 @@ impl DaemonSets {
             .template
             .spec
             .as_ref()
-            .map_or("default", daemonsets::service_account);
+            .map_or("default", kubelet::tokens::service_account);
         let namespace = set.namespace().unwrap_or_default();
-        // In memory, as kubelet's projected volumes are.
+        // On a tmpfs, as kubelet's projected volumes are.
         let credentials = PathBuf::from(format!("/run/serviceaccounts/{namespace}/{account}"));
         let containers = daemonsets::containers(set, &self.node, &self.programs, &credentials)?;
         if !containers.is_empty() {

@@ -1,9 +1,9 @@
-//! A node's containers as child processes: each with its own mounts, restarted when it exits,
-//! gone with the node.
+//! The containers of a node as child processes: each has its own mounts, is restarted when it exits,
+//! and ends with the node.
 //!
-//! A container starts in two steps: the node runs its own executable again, which is
-//! single-threaded and so may make the container's mount namespace in safe code, and then becomes
-//! the container's program.
+//! A container starts in two steps: the node runs its own executable again, which has one thread and
+//! so can create the container's mount namespace in safe code, and then becomes the container's
+//! program.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -23,15 +23,18 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::namespaces::{KUBELET_ROOT, PATH, PROGRAMS};
-use crate::node::CONTAINER;
 
-/// Between a container's exit and its restart; doubles up to [`LONGEST_PAUSE`].
+/// The first pause between a container's exit and its restart; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// A container that ran this long is not crash-looping.
+/// The time after which a running container is no longer considered to be crash-looping.
 const SETTLED: Duration = Duration::from_secs(5);
-/// From SIGTERM to SIGKILL, as `terminationGracePeriodSeconds` by default.
+/// The time from SIGTERM to SIGKILL: the default of `terminationGracePeriodSeconds`.
 const GRACE: Duration = Duration::from_secs(30);
+
+/// The first argument of a process that is to become a container; the second is the [`Container`],
+/// the third the node's process.
+pub(crate) const CONTAINER: &str = "embedded-container";
 
 /// Everything needed to start a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,20 +82,20 @@ pub(crate) struct Mount {
     pub(crate) propagation: Propagation,
 }
 
-/// Whether mounts that are made below a [`Mount`] later are seen on the other side of it.
+/// The mount propagation of a [`Mount`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) enum Propagation {
-    /// Neither way.
+    /// Later mounts are seen on the side where they are made.
     #[default]
     None,
-    /// The container sees those of the node.
+    /// The container sees later mounts of the node.
     HostToContainer,
-    /// Both see those of the other.
+    /// Container and node see each other's later mounts.
     Bidirectional,
 }
 
 impl Propagation {
-    /// The kernel's name for what is less than both ways, which is what binds begin with.
+    /// Returns the kernel's flag; none for both directions, with which a bind mount begins.
     fn restriction(self) -> Option<MsFlags> {
         match self {
             Self::None => Some(MsFlags::MS_PRIVATE),
@@ -101,7 +104,7 @@ impl Propagation {
         }
     }
 
-    /// From a manifest's `mountPropagation`.
+    /// Parses a manifest's `mountPropagation`.
     pub(crate) fn named(name: Option<&str>) -> Option<Self> {
         match name {
             None | Some("" | "None") => Some(Self::None),
@@ -112,19 +115,19 @@ impl Propagation {
     }
 }
 
-/// What a container does at the moment.
+/// The state of a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The container's name.
     pub name: String,
     /// Its process, if it runs.
     pub pid: Option<i32>,
-    /// How often it was started again after it had exited by itself.
+    /// The number of restarts after it had exited by itself.
     pub restarts: u32,
 }
 
-/// The second step: makes the container's mounts and becomes its program. Returns only on
-/// failure.
+/// Carries out the second step: creates the container's mounts and becomes its program. Returns only
+/// on failure.
 pub(crate) fn become_container(container: &Container, node: i32) -> io::Error {
     match prepare(container, Pid::from_raw(node)) {
         Ok(()) => std::process::Command::new(container.program())
@@ -139,7 +142,7 @@ pub(crate) fn become_container(container: &Container, node: i32) -> io::Error {
 
 fn prepare(container: &Container, node: Pid) -> io::Result<()> {
     set_pdeathsig(Signal::SIGKILL)?;
-    // The node may have died before the line above.
+    // The node may have ended before the line above.
     if getppid() != node {
         return Err(io::Error::other("the node is gone"));
     }
@@ -172,8 +175,8 @@ fn prepare(container: &Container, node: Pid) -> io::Result<()> {
     restrict_kubelet_root(container)
 }
 
-/// Of kubelet's directory a container sees what it mounts, and mounts below it as it says. The
-/// rest of the node's disk, programs and libraries, every container sees.
+/// Restricts kubelet's directory to the container's own mounts, with their propagation. The rest of
+/// the node's disk, programs and libraries, is the same for all containers.
 fn restrict_kubelet_root(container: &Container) -> io::Result<()> {
     let root = Path::new(KUBELET_ROOT);
     if !root.exists() {
@@ -217,7 +220,7 @@ enum Wanted {
     Removed,
 }
 
-/// Why a container could not be told something.
+/// The reason why an operation on a container failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("no container {name:?} on this node; there are {there:?}")]
@@ -274,11 +277,11 @@ impl Processes {
         };
         supervised.wanted.send_replace(Wanted::Removed);
         let mut status = supervised.status;
-        // Ends with an error when the supervisor is gone, which is as good.
+        // An error means that the supervisor is gone, and the process with it.
         let _ended = status.wait_for(|status| status.pid.is_none()).await;
     }
 
-    /// SIGTERM, or SIGKILL after the grace period; returns when the process is gone. It stays
+    /// Sends SIGTERM, and SIGKILL after the grace period; returns when the process is gone. It stays
     /// away until [`Processes::start`].
     pub(crate) async fn stop(&self, name: &str) -> Result<(), Error> {
         self.want(name, Wanted::Stopped, |status| status.pid.is_none())
@@ -291,7 +294,7 @@ impl Processes {
             .await
     }
 
-    /// SIGKILL; returns when the process is gone. It is restarted as after any crash.
+    /// Sends SIGKILL; returns when the process is gone. It is restarted as after any crash.
     pub(crate) async fn kill(&self, name: &str) -> Result<(), Error> {
         let (_, mut status) = self.find(name)?;
         let pid = status
@@ -306,7 +309,7 @@ impl Processes {
         Ok(())
     }
 
-    /// What every container does.
+    /// Returns the state of every container.
     pub(crate) fn list(&self) -> Vec<Status> {
         self.lock()
             .values()
@@ -314,7 +317,7 @@ impl Processes {
             .collect()
     }
 
-    /// Where a container's output goes.
+    /// Returns the file with a container's output.
     pub(crate) fn log(&self, name: &str) -> PathBuf {
         self.logs.join(format!("{name}.log"))
     }
@@ -366,7 +369,7 @@ async fn supervise(
 ) {
     let mut pause = FIRST_PAUSE;
     loop {
-        // An error here and below means that nobody holds the other end: the node ends.
+        // An error here and below means that the other end is gone: the node ends.
         match wanted
             .wait_for(|wanted| *wanted != Wanted::Stopped)
             .await
@@ -404,7 +407,7 @@ async fn supervise(
     }
 }
 
-/// Returns also when nobody is left to want anything.
+/// Returns when the container should no longer run, or when the node ends.
 async fn no_more_wanted(wanted: &mut watch::Receiver<Wanted>) {
     let _seen = wanted.wait_for(|wanted| *wanted != Wanted::Running).await;
 }

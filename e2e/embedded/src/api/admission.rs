@@ -1,14 +1,10 @@
-//! What a write must satisfy beyond its types: metadata rules of every kind, and the defaults and
-//! rules of the built-in kinds that the driver, its manifests and the scenarios meet.
+//! Rules of a write beyond types: those of metadata for every kind, and the defaults and rules of the
+//! built-in kinds that a CSI driver and its manifests meet.
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::{Map, Value, json};
 
-use super::{
-    resources::Resource,
-    status::{FieldError, Status},
-    store::Store,
-};
+use super::{field_error::FieldError, resources::Resource, status::Status, store::Store};
 
 const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', \
      and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is \
@@ -24,10 +20,10 @@ const QUALIFIED_NAME: &str = "name part must consist of alphanumeric characters,
      '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
 const CONFIG_KEY: &str = "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or \
      'KEY_NAME',  or 'key-name', regex used for validation is '[-._a-zA-Z0-9]+')";
-/// Bytes all values of one Secret may have together.
+/// The size limit of all values of a Secret together, in bytes.
 const MAX_SECRET_SIZE: usize = 1024 * 1024;
 
-/// Fills in what a real server fills in for a new or replaced object of a built-in kind.
+/// Fills in the defaults of a new or replaced object of a built-in kind.
 pub(super) fn set_defaults(resource: &Resource, object: &mut Value) {
     match resource.qualified.as_str() {
         "pods" => pod_defaults(object),
@@ -120,7 +116,7 @@ fn pod_defaults(pod: &mut Value) {
     default(&mut pod["status"], "qosClass", || json!("BestEffort"));
 }
 
-/// `stringData` is written into `data`, never stored.
+/// Moves `stringData` into `data`.
 fn fold_string_data(secret: &mut Value) {
     let Some(Value::Object(texts)) = secret
         .as_object_mut()
@@ -135,7 +131,7 @@ fn fold_string_data(secret: &mut Value) {
     }
 }
 
-/// Everything a real server would refuse in this object; `old` is what it replaces.
+/// Returns everything that a real server refuses in this object, which replaces `old`.
 pub(super) fn errors(resource: &Resource, old: Option<&Value>, object: &Value) -> Vec<FieldError> {
     let mut errors = metadata_errors(resource, object);
     match resource.qualified.as_str() {
@@ -428,10 +424,10 @@ fn csi_driver_errors(old: Option<&Value>, spec: &Value, errors: &mut Vec<FieldEr
     }
 }
 
-/// What needs a look at other objects: a new pod's service account must exist.
+/// Applies the rules that concern other objects: the service account of a new pod must exist.
 ///
 /// # Errors
-/// 403, in the words of the ServiceAccount admission plugin.
+/// Returns 403 with the text of the ServiceAccount admission plugin.
 pub(super) fn check_surroundings(
     store: &Store,
     resource: &Resource,
@@ -443,7 +439,7 @@ pub(super) fn check_surroundings(
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let namespace = text(&object["metadata"]["namespace"]);
     let account = text(&object["spec"]["serviceAccountName"]);
-    // A namespace that does not exist is the store's to name.
+    // The store refuses a namespace that does not exist.
     if store.get("namespaces", "", &namespace).is_some()
         && store.get("serviceaccounts", &namespace, &account).is_none()
     {

@@ -1,4 +1,4 @@
-//! From a request's body to the object as it is stored, and back to the version a client asked for.
+//! Conversion of a request's body to the stored form, and back to the version that a client asks for.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -10,9 +10,10 @@ use super::{
     fields::{Layout, Manager},
     resources::{Resource, Version},
     status::Status,
+    store::ObjectKey,
 };
 
-/// What a request is about.
+/// The object or collection that a request is about.
 #[derive(Debug, Clone)]
 pub(super) struct Target {
     pub(super) resource: Arc<Resource>,
@@ -26,7 +27,7 @@ pub(super) struct Target {
     pub(super) subresource: String,
 }
 
-/// How a write is to be done.
+/// The options of a write.
 #[derive(Debug, Clone)]
 pub(super) struct WriteOptions {
     pub(super) manager: Manager,
@@ -34,7 +35,7 @@ pub(super) struct WriteOptions {
     pub(super) unknown_fields: UnknownFields,
 }
 
-/// What to do about fields the schema does not know; they are dropped in any case.
+/// The treatment of fields that the schema does not contain. They are dropped in any case.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum UnknownFields {
     Ignore,
@@ -43,7 +44,7 @@ pub(super) enum UnknownFields {
 }
 
 impl Target {
-    /// The same place in another kind, for work the server does by itself.
+    /// Returns an object by name, for requests of the server itself.
     pub(super) fn of(resource: Arc<Resource>, namespace: &str, name: &str) -> Target {
         let version = resource
             .versions
@@ -55,6 +56,15 @@ impl Target {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
             subresource: String::new(),
+        }
+    }
+
+    /// Returns the place of the object.
+    pub(super) fn key(&self) -> ObjectKey {
+        ObjectKey {
+            resource: self.resource.qualified.clone(),
+            namespace: self.namespace.clone(),
+            name: self.name.clone(),
         }
     }
 
@@ -77,11 +87,11 @@ impl Target {
     }
 }
 
-/// Reads a body as an object of the target's kind: identity completed from the path, types checked,
-/// unknown fields dropped, `apiVersion` that of storage. Defaults are not filled in.
+/// Reads a body as an object of the target's kind: completes its identity from the path, checks types
+/// and drops unknown fields. Defaults are not filled in.
 ///
 /// # Errors
-/// 400 for what is not an object of this kind and place.
+/// Returns 400 for a body that is not an object of this kind, namespace and name.
 pub(super) fn read(
     target: &Target,
     mut object: Value,
@@ -91,13 +101,11 @@ pub(super) fn read(
     complete_identity(target, &mut object)?;
     if let Some(row) = target.resource.built_in_row() {
         return (row.decode)(&object).map_err(|error| {
-            target
-                .resource
-                .undecodable(&target.version, &error.to_string())
+            Status::undecodable(&target.resource, &target.version, &error.to_string())
         });
     }
 
-    let undecodable = |why: &str| target.resource.undecodable(&target.version, why);
+    let undecodable = |why: &str| Status::undecodable(&target.resource, &target.version, why);
     let metadata = ObjectMeta::deserialize(&object["metadata"]).and_then(serde_json::to_value);
     object["metadata"] = metadata.map_err(|error| undecodable(&error.to_string()))?;
     if let Some(schema) = target.served().and_then(|version| version.schema.as_ref()) {
@@ -122,7 +130,11 @@ pub(super) fn read(
 fn complete_identity(target: &Target, object: &mut Value) -> Result<(), Status> {
     let resource = &target.resource;
     let Some(map) = object.as_object_mut() else {
-        return Err(resource.undecodable(&target.version, "json: the body is not an object"));
+        return Err(Status::undecodable(
+            resource,
+            &target.version,
+            "json: the body is not an object",
+        ));
     };
     for (field, expected) in [
         ("apiVersion", target.api_version()),
@@ -155,7 +167,11 @@ fn complete_identity(target: &Target, object: &mut Value) -> Result<(), Status> 
         .entry("metadata")
         .or_insert_with(|| Value::Object(Map::new()));
     let Some(metadata) = metadata.as_object_mut() else {
-        return Err(resource.undecodable(&target.version, "json: metadata is not an object"));
+        return Err(Status::undecodable(
+            resource,
+            &target.version,
+            "json: metadata is not an object",
+        ));
     };
     let found = metadata
         .get("name")
@@ -188,11 +204,11 @@ fn complete_identity(target: &Target, object: &mut Value) -> Result<(), Status> 
     Ok(())
 }
 
-/// Fills in a custom object's defaults, checks it at the version of the request and turns it into
-/// the version of storage.
+/// Fills in the defaults of a custom object, validates it at the version of the request and converts
+/// it to the storage version.
 ///
 /// # Errors
-/// 422 naming every field the schema forbids.
+/// Returns 422 with every field that the schema forbids.
 pub(super) fn to_storage(target: &Target, object: &mut Value) -> Result<(), Status> {
     let resource = &target.resource;
     let Some(schema) = target.served().and_then(|version| version.schema.as_ref()) else {
@@ -214,7 +230,7 @@ pub(super) fn to_storage(target: &Target, object: &mut Value) -> Result<(), Stat
     Ok(())
 }
 
-/// A stored object as seen at one version of its kind.
+/// Converts a stored object to one version of its kind.
 pub(super) fn at_version<'a>(
     resource: &Resource,
     version: &str,

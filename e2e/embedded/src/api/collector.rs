@@ -1,5 +1,5 @@
-//! What controllers do behind an API server: objects whose owners are all gone are deleted, and a
-//! namespace that is being deleted is emptied and then goes.
+//! The garbage collector and the namespace controller: objects whose owners are all gone are deleted,
+//! and a namespace that is being deleted is emptied and then removed.
 //!
 //! `propagationPolicy: Foreground` is treated as `Background`.
 
@@ -14,7 +14,7 @@ use super::{
     store::{Chore, ObjectKey, Store},
 };
 
-/// How long after the cause the work is done: real controllers are never immediate.
+/// The delay between a cause and its effect: real controllers are never immediate, either.
 const DELAY: Duration = Duration::from_millis(10);
 
 /// Does the chores until the store is gone.
@@ -37,7 +37,7 @@ pub(super) async fn run(store: Arc<Store>, mut chores: mpsc::UnboundedReceiver<C
     }
 }
 
-/// Deletes the object if none of its owners lives; else drops the references to those that do not.
+/// Deletes the object if no owner exists; otherwise drops the references to owners that do not.
 fn check_owners(store: &Store, key: &ObjectKey) {
     let Some(object) = store.get(&key.resource, &key.namespace, &key.name) else {
         return;
@@ -67,7 +67,7 @@ fn check_owners(store: &Store, key: &ObjectKey) {
             store.delete(&Target::of(resource, &key.namespace, &key.name), &options)
         && status.code == 409
     {
-        // Somebody wrote it in between, perhaps giving it an owner that lives: look again.
+        // It was written meanwhile, perhaps with an owner that exists: check again.
         check_owners(store, key);
     }
 }
@@ -95,7 +95,7 @@ fn drain_namespace(store: &Store, name: &str) {
         }
     }
     if empty && let Some(resource) = store.resource("namespaces") {
-        // Raced means somebody wrote the namespace, which hands this chore out again.
+        // Raced means that the namespace was written, which causes this chore again.
         let _ = store.remove(&ObjectKey::of(&resource, &namespace), &namespace);
     }
 }

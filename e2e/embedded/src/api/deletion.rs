@@ -1,4 +1,4 @@
-//! Deleting: preconditions, grace for pods, finalizers, orphans, whole collections and whole kinds.
+//! The verb `delete`: preconditions, grace of pods, finalizers, orphans, collections and kinds.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use super::{
     store::{ObjectKey, Store},
 };
 
-/// What a delete request asks for.
+/// The options of a delete request.
 #[derive(Debug, Clone, Default)]
 pub(super) struct DeleteOptions {
     pub(super) grace_period: Option<u64>,
@@ -27,13 +27,13 @@ pub(super) struct DeleteOptions {
 
 /// The outcome of a delete.
 pub(super) struct Deleted {
-    /// The last state, or the state in which the object waits to go.
+    /// The last state, or the state in which the object waits for its removal.
     pub(super) object: Arc<Value>,
     pub(super) gone: bool,
 }
 
 impl Store {
-    /// DELETE of an object.
+    /// Deletes an object.
     pub(super) fn delete(
         &self,
         target: &Target,
@@ -48,7 +48,7 @@ impl Store {
         loop {
             let current = self.current(target)?;
             check_preconditions(target, &current, options)?;
-            let key = ObjectKey::of(resource, &current);
+            let key = target.key();
             let waiting = dying(resource, &current, options);
             if options.dry_run {
                 return Ok(Deleted {
@@ -73,7 +73,7 @@ impl Store {
         }
     }
 
-    /// DELETE of a collection: every matching object by itself.
+    /// Deletes every matching object of a collection.
     pub(super) fn delete_collection(
         &self,
         target: &Target,
@@ -98,14 +98,14 @@ impl Store {
         Ok(deleted)
     }
 
-    /// Takes the owner with this uid out of everything it owns.
+    /// Removes an owner from the references of all objects.
     fn orphan(&self, uid: &str) {
         for key in self.dependents(uid) {
             self.retain_owners(&key, |reference| reference["uid"] != uid);
         }
     }
 
-    /// Keeps only the owner references that fit.
+    /// Keeps only the owner references for which `keep` returns true.
     pub(super) fn retain_owners(&self, key: &ObjectKey, keep: impl Fn(&Value) -> bool) {
         while let Some(current) = self.get(&key.resource, &key.namespace, &key.name) {
             let mut new = Value::clone(&current);
@@ -134,7 +134,7 @@ impl Store {
                 break;
             }
             for object in objects {
-                // Raced means somebody wrote it; the next round sees what became of it.
+                // Raced means that it was written; the next round tries again.
                 let _ = self.remove(&ObjectKey::of(&resource, &object), &object);
             }
         }
@@ -171,7 +171,7 @@ fn check_preconditions(
     Ok(())
 }
 
-/// The state in which an object waits for others before it goes, or nothing when it goes at once.
+/// Returns the state in which an object waits for its removal; none when it is removed at once.
 fn dying(resource: &Resource, current: &Value, options: &DeleteOptions) -> Option<Value> {
     let grace = match resource.qualified.as_str() {
         "pods" => pod_grace(current, options.grace_period),

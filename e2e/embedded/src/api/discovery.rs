@@ -1,4 +1,4 @@
-//! What the server says about itself: version, groups, resources.
+//! Discovery documents: version, groups, resources.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -9,7 +9,7 @@ use super::{
     store::Store,
 };
 
-/// The document at a path that is no resource, if there is one.
+/// Returns the document at a path that is no resource, if there is one.
 pub(super) fn document(store: &Store, path: &str) -> Option<Value> {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     match parts.as_slice() {
@@ -48,7 +48,7 @@ fn version() -> Value {
     })
 }
 
-/// Versions of every named group, preferred first.
+/// Returns the versions of every named group, preferred first.
 fn groups(store: &Store) -> BTreeMap<String, Vec<String>> {
     let mut groups = BTreeMap::<String, Vec<String>>::new();
     for resource in store
@@ -101,7 +101,7 @@ fn resource_list(store: &Store, group: &str, version: &str) -> Option<Value> {
     }))
 }
 
-/// A kind and its subresources.
+/// Returns the entries of a kind and its subresources.
 fn entries(resource: &Resource, version: &Version) -> Vec<Value> {
     let mut whole = json!({
         "name": resource.plural,

@@ -1,25 +1,25 @@
-//! Sets of fields, as `metadata.managedFields` names them (`FieldsV1`), and who owns them.
+//! Sets of fields, as in `metadata.managedFields` (`FieldsV1`), and their managers.
 //!
-//! Simpler than a real server in one way: which lists are sets or maps is known by field name for
-//! built-in kinds, and for `metadata` of every kind; all other lists are owned as a whole.
+//! In contrast to a real server, the type of a list is known by field name, for built-in kinds and
+//! for `metadata` of every kind. All other lists are owned as a whole.
 
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
-/// What a list's items are identified by.
+/// The identity of a list's items.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum ListKind {
-    /// Replaced as a whole.
+    /// There is none: the list is replaced as a whole.
     Atomic,
-    /// Items are their own identity.
+    /// Items are identified by their value.
     Set,
     /// Items are objects identified by this field.
     Map(&'static str),
 }
 
-/// Knows the lists of one object.
+/// The kinds of the lists of an object.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
     pub(super) built_in: bool,
@@ -53,7 +53,7 @@ pub(super) struct Fields {
     children: BTreeMap<String, Fields>,
 }
 
-/// Fields nobody owns: the server writes them, or they are the object's identity.
+/// Fields without an owner: the server writes them, or they are the object's identity.
 const UNOWNED_METADATA: &[&str] = &[
     "name",
     "namespace",
@@ -80,12 +80,12 @@ impl Fields {
         !self.owned && self.children.is_empty()
     }
 
-    /// All ownable fields of a whole object.
+    /// Returns all fields of a whole object that can have an owner.
     pub(super) fn of_object(object: &Value, layout: Layout) -> Fields {
         ownable(Fields::changed(None, object, "", layout))
     }
 
-    /// The ownable fields of `new` that `old` lacks or has with another value.
+    /// Returns the fields of `new` that `old` lacks or has with another value.
     pub(super) fn changed_in_object(old: &Value, new: &Value, layout: Layout) -> Fields {
         ownable(Fields::changed(Some(old), new, "", layout))
     }
@@ -155,7 +155,7 @@ impl Fields {
         }
     }
 
-    /// Paths in both sets whose value in `config` is another one than in `live`.
+    /// Returns the fields of both sets whose values differ in `config` and `live`.
     pub(super) fn contested(&self, other: &Fields, live: &Value, config: &Value) -> Fields {
         let mut found = Fields::default();
         if self.owned
@@ -177,7 +177,7 @@ impl Fields {
         found
     }
 
-    /// Removes these fields from `value`, and containers that became empty by it.
+    /// Removes these fields from `value`, and the containers that are empty then.
     pub(super) fn remove_from(&self, value: &mut Value) {
         for (element, child) in &self.children {
             let whole = child.children.is_empty() || (child.owned && element.starts_with("k:"));
@@ -211,7 +211,7 @@ impl Fields {
         }
     }
 
-    /// The paths as messages show them: `.spec.provider`, `.metadata.ownerReferences[uid="..."]`.
+    /// Returns the paths as in messages: `.spec.driver`, `.metadata.ownerReferences[uid="..."]`.
     pub(super) fn paths(&self) -> Vec<String> {
         let mut paths = Vec::new();
         self.collect_paths("", &mut paths);
@@ -286,7 +286,7 @@ fn ownable(mut set: Fields) -> Fields {
     set
 }
 
-/// The path element of a list's item, if it has its key.
+/// Returns the path element of a list's item, if the item has its key.
 pub(super) fn element(item: &Value, kind: ListKind) -> Option<String> {
     match kind {
         ListKind::Atomic => None,
@@ -297,7 +297,7 @@ pub(super) fn element(item: &Value, kind: ListKind) -> Option<String> {
     }
 }
 
-/// The place of a list's item by its path element.
+/// Returns the index of a list's item by its path element.
 pub(super) fn position(items: &[Value], element: &str) -> Option<usize> {
     let (kind, text) = element.split_once(':')?;
     let wanted: Value = serde_json::from_str(text).ok()?;
@@ -327,11 +327,11 @@ fn is_empty_container(value: &Value) -> bool {
     }
 }
 
-/// Who writes, and how.
+/// A field manager.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Manager {
     pub(super) name: String,
-    /// Server-side apply, or anything else.
+    /// Whether it writes by server-side apply.
     pub(super) apply: bool,
     /// `apiVersion` of the request.
     pub(super) api_version: String,
@@ -348,7 +348,7 @@ pub(super) struct Ownership {
 }
 
 impl Manager {
-    /// The manager as messages name it; `time` of its entry.
+    /// Returns the manager as in messages. `time` is that of its entry.
     pub(super) fn described(&self, time: &str) -> String {
         let mut text = format!("{:?}", self.name);
         if !self.subresource.is_empty() {
@@ -414,7 +414,7 @@ impl Ownership {
         }
     }
 
-    /// The same manager's fields after this write. The time moves only when the fields do.
+    /// Sets the fields of a manager after a write. The time changes only when the fields do.
     pub(super) fn set(entries: &mut Vec<Ownership>, manager: &Manager, fields: Fields) {
         let same = |entry: &&mut Ownership| {
             entry.manager.name == manager.name
@@ -443,7 +443,7 @@ impl Ownership {
     }
 }
 
-/// Notes in `new` that `manager` changed `old` into it by a create, update or patch.
+/// Records in `new` that `manager` changed `old` into it by a create, update or patch.
 pub(super) fn track_update(
     old: Option<&Value>,
     new: &mut Value,
@@ -477,12 +477,12 @@ pub(super) fn track_update(
     Ownership::write(&entries, new);
 }
 
-/// The present as `metav1.Time` writes it: UTC, whole seconds.
+/// Returns the current time in the form of `metav1.Time`: UTC, whole seconds.
 pub(super) fn now() -> String {
     time_text(Timestamp::now())
 }
 
-/// A time as `metav1.Time` writes it.
+/// Formats a time as `metav1.Time` does.
 pub(super) fn time_text(time: Timestamp) -> String {
     time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }

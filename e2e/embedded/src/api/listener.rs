@@ -1,13 +1,14 @@
-//! The two doors: a plain unix socket for administrators, and TLS over a unix socket for pods.
+//! The sockets: a plain Unix socket for administrators, TLS over a Unix socket for pods, and a port
+//! without TLS for programs that are not in a pod.
 
 use std::{io, path::Path, sync::Arc};
 
 use hyper::{body::Incoming, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{UnixListener, UnixStream},
+    net::{TcpListener, UnixListener, UnixStream},
     task::JoinSet,
 };
 use tokio_rustls::{
@@ -24,7 +25,7 @@ use super::{
     server::{Entrance, Server},
 };
 
-/// Names and addresses pods reach the API server by.
+/// The names and addresses of the API server for pods.
 const NAMES: [&str; 6] = [
     "127.0.0.1",
     "localhost",
@@ -34,15 +35,17 @@ const NAMES: [&str; 6] = [
     "kubernetes.default.svc.cluster.local",
 ];
 
-/// A fresh authority, and a server certificate of it.
+/// A new authority, and a server certificate that it signed.
 pub(super) struct Certificates {
     pub(super) ca_pem: String,
     acceptor: TlsAcceptor,
 }
 
 impl Certificates {
+    /// Generates the certificates.
+    ///
     /// # Errors
-    /// The certificates cannot be made or used.
+    /// Returns an error when they cannot be generated or used.
     pub(super) fn generate() -> Result<Certificates, Error> {
         let mut authority = CertificateParams::new(Vec::new())?;
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -73,10 +76,10 @@ impl Certificates {
     }
 }
 
-/// Opens a socket in place of one that a former server may have left behind.
+/// Opens a socket, and removes one that an earlier server may have left behind.
 ///
 /// # Errors
-/// The path cannot be bound; a path of more than 107 bytes never can.
+/// Returns an error when the path cannot be bound; it may have 107 bytes at most.
 pub(super) fn bind(path: &Path) -> Result<UnixListener, Error> {
     let failed = |source: io::Error| Error::Socket {
         path: path.to_owned(),
@@ -97,6 +100,14 @@ pub(super) async fn serve_admins(listener: UnixListener, server: Arc<Server>) {
     }
 }
 
+/// Serves a port without TLS until the task is aborted.
+pub(super) async fn serve_loopback(listener: TcpListener, server: Arc<Server>) {
+    let mut connections = JoinSet::new();
+    while let Ok((stream, _)) = listener.accept().await {
+        connections.spawn(converse(stream, server.clone(), Entrance::Loopback));
+    }
+}
+
 /// Serves pods until the task is aborted.
 pub(super) async fn serve_pods(
     listener: UnixListener,
@@ -114,7 +125,7 @@ pub(super) async fn serve_pods(
                     Err(error) => tracing::debug!(%error, "a TLS handshake failed"),
                 }
             };
-            // Refusing also ends what is under way, watches above all.
+            // Refusing also ends open connections, above all watches.
             tokio::select! {
                 _ = disturbances.wait_for(|disturbance| matches!(disturbance, Disturbance::Refuse)) => {}
                 () = talk => {}
@@ -123,7 +134,7 @@ pub(super) async fn serve_pods(
     }
 }
 
-/// The next connection; finished ones are let go on the way.
+/// Returns the next connection, and reaps finished ones meanwhile.
 async fn accept(listener: &UnixListener, connections: &mut JoinSet<()>) -> Option<UnixStream> {
     loop {
         tokio::select! {
@@ -146,9 +157,8 @@ async fn converse(
 ) {
     let service =
         service_fn(move |request: http::Request<Incoming>| server.clone().serve(entrance, request));
-    let connection = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .serve_connection(TokioIo::new(stream), service);
+    let connection =
+        hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
     if let Err(error) = connection.await {
         tracing::debug!(%error, "a connection to the embedded API server ended early");
     }

@@ -1,7 +1,7 @@
-//! The verbs: create, update, patch over the store, with the bookkeeping a real API server
-//! does for every kind (uid, generation, managed fields).
+//! The verbs `create`, `update` and `patch`, with the metadata that a real API server keeps for every
+//! kind (uid, generation, managed fields).
 //!
-//! A write that changes nothing is not a write: the object keeps its resource version.
+//! An object keeps its resource version when a write changes nothing.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -11,10 +11,11 @@ use serde_json::{Value, json};
 use super::{
     admission,
     body::{self, Target, WriteOptions},
+    field_error::FieldError,
     fields::{now, track_update},
     patch,
     resources::Resource,
-    status::{FieldError, Status},
+    status::Status,
     store::{ObjectKey, Raced, Store},
 };
 
@@ -28,24 +29,22 @@ pub(super) struct Written {
 /// The body of a patch request, by its content type.
 pub(super) enum Patch {
     Merge(Value),
-    Strategic(Value),
-    Json(Value),
-    /// Server-side apply, and whether to take fields from other managers.
+    /// Server-side apply; `force` takes fields from other managers.
     Apply {
         config: Value,
         force: bool,
     },
 }
 
-/// Who the fields of a write belong to afterwards.
+/// The way in which a write determines the managers of fields.
 enum Ownership {
     /// Changed fields go to the manager of the request.
     Track,
-    /// The object already says so.
+    /// The object contains them already.
     Written,
 }
 
-/// Metadata only the server writes.
+/// Metadata that only the server writes.
 const SERVER_METADATA: &[&str] = &[
     "uid",
     "creationTimestamp",
@@ -58,7 +57,7 @@ const SERVER_METADATA: &[&str] = &[
 ];
 
 impl Store {
-    /// POST to a collection.
+    /// Creates an object.
     pub(super) fn create(
         &self,
         target: &Target,
@@ -109,7 +108,7 @@ impl Store {
                 metadata.insert("generation".to_owned(), json!(1));
             }
         }
-        // A node registers itself with its status; every other status starts from nothing.
+        // A node registers itself with its status; any other status starts empty.
         if target.has_status()
             && resource.qualified != "nodes"
             && let Some(map) = object.as_object_mut()
@@ -124,7 +123,7 @@ impl Store {
             track_update(None, &mut object, &options.manager, target.layout());
         }
         if options.dry_run {
-            // Real servers look at this last, too: whoever hears it has passed everything else.
+            // Real servers check this last, too: such an answer means that all other rules hold.
             let there = self.get(&resource.qualified, &target.namespace, &name);
             return match there {
                 Some(_) => Err(Status::already_exists(resource, &name)),
@@ -179,7 +178,7 @@ impl Store {
         self.insert(&accounts, account).map(drop)
     }
 
-    /// PUT of an object or its status.
+    /// Updates an object or its status.
     pub(super) fn update(
         &self,
         target: &Target,
@@ -213,7 +212,7 @@ impl Store {
         }
     }
 
-    /// PATCH of an object or its status.
+    /// Patches an object or its status.
     pub(super) fn patch(
         &self,
         target: &Target,
@@ -236,7 +235,7 @@ impl Store {
                         return Err(missing);
                     };
                     match self.apply_new(target, config, options) {
-                        // Somebody else was faster: apply to what he created.
+                        // It was created meanwhile: apply to that.
                         Err(status) if status.reason == "AlreadyExists" => continue,
                         created => {
                             return created.map(|object| Written {
@@ -269,13 +268,8 @@ impl Store {
                 }
                 _ => {
                     let mut patched = seen.into_owned();
-                    match patch {
-                        Patch::Merge(patch) => patch::merge(&mut patched, patch),
-                        Patch::Strategic(patch) => {
-                            patch::strategic_merge(&mut patched, patch, target.layout())
-                        }
-                        Patch::Json(patch) => patch::json_patch(&mut patched, patch)?,
-                        Patch::Apply { .. } => {}
+                    if let Patch::Merge(patch) = patch {
+                        patch::merge(&mut patched, patch);
                     }
                     (patched, Ownership::Track)
                 }
@@ -310,7 +304,7 @@ impl Store {
         }
         let mut created = patch::apply(None, config, &options.manager, false, target.layout())?;
         if let Some(metadata) = created["metadata"].as_object_mut() {
-            // An apply that creates may carry a version; real servers create all the same.
+            // An apply that creates may contain a version, which real servers ignore, too.
             metadata.remove("resourceVersion");
         }
         self.create_prepared(target, created, options, Ownership::Written)
@@ -371,7 +365,7 @@ impl Store {
         if options.dry_run {
             return Ok(Ok(Arc::new(new)));
         }
-        let key = ObjectKey::of(resource, current);
+        let key = target.key();
         let released = !text(current, "deletionTimestamp").is_empty()
             && !has_finalizers(&new)
             && current["metadata"]["deletionGracePeriodSeconds"]
@@ -391,7 +385,7 @@ impl Store {
         Ok(written)
     }
 
-    /// POST to `pods/binding`: assigns a pod to a node.
+    /// Assigns a pod to a node (`pods/binding`).
     pub(super) fn bind(&self, target: &Target, binding: &Value) -> Result<(), Status> {
         loop {
             let current = self.current(target)?;
@@ -414,7 +408,7 @@ impl Store {
     }
 }
 
-/// The applied configuration as an object of its kind, without what an apply cannot set.
+/// Reads an applied configuration as an object of its kind, without fields that an apply cannot set.
 fn read_config(
     target: &Target,
     config: &Value,
@@ -440,8 +434,8 @@ fn read_config(
     Ok(config)
 }
 
-/// The new object out of the current one and the one sent: status or everything else, and the
-/// server's metadata.
+/// Combines the current object and the one of a request: the status or everything else is the
+/// request's, and some metadata is the server's.
 fn combine(target: &Target, current: &Value, sent: Value) -> Value {
     let status_only = target.subresource == "status";
     let mut new = if status_only {
@@ -530,7 +524,7 @@ fn establish(old: Option<&Value>, definition: &mut Value) {
     });
 }
 
-/// Kinds of which a real server accepts an update that names no resource version.
+/// Returns whether a real server accepts updates of a kind without a resource version.
 fn unconditional_update(resource: &Resource) -> bool {
     resource.built_in_row().is_some()
         && !matches!(
@@ -560,7 +554,7 @@ pub(super) fn has_finalizers(object: &Value) -> bool {
         .is_some_and(|list| !list.is_empty())
 }
 
-/// A string of an object's metadata, or "".
+/// Returns a string of an object's metadata, or "".
 pub(super) fn text<'a>(object: &'a Value, field: &str) -> &'a str {
     object["metadata"][field].as_str().unwrap_or_default()
 }
@@ -573,7 +567,7 @@ fn random_suffix() -> String {
         .collect()
 }
 
-/// A random UUID (version 4).
+/// Returns a random UUID (version 4).
 pub(super) fn random_uid() -> String {
     let bits: u128 = rand::random();
     let bits = (bits & !(0xf << 76) & !(0x3 << 62)) | (0x4 << 76) | (0x2 << 62);

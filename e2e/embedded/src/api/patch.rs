@@ -1,7 +1,4 @@
-//! The four ways to patch an object: merge patch, strategic merge patch, JSON patch, server-side apply.
-//!
-//! Strategic merge knows list keys by field name (see [`Layout`]); lists without a key are replaced,
-//! and of its directives only `$patch: delete` (in keyed lists) is understood.
+//! The two ways to patch an object: merge patch and server-side apply.
 
 use serde_json::{Map, Value};
 
@@ -10,7 +7,7 @@ use super::{
     status::Status,
 };
 
-/// RFC 7386.
+/// Applies a JSON merge patch (RFC 7386).
 pub(super) fn merge(target: &mut Value, patch: &Value) {
     let Value::Object(patch) = patch else {
         *target = patch.clone();
@@ -27,7 +24,7 @@ pub(super) fn merge(target: &mut Value, patch: &Value) {
     *target = Value::Object(merged);
 }
 
-/// The object's fields, or none when it is not an object.
+/// Takes the fields of an object; none when it is not an object.
 fn take_object(value: &mut Value) -> Map<String, Value> {
     match value.take() {
         Value::Object(map) => map,
@@ -35,133 +32,13 @@ fn take_object(value: &mut Value) -> Map<String, Value> {
     }
 }
 
-/// A merge patch that merges keyed lists by their key.
-pub(super) fn strategic_merge(target: &mut Value, patch: &Value, layout: Layout) {
-    strategic(target, patch, "", layout);
-}
-
-fn strategic(target: &mut Value, patch: &Value, field: &str, layout: Layout) {
-    match patch {
-        Value::Object(patch) => {
-            let mut merged = take_object(target);
-            for (name, value) in patch {
-                if value.is_null() {
-                    merged.remove(name);
-                } else {
-                    strategic(
-                        merged.entry(name).or_insert(Value::Null),
-                        value,
-                        name,
-                        layout,
-                    );
-                }
-            }
-            *target = Value::Object(merged);
-        }
-        Value::Array(items) if layout.list(field) != ListKind::Atomic => {
-            let mut merged = match target.take() {
-                Value::Array(existing) => existing,
-                _ => Vec::new(),
-            };
-            for item in items {
-                let place = element(item, layout.list(field))
-                    .and_then(|element| position(&merged, &element));
-                match place {
-                    Some(index) if item["$patch"] == "delete" => {
-                        merged.remove(index);
-                    }
-                    Some(index) => strategic(&mut merged[index], item, "", layout),
-                    None if item["$patch"] == "delete" => {}
-                    None => merged.push(item.clone()),
-                }
-            }
-            *target = Value::Array(merged);
-        }
-        _ => *target = patch.clone(),
-    }
-}
-
-/// RFC 6902.
+/// Applies `config` to `live`, or creates it, and returns the object with its managed fields.
+///
+/// Fields of `config` win. Fields that `manager` applied before and no longer applies are removed,
+/// unless another manager owns them, too.
 ///
 /// # Errors
-/// 400 for a patch that is not one, 422 for one that does not fit the object.
-pub(super) fn json_patch(target: &mut Value, patch: &Value) -> Result<(), Status> {
-    let operations = patch.as_array().ok_or_else(|| {
-        Status::bad_request("error decoding patch: a JSON patch is a list of operations")
-    })?;
-    for operation in operations {
-        apply_operation(target, operation).ok_or_else(|| {
-            Status::unprocessable("the server rejected our request due to an error in our request")
-        })?;
-    }
-    Ok(())
-}
-
-fn apply_operation(target: &mut Value, operation: &Value) -> Option<()> {
-    let path = operation["path"].as_str()?;
-    let value = || operation.get("value").cloned();
-    match operation["op"].as_str()? {
-        "add" => add_at(target, path, value()?),
-        "remove" => remove_at(target, path).map(drop),
-        "replace" => {
-            *target.pointer_mut(path)? = value()?;
-            Some(())
-        }
-        "test" => (target.pointer(path)? == operation.get("value")?).then_some(()),
-        "copy" => {
-            let copied = target.pointer(operation["from"].as_str()?)?.clone();
-            add_at(target, path, copied)
-        }
-        "move" => {
-            let moved = remove_at(target, operation["from"].as_str()?)?;
-            add_at(target, path, moved)
-        }
-        _ => None,
-    }
-}
-
-/// The parent of a JSON pointer's target, and the last token unescaped.
-fn parent_of<'a>(target: &'a mut Value, path: &str) -> Option<(&'a mut Value, String)> {
-    let (parent, last) = path.rsplit_once('/')?;
-    Some((
-        target.pointer_mut(parent)?,
-        last.replace("~1", "/").replace("~0", "~"),
-    ))
-}
-
-fn add_at(target: &mut Value, path: &str, value: Value) -> Option<()> {
-    match parent_of(target, path)? {
-        (Value::Object(map), name) => {
-            map.insert(name, value);
-        }
-        (Value::Array(items), index) if index == "-" => items.push(value),
-        (Value::Array(items), index) => {
-            let index: usize = index.parse().ok().filter(|&index| index <= items.len())?;
-            items.insert(index, value);
-        }
-        _ => return None,
-    }
-    Some(())
-}
-
-fn remove_at(target: &mut Value, path: &str) -> Option<Value> {
-    match parent_of(target, path)? {
-        (Value::Object(map), name) => map.remove(&name),
-        (Value::Array(items), index) => {
-            let index: usize = index.parse().ok().filter(|&index| index < items.len())?;
-            Some(items.remove(index))
-        }
-        _ => None,
-    }
-}
-
-/// Server-side apply of `config` onto `live` (or onto nothing): the result, ownership included.
-///
-/// Fields of `config` win; fields `manager` applied before and no longer applies go, unless another
-/// manager owns them too.
-///
-/// # Errors
-/// 409 when a field with another value belongs to another manager and `force` is off.
+/// Returns 409 when a field with another value belongs to another manager and `force` is off.
 pub(super) fn apply(
     live: Option<&Value>,
     mut config: Value,
@@ -288,7 +165,6 @@ fn conflict_message(conflicts: &[(String, String)]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use rstest::rstest;
     use serde_json::json;
 
     use super::*;
@@ -305,35 +181,6 @@ mod tests {
     }
 
     #[test]
-    fn a_strategic_merge_meets_items_by_key() {
-        let mut pod = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}, {"type": "X"}]},
-            "metadata": {"ownerReferences": [{"uid": "1"}, {"uid": "2"}], "labels": {"a": "1"}}});
-        let patch = json!({"status": {"conditions": [{"type": "Ready", "status": "True"}]},
-            "metadata": {"ownerReferences": [{"uid": "3"}, {"$patch": "delete", "uid": "1"}], "labels": {"a": null}}});
-        strategic_merge(&mut pod, &patch, BUILT_IN);
-        assert_eq!(
-            pod,
-            json!({"status": {"conditions": [{"type": "Ready", "status": "True"}, {"type": "X"}]},
-                "metadata": {"ownerReferences": [{"uid": "2"}, {"uid": "3"}], "labels": {}}})
-        );
-    }
-
-    #[rstest]
-    #[case(json!([{"op": "add", "path": "/a/-", "value": 3}]), Some(json!({"a": [1, 2, 3]})))]
-    #[case(json!([{"op": "test", "path": "/a/0", "value": 1}, {"op": "remove", "path": "/a/0"}]), Some(json!({"a": [2]})))]
-    #[case(json!([{"op": "move", "from": "/a", "path": "/b~1c"}]), Some(json!({"b/c": [1, 2]})))]
-    #[case(json!([{"op": "test", "path": "/a/0", "value": 2}]), None)]
-    #[case(json!([{"op": "replace", "path": "/x", "value": 2}]), None)]
-    fn json_patches(#[case] patch: Value, #[case] expected: Option<Value>) {
-        let mut target = json!({"a": [1, 2]});
-        let result = json_patch(&mut target, &patch);
-        match expected {
-            Some(expected) => assert_eq!((result, target), (Ok(()), expected)),
-            None => assert_eq!(result.unwrap_err().code, 422),
-        }
-    }
-
-    #[test]
     fn managers_keep_what_is_theirs() {
         let owner = |uid: &str| json!([{"uid": uid, "name": "p"}]);
         let one =
@@ -343,7 +190,7 @@ mod tests {
             json!({"metadata": {"ownerReferences": owner("2")}, "data": {"b": "1", "c": "1"}});
         let live = apply(Some(&live), two, &manager("two"), false, BUILT_IN).unwrap();
 
-        // `b` has two owners and stays; `a` had one and goes, as does its owner reference.
+        // `b` has two managers and stays; `a` and the first owner reference had one and are removed.
         let less = json!({"metadata": {}, "data": {}});
         let live = apply(Some(&live), less, &manager("one"), false, BUILT_IN).unwrap();
         assert_eq!(live["data"], json!({"b": "1", "c": "1"}));

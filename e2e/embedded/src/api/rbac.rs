@@ -1,7 +1,7 @@
-//! Who may do what: roles and bindings as they are stored, evaluated as a real authoriser does.
+//! Authorisation by the stored roles and bindings.
 //!
-//! Aggregated ClusterRoles are evaluated when asked, their `rules` field is not rewritten. Nobody is
-//! kept from granting more than he has: only the admin socket writes roles here.
+//! Aggregated ClusterRoles are evaluated for each request; their `rules` field is not rewritten.
+//! Escalation is not checked, because only administrators write roles here.
 
 use std::sync::Arc;
 
@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 
 use super::{request::RequestInfo, selectors::Selector, status::Status, store::Store};
 
-/// Who sent a request.
+/// The user that sent a request.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Identity {
-    /// Somebody on the admin socket: may do everything.
+    /// An administrator, who may do everything.
     Admin,
     User {
         name: String,
@@ -216,7 +216,7 @@ fn refusal(store: &Store, user: &str, request: &RequestInfo) -> Status {
 }
 
 impl RequestInfo {
-    /// The name `resourceNames` is compared with: the object's, or the one a field selector fixes.
+    /// Returns the name for `resourceNames`: the object's, or that of a field selector.
     fn authorized_name(&self) -> &str {
         match self.name.as_str() {
             "" => self
@@ -228,9 +228,8 @@ impl RequestInfo {
     }
 }
 
-/// The roles and bindings every cluster starts with and this server needs: discovery for everybody,
-/// and the roles others aggregate to. The rules of `admin`, `edit` and `view` are only what is
-/// aggregated to them.
+/// Returns the roles and bindings with which a cluster starts: discovery for everybody, and the roles
+/// to which others aggregate. `admin`, `edit` and `view` have no rules but the aggregated ones.
 pub(super) fn bootstrap_objects() -> Vec<(&'static str, Value)> {
     let role = |name: &str, rules: Value| json!({"metadata": {"name": name}, "rules": rules});
     let binding = |role: &str, groups: &[&str]| {

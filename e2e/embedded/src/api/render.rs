@@ -1,75 +1,19 @@
-//! Answers: what of an object is shown, and lists.
+//! The rendering of lists.
 
-use std::{borrow::Cow, sync::Arc};
+use std::sync::Arc;
 
-use http::HeaderMap;
 use serde_json::{Map, Value, json};
 
 use super::body::{Target, at_version};
 
-/// What the client accepts.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Form {
-    Whole,
-    /// `PartialObjectMetadata`: what metadata watchers ask for.
-    Metadata,
-}
-
-impl Form {
-    /// The first accepted form this server has. Tables and protobuf it does not have: clients that
-    /// ask for them also accept plain JSON.
-    pub(super) fn accepted(headers: &HeaderMap) -> Form {
-        let accept = headers
-            .get(http::header::ACCEPT)
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default();
-        for range in accept.split(',') {
-            let parameters: Vec<&str> = range.split(';').map(str::trim).collect();
-            match parameters
-                .iter()
-                .find_map(|parameter| parameter.strip_prefix("as="))
-            {
-                Some("PartialObjectMetadata" | "PartialObjectMetadataList") => {
-                    return Form::Metadata;
-                }
-                None if parameters.first() == Some(&"application/json") => return Form::Whole,
-                _ => {}
-            }
-        }
-        Form::Whole
-    }
-}
-
-/// One object in that form.
-pub(super) fn render(object: &Value, form: Form) -> Cow<'_, Value> {
-    match form {
-        Form::Whole => Cow::Borrowed(object),
-        Form::Metadata => Cow::Owned(json!({
-            "kind": "PartialObjectMetadata",
-            "apiVersion": "meta.k8s.io/v1",
-            "metadata": object["metadata"],
-        })),
-    }
-}
-
-/// A list of a kind's objects, serialized. As on a real server, items of built-in kinds do not
-/// repeat their kind.
-pub(super) fn list(target: &Target, revision: u64, objects: &[Arc<Value>], form: Form) -> Vec<u8> {
+/// Serializes a list of a kind's objects. As on a real server, items of built-in kinds do not repeat
+/// their kind.
+pub(super) fn list(target: &Target, revision: u64, objects: &[Arc<Value>]) -> Vec<u8> {
     let resource = &target.resource;
-    let bare = resource.built_in_row().is_some() && form == Form::Whole;
-    let (kind, api_version) = match form {
-        Form::Whole => (
-            resource.list_kind.clone(),
-            resource.api_version(&target.version),
-        ),
-        Form::Metadata => (
-            "PartialObjectMetadataList".to_owned(),
-            "meta.k8s.io/v1".to_owned(),
-        ),
-    };
+    let built_in = resource.built_in_row().is_some();
     let head = json!({
-        "kind": kind,
-        "apiVersion": api_version,
+        "kind": resource.list_kind,
+        "apiVersion": resource.api_version(&target.version),
         "metadata": {"resourceVersion": revision.to_string()},
     });
     let mut bytes = head.to_string().into_bytes();
@@ -80,8 +24,7 @@ pub(super) fn list(target: &Target, revision: u64, objects: &[Arc<Value>], form:
             bytes.push(b',');
         }
         let object = at_version(resource, &target.version, object);
-        let object = render(&object, form);
-        if bare && let Some(fields) = object.as_object() {
+        if built_in && let Some(fields) = object.as_object() {
             write_without_kind(fields, &mut bytes);
         } else {
             bytes.extend_from_slice(object.to_string().as_bytes());

@@ -1,4 +1,4 @@
-//! What a request asks for, read from its method and address.
+//! The verb and object of a request, from its method and URI.
 
 use std::collections::HashMap;
 
@@ -7,7 +7,7 @@ use http::{Method, Uri};
 
 use super::{resources::qualified, status::Status};
 
-/// A request's verb and object, as the authoriser and the record of requests name them.
+/// The verb and object of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct RequestInfo {
     /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, `deletecollection`; for a path
@@ -19,15 +19,17 @@ pub(super) struct RequestInfo {
     /// Empty for paths that are no resource.
     pub(super) resource: String,
     pub(super) subresource: String,
-    /// For the kind `namespaces`, the name, as real servers have it.
+    /// The name for the kind `namespaces`, as in real servers.
     pub(super) namespace: String,
     pub(super) name: String,
     query: HashMap<String, String>,
 }
 
 impl RequestInfo {
+    /// Parses a request.
+    ///
     /// # Errors
-    /// 400 for a query that cannot be read.
+    /// Returns 400 for a query that cannot be parsed.
     pub(super) fn parse(method: &Method, uri: &Uri) -> Result<RequestInfo, Status> {
         let Query(query) = Query::<HashMap<String, String>>::try_from_uri(uri)
             .map_err(|error| Status::bad_request(error.to_string()))?;
@@ -101,12 +103,12 @@ impl RequestInfo {
         !self.resource.is_empty()
     }
 
-    /// The resource with its group.
+    /// Returns the resource with its group.
     pub(super) fn qualified(&self) -> String {
         qualified(&self.resource, &self.group)
     }
 
-    /// A parameter that is there and not empty.
+    /// Returns a query parameter that is present and not empty.
     pub(super) fn query(&self, name: &str) -> Option<&str> {
         self.query
             .get(name)

@@ -1,4 +1,4 @@
-//! The table of kinds: what is built in, and what a CustomResourceDefinition adds to it.
+//! The table of kinds: the built-in ones, and those of CustomResourceDefinitions.
 //!
 //! Built-in kinds have one version and are checked by decoding them as the types of `k8s-openapi`,
 //! which also prunes unknown fields. Custom kinds are checked by their schema.
@@ -15,12 +15,9 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{
-    schema::Schema,
-    status::{FieldError, Status},
-};
+use super::{field_error::FieldError, schema::Schema};
 
-/// A kind of object the server stores, with all versions it is served at.
+/// A kind of object that the server stores, with all versions at which it is served.
 #[derive(Debug)]
 pub(super) struct Resource {
     /// Empty for the core group.
@@ -30,18 +27,18 @@ pub(super) struct Resource {
     pub(super) kind: String,
     pub(super) list_kind: String,
     pub(super) short_names: Vec<String>,
-    /// `pods`, `secretproviderclasses.secrets-store.csi.x-k8s.io`: unique, and the name in messages.
+    /// The unique name in messages: `pods`, `deployments.apps`.
     pub(super) qualified: String,
     pub(super) namespaced: bool,
     /// Served versions, preferred first.
     pub(super) versions: Vec<Version>,
-    /// The version objects are stored at, as `apiVersion`.
+    /// The `apiVersion` at which objects are stored.
     pub(super) storage: String,
     pub(super) storage_schema: Option<Schema>,
     pub(super) source: Source,
 }
 
-/// Where a kind comes from.
+/// The origin of a kind.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Source {
     BuiltIn(&'static BuiltIn),
@@ -58,6 +55,31 @@ pub(super) struct Version {
     pub(super) schema: Option<Schema>,
     /// Whether `/status` is served, and the main endpoint therefore ignores `status`.
     pub(super) status: bool,
+}
+
+impl Version {
+    /// Parses a version of a CustomResourceDefinition. `field` is the place of its schema.
+    fn parse(
+        version: &Value,
+        api_version: &str,
+        kind: &str,
+        field: &str,
+    ) -> Result<Version, FieldError> {
+        let schema = &version["schema"]["openAPIV3Schema"];
+        if schema.is_null() {
+            return Err(FieldError::required(field, "schemas are required"));
+        }
+        let warning = version["deprecationWarning"].as_str().map_or_else(
+            || format!("{api_version} {kind} is deprecated"),
+            str::to_owned,
+        );
+        Ok(Version {
+            name: version["name"].as_str().unwrap_or_default().to_owned(),
+            warning: (version["deprecated"] == true).then_some(warning),
+            schema: Some(Schema::parse(schema, field)?),
+            status: version["subresources"]["status"].is_object(),
+        })
+    }
 }
 
 /// A row of the table of built-in kinds.
@@ -80,168 +102,73 @@ fn typed<T: DeserializeOwned + Serialize>(object: &Value) -> Result<Value, serde
     serde_json::to_value(T::deserialize(object)?)
 }
 
-macro_rules! row {
-    ($type:ty, $group:literal / $version:literal, $plural:literal, $short:expr, $namespaced:literal, $status:literal, $generation:literal) => {
+impl BuiltIn {
+    /// A cluster-scoped kind without `/status` whose generation is not counted.
+    const fn new<T>(short_names: &'static [&'static str]) -> BuiltIn
+    where
+        T: k8s_openapi::Resource + DeserializeOwned + Serialize,
+    {
         BuiltIn {
-            group: $group,
-            version: $version,
-            plural: $plural,
-            kind: <$type as k8s_openapi::Resource>::KIND,
-            short_names: &$short,
-            namespaced: $namespaced,
-            status: $status,
-            generation: $generation,
-            decode: typed::<$type>,
+            group: T::GROUP,
+            version: T::VERSION,
+            plural: T::URL_PATH_SEGMENT,
+            kind: T::KIND,
+            short_names,
+            namespaced: false,
+            status: false,
+            generation: false,
+            decode: typed::<T>,
         }
-    };
+    }
+
+    const fn namespaced(mut self) -> BuiltIn {
+        self.namespaced = true;
+        self
+    }
+
+    const fn status(mut self) -> BuiltIn {
+        self.status = true;
+        self
+    }
+
+    /// A kind with `/status` whose generation is counted.
+    const fn generation(mut self) -> BuiltIn {
+        self.generation = true;
+        self.status()
+    }
 }
 
-/// Columns: type, group/version, plural, short names, namespaced, `/status`, generation.
 static BUILT_IN: &[BuiltIn] = &[
-    row!(
-        Namespace,
-        "" / "v1",
-        "namespaces",
-        ["ns"],
-        false,
-        true,
-        false
-    ),
-    row!(Pod, "" / "v1", "pods", ["po"], true, true, true),
-    row!(Event, "" / "v1", "events", ["ev"], true, false, false),
-    row!(Secret, "" / "v1", "secrets", [], true, false, false),
-    row!(
-        ConfigMap,
-        "" / "v1",
-        "configmaps",
-        ["cm"],
-        true,
-        false,
-        false
-    ),
-    row!(
-        ServiceAccount,
-        "" / "v1",
-        "serviceaccounts",
-        ["sa"],
-        true,
-        false,
-        false
-    ),
-    row!(Node, "" / "v1", "nodes", ["no"], false, true, false),
-    row!(
-        CSIDriver,
-        "storage.k8s.io" / "v1",
-        "csidrivers",
-        [],
-        false,
-        false,
-        false
-    ),
-    row!(
-        CSINode,
-        "storage.k8s.io" / "v1",
-        "csinodes",
-        [],
-        false,
-        false,
-        false
-    ),
-    row!(
-        DaemonSet,
-        "apps" / "v1",
-        "daemonsets",
-        ["ds"],
-        true,
-        true,
-        true
-    ),
-    row!(
-        Deployment,
-        "apps" / "v1",
-        "deployments",
-        ["deploy"],
-        true,
-        true,
-        true
-    ),
-    row!(
-        ReplicaSet,
-        "apps" / "v1",
-        "replicasets",
-        ["rs"],
-        true,
-        true,
-        true
-    ),
-    row!(
-        StatefulSet,
-        "apps" / "v1",
-        "statefulsets",
-        ["sts"],
-        true,
-        true,
-        true
-    ),
-    row!(Job, "batch" / "v1", "jobs", [], true, true, true),
-    row!(
-        Lease,
-        "coordination.k8s.io" / "v1",
-        "leases",
-        [],
-        true,
-        false,
-        false
-    ),
-    row!(
-        ClusterRole,
-        "rbac.authorization.k8s.io" / "v1",
-        "clusterroles",
-        [],
-        false,
-        false,
-        false
-    ),
-    row!(
-        ClusterRoleBinding,
-        "rbac.authorization.k8s.io" / "v1",
-        "clusterrolebindings",
-        [],
-        false,
-        false,
-        false
-    ),
-    row!(
-        Role,
-        "rbac.authorization.k8s.io" / "v1",
-        "roles",
-        [],
-        true,
-        false,
-        false
-    ),
-    row!(
-        RoleBinding,
-        "rbac.authorization.k8s.io" / "v1",
-        "rolebindings",
-        [],
-        true,
-        false,
-        false
-    ),
-    row!(
-        CustomResourceDefinition,
-        "apiextensions.k8s.io" / "v1",
-        "customresourcedefinitions",
-        ["crd", "crds"],
-        false,
-        true,
-        true
-    ),
+    BuiltIn::new::<Namespace>(&["ns"]).status(),
+    BuiltIn::new::<Pod>(&["po"]).namespaced().generation(),
+    BuiltIn::new::<Event>(&["ev"]).namespaced(),
+    BuiltIn::new::<Secret>(&[]).namespaced(),
+    BuiltIn::new::<ConfigMap>(&["cm"]).namespaced(),
+    BuiltIn::new::<ServiceAccount>(&["sa"]).namespaced(),
+    BuiltIn::new::<Node>(&["no"]).status(),
+    BuiltIn::new::<CSIDriver>(&[]),
+    BuiltIn::new::<CSINode>(&[]),
+    BuiltIn::new::<DaemonSet>(&["ds"]).namespaced().generation(),
+    BuiltIn::new::<Deployment>(&["deploy"])
+        .namespaced()
+        .generation(),
+    BuiltIn::new::<ReplicaSet>(&["rs"])
+        .namespaced()
+        .generation(),
+    BuiltIn::new::<StatefulSet>(&["sts"])
+        .namespaced()
+        .generation(),
+    BuiltIn::new::<Job>(&[]).namespaced().generation(),
+    BuiltIn::new::<Lease>(&[]).namespaced(),
+    BuiltIn::new::<ClusterRole>(&[]),
+    BuiltIn::new::<ClusterRoleBinding>(&[]),
+    BuiltIn::new::<Role>(&[]).namespaced(),
+    BuiltIn::new::<RoleBinding>(&[]).namespaced(),
+    BuiltIn::new::<CustomResourceDefinition>(&["crd", "crds"]).generation(),
 ];
 
 impl Resource {
-    /// Every built-in kind.
+    /// Returns every built-in kind.
     pub(super) fn built_in() -> impl Iterator<Item = Resource> {
         BUILT_IN.iter().map(|row| Resource {
             group: row.group.to_owned(),
@@ -268,11 +195,11 @@ impl Resource {
         })
     }
 
-    /// The kind a CustomResourceDefinition describes.
+    /// Returns the kind that a CustomResourceDefinition describes.
     ///
     /// # Errors
-    /// Names the field for which a real server would refuse the definition, and what this server
-    /// cannot check and therefore does not accept (`pattern`).
+    /// Returns the field for which a real server refuses the definition, or that this server cannot
+    /// check and therefore does not accept (`pattern`).
     pub(super) fn from_definition(definition: &Value) -> Result<Resource, FieldError> {
         let spec = &definition["spec"];
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -305,34 +232,18 @@ impl Resource {
             .enumerate()
         {
             let field = format!("spec.versions[{index}].schema.openAPIV3Schema");
-            let schema = &version["schema"]["openAPIV3Schema"];
-            if schema.is_null() {
-                return Err(FieldError::required(field, "schemas are required"));
-            }
             let api_version = api_version(&group, &text(&version["name"]));
+            let parsed = Version::parse(version, &api_version, &kind, &field)?;
             if version["storage"] == true
-                && storage
-                    .replace((api_version.clone(), Schema::parse(schema, &field)?))
-                    .is_some()
+                && let Some(schema) = parsed.schema.clone()
+                && storage.replace((api_version, schema)).is_some()
             {
                 let why = "must have exactly one version marked as storage version";
                 return Err(FieldError::invalid("spec.versions", &spec["versions"], why));
             }
-            if version["served"] != true {
-                continue;
+            if version["served"] == true {
+                versions.push(parsed);
             }
-            let warning = (version["deprecated"] == true).then(|| {
-                version["deprecationWarning"].as_str().map_or_else(
-                    || format!("{api_version} {kind} is deprecated"),
-                    str::to_owned,
-                )
-            });
-            versions.push(Version {
-                name: text(&version["name"]),
-                warning,
-                schema: Some(Schema::parse(schema, &field)?),
-                status: version["subresources"]["status"].is_object(),
-            });
         }
         let Some((storage, storage_schema)) = storage else {
             let why = "must have exactly one version marked as storage version";
@@ -368,12 +279,12 @@ impl Resource {
         self.versions.iter().find(|version| version.name == name)
     }
 
-    /// `apiVersion` of an object of this kind at that version.
+    /// Returns the `apiVersion` of objects at a version.
     pub(super) fn api_version(&self, version: &str) -> String {
         api_version(&self.group, version)
     }
 
-    /// `Pod`, `SecretProviderClass.secrets-store.csi.x-k8s.io`: the name in messages about validity.
+    /// Returns the name in messages about validity: `Pod`, `Deployment.apps`.
     pub(super) fn qualified_kind(&self) -> String {
         qualified(&self.kind, &self.group)
     }
@@ -388,17 +299,9 @@ impl Resource {
             Source::Custom => None,
         }
     }
-
-    /// The refusal for a body that is not of this kind.
-    pub(super) fn undecodable(&self, version: &str, why: &str) -> Status {
-        Status::bad_request(format!(
-            "{} in version \"{version}\" cannot be handled as a {}: {why}",
-            self.kind, self.kind
-        ))
-    }
 }
 
-/// `plural.group`, or `plural` in the core group.
+/// Returns `name.group`, or `name` in the core group.
 pub(super) fn qualified(name: &str, group: &str) -> String {
     match group {
         "" => name.to_owned(),
@@ -406,7 +309,7 @@ pub(super) fn qualified(name: &str, group: &str) -> String {
     }
 }
 
-/// `group/version`, or `version` in the core group.
+/// Returns `group/version`, or `version` in the core group.
 pub(super) fn api_version(group: &str, version: &str) -> String {
     match group {
         "" => version.to_owned(),
@@ -414,7 +317,7 @@ pub(super) fn api_version(group: &str, version: &str) -> String {
     }
 }
 
-/// Orders versions as Kubernetes does: stable before beta before alpha, then by number.
+/// Returns the order of a version in Kubernetes: stable before beta before alpha, then by number.
 /// Names of another form come last.
 pub(super) fn priority(version: &str) -> (u8, u32, u32) {
     let Some(rest) = version.strip_prefix('v') else {

@@ -1,7 +1,7 @@
 //! Structural schemas of custom kinds: pruning of unknown fields, defaults, and validation with the
-//! words of a real API server.
+//! texts of a real API server.
 //!
-//! Not evaluated: CEL rules (`x-kubernetes-validations`), `format`, `allOf`/`anyOf`/`oneOf`/`not`.
+//! CEL rules (`x-kubernetes-validations`), `format` and `allOf`/`anyOf`/`oneOf`/`not` are ignored.
 //! A schema with `pattern` is refused when the definition is applied, because accepting it without
 //! checking would make tests pass that fail in a real cluster.
 
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::status::FieldError;
+use super::field_error::FieldError;
 
 /// A node of a structural schema.
 #[derive(Debug, Clone, Default)]
@@ -68,7 +68,7 @@ impl Kind {
     }
 }
 
-/// The name real servers use for the type of a value that does not fit.
+/// Returns the name of a value's type in messages.
 fn type_name(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -85,7 +85,7 @@ impl Schema {
     /// Reads `openAPIV3Schema`; `field` is its place in the definition, for messages.
     ///
     /// # Errors
-    /// A type that does not exist, or a keyword this server must not ignore.
+    /// Returns the field with a type that does not exist, or with a keyword that must not be ignored.
     pub(super) fn parse(source: &Value, field: &str) -> Result<Schema, FieldError> {
         let kind = match source["type"].as_str() {
             None => None,
@@ -151,8 +151,8 @@ impl Schema {
         })
     }
 
-    /// Drops what the schema does not know from a whole object, except `apiVersion`, `kind` and
-    /// `metadata`. Returns the paths of what was dropped.
+    /// Drops the fields of a whole object that the schema does not contain, except `apiVersion`,
+    /// `kind` and `metadata`. Returns their paths.
     pub(super) fn prune(&self, object: &mut Value) -> Vec<String> {
         let mut dropped = Vec::new();
         self.prune_below(object, "", true, &mut dropped);
@@ -239,7 +239,7 @@ impl Schema {
         }
     }
 
-    /// Everything in a whole object that the schema forbids.
+    /// Returns every error of a whole object.
     pub(super) fn validate(&self, object: &Value) -> Vec<FieldError> {
         let mut errors = Vec::new();
         self.check_children(object, "", &mut errors);

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::{resources::Resource, status::Status};
 
-/// Which objects a request is about.
+/// A condition for objects.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Selector {
     labels: Vec<LabelTerm>,
@@ -31,7 +31,7 @@ impl Selector {
     /// Reads the two query parameters.
     ///
     /// # Errors
-    /// A selector that cannot be parsed, or a field that is not selectable for this kind.
+    /// Returns 400 for a selector that cannot be parsed, or a field that this kind does not support.
     pub(super) fn parse(
         resource: &Resource,
         labels: &str,
@@ -67,7 +67,7 @@ impl Selector {
         })
     }
 
-    /// The one name a field selector allows, which the authoriser compares with `resourceNames`.
+    /// Returns the name that a field selector requires, for `resourceNames`.
     pub(super) fn name_in(fields: &str) -> Option<&str> {
         fields
             .split(',')
@@ -155,7 +155,7 @@ fn label_term(term: &str) -> Option<LabelTerm> {
     }
 }
 
-/// `a=b`, `a==b` or `a!=b` as (a, b, whether equal).
+/// Parses `a=b`, `a==b` or `a!=b` into a, b, and whether they should be equal.
 fn comparison(term: &str) -> Option<(&str, &str, bool)> {
     let (key, value, equal) = match term.split_once("!=") {
         Some((key, value)) => (key, value, false),

@@ -1,4 +1,4 @@
-//! One request from its bytes to its answer: who asks, whether he may, what is done.
+//! One request from its bytes to its answer: authentication, authorisation, verb.
 
 use std::{
     convert::Infallible,
@@ -15,56 +15,60 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::{
-    Disturbance, Request,
+    Call, Disturbance, Interceptor, Reaction, Request,
     body::{Target, UnknownFields, WriteOptions, at_version},
     deletion::DeleteOptions,
     discovery,
+    field_error::FieldError,
     fields::Manager,
     objects::{Patch, Written},
     rbac::{self, Identity},
-    render::{self, Form, render},
+    render::list,
     request::RequestInfo,
     selectors::Selector,
-    status::{FieldError, Status},
+    status::Status,
     store::Store,
     tokens::Tokens,
     watch::{Start, Watch},
 };
 
-/// The largest body a real server reads.
+/// The largest body that a real server reads.
 const MAX_BODY: usize = 3 * 1024 * 1024;
-/// How long a watch lasts if the client does not say.
+/// The duration of a watch for which the client names none.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(1800);
 
 pub(super) type Answer = Response<BoxBody<Bytes, Infallible>>;
 
-/// Which socket a request came in by.
+/// The socket of a request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Entrance {
-    /// Everybody who can open it is an administrator.
+    /// Everyone who can open it is an administrator.
     Admin,
-    /// Identity by bearer token; subject to disturbances and recorded.
+    /// Requests have the identity of a bearer token, are intercepted, disturbed and recorded.
     Pods,
+    /// Everyone is an administrator; requests are intercepted, disturbed and recorded.
+    Loopback,
 }
 
-/// The connection is closed without an answer.
+/// The decision to close a connection without an answer.
 #[derive(Debug, thiserror::Error)]
 #[error("the connection is refused by a disturbance")]
 pub(super) struct Refused;
 
-/// Everything a request may need.
+/// The state that requests share.
 pub(super) struct Server {
     pub(super) store: Arc<Store>,
     pub(super) tokens: Tokens,
     pub(super) requests: Mutex<Vec<Request>>,
     pub(super) disturbance: watch::Sender<Disturbance>,
+    pub(super) interceptor: Mutex<Option<Arc<Interceptor>>>,
 }
 
 impl Server {
     /// Answers one request.
     ///
     /// # Errors
-    /// A disturbance wants the connection closed.
+    /// Returns [`Refused`] when the connection is to be closed.
     pub(super) async fn serve(
         self: Arc<Self>,
         entrance: Entrance,
@@ -75,18 +79,30 @@ impl Server {
             Ok(info) => info,
             Err(status) => return Ok(failure(&status)),
         };
-        if entrance == Entrance::Admin {
-            let answer = self
-                .answer(&Identity::Admin, &info, &head.headers, body)
-                .await;
-            return Ok(answer.unwrap_or_else(|status| failure(&status)));
+        let body = match collect(body).await {
+            Ok(body) => body,
+            Err(status) => return Ok(failure(&status)),
+        };
+        let identity = match entrance {
+            Entrance::Admin => {
+                let answer = self.answer(&Identity::Admin, &info, &head.headers, &body);
+                return Ok(answer.unwrap_or_else(|status| failure(&status)));
+            }
+            Entrance::Pods => self.identify(&head.headers),
+            Entrance::Loopback => Ok(Identity::Admin),
+        };
+        let call = Call {
+            method: head.method.as_str(),
+            uri: &head.uri.to_string(),
+            body: &body,
+        };
+        if let Some(answer) = self.intercept(&call).await? {
+            return Ok(answer);
         }
-
-        let identity = self.identify(&head.headers);
         let answer = match (self.disturb(&info).await?, &identity) {
             (Some(status), _) => Err(status),
             (None, Err(status)) => Err(status.clone()),
-            (None, Ok(identity)) => self.answer(identity, &info, &head.headers, body).await,
+            (None, Ok(identity)) => self.answer(identity, &info, &head.headers, &body),
         };
         let answer = answer.unwrap_or_else(|status| failure(&status));
         self.record(identity.ok(), info, answer.status().as_u16());
@@ -105,7 +121,24 @@ impl Server {
             .identify(&self.store, token.ok_or_else(Status::unauthorized)?)
     }
 
-    /// Waits, fails or refuses as the test wants it.
+    /// Applies the interceptor's reaction; returns none when the request is to be served.
+    async fn intercept(&self, call: &Call<'_>) -> Result<Option<Answer>, Refused> {
+        let interceptor = self.interceptor.lock();
+        let interceptor = interceptor.unwrap_or_else(PoisonError::into_inner).clone();
+        let mut reaction = interceptor.map_or(Reaction::Serve, |interceptor| interceptor(call));
+        while let Reaction::Delay(delay, next) = reaction {
+            tokio::time::sleep(delay).await;
+            reaction = *next;
+        }
+        match reaction {
+            Reaction::Serve | Reaction::Delay(..) => Ok(None),
+            Reaction::Answer(code, body) => Ok(Some(json_answer(code, body.into_bytes()))),
+            Reaction::Hang => std::future::pending().await,
+            Reaction::Close => Err(Refused),
+        }
+    }
+
+    /// Applies the current disturbance; returns none when the request is to be served.
     async fn disturb(&self, info: &RequestInfo) -> Result<Option<Status>, Refused> {
         let mut changes = self.disturbance.subscribe();
         loop {
@@ -129,7 +162,7 @@ impl Server {
         }
     }
 
-    /// The status to fail this request with, which uses up one of the times.
+    /// Returns the status with which to fail this request, and counts it.
     fn take_failure(&self, info: &RequestInfo) -> Option<u16> {
         let mut taken = None;
         self.disturbance.send_if_modified(|disturbance| {
@@ -180,19 +213,19 @@ impl Server {
             .push(request);
     }
 
-    async fn answer(
+    fn answer(
         &self,
         identity: &Identity,
         info: &RequestInfo,
         headers: &HeaderMap,
-        body: Incoming,
+        body: &Bytes,
     ) -> Result<Answer, Status> {
         rbac::authorize(&self.store, identity, info)?;
         if !info.is_resource() {
             return self.plain_path(info);
         }
         let target = self.target(info)?;
-        let mut answer = self.resource(info, &target, headers, body).await?;
+        let mut answer = self.resource(info, &target, headers, body)?;
         if let Some(warning) = target
             .served()
             .and_then(|version| version.warning.as_deref())
@@ -215,14 +248,14 @@ impl Server {
         }
     }
 
-    fn target(&self, info: &RequestInfo) -> Result<Target, Status> {
+    pub(super) fn target(&self, info: &RequestInfo) -> Result<Target, Status> {
         let resource = self
             .store
             .resource(&info.qualified())
             .filter(|resource| resource.version(&info.version).is_some())
             .ok_or_else(Status::no_such_resource)?;
         let namespaced_path = !info.namespace.is_empty() && resource.qualified != "namespaces";
-        // A namespaced kind has its objects under a namespace, a cluster-scoped kind never.
+        // Paths of namespaced kinds contain a namespace, those of cluster-scoped kinds never do.
         if namespaced_path != resource.namespaced
             && (namespaced_path
                 || !info.name.is_empty()
@@ -244,23 +277,22 @@ impl Server {
         })
     }
 
-    async fn resource(
+    fn resource(
         &self,
         info: &RequestInfo,
         target: &Target,
         headers: &HeaderMap,
-        body: Incoming,
+        body: &Bytes,
     ) -> Result<Answer, Status> {
-        let form = Form::accepted(headers);
         match (info.verb, info.subresource.as_str()) {
             ("create", "token") if target.resource.qualified == "serviceaccounts" => {
-                let token =
-                    self.tokens
-                        .issue(&self.store, target, read_body(headers, body).await?)?;
+                let token = self
+                    .tokens
+                    .issue(&self.store, target, read_body(headers, body)?)?;
                 return Ok(json_answer(201, token.to_string().into_bytes()));
             }
             ("create", "binding") if target.resource.qualified == "pods" => {
-                self.store.bind(target, &read_body(headers, body).await?)?;
+                self.store.bind(target, &read_body(headers, body)?)?;
                 let done = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201});
                 return Ok(json_answer(201, done.to_string().into_bytes()));
             }
@@ -274,7 +306,7 @@ impl Server {
                     .store
                     .get(&target.resource.qualified, &target.namespace, &target.name)
                     .ok_or_else(|| Status::not_found(&target.resource, &target.name))?;
-                Ok(object_answer(200, target, &object, form))
+                Ok(object_answer(200, target, &object))
             }
             "list" => {
                 let selector = selector(info, target)?;
@@ -282,51 +314,48 @@ impl Server {
                 let (revision, mut objects) =
                     self.store.list(&target.resource.qualified, namespace);
                 objects.retain(|object| selector.matches(object));
-                Ok(json_answer(
-                    200,
-                    render::list(target, revision, &objects, form),
-                ))
+                Ok(json_answer(200, list(target, revision, &objects)))
             }
-            "watch" => self.watch(info, target, form),
+            "watch" => self.watch(info, target),
             "create" if target.name.is_empty() => {
                 let options = write_options(info, target, headers, false)?;
-                let written =
-                    self.store
-                        .create(target, read_body(headers, body).await?, &options)?;
-                Ok(written_answer(target, written, form))
+                let written = self
+                    .store
+                    .create(target, read_body(headers, body)?, &options)?;
+                Ok(written_answer(target, written))
             }
             "update" => {
                 let options = write_options(info, target, headers, false)?;
-                let written =
-                    self.store
-                        .update(target, read_body(headers, body).await?, &options)?;
-                Ok(written_answer(target, written, form))
+                let written = self
+                    .store
+                    .update(target, read_body(headers, body)?, &options)?;
+                Ok(written_answer(target, written))
             }
             "patch" => {
-                let patch = read_patch(info, target, headers, body).await?;
+                let patch = read_patch(info, headers, body)?;
                 let options =
                     write_options(info, target, headers, matches!(patch, Patch::Apply { .. }))?;
                 let written = self.store.patch(target, &patch, &options)?;
-                Ok(written_answer(target, written, form))
+                Ok(written_answer(target, written))
             }
             "delete" => {
-                let options = delete_options(info, &read_body(headers, body).await?);
-                self.delete(target, &options, form)
+                let options = delete_options(info, &read_body(headers, body)?);
+                self.delete(target, &options)
             }
             "deletecollection" => {
-                let options = delete_options(info, &read_body(headers, body).await?);
+                let options = delete_options(info, &read_body(headers, body)?);
                 let selector = selector(info, target)?;
                 let deleted = self.store.delete_collection(target, &selector, &options)?;
                 Ok(json_answer(
                     200,
-                    render::list(target, self.store.revision(), &deleted, form),
+                    list(target, self.store.revision(), &deleted),
                 ))
             }
             _ => Err(Status::method_not_allowed()),
         }
     }
 
-    fn watch(&self, info: &RequestInfo, target: &Target, form: Form) -> Result<Answer, Status> {
+    fn watch(&self, info: &RequestInfo, target: &Target) -> Result<Answer, Status> {
         let number = |name: &str| {
             let value = info.query(name).map(str::parse::<u64>).transpose();
             value.map_err(|error| Status::bad_request(format!("invalid value for {name}: {error}")))
@@ -337,7 +366,7 @@ impl Server {
             timeout: number("timeoutSeconds")?.map_or(WATCH_TIMEOUT, Duration::from_secs),
         };
         let selector = selector(info, target)?;
-        let watch = Watch::begin(self.store.clone(), target.clone(), selector, form, &start)?;
+        let watch = Watch::begin(self.store.clone(), target.clone(), selector, &start)?;
         let frames = watch.into_stream().map(|lines| Ok(Frame::data(lines)));
         let mut answer = Response::new(BoxBody::new(StreamBody::new(frames)));
         answer.headers_mut().insert(
@@ -347,19 +376,14 @@ impl Server {
         Ok(answer)
     }
 
-    fn delete(
-        &self,
-        target: &Target,
-        options: &DeleteOptions,
-        form: Form,
-    ) -> Result<Answer, Status> {
+    fn delete(&self, target: &Target, options: &DeleteOptions) -> Result<Answer, Status> {
         let deleted = self.store.delete(target, options)?;
         let returns_object = matches!(
             target.resource.qualified.as_str(),
             "pods" | "serviceaccounts"
         );
         if !deleted.gone || returns_object {
-            return Ok(object_answer(200, target, &deleted.object, form));
+            return Ok(object_answer(200, target, &deleted.object));
         }
         let mut details = json!({
             "name": target.name,
@@ -449,27 +473,28 @@ fn delete_options(info: &RequestInfo, body: &Value) -> DeleteOptions {
     }
 }
 
-/// The body as JSON; nothing is `null`.
-async fn read_body(headers: &HeaderMap, body: Incoming) -> Result<Value, Status> {
-    let bytes = Limited::new(body, MAX_BODY)
-        .collect()
-        .await
-        .map_err(|error| {
-            if error.is::<LengthLimitError>() {
-                Status::too_large(MAX_BODY)
-            } else {
-                Status::bad_request(format!("the body of the request broke off: {error}"))
-            }
-        })?;
-    let bytes = bytes.to_bytes();
+async fn collect(body: Incoming) -> Result<Bytes, Status> {
+    let body = Limited::new(body, MAX_BODY).collect().await;
+    let body = body.map_err(|error| {
+        if error.is::<LengthLimitError>() {
+            Status::too_large(MAX_BODY)
+        } else {
+            Status::bad_request(format!("the body of the request broke off: {error}"))
+        }
+    })?;
+    Ok(body.to_bytes())
+}
+
+/// Reads a body as JSON; an empty one is `null`.
+fn read_body(headers: &HeaderMap, bytes: &Bytes) -> Result<Value, Status> {
     if bytes.is_empty() {
         return Ok(Value::Null);
     }
     let kind = content_type(headers);
     let parsed = if kind.ends_with("yaml") && bytes.first() != Some(&b'{') {
-        serde_saphyr::from_slice(&bytes).map_err(|error| error.to_string())
+        serde_saphyr::from_slice(bytes).map_err(|error| error.to_string())
     } else if kind.is_empty() || kind.ends_with("json") || kind.ends_with("yaml") {
-        serde_json::from_slice(&bytes).map_err(|error| error.to_string())
+        serde_json::from_slice(bytes).map_err(|error| error.to_string())
     } else {
         return Err(Status::unsupported_media_type(
             "application/json, application/yaml",
@@ -480,13 +505,8 @@ async fn read_body(headers: &HeaderMap, body: Incoming) -> Result<Value, Status>
     })
 }
 
-async fn read_patch(
-    info: &RequestInfo,
-    target: &Target,
-    headers: &HeaderMap,
-    body: Incoming,
-) -> Result<Patch, Status> {
-    let patch = read_body(headers, body).await?;
+fn read_patch(info: &RequestInfo, headers: &HeaderMap, body: &Bytes) -> Result<Patch, Status> {
+    let patch = read_body(headers, body)?;
     let kind = content_type(headers);
     if info.flag("force") && kind != "application/apply-patch+yaml" {
         return Err(Status::unprocessable(
@@ -495,25 +515,13 @@ async fn read_patch(
     }
     match kind {
         "application/merge-patch+json" => Ok(Patch::Merge(patch)),
-        "application/json-patch+json" => Ok(Patch::Json(patch)),
         "application/apply-patch+yaml" => Ok(Patch::Apply {
             config: patch,
             force: info.flag("force"),
         }),
-        "application/strategic-merge-patch+json" if target.resource.built_in_row().is_some() => {
-            Ok(Patch::Strategic(patch))
-        }
-        _ => {
-            let known = "application/json-patch+json, application/merge-patch+json";
-            Err(Status::unsupported_media_type(
-                &match target.layout().built_in {
-                    true => format!(
-                        "{known}, application/strategic-merge-patch+json, application/apply-patch+yaml"
-                    ),
-                    false => format!("{known}, application/apply-patch+yaml"),
-                },
-            ))
-        }
+        _ => Err(Status::unsupported_media_type(
+            "application/merge-patch+json, application/apply-patch+yaml",
+        )),
     }
 }
 
@@ -525,18 +533,18 @@ fn content_type(headers: &HeaderMap) -> &str {
     value.split(';').next().unwrap_or_default().trim()
 }
 
-fn written_answer(target: &Target, written: Written, form: Form) -> Answer {
+fn written_answer(target: &Target, written: Written) -> Answer {
     let code = if written.created { 201 } else { 200 };
-    let mut answer = object_answer(code, target, &written.object, form);
+    let mut answer = object_answer(code, target, &written.object);
     for warning in &written.warnings {
         warn(&mut answer, warning);
     }
     answer
 }
 
-fn object_answer(code: u16, target: &Target, object: &Value, form: Form) -> Answer {
+fn object_answer(code: u16, target: &Target, object: &Value) -> Answer {
     let object = at_version(&target.resource, &target.version, object);
-    json_answer(code, render(&object, form).to_string().into_bytes())
+    json_answer(code, object.to_string().into_bytes())
 }
 
 fn failure(status: &Status) -> Answer {
@@ -559,7 +567,7 @@ fn text(code: u16, body: &'static str) -> Answer {
 
 fn with_type(code: u16, kind: &'static str, body: Vec<u8>) -> Answer {
     let mut answer = Response::new(Full::new(Bytes::from(body)).boxed());
-    // A test may ask for any number; what is no HTTP status becomes a server error.
+    // A disturbance may name any number; one that is no HTTP status becomes a server error.
     *answer.status_mut() =
         http::StatusCode::from_u16(code).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);
     answer

@@ -1,10 +1,8 @@
-//! Refusals, in the words of a real API server: every error a client sees is a `metav1.Status`
-//! built here. The texts are those of Kubernetes 1.37, because the driver's messages and the
-//! snapshots quote them.
+//! Error answers. The texts are those of Kubernetes 1.37, because messages of drivers quote them.
 
 use serde_json::{Value, json};
 
-use super::resources::Resource;
+use super::{field_error::FieldError, resources::Resource};
 
 /// An error answer: HTTP code, machine-readable reason, sentence and details.
 #[derive(Debug, Clone, PartialEq)]
@@ -14,89 +12,6 @@ pub(super) struct Status {
     pub(super) reason: &'static str,
     pub(super) message: String,
     pub(super) details: Option<Value>,
-}
-
-/// One field at fault in an object that is invalid as a whole.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct FieldError {
-    pub(super) field: String,
-    pub(super) reason: &'static str,
-    /// What is wrong, without the field's name in front.
-    pub(super) message: String,
-}
-
-impl FieldError {
-    pub(super) fn required(field: impl Into<String>, hint: &str) -> FieldError {
-        let message = match hint {
-            "" => "Required value".to_owned(),
-            hint => format!("Required value: {hint}"),
-        };
-        FieldError {
-            field: field.into(),
-            reason: "FieldValueRequired",
-            message,
-        }
-    }
-
-    /// `value` is shown as JSON, as real servers do.
-    pub(super) fn invalid(field: impl Into<String>, value: &Value, why: &str) -> FieldError {
-        FieldError {
-            field: field.into(),
-            reason: "FieldValueInvalid",
-            message: format!("Invalid value: {value}: {why}"),
-        }
-    }
-
-    /// A value of the wrong JSON type; `found` is the name of the type it has.
-    pub(super) fn wrong_type(field: &str, found: &str, wanted: &str) -> FieldError {
-        FieldError {
-            field: field.to_owned(),
-            reason: "FieldValueTypeInvalid",
-            message: format!(
-                "Invalid value: \"{found}\": {field} in body must be of type {wanted}: \"{found}\""
-            ),
-        }
-    }
-
-    pub(super) fn unsupported(field: &str, value: &Value, supported: &[Value]) -> FieldError {
-        let supported: Vec<String> = supported.iter().map(Value::to_string).collect();
-        FieldError {
-            field: field.to_owned(),
-            reason: "FieldValueNotSupported",
-            message: format!(
-                "Unsupported value: {value}: supported values: {}",
-                supported.join(", ")
-            ),
-        }
-    }
-
-    pub(super) fn forbidden(field: &str, why: &str) -> FieldError {
-        FieldError {
-            field: field.to_owned(),
-            reason: "FieldValueForbidden",
-            message: format!("Forbidden: {why}"),
-        }
-    }
-
-    pub(super) fn duplicate(field: &str, value: &Value) -> FieldError {
-        FieldError {
-            field: field.to_owned(),
-            reason: "FieldValueDuplicate",
-            message: format!("Duplicate value: {value}"),
-        }
-    }
-
-    pub(super) fn too_long(field: &str, bytes: usize) -> FieldError {
-        FieldError {
-            field: field.to_owned(),
-            reason: "FieldValueTooLong",
-            message: format!("Too long: may not be more than {bytes} bytes"),
-        }
-    }
-
-    fn sentence(&self) -> String {
-        format!("{}: {}", self.field, self.message)
-    }
 }
 
 impl Status {
@@ -133,7 +48,7 @@ impl Status {
         Status::about(resource, name, 404, "NotFound", message)
     }
 
-    /// The answer for a kind or subresource nobody serves.
+    /// Returns the answer for a kind or subresource that is not served.
     pub(super) fn no_such_resource() -> Status {
         Status {
             details: Some(json!({})),
@@ -158,7 +73,7 @@ impl Status {
         Status::about(resource, name, 409, "Conflict", message)
     }
 
-    /// The conflict of a writer who read an older version.
+    /// Returns the answer to a writer that read an older version.
     pub(super) fn modified(resource: &Resource, name: &str) -> Status {
         Status::conflict(
             resource,
@@ -167,7 +82,7 @@ impl Status {
         )
     }
 
-    /// Server-side apply met fields of other managers; `causes` are (manager text, field path).
+    /// Returns the answer to an apply of fields of other managers; `causes` are managers and paths.
     pub(super) fn apply_conflict(message: String, causes: &[(String, String)]) -> Status {
         let causes: Vec<Value> = causes
             .iter()
@@ -185,7 +100,7 @@ impl Status {
         }
     }
 
-    /// What admission and the authoriser answer. An empty name shows as in a request to create.
+    /// Returns the refusal of admission or authorisation. The name is empty in a request to create.
     pub(super) fn forbidden(resource: &Resource, name: &str, why: &str) -> Status {
         let message = match name {
             "" => format!("{} is forbidden: {why}", resource.qualified),
@@ -194,7 +109,7 @@ impl Status {
         Status::about(resource, name, 403, "Forbidden", message)
     }
 
-    /// The authoriser's answer where no kind is known: an unknown resource or a plain path.
+    /// Returns the refusal of authorisation for an unknown resource or a path that is no resource.
     pub(super) fn forbidden_text(message: String) -> Status {
         Status {
             details: Some(json!({})),
@@ -221,7 +136,7 @@ impl Status {
         status
     }
 
-    /// `errors` must not be empty.
+    /// Returns the refusal of an invalid object. `errors` must not be empty.
     pub(super) fn invalid(resource: &Resource, name: &str, errors: &[FieldError]) -> Status {
         let sentences: Vec<String> = errors.iter().map(FieldError::sentence).collect();
         let text = match sentences.as_slice() {
@@ -257,6 +172,14 @@ impl Status {
         Status::plain(400, "BadRequest", message)
     }
 
+    /// Returns the refusal of a body that is not an object of a kind.
+    pub(super) fn undecodable(resource: &Resource, version: &str, why: &str) -> Status {
+        Status::bad_request(format!(
+            "{} in version \"{version}\" cannot be handled as a {}: {why}",
+            resource.kind, resource.kind
+        ))
+    }
+
     pub(super) fn unauthorized() -> Status {
         Status::plain(401, "Unauthorized", "Unauthorized")
     }
@@ -272,7 +195,7 @@ impl Status {
         }
     }
 
-    /// `known` are the media types that would do.
+    /// Returns the refusal of a media type; `known` are the supported ones.
     pub(super) fn unsupported_media_type(known: &str) -> Status {
         Status::plain(
             415,
@@ -307,7 +230,7 @@ impl Status {
         )
     }
 
-    /// A create with a resourceVersion: real servers answer 500 without a reason.
+    /// Returns the answer to a create with a resourceVersion: real servers give no reason, either.
     pub(super) fn version_on_create() -> Status {
         Status::plain(
             500,
@@ -316,7 +239,7 @@ impl Status {
         )
     }
 
-    /// The answer a test asked for.
+    /// Returns the answer of a disturbance.
     pub(super) fn disturbed(code: u16) -> Status {
         let (reason, message) = match code {
             401 => ("Unauthorized", "Unauthorized"),
@@ -350,7 +273,7 @@ impl Status {
         Status::plain(code, reason, message)
     }
 
-    /// The object on the wire.
+    /// Returns the status as a `metav1.Status`.
     pub(super) fn to_value(&self) -> Value {
         let mut value = json!({
             "kind": "Status",

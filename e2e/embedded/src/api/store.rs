@@ -1,8 +1,8 @@
-//! The objects: collections under one lock and one revision counter, with a history per collection
-//! that watches read from.
+//! The stored objects: collections under one lock and one revision counter, each with a history from
+//! which watches read.
 //!
-//! Objects are immutable once stored. A write says which stored object it replaces, and fails when
-//! that is no longer the current one; nothing is locked while a request is worked on.
+//! Stored objects are immutable. A write names the stored object that it replaces, and fails when
+//! that is no longer the current one; no lock is held while a request is processed.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -14,10 +14,10 @@ use tokio::sync::{mpsc, watch};
 
 use super::{resources::Resource, status::Status};
 
-/// Changes a collection remembers. A watch that starts further back is told `410 Expired`.
+/// The number of changes in a history. A watch that starts before them gets `410 Expired`.
 const HISTORY: usize = 8192;
 
-/// All objects of all kinds.
+/// The objects of all kinds.
 pub(super) struct Store {
     state: Mutex<State>,
     chores: mpsc::UnboundedSender<Chore>,
@@ -26,7 +26,7 @@ pub(super) struct Store {
 struct State {
     revision: u64,
     collections: BTreeMap<String, Collection>,
-    /// Every living object by uid.
+    /// Every object by uid.
     uids: HashMap<String, ObjectKey>,
     /// Objects by the uid of each of their owners.
     dependents: HashMap<String, BTreeSet<ObjectKey>>,
@@ -38,12 +38,12 @@ struct Collection {
     /// By namespace (empty for cluster-scoped kinds), then name.
     objects: BTreeMap<String, BTreeMap<String, Arc<Value>>>,
     history: VecDeque<Change>,
-    /// The revision of the youngest change dropped from the history.
+    /// The revision of the latest change that was dropped from the history.
     forgotten: u64,
     latest: watch::Sender<u64>,
 }
 
-/// Where an object is.
+/// The place of an object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct ObjectKey {
     /// [`Resource::qualified`].
@@ -57,9 +57,9 @@ pub(super) struct ObjectKey {
 #[derive(Debug, Clone)]
 pub(super) struct Change {
     pub(super) revision: u64,
-    /// What was there before.
+    /// The state before.
     pub(super) old: Option<Arc<Value>>,
-    /// What is there now; for a deletion, the last state with the revision of the deletion.
+    /// The state after; for a deletion, the last state with the revision of the deletion.
     pub(super) new: Arc<Value>,
     pub(super) deleted: bool,
 }
@@ -75,12 +75,12 @@ pub(super) enum Chore {
     DrainNamespace(String),
 }
 
-/// The object changed between reading and writing it.
+/// The failure of a write because the object changed after it was read.
 #[derive(Debug, PartialEq)]
 pub(super) struct Raced;
 
 impl ObjectKey {
-    /// The place of an object of that kind, by its own metadata.
+    /// Returns the place of an object by its metadata.
     pub(super) fn of(resource: &Resource, object: &Value) -> ObjectKey {
         let text = |name: &str| {
             object["metadata"][name]
@@ -101,7 +101,7 @@ impl ObjectKey {
 }
 
 impl Store {
-    /// An empty store of the built-in kinds, and the follow-up work its writes cause.
+    /// Returns an empty store of the built-in kinds, and the chores that its writes cause.
     pub(super) fn new() -> (Store, mpsc::UnboundedReceiver<Chore>) {
         let (chores, receiver) = mpsc::unbounded_channel();
         let collections = Resource::built_in()
@@ -113,7 +113,7 @@ impl Store {
             })
             .collect();
         let state = Mutex::new(State {
-            // Revision 0 means "any" to clients, and an etcd starts at 1.
+            // Revision 0 means "any" to clients, and etcd starts at 1, too.
             revision: 1,
             collections,
             uids: HashMap::new(),
@@ -126,7 +126,7 @@ impl Store {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The kind with that plural in that group.
+    /// Returns a kind by its qualified name.
     pub(super) fn resource(&self, qualified: &str) -> Option<Arc<Resource>> {
         let state = self.lock();
         state
@@ -135,7 +135,7 @@ impl Store {
             .map(|collection| collection.resource.clone())
     }
 
-    /// All kinds, in the order of their qualified names.
+    /// Returns all kinds, in the order of their qualified names.
     pub(super) fn resources(&self) -> Vec<Arc<Resource>> {
         let state = self.lock();
         state
@@ -177,7 +177,7 @@ impl Store {
             .cloned()
     }
 
-    /// Objects of one namespace or of all, by namespace and name, and the revision they belong to.
+    /// Returns the objects of one namespace or of all, sorted, and the current revision.
     pub(super) fn list(&self, resource: &str, namespace: Option<&str>) -> (u64, Vec<Arc<Value>>) {
         let state = self.lock();
         let objects = match state.collections.get(resource) {
@@ -187,7 +187,7 @@ impl Store {
         (state.revision, objects)
     }
 
-    /// Whether an object with this uid lives where an owner of an object in `namespace` can be.
+    /// Returns whether an owner with this uid exists for objects in `namespace`.
     pub(super) fn lives(&self, uid: &str, namespace: &str) -> bool {
         let state = self.lock();
         state
@@ -210,7 +210,7 @@ impl Store {
     /// Stores a new object under a new revision.
     ///
     /// # Errors
-    /// The namespace is missing or being deleted, or the name is taken.
+    /// Returns an error when the namespace is missing or being deleted, or the name is taken.
     pub(super) fn insert(&self, resource: &Resource, object: Value) -> Result<Arc<Value>, Status> {
         let key = ObjectKey::of(resource, &object);
         let mut state = self.lock();
@@ -279,9 +279,30 @@ impl Store {
         mut object: Value,
         deleted: bool,
     ) -> Arc<Value> {
+        let version = (state.revision + 1).to_string();
+        object["metadata"]["resourceVersion"] = json!(version);
+        self.save(state, key, old, object, deleted)
+    }
+
+    /// Stores an object exactly as it is. It replaces any other.
+    pub(super) fn place(&self, key: ObjectKey, object: Value) {
+        let mut state = self.lock();
+        let collection = state.collections.get(&key.resource);
+        let old = collection.and_then(|collection| collection.get(&key.namespace, &key.name));
+        let old = old.cloned();
+        self.save(&mut state, key, old, object, false);
+    }
+
+    fn save(
+        &self,
+        state: &mut State,
+        key: ObjectKey,
+        old: Option<Arc<Value>>,
+        object: Value,
+        deleted: bool,
+    ) -> Arc<Value> {
         state.revision += 1;
         let revision = state.revision;
-        object["metadata"]["resourceVersion"] = json!(revision.to_string());
         let object = Arc::new(object);
         self.index(state, &key, old.as_deref(), &object, deleted);
         if let Some(collection) = state.collections.get_mut(&key.resource) {
@@ -301,7 +322,7 @@ impl Store {
         object
     }
 
-    /// Keeps the uid and owner indexes, and hands out the chores a write causes.
+    /// Updates the indexes of uids and owners, and hands out the chores that a write causes.
     fn index(
         &self,
         state: &mut State,
@@ -365,11 +386,11 @@ impl Store {
     }
 
     fn hand_out(&self, chore: Chore) {
-        // The collector stops only together with the server; then nobody waits for its work.
+        // Sending fails only when the collector was stopped.
         let _ = self.chores.send(chore);
     }
 
-    /// Announces every later change of a kind; ends when the kind is no longer served.
+    /// Returns a channel with every later change of a kind. It closes when the kind is not served.
     pub(super) fn announcements(&self, resource: &str) -> Option<watch::Receiver<u64>> {
         let state = self.lock();
         state
@@ -378,10 +399,10 @@ impl Store {
             .map(|collection| collection.latest.subscribe())
     }
 
-    /// The changes after `revision`, oldest first, and the revision now.
+    /// Returns the current revision and the changes after `revision`, oldest first.
     ///
     /// # Errors
-    /// 410 when some of them are forgotten.
+    /// Returns 410 when some of them were dropped.
     pub(super) fn changes_since(
         &self,
         resource: &str,

@@ -1,4 +1,4 @@
-//! The server as its clients see it: kube's client on both sockets.
+//! Tests of the server with kube's client on both sockets.
 
 mod access;
 mod custom_kinds;
@@ -76,7 +76,7 @@ impl Setup {
         classes(self.server.client(), version, "default")
     }
 
-    /// A client of a service account in `default`, by TCP and TLS as in a pod.
+    /// Returns a client of a service account in `default`, over TCP and TLS as in a pod.
     async fn pod_client(&self, account: &str) -> Client {
         if account != "default" {
             self.create(json!({"apiVersion": "v1", "kind": "ServiceAccount",
@@ -112,7 +112,7 @@ impl Setup {
     }
 }
 
-/// What a node process does: TCP on the loopback to `pods.sock`.
+/// Forwards TCP on the loopback to `pods.sock`, as a node does.
 async fn proxy(socket: &Path) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -191,7 +191,7 @@ fn pod(name: &str, node: Option<&str>) -> Pod {
         "spec": {"nodeName": node, "containers": [{"name": "c", "image": "i"}]}}))
 }
 
-/// Code and message of a refusal.
+/// Returns the code and message of a refusal.
 fn refusal<T>(result: Result<T, KubeError>) -> (u16, String) {
     match result {
         Err(KubeError::Api(status)) => (status.code, status.message.clone()),

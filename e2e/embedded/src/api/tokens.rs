@@ -1,7 +1,7 @@
-//! Service account tokens: issued by the `token` subresource, bound to their pod, verified here.
+//! Service account tokens: issued by the `token` subresource, and bound to their pod.
 //!
-//! A token is shaped like a JWT, with the claims a provider may read. Its signature is random:
-//! only this server can verify it, by remembering a digest of what it issued.
+//! A token has the form and claims of a JWT. Its signature is random: only this server can verify it,
+//! because it remembers a digest of each token.
 
 use std::{
     collections::HashMap,
@@ -15,17 +15,18 @@ use sha2::{Digest, Sha256};
 
 use super::{
     body::Target,
+    field_error::FieldError,
     fields::time_text,
     objects::{random_uid, text},
     rbac::Identity,
-    status::{FieldError, Status},
+    status::Status,
     store::Store,
 };
 
 /// The audience of the API server itself, and the issuer of every token.
 pub(super) const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 
-/// The tokens that were issued and are not expired.
+/// The tokens that were issued and have not expired.
 #[derive(Default)]
 pub(super) struct Tokens {
     issued: Mutex<HashMap<[u8; 32], Grant>>,
@@ -42,11 +43,11 @@ struct Grant {
 }
 
 impl Tokens {
-    /// POST to `serviceaccounts/token`: the TokenRequest with its status filled in.
+    /// Issues a token (`serviceaccounts/token`): returns the TokenRequest with its status.
     ///
     /// # Errors
-    /// 404 for an unknown account or pod, 409 for a pod that was replaced, 422 for a duration under
-    /// ten minutes.
+    /// Returns 404 for an unknown account or pod, 409 for a pod that was replaced, 422 for a lifetime
+    /// under ten minutes.
     pub(super) fn issue(
         &self,
         store: &Store,
@@ -71,18 +72,7 @@ impl Tokens {
         if audiences.is_empty() {
             audiences.push(ISSUER.to_owned());
         }
-        let seconds = spec["expirationSeconds"].as_i64().unwrap_or(3600);
-        if seconds < 600 {
-            let why = "may not specify a duration less than 10 minutes";
-            let error = FieldError::invalid("spec.expirationSeconds", &json!(seconds), why);
-            let mut status = Status::invalid(&target.resource, &target.name, &[error]);
-            status.message = status.message.replacen(
-                "ServiceAccount ",
-                "TokenRequest.authentication.k8s.io ",
-                1,
-            );
-            return Err(status);
-        }
+        let seconds = lifetime(target, spec)?;
         let pod = bound_pod(store, target, &spec["boundObjectRef"])?;
 
         let now = Timestamp::now();
@@ -106,14 +96,7 @@ impl Tokens {
             "sub": format!("system:serviceaccount:{}:{}", target.namespace, target.name),
             "kubernetes.io": kubernetes,
         });
-        let part = |value: &Value| BASE64_URL_SAFE_NO_PAD.encode(value.to_string());
-        let signature: [u8; 32] = rand::random();
-        let token = format!(
-            "{}.{}.{}",
-            part(&json!({"alg": "RS256", "kid": "embedded"})),
-            part(&claims),
-            BASE64_URL_SAFE_NO_PAD.encode(signature)
-        );
+        let token = sign(&claims);
 
         let mut issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
         issued.retain(|_, grant| grant.expires > now);
@@ -139,11 +122,11 @@ impl Tokens {
         Ok(request)
     }
 
-    /// Whose token it is.
+    /// Returns the identity that a token proves.
     ///
     /// # Errors
-    /// 401 when it was not issued here, is expired, is for another audience, or its account or pod
-    /// is gone.
+    /// Returns 401 when it was not issued here, has expired, is for another audience, or its account
+    /// or pod is gone.
     pub(super) fn identify(&self, store: &Store, token: &str) -> Result<Identity, Status> {
         let issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
         let grant = issued
@@ -166,6 +149,31 @@ impl Tokens {
         }
         Ok(Identity::service_account(&grant.namespace, &grant.account))
     }
+}
+
+/// Returns the seconds for which a token is requested.
+fn lifetime(target: &Target, spec: &Value) -> Result<i64, Status> {
+    let seconds = spec["expirationSeconds"].as_i64().unwrap_or(3600);
+    if seconds >= 600 {
+        return Ok(seconds);
+    }
+    let why = "may not specify a duration less than 10 minutes";
+    let error = FieldError::invalid("spec.expirationSeconds", &json!(seconds), why);
+    let mut status = Status::invalid(&target.resource, &target.name, &[error]);
+    let kind = "TokenRequest.authentication.k8s.io ";
+    status.message = status.message.replacen("ServiceAccount ", kind, 1);
+    Err(status)
+}
+
+fn sign(claims: &Value) -> String {
+    let part = |value: &Value| BASE64_URL_SAFE_NO_PAD.encode(value.to_string());
+    let signature: [u8; 32] = rand::random();
+    format!(
+        "{}.{}.{}",
+        part(&json!({"alg": "RS256", "kid": "embedded"})),
+        part(claims),
+        BASE64_URL_SAFE_NO_PAD.encode(signature)
+    )
 }
 
 fn bound_pod(

@@ -1,5 +1,5 @@
-//! Watches: the initial objects where the client asks for them, then every change, as one JSON
-//! document a line.
+//! Watches: the initial objects if the client asks for them, then every change. Each is a JSON
+//! document on a line.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,7 +10,6 @@ use tokio::{sync::watch, time::Instant};
 
 use super::{
     body::{Target, at_version},
-    render::{Form, render},
     selectors::Selector,
     status::Status,
     store::{Change, Store},
@@ -21,33 +20,34 @@ pub(super) struct Watch {
     store: Arc<Store>,
     target: Target,
     selector: Selector,
-    form: Form,
     announcements: watch::Receiver<u64>,
-    /// Everything up to this revision was sent.
+    /// The revision up to which all changes were sent.
     seen: u64,
     end: Instant,
-    /// Lines not sent yet, and whether the watch is over after them.
+    /// Lines that were not sent yet.
     ready: Vec<u8>,
+    /// Whether the watch ends after them.
     over: bool,
 }
 
 /// The parameters of a watch request.
 pub(super) struct Start {
-    /// `None` or 0: begin with what is there now.
+    /// The revision after which to begin; with none or 0, the current objects come first.
     pub(super) resource_version: Option<u64>,
-    /// `sendInitialEvents`: begin with what is there now, and mark its end with a bookmark.
+    /// `sendInitialEvents`: the current objects come first, and a bookmark after them.
     pub(super) initial_events: bool,
     pub(super) timeout: Duration,
 }
 
 impl Watch {
+    /// Begins a watch.
+    ///
     /// # Errors
-    /// 404 when the kind is not served.
+    /// Returns 404 when the kind is not served.
     pub(super) fn begin(
         store: Arc<Store>,
         target: Target,
         selector: Selector,
-        form: Form,
         start: &Start,
     ) -> Result<Watch, Status> {
         let announcements = store
@@ -58,7 +58,6 @@ impl Watch {
             store,
             target,
             selector,
-            form,
             announcements,
             end: Instant::now() + start.timeout,
             ready: Vec::new(),
@@ -100,7 +99,6 @@ impl Watch {
 
     fn line(&mut self, kind: &str, object: &Value) {
         let object = at_version(&self.target.resource, &self.target.version, object);
-        let object = render(&object, self.form);
         self.raw_line(kind, &object);
     }
 
@@ -127,7 +125,7 @@ impl Watch {
             (true, true) => self.line("MODIFIED", &change.new),
             (true, false) if change.deleted => self.line("DELETED", &change.new),
             (true, false) => {
-                // It left the selection: its last selected state, at the revision of the change.
+                // It left the selection: send the last selected state, at the revision of the change.
                 let mut last = change.old.as_deref().cloned().unwrap_or_default();
                 last["metadata"]["resourceVersion"] =
                     change.new["metadata"]["resourceVersion"].clone();
@@ -154,7 +152,7 @@ impl Watch {
         }
     }
 
-    /// The next lines, or nothing when the watch is over.
+    /// Returns the next lines; none when the watch is over.
     async fn next(&mut self) -> Option<Bytes> {
         while self.ready.is_empty() {
             if self.over {
@@ -173,7 +171,7 @@ impl Watch {
         Some(std::mem::take(&mut self.ready).into())
     }
 
-    /// The lines as they come.
+    /// Returns the lines as a stream.
     pub(super) fn into_stream(self) -> impl Stream<Item = Bytes> + Send {
         stream::unfold(self, |mut watch| async move {
             watch.next().await.map(|lines| (lines, watch))

@@ -14,7 +14,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 
-/// What a client sends before its first frame (RFC 9113, 3.4).
+/// The bytes that a client sends before its first frame (RFC 9113, 3.4).
 const PREFACE_BYTES: usize = 24;
 const FRAME_HEADER_BYTES: usize = 9;
 /// The frame type with a request's header.
@@ -24,15 +24,15 @@ const HEADERS: u8 = 0x1;
 /// 6.2.1 and appendix B). Later requests refer to that entry.
 const LOCALHOST: [u8; 8] = [0x41, 0x86, 0xa0, 0xe4, 0x1d, 0x13, 0x9d, 0x09];
 
-/// Writes what an ordinary client says, with another authority.
+/// A connection that replaces the authority in what a client writes.
 pub(super) struct OtherAuthority {
     stream: UnixStream,
-    /// The field that goes in the place of [`LOCALHOST`].
+    /// The field that replaces [`LOCALHOST`].
     field: Vec<u8>,
     after_preface: bool,
     /// The beginning of a frame whose end has not been written yet.
     held: Vec<u8>,
-    /// What the socket has not taken yet.
+    /// The bytes that the socket has not taken yet.
     out: Vec<u8>,
 }
 
@@ -50,7 +50,7 @@ impl OtherAuthority {
         }
     }
 
-    /// Moves the whole frames in what is held to what goes out.
+    /// Moves whole frames from the held bytes to the outgoing ones.
     fn pass_frames(&mut self) {
         if !self.after_preface && self.held.len() >= PREFACE_BYTES {
             self.out.extend(self.held.drain(..PREFACE_BYTES));
@@ -129,8 +129,8 @@ impl AsyncWrite for OtherAuthority {
     }
 }
 
-/// A path as an authority: what is neither unreserved, a sub-delimiter nor one of `:[]@` becomes
-/// `%XX`.
+/// Encodes a path as an authority: characters that are neither unreserved, sub-delimiters nor one of
+/// `:[]@` become `%XX`.
 pub(super) fn of_path(path: &Path) -> Vec<u8> {
     let mut encoded = Vec::new();
     for &byte in path.as_os_str().as_bytes() {
@@ -143,7 +143,7 @@ pub(super) fn of_path(path: &Path) -> Vec<u8> {
     encoded
 }
 
-/// The length of a string that is not in Huffman's code (RFC 7541, 5.1 and 5.2).
+/// Encodes the length of a string that is not Huffman-coded (RFC 7541, 5.1 and 5.2).
 fn put_length(to: &mut Vec<u8>, mut length: usize) {
     const LARGEST: u8 = 0x7f;
     if let Some(small) = u8::try_from(length).ok().filter(|small| *small < LARGEST) {
@@ -176,7 +176,7 @@ mod tests {
     use super::super::csi;
     use super::*;
 
-    /// Long enough that its length takes more than one byte.
+    /// A path that is so long that its length takes more than one byte.
     #[tokio::test]
     async fn a_request_carries_the_sockets_path() {
         let dir = tempfile::tempdir().unwrap();

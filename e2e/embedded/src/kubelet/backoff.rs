@@ -1,4 +1,4 @@
-//! kubelet's pause between attempts at one operation.
+//! The pause of kubelet between attempts at one operation.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ const FIRST: Duration = Duration::from_millis(500);
 const LONGEST: Duration = Duration::from_secs(122);
 
 impl Backoff {
-    /// How long to wait after one more failure.
+    /// Returns how long to wait after one more failure.
     pub(crate) fn next_pause(&mut self) -> Duration {
         let pause = FIRST
             .saturating_mul(2_u32.saturating_pow(self.failures))

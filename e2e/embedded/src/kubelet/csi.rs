@@ -1,5 +1,5 @@
-//! kubelet's side of the CSI wire: a connection per operation, a deadline per call, and what
-//! an error means for the volume.
+//! kubelet's side of CSI: a connection for each operation, a deadline for each call, and what an
+//! error means for the volume.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Status};
 
-/// An error of a call as kubelet prints it and judges it.
+/// An error of a call, with kubelet's text and judgement.
 #[derive(Clone, Debug)]
 pub(crate) struct CallError {
     code: Code,
@@ -25,7 +25,7 @@ pub(crate) struct CallError {
 }
 
 impl std::fmt::Display for CallError {
-    /// The words of grpc-go, which end in the pod's events.
+    /// Writes the text of grpc-go, which ends up in the pod's events.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
@@ -37,8 +37,8 @@ impl std::fmt::Display for CallError {
 }
 
 impl CallError {
-    /// Whether the driver may still have done, or be doing, what it was asked: kubelet then
-    /// keeps the volume's directory and asks again.
+    /// Returns whether the driver may still have carried out, or be carrying out, the call: kubelet
+    /// then keeps the volume's directory and calls again.
     pub(crate) fn is_uncertain(&self) -> bool {
         matches!(
             self.code,
@@ -86,7 +86,7 @@ pub(crate) struct Driver {
     timeout: Duration,
 }
 
-/// What a driver can do that kubelet asks before every publish.
+/// The capabilities for which kubelet asks before every publish.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Capabilities {
     /// The driver applies the pod's `fsGroup` itself.
@@ -162,15 +162,15 @@ impl Driver {
     }
 }
 
-/// Opens a gRPC connection over a Unix socket, with `:authority` `localhost` as grpc-go sends.
+/// Opens a gRPC connection over a Unix socket, with the `:authority` `localhost`, as grpc-go does.
 pub(crate) async fn connect(socket: &Path, timeout: Duration) -> Result<Channel, CallError> {
     connect_through(socket, timeout, |stream| stream).await
 }
 
-/// The same with something between the socket and the HTTP/2 library.
+/// Does the same with a layer between the socket and the HTTP/2 library.
 ///
 /// # Errors
-/// As of [`connect`].
+/// Returns the errors of [`connect`].
 pub(super) async fn connect_through<S>(
     socket: &Path,
     timeout: Duration,
@@ -203,7 +203,7 @@ where
     }
 }
 
-/// The last cause, in Go's words where they differ.
+/// Returns the text of the last cause, as Go has it where it differs.
 fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = error;
     while let Some(deeper) = cause.source() {

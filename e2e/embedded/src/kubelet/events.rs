@@ -1,4 +1,4 @@
-//! Events on pods: the same event again raises its count, as kubelet's recorder does.
+//! Events on pods. Posting the same event again raises its count, as with kubelet's recorder.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +11,7 @@ use kube::{Resource, ResourceExt};
 
 const COMPONENT: &str = "kubelet";
 
-/// Writes the node's events.
+/// The events of a node.
 #[derive(Clone)]
 pub(crate) struct Events {
     client: kube::Client,
@@ -19,7 +19,7 @@ pub(crate) struct Events {
     seen: Arc<Mutex<HashMap<Key, Seen>>>,
 }
 
-/// What makes two events the same.
+/// The properties in which two events are the same.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Key {
     uid: String,
@@ -42,7 +42,7 @@ impl Events {
         }
     }
 
-    /// Posts a warning. An event is a courtesy: when it cannot be posted, that is logged.
+    /// Posts a warning. When it cannot be posted, that is only logged.
     pub(crate) async fn warn(&self, pod: &Pod, reason: &'static str, message: &str) {
         let key = Key {
             uid: pod.uid().unwrap_or_default(),

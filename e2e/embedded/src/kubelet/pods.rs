@@ -1,8 +1,8 @@
-//! A pod's life on this node: its volumes, its containers (which are only said to run), its end.
+//! A pod on this node: its volumes, the status of its containers (which do not run), its end.
 //!
-//! Every volume has a task of its own, so that one that fails holds up the pod but not the
-//! other volumes, and so that there is one operation on a volume at a time: a pod that is
-//! deleted while its publish runs waits for that call's answer before the unpublish.
+//! Every volume has a task of its own, so that one that fails delays the pod but not the other
+//! volumes, and so that there is one operation on a volume at a time: the unpublish of a pod that is
+//! deleted during a publish waits for the answer to the publish.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,17 +23,17 @@ use super::backoff::Backoff;
 use super::events::Events;
 use super::volumes::{self, Node, State, Volume};
 
-/// How often a container is tried again that lacks a Secret for its environment.
+/// The interval at which a container is tried again that lacks a Secret for its environment.
 const CONFIG_RETRY: Duration = Duration::from_millis(300);
-/// How often a write to the API is tried again.
+/// The interval at which a write to the API is tried again.
 const API_RETRY: Duration = Duration::from_millis(500);
 
-/// What the API says should be true of a pod here.
+/// The desired state of a pod, from the API.
 #[derive(Clone)]
 pub(crate) enum Desired {
     /// It should run.
     Run(Arc<Pod>),
-    /// It should end; the object is still there and waits for that.
+    /// It should end; its object is removed after that.
     End(Arc<Pod>),
     /// It is not in the API any more.
     Gone,
@@ -45,17 +45,17 @@ impl Desired {
     }
 }
 
-/// What all pods of a node share.
+/// The parts of a node that all pods share.
 #[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) node: Node,
     pub(crate) events: Events,
-    /// How often running pods have their volumes republished; never when absent.
+    /// The interval at which volumes of running pods are republished; never when absent.
     pub(crate) sync_period: Option<Duration>,
     pub(crate) last_ip: Arc<AtomicU32>,
 }
 
-/// Runs a pod to its end: returns when nothing of it is left on the node and in the API.
+/// Runs a pod to its end. Returns when nothing of it is left on the node and in the API.
 pub(crate) async fn run(context: Context, uid: String, mut desired: watch::Receiver<Desired>) {
     let root = &context.node.root;
     let pod = match &*desired.borrow() {
@@ -66,8 +66,8 @@ pub(crate) async fn run(context: Context, uid: String, mut desired: watch::Recei
     let mut tasks = JoinSet::new();
     let mut states = Vec::new();
     let (set_running, running) = watch::channel(false);
-    // What a former life of the kubelet left comes first: of a pod that is gone from the API
-    // there is nothing else.
+    // Volumes that an earlier run of the kubelet left come first: a pod that is gone from the API has
+    // no others.
     let mut known = volumes::on_disk(root, &uid);
     for (name, source) in &sources {
         if known.iter().all(|volume| volume.name != *name) {
@@ -95,7 +95,7 @@ pub(crate) async fn run(context: Context, uid: String, mut desired: watch::Recei
             _ = desired.wait_for(|desired| !desired.is_run()) => {}
         }
     }
-    // Fails when the kubelet itself ends, and then nothing more is to be done.
+    // An error means that the kubelet itself ends.
     if desired.wait_for(|desired| !desired.is_run()).await.is_err() {
         return;
     }
@@ -106,7 +106,7 @@ pub(crate) async fn run(context: Context, uid: String, mut desired: watch::Recei
     }
 }
 
-/// The pod's inline CSI volumes by name.
+/// Returns the pod's inline CSI volumes by name.
 fn csi_volumes(pod: &Pod) -> BTreeMap<String, CSIVolumeSource> {
     let volumes = pod
         .spec
@@ -117,8 +117,8 @@ fn csi_volumes(pod: &Pod) -> BTreeMap<String, CSIVolumeSource> {
         .collect()
 }
 
-/// One volume from its first publish to its last unpublish. Without a source there is only the
-/// latter to do.
+/// Runs one volume from its first publish to its last unpublish. Without a source, only the latter
+/// is left to do.
 async fn run_volume(
     context: Context,
     volume: Volume,
@@ -130,7 +130,7 @@ async fn run_volume(
     if let Some(source) = &source {
         publish(&context, &volume, source, &mut desired, &state).await;
         let runs = tokio::select! {
-            // Waiting fails when the pod ended before it ran.
+            // An error means that the pod ended before it ran.
             runs = running.wait_for(|running| *running) => runs.is_ok(),
             _ = desired.wait_for(|desired| !desired.is_run()) => false,
         };
@@ -163,7 +163,7 @@ async fn run_volume(
     }
 }
 
-/// Tries until the volume is there or the pod should end.
+/// Publishes the volume again and again until it succeeds or the pod should end.
 async fn publish(
     context: &Context,
     volume: &Volume,
@@ -198,9 +198,9 @@ async fn publish(
     }
 }
 
-/// Calls the driver again for a volume of a pod that runs, if the CSIDriver asks for it: once in
-/// a sync period, if the node has one, and at once when somebody changed the pod's annotations,
-/// labels or spec. A failure changes nothing but the pod's events.
+/// Republishes a volume of a pod that runs, if the CSIDriver asks for it: once in a sync period, if
+/// the node has one, and at once when the pod's annotations, labels or spec were changed. A failure
+/// changes nothing but the pod's events.
 async fn republish(
     context: &Context,
     volume: &Volume,
@@ -242,8 +242,8 @@ async fn republish(
     }
 }
 
-/// Whether kubelet takes two versions of a pod for the same: it looks neither at the status nor
-/// at the resource version (`podsDifferSemantically`).
+/// Returns whether kubelet considers two versions of a pod the same: it compares neither the status
+/// nor the resource version (`podsDifferSemantically`).
 fn is_same(before: &Pod, now: &Pod) -> bool {
     before.metadata.annotations == now.metadata.annotations
         && before.metadata.labels == now.metadata.labels
@@ -257,10 +257,10 @@ fn mount_failed(volume: &Volume, message: &str) -> String {
     )
 }
 
-/// Waits for the volumes and the environment, and says in the pod's status how far it is.
+/// Waits for the volumes and the environment, and writes the pod's status.
 async fn start(context: &Context, pod: &Pod, states: Vec<watch::Receiver<State>>) {
     let started = Timestamp::now();
-    // A pod that ran before this kubelet did goes on running, though it is not ready again yet.
+    // A pod that ran before this kubelet started keeps running, though it is not ready again yet.
     let phase = match pod
         .status
         .as_ref()
@@ -272,7 +272,7 @@ async fn start(context: &Context, pod: &Pod, states: Vec<watch::Receiver<State>>
     let creating = || waiting(pod, "ContainerCreating", None);
     write_status(context, pod, &status(pod, phase, started, None, creating())).await;
     for mut state in states {
-        // The task ends before its volume is there only when the pod should end.
+        // The task ends before its volume is published only when the pod should end.
         if state
             .wait_for(|state| *state == State::Mounted)
             .await
@@ -317,8 +317,8 @@ async fn start(context: &Context, pod: &Pod, states: Vec<watch::Receiver<State>>
     .await;
 }
 
-/// Why kubelet cannot make the directory of a pod's logs: its name holds three others, and may
-/// have 255 bytes like any.
+/// Returns why kubelet cannot create the directory of a pod's logs: its name is made of namespace,
+/// name and UID, and is limited to 255 bytes.
 fn log_directory_refused(pod: &Pod) -> Option<String> {
     let (namespace, uid) = (pod.namespace()?, pod.uid()?);
     let name = format!("{namespace}_{}_{uid}", pod.name_any());
@@ -327,7 +327,7 @@ fn log_directory_refused(pod: &Pod) -> Option<String> {
     })
 }
 
-/// The first Secret that the pod's containers need for their environment and do not find.
+/// Returns the first Secret that the environment of the pod's containers needs and that is missing.
 async fn missing_secret(context: &Context, pod: &Pod) -> Option<String> {
     let namespace = pod.namespace().unwrap_or_default();
     let secrets: Api<Secret> = Api::namespaced(context.node.client.clone(), &namespace);
@@ -349,7 +349,7 @@ async fn missing_secret(context: &Context, pod: &Pod) -> Option<String> {
     None
 }
 
-/// Name of each Secret, and the key if one is named.
+/// Returns the name of each Secret, and the key if one is named.
 fn wanted_secrets(pod: &Pod) -> Vec<(String, Option<String>)> {
     let mut wanted = Vec::new();
     for container in pod.spec.iter().flat_map(|spec| &spec.containers) {
@@ -374,7 +374,7 @@ fn wanted_secrets(pod: &Pod) -> Vec<(String, Option<String>)> {
     wanted
 }
 
-/// The object of a pod that ended goes, unless it went by itself.
+/// Deletes the object of a pod that ended, unless it is gone.
 async fn finish(context: &Context, pod: &Pod, mut desired: watch::Receiver<Desired>) {
     let pods: Api<Pod> = Api::namespaced(
         context.node.client.clone(),
@@ -391,7 +391,7 @@ async fn finish(context: &Context, pod: &Pod, mut desired: watch::Receiver<Desir
     while !matches!(*desired.borrow_and_update(), Desired::Gone) {
         match pods.delete(&pod.name_any(), &params).await {
             Ok(_) => return,
-            // Gone, or another pod of that name.
+            // It is gone, or another pod has its name.
             Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => return,
             Err(error) => {
                 tracing::warn!(pod = pod.name_any(), %error, "the pod's object is still there")
@@ -422,7 +422,7 @@ async fn write_status(context: &Context, pod: &Pod, status: &Value) {
     }
 }
 
-/// With an address the pod runs and is ready.
+/// Returns the status of a pod, which runs and is ready if it has an address.
 fn status(
     pod: &Pod,
     phase: &str,

@@ -1,5 +1,5 @@
-//! The CSI drivers of a node, as kubelet learns of them: it watches `plugins_registry` for
-//! sockets, asks each who it is, and says what came of it.
+//! The registration of CSI drivers: kubelet watches `plugins_registry` for sockets, asks each for its
+//! driver, and reports the outcome to it.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -17,7 +17,7 @@ use super::authority::{self, OtherAuthority};
 use super::backoff::Backoff;
 use super::csi::{self, Driver};
 
-/// How often the directory is looked at. kubelet is told by the kernel.
+/// The interval at which the directory is read. The real kubelet uses inotify.
 const POLL: Duration = Duration::from_millis(100);
 /// kubelet's limits: `pkg/kubelet/pluginmanager/operationexecutor/operation_generator.go` of
 /// kubernetes/kubernetes.
@@ -40,10 +40,10 @@ struct Registered {
 type Version = (u64, u64, u64);
 
 impl Drivers {
-    /// Where the driver listens.
+    /// Returns the socket of a driver.
     ///
     /// # Errors
-    /// kubelet's words when there is no such driver.
+    /// Returns kubelet's text when there is no such driver.
     pub(crate) fn endpoint(&self, name: &str) -> Result<PathBuf, String> {
         self.lock()
             .get(name)
@@ -58,10 +58,10 @@ impl Drivers {
     }
 }
 
-/// A socket file, told from a later one at the same path.
+/// The identity of a socket file, which differs from that of a later one at the same path.
 type Identity = (u64, i64, i64);
 
-/// What is known of a socket.
+/// The state of a socket.
 struct Plugin {
     identity: Identity,
     /// The driver it registered.
@@ -77,14 +77,14 @@ pub(crate) struct Registrar {
     /// `plugins_registry`.
     pub(crate) dir: PathBuf,
     pub(crate) drivers: Drivers,
-    /// For `NodeGetInfo`.
+    /// The deadline of `NodeGetInfo`.
     pub(crate) csi_timeout: Duration,
-    /// Whether the socket's path is the calls' authority.
+    /// Whether the socket's path is the authority of calls.
     pub(crate) path_authority: bool,
 }
 
 impl Registrar {
-    /// Runs for ever.
+    /// Runs until it is dropped.
     pub(crate) async fn run(self) {
         let mut plugins: BTreeMap<PathBuf, Plugin> = BTreeMap::new();
         loop {
@@ -124,7 +124,7 @@ impl Registrar {
         }
     }
 
-    /// The handshake. Whatever becomes of it after GetInfo, the plugin is told.
+    /// Carries out the handshake. After GetInfo, the plugin is notified of every outcome.
     async fn register(&self, socket: &Path) -> Result<String, String> {
         let authority = match self.path_authority {
             true => authority::of_path(socket),
@@ -273,7 +273,7 @@ async fn within<T>(
     }
 }
 
-/// The sockets in a directory; hidden ones are none of kubelet's.
+/// Returns the sockets in a directory except hidden ones, which kubelet ignores.
 fn sockets(dir: &Path) -> BTreeMap<PathBuf, Identity> {
     let Ok(entries) = std::fs::read_dir(dir) else {
         return BTreeMap::new();
@@ -292,7 +292,7 @@ fn sockets(dir: &Path) -> BTreeMap<PathBuf, Identity> {
         .collect()
 }
 
-/// The highest version that kubelet speaks, which is any of 0 and 1.
+/// Returns the highest version of those that kubelet supports, which have the major number 0 or 1.
 fn highest_version(versions: &[String]) -> Result<Version, String> {
     if versions.is_empty() {
         return Err("no supported versions reported".to_owned());

@@ -34,7 +34,7 @@ impl World {
         Self::with(json!({}), None).await
     }
 
-    /// With more fields of the CSIDriver's spec.
+    /// Starts with more fields in the CSIDriver's spec.
     async fn with(fields: serde_json::Value, sync_period: Option<Duration>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("kubelet/plugins_registry")).unwrap();
@@ -495,8 +495,8 @@ async fn a_failed_republish_is_told_and_changes_nothing() {
     world.gone().await;
 }
 
-/// Somebody's change of an annotation makes kubelet look at once, a status that it writes itself
-/// does not; and there is nothing to look at before the pod runs.
+/// A changed annotation makes kubelet republish at once, a status that it writes itself does not, and
+/// nothing is republished before the pod runs.
 #[tokio::test]
 async fn a_changed_annotation_makes_kubelet_republish_at_once() {
     let mut world = World::with(json!({"requiresRepublish": true}), None).await;

@@ -1,11 +1,11 @@
-//! Tokens of service accounts, asked of the API server.
+//! Tokens of service accounts, from the API server.
 
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
-use k8s_openapi::api::core::v1::ServiceAccount;
+use k8s_openapi::api::core::v1::{PodSpec, ServiceAccount};
 use kube::api::{Api, PostParams};
 use serde::Serialize;
 
-/// A token as it stands in a volume's context. Without `Debug`: it is a secret.
+/// A token as it is written into a volume's context. It has no `Debug`, because it is a secret.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Token {
@@ -13,10 +13,18 @@ pub(crate) struct Token {
     expiration_timestamp: String,
 }
 
-/// Asks for a token of a service account.
+/// Returns the service account of a pod.
+pub(crate) fn service_account(pod: &PodSpec) -> &str {
+    match pod.service_account_name.as_deref() {
+        None | Some("") => "default",
+        Some(name) => name,
+    }
+}
+
+/// Requests a token of a service account.
 ///
 /// # Errors
-/// kubelet's words, which name the account.
+/// Returns kubelet's text, which names the account.
 pub(crate) async fn request(
     client: &kube::Client,
     namespace: &str,

@@ -1,8 +1,8 @@
-//! One inline CSI volume of one pod, on this node: its directory, what kubelet writes there,
-//! and the two operations on it.
+//! An inline CSI volume of a pod: its directory, the files that kubelet writes there, and the two
+//! operations on it.
 //!
-//! The order of steps, the words of errors and what an error does to the directory are those of
-//! kubelet (`pkg/volume/csi` of kubernetes/kubernetes, `csi_mounter.go` before all).
+//! The order of steps, the texts of errors and their effect on the directory are those of kubelet
+//! (`pkg/volume/csi` of kubernetes/kubernetes, above all `csi_mounter.go`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -25,14 +25,13 @@ use sha2::{Digest, Sha256};
 
 use super::csi::{CallError, Driver};
 use super::registration::Drivers;
-use super::tokens::{self, Token};
-use crate::daemonsets::service_account;
+use super::tokens::{self, Token, service_account};
 
 const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
 const PLUGIN: &str = "kubernetes.io~csi";
 const DATA_FILE: &str = "vol_data.json";
 
-/// What both operations need of the node.
+/// The parts of the node that both operations need.
 #[derive(Clone)]
 pub(crate) struct Node {
     pub(crate) client: kube::Client,
@@ -42,14 +41,14 @@ pub(crate) struct Node {
     pub(crate) drivers: Drivers,
     /// The CSIDriver objects, as kubelet's own cache holds them.
     pub(crate) classes: Store<CSIDriver>,
-    /// For each call to a driver.
+    /// The deadline of each call to a driver.
     pub(crate) csi_timeout: Duration,
 }
 
-/// A volume's identity and place.
+/// The identity and directory of a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Volume {
-    /// As the pod calls it.
+    /// Its name in the pod.
     pub(crate) name: String,
     /// `<root>/pods/<uid>/volumes/kubernetes.io~csi/<name>`.
     dir: PathBuf,
@@ -57,26 +56,27 @@ pub(crate) struct Volume {
     handle: String,
 }
 
-/// Whether the driver may hold the volume published.
+/// The knowledge of whether the driver has the volume published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
-    /// Certainly not.
+    /// It has not.
     Unmounted,
-    /// Nobody knows: a call was cut short, or kubelet was.
+    /// It may have: a call, or kubelet itself, was interrupted.
     Uncertain,
-    /// It said so.
+    /// It has.
     Mounted,
 }
 
-/// An operation that failed: kubelet's words, and what is true of the volume now.
+/// An operation that failed: kubelet's text, and the state of the volume now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
     pub(crate) message: String,
-    /// None: as before.
+    /// The state of the volume; as before when absent.
     pub(crate) state: Option<State>,
 }
 
-/// `vol_data.json`: from this file alone kubelet tears down what it no longer finds in the API.
+/// The content of `vol_data.json`, the only source from which kubelet tears down volumes of pods that
+/// are gone from the API.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct VolumeData {
@@ -90,7 +90,7 @@ struct VolumeData {
     volume_lifecycle_mode: String,
 }
 
-/// The directory of a pod.
+/// Returns the directory of a pod.
 pub(crate) fn pod_dir(root: &Path, uid: &str) -> PathBuf {
     root.join("pods").join(uid)
 }
@@ -99,8 +99,8 @@ fn volumes_dir(root: &Path, uid: &str) -> PathBuf {
     pod_dir(root, uid).join("volumes").join(PLUGIN)
 }
 
-/// What lies on disk of a pod's volumes, whether the pod still exists or not. Directories
-/// without a readable `vol_data.json` are reported and left, as kubelet does.
+/// Returns the volumes of a pod that are on disk, whether the pod still exists or not. Directories
+/// without a readable `vol_data.json` are logged and left, as by kubelet.
 pub(crate) fn on_disk(root: &Path, uid: &str) -> Vec<Volume> {
     let Ok(entries) = fs::read_dir(volumes_dir(root, uid)) else {
         return Vec::new();
@@ -117,7 +117,7 @@ pub(crate) fn on_disk(root: &Path, uid: &str) -> Vec<Volume> {
     volumes
 }
 
-/// Removes a pod's directories once no volume is in them. What is not empty stays.
+/// Removes the directories of a pod that are empty.
 pub(crate) fn remove_pod_dirs(root: &Path, uid: &str) {
     let pod = pod_dir(root, uid);
     for dir in [volumes_dir(root, uid), pod.join("volumes"), pod] {
@@ -132,7 +132,7 @@ pub(crate) fn remove_pod_dirs(root: &Path, uid: &str) {
 }
 
 impl Volume {
-    /// A pod's inline volume.
+    /// Returns an inline volume of a pod.
     pub(crate) fn new(root: &Path, uid: &str, name: &str, driver: &str) -> Self {
         Self {
             name: name.to_owned(),
@@ -152,12 +152,12 @@ impl Volume {
         })
     }
 
-    /// Where the driver is told to mount.
+    /// Returns the path at which the driver is told to mount.
     pub(crate) fn target(&self) -> PathBuf {
         self.dir.join("mount")
     }
 
-    /// What an earlier life of kubelet left: with `vol_data.json` there, anything may be.
+    /// Returns the state that an earlier run of kubelet left: uncertain if there is a `vol_data.json`.
     pub(crate) fn state_on_disk(&self) -> State {
         match self.dir.join(DATA_FILE).exists() {
             true => State::Uncertain,
@@ -165,8 +165,8 @@ impl Volume {
         }
     }
 
-    /// Makes the volume appear: `SetUp`. With `remount` the volume is published already and
-    /// stays so whatever the driver answers.
+    /// Publishes the volume (`SetUp`). With `remount` it is published already and stays so whatever
+    /// the driver answers.
     pub(crate) async fn set_up(
         &self,
         node: &Node,
@@ -190,7 +190,7 @@ impl Volume {
             .request(node, pod, source, class.as_deref())
             .await
             .map_err(unchanged)?;
-        // The first call of the operation, and so the one that finds nobody at the socket.
+        // This is the first call of the operation, and so the one that fails if nobody listens.
         let unasked = |error: CallError| {
             unchanged(format!(
                 "kubernetes.io/csi: mounter.SetUpAt failed to determine if the node service has VOLUME_MOUNT_GROUP capability: {error}"
@@ -228,7 +228,7 @@ impl Volume {
         }
     }
 
-    /// Makes the volume go: `TearDown`. Needs nothing but what is on disk and the driver.
+    /// Unpublishes the volume (`TearDown`). It needs only the files on disk and the driver.
     pub(crate) async fn tear_down(&self, node: &Node) -> Result<(), String> {
         let endpoint = node.drivers.endpoint(&self.driver).map_err(|reason| {
             format!("kubernetes.io/csi: Unmounter.TearDownAt failed to get CSI client: {reason}")
@@ -251,8 +251,8 @@ impl Volume {
         })
     }
 
-    /// Removes the target unless something is mounted on it, then `vol_data.json` and the
-    /// volume's directory. Never more than empty directories.
+    /// Removes the target unless something is mounted on it, then `vol_data.json` and the volume's
+    /// directory. Directories that are not empty stay.
     pub(crate) fn remove_dirs(&self) -> io::Result<()> {
         if is_mount_point(&self.target())? {
             return Ok(());
@@ -396,7 +396,7 @@ async fn node_publish_secrets(
     let secret = secrets.get(name).await.map_err(|error| {
         format!("fetching NodePublishSecretRef {namespace}/{name} failed: kubernetes.io/csi: failed to find the secret {name} in the namespace {namespace} with error: {}", api_message(&error))
     })?;
-    // Go turns bytes into a string as they are; the wire wants UTF-8.
+    // Go turns any bytes into a string, but protobuf requires UTF-8.
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     Ok(secret
         .data
@@ -444,7 +444,7 @@ fn judge(error: &CallError) -> Failure {
     }
 }
 
-/// As kubelet's cheap check: another device, or another directory, than the parent.
+/// Returns whether a path is a mount point, by kubelet's check: its device differs from its parent's.
 fn is_mount_point(path: &Path) -> io::Result<bool> {
     let here = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,

@@ -1,4 +1,4 @@
-//! Who may do what, and disturbances.
+//! Tests of authorisation and disturbances.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Kinds that come from a CustomResourceDefinition.
+//! Tests of kinds that come from a CustomResourceDefinition.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! How objects go.
+//! Tests of deletion and garbage collection.
 
 use super::*;
 

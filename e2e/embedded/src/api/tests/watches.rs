@@ -1,4 +1,4 @@
-//! Following changes.
+//! Tests of watches.
 
 use super::*;
 

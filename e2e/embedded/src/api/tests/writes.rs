@@ -1,4 +1,4 @@
-//! Creating, updating, patching, applying.
+//! Tests of creating, updating, patching and applying.
 
 use super::*;
 
@@ -36,7 +36,7 @@ async fn objects_are_created_read_and_refused_as_in_a_cluster() {
     assert_eq!(events.list(&some).await.unwrap().items.len(), 1);
 }
 
-/// A trial to create what is there already says so, after everything else that might be said.
+/// A dry run of creating an object that exists is refused for that, if for nothing else.
 #[tokio::test]
 async fn a_trial_passes_all_rules_and_stores_nothing() {
     let setup = Setup::new().await;
@@ -76,7 +76,7 @@ async fn updates_need_the_version_they_read_and_a_reason() {
         json!({"key": "dmFsdWU=", "more": "eA=="})
     );
     let again = secrets
-        .patch("s", &PatchParams::default(), &Patch::Strategic(&patch))
+        .patch("s", &PatchParams::default(), &Patch::Merge(&patch))
         .await
         .unwrap();
     assert_eq!(again, second);
@@ -179,24 +179,7 @@ async fn uid_of(setup: &Setup, namespace: &str) -> String {
         .unwrap()
 }
 
-#[tokio::test]
-async fn metadata_alone_can_be_asked_for() {
-    let setup = Setup::new().await;
-    let secrets: Api<Secret> = setup.api();
-    secrets.create(&POST, &secret("s")).await.unwrap();
-    let list = secrets.list_metadata(&ListParams::default()).await.unwrap();
-    assert_eq!(
-        list.items[0].types.as_ref().unwrap().kind,
-        "PartialObjectMetadata"
-    );
-    let one = value(&secrets.get_metadata("s").await.unwrap());
-    assert_eq!(
-        (&one["metadata"]["name"], &one["data"]),
-        (&json!("s"), &Value::Null)
-    );
-}
-
-/// Run with `cargo test -p e2e --lib creates_per_second -- --ignored --nocapture`.
+/// Run with `cargo test --lib creates_per_second -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement"]
 async fn creates_per_second() {
