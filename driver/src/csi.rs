@@ -1,6 +1,6 @@
 //! Serves the CSI Identity and Node services on the driver's socket.
 //!
-//! This room checks the form of requests, parses them into a `PublishRequest` or an
+//! This module checks the form of requests, parses them into a `PublishRequest` or an
 //! `UnpublishRequest`, and turns an `Error` into a status. Each call gets one span, one log line for
 //! its end, and one metrics guard, which counts a failure unless it is told otherwise.
 //!

@@ -1,8 +1,9 @@
 //! The error of a CSI call.
 //!
 //! An [`Error`] has a sentence for the person who reads `kubectl describe pod`, a gRPC code for
-//! kubelet, and an `error_type` label for dashboards. Errors never contain their input, so that none
-//! can contain a secret.
+//! kubelet, and an `error_type` label for dashboards. Errors never contain the content of a secret, a
+//! token or a Secret. They may quote names, paths, annotations and a provider's message, each of
+//! bounded length.
 //!
 //! After CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, RESOURCE_EXHAUSTED and ABORTED the volume may be
 //! mounted: kubelet keeps the directory and calls again, or unpublishes when the pod goes. Every other

@@ -1,11 +1,11 @@
 //! The Secrets Store CSI driver: the node agent that fetches a pod's secrets from an external
 //! store, through a provider, and mounts them into the pod as files on a tmpfs.
 //!
-//! # The walk
+//! # Modules
 //!
-//! A `NodePublishVolume` goes down through these modules, from `csi` to `record`, and comes back
-//! up. Each module is a room that uses only rooms below it: `tests/rooms.rs` checks that, the order
-//! of this list, and that the list is complete. This file is the only wiring.
+//! A publish passes through these modules in this order. A module uses only those below it:
+//! `tests/rooms.rs` checks that, the order of this list, and that the list is complete. `run` below
+//! connects the modules.
 //!
 //! ```text
 //! csi            the CSI services: the form of a request, the status of an error
@@ -32,15 +32,18 @@
 //!
 //! - A volume is published when its record says so, its mount is there and its content is there.
 //!   Nothing else means published.
-//! - A failed refresh leaves the last good content alone, and is announced once.
-//! - A publish never replaces or removes a live mount. A failed first publish leaves nothing behind.
+//! - A failed refresh leaves the last good content alone. Each run of the driver announces a failure
+//!   once.
+//! - A publish never replaces or removes a live mount. A failed first publish leaves no mount,
+//!   directory, record or pod status.
 //! - Secrets are made only of content that is recorded, mounted and complete. Newer content replaces
 //!   older content, by an order that does not depend on clocks.
 //! - The driver watches and lists nothing. It writes to the API only when something has changed.
 //! - Unpublish needs neither the API server nor a provider. CSI and registration start without them.
-//! - Protobuf types stop at `csi`, `registration`, `provider` and `metrics`, the kube crate at
-//!   `cluster`, system calls at `mount`, `files` and `socket`.
-//! - A secret is a [`secret::Secret`]. Errors never contain their input.
+//! - Only `csi`, `registration`, `provider` and `metrics` use the protobuf types, only `cluster` uses
+//!   the crate `kube`, and only `mount`, `files` and `socket` use `nix` for system calls.
+//! - A secret is a [`secret::Secret`]. Errors never contain the content of a secret, a token or a
+//!   Secret.
 
 pub mod cluster;
 pub mod config;

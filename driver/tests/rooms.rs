@@ -1,5 +1,5 @@
-//! Keeps the rooms of the driver apart: which room uses which, and at which rooms the crates for
-//! protobuf, Kubernetes, HTTP and system calls stop. `src/lib.rs` shows the rooms.
+//! Checks which module of the driver uses which, and which modules use the crates for protobuf,
+//! Kubernetes, HTTP and system calls. `src/lib.rs` lists the modules.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -9,7 +9,7 @@ use std::{
     path::Path,
 };
 
-/// The rooms from the top to the bottom, each with exactly the rooms that it uses.
+/// The modules from the top to the bottom, each with exactly the modules that it uses.
 const ROOMS: [(&str, &[&str]); 18] = [
     (
         "csi",
@@ -50,7 +50,7 @@ const ROOMS: [(&str, &[&str]); 18] = [
     ("hex", &[]),
 ];
 
-/// Crates that stop at certain rooms, each with exactly the rooms that use it.
+/// Crates that only some modules use, each with exactly those modules.
 const CONFINED: [(&str, &[&str]); 8] = [
     ("proto", &["csi", "metrics", "provider", "registration"]),
     ("prost", &["provider"]),
@@ -62,7 +62,7 @@ const CONFINED: [(&str, &[&str]); 8] = [
     ("libc", &["metrics"]),
 ];
 
-/// Returns the code of each room, without tests and comments.
+/// Returns the code of each module, without tests and comments.
 fn rooms() -> BTreeMap<String, String> {
     fn read(directory: &Path, rooms: &mut BTreeMap<String, String>) {
         for entry in fs::read_dir(directory).unwrap() {
@@ -114,7 +114,7 @@ fn after<'a>(code: &'a str, name: &str) -> Vec<&'a str> {
         .collect()
 }
 
-/// Returns the rooms that some code names: `crate::x`, and each `x` of `crate::{...}`.
+/// Returns the modules that some code names: `crate::x`, and each `x` of `crate::{...}`.
 fn used(code: &str) -> BTreeSet<&str> {
     fn first_name(path: &str) -> &str {
         let end = path.find(|c: char| !c.is_alphanumeric() && c != '_');
@@ -146,7 +146,7 @@ fn used(code: &str) -> BTreeSet<&str> {
 }
 
 #[test]
-fn a_room_uses_the_rooms_that_are_said_here_and_all_of_them_are_below_it() {
+fn a_module_uses_the_modules_that_are_listed_here_and_all_of_them_are_below_it() {
     let rooms = rooms();
     let names: BTreeSet<_> = ROOMS.iter().map(|(room, _)| *room).collect();
     assert_eq!(
@@ -169,7 +169,7 @@ fn a_room_uses_the_rooms_that_are_said_here_and_all_of_them_are_below_it() {
 }
 
 #[test]
-fn crates_stop_at_the_rooms_that_are_said_here() {
+fn crates_are_used_by_the_modules_that_are_listed_here() {
     let rooms = rooms();
     for (name, said) in CONFINED {
         let found = rooms
@@ -181,7 +181,7 @@ fn crates_stop_at_the_rooms_that_are_said_here() {
 }
 
 #[test]
-fn the_map_in_the_documentation_shows_the_rooms_in_their_order() {
+fn the_documentation_lists_the_modules_in_their_order() {
     let text = fs::read_to_string(root().join("lib.rs")).unwrap();
     let map = text.split("//! ```").nth(1).unwrap();
     let lines = map.lines().skip(1);

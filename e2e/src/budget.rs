@@ -79,11 +79,11 @@ pub async fn run() -> Result<()> {
         table.note(&format!("publish p99 {at}, ms"), percentile(&latencies, 99));
         let rate = per(&pods) / seconds;
         if concurrency == MANY {
-            table.at_least(&format!("publishes a second {at}"), rate, 100.0);
-            let of_cpu = format!("publishes a second of CPU time {at}");
+            table.at_least(&format!("publishes per second {at}"), rate, 100.0);
+            let of_cpu = format!("publishes per second of CPU time {at}");
             table.at_least(&of_cpu, per(&pods) / cpu, 300.0);
         } else {
-            table.note(&format!("publishes a second {at}"), rate);
+            table.note(&format!("publishes per second {at}"), rate);
         }
         let (reads, writes) = bench.requests();
         table.at_most(
@@ -264,8 +264,8 @@ impl<'a> Bench<'a> {
     /// changed.
     async fn rest(&self, pods: &[Volume], table: &mut Table) -> Result<()> {
         for (what, reads, calls) in [
-            ("a republish", 1.0, 0.0),
-            ("a refresh without change", 2.0, 1.0),
+            ("republish", 1.0, 0.0),
+            ("refresh without change", 2.0, 1.0),
         ] {
             if calls > 0.0 {
                 let asked = class(&json!({"secrets-store.csi.k8s.io/refresh": "1"}));

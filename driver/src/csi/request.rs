@@ -1,4 +1,4 @@
-//! Parses requests: checks their form, and turns them into types of the rooms below.
+//! Parses requests: checks their form, and turns them into types of the modules below.
 
 use std::{path::Path, time::Duration};
 
