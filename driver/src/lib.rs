@@ -4,7 +4,7 @@
 //! # Modules
 //!
 //! A publish passes through these modules in this order. A module uses only those below it:
-//! `tests/rooms.rs` checks that, the order of this list, and that the list is complete. `run` below
+//! `e2e/tests/rooms.rs` checks that, the order of this list, and that the list is complete. `run` below
 //! connects the modules.
 //!
 //! ```text

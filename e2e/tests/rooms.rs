@@ -1,0 +1,323 @@
+//! Checks which module of a crate uses which, and which modules of the driver use the crates for
+//! protobuf, Kubernetes, HTTP and system calls. Each crate's `src/lib.rs` lists its modules.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
+
+use rstest::rstest;
+
+/// The modules of a crate from the top to the bottom, each with exactly the modules that it uses.
+type Rooms = &'static [(&'static str, &'static [&'static str])];
+
+const DRIVER: Rooms = &[
+    (
+        "csi",
+        &[
+            "config", "error", "files", "metrics", "record", "secret", "socket", "volume",
+        ],
+    ),
+    ("registration", &["socket"]),
+    ("logging", &["config"]),
+    (
+        "volume",
+        &[
+            "cluster", "config", "error", "files", "memory", "metrics", "mount", "provider",
+            "record", "secret", "sync",
+        ],
+    ),
+    (
+        "sync",
+        &[
+            "cluster", "error", "files", "metrics", "mount", "record", "secret", "turns",
+        ],
+    ),
+    ("memory", &["files", "mount"]),
+    (
+        "provider",
+        &["error", "files", "metrics", "record", "secret"],
+    ),
+    ("cluster", &["error", "hex", "record", "secret", "turns"]),
+    ("metrics", &["config", "socket"]),
+    ("mount", &["hex"]),
+    ("files", &["hex", "secret"]),
+    ("record", &["hex"]),
+    ("config", &[]),
+    ("socket", &[]),
+    ("error", &[]),
+    ("secret", &[]),
+    ("turns", &[]),
+    ("hex", &[]),
+];
+
+const FAKE_PROVIDER: Rooms = &[
+    ("check", &["server"]),
+    ("fake", &["server"]),
+    ("server", &[]),
+];
+
+const EMBEDDED: Rooms = &[
+    (
+        "cluster",
+        &[
+            "api",
+            "apply",
+            "control",
+            "controllers",
+            "error",
+            "exchange",
+            "node",
+            "processes",
+        ],
+    ),
+    (
+        "node",
+        &[
+            "api",
+            "control",
+            "daemonsets",
+            "kubelet",
+            "namespaces",
+            "processes",
+        ],
+    ),
+    (
+        "controllers",
+        &["control", "daemonsets", "kubelet", "processes"],
+    ),
+    ("daemonsets", &["kubelet", "processes"]),
+    ("control", &["exchange", "namespaces", "processes"]),
+    ("processes", &["namespaces"]),
+    ("apply", &["error"]),
+    ("api", &[]),
+    ("kubelet", &[]),
+    ("namespaces", &[]),
+    ("exchange", &[]),
+    ("error", &[]),
+];
+
+const E2E: Rooms = &[
+    (
+        "demo",
+        &[
+            "binaries",
+            "cluster",
+            "embedded",
+            "install",
+            "manifest",
+            "namespace",
+            "tree",
+        ],
+    ),
+    (
+        "budget",
+        &["binaries", "cluster", "embedded", "manifest", "namespace"],
+    ),
+    ("previous", &["binaries", "cluster", "images", "install"]),
+    (
+        "embedded",
+        &[
+            "binaries",
+            "cluster",
+            "host",
+            "install",
+            "namespace",
+            "tree",
+            "user",
+        ],
+    ),
+    (
+        "local",
+        &[
+            "binaries",
+            "cluster",
+            "guard",
+            "host",
+            "images",
+            "install",
+            "namespace",
+            "real",
+            "tree",
+        ],
+    ),
+    (
+        "kind",
+        &[
+            "binaries", "cluster", "guard", "host", "images", "install", "real", "tree",
+        ],
+    ),
+    ("real", &["cluster", "install"]),
+    ("guard", &["cluster"]),
+    (
+        "install",
+        &["binaries", "cluster", "images", "manifest", "namespace"],
+    ),
+    ("images", &["binaries", "tree"]),
+    ("namespace", &["cluster"]),
+    ("manifest", &["cluster"]),
+    ("cluster", &["reader", "tree"]),
+    ("tree", &[]),
+    ("reader", &[]),
+    ("binaries", &[]),
+    ("host", &[]),
+    ("skipped", &[]),
+    ("user", &[]),
+];
+
+/// Crates that only some modules of the driver use, each with exactly those modules.
+const CONFINED: [(&str, &[&str]); 8] = [
+    ("proto", &["csi", "metrics", "provider", "registration"]),
+    ("prost", &["provider"]),
+    ("kube", &["cluster"]),
+    ("k8s_openapi", &["cluster"]),
+    ("hyper", &["metrics", "provider"]),
+    ("prometheus_client", &["metrics"]),
+    ("nix", &["files", "mount", "socket"]),
+    ("libc", &["metrics"]),
+];
+
+/// Returns the code of each module of a crate, without tests and comments.
+fn modules(sources: &Path) -> BTreeMap<String, String> {
+    fn read(sources: &Path, directory: &Path, modules: &mut BTreeMap<String, String>) {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                read(sources, &path, modules);
+                continue;
+            }
+            if path.extension().is_none_or(|extension| extension != "rs") {
+                continue;
+            }
+            let relative = path.strip_prefix(sources).unwrap().with_extension("");
+            let names: Vec<_> = relative.iter().map(|n| n.to_str().unwrap()).collect();
+            if matches!(names[0], "main" | "lib" | "bin") || names.contains(&"tests") {
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap();
+            let code = modules.entry(names[0].to_owned()).or_default();
+            code.push_str(&without_tests_and_comments(&text));
+        }
+    }
+    let mut modules = BTreeMap::new();
+    read(sources, sources, &mut modules);
+    modules
+}
+
+/// Returns the directory of a crate's sources.
+fn sources(of: &str) -> PathBuf {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    workspace.join(of).join("src")
+}
+
+fn without_tests_and_comments(text: &str) -> String {
+    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+    let lines = code.lines();
+    lines
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .fold(String::new(), |all, line| all + line + "\n")
+}
+
+/// Returns what follows each mention of a path that begins with `name`.
+fn after<'a>(code: &'a str, name: &str) -> Vec<&'a str> {
+    let start = format!("{name}::");
+    let is_whole = |at: usize| {
+        let before = code[..at].chars().next_back();
+        before.is_none_or(|c| !c.is_alphanumeric() && c != '_' && c != ':')
+    };
+    code.match_indices(&start)
+        .filter(|(at, _)| is_whole(*at))
+        .map(|(at, _)| &code[at + start.len()..])
+        .collect()
+}
+
+/// Returns the modules that some code names: `crate::x`, and each `x` of `crate::{...}`.
+fn used(code: &str) -> BTreeSet<&str> {
+    fn first_name(path: &str) -> &str {
+        let end = path.find(|c: char| !c.is_alphanumeric() && c != '_');
+        &path[..end.unwrap_or(path.len())]
+    }
+    let mut used = BTreeSet::new();
+    for path in after(code, "crate") {
+        let Some(group) = path.strip_prefix('{') else {
+            used.insert(first_name(path));
+            continue;
+        };
+        let mut depth = 0;
+        let mut starts = true;
+        for (at, c) in group.char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth == 0 => break,
+                '}' => depth -= 1,
+                ',' if depth == 0 => starts = true,
+                _ if starts && !c.is_whitespace() => {
+                    used.insert(first_name(&group[at..]));
+                    starts = false;
+                }
+                _ => {}
+            }
+        }
+    }
+    used
+}
+
+#[rstest]
+#[case::driver("driver", DRIVER)]
+#[case::fake_provider("fake-provider", FAKE_PROVIDER)]
+#[case::embedded("e2e/embedded", EMBEDDED)]
+#[case::e2e("e2e", E2E)]
+fn a_module_uses_the_modules_that_are_listed_here_and_all_of_them_are_below_it(
+    #[case] of: &str,
+    #[case] rooms: Rooms,
+) {
+    let modules = modules(&sources(of));
+    let names: BTreeSet<_> = modules.keys().map(String::as_str).collect();
+    assert_eq!(names, rooms.iter().map(|(room, _)| *room).collect());
+    for (floor, (room, uses)) in rooms.iter().enumerate() {
+        let mut used = used(&modules[*room]);
+        // A name that is no module is a function or a macro of `lib.rs`.
+        used.retain(|name| name != room && names.contains(name));
+        assert_eq!(used, uses.iter().copied().collect(), "{room} uses");
+        for other in *uses {
+            let below = rooms[floor + 1..].iter().any(|(room, _)| room == other);
+            assert!(below, "{other} is not below {room}");
+        }
+    }
+}
+
+#[test]
+fn crates_are_used_by_the_modules_of_the_driver_that_are_listed_here() {
+    let modules = modules(&sources("driver"));
+    for (name, said) in CONFINED {
+        let found = modules
+            .iter()
+            .filter(|(_, code)| !after(code, name).is_empty());
+        let found: Vec<_> = found.map(|(module, _)| module).collect();
+        assert_eq!(found, said, "{name} is used by");
+    }
+}
+
+#[test]
+fn the_documentation_of_the_driver_lists_the_modules_in_their_order() {
+    let text = fs::read_to_string(sources("driver").join("lib.rs")).unwrap();
+    let map = text.split("//! ```").nth(1).unwrap();
+    let lines = map.lines().skip(1);
+    let shown = lines.filter_map(|line| line.trim_start_matches("//!").split_whitespace().next());
+    let shown: Vec<_> = shown.collect();
+    let rooms: Vec<_> = DRIVER.iter().map(|(room, _)| *room).collect();
+    assert_eq!(shown, rooms);
+}
+
+#[test]
+fn the_reader_of_uses_reads_what_is_written_here() {
+    let code = "use crate::{\n    config::{A, B},\n    error::{Error, Result},\n    record,\n};\nlet x = crate::files::File::new(crate::secret::S);\nlet y = metrics::http::serve(&mycrate::x);";
+    assert_eq!(
+        used(code),
+        BTreeSet::from(["config", "error", "files", "record", "secret"])
+    );
+    assert!(after(code, "http").is_empty());
+}
