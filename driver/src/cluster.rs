@@ -103,7 +103,8 @@ impl Cluster {
     }
 
     async fn connect(&self) -> Result<Client> {
-        let failed = |why: String| Error::unavailable(format!("no API server: {why}"));
+        let failed =
+            |why: String| Error::unavailable(format!("cannot connect to the API server: {why}"));
         let mut config = match &self.kubeconfig {
             None => Config::incluster().map_err(|error| {
                 failed(format!(

@@ -215,7 +215,7 @@ impl Config {
         if flag.is_signed() && value.starts_with('-') && value != "-0" {
             self.below_zero.push(flag.name);
         }
-        if flag.pending && value != flag.default {
+        if !flag.has_effect && value != flag.default {
             self.without_effect.push(flag.name);
         }
         Ok(())

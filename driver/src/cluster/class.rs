@@ -252,7 +252,7 @@ fn too_much(objects: &[SecretObject]) -> Option<String> {
         return None;
     };
     Some(format!(
-        "its secretObjects have {count} {what}, and {limit} at most are made of one class; none of them is made. Divide them among several classes, or use objectName \"*\""
+        "secretObjects has {count} {what}; the limit is {limit}, so no Secret of this class is made. Divide them among several classes, or use objectName \"*\""
     ))
 }
 

@@ -14,8 +14,8 @@ pub(super) struct Flag {
     pub(super) value: &'static str,
     pub(super) default: &'static str,
     help: &'static str,
-    /// Whether the flag has no effect so far, and is accepted for the sake of existing manifests.
-    pub(super) pending: bool,
+    /// Whether the flag changes anything. Others are accepted for the sake of existing manifests.
+    pub(super) has_effect: bool,
     pub(super) set: fn(&mut Config, &str) -> Result<(), String>,
 }
 
@@ -38,16 +38,16 @@ macro_rules! flag {
             value: $value,
             default: $default,
             help: $help,
-            pending: false,
+            has_effect: true,
             set: $set,
         }
     };
 }
 
-/// Builds a flag without an effect so far. Its value is checked all the same.
-macro_rules! pending {
+/// Builds a flag without an effect. Its value is checked all the same.
+macro_rules! without_effect {
     ($name:literal $value:literal = $default:literal, $help:literal, $set:expr) => {
-        Flag { pending: true, ..flag!($name $value = $default, $help, $set) }
+        Flag { has_effect: false, ..flag!($name $value = $default, $help, $set) }
     };
 }
 
@@ -94,7 +94,7 @@ pub(super) const FLAGS: &[Flag] = &[
         "Largest answer that the driver accepts from a provider.",
         |c, v| { c.max_call_recv_msg_size = size(v)?; Ok(()) }),
     flag!("provider-max-calls" "NUMBER" = "16",
-        "Most calls in flight to one provider, shared between namespaces and classes. Other calls wait, and first mounts go before refreshes.",
+        "Largest number of calls in flight to one provider, shared between namespaces and classes. Other calls wait, and first mounts go before refreshes.",
         |c, v| { c.provider_max_calls = count(v)?; Ok(()) }),
     flag!("provider-max-bytes" "BYTES" = "67108864",
         "Memory for the answers of one provider. An answer counts from its arrival until its files are written, and others wait meanwhile. A single answer is always accepted. At most a sixth of the driver's memory limit.",
@@ -107,7 +107,7 @@ pub(super) const FLAGS: &[Flag] = &[
         |c, v| put(&mut c.provider_health_check_interval, v)),
 
     flag!("enable-secret-rotation" "" = "false",
-        "Refresh mounted volumes when kubelet publishes them again, as requiresRepublish in the CSIDriver object tells it to.",
+        "Refresh mounted volumes when kubelet publishes them again, which needs requiresRepublish in the CSIDriver object.",
         |c, v| put(&mut c.enable_secret_rotation, v)),
     flag!("rotation-poll-interval" "DURATION" = "2m",
         "Shortest time between two refreshes of one volume. The class and the volume can set another.",
@@ -119,7 +119,7 @@ pub(super) const FLAGS: &[Flag] = &[
         "What kubelet is told when a refresh fails: mask (success; an event on the pod reports the failure) or surface (the error). The volume keeps its content either way.",
         |c, v| put(&mut c.republish_errors, v)),
     flag!("rotation-backoff" "DURATION" = "10s",
-        "Wait before a failed refresh is tried again. It doubles with each further failure.",
+        "Wait before a failed refresh is tried again. It doubles with each further failure, and is four times as long after RESOURCE_EXHAUSTED.",
         |c, v| put(&mut c.rotation_backoff, v)),
     flag!("rotation-backoff-max" "DURATION" = "5m",
         "Longest wait before a failed refresh is tried again, unless the provider asks for a longer one.",
@@ -142,20 +142,20 @@ pub(super) const FLAGS: &[Flag] = &[
     flag!("log-format-json" "" = "false",
         "Write log lines as JSON objects.",
         |c, v| put(&mut c.log_format_json, v)),
-    pending!("vmodule" "PATTERNS" = "", "Log levels by source file.", |_, v| check::<String>(v)),
-    pending!("logtostderr" "" = "true", "Log to standard error instead of files.", |_, v| check::<bool>(v)),
-    pending!("alsologtostderr" "" = "false", "Log to standard error as well as to files.", |_, v| check::<bool>(v)),
-    pending!("stderrthreshold" "SEVERITY" = "2", "Lowest severity at which lines for log files also go to standard error.", |_, v| check::<String>(v)),
-    pending!("log_dir" "DIR" = "", "Directory for log files.", |_, v| check::<String>(v)),
-    pending!("log_file" "FILE" = "", "Path of the log file.", |_, v| check::<String>(v)),
-    pending!("log_file_max_size" "MEGABYTES" = "1800", "Largest size of a log file.", |_, v| check::<u64>(v)),
-    pending!("log_backtrace_at" "FILE:LINE" = ":0", "Source line that logs a stack trace.", |_, v| check::<String>(v)),
-    pending!("add_dir_header" "" = "false", "Add the directory of the source file to log lines.", |_, v| check::<bool>(v)),
-    pending!("skip_headers" "" = "false", "Log messages without a header.", |_, v| check::<bool>(v)),
-    pending!("skip_log_headers" "" = "false", "Start log files without a header.", |_, v| check::<bool>(v)),
-    pending!("one_output" "" = "false", "Write each line only to the log file of its own severity.", |_, v| check::<bool>(v)),
-    pending!("enable-pprof" "" = "false", "Serve profiles in the format of Go's pprof.", |_, v| check::<bool>(v)),
-    pending!("pprof-port" "PORT" = "6065", "Port at which profiles are served.", |_, v| check::<i64>(v)),
+    without_effect!("vmodule" "PATTERNS" = "", "Log levels by source file.", |_, v| check::<String>(v)),
+    without_effect!("logtostderr" "" = "true", "Log to standard error instead of files.", |_, v| check::<bool>(v)),
+    without_effect!("alsologtostderr" "" = "false", "Log to standard error as well as to files.", |_, v| check::<bool>(v)),
+    without_effect!("stderrthreshold" "SEVERITY" = "2", "Lowest severity at which lines for log files also go to standard error.", |_, v| check::<String>(v)),
+    without_effect!("log_dir" "DIR" = "", "Directory for log files.", |_, v| check::<String>(v)),
+    without_effect!("log_file" "FILE" = "", "Path of the log file.", |_, v| check::<String>(v)),
+    without_effect!("log_file_max_size" "MEGABYTES" = "1800", "Largest size of a log file.", |_, v| check::<u64>(v)),
+    without_effect!("log_backtrace_at" "FILE:LINE" = ":0", "Source line that logs a stack trace.", |_, v| check::<String>(v)),
+    without_effect!("add_dir_header" "" = "false", "Add the directory of the source file to log lines.", |_, v| check::<bool>(v)),
+    without_effect!("skip_headers" "" = "false", "Log messages without a header.", |_, v| check::<bool>(v)),
+    without_effect!("skip_log_headers" "" = "false", "Start log files without a header.", |_, v| check::<bool>(v)),
+    without_effect!("one_output" "" = "false", "Write each line only to the log file of its own severity.", |_, v| check::<bool>(v)),
+    without_effect!("enable-pprof" "" = "false", "Serve profiles in the format of Go's pprof.", |_, v| check::<bool>(v)),
+    without_effect!("pprof-port" "PORT" = "6065", "Port at which profiles are served.", |_, v| check::<i64>(v)),
 
     flag!("version" "" = "false", "Print the version as one line of JSON, and exit.", |c, v| put(&mut c.print_version, v)),
 ];
@@ -205,15 +205,15 @@ pub(super) fn help() -> String {
             "" | "false" => String::new(),
             default => format!(" [{default}]"),
         };
-        let pending = if flag.pending {
-            " The driver accepts this flag and ignores it."
-        } else {
+        let note = if flag.has_effect {
             ""
+        } else {
+            " The driver accepts this flag and ignores it."
         };
         // Writing to a String cannot fail.
         let _ = write!(
             text,
-            "\n  --{}{value}{default}\n      {}{pending}",
+            "\n  --{}{value}{default}\n      {}{note}",
             flag.name, flag.help
         );
     }

@@ -95,7 +95,9 @@ pub(super) fn remove_at<N: NixPath + ?Sized>(parent: BorrowedFd<'_>, name: &N) -
             clear(directory.as_fd())?;
         }
     }
-    Err(io::Error::other("others write into it while it is removed"))
+    Err(io::Error::other(
+        "other processes write into it while it is removed",
+    ))
 }
 
 /// Removes everything in a directory that is open, never through a link and never beyond its own

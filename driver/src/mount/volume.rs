@@ -103,7 +103,7 @@ impl VolumeMount {
     /// stays the volume's root, whatever is mounted later.
     ///
     /// # Errors
-    /// Says that something was mounted over the volume or that it was taken off, and what to do.
+    /// Says that something was mounted over the volume or that it was unmounted, and what to do.
     pub fn open(&self) -> io::Result<OwnedFd> {
         self.open_or_instead()?.map_err(|instead| {
             let target = self.target.display();
@@ -117,12 +117,12 @@ impl VolumeMount {
                     "unmount it or replace the pod",
                 ),
                 Instead::Nothing => (
-                    "the volume was taken off",
+                    "the volume was unmounted from",
                     "the next attempt mounts it again",
                 ),
             };
             io::Error::other(format!(
-                "{happened} {target} while the provider was asked, and nothing is written there; {help}. Is another program, or the provider itself, mounting or unmounting below kubelet's pods directory?"
+                "{happened} {target} while the provider was called, so nothing was written; {help}. Is another program, or the provider itself, mounting or unmounting below kubelet's pods directory?"
             ))
         })
     }

@@ -196,7 +196,7 @@ fn key_format(class: &Class) -> Result<KeyFormat, SyncError> {
         None | Some("traditional") => Ok(KeyFormat::Traditional),
         Some("original") => Ok(KeyFormat::Original),
         Some(other) => Err(invalid(format!(
-            "annotation {TLS_KEY_FORMAT} of the class is {other:.40?}: traditional or original"
+            "annotation {TLS_KEY_FORMAT} of the class is {other:.40?}; it must be traditional or original"
         ))),
     }
 }
@@ -254,7 +254,9 @@ fn check(object: &SecretObject, data: &SecretData) -> Result<(), SyncError> {
         if keys.contains(&key) && !data.get(key).is_some_and(is_json) {
             return Err(SyncError::new(
                 ErrorType::InvalidValue,
-                format!("key {key}: type {type_} needs a JSON object, and the value is none"),
+                format!(
+                    "key {key}: type {type_} needs a JSON object, but the value is not a JSON object"
+                ),
             ));
         }
     }

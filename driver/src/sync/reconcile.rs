@@ -208,7 +208,7 @@ impl SecretSync {
                 let computed = batch.take(name, &origin);
                 let computed = computed.unwrap_or_else(|| {
                     Err(SyncError::unavailable(
-                        "a bug in the driver: it is not computed",
+                        "its data was not computed, which is a bug in the driver",
                     ))
                 });
                 return computed.map(|data| Some((data, stamp)));

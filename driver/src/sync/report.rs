@@ -103,7 +103,7 @@ impl SecretSync {
             Ok(Some(reconciled)) => {
                 if let (Reconciled::Recreated, Some(first)) = (reconciled, volumes.first()) {
                     let message = format!(
-                        "Secret {secret} was made anew, because its type changed and the type of a Secret cannot"
+                        "Secret {secret} was deleted and re-created, because the type of an existing Secret cannot change"
                     );
                     // This is no error, so that it does not matter if the event is not accepted.
                     let _ = self.cluster.announce(
@@ -144,7 +144,7 @@ impl SecretSync {
         };
         let key = ClassKey::new(&first.pod.namespace, &class.identity.name);
         for cached in self.cache.volumes_of(&key) {
-            let message = format!("Secret {secret} is in step with the volume again");
+            let message = format!("Secret {secret} matches the volume again");
             let event = (Severity::Normal, "SecretSynced", message);
             self.tell(&cached.volume, secret, None, event);
         }

@@ -179,7 +179,7 @@ pub(super) fn pair(
     for key in &keys.keys {
         for (at, certificate) in certificates.iter().enumerate() {
             if waiting.is_over() {
-                return unusable("it was given up, because nobody waits for it");
+                return unusable("it was cancelled, because no caller waits for it");
             }
             let public = &certificate.public_key;
             match key.belongs_to(&certificate.algorithm, public) {

@@ -104,7 +104,11 @@ impl Volumes {
                 request.pod
             ))
         };
-        let no_json = |error| failed(Error::internal(format!("attributes: {error}")));
+        let no_json = |error| {
+            failed(Error::internal(format!(
+                "the request cannot be written as JSON: {error}"
+            )))
+        };
         let secrets = if request.secrets.is_empty() {
             "null".to_owned().into()
         } else {

@@ -248,7 +248,7 @@ impl Volumes {
         .await
         .map_err(|error| {
             Error::internal(format!(
-                "failed to read how mounts at {} spread: {error}",
+                "failed to read the mount propagation at {}: {error}",
                 request.target
             ))
         })?;
@@ -374,7 +374,7 @@ pub(super) fn take_down(target: &Path) -> io::Result<()> {
                 }
             }
             Detached::Foreign => {
-                tracing::info!(target_path = %target.display(), "took off a mount that this driver did not make, and left its files alone");
+                tracing::info!(target_path = %target.display(), "unmounted a mount that this driver did not make, and left its files alone");
             }
             Detached::Nothing => {
                 mount::detach_below(target)?;
@@ -383,7 +383,7 @@ pub(super) fn take_down(target: &Path) -> io::Result<()> {
         }
     }
     Err(io::Error::other(
-        "more mounts lie on top of each other than can be taken off at once",
+        "too many mounts are stacked to unmount all of them in one call",
     ))
 }
 

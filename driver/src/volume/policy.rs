@@ -182,7 +182,7 @@ pub fn sends_versions(class: &ClassState) -> Result<bool, Error> {
         Some("true") => Ok(true),
         None | Some("false") => Ok(false),
         Some(text) => Err(Error::precondition(format!(
-            "annotation {SEND_VERSIONS} of secretproviderclass {} is {text:.40?}: true or false",
+            "annotation {SEND_VERSIONS} of secretproviderclass {} is {text:.40?}; it must be true or false",
             class.name
         ))),
     }

@@ -239,7 +239,7 @@ impl Volumes {
     /// keeps the failure for the next refresh.
     async fn announce_recovery(&self, request: &PublishRequest, since: Timestamp) {
         let announced = self.cluster.announce(&request.pod, Severity::Normal, "MountRotationComplete", &format!(
-            "the volume of SecretProviderClass {} is fresh again; refreshes had failed since {since:.0}",
+            "the volume of SecretProviderClass {} was refreshed; earlier refreshes had failed since {since:.0}",
             request.class
         ), self.when_posted(request, since, Notice::Recovered));
         if announced {
@@ -294,7 +294,7 @@ impl Volumes {
             .unwrap_or_else(|| self.clock.now());
         if told.is_none() {
             let announced = self.cluster.announce(&request.pod, Severity::Warning, "MountRotationFailed", &format!(
-                "the volume of SecretProviderClass {} keeps the content of {:.0} because it cannot be refreshed: {error}",
+                "the volume of SecretProviderClass {} could not be refreshed and keeps its content of {:.0}: {error}",
                 request.class, record.last_success
             ), self.when_posted(request, since, Notice::Failing));
             if !announced {

@@ -121,7 +121,7 @@ async fn refused_at_any_step_it_is_there() {
                 "{event}"
             );
             assert!(
-                event.contains("stays as it is")
+                event.contains("the existing Secret is kept")
                     || !refused_for_good
                     || event.contains("SecretRecreated"),
                 "{event}"
@@ -229,7 +229,9 @@ async fn missing_for_a_while_it_comes_back_whole(
         told("Secret creds: it is missing")
     })
     .await;
-    assert!(told("its type was changed to example.com/typed"));
+    assert!(told(
+        "it was deleted to change its type to example.com/typed"
+    ));
     for _ in 0..3 {
         let mut changed = api.get(other).unwrap();
         changed["data"]["pw"] = json!("b3RoZXI=");

@@ -149,7 +149,7 @@ async fn run(world: &mut World, act: &str, when: When, then: Then) {
     let target = volume.target.to_str().unwrap();
     assert!(message.contains(target), "{case}: {status}");
     assert!(
-        message.contains("while the provider was asked"),
+        message.contains("while the provider was called"),
         "{case}: {status}"
     );
     let now = tree(&volume.target);

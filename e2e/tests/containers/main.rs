@@ -71,7 +71,9 @@ fn without_an_api_server_only_a_publish_fails_and_says_why() {
         assert_eq!(error.code(), Code::Unavailable, "{error:?}");
         let text = error.message();
         assert!(
-            text.starts_with("failed to get secretproviderclass default/web: no API server: "),
+            text.starts_with(
+                "failed to get secretproviderclass default/web: cannot connect to the API server: "
+            ),
             "{text}"
         );
         assert!(

@@ -89,7 +89,7 @@ impl SyncError {
         Self::new(
             ErrorType::Refused,
             format!(
-                "its type should be {desired_type:.100}, which needs a new Secret in its place, and the one that is there stays as it is: {why}"
+                "its type cannot be changed to {desired_type:.100}, and the existing Secret is kept: {why}"
             ),
         )
     }
@@ -100,7 +100,7 @@ impl SyncError {
         Self::new(
             ErrorType::Missing,
             format!(
-                "it is missing: its type was changed to {desired_type:.100}, for which it was deleted, and the API server does not take the new one: {why}. The driver tries again, every few minutes at least, as long as a pod needs it. Look for a webhook, a policy or a quota that is in the way of Secrets in namespace {namespace}, or give the entry of the class its former type"
+                "it is missing: it was deleted to change its type to {desired_type:.100}, and the API server rejects the new one: {why}. The driver tries again, every few minutes at least, as long as a pod needs it. Look for a webhook, a policy or a quota that rejects Secrets in namespace {namespace}, or give the entry of the class its former type"
             ),
         )
     }

@@ -50,7 +50,7 @@ impl Step {
         let why = match self {
             Self::Deleting => {
                 return SyncError::unavailable(
-                    "its type is to change, and the API server has not answered the request to delete it yet",
+                    "its type change waits: the API server has not answered the request to delete it yet",
                 );
             }
             Self::Creating => "the API server has not answered yet".to_owned(),
@@ -78,7 +78,7 @@ impl Missing {
         let of_namespace = entries.keys().filter(|(ns, _)| *ns == key.0).count();
         if entries.len() >= MAX_MISSING || of_namespace >= MAX_OF_NAMESPACE {
             return Err(SyncError::unavailable(format_args!(
-                "its type is to change, for which the driver deletes it, but other Secrets that were deleted for that have to be there again first ({of_namespace} in this namespace are missing, {} in all)",
+                "its type change waits: {of_namespace} Secrets of this namespace, and {} in all, were deleted to change their type and are not re-created yet",
                 entries.len()
             )));
         }

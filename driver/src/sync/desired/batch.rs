@@ -142,8 +142,8 @@ fn complete(data: SecretData, object: &SecretObject) -> Result<SecretData, SyncE
         .filter(|key| !key.is_empty())
         .find(|key| !data.contains_key(*key));
     let what = match lost {
-        Some(key) => format!("key {key:.100?} came out of the volume without a value"),
-        None if data.is_empty() => "there is no object in the volume".to_owned(),
+        Some(key) => format!("no value for key {key:.100?} was found in the volume"),
+        None if data.is_empty() => "no object was found in the volume".to_owned(),
         None => return Ok(data),
     };
     Err(SyncError::new(ErrorType::ObjectNotFound, what))

@@ -203,7 +203,9 @@ impl<'a> Sources<'a> {
     /// Ends the work if no caller waits for it any more.
     fn check_waiting(&self) -> Result<(), SyncError> {
         if self.waiting.is_over() {
-            return Err(SyncError::unavailable("nobody waits for it any more"));
+            return Err(SyncError::unavailable(
+                "cancelled, because no caller waits for it",
+            ));
         }
         Ok(())
     }

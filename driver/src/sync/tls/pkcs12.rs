@@ -133,7 +133,7 @@ pub(super) fn read(archive: &[u8], waiting: &Waiting) -> Result<Found, String> {
         Err(ArchiveError::Bags) => Err(format!(
             "it is PKCS#12 with more than {MAX_BAGS} bags; store what is needed of it only"
         )),
-        Err(ArchiveError::GivenUp) => Err("it was given up, because nobody waits for it".to_owned()),
+        Err(ArchiveError::GivenUp) => Err("it was cancelled, because no caller waits for it".to_owned()),
     }
 }
 
