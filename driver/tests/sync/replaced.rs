@@ -260,7 +260,10 @@ async fn missing_for_a_while_it_comes_back_whole(
             .is_some_and(|now| is_new_and_whole(&before, &now))
     })
     .await;
-    until("the pod hears that", || told("Secret creds is in step")).await;
+    until("the pod hears that", || {
+        told("Secret creds matches the volume")
+    })
+    .await;
     for event in api.events() {
         assert!(
             !event.contains("hunter2") && !event.contains("is weak"),
