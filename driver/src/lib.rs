@@ -259,7 +259,7 @@ fn open_records(config: &Config) -> io::Result<Records> {
         Ok(0) => {}
         Ok(removed) => tracing::info!(
             removed,
-            "removed the records of volumes whose pods are gone"
+            "removed records that belong to no volume: their pods are gone, or they were not valid"
         ),
         Err(error) => {
             tracing::warn!(%error, "the records of volumes whose pods are gone could not be removed")

@@ -9,7 +9,7 @@ mod disk;
 use std::{collections::BTreeMap, path::PathBuf};
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::IgnoredAny};
 
 pub use disk::{Records, StagedRecord};
 
@@ -42,7 +42,11 @@ pub struct Record {
     /// The names of the files when the provider answered last, if the class has the annotation
     /// `secrets-store.csi.k8s.io/send-object-versions`. If the volume has other names, its content is
     /// not whole.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "names",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub files: Option<Names>,
     /// The last time that the provider answered and the content was made to match.
     pub last_success: Timestamp,
@@ -82,6 +86,21 @@ pub struct Names {
     pub files: usize,
     /// A digest of all names.
     pub digest: String,
+}
+
+/// Reads names, or none from anything else. An earlier version of the driver wrote a number here.
+/// A record without names is still a record: the next refresh sends no versions and writes them.
+fn names<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Names>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Form {
+        Names(Names),
+        Other(IgnoredAny),
+    }
+    Ok(match Form::deserialize(from)? {
+        Form::Names(names) => Some(names),
+        Form::Other(IgnoredAny) => None,
+    })
 }
 
 /// The pod of a volume.

@@ -264,6 +264,7 @@ fn the_program_checks_a_restart_and_reports_as_text_and_json() {
 #[case(&["/nowhere.sock"], "/nowhere.sock: No such file")]
 #[case(&["x.sock", "--only", "nonsense"], "there is no check or group \"nonsense\"")]
 #[case(&["x.sock", "--parameters", "/nowhere"], "/nowhere: No such file")]
+#[case(&["Cargo.toml", "--only", "missing-object"], "nothing was checked")]
 #[case(&[], "<SOCKET>")]
 fn a_mistake_on_the_command_line_is_exit_code_2(
     #[case] arguments: &[&str],

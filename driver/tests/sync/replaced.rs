@@ -250,6 +250,8 @@ async fn missing_for_a_while_it_comes_back_whole(
         metadata["labels"] = json!({"secrets-store.csi.k8s.io/managed": "true"});
         let annotations = metadata["annotations"].as_object_mut().unwrap();
         annotations.remove("theirs");
+        let owners = metadata["ownerReferences"].as_array_mut().unwrap();
+        owners.retain(|owner| owner["uid"] != "theirs");
         api.put(SECRET, theirs);
     } else {
         api.refuse(vec![]);

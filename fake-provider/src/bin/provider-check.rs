@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -150,7 +151,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.list {
-        list();
+        print(&list());
         return ExitCode::SUCCESS;
     }
     let output = arguments.output;
@@ -167,15 +168,23 @@ async fn main() -> ExitCode {
     }
     let results = run(settings).await;
     let counts = Counts::of(&results);
-    match output {
-        Output::Text => print_text(&results, &counts),
-        Output::Json => print_json(&results, &counts),
-    }
+    print(&match output {
+        Output::Text => text(&results, &counts),
+        Output::Json => json(&results, &counts),
+    });
     if counts.failed > 0 {
         ExitCode::FAILURE
+    } else if counts.passed == 0 {
+        eprintln!("provider-check: nothing was checked");
+        ExitCode::from(2)
     } else {
         ExitCode::SUCCESS
     }
+}
+
+/// Prints to stdout. A reader that has seen enough may have closed it.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 /// The numbers of checks by outcome.
@@ -197,38 +206,37 @@ impl Counts {
     }
 }
 
-fn list() {
-    for (group, checks) in GROUPS {
-        for check in checks {
-            println!(
-                "{group}: {}\n    {}\n    {}",
-                check.name, check.rule, check.source
-            );
-        }
-    }
+fn list() -> String {
+    let checks = GROUPS
+        .iter()
+        .flat_map(|(group, checks)| checks.iter().map(move |check| (group, check)));
+    checks.fold(String::new(), |all, (group, check)| {
+        let (name, rule, source) = (check.name, check.rule, check.source);
+        all + &format!("{group}: {name}\n    {rule}\n    {source}\n")
+    })
 }
 
-fn print_text(results: &[Checked], counts: &Counts) {
-    for result in results {
+fn text(results: &[Checked], counts: &Counts) -> String {
+    let lines = results.iter().map(|result| {
         let reason = result.reason.as_deref().unwrap_or_default();
         match result.outcome {
-            Outcome::Passed => println!("ok      {}", result.name),
-            Outcome::Skipped => println!("skipped {}: {reason}", result.name),
-            Outcome::Failed => println!(
-                "FAILED  {}: {reason}\n        {}\n        {}",
+            Outcome::Passed => format!("ok      {}\n", result.name),
+            Outcome::Skipped => format!("skipped {}: {reason}\n", result.name),
+            Outcome::Failed => format!(
+                "FAILED  {}: {reason}\n        {}\n        {}\n",
                 result.name, result.rule, result.source
             ),
         }
-    }
+    });
     let Counts {
         passed,
         failed,
         skipped,
     } = counts;
-    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    lines.collect::<String>() + &format!("{passed} passed, {failed} failed, {skipped} skipped\n")
 }
 
-fn print_json(results: &[Checked], counts: &Counts) {
+fn json(results: &[Checked], counts: &Counts) -> String {
     let report = serde_json::json!({"checks": results, "counts": counts});
-    println!("{report:#}");
+    format!("{report:#}\n")
 }

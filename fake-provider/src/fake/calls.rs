@@ -12,7 +12,7 @@ use crate::server::Pod;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Counts {
-    /// Mount calls that began since the last reset.
+    /// Well-formed Mount calls that began since the last reset.
     pub(super) mount_calls: u64,
     /// Version calls since the last reset.
     pub(super) version_calls: u64,

@@ -10,6 +10,7 @@ use serde::{
     de::{self, Visitor},
 };
 
+use super::owners::owners_with_foreign_of;
 use super::{
     ANNOTATIONS, CLASS, CLASS_UID, Data, Digest, LABELS, MANAGED, ORDER, REFUSED_TYPE, SINCE,
 };
@@ -122,9 +123,9 @@ impl Existing {
         [of(0), of(1)]
     }
 
-    /// Returns the change that adds the foreign labels and annotations of a former Secret to this
-    /// one, which has taken its place. Returns `None` if there is nothing to add, or if this Secret
-    /// is not the driver's.
+    /// Returns the change that adds the foreign labels, annotations and owners of a former Secret to
+    /// this one, which has taken its place. Returns `None` if there is nothing to add, or if this
+    /// Secret is not the driver's.
     pub(super) fn with_foreign_of<'a>(&'a self, former: &'a Self) -> Option<Change<'a>> {
         let mut change = Change::of(self);
         let [labels, annotations] = former.foreign();
@@ -135,6 +136,7 @@ impl Existing {
         let set = |(key, value): (&'a String, &String)| (key.as_str(), Some(value.clone()));
         change.metadata.labels.extend(labels.map(set));
         change.metadata.annotations.extend(annotations.map(set));
+        change.metadata.owner_references = owners_with_foreign_of(self, former);
         (self.is_managed() && !change.is_empty()).then_some(change)
     }
 

@@ -177,6 +177,21 @@ pub(super) fn owners(existing: &Existing, ours: &[Owner]) -> Option<Vec<OwnerRef
     (desired != there).then_some(desired)
 }
 
+/// Returns the owner references of a Secret and those that others have added to the former Secret in
+/// its place, if the Secret lacks any of these.
+pub(super) fn owners_with_foreign_of(
+    existing: &Existing,
+    former: &Existing,
+) -> Option<Vec<OwnerReference>> {
+    let added_by_us = added_by_us(former);
+    let there = existing.owners();
+    let is_lost = |owner: &&OwnerReference| {
+        !added_by_us.contains(&owner.uid) && there.iter().all(|o| o.uid != owner.uid)
+    };
+    let lost: Vec<_> = former.owners().iter().filter(is_lost).cloned().collect();
+    (!lost.is_empty()).then(|| [there, &lost].concat())
+}
+
 /// Returns the change that removes an owner which the driver has added to a Secret of its own,
 /// unless it is the last owner.
 pub(super) fn without_owner<'a>(existing: &'a Existing, owner: &str) -> Option<Change<'a>> {

@@ -3,6 +3,7 @@ use super::*;
 use jiff::Timestamp;
 use proptest::prelude::*;
 use rstest::rstest;
+use serde_json::json;
 use std::collections::BTreeMap;
 
 fn all(records: &Records) -> Vec<Record> {
@@ -118,6 +119,18 @@ fn a_record_of_an_earlier_driver_is_one() {
         .remove("annotations");
     fs::write(dir.path().join("csi-1.json"), filed.to_string()).unwrap();
     assert_eq!(records.get("csi-1").unwrap().failing_since, None);
+    // Earlier drivers had a number of files in the place of their names.
+    for files in [
+        json!(4),
+        json!(null),
+        json!({"files": 4}),
+        json!("x"),
+        json!([]),
+    ] {
+        filed["files"] = files;
+        fs::write(dir.path().join("csi-1.json"), filed.to_string()).unwrap();
+        assert_eq!(records.get("csi-1").unwrap().files, None);
+    }
 }
 
 #[test]
