@@ -39,8 +39,8 @@ impl Manners {
     /// request of the process.
     pub(super) fn mode(self, permission: u32, latest: u32) -> u32 {
         match self {
-            Self::Aws => latest & 0o777,
-            _ => permission & 0o777,
+            Self::Aws => latest,
+            _ => permission,
         }
     }
 
