@@ -216,6 +216,7 @@ impl SecretSync {
         let mut first = Ok(());
         for object in &class.secret_objects {
             let key = &key.secret(&object.secret_name);
+            let _turn = self.turn(key).await;
             let result = match &no_owners {
                 None => {
                     let target = Target { key, class, object };

@@ -40,7 +40,7 @@ pub(super) struct Target<'a> {
 impl SecretSync {
     /// Reconciles a Secret whose volume has changed, by writing at once. `record` is the record of
     /// the volume's publish, which is at its last step. Returns `None` if no volume has content, or
-    /// if the Secret is left to other nodes.
+    /// if the Secret is left to other nodes. The caller has the Secret's turn.
     pub(super) async fn write(
         &self,
         target: Target<'_>,
@@ -48,20 +48,19 @@ impl SecretSync {
         batch: &mut Batch,
     ) -> Result<Option<Reconciled>, SyncError> {
         let entry = Entry::new(target.class, target.object)?;
-        let _turn = self.turn(target.key).await;
         let volumes = self.cache.volumes_of(&target.key.class);
         let reconciled = self.write_from(target, &volumes, Some(record), batch);
         reconciled.await.map_err(|error| entry.error(error))
     }
 
     /// Checks a Secret, and writes it if anything differs. Returns `None` as [`Self::write`] does.
+    /// The caller has the Secret's turn.
     pub(super) async fn check(
         &self,
         target: Target<'_>,
         batch: &mut Batch,
     ) -> Result<Option<Reconciled>, SyncError> {
         let entry = Entry::new(target.class, target.object)?;
-        let _turn = self.turn(target.key).await;
         let reconciled = async {
             let volumes = self.cache.volumes_of(&target.key.class);
             let (mut volumes, new): (Vec<_>, Vec<_>) = volumes

@@ -19,13 +19,13 @@ use tonic::Code;
 use super::{
     SecretSync, Volume, blocking,
     cache::{CachedVolume, ClassKey, SecretKey},
-    desired::{Batch, Entry},
+    desired::Batch,
     reconcile::Target,
     schedule::{Check, Checked, VolumeKey},
 };
 use crate::{
     cluster::{Class, pod_status::DesiredPodStatus, secrets::Owner},
-    record::{Age, Record},
+    record::{Age, Record, is_object_name},
 };
 
 /// The number of checks that run at once, and how many of them in namespaces with failures.
@@ -288,10 +288,14 @@ impl SecretSync {
             return Checked::InOrder;
         };
         let target = Target { key, class, object };
+        // It is reported before a publish reconciles the Secret with other content, and not to the
+        // pods that came during the check: what is wrong with the content of others is not theirs.
+        let _turn = self.turn(key).await;
+        let volumes = self.volumes_of(&key.class);
         let result = self.check(target, batch).await;
         let checked = Checked::of(&result);
         self.cache.secret_checked(key, checked);
-        self.report(class, &key.name, &self.volumes_of(&key.class), &result);
+        self.report(class, &key.name, &volumes, &result);
         checked
     }
 
@@ -315,15 +319,15 @@ impl SecretSync {
             owners.any(|other| other.uid == owner.uid)
         };
         let namespace = ended.class.namespace.as_str();
-        let objects = class.secret_objects.iter();
-        for entry in objects.filter_map(|object| Entry::new(class, object).ok()) {
+        let secrets = class
+            .secret_objects
+            .iter()
+            .map(|object| &object.secret_name);
+        for secret in secrets.filter(|name| is_object_name(name)) {
             for owner in owners.iter().filter(|owner| !is_needed(owner)) {
-                let _turn = self.turn(&ended.class.secret(entry.name())).await;
-                let removed = self
-                    .cluster
-                    .remove_owner(namespace, entry.name(), &owner.uid);
+                let _turn = self.turn(&ended.class.secret(secret)).await;
+                let removed = self.cluster.remove_owner(namespace, secret, &owner.uid);
                 if let Err(error) = removed.await {
-                    let secret = entry.name();
                     tracing::debug!(namespace, secret, %error, "keeps an owner that has ended");
                 }
             }

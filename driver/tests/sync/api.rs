@@ -228,7 +228,8 @@ async fn answer(
     body: Bytes,
 ) -> (StatusCode, String) {
     let (takes, hangs) = {
-        let state = api.0.lock().unwrap();
+        let mut state = api.0.lock().unwrap();
+        state.requests.push(format!("{method} {uri}"));
         (state.takes, state.hangs)
     };
     tokio::time::sleep(takes).await;
@@ -237,7 +238,6 @@ async fn answer(
         return std::future::pending().await;
     }
     let mut state = api.0.lock().unwrap();
-    state.requests.push(format!("{method} {uri}"));
     let path = uri.path().to_owned();
     let name = path.rsplit('/').next().unwrap_or_default();
     let missing = status(StatusCode::NOT_FOUND, "NotFound", "no", name);

@@ -44,7 +44,8 @@ async fn class(api: &Api, cluster: &Cluster, secret_objects: Value) -> Class {
 }
 
 fn creds() -> Value {
-    json!([{"secretName": "creds", "type": "Opaque", "data": [{"objectName": "pw", "key": "pw"}]}])
+    // White space around names and keys does not count.
+    json!([{"secretName": " creds ", "type": " Opaque ", "data": [{"objectName": " pw ", "key": " pw "}]}])
 }
 
 fn sync(dir: &Path, cluster: &Cluster, every: Duration) -> Arc<SecretSync> {
@@ -386,6 +387,48 @@ async fn a_new_driver_believes_no_class_that_is_older_than_the_mounted_one() {
     stop.cancel();
 }
 
+/// A pod that comes while a Secret is checked does not hear what is wrong with the content of others.
+#[tokio::test]
+async fn a_pod_hears_nothing_of_content_that_was_checked_before_it_came() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let of_absent = json!([{"secretName": "creds", "type": "Opaque", "data": [{"objectName": "absent", "key": "pw"}]}]);
+    let class = class(&api, &cluster, of_absent).await;
+    let sync = sync(dir.path(), &cluster, EVERY);
+    let old = volume(dir.path(), "old");
+    for pod in ["old", "new"] {
+        api.pod(pod, Some(("ReplicaSet", "rs")), "Running");
+    }
+    sync.volume_mounted(&old, &class).await.unwrap();
+    until("the pod hears that the object is missing", || {
+        api.events().len() == 1
+    })
+    .await;
+
+    // The check waits for the owners of the pod, which have to be read again.
+    sync.pod_status_is_new(&old.pod, &old.volume_id);
+    api.requests();
+    api.takes(Duration::from_secs(1));
+    let stop = run(&sync);
+    until("the check has begun", || api.count("/pods/old") > 0).await;
+    api.takes(Duration::ZERO);
+    let at = target(dir.path(), "new");
+    make_and_mount(&at);
+    write(&at, &[("absent", "hunter2")]);
+    let new = record(dir.path(), "new", "1");
+    sync.volume_mounted(&new, &class).await.unwrap();
+    assert!(api.get(SECRET).is_some());
+    records(dir.path()).put(&new).unwrap();
+    api.requests();
+    until("everything is checked again", || api.count(SECRET) >= 3).await;
+    let of_new = |event: &String| event.contains(r#""name":"new""#);
+    assert_eq!(api.events().into_iter().find(of_new), None);
+    stop.cancel();
+}
+
 /// A class gets the Secret of another only if the API server says that the other does not exist, or
 /// if the other does not name the Secret.
 #[tokio::test]
@@ -422,12 +465,12 @@ async fn a_class_that_cannot_be_read_keeps_its_secret() {
     sync.volume_mounted(&web, &class).await.unwrap();
     let theirs = of_rival("rival");
     // The class was deleted and created again, and makes the Secret under its new UID as well.
-    api.put(rival, makes("creds", whole.clone()));
+    api.put(rival, makes(" creds ", whole.clone()));
     api.put(SECRET, theirs.clone());
     sync.volume_mounted(&web, &class).await.unwrap();
     assert_eq!(api.get(SECRET).unwrap()["data"], theirs["data"]);
     // It cannot be mounted any more, and still makes the Secret of the pods that mounted it.
-    api.put(rival, makes("creds", json!({})));
+    api.put(rival, makes(" creds ", json!({})));
     sync.volume_mounted(&web, &class).await.unwrap();
     assert_eq!(api.get(SECRET).unwrap()["data"], theirs["data"]);
     // An answer that is not that class says nothing about it.
