@@ -21,7 +21,7 @@ use std::{
     fmt,
 };
 
-use crate::secret::Secret;
+use crate::{quoted::quoted, secret::Secret};
 pub use tree::{clear, open_root, remove_target};
 
 /// The mode of a file for which neither the provider nor the pod gives one.
@@ -75,7 +75,7 @@ impl TryFrom<String> for FilePath {
     fn try_from(path: String) -> Result<Self, InvalidFile> {
         let refuse = |why| {
             Err(InvalidFile {
-                path: Quoted::of(&path),
+                path: quoted(&path, 80).to_string(),
                 why,
             })
         };
@@ -176,7 +176,7 @@ impl Payload {
             let path = FilePath::try_from(path)?;
             if tree.contains_key(&path) {
                 return Err(InvalidFile {
-                    path: Quoted::of(path.as_str()),
+                    path: quoted(path.as_str(), 80).to_string(),
                     why: "the provider sent two files with this path",
                 });
             }
@@ -246,7 +246,7 @@ fn count_directories<'a>(paths: impl Iterator<Item = &'a FilePath>) -> Result<us
             && shared == depth_before
         {
             return Err(InvalidFile {
-                path: Quoted::of(before.as_str()),
+                path: quoted(before.as_str(), 80).to_string(),
                 why: "it is a file, and another file's path needs it to be a directory",
             });
         }
@@ -259,32 +259,18 @@ fn count_directories<'a>(paths: impl Iterator<Item = &'a FilePath>) -> Result<us
 /// The error of a file that a provider may not send. It does not contain the file's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidFile {
-    path: Quoted,
+    /// The path, quoted and shortened.
+    path: String,
     why: &'static str,
 }
 
 impl fmt::Display for InvalidFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "file {} is refused: {}", self.path.0, self.why)
+        write!(f, "file {} is refused: {}", self.path, self.why)
     }
 }
 
 impl std::error::Error for InvalidFile {}
-
-/// A path from a provider's answer, escaped and shortened for a message.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Quoted(String);
-
-impl Quoted {
-    fn of(path: &str) -> Self {
-        const MAX_CHARS: usize = 80;
-        if path.chars().count() <= MAX_CHARS {
-            return Self(format!("{path:?}"));
-        }
-        let start: String = path.chars().take(MAX_CHARS).collect();
-        Self(format!("{start:?}... ({} bytes)", path.len()))
-    }
-}
 
 #[cfg(test)]
 mod tests {

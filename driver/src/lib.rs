@@ -26,6 +26,7 @@
 //! secret         values that cannot be printed
 //! turns          who goes next
 //! hex            bytes as hexadecimal digits
+//! quoted         text of others in messages, with a bounded length
 //! ```
 //!
 //! # Invariants
@@ -56,6 +57,7 @@ pub mod memory;
 pub mod metrics;
 pub mod mount;
 pub mod provider;
+pub mod quoted;
 pub mod record;
 pub mod registration;
 pub mod secret;

@@ -168,7 +168,7 @@ impl Providers {
     ///
     /// # Errors
     /// Names the provider and its socket, what it answered, and what to do. The error has the wait
-    /// that the provider asked for.
+    /// that the provider asked for, if it asked for one.
     pub async fn mount(&self, mut call: MountCall<'_>) -> Result<Reply> {
         if call.urgency == Urgency::Refresh {
             call.deadline = call.deadline.min(Instant::now() + REFRESH_WITHIN);

@@ -11,6 +11,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, de::IgnoredAny};
 
+use crate::quoted::quoted;
 pub use disk::{Records, StagedRecord};
 
 /// A published volume.
@@ -71,7 +72,8 @@ impl Record {
         ] {
             if !is_object_name(name) {
                 return Err(format!(
-                    "its {what} {name:.100?} cannot be the name of an object"
+                    "its {what} {} cannot be the name of an object",
+                    quoted(name, 100)
                 ));
             }
         }

@@ -19,6 +19,7 @@ use axum::{
 };
 use driver::{
     cluster::Cluster,
+    error::Error,
     metrics::Metrics,
     mount::Tmpfs,
     record::{self, Content, Object, Pod, Record, Records},
@@ -46,11 +47,13 @@ fn map_of(bytes: usize, prefix: &str, each: usize) -> Value {
 /// Returns a class with one large part.
 fn class(name: &str, large: &str) -> Value {
     let mut annotations = json!({});
+    let mut provider = "test".to_owned();
     let mut parameters = json!({"a": "b"});
     let mut objects = json!([]);
     let entry = |n: usize| json!({"objectName": "nowhere", "key": format!("key-{n}")});
     let secret = |n: usize, data: Value| json!({"secretName": format!("s{n}"), "type": "Opaque", "data": data});
     match large {
+        "provider" => provider = "x".repeat(LARGE),
         "one_parameter" => parameters["a"] = "x".repeat(LARGE).into(),
         "parameters" => parameters = map_of(LARGE, "p", 100),
         "our_annotations" => {
@@ -74,7 +77,7 @@ fn class(name: &str, large: &str) -> Value {
             "name": name, "namespace": "shop", "uid": name, "resourceVersion": "1",
             "annotations": annotations,
         },
-        "spec": {"provider": "test", "parameters": parameters, "secretObjects": objects},
+        "spec": {"provider": provider, "parameters": parameters, "secretObjects": objects},
     })
 }
 
@@ -138,14 +141,17 @@ fn record(number: usize, class: &record::ClassState, provider: &str) -> Record {
     }
 }
 
-async fn mount(sync: &SecretSync, cluster: &Cluster, number: usize) {
+/// Mounts a class. Fails if the class is refused when it is read.
+async fn mount(sync: &SecretSync, cluster: &Cluster, number: usize) -> Result<(), Error> {
     let name = format!("class-{number}");
-    let class = cluster.class("shop", &name).await.unwrap();
+    let class = cluster.class("shop", &name).await?;
     let volume = record(number, &class.identity, &class.provider);
     sync.volume_mounted(&volume, &class).await.unwrap();
+    Ok(())
 }
 
 #[rstest]
+#[case::provider("provider")]
 #[case::one_parameter("one_parameter")]
 #[case::parameters("parameters")]
 #[case::our_annotations("our_annotations")]
@@ -189,11 +195,14 @@ fn sixty_large_classes(#[case] large: &'static str) {
         };
         let sync = SecretSync::new(cluster.clone(), records, tmpfs, Metrics::new(), options);
         for number in 0..FIRST {
-            mount(&sync, &cluster, number).await;
+            let is_refused = mount(&sync, &cluster, number).await.is_err();
+            assert_eq!(is_refused, large == "provider");
         }
         let before = memory();
+        let mut errors = Vec::new();
         for number in FIRST..FIRST + CLASSES {
-            mount(&sync, &cluster, number).await;
+            // Errors stay as long as refreshes fail.
+            errors.extend(mount(&sync, &cluster, number).await.err());
         }
         // The classes have 50 MiB together. Work that was given up on a busy machine ends soon.
         let since = Instant::now();

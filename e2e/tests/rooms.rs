@@ -18,7 +18,7 @@ const DRIVER: Rooms = &[
     (
         "csi",
         &[
-            "config", "error", "files", "metrics", "record", "secret", "socket", "volume",
+            "config", "error", "files", "metrics", "quoted", "record", "secret", "socket", "volume",
         ],
     ),
     ("registration", &["socket"]),
@@ -27,31 +27,35 @@ const DRIVER: Rooms = &[
         "volume",
         &[
             "cluster", "config", "error", "files", "memory", "metrics", "mount", "provider",
-            "record", "secret", "sync",
+            "quoted", "record", "secret", "sync",
         ],
     ),
     (
         "sync",
         &[
-            "cluster", "error", "files", "metrics", "mount", "record", "secret", "turns",
+            "cluster", "error", "files", "metrics", "mount", "quoted", "record", "secret", "turns",
         ],
     ),
     ("memory", &["files", "mount"]),
     (
         "provider",
-        &["error", "files", "metrics", "record", "secret"],
+        &["error", "files", "metrics", "quoted", "record", "secret"],
     ),
-    ("cluster", &["error", "hex", "record", "secret", "turns"]),
+    (
+        "cluster",
+        &["error", "hex", "quoted", "record", "secret", "turns"],
+    ),
     ("metrics", &["config", "socket"]),
     ("mount", &["hex"]),
-    ("files", &["hex", "secret"]),
-    ("record", &["hex"]),
+    ("files", &["hex", "quoted", "secret"]),
+    ("record", &["hex", "quoted"]),
     ("config", &[]),
     ("socket", &[]),
     ("error", &[]),
     ("secret", &[]),
     ("turns", &[]),
     ("hex", &[]),
+    ("quoted", &[]),
 ];
 
 const FAKE_PROVIDER: Rooms = &[

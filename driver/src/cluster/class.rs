@@ -13,6 +13,7 @@ use super::{
 use crate::{
     error::{Error, Reason, Result},
     hex,
+    quoted::quoted,
     record::{self, is_object_name},
 };
 
@@ -30,6 +31,10 @@ const MAX_ANNOTATION_LENGTH: usize = 256;
 const MAX_SECRETS: usize = 100;
 const MAX_ENTRIES: usize = 1_000;
 const MAX_TEXT: usize = 128 * 1024;
+
+/// The largest length of `spec.provider` in bytes. It is kept in memory as well. The names that
+/// lead to a socket are shorter.
+const MAX_PROVIDER: usize = 253;
 
 /// The parts of a SecretProviderClass that a volume needs.
 #[derive(Debug, Clone)]
@@ -124,9 +129,11 @@ impl Cluster {
                 .with_reason(Reason::SecretProviderClassNotFound)
         };
         if !is_object_name(name) {
-            return Err(failed(Error::invalid(format!(
-                "{name:.100?} cannot be the name of an object"
-            ))));
+            let error = Error::invalid(format!(
+                "failed to get secretproviderclass {namespace}/{}: this cannot be the name of an object",
+                quoted(name, 100)
+            ));
+            return Err(error.with_reason(Reason::SecretProviderClassNotFound));
         }
         let api: Api<SecretProviderClass> =
             Api::namespaced(self.client().await.map_err(failed)?, namespace);
@@ -140,10 +147,18 @@ impl Cluster {
                 "provider not set in {namespace}/{name}: set spec.provider of the SecretProviderClass"
             )));
         }
+        // Many volumes keep the name.
+        if spc.spec.provider.len() > MAX_PROVIDER {
+            return Err(Error::precondition(format!(
+                "invalid provider: provider {} of {namespace}/{name} is longer than a provider's name can be: set spec.provider of the SecretProviderClass",
+                quoted(&spc.spec.provider, 60)
+            ))
+            .with_reason(Reason::FailedToLookupProviderGrpcClient));
+        }
         if spc.spec.parameters.is_empty() {
             return Err(Error::precondition(format!(
-                "parameters not set in {namespace}/{name}: set spec.parameters of the SecretProviderClass to what provider {:?} needs",
-                spc.spec.provider
+                "parameters not set in {namespace}/{name}: set spec.parameters of the SecretProviderClass to what provider {} needs",
+                quoted(&spc.spec.provider, 60)
             )));
         }
         let too_much = too_much(&spc.spec.secret_objects);

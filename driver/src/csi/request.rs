@@ -12,6 +12,7 @@ use tonic::metadata::MetadataMap;
 use crate::{
     error::{Error, Result},
     files::{self, Access},
+    quoted::quoted,
     record::{Pod, is_object_name},
     secret::SecretMap,
     volume::{
@@ -94,7 +95,8 @@ pub(super) fn publish_request(
         let name = required(key)?;
         if !is_object_name(&name) {
             return Err(Error::invalid(format!(
-                "{key} {name:.100?} in request cannot be the name of an object"
+                "{key} {} in request cannot be the name of an object",
+                quoted(&name, 100)
             )));
         }
         Ok(name)
@@ -139,7 +141,8 @@ fn group(capability: &VolumeCapability) -> Result<Option<u32>> {
             // group: with it chown(2) leaves the group as it is.
             Ok(group) if group != u32::MAX && group.to_string() == text => Ok(Some(group)),
             _ => Err(Error::invalid(format!(
-                "volume mount group {text:.20?} in request is not a group ID: set the pod's spec.securityContext.fsGroup to a number from 0 to {}",
+                "volume mount group {} in request is not a group ID: set the pod's spec.securityContext.fsGroup to a number from 0 to {}",
+                quoted(text, 20),
                 u32::MAX - 1
             ))),
         },

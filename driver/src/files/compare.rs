@@ -18,8 +18,10 @@ use nix::{
 };
 use zeroize::Zeroizing;
 
+use crate::quoted::quoted;
+
 use super::{
-    File, MAX_DEPTH, Payload, Quoted,
+    File, MAX_DEPTH, Payload,
     layout::{DATA, current, is_hidden, is_own_link},
     tree::{names, open_directory},
 };
@@ -27,13 +29,13 @@ use super::{
 /// The first thing in which a volume differs from a payload. It holds a path and no content.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Difference {
-    path: Quoted,
+    path: String,
     what: &'static str,
 }
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.path.0, self.what)
+        write!(f, "{} {}", self.path, self.what)
     }
 }
 
@@ -41,7 +43,7 @@ type Compared = Result<(), Difference>;
 
 fn differs<T>(path: &str, what: &'static str) -> Result<T, Difference> {
     Err(Difference {
-        path: Quoted::of(path),
+        path: quoted(path, 80).to_string(),
         what,
     })
 }

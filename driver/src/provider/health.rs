@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Request;
 
 use super::{Providers, refusal, wire};
+use crate::quoted::quoted;
 
 /// The time in which a provider must answer, as in upstream's `HealthCheck`
 /// (`pkg/secrets-store/provider_client.go`).
@@ -71,8 +72,8 @@ async fn ask(socket: PathBuf) -> Health {
             let answer = answer.into_inner();
             if answer.version != VERSION {
                 return Health::Unwell(format!(
-                    "it speaks version {:.60?} of the provider interface, not {VERSION:?}",
-                    answer.version
+                    "it speaks version {} of the provider interface, not {VERSION:?}",
+                    quoted(&answer.version, 60)
                 ));
             }
             Health::Well {

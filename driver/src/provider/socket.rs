@@ -12,7 +12,10 @@ use std::{
 
 use tokio::time::{Instant, sleep};
 
-use crate::error::{Error, Reason, Result};
+use crate::{
+    error::{Error, Reason, Result},
+    quoted::quoted,
+};
 
 /// The longest time that a first mount waits for a socket; it is less when the deadline is near.
 /// On a new node the provider's pod often starts together with the first pod that needs it.
@@ -85,7 +88,8 @@ impl Sockets {
     fn look(&self, name: &str) -> Result<Option<PathBuf>> {
         if !is_provider_name(name) {
             return Err(lookup(format!(
-                "invalid provider: provider {name:.60?} is not a provider name; spec.provider of the SecretProviderClass has 1 to 30 letters, digits, \"-\" or \"_\""
+                "invalid provider: provider {} is not a provider name; spec.provider of the SecretProviderClass has 1 to 30 letters, digits, \"-\" or \"_\"",
+                quoted(name, 60)
             )));
         }
         for directory in &self.search {

@@ -17,6 +17,7 @@ use crate::{
         resources::SecretObject,
         secrets::{ErrorType, SyncError},
     },
+    quoted::quoted,
     record::is_object_name,
     secret::Secret,
 };
@@ -85,7 +86,8 @@ impl<'a> Entry<'a> {
         }
         if !is_object_name(name) {
             return Err(invalid(format!(
-                "secretName {name:.100?} cannot be the name of a Secret: use lower case letters, digits, \"-\" and \".\""
+                "secretName {} cannot be the name of a Secret: use lower case letters, digits, \"-\" and \".\"",
+                quoted(name, 100)
             )));
         }
         let of_name = class.secret_objects.iter();
@@ -171,7 +173,10 @@ fn pair_certificate(
             let source = source_of(key, entry.object, files);
             SyncError::new(
                 ErrorType::InvalidCertificate,
-                format!("key {key}: object {source:.100?} cannot be used: {why}"),
+                format!(
+                    "key {key}: object {} cannot be used: {why}",
+                    quoted(source, 100)
+                ),
             )
         })
     };
@@ -196,7 +201,8 @@ fn key_format(class: &Class) -> Result<KeyFormat, SyncError> {
         None | Some("traditional") => Ok(KeyFormat::Traditional),
         Some("original") => Ok(KeyFormat::Original),
         Some(other) => Err(invalid(format!(
-            "annotation {TLS_KEY_FORMAT} of the class is {other:.40?}; it must be traditional or original"
+            "annotation {TLS_KEY_FORMAT} of the class is {}; it must be traditional or original",
+            quoted(other, 40)
         ))),
     }
 }

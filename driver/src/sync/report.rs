@@ -98,7 +98,7 @@ impl SecretSync {
     ) {
         match result {
             Err(error) => self.report_error(class, secret, volumes, error),
-            // No volume has content yet, so that there is nothing to compare.
+            // No volume has content, or the Secret is left to other nodes: nothing was compared.
             Ok(None) => {}
             Ok(Some(reconciled)) => {
                 if let (Reconciled::Recreated, Some(first)) = (reconciled, volumes.first()) {

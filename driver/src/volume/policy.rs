@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use crate::{
     config::{Config, RepublishErrors, duration},
     error::Error,
+    quoted::quoted,
     record::{ClassState, Record},
 };
 
@@ -167,8 +168,9 @@ fn of_class(class: &ClassState) -> Result<Option<Every>, Error> {
     };
     Every::parse(text).map(Some).map_err(|why| {
         Error::precondition(format!(
-            "annotation {INTERVAL} of secretproviderclass {} is {text:.40?}: {why}",
-            class.name
+            "annotation {INTERVAL} of secretproviderclass {} is {}: {why}",
+            class.name,
+            quoted(text, 40)
         ))
     })
 }
@@ -182,8 +184,9 @@ pub fn sends_versions(class: &ClassState) -> Result<bool, Error> {
         Some("true") => Ok(true),
         None | Some("false") => Ok(false),
         Some(text) => Err(Error::precondition(format!(
-            "annotation {SEND_VERSIONS} of secretproviderclass {} is {text:.40?}; it must be true or false",
-            class.name
+            "annotation {SEND_VERSIONS} of secretproviderclass {} is {}; it must be true or false",
+            class.name,
+            quoted(text, 40)
         ))),
     }
 }

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     error::{Error, Result},
+    quoted::quoted,
     record::Record,
 };
 
@@ -29,7 +30,12 @@ impl TargetPath {
     /// # Errors
     /// Says what is wrong with the path.
     pub fn parse(path: &str, root: Option<&Path>, pod_uid: Option<&str>) -> Result<Self> {
-        let refuse = |why: String| Err(Error::invalid(format!("target path {path:.300?} {why}")));
+        let refuse = |why: String| {
+            Err(Error::invalid(format!(
+                "target path {} {why}",
+                quoted(path, 300)
+            )))
+        };
         let parsed = Path::new(path);
         // Comparing the path with its joined components refuses "//", "/./" and a trailing "/".
         let clean = parsed

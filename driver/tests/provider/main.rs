@@ -109,7 +109,7 @@ fn refused(reply: Result<Reply>) -> Error {
     }
 }
 
-/// Returns the identity of a provider, which no test looks at.
+/// Returns the identity of a provider, whose content no test reads.
 fn identity() -> Identity {
     Identity {
         name: "test".to_owned(),

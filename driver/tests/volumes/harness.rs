@@ -274,6 +274,8 @@ impl ApiState {
 pub(crate) struct Answer {
     pub(crate) status: Option<Code>,
     pub(crate) error_code: Option<&'static str>,
+    /// The message of a refusal, if it is not empty.
+    pub(crate) says: &'static str,
     pub(crate) hangs: bool,
     /// Whether the provider fails when it is told which versions are mounted.
     pub(crate) refuses_versions: bool,
@@ -360,6 +362,9 @@ impl Provider for TestProvider {
         if answer.hangs {
             self.0.lock().unwrap().hung += 1;
             std::future::pending::<()>().await;
+        }
+        if !answer.says.is_empty() {
+            return Err(Failure::new(Code::Unauthenticated, answer.says));
         }
         if let Some(code) = answer.status {
             return Err(Failure::new(code, "the store says no"));

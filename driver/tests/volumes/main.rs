@@ -11,6 +11,7 @@
 mod acts;
 mod classes;
 mod content;
+mod errors;
 mod events;
 mod harness;
 mod leaving;

@@ -9,7 +9,7 @@ use super::{
     ADOPT, ANNOTATIONS, CLASS, CLASS_UID, Data, DesiredSecret, LABELS, MANAGED, ORDER, Owner,
     REFUSED_TYPE, SINCE, SyncError,
     object::{Change, Encoded, Existing, NewSecret, is_reserved},
-    owners::owners,
+    owners::{owners, owners_with_foreign_of},
     without_values,
 };
 
@@ -139,6 +139,25 @@ fn order(existing: &Existing) -> Option<u64> {
     written
         .is_none_or(|written| order < written)
         .then_some(order)
+}
+
+impl Existing {
+    /// Returns the change that adds the foreign labels, annotations and owners of a former Secret to
+    /// this one, which has taken its place. Returns `None` if there is nothing to add, or if this
+    /// Secret is not the driver's.
+    pub(super) fn with_foreign_of<'a>(&'a self, former: &'a Self) -> Option<Change<'a>> {
+        let mut change = Change::of(self);
+        let [labels, annotations] = former.foreign();
+        let labels = labels.into_iter();
+        let labels = labels.filter(|(key, _)| self.label(key).is_none());
+        let annotations = annotations.into_iter();
+        let annotations = annotations.filter(|(key, _)| self.annotation(key).is_none());
+        let set = |(key, value): (&'a String, &String)| (key.as_str(), Some(value.clone()));
+        change.metadata.labels.extend(labels.map(set));
+        change.metadata.annotations.extend(annotations.map(set));
+        change.metadata.owner_references = owners_with_foreign_of(self, former);
+        (self.is_managed() && !change.is_empty()).then_some(change)
+    }
 }
 
 impl<'a> DesiredSecret<'a> {

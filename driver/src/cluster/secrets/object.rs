@@ -10,7 +10,6 @@ use serde::{
     de::{self, Visitor},
 };
 
-use super::owners::owners_with_foreign_of;
 use super::{
     ANNOTATIONS, CLASS, CLASS_UID, Data, Digest, LABELS, MANAGED, ORDER, REFUSED_TYPE, SINCE,
 };
@@ -121,23 +120,6 @@ impl Existing {
             all.filter(|(key, _)| is_foreign(key, &ours[at])).collect()
         };
         [of(0), of(1)]
-    }
-
-    /// Returns the change that adds the foreign labels, annotations and owners of a former Secret to
-    /// this one, which has taken its place. Returns `None` if there is nothing to add, or if this
-    /// Secret is not the driver's.
-    pub(super) fn with_foreign_of<'a>(&'a self, former: &'a Self) -> Option<Change<'a>> {
-        let mut change = Change::of(self);
-        let [labels, annotations] = former.foreign();
-        let labels = labels.into_iter();
-        let labels = labels.filter(|(key, _)| self.label(key).is_none());
-        let annotations = annotations.into_iter();
-        let annotations = annotations.filter(|(key, _)| self.annotation(key).is_none());
-        let set = |(key, value): (&'a String, &String)| (key.as_str(), Some(value.clone()));
-        change.metadata.labels.extend(labels.map(set));
-        change.metadata.annotations.extend(annotations.map(set));
-        change.metadata.owner_references = owners_with_foreign_of(self, former);
-        (self.is_managed() && !change.is_empty()).then_some(change)
     }
 
     /// Returns this Secret as it is to be put back, annotated with the type that was refused.

@@ -8,6 +8,7 @@
 //! them in `metadata.managedFields`: they are the ones that belong to the driver's field manager
 //! alone. Any other owner stays, also if it is the very Job or ReplicaSet that the driver would
 //! have added, and so does an owner whose manager is unknown: it goes with the object that it names.
+//! Owners of others that the driver has carried over to a new Secret count as its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -188,7 +189,14 @@ pub(super) fn owners_with_foreign_of(
     let is_lost = |owner: &&OwnerReference| {
         !added_by_us.contains(&owner.uid) && there.iter().all(|o| o.uid != owner.uid)
     };
-    let lost: Vec<_> = former.owners().iter().filter(is_lost).cloned().collect();
+    let has_controller = there.iter().any(|owner| owner.controller == Some(true));
+    let lost = former.owners().iter().filter(is_lost);
+    // The API server accepts one controller only.
+    let lost = lost.map(|owner| OwnerReference {
+        controller: owner.controller.filter(|_| !has_controller),
+        ..owner.clone()
+    });
+    let lost: Vec<_> = lost.collect();
     (!lost.is_empty()).then(|| [there, &lost].concat())
 }
 

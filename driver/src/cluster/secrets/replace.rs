@@ -8,7 +8,7 @@
 //!
 //! If the API server accepts neither, or does not answer, the Secret is missing for a while. Each
 //! later check tries again in the background, as long as a pod needs the Secret, and adds what others
-//! had put on the former one. If the process ends before, those labels and annotations are lost: the
+//! had put on the former one. If the process ends before, those labels, annotations and owners are lost: the
 //! next process creates the Secret as the class asks for it.
 
 use std::{sync::Arc, time::Duration};
@@ -30,6 +30,7 @@ use super::{
     owners::MANAGER,
     path,
 };
+use crate::quoted::quoted;
 
 /// The waits before further attempts to create a Secret, after an attempt without a clear answer.
 const WAITS: [Duration; 4] = [
@@ -103,7 +104,10 @@ impl Cluster {
         if let Some(finalizer) = existing.metadata.finalizers.iter().flatten().next() {
             return Err(SyncError::type_stays(
                 desired.type_,
-                format_args!("finalizer {finalizer:.100?} keeps the Secret from being deleted"),
+                format_args!(
+                    "finalizer {} keeps the Secret from being deleted",
+                    quoted(finalizer, 100)
+                ),
             ));
         }
         let replacement = self.replacement(desired, existing)?;
@@ -116,7 +120,7 @@ impl Cluster {
             // The API server looks for the name last, after all rules and webhooks.
             Created::Yes | Created::Exists => {}
             Created::Refused(failure) => {
-                return Err(replacement.type_stays(failure, "a trial says no"));
+                return Err(replacement.type_stays(failure, "the dry run was refused"));
             }
             Created::Unclear(failure) => return Err(failure.into()),
         }
@@ -220,7 +224,7 @@ impl Replacement {
                 missing.remove(&self.key);
                 Err(self.type_stays(
                     failure,
-                    "the new Secret was refused although a trial had succeeded, and the former one has been put back",
+                    "the new Secret was refused although the dry run had succeeded, and the former one has been put back",
                 ))
             }
             // The next attempt adds what the former one had.
@@ -258,7 +262,9 @@ impl Replacement {
         let refused = match self.create_at_last(&self.new).await {
             Created::Yes => return Replaced::New,
             Created::Exists => return Replaced::Other,
-            Created::Unclear(failure) => return Replaced::Missing(describe(&failure)),
+            Created::Unclear(failure) => {
+                return Replaced::Missing(SyncError::from(failure).to_string());
+            }
             Created::Refused(failure) => failure,
         };
         match self.create_at_last(&self.former).await {

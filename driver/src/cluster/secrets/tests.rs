@@ -646,3 +646,31 @@ fn a_type_that_changed_needs_a_new_secret_which_keeps_what_is_not_ours() {
         json!({"metadata": {"annotations": {REFUSED_TYPE: null}}})
     );
 }
+
+#[rstest]
+#[case::without_a_controller(None, Some(true))]
+#[case::beside_another_controller(Some(true), None)]
+fn a_secret_in_the_place_of_another_gets_the_owners_of_others_only(
+    #[case] controller: Option<bool>,
+    #[case] expected: Option<bool>,
+) {
+    let mut former = Fixture {
+        owners: vec![owner("web", "rs-1"), owner("old", "rs-0")],
+        ..Fixture::new()
+    }
+    .stored();
+    let theirs = json!({"apiVersion": "v1", "kind": "ConfigMap", "name": "c", "uid": "cm-1", "controller": true});
+    let owners = former["metadata"]["ownerReferences"].as_array_mut();
+    owners.unwrap().push(theirs);
+    let former: Existing = serde_json::from_value(former).unwrap();
+    let mut existing = Fixture::new().stored();
+    existing["metadata"]["ownerReferences"][0]["controller"] = json!(controller);
+    let existing: Existing = serde_json::from_value(existing).unwrap();
+    let change = existing.with_foreign_of(&former).unwrap();
+    let owners = change.metadata.owner_references.unwrap();
+    let owners = owners.iter().map(|o| (o.uid.as_str(), o.controller));
+    assert_eq!(
+        owners.collect::<Vec<_>>(),
+        [("rs-1", controller), ("cm-1", expected)]
+    );
+}

@@ -4,7 +4,7 @@ use std::{
     mem,
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
@@ -35,12 +35,11 @@ pub(super) struct Meter {
 impl Meter {
     /// Takes the memory that was reserved, if the answer began to arrive.
     pub(super) fn take_reserved(&self) -> Option<Reserved> {
-        self.put_reserved(None)
+        self.reserved().take()
     }
 
-    fn put_reserved(&self, reserved: Option<Reserved>) -> Option<Reserved> {
-        let mut place = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
-        mem::replace(&mut *place, reserved)
+    fn reserved(&self) -> MutexGuard<'_, Option<Reserved>> {
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -89,7 +88,7 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Metered<B> {
                     let reserved = ready!(waiting.as_mut().poll(cx));
                     this.meter.waits.store(false, Ordering::Relaxed);
                     let came = mem::take(came);
-                    this.meter.put_reserved(Some(reserved));
+                    *this.meter.reserved() = Some(reserved);
                     this.progress = Progress::Open;
                     return Poll::Ready(Some(Ok(Frame::data(came))));
                 }

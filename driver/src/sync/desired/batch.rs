@@ -16,6 +16,7 @@ use crate::{
         resources::SecretObject,
         secrets::{ErrorType, SyncError},
     },
+    quoted::quoted,
     record::Records,
     sync::{
         content::{Origin, VolumeContent},
@@ -142,7 +143,10 @@ fn complete(data: SecretData, object: &SecretObject) -> Result<SecretData, SyncE
         .filter(|key| !key.is_empty())
         .find(|key| !data.contains_key(*key));
     let what = match lost {
-        Some(key) => format!("no value for key {key:.100?} was found in the volume"),
+        Some(key) => format!(
+            "no value for key {} was found in the volume",
+            quoted(key, 100)
+        ),
         None if data.is_empty() => "no object was found in the volume".to_owned(),
         None => return Ok(data),
     };

@@ -25,6 +25,7 @@ use crate::{
         resources::SecretObject,
         secrets::{Digest, ErrorType, SyncError},
     },
+    quoted::quoted,
     secret::Secret,
     sync::{
         parsing::{RefusedObjects, Waiting},
@@ -162,11 +163,17 @@ impl<'a> Sources<'a> {
             Some(Ok(part)) => Ok(part),
             Some(Err(TooLarge)) => Err(SyncError::new(
                 ErrorType::TooLarge,
-                format!("key {key}: the field {json_key:.100?} is too large for a Secret"),
+                format!(
+                    "key {key}: the field {} is too large for a Secret",
+                    quoted(json_key, 100)
+                ),
             )),
             None => Err(SyncError::new(
                 ErrorType::InvalidValue,
-                format!("key {key}: the object is not a JSON object with a field {json_key:.100?}"),
+                format!(
+                    "key {key}: the object is not a JSON object with a field {}",
+                    quoted(json_key, 100)
+                ),
             )),
         }
     }
@@ -265,18 +272,22 @@ fn value_sources<'a>(
         let (json_key, encoding) = (entry.json_key.as_str(), entry.encoding.as_str());
         if source.is_empty() {
             return Err(invalid(format!(
-                "objectName is empty for key {key:.100?}: name the mounted object"
+                "objectName is empty for key {}: name the mounted object",
+                quoted(key, 100)
             )));
         }
         if !["", "base64"].contains(&encoding) {
             return Err(invalid(format!(
-                "key {key}: encoding {encoding:.40?} is not known: base64, or leave it out"
+                "key {}: encoding {} is not known: base64, or leave it out",
+                quoted(key, 100),
+                quoted(encoding, 40)
             )));
         }
         if source == ALL {
             if !key.is_empty() {
                 return Err(invalid(format!(
-                    "key {key:.100?} is given with objectName \"*\": leave it out, each object gets its own name as key"
+                    "key {} is given with objectName \"*\": leave it out, each object gets its own name as key",
+                    quoted(key, 100)
                 )));
             }
             for path in files.keys() {
@@ -298,7 +309,8 @@ fn value_sources<'a>(
         }
         if key.is_empty() {
             return Err(invalid(format!(
-                "key is empty for object {source:.100?}: name the key that it becomes"
+                "key is empty for object {}: name the key that it becomes",
+                quoted(source, 100)
             )));
         }
         check_key(key)?;
@@ -306,7 +318,8 @@ fn value_sources<'a>(
             return Err(SyncError::new(
                 ErrorType::ObjectNotFound,
                 format!(
-                    "key {key}: there is no object {source:.100?} in the volume; objectName must be the path of a mounted file"
+                    "key {key}: there is no object {} in the volume; objectName must be the path of a mounted file",
+                    quoted(source, 100)
                 ),
             ));
         }
@@ -337,7 +350,8 @@ fn check_key(key: &str) -> Result<(), SyncError> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
     if key.len() > 253 || !key.bytes().all(allowed) || key == "." || key.starts_with("..") {
         return Err(invalid(format!(
-            "{key:.100?} cannot be a key of a Secret: use letters, digits, \"-\", \"_\" and \".\""
+            "{} cannot be a key of a Secret: use letters, digits, \"-\", \"_\" and \".\"",
+            quoted(key, 100)
         )));
     }
     Ok(())

@@ -85,7 +85,7 @@ impl Crowd {
         }
     }
 
-    /// Returns the longest wait of a class that is answered at once, and calls `during` this time.
+    /// Calls for the time `during` as a class that is answered at once, and returns its longest wait.
     async fn longest_wait(&self, class: &ClassName, during: Duration) -> Duration {
         let until = Instant::now() + during;
         let mut longest = Duration::ZERO;
