@@ -124,10 +124,11 @@ pub enum Error {
     },
 }
 
-/// A request that was made by anyone but an administrator, for counting.
+/// A request by `pods.sock` or by [`ApiServer::kubeconfig`], for counting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// `system:serviceaccount:<namespace>:<name>`, `system:anonymous`, or empty for a bad token.
+    /// `system:serviceaccount:<namespace>:<name>`, `system:anonymous`, or empty for a bad token and
+    /// for [`ApiServer::kubeconfig`].
     pub user: String,
     /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete` or `deletecollection`; for a
     /// path that is no resource, the HTTP method in lower case.
@@ -162,19 +163,15 @@ pub struct Call<'a> {
 pub enum Reaction {
     /// It is served.
     Serve,
-    /// The other reaction follows that much later.
-    Delay(Duration, Box<Reaction>),
     /// It is answered with this HTTP status and body, and not served.
     Answer(u16, String),
-    /// It is never answered.
-    Hang,
     /// Its connection is closed.
     Close,
 }
 
 type Interceptor = dyn Fn(&Call<'_>) -> Reaction + Send + Sync;
 
-/// A disturbance of the requests of everybody but administrators.
+/// A disturbance of the requests by `pods.sock` and by [`ApiServer::kubeconfig`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Disturbance {
     /// They are answered.
@@ -252,7 +249,8 @@ impl ApiServer {
         &self.ca_pem
     }
 
-    /// Returns every request of others than administrators so far; a watch counts when it begins.
+    /// Returns every request so far that came by `pods.sock` or by [`ApiServer::kubeconfig`], whoever
+    /// answered it; a watch counts when it begins.
     pub fn requests(&self) -> Vec<Request> {
         self.server
             .requests
@@ -270,13 +268,14 @@ impl ApiServer {
             .clear();
     }
 
-    /// Disturbs the requests of others than administrators from now on.
+    /// Disturbs the requests by `pods.sock` and by [`ApiServer::kubeconfig`] from now on.
     pub fn disturb(&self, disturbance: Disturbance) {
         self.server.disturbance.send_replace(disturbance);
     }
 
     /// Calls `interceptor` from now on for each request that comes by `pods.sock` or by
-    /// [`ApiServer::kubeconfig`]. It replaces an earlier one.
+    /// [`ApiServer::kubeconfig`], unless its body is too large or broke off. It replaces an earlier
+    /// one.
     pub fn intercept(&self, interceptor: impl Fn(&Call<'_>) -> Reaction + Send + Sync + 'static) {
         let current = self.server.interceptor.lock();
         *current.unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(interceptor));

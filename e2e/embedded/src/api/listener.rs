@@ -8,7 +8,7 @@ use hyper_util::rt::TokioIo;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, UnixListener, UnixStream},
+    net::{TcpListener, UnixListener},
     task::JoinSet,
 };
 use tokio_rustls::{
@@ -95,7 +95,7 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, Error> {
 /// Serves administrators until the task is aborted.
 pub(super) async fn serve_admins(listener: UnixListener, server: Arc<Server>) {
     let mut connections = JoinSet::new();
-    while let Some(stream) = accept(&listener, &mut connections).await {
+    while let Some(stream) = accepted(listener.accept(), &mut connections).await {
         connections.spawn(converse(stream, server.clone(), Entrance::Admin));
     }
 }
@@ -103,8 +103,12 @@ pub(super) async fn serve_admins(listener: UnixListener, server: Arc<Server>) {
 /// Serves a port without TLS until the task is aborted.
 pub(super) async fn serve_loopback(listener: TcpListener, server: Arc<Server>) {
     let mut connections = JoinSet::new();
-    while let Ok((stream, _)) = listener.accept().await {
-        connections.spawn(converse(stream, server.clone(), Entrance::Loopback));
+    while let Some(stream) = accepted(listener.accept(), &mut connections).await {
+        let server = server.clone();
+        connections.spawn(async move {
+            let talk = converse(stream, server.clone(), Entrance::Loopback);
+            until_refused(&server, talk).await;
+        });
     }
 }
 
@@ -115,30 +119,39 @@ pub(super) async fn serve_pods(
     certificates: Certificates,
 ) {
     let mut connections = JoinSet::new();
-    while let Some(stream) = accept(&listener, &mut connections).await {
+    while let Some(stream) = accepted(listener.accept(), &mut connections).await {
         let (server, acceptor) = (server.clone(), certificates.acceptor.clone());
         connections.spawn(async move {
-            let mut disturbances = server.disturbance.subscribe();
             let talk = async {
                 match acceptor.accept(stream).await {
                     Ok(stream) => converse(stream, server.clone(), Entrance::Pods).await,
                     Err(error) => tracing::debug!(%error, "a TLS handshake failed"),
                 }
             };
-            // Refusing also ends open connections, above all watches.
-            tokio::select! {
-                _ = disturbances.wait_for(|disturbance| matches!(disturbance, Disturbance::Refuse)) => {}
-                () = talk => {}
-            }
+            until_refused(&server, talk).await;
         });
     }
 }
 
+/// Serves a connection to its end, or until a disturbance refuses connections: that also ends open
+/// ones, above all watches.
+async fn until_refused(server: &Server, talk: impl Future<Output = ()>) {
+    let mut disturbances = server.disturbance.subscribe();
+    tokio::select! {
+        _ = disturbances.wait_for(|disturbance| matches!(disturbance, Disturbance::Refuse)) => {}
+        () = talk => {}
+    }
+}
+
 /// Returns the next connection, and reaps finished ones meanwhile.
-async fn accept(listener: &UnixListener, connections: &mut JoinSet<()>) -> Option<UnixStream> {
+async fn accepted<S, A>(
+    next: impl Future<Output = io::Result<(S, A)>>,
+    connections: &mut JoinSet<()>,
+) -> Option<S> {
+    tokio::pin!(next);
     loop {
         tokio::select! {
-            accepted = listener.accept() => match accepted {
+            accepted = &mut next => match accepted {
                 Ok((stream, _)) => return Some(stream),
                 Err(error) => {
                     tracing::error!(%error, "the embedded API server cannot accept connections any more");
@@ -157,6 +170,7 @@ async fn converse(
 ) {
     let service =
         service_fn(move |request: http::Request<Incoming>| server.clone().serve(entrance, request));
+    // Without a timer: hyper would close idle connections, also those of tests that advance the clock.
     let connection =
         hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
     if let Err(error) = connection.await {

@@ -79,30 +79,30 @@ impl Server {
             Ok(info) => info,
             Err(status) => return Ok(failure(&status)),
         };
-        let body = match collect(body).await {
-            Ok(body) => body,
-            Err(status) => return Ok(failure(&status)),
-        };
+        let body = collect(body).await;
         let identity = match entrance {
             Entrance::Admin => {
-                let answer = self.answer(&Identity::Admin, &info, &head.headers, &body);
+                let answer = self.answer(&Identity::Admin, &info, &head.headers, body);
                 return Ok(answer.unwrap_or_else(|status| failure(&status)));
             }
             Entrance::Pods => self.identify(&head.headers),
             Entrance::Loopback => Ok(Identity::Admin),
         };
-        let call = Call {
-            method: head.method.as_str(),
-            uri: &head.uri.to_string(),
-            body: &body,
+        let intercepted = match &body {
+            Ok(body) => self.intercept(&Call {
+                method: head.method.as_str(),
+                uri: &head.uri.to_string(),
+                body,
+            })?,
+            Err(_) => None,
         };
-        if let Some(answer) = self.intercept(&call).await? {
-            return Ok(answer);
-        }
-        let answer = match (self.disturb(&info).await?, &identity) {
-            (Some(status), _) => Err(status),
-            (None, Err(status)) => Err(status.clone()),
-            (None, Ok(identity)) => self.answer(identity, &info, &head.headers, &body),
+        let answer = match intercepted {
+            Some(answer) => Ok(answer),
+            None => match (self.disturb(&info).await?, &identity) {
+                (Some(status), _) => Err(status),
+                (None, Err(status)) => Err(status.clone()),
+                (None, Ok(identity)) => self.answer(identity, &info, &head.headers, body),
+            },
         };
         let answer = answer.unwrap_or_else(|status| failure(&status));
         self.record(identity.ok(), info, answer.status().as_u16());
@@ -122,18 +122,12 @@ impl Server {
     }
 
     /// Applies the interceptor's reaction; returns none when the request is to be served.
-    async fn intercept(&self, call: &Call<'_>) -> Result<Option<Answer>, Refused> {
+    fn intercept(&self, call: &Call<'_>) -> Result<Option<Answer>, Refused> {
         let interceptor = self.interceptor.lock();
         let interceptor = interceptor.unwrap_or_else(PoisonError::into_inner).clone();
-        let mut reaction = interceptor.map_or(Reaction::Serve, |interceptor| interceptor(call));
-        while let Reaction::Delay(delay, next) = reaction {
-            tokio::time::sleep(delay).await;
-            reaction = *next;
-        }
-        match reaction {
-            Reaction::Serve | Reaction::Delay(..) => Ok(None),
+        match interceptor.map_or(Reaction::Serve, |interceptor| interceptor(call)) {
+            Reaction::Serve => Ok(None),
             Reaction::Answer(code, body) => Ok(Some(json_answer(code, body.into_bytes()))),
-            Reaction::Hang => std::future::pending().await,
             Reaction::Close => Err(Refused),
         }
     }
@@ -218,14 +212,18 @@ impl Server {
         identity: &Identity,
         info: &RequestInfo,
         headers: &HeaderMap,
-        body: &Bytes,
+        body: Result<Bytes, Status>,
     ) -> Result<Answer, Status> {
         rbac::authorize(&self.store, identity, info)?;
+        let body = body?;
         if !info.is_resource() {
             return self.plain_path(info);
         }
         let target = self.target(info)?;
-        let mut answer = self.resource(info, &target, headers, body)?;
+        if !accepts_whole_objects(headers) {
+            return Err(Status::not_acceptable());
+        }
+        let mut answer = self.resource(info, &target, headers, &body)?;
         if let Some(warning) = target
             .served()
             .and_then(|version| version.warning.as_deref())
@@ -471,6 +469,14 @@ fn delete_options(info: &RequestInfo, body: &Value) -> DeleteOptions {
             .is_some_and(|list| !list.is_empty())
             || query("dryRun").is_some(),
     }
+}
+
+/// Returns whether a client takes objects as they are, and not only as tables or
+/// `PartialObjectMetadata`.
+fn accepts_whole_objects(headers: &HeaderMap) -> bool {
+    let accepted = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok());
+    let is_whole = |kind: &str| !kind.split(';').any(|part| part.trim().starts_with("as="));
+    accepted.is_none_or(|kinds| kinds.split(',').any(is_whole))
 }
 
 async fn collect(body: Incoming) -> Result<Bytes, Status> {

@@ -206,6 +206,15 @@ impl Status {
         )
     }
 
+    /// Returns the refusal of a client that accepts none of the forms in which objects are served.
+    pub(super) fn not_acceptable() -> Status {
+        Status::plain(
+            406,
+            "NotAcceptable",
+            "only the following media types are accepted: application/json",
+        )
+    }
+
     pub(super) fn too_large(limit: usize) -> Status {
         Status::plain(
             413,

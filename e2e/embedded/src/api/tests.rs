@@ -28,7 +28,7 @@ use tempfile::TempDir;
 use tokio::net::{TcpListener, UnixStream};
 use tokio_rustls::rustls::pki_types::{CertificateDer, pem::PemObject};
 
-use super::{ApiServer, Disturbance};
+use super::{ApiServer, Disturbance, Reaction};
 
 struct Setup {
     server: ApiServer,

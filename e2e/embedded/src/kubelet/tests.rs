@@ -61,6 +61,14 @@ impl World {
         world
     }
 
+    /// Starts with a driver that is registered.
+    async fn with_driver(fake: &Fake) -> Self {
+        let mut world = Self::new().await;
+        world.serve(fake.clone());
+        world.registered().await;
+        world
+    }
+
     fn root(&self) -> PathBuf {
         self.dir.path().join("kubelet")
     }
@@ -154,6 +162,20 @@ impl World {
         Api::namespaced(self.api.client(), "default")
     }
 
+    async fn delete_pod(&self) {
+        let params = DeleteParams::default();
+        self.pods().delete("p", &params).await.unwrap();
+    }
+
+    /// Creates a Secret with the value `v` of the key `k`.
+    async fn create_secret(&self, name: &str) {
+        let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name},
+            "stringData": {"k": "v"}});
+        crate::apply(&self.api.client(), "default", &secret.to_string())
+            .await
+            .unwrap();
+    }
+
     async fn ready(&self) {
         eventually("the pod is ready", async || {
             let pod = self.pods().get("p").await.unwrap();
@@ -202,10 +224,8 @@ async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
 
 #[tokio::test]
 async fn a_pod_is_published_as_kubelet_does_and_leaves_nothing() {
-    let mut world = World::new().await;
     let fake = Fake::default();
-    world.serve(fake.clone());
-    world.registered().await;
+    let world = World::with_driver(&fake).await;
     let pod = world.create_pod(|_| {}).await;
     world.ready().await;
 
@@ -256,11 +276,7 @@ async fn a_pod_is_published_as_kubelet_does_and_leaves_nothing() {
     assert_eq!(data["volumeLifecycleMode"], "Ephemeral");
     assert!(data["attachmentID"].as_str().unwrap().starts_with("csi-"));
 
-    world
-        .pods()
-        .delete("p", &DeleteParams::default())
-        .await
-        .unwrap();
+    world.delete_pod().await;
     world.gone().await;
     assert_eq!(
         *fake.log.lock().unwrap(),
@@ -270,18 +286,10 @@ async fn a_pod_is_published_as_kubelet_does_and_leaves_nothing() {
 
 #[tokio::test]
 async fn a_final_error_cleans_up_and_is_told_in_kubelets_words() {
-    let mut world = World::new().await;
     let fake = Fake::default();
-    fake.errors
-        .lock()
-        .unwrap()
-        .push_back(Status::new(Code::Unknown, "no such class"));
-    fake.errors
-        .lock()
-        .unwrap()
-        .push_back(Status::new(Code::Unknown, "no such class"));
-    world.serve(fake.clone());
-    world.registered().await;
+    let missing = || Status::new(Code::Unknown, "no such class");
+    fake.errors.lock().unwrap().extend([missing(), missing()]);
+    let world = World::with_driver(&fake).await;
     world.create_pod(|_| {}).await;
     let event = world.event("FailedMount").await;
     assert_eq!(
@@ -302,15 +310,13 @@ async fn a_final_error_cleans_up_and_is_told_in_kubelets_words() {
 
 #[tokio::test]
 async fn after_an_uncertain_error_the_volume_is_unpublished_all_the_same() {
-    let mut world = World::new().await;
     let fake = Fake::default();
     let busy = || Status::new(Code::Aborted, "busy");
     fake.errors
         .lock()
         .unwrap()
         .extend([busy(), busy(), busy(), busy()]);
-    world.serve(fake.clone());
-    world.registered().await;
+    let world = World::with_driver(&fake).await;
     world.create_pod(|_| {}).await;
     world.event("FailedMount").await;
     let uid = world.pods().get("p").await.unwrap().uid().unwrap();
@@ -318,35 +324,25 @@ async fn after_an_uncertain_error_the_volume_is_unpublished_all_the_same() {
         "pods/{uid}/volumes/kubernetes.io~csi/secrets/vol_data.json"
     ));
     assert!(data.exists());
-    world
-        .pods()
-        .delete("p", &DeleteParams::default())
-        .await
-        .unwrap();
+    world.delete_pod().await;
     world.gone().await;
     assert_eq!(fake.log.lock().unwrap().last(), Some(&"unpublish"));
 }
 
 #[tokio::test]
 async fn a_pod_deleted_during_its_publish_waits_for_the_answer() {
-    let mut world = World::new().await;
     let gate = Arc::new(Semaphore::new(0));
     let fake = Fake {
         gate: Some(Arc::clone(&gate)),
         ..Fake::default()
     };
-    world.serve(fake.clone());
-    world.registered().await;
+    let world = World::with_driver(&fake).await;
     world.create_pod(|_| {}).await;
     eventually("publish begins", async || {
         !fake.log.lock().unwrap().is_empty()
     })
     .await;
-    world
-        .pods()
-        .delete("p", &DeleteParams::default())
-        .await
-        .unwrap();
+    world.delete_pod().await;
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(*fake.log.lock().unwrap(), ["publish"]);
     gate.add_permits(1);
@@ -424,9 +420,7 @@ async fn a_driver_is_refused_and_told_why_and_goes_with_its_socket() {
 
 #[tokio::test]
 async fn a_container_waits_for_the_secret_in_its_environment() {
-    let mut world = World::new().await;
-    world.serve(Fake::default());
-    world.registered().await;
+    let world = World::with_driver(&Fake::default()).await;
     let reference = json!({"name": "s", "key": "k"});
     world
         .create_pod(|spec| {
@@ -457,10 +451,7 @@ async fn a_container_waits_for_the_secret_in_its_environment() {
         world.event("Failed").await.message.as_deref(),
         Some("Error: secret \"s\" not found")
     );
-    let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {k: v}";
-    crate::apply(&world.api.client(), "default", secret)
-        .await
-        .unwrap();
+    world.create_secret("s").await;
     world.ready().await;
 }
 
@@ -487,11 +478,7 @@ async fn a_failed_republish_is_told_and_changes_nothing() {
     let before = publishes();
     eventually("it is tried again", async || publishes() > before).await;
     world.ready().await;
-    world
-        .pods()
-        .delete("p", &DeleteParams::default())
-        .await
-        .unwrap();
+    world.delete_pod().await;
     world.gone().await;
 }
 
@@ -516,10 +503,7 @@ async fn a_changed_annotation_makes_kubelet_republish_at_once() {
     };
     annotate("before it runs").await;
     world.event("Failed").await;
-    let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: late}\nstringData: {k: v}";
-    crate::apply(&world.api.client(), "default", secret)
-        .await
-        .unwrap();
+    world.create_secret("late").await;
     world.ready().await;
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(
@@ -551,10 +535,7 @@ async fn tokens_and_the_publish_secret_reach_the_driver() {
         message.contains("fetching NodePublishSecretRef default/s failed"),
         "{message}"
     );
-    let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {k: v}";
-    crate::apply(&world.api.client(), "default", secret)
-        .await
-        .unwrap();
+    world.create_secret("s").await;
     world.ready().await;
     let request = fake.published.lock().unwrap()[0].clone();
     assert_eq!(

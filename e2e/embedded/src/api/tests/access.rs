@@ -1,5 +1,7 @@
 //! Tests of authorisation and disturbances.
 
+use kube::config::{KubeConfigOptions, Kubeconfig};
+
 use super::*;
 
 #[tokio::test]
@@ -145,4 +147,66 @@ async fn disturbances_hit_everybody_but_administrators() {
     assert!(matches!(ask().await, Ok(Err(error)) if !matches!(error, KubeError::Api(_))));
     setup.server.disturb(Disturbance::None);
     assert!(ask().await.unwrap().is_ok());
+}
+
+/// A body that is too large does not hide who asks, and escapes no disturbance.
+#[tokio::test]
+async fn a_large_body_is_refused_where_nothing_else_is() {
+    let setup = Setup::new().await;
+    let create = async |client: &Client| {
+        let body = vec![b' '; 3 * 1024 * 1024 + 1];
+        let create = http::Request::post("/api/v1/namespaces/default/pods").body(body);
+        client.request::<Value>(create.unwrap()).await
+    };
+    let stranger = setup.client_with(Some("a.b.c".to_owned())).await;
+    let client = setup.pod_client("default").await;
+    assert_eq!(refusal(create(&setup.server.client()).await).0, 413);
+    assert_eq!(refusal(create(&stranger).await).0, 401);
+    assert_eq!(refusal(create(&client).await).0, 403);
+    setup.server.disturb(Disturbance::Fail {
+        status: 500,
+        verb: Some("create".to_owned()),
+        resource: Some("pods".to_owned()),
+        times: 1,
+    });
+    assert_eq!(refusal(create(&client).await).0, 500);
+    let requests = setup.server.requests();
+    let codes: Vec<u16> = requests.iter().map(|request| request.status).collect();
+    assert_eq!(codes, [401, 403, 500]);
+    setup.server.disturb(Disturbance::Refuse);
+    assert!(matches!(create(&client).await, Err(error) if !matches!(error, KubeError::Api(_))));
+}
+
+#[tokio::test]
+async fn requests_by_a_kubeconfig_are_intercepted_disturbed_and_counted() {
+    let mut setup = Setup::new().await;
+    let kubeconfig = setup.server.kubeconfig().await.unwrap();
+    let kubeconfig = Kubeconfig::from_yaml(&kubeconfig).unwrap();
+    let options = KubeConfigOptions::default();
+    let config = Config::from_custom_kubeconfig(kubeconfig, &options).await;
+    let client = Client::try_from(config.unwrap()).unwrap();
+    let pods: Api<Pod> = Api::namespaced(client, "default");
+
+    setup.server.intercept(|call| {
+        if call.uri.contains("/pods/p") {
+            let refusal = json!({"code": 418, "message": "intercepted"});
+            Reaction::Answer(418, refusal.to_string())
+        } else {
+            Reaction::Serve
+        }
+    });
+    assert_eq!(
+        refusal(pods.get("p").await),
+        (418, "intercepted".to_owned())
+    );
+    assert_eq!(refusal(pods.get("q").await).0, 404);
+    let requests = setup.server.requests();
+    let requests: Vec<_> = requests.iter().map(|r| (&*r.name, r.status)).collect();
+    assert_eq!(requests, [("p", 418), ("q", 404)]);
+
+    let changes = pods.watch(&WatchParams::default(), "0").await.unwrap();
+    setup.server.disturb(Disturbance::Refuse);
+    let ended = tokio::time::timeout(Duration::from_secs(10), changes.count()).await;
+    assert!(ended.is_ok(), "the watch goes on");
+    assert!(matches!(pods.get("q").await, Err(error) if !matches!(error, KubeError::Api(_))));
 }

@@ -179,6 +179,46 @@ async fn uid_of(setup: &Setup, namespace: &str) -> String {
         .unwrap()
 }
 
+/// Unlike a real server, this one knows neither patch.
+#[rstest]
+#[case("application/strategic-merge-patch+json")]
+#[case("application/json-patch+json")]
+#[tokio::test]
+async fn other_patches_are_refused(#[case] kind: &str) {
+    let setup = Setup::new().await;
+    setup
+        .api::<Secret>()
+        .create(&POST, &secret("s"))
+        .await
+        .unwrap();
+    let patch = http::Request::patch("/api/v1/namespaces/default/secrets/s")
+        .header(http::header::CONTENT_TYPE, kind)
+        .body(b"[]".to_vec());
+    let (code, why) = refusal(setup.server.client().request::<Value>(patch.unwrap()).await);
+    assert_eq!(code, 415, "{why}");
+}
+
+/// Unlike a real server, this one has whole objects only; a client that also takes these gets them.
+#[tokio::test]
+async fn a_client_that_takes_metadata_only_is_refused() {
+    let setup = Setup::new().await;
+    let secrets: Api<Secret> = setup.api();
+    secrets.create(&POST, &secret("s")).await.unwrap();
+    assert_eq!(
+        refusal(secrets.get_metadata("s").await),
+        (
+            406,
+            "only the following media types are accepted: application/json".to_owned()
+        )
+    );
+    let either = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json";
+    let get = http::Request::get("/api/v1/namespaces/default/secrets/s")
+        .header(http::header::ACCEPT, either)
+        .body(Vec::new());
+    let got = setup.server.client().request::<Value>(get.unwrap()).await;
+    assert_eq!(got.unwrap()["type"], "Opaque");
+}
+
 /// Run with `cargo test --lib creates_per_second -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement"]
