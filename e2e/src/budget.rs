@@ -79,7 +79,9 @@ pub async fn run() -> Result<()> {
         table.note(&format!("publish p99 {at}, ms"), percentile(&latencies, 99));
         let rate = per(&pods) / seconds;
         if concurrency == MANY {
-            table.at_least(&format!("publishes per second {at}"), rate, 100.0);
+            // About half of what is measured, because values vary by half. The driver could do 300, but
+            // the API server and this harness, which are not optimized, share its cores.
+            table.at_least(&format!("publishes per second {at}"), rate, 150.0);
             let of_cpu = format!("publishes per second of CPU time {at}");
             table.at_least(&of_cpu, per(&pods) / cpu, 300.0);
         } else {
@@ -150,7 +152,7 @@ fn binaries() -> std::result::Result<Binaries, binaries::Error> {
 }
 
 /// Returns the options of a cluster with rotation, and with intervals longer than a run: periodic work
-/// is not part of a call's cost. `driver/tests/sync.rs` counts it.
+/// is not part of a call's cost. `driver/tests/sync/costs.rs` counts it.
 fn rotating(binaries: &Binaries) -> Result<Options> {
     let mut options = standard(binaries)?;
     let flags = [

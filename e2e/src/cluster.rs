@@ -170,7 +170,10 @@ pub trait Cluster {
     /// Reads the tree of a container's mount, as its user.
     async fn tree(&self, namespace: &str, pod: &str, mount_path: &str, view: View) -> Result<Tree> {
         let arguments = view.arguments();
-        printed(&self.probe(namespace, pod, mount_path, &arguments).await?)
+        let json = self.probe(namespace, pod, mount_path, &arguments).await?;
+        printed::<Option<Tree>>(&json)?.ok_or_else(|| {
+            Error::Impossible(format!("pod {namespace}/{pod}: there is no {mount_path}"))
+        })
     }
 
     /// Reads files of a container's mount all the time, as its user, until they contain the last

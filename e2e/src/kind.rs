@@ -132,7 +132,10 @@ impl Running {
     ) -> Result<Self> {
         let tools = Tools::find().await?;
         let node_image = node_image::choose(&tools, options.node_image.as_deref()).await?;
-        let guard = options.guard.as_deref().map(spawn_guard).transpose()?;
+        let guard = match options.guard.clone() {
+            Some(program) => Some(spawn_guard(program).await?),
+            None => None,
+        };
         progress("network and fence");
         fence::put_up(&tools, &node_image).await?;
         if options.keep && is_there(&tools, &options, &node_image).await? {
@@ -274,18 +277,23 @@ fn lock() -> Result<Lock> {
 }
 
 /// Starts a guard; returns when it holds the lock.
-fn spawn_guard(program: &Path) -> Result<Child> {
-    let mut child = guard::spawn(program, Stdio::piped())?;
-    let mut line = String::new();
-    if let Some(stdout) = child.stdout.take() {
-        // Its end is no line, and reported below.
-        let _read = BufReader::new(stdout).read_line(&mut line);
-    }
-    if line.trim_end() != READY {
-        let reason = format!("the guard {} failed", program.display());
-        return Err(Error::Start(reason));
-    }
-    Ok(child)
+async fn spawn_guard(program: PathBuf) -> Result<Child> {
+    let spawned = tokio::task::spawn_blocking(move || {
+        let mut child = guard::spawn(&program, Stdio::piped())?;
+        let mut line = String::new();
+        if let Some(stdout) = child.stdout.take() {
+            // Its end is no line, and reported below.
+            let _read = BufReader::new(stdout).read_line(&mut line);
+        }
+        if line.trim_end() != READY {
+            let reason = format!("the guard {} failed", program.display());
+            return Err(Error::Start(reason));
+        }
+        Ok(child)
+    });
+    spawned
+        .await
+        .map_err(|error| Error::Start(format!("the guard: {error}")))?
 }
 
 /// Deletes the cluster of an earlier run, if there is one, its network and the rule. Waits for a guard

@@ -98,8 +98,10 @@ impl Reader {
                     let expected = first.get_or_insert_with(|| text.clone());
                     if *expected != text {
                         readings.mixture(format!(
-                            "in one version {} has {:.20?} and {file} has {text:.20?}",
-                            self.files[0], expected
+                            "in one version {} has {:?} and {file} has {:?}",
+                            self.files[0],
+                            beginning(expected),
+                            beginning(&text)
                         ));
                     }
                 }
@@ -120,6 +122,11 @@ fn is_current(volume: &Path, version: &Path) -> bool {
     now.is_ok_and(|now| now.file_name() == version.file_name())
 }
 
+/// Returns as much of a file's text as is reported.
+fn beginning(text: &str) -> String {
+    text.chars().take(20).collect()
+}
+
 fn read_below(directory: &File, file: &str) -> io::Result<String> {
     let path = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(file);
     let mut text = String::new();
@@ -132,7 +139,8 @@ impl Readings {
         let mut words = text.split_whitespace();
         let number = words.next().and_then(|word| word.parse::<u64>().ok());
         let Some(number) = number else {
-            self.mixture(format!("{file} has {text:.20?}, which is no number"));
+            let text = beginning(text);
+            self.mixture(format!("{file} has {text:?}, which is no number"));
             return;
         };
         if words.any(|word| word != number.to_string()) {
@@ -207,7 +215,14 @@ mod tests {
         assert!(told.contains("b has 1 after 2"), "{told}");
         assert!(told.contains("in one version a has \"2 2\""), "{told}");
 
-        write(volume, "..3", &[("a", "2 2")]);
+        let long = "x".repeat(100);
+        write(volume, "..3", &[("a", &long), ("b", "2 2")]);
+        let told = reader(3).read(volume).mixtures.join("; ");
+        let quoted = format!("a has {:?}", "x".repeat(20));
+        assert!(told.contains(&format!("{quoted}, which")), "{told}");
+        assert!(told.contains(&format!("{quoted} and b")), "{told}");
+
+        write(volume, "..4", &[("a", "2 2")]);
         let readings = reader(3).read(volume);
         let told = readings.gaps.join("; ");
         assert!(

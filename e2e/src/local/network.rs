@@ -177,7 +177,10 @@ mod tests {
             }
             test();
         };
-        std::thread::spawn(run).join().unwrap();
+        // The list of skipped tests names the thread.
+        let name = std::thread::current().name().unwrap().to_owned();
+        let thread = std::thread::Builder::new().name(name).spawn(run);
+        thread.unwrap().join().unwrap();
     }
 
     fn rules() -> String {

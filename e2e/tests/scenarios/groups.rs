@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::{
     harness::{Scenario, scenario, until},
     objects::{MOUNT, Pod, class, pod},
-    settings::Need,
+    settings::{Need, REFRESH_OFTEN},
 };
 
 const OBJECTS: &str = "
@@ -17,15 +17,7 @@ const OBJECTS: &str = "
         - {objectName: nested, path: deep/nested, content: '1', mode: '0440'}
         ";
 
-const USERS: &[Need] = &[
-    Need::Republish,
-    Need::OtherUsers,
-    Need::Flags(&[
-        "--enable-secret-rotation=true",
-        "--rotation-poll-interval=100ms",
-        "--min-rotation-poll-interval=100ms",
-    ]),
-];
+const USERS: &[Need] = &[Need::Republish, Need::OtherUsers, REFRESH_OFTEN];
 
 /// Returns a pod that runs as user 1004.
 fn user(name: &str, fs_group: Option<u32>, supplemental_groups: &[u32]) -> Pod {

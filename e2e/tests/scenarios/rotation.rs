@@ -9,20 +9,14 @@ use serde_json::json;
 use crate::{
     harness::{SOON, Scenario, scenario, until},
     objects::{MOUNT, class, pod},
-    settings::Need,
+    settings::{Need, REFRESH_OFTEN},
 };
 
 /// A driver that refreshes at every publish, and retries within seconds.
 const OFTEN: &[Need] = &[
     Need::Republish,
-    Need::Flags(&[
-        "--enable-secret-rotation=true",
-        "--rotation-poll-interval=100ms",
-        "--min-rotation-poll-interval=100ms",
-        "--rotation-backoff=1s",
-        "--rotation-backoff-max=4s",
-        "-v=5",
-    ]),
+    REFRESH_OFTEN,
+    Need::Flags(&["--rotation-backoff=1s", "--rotation-backoff-max=4s", "-v=5"]),
 ];
 
 /// A driver that refreshes on request only: its interval is longer than a scenario.
@@ -374,13 +368,8 @@ async fn a_deleted_class() {
 async fn failures_surface_where_that_is_asked_for() {
     let s = scenario!([
         Need::Republish,
-        Need::Flags(&[
-            "--enable-secret-rotation=true",
-            "--rotation-poll-interval=100ms",
-            "--min-rotation-poll-interval=100ms",
-            "--rotation-backoff=1s",
-            "--republish-errors=surface",
-        ]),
+        REFRESH_OFTEN,
+        Need::Flags(&["--rotation-backoff=1s", "--republish-errors=surface"]),
     ]);
     s.apply(class("db", OBJECT)).await;
     s.apply(pod("web", &["db"])).await;

@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use crate::{
     harness::{Scenario, scenario, until},
     objects::{Class, MOUNT, SecretObject, class, deployment, job, pod, replica_set, stateful_set},
-    settings::Need,
+    settings::{Need, REFRESH_OFTEN},
 };
 
 /// A driver that checks Secrets and classes every second.

@@ -61,6 +61,13 @@ pub enum Need {
     Embedded(&'static str),
 }
 
+/// A driver that refreshes at every publish.
+pub const REFRESH_OFTEN: Need = Need::Flags(&[
+    "--enable-secret-rotation=true",
+    "--rotation-poll-interval=100ms",
+    "--min-rotation-poll-interval=100ms",
+]);
+
 /// Where kubelet puts service account tokens in a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TokenPlace {
@@ -143,13 +150,12 @@ pub fn configure(options: &mut Options, needs: &[Need]) -> e2e::cluster::Result<
 /// Gives a cluster that runs what a scenario needs, and takes away what an earlier one needed. The
 /// driver's pods are replaced after that.
 pub async fn change(client: &kube::Client, needs: &[Need]) {
-    let flags = needs.iter().find_map(|need| match need {
-        Need::Flags(flags) => Some(*flags),
-        _ => None,
+    let flags = needs.iter().flat_map(|need| match need {
+        Need::Flags(flags) => *flags,
+        _ => &[],
     });
-    change_flags(client, flags.unwrap_or_default())
-        .await
-        .unwrap();
+    let flags = flags.map(|flag| (*flag).to_owned()).collect();
+    change_flags(client, flags).await.unwrap();
     let tokens = needs.iter().find_map(|need| match need {
         Need::Tokens { audiences, place } => Some((*audiences, *place)),
         _ => None,
@@ -173,7 +179,7 @@ fn token_requests(audiences: &[&str]) -> Value {
     audiences.iter().map(request).collect()
 }
 
-async fn change_flags(client: &kube::Client, flags: &[&str]) -> kube::Result<()> {
+async fn change_flags(client: &kube::Client, flags: Vec<String>) -> kube::Result<()> {
     let sets = Api::<DaemonSet>::namespaced(client.clone(), "kube-system");
     let mut set = sets.get(DAEMON_SET).await?;
     let annotations = set.metadata.annotations.get_or_insert_default();
@@ -186,7 +192,6 @@ async fn change_flags(client: &kube::Client, flags: &[&str]) -> kube::Result<()>
     let mut containers = pod.containers.iter_mut();
     let driver = containers.find(|c| c.name == CONTAINER).unwrap();
     let installed = noted.unwrap_or_else(|| driver.args.take().unwrap_or_default());
-    let flags = flags.iter().map(|flag| (*flag).to_owned());
     driver.args = Some(installed.iter().cloned().chain(flags).collect());
     let installed = serde_json::to_string(&installed).unwrap();
     annotations.insert(INSTALLED.to_owned(), installed);

@@ -9,21 +9,16 @@ use serde_json::json;
 use crate::{
     harness::{Scenario, scenario, until},
     objects::{MOUNT, class, pod},
-    settings::{Need, TokenPlace},
+    settings::{Need, REFRESH_OFTEN, TokenPlace},
 };
 
 /// Returns the needs of these scenarios: a driver that refreshes often and logs all it can, and
 /// tokens in this place.
-const fn tokens(place: TokenPlace) -> [Need; 3] {
+const fn tokens(place: TokenPlace) -> [Need; 4] {
     [
         Need::Republish,
-        Need::Flags(&[
-            "--enable-secret-rotation=true",
-            "--rotation-poll-interval=100ms",
-            "--min-rotation-poll-interval=100ms",
-            "--rotation-backoff=1s",
-            "-v=10",
-        ]),
+        REFRESH_OFTEN,
+        Need::Flags(&["--rotation-backoff=1s", "-v=10"]),
         Need::Tokens {
             audiences: &["vault", "sts.example.com"],
             place,
@@ -58,10 +53,10 @@ async fn ep_01_tokens_reach_the_provider(#[case] place: TokenPlace) {
 /// The provider gets the tokens that kubelet has renewed.
 #[tokio::test]
 async fn renewed_tokens_reach_the_provider() {
-    let [republish, flags, tokens] = tokens(TokenPlace::Context);
+    let [republish, often, flags, tokens] = tokens(TokenPlace::Context);
     // A real kubelet renews a token when a fifth of its ten minutes is left.
     let minutes = Need::Embedded("kubelet renews tokens after minutes");
-    let s = scenario!([republish, flags, tokens, minutes]);
+    let s = scenario!([republish, often, flags, tokens, minutes]);
     s.apply(class(
         "db",
         "- {objectName: digests, contentFrom: tokenDigests}",

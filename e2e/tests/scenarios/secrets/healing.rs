@@ -116,7 +116,7 @@ async fn a_class_that_changes() {
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
     let (uid, mut text) = (s.secret("creds").await.unwrap().uid(), s.secrets().await);
-    // Another key, other labels, and one Secret less.
+    // Another key, other labels, and one Secret fewer.
     let changed = SecretObject::new("creds", &[("password", "password")])
         .with("labels", json!({"team": "shop"}));
     s.apply(syncing("db", "hunter2", [changed.clone()])).await;
@@ -169,14 +169,7 @@ async fn a_class_that_gets_its_first_secret() {
 /// The Secret follows the file with one write.
 #[tokio::test]
 async fn rotation_reaches_the_secret_with_the_file() {
-    let s = scenario!([
-        Need::Republish,
-        Need::Flags(&[
-            "--enable-secret-rotation=true",
-            "--rotation-poll-interval=100ms",
-            "--min-rotation-poll-interval=100ms",
-        ])
-    ]);
+    let s = scenario!([Need::Republish, REFRESH_OFTEN]);
     s.apply(foo_class("db", "creds")).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;

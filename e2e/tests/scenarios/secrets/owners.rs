@@ -146,7 +146,7 @@ async fn fifty_pods_and_one_write() {
 }
 
 /// With a class without Secrets, a publish needs one read and one write. The class is also read
-/// once in an interval, which is long here; `driver/tests/sync.rs` counts that.
+/// once in an interval, which is long here; `driver/tests/sync/main.rs` counts that.
 #[tokio::test]
 async fn a_class_without_secrets_costs_nothing_more() {
     let s = scenario!([COUNTING, Need::Flags(&["--sync-interval=1h"])]);
