@@ -70,8 +70,9 @@ fn needs(option: &str) -> Finding {
     Finding::Skipped(format!("needs {option}"))
 }
 
-/// The settings of a run.
-#[derive(Clone, Debug)]
+/// The settings of a run. They have no [`Debug`](std::fmt::Debug), because they contain secrets and
+/// tokens.
+#[derive(Clone)]
 pub struct Settings {
     /// The provider's socket.
     pub socket: PathBuf,
@@ -136,6 +137,8 @@ pub struct Checked {
 /// Runs all checks that the settings select, one after another.
 pub async fn run(settings: Settings) -> Vec<Checked> {
     let subject = Subject::new(settings);
+    let own = secrecy::telling(secrecy::own_values(&subject.settings));
+    let hide = |reason: String| secrecy::hide(&reason, &own);
     let mut results: Vec<Checked> = Vec::new();
     for (group, checks) in GROUPS {
         for check in checks {
@@ -152,8 +155,8 @@ pub async fn run(settings: Settings) -> Vec<Checked> {
             };
             let (outcome, reason) = match finding {
                 None => (Outcome::Passed, None),
-                Some(Finding::Failed(reason)) => (Outcome::Failed, Some(reason)),
-                Some(Finding::Skipped(reason)) => (Outcome::Skipped, Some(reason)),
+                Some(Finding::Failed(reason)) => (Outcome::Failed, Some(hide(reason))),
+                Some(Finding::Skipped(reason)) => (Outcome::Skipped, Some(hide(reason))),
             };
             results.push(Checked {
                 group,

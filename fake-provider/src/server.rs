@@ -21,6 +21,7 @@ use proto::provider::{File, MountRequest, VersionRequest, VersionResponse};
 pub use proto::provider::{MountResponse, ObjectVersion};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::{Stream, StreamExt};
 use tokio_util::sync::CancellationToken;
 pub use tonic::Code;
 use tonic::service::Routes;
@@ -34,6 +35,9 @@ pub use socket::Socket;
 
 /// The time that calls under way have to end when the server is stopped.
 pub const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// The pause in accepting after the system had no descriptor or no memory.
+const REST: Duration = Duration::from_millis(250);
 
 /// The version of the provider interface.
 pub const INTERFACE: &str = "v1alpha1";
@@ -197,7 +201,7 @@ impl<P: Provider> Server<P> {
         let serving = tonic::transport::Server::builder()
             .add_routes(routes)
             .serve_with_incoming_shutdown(
-                UnixListenerStream::new(self.socket.take_listener()?),
+                resting(UnixListenerStream::new(self.socket.take_listener()?)),
                 stopping.clone().cancelled_owned(),
             );
         let grace_is_over = async {
@@ -214,6 +218,18 @@ impl<P: Provider> Server<P> {
         }
         Ok(())
     }
+}
+
+/// Adds a pause after each connection that could not be accepted. Without it, a process without
+/// free descriptors would try again all the time.
+fn resting<C>(connections: impl Stream<Item = io::Result<C>>) -> impl Stream<Item = io::Result<C>> {
+    connections.then(|connection| async {
+        if let Err(error) = &connection {
+            tracing::warn!(%error, "no connection can be accepted at the moment; trying again");
+            tokio::time::sleep(REST).await;
+        }
+        connection
+    })
 }
 
 /// Returns a future that completes when the process gets SIGTERM or SIGINT.
@@ -286,5 +302,20 @@ impl<P: Provider> CsiDriverProvider for Service<P> {
                 Err(status)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn accepting_rests_after_an_error_and_goes_on() {
+        let arrived = [Ok(1), Err(io::Error::from_raw_os_error(24)), Ok(2)];
+        let started = std::time::Instant::now();
+        let accepted: Vec<_> = resting(tokio_stream::iter(arrived)).collect().await;
+        let numbers: Vec<_> = accepted.into_iter().filter_map(Result::ok).collect();
+        assert_eq!(numbers, [1, 2]);
+        assert!(started.elapsed() >= REST);
     }
 }

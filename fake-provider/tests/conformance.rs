@@ -15,7 +15,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fake_provider::check::{Checked, GROUPS, Outcome, Settings, run};
 use fake_provider::fake;
@@ -23,6 +23,10 @@ use flawed::Flaw;
 use rstest::rstest;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
+
+/// The Secret and the token of the settings, for the flaws that are about them.
+const SECRET: &str = "ocean-3f9a";
+const TOKEN: &str = "amber-7c21";
 
 type Map = BTreeMap<String, String>;
 
@@ -99,22 +103,36 @@ async fn the_fake_provider_passes() {
 
 #[rstest]
 #[case(Flaw::None, &[])]
+#[case(Flaw::AnyOrder, &[])]
+#[case(Flaw::ReadsMounted, &[])]
+#[case(Flaw::WritesItself, &[])]
+#[case(Flaw::WritesLinks, &[])]
+#[case(Flaw::WritesDevice, &["mount-succeeds"])]
+#[case(Flaw::SocketType, &["socket-type", "authority-localhost"])]
 #[case(Flaw::SocketMode, &["socket-mode"])]
 #[case(Flaw::SocketName, &["socket-name"])]
 #[case(Flaw::SocketDirectory, &["socket-directory"])]
 #[case(Flaw::OtherInterface, &["version-interface"])]
 #[case(Flaw::NoName, &["version-names"])]
+#[case(Flaw::UnknownMethod, &["unknown-method"])]
 #[case(Flaw::OneConnection, &["idle-connections"])]
+#[case(Flaw::RefusesUnknownFields, &["unknown-fields"])]
+#[case(Flaw::FailsUnknownFields, &["unknown-fields"])]
 #[case(Flaw::OneCall, &["calls-at-once", "calls-on-one-connection", "modes-concurrent"])]
+#[case(Flaw::SuffersFromDeadlines, &["expired-deadline"])]
+#[case(Flaw::SuffersFromCancelledCalls, &["cancelled-calls"])]
 #[case(Flaw::RefusesUnknownAttributes, &["unknown-attributes", "large-attributes"])]
 #[case(Flaw::RefusesUnknownSecrets, &["unknown-secrets", "large-secrets"])]
 #[case(Flaw::RefusesEmptySecrets, &["secrets-empty"])]
 #[case(Flaw::RefusesPermission, &["permission-other", "modes-asked-for", "modes-concurrent"])]
 #[case(Flaw::OnlyChanges, &["versions-sent"])]
+#[case(Flaw::NothingIfUnchanged, &["versions-sent"])]
 #[case(Flaw::EchoesVersions, &["versions-of-others"])]
 #[case(Flaw::SmallRequests, &["large-attributes", "large-secrets"])]
 #[case(Flaw::AcceptsAnything, &["malformed-attributes", "empty-request"])]
-#[case(Flaw::HangsOnMalformedSecrets, &["malformed-secrets"])]
+#[case(Flaw::EmptyErrorCode, &["malformed-attributes", "empty-request"])]
+#[case(Flaw::HangsOnMalformedAttributes, &["malformed-attributes", "empty-request", "secrets-not-in-errors"])]
+#[case(Flaw::HangsOnMalformedSecrets, &["malformed-secrets", "secrets-not-in-errors"])]
 #[case(Flaw::NoFiles, &["files-present"])]
 #[case(Flaw::WritesBesideAnswer, &["no-files-beside-answer"])]
 #[case(Flaw::LargeAnswer, &["answer-bounded"])]
@@ -133,9 +151,10 @@ async fn the_fake_provider_passes() {
 #[case(Flaw::Mode(0o1777), &["modes-in-range"])]
 #[case(Flaw::OddMode, &["modes-asked-for"])]
 #[case(Flaw::GlobalMode, &["modes-concurrent"])]
-#[case(Flaw::ContentChanges, &["content-stable"])]
-#[case(Flaw::VersionsChange, &["versions-stable"])]
+#[case(Flaw::ContentChanges, &["content-stable", "restart-same-objects"])]
+#[case(Flaw::VersionsChange, &["versions-stable", "restart-same-objects"])]
 #[case(Flaw::MissingSucceeds, &["missing-object"])]
+#[case(Flaw::ErrorCode(""), &["missing-object", "error-code"])]
 #[case(Flaw::MissingUnavailable, &["missing-object-code"])]
 #[case(Flaw::Message(""), &["error-message"])]
 #[case(Flaw::Message("two\nlines"), &["error-message"])]
@@ -148,7 +167,13 @@ async fn the_fake_provider_passes() {
 #[case(Flaw::QuotesTokens, &["tokens-not-in-errors"])]
 #[case(Flaw::QuotesSecrets, &["secrets-not-in-errors"])]
 #[case(Flaw::LogsSecrets, &["secrets-not-in-log"])]
+#[case(Flaw::EchoesOwnToken, &["tokens-not-in-answers"])]
+#[case(Flaw::LogsOwnToken, &["secrets-not-in-log"])]
+#[case(Flaw::LogsOwnSecret, &["secrets-not-in-log"])]
+#[case(Flaw::RefusesAndQuotes, &["mount-succeeds", "outage-code"])]
 #[case(Flaw::ChangeKeepsVersion, &["change-new-version"])]
+#[case(Flaw::OtherSocketAfterRestart, &["restart-same-socket"])]
+#[case(Flaw::OtherVersionAfterRestart, &["restart-same-objects"])]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flaw_fails_the_checks_that_name_it(#[case] flaw: Flaw, #[case] expected: &[&str]) {
     let dir = directory();
@@ -159,12 +184,35 @@ async fn a_flaw_fails_the_checks_that_name_it(#[case] flaw: Flaw, #[case] expect
     settings.outage = Some(map(&[("objects", "outage")]));
     settings.log = Some(flawed.log.clone());
     settings.change = Some(format!("echo 2 > {}", flawed.store.display()));
+    settings.restart = Some(flawed.restart.clone());
     settings.timeout = flaw.patience();
-    if flaw == Flaw::RefusesUnknownSecrets {
-        settings.secrets = Some(map(&[("password", "hunter2")]));
+    if [Flaw::SuffersFromDeadlines, Flaw::SuffersFromCancelledCalls].contains(&flaw) {
+        settings.only = expected.iter().map(|&name| name.to_owned()).collect();
+    }
+    if [
+        Flaw::RefusesUnknownSecrets,
+        Flaw::LogsOwnSecret,
+        Flaw::RefusesAndQuotes,
+    ]
+    .contains(&flaw)
+    {
+        settings.secrets = Some(map(&[("password", SECRET)]));
+    }
+    if [
+        Flaw::EchoesOwnToken,
+        Flaw::LogsOwnToken,
+        Flaw::RefusesAndQuotes,
+    ]
+    .contains(&flaw)
+    {
+        settings.tokens = map(&[("vault", TOKEN)]);
     }
     let results = run(settings).await;
     assert_eq!(with(&results, Outcome::Failed), expected, "{results:#?}");
+    let report = serde_json::to_string(&results).unwrap();
+    for part in [&SECRET[..5], &TOKEN[..5], "canary"] {
+        assert!(!report.contains(part), "{report}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -191,6 +239,16 @@ fn provider_check(arguments: &[&str]) -> (Option<i32>, String, String) {
     )
 }
 
+/// Kills the process of a file when it is dropped.
+struct Kill(PathBuf);
+
+impl Drop for Kill {
+    fn drop(&mut self) {
+        let kill = format!("kill -9 $(cat {})", self.0.display());
+        let _ = Command::new("/bin/sh").args(["-c", &kill]).status();
+    }
+}
+
 /// The program restarts the other program: `kill -9` leaves the socket behind.
 #[test]
 fn the_program_checks_a_restart_and_reports_as_text_and_json() {
@@ -207,8 +265,11 @@ fn the_program_checks_a_restart_and_reports_as_text_and_json() {
         let status = Command::new("/bin/sh").args(["-c", command]).status();
         assert!(status.unwrap().success());
     };
+    let _kill = Kill(dir.path().join("pid"));
     shell(&start);
+    let limit = Instant::now() + Duration::from_secs(30);
     while !dir.path().join("fake.sock").exists() {
+        assert!(Instant::now() < limit, "it does not start");
         std::thread::sleep(Duration::from_millis(10));
     }
     fs::write(at("parameters"), "objects: 'array: [{objectName: foo}]'\n").unwrap();
@@ -257,7 +318,6 @@ fn the_program_checks_a_restart_and_reports_as_text_and_json() {
         out.contains("FAILED  mount-succeeds: without --parameters it fails"),
         "{out}"
     );
-    shell(&stop);
 }
 
 #[rstest]

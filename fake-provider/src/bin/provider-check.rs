@@ -63,7 +63,7 @@ struct Arguments {
     change: Option<String>,
 
     /// The seconds that one call may take
-    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
 
     /// Run only these checks or groups

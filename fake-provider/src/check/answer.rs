@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 
 use proto::provider::MountRequest;
 
-use super::subject::{Answer, PERMISSION, told};
+use super::subject::{Answer, PERMISSION};
 use super::{Check, Finding, Subject, failed};
 
 /// The limits of this repository's driver.
-const MOST_FILES: usize = 4096;
+pub(super) const MOST_FILES: usize = 4096;
 const MOST_VERSIONS: usize = 4096;
 const MOST_VERSION_BYTES: usize = 1 << 20;
-const MOST_LEVELS: usize = 32;
+pub(super) const MOST_LEVELS: usize = 32;
 const LARGEST_ANSWER: usize = 4 << 20;
 
 /// The limits of Linux: NAME_MAX and PATH_MAX.
@@ -287,7 +287,9 @@ async fn modes_concurrent(subject: &Subject) -> Result<(), Finding> {
     for _ in 0..4 {
         let calls = permissions.map(|permission| subject.mount(asking(subject, permission)));
         for (answer, alone) in futures::future::join_all(calls).await.iter().zip(&alone) {
-            let answer = answer.as_ref().map_err(|status| failed(told(status)))?;
+            let answer = answer
+                .as_ref()
+                .map_err(|status| failed(subject.told(status)))?;
             if modes(answer) != *alone {
                 return Err(failed("a file has the mode that another call asked for"));
             }

@@ -7,10 +7,11 @@ use proto::provider::MountResponse;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tonic::{Code, Request, Status};
 use tonic_prost::ProstCodec;
 
-use super::subject::{LARGEST_ANSWER, told};
+use super::subject::{LARGEST_ANSWER, error_code};
 use super::{Check, FIRST_CALL, Finding, Subject, failed};
 use crate::server::INTERFACE;
 
@@ -134,7 +135,7 @@ async fn unknown_method(subject: &Subject) -> Result<(), Finding> {
     let path = PathAndQuery::from_static("/v1alpha1.CSIDriverProvider/Unknown");
     match call(subject, path, Extended::default()).await? {
         Err(status) if status.code() == Code::Unimplemented => Ok(()),
-        Err(status) => Err(failed(format!("it fails with {}", told(&status)))),
+        Err(status) => Err(failed(format!("it fails with {}", subject.told(&status)))),
         Ok(_) => Err(failed("it succeeds")),
     }
 }
@@ -152,8 +153,11 @@ async fn unknown_fields(subject: &Subject) -> Result<(), Finding> {
     };
     let path = PathAndQuery::from_static("/v1alpha1.CSIDriverProvider/Mount");
     match call(subject, path, request).await? {
-        Ok(_) => Ok(()),
-        Err(status) => Err(failed(format!("Mount failed: {}", told(&status)))),
+        Ok(answer) => match error_code(&answer) {
+            None => Ok(()),
+            Some(code) => Err(failed(format!("Mount failed: error code {code:?}"))),
+        },
+        Err(status) => Err(failed(format!("Mount failed: {}", subject.told(&status)))),
     }
 }
 
@@ -169,9 +173,9 @@ async fn call(
         let ready = client.ready().await;
         ready.map_err(|error| Status::unavailable(format!("cannot connect: {error}")))?;
         let codec = ProstCodec::<Extended, MountResponse>::default();
-        client.unary(Request::new(message), path, codec).await
+        client.unary(subject.timed(message), path, codec).await
     };
-    match tokio::time::timeout(subject.settings.timeout, calling).await {
+    match timeout(subject.settings.timeout, calling).await {
         Ok(answer) => Ok(answer.map(tonic::Response::into_inner)),
         Err(_) => Err(failed("no answer in time")),
     }
@@ -225,7 +229,8 @@ async fn calls_at_once(subject: &Subject, sharing: Sharing) -> Result<(), Findin
         }
     });
     for answer in futures::future::join_all(calls).await {
-        let answer = answer.map_err(|status| failed(format!("one failed: {}", told(&status))))?;
+        let answer =
+            answer.map_err(|status| failed(format!("one failed: {}", subject.told(&status))))?;
         if answer.paths() != expected {
             return Err(failed("one has other files than a Mount alone"));
         }
@@ -236,12 +241,16 @@ async fn calls_at_once(subject: &Subject, sharing: Sharing) -> Result<(), Findin
 async fn expired_deadline(subject: &Subject) -> Result<(), Finding> {
     subject.first().await?;
     let target = subject.target()?;
-    let mut message = subject.request();
-    message.target_path = target.path();
-    let mut request = Request::new(message);
-    request.set_timeout(Duration::from_millis(1));
-    // It may answer in time, which is right as well.
-    let _ = subject.client()?.mount(request).await;
+    // With the first deadline, the request may not arrive.
+    for milliseconds in [1, 5, 25] {
+        let mut message = subject.request();
+        message.target_path = target.path();
+        let mut request = Request::new(message);
+        request.set_timeout(Duration::from_millis(milliseconds));
+        let limit = subject.settings.timeout;
+        // It may answer in time, which is right as well.
+        let _ = timeout(limit, subject.client()?.mount(request)).await;
+    }
     recovers(subject).await
 }
 
@@ -249,24 +258,29 @@ async fn cancelled_calls(subject: &Subject) -> Result<(), Finding> {
     subject.first().await?;
     let target = subject.target()?;
     let mut calls = JoinSet::new();
-    for _ in 0..2 * CALLS {
+    // Each is given up at another moment: some before they arrive, some before the answer.
+    for milliseconds in 1..=32 {
         let mut client = subject.client()?;
         let mut request = subject.request();
         request.target_path = target.path();
-        calls.spawn(async move { client.mount(request).await.map(drop) });
+        let request = subject.timed(request);
+        let limit = Duration::from_millis(milliseconds);
+        calls.spawn(async move { timeout(limit, client.mount(request)).await.map(drop) });
     }
-    tokio::time::sleep(Duration::from_millis(5)).await;
-    calls.shutdown().await;
+    calls.join_all().await;
     recovers(subject).await
 }
 
 /// Checks that a Mount succeeds soon: calls that nobody waits for may take a moment to end.
 async fn recovers(subject: &Subject) -> Result<(), Finding> {
+    const PAUSE: Duration = Duration::from_millis(100);
+    // The provider may not have noticed yet that nobody waits.
+    tokio::time::sleep(PAUSE).await;
     for _ in 0..10 {
         if subject.succeeds(subject.request()).await.is_ok() {
             return Ok(());
         }
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        tokio::time::sleep(PAUSE).await;
     }
     subject.succeeds(subject.request()).await.map(drop)
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use proto::provider::{MountRequest, MountResponse};
 use tonic::{Code, Status};
 
-use super::subject::{may_pass, told};
+use super::subject::{error_code, may_pass};
 use super::{Check, Finding, Subject, failed, needs};
 
 /// The longest part of a message that this repository's driver shows, in bytes.
@@ -45,7 +45,7 @@ pub(super) const CHECKS: &[Check] = &[
         name: "error-code",
         rule: "An error code is a short word, as it becomes a metric label.",
         source: METRICS,
-        run: |s| Box::pin(error_code(s)),
+        run: |s| Box::pin(error_code_short(s)),
     },
     Check {
         name: "no-parameters",
@@ -65,6 +65,8 @@ pub(super) const CHECKS: &[Check] = &[
 async fn mount_missing(subject: &Subject) -> Result<Result<MountResponse, Status>, Finding> {
     let missing = subject.settings.missing.as_ref();
     let missing = missing.ok_or_else(|| needs("--missing"))?;
+    // A provider that refuses every Mount tells nothing about this one.
+    subject.first().await?;
     mount_raw(subject, missing).await
 }
 
@@ -78,7 +80,8 @@ async fn mount_raw(
         ..subject.request_for(parameters)
     };
     let mut client = subject.client()?;
-    match tokio::time::timeout(subject.settings.timeout, client.mount(request)).await {
+    let calling = client.mount(subject.timed(request));
+    match tokio::time::timeout(subject.settings.timeout, calling).await {
         Ok(answer) => Ok(answer.map(tonic::Response::into_inner)),
         Err(_) => Err(failed(format!(
             "no answer in {:?}",
@@ -91,7 +94,7 @@ async fn missing_object(subject: &Subject) -> Result<(), Finding> {
     let Ok(answer) = mount_missing(subject).await? else {
         return Ok(());
     };
-    match answer.error {
+    match error_code(&answer) {
         None => Err(failed("it succeeds")),
         Some(_) if !answer.files.is_empty() => Err(failed("the answer has an error and files")),
         Some(_) => Ok(()),
@@ -100,7 +103,7 @@ async fn missing_object(subject: &Subject) -> Result<(), Finding> {
 
 async fn missing_object_code(subject: &Subject) -> Result<(), Finding> {
     match mount_missing(subject).await? {
-        Err(status) if may_pass(status.code()) => Err(failed(told(&status))),
+        Err(status) if may_pass(status.code()) => Err(failed(subject.told(&status))),
         _ => Ok(()),
     }
 }
@@ -122,7 +125,7 @@ async fn error_message(subject: &Subject) -> Result<(), Finding> {
     Ok(())
 }
 
-async fn error_code(subject: &Subject) -> Result<(), Finding> {
+async fn error_code_short(subject: &Subject) -> Result<(), Finding> {
     let error = mount_missing(subject)
         .await?
         .ok()
@@ -140,7 +143,7 @@ async fn error_code(subject: &Subject) -> Result<(), Finding> {
 
 async fn no_parameters(subject: &Subject) -> Result<(), Finding> {
     match mount_raw(subject, &BTreeMap::new()).await? {
-        Err(status) if status.code() == Code::Unavailable => Err(failed(told(&status))),
+        Err(status) if status.code() == Code::Unavailable => Err(failed(subject.told(&status))),
         _ => Ok(()),
     }
 }
@@ -150,9 +153,9 @@ async fn outage_code(subject: &Subject) -> Result<(), Finding> {
     let outage = outage.ok_or_else(|| needs("--outage"))?;
     match mount_raw(subject, outage).await? {
         Err(status) if may_pass(status.code()) => Ok(()),
-        Err(status) => Err(failed(told(&status))),
-        Ok(answer) => match answer.error {
-            Some(error) => Err(failed(format!("error code {:?}", error.code))),
+        Err(status) => Err(failed(subject.told(&status))),
+        Ok(answer) => match error_code(&answer) {
+            Some(code) => Err(failed(format!("error code {code:?}"))),
             None => Err(failed("it succeeds")),
         },
     }

@@ -4,13 +4,16 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::process::Command;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::socket::owner_and_mode;
 use super::{Check, Finding, Subject, failed, needs};
 
 /// The time that a provider may take to restart.
 const RESTART: Duration = Duration::from_secs(30);
+
+/// The time that a command of the user may take.
+const COMMAND: Duration = Duration::from_secs(300);
 
 const DAEMONSET: &str = "https://kubernetes.io/docs/concepts/workloads/controllers/daemonset/";
 const SERVICE: &str = "https://github.com/kubernetes-sigs/secrets-store-csi-driver/blob/main/provider/v1alpha1/service.proto";
@@ -46,12 +49,14 @@ pub(super) const CHECKS: &[Check] = &[
 async fn shell(command: &str) -> Result<(), Finding> {
     let mut shell = Command::new("/bin/sh");
     shell.arg("-c").arg(command).stdin(Stdio::null());
-    let status = shell.stdout(Stdio::null()).status().await;
-    match status {
-        Ok(status) if status.success() => Ok(()),
-        Ok(status) => Err(Finding::Skipped(format!("{command:?} ended with {status}"))),
-        Err(error) => Err(Finding::Skipped(format!("cannot run {command:?}: {error}"))),
-    }
+    shell.stdout(Stdio::null()).kill_on_drop(true);
+    let reason = match timeout(COMMAND, shell.status()).await {
+        Ok(Ok(status)) if status.success() => return Ok(()),
+        Ok(Ok(status)) => format!("{command:?} ended with {status}"),
+        Ok(Err(error)) => format!("cannot run {command:?}: {error}"),
+        Err(_) => format!("{command:?} did not end in {COMMAND:?}"),
+    };
+    Err(Finding::Skipped(reason))
 }
 
 async fn change_new_version(subject: &Subject) -> Result<(), Finding> {

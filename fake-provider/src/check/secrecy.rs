@@ -7,7 +7,7 @@ use proto::provider::MountRequest;
 use serde_json::json;
 
 use super::subject::tokens_json;
-use super::{Check, Finding, Subject, failed, needs};
+use super::{Check, Finding, Settings, Subject, failed, needs};
 use crate::server::TOKENS_KEY;
 
 /// A value that the checks plant wherever secrets arrive, and look for.
@@ -66,11 +66,38 @@ async fn tokens_accepted(subject: &Subject) -> Result<(), Finding> {
     Ok(())
 }
 
+/// Returns the tokens and secrets of the settings, and the canary.
+pub(super) fn own_values(settings: &Settings) -> Vec<&str> {
+    let secrets = settings.secrets.iter().flat_map(BTreeMap::values);
+    let values = settings.tokens.values().chain(secrets);
+    values.map(String::as_str).chain([CANARY]).collect()
+}
+
 /// Returns the values that are long enough to be found in a text only if they were put there.
-fn telling<'a>(values: impl Iterator<Item = &'a String>) -> Vec<&'a str> {
+pub(super) fn telling(mut values: Vec<&str>) -> Vec<&str> {
     const SHORTEST: usize = 8;
-    let values = values.map(String::as_str);
-    values.filter(|value| value.len() >= SHORTEST).collect()
+    values.retain(|value| value.len() >= SHORTEST);
+    values
+}
+
+/// Returns a text with `<secret>` in the place of each of the values.
+pub(super) fn hide(text: &str, values: &[&str]) -> String {
+    let mut hidden = String::new();
+    let mut rest = text;
+    while let Some(next) = rest.chars().next() {
+        let found = values.iter().filter(|value| rest.starts_with(**value));
+        match found.map(|value| value.len()).max() {
+            None | Some(0) => {
+                hidden.push(next);
+                rest = &rest[next.len_utf8()..];
+            }
+            Some(length) => {
+                hidden.push_str("<secret>");
+                rest = &rest[length..];
+            }
+        }
+    }
+    hidden
 }
 
 async fn tokens_not_in_answers(subject: &Subject) -> Result<(), Finding> {
@@ -78,9 +105,8 @@ async fn tokens_not_in_answers(subject: &Subject) -> Result<(), Finding> {
     let Ok(answer) = subject.mount(with_canary_token(subject)).await else {
         return Err(Finding::Skipped("tokens-accepted failed".to_owned()));
     };
-    let mut tokens = telling(subject.settings.tokens.values());
-    tokens.push(CANARY);
-    for token in tokens {
+    let tokens = subject.settings.tokens.values().map(String::as_str);
+    for token in telling(tokens.chain([CANARY]).collect()) {
         let in_version = answer
             .versions
             .iter()
@@ -105,7 +131,7 @@ async fn not_in_errors(
     requests: impl IntoIterator<Item = MountRequest>,
 ) -> Result<(), Finding> {
     for request in requests {
-        if let Err(status) = subject.mount(request).await {
+        if let Err(status) = subject.answered(request).await? {
             let details = String::from_utf8_lossy(status.details());
             let metadata = format!("{:?}", status.metadata());
             if [status.message(), &details, &metadata]
@@ -168,10 +194,7 @@ async fn secrets_not_in_log(subject: &Subject) -> Result<(), Finding> {
     let log = fs::read(path)
         .map_err(|error| Finding::Skipped(format!("cannot read {}: {error}", path.display())))?;
     let log = String::from_utf8_lossy(&log);
-    let settings = &subject.settings;
-    let secrets = settings.secrets.iter().flat_map(BTreeMap::values);
-    let mut values = telling(settings.tokens.values().chain(secrets));
-    values.push(CANARY);
+    let values = telling(own_values(&subject.settings));
     if values.iter().any(|value| log.contains(value)) {
         return Err(failed("the log has a token or a secret"));
     }

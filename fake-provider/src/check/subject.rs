@@ -2,19 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use proto::provider::csi_driver_provider_client::CsiDriverProviderClient;
-use proto::provider::{File, MountRequest, ObjectVersion, VersionRequest, VersionResponse};
+use proto::provider::{
+    File, MountRequest, MountResponse, ObjectVersion, VersionRequest, VersionResponse,
+};
 use serde_json::json;
 use tokio::sync::OnceCell;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 
+use super::answer::{MOST_FILES, MOST_LEVELS};
+use super::secrecy::{hide, own_values};
 use super::{Finding, Settings, failed};
 use crate::server::{INTERFACE, TOKENS_KEY};
 
@@ -39,6 +43,9 @@ pub(super) struct Subject {
 pub(super) struct Answer {
     /// The files, sorted by path.
     pub(super) files: Vec<File>,
+    /// Whether the provider wrote the files below the target path.
+    is_written: bool,
+    /// The versions, sorted by id: an answer may have them in any order.
     pub(super) versions: Vec<ObjectVersion>,
     /// The size of the whole answer on the wire.
     pub(super) bytes: usize,
@@ -84,7 +91,7 @@ impl Subject {
         let mut client = self.client()?;
         match tokio::time::timeout(HEALTH_CHECK, client.version(request)).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(failed(format!("Version failed: {}", told(&status)))),
+            Ok(Err(status)) => Err(failed(format!("Version failed: {}", self.told(&status)))),
             Err(_) => Err(failed("Version did not answer in 5 seconds")),
         }
     }
@@ -134,13 +141,16 @@ impl Subject {
         }
     }
 
-    /// Makes a new target path.
+    /// Makes a new target path, which only its owner can enter: provider and checker write secrets
+    /// into it.
     pub(super) fn target(&self) -> Result<Target, Finding> {
         let number = self.targets.fetch_add(1, Ordering::Relaxed);
         let name = format!("provider-check-{}-{number}", std::process::id());
         let path = self.settings.target_dir.join(name);
-        let mut directory = fs::DirBuilder::new();
-        match directory.recursive(true).mode(0o755).create(&path) {
+        // It fails if anything is at the path already.
+        let made = fs::create_dir_all(&self.settings.target_dir)
+            .and_then(|()| fs::DirBuilder::new().mode(0o700).create(&path));
+        match made {
             Ok(()) => Ok(Target(path)),
             Err(error) => {
                 let path = path.display();
@@ -149,13 +159,23 @@ impl Subject {
         }
     }
 
+    /// Returns a request with the deadline of a call, which the driver tells the provider as well.
+    /// tonic ends the call at that time with CANCELLED; half a second more lets the checker end it
+    /// first.
+    pub(super) fn timed<M>(&self, message: M) -> Request<M> {
+        let mut request = Request::new(message);
+        request.set_timeout(self.settings.timeout + Duration::from_millis(500));
+        request
+    }
+
     /// Sends a Mount request on a connection of its own.
     pub(super) async fn mount(&self, request: MountRequest) -> Result<Answer, Status> {
         self.mount_on(self.client().map_err(unusable)?, request)
             .await
     }
 
-    /// Sends a Mount request on a given connection. A request without a target path gets a new one.
+    /// Sends a Mount request on a given connection, with a new target path. If the request has
+    /// mounted versions, the content of the first answer is there already.
     pub(super) async fn mount_on(
         &self,
         mut client: CsiDriverProviderClient<Channel>,
@@ -163,40 +183,74 @@ impl Subject {
     ) -> Result<Answer, Status> {
         let target = self.target().map_err(unusable)?;
         request.target_path = target.path();
-        let calling = tokio::time::timeout(self.settings.timeout, client.mount(request));
-        let response = calling.await.map_err(|_| {
-            let limit = self.settings.timeout;
-            Status::deadline_exceeded(format!("Mount did not answer in {limit:?}"))
-        })??;
-        let response = response.into_inner();
+        let mounted = match self.first.get() {
+            Some(Ok(first)) if !request.current_object_version.is_empty() => Some(first),
+            _ => None,
+        };
+        // Files that the provider wrote are its own, so that it writes them again.
+        let is_own = mounted.is_some_and(|first| first.is_written);
+        if is_own {
+            let mut first_mount = request.clone();
+            first_mount.current_object_version.clear();
+            self.send(&mut client, first_mount).await?;
+        } else if let Some(first) = mounted {
+            target.fill(&first.files);
+        }
+        let before = if is_own { Vec::new() } else { target.files()? };
+        let response = self.send(&mut client, request).await?;
         let bytes = prost::Message::encoded_len(&response);
-        if let Some(error) = response.error.filter(|error| !error.code.is_empty()) {
-            return Err(Status::unknown(format!("error code {:?}", error.code)));
+        if let Some(code) = error_code(&response) {
+            return Err(Status::unknown(format!("error code {code:?}")));
         }
-        let written = target.files().map_err(|error| {
-            Status::internal(format!(
-                "cannot read what is below the target path: {error}"
-            ))
-        })?;
-        let wrote_beside = !response.files.is_empty() && !written.is_empty();
-        let mut files = response.files;
-        if files.is_empty() {
-            files = written;
-        }
+        let mut written = target.files()?;
+        written.retain(|file| !before.contains(file));
+        let is_written = response.files.is_empty();
+        let wrote_beside = !is_written && !written.is_empty();
+        let mut files = if is_written { written } else { response.files };
         files.sort_by(|a, b| a.path.cmp(&b.path));
+        let mut versions = response.object_version;
+        versions.sort_by(|a, b| (&a.id, &a.version).cmp(&(&b.id, &b.version)));
         Ok(Answer {
             files,
-            versions: response.object_version,
+            is_written,
+            versions,
             bytes,
             wrote_beside,
         })
+    }
+
+    async fn send(
+        &self,
+        client: &mut CsiDriverProviderClient<Channel>,
+        request: MountRequest,
+    ) -> Result<MountResponse, Status> {
+        let limit = self.settings.timeout;
+        match tokio::time::timeout(limit, client.mount(self.timed(request))).await {
+            Ok(answer) => answer.map(tonic::Response::into_inner),
+            Err(_) => Err(Status::deadline_exceeded(format!(
+                "Mount did not answer in {limit:?}"
+            ))),
+        }
+    }
+
+    /// Sends a Mount request that may fail, but has to be answered.
+    pub(super) async fn answered(
+        &self,
+        request: MountRequest,
+    ) -> Result<Result<Answer, Status>, Finding> {
+        match self.mount(request).await {
+            Err(status) if status.code() == Code::DeadlineExceeded => {
+                Err(failed(self.told(&status)))
+            }
+            answer => Ok(answer),
+        }
     }
 
     /// Sends a Mount request that has to succeed, as the first one did.
     pub(super) async fn succeeds(&self, request: MountRequest) -> Result<Answer, Finding> {
         self.first().await?;
         let answer = self.mount(request).await;
-        answer.map_err(|status| failed(format!("Mount failed: {}", told(&status))))
+        answer.map_err(|status| failed(format!("Mount failed: {}", self.told(&status))))
     }
 
     /// Returns the answer to the first request for the objects that exist. A check that needs it is
@@ -210,6 +264,23 @@ impl Subject {
     pub(super) async fn first_outcome(&self) -> &Result<Answer, Status> {
         self.first.get_or_init(|| self.mount(self.request())).await
     }
+
+    /// Returns a status as a reason shows it: the beginning of its message, without the tokens and
+    /// secrets of the settings, which the provider may quote.
+    pub(super) fn told(&self, status: &Status) -> String {
+        let message = hide(status.message(), &own_values(&self.settings));
+        let message: String = message.chars().take(200).collect();
+        match message.as_str() {
+            "" => format!("{:?}", status.code()),
+            message => format!("{:?}, {message:?}", status.code()),
+        }
+    }
+}
+
+/// Returns the error code of an answer. An error with an empty code is none for the driver.
+pub(super) fn error_code(response: &MountResponse) -> Option<&str> {
+    let code = response.error.as_ref()?.code.as_str();
+    (!code.is_empty()).then_some(code)
 }
 
 fn unusable(finding: Finding) -> Status {
@@ -227,15 +298,6 @@ pub(super) fn tokens_json(tokens: &BTreeMap<String, String>) -> String {
         })
         .collect();
     json!(tokens).to_string()
-}
-
-/// Returns a status as a reason shows it.
-pub(super) fn told(status: &Status) -> String {
-    let message: String = status.message().chars().take(200).collect();
-    match message.as_str() {
-        "" => format!("{:?}", status.code()),
-        message => format!("{:?}, {message:?}", status.code()),
-    }
 }
 
 /// Returns whether kubelet takes the code for a failure that may pass.
@@ -258,11 +320,42 @@ impl Target {
         self.0.display().to_string()
     }
 
-    /// Returns the files that the provider wrote, through links, as a pod would read them.
-    fn files(&self) -> io::Result<Vec<File>> {
+    /// Writes files as the driver does. Those that cannot be written break a rule, for which there
+    /// is another check.
+    fn fill(&self, files: &[File]) {
+        for file in files {
+            let _ = self.write(file);
+        }
+    }
+
+    fn write(&self, file: &File) -> io::Result<()> {
+        let below = Path::new(&file.path);
+        if !below
+            .components()
+            .all(|c| matches!(c, Component::Normal(_)))
+        {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let path = self.0.join(below);
+        fs::create_dir_all(path.parent().unwrap_or(&self.0))?;
+        let mode = match file.mode.cast_unsigned() & 0o777 {
+            0 => PERMISSION,
+            mode => mode | 0o400,
+        };
+        let mut options = fs::OpenOptions::new();
+        let mut new = options.write(true).create_new(true).mode(mode).open(path)?;
+        new.write_all(&file.contents)
+    }
+
+    /// Returns the files below the target path, through links, as a pod would read them.
+    fn files(&self) -> Result<Vec<File>, Status> {
         let mut files = Vec::new();
-        collect(&self.0, "", &mut files)?;
-        Ok(files)
+        match collect(&self.0, "", &mut files) {
+            Ok(()) => Ok(files),
+            Err(error) => Err(Status::internal(format!(
+                "cannot read what is below the target path: {error}"
+            ))),
+        }
     }
 }
 
@@ -274,6 +367,11 @@ impl Drop for Target {
 }
 
 fn collect(dir: &Path, prefix: &str, files: &mut Vec<File>) -> io::Result<()> {
+    // One level and one file too many are read, for the checks that count them.
+    if prefix.matches('/').count() > MOST_LEVELS {
+        let reason = format!("there are more than {MOST_LEVELS} levels");
+        return Err(io::Error::other(reason));
+    }
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         let path = format!("{prefix}{}", entry.file_name().to_string_lossy());
@@ -281,11 +379,19 @@ fn collect(dir: &Path, prefix: &str, files: &mut Vec<File>) -> io::Result<()> {
         if path.starts_with("..") {
             continue;
         }
-        if entry.file_type()?.is_dir() {
+        if files.len() > MOST_FILES {
+            return Ok(());
+        }
+        let metadata = fs::metadata(entry.path())?;
+        if metadata.is_dir() {
             collect(&entry.path(), &format!("{path}/"), files)?;
             continue;
         }
-        let metadata = fs::metadata(entry.path())?;
+        // Reading from anything else may never end.
+        if !metadata.is_file() {
+            let reason = format!("{path:?} is neither a file nor a directory");
+            return Err(io::Error::other(reason));
+        }
         files.push(File {
             path,
             mode: (metadata.permissions().mode() & 0o7777).cast_signed(),

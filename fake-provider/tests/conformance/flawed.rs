@@ -3,11 +3,17 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
+use axum::body::{Body, to_bytes};
+use axum::extract::Request as HttpRequest;
+use axum::http::HeaderValue;
+use axum::middleware::{Next, from_fn};
+use axum::response::Response as HttpResponse;
 use proto::provider::csi_driver_provider_server::{CsiDriverProvider, CsiDriverProviderServer};
 use proto::provider::{
     Error, File, MountRequest, MountResponse, ObjectVersion, VersionRequest, VersionResponse,
@@ -17,13 +23,36 @@ use tokio::net::UnixListener;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tonic::service::Routes;
 use tonic::{Request, Response, Status};
 
 const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
 
+/// The header that marks a request with an unknown field.
+const UNKNOWN_FIELD: &str = "x-unknown-field";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Flaw {
     None,
+    /// No flaw: the order of versions and files is another one each time.
+    AnyOrder,
+    /// No flaw: it reads content that has the mounted version below the target path, as AWS's does.
+    ReadsMounted,
+    /// No flaw: it writes the files itself.
+    WritesItself,
+    /// No flaw: it writes them behind links, as an atomic writer does.
+    WritesLinks,
+    WritesDevice,
+    SocketType,
+    UnknownMethod,
+    RefusesUnknownFields,
+    FailsUnknownFields,
+    /// It refuses all calls after one whose deadline passed.
+    SuffersFromDeadlines,
+    /// It refuses all calls after one that was given up.
+    SuffersFromCancelledCalls,
+    OtherSocketAfterRestart,
+    OtherVersionAfterRestart,
     SocketMode,
     SocketName,
     SocketDirectory,
@@ -36,9 +65,12 @@ pub(crate) enum Flaw {
     RefusesEmptySecrets,
     RefusesPermission,
     OnlyChanges,
+    NothingIfUnchanged,
     EchoesVersions,
     SmallRequests,
     AcceptsAnything,
+    EmptyErrorCode,
+    HangsOnMalformedAttributes,
     HangsOnMalformedSecrets,
     NoFiles,
     WritesBesideAnswer,
@@ -63,6 +95,11 @@ pub(crate) enum Flaw {
     QuotesTokens,
     QuotesSecrets,
     LogsSecrets,
+    EchoesOwnToken,
+    LogsOwnToken,
+    LogsOwnSecret,
+    /// It refuses each Mount with a message that quotes the request.
+    RefusesAndQuotes,
     ChangeKeepsVersion,
 }
 
@@ -70,7 +107,9 @@ impl Flaw {
     /// The time that the checker waits for a call.
     pub(crate) fn patience(self) -> Duration {
         match self {
-            Self::HangsOnMalformedSecrets => Duration::from_millis(300),
+            Self::HangsOnMalformedAttributes | Self::HangsOnMalformedSecrets => {
+                Duration::from_millis(300)
+            }
             _ => Duration::from_secs(10),
         }
     }
@@ -82,6 +121,8 @@ pub(crate) struct Flawed {
     pub(crate) log: PathBuf,
     /// The content of the object.
     pub(crate) store: PathBuf,
+    /// The command that restarts it.
+    pub(crate) restart: String,
     serving: JoinHandle<()>,
 }
 
@@ -111,6 +152,10 @@ pub(crate) fn start(flaw: Flaw, dir: &Path) -> Flawed {
     };
     let socket = folder.join(name);
     let listener = UnixListener::bind(&socket).unwrap();
+    if flaw == Flaw::SocketType {
+        fs::remove_file(&socket).unwrap();
+        fs::write(&socket, "").unwrap();
+    }
     mode(
         &socket,
         if flaw == Flaw::SocketMode {
@@ -122,12 +167,20 @@ pub(crate) fn start(flaw: Flaw, dir: &Path) -> Flawed {
     let (log, store) = (dir.join("log"), dir.join("store"));
     fs::write(&log, "started\n").unwrap();
     fs::write(&store, "1").unwrap();
+    let restart = match flaw {
+        Flaw::OtherSocketAfterRestart => {
+            let socket = socket.display();
+            format!("[ $(stat -c %a {socket}) = 600 ] && chmod 640 {socket} || chmod 600 {socket}")
+        }
+        _ => format!("echo restarted >> {}", log.display()),
+    };
     let provider = Provider {
         flaw,
         log: log.clone(),
         store: store.clone(),
         calls: AtomicU32::new(0),
         mode: AtomicU32::new(0),
+        suffers: Arc::default(),
         busy: Mutex::new(()),
     };
     let limit = match flaw {
@@ -135,7 +188,11 @@ pub(crate) fn start(flaw: Flaw, dir: &Path) -> Flawed {
         _ => 4 << 20,
     };
     let service = CsiDriverProviderServer::new(provider).max_decoding_message_size(limit);
-    let server = tonic::transport::Server::builder().add_service(service);
+    let router = Routes::new(service).into_axum_router();
+    let routes = Routes::from(router.layer(from_fn(move |request, next| {
+        before_the_service(flaw, request, next)
+    })));
+    let server = tonic::transport::Server::builder().add_routes(routes);
     let serving = tokio::spawn(async move {
         let ended = if flaw == Flaw::OneConnection {
             server.serve_with_incoming(one_at_a_time(listener)).await
@@ -150,8 +207,28 @@ pub(crate) fn start(flaw: Flaw, dir: &Path) -> Flawed {
         socket,
         log,
         store,
+        restart,
         serving,
     }
+}
+
+/// Looks for methods and fields that are not of the interface.
+async fn before_the_service(flaw: Flaw, request: HttpRequest, next: Next) -> HttpResponse {
+    if flaw == Flaw::UnknownMethod && request.uri().path().ends_with("/Unknown") {
+        return Status::internal("unknown method").into_http();
+    }
+    let (mut head, body) = request.into_parts();
+    let body = to_bytes(body, usize::MAX).await.unwrap_or_default();
+    let field_1000 = b"\xc2\x3e\x07unknown";
+    if body
+        .windows(field_1000.len())
+        .any(|part| part == field_1000)
+    {
+        let mark = HeaderValue::from_static("");
+        head.headers.insert(UNKNOWN_FIELD, mark);
+    }
+    next.run(HttpRequest::from_parts(head, Body::from(body)))
+        .await
 }
 
 /// Accepts a connection only when the one before it is closed.
@@ -175,11 +252,30 @@ struct Provider {
     store: PathBuf,
     calls: AtomicU32,
     mode: AtomicU32,
+    /// Whether it refuses each Mount from now on.
+    suffers: Arc<AtomicBool>,
     busy: Mutex<()>,
+}
+
+/// A call, of a provider that suffers if it is given up.
+struct UnderWay(Option<Arc<AtomicBool>>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        if let Some(suffers) = &self.0 {
+            suffers.store(true, Ordering::SeqCst);
+        }
+    }
 }
 
 fn strings(text: &str) -> Result<BTreeMap<String, String>, Status> {
     serde_json::from_str(text).map_err(|_| Status::invalid_argument("malformed"))
+}
+
+/// Returns the token that the settings have.
+fn own_token(attributes: &BTreeMap<String, String>) -> Option<String> {
+    let tokens: Value = serde_json::from_str(attributes.get(TOKENS)?).ok()?;
+    tokens["vault"]["token"].as_str().map(str::to_owned)
 }
 
 impl Provider {
@@ -210,6 +306,9 @@ impl Provider {
             Flaw::QuotesSecrets => Err(quoted(&request.attributes)),
             _ => Err(error),
         });
+        if parsed.is_err() && self.flaw == Flaw::HangsOnMalformedAttributes {
+            std::future::pending::<()>().await;
+        }
         let attributes = parsed?;
         let secrets: Option<BTreeMap<String, String>> = match request.secrets.as_str() {
             "null" => None,
@@ -223,9 +322,15 @@ impl Provider {
                 Err(error) => return Err(error),
             },
         };
-        if self.flaw == Flaw::LogsSecrets && secrets.is_some() {
+        let logged = match self.flaw {
+            Flaw::LogsSecrets => secrets.as_ref().map(|secrets| format!("{secrets:?}")),
+            Flaw::LogsOwnSecret => secrets.as_ref().and_then(|s| s.get("password").cloned()),
+            Flaw::LogsOwnToken => own_token(&attributes),
+            _ => None,
+        };
+        if let Some(logged) = logged {
             let mut log = fs::OpenOptions::new().append(true).open(&self.log)?;
-            writeln!(log, "{secrets:?}")?;
+            writeln!(log, "{logged}")?;
         }
         let unknown = |key: &String| key.contains("unknown");
         let refused = match self.flaw {
@@ -251,14 +356,29 @@ impl Provider {
     }
 
     async fn answer(&self, request: MountRequest) -> Result<MountResponse, Status> {
+        if self.flaw == Flaw::EmptyErrorCode && request.attributes.is_empty() {
+            return Ok(MountResponse {
+                error: Some(Error::default()),
+                ..MountResponse::default()
+            });
+        }
         let attributes = self.check(&request).await?;
+        if self.flaw == Flaw::RefusesAndQuotes {
+            let (token, secrets) = (own_token(&attributes), &request.secrets);
+            let quoted = format!("{token:?} {} {secrets}", "x".repeat(160));
+            return Err(Status::permission_denied(quoted));
+        }
         if let Some(answer) = self.object(attributes.get("objects").map(String::as_str))? {
             return Ok(answer);
         }
         let call = self.calls.fetch_add(1, Ordering::SeqCst);
         let permission: u32 = request.permission.parse().unwrap_or(0o644);
         self.mode.store(permission, Ordering::SeqCst);
-        tokio::time::sleep(Duration::from_millis(2)).await;
+        let takes = match self.flaw {
+            Flaw::SuffersFromCancelledCalls => 50,
+            _ => 2,
+        };
+        tokio::time::sleep(Duration::from_millis(takes)).await;
         let mode = match self.flaw {
             Flaw::Mode(mode) => mode,
             Flaw::OddMode => (permission ^ 0o001).cast_signed(),
@@ -268,11 +388,19 @@ impl Provider {
         let content = match self.flaw {
             Flaw::ContentChanges => call.to_string(),
             Flaw::EchoesTokens => attributes.get(TOKENS).cloned().unwrap_or_default(),
+            Flaw::EchoesOwnToken => own_token(&attributes).unwrap_or_default(),
+            Flaw::ReadsMounted if !request.current_object_version.is_empty() => {
+                fs::read_to_string(Path::new(&request.target_path).join("user"))?
+            }
             _ => fs::read_to_string(&self.store)?,
         };
         let version = match self.flaw {
             Flaw::VersionsChange => call.to_string(),
             Flaw::ChangeKeepsVersion => "1".to_owned(),
+            Flaw::OtherVersionAfterRestart => {
+                let restarts = fs::metadata(&self.log)?.len();
+                format!("{restarts}{}", fs::read_to_string(&self.store)?)
+            }
             _ => format!("v{}", fs::read_to_string(&self.store)?.trim()),
         };
         let file = |path: &str| File {
@@ -299,6 +427,13 @@ impl Provider {
                 let ids = (0..5000).map(|number| object(&number.to_string()));
                 answer.object_version = ids.collect();
             }
+            Flaw::AnyOrder if call % 2 == 1 => {
+                answer.files.reverse();
+                answer.object_version.reverse();
+            }
+            Flaw::NothingIfUnchanged if !request.current_object_version.is_empty() => {
+                answer.files.clear();
+            }
             Flaw::OnlyChanges if !request.current_object_version.is_empty() => {
                 answer.files.truncate(1);
             }
@@ -307,6 +442,25 @@ impl Provider {
             }
             Flaw::WritesBesideAnswer => {
                 fs::write(Path::new(&request.target_path).join("user"), "1")?;
+            }
+            Flaw::WritesItself => {
+                for file in answer.files.drain(..) {
+                    let path = Path::new(&request.target_path).join(file.path);
+                    fs::write(&path, file.contents)?;
+                    fs::set_permissions(path, fs::Permissions::from_mode(permission))?;
+                }
+            }
+            Flaw::WritesLinks => {
+                answer.files.clear();
+                let target = Path::new(&request.target_path);
+                let _ = fs::remove_file(target.join("db"));
+                fs::create_dir_all(target.join("..1/db"))?;
+                fs::write(target.join("..1/db/user"), content)?;
+                symlink("..1/db", target.join("db"))?;
+            }
+            Flaw::WritesDevice => {
+                answer.files.clear();
+                symlink("/dev/zero", Path::new(&request.target_path).join("user"))?;
             }
             _ => {}
         }
@@ -336,12 +490,43 @@ impl CsiDriverProvider for Provider {
         &self,
         request: Request<MountRequest>,
     ) -> Result<Response<MountResponse>, Status> {
+        let headers = request.metadata();
+        let timeout = headers.get("grpc-timeout").map(|t| t.to_str().unwrap());
+        let timeout = timeout.ok_or_else(|| Status::failed_precondition("no deadline"))?;
+        // A deadline of seconds has another unit.
+        let is_short = timeout.ends_with('n');
+        if headers.contains_key(UNKNOWN_FIELD) {
+            match self.flaw {
+                Flaw::RefusesUnknownFields => return Err(Status::invalid_argument("refused")),
+                Flaw::FailsUnknownFields => {
+                    let code = "UnknownField".to_owned();
+                    return Ok(Response::new(MountResponse {
+                        error: Some(Error { code }),
+                        ..MountResponse::default()
+                    }));
+                }
+                _ => {}
+            }
+        }
+        // A short deadline harms it even where it would answer in time.
+        if is_short && self.flaw == Flaw::SuffersFromDeadlines {
+            self.suffers.store(true, Ordering::SeqCst);
+        }
+        if self.suffers.load(Ordering::SeqCst) {
+            return Err(Status::internal("suffers"));
+        }
+        let mut under_way = UnderWay(match self.flaw {
+            Flaw::SuffersFromCancelledCalls => Some(Arc::clone(&self.suffers)),
+            _ => None,
+        });
         let _alone = if self.flaw == Flaw::OneCall {
             let busy = self.busy.try_lock();
             Some(busy.map_err(|_| Status::resource_exhausted("busy"))?)
         } else {
             None
         };
-        self.answer(request.into_inner()).await.map(Response::new)
+        let answer = self.answer(request.into_inner()).await;
+        under_way.0 = None;
+        answer.map(Response::new)
     }
 }
