@@ -169,7 +169,8 @@ fn renders(
         .unwrap();
     insta::assert_snapshot!(name, rendered);
 
-    // This fails for a field that Kubernetes, or an argument that the driver does not know.
+    // This fails for a field that Kubernetes does not know, and for an argument that the driver does
+    // not know.
     for daemon_set in objects::<DaemonSet>(&rendered) {
         let pod = daemon_set.spec.template.spec.unwrap();
         config(container(&pod, "secrets-store"));

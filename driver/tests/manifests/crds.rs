@@ -21,7 +21,7 @@ use serde_json::{Map, Value, json};
 
 /// Returns the CRD of SecretProviderClass.
 ///
-/// The driver neither reads nor writes the `status` of a class, so that its types have none. The
+/// The driver neither reads nor writes the `status` of a class, so its types have none. The
 /// schemas have one because objects of the existing driver may have it.
 pub(crate) fn secret_provider_class() -> CustomResourceDefinition {
     let schema_with_status = |status: Value| {
@@ -178,7 +178,7 @@ fn plain(schema: Value) -> Value {
     for (keyword, value) in schema {
         match keyword.as_str() {
             "type" => drop(kept.insert(keyword, value)),
-            // The wrapping and the links of Rust comments do not belong into a manifest.
+            // The wrapping and the links of Rust comments do not belong in a manifest.
             "description" => {
                 let text = value
                     .as_str()
