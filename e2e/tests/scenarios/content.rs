@@ -41,6 +41,7 @@ async fn many_objects_with_modes() {
         - {objectName: none, content: the default mode}
         - {objectName: owner, content: a, mode: '0400'}
         - {objectName: group, content: b, mode: '0640'}
+        - {objectName: zero, content: e, mode: '0'}
         - {objectName: everyone, content: c, mode: '0444'}
         - {objectName: executable, content: d, mode: '0755'}
         - {objectName: beyond, content: the set-user-ID bit is dropped, mode: '4711'}
