@@ -18,6 +18,7 @@ mod content;
 mod groups;
 mod harness;
 mod lifecycle;
+mod manners;
 mod objects;
 mod paths;
 mod providers;
