@@ -332,7 +332,7 @@ fn wrong(text: String) -> Exit {
 }
 
 fn version_line() -> String {
-    serde_json::to_string(&Version {
+    serde_json::to_string(&BuildInfo {
         build_version: BUILD_VERSION,
         git_commit: GIT_COMMIT,
         build_date: BUILD_DATE,
@@ -342,7 +342,7 @@ fn version_line() -> String {
 
 #[derive(serde::Serialize)]
 #[serde(rename_all = "PascalCase")]
-struct Version {
+struct BuildInfo {
     build_version: &'static str,
     git_commit: &'static str,
     build_date: &'static str,

@@ -42,8 +42,8 @@ use crate::{
 };
 use request::{POD_NAME, POD_NAMESPACE, deadline, publish_request, unpublish_request};
 
-/// How long connections may stay open after `stop`, even if a client does not read its socket:
-/// longer than calls may run on, and shorter than the time after which Kubernetes kills the process.
+/// The time for which connections may stay open after `stop`, even if a client does not read its
+/// socket. It is longer than calls may run on, and ends before Kubernetes kills the process.
 const END_WITHIN: Duration = Duration::from_secs(25);
 
 /// The implementation of the two services.

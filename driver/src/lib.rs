@@ -78,12 +78,12 @@ use memory::Memory;
 use metrics::{Metrics, http};
 use mount::Tmpfs;
 use provider::{Limits, Providers};
-use record::{Content, Records};
+use record::{Records, Writer};
 use registration::Registrar;
 use sync::{Options, SecretSync};
 use volume::{Parts, Volumes, target::TargetPath};
 
-/// How long running calls may continue after `stop`. Calls that have not finished by then are undone,
+/// The time for which running calls may continue after `stop`. Calls that have not finished by then are undone,
 /// before Kubernetes' usual grace period of 30 seconds ends with a SIGKILL.
 const FINISH_WITHIN: Duration = Duration::from_secs(20);
 
@@ -91,7 +91,7 @@ const FINISH_WITHIN: Duration = Duration::from_secs(20);
 /// only if they propagate; elsewhere the two are expected to share a mount namespace.
 const IN_A_POD: &str = "KUBERNETES_SERVICE_HOST";
 
-/// How often mounted volumes are measured for the metrics, and the memory limit is read again.
+/// The time between two measurements of the mounted volumes for the metrics, and of the memory limit.
 const MEASURE_EVERY: Duration = Duration::from_secs(10);
 
 /// Runs the driver until `stop`, then finishes the running calls.
@@ -100,38 +100,9 @@ const MEASURE_EVERY: Duration = Duration::from_secs(10);
 /// Names the socket, the state directory or the address that the driver cannot use, and says why.
 pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     warn_about_flags(&config);
-    let records = open_records(&config)?;
-    let metrics = Metrics::new();
-    let memory = find_volumes(&config, &records, &metrics);
-    let cluster = Cluster::new(config.kubeconfig.clone(), BUILD_VERSION, &config.node_id);
-    let tmpfs = Arc::new(
-        Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)
-            .in_a_pod(std::env::var_os(IN_A_POD).is_some()),
-    );
-    let sync = Arc::new(SecretSync::new(
-        cluster.clone(),
-        records.clone(),
-        Arc::clone(&tmpfs),
-        metrics.clone(),
-        Options {
-            errors_fail_publish: config.sync_errors == SyncErrors::Fail,
-            interval: config.sync_interval,
-        },
-    ));
-    let limits = Limits {
-        max_calls: config.provider_max_calls,
-        max_bytes: usize::try_from(memory.budget().answer_bytes()).unwrap_or(usize::MAX),
-        max_message_bytes: config.max_call_recv_msg_size,
-    };
-    let parts = Parts {
-        records,
-        cluster: cluster.clone(),
-        providers: Providers::new(config.provider_dirs(), limits, metrics.clone()),
-        tmpfs,
-        memory: Arc::clone(&memory),
-        sync: Arc::clone(&sync),
-        metrics: metrics.clone(),
-    };
+    let parts = parts(&config)?;
+    let (cluster, metrics) = (parts.cluster.clone(), parts.metrics.clone());
+    let (memory, sync) = (Arc::clone(&parts.memory), Arc::clone(&parts.sync));
     let volumes = Arc::new(Volumes::new(&config, parts));
     let csi = Csi {
         driver_name: config.driver_name.clone(),
@@ -192,6 +163,42 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         );
     }
     outcome
+}
+
+/// Opens the state directory, and makes the parts of the driver that volumes use.
+fn parts(config: &Config) -> io::Result<Parts> {
+    let records = open_records(config)?;
+    let metrics = Metrics::new();
+    let memory = find_volumes(config, &records, &metrics);
+    let cluster = Cluster::new(config.kubeconfig.clone(), BUILD_VERSION, &config.node_id);
+    let tmpfs = Arc::new(
+        Tmpfs::bounded_by(config.max_call_recv_msg_size as u64)
+            .in_a_pod(std::env::var_os(IN_A_POD).is_some()),
+    );
+    let sync = SecretSync::new(
+        cluster.clone(),
+        records.clone(),
+        Arc::clone(&tmpfs),
+        metrics.clone(),
+        Options {
+            errors_fail_publish: config.sync_errors == SyncErrors::Fail,
+            interval: config.sync_interval,
+        },
+    );
+    let limits = Limits {
+        max_calls: config.provider_max_calls,
+        max_bytes: usize::try_from(memory.budget().answer_bytes()).unwrap_or(usize::MAX),
+        max_message_bytes: config.max_call_recv_msg_size,
+    };
+    Ok(Parts {
+        records,
+        cluster,
+        providers: Providers::new(config.provider_dirs(), limits, metrics.clone()),
+        tmpfs,
+        memory,
+        sync: Arc::new(sync),
+        metrics,
+    })
 }
 
 /// The tasks of the driver. When one of them ends, the others are stopped.
@@ -278,7 +285,7 @@ fn find_volumes(config: &Config, records: &Records, metrics: &Metrics) -> Arc<Me
     );
     let read = records.each(|record| {
         metrics.success(&record.provider, &record.volume_id, record.last_success);
-        let is_charged = record.content == Content::Driver;
+        let is_charged = record.writer == Writer::Driver;
         memory.found(&record.target_path, &record.pod.namespace, is_charged);
     });
     if let Err(error) = read {

@@ -175,7 +175,7 @@ impl Visit for Fields {
 
 /// Formats a text up to the length that is logged. The rest is not even formatted.
 fn beginning(text: fmt::Arguments<'_>) -> String {
-    let mut bounded = Bounded(String::new());
+    let mut bounded = BoundedText(String::new());
     match bounded.write_fmt(text) {
         Ok(()) => bounded.0,
         Err(fmt::Error) => bounded.0 + "… (cut)",
@@ -183,9 +183,9 @@ fn beginning(text: fmt::Arguments<'_>) -> String {
 }
 
 /// A text of at most [`LONGEST_VALUE`] bytes.
-struct Bounded(String);
+struct BoundedText(String);
 
-impl fmt::Write for Bounded {
+impl fmt::Write for BoundedText {
     fn write_str(&mut self, part: &str) -> fmt::Result {
         let room = LONGEST_VALUE - self.0.len();
         let fits = &part[..part.floor_char_boundary(room)];
@@ -271,8 +271,8 @@ mod tests {
     /// Runs `body` with the subscriber for `flags`, and returns the lines that it logs.
     fn logged(flags: &[&str], body: impl FnOnce()) -> Vec<String> {
         #[derive(Clone, Default)]
-        struct Page(Arc<Mutex<Vec<u8>>>);
-        impl std::io::Write for Page {
+        struct Lines(Arc<Mutex<Vec<u8>>>);
+        impl std::io::Write for Lines {
             fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
                 self.0.lock().unwrap().extend(bytes);
                 Ok(bytes.len())
@@ -281,11 +281,11 @@ mod tests {
                 Ok(())
             }
         }
-        let page = Page::default();
-        let out = page.clone();
+        let lines = Lines::default();
+        let out = lines.clone();
         let config = Config::parse(flags.iter().map(Into::into)).unwrap();
         tracing::subscriber::with_default(subscriber(&config, move || out.clone()), body);
-        let text = String::from_utf8(page.0.lock().unwrap().clone()).unwrap();
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
         text.lines().map(str::to_owned).collect()
     }
 

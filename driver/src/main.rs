@@ -13,7 +13,7 @@ const BLOCKING_THREADS: usize = 4;
 /// The number of files that the driver may have open.
 const MOST_DESCRIPTORS: u64 = 65_536;
 
-/// How often free memory is given back to the system, as after a burst of publishes.
+/// The time between two returns of free memory to the system, as after a burst of publishes.
 const TRIM_EVERY: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {

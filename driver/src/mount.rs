@@ -28,7 +28,7 @@ use nix::{
     },
 };
 
-use table::Entry;
+use table::MountEntry;
 pub use tmpfs::Tmpfs;
 pub use volume::VolumeMount;
 
@@ -66,7 +66,7 @@ pub fn state(target: &Path) -> io::Result<TargetState> {
 }
 
 /// The file, directory or mount at a target path, opened without being used: a file system that does
-/// not answer blocks nobody.
+/// not answer blocks no call.
 struct Here {
     file: OwnedFd,
     mount: u64,
@@ -103,7 +103,7 @@ impl Here {
     }
 
     /// Returns the line of this mount in the table of mounts.
-    fn entry(&self) -> io::Result<Entry> {
+    fn entry(&self) -> io::Result<MountEntry> {
         table::of(self.mount)?.ok_or_else(|| io::Error::other("the mount has gone meanwhile"))
     }
 
@@ -242,32 +242,31 @@ mod tests {
 
     #[test]
     fn states_of_a_target() {
-        if !alone("mount::tests::states_of_a_target", Own::Mounts) {
-            return;
-        }
-        let (root, target) = target();
-        assert_eq!(state(&target).unwrap(), TargetState::Directory);
-        // A bind mount of the same file system has the same device.
-        bind(root.path(), &target);
-        assert!(
-            state(&target)
-                .unwrap_err()
-                .to_string()
-                .contains("other than tmpfs")
-        );
-        assert!(matches!(detach(&target).unwrap(), Detached::Foreign));
-        assert_eq!(state(&target).unwrap(), TargetState::Directory);
-        assert!(matches!(detach(&target).unwrap(), Detached::Nothing));
-        Tmpfs::bounded_by(1).mount(&target).unwrap();
-        assert_eq!(state(&target).unwrap(), TargetState::Mounted);
-        assert!(matches!(detach(&target).unwrap(), Detached::Own(_)));
-        fs::remove_dir(&target).unwrap();
-        assert_eq!(state(&target).unwrap(), TargetState::Absent);
-        std::os::unix::fs::symlink("..", &target).unwrap();
-        assert_eq!(state(&target).unwrap(), TargetState::NotADirectory);
-        assert_eq!(
-            state(&root.path().join("no/such/path")).unwrap(),
-            TargetState::Absent
-        );
+        alone(Own::Mounts, || {
+            let (root, target) = target();
+            assert_eq!(state(&target).unwrap(), TargetState::Directory);
+            // A bind mount of the same file system has the same device.
+            bind(root.path(), &target);
+            assert!(
+                state(&target)
+                    .unwrap_err()
+                    .to_string()
+                    .contains("other than tmpfs")
+            );
+            assert!(matches!(detach(&target).unwrap(), Detached::Foreign));
+            assert_eq!(state(&target).unwrap(), TargetState::Directory);
+            assert!(matches!(detach(&target).unwrap(), Detached::Nothing));
+            Tmpfs::bounded_by(1).mount(&target).unwrap();
+            assert_eq!(state(&target).unwrap(), TargetState::Mounted);
+            assert!(matches!(detach(&target).unwrap(), Detached::Own(_)));
+            fs::remove_dir(&target).unwrap();
+            assert_eq!(state(&target).unwrap(), TargetState::Absent);
+            std::os::unix::fs::symlink("..", &target).unwrap();
+            assert_eq!(state(&target).unwrap(), TargetState::NotADirectory);
+            assert_eq!(
+                state(&root.path().join("no/such/path")).unwrap(),
+                TargetState::Absent
+            );
+        });
     }
 }

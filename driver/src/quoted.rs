@@ -1,4 +1,4 @@
-//! Quotes text that somebody else chose, with a bounded length.
+//! Quotes text that others chose, with a bounded length.
 
 use std::fmt::{self, Display};
 

@@ -33,7 +33,8 @@ pub struct Record {
     /// The objects and versions that are mounted, in order of id.
     pub objects: Vec<Object>,
     /// The writer of the files.
-    pub content: Content,
+    #[serde(rename = "content")]
+    pub writer: Writer,
     /// The orders of contents, by the name of the directory that holds each; the name is empty for
     /// files that a provider wrote itself. An order is the resource version of the pod status that
     /// was written with the content, and orders the contents of all volumes of the cluster. A content
@@ -78,6 +79,41 @@ impl Record {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+impl Record {
+    /// Returns the record of a volume with this handle at this target.
+    pub(crate) fn example(volume_id: &str, target: impl Into<PathBuf>) -> Self {
+        Self {
+            volume_id: volume_id.to_owned(),
+            target_path: target.into(),
+            pod: Pod {
+                name: "web".into(),
+                namespace: "default".into(),
+                uid: "u".into(),
+            },
+            class: ClassState {
+                name: "c".into(),
+                uid: "cu".into(),
+                generation: Some(1),
+                resource_version: "7".into(),
+                annotations: BTreeMap::new(),
+            },
+            provider: "vault".into(),
+            pod_status: "web-default-c".into(),
+            objects: vec![Object {
+                id: "secret/a".into(),
+                version: "v1".into(),
+            }],
+            writer: Writer::Driver,
+            orders: BTreeMap::from([("..2026".into(), "7".into())]),
+            files: None,
+            last_success: Timestamp::now(),
+            last_change: Timestamp::UNIX_EPOCH,
+            failing_since: None,
+        }
     }
 }
 
@@ -191,7 +227,7 @@ pub struct Object {
 /// The writer of the files of a volume. It decides what "the content is there" means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum Content {
+pub enum Writer {
     /// The driver: `..data` leads to a directory.
     Driver,
     /// The provider itself, as old ones do: the volume is not empty.

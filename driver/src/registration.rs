@@ -27,19 +27,19 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, transport};
 use tracing::{error, info, warn};
 
-use crate::socket::{Accepting, Found, listen_privately};
+use crate::socket::{Accepting, AtPath, listen_privately};
 use authority::AnyAuthority;
 
 /// The plugin type that kubelet registers as a CSI driver.
 const PLUGIN_TYPE: &str = "CSIPlugin";
 /// The supported versions of CSI. kubelet accepts 0.x and 1.x.
 const SUPPORTED_VERSIONS: [&str; 1] = ["1.0.0"];
-/// How often to check whether the socket is still there, and whether the directory is.
+/// The time between two checks of whether the socket and the directory are still there.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 /// The bounds of the pause before another offer after a failure. Each pause is twice the one before.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// How long an answer to kubelet may take when the socket is removed.
+/// The time that an answer to kubelet may take when the socket is removed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Registers one driver with the kubelet of this node.
@@ -159,9 +159,9 @@ impl Registrar {
                     Err(reason) => break End::Refused(reason),
                 },
                 _ = look.tick() => match file.look()? {
-                    Found::Ours => {}
-                    Found::Another => break End::Replaced,
-                    Found::Nothing => break End::Wiped,
+                    AtPath::Ours => {}
+                    AtPath::Another => break End::Replaced,
+                    AtPath::Nothing => break End::Wiped,
                 },
             }
         };

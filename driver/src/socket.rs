@@ -40,7 +40,7 @@ const REST: Duration = Duration::from_millis(250);
 /// The shortest time between two log lines about failed accepting.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
 
-/// How often to check whether the path of a socket is deserted.
+/// The time between two checks of whether the path of a socket is deserted.
 const CHECK_EVERY: Duration = Duration::from_secs(5);
 /// The number of checks in a row that find the path deserted before the driver binds again. Another
 /// driver may be about to bind.
@@ -56,7 +56,7 @@ pub struct SocketFile {
 
 /// The file at a socket's path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Found {
+pub enum AtPath {
     /// The socket that this process created there.
     Ours,
     /// Something else, usually the socket of another process.
@@ -70,26 +70,26 @@ impl SocketFile {
     ///
     /// # Errors
     /// When the path cannot be examined.
-    pub fn look(&self) -> io::Result<Found> {
+    pub fn look(&self) -> io::Result<AtPath> {
         let there = match fs::symlink_metadata(&self.path) {
             Ok(metadata) => metadata,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(AtPath::Nothing),
             Err(error) => return Err(error),
         };
         let ours = fstat(&self.inode)?;
         if (there.dev(), there.ino()) == (ours.st_dev, ours.st_ino) {
-            Ok(Found::Ours)
+            Ok(AtPath::Ours)
         } else {
-            Ok(Found::Another)
+            Ok(AtPath::Another)
         }
     }
 
     /// Returns whether the path is deserted: nothing is there, or a socket on which no process listens.
     async fn is_deserted(&self) -> io::Result<bool> {
         match self.look()? {
-            Found::Ours => return Ok(false),
-            Found::Nothing => return Ok(true),
-            Found::Another => {}
+            AtPath::Ours => return Ok(false),
+            AtPath::Nothing => return Ok(true),
+            AtPath::Another => {}
         }
         match UnixStream::connect(&self.path).await.map_err(|e| e.kind()) {
             Err(io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => Ok(true),
@@ -137,8 +137,8 @@ impl SocketFile {
     /// When the path cannot be examined or the socket cannot be removed.
     pub fn remove(&self) -> io::Result<()> {
         match self.look()? {
-            Found::Ours => fs::remove_file(&self.path),
-            Found::Another | Found::Nothing => Ok(()),
+            AtPath::Ours => fs::remove_file(&self.path),
+            AtPath::Another | AtPath::Nothing => Ok(()),
         }
     }
 }
@@ -291,9 +291,9 @@ mod tests {
         assert_eq!(names(dir.path()), ["csi.sock"]);
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o600);
-        assert_eq!(file.look().unwrap(), Found::Ours);
+        assert_eq!(file.look().unwrap(), AtPath::Ours);
         file.remove().unwrap();
-        assert_eq!(file.look().unwrap(), Found::Nothing);
+        assert_eq!(file.look().unwrap(), AtPath::Nothing);
         file.remove().unwrap();
     }
 
@@ -306,10 +306,10 @@ mod tests {
             let (listener, file) = listen_privately(&path).unwrap();
             for (_, before) in &earlier {
                 let before: &SocketFile = before;
-                assert_eq!(before.look().unwrap(), Found::Another);
+                assert_eq!(before.look().unwrap(), AtPath::Another);
                 before.remove().unwrap();
             }
-            assert_eq!(file.look().unwrap(), Found::Ours);
+            assert_eq!(file.look().unwrap(), AtPath::Ours);
             // Without its listener, and then without itself, the inode's number is free again.
             earlier.truncate(5);
             earlier.push((listener, file));

@@ -28,6 +28,7 @@ use std::{
     time::Duration,
 };
 
+use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
@@ -40,7 +41,7 @@ use crate::{
     metrics::{Metrics, PublishGuard},
     mount::{self, TargetState, Tmpfs, VolumeMount},
     provider::Providers,
-    record::{Age, Content, Record, Records},
+    record::{Age, Object, Record, Records, Writer},
     sync::SecretSync,
 };
 use ask::unless;
@@ -50,7 +51,7 @@ use policy::{Clock, Policy};
 pub use request::{Outcome, PublishRequest, TOKENS, UnpublishRequest};
 use restless::Restless;
 use target::{Busy, TargetPath};
-use threads::{Health, blocking};
+use threads::{ThreadHealth, blocking};
 
 /// The parts of the driver that volumes use.
 pub struct Parts {
@@ -89,7 +90,7 @@ pub struct Volumes {
     failing: Failing,
     restless: Restless,
     clock: Clock,
-    health: Health,
+    health: ThreadHealth,
 }
 
 impl Volumes {
@@ -110,7 +111,7 @@ impl Volumes {
             failing: Failing::default(),
             restless: Restless::default(),
             clock: Clock::start(),
-            health: Health::default(),
+            health: ThreadHealth::default(),
         }
     }
 
@@ -250,30 +251,16 @@ impl Volumes {
         let reply = self.ask_first(&class, request, cancelled).await?;
         let present = match start {
             Start::NewMount => None,
-            Start::InPlace => earlier.map(|earlier| earlier.content),
+            Start::InPlace => earlier.map(|earlier| earlier.writer),
         };
         let staged = self
             .stage_files(request, &mount, reply.files, present)
             .await?;
         let now = self.clock.now();
-        let mut record = Record {
-            volume_id: request.volume_id.clone(),
-            target_path: request.target.as_path().to_owned(),
-            pod: pod.clone(),
-            class: class.identity.clone(),
-            provider: class.provider.clone(),
-            pod_status: String::new(),
-            objects: reply.objects,
-            content: staged.content(),
-            orders: BTreeMap::new(),
-            files: None,
-            last_success: now,
-            last_change: now,
-            failing_since: None,
-        };
+        let mut record = new_record(request, &class, reply.objects, staged.writer(), now);
         let staged_record = self.stage_record(&record).await?;
         self.commit_content(request, &mount, staged).await?;
-        let directory = self.directory(request, &mount, record.content).await?;
+        let directory = self.directory(request, &mount, record.writer).await?;
         // A wrong value of the annotation fails the next refresh, and not this publish.
         let sends_versions = policy::sends_versions(&class.identity).unwrap_or_default();
         record.files = self.names(request, sends_versions).await;
@@ -362,9 +349,9 @@ impl Volumes {
             let state = mount::state(&target)?;
             let has_content = state == TargetState::Mounted && {
                 let root = open_root(&target)?;
-                match record.as_ref().map(|record| record.content) {
-                    Some(Content::Provider) => !layout::is_empty(&root)?,
-                    Some(Content::Driver) => layout::is_complete(&root)?,
+                match record.as_ref().map(|record| record.writer) {
+                    Some(Writer::Provider) => !layout::is_empty(&root)?,
+                    Some(Writer::Driver) => layout::is_complete(&root)?,
                     // An earlier driver wrote it, or a publish that did not finish.
                     None => layout::is_complete(&root)? || !layout::is_empty(&root)?,
                 }
@@ -456,6 +443,31 @@ fn plan(found: &Found) -> Plan<'_> {
     }
 }
 
+/// Returns the record of a first publish, before its pod status has been written.
+fn new_record(
+    request: &PublishRequest,
+    class: &Class,
+    objects: Vec<Object>,
+    writer: Writer,
+    now: Timestamp,
+) -> Record {
+    Record {
+        volume_id: request.volume_id.clone(),
+        target_path: request.target.as_path().to_owned(),
+        pod: request.pod.clone(),
+        class: class.identity.clone(),
+        provider: class.provider.clone(),
+        pod_status: String::new(),
+        objects,
+        writer,
+        orders: BTreeMap::new(),
+        files: None,
+        last_success: now,
+        last_change: now,
+        failing_since: None,
+    }
+}
+
 /// Refuses a class that is older than the one that the volume had.
 fn refuse_older_class(
     request: &PublishRequest,
@@ -481,37 +493,7 @@ fn refuse_older_class(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::{ClassState, Pod};
-    use jiff::Timestamp;
     use rstest::rstest;
-
-    fn some_record() -> Record {
-        Record {
-            volume_id: "csi-1".into(),
-            target_path: "/t".into(),
-            pod: Pod {
-                name: "p".into(),
-                namespace: "n".into(),
-                uid: "u".into(),
-            },
-            class: ClassState {
-                name: "c".into(),
-                uid: "u".into(),
-                generation: None,
-                resource_version: "1".into(),
-                annotations: Default::default(),
-            },
-            provider: "vault".into(),
-            pod_status: "s".into(),
-            objects: Vec::new(),
-            content: Content::Driver,
-            orders: Default::default(),
-            files: None,
-            last_success: Timestamp::UNIX_EPOCH,
-            last_change: Timestamp::UNIX_EPOCH,
-            failing_since: None,
-        }
-    }
 
     const KEEP: Option<Start> = None;
     const FILL: Option<Start> = Some(Start::InPlace);
@@ -535,7 +517,7 @@ mod tests {
         #[case] expected: Option<Start>,
     ) {
         let found = Found {
-            record: recorded.then(some_record),
+            record: recorded.then(|| Record::example("csi-1", "/t")),
             state,
             has_content,
         };

@@ -22,7 +22,7 @@ use driver::{
     error::Error,
     metrics::Metrics,
     mount::Tmpfs,
-    record::{self, Content, Object, Pod, Record, Records},
+    record::{self, Object, Pod, Record, Records, Writer},
     sync::{Options, SecretSync},
 };
 use jiff::Timestamp;
@@ -132,7 +132,7 @@ fn record(number: usize, class: &record::ClassState, provider: &str) -> Record {
         provider: provider.to_owned(),
         pod_status: format!("class-{number}"),
         objects: Vec::new(),
-        content: Content::Driver,
+        writer: Writer::Driver,
         orders: BTreeMap::new(),
         last_success: Timestamp::UNIX_EPOCH,
         last_change: Timestamp::UNIX_EPOCH,

@@ -70,14 +70,14 @@ impl Default for Events {
 }
 
 /// The place of one event in its queue, which is free again when this is dropped.
-struct Waiting {
+struct QueuePlace {
     namespace: String,
     waiting: Arc<Mutex<HashMap<String, usize>>>,
 }
 
 impl Events {
     /// Takes a place in the queue of a namespace, unless it is full.
-    fn enqueue(&self, namespace: &str) -> Option<Waiting> {
+    fn enqueue(&self, namespace: &str) -> Option<QueuePlace> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let all: usize = waiting.values().sum();
         let of_namespace = waiting.get(namespace).copied().unwrap_or_default();
@@ -85,14 +85,14 @@ impl Events {
             return None;
         }
         waiting.insert(namespace.to_owned(), of_namespace + 1);
-        Some(Waiting {
+        Some(QueuePlace {
             namespace: namespace.to_owned(),
             waiting: Arc::clone(&self.waiting),
         })
     }
 }
 
-impl Drop for Waiting {
+impl Drop for QueuePlace {
     fn drop(&mut self) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = waiting.get_mut(&self.namespace) {
@@ -257,7 +257,7 @@ mod tests {
         let started = tokio::time::Instant::now();
         assert!(cluster.announce(&pod, Severity::Normal, "Told", "news", ended));
         assert!(!hears.await.unwrap());
-        assert!(started.elapsed() >= WAITS.iter().sum());
+        assert!(started.elapsed() >= WAITS.iter().sum::<Duration>());
     }
 
     #[test]

@@ -80,12 +80,15 @@ impl Failure {
 pub(super) trait Request<T>: Future<Output = kube::Result<T>> + Send {}
 impl<T, F: Future<Output = kube::Result<T>> + Send> Request<T> for F {}
 
-pub(super) trait Answer<T>: Future<Output = Result<T, Failure>> + Send {}
-impl<T, F: Future<Output = Result<T, Failure>> + Send> Answer<T> for F {}
+pub(super) trait Answered<T>: Future<Output = Result<T, Failure>> + Send {}
+impl<T, F: Future<Output = Result<T, Failure>> + Send> Answered<T> for F {}
 
 impl Cluster {
     /// Runs a request that only reads, as [`limited`] does, and notes whether it was answered.
-    pub(super) fn read<'a, T: 'a>(&'a self, request: impl Request<T> + 'a) -> impl Answer<T> + 'a {
+    pub(super) fn read<'a, T: 'a>(
+        &'a self,
+        request: impl Request<T> + 'a,
+    ) -> impl Answered<T> + 'a {
         let answer = self.in_turn(request);
         async move {
             let answer = answer.await;
@@ -109,7 +112,7 @@ impl Cluster {
     pub(super) fn in_turn<'a, T: 'a>(
         &'a self,
         request: impl Request<T> + 'a,
-    ) -> impl Answer<T> + 'a {
+    ) -> impl Answered<T> + 'a {
         let request = limited(request);
         async move {
             let _turn = tokio::time::timeout(MAX_TURN_WAIT, self.requests.acquire()).await;
@@ -133,7 +136,7 @@ impl Cluster {
 }
 
 /// Runs a request within [`REQUEST_TIMEOUT`]. No error carries a response's body.
-pub(super) fn limited<'a, T: 'a>(request: impl Request<T> + 'a) -> impl Answer<T> + 'a {
+pub(super) fn limited<'a, T: 'a>(request: impl Request<T> + 'a) -> impl Answered<T> + 'a {
     // The library's futures take kilobytes, and so would every future that awaits one directly.
     let request = Box::pin(request);
     async move {

@@ -56,8 +56,8 @@ use decision::{Decision, NamedClass, decide};
 pub use digest::Digest;
 pub use error::{ErrorType, SyncError};
 pub(in crate::cluster) use missing::Missing;
-use missing::Step;
-use object::{Change, Existing, NewSecret};
+use missing::Replacing;
+use object::{Existing, MergePatch, NewSecret};
 use owners::{MANAGER, without_owner};
 pub use owners::{Owner, PodOwners};
 
@@ -200,10 +200,10 @@ impl Cluster {
         let (namespace, name) = (desired.namespace, desired.name);
         for _ in 0..ATTEMPTS {
             let former = match self.missing.find(&desired.key()) {
-                Some((step @ (Step::Deleting | Step::Creating), _)) => {
+                Some((step @ (Replacing::Deleting | Replacing::Creating), _)) => {
                     return Err(step.error(namespace, desired.type_));
                 }
-                Some((Step::Failed(_), former)) => Some(former),
+                Some((Replacing::Failed(_), former)) => Some(former),
                 None => None,
             };
             let how = GetParams::default();
@@ -333,7 +333,7 @@ impl Cluster {
                 || existing.annotation(CLASS) == Some(&class.name)
         };
         if let Some(existing) = existing.filter(|e| e.is_managed() && is_of_class(e)) {
-            let mut change = Change::of(&existing);
+            let mut change = MergePatch::of(&existing);
             for ours in [CLASS, CLASS_UID, SINCE, ORDER] {
                 change.metadata.annotations.insert(ours, None);
             }
@@ -363,7 +363,7 @@ impl Cluster {
         &self,
         namespace: &str,
         name: &str,
-        change: Change<'_>,
+        change: MergePatch<'_>,
     ) -> Result<bool, SyncError> {
         let how = PatchParams {
             field_manager: Some(MANAGER.to_owned()),

@@ -43,23 +43,7 @@ pub(super) fn publish_request(
     deadline: Instant,
     root: Option<&Path>,
 ) -> Result<PublishRequest> {
-    let Some(capability) = request.volume_capability else {
-        return Err(Error::invalid("Volume capability missing in request"));
-    };
-    if request.volume_id.is_empty() {
-        return Err(Error::invalid("Volume ID missing in request"));
-    }
-    if request.target_path.is_empty() {
-        return Err(Error::invalid("Target path missing in request"));
-    }
-    if request.volume_context.is_empty() {
-        return Err(Error::invalid("Volume attributes missing in request"));
-    }
-    if !request.readonly {
-        return Err(Error::invalid(
-            "Readonly is not true in request: set `readOnly: true` in the pod's spec.volumes[].csi of this volume",
-        ));
-    }
+    check_form(&request)?;
     let mut attributes: SecretMap = request.volume_context.into_iter().collect();
     let mut secrets: SecretMap = request.secrets.into_iter().collect();
     // Attributes that are addressed to the driver are not passed on to the provider.
@@ -74,7 +58,7 @@ pub(super) fn publish_request(
         .unwrap_or(files::DEFAULT_MODE);
     let access = Access {
         default_mode,
-        group: group(&capability)?,
+        group: group(request.volume_capability)?,
     };
     // Since Kubernetes 1.35 tokens may come in `secrets`. They are removed from both maps, so that a
     // provider gets them once, among the attributes.
@@ -83,7 +67,51 @@ pub(super) fn publish_request(
         .remove(TOKENS)
         .or(in_context)
         .filter(|tokens| !tokens.is_empty());
+    let class = match attributes.expose(CLASS) {
+        Some(class) if !class.is_empty() => class.to_owned(),
+        _ => {
+            return Err(Error::invalid(
+                "secretProviderClass is not set: name the SecretProviderClass in the pod's spec.volumes[].csi.volumeAttributes.secretProviderClass",
+            ));
+        }
+    };
+    let pod = pod(&attributes)?;
+    Ok(PublishRequest {
+        target: TargetPath::parse(&request.target_path, root, Some(&pod.uid))?,
+        volume_id: request.volume_id,
+        pod,
+        class,
+        attributes,
+        secrets,
+        tokens,
+        access,
+        every,
+        deadline,
+    })
+}
 
+/// Checks that the required fields are set, and `readOnly`.
+fn check_form(request: &NodePublishVolumeRequest) -> Result<()> {
+    let missing = if request.volume_capability.is_none() {
+        "Volume capability"
+    } else if request.volume_id.is_empty() {
+        "Volume ID"
+    } else if request.target_path.is_empty() {
+        "Target path"
+    } else if request.volume_context.is_empty() {
+        "Volume attributes"
+    } else if !request.readonly {
+        return Err(Error::invalid(
+            "Readonly is not true in request: set `readOnly: true` in the pod's spec.volumes[].csi of this volume",
+        ));
+    } else {
+        return Ok(());
+    };
+    Err(Error::invalid(format!("{missing} missing in request")))
+}
+
+/// Returns the pod that the attributes name.
+fn pod(attributes: &SecretMap) -> Result<Pod> {
     let required = |key: &str| match attributes.expose(key) {
         Some(value) if !value.is_empty() => Ok(value.to_owned()),
         _ => Err(Error::invalid(format!(
@@ -101,37 +129,17 @@ pub(super) fn publish_request(
         }
         Ok(name)
     };
-    let class = match attributes.expose(CLASS) {
-        Some(class) if !class.is_empty() => class.to_owned(),
-        _ => {
-            return Err(Error::invalid(
-                "secretProviderClass is not set: name the SecretProviderClass in the pod's spec.volumes[].csi.volumeAttributes.secretProviderClass",
-            ));
-        }
-    };
-    let pod = Pod {
+    Ok(Pod {
         name: name(POD_NAME)?,
         namespace: name(POD_NAMESPACE)?,
         uid: required(POD_UID)?,
-    };
-    Ok(PublishRequest {
-        target: TargetPath::parse(&request.target_path, root, Some(&pod.uid))?,
-        volume_id: request.volume_id,
-        pod,
-        class,
-        attributes,
-        secrets,
-        tokens,
-        access,
-        every,
-        deadline,
     })
 }
 
 /// Parses the group that kubelet asks for: the pod's fsGroup, which it passes on to drivers with the
 /// capability `VOLUME_MOUNT_GROUP` (<https://kubernetes-csi.github.io/docs/support-fsgroup.html>).
-fn group(capability: &VolumeCapability) -> Result<Option<u32>> {
-    let Some(AccessType::Mount(mount)) = &capability.access_type else {
+fn group(capability: Option<VolumeCapability>) -> Result<Option<u32>> {
+    let Some(AccessType::Mount(mount)) = capability.and_then(|it| it.access_type) else {
         return Ok(None);
     };
     match mount.volume_mount_group.as_str() {

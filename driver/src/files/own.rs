@@ -30,7 +30,7 @@ const MOST_ENTRIES: usize = 20_000;
 ///
 /// # Errors
 /// The system's error, with the name, or that there are too many or too deep directories.
-pub fn adopt(root: &OwnedFd, access: Access) -> io::Result<()> {
+pub fn grant(root: &OwnedFd, access: Access) -> io::Result<()> {
     let mut left = MOST_ENTRIES;
     below(root, access, &mut left, 0)
 }
@@ -143,8 +143,8 @@ mod tests {
         mount::alone::{Own, alone},
     };
 
-    fn adopt(volume: &Path, access: Access) -> io::Result<()> {
-        super::adopt(&open_root(volume)?, access)
+    fn grant(volume: &Path, access: Access) -> io::Result<()> {
+        super::grant(&open_root(volume)?, access)
     }
 
     /// Returns a group that this user may give files to, another than their own if possible.
@@ -181,7 +181,7 @@ mod tests {
             }
             let access = Access { default_mode, group: Some(group()) };
             for _ in 0..2 {
-                adopt(volume.path(), access).unwrap();
+                grant(volume.path(), access).unwrap();
                 for (path, (content, mode)) in &files {
                     let path = volume.path().join(base).join(path);
                     let mode = if *mode == 0 { default_mode } else { mode.cast_unsigned() };
@@ -196,55 +196,52 @@ mod tests {
 
     #[test]
     fn neither_links_nor_mounts_lead_out_and_pipes_hold_nobody_up() {
-        const NAME: &str =
-            "files::own::tests::neither_links_nor_mounts_lead_out_and_pipes_hold_nobody_up";
-        if !alone(NAME, Own::Mounts) {
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let (volume, outside) = (dir.path().join("volume"), dir.path().join("outside"));
-        fs::create_dir_all(volume.join("mounted")).unwrap();
-        fs::create_dir_all(&outside).unwrap();
-        let kept = outside.join("kept");
-        fs::write(&kept, "x").unwrap();
-        fs::set_permissions(&kept, fs::Permissions::from_mode(0o644)).unwrap();
-        symlink(&kept, volume.join("link")).unwrap();
-        symlink(&outside, volume.join("..data")).unwrap();
-        mkfifo(&volume.join("pipe"), Mode::S_IRWXU).unwrap();
-        drop(std::os::unix::net::UnixListener::bind(volume.join("socket")).unwrap());
-        let below = volume.join("mounted");
-        mount(
-            Some(&outside),
-            &below,
-            None::<&str>,
-            MsFlags::MS_BIND,
-            None::<&str>,
-        )
-        .unwrap();
-        fs::write(volume.join("own"), "x").unwrap();
-        fs::set_permissions(volume.join("own"), fs::Permissions::from_mode(0o644)).unwrap();
-        let before = (of(&outside), of(&kept));
-        // The namespace of an ordinary user has one group.
-        let group = fs::metadata(&volume).unwrap().gid();
-        let group = if fs::read_to_string("/proc/self/uid_map")
-            .unwrap()
-            .contains("4294967295")
-        {
-            1004
-        } else {
-            group
-        };
-        adopt(
-            &volume,
-            Access {
-                default_mode: 0o400,
-                group: Some(group),
-            },
-        )
-        .unwrap();
-        assert_eq!((of(&outside), of(&kept)), before);
-        assert_eq!(of(&volume.join("own")), (0o400, group));
-        assert_eq!(of(&volume.join("link")).1, group);
+        alone(Own::Mounts, || {
+            let dir = tempfile::tempdir().unwrap();
+            let (volume, outside) = (dir.path().join("volume"), dir.path().join("outside"));
+            fs::create_dir_all(volume.join("mounted")).unwrap();
+            fs::create_dir_all(&outside).unwrap();
+            let kept = outside.join("kept");
+            fs::write(&kept, "x").unwrap();
+            fs::set_permissions(&kept, fs::Permissions::from_mode(0o644)).unwrap();
+            symlink(&kept, volume.join("link")).unwrap();
+            symlink(&outside, volume.join("..data")).unwrap();
+            mkfifo(&volume.join("pipe"), Mode::S_IRWXU).unwrap();
+            drop(std::os::unix::net::UnixListener::bind(volume.join("socket")).unwrap());
+            let below = volume.join("mounted");
+            mount(
+                Some(&outside),
+                &below,
+                None::<&str>,
+                MsFlags::MS_BIND,
+                None::<&str>,
+            )
+            .unwrap();
+            fs::write(volume.join("own"), "x").unwrap();
+            fs::set_permissions(volume.join("own"), fs::Permissions::from_mode(0o644)).unwrap();
+            let before = (of(&outside), of(&kept));
+            // The namespace of an ordinary user has one group.
+            let group = fs::metadata(&volume).unwrap().gid();
+            let group = if fs::read_to_string("/proc/self/uid_map")
+                .unwrap()
+                .contains("4294967295")
+            {
+                1004
+            } else {
+                group
+            };
+            grant(
+                &volume,
+                Access {
+                    default_mode: 0o400,
+                    group: Some(group),
+                },
+            )
+            .unwrap();
+            assert_eq!((of(&outside), of(&kept)), before);
+            assert_eq!(of(&volume.join("own")), (0o400, group));
+            assert_eq!(of(&volume.join("link")).1, group);
+        });
     }
 
     #[test]
@@ -253,7 +250,7 @@ mod tests {
         let mut deep = volume.path().to_owned();
         deep.extend(std::iter::repeat_n("d", DEEPEST + 1));
         fs::create_dir_all(deep).unwrap();
-        let error = adopt(volume.path(), Access::default())
+        let error = grant(volume.path(), Access::default())
             .unwrap_err()
             .to_string();
         assert!(error.contains("deeper than 32"), "{error}");

@@ -36,7 +36,7 @@ const ATTEMPTS: usize = 5;
 
 /// The identity of one content of a volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Version {
+pub struct ContentId {
     /// The name of the directory that `..data` leads to; empty where there is none, because a
     /// provider wrote the files itself.
     pub directory: String,
@@ -51,13 +51,13 @@ pub struct Snapshot {
     /// Whether all requested files are in it. Otherwise there are more than may be read.
     pub is_all: bool,
     /// The content's identity.
-    pub version: Version,
+    pub id: ContentId,
 }
 
 /// Reads the files of a volume, whose root is open, for whose path `wanted` returns true, as long as
 /// they have no more than `most_bytes` together.
 ///
-/// All files are of one moment: if the content is replaced or a file goes meanwhile, the volume is
+/// The files are of one moment: if the content is replaced or a file goes meanwhile, the volume is
 /// read again. Only entries that are no regular files are left out.
 ///
 /// # Errors
@@ -138,15 +138,15 @@ fn read(
     most_bytes: u64,
     wanted: &impl Fn(&str) -> bool,
 ) -> Result<Snapshot, Unread> {
-    let (tree, version) = open(root)?;
-    let directory = version.directory.clone();
+    let (tree, id) = open(root)?;
+    let directory = id.directory.clone();
     let mut reader = Reader {
         wanted,
         room: most_bytes,
         snapshot: Snapshot {
             files: BTreeMap::new(),
             is_all: true,
-            version,
+            id,
         },
     };
     reader.read_below(&tree, "", 0)?;
@@ -160,12 +160,12 @@ fn read(
 ///
 /// # Errors
 /// The system's error.
-pub fn version(root: &OwnedFd) -> io::Result<Version> {
-    open(root).map(|(_, version)| version)
+pub fn content_id(root: &OwnedFd) -> io::Result<ContentId> {
+    open(root).map(|(_, id)| id)
 }
 
 /// Opens the directory with the content.
-fn open(root: &OwnedFd) -> io::Result<(OwnedFd, Version)> {
+fn open(root: &OwnedFd) -> io::Result<(OwnedFd, ContentId)> {
     let name = current(root)?;
     let (tree, since) = match &name {
         Some(name) => (open_directory(root.as_fd(), name.as_str())?, time_in(name)),
@@ -176,7 +176,7 @@ fn open(root: &OwnedFd) -> io::Result<(OwnedFd, Version)> {
         None => modified(&tree)?,
     };
     let directory = name.unwrap_or_default();
-    Ok((tree, Version { directory, since }))
+    Ok((tree, ContentId { directory, since }))
 }
 
 /// Returns the moment in the name of a directory: `..2026_11_23_16_19_05.123456789`.
@@ -319,18 +319,15 @@ mod tests {
         let first = snapshot(dir.path(), u64::MAX, |_| true).unwrap();
         let expected = BTreeMap::from([("a", "1".to_owned()), ("deep/er/b", "2".to_owned())]);
         assert_eq!(texts(&first), expected);
-        assert!(before <= first.version.since && first.version.since <= Timestamp::now());
+        assert!(before <= first.id.since && first.id.since <= Timestamp::now());
         replace(payload("1"));
         assert_eq!(
-            snapshot(dir.path(), u64::MAX, |_| true)
-                .unwrap()
-                .version
-                .since,
-            first.version.since
+            snapshot(dir.path(), u64::MAX, |_| true).unwrap().id.since,
+            first.id.since
         );
         replace(payload("3"));
         let second = snapshot(dir.path(), u64::MAX, |path| path == "a").unwrap();
-        assert!(second.version.since > first.version.since);
+        assert!(second.id.since > first.id.since);
         assert_eq!(texts(&second), BTreeMap::from([("a", "3".to_owned())]));
     }
 

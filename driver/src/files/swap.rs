@@ -40,7 +40,8 @@ const LINK_TMP: &str = "..link_tmp";
 /// read back.
 const ASIDE: &str = "..aside";
 
-/// How long the former content stays after a swap, for readers that have already followed `..data`.
+/// The time for which the former content stays after a swap, for readers that have already followed
+/// `..data`.
 pub const GRACE: Duration = Duration::from_secs(2);
 
 /// New content that lies beside the old, where no reader looks. Dropping it removes it.

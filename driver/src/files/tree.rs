@@ -303,25 +303,23 @@ mod tests {
     /// Runs in a process of its own, because the limit of descriptors is the process's.
     #[test]
     fn any_depth_and_any_number_are_removed_with_few_descriptors() {
-        const NAME: &str =
-            "files::tree::tests::any_depth_and_any_number_are_removed_with_few_descriptors";
-        if !alone(NAME, Own::Process) {
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-        setrlimit(Resource::RLIMIT_NOFILE, 32, hard).unwrap();
-        deep(dir.path(), 2500);
-        let wide = dir.path().join("wide");
-        fs::create_dir(&wide).unwrap();
-        for number in 0..5000 {
-            fs::write(wide.join(number.to_string()), "").unwrap();
-            fs::create_dir_all(dir.path().join(format!("bush/{}/{number}", number % 7))).unwrap();
-        }
-        remove_at(open_root(dir.path()).unwrap().as_fd(), "bush").unwrap();
-        assert!(!dir.path().join("bush").exists());
-        clear(open_root(dir.path()).unwrap().as_fd()).unwrap();
-        assert!(is_empty(dir.path()));
+        alone(Own::Process, || {
+            let dir = tempfile::tempdir().unwrap();
+            let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+            setrlimit(Resource::RLIMIT_NOFILE, 32, hard).unwrap();
+            deep(dir.path(), 2500);
+            let wide = dir.path().join("wide");
+            fs::create_dir(&wide).unwrap();
+            for number in 0..5000 {
+                fs::write(wide.join(number.to_string()), "").unwrap();
+                fs::create_dir_all(dir.path().join(format!("bush/{}/{number}", number % 7)))
+                    .unwrap();
+            }
+            remove_at(open_root(dir.path()).unwrap().as_fd(), "bush").unwrap();
+            assert!(!dir.path().join("bush").exists());
+            clear(open_root(dir.path()).unwrap().as_fd()).unwrap();
+            assert!(is_empty(dir.path()));
+        });
     }
 
     #[test]

@@ -155,45 +155,42 @@ mod tests {
     /// Many directories take room too.
     #[test]
     fn what_there_is_no_room_for_is_refused_before_anything_is_written() {
-        const NAME: &str =
-            "files::write::tests::what_there_is_no_room_for_is_refused_before_anything_is_written";
-        if !alone(NAME, Own::Mounts) {
-            return;
-        }
-        let volume = tempfile::tempdir().unwrap();
-        let options = Some("size=64k,nr_inodes=200");
-        let tmpfs = Some("tmpfs");
-        mount(Some("x"), volume.path(), tmpfs, MsFlags::empty(), options).unwrap();
-        let root = || open_root(volume.path()).unwrap();
-        let stage = |payload| swap::stage(root(), payload);
-        let replace = |payload| drop(stage(payload).unwrap().unwrap().commit().unwrap());
-        let deep =
-            |files: usize| payload((0..files).map(|n| format!("{n}/{}", ["d"; 30].join("/"))));
-        let wide = |files: usize| payload((0..files).map(|n| n.to_string()));
-        let old = payload(["a".to_owned()]);
-        replace(old.clone());
-        for (too_much, says) in [
-            (
-                deep(7),
-                "7 files in 210 directories, and the volume has room for",
-            ),
-            (
-                wide(300),
-                "300 files in 0 directories, and the volume has room for",
-            ),
-            (
-                wide(40),
-                "40 files that take 163840 bytes in blocks of 4096",
-            ),
-        ] {
-            let before = names(root().as_fd()).unwrap();
-            let error = stage(too_much).err().unwrap();
-            assert_eq!(error.kind(), io::ErrorKind::StorageFull);
-            assert!(error.to_string().contains(says), "{error}");
-            assert_eq!(names(root().as_fd()).unwrap(), before);
-            assert!(swap::holds(&root(), &old));
-        }
-        replace(deep(3));
-        assert!(swap::holds(&root(), &deep(3)));
+        alone(Own::Mounts, || {
+            let volume = tempfile::tempdir().unwrap();
+            let options = Some("size=64k,nr_inodes=200");
+            let tmpfs = Some("tmpfs");
+            mount(Some("x"), volume.path(), tmpfs, MsFlags::empty(), options).unwrap();
+            let root = || open_root(volume.path()).unwrap();
+            let stage = |payload| swap::stage(root(), payload);
+            let replace = |payload| drop(stage(payload).unwrap().unwrap().commit().unwrap());
+            let deep =
+                |files: usize| payload((0..files).map(|n| format!("{n}/{}", ["d"; 30].join("/"))));
+            let wide = |files: usize| payload((0..files).map(|n| n.to_string()));
+            let old = payload(["a".to_owned()]);
+            replace(old.clone());
+            for (too_much, says) in [
+                (
+                    deep(7),
+                    "7 files in 210 directories, and the volume has room for",
+                ),
+                (
+                    wide(300),
+                    "300 files in 0 directories, and the volume has room for",
+                ),
+                (
+                    wide(40),
+                    "40 files that take 163840 bytes in blocks of 4096",
+                ),
+            ] {
+                let before = names(root().as_fd()).unwrap();
+                let error = stage(too_much).err().unwrap();
+                assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+                assert!(error.to_string().contains(says), "{error}");
+                assert_eq!(names(root().as_fd()).unwrap(), before);
+                assert!(swap::holds(&root(), &old));
+            }
+            replace(deep(3));
+            assert!(swap::holds(&root(), &deep(3)));
+        });
     }
 }

@@ -54,7 +54,7 @@ fn directories(root: &Path) -> Vec<PathBuf> {
             .lines()
             .filter_map(|line| mount(line, is_of_version_2))
         {
-            // For a cgroup outside of the mounted hierarchy, the top of that hierarchy is used.
+            // A cgroup outside of the mounted hierarchy counts as the top of that hierarchy.
             let below = Path::new(path).strip_prefix(&top).unwrap_or(Path::new(""));
             let point = root.join(point.strip_prefix("/").unwrap_or(&point));
             let climbs = below.components().any(|part| part.as_os_str() == "..");

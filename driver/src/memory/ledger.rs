@@ -380,7 +380,7 @@ mod tests {
         #[test]
         fn what_is_admitted_always_fits(steps in prop::collection::vec(step(), 0..80)) {
             let mut ledger = Ledger::new(budget(200));
-            // What really lies in the volumes, and what is reserved for each.
+            // The bytes that lie in the volumes, and those that are reserved for each.
             let mut real: BTreeMap<u8, u64> = BTreeMap::new();
             let mut pending: BTreeMap<u8, u64> = BTreeMap::new();
             let namespace = |volume: u8| format!("ns-{}", volume % 3);

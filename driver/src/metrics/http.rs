@@ -190,16 +190,16 @@ mod tests {
     }
 
     #[derive(Clone, Copy)]
-    enum Answer {
+    enum Probed {
         Ready(Option<bool>),
         Refuse,
         Hang,
     }
 
-    struct Csi(Answer);
+    struct FakeCsi(Probed);
 
     #[tonic::async_trait]
-    impl Identity for Csi {
+    impl Identity for FakeCsi {
         async fn get_plugin_info(
             &self,
             _: Request<GetPluginInfoRequest>,
@@ -214,31 +214,31 @@ mod tests {
         }
         async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
             match self.0 {
-                Answer::Ready(ready) => Ok(Response::new(ProbeResponse { ready })),
-                Answer::Refuse => Err(Status::failed_precondition("no API server")),
-                Answer::Hang => std::future::pending().await,
+                Probed::Ready(ready) => Ok(Response::new(ProbeResponse { ready })),
+                Probed::Refuse => Err(Status::failed_precondition("no API server")),
+                Probed::Hang => std::future::pending().await,
             }
         }
     }
 
     #[rstest]
-    #[case::ready_absent(Some(Answer::Ready(None)), 200, "ok")]
-    #[case::ready(Some(Answer::Ready(Some(true))), 200, "ok")]
+    #[case::ready_absent(Some(Probed::Ready(None)), 200, "ok")]
+    #[case::ready(Some(Probed::Ready(Some(true))), 200, "ok")]
     #[case::not_ready(
-        Some(Answer::Ready(Some(false))),
+        Some(Probed::Ready(Some(false))),
         500,
         "the CSI endpoint answered that it is not ready"
     )]
     #[case::error(
-        Some(Answer::Refuse),
+        Some(Probed::Refuse),
         500,
         "the CSI endpoint answered FailedPrecondition: no API server"
     )]
-    #[case::hang(Some(Answer::Hang), 500, "the CSI endpoint did not answer within 3 s")]
+    #[case::hang(Some(Probed::Hang), 500, "the CSI endpoint did not answer within 3 s")]
     #[case::gone(None, 500, "No such file or directory (os error 2)")]
     #[tokio::test]
     async fn health_is_what_our_own_socket_answers(
-        #[case] answer: Option<Answer>,
+        #[case] answer: Option<Probed>,
         #[case] status: u16,
         #[case] end: &str,
     ) {
@@ -246,7 +246,8 @@ mod tests {
         let socket = dir.path().join("csi.sock");
         if let Some(answer) = answer {
             let incoming = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
-            let csi = transport::Server::builder().add_service(IdentityServer::new(Csi(answer)));
+            let csi =
+                transport::Server::builder().add_service(IdentityServer::new(FakeCsi(answer)));
             tokio::spawn(csi.serve_with_incoming(incoming));
         }
         let (listener, addr) = local().await;

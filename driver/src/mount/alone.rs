@@ -1,6 +1,6 @@
 //! Runs a test in a process of its own, because mounts and limits belong to a whole process.
 
-use std::{env, process::Command};
+use std::{any::type_name, env, process::Command};
 
 /// The things that a test does not share with others.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -11,15 +11,17 @@ pub(crate) enum Own {
     Mounts,
 }
 
-/// Returns whether this is the process in which the test `name` must run. If it is not, this function
-/// runs that process, which has passed the test when this returns.
+/// Runs a test in a process of its own, which this starts unless it is that process. The test's name is
+/// that of the function that contains `test`.
 ///
 /// A user who may not create namespaces cannot mount: then the test prints this and passes.
-pub(crate) fn alone(name: &str, own: Own) -> bool {
+pub(crate) fn alone<T: FnOnce()>(own: Own, test: T) {
     const ALONE: &str = "TEST_ALONE";
     if env::var_os(ALONE).is_some() {
-        return true;
+        return test();
     }
+    let name = type_name::<T>().trim_end_matches("::{{closure}}");
+    let (_crate, name) = name.split_once("::").unwrap();
     let mut unshare = Command::new("unshare");
     unshare.args(["--mount", "--propagation", "private"]);
     if !nix::unistd::geteuid().is_root() {
@@ -32,7 +34,7 @@ pub(crate) fn alone(name: &str, own: Own) -> bool {
             let may = probe.args(unshare.get_args()).arg("true").status();
             if !may.is_ok_and(|status| status.success()) {
                 eprintln!("skipped: {name}: this user may not make namespaces");
-                return false;
+                return;
             }
             unshare.arg(env::current_exe().unwrap());
             unshare
@@ -50,5 +52,4 @@ pub(crate) fn alone(name: &str, own: Own) -> bool {
         text.contains("1 passed"),
         "no test {name}: {text}\n{errors}"
     );
-    false
 }

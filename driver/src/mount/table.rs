@@ -18,7 +18,7 @@ use crate::hex;
 
 /// One mount, as this process sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct MountEntry {
     pub(super) id: u64,
     /// The number of the device, which all mounts of one file system share.
     device: u64,
@@ -34,7 +34,7 @@ pub(super) struct Entry {
     pub(super) source: String,
 }
 
-impl Entry {
+impl MountEntry {
     /// Returns whether [`Tmpfs::mount`](super::Tmpfs::mount) made this mount at a target, and it is
     /// not a bind mount.
     pub(super) fn is_own(&self, target: &Path) -> bool {
@@ -67,7 +67,7 @@ pub(super) fn source_of(target: &Path) -> String {
 }
 
 /// Returns all mounts, each after those that it is mounted upon.
-pub(super) fn all() -> io::Result<Vec<Entry>> {
+pub(super) fn all() -> io::Result<Vec<MountEntry>> {
     let mut entries = Vec::new();
     each(|line| {
         // A line of another form is left out; a caller that needs its mount reports that.
@@ -78,7 +78,7 @@ pub(super) fn all() -> io::Result<Vec<Entry>> {
 }
 
 /// Returns the mount with an ID.
-pub(super) fn of(id: u64) -> io::Result<Option<Entry>> {
+pub(super) fn of(id: u64) -> io::Result<Option<MountEntry>> {
     let prefix = format!("{id} ");
     let mut found = None;
     each(|line| {
@@ -113,7 +113,7 @@ pub(super) fn id_of(file: BorrowedFd<'_>) -> io::Result<u64> {
 }
 
 /// Parses a line: `36 35 98:0 /root /point rw,noatime shared:1 master:2 - ext4 /dev/sda1 rw`.
-fn parse(line: &[u8]) -> Option<Entry> {
+fn parse(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|b| *b == b' ');
     let mut text = || Some(String::from_utf8_lossy(fields.next()?).into_owned());
     let id = text()?.parse().ok()?;
@@ -131,7 +131,7 @@ fn parse(line: &[u8]) -> Option<Entry> {
         }
     }
     let mut text = || Some(String::from_utf8_lossy(&unescaped(fields.next()?)).into_owned());
-    Some(Entry {
+    Some(MountEntry {
         id,
         device,
         root,

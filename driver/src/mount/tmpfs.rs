@@ -28,7 +28,7 @@ use super::{
     volume::{FileSystemId, Occupant},
 };
 
-/// How long a mount in which targets lie counts as shared before the kernel is asked again.
+/// The time for which a mount in which targets lie counts as shared, until the kernel is asked again.
 const SHARED_FOR: Duration = Duration::from_secs(30);
 
 /// Mounts tmpfs volumes of a bounded size.
@@ -60,7 +60,7 @@ impl Tmpfs {
         let max_files = (max_message_bytes / BYTES_PER_FILE).max(64);
         Self {
             max_bytes: 2 * (max_message_bytes + max_files * PAGE),
-            // For each file a link at the root, the file and a directory, twice.
+            // Each file takes a link at the root, the file and a directory, twice.
             max_inodes: 6 * max_files,
             noswap: AtomicBool::new(true),
             in_a_pod: false,
@@ -256,105 +256,96 @@ mod tests {
 
     #[test]
     fn bounds_follow_the_flags() {
-        if !alone("mount::tmpfs::tests::bounds_follow_the_flags", Own::Mounts) {
-            return;
-        }
-        let (_root, target) = target();
-        let (small, large) = (Tmpfs::bounded_by(1 << 16), Tmpfs::bounded_by(1 << 24));
-        let bounds = || {
-            let is = statvfs(&target).unwrap();
-            (is.blocks() * is.fragment_size(), is.files())
-        };
-        let of = |tmpfs: &Tmpfs| (tmpfs.max_bytes, tmpfs.max_inodes);
-        small.mount(&target).unwrap();
-        assert_eq!(bounds(), of(&small));
-        assert!(!large.fits(&target).unwrap());
-        fs::write(target.join("kept"), "x").unwrap();
-        for tmpfs in [&large, &small, &small, &large] {
-            tmpfs.refit(&target).unwrap();
-            assert_eq!(bounds(), of(tmpfs));
-            assert!(tmpfs.fits(&target).unwrap());
-            let flags = statvfs(&target).unwrap().flags();
-            let kept = FsFlags::ST_NOSUID | FsFlags::ST_NODEV | FsFlags::ST_NOEXEC;
-            assert!(flags.contains(kept), "{flags:?}");
-        }
-        // No bound becomes smaller than what the volume holds.
-        let too_much = usize::try_from(small.max_bytes).unwrap() + 1;
-        fs::write(target.join("large"), vec![0; too_much]).unwrap();
-        small.refit(&target).unwrap();
-        assert_eq!(bounds(), (large.max_bytes, small.max_inodes));
-        assert_eq!(fs::read(target.join("large")).unwrap().len(), too_much);
-        assert_eq!(fs::read(target.join("kept")).unwrap(), b"x");
+        alone(Own::Mounts, || {
+            let (_root, target) = target();
+            let (small, large) = (Tmpfs::bounded_by(1 << 16), Tmpfs::bounded_by(1 << 24));
+            let bounds = || {
+                let is = statvfs(&target).unwrap();
+                (is.blocks() * is.fragment_size(), is.files())
+            };
+            let of = |tmpfs: &Tmpfs| (tmpfs.max_bytes, tmpfs.max_inodes);
+            small.mount(&target).unwrap();
+            assert_eq!(bounds(), of(&small));
+            assert!(!large.fits(&target).unwrap());
+            fs::write(target.join("kept"), "x").unwrap();
+            for tmpfs in [&large, &small, &small, &large] {
+                tmpfs.refit(&target).unwrap();
+                assert_eq!(bounds(), of(tmpfs));
+                assert!(tmpfs.fits(&target).unwrap());
+                let flags = statvfs(&target).unwrap().flags();
+                let kept = FsFlags::ST_NOSUID | FsFlags::ST_NODEV | FsFlags::ST_NOEXEC;
+                assert!(flags.contains(kept), "{flags:?}");
+            }
+            // No bound becomes smaller than what the volume holds.
+            let too_much = usize::try_from(small.max_bytes).unwrap() + 1;
+            fs::write(target.join("large"), vec![0; too_much]).unwrap();
+            small.refit(&target).unwrap();
+            assert_eq!(bounds(), (large.max_bytes, small.max_inodes));
+            assert_eq!(fs::read(target.join("large")).unwrap().len(), too_much);
+            assert_eq!(fs::read(target.join("kept")).unwrap(), b"x");
+        });
     }
 
     #[test]
     fn only_volumes_are_given_bounds() {
-        if !alone(
-            "mount::tmpfs::tests::only_volumes_are_given_bounds",
-            Own::Mounts,
-        ) {
-            return;
-        }
-        let (root, target) = target();
-        let tmpfs = Tmpfs::bounded_by(1 << 16);
-        assert!(tmpfs.refit(&target).is_err(), "nothing is mounted");
-        // A driver that mounts without options, as the one written in Go, made it.
-        mount(
-            Some("tmpfs"),
-            &target,
-            Some("tmpfs"),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .unwrap();
-        tmpfs.refit(&target).unwrap();
-        assert_eq!(statvfs(&target).unwrap().files(), tmpfs.max_inodes);
-        assert!(matches!(detach(&target).unwrap(), Detached::Foreign));
-        // Another program made it.
-        let other = root.path().join("run");
-        fs::create_dir(&other).unwrap();
-        mount(
-            Some("tmpfs"),
-            &other,
-            Some("tmpfs"),
-            MsFlags::empty(),
-            Some("size=1M"),
-        )
-        .unwrap();
-        bind(&other, &target);
-        assert_eq!(state(&target).unwrap(), TargetState::Mounted);
-        let error = tmpfs.refit(&target).unwrap_err().to_string();
-        assert!(error.contains("not a volume of this driver"), "{error}");
-        let is = statvfs(&other).unwrap();
-        assert_eq!(is.blocks() * is.fragment_size(), 1 << 20);
+        alone(Own::Mounts, || {
+            let (root, target) = target();
+            let tmpfs = Tmpfs::bounded_by(1 << 16);
+            assert!(tmpfs.refit(&target).is_err(), "nothing is mounted");
+            // A driver that mounts without options, as the one written in Go, made it.
+            mount(
+                Some("tmpfs"),
+                &target,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .unwrap();
+            tmpfs.refit(&target).unwrap();
+            assert_eq!(statvfs(&target).unwrap().files(), tmpfs.max_inodes);
+            assert!(matches!(detach(&target).unwrap(), Detached::Foreign));
+            // Another program made it.
+            let other = root.path().join("run");
+            fs::create_dir(&other).unwrap();
+            mount(
+                Some("tmpfs"),
+                &other,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                Some("size=1M"),
+            )
+            .unwrap();
+            bind(&other, &target);
+            assert_eq!(state(&target).unwrap(), TargetState::Mounted);
+            let error = tmpfs.refit(&target).unwrap_err().to_string();
+            assert!(error.contains("not a volume of this driver"), "{error}");
+            let is = statvfs(&other).unwrap();
+            assert_eq!(is.blocks() * is.fragment_size(), 1 << 20);
+        });
     }
 
     #[test]
     fn a_mount_that_nobody_else_sees_is_told() {
-        if !alone(
-            "mount::tmpfs::tests::a_mount_that_nobody_else_sees_is_told",
-            Own::Mounts,
-        ) {
-            return;
-        }
-        let (root, target) = target();
-        let parent = target.parent().unwrap();
-        let pods = root.path().join("pods");
-        bind(&pods, &pods);
-        for (flags, unseen) in [
-            (MsFlags::MS_PRIVATE, Some(pods.clone())),
-            (MsFlags::MS_SHARED, None),
-            (MsFlags::MS_SLAVE, Some(pods.clone())),
-            (MsFlags::MS_UNBINDABLE, Some(pods.clone())),
-            (MsFlags::MS_SHARED, None),
-        ] {
-            mount(None::<&str>, &pods, None::<&str>, flags, None::<&str>).unwrap();
+        alone(Own::Mounts, || {
+            let (root, target) = target();
+            let parent = target.parent().unwrap();
+            let pods = root.path().join("pods");
+            bind(&pods, &pods);
+            for (flags, unseen) in [
+                (MsFlags::MS_PRIVATE, Some(pods.clone())),
+                (MsFlags::MS_SHARED, None),
+                (MsFlags::MS_SLAVE, Some(pods.clone())),
+                (MsFlags::MS_UNBINDABLE, Some(pods.clone())),
+                (MsFlags::MS_SHARED, None),
+            ] {
+                mount(None::<&str>, &pods, None::<&str>, flags, None::<&str>).unwrap();
+                let tmpfs = Tmpfs::bounded_by(1).in_a_pod(true);
+                assert_eq!(tmpfs.unseen(parent).unwrap(), unseen, "{flags:?}");
+                assert_eq!(Tmpfs::bounded_by(1).unseen(parent).unwrap(), None);
+            }
             let tmpfs = Tmpfs::bounded_by(1).in_a_pod(true);
-            assert_eq!(tmpfs.unseen(parent).unwrap(), unseen, "{flags:?}");
-            assert_eq!(Tmpfs::bounded_by(1).unseen(parent).unwrap(), None);
-        }
-        let tmpfs = Tmpfs::bounded_by(1).in_a_pod(true);
-        let gone = tmpfs.unseen(&parent.join("gone")).unwrap_err();
-        assert_eq!(gone.kind(), io::ErrorKind::NotFound);
+            let gone = tmpfs.unseen(&parent.join("gone")).unwrap_err();
+            assert_eq!(gone.kind(), io::ErrorKind::NotFound);
+        });
     }
 }

@@ -10,7 +10,7 @@ use nix::sys::{stat::fstat, statvfs::fstatvfs};
 
 use super::{
     Here,
-    table::{self, Entry},
+    table::{self, MountEntry},
 };
 
 /// The identity of a directory of a file system.
@@ -55,7 +55,7 @@ pub(super) enum Occupant {
     Nothing,
     Volume(VolumeMount),
     /// Something that is neither this driver's nor an earlier driver's volume.
-    Foreign(Entry),
+    Foreign(MountEntry),
 }
 
 impl VolumeMount {
@@ -188,48 +188,46 @@ mod tests {
     /// Tries every sequence of up to three changes.
     #[test]
     fn a_held_volume_is_opened_only_while_it_is_what_lies_at_the_target() {
-        const NAME: &str = "mount::volume::tests::a_held_volume_is_opened_only_while_it_is_what_lies_at_the_target";
-        if !alone(NAME, Own::Mounts) {
-            return;
-        }
-        let kinds = ["bind", "tmpfs", "own again", "off"];
-        for number in 0..kinds.len().pow(3) {
-            let row = [number % 4, number / 4 % 4, number / 16].map(|kind| kinds[kind]);
-            let (root, target) = target();
-            let volumes = Tmpfs::bounded_by(1);
-            volumes.mount(&target).unwrap();
-            fs::write(target.join("mark"), "x").unwrap();
-            let held = VolumeMount::at(&target, None).unwrap();
-            // The mounts at the target, the topmost last.
-            let mut stack = vec!["volume"];
-            for kind in row {
-                match kind {
-                    "bind" => bind(root.path(), &target),
-                    "tmpfs" => {
-                        let tmpfs = Some("tmpfs");
-                        mount(tmpfs, &target, tmpfs, MsFlags::empty(), None::<&str>).unwrap();
+        alone(Own::Mounts, || {
+            let kinds = ["bind", "tmpfs", "own again", "off"];
+            for number in 0..kinds.len().pow(3) {
+                let row = [number % 4, number / 4 % 4, number / 16].map(|kind| kinds[kind]);
+                let (root, target) = target();
+                let volumes = Tmpfs::bounded_by(1);
+                volumes.mount(&target).unwrap();
+                fs::write(target.join("mark"), "x").unwrap();
+                let held = VolumeMount::at(&target, None).unwrap();
+                // The mounts at the target, the topmost last.
+                let mut stack = vec!["volume"];
+                for kind in row {
+                    match kind {
+                        "bind" => bind(root.path(), &target),
+                        "tmpfs" => {
+                            let tmpfs = Some("tmpfs");
+                            mount(tmpfs, &target, tmpfs, MsFlags::empty(), None::<&str>).unwrap();
+                        }
+                        "own again" => drop(Tmpfs::bounded_by(1).mount(&target).unwrap()),
+                        _ => {
+                            let off = umount2(&target, MntFlags::MNT_DETACH);
+                            assert_eq!(off.is_ok(), stack.pop().is_some(), "{row:?}");
+                            continue;
+                        }
                     }
-                    "own again" => drop(Tmpfs::bounded_by(1).mount(&target).unwrap()),
-                    _ => {
-                        let off = umount2(&target, MntFlags::MNT_DETACH);
-                        assert_eq!(off.is_ok(), stack.pop().is_some(), "{row:?}");
-                        continue;
-                    }
+                    stack.push(kind);
                 }
-                stack.push(kind);
+                // A volume that was there before says nothing about what is there now.
+                let is_own = matches!(stack.last(), Some(&("volume" | "own again")));
+                assert_eq!(volumes.refit(&target).is_ok(), is_own, "{row:?}");
+                let is_there = stack.last() == Some(&"volume");
+                assert_eq!(held.check().is_ok(), is_there, "{row:?}");
+                let open = held.open_if_there().unwrap();
+                assert_eq!(open.is_some(), is_there, "{row:?}");
+                if let Some(open) = open {
+                    let mark = openat(&open, "mark", OFlag::O_PATH, Mode::empty());
+                    assert!(mark.is_ok(), "{row:?}");
+                }
+                while umount2(&target, MntFlags::MNT_DETACH).is_ok() {}
             }
-            // A volume that was there before says nothing about what is there now.
-            let is_own = matches!(stack.last(), Some(&("volume" | "own again")));
-            assert_eq!(volumes.refit(&target).is_ok(), is_own, "{row:?}");
-            let is_there = stack.last() == Some(&"volume");
-            assert_eq!(held.check().is_ok(), is_there, "{row:?}");
-            let open = held.open_if_there().unwrap();
-            assert_eq!(open.is_some(), is_there, "{row:?}");
-            if let Some(open) = open {
-                let mark = openat(&open, "mark", OFlag::O_PATH, Mode::empty());
-                assert!(mark.is_ok(), "{row:?}");
-            }
-            while umount2(&target, MntFlags::MNT_DETACH).is_ok() {}
-        }
+        });
     }
 }

@@ -26,7 +26,7 @@ const VERSION: &str = "v1alpha1";
 
 /// The result of the last health check of a provider.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Health {
+enum ProviderHealth {
     /// It answered with its name and version.
     Well { runtime: String, version: String },
     /// It did not answer well, for this reason.
@@ -48,7 +48,7 @@ impl Providers {
         stop.run_until_cancelled(watching).await;
     }
 
-    async fn ask_all(&self) -> BTreeMap<String, Health> {
+    async fn ask_all(&self) -> BTreeMap<String, ProviderHealth> {
         let mut asking = JoinSet::new();
         for (name, socket) in self.sockets.all() {
             asking.spawn(async move { (name, ask(socket).await) });
@@ -57,26 +57,26 @@ impl Providers {
     }
 }
 
-async fn ask(socket: PathBuf) -> Health {
+async fn ask(socket: PathBuf) -> ProviderHealth {
     let mut client = match wire::channel(&socket) {
         Ok(channel) => CsiDriverProviderClient::new(channel),
-        Err(error) => return Health::Unwell(error.to_string()),
+        Err(error) => return ProviderHealth::Unwell(error.to_string()),
     };
     let request = Request::new(VersionRequest {
         version: VERSION.to_owned(),
     });
     match timeout(PATIENCE, client.version(request)).await {
-        Err(_) => Health::Unwell(format!("no answer within {PATIENCE:?}")),
-        Ok(Err(status)) => Health::Unwell(refusal::in_short(&status)),
+        Err(_) => ProviderHealth::Unwell(format!("no answer within {PATIENCE:?}")),
+        Ok(Err(status)) => ProviderHealth::Unwell(refusal::in_short(&status)),
         Ok(Ok(answer)) => {
             let answer = answer.into_inner();
             if answer.version != VERSION {
-                return Health::Unwell(format!(
+                return ProviderHealth::Unwell(format!(
                     "it speaks version {} of the provider interface, not {VERSION:?}",
                     quoted(&answer.version, 60)
                 ));
             }
-            Health::Well {
+            ProviderHealth::Well {
                 runtime: refusal::clipped(&answer.runtime_name),
                 version: refusal::clipped(&answer.runtime_version),
             }
@@ -85,16 +85,16 @@ async fn ask(socket: PathBuf) -> Health {
 }
 
 /// Logs each change, and at the debug level each provider that is as before.
-fn report(before: &BTreeMap<String, Health>, now: &BTreeMap<String, Health>) {
+fn report(before: &BTreeMap<String, ProviderHealth>, now: &BTreeMap<String, ProviderHealth>) {
     for (provider, health) in now {
         match health {
             health if before.get(provider) == Some(health) => {
                 tracing::debug!(provider, ?health, "the provider is as before");
             }
-            Health::Well { runtime, version } => {
+            ProviderHealth::Well { runtime, version } => {
                 tracing::info!(provider, runtime, version, "the provider is well");
             }
-            Health::Unwell(reason) => {
+            ProviderHealth::Unwell(reason) => {
                 tracing::warn!(
                     provider,
                     reason,

@@ -26,14 +26,14 @@ impl ClassName {
 
 /// The entries that wait, each for a class.
 pub(super) struct Line<T> {
-    waiting: Vec<Waiting<T>>,
+    waiting: Vec<Numbered<T>>,
     arrivals: u64,
     served: u64,
     of_namespaces: HashMap<Arc<str>, u64>,
     of_classes: HashMap<ClassName, u64>,
 }
 
-struct Waiting<T> {
+struct Numbered<T> {
     class: ClassName,
     arrival: u64,
     /// The number that decides between namespaces.
@@ -70,7 +70,7 @@ impl<T> Line<T> {
             .insert(Arc::clone(&class.namespace), number);
         self.of_classes.insert(class.clone(), of_class);
         self.arrivals += 1;
-        self.waiting.push(Waiting {
+        self.waiting.push(Numbered {
             class,
             arrival: self.arrivals,
             number,
@@ -133,7 +133,7 @@ impl<T> Line<T> {
         Some((chosen.class, chosen.entry))
     }
 
-    fn indexed(&self, indices: &[usize]) -> impl Iterator<Item = (usize, &Waiting<T>)> {
+    fn indexed(&self, indices: &[usize]) -> impl Iterator<Item = (usize, &Numbered<T>)> {
         indices
             .iter()
             .filter_map(|at| Some((*at, self.waiting.get(*at)?)))

@@ -163,61 +163,51 @@ impl FailedCall<'_> {
         } else {
             String::new()
         };
-        let error = if let Some(too_large) = found_here::<TooLarge>(status) {
-            Error::new(
-                Code::ResourceExhausted,
-                format!("{at} answered with {too_large}; split the SecretProviderClass"),
-            )
+        let (code, what) = if let Some(too_large) = found_here::<TooLarge>(status) {
+            let what = format!("answered with {too_large}; split the SecretProviderClass");
+            (Code::ResourceExhausted, what)
         } else if found_here(status) == Some(&TooLate::Memory) {
-            Error::new(
-                Code::ResourceExhausted,
-                format!(
-                    "{at} began to answer, but until the deadline other answers used all of the memory for its answers ({} bytes, of which one namespace may use half); raise --provider-max-bytes of the driver (chart value providerMaxBytes) if this happens often",
-                    self.limits.max_bytes
-                ),
-            )
+            let what = format!(
+                "began to answer, but until the deadline other answers used all of the memory for its answers ({} bytes, of which one namespace may use half); raise --provider-max-bytes of the driver (chart value providerMaxBytes) if this happens often",
+                self.limits.max_bytes
+            );
+            (Code::ResourceExhausted, what)
         } else if is_over_the_limit(status) {
-            Error::new(
-                Code::ResourceExhausted,
-                format!(
-                    "{at} answered with more than {} bytes; raise --max-call-recv-msg-size of the driver (chart value maxCallRecvMsgSize), or split the SecretProviderClass",
-                    self.limits.max_message_bytes
-                ),
-            )
+            let what = format!(
+                "answered with more than {} bytes; raise --max-call-recv-msg-size of the driver (chart value maxCallRecvMsgSize), or split the SecretProviderClass",
+                self.limits.max_message_bytes
+            );
+            (Code::ResourceExhausted, what)
         } else if let Some(why) = connection_failure(status) {
             if is_too_long(&why) {
-                Error::new(
-                    Code::ResourceExhausted,
-                    format!(
-                        "{at} answered with an error that is larger than {LONGEST_HEADERS} bytes, so its text is lost; see the provider's log"
-                    ),
-                )
+                let what = format!(
+                    "answered with an error that is larger than {LONGEST_HEADERS} bytes, so its text is lost; see the provider's log"
+                );
+                (Code::ResourceExhausted, what)
             } else if is_perhaps_too_long(&why) {
-                Error::unavailable(format!(
-                    "{at} sent an answer that cannot be read{times} ({why}); an error that is larger than {LONGEST_HEADERS} bytes has this effect. See the provider's log"
-                ))
+                let what = format!(
+                    "sent an answer that cannot be read{times} ({why}); an error that is larger than {LONGEST_HEADERS} bytes has this effect. See the provider's log"
+                );
+                (Code::Unavailable, what)
             } else {
-                Error::unavailable(format!(
-                    "{at} does not answer{times} ({why}); is the provider running on this node?"
-                ))
+                let what = format!(
+                    "does not answer{times} ({why}); is the provider running on this node?"
+                );
+                (Code::Unavailable, what)
             }
         } else if status.code() == Code::DeadlineExceeded {
-            Error::new(
-                Code::DeadlineExceeded,
-                format!("{at} did not answer in time{times}"),
-            )
+            let what = format!("did not answer in time{times}");
+            (Code::DeadlineExceeded, what)
         } else {
-            Error::new(
-                status.code(),
-                format!(
-                    "{at} answered {}{times}: {}{}",
-                    code_name(status.code()),
-                    clipped(status.message()),
-                    token_hint(status.message(), self.with_tokens),
-                ),
-            )
+            let what = format!(
+                "answered {}{times}: {}{}",
+                code_name(status.code()),
+                clipped(status.message()),
+                token_hint(status.message(), self.with_tokens),
+            );
+            (status.code(), what)
         };
-        let error = error.with_reason(Reason::GrpcProviderError);
+        let error = Error::new(code, format!("{at} {what}")).with_reason(Reason::GrpcProviderError);
         match retry_after(status) {
             Some(wait) => error.with_retry_after(wait),
             None => error,

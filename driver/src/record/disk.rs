@@ -55,14 +55,14 @@ struct Filed<R> {
 }
 
 /// A function that says what is wrong with a record.
-type Check = dyn Fn(&Record) -> Result<(), String> + Send + Sync;
+type Condition = dyn Fn(&Record) -> Result<(), String> + Send + Sync;
 
 /// The records of this node.
 #[derive(Clone)]
 pub struct Records {
     directory: PathBuf,
     /// A further condition for a record to be valid.
-    check: Arc<Check>,
+    check: Arc<Condition>,
     /// Held while a record is replaced or removed.
     changing: Arc<Mutex<()>>,
 }

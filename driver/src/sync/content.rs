@@ -19,9 +19,12 @@ use jiff::Timestamp;
 use super::Volume;
 use crate::{
     cluster::Class,
-    files::{layout, read},
+    files::{
+        layout,
+        read::{self, ContentId},
+    },
     mount::{Tmpfs, VolumeMount},
-    record::{Content, Record, Records},
+    record::{Record, Records, Writer},
 };
 
 /// The age of a content, which decides which of several is the newest.
@@ -46,19 +49,19 @@ impl Stamp {
 pub(super) struct VolumeContent {
     pub(super) volume: Volume,
     mount: VolumeMount,
-    content: Content,
-    version: read::Version,
+    writer: Writer,
+    id: ContentId,
     orders: BTreeMap<String, String>,
     /// Whether the record has not been written to disk yet.
     is_pending: bool,
 }
 
-/// The origin of computed Secrets: the volume, the version of its content, and the state of the
+/// The origin of computed Secrets: the volume, its content, and the state of the
 /// class. The same origin gives the same Secrets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Origin {
     volume: String,
-    version: read::Version,
+    content: ContentId,
     class: (String, String),
 }
 
@@ -114,15 +117,15 @@ impl VolumeContent {
         let Some(mount) = tmpfs.volume(&volume.target)? else {
             return Ok(None);
         };
-        let version = match mount.open_if_there()? {
-            Some(root) if is_complete(&root, record.content)? => version(&root, record.content)?,
+        let id = match mount.open_if_there()? {
+            Some(root) if is_complete(&root, record.writer)? => content_id(&root, record.writer)?,
             _ => return Ok(None),
         };
         Ok(Some(Self {
             mount,
-            version,
+            id,
             volume: volume.clone(),
-            content: record.content,
+            writer: record.writer,
             orders: record.orders,
             is_pending: pending.is_some(),
         }))
@@ -149,9 +152,9 @@ impl VolumeContent {
         };
         // An unpublish removes the record first, then the files one by one.
         let still = self.mount.open_if_there()?.is_some()
-            && is_complete(&root, self.content)?
-            && version(&root, self.content)? == self.version
-            && (self.content == Content::Provider || snapshot.version == self.version)
+            && is_complete(&root, self.writer)?
+            && content_id(&root, self.writer)? == self.id
+            && (self.writer == Writer::Provider || snapshot.id == self.id)
             && (self.is_pending || records.get(&self.volume.id).is_some());
         Ok(still.then_some(snapshot))
     }
@@ -161,44 +164,44 @@ impl VolumeContent {
         let class = &class.identity;
         Origin {
             volume: self.volume.id.clone(),
-            version: self.version.clone(),
+            content: self.id.clone(),
             class: (class.uid.clone(), class.resource_version.clone()),
         }
     }
 
-    /// Returns whether different content always has a different version. A provider that writes its
+    /// Returns whether different content always has a different identity. A provider that writes its
     /// files itself may change them in place.
     pub(super) fn is_versioned(&self) -> bool {
-        self.content == Content::Driver
+        self.writer == Writer::Driver
     }
 
     /// Returns the age of this content.
     pub(super) fn stamp(&self) -> Stamp {
-        let order = self.orders.get(&self.version.directory);
+        let order = self.orders.get(&self.id.directory);
         Stamp {
             order: order.and_then(|order| order.parse().ok()),
-            since: self.version.since,
+            since: self.id.since,
         }
     }
 }
 
 /// Returns whether the content of a volume is complete.
-fn is_complete(root: &OwnedFd, content: Content) -> io::Result<bool> {
-    match content {
-        Content::Driver => layout::is_complete(root),
-        Content::Provider => Ok(!layout::is_empty(root)?),
+fn is_complete(root: &OwnedFd, writer: Writer) -> io::Result<bool> {
+    match writer {
+        Writer::Driver => layout::is_complete(root),
+        Writer::Provider => Ok(!layout::is_empty(root)?),
     }
 }
 
-/// Returns the version of the content. Files that a provider has written itself have one directory
+/// Returns the identity of the content. Files that a provider has written itself have one directory
 /// name, whatever they are.
-fn version(root: &OwnedFd, content: Content) -> io::Result<read::Version> {
-    let version = read::version(root)?;
-    Ok(match content {
-        Content::Driver => version,
-        Content::Provider => read::Version {
+fn content_id(root: &OwnedFd, writer: Writer) -> io::Result<ContentId> {
+    let id = read::content_id(root)?;
+    Ok(match writer {
+        Writer::Driver => id,
+        Writer::Provider => ContentId {
             directory: String::new(),
-            ..version
+            ..id
         },
     })
 }

@@ -169,7 +169,7 @@ fn pair_certificate(
     };
     let files = sources.files();
     let mut parts = |key: &str, value: &Secret| {
-        sources.parts(value).map_err(|why| {
+        sources.material(value).map_err(|why| {
             let source = source_of(key, entry.object, files);
             SyncError::new(
                 ErrorType::InvalidCertificate,
@@ -187,7 +187,7 @@ fn pair_certificate(
     } else {
         parts(PRIVATE_KEY, keys)?
     };
-    let pair = tls::pair(&certificates, &keys, format, sources.waiting())
+    let pair = tls::pair(&certificates, &keys, format, sources.caller())
         .map_err(|why| SyncError::new(ErrorType::InvalidCertificate, why.to_string()))?;
     data.insert(CERTIFICATE.to_owned(), pair.certificate);
     data.insert(PRIVATE_KEY.to_owned(), pair.key);

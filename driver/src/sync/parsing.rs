@@ -35,27 +35,27 @@ pub(super) struct Parsing {
 
 /// Tells a job whether a caller still waits for its result.
 #[derive(Clone, Default)]
-pub(super) struct Waiting {
+pub(super) struct Caller {
     given_up: Arc<AtomicBool>,
 }
 
-impl Waiting {
+impl Caller {
     /// Returns whether the job may end, because no caller waits for its result any more.
-    pub(super) fn is_over(&self) -> bool {
+    pub(super) fn is_gone(&self) -> bool {
         self.given_up.load(Ordering::Relaxed)
     }
 
     /// Makes one whose caller has stopped waiting.
     #[cfg(test)]
-    pub(super) fn over() -> Self {
-        let waiting = Self::default();
-        waiting.given_up.store(true, Ordering::Relaxed);
-        waiting
+    pub(super) fn gone() -> Self {
+        let caller = Self::default();
+        caller.given_up.store(true, Ordering::Relaxed);
+        caller
     }
 }
 
 /// Tells a job, when this is dropped, that no caller waits for it any more.
-struct GiveUp(Waiting);
+struct GiveUp(Caller);
 
 impl Drop for GiveUp {
     fn drop(&mut self) {
@@ -81,20 +81,20 @@ impl Parsing {
     pub(super) async fn run<T: Send + 'static>(
         &self,
         namespace: &str,
-        job: impl FnOnce(&Waiting) -> T + Send + 'static,
+        job: impl FnOnce(&Caller) -> T + Send + 'static,
     ) -> io::Result<T> {
         let turn = self.namespaces.take(namespace.to_owned()).await;
         // At most one job of a namespace waits here, so that namespaces take turns.
         let thread = Arc::clone(&self.threads).acquire_owned().await;
-        let waiting = Waiting::default();
-        let _give_up = GiveUp(waiting.clone());
+        let caller = Caller::default();
+        let _give_up = GiveUp(caller.clone());
         let (answer, answered) = oneshot::channel();
         thread::Builder::new()
             .name("parse".to_owned())
             .spawn(move || {
                 let _held = (turn, thread);
                 // The panic hook has logged a panic.
-                if let Ok(result) = catch_unwind(AssertUnwindSafe(|| job(&waiting))) {
+                if let Ok(result) = catch_unwind(AssertUnwindSafe(|| job(&caller))) {
                     // Fails if no caller waits any more.
                     let _ = answer.send(result);
                 }
@@ -166,11 +166,11 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     /// Returns a job that runs until the sender is dropped or no caller waits for it.
-    fn endless() -> (mpsc::Sender<()>, impl FnOnce(&Waiting) + Send + 'static) {
+    fn endless() -> (mpsc::Sender<()>, impl FnOnce(&Caller) + Send + 'static) {
         let (hold, held) = mpsc::channel::<()>();
-        let job = move |waiting: &Waiting| {
+        let job = move |caller: &Caller| {
             let step = Duration::from_millis(1);
-            while !waiting.is_over()
+            while !caller.is_gone()
                 && held.recv_timeout(step) == Err(mpsc::RecvTimeoutError::Timeout)
             {}
         };
@@ -209,7 +209,7 @@ mod tests {
             let (parsing, order) = (Arc::clone(&parsing), Arc::clone(&order));
             let wait = wait.take();
             jobs.spawn(async move {
-                let job = move |_: &Waiting| {
+                let job = move |_: &Caller| {
                     wait.map(|wait| wait.recv());
                     order.lock().unwrap().push(namespace);
                 };

@@ -12,7 +12,7 @@ use super::{
     cache::{CachedVolume, SecretKey},
     content::{Origin, Stamp, VolumeContent},
     desired::{Batch, Computed, Entry, SecretData, compute},
-    parsing::Waiting,
+    parsing::Caller,
 };
 use crate::{
     cluster::{
@@ -192,8 +192,8 @@ impl SecretSync {
             let is_versioned = content.is_versioned();
             let (class, first) = (Arc::clone(target.class), name.to_owned());
             let (records, refused) = (self.records.clone(), Arc::clone(&self.refused));
-            let job = move |waiting: &Waiting| {
-                compute(&class, &first, &content, &records, &refused, waiting)
+            let job = move |caller: &Caller| {
+                compute(&class, &first, &content, &records, &refused, caller)
             };
             let computed = self.parsing.run(&target.key.class.namespace, job).await;
             let computed = computed

@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(next(&["a", "b", "c"]).as_deref(), Some("a"));
         assert_eq!(next(&["c", "b"]).as_deref(), Some("b"));
         assert_eq!(next(&[]), None);
-        // What is not in the schedule gets no timing.
+        // A check that is not in the schedule gets no timing.
         schedule.remove(&class("a"));
         schedule.checked(&class("a"), Checked::Failed, EVERY);
         assert_eq!(schedule.len(), 2);

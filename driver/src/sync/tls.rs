@@ -15,9 +15,9 @@ use pem::{EncodeConfig, LineEnding, Pem};
 use x509_cert::certificate::{CertificateInner, Raw};
 use zeroize::Zeroizing;
 
-use super::parsing::Waiting;
+use super::parsing::Caller;
 use crate::secret::Secret;
-use key::{Key, Match};
+use key::{Match, PrivateKey};
 
 /// The size of the largest object that is read: no more fits into a Secret.
 const MAX_BYTES: usize = 1024 * 1024;
@@ -61,9 +61,9 @@ fn unusable<T>(why: impl Into<String>) -> Result<T, Unusable> {
 }
 
 /// The certificates and keys of an object.
-pub(super) struct Parts {
+pub(super) struct Material {
     certificates: Vec<Certificate>,
-    keys: Vec<Key>,
+    keys: Vec<PrivateKey>,
 }
 
 /// The two values of a Secret of type kubernetes.io/tls.
@@ -83,13 +83,13 @@ struct Certificate {
     public_key: Vec<u8>,
 }
 
-impl Parts {
+impl Material {
     /// Reads an object: as PEM if it has a PEM block, otherwise as PKCS#12 with an empty password.
     /// Ends early if no caller waits for it any more.
     ///
     /// # Errors
     /// Names what is wrong with the object, or the limit that it exceeds, and what to do.
-    pub(super) fn read(object: &[u8], waiting: &Waiting) -> Result<Self, Unusable> {
+    pub(super) fn read(object: &[u8], caller: &Caller) -> Result<Self, Unusable> {
         if object.trim_ascii().is_empty() {
             return unusable("it is empty");
         }
@@ -105,7 +105,7 @@ impl Parts {
         };
         let blocks = pem_blocks(object)?;
         if blocks.is_empty() {
-            let found = pkcs12::read(object, waiting).map_err(Unusable)?;
+            let found = pkcs12::read(object, caller).map_err(Unusable)?;
             for der in found.certificates {
                 parts.add_certificate(der)?;
             }
@@ -152,7 +152,7 @@ impl Parts {
                 "it has more than {MAX_KEYS} private keys; store the certificate's own only"
             ));
         }
-        self.keys.push(Key::parse(der).map_err(Unusable)?);
+        self.keys.push(PrivateKey::parse(der).map_err(Unusable)?);
         Ok(())
     }
 }
@@ -163,10 +163,10 @@ impl Parts {
 /// # Errors
 /// Fails if one has no certificate or the other no key, or the key belongs to none of the certificates.
 pub(super) fn pair(
-    certificates: &Parts,
-    keys: &Parts,
+    certificates: &Material,
+    keys: &Material,
     format: KeyFormat,
-    waiting: &Waiting,
+    caller: &Caller,
 ) -> Result<Pair, Unusable> {
     let certificates = &certificates.certificates;
     if certificates.is_empty() {
@@ -178,7 +178,7 @@ pub(super) fn pair(
     let mut unknown = None;
     for key in &keys.keys {
         for (at, certificate) in certificates.iter().enumerate() {
-            if waiting.is_over() {
+            if caller.is_gone() {
                 return unusable("it was cancelled, because no caller waits for it");
             }
             let public = &certificate.public_key;

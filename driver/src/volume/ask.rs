@@ -12,11 +12,11 @@ use crate::{
     error::{Error, Result},
     files::read,
     provider::{MountCall, Reply, Urgency},
-    record::{Content, Names, Object, Pod, Record},
+    record::{Names, Object, Pod, Record, Writer},
     secret::SecretMap,
 };
 
-/// How often the API server is asked whether a pod whose provider has not answered is being deleted.
+/// The time between two checks of whether a pod whose provider has not answered is being deleted.
 const CHECK_POD_EVERY: Duration = Duration::from_secs(10);
 
 impl Volumes {
@@ -60,7 +60,7 @@ impl Volumes {
                 tracing::info!(%error, "the provider failed after it was told which versions are mounted; asking it again without them");
             }
             // The provider left out what is mounted already; but an answer is the whole content.
-            Ok(reply) if record.content == Content::Driver && reply.files.len() < mounted => {
+            Ok(reply) if record.writer == Writer::Driver && reply.files.len() < mounted => {
                 tracing::info!(
                     "the provider answered with fewer files than are mounted after it was told which versions are; asking it again without them"
                 );

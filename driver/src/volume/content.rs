@@ -18,7 +18,7 @@ use crate::{
     files::{self, File, Payload, layout, own, read, swap},
     memory::Reservation,
     mount::{self, Detached, Tmpfs, VolumeMount},
-    record::{Content, Record},
+    record::{Record, Writer},
 };
 
 /// The number of mounts that may lie on top of each other at one target. Earlier drivers could stack
@@ -39,10 +39,10 @@ pub(super) enum Stage {
 
 impl Stage {
     /// Returns who wrote the content that the volume has once this is committed.
-    pub(super) fn content(&self) -> Content {
+    pub(super) fn writer(&self) -> Writer {
         match self {
-            Self::Files(..) | Self::Unchanged => Content::Driver,
-            Self::OfProvider | Self::TakenOver => Content::Provider,
+            Self::Files(..) | Self::Unchanged => Writer::Driver,
+            Self::OfProvider | Self::TakenOver => Writer::Provider,
         }
     }
 
@@ -91,7 +91,7 @@ impl Volumes {
         request: &PublishRequest,
         mount: &Arc<VolumeMount>,
         files: Vec<(String, File)>,
-        present: Option<Content>,
+        present: Option<Writer>,
     ) -> Result<Stage> {
         let failed = |error| failed_to_write(request, error);
         let payload = Payload::new(files)
@@ -119,17 +119,17 @@ impl Volumes {
                 }));
             }
             // Files that the driver wrote are no answer of this provider.
-            if present == Some(Content::Driver) {
+            if present == Some(Writer::Driver) {
                 if !layout::has_foreign_entries(&root)? {
                     return Ok(None);
                 }
-                own::adopt(&root, access)?;
+                own::grant(&root, access)?;
                 return Ok(Some(Stage::TakenOver));
             }
             if layout::is_empty(&root)? {
                 return Ok(None);
             }
-            own::adopt(&root, access)?;
+            own::grant(&root, access)?;
             Ok(Some(Stage::OfProvider))
         })
         .await
@@ -147,15 +147,14 @@ impl Volumes {
         &self,
         request: &PublishRequest,
         mount: &Arc<VolumeMount>,
-        content: Content,
+        writer: Writer,
     ) -> Result<String> {
-        if content == Content::Provider {
+        if writer == Writer::Provider {
             return Ok(String::new());
         }
         let mount = Arc::clone(mount);
-        let version = blocking(move || read::version(&mount.open()?)).await;
-        version
-            .map(|version| version.directory)
+        let id = blocking(move || read::content_id(&mount.open()?)).await;
+        id.map(|id| id.directory)
             .map_err(|error| failed_to_write(request, explained(request, &error)))
     }
 
@@ -182,7 +181,7 @@ impl Volumes {
         let target = request.target.as_path().to_owned();
         let (tmpfs, memory) = (Arc::clone(&self.tmpfs), Arc::clone(&self.memory));
         let namespace = request.pod.namespace.clone();
-        let is_charged = staged.content() == Content::Driver;
+        let is_charged = staged.writer() == Writer::Driver;
         let volume = Arc::clone(mount);
         let former = blocking(move || {
             let root = volume.open()?;
@@ -454,81 +453,74 @@ mod tests {
     /// Tries every sequence of up to two layers, and sequences of all of them.
     #[test]
     fn what_is_mounted_at_a_target_is_taken_off_and_keeps_its_files() {
-        const NAME: &str =
-            "volume::content::tests::what_is_mounted_at_a_target_is_taken_off_and_keeps_its_files";
-        if !alone(NAME, Own::Mounts) {
-            return;
-        }
-        let root = tempfile::tempdir().unwrap();
-        let kept = root.path().join("kept");
-        let other_volume = kept.join(VOLUME);
-        for directory in [
-            kept.join("host/deep"),
-            kept.join("tmpfs"),
-            other_volume.clone(),
-        ] {
-            fs::create_dir_all(directory).unwrap();
-        }
-        mounted(
-            "mount",
-            &[
-                "-t".as_ref(),
-                "tmpfs".as_ref(),
-                "tmpfs".as_ref(),
-                kept.join("tmpfs").as_os_str(),
-            ],
-        );
-        Tmpfs::bounded_by(1).mount(&other_volume).unwrap();
-        let files = ["host/file", "host/deep/file", "tmpfs/file"].map(|file| kept.join(file));
-        let files = files
-            .into_iter()
-            .chain([other_volume.join("file")])
-            .collect::<Vec<_>>();
-        for file in &files {
-            fs::write(file, "kept").unwrap();
-        }
-        let target = root.path().join(VOLUME);
-        let mut rows: Vec<Vec<&str>> = vec![vec![]];
-        for first in LAYERS {
-            rows.push(vec![first]);
-            rows.extend(LAYERS.map(|second| vec![first, second]));
-        }
-        rows.push(LAYERS.to_vec());
-        rows.push(LAYERS.into_iter().rev().collect());
-        for row in rows {
-            fs::create_dir_all(&target).unwrap();
-            fs::write(target.join("left over"), "x").unwrap();
-            for layer in &row {
-                put(layer, root.path(), &target);
+        alone(Own::Mounts, || {
+            let root = tempfile::tempdir().unwrap();
+            let kept = root.path().join("kept");
+            let other_volume = kept.join(VOLUME);
+            for directory in [
+                kept.join("host/deep"),
+                kept.join("tmpfs"),
+                other_volume.clone(),
+            ] {
+                fs::create_dir_all(directory).unwrap();
             }
-            take_down(&target).unwrap_or_else(|error| panic!("{row:?}: {error}"));
-            assert!(!target.exists(), "{row:?}");
+            mounted(
+                "mount",
+                &[
+                    "-t".as_ref(),
+                    "tmpfs".as_ref(),
+                    "tmpfs".as_ref(),
+                    kept.join("tmpfs").as_os_str(),
+                ],
+            );
+            Tmpfs::bounded_by(1).mount(&other_volume).unwrap();
+            let files = ["host/file", "host/deep/file", "tmpfs/file"].map(|file| kept.join(file));
+            let files = files
+                .into_iter()
+                .chain([other_volume.join("file")])
+                .collect::<Vec<_>>();
             for file in &files {
-                assert_eq!(fs::read(file).unwrap(), b"kept", "{row:?} {file:?}");
+                fs::write(file, "kept").unwrap();
             }
-            take_down(&target).unwrap();
-        }
+            let target = root.path().join(VOLUME);
+            let mut rows: Vec<Vec<&str>> = vec![vec![]];
+            for first in LAYERS {
+                rows.push(vec![first]);
+                rows.extend(LAYERS.map(|second| vec![first, second]));
+            }
+            rows.push(LAYERS.to_vec());
+            rows.push(LAYERS.into_iter().rev().collect());
+            for row in rows {
+                fs::create_dir_all(&target).unwrap();
+                fs::write(target.join("left over"), "x").unwrap();
+                for layer in &row {
+                    put(layer, root.path(), &target);
+                }
+                take_down(&target).unwrap_or_else(|error| panic!("{row:?}: {error}"));
+                assert!(!target.exists(), "{row:?}");
+                for file in &files {
+                    assert_eq!(fs::read(file).unwrap(), b"kept", "{row:?} {file:?}");
+                }
+                take_down(&target).unwrap();
+            }
+        });
     }
 
     #[test]
     fn a_volume_that_is_still_held_is_emptied() {
-        if !alone(
-            "volume::content::tests::a_volume_that_is_still_held_is_emptied",
-            Own::Mounts,
-        ) {
-            return;
-        }
-        let root = tempfile::tempdir().unwrap();
-        let target = root.path().join(VOLUME);
-        fs::create_dir_all(&target).unwrap();
-        put("own with content", root.path(), &target);
-        let elsewhere = root.path().join("elsewhere");
-        fs::create_dir(&elsewhere).unwrap();
-        mounted(
-            "mount",
-            &["--bind".as_ref(), target.as_os_str(), elsewhere.as_os_str()],
-        );
-        take_down(&target).unwrap();
-        assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
+        alone(Own::Mounts, || {
+            let root = tempfile::tempdir().unwrap();
+            let target = root.path().join(VOLUME);
+            fs::create_dir_all(&target).unwrap();
+            put("own with content", root.path(), &target);
+            let elsewhere = root.path().join("elsewhere");
+            fs::create_dir(&elsewhere).unwrap();
+            mounted(
+                "mount",
+                &["--bind".as_ref(), target.as_os_str(), elsewhere.as_os_str()],
+            );
+            take_down(&target).unwrap();
+            assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
+        });
     }
 }

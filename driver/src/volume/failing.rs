@@ -1,4 +1,4 @@
-//! Volumes whose refreshes fail: how long each is left alone, and what its pod has been told.
+//! Tracks volumes whose refreshes fail: how long each is left alone, and which events were posted.
 
 use std::{
     collections::HashMap,

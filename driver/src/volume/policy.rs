@@ -210,7 +210,6 @@ pub(super) fn spread(seed: &str) -> f64 {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::record::{Content, Pod};
     use rstest::rstest;
 
     pub(in crate::volume) const MINUTE: Duration = Duration::from_secs(60);
@@ -245,23 +244,9 @@ pub(super) mod tests {
 
     fn record(class: ClassState, last_success: Timestamp) -> Record {
         Record {
-            volume_id: "csi-1".into(),
-            target_path: "/t".into(),
-            pod: Pod {
-                name: "p".into(),
-                namespace: "n".into(),
-                uid: "u".into(),
-            },
             class,
-            provider: "vault".into(),
-            pod_status: "s".into(),
-            objects: Vec::new(),
-            content: Content::Driver,
-            orders: Default::default(),
-            files: None,
             last_success,
-            last_change: last_success,
-            failing_since: None,
+            ..Record::example("csi-1", "/t")
         }
     }
 

@@ -18,7 +18,7 @@ use crate::{
     cluster::{Class, events::Severity},
     config::RepublishErrors,
     error::{Error, Result},
-    record::{Age, ClassState, Record},
+    record::{Age, ClassState, Record, StagedRecord},
 };
 
 impl Volumes {
@@ -44,24 +44,11 @@ impl Volumes {
             );
             return Ok(Outcome::AlreadyPublished);
         }
-        let seen = class.as_ref().ok().map(|class| &class.identity);
-        let due = match &class {
-            // Nothing changes before the class exists again, and the pod should be told.
-            Err(error) if error.code() == Code::NotFound => Ok(true),
-            // A class that cannot be read does not make a volume due; the recorded one may.
-            _ => self
-                .policy
-                .due(
-                    &record,
-                    seen.unwrap_or(&record.class),
-                    request.every,
-                    self.clock.now(),
-                )
-                .map(|due| due.is_some()),
-        };
+        let due = self.is_due(&record, &class, request);
         if let Ok(false) = due {
             return Ok(Outcome::AlreadyPublished);
         }
+        let seen = class.as_ref().ok().map(|class| &class.identity);
         if let Some(error) = self.failing.waits(&request.volume_id, seen) {
             return match self.policy.errors {
                 RepublishErrors::Surface => Err(error.not_final()),
@@ -77,16 +64,7 @@ impl Volumes {
         match refreshed {
             Ok(changed) => {
                 counted.succeeded(changed);
-                self.failing.succeeded(&request.volume_id);
-                if let Some(times) = self.restless.refreshed(&request.volume_id, changed) {
-                    self.announce_changes(request, times);
-                }
-                // The record says what an earlier driver has told, or this one, unless the record
-                // could not be written.
-                let told = self.failing.notices().failing_since(&request.volume_id);
-                if let Some(since) = told.or(record.failing_since) {
-                    self.announce_recovery(request, since).await;
-                }
+                self.refresh_succeeded(&record, request, changed).await;
                 Ok(Outcome::Refreshed { changed })
             }
             Err(error) if cancelled.is_cancelled() => {
@@ -102,6 +80,28 @@ impl Volumes {
                 }
             }
         }
+    }
+
+    /// Returns whether a volume is due. `class` is its class as it was just read.
+    ///
+    /// # Errors
+    /// The class has a value that is wrong.
+    fn is_due(
+        &self,
+        record: &Record,
+        class: &Result<Class>,
+        request: &PublishRequest,
+    ) -> Result<bool> {
+        let class = match class {
+            Ok(class) => &class.identity,
+            // Nothing changes before the class exists again, and the pod should be told.
+            Err(error) if error.code() == Code::NotFound => return Ok(true),
+            // A class that cannot be read does not make a volume due; the recorded one may.
+            Err(_) => &record.class,
+        };
+        let now = self.clock.now();
+        let due = self.policy.due(record, class, request.every, now)?;
+        Ok(due.is_some())
     }
 
     /// Reads the class from the API server's cache. If that is older than the known state, or has no
@@ -137,7 +137,7 @@ impl Volumes {
             .ask_again(record, &class, sends_versions, request, cancelled)
             .await?;
         let staged = self
-            .stage_files(request, &mount, reply.files, Some(record.content))
+            .stage_files(request, &mount, reply.files, Some(record.writer))
             .await?;
         let versions_changed = reply.objects != record.objects;
         let now = self.clock.now();
@@ -154,7 +154,7 @@ impl Volumes {
             class: class.identity.clone(),
             provider: class.provider.clone(),
             objects: reply.objects,
-            content: staged.content(),
+            writer: staged.writer(),
             last_success: now,
             last_change: if changed { now } else { record.last_change },
             failing_since: None,
@@ -168,13 +168,9 @@ impl Volumes {
         let staged_record = self.stage_record(&fresh).await?;
         if changed || versions_changed || renews {
             let gets_order = (changed || renews).then_some(now);
+            let before = Some(record.pod_status.as_str());
             let written = self
-                .write_pod_status(
-                    request,
-                    &fresh.objects,
-                    gets_order,
-                    Some(&record.pod_status),
-                )
+                .write_pod_status(request, &fresh.objects, gets_order, before)
                 .await?;
             fresh.pod_status = written.name;
             if let Some(staged_before) = staged_before {
@@ -188,7 +184,7 @@ impl Volumes {
                 };
                 self.commit_record(staged_before, before).await?;
             } else if renews && !written.resource_version.is_empty() {
-                let name = self.directory(request, &mount, fresh.content).await?;
+                let name = self.directory(request, &mount, fresh.writer).await?;
                 fresh.orders = BTreeMap::from([(name, written.resource_version)]);
             }
         } else {
@@ -200,13 +196,7 @@ impl Volumes {
             fresh.orders.retain(|other, _| *other == new);
         }
         fresh.files = self.names(request, sends_versions).await;
-        self.metrics
-            .success(&class.provider, &record.volume_id, now);
-        if let Err(error) = self.commit_record(staged_record, fresh.clone()).await {
-            // The volume is fresh all the same, and its Secrets must follow. With the old record the
-            // next publish refreshes the volume again, and tries to write the record again.
-            tracing::warn!(%error, "the volume was refreshed, but its record could not be written");
-        }
+        self.record_refresh(staged_record, &fresh).await;
         if changed || renews || class.identity != record.class {
             // The refresh has succeeded. Sync has told the pod of a Secret that could not be written,
             // and writes it again without the provider.
@@ -215,6 +205,31 @@ impl Volumes {
             }
         }
         Ok(changed)
+    }
+
+    /// Records a refresh whose content is in place. If the record cannot be written, the volume is
+    /// fresh all the same, and its Secrets must follow; with the old record the next publish refreshes
+    /// the volume again, and tries to write the record again.
+    async fn record_refresh(&self, staged: StagedRecord, fresh: &Record) {
+        self.metrics
+            .success(&fresh.provider, &fresh.volume_id, fresh.last_success);
+        if let Err(error) = self.commit_record(staged, fresh.clone()).await {
+            tracing::warn!(%error, "the volume was refreshed, but its record could not be written");
+        }
+    }
+
+    /// Ends the pause after earlier failures, and announces on the pod what the refresh has shown.
+    async fn refresh_succeeded(&self, record: &Record, request: &PublishRequest, changed: bool) {
+        self.failing.succeeded(&request.volume_id);
+        if let Some(times) = self.restless.refreshed(&request.volume_id, changed) {
+            self.announce_changes(request, times);
+        }
+        // The record says what an earlier driver has told, or this one, unless the record could not be
+        // written.
+        let told = self.failing.notices().failing_since(&request.volume_id);
+        if let Some(since) = told.or(record.failing_since) {
+            self.announce_recovery(request, since).await;
+        }
     }
 
     /// Announces on the pod that each refresh changes the content of its volume.

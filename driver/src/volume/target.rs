@@ -125,7 +125,7 @@ struct RunningCall {
     ended: CancellationToken,
 }
 
-/// How long an unpublish waits for a publish that it has cancelled, and that undoes its mount.
+/// The time for which an unpublish waits for a publish that it has cancelled, and that undoes its mount.
 const STOPS_WITHIN: Duration = Duration::from_secs(10);
 
 impl Busy {

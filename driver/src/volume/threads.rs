@@ -19,8 +19,8 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// How long a health check waits for a thread before it asks for the progress of other work. This is
-/// well below the three seconds within which the livenessprobe sidecar needs an answer.
+/// The time for which a health check waits for a thread before it asks for the progress of other
+/// work. It is well below the three seconds within which the livenessprobe sidecar needs an answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The time without any finished work, while some waits, after which the threads count as stuck.
@@ -43,7 +43,7 @@ pub(super) async fn blocking<T: Send + 'static>(
 }
 
 /// Checks whether the threads make progress.
-pub(super) struct Health {
+pub(super) struct ThreadHealth {
     patience: Duration,
     stuck_after: Duration,
     ended: &'static AtomicU64,
@@ -64,13 +64,13 @@ struct Progress {
     since: Instant,
 }
 
-impl Default for Health {
+impl Default for ThreadHealth {
     fn default() -> Self {
         Self::of(&ENDED, PATIENCE, STUCK_AFTER)
     }
 }
 
-impl Health {
+impl ThreadHealth {
     fn of(ended: &'static AtomicU64, patience: Duration, stuck_after: Duration) -> Self {
         let progress = Progress {
             probe_waits: false,
@@ -148,7 +148,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     /// Returns a runtime with one thread for work, and a health of its own.
-    fn one_thread(stuck_after: Duration) -> (Runtime, Health) {
+    fn one_thread(stuck_after: Duration) -> (Runtime, ThreadHealth) {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(1)
@@ -157,7 +157,7 @@ mod tests {
         let ended = Box::leak(Box::new(AtomicU64::new(0)));
         (
             runtime,
-            Health::of(ended, Duration::from_millis(5), stuck_after),
+            ThreadHealth::of(ended, Duration::from_millis(5), stuck_after),
         )
     }
 
@@ -168,7 +168,7 @@ mod tests {
         hold
     }
 
-    async fn until_it_is(health: &Health, able: bool) {
+    async fn until_it_is(health: &ThreadHealth, able: bool) {
         let reached = async { while health.check().await.is_ok() != able {} };
         assert!(timeout(LONG, reached).await.is_ok(), "never {able}");
     }

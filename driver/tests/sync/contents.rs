@@ -100,7 +100,7 @@ impl State {
         }
         let mut record = record(dir, pod, &self.order.to_string());
         if self.by_provider {
-            record.content = Content::Provider;
+            record.writer = Writer::Provider;
             record.orders = BTreeMap::from([(String::new(), self.order.to_string())]);
         }
         let path = dir.join("records").join(format!("csi-{pod}.json"));

@@ -25,7 +25,7 @@ use driver::{
     cluster::{Class, Cluster},
     metrics::Metrics,
     mount::{self, Tmpfs},
-    record::{Content, Record},
+    record::{Record, Writer},
     sync::{Options, SecretSync},
 };
 use serde_json::{Value, json};

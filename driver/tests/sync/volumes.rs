@@ -13,7 +13,7 @@ use std::{
 use driver::{
     files::{File, Payload, open_root, read, swap},
     mount::{self, Tmpfs},
-    record::{ClassState, Content, Pod, Record, Records},
+    record::{ClassState, Pod, Record, Records, Writer},
 };
 use jiff::Timestamp;
 
@@ -71,7 +71,7 @@ pub(crate) fn write(target: &Path, files: &[(&str, &str)]) {
 pub(crate) fn record(dir: &Path, pod: &str, order: &str) -> Record {
     let target = target(dir, pod);
     let directory = open_root(&target)
-        .and_then(|root| read::version(&root))
+        .and_then(|root| read::content_id(&root))
         .map_or_else(|_| String::new(), |version| version.directory);
     Record {
         volume_id: format!("csi-{pod}"),
@@ -91,7 +91,7 @@ pub(crate) fn record(dir: &Path, pod: &str, order: &str) -> Record {
         provider: "test".to_owned(),
         pod_status: format!("{pod}-shop-db"),
         objects: Vec::new(),
-        content: Content::Driver,
+        writer: Writer::Driver,
         orders: BTreeMap::from([(directory, order.to_owned())]),
         last_success: Timestamp::now(),
         last_change: Timestamp::now(),

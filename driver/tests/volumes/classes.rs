@@ -8,7 +8,7 @@ use proptest::{
 };
 use serde_json::Value;
 
-use crate::harness::{Answer, Class, EAGER, World, alone, block_on, class};
+use crate::harness::{Answer, Class, EAGER, World, alone, class};
 
 /// A publish of kubelet, and the state in which it happens.
 #[derive(Debug, Clone)]
@@ -77,10 +77,7 @@ fn answer(generation: i64) -> Answer {
 
 #[test]
 fn no_provider_is_asked_with_an_older_class_than_the_mounted_one() {
-    if !alone("classes::no_provider_is_asked_with_an_older_class_than_the_mounted_one") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         let mut runner = TestRunner::new(Config::with_cases(150));
         let mut refreshed = 0;
@@ -134,10 +131,7 @@ fn no_provider_is_asked_with_an_older_class_than_the_mounted_one() {
 /// If a node lost the content and has the record, the class that it reads must not be older.
 #[test]
 fn a_volume_that_is_mounted_again_gets_no_older_class() {
-    if !alone("classes::a_volume_that_is_mounted_again_gets_no_older_class") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         for unmounted in [false, true] {
             let volume = world.volume_of_its_own();
@@ -165,10 +159,7 @@ fn a_volume_that_is_mounted_again_gets_no_older_class() {
 /// A class that a cache does not have yet is not announced as gone.
 #[test]
 fn a_class_that_a_cache_does_not_know_yet_is_read_again() {
-    if !alone("classes::a_class_that_a_cache_does_not_know_yet_is_read_again") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         let volume = world.volume_of_its_own();
         world.publish_patiently(&volume).await.unwrap();

@@ -3,14 +3,14 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
-use driver::record::Content;
+use driver::record::Writer;
 use proptest::{
     prelude::*,
     strategy::ValueTree as _,
     test_runner::{Config, TestRunner},
 };
 
-use crate::harness::{Answer, EAGER, World, alone, block_on};
+use crate::harness::{Answer, EAGER, World, alone};
 
 /// The action of a provider that is asked.
 #[derive(Debug, Clone)]
@@ -57,19 +57,14 @@ fn file(name: &str, number: u8) -> (String, Vec<u8>) {
 
 #[test]
 fn the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there() {
-    if !alone(
-        "content::the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there",
-    ) {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         let mut runner = TestRunner::new(Config::with_cases(120));
         let mut seen = [0; 4];
         for _ in 0..runner.config().cases {
             let steps = steps().new_tree(&mut runner).unwrap().current();
             let volume = world.volume_of_its_own();
-            let mut wrote: Option<Content> = None;
+            let mut wrote: Option<Writer> = None;
             let mut version = 0;
             for (number, step) in steps.iter().enumerate() {
                 if step.emptied && volume.target.is_dir() {
@@ -101,10 +96,10 @@ fn the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there(
                     .keys()
                     .any(|name| name.starts_with("provider"));
                 let expected = match step.does {
-                    Does::Answers(_) | Does::Both(_) => Some(Content::Driver),
-                    Does::Writes(_) => Some(Content::Provider),
-                    Does::Nothing if strangers && wrote != Some(Content::Driver) => {
-                        Some(Content::Provider)
+                    Does::Answers(_) | Does::Both(_) => Some(Writer::Driver),
+                    Does::Writes(_) => Some(Writer::Provider),
+                    Does::Nothing if strangers && wrote != Some(Writer::Driver) => {
+                        Some(Writer::Provider)
                     }
                     Does::Nothing => None,
                 };
@@ -117,7 +112,7 @@ fn the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there(
                     if let Some(before) = before.0 {
                         let after = world.record(&volume).unwrap();
                         assert_eq!(after.objects, before.objects, "{case}");
-                        assert_eq!(after.content, before.content, "{case}");
+                        assert_eq!(after.writer, before.writer, "{case}");
                     }
                     assert_eq!(world.api.status_of(&volume), before.1, "{case}");
                     seen[0] += 1;
@@ -125,7 +120,7 @@ fn the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there(
                 };
                 assert!(published.is_ok(), "{case}");
                 let record = world.record(&volume).unwrap();
-                assert_eq!(record.content, expected, "{case}");
+                assert_eq!(record.writer, expected, "{case}");
                 assert_eq!(record.objects[0].version, version.to_string(), "{case}");
                 let status = world.api.status_of(&volume).unwrap();
                 assert_eq!(status[0].1, version.to_string(), "{case}");
@@ -133,12 +128,12 @@ fn the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there(
                 let ours = reads.keys().all(|name| name.starts_with("driver"));
                 let theirs = reads.keys().all(|name| name.starts_with("provider"));
                 match expected {
-                    Content::Driver => assert!(ours && reads.len() == 1, "{reads:?}: {case}"),
-                    Content::Provider => assert!(theirs && !reads.is_empty(), "{reads:?}: {case}"),
+                    Writer::Driver => assert!(ours && reads.len() == 1, "{reads:?}: {case}"),
+                    Writer::Provider => assert!(theirs && !reads.is_empty(), "{reads:?}: {case}"),
                 }
                 seen[match (wrote, expected) {
-                    (Some(Content::Provider), Content::Driver) => 1,
-                    (Some(Content::Driver), Content::Provider) => 2,
+                    (Some(Writer::Provider), Writer::Driver) => 1,
+                    (Some(Writer::Driver), Writer::Provider) => 2,
                     _ => 3,
                 }] += 1;
                 wrote = Some(expected);
@@ -152,10 +147,7 @@ fn the_record_says_who_wrote_the_content_and_no_status_claims_what_is_not_there(
 /// A provider that copies the permission of the request into a file has not chosen a mode.
 #[test]
 fn a_default_mode_is_for_every_file_without_a_mode_of_its_own() {
-    if !alone("content::a_default_mode_is_for_every_file_without_a_mode_of_its_own") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         let mut runner = TestRunner::new(Config::with_cases(60));
         let chosen = prop_oneof![
@@ -201,10 +193,7 @@ fn a_default_mode_is_for_every_file_without_a_mode_of_its_own() {
 /// The content is, for example, the whole answer of a store, with the ID of the request in it.
 #[test]
 fn content_that_never_stays_the_same_is_told_once() {
-    if !alone("content::content_that_never_stays_the_same_is_told_once") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         let (restless, steady) = (world.volume_of_its_own(), world.volume_of_its_own());
         for number in 0..20 {

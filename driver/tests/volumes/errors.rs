@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Answer, Class, EAGER, World, alone, block_on, class};
+use crate::harness::{Answer, Class, EAGER, World, alone, class};
 
 /// The longest message that an error may have, in bytes.
 const LONGEST: usize = 4096;
@@ -35,11 +35,8 @@ fn annotated(name: &str, key: &str) -> Value {
 
 #[test]
 fn an_error_about_a_long_text_is_short() {
-    if !alone("errors::an_error_about_a_long_text_is_short") {
-        return;
-    }
-    let flags = [&EAGER[..], &["--sync-errors=fail"]].concat();
-    block_on(async {
+    alone(async {
+        let flags = [&EAGER[..], &["--sync-errors=fail"]].concat();
         let mut world = World::start(&flags).await;
         let mut told = Vec::new();
 
@@ -161,10 +158,7 @@ fn access(group: String) -> proto::csi::VolumeCapability {
 /// The error of a provider that wants a service account token has a hint if none was sent.
 #[test]
 fn a_hint_at_tokens_is_for_those_who_sent_none() {
-    if !alone("errors::a_hint_at_tokens_is_for_those_who_sent_none") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&[]).await;
         let tokens =
             json!({"vault": {"token": "t", "expirationTimestamp": "2026-01-01T00:00:00Z"}});

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tonic::Code;
 
-use crate::harness::{Answer, EAGER, Volume, World, alone, block_on};
+use crate::harness::{Answer, EAGER, Volume, World, alone};
 
 const FAILED: &str = "MountRotationFailed";
 const COMPLETE: &str = "MountRotationComplete";
@@ -66,10 +66,7 @@ fn fails(world: &World, volume: &Volume) {
 /// Both events are posted once the API server accepts events, and each only once.
 #[test]
 fn what_was_refused_is_told_once_events_are_taken() {
-    if !alone("events::what_was_refused_is_told_once_events_are_taken") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         for code in [403, 422, 500] {
             let volume = world.volume_of_its_own();

@@ -41,12 +41,16 @@ use crate::{acts::Act, server};
 /// Says to a process that it is the one that a test has started for itself.
 const ALONE: &str = "ALONE_WITH_ITS_MOUNTS";
 
-/// Whether this process may mount. If not, runs `test` in one that may, and wants it to pass.
-/// As an ordinary user that takes user namespaces.
-pub(crate) fn alone(test: &str) -> bool {
+/// Runs a test in a process that has its own mounts, which this starts unless it is that process.
+/// The test's name is that of the function that contains `test`. An ordinary user needs user
+/// namespaces for it.
+pub(crate) fn alone<T: Future<Output = ()>>(test: T) {
     if std::env::var_os(ALONE).is_some() {
-        return true;
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        return runtime.enable_all().build().unwrap().block_on(test);
     }
+    let name = std::any::type_name::<T>().trim_end_matches("::{{closure}}");
+    let (_crate, name) = name.split_once("::").unwrap();
     let mut command = Command::new("unshare");
     if !nix::unistd::geteuid().is_root() {
         command.args(["--user", "--map-root-user"]);
@@ -54,7 +58,7 @@ pub(crate) fn alone(test: &str) -> bool {
     let run = command
         .arg("--mount")
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
+        .args(["--exact", name, "--nocapture"])
         .env(ALONE, "1")
         .output()
         .unwrap();
@@ -63,20 +67,10 @@ pub(crate) fn alone(test: &str) -> bool {
         String::from_utf8_lossy(&run.stderr),
     );
     assert!(run.status.success(), "{out}\n{err}");
-    assert!(out.contains("1 passed"), "no test is called {test}: {out}");
-    false
+    assert!(out.contains("1 passed"), "no test is called {name}: {out}");
 }
 
-/// Runs a test's async part.
-pub(crate) fn block_on<T>(test: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap()
-        .block_on(test)
-}
-
-/// What an API server answers when a class is read.
+/// The answer of an API server when a class is read.
 #[derive(Clone, Debug)]
 pub(crate) enum Class {
     /// This object.
@@ -103,13 +97,13 @@ pub(crate) fn class(name: &str, generation: i64) -> Value {
 
 #[derive(Default)]
 pub(crate) struct ApiState {
-    /// What is answered for each class, one after the other; the last answer stays.
+    /// The answers for each class, one after the other; the last one stays.
     pub(crate) classes: BTreeMap<String, VecDeque<Class>>,
     /// Whether pod statuses of a class are refused, and how.
     pub(crate) statuses: BTreeMap<String, u16>,
-    /// How events are refused, if they are, and how many have been.
+    /// The code with which events are refused, if they are, and their number.
     pub(crate) events_refused: (Option<u16>, usize),
-    /// What another program does at a target when this is written next: the pod status of a class,
+    /// The act of another program at a target when this is written next: the pod status of a class,
     /// or a Secret of this name.
     pub(crate) acts: BTreeMap<String, (Act, PathBuf)>,
 }
@@ -163,7 +157,7 @@ impl Api {
         self.0.state.lock().unwrap().events_refused = (code, 0);
     }
 
-    /// How many events have been refused since then.
+    /// Returns the number of events that have been refused since then.
     pub(crate) fn events_refused(&self) -> usize {
         self.0.state.lock().unwrap().events_refused.1
     }
@@ -172,7 +166,7 @@ impl Api {
         self.0.server.all("events")
     }
 
-    /// How many events of a reason there are about the pod of a volume.
+    /// Returns the number of events of a reason about the pod of a volume.
     pub(crate) fn events_of(&self, volume: &Volume, reason: &str) -> usize {
         let is_it = |event: &&Value| {
             event["involvedObject"]["uid"] == volume.uid && event["reason"] == reason
@@ -406,7 +400,7 @@ pub(crate) struct Volume {
 }
 
 impl Volume {
-    /// What kubelet sends.
+    /// Returns the request that kubelet sends.
     pub(crate) fn request(&self) -> NodePublishVolumeRequest {
         NodePublishVolumeRequest {
             volume_id: self.id.clone(),
@@ -434,7 +428,7 @@ impl Volume {
         mount::state(&self.target).unwrap()
     }
 
-    /// What a container reads, without the driver's own names; empty where nothing is.
+    /// Returns the files that a container reads, without the driver's own names.
     pub(crate) fn reads(&self) -> BTreeMap<String, String> {
         let Ok(entries) = fs::read_dir(&self.target) else {
             return BTreeMap::new();

@@ -6,7 +6,7 @@ use driver::mount::TargetState;
 use serde_json::json;
 use tonic::Code;
 
-use crate::harness::{Answer, EAGER, Volume, World, alone, block_on};
+use crate::harness::{Answer, EAGER, Volume, World, alone};
 
 /// A time that is far shorter than a call to a provider may take.
 const SOON: Duration = Duration::from_secs(30);
@@ -22,10 +22,7 @@ fn hanging() -> Answer {
 /// because kubelet sends no unpublish before its publish has ended.
 #[test]
 fn a_pod_that_goes_does_not_wait_for_a_provider_that_hangs() {
-    if !alone("leaving::a_pod_that_goes_does_not_wait_for_a_provider_that_hangs") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         let mut cases = Vec::new();
         for is_refresh in [false, true] {

@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::{
     acts::{Act, make_device},
-    harness::{Answer, Class, EAGER, Volume, World, alone, block_on, class, is_final},
+    harness::{Answer, Class, EAGER, Volume, World, alone, class, is_final},
 };
 
 /// The content that must not be written outside of the volume.
@@ -191,11 +191,7 @@ async fn run(world: &mut World, act: &str, when: When, then: Then) {
 
 #[test]
 fn content_comes_into_the_volume_that_was_there_before_the_call_or_nowhere() {
-    if !alone("meanwhile::content_comes_into_the_volume_that_was_there_before_the_call_or_nowhere")
-    {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         let whens = [
             When::FirstPublish,
@@ -221,10 +217,7 @@ fn content_comes_into_the_volume_that_was_there_before_the_call_or_nowhere() {
 /// Names that start with two dots are not content unless they lead to content.
 #[test]
 fn a_volume_in_which_a_pod_sees_nothing_is_refused() {
-    if !alone("meanwhile::a_volume_in_which_a_pod_sees_nothing_is_refused") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         for name in ["..data", "..x", "..2026_01_01_00_00_00.1", "..."] {
             for act in [
@@ -331,10 +324,7 @@ async fn come_between(world: &mut World, act: &str, between: Between, of_driver:
 /// recorded as the volume, and not read for a Secret.
 #[test]
 fn what_is_mounted_before_the_record_is_written_is_no_volume() {
-    if !alone("meanwhile::what_is_mounted_before_the_record_is_written_is_no_volume") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         for act in ["bind", "tmpfs", "volume", "umount"] {
             for between in [
@@ -354,10 +344,7 @@ fn what_is_mounted_before_the_record_is_written_is_no_volume() {
 /// nothing, and a failed refresh leaves the content.
 #[test]
 fn odd_things_that_a_provider_does_are_named() {
-    if !alone("meanwhile::odd_things_that_a_provider_does_are_named") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         // The limit makes volumes small.
         let flags: Vec<&str> = EAGER
             .into_iter()

@@ -20,7 +20,7 @@ use proptest::{
 use tokio::task::JoinSet;
 use tonic::Code;
 
-use crate::harness::{Answer, EAGER, Volume, World, alone, block_on, limit_memory};
+use crate::harness::{Answer, EAGER, Volume, World, alone, limit_memory};
 
 const MIB: u64 = 1 << 20;
 
@@ -42,46 +42,45 @@ fn files() -> impl Strategy<Value = Vec<(String, Vec<u8>)>> {
 /// with the volume.
 #[test]
 fn what_is_set_aside_is_enough() {
-    if !alone("memory::what_is_set_aside_is_enough") {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let memory = Memory::new(limit(1000), 0);
-    let budget = memory.budget();
-    let target = dir.path().join("mount");
-    fs::create_dir(&target).unwrap();
-    let mut runner = TestRunner::new(Config::with_cases(100));
-    for _ in 0..runner.config().cases {
-        Tmpfs::bounded_by(64 * MIB).mount(&target).unwrap();
-        let mut reserved = 0;
-        // The first content, and a replacement.
-        for _ in 0..2 {
-            let files = files().new_tree(&mut runner).unwrap().current();
-            let files = files
-                .into_iter()
-                .map(|(path, content)| (path, File::new(0, content)));
-            let Ok(payload) = Payload::new(files) else {
-                continue;
-            };
-            let before = memory.in_use();
-            let reservation = memory.reserve(&target, "a", &payload).unwrap();
-            reserved += memory.in_use() - before;
-            let staged = swap::stage(open_root(&target).unwrap(), payload).unwrap();
-            memory.found(&target, "a", true);
-            assert!(memory.in_use() <= 2 * reserved);
-            if let Some(staged) = staged {
-                staged.commit().unwrap();
+    alone(async {
+        let dir = tempfile::tempdir().unwrap();
+        let memory = Memory::new(limit(1000), 0);
+        let budget = memory.budget();
+        let target = dir.path().join("mount");
+        fs::create_dir(&target).unwrap();
+        let mut runner = TestRunner::new(Config::with_cases(100));
+        for _ in 0..runner.config().cases {
+            Tmpfs::bounded_by(64 * MIB).mount(&target).unwrap();
+            let mut reserved = 0;
+            // The first content, and a replacement.
+            for _ in 0..2 {
+                let files = files().new_tree(&mut runner).unwrap().current();
+                let files = files
+                    .into_iter()
+                    .map(|(path, content)| (path, File::new(0, content)));
+                let Ok(payload) = Payload::new(files) else {
+                    continue;
+                };
+                let before = memory.in_use();
+                let reservation = memory.reserve(&target, "a", &payload).unwrap();
+                reserved += memory.in_use() - before;
+                let staged = swap::stage(open_root(&target).unwrap(), payload).unwrap();
+                memory.found(&target, "a", true);
+                assert!(memory.in_use() <= 2 * reserved);
+                if let Some(staged) = staged {
+                    staged.commit().unwrap();
+                }
+                memory.found(&target, "a", true);
+                drop(reservation);
+                let used = memory.readings().mounted;
+                assert!(0 < used && used <= reserved, "{used} of {reserved}");
+                assert!(used <= budget.room());
             }
-            memory.found(&target, "a", true);
-            drop(reservation);
-            let used = memory.readings().mounted;
-            assert!(0 < used && used <= reserved, "{used} of {reserved}");
-            assert!(used <= budget.room());
+            mount::detach(&target).unwrap();
+            memory.changed(&target);
+            assert_eq!(memory.in_use(), 0);
         }
-        mount::detach(&target).unwrap();
-        memory.changed(&target);
-        assert_eq!(memory.in_use(), 0);
-    }
+    });
 }
 
 /// Returns an answer with one file of this many bytes.
@@ -131,14 +130,21 @@ fn reservations_of_many_threads_never_exceed_the_room() {
     assert_eq!(memory.in_use(), 0);
 }
 
+/// Returns volumes for which the provider has 3 MiB each.
+fn volumes_of_3_mib(world: &mut World, number: usize) -> Vec<Volume> {
+    let volume = || {
+        let volume = world.volume_of_its_own();
+        world.provider.answers(&volume.class, of(3 * MIB));
+        volume
+    };
+    std::iter::repeat_with(volume).take(number).collect()
+}
+
 /// A whole driver with a small limit refuses content that does not fit, with a sentence. A refused
 /// first publish leaves nothing, and a refused refresh leaves the content.
 #[test]
 fn a_driver_refuses_what_does_not_fit() {
-    if !alone("memory::a_driver_refuses_what_does_not_fit") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         // The driver has 20 MiB, answers have 21, and content has 22.
         if !limit_memory(64 * MIB) {
             println!("skipped: no cgroup that limits memory is mounted here");
@@ -151,13 +157,7 @@ fn a_driver_refuses_what_does_not_fit() {
             .collect();
         let mut world = World::start(&flags).await;
         let room = Budget::of(limit(64), 64 * MIB).room();
-        let volumes: Vec<Volume> = (0..40)
-            .map(|_| {
-                let volume = world.volume_of_its_own();
-                world.provider.answers(&volume.class, of(3 * MIB));
-                volume
-            })
-            .collect();
+        let volumes = volumes_of_3_mib(&mut world, 40);
         let world = Arc::new(world);
         let mut publishing = JoinSet::new();
         for volume in volumes {
@@ -274,22 +274,13 @@ impl Drop for Cgroup {
 /// driver after it was killed.
 #[test]
 fn a_process_below_a_real_limit_is_not_killed() {
-    if !alone("memory::a_process_below_a_real_limit_is_not_killed") {
-        return;
-    }
-    let Some(cgroup) = Cgroup::limited(64 * MIB) else {
-        return;
-    };
-    block_on(async {
+    alone(async {
+        let Some(cgroup) = Cgroup::limited(64 * MIB) else {
+            return;
+        };
         let mut world = World::start(&[]).await;
         world.stop_driver().await;
-        let volumes: Vec<Volume> = (0..60)
-            .map(|_| {
-                let volume = world.volume_of_its_own();
-                world.provider.answers(&volume.class, of(3 * MIB));
-                volume
-            })
-            .collect();
+        let volumes = volumes_of_3_mib(&mut world, 60);
         let world = Arc::new(world);
         let mut held = Vec::new();
         for life in ["first", "second"] {

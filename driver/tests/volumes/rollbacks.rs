@@ -14,7 +14,7 @@ use proptest::{
 };
 use serde_json::{Value, json};
 
-use crate::harness::{Answer, Class, EAGER, Volume, World, alone, block_on, class};
+use crate::harness::{Answer, Class, EAGER, Volume, World, alone, class};
 
 /// The time for a few checks of the driver on a busy machine.
 const SOON: Duration = Duration::from_secs(60);
@@ -118,10 +118,7 @@ async fn refresh_all(nodes: &mut [World; 2], cases: &mut [Case]) {
 /// had this value before or a node has missed another one. After that nothing is written.
 #[test]
 fn a_secret_follows_the_store_also_back() {
-    if !alone("rollbacks::a_secret_follows_the_store_also_back") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let flags: Vec<&str> = EAGER.into_iter().chain(["--sync-interval=1s"]).collect();
         let first = World::start(&flags).await;
         let second = World::beside(&first, &flags).await;

@@ -10,9 +10,7 @@ use proptest::{
 };
 use serde_json::{Value, json};
 
-use crate::harness::{
-    Answer, Class, EAGER, Volume, World, alone, block_on, class, read_only, tmpfs,
-};
+use crate::harness::{Answer, Class, EAGER, Volume, World, alone, class, read_only, tmpfs};
 
 /// Starts a node whose records are on a disk of their own.
 async fn with_disk(flags: &[&str], options: &str) -> World {
@@ -25,10 +23,7 @@ async fn with_disk(flags: &[&str], options: &str) -> World {
 
 #[test]
 fn a_pod_goes_although_its_record_cannot() {
-    if !alone("state_dir::a_pod_goes_although_its_record_cannot") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = with_disk(&EAGER, "size=1m").await;
         let volumes: Vec<Volume> = (0..5).map(|_| world.volume_of_its_own()).collect();
         for volume in &volumes {
@@ -83,10 +78,7 @@ fn synced(name: &str) -> Value {
 /// Secret and pod status agree.
 #[test]
 fn a_full_disk_changes_all_or_nothing() {
-    if !alone("state_dir::a_full_disk_changes_all_or_nothing") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = with_disk(&EAGER, "size=256k").await;
         let mut runner = TestRunner::new(Config::with_cases(40));
         let free = prop_oneof![Just(0_usize), 0..40_000_usize];
@@ -158,10 +150,7 @@ fn a_full_disk_changes_all_or_nothing() {
 /// An unreadable record of a mounted volume is replaced, and the volume is filled in place.
 #[test]
 fn a_live_volume_without_a_readable_record_is_filled_in_place() {
-    if !alone("state_dir::a_live_volume_without_a_readable_record_is_filled_in_place") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&[]).await;
         let spoil: [fn(&Path); 6] = [
             |at| fs::write(at, "").unwrap(),
@@ -211,10 +200,7 @@ fn a_live_volume_without_a_readable_record_is_filled_in_place() {
 /// is published again in place.
 #[test]
 fn a_record_of_what_cannot_be_is_none() {
-    if !alone("state_dir::a_record_of_what_cannot_be_is_none") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&[]).await;
         let elsewhere = world.dir.path().join("elsewhere");
         let rows = [

@@ -13,7 +13,7 @@ use tokio::{sync::Semaphore, task::JoinSet};
 use tonic::Code;
 
 use crate::harness::{
-    Answer, Class, EAGER, Volume, World, alone, block_on, class, is_final, read_only, tmpfs,
+    Answer, Class, EAGER, Volume, World, alone, class, is_final, read_only, tmpfs,
 };
 
 /// The record of a volume.
@@ -264,10 +264,7 @@ async fn fails(
 
 #[test]
 fn final_codes_say_that_nothing_is_left() {
-    if !alone("states::final_codes_say_that_nothing_is_left") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         let mut cases = Vec::new();
         for recorded in RECORDED {
@@ -296,10 +293,7 @@ fn final_codes_say_that_nothing_is_left() {
 /// A foreign file system whose content the driver cannot examine is mounted at the target.
 #[test]
 fn a_foreign_file_system_at_the_target_is_not_final() {
-    if !alone("states::a_foreign_file_system_at_the_target_is_not_final") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         for spoil in [
             None,
@@ -328,10 +322,7 @@ fn a_foreign_file_system_at_the_target_is_not_final() {
 /// The disk of the node refuses the record.
 #[test]
 fn a_record_that_cannot_be_written_is_not_final_while_anything_is_left() {
-    if !alone("states::a_record_that_cannot_be_written_is_not_final_while_anything_is_left") {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         world.stop_driver().await;
         tmpfs(&world.state_dir(), "mode=0700,size=16m");

@@ -10,7 +10,7 @@ use proptest::{
 };
 use serde_json::json;
 
-use crate::harness::{Answer, Class, EAGER, World, alone, block_on, class};
+use crate::harness::{Answer, Class, EAGER, World, alone, class};
 
 const ANNOTATION: &str = "secrets-store.csi.k8s.io/send-object-versions";
 
@@ -70,12 +70,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 #[test]
 fn versions_are_sent_only_where_the_class_wants_it_and_the_content_is_whole() {
-    const NAME: &str =
-        "versions::versions_are_sent_only_where_the_class_wants_it_and_the_content_is_whole";
-    if !alone(NAME) {
-        return;
-    }
-    block_on(async {
+    alone(async {
         let mut world = World::start(&EAGER).await;
         let mut runner = TestRunner::new(Config::with_cases(60));
         let mut seen = [0; 4];

@@ -52,7 +52,7 @@ pub struct DesiredPodStatus<'a> {
 }
 
 impl DesiredPodStatus<'_> {
-    /// Says of an error which pod status could not be written.
+    /// Adds to an error which pod status could not be written.
     pub(super) fn failed(&self, error: Error) -> Error {
         error.context(format_args!(
             "failed to write the SecretProviderClassPodStatus of pod {}",

@@ -8,7 +8,7 @@ use kube::core::ObjectMeta;
 use super::{
     ADOPT, ANNOTATIONS, CLASS, CLASS_UID, Data, DesiredSecret, LABELS, MANAGED, ORDER, Owner,
     REFUSED_TYPE, SINCE, SyncError,
-    object::{Change, Encoded, Existing, NewSecret, is_reserved},
+    object::{Encoded, Existing, MergePatch, NewSecret, is_reserved},
     owners::{owners, owners_with_foreign_of},
     without_values,
 };
@@ -29,7 +29,7 @@ pub(super) enum Decision<'a> {
     /// No action as long as the class of this name makes it.
     OtherClass(String),
     /// Write this change.
-    Write(Change<'a>),
+    Write(MergePatch<'a>),
     /// Change its data, for which the values are needed and not only their digest.
     WriteData,
     /// Replace it by a new one.
@@ -56,7 +56,7 @@ pub(super) fn decide<'a>(
         return Decision::Unmanaged;
     }
     let equal = existing.type_ == desired.type_ && existing.has(&desired.data);
-    let mut change = Change::of(existing);
+    let mut change = MergePatch::of(existing);
     change.metadata.owner_references = owners(existing, desired.owners);
     let is_released = named == NamedClass::HasReleasedIt;
     if !is_released && let Some(other) = other_class(existing, desired) {
@@ -100,7 +100,7 @@ pub(super) fn decide<'a>(
 
 /// Returns the decision to write a change, if there is any; otherwise whether the desired content is
 /// overtaken, by content of which order.
-fn write(change: Change<'_>, overtaken: Option<u64>) -> Decision<'_> {
+fn write(change: MergePatch<'_>, overtaken: Option<u64>) -> Decision<'_> {
     match overtaken {
         _ if !change.is_empty() => Decision::Write(change),
         Some(order) => Decision::Overtaken { order },
@@ -145,8 +145,8 @@ impl Existing {
     /// Returns the change that adds the foreign labels, annotations and owners of a former Secret to
     /// this one, which has taken its place. Returns `None` if there is nothing to add, or if this
     /// Secret is not the driver's.
-    pub(super) fn with_foreign_of<'a>(&'a self, former: &'a Self) -> Option<Change<'a>> {
-        let mut change = Change::of(self);
+    pub(super) fn with_foreign_of<'a>(&'a self, former: &'a Self) -> Option<MergePatch<'a>> {
+        let mut change = MergePatch::of(self);
         let [labels, annotations] = former.foreign();
         let labels = labels.into_iter();
         let labels = labels.filter(|(key, _)| self.label(key).is_none());
@@ -187,7 +187,7 @@ impl<'a> DesiredSecret<'a> {
 
     /// Sets the labels and annotations that the class asks for, and removes those that it asked for
     /// before.
-    fn change_metadata(&self, existing: &'a Existing, change: &mut Change<'a>) {
+    fn change_metadata(&self, existing: &'a Existing, change: &mut MergePatch<'a>) {
         let listed = |list: &str| {
             let keys = existing.annotation(list).map_or("", String::as_str);
             keys.split(',')

@@ -21,21 +21,21 @@ const MAX_OF_NAMESPACE: usize = 2;
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(30 * 60);
 
 /// The namespace and name of a Secret.
-type Key = (String, String);
+type NamespacedName = (String, String);
 
 /// The missing Secrets.
 #[derive(Default)]
-pub(in crate::cluster) struct Missing(Mutex<HashMap<Key, Entry>>);
+pub(in crate::cluster) struct Missing(Mutex<HashMap<NamespacedName, MissingSecret>>);
 
-struct Entry {
+struct MissingSecret {
     former: Arc<Existing>,
-    step: Step,
+    step: Replacing,
     asked_for: Instant,
 }
 
 /// The progress of a Secret that is being replaced.
 #[derive(Debug, Clone)]
-pub(super) enum Step {
+pub(super) enum Replacing {
     /// The former one is being deleted.
     Deleting,
     /// The new one is being created.
@@ -44,7 +44,7 @@ pub(super) enum Step {
     Failed(String),
 }
 
-impl Step {
+impl Replacing {
     /// Returns the error of a Secret that is missing, for the type that it should have.
     pub(super) fn error(self, namespace: &str, desired_type: &str) -> SyncError {
         let why = match self {
@@ -61,10 +61,11 @@ impl Step {
 }
 
 impl Missing {
-    fn entries(&self) -> MutexGuard<'_, HashMap<Key, Entry>> {
+    fn entries(&self) -> MutexGuard<'_, HashMap<NamespacedName, MissingSecret>> {
         let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         entries.retain(|_, entry| {
-            !matches!(entry.step, Step::Failed(_)) || entry.asked_for.elapsed() < FORGOTTEN_AFTER
+            !matches!(entry.step, Replacing::Failed(_))
+                || entry.asked_for.elapsed() < FORGOTTEN_AFTER
         });
         entries
     }
@@ -73,7 +74,11 @@ impl Missing {
     ///
     /// # Errors
     /// Fails if too many are missing already.
-    pub(super) fn begin(&self, key: &Key, former: &Arc<Existing>) -> Result<(), SyncError> {
+    pub(super) fn begin(
+        &self,
+        key: &NamespacedName,
+        former: &Arc<Existing>,
+    ) -> Result<(), SyncError> {
         let mut entries = self.entries();
         let of_namespace = entries.keys().filter(|(ns, _)| *ns == key.0).count();
         if entries.len() >= MAX_MISSING || of_namespace >= MAX_OF_NAMESPACE {
@@ -82,9 +87,9 @@ impl Missing {
                 entries.len()
             )));
         }
-        let entry = Entry {
+        let entry = MissingSecret {
             former: Arc::clone(former),
-            step: Step::Deleting,
+            step: Replacing::Deleting,
             asked_for: Instant::now(),
         };
         entries.insert(key.clone(), entry);
@@ -92,7 +97,7 @@ impl Missing {
     }
 
     /// Returns the progress of a missing Secret, and the former one. Counts as an attempt to create it.
-    pub(super) fn find(&self, key: &Key) -> Option<(Step, Arc<Existing>)> {
+    pub(super) fn find(&self, key: &NamespacedName) -> Option<(Replacing, Arc<Existing>)> {
         let mut entries = self.entries();
         let entry = entries.get_mut(key)?;
         entry.asked_for = Instant::now();
@@ -100,14 +105,14 @@ impl Missing {
     }
 
     /// Sets the progress of a missing Secret.
-    pub(super) fn set_step(&self, key: &Key, step: Step) {
+    pub(super) fn set_step(&self, key: &NamespacedName, step: Replacing) {
         if let Some(entry) = self.entries().get_mut(key) {
             entry.step = step;
         }
     }
 
     /// Removes a Secret that is there again, or was not deleted after all.
-    pub(super) fn remove(&self, key: &Key) {
+    pub(super) fn remove(&self, key: &NamespacedName) {
         self.entries().remove(key);
     }
 }
@@ -121,7 +126,7 @@ mod tests {
         Arc::new(serde_json::from_value(json!({"metadata": {}})).unwrap())
     }
 
-    fn key(namespace: usize, name: usize) -> Key {
+    fn key(namespace: usize, name: usize) -> NamespacedName {
         (namespace.to_string(), name.to_string())
     }
 
@@ -134,13 +139,13 @@ mod tests {
                 let key = key(namespace, name);
                 if missing.begin(&key, &former()).is_ok() {
                     begun += 1;
-                    missing.set_step(&key, Step::Failed("no".to_owned()));
+                    missing.set_step(&key, Replacing::Failed("no".to_owned()));
                 }
             }
         }
         assert_eq!(begun, MAX_MISSING);
         assert!(missing.find(&key(0, MAX_OF_NAMESPACE)).is_none());
-        missing.set_step(&key(1, 1), Step::Creating);
+        missing.set_step(&key(1, 1), Replacing::Creating);
         for _ in 0..5 {
             tokio::time::advance(FORGOTTEN_AFTER / 3).await;
             assert!(missing.find(&key(0, 0)).is_some(), "an attempt was made");

@@ -1,4 +1,4 @@
-//! Secrets as they go over the wire: an existing one, a change of one, and a new one.
+//! Defines Secrets as they go over the wire: an existing one, a change of one, and a new one.
 
 use std::collections::BTreeMap;
 
@@ -166,15 +166,15 @@ pub(super) fn is_reserved(key: &str) -> bool {
 
 /// A merge patch (RFC 7396): absent fields stay, and null removes a field.
 #[derive(Serialize)]
-pub(super) struct Change<'a> {
-    pub(super) metadata: ChangedMeta<'a>,
+pub(super) struct MergePatch<'a> {
+    pub(super) metadata: PatchedMeta<'a>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) data: BTreeMap<&'a str, Option<Encoded<'a>>>,
 }
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct ChangedMeta<'a> {
+pub(super) struct PatchedMeta<'a> {
     uid: Option<&'a str>,
     resource_version: Option<&'a str>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -185,11 +185,11 @@ pub(super) struct ChangedMeta<'a> {
     pub(super) owner_references: Option<Vec<OwnerReference>>,
 }
 
-impl<'a> Change<'a> {
+impl<'a> MergePatch<'a> {
     /// Returns an empty change, which applies only to the version that was read.
     pub(super) fn of(existing: &'a Existing) -> Self {
         Self {
-            metadata: ChangedMeta {
+            metadata: PatchedMeta {
                 uid: existing.metadata.uid.as_deref(),
                 resource_version: existing.metadata.resource_version.as_deref(),
                 labels: BTreeMap::new(),

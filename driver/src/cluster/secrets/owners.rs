@@ -23,7 +23,7 @@ use serde_json::Value;
 use super::{
     super::resources::{API_VERSION, SecretProviderClassPodStatus},
     Cluster,
-    object::{Change, Existing},
+    object::{Existing, MergePatch},
 };
 use crate::{
     error::{Error, Result},
@@ -202,7 +202,7 @@ pub(super) fn owners_with_foreign_of(
 
 /// Returns the change that removes an owner which the driver has added to a Secret of its own,
 /// unless it is the last owner.
-pub(super) fn without_owner<'a>(existing: &'a Existing, owner: &str) -> Option<Change<'a>> {
+pub(super) fn without_owner<'a>(existing: &'a Existing, owner: &str) -> Option<MergePatch<'a>> {
     if !existing.is_managed() || !added_by_us(existing).contains(owner) {
         return None;
     }
@@ -211,7 +211,7 @@ pub(super) fn without_owner<'a>(existing: &'a Existing, owner: &str) -> Option<C
     if rest.is_empty() || rest.len() == there.len() {
         return None;
     }
-    let mut change = Change::of(existing);
+    let mut change = MergePatch::of(existing);
     change.metadata.owner_references = Some(rest);
     Some(change)
 }

@@ -25,7 +25,7 @@ use super::{
     super::request::Failure,
     Cluster, DesiredSecret, REFUSED_TYPE, Reconciled, SyncError,
     error::{ErrorType, describe, error_type},
-    missing::Step,
+    missing::Replacing,
     object::Existing,
     owners::MANAGER,
     path,
@@ -146,7 +146,7 @@ impl Cluster {
         former: &Existing,
     ) -> Result<Option<Reconciled>, SyncError> {
         let replacement = self.replacement(desired, former)?;
-        self.missing.set_step(&replacement.key, Step::Creating);
+        self.missing.set_step(&replacement.key, Replacing::Creating);
         self.in_background(replacement, None).await
     }
 
@@ -208,7 +208,7 @@ impl Replacement {
         let missing = &self.cluster.missing;
         if let Some(only_this) = delete {
             match self.delete(&only_this).await {
-                Ok(true) => missing.set_step(&self.key, Step::Creating),
+                Ok(true) => missing.set_step(&self.key, Replacing::Creating),
                 stays => {
                     missing.remove(&self.key);
                     return stays.map(|_| None);
@@ -229,11 +229,11 @@ impl Replacement {
             }
             // The next attempt adds what the former one had.
             Replaced::Other => {
-                missing.set_step(&self.key, Step::Failed("it kept changing".to_owned()));
+                missing.set_step(&self.key, Replacing::Failed("it kept changing".to_owned()));
                 Ok(None)
             }
             Replaced::Missing(why) => {
-                let step = Step::Failed(why);
+                let step = Replacing::Failed(why);
                 missing.set_step(&self.key, step.clone());
                 Err(step.error(&self.key.0, &self.type_))
             }

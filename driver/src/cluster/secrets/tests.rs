@@ -349,7 +349,7 @@ proptest! {
         let start: Timestamp = "2026-11-23T10:00:00Z".parse().unwrap();
         let mut revision = 10_u64;
         let mut fetched = 0_u64;
-        // What each node's volume holds: which content, its order, and since when by its clock.
+        // The content of each node's volume, its order, and the time since when by the node's clock.
         let mut volumes: Vec<Option<(u64, u64, Timestamp)>> = vec![None; skews.len()];
         let mut stored: Option<Value> = None;
         let mut shown = 0_u64;

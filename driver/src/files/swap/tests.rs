@@ -323,68 +323,63 @@ fn a_link_in_the_way_is_replaced_and_not_followed() {
 /// Something is mounted below the content that is replaced.
 #[test]
 fn a_commit_does_not_hang_on_the_removal_of_former_content() {
-    const NAME: &str =
-        "files::swap::tests::a_commit_does_not_hang_on_the_removal_of_former_content";
-    if !alone(NAME, Own::Mounts) {
-        return;
-    }
-    let volume = tempfile::tempdir().unwrap();
-    let trees = ["1", "2", "3"].map(|text| payload(&[("a/b", text, 0)]));
-    replace(volume.path(), &trees[0]).unwrap();
-    let busy = fs::canonicalize(volume.path().join("a")).unwrap();
-    let none = None::<&str>;
-    nix::mount::mount(
-        Some("x"),
-        &busy,
-        Some("tmpfs"),
-        nix::mount::MsFlags::empty(),
-        none,
-    )
-    .unwrap();
-    for tree in &trees[1..] {
-        let former = stage(volume.path(), tree.clone())
-            .unwrap()
-            .unwrap()
-            .commit()
-            .unwrap();
-        assert!(former.is_some());
-        assert_eq!(seen(volume.path()), expected(tree));
-        assert!(stage(volume.path(), tree.clone()).unwrap().is_none());
-    }
-    assert!(busy.exists());
-    nix::mount::umount(&busy).unwrap();
-    replace(volume.path(), &trees[0]).unwrap();
-    assert!(!busy.exists(), "it goes at the next occasion");
-    assert_eq!(hidden(volume.path()), 2);
+    alone(Own::Mounts, || {
+        let volume = tempfile::tempdir().unwrap();
+        let trees = ["1", "2", "3"].map(|text| payload(&[("a/b", text, 0)]));
+        replace(volume.path(), &trees[0]).unwrap();
+        let busy = fs::canonicalize(volume.path().join("a")).unwrap();
+        let none = None::<&str>;
+        nix::mount::mount(
+            Some("x"),
+            &busy,
+            Some("tmpfs"),
+            nix::mount::MsFlags::empty(),
+            none,
+        )
+        .unwrap();
+        for tree in &trees[1..] {
+            let former = stage(volume.path(), tree.clone())
+                .unwrap()
+                .unwrap()
+                .commit()
+                .unwrap();
+            assert!(former.is_some());
+            assert_eq!(seen(volume.path()), expected(tree));
+            assert!(stage(volume.path(), tree.clone()).unwrap().is_none());
+        }
+        assert!(busy.exists());
+        nix::mount::umount(&busy).unwrap();
+        replace(volume.path(), &trees[0]).unwrap();
+        assert!(!busy.exists(), "it goes at the next occasion");
+        assert_eq!(hidden(volume.path()), 2);
+    });
 }
 
 /// In a process of its own, because the limit that makes writing fail is the process's.
 #[test]
 fn a_failed_replace_leaves_the_volume_as_it_was() {
-    const NAME: &str = "files::swap::tests::a_failed_replace_leaves_the_volume_as_it_was";
-    if !alone(NAME, Own::Process) {
-        return;
-    }
-    let volume = tempfile::tempdir().unwrap();
-    let old = payload(&[("a", "1", 0), ("b/c", "2", 0)]);
-    replace(volume.path(), &old).unwrap();
-    let new = payload(&[
-        ("a", "", 0),
-        ("b", "", 0),
-        ("new", "more than there is room for", 0),
-    ]);
-    let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
-    #[allow(unsafe_code)]
-    // SAFETY: ignoring a signal installs no handler.
-    unsafe {
-        signal(Signal::SIGXFSZ, SigHandler::SigIgn).unwrap();
-    }
-    setrlimit(Resource::RLIMIT_FSIZE, 0, hard).unwrap();
-    let result = replace(volume.path(), &new);
-    setrlimit(Resource::RLIMIT_FSIZE, hard, hard).unwrap();
-    assert!(result.unwrap_err().to_string().contains("new"));
-    assert_eq!(seen(volume.path()), expected(&old));
-    assert_eq!(hidden(volume.path()), 2, "nothing half-written stays");
+    alone(Own::Process, || {
+        let volume = tempfile::tempdir().unwrap();
+        let old = payload(&[("a", "1", 0), ("b/c", "2", 0)]);
+        replace(volume.path(), &old).unwrap();
+        let new = payload(&[
+            ("a", "", 0),
+            ("b", "", 0),
+            ("new", "more than there is room for", 0),
+        ]);
+        let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
+        #[allow(unsafe_code)]
+        // SAFETY: ignoring a signal installs no handler.
+        unsafe {
+            signal(Signal::SIGXFSZ, SigHandler::SigIgn).unwrap();
+        }
+        setrlimit(Resource::RLIMIT_FSIZE, 0, hard).unwrap();
+        let result = replace(volume.path(), &new);
+        setrlimit(Resource::RLIMIT_FSIZE, hard, hard).unwrap();
+        assert!(result.unwrap_err().to_string().contains("new"));
+        assert_eq!(seen(volume.path()), expected(&old));
+        assert_eq!(hidden(volume.path()), 2, "nothing half-written stays");
+    });
 }
 
 /// Reads each path in a loop until `stop`, as a pod does. Returns the first path that is missing or

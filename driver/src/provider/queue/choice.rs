@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Call, Calls, HANGS, PROBED, Standing, Urgency,
-    shares::{Lack, Shares, Usage},
+    shares::{HeldPlaces, Lack, Shares},
 };
 use crate::provider::line::ClassName;
 
@@ -33,17 +33,17 @@ impl Calls {
         urgency: Urgency,
         now: Instant,
     ) -> Vec<ClassName> {
-        let usage = Usage::of(&self.in_flight, &self.standings, now);
+        let held = HeldPlaces::of(&self.in_flight, &self.standings, now);
         let hung_lately = |at| now.duration_since(at) < HANGS;
-        let some_hang = usage.some_hang() || self.last_hung.is_some_and(hung_lately);
+        let some_hang = held.some_hang() || self.last_hung.is_some_and(hung_lately);
         let line = match urgency {
             Urgency::FirstMount => &self.first_mounts,
             Urgency::Refresh => &self.refreshes,
         };
         let mut ready: HashMap<&ClassName, Standing> = HashMap::new();
         for class in line.classes() {
-            if !ready.contains_key(class) && usage.lacks(shares, class, urgency).is_none() {
-                let standing = match usage.standing(class) {
+            if !ready.contains_key(class) && held.lacks(shares, class, urgency).is_none() {
+                let standing = match held.standing(class) {
                     // While nothing hangs, new classes take turns with answered ones.
                     Standing::New if !some_hang => Standing::Answered,
                     standing => standing,
@@ -114,8 +114,8 @@ impl Calls {
         urgency: Urgency,
         now: Instant,
     ) -> Option<CancellationToken> {
-        let usage = Usage::of(&self.in_flight, &self.standings, now);
-        let lack = usage.lacks(shares, class, urgency)?;
+        let held = HeldPlaces::of(&self.in_flight, &self.standings, now);
+        let lack = held.lacks(shares, class, urgency)?;
         if lack == Lack::OwnShare {
             return None;
         }
@@ -126,11 +126,11 @@ impl Calls {
             .collect();
         // One call at a time gives way to a class that has no call in flight.
         let may_have_one = urgency == Urgency::FirstMount
-            && usage.of_class(class) == 0
+            && held.of_class(class) == 0
             && !calls
                 .iter()
                 .any(|call| call.gives_way_to.as_ref() == Some(class));
-        let (fair, patience) = match usage.standing(class) {
+        let (fair, patience) = match held.standing(class) {
             Standing::Answered | Standing::New => (
                 hanging.len() > shares.hung || (may_have_one && hanging.len() > shares.probes),
                 HANGS,

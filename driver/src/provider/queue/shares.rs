@@ -63,7 +63,7 @@ pub(super) enum Lack {
 }
 
 /// The number of places that classes and namespaces hold.
-pub(super) struct Usage<'a> {
+pub(super) struct HeldPlaces<'a> {
     total: usize,
     refreshes: usize,
     classes: HashMap<&'a ClassName, usize>,
@@ -76,7 +76,7 @@ pub(super) struct Usage<'a> {
     standings: &'a Standings,
 }
 
-impl<'a> Usage<'a> {
+impl<'a> HeldPlaces<'a> {
     pub(super) fn of(calls: &'a [Call], standings: &'a Standings, now: Instant) -> Self {
         let mut usage = Self {
             total: calls.len(),

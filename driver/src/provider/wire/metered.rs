@@ -47,10 +47,10 @@ impl Meter {
 pub(super) struct Metered<B> {
     body: B,
     meter: Arc<Meter>,
-    progress: Progress,
+    progress: Phase,
 }
 
-enum Progress {
+enum Phase {
     /// Reads the length of the message. Holds the bytes that have come.
     Length(BytesMut),
     /// Waits for memory. Holds the bytes that have come.
@@ -64,7 +64,7 @@ impl<B> Metered<B> {
         Self {
             body,
             meter,
-            progress: Progress::Length(BytesMut::new()),
+            progress: Phase::Length(BytesMut::new()),
         }
     }
 }
@@ -80,19 +80,19 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Metered<B> {
         let this = self.get_mut();
         loop {
             match &mut this.progress {
-                Progress::Open => {
+                Phase::Open => {
                     let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
                     return Poll::Ready(frame.map(|frame| frame.map(readable)));
                 }
-                Progress::Memory(came, waiting) => {
+                Phase::Memory(came, waiting) => {
                     let reserved = ready!(waiting.as_mut().poll(cx));
                     this.meter.waits.store(false, Ordering::Relaxed);
                     let came = mem::take(came);
                     *this.meter.reserved() = Some(reserved);
-                    this.progress = Progress::Open;
+                    this.progress = Phase::Open;
                     return Poll::Ready(Some(Ok(Frame::data(came))));
                 }
-                Progress::Length(came) => {
+                Phase::Length(came) => {
                     let frame = match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
                         Some(Ok(frame)) => frame,
                         end => return Poll::Ready(end),
@@ -112,7 +112,7 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Metered<B> {
                     this.meter.waits.store(true, Ordering::Relaxed);
                     let meter = Arc::clone(&this.meter);
                     let waiting = async move { meter.memory.reserve(&meter.class, bytes).await };
-                    this.progress = Progress::Memory(came, Box::pin(waiting));
+                    this.progress = Phase::Memory(came, Box::pin(waiting));
                 }
             }
         }

@@ -1,46 +1,12 @@
-use super::super::{ClassState, Content, Object, Pod};
 use super::*;
-use jiff::Timestamp;
 use proptest::prelude::*;
 use rstest::rstest;
 use serde_json::json;
-use std::collections::BTreeMap;
 
 fn all(records: &Records) -> Vec<Record> {
     let mut all = Vec::new();
     records.each(|record| all.push(record)).unwrap();
     all
-}
-
-fn record(volume_id: &str, target: &Path) -> Record {
-    Record {
-        volume_id: volume_id.to_owned(),
-        target_path: target.to_owned(),
-        pod: Pod {
-            name: "web".into(),
-            namespace: "default".into(),
-            uid: "u".into(),
-        },
-        class: ClassState {
-            name: "c".into(),
-            uid: "cu".into(),
-            generation: Some(1),
-            resource_version: "7".into(),
-            annotations: BTreeMap::new(),
-        },
-        provider: "vault".into(),
-        pod_status: "web-default-c".into(),
-        objects: vec![Object {
-            id: "secret/a".into(),
-            version: "v1".into(),
-        }],
-        content: Content::Driver,
-        orders: BTreeMap::from([("..2026".into(), "7".into())]),
-        files: None,
-        last_success: Timestamp::now(),
-        last_change: Timestamp::UNIX_EPOCH,
-        failing_since: None,
-    }
 }
 
 #[rstest]
@@ -51,7 +17,7 @@ fn record(volume_id: &str, target: &Path) -> Record {
 fn what_was_put_is_got_until_removed(#[case] volume_id: &str) {
     let dir = tempfile::tempdir().unwrap();
     let records = Records::open(dir.path().join("a/b")).unwrap();
-    let record = record(volume_id, Path::new("/t/mount"));
+    let record = Record::example(volume_id, "/t/mount");
     assert_eq!(records.get(volume_id), None);
     records.put(&record).unwrap();
     assert_eq!(records.get(volume_id), Some(record.clone()));
@@ -70,7 +36,7 @@ fn what_was_put_is_got_until_removed(#[case] volume_id: &str) {
 fn a_staged_record_is_none_and_keeps_the_earlier_one() {
     let dir = tempfile::tempdir().unwrap();
     let records = Records::open(dir.path()).unwrap();
-    let mut record = record("csi-1", Path::new("/t/mount"));
+    let mut record = Record::example("csi-1", "/t/mount");
     drop(records.stage(&record).unwrap());
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     records.put(&record).unwrap();
@@ -89,7 +55,7 @@ fn a_staged_record_is_none_and_keeps_the_earlier_one() {
 fn a_record_that_is_too_large_is_refused_and_the_earlier_one_stays() {
     let dir = tempfile::tempdir().unwrap();
     let records = Records::open(dir.path()).unwrap();
-    let small = record("csi-1", Path::new("/t/mount"));
+    let small = Record::example("csi-1", "/t/mount");
     records.put(&small).unwrap();
     let mut large = small.clone();
     large.objects[0].version = "v".repeat(5 << 20);
@@ -107,7 +73,7 @@ fn a_record_of_an_earlier_driver_is_one() {
     let records = Records::open(dir.path()).unwrap();
     let mut filed = serde_json::to_value(Filed {
         format: FORMAT,
-        record: record("csi-1", Path::new("/t/mount")),
+        record: Record::example("csi-1", "/t/mount"),
     })
     .unwrap();
     for new in ["lastChange", "failingSince", "orders"] {
@@ -139,10 +105,10 @@ fn orphans_are_records_whose_volume_directory_is_gone() {
     let pods = tempfile::tempdir().unwrap();
     let records = Records::open(dir.path()).unwrap();
     records
-        .put(&record("csi-here", &pods.path().join("mount")))
+        .put(&Record::example("csi-here", pods.path().join("mount")))
         .unwrap();
     records
-        .put(&record("csi-gone", &pods.path().join("gone/mount")))
+        .put(&Record::example("csi-gone", pods.path().join("gone/mount")))
         .unwrap();
     fs::write(dir.path().join("csi-x.tmp"), "half").unwrap();
     assert_eq!(records.remove_orphans().unwrap(), 2);
@@ -260,9 +226,9 @@ proptest! {
         let records = Records::open(dir.path()).unwrap().checked_by(is_target);
         fs::write(dir.path().join("kept.txt"), "x").unwrap();
         fs::write(dir.path().join("package.json"), "somebody else's").unwrap();
-        let neighbour = record("csi-2", &pods.path().join("mount"));
+        let neighbour = Record::example("csi-2", pods.path().join("mount"));
         records.put(&neighbour).unwrap();
-        let whole = record("csi-1", &pods.path().join("mount"));
+        let whole = Record::example("csi-1", pods.path().join("mount"));
         for (trash, name) in [(&at_record, "csi-1.json"), (&at_tmp, "csi-1.tmp")] {
             if let Some(trash) = trash {
                 trash.put(&dir.path().join(name), &whole);

@@ -20,7 +20,7 @@ use crate::{
     record::Records,
     sync::{
         content::{Origin, VolumeContent},
-        parsing::{RefusedObjects, Waiting},
+        parsing::{Caller, RefusedObjects},
     },
 };
 
@@ -83,7 +83,7 @@ pub(in crate::sync) fn compute(
     content: &VolumeContent,
     records: &Records,
     refused: &RefusedObjects,
-    waiting: &Waiting,
+    caller: &Caller,
 ) -> io::Result<Option<Computed>> {
     let objects = class.secret_objects.iter();
     let mut objects: Vec<_> = objects
@@ -96,8 +96,7 @@ pub(in crate::sync) fn compute(
             return Ok(None);
         };
         if snapshot.is_all {
-            let sources =
-                Sources::parse(objects.iter().copied(), &snapshot.files, refused, waiting);
+            let sources = Sources::parse(objects.iter().copied(), &snapshot.files, refused, caller);
             return Ok(Some(compute_from(class, &objects, sources)));
         }
         if objects.len() == 1 {
@@ -191,12 +190,12 @@ mod tests {
                 "data": [{"objectName": format!("file-{file}"), "key": "k", "jsonKey": field.to_string()}],
             })).collect();
             let class = Class::with_secrets(serde_json::from_value(serde_json::Value::from(objects)).unwrap());
-            let (refused, waiting) = (RefusedObjects::default(), Waiting::default());
+            let (refused, caller) = (RefusedObjects::default(), Caller::default());
             let mut left: Vec<&SecretObject> = class.secret_objects.iter().collect();
             let (mut all, mut runs) = (Computed::new(), 0);
             PARSED.set(0);
             while !left.is_empty() {
-                let sources = Sources::parse(left.iter().copied(), &files, &refused, &waiting);
+                let sources = Sources::parse(left.iter().copied(), &files, &refused, &caller);
                 let computed = compute_from(&class, &left, sources);
                 prop_assert!(!computed.is_empty());
                 let bytes = |data: &Result<SecretData, SyncError>| data.as_ref().map_or(0, bytes_of);
@@ -209,7 +208,7 @@ mod tests {
             prop_assert!(runs <= 1 + 2 * bytes / MAX_BYTES, "{runs} runs for {bytes} bytes");
             prop_assert!(PARSED.get() <= runs * 3, "{} objects parsed", PARSED.get());
             for object in &class.secret_objects {
-                let sources = Sources::parse([object], &files, &refused, &waiting);
+                let sources = Sources::parse([object], &files, &refused, &caller);
                 let alone = compute_from(&class, &[object], sources);
                 let name = &object.secret_name;
                 prop_assert_eq!(text(&all[name]), text(&alone[name]));

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     cluster::resources::SecretObjectData,
-    sync::parsing::{RefusedObjects, Waiting},
+    sync::parsing::{Caller, RefusedObjects},
 };
 use rstest::rstest;
 use serde_json::json;
@@ -29,8 +29,8 @@ fn compute_alone(
     object: &SecretObject,
     files: &SecretData,
 ) -> Result<SecretData, SyncError> {
-    let (refused, waiting) = (RefusedObjects::default(), Waiting::default());
-    let mut sources = Sources::parse([object], files, &refused, &waiting);
+    let (refused, caller) = (RefusedObjects::default(), Caller::default());
+    let mut sources = Sources::parse([object], files, &refused, &caller);
     let entry = Entry::new(class, object)?;
     data(entry, &mut sources).map_err(|error| entry.error(error))
 }

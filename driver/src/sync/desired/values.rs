@@ -22,14 +22,14 @@ use zeroize::Zeroizing;
 use super::{ALL, CERTIFICATE, MAX_BYTES, PRIVATE_KEY, SecretData, TLS, invalid, too_large};
 use crate::{
     cluster::{
-        resources::SecretObject,
+        resources::{SecretObject, SecretObjectData},
         secrets::{Digest, ErrorType, SyncError},
     },
     quoted::quoted,
     secret::Secret,
     sync::{
-        parsing::{RefusedObjects, Waiting},
-        tls::{Parts, Unusable},
+        parsing::{Caller, RefusedObjects},
+        tls::{Material, Unusable},
     },
 };
 
@@ -69,22 +69,22 @@ struct ValueSource<'a> {
 }
 
 /// The fields of a JSON object that entries name. Missing ones are left out.
-type Fields<'a> = BTreeMap<&'a str, Result<Secret, TooLarge>>;
+type JsonFields<'a> = BTreeMap<&'a str, Result<Secret, ValueTooLarge>>;
 
 /// The error of a JSON value that takes more memory than a value of a Secret may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct TooLarge;
+struct ValueTooLarge;
 
 /// The files of a volume, and what has been parsed of them for the entries of one class.
 pub(in crate::sync) struct Sources<'a> {
     files: &'a SecretData,
     refused: &'a RefusedObjects,
-    waiting: &'a Waiting,
+    caller: &'a Caller,
     /// The fields that the entries name, by object; `None` if it is not a JSON object.
-    parsed: BTreeMap<&'a str, Option<Fields<'a>>>,
+    parsed: BTreeMap<&'a str, Option<JsonFields<'a>>>,
     /// The decoded parts, by path and field; `None` if the part is not base64.
     decoded: BTreeMap<(&'a str, &'a str), Option<Secret>>,
-    parts: HashMap<Digest, Result<Arc<Parts>, Unusable>>,
+    material: HashMap<Digest, Result<Arc<Material>, Unusable>>,
 }
 
 impl<'a> Sources<'a> {
@@ -94,7 +94,7 @@ impl<'a> Sources<'a> {
         objects: impl IntoIterator<Item = &'a SecretObject>,
         files: &'a SecretData,
         refused: &'a RefusedObjects,
-        waiting: &'a Waiting,
+        caller: &'a Caller,
     ) -> Self {
         let mut named: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
         let data = objects.into_iter().flat_map(|object| &object.data);
@@ -105,7 +105,7 @@ impl<'a> Sources<'a> {
                 named.entry(path).or_default().insert(field);
             }
         }
-        let named = named.into_iter().take_while(|_| !waiting.is_over());
+        let named = named.into_iter().take_while(|_| !caller.is_gone());
         let parsed = named.map(|(path, names)| {
             let content = files.get(path).map_or(&[][..], Secret::expose);
             (path, fields(content, &names))
@@ -113,10 +113,10 @@ impl<'a> Sources<'a> {
         Self {
             files,
             refused,
-            waiting,
+            caller,
             parsed: parsed.collect(),
             decoded: BTreeMap::new(),
-            parts: HashMap::new(),
+            material: HashMap::new(),
         }
     }
 
@@ -124,25 +124,25 @@ impl<'a> Sources<'a> {
         self.files
     }
 
-    pub(super) fn waiting(&self) -> &'a Waiting {
-        self.waiting
+    pub(super) fn caller(&self) -> &'a Caller {
+        self.caller
     }
 
     /// Reads the certificates and keys of a value, each value once.
-    pub(super) fn parts(&mut self, value: &Secret) -> Result<Arc<Parts>, Unusable> {
+    pub(super) fn material(&mut self, value: &Secret) -> Result<Arc<Material>, Unusable> {
         let digest = Digest::of([value.expose()]);
-        if let Some(known) = self.parts.get(&digest) {
+        if let Some(known) = self.material.get(&digest) {
             return known.clone();
         }
         let read = match self.refused.find(&digest) {
             Some(why) => Err(why),
-            None => Parts::read(value.expose(), self.waiting).map(Arc::new),
+            None => Material::read(value.expose(), self.caller).map(Arc::new),
         };
-        if !self.waiting.is_over() {
+        if !self.caller.is_gone() {
             if let Err(why) = &read {
                 self.refused.add(digest, why.clone());
             }
-            self.parts.insert(digest, read.clone());
+            self.material.insert(digest, read.clone());
         }
         read
     }
@@ -161,7 +161,7 @@ impl<'a> Sources<'a> {
         };
         match part {
             Some(Ok(part)) => Ok(part),
-            Some(Err(TooLarge)) => Err(SyncError::new(
+            Some(Err(ValueTooLarge)) => Err(SyncError::new(
                 ErrorType::TooLarge,
                 format!(
                     "key {key}: the field {} is too large for a Secret",
@@ -184,7 +184,7 @@ impl<'a> Sources<'a> {
         if source.encoding.is_empty() || self.decoded.contains_key(&name) {
             return Ok(());
         }
-        self.check_waiting()?;
+        self.check_caller()?;
         let decoded = decoded(self.part(source)?);
         self.decoded.insert(name, decoded);
         Ok(())
@@ -208,8 +208,8 @@ impl<'a> Sources<'a> {
     }
 
     /// Ends the work if no caller waits for it any more.
-    fn check_waiting(&self) -> Result<(), SyncError> {
-        if self.waiting.is_over() {
+    fn check_caller(&self) -> Result<(), SyncError> {
+        if self.caller.is_gone() {
             return Err(SyncError::unavailable(
                 "cancelled, because no caller waits for it",
             ));
@@ -231,7 +231,7 @@ pub(super) fn values<'a>(
     sources: &mut Sources<'a>,
 ) -> Result<SecretData, SyncError> {
     let value_sources = value_sources(object, sources.files)?;
-    sources.check_waiting()?;
+    sources.check_caller()?;
     for source in &value_sources {
         sources.decode(source)?;
     }
@@ -268,28 +268,15 @@ fn value_sources<'a>(
     let mut keys_of_all = BTreeSet::new();
     let mut named = Vec::new();
     for entry in &object.data {
+        check_entry(entry)?;
+        let value_source = |key, path| ValueSource {
+            key,
+            path,
+            json_key: entry.json_key.as_str(),
+            encoding: entry.encoding.as_str(),
+        };
         let (source, key) = (entry.object_name.as_str(), entry.key.as_str());
-        let (json_key, encoding) = (entry.json_key.as_str(), entry.encoding.as_str());
-        if source.is_empty() {
-            return Err(invalid(format!(
-                "objectName is empty for key {}: name the mounted object",
-                quoted(key, 100)
-            )));
-        }
-        if !["", "base64"].contains(&encoding) {
-            return Err(invalid(format!(
-                "key {}: encoding {} is not known: base64, or leave it out",
-                quoted(key, 100),
-                quoted(encoding, 40)
-            )));
-        }
         if source == ALL {
-            if !key.is_empty() {
-                return Err(invalid(format!(
-                    "key {} is given with objectName \"*\": leave it out, each object gets its own name as key",
-                    quoted(key, 100)
-                )));
-            }
             for path in files.keys() {
                 let key = key_of(path);
                 check_key(&key)?;
@@ -298,20 +285,9 @@ fn value_sources<'a>(
                         "two mounted objects would both become key {key:?}: name them one by one"
                     )));
                 }
-                all.push(ValueSource {
-                    key: Cow::Owned(key),
-                    path,
-                    json_key,
-                    encoding,
-                });
+                all.push(value_source(Cow::Owned(key), path.as_str()));
             }
             continue;
-        }
-        if key.is_empty() {
-            return Err(invalid(format!(
-                "key is empty for object {}: name the key that it becomes",
-                quoted(source, 100)
-            )));
         }
         check_key(key)?;
         if !files.contains_key(source) {
@@ -323,15 +299,41 @@ fn value_sources<'a>(
                 ),
             ));
         }
-        named.push(ValueSource {
-            key: Cow::Borrowed(key),
-            path: source,
-            json_key,
-            encoding,
-        });
+        named.push(value_source(Cow::Borrowed(key), source));
     }
     all.append(&mut named);
     Ok(all)
+}
+
+/// Checks the form of an entry of `data`, whatever the volume has.
+fn check_entry(entry: &SecretObjectData) -> Result<(), SyncError> {
+    let (source, key, encoding) = (&entry.object_name, &entry.key, &entry.encoding);
+    if source.is_empty() {
+        return Err(invalid(format!(
+            "objectName is empty for key {}: name the mounted object",
+            quoted(key, 100)
+        )));
+    }
+    if !["", "base64"].contains(&encoding.as_str()) {
+        return Err(invalid(format!(
+            "key {}: encoding {} is not known: base64, or leave it out",
+            quoted(key, 100),
+            quoted(encoding, 40)
+        )));
+    }
+    if source == ALL && !key.is_empty() {
+        return Err(invalid(format!(
+            "key {} is given with objectName \"*\": leave it out, each object gets its own name as key",
+            quoted(key, 100)
+        )));
+    }
+    if source != ALL && key.is_empty() {
+        return Err(invalid(format!(
+            "key is empty for object {}: name the key that it becomes",
+            quoted(source, 100)
+        )));
+    }
+    Ok(())
 }
 
 /// Decodes base64, which may contain line breaks.
@@ -359,30 +361,30 @@ fn check_key(key: &str) -> Result<(), SyncError> {
 
 /// Reads fields of a JSON object: the text of a string, or the JSON of anything else. The values of
 /// other fields are skipped. Returns `None` if it is not a JSON object.
-fn fields<'a>(json: &[u8], names: &BTreeSet<&'a str>) -> Option<Fields<'a>> {
+fn fields<'a>(json: &[u8], names: &BTreeSet<&'a str>) -> Option<JsonFields<'a>> {
     #[cfg(test)]
     PARSED.set(PARSED.get() + 1);
     struct Named<'n, 'a>(&'n BTreeSet<&'a str>);
 
     impl<'de, 'a> Visitor<'de> for Named<'_, 'a> {
-        type Value = Fields<'a>;
+        type Value = JsonFields<'a>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             f.write_str("an object")
         }
 
         fn visit_map<M: MapAccess<'de>>(self, mut fields: M) -> Result<Self::Value, M::Error> {
-            let mut found = Fields::new();
+            let mut found = JsonFields::new();
             while let Some(name) = fields.next_key::<Cow<'_, str>>()? {
                 let Some(name) = self.0.get(&*name) else {
                     fields.next_value::<IgnoredAny>()?;
                     continue;
                 };
-                // Of several fields of one name the last counts.
+                // If several fields have one name, the last counts.
                 let mut room = Some(MAX_VALUE);
-                let value = fields.next_value_seed(Bounded(&mut room))?;
+                let value = fields.next_value_seed(BoundedValue(&mut room))?;
                 let value = match (room, value) {
-                    (None, _) => Err(TooLarge),
+                    (None, _) => Err(ValueTooLarge),
                     (Some(_), Value::String(text)) => Ok(text.into()),
                     (Some(_), other) => Ok(other.to_string().into()),
                 };
@@ -400,9 +402,9 @@ fn fields<'a>(json: &[u8], names: &BTreeSet<&'a str>) -> Option<Fields<'a>> {
 
 /// Reads a JSON value that takes no more memory than there is room for. If there is no room left,
 /// the rest is read and dropped.
-struct Bounded<'r>(&'r mut Option<usize>);
+struct BoundedValue<'r>(&'r mut Option<usize>);
 
-impl Bounded<'_> {
+impl BoundedValue<'_> {
     fn take(&mut self, text: usize) -> bool {
         let taken = size_of::<Value>() + text;
         *self.0 = self.0.and_then(|room| room.checked_sub(taken));
@@ -418,7 +420,7 @@ impl Bounded<'_> {
     }
 }
 
-impl<'de> DeserializeSeed<'de> for Bounded<'_> {
+impl<'de> DeserializeSeed<'de> for BoundedValue<'_> {
     type Value = Value;
 
     fn deserialize<D: serde::Deserializer<'de>>(self, reader: D) -> Result<Value, D::Error> {
@@ -426,7 +428,7 @@ impl<'de> DeserializeSeed<'de> for Bounded<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Bounded<'_> {
+impl<'de> Visitor<'de> for BoundedValue<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -461,7 +463,7 @@ impl<'de> Visitor<'de> for Bounded<'_> {
     fn visit_seq<S: SeqAccess<'de>>(mut self, mut items: S) -> Result<Value, S::Error> {
         let mut values = Vec::new();
         self.take(0);
-        while let Some(value) = items.next_element_seed(Bounded(self.0))? {
+        while let Some(value) = items.next_element_seed(BoundedValue(self.0))? {
             match self.0 {
                 Some(_) => values.push(value),
                 None => values = Vec::new(),
@@ -475,7 +477,7 @@ impl<'de> Visitor<'de> for Bounded<'_> {
         self.take(0);
         while let Some(name) = fields.next_key::<String>()? {
             self.take(name.len());
-            let value = fields.next_value_seed(Bounded(self.0))?;
+            let value = fields.next_value_seed(BoundedValue(self.0))?;
             match self.0 {
                 Some(_) => drop(values.insert(name, value)),
                 None => values = Map::new(),

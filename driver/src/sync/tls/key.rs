@@ -25,7 +25,7 @@ const P256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7
 const P384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
 
 /// A private key.
-pub(super) struct Key {
+pub(super) struct PrivateKey {
     kind: Kind,
     /// The key as it was read.
     original: Zeroizing<Vec<u8>>,
@@ -55,7 +55,7 @@ pub(super) enum Match {
     Unknown,
 }
 
-impl Key {
+impl PrivateKey {
     /// Reads a key in PKCS#8, PKCS#1 or SEC1. The PEM label is ignored, because it may be wrong.
     pub(super) fn parse(der: &[u8]) -> Result<Self, String> {
         let (kind, original_label) = parse(der)

@@ -15,7 +15,7 @@ use pkcs5::pbes2::{self, EncryptionScheme, Pbkdf2Prf};
 use ring::{aead, digest, hmac};
 use zeroize::Zeroizing;
 
-use crate::sync::parsing::Waiting;
+use crate::sync::parsing::Caller;
 
 const fn oid(text: &str) -> ObjectIdentifier {
     ObjectIdentifier::new_unwrap(text)
@@ -49,7 +49,7 @@ const EMPTY: [&[u8]; 2] = [&[0, 0], &[]];
 
 /// The certificates and keys of an archive, in DER.
 #[derive(Default)]
-pub(super) struct Found {
+pub(super) struct Extracted {
     pub(super) certificates: Vec<Vec<u8>>,
     pub(super) keys: Vec<Zeroizing<Vec<u8>>>,
 }
@@ -71,13 +71,13 @@ enum ArchiveError {
 }
 
 /// The rounds and bags that an archive may still take.
-struct Budget<'w> {
+struct Allowance<'w> {
     rounds: u64,
     bags: u64,
-    waiting: &'w Waiting,
+    caller: &'w Caller,
 }
 
-impl Budget<'_> {
+impl Allowance<'_> {
     fn take_rounds(&mut self, rounds: u32) -> Result<(), ArchiveError> {
         self.rounds = self
             .rounds
@@ -88,11 +88,11 @@ impl Budget<'_> {
 
     fn take_bag(&mut self) -> Result<(), ArchiveError> {
         self.bags = self.bags.checked_sub(1).ok_or(ArchiveError::Bags)?;
-        self.check_waiting()
+        self.check_caller()
     }
 
-    fn check_waiting(&self) -> Result<(), ArchiveError> {
-        if self.waiting.is_over() {
+    fn check_caller(&self) -> Result<(), ArchiveError> {
+        if self.caller.is_gone() {
             return Err(ArchiveError::GivenUp);
         }
         Ok(())
@@ -109,15 +109,15 @@ impl From<der::Error> for ArchiveError {
 ///
 /// # Errors
 /// Names what is wrong with the archive, or the limit that it exceeds, and what to do.
-pub(super) fn read(archive: &[u8], waiting: &Waiting) -> Result<Found, String> {
-    let mut found = Found::default();
-    let mut budget = Budget {
+pub(super) fn read(archive: &[u8], caller: &Caller) -> Result<Extracted, String> {
+    let mut extracted = Extracted::default();
+    let mut allowance = Allowance {
         rounds: MAX_ROUNDS,
         bags: MAX_BAGS,
-        waiting,
+        caller,
     };
-    match read_archive(archive, &mut found, &mut budget) {
-        Ok(()) => Ok(found),
+    match read_archive(archive, &mut extracted, &mut allowance) {
+        Ok(()) => Ok(extracted),
         Err(ArchiveError::Malformed) => {
             Err("it is neither PEM nor PKCS#12, or it is damaged".to_owned())
         }
@@ -139,8 +139,8 @@ pub(super) fn read(archive: &[u8], waiting: &Waiting) -> Result<Found, String> {
 
 fn read_archive(
     archive: &[u8],
-    found: &mut Found,
-    budget: &mut Budget<'_>,
+    extracted: &mut Extracted,
+    allowance: &mut Allowance<'_>,
 ) -> Result<(), ArchiveError> {
     let mut fields = fields(archive)?;
     let _version: AnyRef<'_> = fields.decode()?;
@@ -152,15 +152,15 @@ fn read_archive(
     let mut contents = self::fields(safe.as_bytes())?;
     while !contents.is_finished() {
         let (kind, content) = content_info(contents.decode()?)?;
-        budget.take_bag()?;
+        allowance.take_bag()?;
         match kind {
             DATA => {
                 let bytes = <&OctetStringRef>::from_der(content)?.as_bytes();
-                bags(bytes, found, budget, 0)?;
+                bags(bytes, extracted, allowance, 0)?;
             }
             ENCRYPTED_DATA => {
-                let bytes = encrypted_data(content, budget)?;
-                bags(&bytes, found, budget, 0)?;
+                let bytes = encrypted_data(content, allowance)?;
+                bags(&bytes, extracted, allowance, 0)?;
             }
             // It is encrypted with a public key.
             _ => return Err(ArchiveError::Scheme(kind)),
@@ -199,7 +199,10 @@ fn tagged_0(any: AnyRef<'_>) -> Result<&[u8], ArchiveError> {
     }
 }
 
-fn encrypted_data(der: &[u8], budget: &mut Budget<'_>) -> Result<Zeroizing<Vec<u8>>, ArchiveError> {
+fn encrypted_data(
+    der: &[u8],
+    allowance: &mut Allowance<'_>,
+) -> Result<Zeroizing<Vec<u8>>, ArchiveError> {
     let mut data = fields(der)?;
     let _version: AnyRef<'_> = data.decode()?;
     let mut info = inside(data.decode()?)?;
@@ -207,13 +210,15 @@ fn encrypted_data(der: &[u8], budget: &mut Budget<'_>) -> Result<Zeroizing<Vec<u
     let algorithm: AnyRef<'_> = info.decode()?;
     // The implicit tag stands in for the OCTET STRING's own.
     let ciphertext = tagged_0(info.decode()?)?;
-    decrypt(algorithm, ciphertext, budget, |plain| fields(plain).is_ok())
+    decrypt(algorithm, ciphertext, allowance, |plain| {
+        fields(plain).is_ok()
+    })
 }
 
 fn bags(
     contents: &[u8],
-    found: &mut Found,
-    budget: &mut Budget<'_>,
+    extracted: &mut Extracted,
+    allowance: &mut Allowance<'_>,
     depth: usize,
 ) -> Result<(), ArchiveError> {
     if depth > MAX_DEPTH {
@@ -222,28 +227,28 @@ fn bags(
     let mut bags_in = fields(contents)?;
     while !bags_in.is_finished() {
         let mut bag = inside(bags_in.decode()?)?;
-        budget.take_bag()?;
+        allowance.take_bag()?;
         let kind: ObjectIdentifier = bag.decode()?;
         let value = tagged_0(bag.decode()?)?;
         match kind {
-            KEY_BAG => found.keys.push(Zeroizing::new(value.to_vec())),
+            KEY_BAG => extracted.keys.push(Zeroizing::new(value.to_vec())),
             SHROUDED_KEY_BAG => {
                 let mut shrouded = fields(value)?;
                 let algorithm: AnyRef<'_> = shrouded.decode()?;
                 let ciphertext: &OctetStringRef = shrouded.decode()?;
                 let is_key = |plain: &[u8]| fields(plain).is_ok();
-                let key = decrypt(algorithm, ciphertext.as_bytes(), budget, is_key)?;
-                found.keys.push(key);
+                let key = decrypt(algorithm, ciphertext.as_bytes(), allowance, is_key)?;
+                extracted.keys.push(key);
             }
             CERT_BAG => {
                 let mut cert = fields(value)?;
                 let kind: ObjectIdentifier = cert.decode()?;
                 if kind == X509 {
                     let der = <&OctetStringRef>::from_der(tagged_0(cert.decode()?)?)?;
-                    found.certificates.push(der.as_bytes().to_vec());
+                    extracted.certificates.push(der.as_bytes().to_vec());
                 }
             }
-            SAFE_CONTENTS_BAG => bags(value, found, budget, depth + 1)?,
+            SAFE_CONTENTS_BAG => bags(value, extracted, allowance, depth + 1)?,
             // Revocation lists and other secrets are not needed.
             _ => {}
         }
@@ -255,7 +260,7 @@ fn bags(
 fn decrypt(
     algorithm: AnyRef<'_>,
     ciphertext: &[u8],
-    budget: &mut Budget<'_>,
+    allowance: &mut Allowance<'_>,
     looks_right: impl Fn(&[u8]) -> bool,
 ) -> Result<Zeroizing<Vec<u8>>, ArchiveError> {
     let mut identifier = inside(algorithm)?;
@@ -263,7 +268,7 @@ fn decrypt(
     let parameters: AnyRef<'_> = identifier.decode()?;
     if scheme == PBES2 {
         let parameters = pbes2::Parameters::from_der(&parameters.to_der()?)?;
-        let plain = decrypt_pbes2(&parameters, ciphertext, budget)?;
+        let plain = decrypt_pbes2(&parameters, ciphertext, allowance)?;
         return plain
             .filter(|plain| looks_right(plain))
             .ok_or(ArchiveError::Password);
@@ -274,7 +279,7 @@ fn decrypt(
     for password in EMPTY {
         let mut derive = |purpose, length| {
             let salt = salt.as_bytes();
-            derive(password, salt, rounds, purpose, length, budget)
+            derive(password, salt, rounds, purpose, length, allowance)
         };
         let plain = match scheme {
             SHA1_3DES => {
@@ -298,7 +303,7 @@ fn decrypt(
 fn decrypt_pbes2(
     parameters: &pbes2::Parameters,
     ciphertext: &[u8],
-    budget: &mut Budget<'_>,
+    allowance: &mut Allowance<'_>,
 ) -> Result<Option<Zeroizing<Vec<u8>>>, ArchiveError> {
     let scheme = parameters.encryption;
     let pbes2::Kdf::Pbkdf2(kdf) = &parameters.kdf else {
@@ -316,7 +321,7 @@ fn decrypt_pbes2(
         return Err(ArchiveError::Malformed);
     }
     let (salt, rounds) = (kdf.salt.as_ref(), kdf.iteration_count);
-    let key = pbkdf2(function, salt, rounds, length, budget)?;
+    let key = pbkdf2(function, salt, rounds, length, allowance)?;
     Ok(match scheme {
         EncryptionScheme::Aes128Cbc { iv } => {
             unpad::<cbc::Decryptor<aes::Aes128>>(&key, &iv, ciphertext)
@@ -347,12 +352,12 @@ fn pbkdf2(
     salt: &[u8],
     rounds: u32,
     length: usize,
-    budget: &mut Budget<'_>,
+    allowance: &mut Allowance<'_>,
 ) -> Result<Zeroizing<Vec<u8>>, ArchiveError> {
     let password = hmac::Key::new(function, b"");
     let mut derived = Zeroizing::new(Vec::with_capacity(length + 64));
     for block in 1_u32.. {
-        budget.take_rounds(rounds)?;
+        allowance.take_rounds(rounds)?;
         let mut context = hmac::Context::with_key(&password);
         context.update(salt);
         context.update(&block.to_be_bytes());
@@ -360,7 +365,7 @@ fn pbkdf2(
         let mut sum = Zeroizing::new(last.as_ref().to_vec());
         for round in 1..rounds {
             if round % ROUNDS_BETWEEN_CHECKS == 0 {
-                budget.check_waiting()?;
+                allowance.check_caller()?;
             }
             last = hmac::sign(&password, last.as_ref());
             for (byte, add) in sum.iter_mut().zip(last.as_ref()) {
@@ -417,7 +422,7 @@ fn derive(
     rounds: u32,
     purpose: u8,
     length: usize,
-    budget: &mut Budget<'_>,
+    allowance: &mut Allowance<'_>,
 ) -> Result<Zeroizing<Vec<u8>>, ArchiveError> {
     const BLOCK: usize = 64;
     let sha1 = |parts: &[&[u8]]| {
@@ -433,11 +438,11 @@ fn derive(
     let mut input = Zeroizing::new([filled(salt), filled(password)].concat());
     let mut derived = Zeroizing::new(Vec::with_capacity(length + 20));
     while derived.len() < length {
-        budget.take_rounds(rounds)?;
+        allowance.take_rounds(rounds)?;
         let mut hash = sha1(&[&[purpose; BLOCK], &input]);
         for round in 1..rounds {
             if round % ROUNDS_BETWEEN_CHECKS == 0 {
-                budget.check_waiting()?;
+                allowance.check_caller()?;
             }
             hash = sha1(&[hash.as_ref()]);
         }

@@ -13,15 +13,15 @@ fn joined(parts: &[&[u8]]) -> Vec<u8> {
     parts.concat()
 }
 
-fn read_or_not(object: &[u8]) -> Result<Parts, Unusable> {
-    Parts::read(object, &Waiting::default())
+fn read_or_not(object: &[u8]) -> Result<Material, Unusable> {
+    Material::read(object, &Caller::default())
 }
 
-fn paired(certificates: &Parts, keys: &Parts, format: KeyFormat) -> Result<Pair, Unusable> {
-    pair(certificates, keys, format, &Waiting::default())
+fn paired(certificates: &Material, keys: &Material, format: KeyFormat) -> Result<Pair, Unusable> {
+    pair(certificates, keys, format, &Caller::default())
 }
 
-fn read(object: &[u8]) -> Parts {
+fn read(object: &[u8]) -> Material {
     read_or_not(object).unwrap_or_else(|error| panic!("{error}"))
 }
 

@@ -11,11 +11,11 @@ const AES_256_CBC: ObjectIdentifier = oid("2.16.840.1.101.3.4.1.42");
 const SALT: [u8; 8] = [7; 8];
 const IV: [u8; 16] = [9; 16];
 
-fn unlimited(waiting: &Waiting) -> Budget<'_> {
-    Budget {
+fn unlimited(caller: &Caller) -> Allowance<'_> {
+    Allowance {
         rounds: u64::MAX,
         bags: u64::MAX,
-        waiting,
+        caller,
     }
 }
 
@@ -91,13 +91,13 @@ fn claiming_the_older(scheme: ObjectIdentifier, rounds: u32) -> Vec<u8> {
 
 /// Returns a bag with something that looks like a key, encrypted as modern tools do.
 fn shrouded(rounds: u32) -> Vec<u8> {
-    let waiting = Waiting::default();
+    let caller = Caller::default();
     let key = pbkdf2(
         hmac::HMAC_SHA256,
         &SALT,
         rounds,
         32,
-        &mut unlimited(&waiting),
+        &mut unlimited(&caller),
     );
     let key = key.unwrap_or_else(|_| panic!("no key"));
     let cipher = cbc::Encryptor::<aes::Aes256>::new_from_slices(&key, &IV).unwrap();
@@ -106,15 +106,15 @@ fn shrouded(rounds: u32) -> Vec<u8> {
 }
 
 fn keys_within(archive: &[u8], rounds: u64, bags: u64) -> Result<usize, ArchiveError> {
-    let mut found = Found::default();
-    let waiting = Waiting::default();
-    let mut budget = Budget {
+    let mut extracted = Extracted::default();
+    let caller = Caller::default();
+    let mut allowance = Allowance {
         rounds,
         bags,
-        waiting: &waiting,
+        caller: &caller,
     };
-    read_archive(archive, &mut found, &mut budget)?;
-    Ok(found.keys.len())
+    read_archive(archive, &mut extracted, &mut allowance)?;
+    Ok(extracted.keys.len())
 }
 
 proptest! {
@@ -152,14 +152,14 @@ proptest! {
 #[case::rc2(claiming_the_older(SHA1_RC2_40, u32::MAX))]
 fn more_rounds_than_an_archive_may_take(#[case] bag: Vec<u8>) {
     let bags = [shrouded(1_000), bag];
-    let error = read(&archive(&bags), &Waiting::default()).err().unwrap();
+    let error = read(&archive(&bags), &Caller::default()).err().unwrap();
     assert!(error.contains(&MAX_ROUNDS.to_string()), "{error}");
 }
 
 #[test]
 fn more_bags_than_an_archive_may_have() {
     let bags = vec![bag(KEY_BAG, &sequence(&[])); 2_000];
-    let error = read(&archive(&bags), &Waiting::default()).err().unwrap();
+    let error = read(&archive(&bags), &Caller::default()).err().unwrap();
     assert!(error.contains(&MAX_BAGS.to_string()), "{error}");
 }
 
@@ -167,9 +167,9 @@ fn more_bags_than_an_archive_may_have() {
 #[case::modern(modern(u32::MAX))]
 #[case::triple_des(older(SHA1_3DES, u32::MAX))]
 fn work_without_a_caller_is_given_up(#[case] algorithm: Vec<u8>) {
-    let waiting = Waiting::over();
+    let caller = Caller::gone();
     let algorithm = AnyRef::from_der(&algorithm).unwrap();
-    let decrypted = decrypt(algorithm, &[0; 32], &mut unlimited(&waiting), |_| true);
+    let decrypted = decrypt(algorithm, &[0; 32], &mut unlimited(&caller), |_| true);
     assert!(matches!(decrypted, Err(ArchiveError::GivenUp)));
 }
 
@@ -178,10 +178,10 @@ fn work_without_a_caller_is_given_up(#[case] algorithm: Vec<u8>) {
 #[case::one_nul(EMPTY[0])]
 #[case::no_bytes(EMPTY[1])]
 fn both_forms_of_an_empty_password(#[case] password: &[u8]) {
-    let waiting = Waiting::default();
-    let mut budget = unlimited(&waiting);
+    let caller = Caller::default();
+    let mut allowance = unlimited(&caller);
     let mut derive = |purpose, length| {
-        let derived = derive(password, &SALT, 3, purpose, length, &mut budget);
+        let derived = derive(password, &SALT, 3, purpose, length, &mut allowance);
         derived.unwrap_or_else(|_| panic!("no key"))
     };
     let (key, iv) = (derive(1, 24), derive(2, 8));
@@ -190,7 +190,7 @@ fn both_forms_of_an_empty_password(#[case] password: &[u8]) {
     let ciphertext = cipher.encrypt_padded_vec::<Pkcs7>(&plain);
     let algorithm = older(SHA1_3DES, 3);
     let algorithm = AnyRef::from_der(&algorithm).unwrap();
-    let opened = decrypt(algorithm, &ciphertext, &mut budget, |plain| {
+    let opened = decrypt(algorithm, &ciphertext, &mut allowance, |plain| {
         fields(plain).is_ok()
     });
     assert!(opened.is_ok_and(|opened| opened.as_slice() == plain));
