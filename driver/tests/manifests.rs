@@ -120,21 +120,11 @@ fn crds_have_the_fields_of_the_contract(
     #[case] expected: &[&str],
     #[case] status: &[&str],
 ) {
-    let version = definition
-        .spec
-        .versions
-        .iter()
-        .find(|v| v.name == version)
-        .unwrap();
-    let schema = version
-        .schema
-        .as_ref()
-        .unwrap()
-        .open_api_v3_schema
-        .as_ref()
-        .unwrap();
+    let mut versions = definition.spec.versions.into_iter();
+    let version = versions.find(|v| v.name == version).unwrap();
+    let schema = version.schema.unwrap().open_api_v3_schema.unwrap();
     let mut lines = Vec::new();
-    fields("", schema, &mut lines);
+    fields("", &schema, &mut lines);
     assert_eq!(lines, [expected, status].concat());
 }
 
@@ -161,13 +151,7 @@ fn crds_show_their_gist_and_nothing_that_scripts_would_trip_over(
     let line = format!(
         "{} {} {GROUP}/{} true {}",
         names.plural,
-        names
-            .short_names
-            .iter()
-            .flatten()
-            .cloned()
-            .collect::<Vec<_>>()
-            .join(","),
+        names.short_names.clone().unwrap_or_default().join(","),
         definition.spec.versions[0].name,
         names.kind
     );
@@ -480,26 +464,14 @@ fn roles_grant_this_and_nothing_else(
         .unwrap()
         .iter()
         .map(|rule| {
-            let groups = rule
-                .api_groups
-                .iter()
-                .flatten()
-                .cloned()
-                .collect::<Vec<_>>()
-                .join(",");
-            let resources = rule
-                .resources
-                .iter()
-                .flatten()
-                .cloned()
-                .collect::<Vec<_>>()
-                .join(",");
+            let joined = |list: &Option<Vec<String>>| list.as_deref().unwrap_or_default().join(",");
             let names: String = rule
                 .resource_names
                 .iter()
                 .flatten()
                 .map(|name| format!(" {name}"))
                 .collect();
+            let (groups, resources) = (joined(&rule.api_groups), joined(&rule.resources));
             format!("{groups}/{resources}{names}: {}", rule.verbs.join(" "))
         })
         .collect();

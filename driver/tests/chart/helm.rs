@@ -73,14 +73,13 @@ impl Helm {
         found.map(Self)
     }
 
-    /// Renders the objects of an installation `csi-secrets-store` in `kube-system`, without CRDs. If
-    /// `only` is not empty, renders only these templates. The error is Helm's message.
+    /// Renders the objects of an installation `csi-secrets-store` in `kube-system`, without CRDs. The
+    /// error is Helm's message.
     pub(crate) fn render(
         &self,
         chart: &Chart,
         kubernetes: &str,
         values: &str,
-        only: &[&str],
     ) -> Result<String, String> {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(&file, values).unwrap();
@@ -88,10 +87,6 @@ impl Helm {
             .args(["template", "csi-secrets-store", "--namespace=kube-system"])
             .args(["--kube-version", kubernetes, "--values"])
             .args([file.path(), &chart.path])
-            .args(
-                only.iter()
-                    .map(|name| format!("--show-only=templates/{name}")),
-            )
             .output()
             .unwrap();
         if output.status.success() {
