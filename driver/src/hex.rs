@@ -1,4 +1,4 @@
-//! Bytes as text.
+//! Writes bytes as text.
 
 use std::fmt::Write as _;
 

@@ -5,8 +5,8 @@
 //! counts a failure.
 //!
 //! Label values that come from outside (the name of a provider, its error code) are bounded in
-//! length, alphabet and number. Nobody can fill the memory of the driver or of the scraper with
-//! invented names, or use up the number that real providers need.
+//! length, alphabet and number. Invented names can neither fill the memory of the driver or of
+//! the scraper, nor use up the number that real providers need.
 
 pub mod http;
 mod labels;

@@ -29,6 +29,7 @@ use nix::{
 };
 
 use table::MountEntry;
+pub(crate) use table::unescaped_path;
 pub use tmpfs::Tmpfs;
 pub use volume::VolumeMount;
 

@@ -1,5 +1,5 @@
 //! Calls providers: finds the socket, bounds the calls and their answers, shares both between
-//! namespaces and classes, and speaks `v1alpha1`. Protobuf stops here.
+//! namespaces and classes, and speaks `v1alpha1`.
 //!
 //! A call waits for its turn and then for the answer, both within the caller's deadline. If the
 //! provider is away, the call fails within seconds and names the socket; a first mount waits a

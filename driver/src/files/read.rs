@@ -40,7 +40,7 @@ pub struct ContentId {
     /// The name of the directory that `..data` leads to; empty where there is none, because a
     /// provider wrote the files itself.
     pub directory: String,
-    /// When the content was written. Reading it or writing the same again does not change this.
+    /// The time at which the content was written. Reading it or writing the same again does not change this.
     pub since: Timestamp,
 }
 

@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::ledger::{Limit, Source};
+use crate::mount::unescaped_path;
 
 /// The most bytes that are read of a file. The largest is the table of mounts, with a line for each
 /// volume of the node.
@@ -78,21 +79,12 @@ fn mount(line: &str, version_2: bool) -> Option<(PathBuf, PathBuf)> {
     } else {
         kind == "cgroup" && options.split(',').any(|option| option == "memory")
     };
-    fits.then(|| (unescaped(top), unescaped(point)))
-}
-
-/// Decodes space, tab, newline and backslash, which the kernel writes in octal.
-fn unescaped(path: &str) -> PathBuf {
-    let mut path = path.to_owned();
-    for (octal, character) in [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ] {
-        path = path.replace(octal, character);
-    }
-    path.into()
+    fits.then(|| {
+        (
+            unescaped_path(top.as_bytes()),
+            unescaped_path(point.as_bytes()),
+        )
+    })
 }
 
 /// Returns the mount points of all volumes of kubelet's pods that are a tmpfs, of any driver.
@@ -104,7 +96,7 @@ pub(super) fn tmpfs_mounts(root: &Path) -> Vec<PathBuf> {
         let fits = after.starts_with("tmpfs ")
             && point.contains("/volumes/kubernetes.io~csi/")
             && point.ends_with("/mount");
-        fits.then(|| unescaped(point))
+        fits.then(|| unescaped_path(point.as_bytes()))
     });
     of_tmpfs.collect()
 }

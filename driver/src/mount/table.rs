@@ -121,7 +121,7 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
     let (device, root) = (text()?, text()?);
     let (major, minor) = device.split_once(':')?;
     let device = makedev(major.parse().ok()?, minor.parse().ok()?);
-    let point = PathBuf::from(OsString::from_vec(unescaped(fields.next()?)));
+    let point = unescaped_path(fields.next()?);
     let _options = fields.next()?;
     let mut shared = false;
     loop {
@@ -140,6 +140,11 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
         kind: text()?,
         source: text().unwrap_or_default(),
     })
+}
+
+/// Returns the path in a field.
+pub(crate) fn unescaped_path(field: &[u8]) -> PathBuf {
+    OsString::from_vec(unescaped(field)).into()
 }
 
 /// Decodes space, tab, newline and backslash, which the kernel writes as three octal digits.

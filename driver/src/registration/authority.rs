@@ -170,7 +170,7 @@ fn rewrite_frame(header: &[u8], payload: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(&payload[value.end..]);
 }
 
-/// Where in a HEADERS frame's payload the authority's value is, if it is as long as ours or
+/// Returns where in a HEADERS frame's payload the authority's value is, if it is as long as ours or
 /// longer. A shorter one cannot be a path that matters.
 fn authority(flags: u8, payload: &[u8]) -> Option<Range<usize>> {
     let mut at = 0;
@@ -210,14 +210,14 @@ fn authority(flags: u8, payload: &[u8]) -> Option<Range<usize>> {
     None
 }
 
-/// A string with its length in front (RFC 7541, 5.2).
+/// Returns where a string is that has its length in front (RFC 7541, 5.2).
 fn string(block: &[u8], at: usize) -> Option<Range<usize>> {
     let (length, start) = integer(block, at, 7)?;
     let end = start.checked_add(length)?;
     (end <= block.len()).then_some(at..end)
 }
 
-/// An integer in the low bits of a byte and those after it, and where it ends (RFC 7541, 5.1).
+/// Returns an integer in the low bits of a byte and those after it, and where it ends (RFC 7541, 5.1).
 fn integer(block: &[u8], at: usize, prefix: u32) -> Option<(usize, usize)> {
     let mask = (1_usize << prefix) - 1;
     let mut value = usize::from(*block.get(at)?) & mask;

@@ -33,7 +33,7 @@ pub(super) struct Parsing {
     threads: Arc<Semaphore>,
 }
 
-/// Tells a job whether a caller still waits for its result.
+/// The caller of a job, which may stop waiting for the result.
 #[derive(Clone, Default)]
 pub(super) struct Caller {
     given_up: Arc<AtomicBool>,
@@ -45,7 +45,7 @@ impl Caller {
         self.given_up.load(Ordering::Relaxed)
     }
 
-    /// Makes one whose caller has stopped waiting.
+    /// Makes a caller that has stopped waiting.
     #[cfg(test)]
     pub(super) fn gone() -> Self {
         let caller = Self::default();

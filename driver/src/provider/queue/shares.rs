@@ -51,7 +51,7 @@ impl Shares {
     }
 }
 
-/// Why a class may not start a call now.
+/// The reason why a class may not start a call now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lack {
     /// It holds its share, or refreshes hold theirs.
