@@ -1,27 +1,22 @@
 //! Tests that failures in one namespace do not delay the Secrets and events of others. The API server
-//! is a minimal one that behaves differently for each namespace.
+//! behaves differently for each namespace.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "api/server.rs"]
+mod server;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "sync/volumes.rs"]
 mod volumes;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    net::Ipv4Addr,
+    collections::BTreeMap,
     path::Path,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
-use axum::{
-    Router,
-    body::Bytes,
-    extract::State,
-    http::{Method, StatusCode, Uri},
-};
 use driver::{
     cluster::{Class, Cluster, events::Severity, pod_status::DesiredPodStatus},
     metrics::Metrics,
@@ -29,12 +24,10 @@ use driver::{
     record::{Pod, Record},
     sync::{Options, SecretSync},
 };
+use embedded::api::{ApiServer, Call, Reaction};
 use rstest::rstest;
 use serde_json::{Value, json};
-use tokio::{
-    net::TcpListener,
-    time::{sleep, timeout},
-};
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 /// The interval between two checks of the driver.
@@ -56,12 +49,8 @@ enum Temper {
 }
 
 #[derive(Default)]
-struct Objects {
+struct Behavior {
     tempers: BTreeMap<String, Temper>,
-    /// The namespaces whose Secret exists.
-    secrets: BTreeSet<String>,
-    /// The messages of events, with their namespaces.
-    events: Vec<(String, String)>,
     /// Whether no request is answered at all.
     away: bool,
     requests: usize,
@@ -69,133 +58,94 @@ struct Objects {
     refused_events: usize,
 }
 
-#[derive(Clone, Default)]
-struct Api(Arc<Mutex<Objects>>);
+struct Api {
+    server: ApiServer,
+    behavior: Arc<Mutex<Behavior>>,
+}
 
 impl Api {
     async fn start(dir: &Path) -> (Self, Cluster) {
-        let api = Self::default();
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let server = format!("http://{}", listener.local_addr().unwrap());
-        let router = Router::new().fallback(answer).with_state(api.clone());
-        tokio::spawn(async move { axum::serve(listener, router).await });
-        let kubeconfig = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-            "clusters": [{"name": "c", "cluster": {"server": server}}],
-            "users": [{"name": "u", "user": {}}],
+        let (server, cluster) = server::start(dir).await;
+        let behavior = Arc::<Mutex<Behavior>>::default();
+        let current = Arc::clone(&behavior);
+        server.intercept(move |call| current.lock().unwrap().react(call));
+        (Self { server, behavior }, cluster)
+    }
+
+    /// Creates a namespace with a class and a pod.
+    fn put_namespace(&self, namespace: &str) {
+        server::put_namespace(&self.server, namespace);
+        let class_path = format!(
+            "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/{namespace}/secretproviderclasses/db"
+        );
+        self.server.put(&class_path, class(namespace)).unwrap();
+        let owner = json!({"apiVersion": "x/v1", "kind": "Set", "name": "rs", "uid": "rs"});
+        let pod = json!({
+            "metadata": {"name": "web", "uid": "web", "ownerReferences": [owner]},
+            "status": {"phase": "Running"},
         });
-        let path = dir.join("kubeconfig");
-        fs::write(&path, kubeconfig.to_string()).unwrap();
-        (api, Cluster::new(Some(path), "test", "node-1"))
+        let pod_path = format!("/api/v1/namespaces/{namespace}/pods/web");
+        self.server.put(&pod_path, pod).unwrap();
     }
 
     fn set(&self, namespace: &str, temper: Temper) {
-        let mut objects = self.0.lock().unwrap();
-        objects.tempers.insert(namespace.to_owned(), temper);
+        let mut behavior = self.behavior.lock().unwrap();
+        behavior.tempers.insert(namespace.to_owned(), temper);
     }
 
+    /// Returns the messages of the events in a namespace.
     fn events(&self, namespace: &str) -> Vec<String> {
-        let objects = self.0.lock().unwrap();
-        let of_namespace = objects.events.iter().filter(|(ns, _)| ns == namespace);
-        of_namespace.map(|(_, message)| message.clone()).collect()
+        let events = self.server.all("events").into_iter();
+        let of_namespace = events.filter(|event| event["metadata"]["namespace"] == namespace);
+        of_namespace
+            .map(|event| event["message"].as_str().unwrap().to_owned())
+            .collect()
     }
 
     /// Deletes the Secret of a namespace and waits until it is there again.
     async fn heals(&self, namespace: &str) {
-        self.0.lock().unwrap().secrets.remove(namespace);
+        let path = secret_path(namespace);
+        self.server.remove(&path);
         let healed = async {
-            while !self.0.lock().unwrap().secrets.contains(namespace) {
+            while self.server.get(&path).is_none() {
                 sleep(Duration::from_millis(10)).await;
             }
         };
         let healed = timeout(SOON, healed).await;
         assert!(healed.is_ok(), "the Secret of {namespace} stays away");
     }
-}
 
-fn status(code: u16) -> (StatusCode, String) {
-    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
-        "code": code, "reason": "x", "message": "failed calling webhook"});
-    (StatusCode::from_u16(code).unwrap(), status.to_string())
-}
-
-fn secret(namespace: &str, going: bool) -> Value {
-    let object = json!({
-        "metadata": {
-            "name": "creds", "namespace": namespace, "uid": "s", "resourceVersion": "1",
-            "deletionTimestamp": going.then_some("2026-11-23T10:00:00Z"),
-            "labels": {"secrets-store.csi.k8s.io/managed": "true"},
-        },
-        "type": "Opaque", "data": {"pw": "aHVudGVyMg=="},
-    });
-    object
-}
-
-async fn answer(
-    State(api): State<Api>,
-    method: Method,
-    uri: Uri,
-    body: Bytes,
-) -> (StatusCode, String) {
-    let path = uri.path().to_owned();
-    let parts: Vec<&str> = path.split('/').collect();
-    let namespace = parts
-        .iter()
-        .skip_while(|part| **part != "namespaces")
-        .nth(1);
-    let namespace = namespace.unwrap().to_string();
-    let (temper, away) = {
-        let mut objects = api.0.lock().unwrap();
-        objects.requests += 1;
-        let temper = objects.tempers.get(&namespace).copied();
-        (temper.unwrap_or(Temper::Good), objects.away)
-    };
-    if away {
-        // Closes the connection, without any output of the test.
-        std::panic::resume_unwind(Box::new("away"));
+    /// Changes the Secret of a namespace to one that is being deleted, and stays.
+    fn hold_by_a_finalizer(&self, namespace: &str) {
+        let path = secret_path(namespace);
+        let mut secret = self.server.get(&path).unwrap();
+        secret["metadata"]["finalizers"] = json!(["example.com/stays"]);
+        secret["metadata"]["deletionTimestamp"] = json!("2026-11-23T10:00:00Z");
+        self.server.put(&path, secret).unwrap();
     }
-    if method == Method::GET {
-        return match parts.last().copied() {
-            Some("creds") if matches!(temper, Temper::HeldByAFinalizer) => {
-                (StatusCode::OK, secret(&namespace, true).to_string())
-            }
-            Some("creds") if api.0.lock().unwrap().secrets.contains(&namespace) => {
-                (StatusCode::OK, secret(&namespace, false).to_string())
-            }
-            Some("creds") => status(404),
-            Some("db") => (StatusCode::OK, class(&namespace).to_string()),
-            _ => {
-                let owner = json!({"apiVersion": "x/v1", "kind": "Set", "name": "rs", "uid": "rs"});
-                let pod = json!({
-                    "metadata": {"name": "web", "uid": "web", "ownerReferences": [owner]},
-                    "status": {"phase": "Running"},
-                });
-                (StatusCode::OK, pod.to_string())
-            }
-        };
-    }
-    match temper {
-        Temper::Hangs => std::future::pending().await,
-        Temper::Refuses(code) => {
-            if path.ends_with("/events") {
-                api.0.lock().unwrap().refused_events += 1;
-            }
-            status(code)
+}
+
+impl Behavior {
+    fn react(&mut self, call: &Call<'_>) -> Reaction {
+        self.requests += 1;
+        if self.away {
+            return Reaction::Close;
         }
-        Temper::Good | Temper::HeldByAFinalizer => {
-            let mut object: Value = serde_json::from_slice(&body).unwrap();
-            let mut objects = api.0.lock().unwrap();
-            match object["message"].take() {
-                Value::String(message) => objects.events.push((namespace, message)),
-                _ => drop(objects.secrets.insert(namespace)),
+        let mut parts = call.uri.split('/').skip_while(|part| *part != "namespaces");
+        let namespace = parts.nth(1).unwrap();
+        match self.tempers.get(namespace) {
+            Some(Temper::Hangs) if call.method != "GET" => Reaction::Hang,
+            Some(Temper::Refuses(code)) if call.method != "GET" => {
+                self.refused_events += usize::from(call.uri.contains("/events"));
+                server::refuse(*code, "x", "failed calling webhook", None)
             }
-            (
-                StatusCode::CREATED,
-                String::from_utf8(body.to_vec()).unwrap(),
-            )
+            _ => Reaction::Serve,
         }
     }
+}
+
+fn secret_path(namespace: &str) -> String {
+    format!("/api/v1/namespaces/{namespace}/secrets/creds")
 }
 
 fn class(namespace: &str) -> Value {
@@ -212,7 +162,8 @@ fn class(namespace: &str) -> Value {
     })
 }
 
-async fn mount(sync: &Arc<SecretSync>, cluster: &Cluster, dir: &Path, namespace: &str) {
+async fn mount(api: &Api, sync: &Arc<SecretSync>, cluster: &Cluster, dir: &Path, namespace: &str) {
+    api.put_namespace(namespace);
     let class = cluster.class(namespace, "db").await.unwrap();
     sync.volume_mounted(&volume(dir, namespace), &class)
         .await
@@ -280,13 +231,16 @@ async fn the_trouble_of_some_namespaces(#[case] temper: Temper, #[case] count: u
     let sync = sync(dir.path(), &cluster);
     let troubled: Vec<String> = (0..count).map(|n| format!("a-troubled-{n}")).collect();
     for namespace in &troubled {
-        mount(&sync, &cluster, dir.path(), namespace).await;
+        mount(&api, &sync, &cluster, dir.path(), namespace).await;
     }
-    mount(&sync, &cluster, dir.path(), "quiet").await;
+    mount(&api, &sync, &cluster, dir.path(), "quiet").await;
     let stop = run(&sync);
     for namespace in &troubled {
         api.set(namespace, temper);
-        api.0.lock().unwrap().secrets.remove(namespace);
+        match temper {
+            Temper::HeldByAFinalizer => api.hold_by_a_finalizer(namespace),
+            _ => api.server.remove(&secret_path(namespace)),
+        }
     }
     let all = async {
         for _ in 0..10 {
@@ -312,19 +266,19 @@ async fn an_api_server_that_is_away_is_left_alone() {
     let (api, cluster) = Api::start(dir.path()).await;
     let sync = sync(dir.path(), &cluster);
     for number in 0..20 {
-        mount(&sync, &cluster, dir.path(), &format!("shop-{number}")).await;
+        mount(&api, &sync, &cluster, dir.path(), &format!("shop-{number}")).await;
     }
     let stop = run(&sync);
     api.heals("shop-7").await;
-    api.0.lock().unwrap().away = true;
+    api.behavior.lock().unwrap().away = true;
     sleep(Duration::from_secs(2)).await;
     assert!(cluster.is_away());
-    api.0.lock().unwrap().requests = 0;
+    api.behavior.lock().unwrap().requests = 0;
     sleep(Duration::from_secs(8)).await;
     // Between two checks there are waits of at least half of two, four and eight seconds.
-    let requests = api.0.lock().unwrap().requests;
+    let requests = api.behavior.lock().unwrap().requests;
     assert!(requests < 30, "{requests}");
-    api.0.lock().unwrap().away = false;
+    api.behavior.lock().unwrap().away = false;
     api.heals("shop-7").await;
     stop.cancel();
 }
@@ -340,6 +294,7 @@ async fn events_of_one_namespace_wait_for_themselves(#[case] temper: Temper) {
     }
     let dir = tempfile::tempdir().unwrap();
     let (api, cluster) = Api::start(dir.path()).await;
+    api.put_namespace("quiet");
     api.set("noisy", temper);
     let pod = |namespace: &str| volume(dir.path(), namespace).pod;
     let announce = |namespace: &str, message: &str| {
@@ -379,6 +334,7 @@ async fn trouble_is_told_though_its_event_is_refused_for_a_while(
     }
     let dir = tempfile::tempdir().unwrap();
     let (api, cluster) = Api::start(dir.path()).await;
+    api.put_namespace("shop");
     let sync = sync(dir.path(), &cluster);
     let data = json!([{"objectName": "nowhere", "key": "pw"}]);
     let entries = json!([{"secretName": "creds", "type": "Opaque", "data": data}]);
@@ -391,7 +347,7 @@ async fn trouble_is_told_though_its_event_is_refused_for_a_while(
     let told = async {
         while api.events("shop").is_empty() {
             sync.volume_mounted(&volume, &class).await.unwrap();
-            if api.0.lock().unwrap().refused_events >= attempts {
+            if api.behavior.lock().unwrap().refused_events >= attempts {
                 api.set("shop", Temper::Good);
             }
             sleep(EVERY).await;
@@ -416,6 +372,7 @@ async fn what_is_not_told_now_is_told_later() {
     const PODS: usize = 3;
     let dir = tempfile::tempdir().unwrap();
     let (api, cluster) = Api::start(dir.path()).await;
+    api.put_namespace("shop");
     let sync = sync(dir.path(), &cluster);
     let entry = |n: usize| {
         let data = json!([{"objectName": "nowhere", "key": "pw"}]);
@@ -468,6 +425,7 @@ async fn what_is_not_told_now_is_told_later() {
 async fn requests_of_one_namespace_that_hang_hold_up_no_other() {
     let dir = tempfile::tempdir().unwrap();
     let (api, cluster) = Api::start(dir.path()).await;
+    api.put_namespace("good");
     api.set("bad", Temper::Hangs);
     let mut hanging = tokio::task::JoinSet::new();
     for number in 0..100 {
@@ -490,7 +448,7 @@ async fn requests_of_one_namespace_that_hang_hold_up_no_other() {
         });
     }
     let since = Instant::now();
-    while api.0.lock().unwrap().requests < 8 {
+    while api.behavior.lock().unwrap().requests < 8 {
         assert!(since.elapsed() < SOON);
         sleep(Duration::from_millis(10)).await;
     }

@@ -1,31 +1,20 @@
-//! A minimal API server: it stores objects by path, records requests and who added an owner to a
-//! Secret, and refuses what it is told to refuse.
+//! An API server that records requests, and refuses, delays and ignores those that it is told to.
 
 use std::{
-    collections::BTreeMap,
-    fs,
-    net::Ipv4Addr,
     path::Path,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
-use axum::{
-    Router,
-    body::Bytes,
-    extract::State,
-    http::{Method, StatusCode, Uri},
-};
 use driver::cluster::Cluster;
+use embedded::api::{ApiServer, Call, Reaction};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+
+use crate::server;
 
 pub(crate) const SECRET: &str = "/api/v1/namespaces/shop/secrets/creds";
 pub(crate) const CLASS: &str =
     "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasses/db";
-
-/// The driver's field manager.
-const MANAGER: &str = "csi-secrets-store";
 
 /// A kind of request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +26,6 @@ pub(crate) enum What {
     /// The creation of a Secret that was there before.
     PutBack,
     Delete,
-    Patch,
     /// A read of a class.
     Class,
 }
@@ -52,81 +40,72 @@ pub(crate) struct Refuse {
 }
 
 #[derive(Default)]
-struct Stored {
-    objects: BTreeMap<String, Value>,
+struct Behavior {
     requests: Vec<String>,
     refusals: Vec<Refuse>,
-    revision: u64,
-    events: Vec<String>,
     takes: Duration,
     hangs: bool,
 }
 
-#[derive(Clone, Default)]
-pub(crate) struct Api(Arc<Mutex<Stored>>);
+pub(crate) struct Api {
+    server: ApiServer,
+    behavior: Arc<Mutex<Behavior>>,
+}
 
 impl Api {
     pub(crate) async fn start(dir: &Path) -> (Self, Cluster) {
-        let api = Self::default();
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let server = format!("http://{}", listener.local_addr().unwrap());
-        let router = Router::new().fallback(answer).with_state(api.clone());
-        tokio::spawn(async move { axum::serve(listener, router).await });
-        let kubeconfig = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-            "clusters": [{"name": "c", "cluster": {"server": server}}],
-            "users": [{"name": "u", "user": {}}],
-        });
-        let path = dir.join("kubeconfig");
-        fs::write(&path, kubeconfig.to_string()).unwrap();
-        (api, Cluster::new(Some(path), "test", "node-1"))
+        let (server, cluster) = server::start(dir).await;
+        let behavior = Arc::<Mutex<Behavior>>::default();
+        let current = Arc::clone(&behavior);
+        server.intercept(move |call| current.lock().unwrap().react(call));
+        (Self { server, behavior }, cluster)
     }
 
     pub(crate) fn put(&self, path: &str, object: Value) {
-        self.0
-            .lock()
-            .unwrap()
-            .objects
-            .insert(path.to_owned(), object);
+        self.server.put(path, object).unwrap();
     }
 
     pub(crate) fn remove(&self, path: &str) {
-        self.0.lock().unwrap().objects.remove(path);
+        self.server.remove(path);
     }
 
     pub(crate) fn get(&self, path: &str) -> Option<Value> {
-        self.0.lock().unwrap().objects.get(path).cloned()
+        self.server.get(path)
     }
 
     /// Returns the requests since the last call.
     pub(crate) fn requests(&self) -> Vec<String> {
-        std::mem::take(&mut self.0.lock().unwrap().requests)
+        std::mem::take(&mut self.behavior.lock().unwrap().requests)
     }
 
     /// Returns how many of the requests since the last call of `requests` contain a text.
     pub(crate) fn count(&self, part: &str) -> usize {
-        let state = self.0.lock().unwrap();
-        state.requests.iter().filter(|r| r.contains(part)).count()
+        let behavior = self.behavior.lock().unwrap();
+        behavior
+            .requests
+            .iter()
+            .filter(|r| r.contains(part))
+            .count()
     }
 
     pub(crate) fn refuse(&self, refusals: Vec<Refuse>) {
-        self.0.lock().unwrap().refusals = refusals;
+        self.behavior.lock().unwrap().refusals = refusals;
     }
 
     /// Sets how long each answer takes from now on.
     pub(crate) fn takes(&self, time: Duration) {
-        self.0.lock().unwrap().takes = time;
+        self.behavior.lock().unwrap().takes = time;
     }
 
     /// Sets whether requests to create a Secret get no answer from now on, except dry runs.
     pub(crate) fn hangs(&self, hangs: bool) {
-        self.0.lock().unwrap().hangs = hangs;
+        self.behavior.lock().unwrap().hangs = hangs;
     }
 
-    /// Returns the bodies of the events that were posted.
+    /// Returns the events as text.
     pub(crate) fn events(&self) -> Vec<String> {
-        self.0.lock().unwrap().events.clone()
+        let events = self.server.all("events").into_iter();
+        events.map(|event| event.to_string()).collect()
     }
 
     pub(crate) fn put_class(&self, secret_objects: &Value, resource_version: &str) {
@@ -161,157 +140,48 @@ impl Api {
     }
 }
 
-impl Stored {
-    /// Returns the refusal of a request, if it is to be refused.
-    fn refusal(&mut self, what: What) -> Option<(StatusCode, String)> {
-        let next = self.refusals.iter_mut();
-        let due = next.filter(|refuse| refuse.what == what && refuse.times > 0);
-        let refuse = due.into_iter().next()?;
-        refuse.times -= 1;
-        let code = StatusCode::from_u16(refuse.code).unwrap();
-        Some(status(code, "Refused", &refuse.message, ""))
-    }
-
-    /// Stores an object at the next revision. Owners that were not there before are the driver's.
-    fn write(&mut self, path: &str, mut object: Value) -> Value {
-        self.revision += 1;
-        let before = self.objects.get(path);
-        let owners = |object: &Value| -> Vec<String> {
-            let owners = object["metadata"]["ownerReferences"].as_array();
-            let keys = owners.into_iter().flatten();
-            keys.map(|owner| json!({"uid": owner["uid"]}).to_string())
-                .collect()
+impl Behavior {
+    fn react(&mut self, call: &Call<'_>) -> Reaction {
+        let request = format!("{} {}", call.method, call.uri);
+        self.requests.push(request);
+        let (path, query) = call.uri.split_once('?').unwrap_or((call.uri, ""));
+        let is_trial = query.contains("dryRun");
+        let body: Value = serde_json::from_slice(call.body).unwrap_or_default();
+        let is_put_back =
+            body["metadata"]["annotations"]["secrets-store.csi.k8s.io/refused-type"].is_string();
+        let what = match call.method {
+            "GET" if path.contains("/secretproviderclasses/") => Some(What::Class),
+            "POST" if path.ends_with("/secrets") && is_put_back => Some(What::PutBack),
+            "POST" if path.ends_with("/secrets") && is_trial => Some(What::Trial),
+            "POST" if path.ends_with("/secrets") => Some(What::Create),
+            "DELETE" => Some(What::Delete),
+            _ => None,
         };
-        let there = before.map(owners).unwrap_or_default();
-        let mut entry = json!({
-            "manager": MANAGER, "operation": "Update", "apiVersion": "v1",
-            "fieldsType": "FieldsV1", "fieldsV1": {"f:metadata": {"f:ownerReferences": {}}},
-        });
-        if let Some(earlier) = before.map(|b| b["metadata"]["managedFields"][0].clone())
-            && earlier.is_object()
-        {
-            entry = earlier;
-        }
-        for key in owners(&object).iter().filter(|key| !there.contains(key)) {
-            entry["fieldsV1"]["f:metadata"]["f:ownerReferences"][format!("k:{key}")] = json!({});
-        }
-        object["metadata"]["managedFields"] = json!([entry]);
-        object["metadata"]["resourceVersion"] = json!(self.revision.to_string());
-        if before.is_none() {
-            object["metadata"]["uid"] = json!(format!("made-{}", self.revision));
-        }
-        self.objects.insert(path.to_owned(), object.clone());
-        object
+        let creates = matches!(what, Some(What::Create | What::PutBack)) && !is_trial;
+        let reaction = if self.hangs && creates {
+            Reaction::Hang
+        } else if let Some(refusal) = what.and_then(|what| self.refusal(what)) {
+            refusal
+        } else if call.method == "DELETE" && !names_what_it_deletes(&body) {
+            server::refuse(409, "Conflict", "no", Some(""))
+        } else {
+            Reaction::Serve
+        };
+        Reaction::Delay(self.takes, Box::new(reaction))
+    }
+
+    /// Returns the refusal of a request, if it is to be refused.
+    fn refusal(&mut self, what: What) -> Option<Reaction> {
+        let mut refusals = self.refusals.iter_mut();
+        let refuse = refusals.find(|refuse| refuse.what == what && refuse.times > 0)?;
+        refuse.times -= 1;
+        let (code, message) = (refuse.code, &refuse.message);
+        Some(server::refuse(code, "Refused", message, Some("")))
     }
 }
 
-fn status(code: StatusCode, reason: &str, message: &str, name: &str) -> (StatusCode, String) {
-    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
-        "code": code.as_u16(), "reason": reason, "message": message, "details": {"name": name}});
-    (code, status.to_string())
-}
-
-fn merge(into: &mut Value, patch: &Value) {
-    match patch.as_object() {
-        Some(patch) => patch.iter().for_each(|(key, value)| match value {
-            Value::Null => drop(into.as_object_mut().unwrap().remove(key)),
-            value => merge(&mut into[key], value),
-        }),
-        None => *into = patch.clone(),
-    }
-}
-
-async fn answer(
-    State(api): State<Api>,
-    method: Method,
-    uri: Uri,
-    body: Bytes,
-) -> (StatusCode, String) {
-    let (takes, hangs) = {
-        let mut state = api.0.lock().unwrap();
-        state.requests.push(format!("{method} {uri}"));
-        (state.takes, state.hangs)
-    };
-    tokio::time::sleep(takes).await;
-    let is_trial = uri.query().is_some_and(|query| query.contains("dryRun"));
-    if hangs && method == Method::POST && uri.path().ends_with("/secrets") && !is_trial {
-        return std::future::pending().await;
-    }
-    let mut state = api.0.lock().unwrap();
-    let path = uri.path().to_owned();
-    let name = path.rsplit('/').next().unwrap_or_default();
-    let missing = status(StatusCode::NOT_FOUND, "NotFound", "no", name);
-    let read = |body: &Bytes| -> Value { serde_json::from_slice(body).unwrap() };
-    match method {
-        Method::GET => {
-            if path.contains("/secretproviderclasses/")
-                && let Some(refused) = state.refusal(What::Class)
-            {
-                return refused;
-            }
-            match state.objects.get(&path) {
-                Some(object) => (StatusCode::OK, object.to_string()),
-                None => missing,
-            }
-        }
-        Method::POST if path.ends_with("/secrets") => {
-            let object = read(&body);
-            let annotations = &object["metadata"]["annotations"];
-            let what = match annotations.get("secrets-store.csi.k8s.io/refused-type") {
-                Some(_) => What::PutBack,
-                None if is_trial => What::Trial,
-                None => What::Create,
-            };
-            if let Some(refused) = state.refusal(what) {
-                return refused;
-            }
-            let name = object["metadata"]["name"].as_str().unwrap();
-            let at = format!("{path}/{name}");
-            if state.objects.contains_key(&at) {
-                return status(StatusCode::CONFLICT, "AlreadyExists", "no", name);
-            }
-            if is_trial {
-                return (StatusCode::CREATED, object.to_string());
-            }
-            (StatusCode::CREATED, state.write(&at, object).to_string())
-        }
-        Method::POST if path.ends_with("/events") => {
-            let event = String::from_utf8(body.to_vec()).unwrap();
-            state.events.push(event);
-            (StatusCode::CREATED, "{}".to_owned())
-        }
-        Method::DELETE => {
-            if let Some(refused) = state.refusal(What::Delete) {
-                return refused;
-            }
-            let asked = &read(&body)["preconditions"];
-            let Some(object) = state.objects.get(&path) else {
-                return missing;
-            };
-            let found = &object["metadata"];
-            if asked["uid"] != found["uid"] || asked["resourceVersion"] != found["resourceVersion"]
-            {
-                return status(StatusCode::CONFLICT, "Conflict", "no", name);
-            }
-            state.revision += 1;
-            state.objects.remove(&path);
-            (StatusCode::OK, "{}".to_owned())
-        }
-        Method::PATCH => {
-            if let Some(refused) = state.refusal(What::Patch) {
-                return refused;
-            }
-            let Some(mut object) = state.objects.get(&path).cloned() else {
-                return missing;
-            };
-            let mut patch = read(&body);
-            let asked = patch["metadata"]["resourceVersion"].take();
-            if !asked.is_null() && asked != object["metadata"]["resourceVersion"] {
-                return status(StatusCode::CONFLICT, "Conflict", "no", name);
-            }
-            merge(&mut object, &patch);
-            (StatusCode::OK, state.write(&path, object).to_string())
-        }
-        _ => (StatusCode::CREATED, "{}".to_owned()),
-    }
+/// Returns whether a request deletes one state of one object only.
+fn names_what_it_deletes(body: &Value) -> bool {
+    let preconditions = &body["preconditions"];
+    preconditions["uid"].is_string() && preconditions["resourceVersion"].is_string()
 }

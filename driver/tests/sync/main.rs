@@ -1,8 +1,8 @@
 //! Tests how Secrets are kept in step with volumes: the requests that it takes, when owners are
 //! removed, and what of a node's volumes is content.
 //!
-//! The API server is a minimal one. The volumes are real: each test runs once more, in a process with
-//! a mount namespace of its own, made by `unshare` of util-linux.
+//! The volumes are real: each test runs once more, in a process with a mount namespace of its own,
+//! made by `unshare` of util-linux.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
@@ -10,6 +10,9 @@ mod api;
 mod contents;
 mod costs;
 mod replaced;
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "../api/server.rs"]
+mod server;
 mod volumes;
 
 use std::{

@@ -163,8 +163,12 @@ pub struct Call<'a> {
 pub enum Reaction {
     /// It is served.
     Serve,
+    /// The other reaction follows that much later.
+    Delay(Duration, Box<Reaction>),
     /// It is answered with this HTTP status and body, and not served.
     Answer(u16, String),
+    /// It is never answered.
+    Hang,
     /// Its connection is closed.
     Close,
 }

@@ -89,11 +89,14 @@ impl Server {
             Entrance::Loopback => Ok(Identity::Admin),
         };
         let intercepted = match &body {
-            Ok(body) => self.intercept(&Call {
-                method: head.method.as_str(),
-                uri: &head.uri.to_string(),
-                body,
-            })?,
+            Ok(body) => {
+                self.intercept(&Call {
+                    method: head.method.as_str(),
+                    uri: &head.uri.to_string(),
+                    body,
+                })
+                .await?
+            }
             Err(_) => None,
         };
         let answer = match intercepted {
@@ -122,12 +125,18 @@ impl Server {
     }
 
     /// Applies the interceptor's reaction; returns none when the request is to be served.
-    fn intercept(&self, call: &Call<'_>) -> Result<Option<Answer>, Refused> {
+    async fn intercept(&self, call: &Call<'_>) -> Result<Option<Answer>, Refused> {
         let interceptor = self.interceptor.lock();
         let interceptor = interceptor.unwrap_or_else(PoisonError::into_inner).clone();
-        match interceptor.map_or(Reaction::Serve, |interceptor| interceptor(call)) {
-            Reaction::Serve => Ok(None),
+        let mut reaction = interceptor.map_or(Reaction::Serve, |interceptor| interceptor(call));
+        while let Reaction::Delay(delay, next) = reaction {
+            tokio::time::sleep(delay).await;
+            reaction = *next;
+        }
+        match reaction {
+            Reaction::Serve | Reaction::Delay(..) => Ok(None),
             Reaction::Answer(code, body) => Ok(Some(json_answer(code, body.into_bytes()))),
+            Reaction::Hang => std::future::pending().await,
             Reaction::Close => Err(Refused),
         }
     }
