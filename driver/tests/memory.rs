@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "api/server.rs"]
+mod server;
+
 use std::{
     collections::BTreeMap,
     env, fs,
-    net::Ipv4Addr,
     os::unix::net::UnixStream,
     path::Path,
     process::{Command, Stdio},
@@ -13,10 +16,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::{
-    Router,
-    http::{StatusCode, Uri},
-};
 use driver::{
     cluster::Cluster,
     error::Error,
@@ -25,10 +24,10 @@ use driver::{
     record::{self, Object, Pod, Record, Records, Writer},
     sync::{Options, SecretSync},
 };
+use embedded::api::{ApiServer, Reaction};
 use jiff::Timestamp;
 use rstest::rstest;
 use serde_json::{Map, Value, json};
-use tokio::net::TcpListener;
 
 const CHILD: &str = "A_CHILD_THAT_MEASURES_ITS_MEMORY";
 const CLASSES: usize = 60;
@@ -81,29 +80,20 @@ fn class(name: &str, large: &str) -> Value {
     })
 }
 
-/// Serves an API that creates each class when it is read, and accepts every write.
-async fn cluster(dir: &Path, large: &'static str) -> Cluster {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let server = format!("http://{}", listener.local_addr().unwrap());
-    let answer = async move |uri: Uri| {
-        let name = uri.path().rsplit('/').next().unwrap().to_owned();
+/// Starts an API server that creates each class when it is read, and accepts every write.
+async fn start(dir: &Path, large: &'static str) -> (ApiServer, Cluster) {
+    let (server, cluster) = server::start(dir).await;
+    server.intercept(move |call| {
+        let path = call.uri.split('?').next().unwrap();
+        let name = path.rsplit('/').next().unwrap();
         let object = if name.starts_with("class-") {
-            class(&name, large)
+            class(name, large)
         } else {
             json!({})
         };
-        (StatusCode::OK, object.to_string())
-    };
-    tokio::spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await });
-    let kubeconfig = json!({
-        "apiVersion": "v1", "kind": "Config", "current-context": "c",
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "clusters": [{"name": "c", "cluster": {"server": server}}],
-        "users": [{"name": "u", "user": {}}],
+        Reaction::Answer(200, object.to_string())
     });
-    let path = dir.join("kubeconfig");
-    fs::write(&path, kubeconfig.to_string()).unwrap();
-    Cluster::new(Some(path), "test", "node-1")
+    (server, cluster)
 }
 
 /// Returns the memory of this process in KiB.
@@ -185,7 +175,7 @@ fn sixty_large_classes(#[case] large: &'static str) {
         .build();
     runtime.unwrap().block_on(async {
         let dir = tempfile::tempdir().unwrap();
-        let cluster = cluster(dir.path(), large).await;
+        let (_server, cluster) = start(dir.path(), large).await;
         let hour = Duration::from_secs(3600);
         let records = Records::open(dir.path().join("records")).unwrap();
         let tmpfs = Arc::new(Tmpfs::bounded_by(1));
@@ -280,7 +270,7 @@ fn sixty_records_of_many_objects() {
 #[tokio::test]
 async fn long_annotations_are_told_apart() {
     let dir = tempfile::tempdir().unwrap();
-    let cluster = cluster(dir.path(), "one_annotation").await;
+    let (_server, cluster) = start(dir.path(), "one_annotation").await;
     let class = cluster.class("shop", "class-0").await.unwrap();
     let annotations: BTreeMap<_, _> = class.identity.annotations;
     let value = &annotations["secrets-store.csi.k8s.io/refresh"];

@@ -8,24 +8,21 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "api/server.rs"]
+mod server;
+
 use std::{
+    collections::BTreeSet,
     fs,
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
-use axum::{
-    Router,
-    body::Bytes,
-    extract::State,
-    http::{Method, StatusCode, Uri},
-};
+use embedded::api::{ApiServer, Call, Reaction};
 use fake_provider::server::{
     Failure, Identity, MountResponse, Object, Provider, Request, Server, Socket,
 };
@@ -39,7 +36,7 @@ use proto::{
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
 };
 use tonic::{
     Code, Status,
@@ -92,12 +89,11 @@ const REFRESHES: [&str; 6] = [
 #[tokio::test]
 async fn no_canary_leaves_the_driver() {
     let dir = tempfile::tempdir().unwrap();
-    let bodies = Bodies::default();
-    let api = serve_api(bodies.clone()).await;
+    let (api, kubeconfig) = Api::start(dir.path()).await;
     let provider = Recorder::default();
     let socket = Socket::bind(dir.path().join("test.sock")).unwrap();
     tokio::spawn(Server::new(socket, provider.clone()).run(std::future::pending()));
-    let driver = Driver::start(dir.path(), &api);
+    let driver = Driver::start(dir.path(), &kubeconfig);
     let mut csi = driver.connect().await;
 
     let mut said = Vec::new();
@@ -144,7 +140,7 @@ async fn no_canary_leaves_the_driver() {
         assert!(log.contains(line), "no {line} in the log:\n{log}");
     }
     said.push(("the log".to_owned(), log));
-    let written = bodies.0.lock().unwrap().join("\n");
+    let written = api.seen.lock().unwrap().written.join("\n");
     assert!(written.contains("SecretProviderClassPodStatus"));
     let announced = written.matches("MountRotationFailed").count();
     assert_eq!(announced, REFRESHES.len() - 1, "{written}");
@@ -216,13 +212,9 @@ struct Driver {
 }
 
 impl Driver {
-    fn start(dir: &Path, api: &str) -> Self {
-        let kubeconfig = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-            "clusters": [{"name": "c", "cluster": {"server": api}}],
-            "users": [{"name": "u", "user": {"token": format!("{CANARY}of-the-driver")}}],
-        });
+    fn start(dir: &Path, kubeconfig: &str) -> Self {
+        let mut kubeconfig: Value = serde_json::from_str(kubeconfig).unwrap();
+        kubeconfig["users"][0]["user"]["token"] = json!(format!("{CANARY}of-the-driver"));
         fs::write(dir.join("kubeconfig"), kubeconfig.to_string()).unwrap();
         let free = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let metrics = free.local_addr().unwrap().port();
@@ -305,128 +297,137 @@ impl Drop for Driver {
     }
 }
 
-/// The objects that were written to the API, and the classes that were read.
-#[derive(Clone, Default)]
-struct Bodies(Arc<Mutex<Vec<String>>>, Arc<Mutex<Vec<String>>>);
-
-impl Bodies {
-    /// Returns the case of a class. A class `refresh-CASE` is read well the first time.
-    fn case<'a>(&self, class: &'a str) -> &'a str {
-        let mut read = self.1.lock().unwrap();
-        let first = !read.iter().any(|earlier| earlier == class);
-        read.push(class.to_owned());
-        match class.strip_prefix("refresh-") {
-            Some(_) if first => class,
-            Some(case) => case,
-            None => class,
-        }
-    }
+/// An API server that has a class for every case.
+struct Api {
+    _server: ApiServer,
+    seen: Arc<Mutex<Seen>>,
 }
 
-/// Serves an API that has a class for every case and accepts pod statuses. Returns its address.
-async fn serve_api(bodies: Bodies) -> String {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let router = Router::new().fallback(answer).with_state(bodies);
-    tokio::spawn(async move { axum::serve(listener, router).await });
-    format!("http://{address}")
+#[derive(Default)]
+struct Seen {
+    /// The objects that were written, without Secrets.
+    written: Vec<String>,
+    /// The names of the objects that were read.
+    read: BTreeSet<String>,
+    /// The number of Secrets that were to be created.
+    secrets: usize,
 }
 
-async fn answer(
-    State(bodies): State<Bodies>,
-    method: Method,
-    uri: Uri,
-    body: Bytes,
-) -> (StatusCode, String) {
-    let name = uri.path().rsplit('/').next().unwrap();
-    let refusal = |code: StatusCode| {
-        let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
-            "code": code.as_u16(), "reason": "Refused", "message": "refused by the test",
-            "details": {"name": name}});
-        (code, status.to_string())
-    };
-    let text = String::from_utf8_lossy(&body).into_owned();
-    if method == Method::POST {
-        let object: Value = serde_json::from_str(&text).unwrap();
-        if object["kind"] == "Secret" {
-            assert!(text.contains(ENCODED), "a Secret has its content");
-            return answer_secret(object["metadata"]["name"].as_str().unwrap());
+impl Api {
+    /// Also returns a kubeconfig.
+    async fn start(dir: &Path) -> (Self, String) {
+        let (server, kubeconfig) = server::serve(dir).await;
+        let owner =
+            json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "2"});
+        let pod = json!({"metadata": {"name": "web", "uid": UID, "ownerReferences": [owner]}});
+        let path = "/api/v1/namespaces/default/pods/web";
+        server.put(path, pod).unwrap();
+        for name in CASES.map(|(case, _)| case).into_iter().chain(REFRESHES) {
+            let path = format!(
+                "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/default/secretproviderclasses/{name}"
+            );
+            server.put(&path, class(name)).unwrap();
         }
-        bodies.0.lock().unwrap().push(text.clone());
-        return match object["status"]["secretProviderClassName"].as_str() {
-            Some("status-refused") => refusal(StatusCode::FORBIDDEN),
-            _ => (StatusCode::CREATED, text),
+        let seen = Arc::<Mutex<Seen>>::default();
+        let current = Arc::clone(&seen);
+        server.intercept(move |call| current.lock().unwrap().react(call));
+        let api = Self {
+            _server: server,
+            seen,
         };
-    }
-    match bodies.case(name) {
-        "absent" => refusal(StatusCode::NOT_FOUND),
-        "garbled" => (
-            StatusCode::OK,
-            json!({"spec": format!("{CANARY}body")}).to_string(),
-        ),
-        _ if method == Method::GET && uri.path().contains("/secretproviderclasses/") => {
-            let provider = match name {
-                "no-such-provider" => "nobody",
-                _ => "test",
-            };
-            let type_ = match name {
-                "synced-tls" => "kubernetes.io/tls",
-                _ => "Opaque",
-            };
-            let synced = json!([{"secretName": name, "type": type_, "data": [
-                {"objectName": "object", "key": "tls.crt"}, {"objectName": "object", "key": "tls.key"},
-            ]}]);
-            let object = json!({
-                "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
-                "metadata": {"name": name, "namespace": "default", "uid": "1", "resourceVersion": "1"},
-                "spec": {"provider": provider, "parameters": {
-                    "case": name, "parameter": format!("{CANARY}parameter"),
-                }, "secretObjects": if name.starts_with("synced") { synced } else { json!([]) }},
-            });
-            (StatusCode::OK, object.to_string())
-        }
-        "web" if uri.path().contains("/pods/") => {
-            let owner =
-                json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "2"});
-            let pod = json!({"metadata": {"name": name, "uid": UID, "ownerReferences": [owner]}});
-            (StatusCode::OK, pod.to_string())
-        }
-        "synced-garbled" if uri.path().contains("/secrets/") => {
-            let garbled = json!({"metadata": {}, "data": {"key": format!("{CANARY}!")}});
-            (StatusCode::OK, garbled.to_string())
-        }
-        _ => refusal(StatusCode::NOT_FOUND),
+        (api, kubeconfig)
     }
 }
 
-/// Answers the creation of a Secret. Some are refused with a message that quotes the content, each
-/// time in another form.
-fn answer_secret(name: &str) -> (StatusCode, String) {
-    static ASKED: AtomicUsize = AtomicUsize::new(0);
-    let content = format!("{CANARY}content");
-    let quoted = match ASKED.fetch_add(1, Ordering::SeqCst) % 5 {
-        0 => content,
-        1 => format!("{ENCODED}LWNvbnRlbnQ="),
-        2 => format!("line one\\n{}", &content[..CANARY.len() + 3]),
-        3 => format!("{:?}", format!("\"{content}\"\n")),
-        _ => format!("\n\t{CANARY}\n"),
+fn class(name: &str) -> Value {
+    let provider = match name {
+        "no-such-provider" => "nobody",
+        _ => "test",
     };
-    let (code, message) = match name {
-        "synced-refused" => (
-            StatusCode::UNPROCESSABLE_ENTITY,
-            format!("{quoted} is weak"),
-        ),
-        "synced-forbidden" => (StatusCode::FORBIDDEN, format!("{quoted} is not allowed")),
-        "synced-denied" => (
-            StatusCode::FORBIDDEN,
-            format!("admission webhook \"values.example.com\" denied the request: {quoted}"),
-        ),
-        "synced-failed" => (StatusCode::INTERNAL_SERVER_ERROR, quoted.clone()),
-        _ => return (StatusCode::CREATED, "{}".to_owned()),
+    let type_ = match name {
+        "synced-tls" => "kubernetes.io/tls",
+        _ => "Opaque",
     };
-    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
-        "code": code.as_u16(), "reason": quoted, "message": message});
-    (code, status.to_string())
+    let synced = json!([{"secretName": name, "type": type_, "data": [
+        {"objectName": "object", "key": "tls.crt"}, {"objectName": "object", "key": "tls.key"},
+    ]}]);
+    json!({
+        "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
+        "metadata": {"name": name, "namespace": "default", "uid": "1", "resourceVersion": "1"},
+        "spec": {"provider": provider, "parameters": {
+            "case": name, "parameter": format!("{CANARY}parameter"),
+        }, "secretObjects": if name.starts_with("synced") { synced } else { json!([]) }},
+    })
+}
+
+impl Seen {
+    fn react(&mut self, call: &Call<'_>) -> Reaction {
+        let path = call.uri.split('?').next().unwrap();
+        let name = path.rsplit('/').next().unwrap();
+        if call.method == "GET" {
+            return self.read(path, name);
+        }
+        let object: Value = serde_json::from_slice(call.body).unwrap();
+        let text = String::from_utf8_lossy(call.body).into_owned();
+        if path.ends_with("/secrets") {
+            assert!(text.contains(ENCODED), "a Secret has its content");
+            return self.create_secret(object["metadata"]["name"].as_str().unwrap());
+        }
+        if !path.contains("/secrets/") {
+            self.written.push(text);
+        }
+        match object["status"]["secretProviderClassName"].as_str() {
+            Some("status-refused") => refuse(403, name),
+            _ => Reaction::Serve,
+        }
+    }
+
+    /// Reads an object. A class `refresh-CASE` is read well the first time.
+    fn read(&mut self, path: &str, name: &str) -> Reaction {
+        let first = self.read.insert(name.to_owned());
+        let case = name.strip_prefix("refresh-").filter(|_| !first);
+        match case.unwrap_or(name) {
+            "absent" => refuse(404, name),
+            "garbled" => {
+                let garbled = json!({"spec": format!("{CANARY}body")});
+                Reaction::Answer(200, garbled.to_string())
+            }
+            "synced-garbled" if path.contains("/secrets/") => {
+                let garbled = json!({"metadata": {}, "data": {"key": format!("{CANARY}!")}});
+                Reaction::Answer(200, garbled.to_string())
+            }
+            _ => Reaction::Serve,
+        }
+    }
+
+    /// Creates a Secret. Some are refused with a message that quotes the content, each time in another
+    /// form.
+    fn create_secret(&mut self, name: &str) -> Reaction {
+        let content = format!("{CANARY}content");
+        self.secrets += 1;
+        let quoted = match self.secrets % 5 {
+            1 => content,
+            2 => format!("{ENCODED}LWNvbnRlbnQ="),
+            3 => format!("line one\\n{}", &content[..CANARY.len() + 3]),
+            4 => format!("{:?}", format!("\"{content}\"\n")),
+            _ => format!("\n\t{CANARY}\n"),
+        };
+        let (code, message) = match name {
+            "synced-refused" => (422, format!("{quoted} is weak")),
+            "synced-forbidden" => (403, format!("{quoted} is not allowed")),
+            "synced-denied" => (
+                403,
+                format!("admission webhook \"values.example.com\" denied the request: {quoted}"),
+            ),
+            "synced-failed" => (500, quoted.clone()),
+            _ => return Reaction::Serve,
+        };
+        server::refuse(code, &quoted, &message, None)
+    }
+}
+
+fn refuse(code: u16, name: &str) -> Reaction {
+    server::refuse(code, "Refused", "refused by the test", Some(name))
 }
 
 /// A provider that records each request, and answers as the class's `case` says.
