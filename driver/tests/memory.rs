@@ -29,10 +29,11 @@ use jiff::Timestamp;
 use rstest::rstest;
 use serde_json::{Map, Value, json};
 
-const CHILD: &str = "A_CHILD_THAT_MEASURES_ITS_MEMORY";
+/// The variable with the kubeconfig of a child that measures its memory.
+const CHILD: &str = "KUBECONFIG_OF_A_CHILD_THAT_MEASURES_ITS_MEMORY";
 const CLASSES: usize = 60;
-/// The number of classes that are mounted before the measurement. The server in this process creates
-/// and drops each class, and after this many the holes that this leaves in the heap do not grow.
+/// The number of classes that are mounted before the measurement. After this many, the holes that a
+/// class leaves in the heap do not grow.
 const FIRST: usize = 40;
 /// The size of the large part of a class in bytes. An object of the API has at most 1.5 MiB.
 const LARGE: usize = 900 * 1024;
@@ -151,12 +152,16 @@ async fn mount(sync: &SecretSync, cluster: &Cluster, number: usize) -> Result<()
 #[case::secrets("secrets")]
 #[case::labels("labels")]
 fn sixty_large_classes(#[case] large: &'static str) {
-    if env::var_os(CHILD).is_none() {
-        // Runs the test in a process of its own, whose allocator returns free memory.
+    let dir = tempfile::tempdir().unwrap();
+    let Some(kubeconfig) = env::var_os(CHILD) else {
+        // Runs the test in a process of its own, without the API server, and with an allocator that
+        // returns free memory.
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let _server = runtime.block_on(start(dir.path(), large));
         let own = std::thread::current().name().unwrap().to_owned();
         let child = Command::new(env::current_exe().unwrap())
             .args(["--exact", &own, "--nocapture"])
-            .env(CHILD, "1")
+            .env(CHILD, dir.path().join("kubeconfig"))
             .env("MALLOC_ARENA_MAX", "1")
             .env("MALLOC_TRIM_THRESHOLD_", "0")
             .env("MALLOC_MMAP_THRESHOLD_", "65536")
@@ -169,13 +174,12 @@ fn sixty_large_classes(#[case] large: &'static str) {
             "{said}"
         );
         return;
-    }
+    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     runtime.unwrap().block_on(async {
-        let dir = tempfile::tempdir().unwrap();
-        let (_server, cluster) = start(dir.path(), large).await;
+        let cluster = Cluster::new(Some(kubeconfig.into()), "test", "node-1");
         let hour = Duration::from_secs(3600);
         let records = Records::open(dir.path().join("records")).unwrap();
         let tmpfs = Arc::new(Tmpfs::bounded_by(1));

@@ -232,6 +232,7 @@ async fn pods_that_have_ended_let_go() {
     sync.forget(&web.volume_id);
     api.requests();
     until("it is looked after", || api.count("/secrets/creds") > 0).await;
+    tokio::time::sleep(EVERY * 3).await;
     assert_eq!(api.owners(), ["rs"]);
     stop.cancel();
 }
@@ -293,7 +294,8 @@ async fn a_job_that_the_user_put_on_the_secret_stays() {
     sync.forget(&job.volume_id);
     api.requests();
     until("it is looked after", || api.count("/pods/job") > 0).await;
-    until("and again", || api.count("/secrets/creds") > 1).await;
+    api.requests();
+    until("and again", || api.count("/secrets/creds") > 2).await;
     assert_eq!(api.owners(), ["rs", "job"]);
     // A Secret that is not the driver's stays as it is, too.
     let theirs = json!({
