@@ -89,10 +89,7 @@ const EMBEDDED: Rooms = &[
             "processes",
         ],
     ),
-    (
-        "controllers",
-        &["control", "daemonsets", "kubelet", "processes"],
-    ),
+    ("controllers", &["daemonsets", "kubelet", "processes"]),
     ("daemonsets", &["kubelet", "processes"]),
     ("control", &["exchange", "namespaces", "processes"]),
     ("processes", &["namespaces"]),

@@ -127,11 +127,8 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proto::csi::ProbeResponse;
     use proto::csi::identity_server::{Identity, IdentityServer};
-    use proto::csi::{
-        GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest,
-        GetPluginInfoResponse, ProbeResponse,
-    };
     use rstest::rstest;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::{TcpStream, UnixListener};
@@ -200,18 +197,6 @@ mod tests {
 
     #[tonic::async_trait]
     impl Identity for FakeCsi {
-        async fn get_plugin_info(
-            &self,
-            _: Request<GetPluginInfoRequest>,
-        ) -> Result<Response<GetPluginInfoResponse>, Status> {
-            Err(Status::unimplemented(""))
-        }
-        async fn get_plugin_capabilities(
-            &self,
-            _: Request<GetPluginCapabilitiesRequest>,
-        ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
-            Err(Status::unimplemented(""))
-        }
         async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
             match self.0 {
                 Probed::Ready(ready) => Ok(Response::new(ProbeResponse { ready })),

@@ -12,17 +12,18 @@
 //!   render     objects and lists on the wire                  watch      changes on the wire
 //! objects      create, update, patch for every kind          deletion   delete for every kind
 //!   body       from a body to the stored form and back        admission  defaults and rules of built-in kinds
-//!   schema     rules of custom kinds                          patch      merge patch and apply
-//!   fields     sets of fields and their managers              selectors  labels and fields
+//!   schema     rules of custom kinds                          fields     sets of fields and their managers
+//!   selectors  labels and fields
 //! store        objects, revisions, histories                  collector  ownership and namespaces
 //! resources    the table of kinds                             status     refusals, field_error
 //! ```
 //!
-//! Differences from a real server: there is neither strategic merge patch nor JSON patch, CEL rules
-//! are not evaluated, definitions with `pattern` are refused, tables and `PartialObjectMetadata` are
-//! not rendered, lists of custom kinds are atomic whatever `x-kubernetes-list-type` says, lists are
-//! never cut into pages, periodic bookmarks are not sent, foreground deletion is background
-//! deletion, admission does not inject token volumes, and no controller runs for workloads.
+//! Differences from a real server: the only patch is the merge patch, CEL rules are not evaluated,
+//! definitions with `pattern` are refused, unknown fields are dropped whatever `fieldValidation` says,
+//! tables and `PartialObjectMetadata` are not rendered, no warnings are sent, managed fields
+//! have most lists as a whole, lists are never cut into pages, collections are not deleted as a whole,
+//! periodic bookmarks are not sent, every deletion is background deletion, ClusterRoles are not
+//! aggregated, admission does not inject token volumes, and no controller runs for workloads.
 
 mod admission;
 mod body;
@@ -33,7 +34,6 @@ mod field_error;
 mod fields;
 mod listener;
 mod objects;
-mod patch;
 mod rbac;
 mod render;
 mod request;
@@ -54,7 +54,7 @@ use std::{
     net::Ipv4Addr,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -73,7 +73,9 @@ use tokio::{
 };
 use tower::{Layer, service_fn};
 
-use body::{Target, UnknownFields, WriteOptions};
+use crate::lock;
+
+use body::{Target, WriteOptions};
 use listener::Certificates;
 use request::RequestInfo;
 use server::Server;
@@ -256,20 +258,12 @@ impl ApiServer {
     /// Returns every request so far that came by `pods.sock` or by [`ApiServer::kubeconfig`], whoever
     /// answered it; a watch counts when it begins.
     pub fn requests(&self) -> Vec<Request> {
-        self.server
-            .requests
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        lock(&self.server.requests).clone()
     }
 
     /// Forgets the requests so far.
     pub fn reset_requests(&self) {
-        self.server
-            .requests
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
+        lock(&self.server.requests).clear();
     }
 
     /// Disturbs the requests by `pods.sock` and by [`ApiServer::kubeconfig`] from now on.
@@ -281,8 +275,7 @@ impl ApiServer {
     /// [`ApiServer::kubeconfig`], unless its body is too large or broke off. It replaces an earlier
     /// one.
     pub fn intercept(&self, interceptor: impl Fn(&Call<'_>) -> Reaction + Send + Sync + 'static) {
-        let current = self.server.interceptor.lock();
-        *current.unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(interceptor));
+        *lock(&self.server.interceptor) = Some(Arc::new(interceptor));
     }
 
     /// Listens on a free port of the loopback, without TLS, and returns a kubeconfig for it. Its
@@ -384,12 +377,10 @@ fn bootstrap(store: &Store) -> Result<(), Error> {
         let options = WriteOptions {
             manager: fields::Manager {
                 name: "kube-apiserver".to_owned(),
-                apply: false,
                 api_version: target.resource.storage.clone(),
                 subresource: String::new(),
             },
             dry_run: false,
-            unknown_fields: UnknownFields::Refuse,
         };
         store
             .create(&target, object.clone(), &options)

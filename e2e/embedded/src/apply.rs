@@ -1,17 +1,17 @@
 //! Manifests: text with any number of YAML documents, put into an API server.
 
 use kube::ResourceExt;
-use kube::api::{Api, DynamicObject, Patch, PatchParams};
+use kube::api::{Api, DynamicObject, PostParams};
 use kube::discovery::{self, Scope};
 use serde_json::Value;
 
 use crate::error::{Error, Result, api_error};
 
-/// The owner of applied fields, the same as that of `kubectl apply --server-side`.
+/// The field manager of the objects.
 const MANAGER: &str = "kubectl";
 
-/// Applies every document of a manifest in its order, as `kubectl apply --server-side
-/// --force-conflicts` does. Objects that name no namespace go to the given one.
+/// Creates every object of a manifest in its order, or replaces the one that exists. Objects that
+/// name no namespace go to the given one.
 ///
 /// # Errors
 /// [`Error::Manifest`] for a document that is no object, [`Error::Api`] for what the server refuses.
@@ -55,9 +55,55 @@ async fn apply_object(
             Api::namespaced_with(client.clone(), &namespace, &resource)
         }
     };
-    let params = PatchParams::apply(MANAGER).force();
-    api_of_kind
-        .patch(&name, &params, &Patch::Apply(&object))
+    create_or_replace(&api_of_kind, object)
         .await
         .map_err(api_error(what))
+}
+
+async fn create_or_replace(
+    api: &Api<DynamicObject>,
+    mut object: DynamicObject,
+) -> kube::Result<DynamicObject> {
+    let name = object.name_any();
+    let params = PostParams {
+        field_manager: Some(MANAGER.to_owned()),
+        ..PostParams::default()
+    };
+    loop {
+        object.metadata.resource_version = None;
+        match api.create(&params, &object).await {
+            Err(kube::Error::Api(status)) if status.is_already_exists() => {}
+            created => return created,
+        }
+        let Some(existing) = api.get_opt(&name).await? else {
+            continue;
+        };
+        object.metadata.resource_version = existing.metadata.resource_version;
+        match api.replace(&name, &params, &object).await {
+            // It was written or deleted meanwhile.
+            Err(kube::Error::Api(status)) if status.is_conflict() || status.is_not_found() => {}
+            replaced => return replaced,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_object_is_created_and_then_replaced_as_a_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = crate::api::ApiServer::start(dir.path()).await.unwrap();
+        let class = |spec: &str| {
+            format!(
+                "{{apiVersion: storage.k8s.io/v1, kind: CSIDriver, metadata: {{name: d}}, spec: {spec}}}"
+            )
+        };
+        let both = format!("{}\n---\n{}", class("{podInfoOnMount: true}"), class("{}"));
+        let applied = apply(&server.client(), "default", &both).await.unwrap();
+        assert_eq!(applied[0].metadata.uid, applied[1].metadata.uid);
+        assert_eq!(applied[0].data["spec"]["podInfoOnMount"], true);
+        assert_eq!(applied[1].data["spec"]["podInfoOnMount"], false);
+    }
 }

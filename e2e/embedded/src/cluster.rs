@@ -117,17 +117,8 @@ impl Cluster {
             );
         }
         let mut controllers = JoinSet::new();
-        let controls = nodes
-            .iter()
-            .map(|(name, node)| (name.clone(), node.control.clone()))
-            .collect();
         controllers.spawn(controllers::schedule(client.clone(), names.clone()));
-        controllers.spawn(controllers::reconcile_workloads(client.clone()));
-        controllers.spawn(controllers::report_daemon_sets(
-            client,
-            controls,
-            options.programs.clone(),
-        ));
+        controllers.spawn(controllers::reconcile_workloads(client));
         let cluster = Self {
             nodes,
             _controllers: controllers,
@@ -313,12 +304,12 @@ impl Cluster {
             .list(&ListParams::default())
             .await
             .map_err(api_error("list DaemonSets".to_owned()))?;
-        let wanted: Vec<Container> = sets
+        let desired: Vec<Container> = sets
             .iter()
             .flat_map(|set| controllers::containers_of(set, name, &self.options.programs))
             .collect();
         loop {
-            let lacking = self.lacking(name, &wanted).await;
+            let lacking = self.lacking(name, &desired).await;
             let Some(lacking) = lacking else {
                 return Ok(());
             };
@@ -337,7 +328,7 @@ impl Cluster {
     }
 
     /// Returns the first thing that a node lacks.
-    async fn lacking(&self, node: &str, wanted: &[Container]) -> Option<String> {
+    async fn lacking(&self, node: &str, desired: &[Container]) -> Option<String> {
         let statuses = match self.containers(node).await {
             Ok(statuses) => statuses,
             Err(error) => return Some(error.to_string()),
@@ -346,7 +337,7 @@ impl Cluster {
         let Some(csi_node) = nodes.get_opt(node).await.ok().flatten() else {
             return Some("its CSINode".to_owned());
         };
-        for container in wanted {
+        for container in desired {
             let name = &container.name;
             let runs = |status: &Status| status.name == *name && status.pid.is_some();
             if !statuses.iter().any(runs) {
@@ -359,7 +350,7 @@ impl Cluster {
                 }
             }
         }
-        let drivers = wanted.iter().filter(|container| container.registers());
+        let drivers = desired.iter().filter(|container| container.registers());
         (csi_node.spec.drivers.len() < drivers.count())
             .then(|| "a driver in its CSINode".to_owned())
     }

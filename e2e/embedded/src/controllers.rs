@@ -1,5 +1,5 @@
-//! A scheduler and controllers for workloads: pods get a node, Deployments become ReplicaSets, these
-//! become pods, and the status of a DaemonSet says on how many nodes it runs.
+//! A scheduler and controllers for workloads: pods get a node, Deployments become ReplicaSets, and
+//! these become pods.
 //!
 //! The pods of a ReplicaSet are numbered, so that one is replaced only when the former pod of its
 //! name is gone. An old ReplicaSet is scaled to zero at once. The API server's own collector deletes
@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, ReplicaSetSpec};
 use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
 use kube::api::{Api, DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
@@ -23,12 +24,9 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
-use crate::control::{Command, Control};
-use crate::processes::{Container, Status};
+use crate::processes::Container;
 use crate::{daemonsets, kubelet};
 
-/// The interval at which the nodes are asked for their containers.
-const DAEMON_SET_PERIOD: Duration = Duration::from_millis(250);
 /// The pause after a failed write.
 const RETRY: Duration = Duration::from_millis(200);
 const TEMPLATE_HASH: &str = "pod-template-hash";
@@ -235,10 +233,21 @@ async fn report_deployment(
         "readyReplicas": ready,
         "availableReplicas": ready,
     }});
-    let api: Api<Deployment> =
-        Api::namespaced(client.clone(), &deployment.namespace().unwrap_or_default());
-    let (name, params) = (deployment.name_any(), PatchParams::default());
-    api.patch_status(&name, &params, &Patch::Merge(status))
+    write_status(client, deployment, status).await
+}
+
+/// Merges a status into that of an object.
+async fn write_status<K>(client: &kube::Client, object: &K, status: Value) -> kube::Result<()>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + std::fmt::Debug,
+{
+    let namespace = object.namespace().unwrap_or_default();
+    let (name, params) = (object.name_any(), PatchParams::default());
+    Api::<K>::namespaced(client.clone(), &namespace)
+        .patch_status(&name, &params, &Patch::Merge(status))
         .await
         .map(drop)
 }
@@ -259,17 +268,17 @@ async fn reconcile_set(
         .filter(|pod| owned_by(pod.as_ref(), set))
         .map(|pod| (pod.name_any(), pod))
         .collect();
-    let wanted: Vec<String> = (0..replicas)
+    let desired: Vec<String> = (0..replicas)
         .map(|number| format!("{}-{number}", set.name_any()))
         .collect();
-    for name in wanted.iter().filter(|name| !owned.contains_key(*name)) {
+    for name in desired.iter().filter(|name| !owned.contains_key(*name)) {
         if let Some(template) = &set.spec.template {
             api.create(&PostParams::default(), &pod_of(set, name, template))
                 .await?;
         }
     }
     for (name, pod) in &owned {
-        if !wanted.contains(name) && pod.metadata.deletion_timestamp.is_none() {
+        if !desired.contains(name) && pod.metadata.deletion_timestamp.is_none() {
             api.delete(name, &DeleteParams::default()).await?;
         }
     }
@@ -284,13 +293,7 @@ async fn reconcile_set(
             "readyReplicas": ready,
             "availableReplicas": ready,
         }});
-        let api: Api<ReplicaSet> = Api::namespaced(client.clone(), &namespace);
-        api.patch_status(
-            &set.name_any(),
-            &PatchParams::default(),
-            &Patch::Merge(status),
-        )
-        .await?;
+        write_status(client, set, status).await?;
     }
     Ok(())
 }
@@ -338,75 +341,4 @@ pub(crate) fn containers_of(
 ) -> Vec<Container> {
     // Every node logs why a set cannot run there.
     daemonsets::containers(set, node, programs, Path::new("/")).unwrap_or_default()
-}
-
-/// Writes into the status of each DaemonSet on how many nodes it runs.
-pub(crate) async fn report_daemon_sets(
-    client: kube::Client,
-    nodes: Vec<(String, Control)>,
-    programs: BTreeMap<String, PathBuf>,
-) {
-    let api: Api<DaemonSet> = Api::all(client.clone());
-    let mut written: BTreeMap<String, Value> = BTreeMap::new();
-    loop {
-        tokio::time::sleep(DAEMON_SET_PERIOD).await;
-        let Ok(sets) = api.list(&kube::api::ListParams::default()).await else {
-            continue;
-        };
-        let mut running = BTreeMap::new();
-        for (node, control) in &nodes {
-            // A node that does not answer runs nothing.
-            let statuses: Vec<Status> =
-                control.send(&Command::Containers).await.unwrap_or_default();
-            running.insert(node, statuses);
-        }
-        for set in sets {
-            let placed: Vec<_> = nodes
-                .iter()
-                .map(|(node, _)| (node, containers_of(&set, node, &programs)))
-                .filter(|(_, containers)| !containers.is_empty())
-                .collect();
-            let runs = |node: &&String, containers: &[Container]| {
-                let there = |wanted: &Container| {
-                    let statuses = &running[*node];
-                    statuses
-                        .iter()
-                        .any(|s| s.name == wanted.name && s.pid.is_some())
-                };
-                containers.iter().all(there)
-            };
-            let ready = placed
-                .iter()
-                .filter(|(node, containers)| runs(node, containers))
-                .count();
-            let status = json!({"status": {
-                "observedGeneration": set.metadata.generation,
-                "desiredNumberScheduled": placed.len(),
-                "currentNumberScheduled": placed.len(),
-                "updatedNumberScheduled": placed.len(),
-                "numberMisscheduled": 0,
-                "numberReady": ready,
-                "numberAvailable": ready,
-            }});
-            let uid = set.uid().unwrap_or_default();
-            if written.get(&uid) == Some(&status) {
-                continue;
-            }
-            let api: Api<DaemonSet> =
-                Api::namespaced(client.clone(), &set.namespace().unwrap_or_default());
-            match api
-                .patch_status(
-                    &set.name_any(),
-                    &PatchParams::default(),
-                    &Patch::Merge(&status),
-                )
-                .await
-            {
-                Ok(_) => {
-                    written.insert(uid, status);
-                }
-                Err(error) => tracing::warn!(set = set.name_any(), %error, "status not written"),
-            }
-        }
-    }
 }

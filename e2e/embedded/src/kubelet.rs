@@ -29,17 +29,17 @@ use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Node as NodeObject, Pod};
 use k8s_openapi::api::storage::v1::{CSIDriver, CSINode};
 use kube::ResourceExt;
-use kube::api::{Api, Patch, PatchParams};
+use kube::api::{Api, Patch, PatchParams, PostParams};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::reflector;
 use kube::runtime::watcher::{self, Event, watcher};
-use serde_json::json;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use pods::{Context, Desired};
-
-const MANAGER: &str = "kubelet";
 
 /// The settings of a kubelet.
 #[derive(Clone, Debug)]
@@ -80,7 +80,7 @@ pub(crate) fn target(root: &Path, uid: &str, volume: &str) -> PathBuf {
 /// When the node cannot be registered.
 pub(crate) async fn run(config: Config, client: kube::Client) -> kube::Result<()> {
     register(&config, &client).await?;
-    let (classes, writer) = reflector::store::<CSIDriver>();
+    let (csi_drivers, writer) = reflector::store::<CSIDriver>();
     let drivers = registration::Drivers::default();
     let registrar = registration::Registrar {
         client: client.clone(),
@@ -97,7 +97,7 @@ pub(crate) async fn run(config: Config, client: kube::Client) -> kube::Result<()
             name: config.node.clone(),
             root: config.root.clone(),
             drivers,
-            classes: classes.clone(),
+            csi_drivers: csi_drivers.clone(),
             csi_timeout: config.csi_timeout,
         },
         sync_period: config.sync_period,
@@ -110,7 +110,7 @@ pub(crate) async fn run(config: Config, client: kube::Client) -> kube::Result<()
     let cache = reflector::reflector(writer, stream.default_backoff()).for_each(async |_| {});
     let watch_pods = async {
         // The real kubelet starts no pod before its caches are filled, either.
-        if classes.wait_until_ready().await.is_ok() {
+        if csi_drivers.wait_until_ready().await.is_ok() {
             watch(context, client).await;
         }
     };
@@ -146,24 +146,29 @@ async fn register(config: &Config, client: &kube::Client) -> kube::Result<()> {
             "lastTransitionTime": now,
         }],
     }});
-    let apply = PatchParams::apply(MANAGER).force();
     let nodes: Api<NodeObject> = Api::all(client.clone());
-    nodes.patch(name, &apply, &Patch::Apply(&node)).await?;
+    create(&nodes, node).await?;
     nodes
         .patch_status(name, &PatchParams::default(), &Patch::Merge(&status))
         .await?;
     let csi_nodes: Api<CSINode> = Api::all(client.clone());
+    create(&csi_nodes, csi_node.clone()).await?;
     csi_nodes
-        .patch(name, &apply, &Patch::Apply(&csi_node))
-        .await?;
-    csi_nodes
-        .patch(
-            name,
-            &PatchParams::default(),
-            &Patch::Merge(json!({"spec": {"drivers": []}})),
-        )
+        .patch(name, &PatchParams::default(), &Patch::Merge(csi_node))
         .await?;
     Ok(())
+}
+
+/// Creates an object unless it exists.
+async fn create<K>(api: &Api<K>, object: Value) -> kube::Result<()>
+where
+    K: Clone + DeserializeOwned + std::fmt::Debug + Serialize,
+{
+    let object = serde_json::from_value(object).map_err(kube::Error::SerdeError)?;
+    match api.create(&PostParams::default(), &object).await {
+        Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
+        outcome => outcome.map(drop),
+    }
 }
 
 /// Runs one task for each pod, from its binding to this node until nothing of it is left.

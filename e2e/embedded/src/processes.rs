@@ -11,7 +11,7 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
@@ -208,12 +208,12 @@ pub(crate) struct Processes {
 #[derive(Debug)]
 struct Supervised {
     container: Container,
-    wanted: watch::Sender<Wanted>,
+    desired: watch::Sender<Desired>,
     status: watch::Receiver<Status>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wanted {
+enum Desired {
     Running,
     Stopped,
     /// The supervisor ends when its process has.
@@ -251,7 +251,7 @@ impl Processes {
         }
         self.remove(&container.name).await;
         let name = container.name.clone();
-        let (wanted, wanted_seen) = watch::channel(Wanted::Running);
+        let (desired, desired_seen) = watch::channel(Desired::Running);
         let first = Status {
             name: name.clone(),
             pid: None,
@@ -259,12 +259,12 @@ impl Processes {
         };
         let (status_set, status) = watch::channel(first);
         let log = self.log(&name);
-        tokio::spawn(supervise(container.clone(), log, wanted_seen, status_set));
+        tokio::spawn(supervise(container.clone(), log, desired_seen, status_set));
         self.lock().insert(
             name,
             Supervised {
                 container,
-                wanted,
+                desired,
                 status,
             },
         );
@@ -275,7 +275,7 @@ impl Processes {
         let Some(supervised) = self.lock().remove(name) else {
             return;
         };
-        supervised.wanted.send_replace(Wanted::Removed);
+        supervised.desired.send_replace(Desired::Removed);
         let mut status = supervised.status;
         // An error means that the supervisor is gone, and the process with it.
         let _ended = status.wait_for(|status| status.pid.is_none()).await;
@@ -284,13 +284,13 @@ impl Processes {
     /// Sends SIGTERM, and SIGKILL after the grace period; returns when the process is gone. It stays
     /// away until [`Processes::start`].
     pub(crate) async fn stop(&self, name: &str) -> Result<(), Error> {
-        self.want(name, Wanted::Stopped, |status| status.pid.is_none())
+        self.want(name, Desired::Stopped, |status| status.pid.is_none())
             .await
     }
 
     /// Starts a stopped container; returns when there is a process.
     pub(crate) async fn start(&self, name: &str) -> Result<(), Error> {
-        self.want(name, Wanted::Running, |status| status.pid.is_some())
+        self.want(name, Desired::Running, |status| status.pid.is_some())
             .await
     }
 
@@ -301,11 +301,11 @@ impl Processes {
             .borrow()
             .pid
             .ok_or_else(|| Error::NotRunning(name.to_owned()))?;
-        kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|error| self.system(name, &error))?;
+        kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|error| system(name, &error))?;
         status
             .wait_for(|status| status.pid != Some(pid))
             .await
-            .map_err(|error| self.system(name, &error))?;
+            .map_err(|error| system(name, &error))?;
         Ok(())
     }
 
@@ -325,22 +325,22 @@ impl Processes {
     async fn want(
         &self,
         name: &str,
-        wanted: Wanted,
+        desired: Desired,
         reached: fn(&Status) -> bool,
     ) -> Result<(), Error> {
         let (set, mut status) = self.find(name)?;
-        set.send_replace(wanted);
+        set.send_replace(desired);
         status
             .wait_for(reached)
             .await
-            .map_err(|error| self.system(name, &error))?;
+            .map_err(|error| system(name, &error))?;
         Ok(())
     }
 
-    fn find(&self, name: &str) -> Result<(watch::Sender<Wanted>, watch::Receiver<Status>), Error> {
+    fn find(&self, name: &str) -> Result<(watch::Sender<Desired>, watch::Receiver<Status>), Error> {
         let running = self.lock();
         match running.get(name) {
-            Some(supervised) => Ok((supervised.wanted.clone(), supervised.status.clone())),
+            Some(supervised) => Ok((supervised.desired.clone(), supervised.status.clone())),
             None => Err(Error::Unknown {
                 name: name.to_owned(),
                 there: running.keys().cloned().collect(),
@@ -348,34 +348,33 @@ impl Processes {
         }
     }
 
-    #[expect(clippy::unused_self, reason = "reads as part of the caller's sentence")]
-    fn system(&self, name: &str, reason: &dyn std::fmt::Display) -> Error {
-        Error::System {
-            name: name.to_owned(),
-            reason: reason.to_string(),
-        }
-    }
-
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Supervised>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+        crate::lock(&self.running)
+    }
+}
+
+fn system(name: &str, reason: &dyn std::fmt::Display) -> Error {
+    Error::System {
+        name: name.to_owned(),
+        reason: reason.to_string(),
     }
 }
 
 async fn supervise(
     container: Container,
     log: PathBuf,
-    mut wanted: watch::Receiver<Wanted>,
+    mut desired: watch::Receiver<Desired>,
     status: watch::Sender<Status>,
 ) {
     let mut pause = FIRST_PAUSE;
     loop {
         // An error here and below means that the other end is gone: the node ends.
-        match wanted
-            .wait_for(|wanted| *wanted != Wanted::Stopped)
+        match desired
+            .wait_for(|desired| *desired != Desired::Stopped)
             .await
-            .map(|wanted| *wanted)
+            .map(|desired| *desired)
         {
-            Ok(Wanted::Running) => {}
+            Ok(Desired::Running) => {}
             _ => return,
         }
         let started = tokio::time::Instant::now();
@@ -385,13 +384,13 @@ async fn supervise(
                 status.send_modify(|status| status.pid = pid);
                 tokio::select! {
                     exit = child.wait() => tracing::info!(container = container.name, ?exit, "exited"),
-                    () = no_more_wanted(&mut wanted) => terminate(&mut child, pid).await,
+                    () = no_longer_desired(&mut desired) => terminate(&mut child, pid).await,
                 }
                 status.send_modify(|status| status.pid = None);
             }
             Err(error) => tracing::error!(container = container.name, %error, "does not start"),
         }
-        if *wanted.borrow() != Wanted::Running {
+        if *desired.borrow() != Desired::Running {
             pause = FIRST_PAUSE;
             continue;
         }
@@ -401,15 +400,17 @@ async fn supervise(
         status.send_modify(|status| status.restarts += 1);
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
-            _ = wanted.changed() => {}
+            _ = desired.changed() => {}
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
 /// Returns when the container should no longer run, or when the node ends.
-async fn no_more_wanted(wanted: &mut watch::Receiver<Wanted>) {
-    let _seen = wanted.wait_for(|wanted| *wanted != Wanted::Running).await;
+async fn no_longer_desired(desired: &mut watch::Receiver<Desired>) {
+    let _seen = desired
+        .wait_for(|desired| *desired != Desired::Running)
+        .await;
 }
 
 async fn terminate(child: &mut tokio::process::Child, pid: Option<i32>) {

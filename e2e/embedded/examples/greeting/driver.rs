@@ -78,34 +78,6 @@ impl Node for Driver {
             ..NodeGetInfoResponse::default()
         }))
     }
-
-    async fn node_stage_volume(
-        &self,
-        _: Request<NodeStageVolumeRequest>,
-    ) -> Result<Response<NodeStageVolumeResponse>, Status> {
-        Err(Status::unimplemented("volumes are not staged"))
-    }
-
-    async fn node_unstage_volume(
-        &self,
-        _: Request<NodeUnstageVolumeRequest>,
-    ) -> Result<Response<NodeUnstageVolumeResponse>, Status> {
-        Err(Status::unimplemented("volumes are not staged"))
-    }
-
-    async fn node_get_volume_stats(
-        &self,
-        _: Request<NodeGetVolumeStatsRequest>,
-    ) -> Result<Response<NodeGetVolumeStatsResponse>, Status> {
-        Err(Status::unimplemented("there are no statistics"))
-    }
-
-    async fn node_expand_volume(
-        &self,
-        _: Request<NodeExpandVolumeRequest>,
-    ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
-        Err(Status::unimplemented("volumes do not grow"))
-    }
 }
 
 #[tonic::async_trait]

@@ -4,7 +4,13 @@
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::{Map, Value, json};
 
-use super::{field_error::FieldError, resources::Resource, status::Status, store::Store};
+use super::{
+    body::items,
+    field_error::{Errors, FieldError},
+    resources::Resource,
+    status::Status,
+    store::Store,
+};
 
 const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', \
      and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is \
@@ -133,7 +139,8 @@ fn fold_string_data(secret: &mut Value) {
 
 /// Returns everything that a real server refuses in this object, which replaces `old`.
 pub(super) fn errors(resource: &Resource, old: Option<&Value>, object: &Value) -> Vec<FieldError> {
-    let mut errors = metadata_errors(resource, object);
+    let mut errors = Errors::default();
+    metadata_errors(resource, object, &mut errors);
     match resource.qualified.as_str() {
         "secrets" => secret_errors(old, object, &mut errors),
         "pods"
@@ -150,11 +157,7 @@ pub(super) fn errors(resource: &Resource, old: Option<&Value>, object: &Value) -
             let own = object["metadata"]["namespace"].as_str().unwrap_or_default();
             if involved != own && !(involved.is_empty() && own == "default") {
                 let why = "does not match event.namespace";
-                errors.push(FieldError::invalid(
-                    "involvedObject.namespace",
-                    &json!(involved),
-                    why,
-                ));
+                errors.invalid("involvedObject.namespace", &json!(involved), why);
             }
         }
         "csidrivers.storage.k8s.io" => csi_driver_errors(old, &object["spec"], &mut errors),
@@ -162,28 +165,19 @@ pub(super) fn errors(resource: &Resource, old: Option<&Value>, object: &Value) -
         | "rolebindings.rbac.authorization.k8s.io"
             if old.is_some_and(|old| old["roleRef"] != object["roleRef"]) =>
         {
-            errors.push(FieldError::invalid(
-                "roleRef",
-                &object["roleRef"],
-                "cannot change roleRef",
-            ));
+            errors.invalid("roleRef", &object["roleRef"], "cannot change roleRef");
         }
         _ => {}
     }
-    errors
+    errors.0
 }
 
-fn metadata_errors(resource: &Resource, object: &Value) -> Vec<FieldError> {
-    let mut errors = Vec::new();
+fn metadata_errors(resource: &Resource, object: &Value, errors: &mut Errors) {
     let metadata = &object["metadata"];
     let name = metadata["name"].as_str().unwrap_or_default();
     if resource.group == "rbac.authorization.k8s.io" {
         if name.contains(['/', '%']) || matches!(name, "." | "..") {
-            errors.push(FieldError::invalid(
-                "metadata.name",
-                &metadata["name"],
-                "may not contain '/'",
-            ));
+            errors.invalid("metadata.name", &metadata["name"], "may not contain '/'");
         }
     } else {
         let (longest, rule, dots) = match resource.qualified.as_str() {
@@ -192,62 +186,41 @@ fn metadata_errors(resource: &Resource, object: &Value) -> Vec<FieldError> {
         };
         if name.len() > longest {
             let why = format!("must be no more than {longest} bytes");
-            errors.push(FieldError::invalid(
-                "metadata.name",
-                &metadata["name"],
-                &why,
-            ));
+            errors.invalid("metadata.name", &metadata["name"], &why);
         }
         let parts_fit = name.split('.').all(is_dns_label);
         if !parts_fit || (!dots && name.contains('.')) {
-            errors.push(FieldError::invalid(
-                "metadata.name",
-                &metadata["name"],
-                rule,
-            ));
+            errors.invalid("metadata.name", &metadata["name"], rule);
         }
     }
     for (key, value) in metadata["labels"].as_object().into_iter().flatten() {
-        check_key("metadata.labels", key, &mut errors);
+        check_key("metadata.labels", key, errors);
         let text = value.as_str().unwrap_or_default();
         if text.len() > 63 {
-            errors.push(FieldError::invalid(
-                "metadata.labels",
-                value,
-                "must be no more than 63 bytes",
-            ));
+            errors.invalid("metadata.labels", value, "must be no more than 63 bytes");
         }
         if !text.is_empty() && !is_qualified_part(text) {
-            errors.push(FieldError::invalid("metadata.labels", value, LABEL_VALUE));
+            errors.invalid("metadata.labels", value, LABEL_VALUE);
         }
     }
     for (key, _) in metadata["annotations"].as_object().into_iter().flatten() {
-        check_key("metadata.annotations", &key.to_lowercase(), &mut errors);
+        check_key("metadata.annotations", &key.to_lowercase(), errors);
     }
     let mut controllers = 0;
-    for (index, owner) in metadata["ownerReferences"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .enumerate()
-    {
+    for (index, owner) in items(&metadata["ownerReferences"]).enumerate() {
         for field in ["apiVersion", "kind", "name", "uid"] {
             if owner[field].as_str().is_none_or(str::is_empty) {
                 let path = format!("metadata.ownerReferences[{index}].{field}");
-                errors.push(FieldError::invalid(path, &json!(""), "must not be empty"));
+                errors.invalid(path, &json!(""), "must not be empty");
             }
         }
         controllers += u32::from(owner["controller"] == true);
     }
     if controllers > 1 {
         let why = "Only one reference can have Controller set to true";
-        errors.push(FieldError::invalid(
-            "metadata.ownerReferences",
-            &metadata["ownerReferences"],
-            why,
-        ));
+        let owners = &metadata["ownerReferences"];
+        errors.invalid("metadata.ownerReferences", owners, why);
     }
-    errors
 }
 
 fn is_dns_label(text: &str) -> bool {
@@ -266,25 +239,25 @@ fn is_qualified_part(text: &str) -> bool {
         && bytes.iter().all(|b| ends(b) || b"-_.".contains(b))
 }
 
-fn check_key(field: &str, key: &str, errors: &mut Vec<FieldError>) {
+fn check_key(field: &str, key: &str, errors: &mut Errors) {
     let (prefix, name) = match key.split_once('/') {
         Some((prefix, name)) => (Some(prefix), name),
         None => (None, key),
     };
     if prefix.is_some_and(|prefix| prefix.len() > 253 || !prefix.split('.').all(is_dns_label)) {
         let why = format!("prefix part {SUBDOMAIN}");
-        errors.push(FieldError::invalid(field, &json!(key), &why));
+        errors.invalid(field, &json!(key), &why);
     }
     if name.len() > 63 {
         let why = "name part must be no more than 63 bytes";
-        errors.push(FieldError::invalid(field, &json!(key), why));
+        errors.invalid(field, &json!(key), why);
     }
     if !is_qualified_part(name) {
-        errors.push(FieldError::invalid(field, &json!(key), QUALIFIED_NAME));
+        errors.invalid(field, &json!(key), QUALIFIED_NAME);
     }
 }
 
-fn secret_errors(old: Option<&Value>, secret: &Value, errors: &mut Vec<FieldError>) {
+fn secret_errors(old: Option<&Value>, secret: &Value, errors: &mut Errors) {
     let data = secret["data"].as_object();
     let mut size = 0;
     for (key, value) in data.into_iter().flatten() {
@@ -293,19 +266,11 @@ fn secret_errors(old: Option<&Value>, secret: &Value, errors: &mut Vec<FieldErro
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
         if !valid || matches!(key.as_str(), "." | "..") {
-            errors.push(FieldError::invalid(
-                format!("data[{key}]"),
-                &json!(key),
-                CONFIG_KEY,
-            ));
+            errors.invalid(format!("data[{key}]"), &json!(key), CONFIG_KEY);
         }
         if key.len() > 253 {
             let why = "must be no more than 253 bytes";
-            errors.push(FieldError::invalid(
-                format!("data[{key}]"),
-                &json!(key),
-                why,
-            ));
+            errors.invalid(format!("data[{key}]"), &json!(key), why);
         }
         let encoded = value.as_str().unwrap_or_default();
         size += encoded.len() / 4 * 3 - encoded.bytes().rev().take_while(|&b| b == b'=').count();
@@ -315,24 +280,15 @@ fn secret_errors(old: Option<&Value>, secret: &Value, errors: &mut Vec<FieldErro
     }
     if let Some(old) = old {
         if old["type"] != secret["type"] {
-            errors.push(FieldError::invalid(
-                "type",
-                &secret["type"],
-                "field is immutable",
-            ));
+            errors.invalid("type", &secret["type"], "field is immutable");
         }
         if old["immutable"] == true {
+            let why = "field is immutable when `immutable` is set";
             if secret["immutable"] != true {
-                errors.push(FieldError::forbidden(
-                    "immutable",
-                    "field is immutable when `immutable` is set",
-                ));
+                errors.push(FieldError::forbidden("immutable", why));
             }
             if old["data"] != secret["data"] {
-                errors.push(FieldError::forbidden(
-                    "data",
-                    "field is immutable when `immutable` is set",
-                ));
+                errors.push(FieldError::forbidden("data", why));
             }
         }
     }
@@ -347,14 +303,10 @@ fn secret_errors(old: Option<&Value>, secret: &Value, errors: &mut Vec<FieldErro
         }
         "kubernetes.io/service-account-token" => {
             let annotation = "kubernetes.io/service-account.name";
-            if secret["metadata"]["annotations"][annotation]
-                .as_str()
-                .is_none_or(str::is_empty)
-            {
-                errors.push(FieldError::required(
-                    format!("metadata.annotations[{annotation}]"),
-                    "",
-                ));
+            let account = secret["metadata"]["annotations"][annotation].as_str();
+            if account.is_none_or(str::is_empty) {
+                let path = format!("metadata.annotations[{annotation}]");
+                errors.push(FieldError::required(path, ""));
             }
             &[]
         }
@@ -367,60 +319,35 @@ fn secret_errors(old: Option<&Value>, secret: &Value, errors: &mut Vec<FieldErro
 
 /// Checks a CSIDriver as a real API server does: `ValidateCSIDriver` and `ValidateCSIDriverUpdate` in
 /// `pkg/apis/storage/validation/validation.go` of kubernetes/kubernetes.
-fn csi_driver_errors(old: Option<&Value>, spec: &Value, errors: &mut Vec<FieldError>) {
+fn csi_driver_errors(old: Option<&Value>, spec: &Value, errors: &mut Errors) {
     if let Some(old) = old {
         for field in ["attachRequired", "volumeLifecycleModes"] {
             if old["spec"][field] != spec[field] {
                 let path = format!("spec.{field}");
-                errors.push(FieldError::invalid(
-                    path,
-                    &spec[field],
-                    "field is immutable",
-                ));
+                errors.invalid(path, &spec[field], "field is immutable");
             }
         }
     }
-    let requests = spec["tokenRequests"]
-        .as_array()
-        .map_or(&[][..], Vec::as_slice);
     let mut audiences = Vec::new();
-    for (index, request) in requests.iter().enumerate() {
+    for (index, request) in items(&spec["tokenRequests"]).enumerate() {
         let path = format!("spec.tokenRequests[{index}]");
-        if audiences.contains(&&request["audience"]) {
-            errors.push(FieldError::duplicate(
-                &format!("{path}.audience"),
-                &request["audience"],
-            ));
+        let audience = &request["audience"];
+        if audiences.contains(&audience) {
+            errors.push(FieldError::duplicate(&format!("{path}.audience"), audience));
         }
-        audiences.push(&request["audience"]);
-        match request["expirationSeconds"].as_i64() {
-            Some(seconds) if seconds < 600 => {
-                let why = "may not specify a duration less than 10 minutes";
-                errors.push(FieldError::invalid(
-                    format!("{path}.expirationSeconds"),
-                    &json!(seconds),
-                    why,
-                ));
-            }
-            Some(seconds) if seconds > 1 << 32 => {
-                let why = "may not specify a duration larger than 2^32 seconds";
-                errors.push(FieldError::invalid(
-                    format!("{path}.expirationSeconds"),
-                    &json!(seconds),
-                    why,
-                ));
-            }
-            _ => {}
-        }
+        audiences.push(audience);
+        let seconds = &request["expirationSeconds"];
+        let why = match seconds.as_i64() {
+            Some(..600) => "may not specify a duration less than 10 minutes",
+            Some(0x1_0000_0001..) => "may not specify a duration larger than 2^32 seconds",
+            _ => continue,
+        };
+        errors.invalid(format!("{path}.expirationSeconds"), seconds, why);
     }
-    if !spec["serviceAccountTokenInSecrets"].is_null() && requests.is_empty() {
+    let in_secrets = &spec["serviceAccountTokenInSecrets"];
+    if !in_secrets.is_null() && audiences.is_empty() {
         let why = "serviceAccountTokenInSecrets may only be set when tokenRequests is specified";
-        let value = &spec["serviceAccountTokenInSecrets"];
-        errors.push(FieldError::invalid(
-            "spec.serviceAccountTokenInSecrets",
-            value,
-            why,
-        ));
+        errors.invalid("spec.serviceAccountTokenInSecrets", in_secrets, why);
     }
 }
 

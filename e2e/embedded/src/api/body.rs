@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{
-    fields::{Layout, Manager},
+    fields::Manager,
     resources::{Resource, Version},
     status::Status,
     store::ObjectKey,
@@ -32,15 +32,6 @@ pub(super) struct Target {
 pub(super) struct WriteOptions {
     pub(super) manager: Manager,
     pub(super) dry_run: bool,
-    pub(super) unknown_fields: UnknownFields,
-}
-
-/// The treatment of fields that the schema does not contain. They are dropped in any case.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum UnknownFields {
-    Ignore,
-    Warn,
-    Refuse,
 }
 
 impl Target {
@@ -72,12 +63,6 @@ impl Target {
         self.resource.version(&self.version)
     }
 
-    pub(super) fn layout(&self) -> Layout {
-        Layout {
-            built_in: self.resource.built_in_row().is_some(),
-        }
-    }
-
     pub(super) fn has_status(&self) -> bool {
         self.served().is_some_and(|version| version.status)
     }
@@ -87,17 +72,17 @@ impl Target {
     }
 }
 
+/// Returns the items of a list; none for any other value.
+pub(super) fn items(list: &Value) -> impl Iterator<Item = &Value> {
+    list.as_array().into_iter().flatten()
+}
+
 /// Reads a body as an object of the target's kind: completes its identity from the path, checks types
 /// and drops unknown fields. Defaults are not filled in.
 ///
 /// # Errors
 /// Returns 400 for a body that is not an object of this kind, namespace and name.
-pub(super) fn read(
-    target: &Target,
-    mut object: Value,
-    unknown_fields: UnknownFields,
-    warnings: &mut Vec<String>,
-) -> Result<Value, Status> {
+pub(super) fn read(target: &Target, mut object: Value) -> Result<Value, Status> {
     complete_identity(target, &mut object)?;
     if let Some(row) = target.resource.built_in_row() {
         return (row.decode)(&object).map_err(|error| {
@@ -109,20 +94,7 @@ pub(super) fn read(
     let metadata = ObjectMeta::deserialize(&object["metadata"]).and_then(serde_json::to_value);
     object["metadata"] = metadata.map_err(|error| undecodable(&error.to_string()))?;
     if let Some(schema) = target.served().and_then(|version| version.schema.as_ref()) {
-        let dropped = schema.prune(&mut object);
-        let texts = dropped.iter().map(|path| format!("unknown field {path:?}"));
-        match unknown_fields {
-            UnknownFields::Ignore => {}
-            UnknownFields::Warn => warnings.extend(texts),
-            UnknownFields::Refuse if dropped.is_empty() => {}
-            UnknownFields::Refuse => {
-                let texts: Vec<String> = texts.collect();
-                return Err(undecodable(&format!(
-                    "strict decoding error: {}",
-                    texts.join(", ")
-                )));
-            }
-        }
+        schema.prune(&mut object);
     }
     Ok(object)
 }

@@ -1,7 +1,7 @@
 //! The garbage collector and the namespace controller: objects whose owners are all gone are deleted,
 //! and a namespace that is being deleted is emptied and then removed.
 //!
-//! `propagationPolicy: Foreground` is treated as `Background`.
+//! `propagationPolicy` is treated as `Background`, whatever it says.
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,4 +1,4 @@
-//! The verb `delete`: preconditions, grace of pods, finalizers, orphans, collections and kinds.
+//! The verb `delete`: preconditions, grace of pods, finalizers and kinds.
 
 use std::sync::Arc;
 
@@ -10,7 +10,6 @@ use super::{
     fields::time_text,
     objects::{has_finalizers, text},
     resources::Resource,
-    selectors::Selector,
     status::Status,
     store::{ObjectKey, Store},
 };
@@ -21,7 +20,6 @@ pub(super) struct DeleteOptions {
     pub(super) grace_period: Option<u64>,
     pub(super) uid: Option<String>,
     pub(super) resource_version: Option<String>,
-    pub(super) orphan: bool,
     pub(super) dry_run: bool,
 }
 
@@ -56,9 +54,6 @@ impl Store {
                     gone: waiting.is_none(),
                 });
             }
-            if options.orphan {
-                self.orphan(text(&current, "uid"));
-            }
             let gone = waiting.is_none();
             let object = match waiting {
                 Some(waiting) if waiting == *current => Ok(current),
@@ -70,38 +65,6 @@ impl Store {
                 self.delete_kind(&target.name);
             }
             return Ok(Deleted { object, gone });
-        }
-    }
-
-    /// Deletes every matching object of a collection.
-    pub(super) fn delete_collection(
-        &self,
-        target: &Target,
-        selector: &Selector,
-        options: &DeleteOptions,
-    ) -> Result<Vec<Arc<Value>>, Status> {
-        let namespace = (!target.namespace.is_empty()).then_some(target.namespace.as_str());
-        let (_, objects) = self.list(&target.resource.qualified, namespace);
-        let mut deleted = Vec::new();
-        for object in objects.iter().filter(|object| selector.matches(object)) {
-            let each = Target::of(
-                target.resource.clone(),
-                text(object, "namespace"),
-                text(object, "name"),
-            );
-            match self.delete(&each, options) {
-                Ok(done) => deleted.push(done.object),
-                Err(status) if status.code == 404 => {}
-                Err(status) => return Err(status),
-            }
-        }
-        Ok(deleted)
-    }
-
-    /// Removes an owner from the references of all objects.
-    fn orphan(&self, uid: &str) {
-        for key in self.dependents(uid) {
-            self.retain_owners(&key, |reference| reference["uid"] != uid);
         }
     }
 

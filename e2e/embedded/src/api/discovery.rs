@@ -1,11 +1,11 @@
 //! Discovery documents: version, groups, resources.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
 use super::{
-    resources::{Resource, Version, api_version, priority},
+    resources::{Resource, Version, api_version, preference},
     store::Store,
 };
 
@@ -62,7 +62,7 @@ fn groups(store: &Store) -> BTreeMap<String, Vec<String>> {
                 versions.push(version.name.clone());
             }
         }
-        versions.sort_by_key(|version| std::cmp::Reverse(priority(version)));
+        versions.sort_by_cached_key(|version| preference(version));
     }
     groups
 }
@@ -76,23 +76,17 @@ fn group(name: &str, versions: &[String]) -> Value {
 }
 
 fn resource_list(store: &Store, group: &str, version: &str) -> Option<Value> {
-    let served: Vec<Arc<Resource>> = store
-        .resources()
-        .into_iter()
-        .filter(|resource| resource.group == group && resource.version(version).is_some())
-        .collect();
-    if served.is_empty() {
+    let mut resources = Vec::new();
+    for resource in store.resources() {
+        if resource.group == group
+            && let Some(version) = resource.version(version)
+        {
+            resources.extend(entries(&resource, version));
+        }
+    }
+    if resources.is_empty() {
         return None;
     }
-    let resources: Vec<Value> = served
-        .iter()
-        .filter_map(|resource| {
-            resource
-                .version(version)
-                .map(|version| entries(resource, version))
-        })
-        .flatten()
-        .collect();
     Some(json!({
         "kind": "APIResourceList",
         "apiVersion": "v1",
@@ -108,7 +102,7 @@ fn entries(resource: &Resource, version: &Version) -> Vec<Value> {
         "singularName": resource.singular,
         "namespaced": resource.namespaced,
         "kind": resource.kind,
-        "verbs": ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"],
+        "verbs": ["create", "delete", "get", "list", "patch", "update", "watch"],
     });
     if !resource.short_names.is_empty() {
         whole["shortNames"] = json!(resource.short_names);

@@ -2,6 +2,21 @@
 
 use serde_json::Value;
 
+/// The errors of an object.
+#[derive(Default)]
+pub(super) struct Errors(pub(super) Vec<FieldError>);
+
+impl Errors {
+    pub(super) fn push(&mut self, error: FieldError) {
+        self.0.push(error);
+    }
+
+    /// Adds the error of a value.
+    pub(super) fn invalid(&mut self, field: impl Into<String>, value: &Value, why: &str) {
+        self.push(FieldError::invalid(field, value, why));
+    }
+}
+
 /// The error of one field of an invalid object.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct FieldError {
@@ -34,12 +49,12 @@ impl FieldError {
     }
 
     /// Returns the error of a value whose JSON type is `found`.
-    pub(super) fn wrong_type(field: &str, found: &str, wanted: &str) -> FieldError {
+    pub(super) fn wrong_type(field: &str, found: &str, expected: &str) -> FieldError {
         FieldError {
             field: field.to_owned(),
             reason: "FieldValueTypeInvalid",
             message: format!(
-                "Invalid value: \"{found}\": {field} in body must be of type {wanted}: \"{found}\""
+                "Invalid value: \"{found}\": {field} in body must be of type {expected}: \"{found}\""
             ),
         }
     }
@@ -72,7 +87,7 @@ impl FieldError {
         }
     }
 
-    pub(super) fn too_long(field: &str, bytes: usize) -> FieldError {
+    pub(super) fn too_long(field: &str, bytes: impl std::fmt::Display) -> FieldError {
         FieldError {
             field: field.to_owned(),
             reason: "FieldValueTooLong",

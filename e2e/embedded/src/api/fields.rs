@@ -1,16 +1,17 @@
 //! Sets of fields, as in `metadata.managedFields` (`FieldsV1`), and their managers.
 //!
-//! In contrast to a real server, the type of a list is known by field name, for built-in kinds and
-//! for `metadata` of every kind. All other lists are owned as a whole.
+//! In contrast to a real server, all lists but owner references and finalizers are owned as a whole.
 
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
+use super::body::items;
+
 /// The identity of a list's items.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum ListKind {
+enum ListKind {
     /// There is none: the list is replaced as a whole.
     Atomic,
     /// Items are identified by their value.
@@ -19,36 +20,18 @@ pub(super) enum ListKind {
     Map(&'static str),
 }
 
-/// The kinds of the lists of an object.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Layout {
-    pub(super) built_in: bool,
-}
-
-impl Layout {
-    pub(super) fn list(self, field: &str) -> ListKind {
-        match field {
-            "ownerReferences" => ListKind::Map("uid"),
-            "finalizers" => ListKind::Set,
-            _ if !self.built_in => ListKind::Atomic,
-            "conditions" | "addresses" => ListKind::Map("type"),
-            "containers"
-            | "initContainers"
-            | "ephemeralContainers"
-            | "volumes"
-            | "env"
-            | "imagePullSecrets"
-            | "drivers" => ListKind::Map("name"),
-            "volumeMounts" => ListKind::Map("mountPath"),
-            "ports" => ListKind::Map("containerPort"),
-            _ => ListKind::Atomic,
-        }
+/// Returns the kind of a list by the name of its field.
+fn list_kind(field: &str) -> ListKind {
+    match field {
+        "ownerReferences" => ListKind::Map("uid"),
+        "finalizers" => ListKind::Set,
+        _ => ListKind::Atomic,
     }
 }
 
 /// A set of fields. A node that is itself in the set may have children that are in it too.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Fields {
+struct Fields {
     owned: bool,
     children: BTreeMap<String, Fields>,
 }
@@ -76,21 +59,21 @@ impl Fields {
         }
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    fn is_empty(&self) -> bool {
         !self.owned && self.children.is_empty()
     }
 
     /// Returns all fields of a whole object that can have an owner.
-    pub(super) fn of_object(object: &Value, layout: Layout) -> Fields {
-        ownable(Fields::changed(None, object, "", layout))
+    fn of_object(object: &Value) -> Fields {
+        ownable(Fields::changed(None, object, ""))
     }
 
     /// Returns the fields of `new` that `old` lacks or has with another value.
-    pub(super) fn changed_in_object(old: &Value, new: &Value, layout: Layout) -> Fields {
-        ownable(Fields::changed(Some(old), new, "", layout))
+    fn changed_in_object(old: &Value, new: &Value) -> Fields {
+        ownable(Fields::changed(Some(old), new, ""))
     }
 
-    fn changed(old: Option<&Value>, new: &Value, field: &str, layout: Layout) -> Fields {
+    fn changed(old: Option<&Value>, new: &Value, field: &str) -> Fields {
         let mut set = Fields::default();
         if old == Some(new) {
             return set;
@@ -99,20 +82,17 @@ impl Fields {
             Value::Object(entries) if !entries.is_empty() && old.is_none_or(Value::is_object) => {
                 for (name, value) in entries {
                     let before = old.and_then(|old| old.get(name));
-                    set.add(
-                        format!("f:{name}"),
-                        Fields::changed(before, value, name, layout),
-                    );
+                    set.add(format!("f:{name}"), Fields::changed(before, value, name));
                 }
             }
-            Value::Array(items) if !items.is_empty() && layout.list(field) != ListKind::Atomic => {
+            Value::Array(items) if !items.is_empty() && list_kind(field) != ListKind::Atomic => {
                 for item in items {
-                    let Some(element) = element(item, layout.list(field)) else {
+                    let Some(element) = element(item, list_kind(field)) else {
                         return Fields::leaf();
                     };
                     let before = old.and_then(|old| find(old, &element));
                     let mut inner = match item {
-                        Value::Object(_) => Fields::changed(before, item, "", layout),
+                        Value::Object(_) => Fields::changed(before, item, ""),
                         _ => Fields::default(),
                     };
                     inner.owned = before.is_none();
@@ -130,7 +110,7 @@ impl Fields {
         }
     }
 
-    pub(super) fn minus(&self, other: &Fields) -> Fields {
+    fn minus(&self, other: &Fields) -> Fields {
         let mut rest = Fields {
             owned: self.owned && !other.owned,
             children: BTreeMap::new(),
@@ -145,7 +125,7 @@ impl Fields {
         rest
     }
 
-    pub(super) fn plus(&mut self, other: &Fields) {
+    fn plus(&mut self, other: &Fields) {
         self.owned |= other.owned;
         for (element, child) in &other.children {
             self.children
@@ -155,92 +135,7 @@ impl Fields {
         }
     }
 
-    /// Returns the fields of both sets whose values differ in `config` and `live`.
-    pub(super) fn contested(&self, other: &Fields, live: &Value, config: &Value) -> Fields {
-        let mut found = Fields::default();
-        if self.owned
-            && other.owned
-            && (self.children.is_empty() || other.children.is_empty())
-            && live != config
-        {
-            found.owned = true;
-        }
-        for (element, child) in &self.children {
-            if let Some(other) = other.children.get(element) {
-                let at = |value| find(value, element).unwrap_or(&Value::Null);
-                found.add(
-                    element.clone(),
-                    child.contested(other, at(live), at(config)),
-                );
-            }
-        }
-        found
-    }
-
-    /// Removes these fields from `value`, and the containers that are empty then.
-    pub(super) fn remove_from(&self, value: &mut Value) {
-        for (element, child) in &self.children {
-            let whole = child.children.is_empty() || (child.owned && element.starts_with("k:"));
-            match value {
-                Value::Object(entries) => {
-                    let Some(name) = element.strip_prefix("f:") else {
-                        continue;
-                    };
-                    let Some(inner) = entries.get_mut(name) else {
-                        continue;
-                    };
-                    if !whole {
-                        child.remove_from(inner);
-                    }
-                    if whole || is_empty_container(inner) {
-                        entries.remove(name);
-                    }
-                }
-                Value::Array(items) => {
-                    let Some(index) = position(items, element) else {
-                        continue;
-                    };
-                    if whole {
-                        items.remove(index);
-                    } else {
-                        child.remove_from(&mut items[index]);
-                    }
-                }
-                _ => {}
-            }
-        }
-    }
-
-    /// Returns the paths as in messages: `.spec.driver`, `.metadata.ownerReferences[uid="..."]`.
-    pub(super) fn paths(&self) -> Vec<String> {
-        let mut paths = Vec::new();
-        self.collect_paths("", &mut paths);
-        paths
-    }
-
-    fn collect_paths(&self, prefix: &str, paths: &mut Vec<String>) {
-        if self.owned {
-            paths.push(prefix.to_owned());
-        }
-        for (element, child) in &self.children {
-            let path = match element.split_once(':') {
-                Some(("f", name)) => format!("{prefix}.{name}"),
-                Some(("v", value)) => format!("{prefix}[={value}]"),
-                Some(("k", key)) => {
-                    let key: Map<String, Value> = serde_json::from_str(key).unwrap_or_default();
-                    let parts: Vec<String> = key
-                        .iter()
-                        .map(|(name, value)| format!("{name}={value}"))
-                        .collect();
-                    format!("{prefix}[{}]", parts.join(","))
-                }
-                _ => prefix.to_owned(),
-            };
-            child.collect_paths(&path, paths);
-        }
-    }
-
-    pub(super) fn to_value(&self) -> Value {
+    fn to_value(&self) -> Value {
         let mut map = Map::new();
         if self.owned && !self.children.is_empty() {
             map.insert(".".to_owned(), json!({}));
@@ -251,7 +146,7 @@ impl Fields {
         Value::Object(map)
     }
 
-    pub(super) fn from_value(value: &Value) -> Fields {
+    fn from_value(value: &Value) -> Fields {
         let mut set = Fields::node(value);
         set.owned = false;
         set
@@ -287,7 +182,7 @@ fn ownable(mut set: Fields) -> Fields {
 }
 
 /// Returns the path element of a list's item, if the item has its key.
-pub(super) fn element(item: &Value, kind: ListKind) -> Option<String> {
+fn element(item: &Value, kind: ListKind) -> Option<String> {
     match kind {
         ListKind::Atomic => None,
         ListKind::Set => Some(format!("v:{item}")),
@@ -298,12 +193,12 @@ pub(super) fn element(item: &Value, kind: ListKind) -> Option<String> {
 }
 
 /// Returns the index of a list's item by its path element.
-pub(super) fn position(items: &[Value], element: &str) -> Option<usize> {
+fn position(items: &[Value], element: &str) -> Option<usize> {
     let (kind, text) = element.split_once(':')?;
-    let wanted: Value = serde_json::from_str(text).ok()?;
+    let expected: Value = serde_json::from_str(text).ok()?;
     items.iter().position(|item| match kind {
-        "v" => *item == wanted,
-        "k" => wanted.as_object().is_some_and(|key| {
+        "v" => *item == expected,
+        "k" => expected.as_object().is_some_and(|key| {
             key.iter()
                 .all(|(name, value)| item.get(name) == Some(value))
         }),
@@ -319,20 +214,13 @@ fn find<'a>(value: &'a Value, element: &str) -> Option<&'a Value> {
     }
 }
 
-fn is_empty_container(value: &Value) -> bool {
-    match value {
-        Value::Object(entries) => entries.is_empty(),
-        Value::Array(items) => items.is_empty(),
-        _ => false,
-    }
-}
+/// The operation of every write but server-side apply.
+const UPDATE: &str = "Update";
 
 /// A field manager.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Manager {
     pub(super) name: String,
-    /// Whether it writes by server-side apply.
-    pub(super) apply: bool,
     /// `apiVersion` of the request.
     pub(super) api_version: String,
     /// Empty for the object itself.
@@ -340,43 +228,27 @@ pub(super) struct Manager {
 }
 
 /// One entry of `metadata.managedFields`.
-#[derive(Debug, Clone)]
-pub(super) struct Ownership {
-    pub(super) manager: Manager,
-    pub(super) fields: Fields,
+struct Ownership {
+    manager: Manager,
+    /// `Update`, or `Apply`, which this server preserves and never writes itself.
+    operation: String,
+    fields: Fields,
     time: String,
-}
-
-impl Manager {
-    /// Returns the manager as in messages. `time` is that of its entry.
-    pub(super) fn described(&self, time: &str) -> String {
-        let mut text = format!("{:?}", self.name);
-        if !self.subresource.is_empty() {
-            text = format!("{text} with subresource {:?}", self.subresource);
-        }
-        if !self.apply {
-            text = format!("{text} using {} at {time}", self.api_version);
-        }
-        text
-    }
 }
 
 impl Ownership {
     /// Reads an object's entries.
-    pub(super) fn read(object: &Value) -> Vec<Ownership> {
-        let entries = object["metadata"]["managedFields"].as_array();
-        entries
-            .into_iter()
-            .flatten()
+    fn read(object: &Value) -> Vec<Ownership> {
+        items(&object["metadata"]["managedFields"])
             .map(|entry| {
                 let text = |name: &str| entry[name].as_str().unwrap_or_default().to_owned();
                 Ownership {
                     manager: Manager {
                         name: text("manager"),
-                        apply: entry["operation"] == "Apply",
                         api_version: text("apiVersion"),
                         subresource: text("subresource"),
                     },
+                    operation: text("operation"),
                     fields: Fields::from_value(&entry["fieldsV1"]),
                     time: text("time"),
                 }
@@ -385,7 +257,7 @@ impl Ownership {
     }
 
     /// Writes the entries into the object; entries without fields vanish.
-    pub(super) fn write(entries: &[Ownership], object: &mut Value) {
+    fn write(entries: &[Ownership], object: &mut Value) {
         let list: Vec<Value> = entries
             .iter()
             .filter(|entry| !entry.fields.is_empty())
@@ -393,7 +265,7 @@ impl Ownership {
                 let manager = &entry.manager;
                 let mut value = json!({
                     "manager": manager.name,
-                    "operation": if manager.apply { "Apply" } else { "Update" },
+                    "operation": entry.operation,
                     "apiVersion": manager.api_version,
                     "time": entry.time,
                     "fieldsType": "FieldsV1",
@@ -413,66 +285,40 @@ impl Ownership {
             object["metadata"]["managedFields"] = Value::Array(list);
         }
     }
-
-    /// Sets the fields of a manager after a write. The time changes only when the fields do.
-    pub(super) fn set(entries: &mut Vec<Ownership>, manager: &Manager, fields: Fields) {
-        let same = |entry: &&mut Ownership| {
-            entry.manager.name == manager.name
-                && entry.manager.apply == manager.apply
-                && entry.manager.subresource == manager.subresource
-        };
-        match entries.iter_mut().find(same) {
-            Some(entry) if entry.fields == fields => {
-                entry.manager.api_version.clone_from(&manager.api_version)
-            }
-            Some(entry) => {
-                entry.fields = fields;
-                entry.manager.api_version.clone_from(&manager.api_version);
-                entry.time = now();
-            }
-            None => entries.push(Ownership {
-                manager: manager.clone(),
-                fields,
-                time: now(),
-            }),
-        }
-    }
-
-    pub(super) fn described(&self) -> String {
-        self.manager.described(&self.time)
-    }
 }
 
 /// Records in `new` that `manager` changed `old` into it by a create, update or patch.
-pub(super) fn track_update(
-    old: Option<&Value>,
-    new: &mut Value,
-    manager: &Manager,
-    layout: Layout,
-) {
+pub(super) fn track_update(old: Option<&Value>, new: &mut Value, manager: &Manager) {
     let mut entries = old.map(Ownership::read).unwrap_or_default();
     let (changed, gone) = match old {
-        None => (Fields::of_object(new, layout), Fields::default()),
+        None => (Fields::of_object(new), Fields::default()),
         Some(old) => (
-            Fields::changed_in_object(old, new, layout),
-            Fields::of_object(old, layout).minus(&Fields::of_object(new, layout)),
+            Fields::changed_in_object(old, new),
+            Fields::of_object(old).minus(&Fields::of_object(new)),
         ),
     };
     if !changed.is_empty() || !gone.is_empty() {
         for entry in &mut entries {
             entry.fields = entry.fields.minus(&changed).minus(&gone);
         }
-        let mut own = entries
-            .iter()
-            .find(|entry| {
-                !entry.manager.apply
-                    && entry.manager.name == manager.name
-                    && entry.manager.subresource == manager.subresource
-            })
-            .map(|entry| entry.fields.clone())
-            .unwrap_or_default();
-        own.plus(&changed);
-        Ownership::set(&mut entries, manager, own);
+        let own = entries.iter_mut().find(|entry| {
+            entry.operation == UPDATE
+                && entry.manager.name == manager.name
+                && entry.manager.subresource == manager.subresource
+        });
+        match own {
+            Some(own) => {
+                own.fields.plus(&changed);
+                own.manager.api_version.clone_from(&manager.api_version);
+                own.time = now();
+            }
+            None => entries.push(Ownership {
+                manager: manager.clone(),
+                operation: UPDATE.to_owned(),
+                fields: changed,
+                time: now(),
+            }),
+        }
     }
     Ownership::write(&entries, new);
 }
@@ -491,8 +337,6 @@ pub(super) fn time_text(time: Timestamp) -> String {
 mod tests {
     use super::*;
 
-    const CUSTOM: Layout = Layout { built_in: false };
-
     #[test]
     fn fields_are_written_as_a_real_server_writes_them() {
         let object = json!({
@@ -502,7 +346,7 @@ mod tests {
             "data": {"k": "djE="},
             "list": [1, 2],
         });
-        let fields = Fields::of_object(&object, CUSTOM);
+        let fields = Fields::of_object(&object);
         let written = fields.to_value();
         assert_eq!(
             written,
@@ -523,23 +367,22 @@ mod tests {
     fn a_changed_field_changes_hands() {
         let manager = |name: &str| Manager {
             name: name.to_owned(),
-            apply: false,
             api_version: "v1".to_owned(),
             subresource: String::new(),
         };
         let mut first = json!({"metadata": {}, "data": {"a": "1", "b": "1", "c": "1"}});
-        track_update(None, &mut first, &manager("one"), CUSTOM);
+        track_update(None, &mut first, &manager("one"));
         let mut second = json!({"metadata": {}, "data": {"a": "2", "b": "1"}});
-        track_update(Some(&first), &mut second, &manager("two"), CUSTOM);
+        track_update(Some(&first), &mut second, &manager("two"));
         let owners: Vec<_> = Ownership::read(&second)
             .into_iter()
-            .map(|entry| (entry.manager.name, entry.fields.paths()))
+            .map(|entry| (entry.manager.name, entry.fields.to_value()))
             .collect();
         assert_eq!(
             owners,
             [
-                ("one".to_owned(), vec![".data.b".to_owned()]),
-                ("two".to_owned(), vec![".data.a".to_owned()])
+                ("one".to_owned(), json!({"f:data": {"f:b": {}}})),
+                ("two".to_owned(), json!({"f:data": {"f:a": {}}})),
             ]
         );
     }

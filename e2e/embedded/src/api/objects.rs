@@ -10,39 +10,13 @@ use serde_json::{Value, json};
 
 use super::{
     admission,
-    body::{self, Target, WriteOptions},
+    body::{self, Target, WriteOptions, items},
     field_error::FieldError,
     fields::{now, track_update},
-    patch,
     resources::Resource,
     status::Status,
     store::{ObjectKey, Raced, Store},
 };
-
-/// The outcome of a write.
-pub(super) struct Written {
-    pub(super) object: Arc<Value>,
-    pub(super) created: bool,
-    pub(super) warnings: Vec<String>,
-}
-
-/// The body of a patch request, by its content type.
-pub(super) enum Patch {
-    Merge(Value),
-    /// Server-side apply; `force` takes fields from other managers.
-    Apply {
-        config: Value,
-        force: bool,
-    },
-}
-
-/// The way in which a write determines the managers of fields.
-enum Ownership {
-    /// Changed fields go to the manager of the request.
-    Track,
-    /// The object contains them already.
-    Written,
-}
 
 /// Metadata that only the server writes.
 const SERVER_METADATA: &[&str] = &[
@@ -63,28 +37,12 @@ impl Store {
         target: &Target,
         body: Value,
         options: &WriteOptions,
-    ) -> Result<Written, Status> {
-        let mut warnings = Vec::new();
-        let mut object = body::read(target, body, options.unknown_fields, &mut warnings)?;
+    ) -> Result<Arc<Value>, Status> {
+        let mut object = body::read(target, body)?;
         if text(&object, "name").is_empty() && !text(&object, "generateName").is_empty() {
             let generated = format!("{}{}", text(&object, "generateName"), random_suffix());
             object["metadata"]["name"] = json!(generated);
         }
-        let object = self.create_prepared(target, object, options, Ownership::Track)?;
-        Ok(Written {
-            object,
-            created: true,
-            warnings,
-        })
-    }
-
-    fn create_prepared(
-        &self,
-        target: &Target,
-        mut object: Value,
-        options: &WriteOptions,
-        ownership: Ownership,
-    ) -> Result<Arc<Value>, Status> {
         let resource = &target.resource;
         let name = text(&object, "name").to_owned();
         if name.is_empty() {
@@ -94,14 +52,8 @@ impl Store {
         if !text(&object, "resourceVersion").is_empty() {
             return Err(Status::version_on_create());
         }
-        let managed = object["metadata"]["managedFields"].take();
         if let Some(metadata) = object["metadata"].as_object_mut() {
-            SERVER_METADATA
-                .iter()
-                .for_each(|&field| drop(metadata.remove(field)));
-            if matches!(ownership, Ownership::Written) {
-                metadata.insert("managedFields".to_owned(), managed);
-            }
+            metadata.retain(|field, _| !SERVER_METADATA.contains(&field.as_str()));
             metadata.insert("uid".to_owned(), json!(random_uid()));
             metadata.insert("creationTimestamp".to_owned(), json!(now()));
             if resource.built_in_row().is_none_or(|row| row.generation) {
@@ -119,9 +71,7 @@ impl Store {
         admission::set_defaults(resource, &mut object);
         let definition = self.check(resource, None, &mut object)?;
         admission::check_surroundings(self, resource, &object)?;
-        if matches!(ownership, Ownership::Track) {
-            track_update(None, &mut object, &options.manager, target.layout());
-        }
+        track_update(None, &mut object, &options.manager);
         if options.dry_run {
             // Real servers check this last, too: such an answer means that all other rules hold.
             let there = self.get(&resource.qualified, &target.namespace, &name);
@@ -184,10 +134,9 @@ impl Store {
         target: &Target,
         body: Value,
         options: &WriteOptions,
-    ) -> Result<Written, Status> {
+    ) -> Result<Arc<Value>, Status> {
         let resource = &target.resource;
-        let mut warnings = Vec::new();
-        let object = body::read(target, body, options.unknown_fields, &mut warnings)?;
+        let object = body::read(target, body)?;
         let asked = text(&object, "resourceVersion").to_owned();
         if asked.is_empty() && !unconditional_update(resource) {
             let missing = FieldError::invalid(
@@ -199,115 +148,29 @@ impl Store {
         }
         loop {
             let current = self.current(target)?;
-            match self.put(target, &current, object.clone(), options, Ownership::Track)? {
-                Ok(object) => {
-                    return Ok(Written {
-                        object,
-                        created: false,
-                        warnings,
-                    });
-                }
-                Err(Raced) => continue,
+            if let Ok(object) = self.put(target, &current, object.clone(), options)? {
+                return Ok(object);
             }
         }
     }
 
-    /// Patches an object or its status.
+    /// Changes an object or its status by a merge patch.
     pub(super) fn patch(
         &self,
         target: &Target,
-        patch: &Patch,
-        options: &WriteOptions,
-    ) -> Result<Written, Status> {
-        let mut warnings = Vec::new();
-        let config = match patch {
-            Patch::Apply { config, .. } => {
-                Some(read_config(target, config, options, &mut warnings)?)
-            }
-            _ => None,
-        };
-        loop {
-            let current = match self.current(target) {
-                Ok(current) => current,
-                Err(missing) => {
-                    let Some(config) = config.clone().filter(|_| target.subresource.is_empty())
-                    else {
-                        return Err(missing);
-                    };
-                    match self.apply_new(target, config, options) {
-                        // It was created meanwhile: apply to that.
-                        Err(status) if status.reason == "AlreadyExists" => continue,
-                        created => {
-                            return created.map(|object| Written {
-                                object,
-                                created: true,
-                                warnings,
-                            });
-                        }
-                    }
-                }
-            };
-            let seen = body::at_version(&target.resource, &target.version, &current);
-            let (patched, ownership) = match (patch, &config) {
-                (Patch::Apply { force, .. }, Some(config)) => {
-                    let mut config = config.clone();
-                    self.check_identity(target, &current, &config)?;
-                    if let Some(metadata) = config["metadata"].as_object_mut() {
-                        SERVER_METADATA
-                            .iter()
-                            .for_each(|&field| drop(metadata.remove(field)));
-                    }
-                    let applied = patch::apply(
-                        Some(&seen),
-                        config,
-                        &options.manager,
-                        *force,
-                        target.layout(),
-                    )?;
-                    (applied, Ownership::Written)
-                }
-                _ => {
-                    let mut patched = seen.into_owned();
-                    if let Patch::Merge(patch) = patch {
-                        patch::merge(&mut patched, patch);
-                    }
-                    (patched, Ownership::Track)
-                }
-            };
-            warnings.clear();
-            let patched = body::read(target, patched, options.unknown_fields, &mut warnings)?;
-            match self.put(target, &current, patched, options, ownership)? {
-                Ok(object) => {
-                    return Ok(Written {
-                        object,
-                        created: false,
-                        warnings,
-                    });
-                }
-                Err(Raced) => continue,
-            }
-        }
-    }
-
-    fn apply_new(
-        &self,
-        target: &Target,
-        config: Value,
+        patch: &Value,
         options: &WriteOptions,
     ) -> Result<Arc<Value>, Status> {
-        let uid = text(&config, "uid");
-        if !uid.is_empty() {
-            let why = format!(
-                "uid mismatch: the provided object specified uid {uid}, and no existing object was found"
-            );
-            return Err(Status::conflict(&target.resource, &target.name, &why));
+        loop {
+            let current = self.current(target)?;
+            let mut patched =
+                body::at_version(&target.resource, &target.version, &current).into_owned();
+            json_patch::merge(&mut patched, patch);
+            let patched = body::read(target, patched)?;
+            if let Ok(object) = self.put(target, &current, patched, options)? {
+                return Ok(object);
+            }
         }
-        let mut created = patch::apply(None, config, &options.manager, false, target.layout())?;
-        if let Some(metadata) = created["metadata"].as_object_mut() {
-            // An apply that creates may contain a version, which real servers ignore, too.
-            metadata.remove("resourceVersion");
-        }
-        self.create_prepared(target, created, options, Ownership::Written)
     }
 
     pub(super) fn current(&self, target: &Target) -> Result<Arc<Value>, Status> {
@@ -346,7 +209,6 @@ impl Store {
         current: &Arc<Value>,
         object: Value,
         options: &WriteOptions,
-        ownership: Ownership,
     ) -> Result<Result<Arc<Value>, Raced>, Status> {
         self.check_identity(target, current, &object)?;
         let resource = &target.resource;
@@ -355,10 +217,7 @@ impl Store {
         admission::set_defaults(resource, &mut new);
         count_generation(target, current, &mut new);
         let definition = self.check(resource, Some(current), &mut new)?;
-        if matches!(ownership, Ownership::Track) {
-            new["metadata"]["managedFields"] = current["metadata"]["managedFields"].clone();
-            track_update(Some(current), &mut new, &options.manager, target.layout());
-        }
+        track_update(Some(current), &mut new, &options.manager);
         if new == **current {
             return Ok(Ok(current.clone()));
         }
@@ -408,32 +267,6 @@ impl Store {
     }
 }
 
-/// Reads an applied configuration as an object of its kind, without fields that an apply cannot set.
-fn read_config(
-    target: &Target,
-    config: &Value,
-    options: &WriteOptions,
-    warnings: &mut Vec<String>,
-) -> Result<Value, Status> {
-    if config["metadata"]["managedFields"]
-        .as_array()
-        .is_some_and(|fields| !fields.is_empty())
-    {
-        return Err(Status::bad_request("metadata.managedFields must be nil"));
-    }
-    let mut config = body::read(target, config.clone(), options.unknown_fields, warnings)?;
-    if let Some(map) = config.as_object_mut() {
-        if target.subresource == "status" {
-            map.retain(|name, _| {
-                matches!(name.as_str(), "apiVersion" | "kind" | "metadata" | "status")
-            });
-        } else if target.has_status() {
-            map.remove("status");
-        }
-    }
-    Ok(config)
-}
-
 /// Combines the current object and the one of a request: the status or everything else is the
 /// request's, and some metadata is the server's.
 fn combine(target: &Target, current: &Value, sent: Value) -> Value {
@@ -441,17 +274,13 @@ fn combine(target: &Target, current: &Value, sent: Value) -> Value {
     let mut new = if status_only {
         let mut new = body::at_version(&target.resource, &target.version, current).into_owned();
         new["status"] = sent["status"].clone();
-        new["metadata"]["managedFields"] = sent["metadata"]["managedFields"].clone();
         new
     } else {
         let mut new = sent;
         if target.has_status() {
             new["status"] = current["status"].clone();
         }
-        for &field in SERVER_METADATA
-            .iter()
-            .filter(|&&field| field != "managedFields")
-        {
+        for &field in SERVER_METADATA {
             new["metadata"][field] = current["metadata"][field].clone();
         }
         new
@@ -505,11 +334,7 @@ fn establish(old: Option<&Value>, definition: &mut Value) {
     let mut stored: Vec<Value> = old
         .and_then(|old| old["status"]["storedVersions"].as_array().cloned())
         .unwrap_or_default();
-    for version in definition["spec"]["versions"]
-        .as_array()
-        .into_iter()
-        .flatten()
-    {
+    for version in items(&definition["spec"]["versions"]) {
         if version["storage"] == true && !stored.contains(&version["name"]) {
             stored.push(version["name"].clone());
         }

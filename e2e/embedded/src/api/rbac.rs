@@ -1,13 +1,13 @@
 //! Authorisation by the stored roles and bindings.
 //!
-//! Aggregated ClusterRoles are evaluated for each request; their `rules` field is not rewritten.
-//! Escalation is not checked, because only administrators write roles here.
+//! ClusterRoles are not aggregated: `aggregationRule` gives no rules, and `admin`, `edit` and `view`
+//! do not exist. Escalation is not checked, because only administrators write roles here.
 
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::{request::RequestInfo, selectors::Selector, status::Status, store::Store};
+use super::{body::items, request::RequestInfo, selectors::Selector, status::Status, store::Store};
 
 /// The user that sent a request.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,7 +42,10 @@ impl Identity {
 
 const ROLES: &str = "roles.rbac.authorization.k8s.io";
 const CLUSTER_ROLES: &str = "clusterroles.rbac.authorization.k8s.io";
+const CLUSTER_ROLE_BINDINGS: &str = "clusterrolebindings.rbac.authorization.k8s.io";
 
+/// Checks that a binding of the user allows a request.
+///
 /// # Errors
 /// 403 in the words of a real server when no binding allows the request.
 pub(super) fn authorize(
@@ -54,17 +57,16 @@ pub(super) fn authorize(
         return Ok(());
     };
     let bound = |binding: &Arc<Value>| {
-        let subjects = binding["subjects"].as_array();
-        subjects
-            .into_iter()
-            .flatten()
+        items(&binding["subjects"])
             .any(|subject| names_subject(subject, &binding["metadata"]["namespace"], name, groups))
     };
-    let allows = |rules: &[Value]| rules.iter().any(|rule| rule_allows(rule, request));
+    let allows = |role: Option<Arc<Value>>| {
+        role.is_some_and(|role| items(&role["rules"]).any(|rule| rule_allows(rule, request)))
+    };
 
-    let (_, bindings) = store.list("clusterrolebindings.rbac.authorization.k8s.io", None);
+    let (_, bindings) = store.list(CLUSTER_ROLE_BINDINGS, None);
     for binding in bindings.iter().filter(|binding| bound(binding)) {
-        if allows(&rules_of(store, "", &binding["roleRef"])) {
+        if allows(role(store, "", &binding["roleRef"])) {
             return Ok(());
         }
     }
@@ -74,7 +76,7 @@ pub(super) fn authorize(
             Some(&request.namespace),
         );
         for binding in bindings.iter().filter(|binding| bound(binding)) {
-            if allows(&rules_of(store, &request.namespace, &binding["roleRef"])) {
+            if allows(role(store, &request.namespace, &binding["roleRef"])) {
                 return Ok(());
             }
         }
@@ -105,75 +107,32 @@ fn names_subject(
     }
 }
 
-fn rules_of(store: &Store, namespace: &str, reference: &Value) -> Vec<Value> {
-    let name = reference["name"].as_str().unwrap_or_default();
-    let role = match reference["kind"].as_str() {
-        Some("ClusterRole") => store.get(CLUSTER_ROLES, "", name),
-        Some("Role") => store.get(ROLES, namespace, name),
+/// Returns the role that a binding in a namespace refers to.
+fn role(store: &Store, namespace: &str, reference: &Value) -> Option<Arc<Value>> {
+    let name = reference["name"].as_str()?;
+    match reference["kind"].as_str()? {
+        "ClusterRole" => store.get(CLUSTER_ROLES, "", name),
+        "Role" => store.get(ROLES, namespace, name),
         _ => None,
-    };
-    let Some(role) = role else { return Vec::new() };
-    let mut rules = role["rules"].as_array().cloned().unwrap_or_default();
-    for selector in role["aggregationRule"]["clusterRoleSelectors"]
-        .as_array()
-        .into_iter()
-        .flatten()
-    {
-        let (_, roles) = store.list(CLUSTER_ROLES, None);
-        for role in roles
-            .iter()
-            .filter(|role| has_labels(role, &selector["matchLabels"]))
-        {
-            rules.extend(role["rules"].as_array().into_iter().flatten().cloned());
-        }
     }
-    rules
-}
-
-fn has_labels(object: &Value, wanted: &Value) -> bool {
-    wanted.as_object().is_some_and(|wanted| {
-        !wanted.is_empty()
-            && wanted
-                .iter()
-                .all(|(key, value)| object["metadata"]["labels"][key] == *value)
-    })
 }
 
 fn rule_allows(rule: &Value, request: &RequestInfo) -> bool {
-    let lists = |field: &str, wanted: &str| {
-        let entries = rule[field]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(Value::as_str);
-        entries
-            .into_iter()
-            .any(|entry| entry == "*" || entry == wanted)
-    };
+    let strings = |field: &str| items(&rule[field]).filter_map(Value::as_str);
+    let lists =
+        |field: &str, expected: &str| strings(field).any(|entry| entry == "*" || entry == expected);
     if !lists("verbs", request.verb) {
         return false;
     }
     if !request.is_resource() {
-        let paths = rule["nonResourceURLs"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(Value::as_str);
-        return paths.into_iter().any(|path| match path.strip_suffix('*') {
+        return strings("nonResourceURLs").any(|path| match path.strip_suffix('*') {
             Some(prefix) => request.path.starts_with(prefix),
             None => path == request.path,
         });
     }
-    let resource = match request.subresource.as_str() {
-        "" => request.resource.clone(),
-        subresource => format!("{}/{subresource}", request.resource),
-    };
-    let named = match rule["resourceNames"].as_array() {
-        Some(names) if !names.is_empty() => names
-            .iter()
-            .any(|name| name.as_str() == Some(request.authorized_name())),
-        _ => true,
-    };
+    let resource = request.resource_path();
+    let mut names = strings("resourceNames").peekable();
+    let named = names.peek().is_none() || names.any(|name| name == request.authorized_name());
     let any_resource = !request.subresource.is_empty()
         && lists("resources", &format!("*/{}", request.subresource));
     lists("apiGroups", &request.group) && (lists("resources", &resource) || any_resource) && named
@@ -186,10 +145,7 @@ fn refusal(store: &Store, user: &str, request: &RequestInfo) -> Status {
             request.verb, request.path
         ));
     }
-    let resource = match request.subresource.as_str() {
-        "" => request.resource.clone(),
-        subresource => format!("{}/{subresource}", request.resource),
-    };
+    let resource = request.resource_path();
     let place = match request.namespace.as_str() {
         "" => "at the cluster scope".to_owned(),
         namespace => format!("in the namespace \"{namespace}\""),
@@ -216,6 +172,14 @@ fn refusal(store: &Store, user: &str, request: &RequestInfo) -> Status {
 }
 
 impl RequestInfo {
+    /// Returns the resource with its subresource, as in a rule.
+    fn resource_path(&self) -> String {
+        match self.subresource.as_str() {
+            "" => self.resource.clone(),
+            subresource => format!("{}/{subresource}", self.resource),
+        }
+    }
+
     /// Returns the name for `resourceNames`: the object's, or that of a field selector.
     fn authorized_name(&self) -> &str {
         match self.name.as_str() {
@@ -228,75 +192,37 @@ impl RequestInfo {
     }
 }
 
-/// Returns the roles and bindings with which a cluster starts: discovery for everybody, and the roles
-/// to which others aggregate. `admin`, `edit` and `view` have no rules but the aggregated ones.
+/// Returns the roles with which a cluster starts, and their bindings: discovery for everybody, and
+/// `cluster-admin`.
 pub(super) fn bootstrap_objects() -> Vec<(&'static str, Value)> {
-    let role = |name: &str, rules: Value| json!({"metadata": {"name": name}, "rules": rules});
-    let binding = |role: &str, groups: &[&str]| {
-        let subjects: Vec<Value> = groups
-            .iter()
-            .map(|group| json!({"kind": "Group", "apiGroup": "rbac.authorization.k8s.io", "name": group}))
-            .collect();
-        json!({
-            "metadata": {"name": role},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
-            "subjects": subjects,
-        })
-    };
+    let get = |paths: &[&str]| json!([{"nonResourceURLs": paths, "verbs": ["get"]}]);
     let public = ["/healthz", "/livez", "/readyz", "/version", "/version/"];
-    let discovery = [
-        "/api",
-        "/api/*",
-        "/apis",
-        "/apis/*",
-        "/healthz",
-        "/livez",
-        "/readyz",
-        "/version",
-        "/version/",
-    ];
+    let served = ["/api", "/api/*", "/apis", "/apis/*"];
     let everything = json!([
         {"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]},
         {"nonResourceURLs": ["*"], "verbs": ["*"]},
     ]);
-    let mut objects = vec![
-        (CLUSTER_ROLES, role("cluster-admin", everything)),
+    let everybody = ["system:authenticated", "system:unauthenticated"];
+    let roles = [
+        ("cluster-admin", everything, &["system:masters"][..]),
         (
-            CLUSTER_ROLES,
-            role(
-                "system:discovery",
-                json!([{"nonResourceURLs": discovery, "verbs": ["get"]}]),
-            ),
+            "system:discovery",
+            get(&[&served[..], &public].concat()),
+            &everybody[..1],
         ),
-        (
-            CLUSTER_ROLES,
-            role(
-                "system:public-info-viewer",
-                json!([{"nonResourceURLs": public, "verbs": ["get"]}]),
-            ),
-        ),
+        ("system:public-info-viewer", get(&public), &everybody),
     ];
-    for name in ["admin", "edit", "view"] {
-        let label = format!("rbac.authorization.k8s.io/aggregate-to-{name}");
-        let mut aggregated = role(name, json!([]));
-        aggregated["aggregationRule"] =
-            json!({"clusterRoleSelectors": [{"matchLabels": {label: "true"}}]});
-        objects.push((CLUSTER_ROLES, aggregated));
-    }
-    let bindings = "clusterrolebindings.rbac.authorization.k8s.io";
-    objects.extend([
-        (bindings, binding("cluster-admin", &["system:masters"])),
-        (
-            bindings,
-            binding("system:discovery", &["system:authenticated"]),
-        ),
-        (
-            bindings,
-            binding(
-                "system:public-info-viewer",
-                &["system:authenticated", "system:unauthenticated"],
-            ),
-        ),
-    ]);
-    objects
+    let objects = roles.into_iter().flat_map(|(name, rules, groups)| {
+        let group = "rbac.authorization.k8s.io";
+        let subject = |name| json!({"kind": "Group", "apiGroup": group, "name": name});
+        let subjects: Vec<Value> = groups.iter().map(subject).collect();
+        let binding = json!({
+            "metadata": {"name": name},
+            "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": name},
+            "subjects": subjects,
+        });
+        let role = json!({"metadata": {"name": name}, "rules": rules});
+        [(CLUSTER_ROLES, role), (CLUSTER_ROLE_BINDINGS, binding)]
+    });
+    objects.collect()
 }

@@ -128,55 +128,27 @@ mod tests {
     use super::*;
 
     #[rstest]
-    #[case("GET", "/api/v1/pods?watch=1", "watch", "pods", "", "", "")]
-    #[case("GET", "/api/v1/namespaces/a", "get", "namespaces", "a", "a", "")]
+    #[case("GET /api/v1/pods?watch=1", "watch pods in  named  below ")]
+    #[case("GET /api/v1/namespaces/a", "get namespaces in a named a below ")]
     #[case(
-        "PUT",
-        "/api/v1/namespaces/a/status",
-        "update",
-        "namespaces",
-        "a",
-        "a",
-        "status"
+        "PUT /api/v1/namespaces/a/status",
+        "update namespaces in a named a below status"
     )]
     #[case(
-        "POST",
-        "/api/v1/namespaces/a/serviceaccounts/b/token",
-        "create",
-        "serviceaccounts",
-        "a",
-        "b",
-        "token"
+        "POST /api/v1/namespaces/a/pods/b/binding",
+        "create pods in a named b below binding"
     )]
     #[case(
-        "DELETE",
-        "/apis/x.io/v1/namespaces/a/things",
-        "deletecollection",
-        "things.x.io",
-        "a",
-        "",
-        ""
+        "DELETE /apis/x.io/v1/namespaces/a/y",
+        "deletecollection y.x.io in a named  below "
     )]
-    #[case("GET", "/apis/x.io/v1", "get", "", "", "", "")]
-    fn reads_addresses(
-        #[case] method: &str,
-        #[case] uri: &str,
-        #[case] verb: &str,
-        #[case] resource: &str,
-        #[case] namespace: &str,
-        #[case] name: &str,
-        #[case] subresource: &str,
-    ) {
+    #[case("GET /apis/x.io/v1", "get .x.io in  named  below ")]
+    fn reads_addresses(#[case] request: &str, #[case] expected: &str) {
+        let (method, uri) = request.split_once(' ').unwrap();
         let info = RequestInfo::parse(&method.parse().unwrap(), &uri.parse().unwrap()).unwrap();
-        let found = (
-            info.verb,
-            info.namespace.as_str(),
-            info.name.as_str(),
-            info.subresource.as_str(),
-        );
-        assert_eq!(found, (verb, namespace, name, subresource));
-        if !resource.is_empty() {
-            assert_eq!(info.qualified(), resource);
-        }
+        let (verb, resource) = (info.verb, info.qualified());
+        let (namespace, name, subresource) = (info.namespace, info.name, info.subresource);
+        let found = format!("{verb} {resource} in {namespace} named {name} below {subresource}");
+        assert_eq!(found, expected);
     }
 }

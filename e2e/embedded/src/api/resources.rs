@@ -11,8 +11,10 @@ use k8s_openapi::api::{
     rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding},
     storage::v1::{CSIDriver, CSINode},
 };
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use serde::{Serialize, de::DeserializeOwned};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, CustomResourceDefinitionVersion,
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use super::{field_error::FieldError, schema::Schema};
@@ -49,8 +51,6 @@ pub(super) enum Source {
 #[derive(Debug)]
 pub(super) struct Version {
     pub(super) name: String,
-    /// The text of the `Warning` header for a deprecated version.
-    pub(super) warning: Option<String>,
     /// Present for custom kinds.
     pub(super) schema: Option<Schema>,
     /// Whether `/status` is served, and the main endpoint therefore ignores `status`.
@@ -58,26 +58,15 @@ pub(super) struct Version {
 }
 
 impl Version {
-    /// Parses a version of a CustomResourceDefinition. `field` is the place of its schema.
-    fn parse(
-        version: &Value,
-        api_version: &str,
-        kind: &str,
-        field: &str,
-    ) -> Result<Version, FieldError> {
-        let schema = &version["schema"]["openAPIV3Schema"];
-        if schema.is_null() {
-            return Err(FieldError::required(field, "schemas are required"));
-        }
-        let warning = version["deprecationWarning"].as_str().map_or_else(
-            || format!("{api_version} {kind} is deprecated"),
-            str::to_owned,
-        );
+    /// Reads a version of a CustomResourceDefinition. `field` is the place of its schema.
+    fn new(version: CustomResourceDefinitionVersion, field: &str) -> Result<Version, FieldError> {
+        let schema = version.schema.and_then(|schema| schema.open_api_v3_schema);
+        let schema = schema.ok_or_else(|| FieldError::required(field, "schemas are required"))?;
+        let status = version.subresources.and_then(|all| all.status);
         Ok(Version {
-            name: version["name"].as_str().unwrap_or_default().to_owned(),
-            warning: (version["deprecated"] == true).then_some(warning),
-            schema: Some(Schema::parse(schema, field)?),
-            status: version["subresources"]["status"].is_object(),
+            name: version.name,
+            schema: Some(Schema::new(schema, field)?),
+            status: status.is_some(),
         })
     }
 }
@@ -185,7 +174,6 @@ impl Resource {
             namespaced: row.namespaced,
             versions: vec![Version {
                 name: row.version.to_owned(),
-                warning: None,
                 schema: None,
                 status: row.status,
             }],
@@ -201,76 +189,64 @@ impl Resource {
     /// Returns the field for which a real server refuses the definition, or that this server cannot
     /// check and therefore does not accept (`pattern`).
     pub(super) fn from_definition(definition: &Value) -> Result<Resource, FieldError> {
-        let spec = &definition["spec"];
-        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let (group, plural, kind) = (
-            text(&spec["group"]),
-            text(&spec["names"]["plural"]),
-            text(&spec["names"]["kind"]),
-        );
+        let CustomResourceDefinition { metadata, spec, .. } =
+            CustomResourceDefinition::deserialize(definition).map_err(|error| {
+                FieldError::invalid("spec", &definition["spec"], &error.to_string())
+            })?;
+        let (group, names) = (spec.group, spec.names);
         for (field, value) in [
             ("spec.group", &group),
-            ("spec.names.plural", &plural),
-            ("spec.names.kind", &kind),
+            ("spec.names.plural", &names.plural),
+            ("spec.names.kind", &names.kind),
         ] {
             if value.is_empty() {
                 return Err(FieldError::required(field, ""));
             }
         }
-        let name = &definition["metadata"]["name"];
-        if name.as_str() != Some(&format!("{plural}.{group}")) {
+        if metadata.name != Some(format!("{}.{group}", names.plural)) {
+            let name = &definition["metadata"]["name"];
             let why = "must be spec.names.plural+\".\"+spec.group";
             return Err(FieldError::invalid("metadata.name", name, why));
         }
 
+        let not_one_storage = || {
+            let why = "must have exactly one version marked as storage version";
+            FieldError::invalid("spec.versions", &definition["spec"]["versions"], why)
+        };
         let mut storage = None;
         let mut versions = Vec::new();
-        for (index, version) in spec["versions"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .enumerate()
-        {
+        for (index, version) in spec.versions.into_iter().enumerate() {
             let field = format!("spec.versions[{index}].schema.openAPIV3Schema");
-            let api_version = api_version(&group, &text(&version["name"]));
-            let parsed = Version::parse(version, &api_version, &kind, &field)?;
-            if version["storage"] == true
-                && let Some(schema) = parsed.schema.clone()
-                && storage.replace((api_version, schema)).is_some()
+            let api_version = api_version(&group, &version.name);
+            let (is_served, is_storage) = (version.served, version.storage);
+            let version = Version::new(version, &field)?;
+            if is_storage
+                && storage
+                    .replace((api_version, version.schema.clone()))
+                    .is_some()
             {
-                let why = "must have exactly one version marked as storage version";
-                return Err(FieldError::invalid("spec.versions", &spec["versions"], why));
+                return Err(not_one_storage());
             }
-            if version["served"] == true {
-                versions.push(parsed);
+            if is_served {
+                versions.push(version);
             }
         }
-        let Some((storage, storage_schema)) = storage else {
-            let why = "must have exactly one version marked as storage version";
-            return Err(FieldError::invalid("spec.versions", &spec["versions"], why));
-        };
-        versions.sort_by_key(|version| std::cmp::Reverse(priority(&version.name)));
-
-        let named = |field: &str, default: String| {
-            spec["names"][field].as_str().map_or(default, str::to_owned)
-        };
+        let (storage, storage_schema) = storage.ok_or_else(not_one_storage)?;
+        versions.sort_by_cached_key(|version| preference(&version.name));
         Ok(Resource {
-            qualified: qualified(&plural, &group),
-            singular: named("singular", kind.to_lowercase()),
-            list_kind: named("listKind", format!("{kind}List")),
-            short_names: spec["names"]["shortNames"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .map(text)
-                .collect(),
-            namespaced: spec["scope"] == "Namespaced",
+            qualified: qualified(&names.plural, &group),
+            singular: names.singular.unwrap_or_else(|| names.kind.to_lowercase()),
+            list_kind: names
+                .list_kind
+                .unwrap_or_else(|| format!("{}List", names.kind)),
+            short_names: names.short_names.unwrap_or_default(),
+            namespaced: spec.scope == "Namespaced",
             group,
-            plural,
-            kind,
+            plural: names.plural,
+            kind: names.kind,
             versions,
             storage,
-            storage_schema: Some(storage_schema),
+            storage_schema,
             source: Source::Custom,
         })
     }
@@ -317,45 +293,8 @@ pub(super) fn api_version(group: &str, version: &str) -> String {
     }
 }
 
-/// Returns the order of a version in Kubernetes: stable before beta before alpha, then by number.
-/// Names of another form come last.
-pub(super) fn priority(version: &str) -> (u8, u32, u32) {
-    let Some(rest) = version.strip_prefix('v') else {
-        return (0, 0, 0);
-    };
-    let digits = rest
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(rest.len());
-    let (major, rest) = rest.split_at(digits);
-    let Ok(major) = major.parse() else {
-        return (0, 0, 0);
-    };
-    let stage = |rank: u8, number: &str| match number.parse() {
-        Ok(minor) => (rank, major, minor),
-        Err(_) => (0, 0, 0),
-    };
-    if rest.is_empty() {
-        (3, major, 0)
-    } else if let Some(number) = rest.strip_prefix("beta") {
-        stage(2, number)
-    } else if let Some(number) = rest.strip_prefix("alpha") {
-        stage(1, number)
-    } else {
-        (0, 0, 0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn versions_are_preferred_by_maturity() {
-        let mut versions = ["v1alpha1", "v2beta1", "foo", "v1", "v2", "v1beta2"];
-        versions.sort_by_key(|version| std::cmp::Reverse(priority(version)));
-        assert_eq!(
-            versions,
-            ["v2", "v1", "v2beta1", "v1beta2", "v1alpha1", "foo"]
-        );
-    }
+/// Returns the place of a version in the order of preference: stable before beta before alpha, then
+/// by number.
+pub(super) fn preference(version: &str) -> impl Ord + use<> {
+    std::cmp::Reverse(kube::core::Version::parse(version).priority())
 }

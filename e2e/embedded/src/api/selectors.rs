@@ -1,26 +1,19 @@
 //! Label and field selectors of list and watch requests.
 
+use std::collections::BTreeMap;
+
+use kube::core::{Expression, SelectorExt};
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{resources::Resource, status::Status};
 
 /// A condition for objects.
-#[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Selector {
-    labels: Vec<LabelTerm>,
+    labels: Vec<Expression>,
     fields: Vec<FieldTerm>,
 }
 
-#[derive(Debug, Clone, PartialEq)]
-enum LabelTerm {
-    In(String, Vec<String>),
-    /// Also true for objects without the label.
-    NotIn(String, Vec<String>),
-    Exists(String),
-    Absent(String),
-}
-
-#[derive(Debug, Clone, PartialEq)]
 struct FieldTerm {
     path: String,
     value: String,
@@ -79,24 +72,9 @@ impl Selector {
 
     pub(super) fn matches(&self, object: &Value) -> bool {
         let labels = &object["metadata"]["labels"];
-        self.labels.iter().all(|term| term.matches(labels))
+        let labels = BTreeMap::<String, String>::deserialize(labels).unwrap_or_default();
+        self.labels.iter().all(|term| term.matches(&labels))
             && self.fields.iter().all(|term| term.matches(object))
-    }
-}
-
-impl LabelTerm {
-    fn matches(&self, labels: &Value) -> bool {
-        let value = |key: &str| labels.get(key).and_then(Value::as_str);
-        match self {
-            LabelTerm::In(key, values) => {
-                value(key).is_some_and(|found| values.iter().any(|v| v == found))
-            }
-            LabelTerm::NotIn(key, values) => {
-                value(key).is_none_or(|found| values.iter().all(|v| v != found))
-            }
-            LabelTerm::Exists(key) => value(key).is_some(),
-            LabelTerm::Absent(key) => value(key).is_none(),
-        }
     }
 }
 
@@ -130,9 +108,9 @@ fn split_outside_parentheses(text: &str) -> impl Iterator<Item = &str> {
     .filter(|term| !term.is_empty())
 }
 
-fn label_term(term: &str) -> Option<LabelTerm> {
+fn label_term(term: &str) -> Option<Expression> {
     if let Some(key) = term.strip_prefix('!') {
-        return is_key(key.trim()).then(|| LabelTerm::Absent(key.trim().to_owned()));
+        return is_key(key.trim()).then(|| Expression::DoesNotExist(key.trim().to_owned()));
     }
     if let Some((head, values)) = term.strip_suffix(')').and_then(|term| term.split_once('(')) {
         let values = values
@@ -143,15 +121,15 @@ fn label_term(term: &str) -> Option<LabelTerm> {
         let key = key.trim().to_owned();
         return match operator {
             _ if !is_key(&key) => None,
-            "in" => Some(LabelTerm::In(key, values)),
-            "notin" => Some(LabelTerm::NotIn(key, values)),
+            "in" => Some(Expression::In(key, values)),
+            "notin" => Some(Expression::NotIn(key, values)),
             _ => None,
         };
     }
     match comparison(term) {
-        Some((key, value, true)) => Some(LabelTerm::In(key.to_owned(), vec![value.to_owned()])),
-        Some((key, value, false)) => Some(LabelTerm::NotIn(key.to_owned(), vec![value.to_owned()])),
-        None => is_key(term).then(|| LabelTerm::Exists(term.to_owned())),
+        Some((key, value, true)) => Some(Expression::Equal(key.to_owned(), value.to_owned())),
+        Some((key, value, false)) => Some(Expression::NotEqual(key.to_owned(), value.to_owned())),
+        None => is_key(term).then(|| Expression::Exists(term.to_owned())),
     }
 }
 
@@ -241,15 +219,15 @@ mod tests {
 
     #[test]
     fn refuses_what_it_cannot_select_by() {
-        let status = Selector::parse(&pods(), "", "spec.color=red").unwrap_err();
+        let status = Selector::parse(&pods(), "", "spec.color=red")
+            .err()
+            .unwrap();
         assert_eq!(
             status.message,
             "Unable to find \"v1, Resource=pods\" that match label selector \"\", \
              field selector \"spec.color=red\": field label not supported: spec.color"
         );
-        assert_eq!(
-            Selector::parse(&pods(), "a like b", "").unwrap_err().code,
-            400
-        );
+        let status = Selector::parse(&pods(), "a like b", "").err().unwrap();
+        assert_eq!(status.code, 400);
     }
 }

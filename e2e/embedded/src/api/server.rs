@@ -2,7 +2,7 @@
 
 use std::{
     convert::Infallible,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -14,19 +14,19 @@ use hyper::body::{Frame, Incoming};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use crate::lock;
+
 use super::{
     Call, Disturbance, Interceptor, Reaction, Request,
-    body::{Target, UnknownFields, WriteOptions, at_version},
+    body::{Target, WriteOptions, at_version},
     deletion::DeleteOptions,
     discovery,
-    field_error::FieldError,
     fields::Manager,
-    objects::{Patch, Written},
     rbac::{self, Identity},
     render::list,
     request::RequestInfo,
     selectors::Selector,
-    status::Status,
+    status::{Status, details},
     store::Store,
     tokens::Tokens,
     watch::{Start, Watch},
@@ -126,8 +126,7 @@ impl Server {
 
     /// Applies the interceptor's reaction; returns none when the request is to be served.
     async fn intercept(&self, call: &Call<'_>) -> Result<Option<Answer>, Refused> {
-        let interceptor = self.interceptor.lock();
-        let interceptor = interceptor.unwrap_or_else(PoisonError::into_inner).clone();
+        let interceptor = lock(&self.interceptor).clone();
         let mut reaction = interceptor.map_or(Reaction::Serve, |interceptor| interceptor(call));
         while let Reaction::Delay(delay, next) = reaction {
             tokio::time::sleep(delay).await;
@@ -210,10 +209,7 @@ impl Server {
             name: info.name,
             status,
         };
-        self.requests
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(request);
+        lock(&self.requests).push(request);
     }
 
     fn answer(
@@ -232,14 +228,7 @@ impl Server {
         if !accepts_whole_objects(headers) {
             return Err(Status::not_acceptable());
         }
-        let mut answer = self.resource(info, &target, headers, &body)?;
-        if let Some(warning) = target
-            .served()
-            .and_then(|version| version.warning.as_deref())
-        {
-            warn(&mut answer, warning);
-        }
-        Ok(answer)
+        self.resource(info, &target, headers, &body)
     }
 
     fn plain_path(&self, info: &RequestInfo) -> Result<Answer, Status> {
@@ -325,38 +314,26 @@ impl Server {
             }
             "watch" => self.watch(info, target),
             "create" if target.name.is_empty() => {
-                let options = write_options(info, target, headers, false)?;
-                let written = self
-                    .store
-                    .create(target, read_body(headers, body)?, &options)?;
-                Ok(written_answer(target, written))
+                let options = write_options(info, target, headers);
+                let body = read_body(headers, body)?;
+                let object = self.store.create(target, body, &options)?;
+                Ok(object_answer(201, target, &object))
             }
             "update" => {
-                let options = write_options(info, target, headers, false)?;
-                let written = self
-                    .store
-                    .update(target, read_body(headers, body)?, &options)?;
-                Ok(written_answer(target, written))
+                let options = write_options(info, target, headers);
+                let body = read_body(headers, body)?;
+                let object = self.store.update(target, body, &options)?;
+                Ok(object_answer(200, target, &object))
             }
             "patch" => {
-                let patch = read_patch(info, headers, body)?;
-                let options =
-                    write_options(info, target, headers, matches!(patch, Patch::Apply { .. }))?;
-                let written = self.store.patch(target, &patch, &options)?;
-                Ok(written_answer(target, written))
+                let options = write_options(info, target, headers);
+                let patch = read_patch(headers, body)?;
+                let object = self.store.patch(target, &patch, &options)?;
+                Ok(object_answer(200, target, &object))
             }
             "delete" => {
                 let options = delete_options(info, &read_body(headers, body)?);
                 self.delete(target, &options)
-            }
-            "deletecollection" => {
-                let options = delete_options(info, &read_body(headers, body)?);
-                let selector = selector(info, target)?;
-                let deleted = self.store.delete_collection(target, &selector, &options)?;
-                Ok(json_answer(
-                    200,
-                    list(target, self.store.revision(), &deleted),
-                ))
             }
             _ => Err(Status::method_not_allowed()),
         }
@@ -392,14 +369,8 @@ impl Server {
         if !deleted.gone || returns_object {
             return Ok(object_answer(200, target, &deleted.object));
         }
-        let mut details = json!({
-            "name": target.name,
-            "kind": target.resource.plural,
-            "uid": deleted.object["metadata"]["uid"],
-        });
-        if !target.resource.group.is_empty() {
-            details["group"] = json!(target.resource.group);
-        }
+        let mut details = details(&target.resource, &target.name, &target.resource.plural);
+        details["uid"] = deleted.object["metadata"]["uid"].clone();
         let done = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
         Ok(json_answer(200, done.to_string().into_bytes()))
     }
@@ -414,45 +385,22 @@ fn selector(info: &RequestInfo, target: &Target) -> Result<Selector, Status> {
     )
 }
 
-fn write_options(
-    info: &RequestInfo,
-    target: &Target,
-    headers: &HeaderMap,
-    apply: bool,
-) -> Result<WriteOptions, Status> {
-    let name = match info.query("fieldManager") {
-        Some(name) => name.to_owned(),
-        None if apply => {
-            let missing = FieldError::required("fieldManager", "is required for apply patch");
-            return Err(Status::unprocessable(format!(
-                "PatchOptions.meta.k8s.io \"\" is invalid: {}: {}",
-                missing.field, missing.message
-            )));
-        }
-        None => {
-            let agent = headers
-                .get(header::USER_AGENT)
-                .and_then(|value| value.to_str().ok());
-            let program = agent
-                .and_then(|agent| agent.split('/').next())
-                .filter(|program| !program.is_empty());
-            program.unwrap_or("unknown").to_owned()
-        }
-    };
-    Ok(WriteOptions {
+fn write_options(info: &RequestInfo, target: &Target, headers: &HeaderMap) -> WriteOptions {
+    let agent = headers
+        .get(header::USER_AGENT)
+        .and_then(|value| value.to_str().ok());
+    let program = agent
+        .and_then(|agent| agent.split('/').next())
+        .filter(|program| !program.is_empty());
+    let name = info.query("fieldManager").or(program).unwrap_or("unknown");
+    WriteOptions {
         manager: Manager {
-            name,
-            apply,
+            name: name.to_owned(),
             api_version: target.resource.api_version(&target.version),
             subresource: target.subresource.clone(),
         },
         dry_run: info.query("dryRun").is_some(),
-        unknown_fields: match info.query("fieldValidation") {
-            Some("Ignore") => UnknownFields::Ignore,
-            Some("Strict") => UnknownFields::Refuse,
-            _ => UnknownFields::Warn,
-        },
-    })
+    }
 }
 
 fn delete_options(info: &RequestInfo, body: &Value) -> DeleteOptions {
@@ -462,21 +410,16 @@ fn delete_options(info: &RequestInfo, body: &Value) -> DeleteOptions {
             .filter(|value| !value.is_empty())
             .map(str::to_owned)
     };
-    let query = |name: &str| info.query(name).map(str::to_owned);
     DeleteOptions {
         grace_period: body["gracePeriodSeconds"]
             .as_u64()
             .or_else(|| info.query("gracePeriodSeconds")?.parse().ok()),
         uid: text(&body["preconditions"]["uid"]),
         resource_version: text(&body["preconditions"]["resourceVersion"]),
-        orphan: text(&body["propagationPolicy"])
-            .or_else(|| query("propagationPolicy"))
-            .as_deref()
-            == Some("Orphan"),
         dry_run: body["dryRun"]
             .as_array()
             .is_some_and(|list| !list.is_empty())
-            || query("dryRun").is_some(),
+            || info.query("dryRun").is_some(),
     }
 }
 
@@ -506,36 +449,19 @@ fn read_body(headers: &HeaderMap, bytes: &Bytes) -> Result<Value, Status> {
         return Ok(Value::Null);
     }
     let kind = content_type(headers);
-    let parsed = if kind.ends_with("yaml") && bytes.first() != Some(&b'{') {
-        serde_saphyr::from_slice(bytes).map_err(|error| error.to_string())
-    } else if kind.is_empty() || kind.ends_with("json") || kind.ends_with("yaml") {
-        serde_json::from_slice(bytes).map_err(|error| error.to_string())
-    } else {
-        return Err(Status::unsupported_media_type(
-            "application/json, application/yaml",
-        ));
-    };
-    parsed.map_err(|error| {
+    if !kind.is_empty() && !kind.ends_with("json") {
+        return Err(Status::unsupported_media_type("application/json"));
+    }
+    serde_json::from_slice(bytes).map_err(|error| {
         Status::bad_request(format!("error decoding the body of the request: {error}"))
     })
 }
 
-fn read_patch(info: &RequestInfo, headers: &HeaderMap, body: &Bytes) -> Result<Patch, Status> {
-    let patch = read_body(headers, body)?;
-    let kind = content_type(headers);
-    if info.flag("force") && kind != "application/apply-patch+yaml" {
-        return Err(Status::unprocessable(
-            "PatchOptions.meta.k8s.io \"\" is invalid: force: Forbidden: may not be specified for non-apply patch",
-        ));
-    }
-    match kind {
-        "application/merge-patch+json" => Ok(Patch::Merge(patch)),
-        "application/apply-patch+yaml" => Ok(Patch::Apply {
-            config: patch,
-            force: info.flag("force"),
-        }),
+fn read_patch(headers: &HeaderMap, body: &Bytes) -> Result<Value, Status> {
+    match content_type(headers) {
+        "application/merge-patch+json" => read_body(headers, body),
         _ => Err(Status::unsupported_media_type(
-            "application/merge-patch+json, application/apply-patch+yaml",
+            "application/merge-patch+json",
         )),
     }
 }
@@ -546,15 +472,6 @@ fn content_type(headers: &HeaderMap) -> &str {
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
     value.split(';').next().unwrap_or_default().trim()
-}
-
-fn written_answer(target: &Target, written: Written) -> Answer {
-    let code = if written.created { 201 } else { 200 };
-    let mut answer = object_answer(code, target, &written.object);
-    for warning in &written.warnings {
-        warn(&mut answer, warning);
-    }
-    answer
 }
 
 fn object_answer(code: u16, target: &Target, object: &Value) -> Answer {
@@ -589,12 +506,4 @@ fn with_type(code: u16, kind: &'static str, body: Vec<u8>) -> Answer {
         .headers_mut()
         .insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     answer
-}
-
-/// Adds a `Warning` header, as kubectl and client-go print it.
-fn warn(answer: &mut Answer, warning: &str) {
-    let quoted = warning.replace('\\', "\\\\").replace('"', "\\\"");
-    if let Ok(value) = HeaderValue::from_str(&format!("299 - \"{quoted}\"")) {
-        answer.headers_mut().append(header::WARNING, value);
-    }
 }

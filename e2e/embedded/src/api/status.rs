@@ -22,15 +22,9 @@ impl Status {
         reason: &'static str,
         message: String,
     ) -> Status {
-        let mut details = json!({ "name": name, "kind": resource.plural });
-        if !resource.group.is_empty() {
-            details["group"] = json!(resource.group);
-        }
         Status {
-            code,
-            reason,
-            message,
-            details: Some(details),
+            details: Some(details(resource, name, &resource.plural)),
+            ..Status::plain(code, reason, message)
         }
     }
 
@@ -82,24 +76,6 @@ impl Status {
         )
     }
 
-    /// Returns the answer to an apply of fields of other managers; `causes` are managers and paths.
-    pub(super) fn apply_conflict(message: String, causes: &[(String, String)]) -> Status {
-        let causes: Vec<Value> = causes
-            .iter()
-            .map(|(manager, field)| {
-                json!({
-                    "reason": "FieldManagerConflict",
-                    "message": format!("conflict with {manager}"),
-                    "field": field,
-                })
-            })
-            .collect();
-        Status {
-            details: Some(json!({ "causes": causes })),
-            ..Status::plain(409, "Conflict", message)
-        }
-    }
-
     /// Returns the refusal of admission or authorisation. The name is empty in a request to create.
     pub(super) fn forbidden(resource: &Resource, name: &str, why: &str) -> Status {
         let message = match name {
@@ -147,10 +123,8 @@ impl Status {
             .iter()
             .map(|e| json!({ "reason": e.reason, "message": e.message, "field": e.field }))
             .collect();
-        let mut details = json!({ "name": name, "kind": resource.kind, "causes": causes });
-        if !resource.group.is_empty() {
-            details["group"] = json!(resource.group);
-        }
+        let mut details = details(resource, name, &resource.kind);
+        details["causes"] = Value::Array(causes);
         Status {
             details: Some(details),
             ..Status::plain(
@@ -162,10 +136,6 @@ impl Status {
                 ),
             )
         }
-    }
-
-    pub(super) fn unprocessable(message: impl Into<String>) -> Status {
-        Status::plain(422, "Invalid", message)
     }
 
     pub(super) fn bad_request(message: impl Into<String>) -> Status {
@@ -300,4 +270,13 @@ impl Status {
         }
         value
     }
+}
+
+/// Returns the `details` of a status about an object.
+pub(super) fn details(resource: &Resource, name: &str, kind: &str) -> Value {
+    let mut details = json!({ "name": name, "kind": kind });
+    if !resource.group.is_empty() {
+        details["group"] = json!(resource.group);
+    }
+    details
 }

@@ -6,13 +6,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
-use super::{resources::Resource, status::Status};
+use super::{body::items, resources::Resource, status::Status};
 
 /// The number of changes in a history. A watch that starts before them gets `410 Expired`.
 const HISTORY: usize = 8192;
@@ -123,7 +123,7 @@ impl Store {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        crate::lock(&self.state)
     }
 
     /// Returns a kind by its qualified name.
@@ -162,10 +162,6 @@ impl Store {
     /// Stops serving a kind whose objects are gone. Its watches end.
     pub(super) fn unserve(&self, qualified: &str) {
         self.lock().collections.remove(qualified);
-    }
-
-    pub(super) fn revision(&self) -> u64 {
-        self.lock().revision
     }
 
     pub(super) fn get(&self, resource: &str, namespace: &str, name: &str) -> Option<Arc<Value>> {
@@ -483,11 +479,7 @@ impl Collection {
 }
 
 fn owner_uids(references: &Value) -> impl Iterator<Item = &str> {
-    references
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(|reference| reference["uid"].as_str())
+    items(references).filter_map(|reference| reference["uid"].as_str())
 }
 
 #[cfg(test)]
@@ -508,7 +500,7 @@ mod tests {
         let secrets = store.resource("secrets").unwrap();
         let key = ObjectKey::of(&secrets, &secret("a"));
         let mut current = store.insert(&secrets, secret("a")).unwrap();
-        let first = store.revision();
+        let (first, _) = store.list("secrets", None);
         for _ in 0..HISTORY {
             current = store.replace(&key, &current, secret("a")).unwrap();
         }

@@ -17,7 +17,7 @@ use kube::{
     Api, Client, Config, Error as KubeError,
     api::{
         ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams,
-        PostParams, Preconditions, PropagationPolicy, WatchEvent, WatchParams,
+        PostParams, Preconditions, WatchEvent, WatchParams,
     },
     runtime::{WatchStreamExt, watcher},
 };
@@ -27,6 +27,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::{TcpListener, UnixStream};
 use tokio_rustls::rustls::pki_types::{CertificateDer, pem::PemObject};
+
+use crate::{apply, eventually};
 
 use super::{ApiServer, Disturbance, Reaction};
 
@@ -50,22 +52,11 @@ impl Setup {
     }
 
     /// Creates an object of any kind from JSON.
-    async fn create(&self, object: Value) -> Value {
-        let gvk = GroupVersionKind::try_from(
-            serde_json::from_value::<kube::core::TypeMeta>(object.clone()).unwrap(),
-        );
-        let plural = match object["kind"].as_str().unwrap() {
-            "CSIDriver" => "csidrivers".to_owned(),
-            "SecretProviderClass" => "secretproviderclasses".to_owned(),
-            kind => format!("{}s", kind.to_lowercase()),
-        };
-        let kind = ApiResource::from_gvk_with_plural(&gvk.unwrap(), &plural);
-        let api: Api<DynamicObject> = match object["metadata"]["namespace"].as_str() {
-            Some(namespace) => Api::namespaced_with(self.server.client(), namespace, &kind),
-            None => Api::all_with(self.server.client(), &kind),
-        };
-        let object = serde_json::from_value(object).unwrap();
-        serde_json::to_value(api.create(&PostParams::default(), &object).await.unwrap()).unwrap()
+    async fn create(&self, object: Value) {
+        let manifest = object.to_string();
+        apply(&self.server.client(), "default", &manifest)
+            .await
+            .unwrap();
     }
 
     async fn define_classes(&self) {
@@ -159,7 +150,7 @@ fn classes_definition() -> Value {
                 "plural": "secretproviderclasses", "singular": "secretproviderclass"},
             "versions": [
                 {"name": "v1", "served": true, "storage": true, "schema": schema(json!({"type": "object"}))},
-                {"name": "v1alpha1", "served": true, "storage": false, "deprecated": true, "schema": schema(by_pod)},
+                {"name": "v1alpha1", "served": true, "storage": false, "schema": schema(by_pod)},
             ],
         },
     })
@@ -200,14 +191,19 @@ fn refusal<T>(result: Result<T, KubeError>) -> (u16, String) {
     }
 }
 
-async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    for _ in 0..100 {
-        if holds().await {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    panic!("never happened: {what}");
+/// Checks the code of a refusal, and the end of its message.
+fn assert_refused<T>(result: Result<T, KubeError>, code: u16, message: &str) {
+    let (found, text) = refusal(result);
+    assert!(found == code && text.ends_with(message), "{found}: {text}");
+}
+
+/// Changes an object by a merge patch.
+async fn merge<K>(api: &Api<K>, name: &str, patch: &Value) -> Result<K, KubeError>
+where
+    K: Clone + DeserializeOwned + std::fmt::Debug,
+{
+    let patch = Patch::Merge(patch);
+    api.patch(name, &PatchParams::default(), &patch).await
 }
 
 const POST: PostParams = PostParams {

@@ -3,18 +3,17 @@
 //! A token has the form and claims of a JWT. Its signature is random: only this server can verify it,
 //! because it remembers a digest of each token.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, PoisonError},
-};
+use std::{collections::HashMap, sync::Mutex};
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::lock;
+
 use super::{
-    body::Target,
+    body::{Target, items},
     field_error::FieldError,
     fields::time_text,
     objects::{random_uid, text},
@@ -63,10 +62,7 @@ impl Tokens {
             ));
         }
         let spec = &request["spec"];
-        let mut audiences: Vec<String> = spec["audiences"]
-            .as_array()
-            .into_iter()
-            .flatten()
+        let mut audiences: Vec<String> = items(&spec["audiences"])
             .filter_map(|audience| audience.as_str().map(str::to_owned))
             .collect();
         if audiences.is_empty() {
@@ -98,7 +94,7 @@ impl Tokens {
         });
         let token = sign(&claims);
 
-        let mut issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut issued = lock(&self.issued);
         issued.retain(|_, grant| grant.expires > now);
         issued.insert(
             digest(&token),
@@ -128,7 +124,7 @@ impl Tokens {
     /// Returns 401 when it was not issued here, has expired, is for another audience, or its account
     /// or pod is gone.
     pub(super) fn identify(&self, store: &Store, token: &str) -> Result<Identity, Status> {
-        let issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        let issued = lock(&self.issued);
         let grant = issued
             .get(&digest(token))
             .filter(|grant| {

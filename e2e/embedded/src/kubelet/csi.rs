@@ -82,69 +82,61 @@ impl From<Status> for CallError {
 /// A connection to a driver.
 #[derive(Debug)]
 pub(crate) struct Driver {
-    channel: Channel,
+    client: NodeClient<Channel>,
     timeout: Duration,
-}
-
-/// The capabilities for which kubelet asks before every publish.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Capabilities {
-    /// The driver applies the pod's `fsGroup` itself.
-    pub(crate) volume_mount_group: bool,
 }
 
 impl Driver {
     /// Connects to the driver's socket; `timeout` bounds this and every call.
     pub(crate) async fn connect(socket: &Path, timeout: Duration) -> Result<Self, CallError> {
         let channel = connect(socket, timeout).await?;
-        Ok(Self { channel, timeout })
+        let client = NodeClient::new(channel);
+        Ok(Self { client, timeout })
     }
 
     pub(crate) async fn node_info(&self) -> Result<NodeGetInfoResponse, CallError> {
-        let mut client = NodeClient::new(self.channel.clone());
+        let mut client = self.client.clone();
         self.bounded(NodeGetInfoRequest {}, async |request| {
             client.node_get_info(request).await
         })
         .await
     }
 
-    pub(crate) async fn capabilities(&self) -> Result<Capabilities, CallError> {
-        let mut client = NodeClient::new(self.channel.clone());
+    /// Returns whether the driver applies a pod's `fsGroup` itself (`VOLUME_MOUNT_GROUP`), for which
+    /// kubelet asks before every publish.
+    pub(crate) async fn mounts_groups(&self) -> Result<bool, CallError> {
+        let mut client = self.client.clone();
         let response = self
             .bounded(NodeGetCapabilitiesRequest {}, async |request| {
                 client.node_get_capabilities(request).await
             })
             .await?;
-        let mut capabilities = Capabilities::default();
-        for capability in response.capabilities {
-            if let Some(Type::Rpc(call)) = capability.r#type
-                && call.r#type() == rpc::Type::VolumeMountGroup
-            {
-                capabilities.volume_mount_group = true;
-            }
-        }
-        Ok(capabilities)
+        let mut capabilities = response.capabilities.into_iter();
+        Ok(capabilities.any(|capability| match capability.r#type {
+            Some(Type::Rpc(call)) => call.r#type() == rpc::Type::VolumeMountGroup,
+            _ => false,
+        }))
     }
 
     pub(crate) async fn publish(&self, request: NodePublishVolumeRequest) -> Result<(), CallError> {
-        let mut client = NodeClient::new(self.channel.clone());
+        let mut client = self.client.clone();
         self.bounded(request, async |request| {
             client.node_publish_volume(request).await
         })
-        .await?;
-        Ok(())
+        .await
+        .map(drop)
     }
 
     pub(crate) async fn unpublish(
         &self,
         request: NodeUnpublishVolumeRequest,
     ) -> Result<(), CallError> {
-        let mut client = NodeClient::new(self.channel.clone());
+        let mut client = self.client.clone();
         self.bounded(request, async |request| {
             client.node_unpublish_volume(request).await
         })
-        .await?;
-        Ok(())
+        .await
+        .map(drop)
     }
 
     async fn bounded<Q, A>(
@@ -219,24 +211,11 @@ fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     }
 }
 
-fn go_name(code: Code) -> &'static str {
+/// Returns the name of a code in gRPC for Go.
+fn go_name(code: Code) -> String {
     match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "Canceled",
-        Code::Unknown => "Unknown",
-        Code::InvalidArgument => "InvalidArgument",
-        Code::DeadlineExceeded => "DeadlineExceeded",
-        Code::NotFound => "NotFound",
-        Code::AlreadyExists => "AlreadyExists",
-        Code::PermissionDenied => "PermissionDenied",
-        Code::ResourceExhausted => "ResourceExhausted",
-        Code::FailedPrecondition => "FailedPrecondition",
-        Code::Aborted => "Aborted",
-        Code::OutOfRange => "OutOfRange",
-        Code::Unimplemented => "Unimplemented",
-        Code::Internal => "Internal",
-        Code::Unavailable => "Unavailable",
-        Code::DataLoss => "DataLoss",
-        Code::Unauthenticated => "Unauthenticated",
+        Code::Ok => "OK".to_owned(),
+        Code::Cancelled => "Canceled".to_owned(),
+        other => format!("{other:?}"),
     }
 }

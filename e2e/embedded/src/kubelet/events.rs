@@ -1,13 +1,15 @@
 //! Events on pods. Posting the same event again raises its count, as with kubelet's recorder.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Resource, ResourceExt};
+
+use crate::lock;
 
 const COMPONENT: &str = "kubelet";
 
@@ -49,22 +51,14 @@ impl Events {
             reason,
             message: message.to_owned(),
         };
-        let seen = self
-            .seen
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&key)
-            .cloned();
+        let seen = lock(&self.seen).get(&key).cloned();
         let posted = match seen {
             Some(seen) => self.count(pod, seen).await,
             None => self.create(pod, reason, message).await,
         };
         match posted {
             Ok(seen) => {
-                self.seen
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .insert(key, seen);
+                lock(&self.seen).insert(key, seen);
             }
             Err(error) => tracing::warn!(reason, message, %error, "event not posted"),
         }

@@ -185,10 +185,7 @@ async fn publish(
                 if let Some(now) = failure.state {
                     state.send_replace(now);
                 }
-                context
-                    .events
-                    .warn(&pod, "FailedMount", &mount_failed(volume, &failure.message))
-                    .await;
+                mount_failed(context, &pod, volume, &failure.message).await;
                 tokio::select! {
                     () = tokio::time::sleep(backoff.next_pause()) => {}
                     _ = desired.wait_for(|desired| !desired.is_run()) => return,
@@ -229,15 +226,13 @@ async fn republish(
             return;
         };
         known = Arc::clone(&pod);
-        let class = context.node.classes.get(&ObjectRef::new(&source.driver));
-        if class.and_then(|class| class.spec.requires_republish) != Some(true) {
+        let csi_drivers = &context.node.csi_drivers;
+        let csi_driver = csi_drivers.get(&ObjectRef::new(&source.driver));
+        if csi_driver.and_then(|found| found.spec.requires_republish) != Some(true) {
             continue;
         }
         if let Err(failure) = volume.set_up(&context.node, &pod, source, true).await {
-            context
-                .events
-                .warn(&pod, "FailedMount", &mount_failed(volume, &failure.message))
-                .await;
+            mount_failed(context, &pod, volume, &failure.message).await;
         }
     }
 }
@@ -250,22 +245,18 @@ fn is_same(before: &Pod, now: &Pod) -> bool {
         && before.spec == now.spec
 }
 
-fn mount_failed(volume: &Volume, message: &str) -> String {
-    format!(
-        "MountVolume.SetUp failed for volume {:?} : {message}",
-        volume.name
-    )
+async fn mount_failed(context: &Context, pod: &Pod, volume: &Volume, message: &str) {
+    let volume = &volume.name;
+    let text = format!("MountVolume.SetUp failed for volume {volume:?} : {message}");
+    context.events.warn(pod, "FailedMount", &text).await;
 }
 
 /// Waits for the volumes and the environment, and writes the pod's status.
 async fn start(context: &Context, pod: &Pod, states: Vec<watch::Receiver<State>>) {
     let started = Timestamp::now();
     // A pod that ran before this kubelet started keeps running, though it is not ready again yet.
-    let phase = match pod
-        .status
-        .as_ref()
-        .and_then(|status| status.phase.as_deref())
-    {
+    let known = pod.status.as_ref();
+    let phase = match known.and_then(|status| status.phase.as_deref()) {
         Some("Running") => "Running",
         _ => "Pending",
     };
@@ -331,7 +322,7 @@ fn log_directory_refused(pod: &Pod) -> Option<String> {
 async fn missing_secret(context: &Context, pod: &Pod) -> Option<String> {
     let namespace = pod.namespace().unwrap_or_default();
     let secrets: Api<Secret> = Api::namespaced(context.node.client.clone(), &namespace);
-    for (name, key) in wanted_secrets(pod) {
+    for (name, key) in required_secrets(pod) {
         match secrets.get_opt(&name).await {
             Ok(None) => return Some(format!("secret {name:?} not found")),
             Ok(Some(secret)) => {
@@ -350,14 +341,14 @@ async fn missing_secret(context: &Context, pod: &Pod) -> Option<String> {
 }
 
 /// Returns the name of each Secret, and the key if one is named.
-fn wanted_secrets(pod: &Pod) -> Vec<(String, Option<String>)> {
-    let mut wanted = Vec::new();
+fn required_secrets(pod: &Pod) -> Vec<(String, Option<String>)> {
+    let mut required = Vec::new();
     for container in pod.spec.iter().flat_map(|spec| &spec.containers) {
         for source in container.env_from.iter().flatten() {
             if let Some(secret) = &source.secret_ref
                 && secret.optional != Some(true)
             {
-                wanted.push((secret.name.clone(), None));
+                required.push((secret.name.clone(), None));
             }
         }
         for variable in container.env.iter().flatten() {
@@ -367,19 +358,16 @@ fn wanted_secrets(pod: &Pod) -> Vec<(String, Option<String>)> {
                 .and_then(|from| from.secret_key_ref.as_ref())
                 && secret.optional != Some(true)
             {
-                wanted.push((secret.name.clone(), Some(secret.key.clone())));
+                required.push((secret.name.clone(), Some(secret.key.clone())));
             }
         }
     }
-    wanted
+    required
 }
 
 /// Deletes the object of a pod that ended, unless it is gone.
 async fn finish(context: &Context, pod: &Pod, mut desired: watch::Receiver<Desired>) {
-    let pods: Api<Pod> = Api::namespaced(
-        context.node.client.clone(),
-        &pod.namespace().unwrap_or_default(),
-    );
+    let pods = pods_beside(context, pod);
     let params = DeleteParams {
         grace_period_seconds: Some(0),
         preconditions: Some(Preconditions {
@@ -401,11 +389,14 @@ async fn finish(context: &Context, pod: &Pod, mut desired: watch::Receiver<Desir
     }
 }
 
+/// Returns the interface to the pods of a pod's namespace.
+fn pods_beside(context: &Context, pod: &Pod) -> Api<Pod> {
+    let namespace = pod.namespace().unwrap_or_default();
+    Api::namespaced(context.node.client.clone(), &namespace)
+}
+
 async fn write_status(context: &Context, pod: &Pod, status: &Value) {
-    let pods: Api<Pod> = Api::namespaced(
-        context.node.client.clone(),
-        &pod.namespace().unwrap_or_default(),
-    );
+    let pods = pods_beside(context, pod);
     let patch = Patch::Merge(json!({"metadata": {"uid": pod.metadata.uid}, "status": status}));
     loop {
         match pods

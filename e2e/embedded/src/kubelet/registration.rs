@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use k8s_openapi::api::storage::v1::{CSINode, CSINodeDriver, CSINodeSpec, VolumeNodeResources};
@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use super::authority::{self, OtherAuthority};
 use super::backoff::Backoff;
 use super::csi::{self, Driver};
+use crate::lock;
 
 /// The interval at which the directory is read. The real kubelet uses inotify.
 const POLL: Duration = Duration::from_millis(100);
@@ -45,16 +46,12 @@ impl Drivers {
     /// # Errors
     /// Returns kubelet's text when there is no such driver.
     pub(crate) fn endpoint(&self, name: &str) -> Result<PathBuf, String> {
-        self.lock()
+        lock(&self.by_name)
             .get(name)
             .map(|driver| driver.endpoint.clone())
             .ok_or_else(|| {
                 format!("driver name {name} not found in the list of registered CSI drivers")
             })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Registered>> {
-        self.by_name.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -165,7 +162,7 @@ impl Registrar {
             format!("RegisterPlugin error -- plugin validation failed with err: {reason}")
         };
         let version = highest_version(&info.supported_versions).map_err(invalid)?;
-        if let Some(known) = self.drivers.lock().get(&info.name)
+        if let Some(known) = lock(&self.drivers.by_name).get(&info.name)
             && known.version >= version
         {
             return Err(invalid(format!(
@@ -182,9 +179,7 @@ impl Registrar {
             .map_err(|reason| {
                 format!("RegisterPlugin error -- plugin registration failed with err: {reason}")
             })?;
-        self.drivers
-            .lock()
-            .insert(info.name.clone(), Registered { endpoint, version });
+        lock(&self.drivers.by_name).insert(info.name.clone(), Registered { endpoint, version });
         Ok(())
     }
 
@@ -220,7 +215,7 @@ impl Registrar {
 
     async fn deregister(&self, name: &str) {
         tracing::info!(driver = name, "deregistered");
-        self.drivers.lock().remove(name);
+        lock(&self.drivers.by_name).remove(name);
         if let Err(reason) = self
             .change_csi_node(|drivers| drivers.retain(|known| known.name != name))
             .await

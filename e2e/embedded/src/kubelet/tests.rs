@@ -4,22 +4,23 @@
 mod fake_driver;
 
 use k8s_openapi::api::core::v1::Event as EventObject;
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{DeleteParams, ListParams, PostParams};
 use proto::csi as wire;
 use proto::csi::node_server::NodeServer;
 use proto::registration::registration_server::RegistrationServer;
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
 use tonic::{Code, Status};
 
 use super::volumes::Volume;
 use super::*;
 use crate::api::ApiServer;
+use crate::eventually;
 use fake_driver::Fake;
 
 const DRIVER: &str = "secrets-store.csi.k8s.io";
-const LIMIT: Duration = Duration::from_secs(10);
 
 /// A node's directory, an API server, and a kubelet.
 struct World {
@@ -39,16 +40,16 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("kubelet/plugins_registry")).unwrap();
         let api = ApiServer::start(&dir.path().join("api")).await.unwrap();
-        let mut class = json!({
+        let mut csi_driver = json!({
             "apiVersion": "storage.k8s.io/v1",
             "kind": "CSIDriver",
             "metadata": {"name": DRIVER},
             "spec": {"attachRequired": false, "podInfoOnMount": true, "volumeLifecycleModes": ["Ephemeral"]},
         });
         for (name, value) in fields.as_object().unwrap() {
-            class["spec"][name] = value.clone();
+            csi_driver["spec"][name] = value.clone();
         }
-        crate::apply(&api.client(), "default", &class.to_string())
+        crate::apply(&api.client(), "default", &csi_driver.to_string())
             .await
             .unwrap();
         let mut world = Self {
@@ -95,24 +96,13 @@ impl World {
         if fake.versions.is_empty() {
             fake.versions = vec!["1.0.0".to_owned()];
         }
-        let node = UnixListenerStream::new(UnixListener::bind(&csi).unwrap());
-        let service = NodeServer::new(fake.clone());
-        self.tasks.spawn(async move {
-            tonic::transport::Server::builder()
-                .add_service(service)
-                .serve_with_incoming(node)
-                .await
-                .unwrap();
-        });
-        let incoming = UnixListenerStream::new(UnixListener::bind(&registration).unwrap());
-        let service = RegistrationServer::new(fake);
-        self.tasks.spawn(async move {
-            tonic::transport::Server::builder()
-                .add_service(service)
-                .serve_with_incoming(incoming)
-                .await
-                .unwrap();
-        });
+        let listen = |path: &PathBuf| UnixListenerStream::new(UnixListener::bind(path).unwrap());
+        let node = Server::builder().add_service(NodeServer::new(fake.clone()));
+        let registrar = Server::builder().add_service(RegistrationServer::new(fake));
+        let node = node.serve_with_incoming(listen(&csi));
+        let registrar = registrar.serve_with_incoming(listen(&registration));
+        self.tasks.spawn(async { node.await.unwrap() });
+        self.tasks.spawn(async { registrar.await.unwrap() });
         registration
     }
 
@@ -196,29 +186,13 @@ impl World {
         let events: Api<EventObject> = Api::namespaced(self.api.client(), "default");
         let mut found = None;
         eventually("an event", async || {
-            let list = events
-                .list(&kube::api::ListParams::default())
-                .await
-                .unwrap();
-            found = list
-                .items
-                .into_iter()
-                .find(|event| event.reason.as_deref() == Some(reason));
+            let list = events.list(&ListParams::default()).await.unwrap();
+            let mut events = list.items.into_iter();
+            found = events.find(|event| event.reason.as_deref() == Some(reason));
             found.is_some()
         })
         .await;
         found.unwrap()
-    }
-}
-
-async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + LIMIT;
-    while !check().await {
-        assert!(
-            tokio::time::Instant::now() < deadline,
-            "not in {LIMIT:?}: {what}"
-        );
-        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -521,8 +495,8 @@ async fn a_changed_annotation_makes_kubelet_republish_at_once() {
 
 #[tokio::test]
 async fn tokens_and_the_publish_secret_reach_the_driver() {
-    let class = json!({"tokenRequests": [{"audience": "a"}, {"audience": "b"}]});
-    let mut world = World::with(class, None).await;
+    let requests = json!({"tokenRequests": [{"audience": "a"}, {"audience": "b"}]});
+    let mut world = World::with(requests, None).await;
     let fake = Fake::default();
     world.serve(fake.clone());
     world.registered().await;

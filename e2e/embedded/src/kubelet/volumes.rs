@@ -40,7 +40,7 @@ pub(crate) struct Node {
     pub(crate) root: PathBuf,
     pub(crate) drivers: Drivers,
     /// The CSIDriver objects, as kubelet's own cache holds them.
-    pub(crate) classes: Store<CSIDriver>,
+    pub(crate) csi_drivers: Store<CSIDriver>,
     /// The deadline of each call to a driver.
     pub(crate) csi_timeout: Duration,
 }
@@ -184,10 +184,11 @@ impl Volume {
                 "kubernetes.io/csi: mounter.SetUpAt failed to get CSI client: {reason}"
             ))
         })?;
-        let class = node.classes.get(&ObjectRef::new(&self.driver));
-        self.check_lifecycle(class.as_deref()).map_err(unchanged)?;
+        let csi_driver = node.csi_drivers.get(&ObjectRef::new(&self.driver));
+        self.check_lifecycle(csi_driver.as_deref())
+            .map_err(unchanged)?;
         let mut request = self
-            .request(node, pod, source, class.as_deref())
+            .request(node, pod, source, csi_driver.as_deref())
             .await
             .map_err(unchanged)?;
         // This is the first call of the operation, and so the one that fails if nobody listens.
@@ -199,12 +200,12 @@ impl Volume {
         let driver = Driver::connect(&endpoint, node.csi_timeout)
             .await
             .map_err(unasked)?;
-        let capabilities = driver.capabilities().await.map_err(unasked)?;
+        let mounts_groups = driver.mounts_groups().await.map_err(unasked)?;
         let group = pod
             .spec
             .as_ref()
             .and_then(|spec| spec.security_context.as_ref()?.fs_group);
-        if capabilities.volume_mount_group
+        if mounts_groups
             && let Some(group) = group
             && let Some(VolumeCapability {
                 access_type: Some(AccessType::Mount(mount)),
@@ -278,7 +279,7 @@ impl Volume {
         fs::write(self.dir.join(DATA_FILE), serde_json::to_vec(&data)?)
     }
 
-    fn check_lifecycle(&self, class: Option<&CSIDriver>) -> Result<(), String> {
+    fn check_lifecycle(&self, csi_driver: Option<&CSIDriver>) -> Result<(), String> {
         let refused = |why: String| {
             format!(
                 "kubernetes.io/csi: mounter.SetupAt failed to check volume lifecycle mode: \
@@ -286,10 +287,10 @@ impl Volume {
                 self.driver
             )
         };
-        let Some(class) = class else {
+        let Some(csi_driver) = csi_driver else {
             return Err(refused("no CSIDriver object".to_owned()));
         };
-        let modes = class
+        let modes = csi_driver
             .spec
             .volume_lifecycle_modes
             .as_deref()
@@ -305,7 +306,7 @@ impl Volume {
         node: &Node,
         pod: &Pod,
         source: &CSIVolumeSource,
-        class: Option<&CSIDriver>,
+        csi_driver: Option<&CSIDriver>,
     ) -> Result<NodePublishVolumeRequest, String> {
         let mut secrets = node_publish_secrets(node, pod, source).await?;
         let mut context: HashMap<String, String> = source
@@ -314,7 +315,7 @@ impl Volume {
             .unwrap_or_default()
             .into_iter()
             .collect();
-        let spec = class.map(|class| &class.spec);
+        let spec = csi_driver.map(|csi_driver| &csi_driver.spec);
         if spec.and_then(|spec| spec.pod_info_on_mount) == Some(true) {
             context.extend(pod_info(pod));
         }

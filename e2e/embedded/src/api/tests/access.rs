@@ -25,28 +25,20 @@ async fn service_accounts_may_do_what_roles_say() {
     let client = setup.pod_client("driver").await;
 
     let pods: Api<Pod> = Api::namespaced(client.clone(), "default");
-    assert_eq!(
-        refusal(pods.get("p").await),
-        (404, "pods \"p\" not found".to_owned())
+    assert_refused(pods.get("p").await, 404, "pods \"p\" not found");
+    assert_refused(
+        pods.patch_status("p", &PatchParams::default(), &Patch::Merge(json!({})))
+            .await,
+        403,
+        "pods \"p\" is forbidden: User \"system:serviceaccount:default:driver\" cannot patch resource \
+         \"pods/status\" in API group \"\" in the namespace \"default\"",
     );
-    assert_eq!(
-        refusal(pods.patch_status("p", &PatchParams::default(), &Patch::Merge(json!({}))).await),
-        (
-            403,
-            "pods \"p\" is forbidden: User \"system:serviceaccount:default:driver\" cannot patch resource \
-             \"pods/status\" in API group \"\" in the namespace \"default\""
-                .to_owned()
-        )
-    );
-    assert_eq!(
-        refusal(classes(client.clone(), "v1", "x").get("spc").await),
-        (
-            403,
-            "secretproviderclasses.secrets-store.csi.x-k8s.io \"spc\" is forbidden: User \
-             \"system:serviceaccount:default:driver\" cannot get resource \"secretproviderclasses\" in API group \
-             \"secrets-store.csi.x-k8s.io\" in the namespace \"x\""
-                .to_owned()
-        )
+    assert_refused(
+        classes(client.clone(), "v1", "x").get("spc").await,
+        403,
+        "secretproviderclasses.secrets-store.csi.x-k8s.io \"spc\" is forbidden: User \
+         \"system:serviceaccount:default:driver\" cannot get resource \"secretproviderclasses\" in API group \
+         \"secrets-store.csi.x-k8s.io\" in the namespace \"x\"",
     );
     let drivers: Api<k8s_openapi::api::storage::v1::CSIDriver> = Api::all(client.clone());
     let ours = ListParams::default().fields("metadata.name=secrets-store.csi.k8s.io");
@@ -75,10 +67,7 @@ async fn service_accounts_may_do_what_roles_say() {
 async fn tokens_are_worth_what_they_are_bound_to() {
     let setup = Setup::new().await;
     let bad = setup.client_with(Some("a.b.c".to_owned())).await;
-    assert_eq!(
-        refusal(bad.apiserver_version().await),
-        (401, "Unauthorized".to_owned())
-    );
+    assert_refused(bad.apiserver_version().await, 401, "Unauthorized");
     let nobody: Api<Pod> = Api::namespaced(setup.client_with(None).await, "default");
     let (code, message) = refusal(nobody.get("p").await);
     assert!(
@@ -195,10 +184,7 @@ async fn requests_by_a_kubeconfig_are_intercepted_disturbed_and_counted() {
             Reaction::Serve
         }
     });
-    assert_eq!(
-        refusal(pods.get("p").await),
-        (418, "intercepted".to_owned())
-    );
+    assert_refused(pods.get("p").await, 418, "intercepted");
     assert_eq!(refusal(pods.get("q").await).0, 404);
     let requests = setup.server.requests();
     let requests: Vec<_> = requests.iter().map(|r| (&*r.name, r.status)).collect();

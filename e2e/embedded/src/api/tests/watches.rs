@@ -21,9 +21,7 @@ async fn a_watch_sees_every_change_in_order() {
 
     let label = async |value: Value| {
         let patch = json!({"metadata": {"labels": {"app": value}}});
-        pods.patch("p", &PatchParams::default(), &Patch::Merge(&patch))
-            .await
-            .unwrap();
+        merge(&pods, "p", &patch).await.unwrap();
     };
     pods.create(&POST, &pod("p", None)).await.unwrap();
     label(json!("x")).await;

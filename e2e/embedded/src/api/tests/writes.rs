@@ -1,4 +1,4 @@
-//! Tests of creating, updating, patching and applying.
+//! Tests of creating, updating and patching.
 
 use super::*;
 
@@ -14,18 +14,17 @@ async fn objects_are_created_read_and_refused_as_in_a_cluster() {
     );
     assert_eq!(value(&secrets.get("s").await.unwrap()), created);
 
-    assert_eq!(
-        refusal(secrets.create(&POST, &secret("s")).await),
-        (409, "secrets \"s\" already exists".to_owned())
+    assert_refused(
+        secrets.create(&POST, &secret("s")).await,
+        409,
+        "secrets \"s\" already exists",
     );
-    assert_eq!(
-        refusal(secrets.get("x").await),
-        (404, "secrets \"x\" not found".to_owned())
-    );
+    assert_refused(secrets.get("x").await, 404, "secrets \"x\" not found");
     let elsewhere: Api<Secret> = Api::namespaced(setup.server.client(), "nowhere");
-    assert_eq!(
-        refusal(elsewhere.create(&POST, &secret("s")).await),
-        (404, "namespaces \"nowhere\" not found".to_owned())
+    assert_refused(
+        elsewhere.create(&POST, &secret("s")).await,
+        404,
+        "namespaces \"nowhere\" not found",
     );
 
     let event = json!({"metadata": {"generateName": "e-"}, "involvedObject": {"namespace": "default"}, "reason": "R"});
@@ -48,9 +47,10 @@ async fn a_trial_passes_all_rules_and_stores_nothing() {
     secrets.create(&trial, &secret("s")).await.unwrap();
     assert!(secrets.get_opt("s").await.unwrap().is_none());
     secrets.create(&POST, &secret("s")).await.unwrap();
-    assert_eq!(
-        refusal(secrets.create(&trial, &secret("s")).await),
-        (409, "secrets \"s\" already exists".to_owned())
+    assert_refused(
+        secrets.create(&trial, &secret("s")).await,
+        409,
+        "secrets \"s\" already exists",
     );
     let mut invalid = secret("s");
     invalid.type_ = Some("kubernetes.io/tls".to_owned());
@@ -67,28 +67,19 @@ async fn updates_need_the_version_they_read_and_a_reason() {
     assert_eq!(same, first, "an update that changes nothing is no write");
 
     let patch = json!({"data": {"more": "eA=="}, "metadata": {"labels": {"a": "b"}}});
-    let second = secrets
-        .patch("s", &PatchParams::default(), &Patch::Merge(&patch))
-        .await
-        .unwrap();
+    let second = merge(&secrets, "s", &patch).await.unwrap();
     assert_eq!(
         value(&second)["data"],
         json!({"key": "dmFsdWU=", "more": "eA=="})
     );
-    let again = secrets
-        .patch("s", &PatchParams::default(), &Patch::Merge(&patch))
-        .await
-        .unwrap();
+    let again = merge(&secrets, "s", &patch).await.unwrap();
     assert_eq!(again, second);
 
-    assert_eq!(
-        refusal(secrets.replace("s", &POST, &first).await),
-        (
-            409,
-            "Operation cannot be fulfilled on secrets \"s\": the object has been modified; \
-             please apply your changes to the latest version and try again"
-                .to_owned()
-        )
+    assert_refused(
+        secrets.replace("s", &POST, &first).await,
+        409,
+        "Operation cannot be fulfilled on secrets \"s\": the object has been modified; \
+         please apply your changes to the latest version and try again",
     );
     let mut other_uid = second.clone();
     other_uid.metadata.uid = Some("other".to_owned());
@@ -122,67 +113,11 @@ async fn updates_need_the_version_they_read_and_a_reason() {
     );
 }
 
-#[tokio::test]
-async fn two_managers_apply_to_one_secret() {
-    let setup = Setup::new().await;
-    let secrets: Api<Secret> = setup.api();
-    let apply = async |manager: &str, owner: &str, data: Value| {
-        let config = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "ownerReferences": [
-            {"apiVersion": "v1", "kind": "Namespace", "name": owner, "uid": uid_of(&setup, owner).await}]}, "data": data});
-        secrets
-            .patch("s", &PatchParams::apply(manager), &Patch::Apply(&config))
-            .await
-    };
-    apply("one", "default", json!({"a": "MQ=="})).await.unwrap();
-    let both = apply("two", "kube-system", json!({"b": "MQ=="}))
-        .await
-        .unwrap();
-    assert_eq!(both.metadata.owner_references.as_ref().unwrap().len(), 2);
-    let again = apply("two", "kube-system", json!({"b": "MQ=="}))
-        .await
-        .unwrap();
-    assert_eq!(
-        again.metadata.resource_version,
-        both.metadata.resource_version
-    );
-
-    assert_eq!(
-        refusal(apply("two", "kube-system", json!({"a": "Mg=="})).await),
-        (
-            409,
-            "Apply failed with 1 conflict: conflict with \"one\": .data.a".to_owned()
-        )
-    );
-    let after = apply("two", "kube-system", json!({"c": "MQ=="}))
-        .await
-        .unwrap();
-    assert_eq!(value(&after)["data"], json!({"a": "MQ==", "c": "MQ=="}));
-
-    let ghost =
-        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "gone", "uid": "u"}});
-    let (code, message) = refusal(
-        secrets
-            .patch("gone", &PatchParams::apply("one"), &Patch::Apply(&ghost))
-            .await,
-    );
-    assert!(code == 409 && message.contains("uid mismatch"), "{message}");
-}
-
-async fn uid_of(setup: &Setup, namespace: &str) -> String {
-    let namespaces: Api<Namespace> = Api::all(setup.server.client());
-    namespaces
-        .get(namespace)
-        .await
-        .unwrap()
-        .metadata
-        .uid
-        .unwrap()
-}
-
-/// Unlike a real server, this one knows neither patch.
+/// Unlike a real server, this one knows none of these patches.
 #[rstest]
 #[case("application/strategic-merge-patch+json")]
 #[case("application/json-patch+json")]
+#[case("application/apply-patch+yaml")]
 #[tokio::test]
 async fn other_patches_are_refused(#[case] kind: &str) {
     let setup = Setup::new().await;
@@ -204,12 +139,10 @@ async fn a_client_that_takes_metadata_only_is_refused() {
     let setup = Setup::new().await;
     let secrets: Api<Secret> = setup.api();
     secrets.create(&POST, &secret("s")).await.unwrap();
-    assert_eq!(
-        refusal(secrets.get_metadata("s").await),
-        (
-            406,
-            "only the following media types are accepted: application/json".to_owned()
-        )
+    assert_refused(
+        secrets.get_metadata("s").await,
+        406,
+        "only the following media types are accepted: application/json",
     );
     let either = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json";
     let get = http::Request::get("/api/v1/namespaces/default/secrets/s")
@@ -217,26 +150,4 @@ async fn a_client_that_takes_metadata_only_is_refused() {
         .body(Vec::new());
     let got = setup.server.client().request::<Value>(get.unwrap()).await;
     assert_eq!(got.unwrap()["type"], "Opaque");
-}
-
-/// Run with `cargo test --lib creates_per_second -- --ignored --nocapture`.
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement"]
-async fn creates_per_second() {
-    const COUNT: usize = 10_000;
-    let setup = Setup::new().await;
-    let secrets: Api<Secret> = setup.api();
-    let start = std::time::Instant::now();
-    futures::stream::iter(0..COUNT)
-        .for_each_concurrent(50, async |number| {
-            secrets
-                .create(&POST, &secret(&format!("s{number}")))
-                .await
-                .unwrap();
-        })
-        .await;
-    println!(
-        "{:.0} creates per second",
-        COUNT as f64 / start.elapsed().as_secs_f64()
-    );
 }

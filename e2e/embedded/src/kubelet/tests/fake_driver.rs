@@ -100,34 +100,6 @@ impl Node for Fake {
             ..Default::default()
         }))
     }
-
-    async fn node_stage_volume(
-        &self,
-        _: Request<wire::NodeStageVolumeRequest>,
-    ) -> Result<Response<wire::NodeStageVolumeResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn node_unstage_volume(
-        &self,
-        _: Request<wire::NodeUnstageVolumeRequest>,
-    ) -> Result<Response<wire::NodeUnstageVolumeResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn node_get_volume_stats(
-        &self,
-        _: Request<wire::NodeGetVolumeStatsRequest>,
-    ) -> Result<Response<wire::NodeGetVolumeStatsResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn node_expand_volume(
-        &self,
-        _: Request<wire::NodeExpandVolumeRequest>,
-    ) -> Result<Response<wire::NodeExpandVolumeResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
 }
 
 #[tonic::async_trait]
