@@ -271,8 +271,8 @@ mod tests {
     /// Runs `body` with the subscriber for `flags`, and returns the lines that it logs.
     fn logged(flags: &[&str], body: impl FnOnce()) -> Vec<String> {
         #[derive(Clone, Default)]
-        struct Lines(Arc<Mutex<Vec<u8>>>);
-        impl std::io::Write for Lines {
+        struct Output(Arc<Mutex<Vec<u8>>>);
+        impl std::io::Write for Output {
             fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
                 self.0.lock().unwrap().extend(bytes);
                 Ok(bytes.len())
@@ -281,7 +281,7 @@ mod tests {
                 Ok(())
             }
         }
-        let lines = Lines::default();
+        let lines = Output::default();
         let out = lines.clone();
         let config = Config::parse(flags.iter().map(Into::into)).unwrap();
         tracing::subscriber::with_default(subscriber(&config, move || out.clone()), body);
