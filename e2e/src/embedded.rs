@@ -82,6 +82,14 @@ impl Embedded {
         Ok(self.0.containers(node).await?)
     }
 
+    /// Runs a program on a node, as root, and returns what it prints.
+    ///
+    /// # Errors
+    /// Returns what it prints to standard error when it fails.
+    pub async fn exec(&self, node: &str, command: &[&str]) -> Result<String> {
+        Ok(self.0.exec(node, command).await?)
+    }
+
     async fn probe_on(&self, node: &str, arguments: &[String], path: &Path) -> Result<String> {
         let path = path.to_string_lossy();
         let arguments = arguments.iter().map(String::as_str);

@@ -13,6 +13,8 @@
 //! manifest           manifests as values
 //!   cluster          what differs between the clusters
 //!     tree, reader   what `probe` reads in a volume
+//! providers          real providers on the embedded cluster
+//!   stores           fakes of their stores
 //! binaries, host, skipped, user      leaves
 //! ```
 
@@ -30,8 +32,10 @@ pub mod local;
 pub mod manifest;
 pub mod namespace;
 pub mod previous;
+pub mod providers;
 pub mod reader;
 mod real;
 pub mod skipped;
+pub mod stores;
 pub mod tree;
 pub mod user;

@@ -118,6 +118,10 @@ const E2E: Rooms = &[
         "budget",
         &["binaries", "cluster", "embedded", "manifest", "namespace"],
     ),
+    (
+        "providers",
+        &["binaries", "cluster", "embedded", "namespace", "stores"],
+    ),
     ("previous", &["binaries", "cluster", "images", "install"]),
     (
         "embedded",
@@ -166,6 +170,7 @@ const E2E: Rooms = &[
     ("binaries", &[]),
     ("host", &[]),
     ("skipped", &[]),
+    ("stores", &[]),
     ("user", &[]),
 ];
 
