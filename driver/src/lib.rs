@@ -3,9 +3,9 @@
 //!
 //! # Modules
 //!
-//! A publish passes through these modules in this order. A module uses only those below it:
-//! `e2e/tests/rooms.rs` checks that, the order of this list, and that the list is complete. `run` below
-//! connects the modules.
+//! These are the modules, from top to bottom. A module uses only those below it: `e2e/tests/rooms.rs`
+//! checks that, the order of this list, and that the list is complete. `run` below connects the
+//! modules.
 //!
 //! ```text
 //! csi            the CSI services: the form of a request, the status of an error
@@ -159,7 +159,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     // A Secret that was deleted to change its type is created again before the driver ends.
     if timeout(FINISH_WITHIN, cluster.finish()).await.is_err() {
         tracing::error!(
-            "the driver stops while a Secret that it deleted to change its type is not there again"
+            "the driver stops before it could re-create a Secret that it deleted to change its type"
         );
     }
     outcome
@@ -244,7 +244,7 @@ fn warn_about_flags(config: &Config) {
     for argument in &config.ignored_arguments {
         tracing::warn!(
             argument,
-            "this argument is ignored, because it is or follows an argument that is not a flag"
+            "this argument is ignored: flags end at the first argument that is not a flag. Write --flag=value"
         );
     }
     if config.node_id.is_empty() {

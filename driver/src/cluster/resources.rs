@@ -48,8 +48,9 @@ pub struct SecretProviderClassSpec {
     /// Parameters of the provider, which name the objects. The driver passes them on unread.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub parameters: BTreeMap<String, String>,
-    /// Secrets to make of the mounted objects. A Secret exists as long as a pod that mounts this
-    /// class.
+    /// Secrets to make of the mounted objects. A Secret is deleted with the last of its owners. These
+    /// are the controllers of the pods that mount this class, and the SecretProviderClassPodStatus of
+    /// a pod without a controller.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub secret_objects: Vec<SecretObject>,
 }
@@ -83,7 +84,7 @@ pub struct SecretObjectData {
     /// under its own name.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub object_name: String,
-    /// Key in the Secret. It is left out with "*".
+    /// Key in the Secret. Leave it out if objectName is "*".
     #[serde(skip_serializing_if = "String::is_empty")]
     pub key: String,
     /// Field of the object, which must be a JSON object then. The Secret gets the value of this
@@ -96,8 +97,8 @@ pub struct SecretObjectData {
     pub encoding: String,
 }
 
-/// The objects that the driver has mounted into one volume of one pod. The driver writes it, for
-/// people and other tools.
+/// A record of the objects that the driver has mounted into one volume of one pod. The driver
+/// writes it for people and other tools.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SecretProviderClassPodStatus {
