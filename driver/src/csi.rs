@@ -128,7 +128,7 @@ impl Csi {
                     () = kept => Ok(()),
                 };
                 if let Err(error) = file.remove() {
-                    tracing::warn!(%error, "the CSI socket stays behind; the next driver replaces it");
+                    tracing::warn!(%error, "the CSI socket could not be removed; the next driver replaces it");
                 }
                 served
             }

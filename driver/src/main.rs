@@ -24,7 +24,7 @@ fn main() -> ExitCode {
     if let Err(error) = driver::logging::init(&config) {
         return say(&driver::config::Exit {
             code: 1,
-            text: format!("no logging: {error}"),
+            text: format!("cannot set up logging: {error}"),
         });
     }
     std::panic::set_hook(Box::new(|panic| {
@@ -33,7 +33,10 @@ fn main() -> ExitCode {
             .location()
             .map(ToString::to_string)
             .unwrap_or_default();
-        tracing::error!(place, "a bug in the driver");
+        tracing::error!(
+            place,
+            "the driver panicked, which is a bug; please report it with this place"
+        );
     }));
     one_arena();
     raise_descriptors();
@@ -99,7 +102,7 @@ fn raise_descriptors() {
         }
     });
     if let Err(error) = raised {
-        tracing::warn!(%error, "the limit of open files stays as it is");
+        tracing::warn!(%error, "the limit of open files could not be raised");
     }
 }
 

@@ -126,7 +126,7 @@ impl Collector for Process {
         let gauges = [
             (
                 "process_start_time_seconds",
-                "When the process started, since the epoch",
+                "Start time of the process, in seconds since the epoch",
                 Some(started),
             ),
             (

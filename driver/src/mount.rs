@@ -61,7 +61,7 @@ pub fn state(target: &Path) -> io::Result<TargetState> {
         (false, false) => Ok(TargetState::NotADirectory),
         (true, true) if here.is_tmpfs()? => Ok(TargetState::Mounted),
         (true, _) => Err(io::Error::other(
-            "a file system other than tmpfs is mounted there",
+            "a file system other than tmpfs is mounted there; unmount it or replace the pod",
         )),
     }
 }

@@ -351,7 +351,7 @@ async fn ask(
 /// Returns the error of a call that gave way to another one. kubelet calls again.
 fn gave_way(name: &str, socket: &Path) -> Error {
     Error::unavailable(format!(
-        "provider {name:?} at {} did not answer this call for {} s or more, and the driver ended it to let other SecretProviderClasses call; the driver tries again. Is the store of this class slow or unreachable?",
+        "provider {name:?} at {} did not answer this call for {} s or more, and the driver ended it to let other SecretProviderClasses call; kubelet calls again. Is the store of this class slow or unreachable?",
         socket.display(),
         queue::HANGS.as_secs(),
     ))
@@ -378,7 +378,7 @@ fn accept(call: &MountCall<'_>, mut response: MountResponse, reserved: Reserved)
         return Err(Error::new(
             Code::Unknown,
             format!(
-                "provider {name:?}: mount request failed with provider error code {code}{}",
+                "provider {name:?}: mount request failed with provider error code {code}; see the provider's log{}",
                 refusal::token_hint(&code, call.with_tokens),
             ),
         )

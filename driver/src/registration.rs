@@ -79,7 +79,7 @@ impl Registrar {
             match self.offer(socket, &stop).await {
                 Ok(End::Stopped) => return,
                 Ok(End::Wiped) => {
-                    info!(socket = %socket.display(), "registration socket was removed, offering a new one");
+                    info!(socket = %socket.display(), "the registration socket was removed; creating it again");
                     continue;
                 }
                 Ok(End::Replaced) => warn!(

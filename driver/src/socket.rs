@@ -120,12 +120,12 @@ impl SocketFile {
             match listen_privately(&self.path) {
                 Ok((listener, file)) => {
                     *self = file;
-                    tracing::warn!(socket = %self.path.display(), "nobody could be reached at the socket any more, because another process or a person replaced or removed it; listening there again");
+                    tracing::warn!(socket = %self.path.display(), "the driver's socket was replaced or removed; listening there again");
                     // Sending fails if the server is about to end.
                     let _ = anew.send(listener).await;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "nobody can be reached at the socket, and the driver cannot listen there again; trying again");
+                    tracing::warn!(%error, "the driver's socket was replaced or removed, and the driver cannot listen there; trying again");
                 }
             }
         }

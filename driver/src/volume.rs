@@ -481,7 +481,7 @@ fn refuse_older_class(
         return Ok(());
     }
     Err(Error::unavailable(format!(
-        "secretproviderclass {}/{}: the API server answers with an older state of it (resource version {}) than the one that this volume had ({}); trying again. If the API server was restored from a backup, change the class or replace the pod",
+        "SecretProviderClass {}/{}: the API server answers with an older state of it (resource version {}) than the one that this volume had ({}); trying again. If the API server was restored from a backup, change the class or replace the pod",
         request.pod.namespace,
         request.class,
         class.identity.resource_version,

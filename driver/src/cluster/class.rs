@@ -138,7 +138,18 @@ impl Cluster {
         let api: Api<SecretProviderClass> =
             Api::namespaced(self.client().await.map_err(failed)?, namespace);
         let spc = self.read(api.get_with(name, how)).await;
-        let spc = spc.map_err(|failure| failed(failure.into_error()))?;
+        let spc = spc.map_err(|failure| {
+            let is_missing = failure.is_not_found(name);
+            let error = failure.into_error();
+            failed(if is_missing {
+                Error::new(
+                    error.code(),
+                    format!("{error}; create it in the pod's namespace, or correct secretProviderClass in the pod's volumeAttributes"),
+                )
+            } else {
+                error
+            })
+        })?;
         if !is_class(&spc, name) {
             return Err(failed(Failure::WrongObject.into_error()));
         }
@@ -150,7 +161,7 @@ impl Cluster {
         // Many volumes keep the name.
         if spc.spec.provider.len() > MAX_PROVIDER {
             return Err(Error::precondition(format!(
-                "invalid provider: provider {} of {namespace}/{name} is longer than a provider's name can be: set spec.provider of the SecretProviderClass",
+                "invalid provider: provider {} of {namespace}/{name} is too long; spec.provider of the SecretProviderClass has 1 to 30 letters, digits, \"-\" or \"_\"",
                 quoted(&spc.spec.provider, 60)
             ))
             .with_reason(Reason::FailedToLookupProviderGrpcClient));

@@ -62,7 +62,7 @@ fn found(answer: Result<PodView, Failure>, pod: &Pod) -> Result<Option<PodView>>
     let uid = metadata.uid.as_deref().unwrap_or_default();
     if metadata.name.as_deref() != Some(&pod.name) || uid.is_empty() {
         return Err(Error::unavailable(format!(
-            "the API server answers with something else than pod {pod}"
+            "the answer of the API server is not pod {pod}"
         )));
     }
     // The API object of a static pod is its mirror, with a UID of its own:

@@ -391,7 +391,7 @@ fn unmanaged(desired: &DesiredSecret<'_>) -> SyncError {
     SyncError::new(
         ErrorType::Unmanaged,
         format!(
-            "there is a Secret of this name that is not the driver's, and it is left as it is. To let the driver have it, and replace its content: kubectl annotate secret -n {namespace} {name} {ADOPT}=true"
+            "a Secret of this name exists that the driver did not make; it stays as it is. To hand it to the driver, which then replaces its data: kubectl annotate secret -n {namespace} {name} {ADOPT}=true"
         ),
     )
 }
@@ -406,7 +406,7 @@ fn conflict(other: &str) -> SyncError {
 }
 
 fn without_values() -> SyncError {
-    SyncError::unavailable("a bug in the driver: the values of the Secret are not at hand")
+    SyncError::unavailable("a bug in the driver: the values of the Secret were not computed")
 }
 
 fn path(namespace: &str) -> String {

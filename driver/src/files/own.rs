@@ -94,7 +94,7 @@ fn not_opened(directory: &OwnedFd, name: &CStr, errno: Errno) -> io::Error {
     match kind {
         Ok(SFlag::S_IFCHR | SFlag::S_IFBLK) => io::Error::new(
             io::ErrorKind::InvalidData,
-            "the provider made a device there, which is no content of a volume; it must write regular files",
+            "the provider made a device there; a provider may write only regular files, directories and links",
         ),
         _ => errno.into(),
     }

@@ -63,7 +63,7 @@ pub(super) fn check_room(root: &OwnedFd, payload: &Payload) -> io::Result<()> {
     };
     if is.files() != 0 && entries > is.files_available() {
         return full(format!(
-            "{} files in {} directories, and the volume has room for {} more of both",
+            "{} files in {} directories do not fit: the volume has room for {} more files and directories",
             payload.len(),
             payload.directories(),
             is.files_available()
@@ -71,7 +71,7 @@ pub(super) fn check_room(root: &OwnedFd, payload: &Payload) -> io::Result<()> {
     }
     if is.blocks() != 0 && blocks > is.blocks_available() {
         return full(format!(
-            "{} files that take {} bytes in blocks of {block}, and the volume has room for {} more",
+            "{} files that take {} bytes in blocks of {block} do not fit: the volume has room for {} more bytes",
             payload.len(),
             blocks * block,
             is.blocks_available() * block
@@ -171,11 +171,11 @@ mod tests {
             for (too_much, says) in [
                 (
                     deep(7),
-                    "7 files in 210 directories, and the volume has room for",
+                    "7 files in 210 directories do not fit: the volume has room for",
                 ),
                 (
                     wide(300),
-                    "300 files in 0 directories, and the volume has room for",
+                    "300 files in 0 directories do not fit: the volume has room for",
                 ),
                 (
                     wide(40),

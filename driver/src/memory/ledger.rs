@@ -60,7 +60,7 @@ impl Budget {
         self.answers / COPIES_OF_AN_ANSWER
     }
 
-    /// Returns the bytes that are kept for the driver itself.
+    /// Returns the bytes that are kept for the driver itself and for answers of providers.
     pub fn reserve(&self) -> u64 {
         self.own + self.answers
     }
@@ -128,13 +128,13 @@ impl fmt::Display for NoRoom {
         match budget.limit.source {
             Source::Cgroup => write!(
                 f,
-                ". What is mounted counts against the driver's memory limit of {}, of which {} are kept for the driver itself: raise the chart's value linux.driver.resources.limits.memory (linux.driver.builtinResources.limits.memory with sidecars: builtin), or mount less on this node",
+                ". What is mounted counts against the driver's memory limit of {}, of which {} are kept for the driver itself and for answers of providers: raise the chart's value linux.driver.resources.limits.memory (linux.driver.builtinResources.limits.memory with sidecars: builtin), or mount less on this node",
                 Mib(budget.limit.bytes),
                 Mib(budget.reserve())
             ),
             Source::Machine => write!(
                 f,
-                ". The driver has no memory limit, and may use {}, half of this machine's memory",
+                ". The driver has no memory limit, and may use {}, half of this machine's memory: mount less on this node, or give the driver a memory limit above that",
                 Mib(budget.limit.bytes)
             ),
         }

@@ -30,7 +30,7 @@ impl Series {
             ),
             room: gauge(
                 "secrets_store_mounted_bytes_room",
-                "Memory that content which the driver writes may take",
+                "Limit of the memory for content that the driver writes",
             ),
             limit: gauge(
                 "secrets_store_memory_limit_bytes",

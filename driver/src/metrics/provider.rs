@@ -48,7 +48,7 @@ impl Series {
         );
         registry.register(
             "secrets_store_provider_calls_waiting",
-            "Calls that wait because the provider has as many as it may have",
+            "Calls to a provider that wait for their turn",
             series.waiting.clone(),
         );
         series

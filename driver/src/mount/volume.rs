@@ -93,7 +93,7 @@ impl VolumeMount {
             Occupant::Volume(volume) => Ok(volume),
             Occupant::Nothing => Err(io::Error::other("nothing is mounted there any more")),
             Occupant::Foreign(entry) => Err(io::Error::other(format!(
-                "what is mounted there is not a volume of this driver but {} {:?}; nothing is written into it: unmount it",
+                "a file system that is not a volume of this driver is mounted there ({} {:?}), so nothing was written; unmount it or replace the pod",
                 entry.kind, entry.source
             ))),
         }

@@ -84,21 +84,21 @@ async fn ask(socket: PathBuf) -> ProviderHealth {
     }
 }
 
-/// Logs each change, and at the debug level each provider that is as before.
+/// Logs each change, and at the debug level each provider that has not changed.
 fn report(before: &BTreeMap<String, ProviderHealth>, now: &BTreeMap<String, ProviderHealth>) {
     for (provider, health) in now {
         match health {
             health if before.get(provider) == Some(health) => {
-                tracing::debug!(provider, ?health, "the provider is as before");
+                tracing::debug!(provider, ?health, "the provider has not changed");
             }
             ProviderHealth::Well { runtime, version } => {
-                tracing::info!(provider, runtime, version, "the provider is well");
+                tracing::info!(provider, runtime, version, "the provider is healthy");
             }
             ProviderHealth::Unwell(reason) => {
                 tracing::warn!(
                     provider,
                     reason,
-                    "the provider is not well; pods that need it may not start"
+                    "the provider is not healthy; pods that need it may not start"
                 );
             }
         }

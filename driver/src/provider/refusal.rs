@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use super::{
     Limits,
     queue::Ending,
-    wire::{LONGEST_HEADERS, TooLarge},
+    wire::{LONGEST_HEADERS, TooLarge, Unusable},
 };
 use crate::error::{Error, Reason};
 
@@ -166,9 +166,12 @@ impl FailedCall<'_> {
         let (code, what) = if let Some(too_large) = found_here::<TooLarge>(status) {
             let what = format!("answered with {too_large}; split the SecretProviderClass");
             (Code::ResourceExhausted, what)
+        } else if let Some(unusable) = found_here::<Unusable>(status) {
+            let what = format!("sent an answer that cannot be used: {unusable}");
+            (Code::Internal, what)
         } else if found_here(status) == Some(&TooLate::Memory) {
             let what = format!(
-                "began to answer, but until the deadline other answers used all of the memory for its answers ({} bytes, of which one namespace may use half); raise --provider-max-bytes of the driver (chart value providerMaxBytes) if this happens often",
+                "began to answer, but until the deadline there was no memory for the answer: other answers of this provider held it ({} bytes, of which one namespace may hold half). If this happens often, raise the driver's memory limit, of which answers get at most a sixth, or --provider-max-bytes (chart value providerMaxBytes)",
                 self.limits.max_bytes
             );
             (Code::ResourceExhausted, what)
@@ -196,7 +199,7 @@ impl FailedCall<'_> {
                 (Code::Unavailable, what)
             }
         } else if status.code() == Code::DeadlineExceeded {
-            let what = format!("did not answer in time{times}");
+            let what = format!("did not answer in time{times}; is its store slow or unreachable?");
             (Code::DeadlineExceeded, what)
         } else {
             let what = format!(
@@ -242,7 +245,10 @@ pub(super) fn in_short(status: &Status) -> String {
 /// Returns the cause of a status that tonic made of a broken connection, or `None` for a status
 /// that a provider sent.
 fn connection_failure(status: &Status) -> Option<String> {
-    if found_here::<TooLarge>(status).is_some() || found_here::<TooLate>(status).is_some() {
+    if found_here::<TooLarge>(status).is_some()
+        || found_here::<Unusable>(status).is_some()
+        || found_here::<TooLate>(status).is_some()
+    {
         return None;
     }
     let mut source = std::error::Error::source(status)?;

@@ -8,7 +8,7 @@ mod count;
 mod metered;
 
 use std::{
-    mem,
+    fmt, mem,
     path::Path,
     sync::{Arc, Mutex, atomic::AtomicBool},
     time::Duration,
@@ -125,7 +125,7 @@ pub(super) async fn mount(
     let (answer, takes) = answer.into_inner();
     let reserved = meter
         .take_reserved()
-        .ok_or_else(|| Status::internal("an answer that was not counted"))?;
+        .ok_or_else(|| unusable("its size was not counted"))?;
     reserved.shrink_to(takes);
     Ok((answer, reserved))
 }
@@ -149,6 +149,25 @@ fn drop_garbled_details(headers: &mut HeaderMap) {
     {
         headers.remove(DETAILS);
     }
+}
+
+/// The reason why the driver cannot use an answer.
+#[derive(Debug)]
+pub(super) struct Unusable(&'static str);
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Unusable {}
+
+/// Returns a status whose source is an [`Unusable`].
+fn unusable(why: &'static str) -> Status {
+    let mut status = Status::internal(format!("its answer cannot be used: {why}"));
+    status.set_source(Arc::new(Unusable(why)));
+    status
 }
 
 /// Encodes requests and decodes answers, which are counted before they are decoded.
@@ -188,10 +207,10 @@ impl Decoder for MountCodec {
 
     fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Self::Item>, Status> {
         if mem::replace(&mut self.answered, true) {
-            return Err(Status::internal("it answered one call twice"));
+            return Err(unusable("it is the second answer to one call"));
         }
         let message = from.copy_to_bytes(from.remaining());
-        let garbled = || Status::internal("its answer is not a MountResponse");
+        let garbled = || unusable("it is not a MountResponse");
         let takes = count(&message).ok_or_else(garbled)?.bytes()?;
         let answer = MountResponse::decode(message).map_err(|_| garbled())?;
         Ok(Some((answer, takes)))

@@ -239,7 +239,7 @@ impl Records {
             .read_to_end(&mut bytes)?;
         let Filed { format, record } = serde_json::from_slice::<Filed<Record>>(&bytes)?;
         if format != FORMAT {
-            return wrong("it has the format of another driver");
+            return wrong("it has the format of another version of the driver");
         }
         if self.path(&record.volume_id) != path {
             return wrong("it is the record of another volume");
@@ -299,11 +299,12 @@ impl Drop for StagedRecord {
 fn filed(record: &Record) -> io::Result<Vec<u8>> {
     let format = FORMAT;
     let bytes = serde_json::to_vec(&Filed { format, record })?;
-    if (bytes.len() + MAY_GROW) as u64 > LARGEST {
+    let most = LARGEST - MAY_GROW as u64;
+    if bytes.len() as u64 > most {
         return Err(io::Error::new(
             io::ErrorKind::FileTooLarge,
             format!(
-                "it would have {} bytes, and {LARGEST} are the most: provider {:?} names too many objects, or too long versions",
+                "the record would have {} bytes; at most {most} are possible: provider {:?} names too many objects, or its versions are too long",
                 bytes.len(),
                 record.provider
             ),

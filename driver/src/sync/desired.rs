@@ -126,9 +126,7 @@ pub(super) fn data<'a>(
 ) -> Result<SecretData, SyncError> {
     let object = entry.object;
     if object.type_.is_empty() {
-        return Err(invalid(
-            "type is empty: set it, Opaque for a Secret of any content",
-        ));
+        return Err(invalid("type is empty: set it, for example to Opaque"));
     }
     if object.data.is_empty() {
         return Err(invalid(
@@ -230,7 +228,7 @@ fn check(object: &SecretObject, data: &SecretData) -> Result<(), SyncError> {
         "kubernetes.io/basic-auth" => {
             if !keys.iter().any(|key| data.contains_key(*key)) {
                 return missing(format!(
-                    "type {type_} needs key username or password, and neither is there"
+                    "type {type_} needs key username or password; add one of them to data"
                 ));
             }
         }
@@ -238,7 +236,7 @@ fn check(object: &SecretObject, data: &SecretData) -> Result<(), SyncError> {
             const ACCOUNT: &str = "kubernetes.io/service-account.name";
             if object.annotations.get(ACCOUNT).is_none_or(String::is_empty) {
                 return missing(format!(
-                    "type {type_} needs annotation {ACCOUNT}, and it is not there"
+                    "type {type_} needs annotation {ACCOUNT}; add it to annotations of the entry"
                 ));
             }
         }
@@ -247,7 +245,7 @@ fn check(object: &SecretObject, data: &SecretData) -> Result<(), SyncError> {
                 let how = if data.contains_key(*key) {
                     "is empty"
                 } else {
-                    "is not there"
+                    "is missing"
                 };
                 return missing(format!("type {type_} needs key {key}, and it {how}"));
             }

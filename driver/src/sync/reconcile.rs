@@ -116,7 +116,9 @@ impl SecretSync {
         };
         let owners = owners(volumes);
         if owners.is_empty() {
-            return Err(SyncError::unavailable("the pods' owners are not known yet"));
+            return Err(SyncError::unavailable(
+                "the owners of the pods could not be determined yet; trying again",
+            ));
         }
         let if_absent = if self.cache.is_left_to_others(target.key, stamp.order) {
             IfAbsent::Leave
@@ -140,7 +142,7 @@ impl SecretSync {
             Reconciled::Unchanged | Reconciled::Overtaken { .. } => {}
             Reconciled::Created | Reconciled::Updated | Reconciled::Recreated => {
                 let class = &target.key.class.name;
-                tracing::info!(namespace, secret, class, kept = ?reconciled, "Secret written");
+                tracing::info!(namespace, secret, class, result = ?reconciled, "Secret written");
                 let provider = &target.class.provider;
                 self.metrics.secret_synced(provider, started.elapsed());
             }

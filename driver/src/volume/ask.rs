@@ -57,12 +57,12 @@ impl Volumes {
         let mounted = record.files.as_ref().map_or(0, |names| names.files);
         match &reply {
             Err(error) => {
-                tracing::info!(%error, "the provider failed after it was told which versions are mounted; asking it again without them");
+                tracing::info!(%error, "the provider failed when it was sent the mounted versions; asking again without versions");
             }
             // The provider left out what is mounted already; but an answer is the whole content.
             Ok(reply) if record.writer == Writer::Driver && reply.files.len() < mounted => {
                 tracing::info!(
-                    "the provider answered with fewer files than are mounted after it was told which versions are; asking it again without them"
+                    "the provider, which was sent the mounted versions, answered with fewer files than are mounted; asking again without versions"
                 );
             }
             Ok(_) => return reply,

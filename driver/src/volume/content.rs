@@ -284,13 +284,13 @@ fn explain_full(error: io::Error, tmpfs: &Tmpfs, volume: &Path) -> io::Error {
             volume.display()
         ),
         Ok(true) => {
-            "the volume is bounded by what --max-call-recv-msg-size lets a provider send; raise it"
+            "the volume's size follows from --max-call-recv-msg-size (chart value maxCallRecvMsgSize); raise that"
                 .to_owned()
         }
         _ => "the volume could not be resized to what the driver's flags allow; replace the pod"
             .to_owned(),
     };
-    io::Error::new(error.kind(), format!("{error}: {help}"))
+    io::Error::new(error.kind(), format!("{error}; {help}"))
 }
 
 /// Adds to an error of the file system the target, and what to do if another program has changed the
@@ -382,7 +382,7 @@ pub(super) fn take_down(target: &Path) -> io::Result<()> {
         }
     }
     Err(io::Error::other(
-        "too many mounts are stacked to unmount all of them in one call",
+        "too many mounts are stacked to unmount all of them in one call; the next call continues",
     ))
 }
 

@@ -168,7 +168,7 @@ fn of_class(class: &ClassState) -> Result<Option<Every>, Error> {
     };
     Every::parse(text).map(Some).map_err(|why| {
         Error::precondition(format!(
-            "annotation {INTERVAL} of secretproviderclass {} is {}: {why}",
+            "annotation {INTERVAL} of SecretProviderClass {} is {}: {why}",
             class.name,
             quoted(text, 40)
         ))
@@ -184,7 +184,7 @@ pub fn sends_versions(class: &ClassState) -> Result<bool, Error> {
         Some("true") => Ok(true),
         None | Some("false") => Ok(false),
         Some(text) => Err(Error::precondition(format!(
-            "annotation {SEND_VERSIONS} of secretproviderclass {} is {}; it must be true or false",
+            "annotation {SEND_VERSIONS} of SecretProviderClass {} is {}; it must be true or false",
             class.name,
             quoted(text, 40)
         ))),

@@ -40,7 +40,7 @@ impl Volumes {
         {
             tracing::warn!(
                 class = request.class,
-                "the API server answers with an older state of the SecretProviderClass than the driver has seen; the volume is not refreshed until the API server has caught up. If it was restored from a backup, change the class or restart the pods"
+                "the API server answers with an older state of the SecretProviderClass than the driver has seen; the volume is not refreshed until the API server has caught up. If it was restored from a backup, change the class or replace the pods"
             );
             return Ok(Outcome::AlreadyPublished);
         }
@@ -242,7 +242,7 @@ impl Volumes {
             }
         };
         let accepted = self.cluster.announce(&request.pod, Severity::Warning, "MountChangesAtEachRefresh", &format!(
-            "each of the last {times} refreshes changed the volume of SecretProviderClass {}. If its objects do not change that often, one of them holds something that the store makes anew for each request: name the field that is wanted (Vault and OpenBao: without secretKey an object is the whole answer, with its request ID), or set the annotation {INTERVAL} of the class to a longer time",
+            "each of the last {times} refreshes changed the volume of SecretProviderClass {}. If its objects do not change that often, an object contains something that differs in each answer of the store, such as a request ID. Select the field that the pod needs (Vault and OpenBao: set secretKey), or set a longer interval in the annotation {INTERVAL} of the class",
             request.class
         ), untold);
         if !accepted {
@@ -254,7 +254,7 @@ impl Volumes {
     /// keeps the failure for the next refresh.
     async fn announce_recovery(&self, request: &PublishRequest, since: Timestamp) {
         let announced = self.cluster.announce(&request.pod, Severity::Normal, "MountRotationComplete", &format!(
-            "the volume of SecretProviderClass {} was refreshed; earlier refreshes had failed since {since:.0}",
+            "the volume of SecretProviderClass {} was refreshed; before that, refreshes had failed since {since:.0}",
             request.class
         ), self.when_posted(request, since, Notice::Recovered));
         if announced {
@@ -309,7 +309,7 @@ impl Volumes {
             .unwrap_or_else(|| self.clock.now());
         if told.is_none() {
             let announced = self.cluster.announce(&request.pod, Severity::Warning, "MountRotationFailed", &format!(
-                "the volume of SecretProviderClass {} could not be refreshed and keeps its content of {:.0}: {error}",
+                "the volume of SecretProviderClass {} could not be refreshed and keeps the content of its last refresh or mount, {:.0}: {error}",
                 request.class, record.last_success
             ), self.when_posted(request, since, Notice::Failing));
             if !announced {

@@ -65,7 +65,7 @@ impl TargetPath {
             && parsed.ancestors().nth(6) != Some(root)
         {
             return refuse(format!(
-                "is not below {}, the --kubelet-root-dir of the driver",
+                "is not below {}, the --kubelet-root-dir of the driver (chart value linux.kubeletRootDir)",
                 root.display()
             ));
         }

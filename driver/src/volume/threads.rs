@@ -120,7 +120,7 @@ impl ThreadHealth {
             return Ok(());
         }
         Err(format!(
-            "no work on a file system has ended for {} seconds although some waits: a disk, a mount or the state directory does not answer, and no volume can be published or taken down",
+            "file system operations wait, and none has ended for {} seconds: a disk, a mount or the state directory does not answer, and no volume can be published or taken down",
             stuck.as_secs()
         ))
     }

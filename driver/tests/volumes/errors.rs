@@ -98,10 +98,10 @@ fn an_error_about_a_long_text_is_short() {
             ("not a JSON object", |n| {
                 with_secret(n, json!({}), json!({"jsonKey": long()}))
             }),
-            ("is not known", |n| {
+            ("is not supported", |n| {
                 with_secret(n, json!({}), json!({"key": long(), "encoding": "rot13"}))
             }),
-            ("is not known: base64", |n| {
+            ("is not supported: write base64", |n| {
                 with_secret(n, json!({}), json!({"encoding": long()}))
             }),
             ("tls-key-format", |n| {

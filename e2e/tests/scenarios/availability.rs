@@ -101,8 +101,8 @@ async fn the_health_check_tells_what_changes() {
     let node = s.node();
     let log = async || s.cluster.driver(&node).log().await.unwrap();
     let says = async |text: &str| log().await.matches(text).count();
-    until("the provider is well", async || {
-        says("the provider is well").await == 1
+    until("the provider is healthy", async || {
+        says("the provider is healthy").await == 1
     })
     .await;
     let provider = s.cluster.provider(&node, "fake-provider");
@@ -112,8 +112,8 @@ async fn the_health_check_tells_what_changes() {
     })
     .await;
     provider.start().await.unwrap();
-    until("the provider is well again", async || {
-        says("the provider is well").await == 2
+    until("the provider is healthy again", async || {
+        says("the provider is healthy").await == 2
     })
     .await;
     s.apply(class("db", OBJECT)).await;

@@ -225,7 +225,7 @@ impl<'a> DesiredSecret<'a> {
     /// former one.
     ///
     /// # Errors
-    /// Fails if its values are not at hand.
+    /// Fails if its values were not computed.
     pub(super) fn object(&self, former: Option<&Existing>) -> Result<NewSecret<'a>, SyncError> {
         let Data::Values(data) = self.data else {
             return Err(without_values());

@@ -100,7 +100,7 @@ impl SyncError {
         Self::new(
             ErrorType::Missing,
             format!(
-                "it is missing: it was deleted to change its type to {desired_type:.100}, and the API server rejects the new one: {why}. The driver tries again, every few minutes at least, as long as a pod needs it. Look for a webhook, a policy or a quota that rejects Secrets in namespace {namespace}, or give the entry of the class its former type"
+                "it is missing: it was deleted to change its type to {desired_type:.100}, and the API server rejects the new one: {why}. The driver tries again, every few minutes at least, as long as a pod needs it. Look for a webhook, a policy or a quota that rejects Secrets in namespace {namespace}, or set type in the entry of secretObjects back to its former value"
             ),
         )
     }

@@ -37,17 +37,19 @@ pub(in crate::provider) enum TooLarge {
 impl fmt::Display for TooLarge {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Files(files) => write!(f, "{files} files; a volume may have {MOST_FILES}"),
+            Self::Files(files) => {
+                write!(f, "{files} files; a volume may have at most {MOST_FILES}")
+            }
             Self::Versions(versions) => {
                 write!(
                     f,
-                    "{versions} object versions; an answer may have {MOST_VERSIONS}"
+                    "{versions} object versions; an answer may have at most {MOST_VERSIONS}"
                 )
             }
             Self::VersionBytes(bytes) => {
                 write!(
                     f,
-                    "{bytes} bytes of object ids and versions; an answer may have {MOST_VERSION_BYTES}"
+                    "{bytes} bytes of object ids and versions; an answer may have at most {MOST_VERSION_BYTES}"
                 )
             }
         }

@@ -103,7 +103,7 @@ pub(in crate::sync) fn compute(
             let too_large = SyncError::new(
                 ErrorType::TooLarge,
                 format!(
-                    "the objects that it is made of have more than {MAX_READ} bytes together, which are not read; read them from the volume instead"
+                    "its objects have more than {MAX_READ} bytes together, the most that the driver reads for one Secret; let the pod read the files, or use fewer objects"
                 ),
             );
             return Ok(Some(Computed::from([(first.to_owned(), Err(too_large))])));

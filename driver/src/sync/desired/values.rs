@@ -200,7 +200,7 @@ impl<'a> Sources<'a> {
             SyncError::new(
                 ErrorType::InvalidValue,
                 format!(
-                    "key {}: the object is not base64, which encoding says it is",
+                    "key {}: encoding is base64, but the value is not valid base64",
                     source.key
                 ),
             )
@@ -316,7 +316,7 @@ fn check_entry(entry: &SecretObjectData) -> Result<(), SyncError> {
     }
     if !["", "base64"].contains(&encoding.as_str()) {
         return Err(invalid(format!(
-            "key {}: encoding {} is not known: base64, or leave it out",
+            "key {}: encoding {} is not supported: write base64, or leave encoding out",
             quoted(key, 100),
             quoted(encoding, 40)
         )));

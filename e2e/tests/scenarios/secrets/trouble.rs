@@ -17,7 +17,7 @@ async fn a_secret_of_somebody_else() {
     s.apply(syncing("db", "hunter2", [creds()])).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;
-    let mut text = s.failed_sync("web", "not the driver's").await;
+    let mut text = s.failed_sync("web", "the driver did not make").await;
     s.checked_again().await;
     write!(text, "\n{}", s.secrets().await).unwrap();
     assert_eq!(
