@@ -3,7 +3,7 @@
 //!
 //! # Modules
 //!
-//! These are the modules, from top to bottom. A module uses only those below it: `e2e/tests/rooms.rs`
+//! These are the modules, from top to bottom. A module uses only those below it: `e2e/tests/modules.rs`
 //! checks that, the order of this list, and that the list is complete. `run` below connects the
 //! modules.
 //!

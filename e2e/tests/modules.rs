@@ -12,9 +12,9 @@ use std::{
 use rstest::rstest;
 
 /// The modules of a crate from the top to the bottom, each with exactly the modules that it uses.
-type Rooms = &'static [(&'static str, &'static [&'static str])];
+type Modules = &'static [(&'static str, &'static [&'static str])];
 
-const DRIVER: Rooms = &[
+const DRIVER: Modules = &[
     (
         "csi",
         &[
@@ -58,13 +58,13 @@ const DRIVER: Rooms = &[
     ("quoted", &[]),
 ];
 
-const FAKE_PROVIDER: Rooms = &[
+const FAKE_PROVIDER: Modules = &[
     ("check", &["server"]),
     ("fake", &["server"]),
     ("server", &[]),
 ];
 
-const EMBEDDED: Rooms = &[
+const EMBEDDED: Modules = &[
     (
         "cluster",
         &[
@@ -101,7 +101,7 @@ const EMBEDDED: Rooms = &[
     ("error", &[]),
 ];
 
-const E2E: Rooms = &[
+const E2E: Modules = &[
     (
         "demo",
         &[
@@ -278,19 +278,19 @@ fn used(code: &str) -> BTreeSet<&str> {
 #[case::e2e("e2e", E2E)]
 fn a_module_uses_the_modules_that_are_listed_here_and_all_of_them_are_below_it(
     #[case] of: &str,
-    #[case] rooms: Rooms,
+    #[case] listed: Modules,
 ) {
     let modules = modules(&sources(of));
     let names: BTreeSet<_> = modules.keys().map(String::as_str).collect();
-    assert_eq!(names, rooms.iter().map(|(room, _)| *room).collect());
-    for (floor, (room, uses)) in rooms.iter().enumerate() {
-        let mut used = used(&modules[*room]);
+    assert_eq!(names, listed.iter().map(|(module, _)| *module).collect());
+    for (at, (module, uses)) in listed.iter().enumerate() {
+        let mut used = used(&modules[*module]);
         // A name that is no module is a function or a macro of `lib.rs`.
-        used.retain(|name| name != room && names.contains(name));
-        assert_eq!(used, uses.iter().copied().collect(), "{room} uses");
+        used.retain(|name| name != module && names.contains(name));
+        assert_eq!(used, uses.iter().copied().collect(), "{module} uses");
         for other in *uses {
-            let below = rooms[floor + 1..].iter().any(|(room, _)| room == other);
-            assert!(below, "{other} is not below {room}");
+            let below = listed[at + 1..].iter().any(|(module, _)| module == other);
+            assert!(below, "{other} is not below {module}");
         }
     }
 }
@@ -314,8 +314,8 @@ fn the_documentation_of_the_driver_lists_the_modules_in_their_order() {
     let lines = map.lines().skip(1);
     let shown = lines.filter_map(|line| line.trim_start_matches("//!").split_whitespace().next());
     let shown: Vec<_> = shown.collect();
-    let rooms: Vec<_> = DRIVER.iter().map(|(room, _)| *room).collect();
-    assert_eq!(shown, rooms);
+    let listed: Vec<_> = DRIVER.iter().map(|(module, _)| *module).collect();
+    assert_eq!(shown, listed);
 }
 
 #[test]
