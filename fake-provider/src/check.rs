@@ -20,6 +20,7 @@ mod restart;
 mod secrecy;
 mod socket;
 mod subject;
+mod target;
 
 use subject::Subject;
 
@@ -137,8 +138,7 @@ pub struct Checked {
 /// Runs all checks that the settings select, one after another.
 pub async fn run(settings: Settings) -> Vec<Checked> {
     let subject = Subject::new(settings);
-    let own = secrecy::telling(secrecy::own_values(&subject.settings));
-    let hide = |reason: String| secrecy::hide(&reason, &own);
+    let hide = |reason: String| secrecy::hide(&reason, &subject.own);
     let mut results: Vec<Checked> = Vec::new();
     for (group, checks) in GROUPS {
         for check in checks {

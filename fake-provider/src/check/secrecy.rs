@@ -1,6 +1,6 @@
 //! Checks that tokens, secrets and malformed input do not come back in answers, errors or the log.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use proto::provider::MountRequest;
@@ -80,13 +80,37 @@ pub(super) fn telling(mut values: Vec<&str>) -> Vec<&str> {
     values
 }
 
+/// Returns the forms in which a text may quote values: whole or a line of them, as they are or
+/// escaped as in JSON and in the reasons of findings.
+pub(super) fn forms(values: &[&str]) -> Vec<String> {
+    let lines = values.iter().flat_map(|value| value.lines()).map(str::trim);
+    let pieces: BTreeSet<&str> = telling(lines.chain(values.iter().copied()).collect())
+        .into_iter()
+        .collect();
+    let mut forms = BTreeSet::new();
+    for piece in pieces {
+        let json = unquoted(&json!(piece).to_string());
+        forms.extend([
+            unquoted(&format!("{piece:?}")),
+            unquoted(&format!("{json:?}")),
+        ]);
+        forms.extend([json, piece.to_owned()]);
+    }
+    forms.into_iter().collect()
+}
+
+/// Returns a text without its first and last character.
+fn unquoted(text: &str) -> String {
+    text.get(1..text.len() - 1).unwrap_or_default().to_owned()
+}
+
 /// Returns a text with `<secret>` in the place of each of the values.
-pub(super) fn hide(text: &str, values: &[&str]) -> String {
+pub(super) fn hide(text: &str, values: &[String]) -> String {
     let mut hidden = String::new();
     let mut rest = text;
     while let Some(next) = rest.chars().next() {
-        let found = values.iter().filter(|value| rest.starts_with(**value));
-        match found.map(|value| value.len()).max() {
+        let found = values.iter().filter(|value| rest.starts_with(&***value));
+        match found.map(String::len).max() {
             None | Some(0) => {
                 hidden.push(next);
                 rest = &rest[next.len_utf8()..];
@@ -199,4 +223,40 @@ async fn secrets_not_in_log(subject: &Subject) -> Result<(), Finding> {
         return Err(failed("the log has a token or a secret"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    const PEM: &str =
+        "-----BEGIN KEY-----\nsupersecretline1\nsupersecretline2\n-----END KEY-----\n";
+    const JSON: &str = r#"{"password": "hunter2\\hunter2"}"#;
+
+    /// A provider quotes a secret in any way, and a finding quotes the provider.
+    #[rstest]
+    fn secrets_are_hidden_however_they_are_quoted(
+        #[values(PEM, JSON, "hunter2-hunter2", "with \u{202e} and \"quotes\"")] secret: &str,
+        #[values(false, true)] as_json: bool,
+        #[values(false, true)] as_debug: bool,
+        #[values(false, true)] in_lines: bool,
+    ) {
+        let mut quoted = secret.to_owned();
+        if in_lines {
+            quoted = quoted.replace('\n', " in the middle\n");
+        }
+        if as_json {
+            quoted = json!({"of": quoted}).to_string();
+        }
+        if as_debug {
+            quoted = format!("failed: {quoted:?}");
+        }
+        let hidden = hide(&format!("it says {quoted}"), &forms(&[secret, "short"]));
+        assert!(hidden.contains("<secret>"), "{hidden}");
+        for piece in ["supersecret", "hunter2", "quotes"] {
+            assert!(!hidden.contains(piece), "{hidden}");
+        }
+        assert!(hidden.starts_with("it says"));
+    }
 }

@@ -1,10 +1,6 @@
 //! The provider that is checked, and the calls to it.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -17,8 +13,8 @@ use tokio::sync::OnceCell;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
-use super::answer::{MOST_FILES, MOST_LEVELS};
-use super::secrecy::{hide, own_values};
+use super::secrecy::{forms, hide, own_values};
+use super::target::Target;
 use super::{Finding, Settings, failed};
 use crate::server::{INTERFACE, TOKENS_KEY};
 
@@ -34,6 +30,8 @@ pub(super) const PERMISSION: u32 = 0o644;
 /// The provider that is checked.
 pub(super) struct Subject {
     pub(super) settings: Settings,
+    /// The forms in which a text may quote the tokens and secrets of the settings.
+    pub(super) own: Vec<String>,
     targets: AtomicU32,
     first: OnceCell<Result<Answer, Status>>,
 }
@@ -62,6 +60,7 @@ impl Answer {
 impl Subject {
     pub(super) fn new(settings: Settings) -> Self {
         Self {
+            own: forms(&own_values(&settings)),
             settings,
             targets: AtomicU32::new(0),
             first: OnceCell::new(),
@@ -147,16 +146,10 @@ impl Subject {
         let number = self.targets.fetch_add(1, Ordering::Relaxed);
         let name = format!("provider-check-{}-{number}", std::process::id());
         let path = self.settings.target_dir.join(name);
-        // It fails if anything is at the path already.
-        let made = fs::create_dir_all(&self.settings.target_dir)
-            .and_then(|()| fs::DirBuilder::new().mode(0o700).create(&path));
-        match made {
-            Ok(()) => Ok(Target(path)),
-            Err(error) => {
-                let path = path.display();
-                Err(Finding::Skipped(format!("cannot make {path}: {error}")))
-            }
-        }
+        Target::create(path.clone()).map_err(|error| {
+            let path = path.display();
+            Finding::Skipped(format!("cannot make the target path {path}: {error}"))
+        })
     }
 
     /// Returns a request with the deadline of a call, which the driver tells the provider as well.
@@ -268,7 +261,7 @@ impl Subject {
     /// Returns a status as a reason shows it: the beginning of its message, without the tokens and
     /// secrets of the settings, which the provider may quote.
     pub(super) fn told(&self, status: &Status) -> String {
-        let message = hide(status.message(), &own_values(&self.settings));
+        let message = hide(status.message(), &self.own);
         let message: String = message.chars().take(200).collect();
         match message.as_str() {
             "" => format!("{:?}", status.code()),
@@ -310,93 +303,4 @@ pub(super) fn may_pass(code: Code) -> bool {
         Code::Aborted,
     ]
     .contains(&code)
-}
-
-/// A target path. Dropping it removes the directory with everything in it.
-pub(super) struct Target(PathBuf);
-
-impl Target {
-    pub(super) fn path(&self) -> String {
-        self.0.display().to_string()
-    }
-
-    /// Writes files as the driver does. Those that cannot be written break a rule, for which there
-    /// is another check.
-    fn fill(&self, files: &[File]) {
-        for file in files {
-            let _ = self.write(file);
-        }
-    }
-
-    fn write(&self, file: &File) -> io::Result<()> {
-        let below = Path::new(&file.path);
-        if !below
-            .components()
-            .all(|c| matches!(c, Component::Normal(_)))
-        {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        let path = self.0.join(below);
-        fs::create_dir_all(path.parent().unwrap_or(&self.0))?;
-        let mode = match file.mode.cast_unsigned() & 0o777 {
-            0 => PERMISSION,
-            mode => mode | 0o400,
-        };
-        let mut options = fs::OpenOptions::new();
-        let mut new = options.write(true).create_new(true).mode(mode).open(path)?;
-        new.write_all(&file.contents)
-    }
-
-    /// Returns the files below the target path, through links, as a pod would read them.
-    fn files(&self) -> Result<Vec<File>, Status> {
-        let mut files = Vec::new();
-        match collect(&self.0, "", &mut files) {
-            Ok(()) => Ok(files),
-            Err(error) => Err(Status::internal(format!(
-                "cannot read what is below the target path: {error}"
-            ))),
-        }
-    }
-}
-
-impl Drop for Target {
-    fn drop(&mut self) {
-        // It fails if the provider made files that only another user can remove.
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-fn collect(dir: &Path, prefix: &str, files: &mut Vec<File>) -> io::Result<()> {
-    // One level and one file too many are read, for the checks that count them.
-    if prefix.matches('/').count() > MOST_LEVELS {
-        let reason = format!("there are more than {MOST_LEVELS} levels");
-        return Err(io::Error::other(reason));
-    }
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        let path = format!("{prefix}{}", entry.file_name().to_string_lossy());
-        // Directories behind `..data` hold what the links show.
-        if path.starts_with("..") {
-            continue;
-        }
-        if files.len() > MOST_FILES {
-            return Ok(());
-        }
-        let metadata = fs::metadata(entry.path())?;
-        if metadata.is_dir() {
-            collect(&entry.path(), &format!("{path}/"), files)?;
-            continue;
-        }
-        // Reading from anything else may never end.
-        if !metadata.is_file() {
-            let reason = format!("{path:?} is neither a file nor a directory");
-            return Err(io::Error::other(reason));
-        }
-        files.push(File {
-            path,
-            mode: (metadata.permissions().mode() & 0o7777).cast_signed(),
-            contents: fs::read(entry.path())?,
-        });
-    }
-    Ok(())
 }
