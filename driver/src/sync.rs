@@ -23,7 +23,7 @@ mod resync;
 mod schedule;
 mod tls;
 
-use std::{path::PathBuf, slice, sync::Arc, time::Duration};
+use std::{fmt, path::PathBuf, slice, sync::Arc, time::Duration};
 
 use tokio::time::timeout;
 
@@ -201,29 +201,20 @@ impl SecretSync {
     ) -> Result<(), SyncError> {
         self.release(&key.namespace, class, released).await;
         let owners = self.cluster.pod_owners(&volume.pod, &volume.pod_status);
-        let no_owners = match owners.await {
+        match owners.await {
             Ok(Some(owners)) if owners.pod_ended => return Ok(()),
-            Ok(Some(owners)) => {
-                self.cache.set_owners(&volume.id, Some(owners));
-                None
-            }
-            Ok(None) => Some(SyncError::unavailable("the pod is gone")),
-            Err(error) => Some(SyncError::unavailable(error)),
-        };
-        let no_owners = no_owners.map(|error| class_error(class, error));
+            Ok(Some(owners)) => self.cache.set_owners(&volume.id, Some(owners)),
+            Ok(None) => return Err(self.not_written(volume, key, class, "the pod is gone")),
+            Err(error) => return Err(self.not_written(volume, key, class, error)),
+        }
         let class = &Arc::new(class.without_parameters());
         let mut batch = Batch::default();
         let mut first = Ok(());
         for object in &class.secret_objects {
             let key = &key.secret(&object.secret_name);
             let _turn = self.turn(key).await;
-            let result = match &no_owners {
-                None => {
-                    let target = Target { key, class, object };
-                    self.write(target, record, &mut batch).await
-                }
-                Some(error) => Err(error.clone()),
-            };
+            let target = Target { key, class, object };
+            let result = self.write(target, record, &mut batch).await;
             self.cache.secret_checked(key, Checked::of(&result));
             self.report(class, &key.name, slice::from_ref(volume), &result);
             first = first.and(result.map(|_| ()));
@@ -244,16 +235,27 @@ impl SecretSync {
         }
     }
 
-    /// Has the Secrets of a class checked soon that were not written in time. Returns the error that
-    /// the pod is told, once for all of them.
+    /// Has the Secrets of a class checked soon, not all of which were written in time. Returns the
+    /// error that the pod is told.
     fn not_in_time(&self, volume: &Volume, key: &ClassKey, class: &Class) -> SyncError {
-        let objects = &class.secret_objects;
         let why = format!(
             "its {} Secrets were not all written within {} seconds; the driver writes the rest in the background. Does the class make too many Secrets of large objects, or is the API server slow?",
-            objects.len(),
+            class.secret_objects.len(),
             PUBLISH_WAIT.as_secs()
         );
-        for object in objects {
+        self.not_written(volume, key, class, why)
+    }
+
+    /// Has the Secrets of a class checked soon. Returns the error that the pod is told, once for all
+    /// of them.
+    fn not_written(
+        &self,
+        volume: &Volume,
+        key: &ClassKey,
+        class: &Class,
+        why: impl fmt::Display,
+    ) -> SyncError {
+        for object in &class.secret_objects {
             let secret = key.secret(&object.secret_name);
             self.cache.secret_checked(&secret, Checked::Failed);
         }

@@ -36,7 +36,8 @@ const WAITS: [Duration; 3] = [
     Duration::from_secs(60),
 ];
 
-/// The number of events that may wait to be posted, in all and of one namespace.
+/// The number of events that may wait to be posted, in all and of one namespace. Beyond the former, a
+/// namespace without a waiting event still has a place.
 const MAX_WAITING: usize = 1024;
 const MAX_OF_NAMESPACE: usize = 64;
 
@@ -81,7 +82,8 @@ impl Events {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let all: usize = waiting.values().sum();
         let of_namespace = waiting.get(namespace).copied().unwrap_or_default();
-        if all >= MAX_WAITING || of_namespace >= MAX_OF_NAMESPACE {
+        let is_full = all >= MAX_WAITING && of_namespace > 0;
+        if is_full || of_namespace >= MAX_OF_NAMESPACE {
             return None;
         }
         waiting.insert(namespace.to_owned(), of_namespace + 1);
@@ -229,11 +231,13 @@ mod tests {
         let noisy = enqueued("noisy", 2 * MAX_OF_NAMESPACE);
         assert_eq!(noisy.len(), MAX_OF_NAMESPACE);
         assert!(events.enqueue("quiet").is_some());
-        let others: Vec<_> = (0..2 * MAX_WAITING)
-            .flat_map(|number| events.enqueue(&number.to_string()))
+        let full = MAX_WAITING / MAX_OF_NAMESPACE;
+        let others: Vec<_> = (1..full + 5)
+            .flat_map(|number| enqueued(&number.to_string(), MAX_OF_NAMESPACE))
             .collect();
-        assert_eq!(noisy.len() + others.len(), MAX_WAITING);
-        assert!(events.enqueue("quiet").is_none());
+        // Those that came when all places were taken have one each.
+        assert_eq!(noisy.len() + others.len(), MAX_WAITING + 5);
+        assert_eq!(enqueued("quiet", 2).len(), 1);
         drop((noisy, others));
         assert_eq!(
             enqueued("noisy", 2 * MAX_OF_NAMESPACE).len(),

@@ -130,10 +130,16 @@ pub(super) fn ending(status: &Status) -> Ending {
     }
 }
 
+/// Returns whether a character changes how a terminal shows others: a control character, or one that
+/// ends a line or changes the direction of a text.
+fn is_control(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 /// Returns the beginning of a provider's message, on one line, and its length if it was cut. Control
 /// characters become spaces, because the message is shown in terminals.
 pub(super) fn clipped(words: &str) -> String {
-    let words = words.replace(|c: char| c.is_control(), " ");
+    let words = words.replace(is_control, " ");
     match words
         .char_indices()
         .find(|(at, c)| at + c.len_utf8() > LONGEST_MESSAGE)
@@ -375,13 +381,13 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn words_are_told_on_one_line_and_cut(words in "\\PC{0,900}|[\\x00-\\x7f]{0,900}|(a\n|\x1b\\[31m|é){0,500}") {
+        fn words_are_told_on_one_line_and_cut(words in "\\PC{0,900}|[\\x00-\\x7f]{0,900}|(a\n|\x1b\\[31m|é|\u{202e}|\u{2028}){0,300}") {
             let told = clipped(&words);
-            proptest::prop_assert!(!told.contains(char::is_control), "{told:?}");
+            proptest::prop_assert!(!told.contains(is_control), "{told:?}");
             proptest::prop_assert!(told.len() <= LONGEST_MESSAGE + 40, "{}", told.len());
             let shared = words.chars().zip(told.chars()).take(LONGEST_MESSAGE / 4);
             for (word, told) in shared {
-                proptest::prop_assert!(word == told || word.is_control() && told == ' ');
+                proptest::prop_assert!(word == told || is_control(word) && told == ' ');
             }
         }
     }

@@ -44,7 +44,7 @@ struct Behavior {
     requests: Vec<String>,
     refusals: Vec<Refuse>,
     takes: Duration,
-    hangs: bool,
+    hangs: Vec<What>,
 }
 
 pub(crate) struct Api {
@@ -97,9 +97,9 @@ impl Api {
         self.behavior.lock().unwrap().takes = time;
     }
 
-    /// Sets whether requests to create a Secret get no answer from now on, except dry runs.
-    pub(crate) fn hangs(&self, hangs: bool) {
-        self.behavior.lock().unwrap().hangs = hangs;
+    /// Sets which requests get no answer from now on, except dry runs.
+    pub(crate) fn hangs(&self, what: &[What]) {
+        self.behavior.lock().unwrap().hangs = what.to_vec();
     }
 
     /// Returns the events as text.
@@ -157,8 +157,8 @@ impl Behavior {
             "DELETE" => Some(What::Delete),
             _ => None,
         };
-        let creates = matches!(what, Some(What::Create | What::PutBack)) && !is_trial;
-        let reaction = if self.hangs && creates {
+        let hangs = what.is_some_and(|what| self.hangs.contains(&what)) && !is_trial;
+        let reaction = if hangs {
             Reaction::Hang
         } else if let Some(refusal) = what.and_then(|what| self.refusal(what)) {
             refusal

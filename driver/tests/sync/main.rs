@@ -434,6 +434,36 @@ async fn a_pod_hears_nothing_of_content_that_was_checked_before_it_came() {
     stop.cancel();
 }
 
+/// What is wrong with all Secrets of a class is said once, and not for each of them.
+#[tokio::test]
+async fn a_pod_that_cannot_be_read_is_one_event() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let entry = |number: usize| json!({"secretName": format!("creds-{number}"), "type": "Opaque", "data": [{"objectName": "pw", "key": "pw"}]});
+    let class = class(&api, &cluster, (0..20).map(entry).collect()).await;
+    let sync = sync(dir.path(), &cluster, EVERY);
+    let web = volume(dir.path(), "web");
+    put_status(&api, &web);
+    let error = json!({"kind": "Status", "apiVersion": "v1", "code": 404});
+    api.put("/api/v1/namespaces/shop/pods/web", error);
+    sync.volume_mounted(&web, &class).await.unwrap();
+    until("the pod is told", || !api.events().is_empty()).await;
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    let stop = run(&sync);
+    until("all Secrets are there", || {
+        (0..20).all(|number| {
+            let path = format!("/api/v1/namespaces/shop/secrets/creds-{number}");
+            api.get(&path).is_some()
+        })
+    })
+    .await;
+    assert_eq!(api.events().len(), 1, "{:#?}", api.events());
+    stop.cancel();
+}
+
 /// A class gets the Secret of another only if the API server says that the other does not exist, or
 /// if the other does not name the Secret.
 #[tokio::test]

@@ -165,6 +165,50 @@ async fn given_up_at_any_moment_it_is_there() {
     drop(mount::detach(&web.target_path).unwrap());
 }
 
+/// Returns the Secret as another node makes it, without the metadata of others.
+fn of_another_node(before: &Value) -> Value {
+    let mut theirs = before.clone();
+    theirs["type"] = json!("example.com/typed");
+    theirs["data"] = json!({"pw": "aHVudGVyMg==", "more": "aHVudGVyMg=="});
+    let metadata = theirs["metadata"].as_object_mut().unwrap();
+    metadata["uid"] = json!("another");
+    metadata["labels"] = json!({"secrets-store.csi.k8s.io/managed": "true"});
+    let annotations = metadata["annotations"].as_object_mut().unwrap();
+    annotations.remove("theirs");
+    let owners = metadata["ownerReferences"].as_array_mut().unwrap();
+    owners.retain(|owner| owner["uid"] != "theirs");
+    theirs
+}
+
+/// A request to delete it has an effect although its answer is lost, and another node makes it.
+#[tokio::test]
+async fn deleted_without_an_answer_it_becomes_whole() {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let (web, before) = made(dir.path(), &api, &cluster).await;
+    let class = cluster.class("shop", "db").await.unwrap();
+    let sync = sync(dir.path(), &cluster, EVERY);
+    put_status(&api, &web);
+    api.hangs(&[What::Delete]);
+    api.requests();
+    let publish = async { sync.volume_mounted(&web, &class).await.unwrap() };
+    let meanwhile = async {
+        until("it is deleted", || api.count("DELETE") > 0).await;
+        api.put(SECRET, of_another_node(&before));
+    };
+    tokio::join!(publish, meanwhile);
+    let stop = run(&sync);
+    until("it is whole", || {
+        is_new_and_whole(&before, &api.get(SECRET).unwrap())
+    })
+    .await;
+    stop.cancel();
+    drop(mount::detach(&web.target_path).unwrap());
+}
+
 /// The reason why the Secret is missing for a while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Away {
@@ -219,7 +263,7 @@ async fn missing_for_a_while_it_comes_back_whole(
             refuse(What::Create, code, usize::MAX),
             refuse(What::PutBack, code, usize::MAX),
         ]),
-        Away::Hangs => api.hangs(true),
+        Away::Hangs => api.hangs(&[What::Create, What::PutBack]),
     }
     api.put_class(&two, "5");
     let stop = run(&sync);
@@ -243,19 +287,10 @@ async fn missing_for_a_while_it_comes_back_whole(
     }
     assert!(api.get(SECRET).is_none());
     if another_node_makes_it {
-        let mut theirs = before.clone();
-        theirs["type"] = json!("example.com/typed");
-        theirs["data"] = json!({"pw": "aHVudGVyMg==", "more": "aHVudGVyMg=="});
-        let metadata = theirs["metadata"].as_object_mut().unwrap();
-        metadata["labels"] = json!({"secrets-store.csi.k8s.io/managed": "true"});
-        let annotations = metadata["annotations"].as_object_mut().unwrap();
-        annotations.remove("theirs");
-        let owners = metadata["ownerReferences"].as_array_mut().unwrap();
-        owners.retain(|owner| owner["uid"] != "theirs");
-        api.put(SECRET, theirs);
+        api.put(SECRET, of_another_node(&before));
     } else {
         api.refuse(vec![]);
-        api.hangs(false);
+        api.hangs(&[]);
     }
     until("it is there again, and whole", || {
         api.get(SECRET)

@@ -252,7 +252,7 @@ impl Replacement {
             Err(failure @ Failure::Refused { .. }) => {
                 Err(self.type_stays(failure, "it cannot be deleted"))
             }
-            Err(failure) if self.is_there().await => Err(failure.into()),
+            Err(failure) if self.is_there(only_this).await => Err(failure.into()),
             Err(_) => Ok(true),
         }
     }
@@ -275,13 +275,21 @@ impl Replacement {
     }
 
     /// Returns whether the former Secret is still there, after a request to delete it that got no
-    /// answer. Without an answer to this either, it counts as gone: creating it then does no harm.
-    async fn is_there(&self) -> bool {
+    /// answer. Another node may have made another Secret of the name since. Without an answer to this
+    /// either, it counts as gone: creating it then does no harm.
+    async fn is_there(&self, deleted: &DeleteParams) -> bool {
+        let uid = deleted
+            .preconditions
+            .as_ref()
+            .and_then(|only| only.uid.as_ref());
         let (namespace, name) = &self.key;
         for wait in WAITS {
             let how = GetParams::default();
             match self.cluster.existing(namespace, name, &how).await {
-                Ok(Some(found)) => return found.metadata.deletion_timestamp.is_none(),
+                Ok(Some(found)) => {
+                    return found.metadata.uid.as_ref() == uid
+                        && found.metadata.deletion_timestamp.is_none();
+                }
                 Ok(None) => return false,
                 Err(_) => sleep(wait).await,
             }
