@@ -22,6 +22,7 @@ mod manners;
 mod objects;
 mod paths;
 mod providers;
+mod real;
 mod restarts;
 mod rollouts;
 mod rotation;

@@ -6,6 +6,7 @@ use e2e::{
     install::Form,
     manifest::{add_arguments, change_container, change_object},
     previous::{self, PREVIOUS_VARIABLE, UPSTREAM_VARIABLE},
+    providers::{self, Provider},
 };
 use embedded::Options;
 use k8s_openapi::api::{apps::v1::DaemonSet, storage::v1::CSIDriver};
@@ -57,6 +58,8 @@ pub enum Need {
     PreviousCommit,
     /// The executable of the existing driver.
     ExistingDriver,
+    /// A real provider, and fakes of its store.
+    RealProvider(Provider),
     /// The embedded cluster; the text says what real ones do instead.
     Embedded(&'static str),
 }
@@ -110,6 +113,10 @@ impl Need {
                     previous::upstream_driver().display()
                 ));
             }
+            (Self::RealProvider(_), Local | Kind { .. }) => "it does not run real providers yet",
+            (Self::RealProvider(provider), Embedded) => {
+                return providers::find(provider).err();
+            }
             (Self::Embedded(instead), Local | Kind { .. }) => instead,
             _ => return None,
         };
@@ -119,8 +126,8 @@ impl Need {
 
 /// Puts what a scenario needs into the options of its own cluster.
 pub fn configure(options: &mut Options, needs: &[Need]) -> e2e::cluster::Result<()> {
-    let manifests = &mut options.manifests;
     for need in needs {
+        let manifests = &mut options.manifests;
         match *need {
             Need::Flags(flags) => add_arguments(manifests, CONTAINER, flags)?,
             Need::Tokens { audiences, place } => {
@@ -140,6 +147,7 @@ pub fn configure(options: &mut Options, needs: &[Need]) -> e2e::cluster::Result<
             }
             Need::Republish => options.sync_period = Some(SYNC),
             Need::Nodes(count) => options.nodes = count,
+            Need::RealProvider(provider) => providers::add(options, provider),
             Need::CsiTimeout(timeout) => options.csi_timeout = timeout,
             _ => {}
         }
