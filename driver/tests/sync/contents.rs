@@ -258,11 +258,7 @@ async fn a_volume_without_an_order_beats_none(
     #[case] since: &str,
     #[case] written: bool,
 ) {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let class = class(&api, &cluster, creds()).await;
     api.pod("web", Some(("ReplicaSet", "rs")), "Running");
     let earlier = Record {
@@ -327,11 +323,7 @@ async fn a_deleted_secret_is_left_to_the_newest_content(
     #[case] ours: &str,
     #[case] waits: bool,
 ) {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let class = class(&api, &cluster, creds()).await;
     api.pod("web", Some(("ReplicaSet", "rs")), "Running");
     volume(dir.path(), "web");

@@ -33,11 +33,7 @@ fn bytes_read() -> usize {
 /// do not read it while nothing changes.
 #[tokio::test]
 async fn objects_are_read_for_a_class_and_not_for_each_secret() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let class = class(&api, &cluster, fields_of_one_object("k")).await;
     let every = Duration::from_secs(4);
     let sync = sync(dir.path(), &cluster, every);

@@ -38,6 +38,20 @@ use volumes::{is_alone, make_and_mount, record, records, take_down, target, volu
 /// The interval between two checks of the driver.
 const EVERY: Duration = Duration::from_millis(200);
 
+/// Starts an API server, and returns its directory, itself and a client. Ends the test if it has been
+/// run in a mount namespace of its own.
+macro_rules! start {
+    () => {{
+        if !$crate::is_alone() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (api, cluster) = $crate::Api::start(dir.path()).await;
+        (dir, api, cluster)
+    }};
+}
+use start;
+
 /// Puts a class into the API, and returns it as the driver reads it.
 async fn class(api: &Api, cluster: &Cluster, secret_objects: Value) -> Class {
     api.put_class(&secret_objects, "1");
@@ -120,11 +134,7 @@ fn without_statuses(requests: Vec<String>) -> (usize, Vec<String>) {
 /// Secrets that it gets later are made for the pods that mount it already.
 #[tokio::test]
 async fn a_class_that_gets_its_first_secrets() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let class = class(&api, &cluster, json!([])).await;
     let sync = sync(dir.path(), &cluster, EVERY);
     for name in ["web", "other"] {
@@ -156,11 +166,7 @@ async fn a_class_that_gets_its_first_secrets() {
 /// pod status in four intervals.
 #[tokio::test]
 async fn fifty_volumes_at_once_and_at_rest() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let class = class(&api, &cluster, creds()).await;
     let sync = sync(dir.path(), &cluster, EVERY * 10);
     let volumes: Vec<_> = (0..50)
@@ -200,11 +206,7 @@ async fn fifty_volumes_at_once_and_at_rest() {
 /// that has another owner, and never one that has not.
 #[tokio::test]
 async fn pods_that_have_ended_let_go() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let class = class(&api, &cluster, creds()).await;
     let sync = sync(dir.path(), &cluster, EVERY);
     let (bare, web) = (volume(dir.path(), "bare"), volume(dir.path(), "web"));
@@ -240,11 +242,7 @@ async fn pods_that_have_ended_let_go() {
 /// A pod that is going away does not get its Secret again.
 #[tokio::test]
 async fn nobody_makes_secrets_for_pods_that_go() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let class = class(&api, &cluster, creds()).await;
     let sync = sync(dir.path(), &cluster, EVERY);
     let web = volume(dir.path(), "web");
@@ -267,11 +265,7 @@ async fn nobody_makes_secrets_for_pods_that_go() {
 /// The driver does not remove an owner that somebody else has put on a Secret.
 #[tokio::test]
 async fn a_job_that_the_user_put_on_the_secret_stays() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let class = class(&api, &cluster, creds()).await;
     let sync = sync(dir.path(), &cluster, EVERY);
     let web = volume(dir.path(), "web");
@@ -350,11 +344,7 @@ async fn an_answer_that_is_not_the_secret_says_nothing_of_it() {
 /// A driver that has just started knows from its records the newest state of a class.
 #[tokio::test]
 async fn a_new_driver_believes_no_class_that_is_older_than_the_mounted_one() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let mut two = creds();
     two[0]["data"] = json!([
         {"objectName": "pw", "key": "pw"}, {"objectName": "pw", "key": "again"},
@@ -395,11 +385,7 @@ async fn a_new_driver_believes_no_class_that_is_older_than_the_mounted_one() {
 /// A pod that comes while a Secret is checked does not hear what is wrong with the content of others.
 #[tokio::test]
 async fn a_pod_hears_nothing_of_content_that_was_checked_before_it_came() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let of_absent = json!([{"secretName": "creds", "type": "Opaque", "data": [{"objectName": "absent", "key": "pw"}]}]);
     let class = class(&api, &cluster, of_absent).await;
     let sync = sync(dir.path(), &cluster, EVERY);
@@ -437,11 +423,7 @@ async fn a_pod_hears_nothing_of_content_that_was_checked_before_it_came() {
 /// What is wrong with all Secrets of a class is said once, and not for each of them.
 #[tokio::test]
 async fn a_pod_that_cannot_be_read_is_one_event() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let entry = |number: usize| json!({"secretName": format!("creds-{number}"), "type": "Opaque", "data": [{"objectName": "pw", "key": "pw"}]});
     let class = class(&api, &cluster, (0..20).map(entry).collect()).await;
     let sync = sync(dir.path(), &cluster, EVERY);
@@ -468,11 +450,7 @@ async fn a_pod_that_cannot_be_read_is_one_event() {
 /// if the other does not name the Secret.
 #[tokio::test]
 async fn a_class_that_cannot_be_read_keeps_its_secret() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let class = class(&api, &cluster, creds()).await;
     let sync = sync(dir.path(), &cluster, EVERY);
     let web = volume(dir.path(), "web");

@@ -134,11 +134,7 @@ async fn refused_at_any_step_it_is_there() {
 /// The caller gives up at any moment.
 #[tokio::test]
 async fn given_up_at_any_moment_it_is_there() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let (web, before) = made(dir.path(), &api, &cluster).await;
     let class = cluster.class("shop", "db").await.unwrap();
     let mut became_new = 0;
@@ -183,11 +179,7 @@ fn of_another_node(before: &Value) -> Value {
 /// A request to delete it has an effect although its answer is lost, and another node makes it.
 #[tokio::test]
 async fn deleted_without_an_answer_it_becomes_whole() {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let (web, before) = made(dir.path(), &api, &cluster).await;
     let class = cluster.class("shop", "db").await.unwrap();
     let sync = sync(dir.path(), &cluster, EVERY);
@@ -235,11 +227,7 @@ async fn missing_for_a_while_it_comes_back_whole(
     away: Away,
     #[values(false, true)] another_node_makes_it: bool,
 ) {
-    if !is_alone() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let (api, cluster) = Api::start(dir.path()).await;
+    let (dir, api, cluster) = start!();
     let (web, before) = made(dir.path(), &api, &cluster).await;
     let mut two = api.get(CLASS).unwrap()["spec"]["secretObjects"].clone();
     let other = "/api/v1/namespaces/shop/secrets/other";
