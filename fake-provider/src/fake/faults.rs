@@ -201,8 +201,12 @@ pub(super) async fn write_files(
             if let Some(parent) = path.parent() {
                 tokio::fs::create_dir_all(parent).await?;
             }
-            tokio::fs::write(&path, &file.contents).await?;
-            tokio::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).await
+            // As the AWS provider does, which may have no right to write into its own files again.
+            let new = path.with_file_name(".new");
+            tokio::fs::write(&new, &file.contents).await?;
+            let permissions = std::fs::Permissions::from_mode(mode);
+            tokio::fs::set_permissions(&new, permissions).await?;
+            tokio::fs::rename(&new, &path).await
         };
         write
             .await
