@@ -1,8 +1,8 @@
 //! Talks to the API server. Each request has a time limit.
 //!
-//! The driver watches and lists nothing: a publish reads one class by name and writes one pod status, so
-//! the cost is bounded by what runs on the node. A driver without an API server still serves CSI;
-//! a publish then fails and says so.
+//! The driver watches and lists nothing: a publish reads one class by name and writes one pod
+//! status, so the cost is bounded by what runs on the node. A driver without an API server still
+//! serves CSI; a publish then fails and says so.
 
 mod class;
 pub mod events;

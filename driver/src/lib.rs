@@ -83,8 +83,8 @@ use registration::Registrar;
 use sync::{Options, SecretSync};
 use volume::{Parts, Volumes, target::TargetPath};
 
-/// The time for which running calls may continue after `stop`. Calls that have not finished by then are undone,
-/// before Kubernetes' usual grace period of 30 seconds ends with a SIGKILL.
+/// The time for which running calls may continue after `stop`. Calls that have not finished by then
+/// are undone, before Kubernetes' usual grace period of 30 seconds ends with a SIGKILL.
 const FINISH_WITHIN: Duration = Duration::from_secs(20);
 
 /// The variable that kubelet sets in each container. In a container, kubelet sees the driver's mounts

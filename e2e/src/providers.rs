@@ -16,7 +16,7 @@ use crate::binaries::Binaries;
 use crate::cluster::{Cluster as _, Error, Result, api, wait_until};
 use crate::embedded::{Embedded, bare};
 use crate::namespace::Namespace;
-use crate::stores::{Command, Service, send};
+use crate::stores::{Call, Command, Service, send};
 
 /// Names a folder with the executables of real providers.
 pub const FOLDER_VARIABLE: &str = "E2E_PROVIDERS";
@@ -213,15 +213,14 @@ pub fn add(options: &mut Options, provider: Provider) {
     }
 }
 
-/// Sends a command to the stores of a node.
+/// Sends a command to the stores of a node. Returns the calls for [`Command::Calls`].
 ///
 /// # Errors
 /// When they do not answer.
-pub async fn tell(cluster: &Embedded, node: &str, command: &Command) -> Result<()> {
+pub async fn tell(cluster: &Embedded, node: &str, command: &Command) -> Result<Vec<Call>> {
     let stores = cluster.disk(node).join(STORES);
     let sent = send(&stores, command).await;
-    sent.map(drop)
-        .map_err(|error| Error::Impossible(format!("a command to the stores: {error}")))
+    sent.map_err(|error| Error::Impossible(format!("a command to the stores: {error}")))
 }
 
 /// Waits until the stores of a node answer.
@@ -251,7 +250,7 @@ pub async fn put(
         name: provider.object(file),
         value: value.to_owned(),
     };
-    tell(cluster, node, &command).await
+    tell(cluster, node, &command).await.map(drop)
 }
 
 /// Lets the service account of a namespace be known to AWS.

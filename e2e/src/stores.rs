@@ -85,6 +85,9 @@ pub enum Disturbance {
     Slow(u64),
 }
 
+/// The operation of a call that is not answered.
+pub const HUNG: &str = "hung";
+
 /// A command to the stores.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "command")]
@@ -130,8 +133,8 @@ pub enum Command {
 pub struct Call {
     /// The service. None for a host that is not served here.
     pub service: Option<Service>,
-    /// The operation, by the name in the API of the service: `GetSecretValue`, `login`. The host for
-    /// a host that is not served here.
+    /// The operation, by the name in the API of the service: `GetSecretValue`, `login`. [`HUNG`] for
+    /// any call while the service hangs; the host for a host that is not served here.
     pub operation: String,
     /// The name of the object, the role, or the user.
     pub object: String,

@@ -40,7 +40,8 @@ pub struct ContentId {
     /// The name of the directory that `..data` leads to; empty where there is none, because a
     /// provider wrote the files itself.
     pub directory: String,
-    /// The time at which the content was written. Reading it or writing the same again does not change this.
+    /// The time at which the content was written. It does not change when the content is read, or
+    /// when the same is written again.
     pub since: Timestamp,
 }
 

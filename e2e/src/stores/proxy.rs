@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
-use http_body_util::{BodyExt, Full, combinators::BoxBody};
+use http_body_util::{BodyExt, Full, Limited, combinators::BoxBody};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
@@ -25,10 +25,12 @@ use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 
-use super::{Call, Command, Disturbance, Service, State, aws, azure, google, vault};
+use super::{Call, Command, Disturbance, HUNG, Service, State, aws, azure, google, vault};
 
 /// The largest head of a request to the proxy, in bytes.
 const MAX_HEAD: usize = 8 << 10;
+/// The largest body of a request, in bytes.
+const MAX_BODY: usize = 1 << 20;
 
 /// The authority that signs the certificates of all hosts.
 pub(super) struct Authority {
@@ -240,6 +242,7 @@ impl Wire {
             let mut connections = JoinSet::new();
             let serve = async {
                 while let Ok((stream, _)) = listening.accept().await {
+                    while connections.try_join_next().is_some() {}
                     let wire = self.clone();
                     let host = address.to_string();
                     connections.spawn(async move {
@@ -263,6 +266,7 @@ impl Wire {
     pub(super) async fn serve_proxy(self: Arc<Self>, listener: TcpListener) {
         let mut connections = JoinSet::new();
         while let Ok((stream, _)) = listener.accept().await {
+            while connections.try_join_next().is_some() {}
             let wire = self.clone();
             connections.spawn(async move { ended(wire.be_proxy(stream).await) });
         }
@@ -318,13 +322,19 @@ impl Wire {
         request: Request<Incoming>,
     ) -> io::Result<Response<BoxBody<Bytes, Infallible>>> {
         let (parts, body) = request.into_parts();
-        let body = body.collect().await.map_err(io::Error::other)?.to_bytes();
+        let body = Limited::new(body, MAX_BODY).collect().await;
+        let body = body.map_err(io::Error::other)?.to_bytes();
         match self.disturbance(service) {
             Disturbance::None | Disturbance::Away => {}
             Disturbance::Slow(milliseconds) => {
                 tokio::time::sleep(Duration::from_millis(milliseconds)).await;
             }
             Disturbance::Hang => {
+                self.state().calls.push(Call {
+                    service: Some(service),
+                    operation: HUNG.to_owned(),
+                    object: String::new(),
+                });
                 let mut disturbances = self.disturbances.subscribe();
                 let _ended = disturbances
                     .wait_for(|all| all.get(&service) != Some(&Disturbance::Hang))

@@ -165,7 +165,8 @@ impl Scenario {
         settled.await.unwrap_or_else(|error| panic!("{error}"))
     }
 
-    async fn disk(&self, pod: &str, path: &str) -> Tree {
+    /// Returns the tree of the volume as it is on disk. Content that is written again has another name.
+    pub async fn disk(&self, pod: &str, path: &str) -> Tree {
         self.cluster
             .tree(self.namespace.name(), pod, path, View::Disk)
             .await

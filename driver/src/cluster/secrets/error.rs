@@ -1,9 +1,9 @@
 //! The error of synced Secrets, in words that cannot contain their content.
 //!
 //! A text of the API server or of an admission webhook about a Secret may quote the Secret: cut,
-//! escaped, encoded or in pieces. No part of such a text is repeated, not in a log either. The error is made
-//! of the HTTP code, of a reason that Kubernetes itself defines, and of a webhook's name if the API
-//! server gives one.
+//! escaped, encoded or in pieces. No part of such a text is repeated, not in a log either. The error
+//! is made of the HTTP code, of a reason that Kubernetes itself defines, and of a webhook's name if
+//! the API server gives one.
 
 use std::fmt;
 

@@ -8,8 +8,8 @@
 //!
 //! If the API server accepts neither, or does not answer, the Secret is missing for a while. Each
 //! later check tries again in the background, as long as a pod needs the Secret, and adds what others
-//! had put on the former one. If the process ends before, those labels, annotations and owners are lost: the
-//! next process creates the Secret as the class asks for it.
+//! had put on the former one. If the process ends before, those labels, annotations and owners are
+//! lost: the next process creates the Secret as the class asks for it.
 
 use std::{sync::Arc, time::Duration};
 
