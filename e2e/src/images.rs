@@ -26,6 +26,8 @@ pub const DRIVER: &str = concat!("secrets-store-csi:", env!("CARGO_PKG_VERSION")
 pub const FAKE_PROVIDER: &str = "fake-provider:e2e";
 /// The image of the scenarios' pods.
 pub const PROBE: &str = "probe:e2e";
+/// The image of the fakes of stores in `e2e/manifests/providers`.
+pub const STORES: &str = "e2e:e2e";
 /// The image that keeps a pod's namespaces alive where the container runtime cannot pull one.
 pub const PAUSE: &str = "pause:e2e";
 
@@ -73,19 +75,8 @@ pub enum Error {
 /// # Errors
 /// When an executable does not build, or a file cannot be written.
 pub fn build(progress: impl FnMut(&str)) -> Result<Images, Error> {
-    let mut args = vec!["-p", "driver", "-p", "fake-provider", "-p", "e2e"];
-    for name in ["secrets-store-csi", "fake-provider", "probe"] {
-        args.extend(["--bin", name]);
-    }
-    let (executables, command) = build_static(&args, progress)?;
-    let built = |name: &'static str| {
-        executables
-            .get(name)
-            .ok_or_else(|| binaries::Error::Missing {
-                name,
-                place: format!("the output of {command}"),
-            })
-    };
+    let executables =
+        Executables::build(&["secrets-store-csi", "fake-provider", "probe"], progress)?;
     let mut archives = Vec::new();
     for (image, executable, arguments) in [
         (DRIVER, "secrets-store-csi", &[][..]),
@@ -93,12 +84,50 @@ pub fn build(progress: impl FnMut(&str)) -> Result<Images, Error> {
         (PROBE, "probe", &[]),
         (PAUSE, "probe", &["sleep"]),
     ] {
-        archives.push(of_executable(image, built(executable)?, arguments)?);
+        archives.push(of_executable(
+            image,
+            executables.get(executable)?,
+            arguments,
+        )?);
     }
     Ok(Images {
         archives,
-        probe: built("probe")?.clone(),
+        probe: executables.get("probe")?.clone(),
     })
+}
+
+/// Builds the static executable `e2e` and writes its image, in which the fakes of stores run.
+///
+/// # Errors
+/// As of [`build`].
+pub fn of_stores(progress: impl FnMut(&str)) -> Result<Image, Error> {
+    let executables = Executables::build(&["e2e"], progress)?;
+    of_executable(STORES, executables.get("e2e")?, &[])
+}
+
+/// Static executables of this workspace.
+struct Executables {
+    paths: BTreeMap<String, PathBuf>,
+    command: String,
+}
+
+impl Executables {
+    fn build(names: &[&str], progress: impl FnMut(&str)) -> Result<Self, Error> {
+        // The same packages for all, because the features of dependencies follow from them.
+        let mut args = vec!["-p", "driver", "-p", "fake-provider", "-p", "e2e"];
+        args.extend(names.iter().flat_map(|name| ["--bin", name]));
+        let (paths, command) = build_static(&args, progress)?;
+        Ok(Self { paths, command })
+    }
+
+    fn get(&self, name: &'static str) -> Result<&PathBuf, binaries::Error> {
+        self.paths
+            .get(name)
+            .ok_or_else(|| binaries::Error::Missing {
+                name,
+                place: format!("the output of {}", self.command),
+            })
+    }
 }
 
 /// Runs `cargo build` for static executables. Returns their paths by name, and the command, for error

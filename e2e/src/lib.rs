@@ -13,7 +13,7 @@
 //! manifest           manifests as values
 //!   cluster          what differs between the clusters
 //!     tree, reader   what `probe` reads in a volume
-//! providers          real providers on the embedded cluster
+//! providers          real providers
 //!   stores           fakes of their stores
 //! binaries, host, skipped, user      leaves
 //! ```

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use embedded::Options;
@@ -15,6 +15,8 @@ use serde_json::json;
 use crate::binaries::Binaries;
 use crate::cluster::{Cluster as _, Error, Result, api, wait_until};
 use crate::embedded::{Embedded, bare};
+use crate::images;
+use crate::install::Installation;
 use crate::namespace::Namespace;
 use crate::stores::{Call, Command, Service, send};
 
@@ -23,8 +25,6 @@ pub const FOLDER_VARIABLE: &str = "E2E_PROVIDERS";
 
 /// The role that service accounts have with AWS.
 const ROLE: &str = "arn:aws:iam::111122223333:role/shop";
-/// The directory of the stores on a node.
-const STORES: &str = "var/lib/stores";
 /// The limit of waits for a provider to start.
 const START: Duration = Duration::from_secs(30);
 /// Restarts a provider: kills the process of that name on this node, and no other's.
@@ -48,6 +48,55 @@ pub enum Provider {
     Azure,
     /// [GoogleCloudPlatform/secrets-store-csi-driver-provider-gcp](https://github.com/GoogleCloudPlatform/secrets-store-csi-driver-provider-gcp).
     Gcp,
+}
+
+/// An object that a class asks for: a secret in the store, and its file.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Object<'a> {
+    /// The name in the store, as [`Provider::object`] takes it.
+    pub name: &'a str,
+    /// The path of the file; none for that which the provider makes of the name.
+    pub path: Option<&'a str>,
+    /// The mode as octal digits; none for an object without a mode of its own.
+    pub mode: Option<&'a str>,
+}
+
+impl<'a> Object<'a> {
+    /// Returns an object whose file has its name.
+    pub const fn new(name: &'a str) -> Self {
+        Self {
+            name,
+            path: None,
+            mode: None,
+        }
+    }
+
+    /// Returns the object with a path of its own.
+    pub const fn at(self, path: &'a str) -> Self {
+        Self {
+            path: Some(path),
+            ..self
+        }
+    }
+
+    /// Returns the object with a mode of its own.
+    pub const fn mode(self, mode: &'a str) -> Self {
+        Self {
+            mode: Some(mode),
+            ..self
+        }
+    }
+
+    /// Returns the path of the file.
+    pub fn file(&self) -> &'a str {
+        self.path.unwrap_or(self.name)
+    }
+
+    /// Returns the mode after `before`, or nothing if there is none.
+    fn mode_after(&self, before: &str) -> String {
+        self.mode
+            .map_or_else(String::new, |mode| format!("{before}{mode}"))
+    }
 }
 
 impl Provider {
@@ -87,7 +136,8 @@ impl Provider {
         format!("{}-provider", self.name())
     }
 
-    /// Returns the manifest of a DaemonSet with the provider's own rights, which uses the fakes.
+    /// Returns the manifest of a DaemonSet with the provider's own rights. Beside the provider runs a
+    /// container with fakes of its stores, which it reaches on the pod's loopback.
     pub fn manifest(self) -> &'static str {
         match self {
             Self::Vault => include_str!("../manifests/providers/vault.yaml"),
@@ -96,6 +146,17 @@ impl Provider {
             Self::Azure => include_str!("../manifests/providers/azure.yaml"),
             Self::Gcp => include_str!("../manifests/providers/gcp.yaml"),
         }
+    }
+
+    /// Returns the directory of the stores on a node, for [`tell`].
+    pub fn stores(self) -> PathBuf {
+        Path::new("/var/lib/kubelet/stores").join(self.name())
+    }
+
+    /// Returns the socket of the provider on a node.
+    pub fn socket(self) -> PathBuf {
+        let directory = Path::new("/var/run/secrets-store-csi-providers");
+        directory.join(format!("{}.sock", self.name()))
     }
 
     /// Returns the audience of the token of kubelet that the provider uses. Vault, OpenBao and Google
@@ -121,65 +182,86 @@ impl Provider {
         }
     }
 
-    /// Returns the name in the store of the object that [`Provider::parameters`] mounts as a file.
-    pub fn object(self, file: &str) -> String {
+    /// Returns the operation of [`Provider::store`] that reads a secret.
+    pub fn read(self) -> &'static str {
         match self {
-            Self::Gcp => format!("projects/shop/secrets/{file}"),
-            _ => file.to_owned(),
+            Self::Vault | Self::OpenBao => "read",
+            Self::Aws => "GetSecretValue",
+            Self::Azure => "GetSecret",
+            Self::Gcp => "AccessSecretVersion",
         }
     }
 
-    /// Returns the parameters of a class that mounts an object of the store as each file. The store
-    /// cannot be reached where `reachable` is false.
-    pub fn parameters(self, files: &[&str], reachable: bool) -> BTreeMap<String, String> {
+    /// Returns the operation with which a provider logs in, and its service.
+    pub fn login(self) -> (Service, &'static str) {
+        match self {
+            Self::Vault | Self::OpenBao => (Service::Vault, "login"),
+            Self::Aws => (Service::Sts, "AssumeRoleWithWebIdentity"),
+            Self::Azure => (Service::EntraId, "token"),
+            Self::Gcp => (Service::GoogleSts, "exchange"),
+        }
+    }
+
+    /// Returns the name in the store of an object of [`Provider::parameters`].
+    pub fn object(self, name: &str) -> String {
+        match self {
+            Self::Gcp => format!("projects/shop/secrets/{name}"),
+            _ => name.to_owned(),
+        }
+    }
+
+    /// Returns the parameters of a class that mounts objects of the store. The store cannot be reached
+    /// where `reachable` is false.
+    pub fn parameters(self, objects: &[Object<'_>], reachable: bool) -> BTreeMap<String, String> {
         let place = if reachable { "nowhere-1" } else { "away" };
-        let each = |object: &dyn Fn(&str) -> String| -> String {
-            files.iter().map(|file| object(file)).collect()
-        };
+        let port = if reachable { 8200 } else { 8209 };
+        let listed = objects.iter().map(|object| self.entry(object, reachable));
+        let listed: String = listed.collect();
+        let address = format!("{}Address", self.name());
+        let url = format!("http://127.0.0.1:{port}");
         let parameters = match self {
-            Self::Vault | Self::OpenBao => {
-                let port = if reachable { 8200 } else { 8209 };
-                let objects = each(&|file| {
-                    format!(
-                        "- {{objectName: {file}, secretPath: secret/data/{file}, secretKey: value}}\n"
-                    )
-                });
-                let address = format!("{}Address", self.name());
-                vec![
-                    ("roleName".to_owned(), "shop".to_owned()),
-                    (address, format!("http://127.0.0.1:{port}")),
-                    ("objects".to_owned(), objects),
-                ]
-            }
-            Self::Aws => {
-                let objects =
-                    each(&|file| format!("- {{objectName: {file}, objectType: secretsmanager}}\n"));
-                vec![
-                    ("region".to_owned(), place.to_owned()),
-                    ("objects".to_owned(), objects),
-                ]
-            }
-            Self::Azure => {
-                let objects =
-                    each(&|file| format!("- |\n  objectName: {file}\n  objectType: secret\n"));
-                vec![
-                    ("keyvaultName".to_owned(), place.to_owned()),
-                    ("tenantID".to_owned(), "tenant".to_owned()),
-                    ("clientID".to_owned(), "shop".to_owned()),
-                    ("objects".to_owned(), format!("array:\n{objects}")),
-                ]
-            }
+            Self::Vault | Self::OpenBao => vec![
+                ("roleName", "shop".to_owned()),
+                (&*address, url),
+                ("objects", listed),
+            ],
+            Self::Aws => vec![("region", place.to_owned()), ("objects", listed)],
+            Self::Azure => vec![
+                ("keyvaultName", place.to_owned()),
+                ("tenantID", "tenant".to_owned()),
+                ("clientID", "shop".to_owned()),
+                ("objects", format!("array:\n{listed}")),
+            ],
+            Self::Gcp => vec![("secrets", listed)],
+        };
+        let named = parameters.into_iter();
+        named.map(|(name, text)| (name.to_owned(), text)).collect()
+    }
+
+    /// Returns the entry of an object in a list of YAML.
+    fn entry(self, object: &Object<'_>, reachable: bool) -> String {
+        let (name, file) = (object.name, object.file());
+        match self {
+            Self::Vault | Self::OpenBao => format!(
+                "- {{objectName: {file}, secretPath: secret/data/{name}, secretKey: value{}}}\n",
+                object.mode_after(", filePermission: ")
+            ),
+            Self::Aws => format!(
+                "- {{objectName: {name}, objectType: secretsmanager, objectAlias: {file}{}}}\n",
+                object.mode_after(", filePermission: '") + object.mode.map_or("", |_| "'")
+            ),
+            Self::Azure => format!(
+                "- |\n  objectName: {name}\n  objectType: secret\n  objectAlias: {file}\n{}",
+                object.mode_after("  filePermission: '") + object.mode.map_or("", |_| "'\n")
+            ),
             Self::Gcp => {
                 let place = if reachable { "" } else { "/locations/away" };
-                let objects = each(&|file| {
-                    format!(
-                        "- {{resourceName: projects/shop{place}/secrets/{file}/versions/latest, path: {file}}}\n"
-                    )
-                });
-                vec![("secrets".to_owned(), objects)]
+                format!(
+                    "- {{resourceName: projects/shop{place}/secrets/{name}/versions/latest, path: {file}{}}}\n",
+                    object.mode_after(", mode: ")
+                )
             }
-        };
-        parameters.into_iter().collect()
+        }
     }
 }
 
@@ -199,10 +281,9 @@ pub fn find(provider: Provider) -> std::result::Result<PathBuf, String> {
     }
 }
 
-/// Adds the stores and a provider to the options of a cluster, if [`find`] finds its executable.
+/// Adds a provider to the options of an embedded cluster, if [`find`] finds its executable. The nodes
+/// of an embedded cluster have one loopback for all pods, so that there can be one provider.
 pub fn add(options: &mut Options, provider: Provider) {
-    let stores = include_str!("../manifests/providers/stores.yaml");
-    options.manifests.push(stores.to_owned());
     options.manifests.push(provider.manifest().to_owned());
     let program = options.node_program.clone();
     options.programs.insert("e2e".to_owned(), program);
@@ -213,44 +294,58 @@ pub fn add(options: &mut Options, provider: Provider) {
     }
 }
 
-/// Sends a command to the stores of a node. Returns the calls for [`Command::Calls`].
+/// Builds the images of providers, and returns them with the manifests, for a cluster of real
+/// Kubernetes. Blocks.
+///
+/// # Errors
+/// When an executable is not there, or an image cannot be made.
+pub fn installation(providers: &[Provider]) -> Result<Installation> {
+    let failed = |error: images::Error| Error::Start(error.to_string());
+    let mut images = vec![images::of_stores(|_| {}).map_err(failed)?];
+    for provider in providers {
+        let executable = find(*provider).map_err(Error::Start)?;
+        let name = format!("{}:e2e", provider.executable());
+        images.push(images::of_executable(&name, &executable, &[]).map_err(failed)?);
+    }
+    let manifests = providers.iter().map(|p| p.manifest().to_owned());
+    Ok(Installation {
+        manifests: manifests.collect(),
+        images,
+    })
+}
+
+/// Sends a command to the stores in a directory, that of [`Provider::stores`] on a node's disk. Returns
+/// the calls for [`Command::Calls`].
 ///
 /// # Errors
 /// When they do not answer.
-pub async fn tell(cluster: &Embedded, node: &str, command: &Command) -> Result<Vec<Call>> {
-    let stores = cluster.disk(node).join(STORES);
-    let sent = send(&stores, command).await;
+pub async fn tell(stores: &Path, command: &Command) -> Result<Vec<Call>> {
+    let sent = send(stores, command).await;
     sent.map_err(|error| Error::Impossible(format!("a command to the stores: {error}")))
 }
 
-/// Waits until the stores of a node answer.
+/// Waits until the stores in a directory answer.
 ///
 /// # Errors
 /// [`Error::Timeout`] when they do not.
-pub async fn wait_stores(cluster: &Embedded, node: &str) -> Result<()> {
+pub async fn wait_stores(stores: &Path) -> Result<()> {
     wait_until("the stores answer", START, async || {
-        tell(cluster, node, &Command::Calls).await.is_ok()
+        tell(stores, &Command::Calls).await.is_ok()
     })
     .await
 }
 
-/// Stores a value for a file of [`Provider::parameters`].
+/// Stores a value for an object of [`Provider::parameters`].
 ///
 /// # Errors
 /// When the stores do not answer.
-pub async fn put(
-    cluster: &Embedded,
-    node: &str,
-    provider: Provider,
-    file: &str,
-    value: &str,
-) -> Result<()> {
+pub async fn put(stores: &Path, provider: Provider, name: &str, value: &str) -> Result<()> {
     let command = Command::Put {
         service: provider.store(),
-        name: provider.object(file),
+        name: provider.object(name),
         value: value.to_owned(),
     };
-    tell(cluster, node, &command).await.map(drop)
+    tell(stores, &command).await.map(drop)
 }
 
 /// Lets the service account of a namespace be known to AWS.
@@ -279,9 +374,13 @@ pub async fn check(binaries: &Binaries, provider: Provider) -> Result<String> {
         .insert("provider-check".to_owned(), checker);
     let cluster = Embedded::start(options).await?;
     let node = cluster.nodes().remove(0);
-    wait_stores(&cluster, &node).await?;
+    let inside = provider.stores();
+    let stores = cluster
+        .disk(&node)
+        .join(inside.strip_prefix("/").unwrap_or(&inside));
+    wait_stores(&stores).await?;
     for (file, value) in [("password", "hunter2-hunter2"), ("user", "shop-user")] {
-        put(&cluster, &node, provider, file, value).await?;
+        put(&stores, provider, file, value).await?;
     }
     let namespace = Namespace::create(&cluster).await?;
     annotate_account(&namespace).await?;
@@ -304,15 +403,20 @@ pub async fn check(binaries: &Binaries, provider: Provider) -> Result<String> {
         value: "correct-horse-battery".to_owned(),
     };
     let change = json!(change);
-    let class =
-        |files: &[&str], reachable| json!(provider.parameters(files, reachable)).to_string();
+    let class = |names: &[&str], reachable| {
+        let objects: Vec<_> = names.iter().copied().map(Object::new).collect();
+        json!(provider.parameters(&objects, reachable)).to_string()
+    };
     let files = [
         ("parameters", class(&["password", "user"], true)),
         ("missing", class(&["missing"], true)),
         ("outage", class(&["password"], false)),
         ("attributes", json!(attributes).to_string()),
         ("tokens", json!(tokens).to_string()),
-        ("change", format!("e2e stores /{STORES} --send '{change}'")),
+        (
+            "change",
+            format!("e2e stores {} --send '{change}'", inside.display()),
+        ),
         ("restart", RESTART.replace("NAME", provider.executable())),
     ];
     let directory = cluster.disk(&node).join("check");

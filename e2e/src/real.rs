@@ -101,6 +101,20 @@ pub(crate) async fn renew(cluster: &impl Cluster) -> Result<()> {
     Ok(())
 }
 
+/// Deletes what earlier scenarios left, and keeps the pods of driver and providers.
+///
+/// # Errors
+/// When something is not gone in time.
+pub(crate) async fn tidy(cluster: &impl Cluster) -> Result<()> {
+    let client = &cluster.client();
+    delete_namespaces(client).await?;
+    delete_classes_of_default(client).await?;
+    for node in cluster.nodes() {
+        wait_for_volumes_to_go(cluster, &node).await?;
+    }
+    Ok(())
+}
+
 /// Waits until the driver or the tests' provider serves HTTP on a node. Their pods have no readiness
 /// probe, so that they are ready as soon as their processes start.
 ///

@@ -28,6 +28,7 @@ mod tests;
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -124,6 +125,8 @@ pub enum Command {
     },
     /// Ends all refusals and disturbances, and forgets the calls so far.
     Reset,
+    /// Removes all objects.
+    Clear,
     /// Returns the calls so far.
     Calls,
 }
@@ -192,7 +195,10 @@ impl Stores {
 /// # Errors
 /// When nobody answers.
 pub async fn send(directory: &Path, command: &Command) -> io::Result<Vec<Call>> {
-    let mut stream = UnixStream::connect(directory.join(CONTROL)).await?;
+    // The path of a node's disk may be longer than a socket's path can be.
+    let directory = fs::File::open(directory)?;
+    let short = format!("/proc/self/fd/{}/{CONTROL}", directory.as_raw_fd());
+    let mut stream = UnixStream::connect(short).await?;
     let mut line = serde_json::to_vec(command)?;
     line.push(b'\n');
     stream.write_all(&line).await?;

@@ -120,7 +120,15 @@ const E2E: Modules = &[
     ),
     (
         "providers",
-        &["binaries", "cluster", "embedded", "namespace", "stores"],
+        &[
+            "binaries",
+            "cluster",
+            "embedded",
+            "images",
+            "install",
+            "namespace",
+            "stores",
+        ],
     ),
     ("previous", &["binaries", "cluster", "images", "install"]),
     (

@@ -47,6 +47,14 @@ impl Kind {
         real::renew(self).await
     }
 
+    /// Deletes what earlier scenarios left, and keeps the pods of driver and providers.
+    ///
+    /// # Errors
+    /// When something is not gone in time.
+    pub async fn tidy(&self) -> Result<()> {
+        real::tidy(self).await
+    }
+
     /// Returns the kernel's mount table, as a node's kubelet sees it.
     ///
     /// # Errors

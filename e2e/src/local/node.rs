@@ -55,6 +55,14 @@ impl Local {
         real::renew(self).await
     }
 
+    /// Deletes what earlier scenarios left, and keeps the pods of driver and providers.
+    ///
+    /// # Errors
+    /// When something is not gone in time.
+    pub async fn tidy(&self) -> Result<()> {
+        real::tidy(self).await
+    }
+
     /// Restarts kubelet, whose containers keep running; returns when it has registered the driver.
     ///
     /// # Errors

@@ -198,6 +198,7 @@ impl Wire {
                 state.reset();
                 self.disturbances.send_modify(BTreeMap::clear);
             }
+            Command::Clear => state.clear(),
             Command::Calls => return state.calls.clone(),
         }
         Vec::new()

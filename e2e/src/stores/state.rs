@@ -35,6 +35,10 @@ impl State {
         self.objects.remove(&(service, name));
     }
 
+    pub(super) fn clear(&mut self) {
+        self.objects.clear();
+    }
+
     pub(super) fn deny(&mut self, service: Service, operation: String) {
         self.denied.insert((service, operation));
     }

@@ -151,7 +151,7 @@ impl Scenario {
 
     /// Returns the volume as it is on disk, once the previous content is gone, which the driver
     /// keeps for a moment for programs that read it.
-    async fn settled_disk(&self, pod: &str, path: &str) -> Tree {
+    pub async fn settled_disk(&self, pod: &str, path: &str) -> Tree {
         let settled = poll("what was replaced is gone", SOON, async || {
             let disk = self.disk(pod, path).await;
             Ok(

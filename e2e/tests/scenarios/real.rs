@@ -1,10 +1,13 @@
 //! Real providers, unmodified, against fakes of their stores.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use e2e::{
     cluster::Cluster as _,
-    providers::{self, Provider, Provider::*},
+    providers::{self, Object, Provider, Provider::*},
     stores::{Call, Command, Disturbance, HUNG},
 };
 use rstest::rstest;
@@ -30,11 +33,13 @@ const DEFAULT_MODE: &str = "secrets-store.csi.k8s.io/default-mode";
 struct Real {
     s: Scenario,
     provider: Provider,
+    /// The directory of its stores.
+    stores: PathBuf,
 }
 
 impl Real {
     /// Starts a cluster with a provider whose store has a password.
-    async fn start(provider: Provider) -> Option<Self> {
+    async fn start(provider: Provider, also: &[Need]) -> Option<Self> {
         let needs = [
             Need::RealProvider(provider),
             Need::Tokens {
@@ -44,12 +49,24 @@ impl Real {
             Need::Republish,
             REFRESH_OFTEN,
             Need::Flags(&["--rotation-backoff=1s", "--rotation-backoff-max=2s"]),
+            Need::Kept,
         ];
-        let s = Scenario::needing(&needs).await?;
-        let real = Self { s, provider };
-        providers::wait_stores(real.s.cluster.embedded(), &real.s.node())
-            .await
-            .unwrap();
+        let s = Scenario::needing(&[&needs, also].concat()).await?;
+        let node = s.node();
+        let stores = s.cluster.disk(&node, &provider.stores()).unwrap();
+        until("the provider has a socket", async || {
+            let tree = s.cluster.node_tree(&node, &provider.socket()).await;
+            tree.unwrap().is_some()
+        })
+        .await;
+        let real = Self {
+            s,
+            provider,
+            stores,
+        };
+        providers::wait_stores(&real.stores).await.unwrap();
+        real.tell(Command::Reset).await;
+        real.tell(Command::Clear).await;
         providers::annotate_account(&real.s.namespace)
             .await
             .unwrap();
@@ -58,17 +75,12 @@ impl Real {
     }
 
     async fn put(&self, file: &str, value: &str) {
-        let cluster = self.s.cluster.embedded();
-        providers::put(cluster, &self.s.node(), self.provider, file, value)
-            .await
-            .unwrap();
+        let put = providers::put(&self.stores, self.provider, file, value).await;
+        put.unwrap();
     }
 
     async fn tell(&self, command: Command) -> Vec<Call> {
-        let cluster = self.s.cluster.embedded();
-        providers::tell(cluster, &self.s.node(), &command)
-            .await
-            .unwrap()
+        providers::tell(&self.stores, &command).await.unwrap()
     }
 
     async fn disturb(&self, disturbance: Disturbance) {
@@ -82,9 +94,10 @@ impl Real {
 
     /// A class that mounts objects as files.
     fn class(&self, files: &[&str]) -> Class {
+        let objects: Vec<_> = files.iter().copied().map(Object::new).collect();
         let spec = json!({
             "provider": self.provider.name(),
-            "parameters": self.provider.parameters(files, true),
+            "parameters": self.provider.parameters(&objects, true),
         });
         Class::of("shop", spec)
     }
@@ -118,8 +131,8 @@ impl Real {
 }
 
 macro_rules! real {
-    ($provider:expr) => {
-        match Real::start($provider).await {
+    ($provider:expr $(, $need:expr)*) => {
+        match Real::start($provider, &[$($need),*]).await {
             Some(real) => real,
             None => return,
         }
@@ -162,12 +175,12 @@ async fn a_rotation(#[values(Vault, OpenBao, Aws, Azure, Gcp)] provider: Provide
     r.mounted(pod("web", &["shop"])).await;
     r.put("password", "correct horse").await;
     r.reads("correct horse").await;
-    let (before, refreshes) = (r.s.disk("web", MOUNT).await, r.refreshes().await);
+    let (before, refreshes) = (r.s.settled_disk("web", MOUNT).await, r.refreshes().await);
     until("it is refreshed again", async || {
         r.refreshes().await > refreshes + 2.0
     })
     .await;
-    assert_eq!(r.s.disk("web", MOUNT).await, before);
+    assert_eq!(r.s.settled_disk("web", MOUNT).await, before);
 }
 
 #[rstest]
@@ -248,7 +261,8 @@ async fn a_provider_that_is_killed(#[values(Vault, OpenBao, Aws, Azure, Gcp)] pr
 async fn an_unpublish_during_a_hung_call(
     #[values(Vault, OpenBao, Aws, Azure, Gcp)] provider: Provider,
 ) {
-    let r = real!(provider);
+    let waits = "their kubelet unpublishes a volume when its publish has ended";
+    let r = real!(provider, Need::Embedded(waits));
     r.disturb(Disturbance::Hang).await;
     r.s.apply(r.class(&["password"])).await;
     r.s.apply(pod("web", &["shop"])).await;

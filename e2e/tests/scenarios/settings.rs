@@ -58,8 +58,11 @@ pub enum Need {
     PreviousCommit,
     /// The executable of the existing driver.
     ExistingDriver,
-    /// A real provider, and fakes of its store.
+    /// A real provider, and fakes of its store. A shared cluster has all real providers.
     RealProvider(Provider),
+    /// No cluster as new: a shared one may be as scenarios with the same needs have left it, with what
+    /// driver and providers remember.
+    Kept,
     /// The embedded cluster; the text says what real ones do instead.
     Embedded(&'static str),
 }
@@ -113,8 +116,10 @@ impl Need {
                     previous::upstream_driver().display()
                 ));
             }
-            (Self::RealProvider(_), Local | Kind { .. }) => "it does not run real providers yet",
-            (Self::RealProvider(provider), Embedded) => {
+            (Self::RealProvider(_), Kind { .. }) => {
+                "nothing reaches the stores of its real providers from outside of its nodes"
+            }
+            (Self::RealProvider(provider), Embedded | Local) => {
                 return providers::find(provider).err();
             }
             (Self::Embedded(instead), Local | Kind { .. }) => instead,
@@ -153,6 +158,17 @@ pub fn configure(options: &mut Options, needs: &[Need]) -> e2e::cluster::Result<
         }
     }
     Ok(())
+}
+
+/// Returns a text that is equal for scenarios that may use a shared cluster one after the other; none
+/// for a scenario that needs one as new.
+pub fn kept(needs: &[Need]) -> Option<String> {
+    let text = |need: &Need| match need {
+        Need::RealProvider(_) => "RealProvider ".to_owned(),
+        other => format!("{other:?} "),
+    };
+    let kept = needs.iter().any(|need| matches!(need, Need::Kept));
+    kept.then(|| needs.iter().map(text).collect())
 }
 
 /// Gives a cluster that runs what a scenario needs, and takes away what an earlier one needed. The

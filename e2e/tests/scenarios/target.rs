@@ -10,7 +10,7 @@ use std::{
     os::{fd::AsRawFd as _, unix::net::UnixListener},
     path::{Path, PathBuf},
     sync::{
-        OnceLock,
+        Mutex as Lock, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -23,6 +23,7 @@ use e2e::{
     install::{Form, Installation},
     kind::{self, Kind},
     local::{self, Local, Running},
+    providers::{self, Provider},
     skipped::skip,
     tree::Tree,
 };
@@ -70,6 +71,10 @@ static LOCAL: OnceLock<std::result::Result<Running, String>> = OnceLock::new();
 static KIND: OnceCell<std::result::Result<kind::Running, String>> = OnceCell::const_new();
 /// The installation with which a shared cluster starts.
 static STANDARD: OnceLock<Installation> = OnceLock::new();
+/// The needs of the last scenario, while the next one may use the cluster as it has left it.
+static KEPT: Lock<Option<String>> = Lock::new(None);
+/// The manifests of the real providers whose images a shared cluster has.
+static REAL_PROVIDERS: OnceCell<Vec<String>> = OnceCell::const_new();
 /// Whether a scenario has installed something else, which is not undone yet.
 static ANOTHER: AtomicBool = AtomicBool::new(false);
 
@@ -105,7 +110,7 @@ impl Target {
     }
 
     /// Returns the path of a node's file for this process, if it has access.
-    fn disk(&self, node: &str, path: &Path) -> Option<PathBuf> {
+    pub fn disk(&self, node: &str, path: &Path) -> Option<PathBuf> {
         match self {
             Self::Embedded(cluster) => {
                 let root = cluster.disk(node);
@@ -166,6 +171,58 @@ impl Target {
         if ANOTHER.load(Ordering::Relaxed) {
             self.install_standard().await;
         }
+    }
+
+    /// Gives a shared cluster what a scenario needs. It is as new after that, or as scenarios with the
+    /// same needs have left it.
+    async fn prepare(&self, needs: &[Need]) {
+        let wanted = settings::kept(needs);
+        let kept = KEPT.lock().unwrap().take();
+        if wanted.is_some() && kept == wanted {
+            self.tidy().await;
+        } else {
+            self.install_standard_again().await;
+            settings::change(&self.client(), needs).await;
+            self.renew().await;
+            let is_real = |need: &Need| matches!(need, Need::RealProvider(_));
+            if needs.iter().any(is_real) {
+                self.install_real_providers().await;
+            }
+        }
+        *KEPT.lock().unwrap() = wanted;
+    }
+
+    /// Installs all real providers that there are, until the cluster is made as new.
+    pub async fn install_real_providers(&self) {
+        let manifests = REAL_PROVIDERS.get_or_init(async || {
+            let built = tokio::task::spawn_blocking(|| {
+                let there = |provider: &Provider| providers::find(*provider).is_ok();
+                let there: Vec<_> = Provider::ALL.into_iter().filter(there).collect();
+                providers::installation(&there)
+            });
+            let built = built.await.unwrap();
+            let Installation { manifests, images } =
+                built.unwrap_or_else(|error| panic!("{error}"));
+            let only_images = Installation {
+                manifests: Vec::new(),
+                images,
+            };
+            self.apply_installation(&only_images).await;
+            manifests
+        });
+        let manifests = manifests.await.clone();
+        let images = Vec::new();
+        self.apply_installation(&Installation { manifests, images })
+            .await;
+    }
+
+    async fn tidy(&self) {
+        let tidied = match self {
+            Self::Embedded(_) => return,
+            Self::Local(cluster, _) => cluster.tidy().await,
+            Self::Kind(cluster, _) => cluster.tidy().await,
+        };
+        tidied.unwrap_or_else(|error| panic!("{error}"));
     }
 
     /// Makes a shared cluster as new.
@@ -248,9 +305,7 @@ async fn local(needs: &[Need]) -> Target {
         Err(error) => panic!("{error}"),
     };
     let target = Target::Local(running.connect().await.unwrap(), turn);
-    target.install_standard_again().await;
-    settings::change(&target.client(), needs).await;
-    target.renew().await;
+    target.prepare(needs).await;
     target
 }
 
@@ -277,9 +332,7 @@ async fn kind(needs: &[Need]) -> Target {
         Err(error) => panic!("{error}"),
     };
     let target = Target::Kind(running.connect().await.unwrap(), turn);
-    target.install_standard_again().await;
-    settings::change(&target.client(), needs).await;
-    target.renew().await;
+    target.prepare(needs).await;
     target
 }
 
@@ -301,6 +354,9 @@ impl Drop for Target {
     fn drop(&mut self) {
         if !std::thread::panicking() {
             return;
+        }
+        if let Ok(mut kept) = KEPT.lock() {
+            *kept = None;
         }
         let thread = std::thread::current();
         let dir = logs_dir(&thread.name().unwrap_or("scenario").replace("::", "-"));
