@@ -23,7 +23,8 @@
 //! tables and `PartialObjectMetadata` are not rendered, no warnings are sent, managed fields
 //! have most lists as a whole, lists are never cut into pages, collections are not deleted as a whole,
 //! periodic bookmarks are not sent, every deletion is background deletion, ClusterRoles are not
-//! aggregated, admission does not inject token volumes, and no controller runs for workloads.
+//! aggregated, admission does not inject token volumes, discovery does not list `tokenreviews`, bodies are
+//! read as JSON only, and no controller runs for workloads.
 
 mod admission;
 mod body;

@@ -31,13 +31,18 @@ impl Identity {
     pub(super) fn service_account(namespace: &str, name: &str) -> Identity {
         Identity::User {
             name: format!("system:serviceaccount:{namespace}:{name}"),
-            groups: vec![
-                "system:serviceaccounts".to_owned(),
-                format!("system:serviceaccounts:{namespace}"),
-                "system:authenticated".to_owned(),
-            ],
+            groups: service_account_groups(namespace).into(),
         }
     }
+}
+
+/// Returns the groups of the service accounts of a namespace.
+pub(super) fn service_account_groups(namespace: &str) -> [String; 3] {
+    [
+        "system:serviceaccounts".to_owned(),
+        format!("system:serviceaccounts:{namespace}"),
+        "system:authenticated".to_owned(),
+    ]
 }
 
 const ROLES: &str = "roles.rbac.authorization.k8s.io";

@@ -37,6 +37,9 @@ const MAX_BODY: usize = 3 * 1024 * 1024;
 /// The duration of a watch for which the client names none.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(1800);
 
+/// Reviews of tokens, which are answered and not stored.
+const TOKEN_REVIEWS: &str = "tokenreviews.authentication.k8s.io";
+
 pub(super) type Answer = Response<BoxBody<Bytes, Infallible>>;
 
 /// The socket of a request.
@@ -223,6 +226,11 @@ impl Server {
         let body = body?;
         if !info.is_resource() {
             return self.plain_path(info);
+        }
+        if info.verb == "create" && info.qualified() == TOKEN_REVIEWS && info.version == "v1" {
+            let review = read_body(headers, &body)?;
+            let review = self.tokens.review(&self.store, review)?;
+            return Ok(json_answer(201, review.to_string().into_bytes()));
         }
         let target = self.target(info)?;
         if !accepts_whole_objects(headers) {

@@ -10,7 +10,9 @@ use std::{path::Path, time::Duration};
 
 use futures::{StreamExt, TryStreamExt, pin_mut};
 use k8s_openapi::api::{
-    authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
+    authentication::v1::{
+        BoundObjectReference, TokenRequest, TokenRequestSpec, TokenReview, TokenReviewSpec,
+    },
     core::v1::{Event, Namespace, Pod, Secret, ServiceAccount},
 };
 use kube::{
@@ -79,6 +81,19 @@ impl Setup {
             .await
             .unwrap();
         self.client_with(Some(token)).await
+    }
+
+    /// Gives a service account in `default` a ClusterRole with these rules.
+    async fn allow(&self, account: &str, rules: Value) {
+        let api_version = "rbac.authorization.k8s.io/v1";
+        self.create(json!({"apiVersion": api_version, "kind": "ClusterRole",
+            "metadata": {"name": account}, "rules": rules}))
+            .await;
+        self.create(json!({"apiVersion": api_version, "kind": "ClusterRoleBinding",
+            "metadata": {"name": account},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": account},
+            "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": "default"}]}))
+            .await;
     }
 
     async fn token(&self, account: &str, spec: &TokenRequestSpec) -> Result<String, KubeError> {

@@ -1,7 +1,7 @@
 //! Service account tokens: issued by the `token` subresource, and bound to their pod.
 //!
 //! A token has the form and claims of a JWT. Its signature is random: only this server can verify it,
-//! because it remembers a digest of each token.
+//! because it remembers a digest of each token. Others ask for its review (`tokenreviews`).
 
 use std::{collections::HashMap, sync::Mutex};
 
@@ -17,7 +17,7 @@ use super::{
     field_error::FieldError,
     fields::time_text,
     objects::{random_uid, text},
-    rbac::Identity,
+    rbac::{Identity, service_account_groups},
     status::Status,
     store::Store,
 };
@@ -125,25 +125,76 @@ impl Tokens {
     /// or pod is gone.
     pub(super) fn identify(&self, store: &Store, token: &str) -> Result<Identity, Status> {
         let issued = lock(&self.issued);
-        let grant = issued
-            .get(&digest(token))
-            .filter(|grant| {
-                grant.expires > Timestamp::now()
-                    && grant.audiences.iter().any(|audience| audience == ISSUER)
-            })
-            .ok_or_else(Status::unauthorized)?;
+        let grant = issued.get(&digest(token));
+        let grant = grant.filter(|grant| grant.is_valid(store) && grant.is_for(ISSUER));
+        let grant = grant.ok_or_else(Status::unauthorized)?;
+        Ok(Identity::service_account(&grant.namespace, &grant.account))
+    }
+
+    /// Reviews a token (`tokenreviews`): returns the TokenReview with its status.
+    ///
+    /// # Errors
+    /// Returns 400 where the review has no token.
+    pub(super) fn review(&self, store: &Store, mut review: Value) -> Result<Value, Status> {
+        let token = review["spec"]["token"].as_str().unwrap_or_default();
+        if token.is_empty() {
+            let why = "token is required for TokenReview in authentication";
+            return Err(Status::bad_request(why));
+        }
+        let mut audiences: Vec<&str> = items(&review["spec"]["audiences"])
+            .filter_map(Value::as_str)
+            .collect();
+        if audiences.is_empty() {
+            audiences.push(ISSUER);
+        }
+        let issued = lock(&self.issued);
+        let grant = issued.get(&digest(token));
+        audiences.retain(|audience| grant.is_some_and(|grant| grant.is_for(audience)));
+        let valid = grant.filter(|grant| grant.is_valid(store) && !audiences.is_empty());
+        let status = match valid {
+            Some(grant) => {
+                json!({"authenticated": true, "user": grant.user(), "audiences": audiences})
+            }
+            None => json!({"user": {}, "error": "invalid bearer token"}),
+        };
+        drop(issued);
+        review["kind"] = json!("TokenReview");
+        review["apiVersion"] = json!("authentication.k8s.io/v1");
+        review["metadata"] = json!({"creationTimestamp": null});
+        review["status"] = status;
+        Ok(review)
+    }
+}
+
+impl Grant {
+    fn is_for(&self, audience: &str) -> bool {
+        self.audiences.iter().any(|one| one == audience)
+    }
+
+    /// Returns whether the token has not expired, and its account and its pod are still there.
+    fn is_valid(&self, store: &Store) -> bool {
         let is_there = |resource: &str, name: &str, uid: &str| {
-            let found = store.get(resource, &grant.namespace, name);
+            let found = store.get(resource, &self.namespace, name);
             found.is_some_and(|object| text(&object, "uid") == uid)
         };
-        let pod_is_there = grant
-            .pod
-            .as_ref()
-            .is_none_or(|(name, uid)| is_there("pods", name, uid));
-        if !is_there("serviceaccounts", &grant.account, &grant.account_uid) || !pod_is_there {
-            return Err(Status::unauthorized());
+        let mut pod = self.pod.iter();
+        self.expires > Timestamp::now()
+            && is_there("serviceaccounts", &self.account, &self.account_uid)
+            && pod.all(|(name, uid)| is_there("pods", name, uid))
+    }
+
+    /// Returns the user in the status of a TokenReview.
+    fn user(&self) -> Value {
+        let name = format!("system:serviceaccount:{}:{}", self.namespace, self.account);
+        let groups = service_account_groups(&self.namespace);
+        let mut user = json!({"username": name, "uid": self.account_uid, "groups": groups});
+        if let Some((name, uid)) = &self.pod {
+            user["extra"] = json!({
+                "authentication.kubernetes.io/pod-name": [name],
+                "authentication.kubernetes.io/pod-uid": [uid],
+            });
         }
-        Ok(Identity::service_account(&grant.namespace, &grant.account))
+        user
     }
 }
 

@@ -8,20 +8,12 @@ use super::*;
 async fn service_accounts_may_do_what_roles_say() {
     let setup = Setup::new().await;
     setup.define_classes().await;
-    setup
-        .create(json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "r"},
-            "rules": [
-                {"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]},
-                {"apiGroups": ["storage.k8s.io"], "resources": ["csidrivers"], "verbs": ["list"],
-                    "resourceNames": ["secrets-store.csi.k8s.io"]},
-            ]}))
-        .await;
-    setup
-        .create(json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
-            "metadata": {"name": "r"},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "r"},
-            "subjects": [{"kind": "ServiceAccount", "name": "driver", "namespace": "default"}]}))
-        .await;
+    let rules = json!([
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]},
+        {"apiGroups": ["storage.k8s.io"], "resources": ["csidrivers"], "verbs": ["list"],
+            "resourceNames": ["secrets-store.csi.k8s.io"]},
+    ]);
+    setup.allow("driver", rules).await;
     let client = setup.pod_client("driver").await;
 
     let pods: Api<Pod> = Api::namespaced(client.clone(), "default");
@@ -101,6 +93,70 @@ async fn tokens_are_worth_what_they_are_bound_to() {
     assert_eq!(refusal(foreign.apiserver_version().await).0, 401);
     spec.expiration_seconds = Some(60);
     assert_eq!(refusal(setup.token("default", &spec).await).0, 422);
+}
+
+/// A server that gets a token asks for its review: it needs the right to, and the token has to be for
+/// one of its audiences.
+#[tokio::test]
+async fn tokens_are_reviewed_for_their_audiences() {
+    let setup = Setup::new().await;
+    let pods: Api<Pod> = setup.api();
+    pods.create(&POST, &pod("p", None)).await.unwrap();
+    let spec = TokenRequestSpec {
+        audiences: Some(vec!["vault".to_owned(), "other".to_owned()]),
+        bound_object_ref: Some(BoundObjectReference {
+            kind: Some("Pod".to_owned()),
+            name: Some("p".to_owned()),
+            ..BoundObjectReference::default()
+        }),
+        ..TokenRequestSpec::default()
+    };
+    let token = setup.token("default", &spec).await.unwrap();
+    let client = setup.pod_client("server").await;
+    let review = async |token: &str, audiences: &[&str]| {
+        let audiences = audiences.iter().map(|&audience| audience.to_owned());
+        let review = TokenReview {
+            spec: TokenReviewSpec {
+                token: token.to_owned(),
+                audiences: Some(audiences.collect()),
+            },
+            ..TokenReview::default()
+        };
+        let reviews: Api<TokenReview> = Api::all(client.clone());
+        let answer = reviews.create(&POST, &review).await?;
+        Ok::<_, KubeError>(answer.status.unwrap())
+    };
+    let forbidden = refusal(review(&token, &["vault"]).await);
+    assert_eq!(forbidden.0, 403, "{forbidden:?}");
+    let rules = json!([{"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"],
+        "verbs": ["create"]}]);
+    setup.allow("server", rules).await;
+
+    let status = review(&token, &["mine", "vault"]).await.unwrap();
+    assert_eq!(status.authenticated, Some(true));
+    assert_eq!(status.audiences, Some(vec!["vault".to_owned()]));
+    let user = status.user.unwrap();
+    let name = user.username.as_deref();
+    assert_eq!(name, Some("system:serviceaccount:default:default"));
+    let pod_names = &user.extra.unwrap()["authentication.kubernetes.io/pod-name"];
+    assert_eq!(*pod_names, ["p"]);
+    // Without audiences, the token has to be one for the API server.
+    for (token, audiences) in [
+        (&*token, &["mine"][..]),
+        (&token, &[]),
+        ("a.b.c", &["vault"]),
+    ] {
+        let status = review(token, audiences).await.unwrap();
+        assert_eq!((status.authenticated, status.audiences), (None, None));
+        assert_eq!(status.error.as_deref(), Some("invalid bearer token"));
+    }
+    let own = setup.token("default", &TokenRequestSpec::default()).await;
+    let status = review(&own.unwrap(), &[]).await.unwrap();
+    assert_eq!(status.authenticated, Some(true));
+    assert_eq!(refusal(review("", &[]).await).0, 400);
+    pods.delete("p", &DeleteParams::default()).await.unwrap();
+    let status = review(&token, &["vault"]).await.unwrap();
+    assert_eq!(status.authenticated, None, "its pod is gone");
 }
 
 #[tokio::test]
