@@ -57,10 +57,23 @@
 //!
 //! | manners | effect |
 //! |---|---|
-//! | `aws` | writes files itself; gives them the permission of the latest request of the process; adds mounted versions of other objects to its answer; tells each failure in the same words |
-//! | `azure` | has the digest of a version in place of the version |
-//! | `gcp` | has resource names as ids and versions |
-//! | `vault`, `openbao` | has a digest of the content as the version |
+//! | `aws` | writes files itself, `a/b` as `a_b`; gives them the permission of the latest request of the process; the id is the file's name, the version a UUID; adds mounted versions of other objects to its answer |
+//! | `azure` | the version is an id of 32 digits |
+//! | `gcp` | ids and versions are resource names |
+//! | `vault`, `openbao` | the id is the file's path; the version is the HMAC of the object's entry and content |
+//!
+//! With manners, an object that is stored nowhere is missing. Failures have the codes and the words
+//! of the provider, with the addresses that the stores of the tests have:
+//!
+//! | failure | `aws` | `azure` | `gcp` | `vault`, `openbao` |
+//! |---|---|---|---|---|
+//! | missing, or the fault `NOT_FOUND` | UNKNOWN, what the store says | UNKNOWN, the same | INTERNAL, the same | UNKNOWN, the same |
+//! | the fault `PERMISSION_DENIED` | UNKNOWN, always the same text | UNKNOWN, what the store says | INTERNAL, the same | UNKNOWN, the same |
+//! | any other status | UNKNOWN, the text of a denied call | UNKNOWN, with the fault's message | INTERNAL, the same | UNKNOWN, the same |
+//!
+//! Snapshots that the real providers share (`e2e/tests/scenarios/known.rs`) prove all this, with these
+//! exceptions, which are meant: nobody logs in to a store, no provider requests tokens itself, and
+//! Google Cloud's wait of 30 seconds for a store that is away is the fault `delay`.
 //!
 //! Sources: [aws](https://github.com/aws/secrets-store-csi-driver-provider-aws) (`server/server.go`,
 //! `provider/secrets_manager_provider.go`),
@@ -78,7 +91,8 @@
 //! | `/validate-token-requests?audience=a,b` | requires tokens for these audiences, as upstream's provider does |
 //! | `/objects?name=a&content=b` | sets an object, with an optional `&version=c` |
 //! | `/calls`, `/calls/reset` | returns the counts of calls as JSON; sets them to zero |
-//! | `/faults` | PUT sets the faults of all classes, DELETE clears them |
+//! | `/faults` | PUT sets the faults of all classes, and so does GET with `?set=`; DELETE clears them |
+//! | `/reset` | forgets objects and faults that were set, and counts of calls |
 
 use std::io;
 use std::net::SocketAddr;

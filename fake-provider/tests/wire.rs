@@ -550,13 +550,13 @@ async fn aws_writes_files_keeps_the_latest_permission_and_echoes_versions() {
     use std::os::unix::fs::PermissionsExt;
     let provider = Running::start().await;
     let with = |faults: &str, permission: u32, target: &str| {
-        let objects = "array: [{objectName: foo}]";
+        let objects = "array: [{objectName: foo, content: secret}]";
         let mut sent = request(&[("objects", objects), ("manners", "aws"), ("faults", faults)]);
         sent.permission = permission.to_string();
         let target = provider.dir.path().join(target);
         sent.target_path = target.display().to_string();
         sent.current_object_version = vec![ObjectVersion {
-            id: "secret/gone".into(),
+            id: "gone".into(),
             version: "1".into(),
         }];
         sent
@@ -571,7 +571,7 @@ async fn aws_writes_files_keeps_the_latest_permission_and_echoes_versions() {
         provider.send(with("", 0o600, "fast")).await
     };
     let (slow, fast) = tokio::join!(slow, fast);
-    assert_eq!(ids(&slow.unwrap()), ["secret/foo", "secret/gone"]);
+    assert_eq!(ids(&slow.unwrap()), ["foo", "gone"]);
     assert!(fast.unwrap().files.is_empty());
     assert_eq!((mode("slow"), mode("fast")), (0o600, 0o600));
 
@@ -587,11 +587,13 @@ async fn aws_writes_files_keeps_the_latest_permission_and_echoes_versions() {
 
 #[rstest]
 #[case("", "secret/foo", Some("v1"))]
-#[case("vault", "secret/foo", Some("2bb80d537b1d"))]
+#[case("aws", "foo", Some("4887f178-cea4-22f6-47d5-e01f63e8fc71"))]
+#[case("azure", "secret/foo", Some("4887f178cea422f647d5e01f63e8fc71"))]
+#[case("vault", "foo", Some("LRYv4qdEGzGtfoubuM0bFxOUVcP07_HyNE22m9D85iE="))]
 #[case(
     "gcp",
-    "projects/fake/secrets/foo/versions/latest",
-    Some("projects/fake/secrets/foo/versions/v1")
+    "projects/shop/secrets/foo/versions/latest",
+    Some("projects/shop/secrets/foo/versions/v1")
 )]
 #[case("nobody", "", None)]
 #[tokio::test]
@@ -601,16 +603,42 @@ async fn ids_and_versions_are_those_of_the_provider(
     #[case] version: Option<&str>,
 ) {
     let provider = Running::start().await;
+    let target = provider.dir.path().join("volume");
     let attributes = [
-        ("objects", "array: [{objectName: foo}]"),
+        ("objects", "array: [{objectName: foo, content: secret}]"),
         ("manners", manners),
     ];
-    let answer = provider.mount(&attributes).await.ok();
+    let mut sent = request(&attributes);
+    sent.target_path = target.display().to_string();
+    let answer = provider.send(sent).await.ok();
     let versions = answer.as_ref().map(|answer| &answer.object_version[0]);
     assert_eq!(
         versions.map(|v| (&*v.id, &*v.version)),
         version.map(|v| (id, v))
     );
+}
+
+/// With manners, an object has to be stored; without, it is empty.
+#[tokio::test]
+async fn an_object_that_is_stored_nowhere_is_missing() {
+    let provider = Running::start().await;
+    let objects = ("objects", "array: [{objectName: later}]");
+    provider.mount(&[objects]).await.unwrap();
+    let error = provider.mount(&[objects, ("manners", "gcp")]).await;
+    let error = error.unwrap_err();
+    assert_eq!(error.code(), Code::Internal);
+    assert!(error.message().contains("not found"), "{error}");
+    let stored = provider
+        .http("GET", "/objects?name=later&content=x", "")
+        .await;
+    assert_eq!(stored.0, 200);
+    provider
+        .mount(&[objects, ("manners", "gcp")])
+        .await
+        .unwrap();
+    assert_eq!(provider.http("GET", "/reset", "").await.0, 200);
+    let error = provider.mount(&[objects, ("manners", "gcp")]).await;
+    assert_eq!(error.unwrap_err().code(), Code::Internal);
 }
 
 #[tokio::test]

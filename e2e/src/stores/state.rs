@@ -63,7 +63,7 @@ impl State {
         let versions = self.objects.get(&(service, name.to_owned()))?;
         let value = versions.last()?;
         let number = versions.len();
-        let digest = Sha256::digest(format!("{service:?}/{name}/{number}"));
+        let digest = Sha256::digest(format!("{name}/{number}"));
         let id = digest[..16].iter().map(|byte| format!("{byte:02x}"));
         Some(Version {
             value,

@@ -60,6 +60,10 @@ pub enum Need {
     ExistingDriver,
     /// A real provider, and fakes of its store. A shared cluster has all real providers.
     RealProvider(Provider),
+    /// Flags of a real provider, after its own.
+    ProviderFlags(Provider, &'static [&'static str]),
+    /// An API server that reads protobuf, in which providers request tokens.
+    Protobuf,
     /// No cluster as new: a shared one may be as scenarios with the same needs have left it, with what
     /// driver and providers remember.
     Kept,
@@ -122,6 +126,7 @@ impl Need {
             (Self::RealProvider(provider), Embedded | Local) => {
                 return providers::find(provider).err();
             }
+            (Self::Protobuf, Embedded) => "its API server does not read protobuf",
             (Self::Embedded(instead), Local | Kind { .. }) => instead,
             _ => return None,
         };
@@ -153,8 +158,19 @@ pub fn configure(options: &mut Options, needs: &[Need]) -> e2e::cluster::Result<
             Need::Republish => options.sync_period = Some(SYNC),
             Need::Nodes(count) => options.nodes = count,
             Need::RealProvider(provider) => providers::add(options, provider),
+            Need::ProviderFlags(..) => change_providers(manifests, &[*need])?,
             Need::CsiTimeout(timeout) => options.csi_timeout = timeout,
             _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Puts flags of real providers that a scenario needs into their manifests.
+pub fn change_providers(manifests: &mut [String], needs: &[Need]) -> e2e::cluster::Result<()> {
+    for need in needs {
+        if let Need::ProviderFlags(provider, flags) = need {
+            add_arguments(manifests, &provider.container(), flags)?;
         }
     }
     Ok(())

@@ -186,14 +186,15 @@ impl Target {
             self.renew().await;
             let is_real = |need: &Need| matches!(need, Need::RealProvider(_));
             if needs.iter().any(is_real) {
-                self.install_real_providers().await;
+                self.install_real_providers(needs).await;
             }
         }
         *KEPT.lock().unwrap() = wanted;
     }
 
-    /// Installs all real providers that there are, until the cluster is made as new.
-    pub async fn install_real_providers(&self) {
+    /// Installs all real providers that there are, until the cluster is made as new, with the flags that
+    /// a scenario needs.
+    pub async fn install_real_providers(&self, needs: &[Need]) {
         let manifests = REAL_PROVIDERS.get_or_init(async || {
             let built = tokio::task::spawn_blocking(|| {
                 let there = |provider: &Provider| providers::find(*provider).is_ok();
@@ -210,7 +211,9 @@ impl Target {
             self.apply_installation(&only_images).await;
             manifests
         });
-        let manifests = manifests.await.clone();
+        let mut manifests = manifests.await.clone();
+        let changed = settings::change_providers(&mut manifests, needs);
+        changed.unwrap_or_else(|error| panic!("{error}"));
         let images = Vec::new();
         self.apply_installation(&Installation { manifests, images })
             .await;

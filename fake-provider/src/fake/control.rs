@@ -26,7 +26,11 @@ pub(super) fn router(provider: Arc<FakeProvider>) -> Router {
         .route("/objects", any(set_object))
         .route("/calls", get(calls))
         .route("/calls/reset", any(reset_calls))
-        .route("/faults", put(set_faults).delete(clear_faults))
+        .route(
+            "/faults",
+            put(set_faults).delete(clear_faults).get(query_faults),
+        )
+        .route("/reset", any(reset))
         .with_state(provider)
 }
 
@@ -86,6 +90,24 @@ async fn set_faults(
     tracing::info!(count = faults.len(), "faults set");
     provider.faults.set(faults);
     Ok(())
+}
+
+/// The query of `/faults`.
+#[derive(Deserialize)]
+struct FaultsQuery {
+    set: String,
+}
+
+async fn query_faults(
+    state: State<Arc<FakeProvider>>,
+    Query(query): Query<FaultsQuery>,
+) -> Result<(), Refusal> {
+    set_faults(state, query.set).await
+}
+
+async fn reset(State(provider): State<Arc<FakeProvider>>) {
+    tracing::info!("objects, faults and counts reset");
+    provider.reset();
 }
 
 async fn clear_faults(State(provider): State<Arc<FakeProvider>>) {

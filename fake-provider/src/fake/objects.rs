@@ -105,6 +105,15 @@ impl Asked {
         self.object_name.as_deref().unwrap_or_default()
     }
 
+    /// Returns whether the object has a content in its entry, or among the stored ones.
+    pub(super) fn is_there(&self, stored: &StoredObjects) -> bool {
+        self.content.is_some()
+            || self.content_base64.is_some()
+            || self.content_size.is_some()
+            || self.content_from.is_some()
+            || stored.contains_key(self.name())
+    }
+
     /// Returns the object with its content.
     ///
     /// # Errors
@@ -140,7 +149,7 @@ impl Asked {
             let answer = json!({"request_id": material.number, "data": {"value": value}});
             object.contents = answer.to_string().into_bytes();
         }
-        material.manners.name(&mut object, name);
+        material.manners.name(&mut object, name, mode);
         Ok(object)
     }
 

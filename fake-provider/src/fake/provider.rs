@@ -77,6 +77,13 @@ impl FakeProvider {
         lock(&self.set).insert(name, object);
     }
 
+    /// Forgets the objects that were set, faults, and counts of calls.
+    pub(super) fn reset(&self) {
+        lock(&self.set).clear();
+        self.faults.set(Vec::new());
+        self.calls.reset();
+    }
+
     async fn answer(&self, request: &Request) -> Result<MountResponse, Failure> {
         let manners = Manners::parse(request.parameter("manners")).map_err(unknown)?;
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
@@ -99,6 +106,12 @@ impl FakeProvider {
             () = self.stop.cancelled() => {
                 return Err(Failure::new(Code::Unavailable, "the provider is stopping"));
             }
+        }
+        if let Some(missing) = asked.iter().find(|asked| !asked.is_there(&stored))
+            && manners.misses_objects()
+        {
+            let failure = Failure::new(Code::NotFound, "");
+            return Err(manners.told(failure, missing.name()));
         }
 
         let pod_uid = request.pod().uid.to_owned();
