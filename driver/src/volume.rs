@@ -17,6 +17,7 @@ mod recording;
 mod refresh;
 mod request;
 mod restless;
+mod sub_path;
 pub mod target;
 mod threads;
 
@@ -50,6 +51,7 @@ use failing::Failing;
 use policy::{Clock, Policy};
 pub use request::{Outcome, PublishRequest, TOKENS, UnpublishRequest};
 use restless::Restless;
+use sub_path::Told;
 use target::{Busy, TargetPath};
 use threads::{ThreadHealth, blocking};
 
@@ -89,6 +91,7 @@ pub struct Volumes {
     busy: Busy,
     failing: Failing,
     restless: Restless,
+    told_of_sub_paths: Told,
     clock: Clock,
     health: ThreadHealth,
 }
@@ -110,6 +113,7 @@ impl Volumes {
             busy: Busy::default(),
             failing: Failing::default(),
             restless: Restless::default(),
+            told_of_sub_paths: Told::default(),
             clock: Clock::start(),
             health: ThreadHealth::default(),
         }
@@ -309,6 +313,7 @@ impl Volumes {
         let _busy = self.busy.unpublishing(target).await?;
         self.failing.gone(volume_id);
         self.restless.gone(volume_id);
+        self.told_of_sub_paths.forget(volume_id);
         self.sync.forget(volume_id);
         self.metrics.volume_gone(volume_id);
         let (memory, tmpfs) = (Arc::clone(&self.memory), Arc::clone(&self.tmpfs));

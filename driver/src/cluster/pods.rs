@@ -9,15 +9,73 @@ use serde::Deserialize;
 use super::{Cluster, request::Failure};
 use crate::{
     error::{Error, Result},
+    quoted::quoted,
     record::Pod,
 };
+
+/// The most containers that an event names.
+const MOST_NAMED: usize = 5;
 
 /// The parts of a pod that the driver reads.
 #[derive(Deserialize)]
 pub(super) struct PodView {
     pub(super) metadata: ObjectMeta,
     #[serde(default)]
+    spec: PodSpec,
+    #[serde(default)]
     pub(super) status: PodPhase,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct PodSpec {
+    containers: Vec<Container>,
+    init_containers: Vec<Container>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct Container {
+    name: String,
+    /// `Always` for an init container that runs beside the others.
+    restart_policy: String,
+    volume_mounts: Vec<VolumeMount>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct VolumeMount {
+    name: String,
+    sub_path: String,
+    sub_path_expr: String,
+}
+
+impl PodSpec {
+    /// Names the containers that mount a part of a volume with `subPath` while the pod runs.
+    fn with_sub_paths(&self, volume: &str) -> Option<String> {
+        let beside = self.init_containers.iter();
+        let running = beside.filter(|container| container.restart_policy == "Always");
+        let mut names = running
+            .chain(&self.containers)
+            .filter(|container| {
+                container.volume_mounts.iter().any(|mount| {
+                    let is_part = !mount.sub_path.is_empty() || !mount.sub_path_expr.is_empty();
+                    is_part && mount.name == volume
+                })
+            })
+            .map(|container| quoted(&container.name, 63).to_string());
+        let first: Vec<String> = names.by_ref().take(MOST_NAMED).collect();
+        let more = match names.count() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let word = if first.len() + more.len() > 1 {
+            "containers"
+        } else {
+            "container"
+        };
+        (!first.is_empty()).then(|| format!("{word} {}{more}", first.join(", ")))
+    }
 }
 
 #[derive(Deserialize, Default)]
@@ -35,6 +93,20 @@ impl Cluster {
     pub async fn is_alive(&self, pod: &Pod) -> Result<bool> {
         let found = self.pod(pod).await?;
         Ok(found.is_some_and(|found| found.metadata.deletion_timestamp.is_none()))
+    }
+
+    /// Names the containers of a pod that mount a part of a volume with `subPath`, if there are any. The
+    /// volume's name is that in the pod's spec.
+    ///
+    /// # Errors
+    /// Fails if the API server does not answer, or its answer says nothing about this pod.
+    pub async fn containers_with_sub_paths(
+        &self,
+        pod: &Pod,
+        volume: &str,
+    ) -> Result<Option<String>> {
+        let found = self.pod(pod).await?;
+        Ok(found.and_then(|found| found.spec.with_sub_paths(volume)))
     }
 
     /// Reads a pod. Returns `None` if it is gone.
@@ -119,6 +191,26 @@ mod tests {
     ) {
         let found = serde_json::from_value(json!({ "metadata": metadata })).unwrap();
         assert_eq!(alive(Ok(found)), expected);
+    }
+
+    #[rstest]
+    #[case::whole(json!({"containers": [{"name": "a", "volumeMounts": [{"name": "v", "mountPath": "/v"}]}]}), None)]
+    #[case::of_another_volume(json!({"containers": [{"name": "a", "volumeMounts": [{"name": "w", "subPath": "x"}]}]}), None)]
+    #[case::a_part(json!({"containers": [{"name": "a", "volumeMounts": [{"name": "v"}, {"name": "v", "subPath": "x"}]}]}), Some("container \"a\""))]
+    #[case::two(json!({"containers": [
+        {"name": "a", "volumeMounts": [{"name": "v", "subPath": "x"}]},
+        {"name": "b", "volumeMounts": [{"name": "v", "subPathExpr": "$(X)"}]},
+    ]}), Some("containers \"a\", \"b\""))]
+    #[case::an_init_container_that_has_ended(json!({"initContainers": [{"name": "i", "volumeMounts": [{"name": "v", "subPath": "x"}]}]}), None)]
+    #[case::a_sidecar(json!({"initContainers": [{"name": "i", "restartPolicy": "Always", "volumeMounts": [{"name": "v", "subPath": "x"}]}]}), Some("container \"i\""))]
+    #[case::without_containers(json!({}), None)]
+    fn containers_with_a_part_of_the_volume(
+        #[case] spec: serde_json::Value,
+        #[case] expected: Option<&str>,
+    ) {
+        let pod = json!({"metadata": {"name": "web", "uid": "u"}, "spec": spec});
+        let pod: PodView = serde_json::from_value(pod).unwrap();
+        assert_eq!(pod.spec.with_sub_paths("v").as_deref(), expected);
     }
 
     #[rstest]

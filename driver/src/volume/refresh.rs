@@ -65,6 +65,9 @@ impl Volumes {
             Ok(changed) => {
                 counted.succeeded(changed);
                 self.refresh_succeeded(&record, request, changed).await;
+                if changed {
+                    self.tell_of_sub_paths(request).await;
+                }
                 Ok(Outcome::Refreshed { changed })
             }
             Err(error) if cancelled.is_cancelled() => {

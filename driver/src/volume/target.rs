@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    ffi::OsStr,
     fmt,
     path::{Component, Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -98,6 +99,12 @@ impl TargetPath {
     /// Returns the path as text.
     pub fn as_str(&self) -> &str {
         self.0.to_str().unwrap_or_default()
+    }
+
+    /// Returns the name of the volume in the pod's spec.
+    pub fn volume(&self) -> &str {
+        let name = self.0.parent().and_then(Path::file_name);
+        name.and_then(OsStr::to_str).unwrap_or_default()
     }
 
     /// Returns the directory that kubelet makes for the volume.
