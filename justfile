@@ -52,7 +52,7 @@ budget:
 # Write the generated files of deploy/: the CRDs, the lean manifest, the chart's tables.
 [group('before a pull request')]
 manifests:
-    UPDATE_DEPLOY=1 cargo test --workspace --test manifests --test chart
+    UPDATE_DEPLOY=1 cargo test --workspace --test manifests --test chart --test hardening
 
 # Run all checks that a pull request has to pass.
 [group('before a pull request')]

@@ -83,6 +83,9 @@ pub struct Config {
     pub sync_errors: SyncErrors,
     /// The time in which each synced Secret and the class of each volume are checked once.
     pub sync_interval: Duration,
+    /// The users, besides root, the driver's own and a socket directory's owner, as which a provider may
+    /// run. `None` for any user.
+    pub provider_uids: Option<Vec<u32>>,
     /// Whether the providers are asked for their version periodically.
     pub provider_health_check: bool,
     /// The time between two health checks of the providers.
@@ -90,6 +93,8 @@ pub struct Config {
     /// The kubeconfig file for the connection to the API server. `None` for the pod's service
     /// account.
     pub kubeconfig: Option<PathBuf>,
+    /// Whether the process drops capabilities and other things that it does not need.
+    pub hardening: bool,
     /// Whether log lines are JSON objects.
     pub log_format_json: bool,
     /// The verbosity of the log: 0 reports what happened, 5 adds every call, 6 every step.
@@ -288,6 +293,7 @@ impl Default for Config {
             max_call_recv_msg_size: 4 * 1024 * 1024,
             provider_max_calls: 16,
             provider_max_bytes: 64 * 1024 * 1024,
+            provider_uids: Some(Vec::new()),
             enable_secret_rotation: false,
             rotation_poll_interval: Duration::from_secs(120),
             min_rotation_poll_interval: Duration::from_secs(30),
@@ -299,6 +305,7 @@ impl Default for Config {
             provider_health_check: false,
             provider_health_check_interval: Duration::from_secs(120),
             kubeconfig: None,
+            hardening: true,
             log_format_json: false,
             verbosity: 0,
             ignored_arguments: Vec::new(),

@@ -11,6 +11,7 @@
 //! csi            the CSI services: the form of a request, the status of an error
 //! registration   registers the driver with kubelet
 //! logging        the log and its redaction
+//! hardening      gives up the rights that the process does not need
 //! volume         the life of a volume: what is due, the steps, their undo
 //! sync           the Secrets that a class declares, made and kept
 //! memory         what mounted content takes of the driver's memory limit, and what fits
@@ -42,7 +43,7 @@
 //! - The driver watches and lists nothing. It writes to the API only when something has changed.
 //! - Unpublish needs neither the API server nor a provider. CSI and registration start without them.
 //! - Only `csi`, `registration`, `provider` and `metrics` use the protobuf types, only `cluster` uses
-//!   the crate `kube`, and only `mount`, `files` and `socket` use `nix` for system calls.
+//!   the crate `kube`, and only `hardening`, `mount`, `files` and `socket` use `nix` for system calls.
 //! - A secret is a [`secret::Secret`]. Errors never contain the content of a secret, a token or a
 //!   Secret.
 
@@ -51,6 +52,7 @@ pub mod config;
 pub mod csi;
 pub mod error;
 pub mod files;
+pub mod hardening;
 pub mod hex;
 pub mod logging;
 pub mod memory;
@@ -77,7 +79,7 @@ use csi::{Csi, Listener};
 use memory::Memory;
 use metrics::{Metrics, http};
 use mount::Tmpfs;
-use provider::{Limits, Providers};
+use provider::{Limits, Providers, Trusted};
 use record::{Records, Writer};
 use registration::Registrar;
 use sync::{Options, SecretSync};
@@ -100,6 +102,7 @@ const MEASURE_EVERY: Duration = Duration::from_secs(10);
 /// Names the socket, the state directory or the address that the driver cannot use, and says why.
 pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     warn_about_flags(&config);
+    hardening::check_directories(&config)?;
     let parts = parts(&config)?;
     let (cluster, metrics) = (parts.cluster.clone(), parts.metrics.clone());
     let (memory, sync) = (Arc::clone(&parts.memory), Arc::clone(&parts.sync));
@@ -193,7 +196,15 @@ fn parts(config: &Config) -> io::Result<Parts> {
     Ok(Parts {
         records,
         cluster,
-        providers: Providers::new(config.provider_dirs(), limits, metrics.clone()),
+        providers: Providers::new(
+            config.provider_dirs(),
+            Trusted {
+                uids: config.provider_uids.clone(),
+                own: hardening::user(),
+            },
+            limits,
+            metrics.clone(),
+        ),
         tmpfs,
         memory,
         sync: Arc::new(sync),

@@ -7,6 +7,10 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+/// Wipes what is freed.
+#[global_allocator]
+static ALLOCATOR: driver::hardening::Wiping = driver::hardening::Wiping;
+
 /// The number of threads for file system work. The async part runs on one more thread.
 const BLOCKING_THREADS: usize = 4;
 
@@ -40,6 +44,7 @@ fn main() -> ExitCode {
     }));
     one_arena();
     raise_descriptors();
+    driver::hardening::harden(&config);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
@@ -118,12 +123,14 @@ fn one_arena() {
     }
 }
 
-/// Gives free memory in the middle of the heap back to the system.
+/// Gives free memory in the middle of the heap back to the system, which keeps locked pages.
 #[allow(unsafe_code)]
 fn trim() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: malloc_trim(3) takes the allocator's own lock and only releases free pages.
-    unsafe {
-        libc::malloc_trim(0);
-    }
+    driver::hardening::while_unlocked(|| {
+        // SAFETY: malloc_trim(3) takes the allocator's own lock and only releases free pages.
+        unsafe {
+            libc::malloc_trim(0);
+        }
+    });
 }

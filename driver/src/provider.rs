@@ -8,6 +8,7 @@
 mod health;
 mod line;
 mod memory;
+mod peer;
 mod queue;
 mod refusal;
 mod socket;
@@ -35,6 +36,7 @@ use crate::{
 };
 use line::ClassName;
 use memory::{AnswerMemory, Reserved};
+pub use peer::Trusted;
 use queue::{Ending, Place, Queue};
 use refusal::{FailedCall, TooLate};
 use socket::Sockets;
@@ -126,6 +128,7 @@ pub struct Limits {
 /// The providers of this node.
 pub struct Providers {
     sockets: Sockets,
+    trusted: Trusted,
     limits: Limits,
     metrics: Metrics,
     shared: Mutex<HashMap<String, Shared>>,
@@ -154,10 +157,11 @@ impl From<Error> for AttemptError {
 
 impl Providers {
     /// Creates the providers whose sockets are in the directories of `search`. The first directory
-    /// that has a socket wins.
-    pub fn new(search: Vec<PathBuf>, limits: Limits, metrics: Metrics) -> Self {
+    /// that has a socket wins. A provider must run as a user that is `trusted`.
+    pub fn new(search: Vec<PathBuf>, trusted: Trusted, limits: Limits, metrics: Metrics) -> Self {
         Self {
             sockets: Sockets::new(search),
+            trusted,
             limits,
             metrics,
             shared: Mutex::default(),
@@ -221,7 +225,7 @@ impl Providers {
         let (place, counted) = self.turn(&shared.queue, class, call).await?;
         // The provider may have moved while the call waited for its turn.
         let socket = self.sockets.find(name)?;
-        let channel = wire::channel(&socket)?;
+        let channel = wire::channel(&socket, &self.trusted)?;
         let asking = Asking {
             class,
             memory: &shared.memory,

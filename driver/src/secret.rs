@@ -2,7 +2,8 @@
 //!
 //! [`Secret`] has no `Debug`, `Display` or `Serialize`, and is wiped when it is dropped. The
 //! only way to its bytes is [`Secret::expose`], so that a search for that word finds every
-//! place where a secret leaves its type. The buffers of the gRPC transport are not wiped.
+//! place where a secret leaves its type. The program's allocator wipes what others copy it into
+//! ([`Wiping`](crate::hardening::Wiping)), once that is freed.
 
 use std::collections::BTreeMap;
 

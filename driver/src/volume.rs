@@ -49,7 +49,7 @@ use ask::unless;
 use content::{Undo, take_down};
 use failing::Failing;
 use policy::{Clock, Policy};
-pub use request::{Outcome, PublishRequest, TOKENS, UnpublishRequest};
+pub use request::{Origin, Outcome, PublishRequest, TOKENS, UnpublishRequest};
 use restless::Restless;
 use sub_path::Told;
 use target::{Busy, TargetPath};

@@ -23,6 +23,7 @@ const DRIVER: Modules = &[
     ),
     ("registration", &["socket"]),
     ("logging", &["config"]),
+    ("hardening", &["config"]),
     (
         "volume",
         &[
@@ -190,8 +191,8 @@ const CONFINED: [(&str, &[&str]); 8] = [
     ("k8s_openapi", &["cluster"]),
     ("hyper", &["metrics", "provider"]),
     ("prometheus_client", &["metrics"]),
-    ("nix", &["files", "mount", "socket"]),
-    ("libc", &["metrics"]),
+    ("nix", &["files", "hardening", "mount", "socket"]),
+    ("libc", &["hardening", "metrics"]),
 ];
 
 /// Returns the code of each module of a crate, without tests and comments.

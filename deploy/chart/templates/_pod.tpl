@@ -144,6 +144,9 @@ args:
   {{- with .Values.providerMaxBytes }}
   - --provider-max-bytes={{ . | int64 }}
   {{- end }}
+  {{- with .Values.providerUIDs }}
+  - --provider-uids={{ . }}
+  {{- end }}
   {{- if ne (toString $linux.driver.checkKubeletRootDir) "false" }}
   - --kubelet-root-dir={{ $root }}
   {{- end }}

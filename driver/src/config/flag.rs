@@ -3,7 +3,7 @@
 use std::{fmt::Write as _, time::Duration};
 
 use super::value::{
-    absolute, address, check, count, driver_name, prometheus, put, size, verbosity,
+    absolute, address, check, count, driver_name, prometheus, put, size, uids, verbosity,
 };
 use super::{Config, Exit, wrong};
 
@@ -99,6 +99,9 @@ pub(super) const FLAGS: &[Flag] = &[
     flag!("provider-max-bytes" "BYTES" = "67108864",
         "Memory for the answers of one provider. Further answers wait until there is memory for them. An answer counts from its arrival until its files are written. A single answer is accepted even if it is larger. The value counts as at most a sixth of the driver's memory limit.",
         |c, v| { c.provider_max_bytes = size(v)?; Ok(()) }),
+    flag!("provider-uids" "UIDS" = "",
+        "User IDs, separated by commas, as which providers may run besides root and the owner of the directory of their socket; any: as any user.",
+        |c, v| { c.provider_uids = uids(v)?; Ok(()) }),
     flag!("provider-health-check" "" = "false",
         "Ask the providers for their version periodically, and log failures.",
         |c, v| put(&mut c.provider_health_check, v)),
@@ -135,6 +138,10 @@ pub(super) const FLAGS: &[Flag] = &[
     flag!("kubeconfig" "FILE" = "",
         "Kubeconfig file for the connection to the API server. Empty: the pod's service account.",
         |c, v| put(&mut c.kubeconfig, v)),
+
+    flag!("hardening" "" = "true",
+        "Drop the capabilities that the driver does not need, forbid other processes to read its memory, lock its memory, and allow only the system calls that it uses.",
+        |c, v| put(&mut c.hardening, v)),
 
     flag!("v" "LEVEL" = "0",
         "Verbosity of the log: 0 reports what happened, 5 adds every call, 6 adds every step.",

@@ -87,6 +87,19 @@ impl FlagValue for Duration {
     }
 }
 
+/// Reads a list of user IDs that is separated by commas, or `any`.
+pub(super) fn uids(text: &str) -> Result<Option<Vec<u32>>, String> {
+    if text == "any" {
+        return Ok(None);
+    }
+    let entries = text.split(',').map(str::trim);
+    let uids = entries.filter(|entry| !entry.is_empty()).map(|entry| {
+        let uid = entry.parse().ok().filter(|_| !entry.starts_with('+'));
+        uid.ok_or_else(|| format!("{entry:?} is not a user ID; write numbers, or any"))
+    });
+    uids.collect::<Result<_, _>>().map(Some)
+}
+
 /// Reads the verbosity of the log. A negative number counts as zero.
 pub(super) fn verbosity(text: &str) -> Result<u32, String> {
     let level = go::level(text).ok_or_else(|| "write a number".to_owned())?;

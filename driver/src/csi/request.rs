@@ -1,6 +1,6 @@
 //! Parses requests: checks their form, and turns them into types of the modules below.
 
-use std::{path::Path, time::Duration};
+use std::{collections::HashMap, path::Path, time::Duration};
 
 use proto::csi::{
     NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability,
@@ -8,6 +8,7 @@ use proto::csi::{
 };
 use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
+use zeroize::Zeroizing;
 
 use crate::{
     error::{Error, Result},
@@ -16,7 +17,7 @@ use crate::{
     record::{Pod, is_object_name},
     secret::SecretMap,
     volume::{
-        PublishRequest, TOKENS, UnpublishRequest,
+        Origin, PublishRequest, TOKENS, UnpublishRequest,
         policy::{self, Every},
         target::TargetPath,
     },
@@ -44,7 +45,7 @@ pub(super) fn publish_request(
     root: Option<&Path>,
 ) -> Result<PublishRequest> {
     check_form(&request)?;
-    let mut attributes: SecretMap = request.volume_context.into_iter().collect();
+    let mut attributes = attributes(request.volume_context)?;
     let mut secrets: SecretMap = request.secrets.into_iter().collect();
     // Attributes that are addressed to the driver are not passed on to the provider.
     let every = attributes
@@ -108,6 +109,29 @@ fn check_form(request: &NodePublishVolumeRequest) -> Result<()> {
         return Ok(());
     };
     Err(Error::invalid(format!("{missing} missing in request")))
+}
+
+/// Returns the attributes of a volume, without those that only a later kubelet may give: a provider could
+/// trust them, and a pod's author can write them as well.
+fn attributes(context: HashMap<String, String>) -> Result<SecretMap> {
+    let mut attributes = SecretMap::default();
+    for (key, value) in context {
+        match Origin::of(&key) {
+            Origin::Kubelet | Origin::User => attributes.insert(key, value),
+            Origin::Unknown => {
+                tracing::debug!(key = %quoted(&key, 100), "this attribute is not passed on: its key is kubelet's");
+                drop(Zeroizing::new(value));
+            }
+            Origin::Imitation => {
+                drop(Zeroizing::new(value));
+                return Err(Error::invalid(format!(
+                    "attribute {} in the pod's spec.volumes[].csi.volumeAttributes resembles a key of kubelet; only kubelet gives attributes that begin with csi.storage.k8s.io/, so remove it",
+                    quoted(&key, 100)
+                )));
+            }
+        }
+    }
+    Ok(attributes)
 }
 
 /// Returns the pod that the attributes name.

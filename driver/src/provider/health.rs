@@ -11,7 +11,7 @@ use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
 
-use super::{Providers, refusal, wire};
+use super::{Providers, Trusted, refusal, wire};
 use crate::quoted::quoted;
 
 /// The time in which a provider must answer, as in upstream's `HealthCheck`
@@ -51,14 +51,15 @@ impl Providers {
     async fn ask_all(&self) -> BTreeMap<String, ProviderHealth> {
         let mut asking = JoinSet::new();
         for (name, socket) in self.sockets.all() {
-            asking.spawn(async move { (name, ask(socket).await) });
+            let trusted = self.trusted.clone();
+            asking.spawn(async move { (name, ask(socket, &trusted).await) });
         }
         asking.join_all().await.into_iter().collect()
     }
 }
 
-async fn ask(socket: PathBuf) -> ProviderHealth {
-    let mut client = match wire::channel(&socket) {
+async fn ask(socket: PathBuf, trusted: &Trusted) -> ProviderHealth {
+    let mut client = match wire::channel(&socket, trusted) {
         Ok(channel) => CsiDriverProviderClient::new(channel),
         Err(error) => return ProviderHealth::Unwell(error.to_string()),
     };

@@ -8,6 +8,7 @@ use tonic::{Code, Status};
 
 use super::{
     Limits,
+    peer::stranger,
     queue::Ending,
     wire::{LONGEST_HEADERS, TooLarge, Unusable},
 };
@@ -85,6 +86,9 @@ pub(super) fn retry_after(status: &Status) -> Option<Duration> {
 /// broke. A connection that breaks during a call shows as CANCELLED or UNKNOWN with a transport
 /// error as its source.
 pub(super) fn is_transient(status: &Status) -> bool {
+    if stranger(status).is_some() {
+        return false;
+    }
     let is_broken = connection_failure(status).is_some_and(|why| !is_too_long(&why));
     status.code() == Code::Unavailable || is_broken
 }
@@ -187,6 +191,8 @@ impl FailedCall<'_> {
                 self.limits.max_message_bytes
             );
             (Code::ResourceExhausted, what)
+        } else if let Some(stranger) = stranger(status) {
+            (Code::FailedPrecondition, stranger.to_string())
         } else if let Some(why) = connection_failure(status) {
             if is_too_long(&why) {
                 let what = format!(
@@ -239,6 +245,9 @@ pub(super) fn token_hint(words: &str, with_tokens: bool) -> &'static str {
 
 /// Returns a status for a log line.
 pub(super) fn in_short(status: &Status) -> String {
+    if let Some(stranger) = stranger(status) {
+        return stranger.to_string();
+    }
     connection_failure(status).unwrap_or_else(|| {
         format!(
             "{}: {}",

@@ -20,6 +20,7 @@ use base64::{
 };
 use http::{HeaderMap, Uri, uri::PathAndQuery};
 use hyper::body::Frame;
+use hyper_util::rt::TokioIo;
 use prost::{
     Message as _,
     bytes::{Buf as _, Bytes},
@@ -31,11 +32,12 @@ use tonic::{
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
     transport::{Channel, Endpoint},
 };
-use tower::util::MapResponse;
+use tower::{service_fn, util::MapResponse};
 
 use super::{
     line::ClassName,
     memory::{AnswerMemory, Reserved},
+    peer::{self, Trusted},
 };
 use crate::error::{Error, Result};
 pub(super) use count::TooLarge;
@@ -66,11 +68,12 @@ pub(super) struct Asking<'a> {
     pub(super) waits_for_memory: &'a Arc<AtomicBool>,
 }
 
-/// Returns a channel for one call, which connects to a socket when the call is sent.
+/// Returns a channel for one call, which connects to a socket when the call is sent, if a trusted user
+/// listens there.
 ///
 /// # Errors
 /// Fails if the path cannot be an address.
-pub(super) fn channel(socket: &Path) -> Result<Channel> {
+pub(super) fn channel(socket: &Path, trusted: &Trusted) -> Result<Channel> {
     let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()));
     let endpoint = endpoint.map_err(|error| {
         Error::internal(format!(
@@ -78,6 +81,11 @@ pub(super) fn channel(socket: &Path) -> Result<Channel> {
             socket.display()
         ))
     })?;
+    let (socket, trusted) = (socket.to_owned(), trusted.clone());
+    let connector = service_fn(move |_: Uri| {
+        let (socket, trusted) = (socket.clone(), trusted.clone());
+        async move { peer::connect(&socket, &trusted).await.map(TokioIo::new) }
+    });
     Ok(endpoint
         // Upstream's client sends this authority (`WithAuthority` in
         // `pkg/secrets-store/provider_client.go`). Providers may refuse any other, as upstream's
@@ -87,7 +95,7 @@ pub(super) fn channel(socket: &Path) -> Result<Channel> {
         .http2_max_header_list_size(LONGEST_HEADERS)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
-        .connect_lazy())
+        .connect_with_connector_lazy(connector))
 }
 
 /// Calls `Mount`. Returns the answer with the memory that it takes.

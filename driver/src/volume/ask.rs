@@ -6,7 +6,7 @@ use tokio::time::{Duration, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
-use super::{PublishRequest, TOKENS, Volumes, policy::is_another, threads::blocking};
+use super::{Origin, PublishRequest, TOKENS, Volumes, policy::is_another, threads::blocking};
 use crate::{
     cluster::Class,
     error::{Error, Result},
@@ -162,11 +162,12 @@ impl Volumes {
 
 /// Returns what a provider is told: the class's parameters, the volume's attributes over them, and
 /// the tokens, in the order in which upstream merges them (`NodePublishVolume` in
-/// `pkg/secrets-store/nodeserver.go`).
+/// `pkg/secrets-store/nodeserver.go`). A parameter under a key of kubelet is not passed on.
 fn attributes(class: &Class, request: &PublishRequest) -> SecretMap {
     let mut attributes: SecretMap = class
         .parameters
         .iter()
+        .filter(|(key, _)| Origin::of(key) == Origin::User)
         .map(|(k, v)| (k.as_str(), v.as_str()))
         .collect();
     attributes.extend(&request.attributes);

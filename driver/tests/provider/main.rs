@@ -16,7 +16,7 @@ use std::{
 use driver::{
     error::{Error, Result},
     metrics::Metrics,
-    provider::{Limits, MountCall, Providers, Reply, Urgency},
+    provider::{Limits, MountCall, Providers, Reply, Trusted, Urgency},
 };
 use fake_provider::server::{Identity, Provider, Server, Socket};
 use serde_json::json;
@@ -48,7 +48,11 @@ impl Node {
             max_message_bytes: MAX_MESSAGE,
         };
         let metrics = Metrics::new();
-        let providers = Providers::new(search.into(), limits, metrics.clone());
+        let trusted = Trusted {
+            uids: Some(Vec::new()),
+            own: nix::unistd::geteuid().as_raw(),
+        };
+        let providers = Providers::new(search.into(), trusted, limits, metrics.clone());
         Self {
             dirs,
             metrics,

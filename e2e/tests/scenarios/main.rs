@@ -21,6 +21,7 @@ mod known;
 mod lifecycle;
 mod objects;
 mod paths;
+mod pods;
 mod providers;
 mod restarts;
 mod rollouts;

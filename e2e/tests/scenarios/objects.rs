@@ -193,6 +193,11 @@ impl Pod {
         self
     }
 
+    /// The container.
+    pub fn container(&mut self) -> &mut Value {
+        &mut self.0["spec"]["containers"][0]
+    }
+
     /// The source of the first volume.
     pub fn csi(&mut self) -> &mut Value {
         &mut self.0["spec"]["volumes"][0]["csi"]
