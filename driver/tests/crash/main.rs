@@ -1,0 +1,339 @@
+//! Stops the driver after each step that changes something outside of it, starts it again, and has
+//! kubelet try again.
+//!
+//! The steps are those that a traced run of the driver makes: system calls on files and mounts, requests
+//! to the API server and to the provider and their answers. Nothing here lists them, so a step that is
+//! new in the driver is stopped at, too. All the time a pod reads the volume, and everything that
+//! becomes of the Secret is seen. In the end all is as if nothing had happened, and after the unpublish
+//! nothing is left.
+//!
+//! A failure prints the steps until the driver was stopped, and a command that stops it there again.
+
+#![cfg(all(
+    target_os = "linux",
+    any(target_arch = "x86_64", target_arch = "aarch64")
+))]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+
+mod calls;
+mod history;
+mod node;
+mod operations;
+mod reader;
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "../api/server.rs"]
+mod server;
+mod state;
+mod steps;
+mod tracer;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    fmt,
+    io::{self, Write as _},
+    process::Command,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use nix::errno::Errno;
+use rstest::rstest;
+use tokio::{task::JoinSet, time::timeout};
+
+use operations::{Operation, Run, Then};
+use state::{State, difference};
+
+/// Says to a process that it is the one that a test has started for itself.
+const ALONE: &str = "ALONE_WITH_ITS_MOUNTS";
+/// The crash point that is to be tried alone: what follows, and the step.
+const POINT: &str = "CRASH_POINT";
+
+/// The number of nodes at a time.
+const NODES: usize = 6;
+/// How often a step is waited for that a traced run had and others have not.
+const TRIES: usize = 4;
+/// The most points of an operation. There are more only if the same step has other names in other runs.
+const MOST: usize = 1000;
+/// More than any run takes.
+const LIMIT: Duration = Duration::from_secs(240);
+
+#[rstest]
+#[case::publish(Operation::Publish)]
+#[case::refused_publish(Operation::RefusedPublish)]
+#[case::refresh(Operation::Refresh)]
+#[case::refresh_without_change(Operation::RefreshWithoutChange)]
+#[case::refused_refresh(Operation::RefusedRefresh)]
+#[case::refresh_of_edited_class(Operation::RefreshOfEditedClass)]
+#[case::refresh_with_other_type(Operation::RefreshWithOtherType)]
+#[case::unpublish(Operation::Unpublish)]
+#[case::deleted_secret(Operation::DeletedSecret)]
+#[case::altered_secret(Operation::AlteredSecret)]
+#[case::class_with_another_secret(Operation::ClassWithAnotherSecret)]
+#[case::start(Operation::Start)]
+fn stopped_after_each_step(#[case] operation: Operation) {
+    if std::env::var_os(ALONE).is_none() {
+        return alone();
+    }
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(try_all(operation));
+}
+
+/// Runs this test in a process that has its own mounts. An ordinary user needs user namespaces for it.
+fn alone() {
+    let name = std::thread::current().name().unwrap().to_owned();
+    let mut command = Command::new("unshare");
+    if !nix::unistd::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    let run = command
+        .arg("--mount")
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", &name, "--nocapture"])
+        .env(ALONE, "1")
+        .output()
+        .unwrap();
+    let out = String::from_utf8_lossy(&run.stdout);
+    let err = String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success(), "{out}\n{err}");
+    assert!(out.contains("1 passed"), "no test is called {name}: {out}");
+    for line in out.lines().filter(|line| line.starts_with("crash points")) {
+        println!("{line}");
+    }
+    for line in out.lines().filter(|line| line.starts_with("skipped")) {
+        // Past the capture of tests, which hides why nothing was tried.
+        let _ = writeln!(io::stderr(), "{line}");
+    }
+}
+
+/// A place at which the driver is stopped.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Point {
+    then: Then,
+    step: String,
+}
+
+impl fmt::Display for Point {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.then, self.step)
+    }
+}
+
+/// A run that has ended.
+struct Ended {
+    /// Whether the driver came to the step.
+    is_hit: bool,
+    steps: Vec<String>,
+    outcome: Result<State, String>,
+    log: String,
+}
+
+/// Stops the driver at all points of an operation.
+async fn try_all(operation: Operation) {
+    let started = Instant::now();
+    let mut undisturbed = BTreeMap::new();
+    let mut points = Points::default();
+    for then in operation.follows() {
+        let run = match run(operation, *then, None).await {
+            Ok(run) => run,
+            Err(error) => return untraceable(operation, &error),
+        };
+        let state = run.outcome.unwrap_or_else(|why| {
+            panic!("{operation:?}, {then}, without a crash: {why}\n{}", run.log)
+        });
+        undisturbed.insert(*then, state);
+        points.add(*then, &run.steps);
+    }
+    if let Ok(wanted) = std::env::var(POINT) {
+        points.keep_only(&wanted);
+    }
+    let undisturbed = Arc::new(undisturbed);
+    let mut running = JoinSet::new();
+    let mut failures = Vec::new();
+    loop {
+        while running.len() < NODES
+            && failures.len() < 3
+            && let Some(point) = points.queue.pop_front()
+        {
+            running.spawn(async move {
+                let ended = run(operation, point.then, Some(point.step.as_str())).await;
+                (point, ended.unwrap())
+            });
+        }
+        let Some(ended) = running.join_next().await else {
+            break;
+        };
+        let (point, mut ended) = ended.unwrap();
+        points.ended(&point, &ended);
+        if let Ok(state) = &ended.outcome
+            && let Some(difference) = difference(&undisturbed[&point.then], state)
+        {
+            ended.outcome = Err(difference);
+        }
+        if let Err(why) = &ended.outcome {
+            failures.push(failure(operation, &point, &ended, why));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+    println!("{}", points.summary(operation, started.elapsed()));
+    points.check();
+}
+
+/// Says that nothing can be tried, if tracing is refused.
+fn untraceable(operation: Operation, error: &io::Error) {
+    let refused = [Errno::EPERM, Errno::ENOSYS, Errno::EACCES].map(|errno| errno as i32);
+    let is_refused = error
+        .raw_os_error()
+        .is_some_and(|code| refused.contains(&code));
+    assert!(is_refused, "{error}");
+    println!(
+        "skipped: crash points of {operation:?}: this machine refuses ptrace(2), as the seccomp profile of a container may: {error}"
+    );
+}
+
+/// Does an operation on a node of its own, and what follows. Stops the driver after a step, if one is
+/// given. Fails only if nothing can be traced.
+async fn run(operation: Operation, then: Then, step: Option<&str>) -> io::Result<Ended> {
+    let mut run = Run::start(operation, then).await?;
+    let mut ended = Ended {
+        is_hit: false,
+        steps: Vec::new(),
+        outcome: Err(format!("it has not ended within {LIMIT:?}")),
+        log: String::new(),
+    };
+    let all = async {
+        run.set_up().await?;
+        let traced = run.arm(step).await?;
+        let acted = tokio::select! {
+            acted = run.act() => acted,
+            () = traced.ended() => Ok(()),
+        };
+        (ended.steps, ended.is_hit) = traced.disarm();
+        if ended.is_hit {
+            run.node.kill_driver().await;
+        } else {
+            acted?;
+        }
+        run.go_on(ended.is_hit).await?;
+        run.end().await
+    };
+    if let Ok(outcome) = timeout(LIMIT, all).await {
+        ended.outcome = outcome;
+    }
+    ended.log = run.node.log();
+    run.node.kill_driver().await;
+    Ok(ended)
+}
+
+fn failure(operation: Operation, point: &Point, ended: &Ended, why: &str) -> String {
+    let test = format!("{operation:?}");
+    let steps = ended.steps.join("\n  ");
+    format!(
+        "{test}, stopped after a step, then {}:\n  {}\n{why}\nThe steps until then:\n  {steps}\nThe driver's last words:\n{}\nTo stop it there again:\n  {POINT}='{point}' cargo test --workspace --test crash -- {}",
+        point.then,
+        point.step,
+        ended.log,
+        test_name(),
+    )
+}
+
+fn test_name() -> String {
+    let mut arguments = std::env::args().skip_while(|argument| argument != "--exact");
+    arguments.nth(1).unwrap_or_default()
+}
+
+/// The points of an operation.
+#[derive(Default)]
+struct Points {
+    queue: VecDeque<Point>,
+    /// How often each was tried, or `None` once the driver was stopped there.
+    known: BTreeMap<Point, Option<usize>>,
+    /// The points at which the driver is not stopped.
+    left_out: BTreeSet<Point>,
+    runs: usize,
+}
+
+impl Points {
+    /// Adds the steps of a run that are not known. After each step kubelet tries again, with and
+    /// without a change in the store. Of the rest one follows in turn, which saves time.
+    fn add(&mut self, then: Then, steps: &[String]) {
+        for (index, step) in steps.iter().enumerate() {
+            let step = step.clone();
+            let point = Point { then, step };
+            let is_known = self.known.contains_key(&point) || self.left_out.contains(&point);
+            if is_known || self.known.len() > MOST {
+                continue;
+            }
+            let is_in_turn = match then {
+                Then::Again | Then::Changed => true,
+                Then::Unpublish => index % 3 == 0,
+                Then::TornRecords => index % 3 == 1,
+                Then::Reboot => index % 3 == 2,
+            };
+            if is_in_turn || std::env::var_os(POINT).is_some() {
+                self.known.insert(point.clone(), Some(0));
+                self.queue.push_back(point);
+            } else {
+                self.left_out.insert(point);
+            }
+        }
+    }
+
+    /// Keeps only the point that somebody wants.
+    fn keep_only(&mut self, wanted: &str) {
+        self.queue.retain(|point| point.to_string() == wanted);
+        assert!(!self.queue.is_empty(), "no run has the point {wanted:?}");
+        let queue = &self.queue;
+        self.known.retain(|point, _| queue.contains(point));
+    }
+
+    /// Notes the end of a run. A step that it has not come to is tried again.
+    fn ended(&mut self, point: &Point, ended: &Ended) {
+        self.runs += 1;
+        if std::env::var_os(POINT).is_none() {
+            self.add(point.then, &ended.steps);
+        }
+        let Some(tries) = self.known.get_mut(point) else {
+            return;
+        };
+        if ended.is_hit {
+            *tries = None;
+        } else if let Some(tries) = tries {
+            *tries += 1;
+            if *tries < TRIES {
+                self.queue.push_back(point.clone());
+            }
+        }
+    }
+
+    fn missed(&self) -> Vec<String> {
+        let missed = self.known.iter().filter(|(_, tries)| tries.is_some());
+        missed.map(|(point, _)| point.to_string()).collect()
+    }
+
+    fn summary(&self, operation: Operation, took: Duration) -> String {
+        let missed = self.missed();
+        let mut said = format!(
+            "crash points of {operation:?}: {} reached, {} not, in {} runs and {:.1} s",
+            self.known.len() - missed.len(),
+            missed.len(),
+            self.runs,
+            took.as_secs_f64()
+        );
+        for point in missed {
+            said += &format!("\ncrash points: not reached: {point}");
+        }
+        said
+    }
+
+    /// Checks that nearly all points were reached: otherwise their names do not name them.
+    fn check(&self) {
+        let (all, missed) = (self.known.len(), self.missed());
+        assert!(all > 0, "the driver has done nothing");
+        assert!(all <= MOST, "there are always other steps: {missed:#?}");
+        assert!(
+            missed.len() * 10 <= all,
+            "of {all}, not reached: {missed:#?}"
+        );
+    }
+}

@@ -1,0 +1,464 @@
+//! A node with a driver and a provider as they are, an API server in this process, and kubelet's
+//! calls. Nothing here is the driver's code.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, Weak},
+    time::{Duration, Instant, SystemTime},
+};
+
+use embedded::api::{ApiServer, Reaction};
+use fake_provider::fake;
+use nix::mount::{MntFlags, umount2};
+use proto::csi::{
+    NodePublishVolumeRequest, NodeUnpublishVolumeRequest, ProbeRequest, VolumeCapability,
+    identity_client::IdentityClient, node_client::NodeClient,
+};
+use serde_json::{Value, json};
+use tokio::{
+    process::{Child, Command},
+    time::{sleep, timeout},
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::{
+    Code, Status,
+    transport::{Channel, Endpoint},
+};
+
+use crate::{
+    history::History,
+    reader::{Reader, Tree},
+    server,
+    steps::Names,
+    tracer::{Armed, Servers, Traced},
+};
+
+/// Longer than anything here takes on a busy machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+const UID: &str = "7a6ab1a5-0d1d-4a5a-9a7c-3d6c1f3e0a11";
+const NAMESPACE: &str = "/api/v1/namespaces/shop";
+const CUSTOM: &str = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop";
+
+/// The data of a Secret, or `None` while it is not there.
+pub(crate) type Data = Option<BTreeMap<String, String>>;
+
+/// The parts of a class that tests change.
+#[derive(Debug, Clone)]
+pub(crate) struct Class {
+    pub(crate) generation: u64,
+    /// The objects that pods get, or all.
+    pub(crate) objects: Option<Vec<&'static str>>,
+    pub(crate) secret_objects: Value,
+    /// The faults of the provider, as the fake provider has them.
+    pub(crate) faults: Option<&'static str>,
+}
+
+/// A process of the driver.
+enum Driver {
+    Traced(Arc<Traced>),
+    Plain(Child),
+}
+
+pub(crate) struct Node {
+    dir: tempfile::TempDir,
+    api: Arc<ApiServer>,
+    servers: Servers,
+    _provider: DropGuard,
+    driver: Option<Driver>,
+    client: Option<NodeClient<Channel>>,
+    reader: Option<Reader>,
+    pub(crate) files: Arc<Mutex<History<Tree>>>,
+    /// The data of the Secret `creds`.
+    pub(crate) secret: Arc<Mutex<History<Data>>>,
+}
+
+impl Node {
+    /// Starts an API server and a provider.
+    pub(crate) async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["kubelet", "state"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let (api, kubeconfig) = server::serve(dir.path()).await;
+        let url: Value = serde_json::from_str(&kubeconfig).unwrap();
+        let url = url["clusters"][0]["cluster"]["server"].as_str().unwrap();
+        let port = url.rsplit(':').next().unwrap().to_owned();
+        fs::write(dir.path().join("kubeconfig"), kubeconfig).unwrap();
+        let socket = dir.path().join("test.sock");
+        let provider = fake::Options {
+            objects: Some(dir.path().join("store.yaml")),
+            ..fake::Options::new(&socket)
+        };
+        fs::write(dir.path().join("store.yaml"), "[]").unwrap();
+        let provider = fake::bind(provider).await.unwrap();
+        let stop = CancellationToken::new();
+        tokio::spawn(provider.run(stop.clone()));
+        let api = Arc::new(api);
+        let node = Self {
+            servers: Servers {
+                api: format!("port {port}"),
+                provider: socket.display().to_string(),
+            },
+            _provider: stop.drop_guard(),
+            driver: None,
+            client: None,
+            reader: None,
+            files: Arc::new(Mutex::new(History::new())),
+            secret: Arc::new(Mutex::new(History::new())),
+            api,
+            dir,
+        };
+        node.watch();
+        node.put_pod();
+        node
+    }
+
+    /// Looks at the Secret before each request: that is how the requests before have left it.
+    fn watch(&self) {
+        let (api, secret) = (Arc::downgrade(&self.api), Arc::downgrade(&self.secret));
+        self.api.intercept(move |_| {
+            look_at_secret(&api, &secret);
+            Reaction::Serve
+        });
+    }
+
+    fn put_pod(&self) {
+        let owner = json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "rs", "controller": true});
+        let pod = json!({
+            "metadata": {"name": "web", "uid": UID, "ownerReferences": [owner]},
+            "status": {"phase": "Pending"},
+        });
+        self.api.put(&format!("{NAMESPACE}/pods/web"), pod).unwrap();
+        fs::create_dir_all(self.target().parent().unwrap()).unwrap();
+    }
+
+    pub(crate) fn put_class(&self, class: &Class) {
+        let mut parameters = json!({"for": "the pod"});
+        if let Some(objects) = &class.objects {
+            let array: Vec<Value> = objects.iter().map(|o| json!({"objectName": o})).collect();
+            parameters["objects"] = json!(json!({"array": array}).to_string());
+        }
+        if let Some(faults) = class.faults {
+            parameters["faults"] = json!(faults);
+        }
+        let object = json!({
+            "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
+            "metadata": {
+                "name": "db", "namespace": "shop", "uid": "uid-db",
+                "generation": class.generation, "resourceVersion": (class.generation * 10).to_string(),
+            },
+            "spec": {
+                "provider": "test", "parameters": parameters, "secretObjects": class.secret_objects,
+            },
+        });
+        let path = format!("{CUSTOM}/secretproviderclasses/db");
+        self.api.put(&path, object).unwrap();
+    }
+
+    /// Changes what the provider serves, in one step.
+    pub(crate) fn put_store(&self, objects: &Value) {
+        let path = self.dir.path().join("store.yaml");
+        let next = self.dir.path().join("store.next");
+        fs::write(&next, objects.to_string()).unwrap();
+        fs::rename(next, path).unwrap();
+    }
+
+    /// Returns a Secret of the pod's namespace.
+    pub(crate) fn secret(&self, name: &str) -> Option<Value> {
+        self.api.get(&format!("{NAMESPACE}/secrets/{name}"))
+    }
+
+    pub(crate) fn put_secret(&self, name: &str, secret: Value) {
+        let path = format!("{NAMESPACE}/secrets/{name}");
+        self.api.put(&path, secret).unwrap();
+    }
+
+    pub(crate) fn remove_secret(&self, name: &str) {
+        self.api.remove(&format!("{NAMESPACE}/secrets/{name}"));
+    }
+
+    pub(crate) fn look_at_secret(&self) {
+        look_at_secret(&Arc::downgrade(&self.api), &Arc::downgrade(&self.secret));
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(crate) fn target(&self) -> PathBuf {
+        let pods = self.dir.path().join("kubelet/pods");
+        pods.join(format!("{UID}/volumes/kubernetes.io~csi/secrets/mount"))
+    }
+
+    pub(crate) fn api(&self) -> &ApiServer {
+        &self.api
+    }
+
+    /// Returns the last lines of the driver's log.
+    pub(crate) fn log(&self) -> String {
+        let log = fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+}
+
+/// The driver's process.
+impl Node {
+    /// Returns the command of a driver that checks Secrets in this interval.
+    fn command(&self, sync_interval: &str) -> Vec<String> {
+        let dir = self.dir.path().display();
+        [
+            env!("CARGO_BIN_EXE_secrets-store-csi").to_owned(),
+            format!("--endpoint=unix://{dir}/csi.sock"),
+            format!("--state-dir={dir}/state"),
+            format!("--kubelet-root-dir={dir}/kubelet"),
+            format!("--kubeconfig={dir}/kubeconfig"),
+            format!("--provider-volume={dir}"),
+            format!("--sync-interval={sync_interval}"),
+            "--additional-provider-volume-paths=".to_owned(),
+            "--metrics-addr=0".to_owned(),
+            "--nodeid=node-1".to_owned(),
+            "--enable-secret-rotation".to_owned(),
+            "--rotation-poll-interval=1ns".to_owned(),
+            "--rotation-backoff=1ns".to_owned(),
+            "--rotation-backoff-max=1ns".to_owned(),
+            "--republish-errors=surface".to_owned(),
+            "-v=5".to_owned(),
+        ]
+        .into()
+    }
+
+    /// Starts a driver under a tracer, which checks Secrets in this interval. Fails if it cannot be
+    /// traced.
+    pub(crate) fn start_traced(
+        &mut self,
+        sync_interval: &str,
+        armed: Option<Armed<'_>>,
+    ) -> io::Result<()> {
+        let command = self.command(sync_interval);
+        let traced = Traced::start(&command, self.dir.path(), &self.servers, armed)?;
+        self.driver = Some(Driver::Traced(Arc::new(traced)));
+        self.client = None;
+        Ok(())
+    }
+
+    /// Returns how the steps of a driver on this node are named, and after which it is killed.
+    pub(crate) fn armed<'a>(&self, kill_after: Option<&'a str>) -> Armed<'a> {
+        let [root, volume] =
+            [self.dir.path(), &self.target()].map(|path| path.display().to_string());
+        Armed {
+            names: Names::new(root, volume),
+            kill_after,
+        }
+    }
+
+    /// Leaves in the records what an interrupted driver may leave.
+    pub(crate) fn leave_records(&self) {
+        let state = self.dir.path().join("state");
+        for name in ["csi-1.7.tmp", "csi-gone.json", "csi-gone.0.tmp"] {
+            fs::write(state.join(name), "{").unwrap();
+        }
+    }
+
+    /// Starts a driver as a node does.
+    pub(crate) fn start_driver(&mut self) {
+        let command = self.command("1s");
+        let log = fs::File::options()
+            .append(true)
+            .create(true)
+            .open(self.dir.path().join("log"));
+        let child = Command::new(&command[0])
+            .args(&command[1..])
+            .stdout(std::process::Stdio::null())
+            .stderr(log.unwrap())
+            .kill_on_drop(true)
+            .spawn();
+        self.driver = Some(Driver::Plain(child.unwrap()));
+        self.client = None;
+    }
+
+    pub(crate) fn traced(&self) -> Option<Arc<Traced>> {
+        match &self.driver {
+            Some(Driver::Traced(traced)) => Some(Arc::clone(traced)),
+            _ => None,
+        }
+    }
+
+    /// Ends the driver without warning, if it runs.
+    pub(crate) async fn kill_driver(&mut self) {
+        match self.driver.take() {
+            Some(Driver::Traced(traced)) => traced.kill().await,
+            Some(Driver::Plain(mut child)) => {
+                let _ = child.kill().await;
+            }
+            None => {}
+        }
+        self.client = None;
+    }
+
+    /// Waits until the driver says that it is ready, as kubelet's registration does.
+    pub(crate) async fn is_ready(&mut self) -> Result<(), String> {
+        let uri = format!("unix://{}/csi.sock", self.dir.path().display());
+        let endpoint = Endpoint::from_shared(uri).unwrap();
+        let ready = async {
+            loop {
+                if let Ok(channel) = endpoint.connect().await {
+                    let mut identity = IdentityClient::new(channel.clone());
+                    if let Ok(answer) = identity.probe(ProbeRequest {}).await
+                        && answer.into_inner().ready != Some(false)
+                    {
+                        return NodeClient::new(channel);
+                    }
+                }
+                sleep(Duration::from_millis(2)).await;
+            }
+        };
+        let client = timeout(PATIENCE, ready).await;
+        self.client = Some(client.map_err(|_| "the driver never said that it is ready")?);
+        Ok(())
+    }
+}
+
+/// kubelet.
+impl Node {
+    fn client(&self) -> NodeClient<Channel> {
+        self.client.clone().unwrap()
+    }
+
+    pub(crate) async fn publish(&self) -> Result<(), Status> {
+        let request = NodePublishVolumeRequest {
+            volume_id: "csi-1".to_owned(),
+            target_path: self.target().display().to_string(),
+            readonly: true,
+            volume_capability: Some(VolumeCapability::default()),
+            volume_context: [
+                ("csi.storage.k8s.io/pod.name", "web"),
+                ("csi.storage.k8s.io/pod.namespace", "shop"),
+                ("csi.storage.k8s.io/pod.uid", UID),
+                ("secretProviderClass", "db"),
+            ]
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .into(),
+            ..Default::default()
+        };
+        let mut client = self.client();
+        let call = timeout(PATIENCE, client.node_publish_volume(request)).await;
+        call.map_err(|_| Status::new(Code::DeadlineExceeded, "no answer"))??;
+        Ok(())
+    }
+
+    pub(crate) async fn unpublish(&self) -> Result<(), Status> {
+        let request = NodeUnpublishVolumeRequest {
+            volume_id: "csi-1".to_owned(),
+            target_path: self.target().display().to_string(),
+        };
+        let mut client = self.client();
+        let call = timeout(PATIENCE, client.node_unpublish_volume(request)).await;
+        call.map_err(|_| Status::new(Code::DeadlineExceeded, "no answer"))??;
+        Ok(())
+    }
+
+    /// Starts the pod's container.
+    pub(crate) fn start_pod(&mut self) -> Result<(), String> {
+        let reader = Reader::start(&self.target(), Arc::clone(&self.files));
+        self.reader = Some(reader.map_err(|error| format!("the pod cannot start: {error}"))?);
+        Ok(())
+    }
+
+    pub(crate) fn has_pod(&self) -> bool {
+        self.reader.is_some()
+    }
+
+    /// Ends the pod's container, if it runs.
+    pub(crate) async fn end_pod(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            let _ = tokio::task::spawn_blocking(move || reader.end()).await;
+        }
+    }
+
+    /// Does what a loss of power does to a node whose file system keeps names better than bytes.
+    pub(crate) async fn reboot(&mut self) {
+        self.kill_driver().await;
+        self.end_pod().await;
+        while umount2(&self.target(), MntFlags::MNT_DETACH).is_ok() {}
+        self.tear_records();
+    }
+
+    /// Cuts all records in half.
+    pub(crate) fn tear_records(&self) {
+        for entry in fs::read_dir(self.dir.path().join("state")).unwrap() {
+            let path = entry.unwrap().path();
+            let length = fs::metadata(&path).unwrap().len();
+            let file = fs::File::options().write(true).open(path).unwrap();
+            file.set_len(length / 2).unwrap();
+        }
+    }
+
+    /// Has a minute pass for content that was replaced.
+    pub(crate) fn age_content(&self) {
+        let past = SystemTime::now() - Duration::from_secs(60);
+        for path in self.generations() {
+            // The driver may remove it at this moment.
+            if let Ok(directory) = fs::File::open(path) {
+                let _ = directory.set_modified(past);
+            }
+        }
+    }
+
+    /// Returns the directories of contents in the volume, the present one and those before.
+    pub(crate) fn generations(&self) -> Vec<PathBuf> {
+        let Ok(entries) = fs::read_dir(self.target()) else {
+            return Vec::new();
+        };
+        let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        let is_generation = |path: &PathBuf| {
+            let name = path.file_name().unwrap().to_string_lossy();
+            name.starts_with("..2")
+        };
+        paths.filter(is_generation).collect()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            reader.end();
+        }
+        // The driver may be in the middle of something. What it mounts later goes with the mount
+        // namespace of the test.
+        self.driver = None;
+        while umount2(&self.target(), MntFlags::MNT_DETACH).is_ok() {}
+    }
+}
+
+fn look_at_secret(api: &Weak<ApiServer>, history: &Weak<Mutex<History<Data>>>) {
+    if let (Some(api), Some(history)) = (api.upgrade(), history.upgrade()) {
+        let secret = api.get(&format!("{NAMESPACE}/secrets/creds"));
+        let data = secret.map(|secret| data(&secret));
+        let mut history = history.lock().unwrap();
+        history.see("the Secret creds", &data, |state| *state == data);
+    }
+}
+
+/// Returns the data of a Secret, as it is in the API.
+pub(crate) fn data(secret: &Value) -> BTreeMap<String, String> {
+    let data = secret["data"].as_object().into_iter().flatten();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    data.map(|(key, value)| (key.clone(), text(value)))
+        .collect()
+}
+
+/// Waits until something holds.
+pub(crate) async fn until(what: &str, holds: impl Fn() -> bool) -> Result<(), String> {
+    let started = Instant::now();
+    while !holds() {
+        if started.elapsed() > PATIENCE {
+            return Err(format!("waited in vain until {what}"));
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
+}

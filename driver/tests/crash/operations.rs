@@ -1,0 +1,515 @@
+//! What is done to a volume and its Secrets while the driver is stopped, and what follows.
+
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Instant};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use serde_json::{Value, json};
+use tokio::time::{Duration, sleep};
+use tonic::Code;
+
+use crate::{
+    node::{Class, Data, Node, PATIENCE, data, until},
+    reader::Tree,
+    state::{State, node_state, state},
+    tracer::Traced,
+};
+
+/// What the driver does when it is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Operation {
+    /// The first publish of a volume, which makes a Secret.
+    Publish,
+    /// The first publish, which the provider refuses.
+    RefusedPublish,
+    /// A refresh that finds other files and other values.
+    Refresh,
+    /// A refresh that finds nothing new.
+    RefreshWithoutChange,
+    /// A refresh that the provider refuses.
+    RefusedRefresh,
+    /// A refresh after an edit of the class: other files, and one more key of the Secret.
+    RefreshOfEditedClass,
+    /// A refresh after an edit of the class that gives its Secret another type.
+    RefreshWithOtherType,
+    Unpublish,
+    /// Somebody has deleted the Secret.
+    DeletedSecret,
+    /// Somebody has changed the Secret.
+    AlteredSecret,
+    /// An edit of the class that asks for another Secret, which nobody publishes.
+    ClassWithAnotherSecret,
+    /// The start after another driver was stopped.
+    Start,
+}
+
+/// What follows once the driver has been stopped and started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Then {
+    /// kubelet tries again.
+    Again,
+    /// The same, and meanwhile the store has other values.
+    Changed,
+    /// The pod has gone meanwhile.
+    Unpublish,
+    /// The records have been torn, and the pod runs on.
+    TornRecords,
+    /// The node has lost its power, which has torn the records too.
+    Reboot,
+}
+
+impl fmt::Display for Then {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Again => "again",
+            Self::Changed => "changed",
+            Self::Unpublish => "unpublish",
+            Self::TornRecords => "torn records",
+            Self::Reboot => "reboot",
+        })
+    }
+}
+
+impl Operation {
+    /// Returns what may follow.
+    pub(crate) fn follows(self) -> &'static [Then] {
+        match self {
+            Self::Publish | Self::Refresh => &[
+                Then::Again,
+                Then::Changed,
+                Then::Unpublish,
+                Then::TornRecords,
+                Then::Reboot,
+            ],
+            Self::RefusedPublish | Self::RefreshOfEditedClass => &[Then::Again, Then::Unpublish],
+            Self::RefreshWithoutChange | Self::RefusedRefresh => &[Then::Again, Then::Changed],
+            Self::RefreshWithOtherType
+            | Self::Unpublish
+            | Self::DeletedSecret
+            | Self::AlteredSecret
+            | Self::ClassWithAnotherSecret
+            | Self::Start => &[Then::Again],
+        }
+    }
+
+    fn is_first(self) -> bool {
+        matches!(self, Self::Publish | Self::RefusedPublish)
+    }
+
+    fn is_refused(self) -> bool {
+        matches!(self, Self::RefusedPublish | Self::RefusedRefresh)
+    }
+
+    /// Whether the driver does it by itself.
+    fn is_by_itself(self) -> bool {
+        matches!(
+            self,
+            Self::DeletedSecret | Self::AlteredSecret | Self::ClassWithAnotherSecret
+        )
+    }
+
+    /// Whether the content of the volume becomes another.
+    fn changes_content(self) -> bool {
+        matches!(self, Self::Refresh | Self::RefreshOfEditedClass)
+    }
+}
+
+/// One run of an operation.
+pub(crate) struct Run {
+    pub(crate) node: Node,
+    operation: Operation,
+    then: Then,
+    class: Class,
+    /// The number of the values in the store.
+    version: u32,
+}
+
+impl Run {
+    /// Makes all that is there before an operation, with a traced driver. Fails if nothing can be
+    /// traced here.
+    pub(crate) async fn start(operation: Operation, then: Then) -> std::io::Result<Self> {
+        // Checks that are not the operation would be among its steps.
+        let sync_interval = if operation.is_by_itself() {
+            "1s"
+        } else {
+            "10m"
+        };
+        let mut node = Node::start().await;
+        node.start_traced(sync_interval, None)?;
+        node.secret.lock().unwrap().add(None);
+        let class = Class {
+            generation: 1,
+            objects: None,
+            secret_objects: json!([secret("creds", "Opaque", &[("pw", "pw")])]),
+            faults: None,
+        };
+        let mut run = Self {
+            node,
+            operation,
+            then,
+            class,
+            version: 0,
+        };
+        run.put_class();
+        run.put_store();
+        Ok(run)
+    }
+
+    /// Brings the volume into the state in which the operation finds it.
+    pub(crate) async fn set_up(&mut self) -> Result<(), String> {
+        self.node.is_ready().await?;
+        if !self.operation.is_first() {
+            let published = self.node.publish().await;
+            published.map_err(|status| format!("cannot be set up: {status}"))?;
+            self.node.start_pod()?;
+        }
+        match self.operation {
+            Operation::Unpublish => self.node.end_pod().await,
+            Operation::Refresh => self.put_store(),
+            Operation::RefusedPublish | Operation::RefusedRefresh => self.refuse(),
+            Operation::RefreshOfEditedClass => {
+                self.class.objects = Some(vec!["pw", "db/password", "token"]);
+                let keys = [("pw", "pw"), ("db/password", "db")];
+                self.class.secret_objects = json!([secret("creds", "Opaque", &keys)]);
+                self.edit_class();
+            }
+            Operation::RefreshWithOtherType => {
+                let objects = json!([secret("creds", "example.com/creds", &[("pw", "pw")])]);
+                self.class.secret_objects = objects;
+                self.node.secret.lock().unwrap().add(None);
+                self.edit_class();
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Has the tracer note the steps of the operation, and stop the driver after one of them.
+    pub(crate) async fn arm(&mut self, step: Option<&str>) -> Result<Arc<Traced>, String> {
+        let armed = self.node.armed(step);
+        if self.operation == Operation::Start {
+            self.node.kill_driver().await;
+            self.node.leave_records();
+            let started = self.node.start_traced("10m", Some(armed));
+            started.map_err(|error| error.to_string())?;
+            return self.node.traced().ok_or_else(|| "it has gone".to_owned());
+        }
+        let traced = self.node.traced().ok_or("it is not traced")?;
+        traced.arm(armed);
+        Ok(traced)
+    }
+
+    /// Does the operation, and waits for its end.
+    pub(crate) async fn act(&mut self) -> Result<(), String> {
+        match self.operation {
+            Operation::Start => return self.node.is_ready().await,
+            Operation::Unpublish => {
+                let unpublished = self.node.unpublish().await;
+                return unpublished.map_err(|status| status.to_string());
+            }
+            Operation::DeletedSecret => {
+                self.node.secret.lock().unwrap().add(None);
+                self.expect_secret();
+                self.node.remove_secret("creds");
+            }
+            Operation::AlteredSecret => {
+                let mut altered = self.node.secret("creds").ok_or("there is no Secret")?;
+                altered["data"]["pw"] = json!("YWx0ZXJlZA==");
+                let seen = Some(data(&altered));
+                self.node.secret.lock().unwrap().add(seen);
+                self.expect_secret();
+                self.node.put_secret("creds", altered);
+            }
+            Operation::ClassWithAnotherSecret => {
+                let another = secret("more", "Opaque", &[("db/password", "db")]);
+                self.class.secret_objects = json!([self.class.secret_objects[0], another]);
+                self.edit_class();
+            }
+            _ => self.publish_once().await?,
+        }
+        self.ends().await
+    }
+
+    async fn publish_once(&self) -> Result<(), String> {
+        match (self.node.publish().await, self.operation.is_refused()) {
+            (Ok(()), false) => Ok(()),
+            (Err(status), true) if status.message().contains("refused by the test") => Ok(()),
+            (answer, _) => Err(format!("kubelet is answered with {answer:?}")),
+        }
+    }
+
+    /// Waits for what comes after the answer to kubelet.
+    async fn ends(&self) -> Result<(), String> {
+        if self.operation.is_by_itself() {
+            let node = &self.node;
+            until("the Secrets are as they should be", || self.has_secrets()).await?;
+            node.look_at_secret();
+        }
+        if self.operation.changes_content() {
+            let one = || self.node.generations().len() == 1;
+            until("the content from before has been removed", one).await?;
+        }
+        Ok(())
+    }
+
+    fn has_secrets(&self) -> bool {
+        let wanted = self.class.secret_objects.as_array().into_iter().flatten();
+        wanted.into_iter().all(|wanted| {
+            let name = wanted["secretName"].as_str().unwrap_or_default();
+            let found = self.node.secret(name);
+            let has = |secret: &Value| {
+                secret["type"] == wanted["type"] && Some(data(secret)) == self.secret_data(name)
+            };
+            found.as_ref().is_some_and(has)
+        })
+    }
+
+    /// Starts a driver in the place of one that was killed, and does what follows.
+    pub(crate) async fn go_on(&mut self, was_killed: bool) -> Result<(), String> {
+        match self.then {
+            Then::Again => {}
+            Then::Changed => {
+                self.heal();
+                self.put_store();
+            }
+            Then::Unpublish => self.node.end_pod().await,
+            Then::TornRecords => {
+                self.node.kill_driver().await;
+                self.node.tear_records();
+            }
+            Then::Reboot => self.node.reboot().await,
+        }
+        if was_killed || matches!(self.then, Then::TornRecords | Then::Reboot) {
+            self.node.start_driver();
+            self.node.is_ready().await?;
+        }
+        if self.is_to_go() {
+            return self.unpublish().await;
+        }
+        self.publish().await?;
+        self.settle().await
+    }
+
+    fn is_to_go(&self) -> bool {
+        self.then == Then::Unpublish || self.operation == Operation::Unpublish
+    }
+
+    fn is_refused(&self) -> bool {
+        self.operation.is_refused() && self.then == Then::Again
+    }
+
+    /// Publishes as kubelet does, which tries again unless the answer is final.
+    async fn publish(&self) -> Result<(), String> {
+        let started = Instant::now();
+        loop {
+            let status = match self.node.publish().await {
+                Ok(()) if self.is_refused() => return Err("it is published all the same".into()),
+                Ok(()) => return Ok(()),
+                Err(status) => status,
+            };
+            // kubelet removes the volume's directory after any other code, and never unpublishes it.
+            let is_final = !matches!(
+                status.code(),
+                Code::Cancelled
+                    | Code::DeadlineExceeded
+                    | Code::Unavailable
+                    | Code::ResourceExhausted
+                    | Code::Aborted
+            );
+            let is_expected = self.is_refused() && status.message().contains("refused by the test");
+            if is_expected && (!is_final || !self.node.target().exists()) {
+                return Ok(());
+            }
+            if is_final || started.elapsed() > PATIENCE {
+                return Err(format!("kubelet's next attempt is answered with {status}"));
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn unpublish(&mut self) -> Result<(), String> {
+        let started = Instant::now();
+        while let Err(status) = self.node.unpublish().await {
+            if started.elapsed() > PATIENCE {
+                return Err(format!("the volume cannot be unpublished: {status}"));
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// Lets the pod run for a while, with another look of kubelet.
+    async fn settle(&mut self) -> Result<(), String> {
+        if self.is_refused() && self.operation.is_first() {
+            return Ok(());
+        }
+        if !self.node.has_pod() {
+            self.node.start_pod()?;
+        }
+        until("the Secrets are as they should be", || self.has_secrets()).await?;
+        let started = Instant::now();
+        loop {
+            self.node.age_content();
+            self.publish().await?;
+            if self.node.generations().len() == 1 {
+                return Ok(());
+            }
+            if started.elapsed() > PATIENCE {
+                return Err("content from before stays".to_owned());
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Keeps of a state what has to be the same whether or not the driver was stopped.
+    fn comparable(&self, mut state: State) -> State {
+        if self.operation == Operation::RefusedPublish && self.then == Then::Again {
+            // A mount of an attempt that did not end stays until the next unpublish, because a
+            // container might use it.
+            state.retain(|name, _| {
+                !["mount", "entry mount", "volume"]
+                    .iter()
+                    .any(|of| name.starts_with(of))
+            });
+        }
+        if self.operation == Operation::RefusedRefresh && self.then == Then::Changed {
+            // What the driver did not live to see is not announced.
+            state.retain(|name, _| !name.starts_with("event MountRotation"));
+        }
+        if self.operation == Operation::RefreshWithOtherType {
+            state.remove("event SecretRecreated");
+        }
+        state
+    }
+
+    /// Returns the state in the end, and then takes the volume down and looks that nothing is left.
+    pub(crate) async fn end(&mut self) -> Result<State, String> {
+        self.node.look_at_secret();
+        let is_gone = self.is_to_go();
+        let state = if is_gone {
+            node_state(&self.node)
+        } else {
+            state(&self.node)
+        };
+        self.node.end_pod().await;
+        self.unpublish().await?;
+        self.node.is_ready().await?;
+        let left = node_state(&self.node);
+        let left: Vec<&String> = left
+            .keys()
+            .filter(|name| *name != "entry csi.sock")
+            .collect();
+        if !left.is_empty() {
+            return Err(format!("after the unpublish there are {left:?}"));
+        }
+        let problems = [
+            self.node.files.lock().unwrap().problems.clone(),
+            self.node.secret.lock().unwrap().problems.clone(),
+        ];
+        match problems.concat() {
+            problems if problems.is_empty() => Ok(self.comparable(state)),
+            problems => Err(problems.join("\n")),
+        }
+    }
+}
+
+/// The store and the class.
+impl Run {
+    /// Puts the next values into the store.
+    fn put_store(&mut self) {
+        self.version += 1;
+        self.node.files.lock().unwrap().add(self.tree());
+        self.expect_secret();
+        let objects: Vec<Value> = objects(self.version)
+            .into_iter()
+            .map(|(name, (mode, content))| json!({"name": name, "mode": mode, "content": content}))
+            .collect();
+        self.node.put_store(&json!(objects));
+    }
+
+    fn edit_class(&mut self) {
+        self.class.generation += 1;
+        let tree = self.tree();
+        let is_new = self.node.files.lock().unwrap().newest() != Some(&tree);
+        if is_new {
+            self.node.files.lock().unwrap().add(tree);
+        }
+        self.expect_secret();
+        self.put_class();
+    }
+
+    fn put_class(&self) {
+        self.node.put_class(&self.class);
+    }
+
+    /// Has the provider refuse, from now on, what is asked of it.
+    fn refuse(&mut self) {
+        self.class.faults =
+            Some("[{status: {code: PERMISSION_DENIED, message: refused by the test}}]");
+        self.class.generation += 1;
+        self.put_class();
+    }
+
+    fn heal(&mut self) {
+        if self.class.faults.take().is_some() {
+            self.class.generation += 1;
+            self.put_class();
+        }
+    }
+
+    /// Adds the present data of the Secret to its history.
+    fn expect_secret(&self) {
+        let data = self.secret_data("creds");
+        self.node.secret.lock().unwrap().add(data);
+    }
+
+    /// Returns the files that the pod should have.
+    fn tree(&self) -> Tree {
+        let wanted = |name: &str| {
+            let only = self.class.objects.as_ref();
+            only.is_none_or(|only| only.contains(&name))
+        };
+        let files = objects(self.version).into_iter();
+        let files = files.filter(|(name, _)| wanted(name));
+        files
+            .map(|(name, (_, content))| (name, content.into_bytes()))
+            .collect()
+    }
+
+    /// Returns the data that a Secret of the class should have.
+    fn secret_data(&self, name: &str) -> Data {
+        let secrets = self.class.secret_objects.as_array()?;
+        let secret = secrets.iter().find(|secret| secret["secretName"] == name)?;
+        let objects = objects(self.version);
+        let entries = secret["data"].as_array()?.iter().filter_map(|entry| {
+            let (_, content) = objects.get(entry["objectName"].as_str()?)?;
+            let key = entry["key"].as_str()?.to_owned();
+            Some((key, BASE64_STANDARD.encode(content)))
+        });
+        Some(entries.collect())
+    }
+}
+
+/// Returns an entry of `secretObjects`, of some objects and keys.
+fn secret(name: &str, kind: &str, data: &[(&str, &str)]) -> Value {
+    let data: Vec<Value> = data
+        .iter()
+        .map(|(object, key)| json!({"objectName": object, "key": key}))
+        .collect();
+    json!({"secretName": name, "type": kind, "labels": {"team": "shop"}, "data": data})
+}
+
+/// Returns the values in the store by the names of their objects, with their modes. From version to
+/// version one object comes and one goes.
+fn objects(version: u32) -> BTreeMap<String, (&'static str, String)> {
+    let object = |name: &str| format!("{name} of version {version}; ");
+    [
+        ("pw".to_owned(), ("0400", object("pw"))),
+        (
+            "db/password".to_owned(),
+            ("0640", object("password").repeat(300)),
+        ),
+        ("token".to_owned(), ("0644", object("token"))),
+        (format!("only-{version}"), ("0644", object("only"))),
+    ]
+    .into()
+}

@@ -1,0 +1,130 @@
+//! A pod that reads its volume over and over, as its container sees it: by the mount that was there
+//! when it started.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::history::History;
+
+/// The files of a volume, by their paths.
+pub(crate) type Tree = BTreeMap<String, Vec<u8>>;
+
+/// The pause between two looks. What a driver leaves when it is stopped is there for longer.
+const PAUSE: Duration = Duration::from_millis(3);
+/// The time after which a look counts for nothing: a driver keeps replaced content for readers that
+/// are quicker than two seconds.
+const TOO_SLOW: Duration = Duration::from_secs(1);
+
+/// A running pod.
+pub(crate) struct Reader {
+    stop: Arc<AtomicBool>,
+    thread: thread::JoinHandle<u64>,
+}
+
+impl Reader {
+    /// Starts a pod that has a volume.
+    pub(crate) fn start(target: &Path, history: Arc<Mutex<History<Tree>>>) -> io::Result<Self> {
+        let root = File::open(target)?;
+        let stop = Arc::<AtomicBool>::default();
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let path = PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd()));
+            let mut looks = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                look_at_all(&path, &history);
+                look_by_name(&path, &history);
+                looks += 1;
+                thread::sleep(PAUSE);
+            }
+            looks
+        });
+        Ok(Self { stop, thread })
+    }
+
+    /// Ends the pod. Returns how often it has looked.
+    pub(crate) fn end(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+/// Reads the whole content, as a program does that opens the directory once.
+fn look_at_all(root: &Path, history: &Mutex<History<Tree>>) {
+    let started = Instant::now();
+    let tree = File::open(root.join("..data")).and_then(|data| {
+        let path = PathBuf::from(format!("/proc/self/fd/{}", data.as_raw_fd()));
+        let mut tree = Tree::new();
+        read_below(&path, "", &mut tree)?;
+        Ok(tree)
+    });
+    if started.elapsed() > TOO_SLOW {
+        return;
+    }
+    let mut history = history.lock().unwrap();
+    match tree {
+        Ok(tree) => history.see("the volume's content", &shown(&tree), |state| {
+            *state == tree
+        }),
+        Err(error) => history.problem(format!("the volume's content cannot be read: {error}")),
+    }
+}
+
+/// Reads each file by its name, as most programs do. The name of a file that only newer content has
+/// appears a moment after that content, as with the volumes of kubelet itself.
+fn look_by_name(root: &Path, history: &Mutex<History<Tree>>) {
+    let names: Vec<String> = {
+        let history = history.lock().unwrap();
+        let states = history.all();
+        let names = states.first().into_iter().flat_map(BTreeMap::keys);
+        let stays = |name: &&String| states.iter().all(|state| state.contains_key(*name));
+        names.filter(stays).cloned().collect()
+    };
+    for name in names {
+        let started = Instant::now();
+        let read = fs::read(root.join(&name));
+        if started.elapsed() > TOO_SLOW {
+            continue;
+        }
+        let mut history = history.lock().unwrap();
+        match read {
+            Ok(bytes) => history.see(&name, &short(&bytes), |state| {
+                state.get(&name) == Some(&bytes)
+            }),
+            Err(error) => history.problem(format!("{name} cannot be read: {error}")),
+        }
+    }
+}
+
+fn read_below(directory: &Path, prefix: &str, tree: &mut Tree) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        if entry.file_type()?.is_dir() {
+            read_below(&entry.path(), &format!("{name}/"), tree)?;
+        } else {
+            tree.insert(name, fs::read(entry.path())?);
+        }
+    }
+    Ok(())
+}
+
+fn shown(tree: &Tree) -> BTreeMap<&String, String> {
+    let files = tree.iter();
+    files.map(|(name, bytes)| (name, short(bytes))).collect()
+}
+
+fn short(bytes: &[u8]) -> String {
+    let head = String::from_utf8_lossy(&bytes[..bytes.len().min(24)]);
+    format!("{head}… ({} bytes)", bytes.len())
+}

@@ -1,0 +1,320 @@
+//! Runs a program under ptrace(2), notes each step by which it changes something outside of itself,
+//! and kills it right after a given one.
+//!
+//! A step is noted when its system call has succeeded, and the program is killed before it learns of
+//! that. So the end of each step is also the beginning of the next one.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    io::Write as _,
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use nix::{
+    errno::Errno,
+    sys::{
+        ptrace::{self, Options},
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+use tokio::sync::watch;
+
+use crate::{
+    calls::{Call, Effect, Peer, Registers, path_of},
+    steps::{Names, Server},
+};
+
+/// The addresses of the servers, as [`Peer`] has them.
+#[derive(Debug, Clone)]
+pub(crate) struct Servers {
+    pub(crate) api: String,
+    pub(crate) provider: String,
+}
+
+/// A program that runs under a tracer. It is killed when this is dropped.
+pub(crate) struct Traced {
+    leader: Pid,
+    seen: Arc<Mutex<Seen>>,
+    ended: watch::Receiver<bool>,
+}
+
+/// What a tracer has seen since it was armed.
+#[derive(Default)]
+struct Seen {
+    names: Option<Names>,
+    steps: Vec<String>,
+    kill_after: Option<String>,
+    is_hit: bool,
+}
+
+/// How steps are named, and after which one the program is killed.
+pub(crate) struct Armed<'a> {
+    pub(crate) names: Names,
+    pub(crate) kill_after: Option<&'a str>,
+}
+
+impl Seen {
+    fn arm(&mut self, armed: Armed<'_>) {
+        self.names = Some(armed.names);
+        self.kill_after = armed.kill_after.map(str::to_owned);
+    }
+}
+
+impl Traced {
+    /// Starts a program, and notes its steps from the first one on if it is `armed`. Fails if it cannot
+    /// be traced here.
+    pub(crate) fn start(
+        command: &[String],
+        root: &Path,
+        servers: &Servers,
+        armed: Option<Armed<'_>>,
+    ) -> io::Result<Self> {
+        let seen = Arc::<Mutex<Seen>>::default();
+        if let Some(armed) = armed {
+            seen.lock().unwrap().arm(armed);
+        }
+        let (end, ended) = watch::channel(false);
+        let (started, starts) = std::sync::mpsc::channel();
+        let (command, shared) = (command.to_vec(), Arc::clone(&seen));
+        let (root, servers) = (root.to_owned(), servers.clone());
+        // Only the thread that traces a process may wait for it.
+        thread::spawn(move || {
+            let child = match begin(&command, &root.join("log")) {
+                Ok(child) => child,
+                Err(error) => return drop(started.send(Err(error))),
+            };
+            let leader = Pid::from_raw(child.id().cast_signed());
+            let _ = started.send(Ok(leader));
+            let mut tracer = Tracer {
+                leader,
+                seen: shared,
+                root: root.display().to_string(),
+                servers,
+                threads: HashMap::new(),
+                connections: HashMap::new(),
+            };
+            tracer.run();
+            let _ = end.send(true);
+        });
+        let leader = starts.recv().map_err(io::Error::other)??;
+        Ok(Self {
+            leader,
+            seen,
+            ended,
+        })
+    }
+
+    /// Notes steps from now on.
+    pub(crate) fn arm(&self, armed: Armed<'_>) {
+        self.seen.lock().unwrap().arm(armed);
+    }
+
+    /// Notes no more steps. Returns those so far, and whether the program was killed.
+    pub(crate) fn disarm(&self) -> (Vec<String>, bool) {
+        let mut seen = self.seen.lock().unwrap();
+        seen.names = None;
+        (seen.steps.clone(), seen.is_hit)
+    }
+
+    /// Waits until the program has ended.
+    pub(crate) async fn ended(&self) {
+        let mut ended = self.ended.clone();
+        // The tracer has gone if this fails, and the program with it.
+        let _ = ended.wait_for(|ended| *ended).await;
+    }
+
+    pub(crate) async fn kill(&self) {
+        let _ = kill(self.leader, Signal::SIGKILL);
+        self.ended().await;
+    }
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        if !*self.ended.borrow() {
+            let _ = kill(self.leader, Signal::SIGKILL);
+        }
+    }
+}
+
+/// Starts a shell that waits, begins to trace it, and has it become the program.
+fn begin(command: &[String], log: &Path) -> io::Result<Child> {
+    let mut child = Command::new("sh")
+        .args(["-c", "read go && exec \"$@\" </dev/null", "sh"])
+        .args(command)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(fs::File::options().create(true).append(true).open(log)?)
+        .spawn()?;
+    let shell = Pid::from_raw(child.id().cast_signed());
+    let options = Options::PTRACE_O_TRACECLONE
+        | Options::PTRACE_O_TRACEEXEC
+        | Options::PTRACE_O_TRACESYSGOOD
+        | Options::PTRACE_O_EXITKILL;
+    if let Err(refused) = ptrace::seize(shell, options) {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(refused.into());
+    }
+    ptrace::interrupt(shell)?;
+    if let Some(mut input) = child.stdin.take() {
+        input.write_all(b"go\n")?;
+    }
+    Ok(child)
+}
+
+/// The tracer of one process, which runs in the thread that started it.
+struct Tracer {
+    leader: Pid,
+    seen: Arc<Mutex<Seen>>,
+    root: String,
+    servers: Servers,
+    /// The call in which each thread is.
+    threads: HashMap<Pid, Option<Begun>>,
+    connections: HashMap<i32, Server>,
+}
+
+/// A system call that has begun.
+struct Begun {
+    call: Call,
+    effect: Effect,
+    described: String,
+}
+
+impl Tracer {
+    /// Follows all threads until the process has ended.
+    fn run(&mut self) {
+        let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
+        loop {
+            let (thread, signal) = match waitpid(None, Some(flags)) {
+                Err(Errno::EINTR) => continue,
+                Err(_) => return,
+                Ok(WaitStatus::Exited(ended, _) | WaitStatus::Signaled(ended, ..)) => {
+                    if ended == self.leader {
+                        return;
+                    }
+                    self.threads.remove(&ended);
+                    continue;
+                }
+                Ok(WaitStatus::PtraceSyscall(thread)) => {
+                    self.at_call(thread);
+                    (thread, None)
+                }
+                Ok(WaitStatus::Stopped(thread, signal)) => (thread, Some(signal)),
+                Ok(WaitStatus::PtraceEvent(thread, ..)) => (thread, None),
+                Ok(_) => continue,
+            };
+            // A thread that has been killed meanwhile is met again above.
+            let _ = ptrace::syscall(thread, signal);
+        }
+    }
+
+    fn at_call(&mut self, thread: Pid) {
+        let Ok(registers) = Registers::of(thread) else {
+            return;
+        };
+        match self.threads.insert(thread, None).flatten() {
+            Some(begun) => self.ends(thread, begun, registers.result),
+            None if registers.is_begin => {
+                let begun = self.begins(thread, registers.call);
+                self.threads.insert(thread, Some(begun));
+            }
+            // The end of the call that has made this thread.
+            None => {}
+        }
+    }
+
+    fn begins(&self, thread: Pid, call: Call) -> Begun {
+        let effect = call.effect(thread);
+        let is_armed = || self.seen.lock().unwrap().names.is_some();
+        let described = match effect {
+            // Before a rename, for example, the descriptors still have the old names.
+            Effect::Changes if is_armed() => call.describe(thread),
+            Effect::Connects => Peer::at(thread, call.args[1]).map_or_else(String::new, |p| p.0),
+            _ => String::new(),
+        };
+        Begun {
+            call,
+            effect,
+            described,
+        }
+    }
+
+    fn ends(&mut self, thread: Pid, begun: Begun, result: i64) {
+        let Begun {
+            call,
+            effect,
+            described,
+        } = begun;
+        let descriptor = call.descriptor();
+        match effect {
+            Effect::Connects => {
+                // EINPROGRESS is no failure.
+                if result == 0 || result == -i64::from(nix::libc::EINPROGRESS) {
+                    self.connected(descriptor, &described);
+                }
+            }
+            Effect::Closes => drop(self.connections.remove(&descriptor)),
+            Effect::Moves { out } if result > 0 => self.moved(thread, call, out, result),
+            Effect::Changes if result >= 0 => {
+                self.step(|names| Some(names.name(&described)));
+            }
+            Effect::Moves { .. } | Effect::Changes | Effect::None => {}
+        }
+    }
+
+    fn connected(&mut self, descriptor: i32, peer: &str) {
+        let server = if peer == self.servers.api {
+            Server::Api
+        } else if peer == self.servers.provider {
+            Server::Provider
+        } else {
+            return;
+        };
+        self.connections.insert(descriptor, server);
+    }
+
+    /// Notes bytes that were moved, unless they concern only the process and its log.
+    fn moved(&self, thread: Pid, call: Call, out: bool, length: i64) {
+        if self.seen.lock().unwrap().names.is_none() {
+            return;
+        }
+        let descriptor = call.descriptor();
+        if let Some(server) = self.connections.get(&descriptor) {
+            let bytes = call.moved(thread, usize::try_from(length).unwrap_or(0));
+            self.step(|names| match out {
+                true => names.sent(*server, descriptor, &bytes),
+                false => names.received(*server, descriptor, &bytes),
+            });
+        } else if out
+            && let Some(path) = path_of(thread, descriptor)
+            && path.starts_with(&self.root)
+            && path != Path::new(&self.root).join("log")
+        {
+            self.step(|names| Some(names.name(&format!("write {}", path.display()))));
+        }
+    }
+
+    /// Notes a step, and kills the program if it is the one.
+    fn step(&self, name: impl FnOnce(&mut Names) -> Option<String>) {
+        let mut seen = self.seen.lock().unwrap();
+        if seen.is_hit {
+            return;
+        }
+        let Some(name) = seen.names.as_mut().and_then(name) else {
+            return;
+        };
+        let is_it = seen.kill_after.as_ref() == Some(&name);
+        seen.steps.push(name);
+        if is_it {
+            seen.is_hit = true;
+            let _ = kill(self.leader, Signal::SIGKILL);
+        }
+    }
+}
