@@ -69,7 +69,6 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::deleted_secret(Operation::DeletedSecret)]
 #[case::altered_secret(Operation::AlteredSecret)]
 #[case::class_with_another_secret(Operation::ClassWithAnotherSecret)]
-#[case::start(Operation::Start)]
 fn stopped_after_each_step(#[case] operation: Operation) {
     if std::env::var_os(ALONE).is_none() {
         return alone();
@@ -203,7 +202,7 @@ async fn run(operation: Operation, then: Then, step: Option<&str>) -> io::Result
     };
     let all = async {
         run.set_up().await?;
-        let traced = run.arm(step).await?;
+        let traced = run.arm(step)?;
         let acted = tokio::select! {
             acted = run.act() => acted,
             () = traced.ended() => Ok(()),

@@ -233,13 +233,9 @@ impl Node {
 
     /// Starts a driver under a tracer, which checks Secrets in this interval. Fails if it cannot be
     /// traced.
-    pub(crate) fn start_traced(
-        &mut self,
-        sync_interval: &str,
-        armed: Option<Armed<'_>>,
-    ) -> io::Result<()> {
+    pub(crate) fn start_traced(&mut self, sync_interval: &str) -> io::Result<()> {
         let command = self.command(sync_interval);
-        let traced = Traced::start(&command, self.dir.path(), &self.servers, armed)?;
+        let traced = Traced::start(&command, self.dir.path(), &self.servers)?;
         self.driver = Some(Driver::Traced(Arc::new(traced)));
         self.client = None;
         Ok(())
@@ -252,14 +248,6 @@ impl Node {
         Armed {
             names: Names::new(root, volume),
             kill_after,
-        }
-    }
-
-    /// Leaves in the records what an interrupted driver may leave.
-    pub(crate) fn leave_records(&self) {
-        let state = self.dir.path().join("state");
-        for name in ["csi-1.7.tmp", "csi-gone.json", "csi-gone.0.tmp"] {
-            fs::write(state.join(name), "{").unwrap();
         }
     }
 

@@ -38,8 +38,6 @@ pub(crate) enum Operation {
     AlteredSecret,
     /// An edit of the class that asks for another Secret, which nobody publishes.
     ClassWithAnotherSecret,
-    /// The start after another driver was stopped.
-    Start,
 }
 
 /// What follows once the driver has been stopped and started again.
@@ -86,8 +84,7 @@ impl Operation {
             | Self::Unpublish
             | Self::DeletedSecret
             | Self::AlteredSecret
-            | Self::ClassWithAnotherSecret
-            | Self::Start => &[Then::Again],
+            | Self::ClassWithAnotherSecret => &[Then::Again],
         }
     }
 
@@ -134,7 +131,7 @@ impl Run {
             "10m"
         };
         let mut node = Node::start().await;
-        node.start_traced(sync_interval, None)?;
+        node.start_traced(sync_interval)?;
         node.secret.lock().unwrap().add(None);
         let class = Class {
             generation: 1,
@@ -184,24 +181,15 @@ impl Run {
     }
 
     /// Has the tracer note the steps of the operation, and stop the driver after one of them.
-    pub(crate) async fn arm(&mut self, step: Option<&str>) -> Result<Arc<Traced>, String> {
-        let armed = self.node.armed(step);
-        if self.operation == Operation::Start {
-            self.node.kill_driver().await;
-            self.node.leave_records();
-            let started = self.node.start_traced("10m", Some(armed));
-            started.map_err(|error| error.to_string())?;
-            return self.node.traced().ok_or_else(|| "it has gone".to_owned());
-        }
+    pub(crate) fn arm(&self, step: Option<&str>) -> Result<Arc<Traced>, String> {
         let traced = self.node.traced().ok_or("it is not traced")?;
-        traced.arm(armed);
+        traced.arm(self.node.armed(step));
         Ok(traced)
     }
 
     /// Does the operation, and waits for its end.
     pub(crate) async fn act(&mut self) -> Result<(), String> {
         match self.operation {
-            Operation::Start => return self.node.is_ready().await,
             Operation::Unpublish => {
                 let unpublished = self.node.unpublish().await;
                 return unpublished.map_err(|status| status.to_string());
