@@ -14,6 +14,7 @@
 //!   cluster          what differs between the clusters
 //!     tree, reader   what `probe` reads in a volume
 //! providers          real providers
+//!   openbao          a real server for two of them
 //!   stores           fakes of their stores
 //! binaries, host, skipped, user      leaves
 //! ```
@@ -31,6 +32,7 @@ pub mod kind;
 pub mod local;
 pub mod manifest;
 pub mod namespace;
+pub mod openbao;
 pub mod previous;
 pub mod providers;
 pub mod reader;

@@ -119,6 +119,7 @@ const E2E: Modules = &[
         "budget",
         &["binaries", "cluster", "embedded", "manifest", "namespace"],
     ),
+    ("openbao", &["providers"]),
     (
         "providers",
         &[

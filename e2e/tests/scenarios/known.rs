@@ -18,6 +18,7 @@ use crate::{
 };
 use stage::{Cast, Refused, Stage, TOKENS_IN_SECRETS, compare};
 
+mod openbao;
 mod stage;
 
 /// Makes a test of each scenario and each provider: `real::first_mount::vault` and

@@ -5,6 +5,7 @@ use std::time::Duration;
 use e2e::{
     install::Form,
     manifest::{add_arguments, change_container, change_object},
+    openbao,
     previous::{self, PREVIOUS_VARIABLE, UPSTREAM_VARIABLE},
     providers::{self, Provider},
 };
@@ -64,6 +65,8 @@ pub enum Need {
     ProviderFlags(Provider, &'static [&'static str]),
     /// An API server that reads protobuf, in which providers request tokens.
     Protobuf,
+    /// The executable of an OpenBao server.
+    OpenBaoServer,
     /// No cluster as new: a shared one may be as scenarios with the same needs have left it, with what
     /// driver and providers remember.
     Kept,
@@ -127,6 +130,8 @@ impl Need {
                 return providers::find(provider).err();
             }
             (Self::Protobuf, Embedded) => "its API server does not read protobuf",
+            (Self::OpenBaoServer, Local | Kind { .. }) => "it does not run an OpenBao server yet",
+            (Self::OpenBaoServer, Embedded) => return openbao::find().err(),
             (Self::Embedded(instead), Local | Kind { .. }) => instead,
             _ => return None,
         };
@@ -159,6 +164,7 @@ pub fn configure(options: &mut Options, needs: &[Need]) -> e2e::cluster::Result<
             Need::Nodes(count) => options.nodes = count,
             Need::RealProvider(provider) => providers::add(options, provider),
             Need::ProviderFlags(..) => change_providers(manifests, &[*need])?,
+            Need::OpenBaoServer => openbao::add(options),
             Need::CsiTimeout(timeout) => options.csi_timeout = timeout,
             _ => {}
         }
@@ -181,6 +187,8 @@ pub fn change_providers(manifests: &mut [String], needs: &[Need]) -> e2e::cluste
 pub fn kept(needs: &[Need]) -> Option<String> {
     let text = |need: &Need| match need {
         Need::RealProvider(_) => "RealProvider ".to_owned(),
+        // It runs as long as its scenario.
+        Need::OpenBaoServer => String::new(),
         other => format!("{other:?} "),
     };
     let kept = needs.iter().any(|need| matches!(need, Need::Kept));
