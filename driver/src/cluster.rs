@@ -30,6 +30,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::error::{Error, Result};
 pub use class::Class;
+#[cfg(any(test, fuzzing))]
+pub(crate) use class::fuzz as fuzz_class;
 #[cfg(test)]
 pub(crate) use class::trimmed;
 use events::Events;

@@ -40,6 +40,8 @@ use crate::{
     socket::{Accepting, Renewed, SocketFile, listen_privately},
     volume::{Outcome, Volumes},
 };
+#[cfg(any(test, fuzzing))]
+pub(crate) use request::fuzz as fuzz_requests;
 use request::{POD_NAME, POD_NAMESPACE, deadline, publish_request, unpublish_request};
 
 /// The time for which connections may stay open after `stop`, even if a client does not read its

@@ -231,6 +231,20 @@ impl Payload {
     }
 }
 
+/// Fails if a payload has a file that would lie outside of its volume, or in the driver's own names.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn assert_is_inside(payload: &Payload) {
+    for (path, _) in payload.files() {
+        let text = path.as_str();
+        assert!(!text.starts_with('/') && text.len() <= MAX_PATH_BYTES);
+        assert!(
+            path.components()
+                .all(|name| !name.starts_with("..") && !name.is_empty())
+        );
+    }
+    assert!(payload.directories() <= payload.len() * MAX_DEPTH);
+}
+
 /// Counts the directories that the paths need. The paths must be in order.
 fn count_directories<'a>(paths: impl Iterator<Item = &'a FilePath>) -> Result<usize, InvalidFile> {
     let mut count = 0;

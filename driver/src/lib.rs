@@ -52,6 +52,8 @@ pub mod config;
 pub mod csi;
 pub mod error;
 pub mod files;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod hardening;
 pub mod hex;
 pub mod logging;

@@ -30,6 +30,8 @@ use prometheus_client::registry::Registry;
 
 pub use publish::{PublishGuard, UnpublishGuard};
 pub use rotation::RefreshGuard;
+#[cfg(any(test, fuzzing))]
+pub(crate) use server::fuzz as fuzz_server;
 
 use crate::config::BUILD_VERSION;
 

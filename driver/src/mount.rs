@@ -29,6 +29,8 @@ use nix::{
 };
 
 use table::MountEntry;
+#[cfg(any(test, fuzzing))]
+pub(crate) use table::fuzz as fuzz_table;
 pub(crate) use table::unescaped_path;
 pub use tmpfs::Tmpfs;
 pub use volume::VolumeMount;

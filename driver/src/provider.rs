@@ -375,15 +375,29 @@ fn error_code(response: &MountResponse) -> Option<&str> {
 }
 
 /// Takes an answer apart. An answer with an error code is a failure, even if it has objects.
-fn accept(call: &MountCall<'_>, mut response: MountResponse, reserved: Reserved) -> Result<Reply> {
-    let name = call.provider;
+fn accept(call: &MountCall<'_>, response: MountResponse, reserved: Reserved) -> Result<Reply> {
+    let (objects, files) = parts(call.provider, call.with_tokens, response)?;
+    Ok(Reply {
+        objects,
+        files,
+        _reserved: reserved,
+    })
+}
+
+/// Returns the objects and the files of an answer.
+fn parts(
+    name: &str,
+    with_tokens: bool,
+    mut response: MountResponse,
+) -> Result<(Vec<Object>, Vec<(String, File)>)> {
     if let Some(code) = error_code(&response) {
         let code: String = code.chars().take(LONGEST_CODE).collect();
+        let code = refusal::on_one_line(&code);
         return Err(Error::new(
             Code::Unknown,
             format!(
                 "provider {name:?}: mount request failed with provider error code {code}; see the provider's log{}",
-                refusal::token_hint(&code, call.with_tokens),
+                refusal::token_hint(&code, with_tokens),
             ),
         )
         .with_reason(Reason::Provider(code)));
@@ -414,9 +428,43 @@ fn accept(call: &MountCall<'_>, mut response: MountResponse, reserved: Reserved)
             (file.path, File::new(mode, Secret::from(file.contents)))
         })
         .collect();
-    Ok(Reply {
-        objects,
-        files,
-        _reserved: reserved,
-    })
+    Ok((objects, files))
+}
+
+/// Reads bytes as a provider's answer, and as the headers of a failed call.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use crate::{files::Payload, fuzz::assert_readable};
+
+    let failed = FailedCall {
+        provider: "vault",
+        socket: Path::new("/var/run/secrets-store-csi-providers/vault.sock"),
+        attempts: 2,
+        limits: Limits {
+            max_calls: 1,
+            max_bytes: 1 << 20,
+            max_message_bytes: 1 << 20,
+        },
+        with_tokens: false,
+    };
+    match wire::fuzz_answer(bytes) {
+        Ok(answer) => match parts("vault", true, answer) {
+            Ok((objects, files)) => {
+                assert!(!objects.is_empty());
+                assert!(objects.is_sorted_by(|a, b| a.id < b.id));
+                match Payload::new(files) {
+                    Ok(payload) => crate::files::assert_is_inside(&payload),
+                    Err(invalid) => assert_readable(&invalid),
+                }
+            }
+            Err(error) => assert_readable(&error),
+        },
+        Err(status) => assert_readable(&failed.explain(&status)),
+    }
+    if let Some(status) = wire::fuzz_status(bytes) {
+        assert!(refusal::retry_after(&status).is_none_or(|wait| wait <= Duration::from_secs(3600)));
+        refusal::is_transient(&status);
+        refusal::ending(&status);
+        assert_readable(&failed.explain(&status));
+    }
 }

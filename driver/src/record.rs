@@ -12,6 +12,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, de::IgnoredAny};
 
 use crate::quoted::quoted;
+#[cfg(any(test, fuzzing))]
+pub(crate) use disk::fuzz;
 pub use disk::{Records, StagedRecord};
 
 /// A published volume.

@@ -29,6 +29,8 @@ use tracing::{error, info, warn};
 
 use crate::socket::{Accepting, AtPath, listen_privately};
 use authority::AnyAuthority;
+#[cfg(any(test, fuzzing))]
+pub(crate) use authority::fuzz as fuzz_authority;
 
 /// The plugin type that kubelet registers as a CSI driver.
 const PLUGIN_TYPE: &str = "CSIPlugin";
@@ -201,6 +203,34 @@ impl Registration for Service {
         let _ = self.outcome.send(outcome).await;
         Ok(Response::new(RegistrationStatusResponse {}))
     }
+}
+
+/// Serves a connection that sends these bytes, and no more. The server closes it.
+#[cfg(any(test, fuzzing))]
+pub(crate) async fn fuzz(bytes: &[u8]) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    let Ok((mut client, server)) = tokio::net::UnixStream::pair() else {
+        unreachable!("no pair of sockets");
+    };
+    let (outcome, mut outcomes) = mpsc::channel(1);
+    let service = RegistrationServer::new(Service {
+        info: PluginInfo::default(),
+        outcome,
+    });
+    let stream = Ok::<_, io::Error>(AnyAuthority::new(server));
+    let served = transport::Server::builder()
+        .add_service(service)
+        .serve_with_incoming(tokio_stream::once(stream));
+    let called = async {
+        // The server may close the connection before it has read everything.
+        let _ = client.write_all(bytes).await;
+        let _ = client.shutdown().await;
+        let mut answer = Vec::new();
+        let _ = client.read_to_end(&mut answer).await;
+    };
+    let drained = async { while outcomes.recv().await.is_some() {} };
+    let _ = tokio::join!(served, called, drained);
 }
 
 #[cfg(test)]

@@ -40,10 +40,14 @@ use crate::{
 };
 use cache::{Cache, ClassKey, SecretKey};
 use desired::Batch;
+#[cfg(any(test, fuzzing))]
+pub(crate) use desired::fuzz as fuzz_class;
 use parsing::{Parsing, RefusedObjects};
 use reconcile::Target;
 use report::{Told, WHOLE_CLASS};
 use schedule::Checked;
+#[cfg(any(test, fuzzing))]
+pub(crate) use tls::fuzz as fuzz_tls;
 
 /// The time for which a publish waits for its Secrets. The checks write the rest.
 const PUBLISH_WAIT: Duration = Duration::from_secs(20);

@@ -63,6 +63,47 @@ impl Class {
             too_much: self.too_much.clone(),
         }
     }
+
+    /// Checks an object of the API server, and takes the parts that a volume needs.
+    fn read(spc: SecretProviderClass, namespace: &str, name: &str) -> Result<Self> {
+        if spc.spec.provider.is_empty() {
+            return Err(Error::precondition(format!(
+                "provider not set in {namespace}/{name}: set spec.provider of the SecretProviderClass"
+            )));
+        }
+        // Many volumes keep the name.
+        if spc.spec.provider.len() > MAX_PROVIDER {
+            return Err(Error::precondition(format!(
+                "invalid provider: provider {} of {namespace}/{name} is too long; spec.provider of the SecretProviderClass has 1 to 30 letters, digits, \"-\" or \"_\"",
+                quoted(&spc.spec.provider, 60)
+            ))
+            .with_reason(Reason::FailedToLookupProviderGrpcClient));
+        }
+        if spc.spec.parameters.is_empty() {
+            return Err(Error::precondition(format!(
+                "parameters not set in {namespace}/{name}: set spec.parameters of the SecretProviderClass to what provider {} needs",
+                quoted(&spc.spec.provider, 60)
+            )));
+        }
+        let too_much = too_much(&spc.spec.secret_objects);
+        let secret_objects = match too_much {
+            Some(_) => Vec::new(),
+            None => spc.spec.secret_objects.into_iter().map(trimmed).collect(),
+        };
+        Ok(Class {
+            identity: record::ClassState {
+                name: name.to_owned(),
+                uid: spc.metadata.uid.unwrap_or_default(),
+                generation: spc.metadata.generation,
+                resource_version: spc.metadata.resource_version.unwrap_or_default(),
+                annotations: addressed_to_us(spc.metadata.annotations.unwrap_or_default()),
+            },
+            provider: spc.spec.provider,
+            parameters: spc.spec.parameters,
+            secret_objects,
+            too_much,
+        })
+    }
 }
 
 impl Cluster {
@@ -153,43 +194,7 @@ impl Cluster {
         if !is_class(&spc, name) {
             return Err(failed(Failure::WrongObject.into_error()));
         }
-        if spc.spec.provider.is_empty() {
-            return Err(Error::precondition(format!(
-                "provider not set in {namespace}/{name}: set spec.provider of the SecretProviderClass"
-            )));
-        }
-        // Many volumes keep the name.
-        if spc.spec.provider.len() > MAX_PROVIDER {
-            return Err(Error::precondition(format!(
-                "invalid provider: provider {} of {namespace}/{name} is too long; spec.provider of the SecretProviderClass has 1 to 30 letters, digits, \"-\" or \"_\"",
-                quoted(&spc.spec.provider, 60)
-            ))
-            .with_reason(Reason::FailedToLookupProviderGrpcClient));
-        }
-        if spc.spec.parameters.is_empty() {
-            return Err(Error::precondition(format!(
-                "parameters not set in {namespace}/{name}: set spec.parameters of the SecretProviderClass to what provider {} needs",
-                quoted(&spc.spec.provider, 60)
-            )));
-        }
-        let too_much = too_much(&spc.spec.secret_objects);
-        let secret_objects = match too_much {
-            Some(_) => Vec::new(),
-            None => spc.spec.secret_objects.into_iter().map(trimmed).collect(),
-        };
-        Ok(Class {
-            identity: record::ClassState {
-                name: name.to_owned(),
-                uid: spc.metadata.uid.unwrap_or_default(),
-                generation: spc.metadata.generation,
-                resource_version: spc.metadata.resource_version.unwrap_or_default(),
-                annotations: addressed_to_us(spc.metadata.annotations.unwrap_or_default()),
-            },
-            provider: spc.spec.provider,
-            parameters: spc.spec.parameters,
-            secret_objects,
-            too_much,
-        })
+        Class::read(spc, namespace, name)
     }
 }
 
@@ -211,6 +216,34 @@ impl Class {
             too_much: None,
         }
     }
+}
+
+/// Reads bytes as a class that the API server has.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) -> Option<Class> {
+    use crate::fuzz::assert_readable;
+
+    let spc: SecretProviderClass = serde_json::from_slice(bytes).ok()?;
+    let class = match Class::read(spc, "shop", "db") {
+        Ok(class) => class,
+        Err(error) => {
+            assert_readable(&error);
+            return None;
+        }
+    };
+    if let Some(why) = &class.too_much {
+        assert_readable(why);
+    }
+    assert!(class.secret_objects.len() <= MAX_SECRETS);
+    let kept = class.without_parameters();
+    let annotations = kept.identity.annotations.values();
+    assert!(annotations.clone().count() <= MAX_ANNOTATIONS);
+    assert!(
+        annotations
+            .map(String::len)
+            .all(|length| length <= MAX_ANNOTATION_LENGTH)
+    );
+    Some(kept)
 }
 
 /// Removes the spaces around the names, types and keys of an entry of `secretObjects`.

@@ -52,6 +52,8 @@ use serde::de::IgnoredAny;
 
 use super::{Cluster, request::Failure};
 use crate::{record::ClassState, secret::Secret};
+#[cfg(any(test, fuzzing))]
+pub(crate) use decision::fuzz;
 use decision::{Decision, NamedClass, decide};
 pub use digest::Digest;
 pub use error::{ErrorType, SyncError};

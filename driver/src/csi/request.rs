@@ -240,6 +240,50 @@ fn grpc_timeout(value: &str) -> Option<Duration> {
     }
 }
 
+/// Parses bytes as requests of kubelet.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use crate::fuzz::assert_readable;
+    use prost::Message as _;
+
+    let kubelet = Path::new("/var/lib/kubelet");
+    for root in [None, Some(kubelet)] {
+        if let Ok(request) = NodePublishVolumeRequest::decode(bytes) {
+            match publish_request(request, Instant::now(), root) {
+                Ok(publish) => {
+                    assert!(is_object_name(&publish.pod.namespace));
+                    assert!(is_object_name(&publish.pod.name));
+                    assert_is_target(&publish.target, root, Some(&publish.pod.uid));
+                    assert!(publish.attributes.expose(TOKENS).is_none());
+                    assert!((1..=0o777).contains(&publish.access.default_mode));
+                }
+                Err(error) => assert_readable(&error),
+            }
+        }
+        if let Ok(request) = NodeUnpublishVolumeRequest::decode(bytes) {
+            match unpublish_request(request, root) {
+                Ok(unpublish) => assert_is_target(&unpublish.target, root, None),
+                Err(error) => assert_readable(&error),
+            }
+        }
+    }
+    if let Ok(value) = tonic::metadata::MetadataValue::try_from(bytes) {
+        let mut metadata = MetadataMap::new();
+        metadata.insert("grpc-timeout", value);
+        assert!(deadline(&metadata) <= Instant::now() + USUAL_DEADLINE);
+    }
+}
+
+/// Fails unless a target path is below kubelet's directory of the pod's volumes.
+#[cfg(any(test, fuzzing))]
+fn assert_is_target(target: &TargetPath, root: Option<&Path>, pod_uid: Option<&str>) {
+    let path = target.as_path();
+    let text = target.as_str();
+    assert!(text.split('/').all(|name| name != ".." && name != "."));
+    assert!(root.is_none_or(|root| path.starts_with(root.join("pods"))));
+    assert!(pod_uid.is_none_or(|uid| text.contains(&format!("/pods/{uid}/volumes/"))));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -196,6 +196,34 @@ impl Drop for Connection {
     }
 }
 
+/// Serves a connection that sends these bytes, and no more. Fails unless it is answered or closed.
+#[cfg(any(test, fuzzing))]
+pub(crate) async fn fuzz(bytes: &[u8]) {
+    let (Ok(listener), stop) = (
+        TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await,
+        CancellationToken::new(),
+    ) else {
+        unreachable!("no socket");
+    };
+    let Ok(address) = listener.local_addr() else {
+        unreachable!("a socket without an address");
+    };
+    let page = || std::future::ready(text(StatusCode::OK, PLAIN, "ok".to_owned()));
+    let served = serve(listener, "/metrics", page, stop.clone());
+    let called = async {
+        let Ok(mut client) = TcpStream::connect(address).await else {
+            unreachable!("no connection");
+        };
+        let _ = client.write_all(bytes).await;
+        let _ = client.shutdown().await;
+        let mut answer = Vec::new();
+        let _ = client.read_to_end(&mut answer).await;
+        assert!(answer.is_empty() || answer.starts_with(b"HTTP/1."));
+        stop.cancel();
+    };
+    let _ = tokio::join!(served, called);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -171,6 +171,16 @@ fn unescaped(field: &[u8]) -> Vec<u8> {
     out
 }
 
+/// Reads bytes as a line of the table.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Some(entry) = parse(bytes) {
+        let target = Path::new("/var/lib/kubelet/pods/u/volumes/kubernetes.io~csi/s/mount");
+        entry.is_own(target);
+        entry.is_of_an_earlier_driver(target, std::slice::from_ref(&entry));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -140,10 +140,14 @@ fn is_control(c: char) -> bool {
     c.is_control() || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// Returns the beginning of a provider's message, on one line, and its length if it was cut. Control
-/// characters become spaces, because the message is shown in terminals.
+/// Returns a text on one line. Control characters become spaces, because it is shown in terminals.
+pub(super) fn on_one_line(words: &str) -> String {
+    words.replace(is_control, " ")
+}
+
+/// Returns the beginning of a provider's message, on one line, and its length if it was cut.
 pub(super) fn clipped(words: &str) -> String {
-    let words = words.replace(is_control, " ");
+    let words = on_one_line(words);
     match words
         .char_indices()
         .find(|(at, c)| at + c.len_utf8() > LONGEST_MESSAGE)

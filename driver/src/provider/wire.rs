@@ -217,10 +217,42 @@ impl Decoder for MountCodec {
         if mem::replace(&mut self.answered, true) {
             return Err(unusable("it is the second answer to one call"));
         }
-        let message = from.copy_to_bytes(from.remaining());
-        let garbled = || unusable("it is not a MountResponse");
-        let takes = count(&message).ok_or_else(garbled)?.bytes()?;
-        let answer = MountResponse::decode(message).map_err(|_| garbled())?;
-        Ok(Some((answer, takes)))
+        decoded(from.copy_to_bytes(from.remaining())).map(Some)
     }
+}
+
+/// Decodes an answer. Returns it with the memory that it takes.
+fn decoded(message: Bytes) -> Result<(MountResponse, usize), Status> {
+    let garbled = || unusable("it is not a MountResponse");
+    let takes = count(&message).ok_or_else(garbled)?.bytes()?;
+    let answer = MountResponse::decode(message).map_err(|_| garbled())?;
+    Ok((answer, takes))
+}
+
+/// Decodes bytes as an answer.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz_answer(bytes: &[u8]) -> Result<MountResponse, Status> {
+    let message = Bytes::copy_from_slice(bytes);
+    let answer = decoded(message);
+    if let Ok((_, takes)) = &answer {
+        assert!(
+            *takes <= count::needed(bytes.len()),
+            "the answer takes {takes} bytes"
+        );
+    }
+    answer.map(|(answer, _)| answer)
+}
+
+/// Reads the headers of an answer: lines of a name, a colon and a value.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz_status(bytes: &[u8]) -> Option<Status> {
+    let mut headers = HeaderMap::new();
+    for line in bytes.split(|byte| *byte == b'\n') {
+        let colon = line.iter().position(|byte| *byte == b':')?;
+        let name = http::HeaderName::from_bytes(&line[..colon]).ok()?;
+        let value = http::HeaderValue::from_bytes(&line[colon + 1..]).ok()?;
+        headers.append(name, value);
+    }
+    drop_garbled_details(&mut headers);
+    Status::from_header_map(&headers)
 }

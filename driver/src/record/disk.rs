@@ -237,10 +237,7 @@ impl Records {
         fs::File::open(path)?
             .take(LARGEST)
             .read_to_end(&mut bytes)?;
-        let Filed { format, record } = serde_json::from_slice::<Filed<Record>>(&bytes)?;
-        if format != FORMAT {
-            return wrong("it has the format of another version of the driver");
-        }
+        let record = parsed(&bytes)?;
         if self.path(&record.volume_id) != path {
             return wrong("it is the record of another volume");
         }
@@ -293,6 +290,39 @@ impl Drop for StagedRecord {
             // The caller has an error to report already; the next start removes what stays.
             let _ = fs::remove_file(&self.tmp);
         }
+    }
+}
+
+/// Reads the content of a file.
+fn parsed(bytes: &[u8]) -> io::Result<Record> {
+    let Filed { format, record } = serde_json::from_slice::<Filed<Record>>(bytes)?;
+    if format != FORMAT {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "it has the format of another version of the driver",
+        ));
+    }
+    Ok(record)
+}
+
+/// Reads bytes as a record.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use crate::fuzz::assert_readable;
+
+    let record = match parsed(bytes) {
+        Ok(record) => record,
+        Err(error) => return assert_readable(&error),
+    };
+    if let Err(why) = record.check_names() {
+        assert_readable(&why);
+    }
+    // What is written is what is read.
+    if let Ok(written) = filed(&record) {
+        let Ok(again) = parsed(&written) else {
+            unreachable!("a record that was written cannot be read");
+        };
+        assert!(filed(&again).is_ok_and(|again| again == written));
     }
 }
 

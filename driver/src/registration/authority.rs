@@ -237,6 +237,23 @@ fn integer(block: &[u8], at: usize, prefix: u32) -> Option<(usize, usize)> {
     None
 }
 
+/// Rewrites bytes as those of a client, at once and in pieces.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let mut whole = Vec::new();
+    Rewriter::default().push(bytes, &mut whole);
+    assert!(whole.len() <= bytes.len());
+    for size in [1, 7, 100] {
+        let mut pieces = Vec::new();
+        let mut rewriter = Rewriter::default();
+        for piece in bytes.chunks(size) {
+            rewriter.push(piece, &mut pieces);
+            assert!(rewriter.pending.len() <= FRAME_HEADER_BYTES + LARGEST_FRAME);
+        }
+        assert_eq!(pieces, whole);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

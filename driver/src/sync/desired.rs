@@ -275,5 +275,41 @@ fn bytes_of(data: &SecretData) -> usize {
     data.values().map(|value| value.expose().len()).sum()
 }
 
+/// Computes the Secrets of a class and files that are both read from bytes: the class as JSON, a
+/// NUL byte, and the files as a JSON object.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use super::parsing::{Caller, RefusedObjects};
+    use crate::fuzz::assert_readable;
+
+    let mut parts = bytes.splitn(2, |byte| *byte == 0);
+    let Some(class) = parts.next().and_then(crate::cluster::fuzz_class) else {
+        return;
+    };
+    let files: BTreeMap<String, String> = parts
+        .next()
+        .and_then(|files| serde_json::from_slice(files).ok())
+        .unwrap_or_default();
+    let files: SecretData = files.into_iter().map(|(k, v)| (k, v.into())).collect();
+    let (refused, caller) = (RefusedObjects::default(), Caller::default());
+    let mut sources = Sources::parse(&class.secret_objects, &files, &refused, &caller);
+    for object in &class.secret_objects {
+        let entry = match Entry::new(&class, object) {
+            Ok(entry) => entry,
+            Err(error) => {
+                assert_readable(&error);
+                continue;
+            }
+        };
+        match data(entry, &mut sources) {
+            Ok(data) => {
+                assert!(is_object_name(entry.name()));
+                assert!(bytes_of(&data) <= MAX_BYTES);
+            }
+            Err(error) => assert_readable(&entry.error(error)),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -304,5 +304,31 @@ fn find(text: &[u8], what: &[u8], from: usize) -> Option<usize> {
     Some(from + at)
 }
 
+/// Reads bytes as an object with certificates and keys.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use crate::fuzz::assert_readable;
+
+    let caller = Caller::default();
+    let material = match Material::read(bytes, &caller) {
+        Ok(material) => material,
+        Err(why) => return assert_readable(&why),
+    };
+    for format in [KeyFormat::Traditional, KeyFormat::Original] {
+        match pair(&material, &material, format, &caller) {
+            Ok(Pair { certificate, key }) => {
+                // What comes out can be read, and belongs together.
+                let read = |value: &Secret| Material::read(value.expose(), &caller);
+                let (Ok(certificate), Ok(key)) = (read(&certificate), read(&key)) else {
+                    unreachable!("a value of the pair cannot be read");
+                };
+                assert_eq!(key.keys.len(), 1);
+                assert!(pair(&certificate, &key, format, &caller).is_ok());
+            }
+            Err(why) => assert_readable(&why),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -86,6 +86,16 @@ impl Every {
     }
 }
 
+/// Reads bytes as the interval of a class or a volume.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes)
+        && let Err(why) = Every::parse(text)
+    {
+        crate::fuzz::assert_readable(&why);
+    }
+}
+
 /// The time of day, as the system clock said it when the driver started, and the time that has passed
 /// since. It does not jump.
 #[derive(Debug, Clone, Copy)]

@@ -73,7 +73,10 @@ impl TargetPath {
         if let Some(pod_uid) = pod_uid
             && pod_uid != *uid
         {
-            return refuse(format!("does not belong to the pod with UID {pod_uid:.64}"));
+            return refuse(format!(
+                "does not belong to the pod with UID {}",
+                quoted(pod_uid, 64)
+            ));
         }
         Ok(Self(parsed.to_owned()))
     }

@@ -260,3 +260,56 @@ impl<'a> DesiredSecret<'a> {
         Ok(NewSecret::new(metadata, self.type_, data))
     }
 }
+
+/// Decides about a Secret that is read from bytes.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use super::owners::without_owner;
+    use crate::{fuzz::assert_readable, record::ClassState, secret::Secret};
+
+    let Ok(existing) = serde_json::from_slice::<Existing>(bytes) else {
+        return;
+    };
+    let class = ClassState {
+        name: "db".to_owned(),
+        uid: "class-1".to_owned(),
+        generation: Some(1),
+        resource_version: "1".to_owned(),
+        annotations: BTreeMap::new(),
+    };
+    let owner = Owner {
+        api_version: "v1".to_owned(),
+        kind: "Pod".to_owned(),
+        name: "web".to_owned(),
+        uid: "pod-1".to_owned(),
+    };
+    let data = BTreeMap::from([("password".to_owned(), Secret::from("hunter2".to_owned()))]);
+    let map = BTreeMap::from([("app".to_owned(), "shop".to_owned())]);
+    let desired = DesiredSecret {
+        namespace: "shop",
+        name: "creds",
+        type_: "Opaque",
+        labels: &map,
+        annotations: &map,
+        data: Data::Values(&data),
+        class: &class,
+        since: Timestamp::UNIX_EPOCH,
+        order: Some(7),
+        owners: &[owner],
+    };
+    for named in [NamedClass::MakesIt, NamedClass::HasReleasedIt] {
+        if let Decision::Write(change) = decide(&existing, &desired, named) {
+            assert!(serde_json::to_vec(&change).is_ok());
+            if let Some(owners) = &change.metadata.owner_references {
+                assert!(owners.iter().any(|owner| owner.uid == "pod-1"));
+            }
+        }
+    }
+    match desired.object(Some(&existing)) {
+        Ok(new) => assert!(serde_json::to_vec(&new).is_ok()),
+        Err(error) => assert_readable(&error),
+    }
+    if let Some(change) = without_owner(&existing, "pod-1") {
+        assert!(serde_json::to_vec(&change).is_ok());
+    }
+}
