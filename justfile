@@ -49,6 +49,21 @@ containers:
 budget:
     cargo run --bin e2e -- budget
 
+# Put load on the release build: storms, rotations, large answers, a provider that hangs.
+[group('before a pull request')]
+load:
+    cargo run --bin e2e -- load
+
+# Run the release build for long, and draw its memory, descriptors, threads and latency.
+[group('before a pull request')]
+soak minutes="60":
+    cargo run --bin e2e -- soak --minutes {{minutes}}
+
+# Search for inputs that break the driver: so many seconds for each target of driver/src/fuzz.rs, or for those named.
+[group('before a pull request')]
+fuzz seconds="60" *targets:
+    .ci/fuzz {{seconds}} {{targets}}
+
 # Write the generated files of deploy/: the CRDs, the lean manifest, the chart's tables.
 [group('before a pull request')]
 manifests:

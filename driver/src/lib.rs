@@ -8,6 +8,7 @@
 //! modules.
 //!
 //! ```text
+//! fuzz           for tests: feeds bytes from outside to the modules below
 //! csi            the CSI services: the form of a request, the status of an error
 //! registration   registers the driver with kubelet
 //! logging        the log and its redaction

@@ -2,7 +2,8 @@
 //! scenarios are in `tests/scenarios`.
 //!
 //! ```text
-//! demo, budget       what the command `e2e` runs
+//! demo, budget, load, soak  what the command `e2e` runs
+//!   bench            calls the CSI socket and measures the driver
 //! embedded           the clusters: an API server and a kubelet of our own,
 //! local, kind        real Kubernetes on this machine, and in Docker
 //!   guard, real      what local and kind share
@@ -19,6 +20,7 @@
 //! binaries, host, skipped, user      leaves
 //! ```
 
+mod bench;
 pub mod binaries;
 pub mod budget;
 pub mod cluster;
@@ -29,6 +31,7 @@ mod host;
 pub mod images;
 pub mod install;
 pub mod kind;
+pub mod load;
 pub mod local;
 pub mod manifest;
 pub mod namespace;
@@ -38,6 +41,7 @@ pub mod providers;
 pub mod reader;
 mod real;
 pub mod skipped;
+pub mod soak;
 pub mod stores;
 pub mod tree;
 pub mod user;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use e2e::binaries::Binaries;
 use e2e::providers::{self, Provider};
-use e2e::{budget, demo, stores};
+use e2e::{budget, demo, load, soak, stores};
 
 /// Run the Secrets Store CSI driver end to end. Without a command, run the demo.
 #[derive(Parser)]
@@ -23,6 +23,21 @@ enum Command {
     Demo,
     /// Measure the release build of the driver against its budgets, and fail when it exceeds one.
     Budget,
+    /// Put load on the release build of the driver, and fail when time or memory exceeds its bound.
+    Load {
+        /// The number of rotations of 200 volumes.
+        #[arg(long, default_value_t = 200)]
+        rotations: usize,
+    },
+    /// Run for long, draw memory, descriptors, threads and latency over time, and fail when one grows.
+    Soak {
+        /// The length of the run.
+        #[arg(long, default_value_t = 60)]
+        minutes: u64,
+        /// The file of the chart.
+        #[arg(long, default_value = "target/soak.svg")]
+        chart: PathBuf,
+    },
     /// Run provider-check against the real providers in the folder that $E2E_PROVIDERS names.
     CheckProviders {
         /// Check only the providers of these names.
@@ -44,6 +59,8 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command.unwrap_or(Command::Demo) {
         Command::Demo => in_runtime(demo::run()),
         Command::Budget => in_runtime(budget::run()),
+        Command::Load { rotations } => in_runtime(load::run(rotations)),
+        Command::Soak { minutes, chart } => in_runtime(soak::run(minutes, &chart)),
         Command::CheckProviders { names } => in_runtime(check_providers(names)),
         Command::Stores { directory, send } => in_runtime(run_stores(directory, send)),
     };

@@ -16,6 +16,20 @@ type Modules = &'static [(&'static str, &'static [&'static str])];
 
 const DRIVER: Modules = &[
     (
+        "fuzz",
+        &[
+            "cluster",
+            "csi",
+            "metrics",
+            "mount",
+            "provider",
+            "record",
+            "registration",
+            "sync",
+            "volume",
+        ],
+    ),
+    (
         "csi",
         &[
             "config", "error", "files", "metrics", "quoted", "record", "secret", "socket", "volume",
@@ -115,8 +129,11 @@ const E2E: Modules = &[
             "tree",
         ],
     ),
+    ("budget", &["bench", "cluster", "embedded"]),
+    ("soak", &["bench", "cluster", "embedded"]),
+    ("load", &["bench", "cluster", "embedded", "install"]),
     (
-        "budget",
+        "bench",
         &["binaries", "cluster", "embedded", "manifest", "namespace"],
     ),
     ("openbao", &["providers"]),
@@ -231,10 +248,20 @@ fn sources(of: &str) -> PathBuf {
 
 fn without_tests_and_comments(text: &str) -> String {
     let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
-    let lines = code.lines();
-    lines
-        .filter(|line| !line.trim_start().starts_with("//"))
-        .fold(String::new(), |all, line| all + line + "\n")
+    let mut kept = String::new();
+    let mut lines = code.lines();
+    while let Some(line) = lines.next() {
+        if line == "#[cfg(any(test, fuzzing))]" {
+            // The item ends with a brace of its own, or is one line.
+            let is_last =
+                |line: &&str| *line == "}" || line.ends_with(';') && !line.starts_with(' ');
+            lines.find(is_last);
+        } else if !line.trim_start().starts_with("//") {
+            kept += line;
+            kept += "\n";
+        }
+    }
+    kept
 }
 
 /// Returns what follows each mention of a path that begins with `name`.

@@ -1,0 +1,355 @@
+//! Calls a driver's CSI socket directly, so that the embedded kubelet is not measured, and measures the
+//! driver's process.
+
+mod table;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use embedded::Options;
+use futures::{StreamExt as _, stream};
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
+use kube::api::{DeleteParams, PostParams};
+use proto::csi::node_client::NodeClient;
+use proto::csi::volume_capability::{AccessType, MountVolume};
+use proto::csi::{NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::binaries::{self, BIN_DIR_VARIABLE, Binaries, cargo_build};
+use crate::cluster::{Cluster as _, Component, Error, Result};
+use crate::embedded::{Embedded, standard};
+use crate::manifest::add_arguments;
+use crate::namespace::Namespace;
+
+pub(crate) use table::Table;
+
+const MIB: f64 = 1024.0 * 1024.0;
+/// The kernel's ticks in a second.
+const TICKS: f64 = 100.0;
+/// The number of pods that are created, and volumes that are unpublished, at the same time.
+const MANY: usize = 50;
+
+/// Returns a class of the tests' provider.
+pub(crate) fn class(name: &str, parameters: &Value, annotations: &Value) -> Value {
+    json!({
+        "apiVersion": "secrets-store.csi.x-k8s.io/v1",
+        "kind": "SecretProviderClass",
+        "metadata": {"name": name, "annotations": annotations},
+        "spec": {"provider": "e2e-provider", "parameters": parameters},
+    })
+}
+
+/// Builds the driver and the provider as they are released; the cluster stays as it was compiled, for
+/// its release build would take minutes. Where `$E2E_BIN_DIR` is set, uses these executables.
+pub(crate) fn binaries() -> std::result::Result<Binaries, binaries::Error> {
+    let cluster = Binaries::find(|_| {})?;
+    if std::env::var_os(BIN_DIR_VARIABLE).is_some() {
+        return Ok(cluster);
+    }
+    // With all members selected, dependencies have the same features as in every other build.
+    let args = ["--workspace", "--release", "--locked"];
+    let bins = ["--bin", "secrets-store-csi", "--bin", "fake-provider"];
+    let (mut built, command) = cargo_build(&[&args[..], &bins].concat(), &[], |_| {})?;
+    let mut take = |name| {
+        built.remove(name).ok_or_else(|| binaries::Error::Missing {
+            name,
+            place: format!("the output of {command}"),
+        })
+    };
+    Ok(Binaries {
+        driver: take("secrets-store-csi")?,
+        fake_provider: take("fake-provider")?,
+        ..cluster
+    })
+}
+
+/// Returns the options of a cluster whose driver has these flags besides rotation. Its own intervals
+/// are longer than a run: periodic work is not part of a call's cost. `driver/tests/sync/costs.rs`
+/// counts it.
+pub(crate) fn rotating(binaries: &Binaries, more: &[&str]) -> Result<Options> {
+    let mut options = standard(binaries)?;
+    let flags = [
+        "--enable-secret-rotation=true",
+        "--rotation-poll-interval=1h",
+        "--sync-interval=1h",
+    ];
+    let driver = Component::Driver;
+    let flags = [&flags[..], more].concat();
+    add_arguments(&mut options.manifests, driver.container(), &flags)?;
+    Ok(options)
+}
+
+/// A cluster whose driver is called directly.
+pub(crate) struct Bench<'a> {
+    pub(crate) cluster: &'a Embedded,
+    pub(crate) namespace: Namespace,
+    node: NodeClient<Channel>,
+    pid: i32,
+    /// The root of the node's disk.
+    disk: PathBuf,
+}
+
+/// A volume of a pod that no kubelet runs.
+pub(crate) struct Volume {
+    class: String,
+    pod: String,
+    uid: String,
+}
+
+impl<'a> Bench<'a> {
+    /// Creates a namespace, and connects to the driver of the cluster's only node.
+    pub(crate) async fn prepare(cluster: &'a Embedded) -> Result<Self> {
+        let name = cluster.nodes().remove(0);
+        let namespace = Namespace::create(cluster).await?;
+        let containers = cluster.containers(&name).await?;
+        let driver = containers
+            .into_iter()
+            .find(|c| c.name == Component::Driver.container());
+        let pid = driver
+            .and_then(|c| c.pid)
+            .ok_or_else(|| failed("the driver", &"does not run"))?;
+        let disk = cluster.disk(&name);
+        let socket = disk.join("var/lib/kubelet/plugins/csi-secrets-store/csi.sock");
+        let channel = Endpoint::from_shared(format!("unix://{}", socket.display()))
+            .map_err(|error| failed("the CSI socket", &error))?
+            .connect()
+            .await
+            .map_err(|error| failed("the CSI socket", &error))?;
+        Ok(Self {
+            cluster,
+            namespace,
+            node: NodeClient::new(channel),
+            pid,
+            disk,
+        })
+    }
+
+    /// Makes volumes of a class, with pods that no kubelet runs, as owners of pod statuses.
+    pub(crate) async fn volumes(
+        &self,
+        class: &str,
+        run: &str,
+        count: usize,
+    ) -> Result<Vec<Volume>> {
+        let api = self.namespace.api::<Pod>();
+        let made = stream::iter(0..count).map(|number| {
+            let api = api.clone();
+            async move {
+                let pod = json!({
+                    "metadata": {"name": format!("pod-{run}-{number}")},
+                    "spec": {"nodeName": "elsewhere", "containers": [{"name": "main", "image": "none"}]},
+                });
+                let pod: Pod = serde_json::from_value(pod).map_err(|error| failed("a pod", &error))?;
+                let made = api.create(&PostParams::default(), &pod).await;
+                let made = made.map_err(|error| failed("a pod", &error))?;
+                let volume = Volume { class: class.to_owned(), pod: made.name_any(), uid: made.uid().unwrap_or_default() };
+                // kubelet makes the parent of the target.
+                let parent = self.disk.join(self.target(&volume).trim_start_matches('/'));
+                let parent = parent.parent().unwrap_or(Path::new("/")).to_owned();
+                fs::create_dir_all(parent).map_err(|error| failed("a pod's directory", &error))?;
+                Ok(volume)
+            }
+        });
+        made.buffer_unordered(MANY)
+            .collect::<Vec<_>>()
+            .await
+            .into_iter()
+            .collect()
+    }
+
+    fn target(&self, volume: &Volume) -> String {
+        format!(
+            "/var/lib/kubelet/pods/{}/volumes/kubernetes.io~csi/secrets/mount",
+            volume.uid
+        )
+    }
+
+    /// Publishes all volumes. Returns the time of each call in milliseconds, sorted.
+    pub(crate) async fn publish_all(
+        &self,
+        pods: &[Volume],
+        concurrency: usize,
+    ) -> Result<Vec<f64>> {
+        let calls = stream::iter(pods).map(|volume| async {
+            let started = Instant::now();
+            let called = self
+                .node
+                .clone()
+                .node_publish_volume(self.request(volume))
+                .await;
+            called.map_err(|status| failed("publish", &status.message()))?;
+            Ok(started.elapsed().as_secs_f64() * 1000.0)
+        });
+        let results: Vec<Result<f64>> = calls.buffer_unordered(concurrency).collect().await;
+        let mut latencies = results.into_iter().collect::<Result<Vec<f64>>>()?;
+        latencies.sort_by(f64::total_cmp);
+        Ok(latencies)
+    }
+
+    /// Deletes the pods of volumes, and with them their pod statuses.
+    pub(crate) async fn delete_pods(&self, volumes: &[Volume]) -> Result<()> {
+        let api = self.namespace.api::<Pod>();
+        for volume in volumes {
+            let now = DeleteParams::default().grace_period(0);
+            let deleted = api.delete(&volume.pod, &now).await;
+            deleted.map_err(|error| failed("a pod", &error))?;
+        }
+        Ok(())
+    }
+
+    /// Publishes volumes in tasks that end when they are dropped.
+    pub(crate) fn publish_in_background(&self, volumes: &[Volume]) -> JoinSet<()> {
+        let calls = volumes.iter().map(|volume| {
+            let (mut node, request) = (self.node.clone(), self.request(volume));
+            async move { drop(node.node_publish_volume(request).await) }
+        });
+        calls.collect()
+    }
+
+    /// Returns the number of Mount calls that the provider has had.
+    pub(crate) async fn provider_calls(&self) -> Result<f64> {
+        let node = self.cluster.nodes().remove(0);
+        let provider = Component::Provider("fake-provider".to_owned());
+        let answer = self.cluster.get(&node, &provider, 8080, "/calls").await?;
+        let calls: serde_json::Value = serde_json::from_str(&answer.body)
+            .map_err(|error| failed("the provider's calls", &error))?;
+        calls["mountCalls"]
+            .as_f64()
+            .ok_or_else(|| failed("the provider's calls", &answer.body))
+    }
+
+    fn request(&self, volume: &Volume) -> NodePublishVolumeRequest {
+        let context = [
+            ("secretProviderClass", &*volume.class),
+            ("csi.storage.k8s.io/pod.name", &volume.pod),
+            ("csi.storage.k8s.io/pod.namespace", self.namespace.name()),
+            ("csi.storage.k8s.io/pod.uid", &volume.uid),
+            ("csi.storage.k8s.io/serviceAccount.name", "default"),
+            ("csi.storage.k8s.io/ephemeral", "true"),
+        ];
+        NodePublishVolumeRequest {
+            volume_id: format!("csi-{}", volume.uid),
+            target_path: self.target(volume),
+            volume_capability: Some(VolumeCapability {
+                access_type: Some(AccessType::Mount(MountVolume::default())),
+                ..Default::default()
+            }),
+            readonly: true,
+            volume_context: context
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .into(),
+            ..Default::default()
+        }
+    }
+
+    pub(crate) async fn unpublish_all(&self, pods: &[Volume]) -> Result<()> {
+        let calls = stream::iter(pods).map(|volume| async {
+            let request = NodeUnpublishVolumeRequest {
+                volume_id: format!("csi-{}", volume.uid),
+                target_path: self.target(volume),
+            };
+            let called = self.node.clone().node_unpublish_volume(request).await;
+            called
+                .map(|_| ())
+                .map_err(|status| failed("unpublish", &status.message()))
+        });
+        let results: Vec<Result<()>> = calls.buffer_unordered(MANY).collect().await;
+        results.into_iter().collect()
+    }
+
+    /// Returns the numbers of reads and writes at the API server since the last reset.
+    pub(crate) fn requests(&self) -> (f64, f64) {
+        let requests = self.cluster.api().requests();
+        let reads = requests
+            .iter()
+            .filter(|r| ["get", "list", "watch"].contains(&r.verb.as_str()))
+            .count();
+        let count = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
+        (count(reads), count(requests.len() - reads))
+    }
+
+    /// Returns the CPU time that the driver has used, in seconds.
+    pub(crate) fn cpu(&self) -> Result<f64> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid));
+        let stat = stat.map_err(|error| failed("the driver's CPU time", &error))?;
+        // The name in parentheses may contain spaces; after it, user and system time are the
+        // twelfth and thirteenth field.
+        let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
+        let times: Vec<f64> = fields
+            .split(' ')
+            .skip(11)
+            .take(2)
+            .filter_map(|ticks| ticks.parse().ok())
+            .collect();
+        match times[..] {
+            [user, system] => Ok((user + system) / TICKS),
+            _ => Err(failed("the driver's CPU time", &stat)),
+        }
+    }
+
+    /// Returns the driver's resident memory in MiB.
+    pub(crate) fn rss(&self) -> Result<f64> {
+        self.memory("VmRSS:")
+    }
+
+    /// Returns the driver's largest resident memory in MiB since [`Bench::forget_peak`].
+    pub(crate) fn peak(&self) -> Result<f64> {
+        self.memory("VmHWM:")
+    }
+
+    /// Makes the kernel forget the largest resident memory (proc_pid_clear_refs(5)).
+    pub(crate) fn forget_peak(&self) -> Result<()> {
+        let forgotten = fs::write(format!("/proc/{}/clear_refs", self.pid), "5");
+        forgotten.map_err(|error| failed("the driver's peak memory", &error))
+    }
+
+    /// Returns the number of the driver's open descriptors.
+    pub(crate) fn descriptors(&self) -> Result<f64> {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.pid));
+        let open = open.map_err(|error| failed("the driver's descriptors", &error))?;
+        Ok(f64::from(u32::try_from(open.count()).unwrap_or(u32::MAX)))
+    }
+
+    /// Returns the number of the driver's threads.
+    pub(crate) fn threads(&self) -> Result<f64> {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid));
+        let threads = threads.map_err(|error| failed("the driver's threads", &error))?;
+        Ok(f64::from(
+            u32::try_from(threads.count()).unwrap_or(u32::MAX),
+        ))
+    }
+
+    fn memory(&self, field: &str) -> Result<f64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid));
+        let status = status.map_err(|error| failed("the driver's memory", &error))?;
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
+        let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok());
+        kib.map(|kib| kib * 1024.0 / MIB).ok_or_else(|| {
+            failed(
+                "the driver's memory",
+                &io::Error::other(format!("no {field}")),
+            )
+        })
+    }
+}
+
+/// Returns the number of volumes.
+pub(crate) fn per(pods: &[Volume]) -> f64 {
+    f64::from(u32::try_from(pods.len()).unwrap_or(u32::MAX))
+}
+
+/// Returns a percentile of sorted values.
+pub(crate) fn percentile(sorted: &[f64], percent: usize) -> f64 {
+    let at = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
+    sorted.get(at).copied().unwrap_or(f64::NAN)
+}
+
+/// Returns the error of a measurement.
+pub(crate) fn failed(what: &str, why: &dyn std::fmt::Display) -> Error {
+    Error::Start(format!("measuring: {what}: {why}"))
+}
