@@ -205,6 +205,10 @@ async fn a_driver_that_lacks_one_capability_does_the_rest() {
     let log = driver.log();
     assert!(log.contains("volumes of pods with an fsGroup"), "{log}");
     assert!(!log.contains("no volume can be mounted"), "{log}");
+    if !geteuid().is_root() {
+        eprintln!("skipped the rest: a user namespace of one user has no other group");
+        return;
+    }
     let refused = driver
         .publish(with_group(node.request("two", &[]), 4321))
         .await;
