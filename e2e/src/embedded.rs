@@ -82,6 +82,22 @@ impl Embedded {
         Ok(self.0.containers(node).await?)
     }
 
+    /// Returns the process of a node, which sees its mounts; another one after a reboot.
+    ///
+    /// # Errors
+    /// When the node is down.
+    pub async fn process(&self, node: &str) -> Result<u32> {
+        Ok(self.0.process(node).await?)
+    }
+
+    /// Starts a node's kubelet anew; the containers go on.
+    ///
+    /// # Errors
+    /// When the node does not answer.
+    pub async fn restart_kubelet(&self, node: &str) -> Result<()> {
+        Ok(self.0.restart_kubelet(node).await?)
+    }
+
     /// Runs a program on a node, as root, and returns what it prints.
     ///
     /// # Errors

@@ -2,7 +2,9 @@
 //! scenarios are in `tests/scenarios`.
 //!
 //! ```text
-//! demo, budget, load, soak  what the command `e2e` runs
+//! chaos              faults of all kinds, and an observer: what `e2e chaos` runs
+//! demo               what the command `e2e` runs
+//! budget, load, soak measurements of the release build
 //!   bench            calls the CSI socket and measures the driver
 //! embedded           the clusters: an API server and a kubelet of our own,
 //! local, kind        real Kubernetes on this machine, and in Docker
@@ -23,6 +25,7 @@
 mod bench;
 pub mod binaries;
 pub mod budget;
+pub mod chaos;
 pub mod cluster;
 pub mod demo;
 pub mod embedded;

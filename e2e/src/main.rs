@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use e2e::binaries::Binaries;
 use e2e::providers::{self, Provider};
-use e2e::{budget, demo, load, soak, stores};
+use e2e::{budget, chaos, demo, load, soak, stores};
 
 /// Run the Secrets Store CSI driver end to end. Without a command, run the demo.
 #[derive(Parser)]
@@ -38,6 +38,28 @@ enum Command {
         #[arg(long, default_value = "target/soak.svg")]
         chart: PathBuf,
     },
+    /// Let faults of all kinds strike an embedded cluster, and check all the time that the driver keeps
+    /// its promises. Exits with 1 when it does not.
+    Chaos {
+        /// The seed that decides what happens when; by default one that no run had.
+        #[arg(long)]
+        seed: Option<u64>,
+        /// The minutes after which no further round begins.
+        #[arg(long, default_value_t = 1.0)]
+        minutes: f64,
+        /// Run the schedule in this file, as a run printed it, instead of one of a seed.
+        #[arg(long, value_name = "FILE")]
+        schedule: Option<PathBuf>,
+        /// The number of runs that make a schedule smaller that failed.
+        #[arg(long, default_value_t = 8)]
+        reduce: usize,
+        /// Print the schedule and end.
+        #[arg(long)]
+        dry_run: bool,
+        /// Print the timeline of a good run, too.
+        #[arg(long)]
+        verbose: bool,
+    },
     /// Run provider-check against the real providers in the folder that $E2E_PROVIDERS names.
     CheckProviders {
         /// Check only the providers of these names.
@@ -61,6 +83,21 @@ fn main() -> ExitCode {
         Command::Budget => in_runtime(budget::run()),
         Command::Load { rotations } => in_runtime(load::run(rotations)),
         Command::Soak { minutes, chart } => in_runtime(soak::run(minutes, &chart)),
+        Command::Chaos {
+            seed,
+            minutes,
+            schedule,
+            reduce,
+            dry_run,
+            verbose,
+        } => match chaos_options(seed, minutes, schedule, reduce, verbose) {
+            Ok(options) if dry_run => {
+                println!("{}", options.schedule);
+                Ok(())
+            }
+            Ok(options) => in_runtime(run_chaos(options)),
+            Err(error) => Err(error),
+        },
         Command::CheckProviders { names } => in_runtime(check_providers(names)),
         Command::Stores { directory, send } => in_runtime(run_stores(directory, send)),
     };
@@ -81,6 +118,36 @@ where
 {
     let runtime = tokio::runtime::Runtime::new()?;
     Ok(runtime.block_on(work)?)
+}
+
+fn chaos_options(
+    seed: Option<u64>,
+    minutes: f64,
+    schedule: Option<PathBuf>,
+    reductions: usize,
+    verbose: bool,
+) -> Result<chaos::Options, Box<dyn std::error::Error>> {
+    let schedule = match schedule {
+        Some(path) => {
+            let text = std::fs::read_to_string(&path);
+            let text = text.map_err(|error| format!("{}: {error}", path.display()))?;
+            chaos::Schedule::parse(&text).map_err(|error| format!("{}: {error}", path.display()))?
+        }
+        None => chaos::Schedule::of_minutes(seed.unwrap_or_else(chaos::fresh_seed), minutes),
+    };
+    Ok(chaos::Options {
+        schedule,
+        limit: std::time::Duration::from_secs_f64((minutes * 60.0).clamp(0.0, 1e6)),
+        reductions,
+        verbose,
+    })
+}
+
+async fn run_chaos(options: chaos::Options) -> Outcome {
+    match chaos::run(&options).await? {
+        true => Ok(()),
+        false => Err("the driver broke a promise, see above".into()),
+    }
 }
 
 async fn check_providers(names: Vec<String>) -> Outcome {

@@ -89,6 +89,7 @@ const EMBEDDED: Modules = &[
             "controllers",
             "error",
             "exchange",
+            "kubelet",
             "node",
             "processes",
         ],
@@ -117,6 +118,17 @@ const EMBEDDED: Modules = &[
 ];
 
 const E2E: Modules = &[
+    (
+        "chaos",
+        &[
+            "binaries",
+            "cluster",
+            "embedded",
+            "install",
+            "manifest",
+            "namespace",
+        ],
+    ),
     (
         "demo",
         &[

@@ -64,8 +64,13 @@ pub struct Records {
     /// A further condition for a record to be valid.
     check: Arc<Condition>,
     /// Held while a record is replaced or removed.
-    changing: Arc<Mutex<()>>,
+    changing: Arc<Mutex<Leftovers>>,
 }
+
+/// The files of staged records that could not be removed, because the disk was read-only. They are
+/// removed with the next change.
+#[derive(Debug, Default)]
+struct Leftovers(Vec<PathBuf>);
 
 /// A record that has its room on the disk, but is not valid yet. Dropping it frees the room.
 #[derive(Debug)]
@@ -75,7 +80,7 @@ pub struct StagedRecord {
     path: PathBuf,
     tmp: PathBuf,
     committed: bool,
-    changing: Arc<Mutex<()>>,
+    changing: Arc<Mutex<Leftovers>>,
 }
 
 impl Records {
@@ -148,6 +153,7 @@ impl Records {
     /// # Errors
     /// The system's error, or that the record is too large. An earlier record stays.
     pub fn stage(&self, record: &Record) -> io::Result<StagedRecord> {
+        held(&self.changing).clear();
         let path = self.path(&record.volume_id);
         let number = STAGED.fetch_add(1, Ordering::Relaxed);
         let tmp = path.with_extension(format!("{number}.tmp"));
@@ -183,7 +189,8 @@ impl Records {
     /// # Errors
     /// The system's error.
     pub fn remove(&self, volume_id: &str) -> io::Result<()> {
-        let _changing = held(&self.changing);
+        let mut changing = held(&self.changing);
+        changing.clear();
         clear_away(&self.path(volume_id))
     }
 
@@ -263,6 +270,13 @@ impl Records {
     }
 }
 
+impl Leftovers {
+    /// Removes them. What cannot be removed stays for the next time.
+    fn clear(&mut self) {
+        self.0.retain(|path| clear_away(path).is_err());
+    }
+}
+
 impl StagedRecord {
     /// Makes `record` the volume's record, in one step.
     ///
@@ -286,9 +300,10 @@ impl StagedRecord {
 
 impl Drop for StagedRecord {
     fn drop(&mut self) {
-        if !self.committed {
-            // The caller has an error to report already; the next start removes what stays.
-            let _ = fs::remove_file(&self.tmp);
+        // The caller has an error to report already. What stays is removed later.
+        if !self.committed && clear_away(&self.tmp).is_err() {
+            let tmp = std::mem::take(&mut self.tmp);
+            held(&self.changing).0.push(tmp);
         }
     }
 }
@@ -344,7 +359,7 @@ fn filed(record: &Record) -> io::Result<Vec<u8>> {
 }
 
 /// Takes the lock under which records change.
-fn held(changing: &Mutex<()>) -> MutexGuard<'_, ()> {
+fn held(changing: &Mutex<Leftovers>) -> MutexGuard<'_, Leftovers> {
     // A panic while it was held has left whole files.
     changing.lock().unwrap_or_else(PoisonError::into_inner)
 }

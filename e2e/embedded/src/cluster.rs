@@ -18,6 +18,7 @@ use crate::api::ApiServer;
 use crate::control::{Command, Control};
 use crate::error::{Error, Result, api_error};
 use crate::exchange::HttpAnswer;
+use crate::kubelet::backoff;
 use crate::node::{self, Settings, node_dir};
 use crate::processes::{Container, Status};
 use crate::{apply, controllers};
@@ -38,12 +39,16 @@ pub struct Options {
     /// The interval at which kubelet republishes volumes of drivers that ask for it; it never does
     /// when absent.
     pub sync_period: Option<Duration>,
+    /// The longest pause of kubelet between attempts at one volume: 122 seconds, as in kubelet.
+    pub longest_pause: Duration,
     /// Whether the path of a registration socket is the authority of the calls to it, as with
     /// kubelet. Servers that check the authority, such as tonic's, refuse it.
     pub path_authority: bool,
     /// Executables by name. A container of a DaemonSet runs the one whose name is the last part of
     /// its image (`registry.example/csi/driver:v1` runs `driver`), and [`Cluster::exec`] finds them.
     pub programs: BTreeMap<String, PathBuf>,
+    /// A directory of this machine that every node has at [`SHARED`](crate::SHARED), if there is one.
+    pub shared: Option<PathBuf>,
     /// An executable that calls [`take_over`](crate::take_over) first. It becomes the nodes.
     pub node_program: PathBuf,
 }
@@ -56,8 +61,10 @@ impl Options {
             manifests: Vec::new(),
             csi_timeout: Duration::from_secs(120),
             sync_period: None,
+            longest_pause: backoff::LONGEST,
             path_authority: true,
             programs: BTreeMap::new(),
+            shared: None,
             node_program,
         }
     }
@@ -236,6 +243,24 @@ impl Cluster {
         self.wait_for_node(name).await
     }
 
+    /// Starts a node's kubelet anew, as after a crash or an upgrade of it: its calls break off, the
+    /// containers go on. Does not wait until the driver is registered again.
+    ///
+    /// # Errors
+    /// When the node does not answer.
+    pub async fn restart_kubelet(&self, node: &str) -> Result<()> {
+        self.send(node, Command::RestartKubelet).await
+    }
+
+    /// Returns the process of a node, among whose mounts its kubelet is; another one after a reboot.
+    ///
+    /// # Errors
+    /// When there is no such node, or it is down.
+    pub async fn process(&self, name: &str) -> Result<u32> {
+        let process = self.node(name)?.process.lock().await;
+        process.id().ok_or_else(|| refused(name, &"it is down"))
+    }
+
     async fn send<T: serde::de::DeserializeOwned>(
         &self,
         node: &str,
@@ -369,8 +394,10 @@ fn spawn_node(state: &Path, name: &str, options: &Options) -> Result<Child> {
         state: state.to_owned(),
         name: name.to_owned(),
         programs: options.programs.clone(),
+        shared: options.shared.clone(),
         csi_timeout: options.csi_timeout,
         sync_period: options.sync_period,
+        longest_pause: options.longest_pause,
         path_authority: options.path_authority,
     };
     let settings = serde_json::to_string(&settings).map_err(|error| failed(error.into()))?;

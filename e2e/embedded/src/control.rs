@@ -8,6 +8,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use http::{Request, StatusCode, header};
@@ -15,6 +16,7 @@ use http_body_util::Full;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Notify;
 
 use crate::exchange::{exchange, get};
 use crate::namespaces::{PATH, PROGRAMS};
@@ -36,6 +38,8 @@ pub(crate) enum Command {
     Start { container: String },
     /// Reads all that a container has printed since the node was made.
     Log { container: String },
+    /// Starts the kubelet anew; the containers go on.
+    RestartKubelet,
     /// Sends a GET over the node's loopback.
     Get { port: u16, path: String },
 }
@@ -93,6 +97,7 @@ impl Control {
 #[derive(Clone)]
 pub(crate) struct Server {
     pub(crate) processes: Processes,
+    pub(crate) restart_kubelet: Arc<Notify>,
 }
 
 impl Server {
@@ -126,6 +131,10 @@ impl Server {
             Command::Kill { container } => done(processes.kill(&container).await),
             Command::Stop { container } => done(processes.stop(&container).await),
             Command::Start { container } => done(processes.start(&container).await),
+            Command::RestartKubelet => {
+                self.restart_kubelet.notify_one();
+                Ok(serde_json::Value::Null)
+            }
             Command::Log { container } => {
                 let path = processes.log(&container);
                 let log =
@@ -181,6 +190,7 @@ mod tests {
         let socket = dir.path().join("control.sock");
         let server = Server {
             processes: Processes::new(dir.path().to_owned()),
+            restart_kubelet: Arc::default(),
         };
         let serving = socket.clone();
         tokio::spawn(async move { server.serve(&serving).await });

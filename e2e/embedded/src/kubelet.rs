@@ -9,7 +9,7 @@
 //! service account tokens, or mount volumes other than inline CSI.
 
 mod authority;
-mod backoff;
+pub(crate) mod backoff;
 mod csi;
 mod events;
 mod pods;
@@ -52,6 +52,8 @@ pub(crate) struct Config {
     pub(crate) csi_timeout: Duration,
     /// The interval at which volumes are republished for drivers that ask for it; never when absent.
     pub(crate) sync_period: Option<Duration>,
+    /// The longest pause between attempts at an operation: [`backoff::LONGEST`] in kubelet.
+    pub(crate) longest_pause: Duration,
     /// Whether the path of a registration socket is the authority of the calls to it, as with
     /// kubelet. Servers that check the authority, such as tonic's, refuse it.
     pub(crate) path_authority: bool,
@@ -101,6 +103,7 @@ pub(crate) async fn run(config: Config, client: kube::Client) -> kube::Result<()
             csi_timeout: config.csi_timeout,
         },
         sync_period: config.sync_period,
+        longest_pause: config.longest_pause,
         last_ip: Arc::new(AtomicU32::new(0)),
     };
     let stream = watcher(

@@ -32,7 +32,7 @@ pub use cluster::{Cluster, Options};
 pub use controllers::is_ready;
 pub use error::{Error, Result};
 pub use exchange::{HttpAnswer, get};
-pub use namespaces::KUBELET_ROOT;
+pub use namespaces::{KUBELET_ROOT, SHARED};
 pub use node::take_over;
 pub use processes::Status;
 

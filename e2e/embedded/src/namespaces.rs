@@ -26,6 +26,8 @@ pub(crate) const STATE: &str = "/run/embedded";
 pub(crate) const PROGRAMS: &str = "/opt/embedded/bin";
 /// The directories of the host's programs in a node.
 pub(crate) const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+/// The path of [`Options::shared`](crate::Options::shared) on every node.
+pub const SHARED: &str = "/srv/shared";
 /// The kubelet's root directory on every node.
 pub const KUBELET_ROOT: &str = "/var/lib/kubelet";
 
@@ -65,6 +67,8 @@ pub(crate) struct World<'a> {
     pub(crate) root: &'a Path,
     /// Bound to [`STATE`].
     pub(crate) state: &'a Path,
+    /// Bound to [`SHARED`], if there is one.
+    pub(crate) shared: Option<&'a Path>,
     /// Executables by name, bound into [`PROGRAMS`].
     pub(crate) programs: &'a BTreeMap<String, PathBuf>,
 }
@@ -194,6 +198,11 @@ fn build_root(world: &World<'_>) -> Result<(), Error> {
             None::<&str>,
         )
     })?;
+    if let Some(shared) = world.shared {
+        let to = inside(root, SHARED);
+        make_dir(&to)?;
+        bind(shared, &to, Access::Write)?;
+    }
     for (name, path) in world.programs {
         bind_file(path, &inside(root, PROGRAMS).join(name))?;
     }

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -20,6 +21,7 @@ use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, UnixStream};
+use tokio::sync::Notify;
 
 use crate::control::Server;
 use crate::namespaces::{self, KUBELET_ROOT, STATE, World};
@@ -39,9 +41,11 @@ pub(crate) struct Settings {
     /// The cluster's state directory.
     pub(crate) state: PathBuf,
     pub(crate) name: String,
+    pub(crate) shared: Option<PathBuf>,
     pub(crate) programs: BTreeMap<String, PathBuf>,
     pub(crate) csi_timeout: Duration,
     pub(crate) sync_period: Option<Duration>,
+    pub(crate) longest_pause: Duration,
     pub(crate) path_authority: bool,
 }
 
@@ -101,6 +105,7 @@ fn run(settings: &Settings) -> Result<(), Error> {
     namespaces::enter(&World {
         root: &node_dir(&settings.state, &settings.name).join("root"),
         state: &settings.state,
+        shared: settings.shared.as_deref(),
         programs: &settings.programs,
     })?;
     // Not earlier: only the threads that this one starts from here on are in the namespaces.
@@ -120,8 +125,10 @@ async fn work(settings: &Settings) -> Result<(), Error> {
     let dir = node_dir(state, &settings.name);
     let client = api::connect(&state.join("api.sock"));
     let processes = Processes::new(dir.join("logs"));
+    let restart = Arc::new(Notify::new());
     let server = Server {
         processes: processes.clone(),
+        restart_kubelet: Arc::clone(&restart),
     };
     let config = kubelet::Config {
         node: settings.name.clone(),
@@ -129,6 +136,7 @@ async fn work(settings: &Settings) -> Result<(), Error> {
         csi_timeout: settings.csi_timeout,
         path_authority: settings.path_authority,
         sync_period: settings.sync_period,
+        longest_pause: settings.longest_pause,
     };
     let daemon_sets = DaemonSets {
         client: client.clone(),
@@ -142,8 +150,22 @@ async fn work(settings: &Settings) -> Result<(), Error> {
         () = standard_input_ends() => Ok(()),
         outcome = proxy(&pods_socket) => outcome.map_err(|error| failed("serve the API server's address", &error)),
         outcome = server.serve(&control_socket) => outcome.map_err(|error| failed("serve the control socket", &error)),
-        outcome = kubelet::run(config, client) => outcome.map_err(|error| failed("register the node", &error)),
+        outcome = run_kubelet(&config, &client, &restart) => outcome.map_err(|error| failed("register the node", &error)),
         () = daemon_sets.run() => Ok(()),
+    }
+}
+
+/// Runs the kubelet, and starts it anew when told to: all that it was doing breaks off.
+async fn run_kubelet(
+    config: &kubelet::Config,
+    client: &kube::Client,
+    restart: &Notify,
+) -> kube::Result<()> {
+    loop {
+        tokio::select! {
+            outcome = kubelet::run(config.clone(), client.clone()) => return outcome,
+            () = restart.notified() => tracing::info!("kubelet starts anew"),
+        }
     }
 }
 

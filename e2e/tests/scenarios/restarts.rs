@@ -228,7 +228,7 @@ async fn a_volume_of_an_earlier_driver_whose_class_is_gone() {
 /// After a restart, kubelet finds the driver and its volumes again.
 #[tokio::test]
 async fn a_kubelet_that_restarts() {
-    let s = scenario!([Need::KubeletRestart]);
+    let s = Scenario::start().await;
     s.apply(class("db", OBJECT)).await;
     s.apply(pod("web", &["db"])).await;
     s.ready("web").await;

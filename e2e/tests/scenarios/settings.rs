@@ -45,8 +45,6 @@ pub enum Need {
     Propagation(&'static str),
     /// Kubernetes' own controllers and its scheduler.
     Controllers,
-    /// A kubelet that can be restarted without its node.
-    KubeletRestart,
     /// A driver that registers itself with kubelet.
     OwnRegistration,
     /// An API server that can be made to misbehave.
@@ -97,7 +95,6 @@ impl Need {
         let root = nix::unistd::geteuid().is_root();
         let missing = match (self, cluster) {
             (Self::Controllers, Embedded) => "it does not run Kubernetes' own controllers",
-            (Self::KubeletRestart, Embedded) => "its kubelet does not restart without its node",
             (Self::OtherUsers, Embedded) if !root => {
                 "an ordinary user's cluster has no other users"
             }

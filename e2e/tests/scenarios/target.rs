@@ -145,10 +145,13 @@ impl Target {
         }
     }
 
-    /// Restarts kubelet, for a scenario that needs it.
+    /// Restarts kubelet.
     pub async fn restart_kubelet(&self) {
         match self {
-            Self::Embedded(_) => unreachable!("the scenario is skipped"),
+            Self::Embedded(cluster) => {
+                let node = &cluster.nodes()[0];
+                cluster.restart_kubelet(node).await.unwrap();
+            }
             Self::Local(cluster, _) => cluster.restart_kubelet().await.unwrap(),
             Self::Kind(cluster, _) => cluster.restart_kubelet(&cluster.nodes()[0]).await.unwrap(),
         }

@@ -51,6 +51,36 @@ fn a_staged_record_is_none_and_keeps_the_earlier_one() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
+/// As on a disk that became read-only after it was staged.
+#[test]
+fn a_staged_record_that_could_not_be_removed_is_removed_with_the_next_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let away = tempfile::tempdir().unwrap();
+    let records = Records::open(dir.path().join("records")).unwrap();
+    let count = || fs::read_dir(dir.path().join("records")).unwrap().count();
+    for change in ["remove", "stage"] {
+        let staged = records.stage(&Record::example("csi-1", "/t/mount"));
+        let staged = staged.unwrap();
+        // A file in the place of the directory: nothing below it can be removed.
+        let hidden = away.path().join("records");
+        fs::rename(dir.path().join("records"), &hidden).unwrap();
+        fs::write(dir.path().join("records"), "").unwrap();
+        drop(staged);
+        fs::remove_file(dir.path().join("records")).unwrap();
+        fs::rename(&hidden, dir.path().join("records")).unwrap();
+        assert_eq!(count(), 1, "it stayed");
+        match change {
+            "remove" => records.remove("csi-2").unwrap(),
+            _ => drop(
+                records
+                    .stage(&Record::example("csi-2", "/t/mount"))
+                    .unwrap(),
+            ),
+        }
+        assert_eq!(count(), 0, "after {change}");
+    }
+}
+
 #[test]
 fn a_record_that_is_too_large_is_refused_and_the_earlier_one_stays() {
     let dir = tempfile::tempdir().unwrap();

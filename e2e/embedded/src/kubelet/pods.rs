@@ -52,6 +52,8 @@ pub(crate) struct Context {
     pub(crate) events: Events,
     /// The interval at which volumes of running pods are republished; never when absent.
     pub(crate) sync_period: Option<Duration>,
+    /// The longest pause between attempts at an operation.
+    pub(crate) longest_pause: Duration,
     pub(crate) last_ip: Arc<AtomicU32>,
 }
 
@@ -141,7 +143,7 @@ async fn run_volume(
     if desired.wait_for(|desired| !desired.is_run()).await.is_err() {
         return;
     }
-    let mut backoff = Backoff::default();
+    let mut backoff = Backoff::up_to(context.longest_pause);
     while *state.borrow() != State::Unmounted {
         match volume.tear_down(&context.node).await {
             Ok(()) => {
@@ -171,7 +173,7 @@ async fn publish(
     desired: &mut watch::Receiver<Desired>,
     state: &watch::Sender<State>,
 ) {
-    let mut backoff = Backoff::default();
+    let mut backoff = Backoff::up_to(context.longest_pause);
     loop {
         let Desired::Run(pod) = desired.borrow().clone() else {
             return;

@@ -14,7 +14,7 @@ use proto::registration::{InfoRequest, PluginInfo, RegistrationStatus};
 use tokio::time::Instant;
 
 use super::authority::{self, OtherAuthority};
-use super::backoff::Backoff;
+use super::backoff::{self, Backoff};
 use super::csi::{self, Driver};
 use crate::lock;
 
@@ -100,7 +100,7 @@ impl Registrar {
                 let plugin = plugins.entry(path.clone()).or_insert_with(|| Plugin {
                     identity,
                     name: None,
-                    backoff: Backoff::default(),
+                    backoff: Backoff::up_to(backoff::LONGEST),
                     next_attempt: Instant::now(),
                 });
                 if plugin.name.is_some() || plugin.next_attempt > Instant::now() {

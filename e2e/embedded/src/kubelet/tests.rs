@@ -80,6 +80,7 @@ impl World {
             root: self.root(),
             csi_timeout: Duration::from_secs(60),
             sync_period: self.sync_period,
+            longest_pause: backoff::LONGEST,
             // The fake's server is tonic's, which refuses another.
             path_authority: false,
         };

@@ -1,0 +1,258 @@
+//! Carries out the steps of a schedule on a cluster.
+
+mod node;
+mod tenants;
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::cluster::{Component, Error, Result};
+use crate::namespace::Namespace;
+
+use super::api_faults::{ApiFault, ApiFaults, snapshot};
+use super::ground::Ground;
+use super::lock;
+use super::schedule::What;
+use super::world::World;
+
+/// The container of the provider.
+const PROVIDER: &str = "fake-provider";
+/// The port of the provider's control.
+const CONTROL: u16 = 8080;
+/// The port of the driver's health check, and the number of failures after which it is restarted.
+const HEALTHZ: u16 = 9808;
+const MOST_FAILURES: u32 = 3;
+/// The answers of a provider that is wrong: each must not reach a volume.
+const WRONG: [&str; 8] = [
+    "[{status: {code: UNAVAILABLE, message: a fault of the run}}]",
+    "[{status: {code: PERMISSION_DENIED, message: a fault of the run}}]",
+    "[{status: {code: DATA_LOSS, message: a fault of the run}}]",
+    "[{errorCode: ChaosError}]",
+    "[{missingVersions: true}]",
+    "[{badPath: ../../../../etc/chaos}]",
+    "[{oversize: 20000000}]",
+    "[{status: {code: UNKNOWN}}]",
+];
+
+/// Acts on a cluster.
+pub(super) struct Actor<'a, G> {
+    pub(super) ground: &'a G,
+    pub(super) world: Arc<World>,
+    pub(super) namespace: Namespace,
+    /// The namespace of the hostile tenant.
+    pub(super) hostile: Namespace,
+    pub(super) faults: ApiFaults,
+    nodes: Vec<String>,
+    /// The number of faults that last, other than hostile tenants.
+    active: Cell<usize>,
+    /// The number of things that need names of their own.
+    count: Cell<usize>,
+}
+
+impl<'a, G: Ground> Actor<'a, G> {
+    pub(super) fn new(
+        ground: &'a G,
+        world: Arc<World>,
+        namespace: Namespace,
+        hostile: Namespace,
+    ) -> Self {
+        let faults = ApiFaults::default();
+        if let Some(api) = ground.api_server() {
+            faults.install(api);
+        }
+        Self {
+            nodes: ground.nodes(),
+            ground,
+            world,
+            namespace,
+            hostile,
+            faults,
+            active: Cell::new(0),
+            count: Cell::new(0),
+        }
+    }
+
+    /// Carries out a step; returns when it is over. What a cluster cannot do is left out.
+    pub(super) async fn act(&self, what: What) {
+        self.world.log.step(what.kind());
+        self.world.log.tell(what.to_string());
+        let begun = Instant::now();
+        let is_fault = !what.is_action() && !matches!(what, What::Hostile { .. });
+        if is_fault {
+            self.fault_begins();
+        }
+        let done = match what.is_action() {
+            true => self.act_as_tenant(what).await,
+            false => self.strike(what).await,
+        };
+        if is_fault {
+            self.fault_ends();
+        }
+        match done {
+            Err(error) => self.world.log.tell(format!("{}: {error}", what.kind())),
+            Ok(()) if begun.elapsed() > Duration::from_secs(1) => {
+                self.world.log.tell(format!("{} is over", what.kind()));
+            }
+            Ok(()) => {}
+        }
+    }
+
+    fn fault_begins(&self) {
+        self.active.set(self.active.get() + 1);
+        *lock(&self.world.calm) = None;
+    }
+
+    fn fault_ends(&self) {
+        self.active.set(self.active.get() - 1);
+        if self.active.get() == 0 {
+            *lock(&self.world.calm) = Some(Instant::now());
+        }
+    }
+
+    async fn strike(&self, what: What) -> Result<()> {
+        match what {
+            What::ApiSlow { lasts, by } => {
+                let by = Duration::from_millis(by);
+                self.api(what, lasts, |_| ApiFault::Slow(by)).await
+            }
+            What::ApiRefuses { lasts, status } => {
+                self.api(what, lasts, |_| ApiFault::Refuses(status)).await
+            }
+            What::ApiConflicts { lasts } => self.api(what, lasts, |_| ApiFault::Conflicts).await,
+            What::ApiPast { lasts } => {
+                self.api(what, lasts, |api| ApiFault::Past(snapshot(api)))
+                    .await
+            }
+            What::ApiGone { lasts } => self.api(what, lasts, |_| ApiFault::Gone).await,
+            What::ApiHung { lasts } => {
+                let until = Instant::now() + Duration::from_millis(lasts);
+                self.api(what, lasts, |_| ApiFault::Hung { until }).await
+            }
+            What::ProviderSlow { node, lasts, by } => {
+                let faults = format!("[{{delay: {by}ms}}]");
+                self.provider_faults(what, self.node(node), lasts, &faults)
+                    .await
+            }
+            What::ProviderWrong { node, lasts, how } => {
+                let faults = WRONG.get(how).copied().unwrap_or_default();
+                self.provider_faults(what, self.node(node), lasts, faults)
+                    .await
+            }
+            What::ProviderHung { node, lasts } => {
+                let node = self.node(node);
+                self.provider_faults(what, node, lasts, "[{hang: true}]")
+                    .await?;
+                // As its liveness probe does; the calls that hang break off.
+                self.ground.provider(node, PROVIDER).kill().await
+            }
+            What::Hostile { node, lasts, how } => self.hostile(self.node(node), lasts, how).await,
+            _ => self.strike_node(what).await,
+        }
+    }
+
+    /// Lets the API server misbehave for a while.
+    async fn api(
+        &self,
+        what: What,
+        lasts: u64,
+        fault: impl FnOnce(&embedded::api::ApiServer) -> ApiFault,
+    ) -> Result<()> {
+        let Some(api) = self.ground.api_server() else {
+            return Ok(());
+        };
+        let number = self.faults.begin(fault(api));
+        sleep(lasts).await;
+        let struck = self.faults.end(number);
+        self.world.log.struck(&what.kind(), struck);
+        Ok(())
+    }
+
+    /// Lets a node's provider fail for a while.
+    async fn provider_faults(
+        &self,
+        what: What,
+        node: &str,
+        lasts: u64,
+        faults: &str,
+    ) -> Result<()> {
+        let before = self.provider_calls(node).await;
+        self.control(node, &format!("/faults?set={}", escaped(faults)))
+            .await?;
+        sleep(lasts).await;
+        let calls = self.provider_calls(node).await.saturating_sub(before);
+        self.world.log.struck(&what.kind(), calls);
+        if matches!(what, What::ProviderHung { .. }) {
+            return Ok(());
+        }
+        self.control(node, "/faults?set=").await.map(drop)
+    }
+
+    /// Sends a request to the control of a node's provider; returns the answer.
+    async fn control(&self, node: &str, path: &str) -> Result<String> {
+        let provider = Component::Provider(PROVIDER.to_owned());
+        let answer = self.ground.get(node, &provider, CONTROL, path).await?;
+        match answer.status {
+            200 => Ok(answer.body),
+            _ => Err(Error::Impossible(answer.body)),
+        }
+    }
+
+    /// Returns the number of calls that the provider of a node had; zero if it does not answer.
+    async fn provider_calls(&self, node: &str) -> u64 {
+        let body = self.control(node, "/calls").await.unwrap_or_default();
+        let counts: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
+        let by_pod = counts["mountCallsByPod"].as_object();
+        by_pod
+            .into_iter()
+            .flatten()
+            .filter_map(|(_, calls)| calls.as_u64())
+            .sum()
+    }
+
+    /// Kills drivers whose health check has failed for a while, as kubelet does. Does not return.
+    pub(super) async fn probe_liveness(&self) {
+        let mut failures = vec![0; self.nodes.len()];
+        loop {
+            for (node, failures) in self.nodes.iter().zip(&mut failures) {
+                let driver = self.ground.driver(node);
+                let answer = driver.get(HEALTHZ, "/healthz").await;
+                let is_alive = answer.is_ok_and(|answer| answer.status == 200);
+                *failures = if is_alive { 0 } else { *failures + 1 };
+                if *failures >= MOST_FAILURES {
+                    *failures = 0;
+                    let killed = driver.kill().await;
+                    let how =
+                        killed.map_or_else(|error| error.to_string(), |()| "killed".to_owned());
+                    let text = format!("the liveness probe of the driver on {node} fails: {how}");
+                    self.world.log.tell(text);
+                }
+            }
+            sleep(1_000).await;
+        }
+    }
+
+    fn node(&self, number: usize) -> &str {
+        let number = number % self.nodes.len().max(1);
+        self.nodes.get(number).map_or("", String::as_str)
+    }
+
+    fn next(&self) -> usize {
+        self.count.set(self.count.get() + 1);
+        self.count.get()
+    }
+}
+
+/// Waits for so many milliseconds.
+async fn sleep(milliseconds: u64) {
+    tokio::time::sleep(Duration::from_millis(milliseconds)).await;
+}
+
+/// Returns a text as it is written in a query.
+fn escaped(text: &str) -> String {
+    text.bytes()
+        .fold(String::new(), |escaped, byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' => escaped + &char::from(byte).to_string(),
+            _ => escaped + &format!("%{byte:02X}"),
+        })
+}

@@ -1,0 +1,329 @@
+//! Faults of a node: its processes, its disk, its clock, its memory.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::time::Duration;
+
+use k8s_openapi::api::apps::v1::DaemonSet;
+use kube::Api;
+use kube::api::{DeleteParams, PostParams};
+use serde_json::{Value, json};
+
+use crate::cluster::{Component, Error, Result, api, poll};
+
+use super::super::ground::Ground;
+use super::super::lock;
+use super::super::schedule::What;
+use super::{Actor, PROVIDER, sleep};
+
+const NAMESPACE: &str = "kube-system";
+const DRIVER_SET: &str = "csi-secrets-store";
+const PROVIDERS: &str = "/var/run/secrets-store-csi-providers";
+const PLUGIN: &str = "/var/lib/kubelet/plugins/csi-secrets-store";
+/// The time in which a process ends after SIGTERM, or is killed.
+const GRACE: Duration = Duration::from_secs(40);
+/// The fields of a record that a clock has written.
+const TIMES: [&str; 3] = ["lastSuccess", "lastChange", "failingSince"];
+
+/// Replaces the disk with the records by a small one with the same files, while the driver is halted.
+/// `$1` is the driver, `$2` the directory, `$3` what to do then.
+const SMALL_DISK: &str = r#"
+set -e
+kill -STOP "$1"; trap 'kill -CONT "$1" || true' EXIT
+mkdir -p /run/chaos-records; rm -rf /run/chaos-records/*; cp -a "$2/." /run/chaos-records/
+mount -t tmpfs -o size=512k,mode=0700 chaos "$2"
+cp -a /run/chaos-records/. "$2/"
+case "$3" in
+full) dd if=/dev/zero of="$2/filler" bs=4k status=none 2>/dev/null || true ;;
+*) mount -o remount,ro "$2" ;;
+esac
+"#;
+/// Undoes that; the files are those that the small disk has by now.
+const LARGE_DISK: &str = r#"
+set -e
+if [ -n "$1" ]; then kill -STOP "$1" && trap 'kill -CONT "$1" || true' EXIT || true; fi
+mount -o remount,rw "$2"; rm -f "$2/filler"
+rm -rf /run/chaos-records/*; cp -a "$2/." /run/chaos-records/
+umount -l "$2"
+find "$2" -mindepth 1 -delete; cp -a /run/chaos-records/. "$2/"
+"#;
+
+impl<G: Ground> Actor<'_, G> {
+    pub(super) async fn strike_node(&self, what: What) -> Result<()> {
+        match what {
+            What::KillDriver { node } => {
+                self.ground.driver(self.node(node)).kill().await?;
+                self.world.log.struck(&what.kind(), 1);
+                Ok(())
+            }
+            What::TwoDrivers { node, lasts } => {
+                self.two_drivers(what, self.node(node), lasts).await
+            }
+            What::ProviderGone {
+                node,
+                lasts,
+                socket,
+            } => {
+                self.provider_gone(what, self.node(node), lasts, socket)
+                    .await
+            }
+            What::KillProvider { node } => {
+                self.ground
+                    .provider(self.node(node), PROVIDER)
+                    .kill()
+                    .await?;
+                self.world.log.struck(&what.kind(), 1);
+                Ok(())
+            }
+            What::ReplaceProvider { node, lasts } => {
+                let node = self.node(node);
+                let arguments = ["--http-addr=:18080"];
+                self.second(what, PROVIDER, node, (&arguments, 18080), lasts)
+                    .await?;
+                // The second took its socket away with it.
+                self.ground.provider(node, PROVIDER).kill().await
+            }
+            What::RestartKubelet { node } => {
+                self.ground.restart_kubelet(self.node(node)).await?;
+                self.world.log.struck(&what.kind(), 1);
+                Ok(())
+            }
+            What::Reboot { node } => {
+                self.reboot(self.node(node)).await?;
+                self.world.log.struck(&what.kind(), 1);
+                Ok(())
+            }
+            What::WipeProviders { node } => {
+                let node = self.node(node);
+                self.wipe(what, node, PROVIDERS, "e2e-provider.sock")
+                    .await?;
+                self.ground.provider(node, PROVIDER).kill().await
+            }
+            What::WipePlugin { node } => {
+                let node = self.node(node);
+                self.wipe(what, node, PLUGIN, "csi.sock").await?;
+                self.ground.driver(node).kill().await
+            }
+            What::DiskReadOnly { node, lasts } => {
+                self.bad_disk(what, self.node(node), lasts, "read-only")
+                    .await
+            }
+            What::DiskFull { node, lasts } => {
+                self.bad_disk(what, self.node(node), lasts, "full").await
+            }
+            What::TearRecord { node } => self.tear_record(self.node(node)).await,
+            What::StepClock { node, by } => self.step_clock(what, self.node(node), by).await,
+            What::MemoryNear { node, lasts } => {
+                self.memory_near(what, self.node(node), lasts).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Runs a shell script on a node.
+    async fn sh(&self, node: &str, script: &str, arguments: &[&str]) -> Result<String> {
+        let head = ["sh", "-c", script, "sh"];
+        let command: Vec<&str> = head.into_iter().chain(arguments.iter().copied()).collect();
+        self.ground.run(node, &command).await
+    }
+
+    /// Empties a directory; returns a while later.
+    async fn wipe(&self, what: What, node: &str, directory: &str, socket: &str) -> Result<()> {
+        self.sh(node, "rm -rf \"$1\"/*", &[directory]).await?;
+        let there = format!("{directory}/{socket}");
+        let there = self.ground.run(node, &["test", "-e", &there]).await;
+        self.world
+            .log
+            .struck(&what.kind(), u64::from(there.is_err()));
+        sleep(1_500).await;
+        Ok(())
+    }
+
+    async fn two_drivers(&self, what: What, node: &str, lasts: u64) -> Result<()> {
+        let arguments = ["--metrics-addr=:18095", "--healthz-addr=:19808"];
+        // The second takes the socket away with it. The liveness probe of the first fails then.
+        self.second(what, DRIVER_SET, node, (&arguments, 18095), lasts)
+            .await
+    }
+
+    /// Runs the pods of a DaemonSet a second time on a node, with more arguments, for a while.
+    async fn second(
+        &self,
+        what: What,
+        name: &str,
+        node: &str,
+        (arguments, port): (&[&str], u16),
+        lasts: u64,
+    ) -> Result<()> {
+        let sets = Api::<DaemonSet>::namespaced(self.ground.client(), NAMESPACE);
+        let first = sets.get(name).await;
+        let first = first.map_err(api(format!("get DaemonSet {name}")))?;
+        let second = format!("{name}-second-{node}");
+        let failed = |error: serde_json::Error| Error::Manifest(error.to_string());
+        let mut set = serde_json::to_value(&first).map_err(failed)?;
+        set["metadata"] = json!({"name": second, "namespace": NAMESPACE});
+        set["spec"]["selector"]["matchLabels"] = json!({"app": second});
+        let template = &mut set["spec"]["template"];
+        template["metadata"]["labels"] = json!({"app": second});
+        template["spec"]["nodeSelector"]["kubernetes.io/hostname"] = node.into();
+        for container in template["spec"]["containers"]
+            .as_array_mut()
+            .into_iter()
+            .flatten()
+        {
+            let name = container["name"].as_str().unwrap_or_default();
+            container["name"] = format!("{name}-second").into();
+            if let Some(all) = container["args"].as_array_mut() {
+                all.extend(arguments.iter().map(|argument| Value::from(*argument)));
+            }
+        }
+        if let Some(fields) = set.as_object_mut() {
+            fields.remove("status");
+        }
+        let set = serde_json::from_value(set).map_err(failed)?;
+        let created = sets.create(&PostParams::default(), &set).await;
+        created.map_err(api(format!("create DaemonSet {second}")))?;
+        sleep(lasts).await;
+        let answers = self.ground.get(node, &Component::Driver, port, "/").await;
+        self.world
+            .log
+            .struck(&what.kind(), u64::from(answers.is_ok()));
+        let deleted = sets.delete(&second, &DeleteParams::default()).await;
+        deleted.map_err(api(format!("delete DaemonSet {second}")))?;
+        // It has the time of a grace period to end.
+        let component = Component::Driver;
+        poll("the second to be gone", GRACE, async || {
+            let answer = self.ground.get(node, &component, port, "/").await;
+            Ok(match answer {
+                Ok(_) => ControlFlow::Continue(format!("port {port} answers")),
+                Err(_) => ControlFlow::Break(()),
+            })
+        })
+        .await
+    }
+
+    async fn provider_gone(&self, what: What, node: &str, lasts: u64, socket: bool) -> Result<()> {
+        let provider = self.ground.provider(node, PROVIDER);
+        provider.stop().await?;
+        let path = format!("{PROVIDERS}/e2e-provider.sock");
+        if socket {
+            self.sh(node, "rm -f \"$1\" && probe dead-socket \"$1\"", &[&path])
+                .await?;
+        }
+        sleep(lasts).await;
+        let answers = self.control(node, "/calls").await.is_ok();
+        self.world.log.struck(&what.kind(), u64::from(!answers));
+        self.sh(node, "rm -f \"$1\"", &[&path]).await?;
+        provider.start().await
+    }
+
+    async fn reboot(&self, node: &str) -> Result<()> {
+        lock(&self.world.roots).remove(node);
+        let rebooted = self.ground.reboot(node).await;
+        let root = self.ground.root(node).await?;
+        lock(&self.world.roots).insert(node.to_owned(), root);
+        rebooted
+    }
+
+    async fn driver_of(&self, node: &str) -> Result<String> {
+        let process = self.ground.driver_process(node).await?;
+        Ok(process
+            .map(|process| process.to_string())
+            .unwrap_or_default())
+    }
+
+    async fn bad_disk(&self, what: What, node: &str, lasts: u64, how: &str) -> Result<()> {
+        let records = format!("{PLUGIN}/records");
+        let driver = self.driver_of(node).await?;
+        if driver.is_empty() {
+            return Ok(());
+        }
+        self.sh(node, SMALL_DISK, &[&driver, &records, how]).await?;
+        let mark = format!("{records}/mark");
+        let writes = self.sh(node, "echo 0123456789 > \"$1\"", &[&mark]).await;
+        self.world
+            .log
+            .struck(&what.kind(), u64::from(writes.is_err()));
+        sleep(lasts).await;
+        let driver = self.driver_of(node).await?;
+        self.sh(node, LARGE_DISK, &[&driver, &records]).await?;
+        self.sh(node, "rm -f \"$1\"", &[&mark]).await.map(drop)
+    }
+
+    /// Returns the paths of a node's records, as this process sees them.
+    async fn records(&self, node: &str) -> Result<Vec<std::path::PathBuf>> {
+        let root = self.ground.root(node).await?;
+        let directory = root.join(PLUGIN.trim_start_matches('/')).join("records");
+        let entries = fs::read_dir(&directory).map_err(|error| failed(&directory, error))?;
+        let paths = entries.flatten().map(|entry| entry.path());
+        let mut records: Vec<_> = paths
+            .filter(|path| path.extension().is_some_and(|ending| ending == "json"))
+            .collect();
+        records.sort();
+        Ok(records)
+    }
+
+    async fn tear_record(&self, node: &str) -> Result<()> {
+        if let Some(record) = self.records(node).await?.first() {
+            let bytes = fs::read(record).map_err(|error| failed(record, error))?;
+            let half = bytes.get(..bytes.len() / 2).unwrap_or_default();
+            fs::write(record, half).map_err(|error| failed(record, error))?;
+            self.world.log.struck("tear-record", 1);
+        }
+        self.ground.driver(node).kill().await
+    }
+
+    /// Steps the clock of a node by what the driver has written: no process can have a clock of its
+    /// own here. Times on disk that are so much later are those of a clock that was set back since.
+    async fn step_clock(&self, what: What, node: &str, by: i64) -> Result<()> {
+        let driver = self.driver_of(node).await?;
+        if driver.is_empty() {
+            return Ok(());
+        }
+        self.sh(node, "kill -STOP \"$1\"", &[&driver]).await?;
+        let shifted = self.shift_records(node, by).await;
+        self.ground.driver(node).kill().await?;
+        self.world.log.struck(&what.kind(), shifted?);
+        Ok(())
+    }
+
+    async fn shift_records(&self, node: &str, by: i64) -> Result<u64> {
+        let mut shifted = 0;
+        for path in self.records(node).await? {
+            let text = fs::read_to_string(&path).map_err(|error| failed(&path, error))?;
+            let Ok(mut record) = serde_json::from_str::<Value>(&text) else {
+                continue;
+            };
+            for name in TIMES {
+                let time = record[name].as_str().and_then(|time| time.parse().ok());
+                let shift =
+                    |time: jiff::Timestamp| time.checked_sub(jiff::SignedDuration::from_secs(by));
+                if let Some(Ok(time)) = time.map(shift) {
+                    record[name] = time.to_string().into();
+                }
+            }
+            fs::write(&path, record.to_string()).map_err(|error| failed(&path, error))?;
+            shifted += 1;
+        }
+        Ok(shifted)
+    }
+
+    /// Makes the machine look so small that the driver's share of it is nearly taken. The driver takes
+    /// half of a machine's memory where no control group limits it.
+    async fn memory_near(&self, what: What, node: &str, lasts: u64) -> Result<()> {
+        let set = "sed 's/^MemTotal: .*/MemTotal: 65536 kB/' /proc/meminfo > /run/chaos-meminfo && \
+                   mount --bind /run/chaos-meminfo /proc/meminfo";
+        self.sh(node, set, &[]).await?;
+        self.ground.driver(node).kill().await?;
+        sleep(lasts).await;
+        let metrics = self.ground.driver(node).metrics().await.unwrap_or_default();
+        let is_near = metrics.contains("secrets_store_memory_limit_bytes 33554432");
+        self.world.log.struck(&what.kind(), u64::from(is_near));
+        self.sh(node, "umount /proc/meminfo", &[]).await?;
+        self.ground.driver(node).kill().await
+    }
+}
+
+fn failed(path: &std::path::Path, error: std::io::Error) -> Error {
+    Error::Impossible(format!("{}: {error}", path.display()))
+}

@@ -1,0 +1,218 @@
+//! What tenants and administrators do: pods, classes, rotations, and changes by hand.
+
+use k8s_openapi::api::core::v1::{Pod, Secret};
+use kube::Api;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use serde_json::{Value, json};
+
+use crate::cluster::{Error, Result, api};
+use crate::install::{classes, pod_statuses};
+
+use super::super::ground::Ground;
+use super::super::lock;
+use super::super::schedule::What;
+use super::super::store::CLASSES;
+use super::super::tenants;
+use super::{Actor, sleep};
+
+impl<G: Ground> Actor<'_, G> {
+    pub(super) async fn act_as_tenant(&self, what: What) -> Result<()> {
+        match what {
+            What::Create { pod, node } => self.create(pod, self.node(node)).await,
+            What::Delete { pod } => self.delete(pod, &DeleteParams::default()).await,
+            What::ForceDelete { pod } => self.delete(pod, &force()).await,
+            What::Move { pod, node } => {
+                self.delete(pod, &force()).await?;
+                self.create(pod, self.node(node)).await
+            }
+            What::Rotate { class } => {
+                let generation = self.world.store.rotate(class);
+                let generation = generation
+                    .map_err(|error| Error::Impossible(format!("write the store: {error}")))?;
+                let name = CLASSES.get(class).copied().unwrap_or_default();
+                self.world
+                    .log
+                    .tell(format!("{name} has generation {generation}"));
+                Ok(())
+            }
+            What::EditClass { class } => self.edit(class).await,
+            What::RemakeClass { class, lasts } => self.remake(class, lasts).await,
+            What::DeleteStatus { pod } => self.delete_statuses(pod).await,
+            What::AlterStatus { pod } => self.alter_statuses(pod).await,
+            What::DeleteSecret { class } => {
+                let name = CLASSES.get(class).copied().unwrap_or_default();
+                let deleted = self.secrets().delete(name, &DeleteParams::default()).await;
+                unless_absent(deleted, "delete a Secret")
+            }
+            What::AlterSecret { class, remove } => self.alter_secret(class, remove).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn create(&self, pod: usize, node: &str) -> Result<()> {
+        let there = self.namespace.pod(&tenants::pod_name(pod)).await?;
+        if there.is_some() {
+            return Ok(());
+        }
+        let object = tenants::pod(pod, node).to_string();
+        self.namespace.apply(&object).await.map(drop)
+    }
+
+    async fn delete(&self, pod: usize, params: &DeleteParams) -> Result<()> {
+        let pods = self.namespace.api::<Pod>();
+        let deleted = pods.delete(&tenants::pod_name(pod), params).await;
+        unless_absent(deleted, "delete a pod")
+    }
+
+    async fn edit(&self, class: usize) -> Result<()> {
+        let edited = !lock(&self.world.edited).contains(&class);
+        let object = tenants::class(class, edited);
+        let name = CLASSES.get(class).copied().unwrap_or_default();
+        let patch = Patch::Merge(json!({"spec": object["spec"]}));
+        let api = classes(&self.ground.client(), &self.world.namespace);
+        match api.patch(name, &PatchParams::default(), &patch).await {
+            Ok(_) if edited => {
+                lock(&self.world.edited).insert(class);
+                Ok(())
+            }
+            Ok(_) => {
+                lock(&self.world.edited).remove(&class);
+                Ok(())
+            }
+            // It is being made anew.
+            Err(error) => unless_absent::<()>(Err(error), "edit a class"),
+        }
+    }
+
+    async fn remake(&self, class: usize, lasts: u64) -> Result<()> {
+        let name = CLASSES.get(class).copied().unwrap_or_default();
+        let api = classes(&self.ground.client(), &self.world.namespace);
+        let deleted = api.delete(name, &DeleteParams::default()).await;
+        unless_absent(deleted, "delete a class")?;
+        sleep(lasts).await;
+        let edited = lock(&self.world.edited).contains(&class);
+        let object = tenants::class(class, edited).to_string();
+        self.namespace.apply(&object).await.map(drop)
+    }
+
+    /// Returns the names of the statuses of a pod.
+    async fn statuses_of(&self, pod: usize) -> Vec<String> {
+        let prefix = format!("{}-{}-", tenants::pod_name(pod), self.world.namespace);
+        tenants::classes_of(pod)
+            .into_iter()
+            .filter_map(|class| Some(format!("{prefix}{}", CLASSES.get(class)?)))
+            .collect()
+    }
+
+    async fn delete_statuses(&self, pod: usize) -> Result<()> {
+        let api = pod_statuses(&self.ground.client(), &self.world.namespace);
+        for name in self.statuses_of(pod).await {
+            let deleted = api.delete(&name, &DeleteParams::default()).await;
+            unless_absent(deleted, "delete a pod status")?;
+        }
+        Ok(())
+    }
+
+    async fn alter_statuses(&self, pod: usize) -> Result<()> {
+        let api = pod_statuses(&self.ground.client(), &self.world.namespace);
+        for name in self.statuses_of(pod).await {
+            let patch = Patch::Merge(json!({"status": {"mounted": false, "objects": []}}));
+            let patched = api.patch(&name, &PatchParams::default(), &patch).await;
+            unless_absent(patched, "alter a pod status")?;
+        }
+        Ok(())
+    }
+
+    fn secrets(&self) -> Api<Secret> {
+        self.namespace.api()
+    }
+
+    async fn alter_secret(&self, class: usize, remove: bool) -> Result<()> {
+        let name = CLASSES.get(class).copied().unwrap_or_default();
+        // "by hand" in base64.
+        let value = if remove {
+            Value::Null
+        } else {
+            "YnkgaGFuZA==".into()
+        };
+        let patch = Patch::Merge(json!({"data": {"key-a": value}}));
+        let secrets = self.secrets();
+        match secrets.patch(name, &PatchParams::default(), &patch).await {
+            Ok(secret) => {
+                let data = secret.data.unwrap_or_default();
+                self.world.wrote_by_hand(&json!(data));
+                Ok(())
+            }
+            Err(error) => unless_absent::<()>(Err(error), "alter a Secret"),
+        }
+    }
+
+    /// Lets the hostile tenant run pods for a while.
+    pub(super) async fn hostile(&self, node: &str, lasts: u64, how: usize) -> Result<()> {
+        let number = self.next();
+        let objects = tenants::hostile(how, number, node, &self.world.namespace);
+        for object in &objects {
+            // The API server may refuse what is too large.
+            if let Err(error) = self.hostile.apply(&object.to_string()).await {
+                let text: String = error.to_string().chars().take(200).collect();
+                self.world.log.tell(format!("hostile {how}: {text}"));
+            }
+        }
+        sleep(lasts).await;
+        let pods = self.hostile.api::<Pod>();
+        let (mut ready, client) = (0, self.ground.client());
+        for object in &objects {
+            let name = object["metadata"]["name"].as_str().unwrap_or_default();
+            if object["kind"] == "Pod" {
+                let found = pods.get_opt(name).await.ok().flatten();
+                ready += u64::from(found.as_ref().is_some_and(embedded::is_ready));
+                let deleted = pods.delete(name, &DeleteParams::default()).await;
+                unless_absent(deleted, "delete a hostile pod")?;
+            } else {
+                let api = classes(&client, self.hostile.name());
+                let deleted = api.delete(name, &DeleteParams::default()).await;
+                unless_absent(deleted, "delete a hostile class")?;
+            }
+        }
+        if how == 7 && ready > 0 {
+            let text = "a pod runs with a class of another namespace".to_owned();
+            self.world
+                .log
+                .find("no tenant reaches another's class", text);
+        }
+        Ok(())
+    }
+
+    /// Deletes all pods and classes.
+    pub(in super::super) async fn delete_all(&self) -> Result<()> {
+        for namespace in [&self.namespace, &self.hostile] {
+            let pods = namespace.api::<Pod>();
+            let list = pods.list(&ListParams::default()).await;
+            for pod in list.map_err(api("list pods".to_owned()))? {
+                let name = pod.metadata.name.unwrap_or_default();
+                let deleted = pods.delete(&name, &DeleteParams::default()).await;
+                unless_absent(deleted, "delete a pod")?;
+            }
+            let api = classes(&self.ground.client(), namespace.name());
+            let list = api.list(&ListParams::default()).await;
+            for class in list.map_err(crate::cluster::api("list classes".to_owned()))? {
+                let name = class.metadata.name.unwrap_or_default();
+                let deleted = api.delete(&name, &DeleteParams::default()).await;
+                unless_absent(deleted, "delete a class")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn force() -> DeleteParams {
+    DeleteParams::default().grace_period(0)
+}
+
+/// Takes it as done when the object does not exist.
+fn unless_absent<T>(outcome: kube::Result<T>, what: &str) -> Result<()> {
+    match outcome {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        outcome => outcome.map(drop).map_err(api(what.to_owned())),
+    }
+}

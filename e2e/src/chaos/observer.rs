@@ -1,0 +1,177 @@
+//! Checks the promises of the driver all the time, from outside: it reads what pods read, watches
+//! what the API server has, and knows the history of the store. It shares no code with the driver.
+
+mod calm;
+mod leaks;
+mod secrets;
+mod volumes;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use embedded::is_ready;
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use kube::api::ListParams;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::task::JoinSet;
+
+use super::lock;
+use super::tenants::{classes_of, pod_name};
+use super::world::{Watched, World};
+pub(super) use calm::{lacking, untraced};
+pub(super) use leaks::{Usage, left, usage};
+use volumes::Suspicion;
+
+/// The interval at which the pods are listed.
+const LIST: Duration = Duration::from_millis(100);
+
+/// The parts of the observer that run all the time. Dropping it ends them.
+pub(super) struct Observer {
+    stop: Arc<AtomicBool>,
+    reader: Option<JoinHandle<()>>,
+    _tasks: JoinSet<()>,
+}
+
+impl Observer {
+    /// Starts to observe.
+    pub(super) fn start(world: &Arc<World>, client: &kube::Client) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (out, suspicions) = unbounded_channel();
+        let reader = std::thread::spawn({
+            let (world, stop) = (Arc::clone(world), Arc::clone(&stop));
+            move || volumes::read_all(&world, &stop, &out)
+        });
+        let mut tasks = JoinSet::new();
+        tasks.spawn(list_pods(Arc::clone(world), client.clone()));
+        tasks.spawn(confirm(Arc::clone(world), client.clone(), suspicions));
+        tasks.spawn(secrets::watch(Arc::clone(world), client.clone()));
+        Self {
+            stop,
+            reader: Some(reader),
+            _tasks: tasks,
+        }
+    }
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(reader) = self.reader.take()
+            && reader.join().is_err()
+        {
+            eprintln!("the reader of the volumes broke off");
+        }
+    }
+}
+
+/// Keeps the list of pods, and checks the time that each takes until it is ready.
+async fn list_pods(world: Arc<World>, client: kube::Client) {
+    let api = Api::<Pod>::namespaced(client, &world.namespace);
+    loop {
+        if let Ok(list) = api.list(&ListParams::default()).await {
+            let mut known = lock(&world.pods);
+            known.retain(|uid, _| {
+                list.iter()
+                    .any(|pod| pod.metadata.uid.as_ref() == Some(uid))
+            });
+            for pod in &list {
+                let uid = pod.metadata.uid.clone().unwrap_or_default();
+                let before = known.get(&uid).cloned();
+                if let Some(pod) = watched(&world, pod, before.as_ref()) {
+                    check_waiting(&world, &pod, before.as_ref());
+                    known.insert(uid, pod);
+                }
+            }
+        }
+        tokio::time::sleep(LIST).await;
+    }
+}
+
+/// Returns a well-behaved pod.
+fn watched(world: &World, pod: &Pod, before: Option<&Watched>) -> Option<Watched> {
+    let name = pod.metadata.name.clone()?;
+    let number = (0..super::schedule::PODS).find(|number| pod_name(*number) == name)?;
+    let is_deleted = pod.metadata.deletion_timestamp.is_some();
+    let ready = is_ready(pod) && !is_deleted;
+    let now = Instant::now();
+    let waiting = before.map_or(Some(now), |before| before.waiting.or(Some(now)));
+    let created = before.map(|before| before.created).unwrap_or_else(|| {
+        // It has whole seconds, and is not later than the creation.
+        let at = pod.metadata.creation_timestamp.as_ref().map(|time| time.0);
+        let age = at.map_or(Duration::ZERO, |at| {
+            jiff::Timestamp::now().duration_since(at).unsigned_abs()
+        });
+        world.log.tell(format!("pod {name} is there"));
+        now.checked_sub(age).unwrap_or(now)
+    });
+    Some(Watched {
+        uid: pod.metadata.uid.clone()?,
+        node: pod.spec.as_ref()?.node_name.clone()?,
+        classes: classes_of(number),
+        ready,
+        created,
+        waiting: waiting.filter(|_| !ready && !is_deleted),
+        name,
+    })
+}
+
+/// Checks how long a pod has waited, and since when nothing but a hostile tenant can be the reason.
+fn check_waiting(world: &World, pod: &Watched, before: Option<&Watched>) {
+    world.log.checked("looks at a pod", 1);
+    let Some(since) = pod.waiting else {
+        if let Some(since) = before.and_then(|before| before.waiting)
+            && pod.ready
+        {
+            world.log.tell(format!("pod {} is ready", pod.name));
+            if lock(&world.calm).is_some_and(|calm| calm < since) {
+                world.log.took("publish without a fault", since.elapsed());
+            }
+        }
+        return;
+    };
+    if since.elapsed() > world.bounds.silence {
+        world.fails(pod, "it is not ready");
+    }
+    let Some(calm) = *lock(&world.calm) else {
+        return;
+    };
+    // A pod that waited during a fault has the time to converge.
+    if calm < since && since.elapsed() > world.bounds.publish {
+        let text = format!(
+            "pod {} ({}) waits for {:?}",
+            pod.name,
+            pod.uid,
+            since.elapsed()
+        );
+        world.log.find("a pod is ready within its bound", text);
+    }
+}
+
+/// Confirms suspicions: what was seen counts if the pod still runs afterwards, on a node that was up.
+async fn confirm(
+    world: Arc<World>,
+    client: kube::Client,
+    mut suspicions: UnboundedReceiver<Suspicion>,
+) {
+    let api = Api::<Pod>::namespaced(client, &world.namespace);
+    while let Some(suspicion) = suspicions.recv().await {
+        world.log.checked("suspicions", 1);
+        let Suspicion {
+            pod,
+            root,
+            invariant,
+            seen,
+        } = suspicion;
+        let Ok(Some(now)) = api.get_opt(&pod.name).await else {
+            continue;
+        };
+        let is_same = now.metadata.uid.as_ref() == Some(&pod.uid);
+        let runs = is_ready(&now) && now.metadata.deletion_timestamp.is_none();
+        if is_same && runs && world.is_up(&pod.node, &root) {
+            world.log.find(invariant, seen);
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! What has to be so when the faults are over: the state to which everything converges, and the
+//! traces of what did not work.
+
+use std::collections::BTreeSet;
+
+use k8s_openapi::api::core::v1::{Event, Pod, Secret};
+use kube::Api;
+use kube::api::{DynamicObject, ListParams};
+use serde_json::Value;
+
+use crate::cluster::{Component, Result, api};
+use crate::install::pod_statuses;
+
+use super::super::ground::Ground;
+use super::super::lock;
+use super::super::store::{CLASSES, EXTRA, OBJECTS, content};
+use super::super::tenants::{EXTRA_KEY, KEYS, WHO};
+use super::super::world::{Failure, Watched, World};
+
+/// Returns what is not as it should be yet.
+///
+/// # Errors
+/// When the API server does not answer.
+pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> Result<Vec<String>> {
+    let mut lacking = Vec::new();
+    let pods: Vec<Watched> = lock(&world.pods).values().cloned().collect();
+    for pod in &pods {
+        if !pod.ready {
+            lacking.push(format!("pod {} is not ready", pod.name));
+        }
+    }
+    let mut used = BTreeSet::new();
+    for pod in pods.iter().filter(|pod| pod.ready) {
+        for class in &pod.classes {
+            used.insert(*class);
+            let name = CLASSES.get(*class).copied().unwrap_or_default();
+            let read = lock(&world.read).get(&(pod.uid.clone(), *class)).copied();
+            let latest = world.store.latest(*class);
+            if read != Some(latest) {
+                lacking.push(format!(
+                    "pod {} reads generation {read:?} of {name} instead of {latest}",
+                    pod.name
+                ));
+            }
+        }
+    }
+    let secrets = Api::<Secret>::namespaced(client.clone(), &world.namespace);
+    for class in used {
+        let name = CLASSES.get(class).copied().unwrap_or_default();
+        let secret = secrets.get_opt(name).await;
+        let secret = secret.map_err(api(format!("get Secret {name}")))?;
+        if let Some(wrong) = wrong_secret(world, class, secret) {
+            lacking.push(format!("Secret {name} {wrong}"));
+        }
+    }
+    let statuses = pod_statuses(client, &world.namespace);
+    let statuses = statuses.list(&ListParams::default()).await;
+    let statuses = statuses.map_err(api("list pod statuses".to_owned()))?.items;
+    lacking.extend(wrong_statuses(world, &pods, &statuses));
+    world.log.checked("looks at the state after faults", 1);
+    Ok(lacking)
+}
+
+/// Returns how a Secret differs from what its class declares and the store has.
+fn wrong_secret(world: &World, class: usize, secret: Option<Secret>) -> Option<String> {
+    let Some(secret) = secret else {
+        return Some("is missing".to_owned());
+    };
+    let name = CLASSES.get(class).copied().unwrap_or_default();
+    let latest = world.store.latest(class);
+    let is_edited = lock(&world.edited).contains(&class);
+    let extra = is_edited.then_some((EXTRA_KEY, EXTRA));
+    let mut data = secret.data.unwrap_or_default();
+    for (key, object) in KEYS.into_iter().chain(extra) {
+        let value = data.remove(key);
+        if value.is_none_or(|value| value.0 != content(name, object, latest).into_bytes()) {
+            return Some(format!("has not generation {latest} in {key}"));
+        }
+    }
+    let more: Vec<&String> = data.keys().collect();
+    (!more.is_empty()).then(|| format!("has keys that its class does not declare: {more:?}"))
+}
+
+/// Returns what is wrong with the statuses of the pods that run, and those of pods that are gone.
+fn wrong_statuses(world: &World, pods: &[Watched], statuses: &[DynamicObject]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut expected = BTreeSet::new();
+    for pod in pods {
+        for class in &pod.classes {
+            let class_name = CLASSES.get(*class).copied().unwrap_or_default();
+            let name = format!("{}-{}-{class_name}", pod.name, world.namespace);
+            if pod.ready {
+                let found = statuses
+                    .iter()
+                    .find(|status| status.metadata.name.as_deref() == Some(&name));
+                if let Some(how) = wrong_status(world, pod, *class, found) {
+                    wrong.push(format!("pod status {name} {how}"));
+                }
+            }
+            expected.insert(name);
+        }
+    }
+    for status in statuses {
+        let name = status.metadata.name.clone().unwrap_or_default();
+        if !expected.contains(&name) {
+            wrong.push(format!("pod status {name} is of a pod that is gone"));
+        }
+    }
+    wrong
+}
+
+fn wrong_status(
+    world: &World,
+    pod: &Watched,
+    class: usize,
+    status: Option<&DynamicObject>,
+) -> Option<String> {
+    let Some(status) = status else {
+        return Some("is missing".to_owned());
+    };
+    let owners = status.metadata.owner_references.iter().flatten();
+    if !owners.into_iter().any(|owner| owner.uid == pod.uid) {
+        return Some("is not owned by its pod".to_owned());
+    }
+    let state = &status.data["status"];
+    if state["mounted"] != true {
+        return Some("does not say that it is mounted".to_owned());
+    }
+    let class_name = CLASSES.get(class).copied().unwrap_or_default();
+    let latest = format!("g{}", world.store.latest(class));
+    for (object, _) in OBJECTS {
+        let id = format!("secret/{class_name}-{object}");
+        let objects = state["objects"].as_array();
+        let version = objects
+            .into_iter()
+            .flatten()
+            .find(|object| object["id"] == id.as_str())
+            .map(|object| &object["version"]);
+        if version != Some(&Value::from(latest.as_str())) {
+            let version = version.cloned().unwrap_or_default();
+            return Some(format!("has version {version} of {id} instead of {latest}"));
+        }
+    }
+    let who = format!("secret/{class_name}-{WHO}");
+    let mut ids = state["objects"].as_array().into_iter().flatten();
+    (!ids.any(|object| object["id"] == who.as_str())).then(|| format!("does not have {who}"))
+}
+
+/// Returns the failures of which a person can find no trace: neither a warning among the pod's events
+/// nor a line of the driver's log that names the pod. Forgets all failures so far.
+///
+/// # Errors
+/// When the API server or a node does not answer.
+pub(in super::super) async fn untraced<G: Ground>(
+    world: &World,
+    ground: &G,
+) -> Result<Vec<String>> {
+    let failures = std::mem::take(&mut *lock(&world.failures));
+    let events = Api::<Event>::namespaced(ground.client(), &world.namespace);
+    let events = events.list(&ListParams::default()).await;
+    let events = events.map_err(api("list events".to_owned()))?;
+    let mut untraced = Vec::new();
+    for (uid, Failure { pod, node, what }) in failures {
+        world.log.checked("failures with a trace", 1);
+        let is_told = events.iter().any(|event| {
+            event.involved_object.uid.as_ref() == Some(&uid)
+                && event.type_.as_deref() == Some("Warning")
+        });
+        if is_told {
+            continue;
+        }
+        let log = ground.log(&node, &Component::Driver).await?;
+        let is_logged = log
+            .lines()
+            .any(|line| (line.contains("WARN") || line.contains("ERROR")) && line.contains(&pod));
+        if !is_logged && still_there(world, ground, &pod, &uid).await? {
+            untraced.push(format!("pod {pod} ({uid}): {what}"));
+        }
+    }
+    Ok(untraced)
+}
+
+/// Returns whether somebody could still ask for the trace: the pod is there.
+async fn still_there<G: Ground>(world: &World, ground: &G, pod: &str, uid: &str) -> Result<bool> {
+    let pods = Api::<Pod>::namespaced(ground.client(), &world.namespace);
+    let found = pods.get_opt(pod).await;
+    let found = found.map_err(api(format!("get pod {pod}")))?;
+    Ok(found.is_some_and(|found| found.metadata.uid.as_deref() == Some(uid)))
+}

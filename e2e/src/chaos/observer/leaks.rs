@@ -1,0 +1,126 @@
+//! What must not be left when all pods are gone.
+
+use std::fs;
+use std::path::Path;
+
+use k8s_openapi::api::core::v1::Secret;
+use kube::Api;
+use kube::api::ListParams;
+
+use crate::cluster::{Result, api};
+use crate::install::pod_statuses;
+
+use super::super::ground::Ground;
+use super::super::world::World;
+
+const PODS: &str = "/var/lib/kubelet/pods";
+const PLUGIN: &str = "/var/lib/kubelet/plugins/csi-secrets-store";
+/// The descriptors by which a driver without work may have more than it had at the start: connections
+/// to the API server and to kubelet that are kept for a while.
+const MORE_DESCRIPTORS: usize = 8;
+/// The memory by which a driver without work may have more than at the start. The allocator keeps
+/// some, and the build of the tests more than that of a release.
+const MORE_MEMORY: u64 = 48 << 20;
+
+/// The resources of a driver's process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) struct Usage {
+    pub(in super::super) descriptors: usize,
+    pub(in super::super) memory: u64,
+}
+
+/// Returns the resources of the driver on a node; none while it does not run.
+///
+/// # Errors
+/// When the node does not answer.
+pub(in super::super) async fn usage<G: Ground>(ground: &G, node: &str) -> Result<Option<Usage>> {
+    let Some(process) = ground.driver_process(node).await? else {
+        return Ok(None);
+    };
+    let process = format!("/proc/{process}");
+    let Ok(descriptors) = fs::read_dir(Path::new(&process).join("fd")) else {
+        return Ok(None);
+    };
+    let status = fs::read_to_string(Path::new(&process).join("status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    Ok(kib.map(|kib| Usage {
+        descriptors: descriptors.count(),
+        memory: kib << 10,
+    }))
+}
+
+/// Returns what is left on a node and of the namespaces after all pods were deleted. `idle` is what
+/// the driver had at the start.
+///
+/// # Errors
+/// When the node or the API server does not answer.
+pub(in super::super) async fn left<G: Ground>(
+    world: &World,
+    ground: &G,
+    node: &str,
+    idle: Usage,
+    namespaces: &[&str],
+) -> Result<Vec<String>> {
+    world.log.checked("looks for leaks", 1);
+    let mut left = Vec::new();
+    for mount in ground.mounts(node, Path::new(PODS)).await? {
+        if mount.to_string_lossy().contains("kubernetes.io~csi") {
+            left.push(format!("mount {}", mount.display()));
+        }
+    }
+    let pods = ground.run(node, &["find", PODS, "-path", "*kubernetes.io~csi*"]);
+    left.extend(pods.await?.lines().map(|path| format!("directory {path}")));
+    let plugin = ground.run(node, &["find", PLUGIN, "-not", "-type", "d"]);
+    let socket = format!("{PLUGIN}/csi.sock");
+    let files = plugin.await?;
+    left.extend(
+        files
+            .lines()
+            // A lock holds nothing.
+            .filter(|path| **path != socket && !path.ends_with(".lock"))
+            .map(|path| format!("file {path}")),
+    );
+    if !files.lines().any(|path| path == socket) {
+        left.push(format!("no socket {socket}"));
+    }
+    for namespace in namespaces {
+        let statuses = pod_statuses(&ground.client(), namespace);
+        let statuses = statuses.list(&ListParams::default()).await;
+        let statuses = statuses.map_err(api("list pod statuses".to_owned()))?;
+        left.extend(
+            statuses
+                .iter()
+                .map(|found| format!("pod status {:?}", found.metadata.name)),
+        );
+        let secrets = Api::<Secret>::namespaced(ground.client(), namespace);
+        let secrets = secrets.list(&ListParams::default()).await;
+        let secrets = secrets.map_err(api("list Secrets".to_owned()))?;
+        left.extend(
+            secrets
+                .iter()
+                .map(|found| format!("Secret {:?}", found.metadata.name)),
+        );
+    }
+    match usage(ground, node).await? {
+        None => left.push("no driver".to_owned()),
+        Some(now) => {
+            if now.descriptors > idle.descriptors + MORE_DESCRIPTORS {
+                left.push(format!(
+                    "{} descriptors, {} at the start",
+                    now.descriptors, idle.descriptors
+                ));
+            }
+            if now.memory > idle.memory + MORE_MEMORY {
+                left.push(format!(
+                    "{} bytes of memory, {} at the start",
+                    now.memory, idle.memory
+                ));
+            }
+        }
+    }
+    Ok(left
+        .into_iter()
+        .map(|what| format!("on {node}: {what}"))
+        .collect())
+}

@@ -1,0 +1,103 @@
+//! Watches the synced Secrets: each version that the API server has is judged by the history of the
+//! store.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt as _;
+use k8s_openapi::api::core::v1::Secret;
+use kube::Api;
+use kube::runtime::watcher::{self, Event, watcher};
+use serde_json::json;
+
+use super::super::store::{CLASSES, generation_of};
+use super::super::tenants::{EXTRA_KEY, KEYS};
+use super::super::world::World;
+
+/// The time after which a version is judged: somebody who writes by hand tells so after it.
+const LATER: Duration = Duration::from_millis(1_500);
+
+/// Watches until it is dropped.
+pub(super) async fn watch(world: Arc<World>, client: kube::Client) {
+    let secrets = Api::<Secret>::namespaced(client, &world.namespace);
+    let mut events = watcher(secrets, watcher::Config::default()).boxed();
+    let mut waiting: VecDeque<(Instant, Secret)> = VecDeque::new();
+    // The last generation of each Secret, by UID.
+    let mut last = BTreeMap::new();
+    loop {
+        let first = waiting.front().map(|(seen, _)| *seen + LATER);
+        tokio::select! {
+            event = events.next() => match event {
+                Some(Ok(Event::Apply(secret) | Event::InitApply(secret))) => {
+                    waiting.push_back((Instant::now(), secret));
+                }
+                Some(_) => {}
+                None => return,
+            },
+            () = tokio::time::sleep_until(first.unwrap_or_else(Instant::now).into()), if first.is_some() => {
+                if let Some((seen, secret)) = waiting.pop_front() {
+                    judge(&world, seen, &secret, &mut last);
+                }
+            }
+        }
+    }
+}
+
+fn judge(world: &World, seen: Instant, secret: &Secret, last: &mut BTreeMap<String, u64>) {
+    let name = secret.metadata.name.as_deref().unwrap_or_default();
+    let Some(class) = CLASSES.iter().position(|class| *class == name) else {
+        return;
+    };
+    let data = secret.data.clone().unwrap_or_default();
+    // It stays until the driver restores it; who adds an owner meanwhile writes it again.
+    if world.is_by_hand(&json!(data)) {
+        return;
+    }
+    world.log.checked("versions of a Secret", 1);
+    let mut generations = BTreeMap::new();
+    for (key, object) in KEYS
+        .iter()
+        .chain(&[(EXTRA_KEY, super::super::store::EXTRA)])
+    {
+        let Some(value) = data.get(*key) else {
+            // The extra key is declared only by an edited class.
+            if *key != EXTRA_KEY {
+                let text = format!("Secret {name} has no {key}");
+                world.log.find("a Secret has every declared key", text);
+            }
+            continue;
+        };
+        match generation_of(name, object, &String::from_utf8_lossy(&value.0)) {
+            Ok(generation) => {
+                generations.insert(generation, *key);
+            }
+            Err(what) => {
+                let text = format!("Secret {name}: {key} {what}");
+                world.log.find("each value of a Secret is whole", text);
+            }
+        }
+    }
+    if generations.len() > 1 {
+        let text = format!("Secret {name} has generations {generations:?}");
+        world.log.find("no Secret is mixed", text);
+    }
+    let Some((generation, _)) = generations.last_key_value() else {
+        return;
+    };
+    let uid = secret.metadata.uid.clone().unwrap_or_default();
+    let before = last.entry(uid).or_default();
+    // Of two contents, the one whose pod status was written later counts as newer, even if it was
+    // fetched earlier (docs/secrets.md). So a Secret may return to a content that a provider read
+    // shortly before; a content that the store replaced long before may not come back.
+    let replaced = world.store.replaced_for(class, *generation);
+    let replaced = replaced.saturating_sub(seen.elapsed());
+    if *generation < *before && replaced > world.bounds.fetch {
+        let text = format!(
+            "Secret {name} has generation {generation} after {before}, which the store replaced \
+             {replaced:.1?} before"
+        );
+        world.log.find("no Secret goes back in time", text);
+    }
+    *before = *generation;
+}

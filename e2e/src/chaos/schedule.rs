@@ -1,0 +1,442 @@
+//! What a run does, and when: a pure list that a seed decides, and that can be printed, stored, cut
+//! and run again.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::store::CLASSES;
+
+/// The number of well-behaved pods that can be there at the same time. Pods of the same number have
+/// the same name.
+pub(super) const PODS: usize = 8;
+/// The time in which the steps of a round begin.
+const STORM: Duration = Duration::from_secs(25);
+/// The longest time that a fault lasts.
+const LONGEST_FAULT: u64 = 8_000;
+
+/// The steps of a run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Schedule {
+    /// The seed that it was made from.
+    pub seed: u64,
+    /// Rounds, one after another: the steps of a round, and then a calm in which all has to converge.
+    pub(super) rounds: Vec<Vec<Step>>,
+}
+
+/// A step of a round.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Step {
+    /// The milliseconds after the beginning of the round.
+    pub(super) at: u64,
+    /// The action or fault.
+    #[serde(flatten)]
+    pub(super) what: What,
+}
+
+/// An action of somebody, or a fault. `lasts` is in milliseconds. A number of a node counts modulo
+/// the nodes that there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "what")]
+pub(super) enum What {
+    /// A pod comes, unless it is there.
+    Create { pod: usize, node: usize },
+    /// A pod is deleted.
+    Delete { pod: usize },
+    /// A pod is deleted by force: it is gone from the API before its volumes are.
+    ForceDelete { pod: usize },
+    /// A pod is deleted by force, and one of the same name comes at once on another node.
+    Move { pod: usize, node: usize },
+    /// The store gets new values of a class's objects.
+    Rotate { class: usize },
+    /// A class gets one more object and key, or loses them again.
+    EditClass { class: usize },
+    /// A class is deleted, and made anew after a while.
+    RemakeClass { class: usize, lasts: u64 },
+    /// Somebody deletes the statuses of a pod.
+    DeleteStatus { pod: usize },
+    /// Somebody changes the versions in the statuses of a pod.
+    AlterStatus { pod: usize },
+    /// Somebody deletes a synced Secret.
+    DeleteSecret { class: usize },
+    /// Somebody changes a value of a synced Secret, or removes a key.
+    AlterSecret { class: usize, remove: bool },
+    /// The driver is killed.
+    KillDriver { node: usize },
+    /// A second driver serves at the socket of the first.
+    TwoDrivers { node: usize, lasts: u64 },
+    /// The provider answers late.
+    ProviderSlow { node: usize, lasts: u64, by: u64 },
+    /// The provider does not answer, and is killed after that.
+    ProviderHung { node: usize, lasts: u64 },
+    /// The provider is stopped; its socket is absent or dead.
+    ProviderGone {
+        node: usize,
+        lasts: u64,
+        socket: bool,
+    },
+    /// The provider fails, or its answers must not be used.
+    ProviderWrong { node: usize, lasts: u64, how: usize },
+    /// The provider is killed.
+    KillProvider { node: usize },
+    /// A second provider takes the socket, and goes again.
+    ReplaceProvider { node: usize, lasts: u64 },
+    /// The API server answers the driver late.
+    ApiSlow { lasts: u64, by: u64 },
+    /// The API server refuses every second request of the driver with this status.
+    ApiRefuses { lasts: u64, status: u16 },
+    /// The API server answers every second write of the driver with a conflict.
+    ApiConflicts { lasts: u64 },
+    /// The API server answers reads of the driver with what was true at the beginning of the fault.
+    ApiPast { lasts: u64 },
+    /// The API server closes the driver's connections.
+    ApiGone { lasts: u64 },
+    /// The API server does not answer the driver.
+    ApiHung { lasts: u64 },
+    /// kubelet starts anew.
+    RestartKubelet { node: usize },
+    /// The node loses its power.
+    Reboot { node: usize },
+    /// Somebody empties the directory of the providers' sockets.
+    WipeProviders { node: usize },
+    /// Somebody empties the driver's own directory: its socket and the records.
+    WipePlugin { node: usize },
+    /// The disk with the records is read-only.
+    DiskReadOnly { node: usize, lasts: u64 },
+    /// The disk with the records is full.
+    DiskFull { node: usize, lasts: u64 },
+    /// A crash leaves half a record.
+    TearRecord { node: usize },
+    /// The clock of a node is stepped by so many seconds, and the driver starts anew.
+    StepClock { node: usize, by: i64 },
+    /// The driver's memory limit is close to what is mounted.
+    MemoryNear { node: usize, lasts: u64 },
+    /// The hostile tenant runs pods.
+    Hostile { node: usize, lasts: u64, how: usize },
+}
+
+impl What {
+    /// Returns the name of the kind, as in a schedule.
+    pub(super) fn kind(&self) -> String {
+        let value = serde_json::to_value(self).unwrap_or_default();
+        value["what"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Returns whether it is an action of users, not a fault.
+    pub(super) fn is_action(&self) -> bool {
+        matches!(
+            self,
+            Self::Create { .. }
+                | Self::Delete { .. }
+                | Self::ForceDelete { .. }
+                | Self::Move { .. }
+                | Self::Rotate { .. }
+                | Self::EditClass { .. }
+                | Self::RemakeClass { .. }
+                | Self::DeleteStatus { .. }
+                | Self::AlterStatus { .. }
+                | Self::DeleteSecret { .. }
+                | Self::AlterSecret { .. }
+        )
+    }
+
+    /// Returns the node of a fault that must not meet another one of that node: each changes the
+    /// node's processes or mounts, and changes them back.
+    fn alone_on(&self) -> Option<usize> {
+        match *self {
+            Self::TwoDrivers { node, .. }
+            | Self::ReplaceProvider { node, .. }
+            | Self::ProviderGone { node, .. }
+            | Self::ProviderHung { node, .. }
+            | Self::ProviderSlow { node, .. }
+            | Self::ProviderWrong { node, .. }
+            | Self::KillProvider { node }
+            | Self::Reboot { node }
+            | Self::WipeProviders { node }
+            | Self::WipePlugin { node }
+            | Self::DiskReadOnly { node, .. }
+            | Self::DiskFull { node, .. }
+            | Self::TearRecord { node }
+            | Self::StepClock { node, .. }
+            | Self::MemoryNear { node, .. } => Some(node),
+            _ => None,
+        }
+    }
+
+    /// Returns the milliseconds that it lasts.
+    fn lasts(&self) -> u64 {
+        let value = serde_json::to_value(self).unwrap_or_default();
+        value["lasts"].as_u64().unwrap_or(1_500)
+    }
+}
+
+impl fmt::Display for What {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.kind())?;
+        let value = serde_json::to_value(self).unwrap_or_default();
+        for (name, value) in value.as_object().into_iter().flatten() {
+            if name != "what" {
+                write!(f, " {name}={value}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Schedule {
+    /// Returns the schedule of a seed.
+    pub fn of_seed(seed: u64, rounds: usize, nodes: usize) -> Self {
+        let mut random = Random(seed);
+        let rounds = (0..rounds)
+            .map(|number| round(&mut random, number, nodes))
+            .collect();
+        Self { seed, rounds }
+    }
+
+    /// Returns the schedule of a seed for so many minutes, on two nodes. It begins with the rounds of
+    /// the same seed for fewer minutes.
+    pub fn of_minutes(seed: u64, minutes: f64) -> Self {
+        let rounds = (minutes.clamp(0.0, 10_000.0) * 60.0 / STORM.as_secs_f64()).ceil();
+        Self::of_seed(seed, (rounds as usize).max(1), 2)
+    }
+
+    /// Parses what [`Display`](fmt::Display) writes: a first line with the seed, then one JSON
+    /// object per line, and an empty line between rounds.
+    ///
+    /// # Errors
+    /// Names the line that is none.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut lines = text.lines().enumerate();
+        let first = lines.next().map(|(_, line)| line).unwrap_or_default();
+        let seed = first.strip_prefix("seed ").and_then(|n| n.parse().ok());
+        let seed = seed.ok_or("line 1 is not seed NUMBER")?;
+        let mut rounds = vec![Vec::new()];
+        for (number, line) in lines {
+            if line.trim().is_empty() {
+                rounds.push(Vec::new());
+                continue;
+            }
+            let step = serde_json::from_str(line);
+            let step = step.map_err(|error| format!("line {}: {error}", number + 1))?;
+            if let Some(round) = rounds.last_mut() {
+                round.push(step);
+            }
+        }
+        rounds.retain(|round| !round.is_empty());
+        Ok(Self { seed, rounds })
+    }
+
+    /// Returns the number of steps.
+    pub fn len(&self) -> usize {
+        self.rounds.iter().map(Vec::len).sum()
+    }
+
+    /// Returns whether it has no step.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "seed {}", self.seed)?;
+        for (number, round) in self.rounds.iter().enumerate() {
+            if number > 0 {
+                writeln!(f)?;
+            }
+            for step in round {
+                let line = serde_json::to_string(step).map_err(|_| fmt::Error)?;
+                writeln!(f, "{line}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes a round. The first one begins with all pods; every third one has no faults but the hostile
+/// tenant, so that the time of each publish counts.
+fn round(random: &mut Random, number: usize, nodes: usize) -> Vec<Step> {
+    let mut steps = Vec::new();
+    if number == 0 {
+        for pod in 0..PODS {
+            let at = 100 * pod as u64;
+            let node = pod % nodes;
+            let what = What::Create { pod, node };
+            steps.push(Step { at, what });
+        }
+    }
+    let end = STORM.as_millis() as u64;
+    let mut at = 1_500;
+    while at < end {
+        let what = action(random, nodes);
+        steps.push(Step { at, what });
+        at += 200 + random.below(800);
+    }
+    let mut busy = vec![0; nodes];
+    let mut at = 1_000 + random.below(2_000);
+    let is_hostile = number % 3 == 2;
+    while at < end {
+        let what = if is_hostile {
+            hostile(random, nodes)
+        } else {
+            fault(random, nodes)
+        };
+        at += 400 + random.below(2_400);
+        if let Some(node) = what.alone_on() {
+            let Some(until) = busy.get_mut(node).filter(|until| **until < at) else {
+                continue;
+            };
+            // A fault also takes a moment to end.
+            *until = at + what.lasts() + 1_500;
+        }
+        steps.push(Step { at, what });
+    }
+    steps.sort_by_key(|step| step.at);
+    steps
+}
+
+fn action(random: &mut Random, nodes: usize) -> What {
+    let pod = random.index(PODS);
+    let class = random.index(CLASSES.len());
+    let node = random.index(nodes);
+    match random.below(24) {
+        0..5 => What::Create { pod, node },
+        5..7 => What::Delete { pod },
+        7 => What::ForceDelete { pod },
+        8..10 => What::Move { pod, node },
+        10..17 => What::Rotate { class },
+        17 => What::EditClass { class },
+        18 => What::RemakeClass {
+            class,
+            lasts: 100 + random.below(3_000),
+        },
+        19 => What::DeleteStatus { pod },
+        20 => What::AlterStatus { pod },
+        21 => What::DeleteSecret { class },
+        _ => What::AlterSecret {
+            class,
+            remove: random.below(2) == 0,
+        },
+    }
+}
+
+fn fault(random: &mut Random, nodes: usize) -> What {
+    let node = random.index(nodes);
+    let lasts = 500 + random.below(LONGEST_FAULT - 500);
+    match random.below(30) {
+        0..4 => What::KillDriver { node },
+        4 => What::TwoDrivers { node, lasts },
+        5..7 => What::ProviderSlow {
+            node,
+            lasts,
+            by: 200 + random.below(3_000),
+        },
+        7 => What::ProviderHung { node, lasts },
+        8 => What::ProviderGone {
+            node,
+            lasts,
+            socket: random.below(2) == 0,
+        },
+        9 => What::ProviderWrong {
+            node,
+            lasts,
+            how: random.index(8),
+        },
+        10 => What::KillProvider { node },
+        11 => What::ReplaceProvider { node, lasts },
+        12 => What::ApiSlow {
+            lasts,
+            by: 50 + random.below(1_500),
+        },
+        13 => What::ApiRefuses {
+            lasts,
+            status: [403, 429, 500, 503][random.index(4)],
+        },
+        14 => What::ApiConflicts { lasts },
+        15..17 => What::ApiPast { lasts },
+        17 => What::ApiGone { lasts },
+        18 => What::ApiHung { lasts },
+        19 => What::RestartKubelet { node },
+        20 => What::Reboot { node },
+        21 => What::WipeProviders { node },
+        22 => What::WipePlugin { node },
+        23 => What::DiskReadOnly { node, lasts },
+        24 => What::DiskFull { node, lasts },
+        25 => What::TearRecord { node },
+        26 => What::StepClock {
+            node,
+            by: [-86_400, -3_600, -40, 40, 3_600, 86_400][random.index(6)],
+        },
+        27 => What::MemoryNear { node, lasts },
+        _ => hostile(random, nodes),
+    }
+}
+
+fn hostile(random: &mut Random, nodes: usize) -> What {
+    What::Hostile {
+        node: random.index(nodes),
+        lasts: 2_000 + random.below(LONGEST_FAULT - 2_000),
+        how: random.index(8),
+    }
+}
+
+/// Numbers that look random and that a seed decides on every machine (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    fn index(&mut self, length: usize) -> usize {
+        self.below(length as u64) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn a_seed_decides_the_schedule_and_it_is_read_as_it_is_printed() {
+        let schedule = Schedule::of_seed(7, 3, 2);
+        assert_eq!(schedule, Schedule::of_seed(7, 3, 2));
+        assert_ne!(schedule, Schedule::of_seed(8, 3, 2));
+        assert_eq!(Schedule::parse(&schedule.to_string()).unwrap(), schedule);
+        let error = Schedule::parse("seed 1\n{\"at\": 1, \"what\": \"dance\"}").unwrap_err();
+        assert!(error.starts_with("line 2: "), "{error}");
+    }
+
+    #[test]
+    fn every_kind_occurs_and_no_two_faults_of_a_node_that_exclude_each_other_meet() {
+        let mut kinds = BTreeSet::new();
+        for seed in 0..60 {
+            for round in Schedule::of_seed(seed, 3, 2).rounds {
+                for (number, step) in round.iter().enumerate() {
+                    kinds.insert(step.what.kind());
+                    let Some(node) = step.what.alone_on() else {
+                        continue;
+                    };
+                    let mut later = round[number + 1..].iter();
+                    let meets = later.find(|later| {
+                        later.what.alone_on() == Some(node)
+                            && later.at < step.at + step.what.lasts()
+                    });
+                    assert_eq!(meets, None, "{step:?}");
+                }
+            }
+        }
+        assert_eq!(kinds.len(), 35, "{kinds:?}");
+    }
+}

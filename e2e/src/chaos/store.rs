@@ -1,0 +1,188 @@
+//! The external store of a run: what each object of a class contains, and since when.
+//!
+//! All objects of a class change together, and each content names its class, its object and the
+//! generation of the class. So a reader can tell what it reads, and when the store had it.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::lock;
+
+/// The well-behaved classes.
+pub(super) const CLASSES: [&str; 3] = ["alpha", "beta", "gamma"];
+/// The objects of each class that are files, with the number of words that each has. A large one
+/// takes more than one page.
+pub(super) const OBJECTS: [(&str, usize); 3] = [("a", 8), ("b", 2_000), ("c", 40)];
+/// The object that a class has only after an edit.
+pub(super) const EXTRA: &str = "d";
+
+/// The content of the store, and its history.
+pub(super) struct Store {
+    file: PathBuf,
+    /// For each class, the times of its generations. Index 0 is generation 1.
+    history: Mutex<Vec<Vec<Written>>>,
+}
+
+/// The time of the write of a generation. A provider may have read it from `begun` on, and reads it
+/// from `done` on.
+#[derive(Clone, Copy, Debug)]
+struct Written {
+    begun: Instant,
+    done: Instant,
+}
+
+impl Store {
+    /// Writes the first generation of all classes to a file from which the providers read.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(super) fn create(file: PathBuf) -> io::Result<Self> {
+        let store = Self {
+            file,
+            history: Mutex::new(vec![Vec::new(); CLASSES.len()]),
+        };
+        for class in 0..CLASSES.len() {
+            store.rotate(class)?;
+        }
+        Ok(store)
+    }
+
+    /// Writes the next generation of a class; returns its number.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(super) fn rotate(&self, class: usize) -> io::Result<u64> {
+        let mut history = lock(&self.history);
+        let begun = Instant::now();
+        if let Some(generations) = history.get_mut(class) {
+            let done = begun + Duration::from_secs(3600);
+            generations.push(Written { begun, done });
+        }
+        let generations: Vec<u64> = history.iter().map(|of| of.len() as u64).collect();
+        let text = objects(&generations);
+        let new = self.file.with_extension("new");
+        fs::write(&new, text)?;
+        fs::rename(&new, &self.file)?;
+        if let Some(written) = history.get_mut(class).and_then(|of| of.last_mut()) {
+            written.done = Instant::now();
+        }
+        Ok(generations.get(class).copied().unwrap_or_default())
+    }
+
+    /// Returns the last generation of a class.
+    pub(super) fn latest(&self, class: usize) -> u64 {
+        let history = lock(&self.history);
+        history.get(class).map_or(0, |of| of.len() as u64)
+    }
+
+    /// Returns the oldest generation that a provider may have read at a time.
+    pub(super) fn at(&self, class: usize, time: Instant) -> u64 {
+        let history = lock(&self.history);
+        let of = history.get(class).map(Vec::as_slice).unwrap_or_default();
+        of.iter().filter(|written| written.done <= time).count() as u64
+    }
+
+    /// Returns how long a generation has been replaced by a newer one; zero if it is the last.
+    pub(super) fn replaced_for(&self, class: usize, generation: u64) -> Duration {
+        let history = lock(&self.history);
+        let next = history
+            .get(class)
+            .and_then(|of| of.get(generation as usize));
+        next.map_or(Duration::ZERO, |next| next.begun.elapsed())
+    }
+}
+
+/// Returns the objects of all classes, as the provider reads them.
+fn objects(generations: &[u64]) -> String {
+    let mut all = Vec::new();
+    for (class, generation) in CLASSES.iter().zip(generations) {
+        let extra = (EXTRA, 8);
+        for (object, _) in OBJECTS.iter().chain([&extra]) {
+            all.push(json!({
+                "name": format!("{class}-{object}"),
+                "content": content(class, object, *generation),
+                "version": format!("g{generation}"),
+            }));
+        }
+    }
+    serde_json::Value::from(all).to_string()
+}
+
+/// Returns the content of an object.
+pub(super) fn content(class: &str, object: &str, generation: u64) -> String {
+    let words = OBJECTS.iter().find(|(name, _)| *name == object);
+    let words = words.map_or(8, |(_, words)| *words);
+    let mut text = format!("{class}/{object}");
+    for _ in 0..words {
+        // Writing to a string does not fail.
+        let _written = write!(text, " {generation}");
+    }
+    text + " end"
+}
+
+/// Returns the generation of a content that is whole.
+///
+/// # Errors
+/// The end of a sentence: what it is instead. It quotes no more than its beginning.
+pub(super) fn generation_of(class: &str, object: &str, text: &str) -> Result<u64, String> {
+    let beginning = || text.chars().take(40).collect::<String>();
+    let own = format!("{class}/{object} ");
+    let Some(rest) = text.strip_prefix(&own) else {
+        return Err(match text {
+            "" => "is empty".to_owned(),
+            _ => format!("is not its content: {:?}", beginning()),
+        });
+    };
+    let number = rest.split(' ').next().and_then(|word| word.parse().ok());
+    match number {
+        Some(number) if content(class, object, number) == text => Ok(number),
+        _ => Err(format!(
+            "is not whole, or mixed: {} bytes from {:?}",
+            text.len(),
+            beginning()
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_content_tells_its_generation_and_nothing_else_passes() {
+        let whole = content("alpha", "a", 12);
+        assert_eq!(generation_of("alpha", "a", &whole), Ok(12));
+        let spoilt = [
+            String::new(),
+            whole[..whole.len() - 1].to_owned(),
+            whole.replacen(" 12", " 13", 1),
+            whole.replacen("12 12 12", "12 12 11", 1),
+            content("alpha", "b", 12),
+            content("beta", "a", 12),
+        ];
+        for text in spoilt {
+            assert!(generation_of("alpha", "a", &text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_history_knows_what_a_provider_can_have_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(dir.path().join("objects")).unwrap();
+        let before = Instant::now();
+        assert_eq!(store.rotate(1).unwrap(), 2);
+        assert_eq!((store.latest(0), store.latest(1)), (1, 2));
+        assert_eq!(store.at(1, before), 1);
+        assert_eq!(store.at(1, Instant::now()), 2);
+        assert!(store.replaced_for(1, 1) > Duration::ZERO);
+        assert_eq!(store.replaced_for(1, 2), Duration::ZERO);
+        let text = fs::read_to_string(dir.path().join("objects")).unwrap();
+        assert!(text.contains(&content("beta", "a", 2)) && text.contains("gamma-d"));
+    }
+}

@@ -1,0 +1,194 @@
+//! The objects that tenants apply: classes, pods, and those of a hostile tenant.
+
+use serde_json::{Value, json};
+
+use super::store::{CLASSES, EXTRA, OBJECTS};
+
+/// The name of the only volume of a pod that has one class; further ones are numbered.
+const VOLUME: &str = "secrets";
+/// The directory of the first volume in the container.
+const MOUNT: &str = "/mnt/secrets";
+/// The file that says for which pod the provider was called.
+pub(super) const WHO: &str = "who";
+/// The keys that each class declares, with their objects.
+pub(super) const KEYS: [(&str, &str); 2] = [("key-a", "a"), ("key-c", "c")];
+/// The key that a class declares only after an edit.
+pub(super) const EXTRA_KEY: &str = "key-d";
+
+/// Returns the classes that a pod of this number mounts.
+pub(super) fn classes_of(pod: usize) -> Vec<usize> {
+    let first = pod % CLASSES.len();
+    match pod % 4 {
+        0 => vec![first, (first + 1) % CLASSES.len()],
+        _ => vec![first],
+    }
+}
+
+pub(super) fn pod_name(pod: usize) -> String {
+    format!("pod-{pod}")
+}
+
+/// Returns the name of a pod's volume of a class.
+pub(super) fn volume_name(class: usize) -> String {
+    format!(
+        "{VOLUME}-{}",
+        CLASSES.get(class).copied().unwrap_or_default()
+    )
+}
+
+/// Returns a class; `edited` has one more object and key.
+pub(super) fn class(class: usize, edited: bool) -> Value {
+    let name = CLASSES.get(class).copied().unwrap_or_default();
+    let extra = edited.then_some(EXTRA);
+    let objects = OBJECTS.iter().map(|(object, _)| *object).chain(extra);
+    let mut array: Vec<Value> = objects
+        .map(|object| json!({"objectName": format!("{name}-{object}"), "path": object}))
+        .collect();
+    array.push(json!({
+        "objectName": format!("{name}-{WHO}"), "path": WHO, "contentFrom": "attributes",
+    }));
+    let extra = edited.then_some((EXTRA_KEY, EXTRA));
+    let data: Vec<Value> = KEYS
+        .into_iter()
+        .chain(extra)
+        .map(|(key, object)| json!({"key": key, "objectName": object}))
+        .collect();
+    json!({
+        "apiVersion": "secrets-store.csi.x-k8s.io/v1",
+        "kind": "SecretProviderClass",
+        "metadata": {"name": name},
+        "spec": {
+            "provider": "e2e-provider",
+            "parameters": {"objects": json!({"array": array}).to_string()},
+            "secretObjects": [{"secretName": name, "type": "Opaque", "data": data}],
+        },
+    })
+}
+
+/// Returns a well-behaved pod on a node.
+pub(super) fn pod(pod: usize, node: &str) -> Value {
+    let classes = classes_of(pod);
+    let volumes: Vec<Value> = classes
+        .iter()
+        .map(|class| {
+            let name = CLASSES.get(*class).copied().unwrap_or_default();
+            volume(&volume_name(*class), json!({"secretProviderClass": name}))
+        })
+        .collect();
+    pod_of(&pod_name(pod), node, &volumes)
+}
+
+fn volume(name: &str, attributes: Value) -> Value {
+    json!({"name": name, "csi": {
+        "driver": "secrets-store.csi.k8s.io", "readOnly": true, "volumeAttributes": attributes,
+    }})
+}
+
+fn pod_of(name: &str, node: &str, volumes: &[Value]) -> Value {
+    let mounts: Vec<Value> = volumes
+        .iter()
+        .enumerate()
+        .map(|(number, volume)| {
+            json!({"name": volume["name"], "mountPath": format!("{MOUNT}-{number}"), "readOnly": true})
+        })
+        .collect();
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name},
+        "spec": {
+            "nodeName": node,
+            "terminationGracePeriodSeconds": 1,
+            "containers": [{
+                "name": "main", "image": "probe:e2e", "imagePullPolicy": "IfNotPresent",
+                "args": ["sleep"], "volumeMounts": mounts,
+            }],
+            "tolerations": [{"operator": "Exists"}],
+            "volumes": volumes,
+        },
+    })
+}
+
+/// Returns the objects of the hostile tenant for one of its tricks: a class and pods that mount it.
+/// `victim` is the namespace of the well-behaved.
+pub(super) fn hostile(how: usize, number: usize, node: &str, victim: &str) -> Vec<Value> {
+    let name = format!("hostile-{number}");
+    let many = |count: usize, size: usize| -> Vec<Value> {
+        (0..count)
+            .map(|object| json!({"objectName": format!("o{object}"), "contentSize": size}))
+            .collect()
+    };
+    let one = |entry: Value| vec![entry];
+    let mut attributes = json!({"secretProviderClass": name});
+    let mut secret_objects = json!([]);
+    let mut faults = json!([]);
+    let objects = match how {
+        0 => {
+            faults = json!([{"hang": true}]);
+            many(1, 10)
+        }
+        1 => {
+            faults = json!([{"delay": "15s"}]);
+            many(2, 10)
+        }
+        2 => many(2_000, 10),
+        3 => many(3, 1 << 20),
+        4 => one(json!({"objectName": "x", "path": "../../../../../../etc/chaos", "content": "x"})),
+        5 => {
+            let data: Vec<Value> = (0..1_500)
+                .map(|key| json!({"key": format!("k{key}"), "objectName": "o0"}))
+                .collect();
+            secret_objects = json!([
+                {"secretName": name, "type": "Opaque", "data": data},
+                {"secretName": "x".repeat(300), "type": "\u{1f480}", "data": [{"objectName": "*"}]},
+            ]);
+            many(20, 64 << 10)
+        }
+        6 => {
+            // The keys of kubelet, with the values of somebody else.
+            for (key, value) in [
+                ("csi.storage.k8s.io/pod.name", "pod-0"),
+                ("csi.storage.k8s.io/pod.namespace", victim),
+                (
+                    "csi.storage.k8s.io/pod.uid",
+                    "00000000-0000-0000-0000-000000000000",
+                ),
+                ("csi.storage.k8s.io/serviceAccount.name", "admin"),
+                (
+                    "csi.storage.k8s.io/serviceAccount.tokens",
+                    "{\"a\":{\"token\":\"forged\"}}",
+                ),
+                ("csi.storage.k8s.io/ephemeral", "false"),
+                ("secrets-store.csi.k8s.io/rotation-poll-interval", "1ns"),
+                ("secrets-store.csi.k8s.io/default-mode", "7777"),
+            ] {
+                attributes[key] = value.into();
+            }
+            one(json!({"objectName": "w", "path": WHO, "contentFrom": "attributes"}))
+        }
+        _ => {
+            // A class of another namespace.
+            attributes["secretProviderClass"] = format!("../{victim}/alpha").into();
+            many(1, 10)
+        }
+    };
+    let class = json!({
+        "apiVersion": "secrets-store.csi.x-k8s.io/v1",
+        "kind": "SecretProviderClass",
+        "metadata": {"name": name},
+        "spec": {
+            "provider": "e2e-provider",
+            "parameters": {
+                "objects": json!({"array": objects}).to_string(),
+                "faults": faults.to_string(),
+            },
+            "secretObjects": secret_objects,
+        },
+    });
+    // More pods than a class may have calls in flight.
+    let pods = (0..4).map(|pod| {
+        let volume = volume(VOLUME, attributes.clone());
+        pod_of(&format!("{name}-{pod}"), node, &[volume])
+    });
+    std::iter::once(class).chain(pods).collect()
+}

@@ -1,0 +1,130 @@
+//! What the parts of a run share: the store, the log, the pods that are there, and what somebody
+//! changed by hand.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::lock;
+use super::report::Log;
+use super::store::Store;
+
+/// The times within which something has to happen on a cluster.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    /// From the end of the last fault until everything is as it should be: one interval of rotation,
+    /// the longest pauses of kubelet and driver after failures, and a deadline of kubelet's calls,
+    /// because a call may begin just before the fault ends.
+    pub(super) converge: Duration,
+    /// From the creation of a pod until it is ready, while there is no fault but a hostile tenant.
+    pub(super) publish: Duration,
+    /// The longest time from a provider's reading of the store until the content is in a Secret.
+    pub(super) fetch: Duration,
+    /// The time after which a pod that is not ready, or a volume that is not refreshed, is a failure
+    /// of which there has to be a trace.
+    pub(super) silence: Duration,
+}
+
+/// A well-behaved pod, as the API has it.
+#[derive(Clone, Debug)]
+pub(super) struct Watched {
+    pub(super) uid: String,
+    pub(super) name: String,
+    pub(super) node: String,
+    pub(super) classes: Vec<usize>,
+    /// Whether its containers run, and it is not being deleted.
+    pub(super) ready: bool,
+    /// The time at which it was created, or a moment before.
+    pub(super) created: Instant,
+    /// The time since when it is not ready.
+    pub(super) waiting: Option<Instant>,
+}
+
+/// A pod and the class of one of its volumes.
+pub(super) type VolumeId = (String, usize);
+
+/// The state that the parts of a run share.
+pub(super) struct World {
+    pub(super) log: Log,
+    pub(super) store: Store,
+    pub(super) namespace: String,
+    pub(super) bounds: Bounds,
+    /// The pods by UID.
+    pub(super) pods: Mutex<BTreeMap<String, Watched>>,
+    /// The roots of the nodes that are up.
+    pub(super) roots: Mutex<BTreeMap<String, PathBuf>>,
+    /// The last generation that was read in each volume.
+    pub(super) read: Mutex<BTreeMap<VolumeId, u64>>,
+    /// Since when there is no fault but the hostile tenant; none while there is one.
+    pub(super) calm: Mutex<Option<Instant>>,
+    /// Data of Secrets that somebody wrote by hand.
+    pub(super) by_hand: Mutex<BTreeSet<String>>,
+    /// Failures of which there has to be a trace: the pod's UID and name, its node, and what fails.
+    pub(super) failures: Mutex<BTreeMap<String, Failure>>,
+    /// The classes that have one more object.
+    pub(super) edited: Mutex<BTreeSet<usize>>,
+}
+
+/// Something that did not work for a while.
+#[derive(Clone, Debug)]
+pub(super) struct Failure {
+    pub(super) pod: String,
+    pub(super) node: String,
+    pub(super) what: String,
+}
+
+impl World {
+    pub(super) fn new(store: Store, namespace: String, bounds: Bounds) -> Self {
+        Self {
+            log: Log::start(),
+            store,
+            namespace,
+            bounds,
+            pods: Mutex::default(),
+            roots: Mutex::default(),
+            read: Mutex::default(),
+            calm: Mutex::new(Some(Instant::now())),
+            by_hand: Mutex::default(),
+            failures: Mutex::default(),
+            edited: Mutex::default(),
+        }
+    }
+
+    /// Returns the pods that run on nodes that are up, with the roots of these nodes.
+    pub(super) fn running(&self) -> Vec<(Watched, PathBuf)> {
+        let roots = lock(&self.roots).clone();
+        let pods = lock(&self.pods);
+        let running = pods.values().filter(|pod| pod.ready);
+        running
+            .filter_map(|pod| Some((pod.clone(), roots.get(&pod.node)?.clone())))
+            .collect()
+    }
+
+    /// Returns whether a node is up, with the same root.
+    pub(super) fn is_up(&self, node: &str, root: &PathBuf) -> bool {
+        lock(&self.roots).get(node) == Some(root)
+    }
+
+    /// Notes that somebody wrote this data into a Secret.
+    pub(super) fn wrote_by_hand(&self, data: &Value) {
+        lock(&self.by_hand).insert(data.to_string());
+    }
+
+    pub(super) fn is_by_hand(&self, data: &Value) -> bool {
+        lock(&self.by_hand).contains(&data.to_string())
+    }
+
+    /// Notes a failure of a pod.
+    pub(super) fn fails(&self, pod: &Watched, what: &str) {
+        let failure = || Failure {
+            pod: pod.name.clone(),
+            node: pod.node.clone(),
+            what: what.to_owned(),
+        };
+        let mut failures = lock(&self.failures);
+        failures.entry(pod.uid.clone()).or_insert_with(failure);
+    }
+}

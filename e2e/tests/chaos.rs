@@ -1,0 +1,35 @@
+//! Short runs in which everything goes wrong that can: `cargo run -p e2e -- chaos` runs longer ones.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+use std::time::Duration;
+
+use e2e::chaos::{Options, Schedule, fresh_seed, run};
+use rstest::rstest;
+use tokio::sync::Mutex;
+
+/// Held by the run whose turn it is: the bounds are for one cluster on the machine.
+static TURN: Mutex<()> = Mutex::const_new(());
+
+#[rstest]
+#[case::first(1)]
+#[case::second(2)]
+#[case::third(3)]
+#[case::fresh(fresh_seed())]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_driver_keeps_its_promises_whatever_goes_wrong(#[case] seed: u64) {
+    let _turn = TURN.lock().await;
+    let options = Options {
+        schedule: Schedule::of_minutes(seed, 0.4),
+        limit: Duration::from_secs(24),
+        reductions: 3,
+        verbose: false,
+    };
+    let is_good = run(&options)
+        .await
+        .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    assert!(
+        is_good,
+        "seed {seed}: the driver broke a promise, see above"
+    );
+}
