@@ -12,9 +12,9 @@ use tokio::sync::Mutex;
 static TURN: Mutex<()> = Mutex::const_new(());
 
 #[rstest]
-#[case::first(1)]
-#[case::second(2)]
-#[case::third(3)]
+#[case::with_a_long_fault(1)]
+#[case::with_a_hostile_tenant(2)]
+#[case::with_faults_of_all_kinds(3)]
 #[case::fresh(fresh_seed())]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_driver_keeps_its_promises_whatever_goes_wrong(#[case] seed: u64) {

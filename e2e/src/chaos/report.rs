@@ -133,25 +133,6 @@ impl Outcome {
         self.findings.is_empty()
     }
 
-    /// Adds the numbers of another run.
-    pub fn add(&mut self, other: Self) {
-        for (kind, times) in other.steps {
-            *self.steps.entry(kind).or_default() += times;
-        }
-        for (kind, times) in other.struck {
-            *self.struck.entry(kind).or_default() += times;
-        }
-        for (kind, times) in other.checks {
-            *self.checks.entry(kind).or_default() += times;
-        }
-        for (kind, time) in other.longest {
-            let longest = self.longest.entry(kind).or_default();
-            *longest = time.max(*longest);
-        }
-        self.findings.extend(other.findings);
-        self.timeline = other.timeline;
-    }
-
     /// Returns the timeline as text, one line for each event.
     pub fn timeline(&self) -> String {
         let mut text = String::new();

@@ -189,7 +189,7 @@ impl Schedule {
     pub fn of_seed(seed: u64, rounds: usize, nodes: usize) -> Self {
         let mut random = Random(seed);
         let rounds = (0..rounds)
-            .map(|number| round(&mut random, number, nodes))
+            .map(|number| round(&mut random, number, Kind::of(seed, number), nodes))
             .collect();
         Self { seed, rounds }
     }
@@ -254,9 +254,29 @@ impl fmt::Display for Schedule {
     }
 }
 
-/// Makes a round. The first one begins with all pods; every third one has no faults but the hostile
-/// tenant, so that the time of each publish counts.
-fn round(random: &mut Random, number: usize, nodes: usize) -> Vec<Step> {
+/// The kind of a round. Each seed begins with another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Faults of all kinds.
+    Mixed,
+    /// The same, and one of the provider that lasts so long that somebody has to be told.
+    Long,
+    /// No fault but the hostile tenant, so that the time of each publish counts.
+    Hostile,
+}
+
+impl Kind {
+    fn of(seed: u64, number: usize) -> Self {
+        match seed.wrapping_add(number as u64) % 3 {
+            0 => Self::Mixed,
+            1 => Self::Long,
+            _ => Self::Hostile,
+        }
+    }
+}
+
+/// Makes a round. The first one begins with all pods.
+fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize) -> Vec<Step> {
     let mut steps = Vec::new();
     if number == 0 {
         for pod in 0..PODS {
@@ -275,12 +295,17 @@ fn round(random: &mut Random, number: usize, nodes: usize) -> Vec<Step> {
     }
     let mut busy = vec![0; nodes];
     let mut at = 1_000 + random.below(2_000);
-    let is_hostile = number % 3 == 2;
+    if kind == Kind::Long {
+        let what = long_fault(random, nodes);
+        if let Some(until) = what.alone_on().and_then(|node| busy.get_mut(node)) {
+            *until = at + what.lasts() + 1_500;
+        }
+        steps.push(Step { at, what });
+    }
     while at < end {
-        let what = if is_hostile {
-            hostile(random, nodes)
-        } else {
-            fault(random, nodes)
+        let what = match kind {
+            Kind::Hostile => hostile(random, nodes),
+            Kind::Mixed | Kind::Long => fault(random, nodes),
         };
         at += 400 + random.below(2_400);
         if let Some(node) = what.alone_on() {
@@ -370,6 +395,24 @@ fn fault(random: &mut Random, nodes: usize) -> What {
         },
         27 => What::MemoryNear { node, lasts },
         _ => hostile(random, nodes),
+    }
+}
+
+fn long_fault(random: &mut Random, nodes: usize) -> What {
+    let node = random.index(nodes);
+    let lasts = 24_000 + random.below(4_000);
+    match random.below(3) {
+        0 => What::ProviderGone {
+            node,
+            lasts,
+            socket: random.below(2) == 0,
+        },
+        1 => What::ProviderHung { node, lasts },
+        _ => What::ProviderWrong {
+            node,
+            lasts,
+            how: random.index(8),
+        },
     }
 }
 
