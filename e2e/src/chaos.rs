@@ -270,14 +270,14 @@ async fn run_round<G: Ground>(actor: &Actor<'_, G>, round: &[Step]) -> Result<()
 
 /// Waits until everything is as it should be after the faults.
 async fn settle<G: Ground>(world: &World, ground: &G) -> Result<()> {
-    let begun = Instant::now();
+    let begun = world.now();
     world.log.tell("the last fault is over");
     loop {
         let lacking = lacking(world, &ground.client()).await?;
         if lacking.is_empty() || world.log.has_found() {
             break;
         }
-        if begun.elapsed() > world.bounds.converge {
+        if world.now() - begun > world.bounds.converge {
             let invariant = "after the last fault all converges";
             world.log.find(invariant, lacking.join("; "));
             return Ok(());
@@ -286,7 +286,7 @@ async fn settle<G: Ground>(world: &World, ground: &G) -> Result<()> {
     }
     world
         .log
-        .took("convergence after the last fault", begun.elapsed());
+        .took("convergence after the last fault", world.now() - begun);
     world.log.tell("all has converged");
     for failure in untraced(world, ground).await? {
         world.log.find("each failure leaves a trace", failure);
@@ -299,7 +299,7 @@ async fn end<G: Ground>(actor: &Actor<'_, G>, ground: &G, idle: &[(String, Usage
     let world = &actor.world;
     world.log.tell("all pods are deleted");
     actor.delete_all().await?;
-    let begun = Instant::now();
+    let begun = world.now();
     let namespaces = [actor.namespace.name(), actor.hostile.name()];
     loop {
         let mut all = Vec::new();
@@ -309,13 +309,15 @@ async fn end<G: Ground>(actor: &Actor<'_, G>, ground: &G, idle: &[(String, Usage
         if all.is_empty() {
             break;
         }
-        if begun.elapsed() > END {
+        if world.now() - begun > END {
             world.log.find("nothing is left", all.join("; "));
             return Ok(());
         }
         tokio::time::sleep(LOOK).await;
     }
-    world.log.took("until nothing was left", begun.elapsed());
+    world
+        .log
+        .took("until nothing was left", world.now() - begun);
     Ok(())
 }
 

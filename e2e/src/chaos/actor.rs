@@ -78,7 +78,10 @@ impl<'a, G: Ground> Actor<'a, G> {
         self.world.log.step(what.kind());
         self.world.log.tell(what.to_string());
         let begun = Instant::now();
-        let is_fault = !what.is_action() && !matches!(what, What::Hostile { .. });
+        // No pod can be ready without its class.
+        let is_remade = matches!(what, What::RemakeClass { .. });
+        let is_hostile = matches!(what, What::Hostile { .. });
+        let is_fault = is_remade || !what.is_action() && !is_hostile;
         if is_fault {
             self.fault_begins();
         }
@@ -106,7 +109,7 @@ impl<'a, G: Ground> Actor<'a, G> {
     fn fault_ends(&self) {
         self.active.set(self.active.get() - 1);
         if self.active.get() == 0 {
-            *lock(&self.world.calm) = Some(Instant::now());
+            *lock(&self.world.calm) = Some(self.world.now());
         }
     }
 

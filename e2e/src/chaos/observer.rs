@@ -20,13 +20,10 @@ use tokio::task::JoinSet;
 
 use super::lock;
 use super::tenants::{classes_of, pod_name};
-use super::world::{Watched, World};
+use super::world::{LIST, Watched, World};
 pub(super) use calm::{lacking, untraced};
 pub(super) use leaks::{Usage, left, usage};
 use volumes::Suspicion;
-
-/// The interval at which the pods are listed.
-const LIST: Duration = Duration::from_millis(100);
 
 /// The parts of the observer that run all the time. Dropping it ends them.
 pub(super) struct Observer {
@@ -86,6 +83,7 @@ async fn list_pods(world: Arc<World>, client: kube::Client) {
                 }
             }
         }
+        world.listed();
         tokio::time::sleep(LIST).await;
     }
 }
@@ -96,8 +94,8 @@ fn watched(world: &World, pod: &Pod, before: Option<&Watched>) -> Option<Watched
     let number = (0..super::schedule::PODS).find(|number| pod_name(*number) == name)?;
     let is_deleted = pod.metadata.deletion_timestamp.is_some();
     let ready = is_ready(pod) && !is_deleted;
-    let now = Instant::now();
-    let waiting = before.map_or(Some(now), |before| before.waiting.or(Some(now)));
+    let waiting = before.and_then(|before| before.waiting);
+    let waiting = waiting.or(Some(world.now()));
     let created = before.map(|before| before.created).unwrap_or_else(|| {
         // It has whole seconds, and is not later than the creation.
         let at = pod.metadata.creation_timestamp.as_ref().map(|time| time.0);
@@ -105,6 +103,7 @@ fn watched(world: &World, pod: &Pod, before: Option<&Watched>) -> Option<Watched
             jiff::Timestamp::now().duration_since(at).unsigned_abs()
         });
         world.log.tell(format!("pod {name} is there"));
+        let now = Instant::now();
         now.checked_sub(age).unwrap_or(now)
     });
     Some(Watched {
@@ -127,25 +126,23 @@ fn check_waiting(world: &World, pod: &Watched, before: Option<&Watched>) {
         {
             world.log.tell(format!("pod {} is ready", pod.name));
             if lock(&world.calm).is_some_and(|calm| calm < since) {
-                world.log.took("publish without a fault", since.elapsed());
+                world
+                    .log
+                    .took("publish without a fault", world.now() - since);
             }
         }
         return;
     };
-    if since.elapsed() > world.bounds.silence {
+    let waits = world.now().saturating_sub(since);
+    if waits > world.bounds.silence {
         world.fails(pod, "it is not ready");
     }
     let Some(calm) = *lock(&world.calm) else {
         return;
     };
     // A pod that waited during a fault has the time to converge.
-    if calm < since && since.elapsed() > world.bounds.publish {
-        let text = format!(
-            "pod {} ({}) waits for {:?}",
-            pod.name,
-            pod.uid,
-            since.elapsed()
-        );
+    if calm < since && waits > world.bounds.publish {
+        let text = format!("pod {} ({}) waits", pod.name, pod.uid);
         world.log.find("a pod is ready within its bound", text);
     }
 }

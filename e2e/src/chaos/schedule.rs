@@ -290,7 +290,11 @@ fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize) -> Vec<St
     let mut at = 1_500;
     while at < end {
         let what = action(random, nodes);
-        steps.push(Step { at, what });
+        // No pod can be ready without its class.
+        let counts = kind == Kind::Hostile && matches!(what, What::RemakeClass { .. });
+        if !counts {
+            steps.push(Step { at, what });
+        }
         at += 200 + random.below(800);
     }
     let mut busy = vec![0; nodes];

@@ -135,7 +135,7 @@ pub(super) fn hostile(how: usize, number: usize, node: &str, victim: &str) -> Ve
         3 => many(3, 1 << 20),
         4 => one(json!({"objectName": "x", "path": "../../../../../../etc/chaos", "content": "x"})),
         5 => {
-            let data: Vec<Value> = (0..1_500)
+            let data: Vec<Value> = (0..200)
                 .map(|key| json!({"key": format!("k{key}"), "objectName": "o0"}))
                 .collect();
             secret_objects = json!([

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -11,6 +12,9 @@ use serde_json::Value;
 use super::lock;
 use super::report::Log;
 use super::store::Store;
+
+/// The interval at which the pods are listed.
+pub(super) const LIST: Duration = Duration::from_millis(100);
 
 /// The times within which something has to happen on a cluster.
 #[derive(Clone, Copy, Debug)]
@@ -39,8 +43,8 @@ pub(super) struct Watched {
     pub(super) ready: bool,
     /// The time at which it was created, or a moment before.
     pub(super) created: Instant,
-    /// The time since when it is not ready.
-    pub(super) waiting: Option<Instant>,
+    /// The time, by [`World::now`], since when it is not ready.
+    pub(super) waiting: Option<Duration>,
 }
 
 /// A pod and the class of one of its volumes.
@@ -58,8 +62,10 @@ pub(super) struct World {
     pub(super) roots: Mutex<BTreeMap<String, PathBuf>>,
     /// The last generation that was read in each volume.
     pub(super) read: Mutex<BTreeMap<VolumeId, u64>>,
-    /// Since when there is no fault but the hostile tenant; none while there is one.
-    pub(super) calm: Mutex<Option<Instant>>,
+    /// The number of times that the pods were listed.
+    lists: AtomicU64,
+    /// Since when, by [`World::now`], there is no fault but the hostile tenant; none while there is one.
+    pub(super) calm: Mutex<Option<Duration>>,
     /// Data of Secrets that somebody wrote by hand.
     pub(super) by_hand: Mutex<BTreeSet<String>>,
     /// Failures of which there has to be a trace: the pod's UID and name, its node, and what fails.
@@ -86,11 +92,24 @@ impl World {
             pods: Mutex::default(),
             roots: Mutex::default(),
             read: Mutex::default(),
-            calm: Mutex::new(Some(Instant::now())),
+            lists: AtomicU64::new(0),
+            calm: Mutex::new(Some(Duration::ZERO)),
             by_hand: Mutex::default(),
             failures: Mutex::default(),
             edited: Mutex::default(),
         }
+    }
+
+    /// Returns the time by which bounds count. It goes on by [`LIST`] with each listing of the pods, and
+    /// so more slowly while the machine has too much other work: the driver is late then, too.
+    pub(super) fn now(&self) -> Duration {
+        let lists = self.lists.load(Ordering::Relaxed);
+        LIST.saturating_mul(u32::try_from(lists).unwrap_or(u32::MAX))
+    }
+
+    /// Lets the time go on.
+    pub(super) fn listed(&self) {
+        self.lists.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Returns the pods that run on nodes that are up, with the roots of these nodes.

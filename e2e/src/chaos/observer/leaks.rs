@@ -15,9 +15,12 @@ use super::super::world::World;
 
 const PODS: &str = "/var/lib/kubelet/pods";
 const PLUGIN: &str = "/var/lib/kubelet/plugins/csi-secrets-store";
-/// The descriptors by which a driver without work may have more than it had at the start: connections
-/// to the API server and to kubelet that are kept for a while.
-const MORE_DESCRIPTORS: usize = 8;
+/// The descriptors, other than sockets, by which a driver without work may have more than it had at the
+/// start.
+const MORE_FILES: usize = 3;
+/// The sockets by which it may have more: connections to the API server and to providers are kept for a
+/// minute and a half after they were used.
+const MORE_SOCKETS: usize = 32;
 /// The memory by which a driver without work may have more than at the start. The allocator keeps
 /// some, and the build of the tests more than that of a release.
 const MORE_MEMORY: u64 = 48 << 20;
@@ -25,7 +28,8 @@ const MORE_MEMORY: u64 = 48 << 20;
 /// The resources of a driver's process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in super::super) struct Usage {
-    pub(in super::super) descriptors: usize,
+    pub(in super::super) files: usize,
+    pub(in super::super) sockets: usize,
     pub(in super::super) memory: u64,
 }
 
@@ -38,14 +42,20 @@ pub(in super::super) async fn usage<G: Ground>(ground: &G, node: &str) -> Result
         return Ok(None);
     };
     let process = format!("/proc/{process}");
-    let Ok(descriptors) = fs::read_dir(Path::new(&process).join("fd")) else {
+    let Ok(all) = fs::read_dir(Path::new(&process).join("fd")) else {
         return Ok(None);
     };
+    let targets = all
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok());
+    let (sockets, files): (Vec<_>, Vec<_>) =
+        targets.partition(|target| target.to_string_lossy().starts_with("socket:"));
     let status = fs::read_to_string(Path::new(&process).join("status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
     Ok(kib.map(|kib| Usage {
-        descriptors: descriptors.count(),
+        files: files.len(),
+        sockets: sockets.len(),
         memory: kib << 10,
     }))
 }
@@ -105,11 +115,13 @@ pub(in super::super) async fn left<G: Ground>(
     match usage(ground, node).await? {
         None => left.push("no driver".to_owned()),
         Some(now) => {
-            if now.descriptors > idle.descriptors + MORE_DESCRIPTORS {
-                left.push(format!(
-                    "{} descriptors, {} at the start",
-                    now.descriptors, idle.descriptors
-                ));
+            for (what, now, idle, more) in [
+                ("files", now.files, idle.files, MORE_FILES),
+                ("sockets", now.sockets, idle.sockets, MORE_SOCKETS),
+            ] {
+                if now > idle + more {
+                    left.push(format!("{now} open {what}, {idle} at the start"));
+                }
             }
             if now.memory > idle.memory + MORE_MEMORY {
                 left.push(format!(

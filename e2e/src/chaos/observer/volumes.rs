@@ -34,6 +34,8 @@ struct Known {
     /// The root of the node, which is another one after a reboot, and the file system.
     mounted: (PathBuf, u64),
     generation: u64,
+    /// Since when, by [`World::now`], the store has newer content.
+    stale: Option<Duration>,
 }
 
 /// The reason why a reading is not as it must be.
@@ -90,13 +92,21 @@ fn read_one(
     match reading {
         Ok((device, generation)) => {
             let mounted = (root.clone(), device);
-            let before = known.insert(
-                id.clone(),
-                Known {
-                    mounted: mounted.clone(),
-                    generation,
-                },
-            );
+            let before = known.remove(&id);
+            let is_stale = generation < world.store.latest(class);
+            let still = before
+                .as_ref()
+                .filter(|before| before.generation == generation);
+            let since = still.and_then(|before| before.stale).unwrap_or(world.now());
+            if is_stale && world.now() - since > world.bounds.silence {
+                world.fails(pod, "its volume is not refreshed");
+            }
+            let now = Known {
+                mounted: mounted.clone(),
+                generation,
+                stale: is_stale.then_some(since),
+            };
+            known.insert(id.clone(), now);
             if let Some(before) = before
                 && before.mounted.0 == mounted.0
                 && before.mounted.1 != mounted.1
@@ -107,10 +117,6 @@ fn read_one(
             if generation > world.store.latest(class) {
                 let text = format!("generation {generation} is newer than the store's");
                 world.log.find("a volume has what the store had", text);
-            }
-            let stale = world.store.replaced_for(class, generation);
-            if stale > world.bounds.silence {
-                world.fails(pod, "its volume is not refreshed");
             }
             lock(&world.read).insert(id, generation);
         }
