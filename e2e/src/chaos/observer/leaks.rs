@@ -14,6 +14,8 @@ use super::super::ground::Ground;
 use super::super::world::World;
 
 const PODS: &str = "/var/lib/kubelet/pods";
+/// Lists what is there; what vanishes meanwhile is not.
+const FIND: &str = "find \"$@\" 2>/dev/null || true";
 const PLUGIN: &str = "/var/lib/kubelet/plugins/csi-secrets-store";
 /// The descriptors, other than sockets, by which a driver without work may have more than it had at the
 /// start.
@@ -79,9 +81,15 @@ pub(in super::super) async fn left<G: Ground>(
             left.push(format!("mount {}", mount.display()));
         }
     }
-    let pods = ground.run(node, &["find", PODS, "-path", "*kubernetes.io~csi*"]);
+    let pods = ground.run(
+        node,
+        &["sh", "-c", FIND, "sh", PODS, "-path", "*kubernetes.io~csi*"],
+    );
     left.extend(pods.await?.lines().map(|path| format!("directory {path}")));
-    let plugin = ground.run(node, &["find", PLUGIN, "-not", "-type", "d"]);
+    let plugin = ground.run(
+        node,
+        &["sh", "-c", FIND, "sh", PLUGIN, "-not", "-type", "d"],
+    );
     let socket = format!("{PLUGIN}/csi.sock");
     let files = plugin.await?;
     left.extend(
