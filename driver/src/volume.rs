@@ -244,6 +244,9 @@ impl Volumes {
         let class = unless(cancelled, class).await?;
         metrics.provider(&class.provider);
         refuse_older_class(request, &class, earlier)?;
+        // Wrong annotations would fail each refresh, long after somebody looks.
+        policy::of_class(&class.identity)?;
+        let sends_versions = policy::sends_versions(&class.identity)?;
 
         let (undo, mount) = match start {
             Start::NewMount => {
@@ -265,8 +268,6 @@ impl Volumes {
         let staged_record = self.stage_record(&record).await?;
         self.commit_content(request, &mount, staged).await?;
         let directory = self.directory(request, &mount, record.writer).await?;
-        // A wrong value of the annotation fails the next refresh, and not this publish.
-        let sends_versions = policy::sends_versions(&class.identity).unwrap_or_default();
         record.files = self.names(request, sends_versions).await;
         let before = earlier.map(|earlier| earlier.pod_status.as_str());
         let written = self

@@ -172,7 +172,10 @@ impl Policy {
 }
 
 /// Returns the interval that the class sets.
-fn of_class(class: &ClassState) -> Result<Option<Every>, Error> {
+///
+/// # Errors
+/// When the annotation cannot be read as an interval.
+pub(super) fn of_class(class: &ClassState) -> Result<Option<Every>, Error> {
     let Some(text) = class.annotations.get(INTERVAL) else {
         return Ok(None);
     };

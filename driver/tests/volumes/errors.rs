@@ -141,6 +141,64 @@ fn an_error_about_a_long_text_is_short() {
     });
 }
 
+/// A wrong annotation is told when a pod starts, and not only when its volume should be refreshed.
+#[test]
+fn a_wrong_annotation_of_the_class_fails_the_first_publish() {
+    alone(async {
+        let mut world = World::start(&EAGER).await;
+        for (key, values) in [
+            ("rotation-poll-interval", ["soon", "1 h", ""]),
+            ("send-object-versions", ["True", "yes", ""]),
+        ] {
+            for value in values {
+                let volume = world.volume_of_its_own();
+                let mut wrong = class(&volume.class, 1);
+                wrong["metadata"]["annotations"] =
+                    json!({format!("secrets-store.csi.k8s.io/{key}"): value});
+                world.api.class_is(&volume.class, [Class::Is(wrong)]);
+                world.provider.asked();
+                let status = world.publish_patiently(&volume).await.unwrap_err();
+                assert_eq!(status.code(), tonic::Code::FailedPrecondition, "{status}");
+                assert!(status.message().contains(key), "{status}");
+                assert!(world.provider.asked().is_empty(), "{key}: {value}");
+            }
+        }
+    });
+}
+
+/// Parameters of a class may have any name, but what kubelet tells of a pod comes from kubelet alone.
+#[test]
+fn a_class_sets_nothing_that_kubelet_tells_of_a_pod() {
+    alone(async {
+        let mut world = World::start(&EAGER).await;
+        let volume = world.volume_of_its_own();
+        let own = [
+            "serviceAccount.tokens",
+            "pod.name",
+            "pod.uid",
+            "ephemeral",
+            "anything",
+            "",
+        ];
+        let mut forged = class(&volume.class, 1);
+        for name in own {
+            forged["spec"]["parameters"][format!("csi.storage.k8s.io/{name}")] = json!("forged");
+        }
+        let allowed = ["csi.storage.k8s.io", "x/csi.storage.k8s.io/pod.name", "a"];
+        for name in allowed {
+            forged["spec"]["parameters"][name] = json!("of the class");
+        }
+        world.api.class_is(&volume.class, [Class::Is(forged)]);
+        world.provider.asked();
+        world.publish_patiently(&volume).await.unwrap();
+        let asked = world.provider.asked();
+        assert!(!asked[0].to_string().contains("forged"), "{asked:?}");
+        for name in allowed {
+            assert_eq!(asked[0][name], "of the class", "{asked:?}");
+        }
+    });
+}
+
 fn access(group: String) -> proto::csi::VolumeCapability {
     use proto::csi::{
         VolumeCapability,
