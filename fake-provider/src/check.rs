@@ -11,16 +11,19 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::time::{Instant, timeout_at};
 
 mod answer;
 mod connection;
 mod errors;
+mod forms;
 mod request;
 mod restart;
 mod secrecy;
 mod socket;
 mod subject;
 mod target;
+mod versions;
 
 use subject::Subject;
 
@@ -99,10 +102,33 @@ pub struct Settings {
     pub change: Option<String>,
     /// The time that one call may take.
     pub timeout: Duration,
+    /// The time that all checks may take.
+    pub total_timeout: Duration,
+    /// The checks to run.
+    pub selection: Selection,
+}
+
+/// A selection of checks.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
     /// Names of the checks or groups to run. Empty for all.
     pub only: Vec<String>,
     /// Names of checks or groups not to run.
     pub skip: Vec<String>,
+}
+
+impl Selection {
+    /// Returns the selected checks with their groups, in the order in which they run.
+    pub fn checks(&self) -> impl Iterator<Item = (&'static str, &'static Check)> {
+        let all = GROUPS.into_iter();
+        let all = all.flat_map(|(group, checks)| checks.iter().map(move |check| (group, check)));
+        all.filter(|(group, check)| self.has(group, check.name))
+    }
+
+    fn has(&self, group: &str, check: &str) -> bool {
+        let named = |names: &[String]| names.iter().any(|name| name == group || name == check);
+        (self.only.is_empty() || named(&self.only)) && !named(&self.skip)
+    }
 }
 
 /// The outcome of a check.
@@ -135,46 +161,64 @@ pub struct Checked {
     pub reason: Option<String>,
 }
 
-/// Runs all checks that the settings select, one after another.
-pub async fn run(settings: Settings) -> Vec<Checked> {
+/// Runs all checks that the settings select, one after another, and passes each result to `report` as
+/// soon as it is there. Once the provider no longer answers as it did, the rest is skipped.
+pub async fn run(settings: Settings, mut report: impl FnMut(&Checked)) -> Vec<Checked> {
     let subject = Subject::new(settings);
-    let hide = |reason: String| secrecy::hide(&reason, &subject.own);
+    let hide = |reason: String| forms::hide(&reason, &subject.own);
+    let limit = Instant::now() + subject.settings.total_timeout;
     let mut results: Vec<Checked> = Vec::new();
-    for (group, checks) in GROUPS {
-        for check in checks {
-            if !subject.settings.selects(group, check.name) {
-                continue;
-            }
-            let answers = !results
-                .iter()
-                .any(|r| r.name == FIRST_CALL && r.outcome == Outcome::Failed);
-            let finding = if answers {
-                (check.run)(&subject).await.err()
-            } else {
-                Some(Finding::Skipped(format!("{FIRST_CALL} failed")))
-            };
-            let (outcome, reason) = match finding {
-                None => (Outcome::Passed, None),
-                Some(Finding::Failed(reason)) => (Outcome::Failed, Some(hide(reason))),
-                Some(Finding::Skipped(reason)) => (Outcome::Skipped, Some(hide(reason))),
-            };
-            results.push(Checked {
-                group,
-                name: check.name,
-                rule: check.rule,
-                source: check.source,
-                outcome,
-                reason,
-            });
+    let mut skipped = None;
+    for (group, check) in subject.settings.selection.checks() {
+        let finding = match &skipped {
+            Some(reason) => Some(Finding::Skipped(String::clone(reason))),
+            None => run_one(check, &subject, limit).await,
+        };
+        if skipped.is_none() && matches!(finding, Some(Finding::Failed(_))) {
+            skipped = ends_with(check, &subject, limit).await;
         }
+        let (outcome, reason) = match finding {
+            None => (Outcome::Passed, None),
+            Some(Finding::Failed(reason)) => (Outcome::Failed, Some(hide(reason))),
+            Some(Finding::Skipped(reason)) => (Outcome::Skipped, Some(hide(reason))),
+        };
+        let checked = Checked {
+            group,
+            name: check.name,
+            rule: check.rule,
+            source: check.source,
+            outcome,
+            reason,
+        };
+        report(&checked);
+        results.push(checked);
     }
     results
 }
 
-impl Settings {
-    fn selects(&self, group: &str, check: &str) -> bool {
-        let named = |names: &[String]| names.iter().any(|name| name == group || name == check);
-        (self.only.is_empty() || named(&self.only)) && !named(&self.skip)
+async fn run_one(check: &Check, subject: &Subject, limit: Instant) -> Option<Finding> {
+    match timeout_at(limit, (check.run)(subject)).await {
+        Ok(outcome) => outcome.err(),
+        Err(_) => {
+            let total = subject.settings.total_timeout;
+            Some(failed(format!("all checks together took {total:?}")))
+        }
+    }
+}
+
+/// Returns why nothing can be checked after a check that failed.
+async fn ends_with(check: &Check, subject: &Subject, limit: Instant) -> Option<String> {
+    let name = check.name;
+    if name == FIRST_CALL {
+        return Some(format!("{FIRST_CALL} failed"));
+    }
+    if !subject.has_mounted() {
+        return (Instant::now() >= limit).then(|| "the time is over".to_owned());
+    }
+    match timeout_at(limit, subject.recovers()).await {
+        Ok(Ok(())) => None,
+        Ok(Err(_)) => Some(format!("since {name}, no Mount succeeds")),
+        Err(_) => Some("the time is over".to_owned()),
     }
 }
 

@@ -12,14 +12,17 @@ mod flawed;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use fake_provider::check::{Checked, GROUPS, Outcome, Settings, run};
+use fake_provider::check::{Checked, GROUPS, Outcome, Selection, Settings, run};
 use fake_provider::fake;
 use flawed::Flaw;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rstest::rstest;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -27,6 +30,9 @@ use tokio_util::sync::CancellationToken;
 /// The Secret and the token of the settings, for the flaws that are about them.
 const SECRET: &str = "ocean-3f9a";
 const TOKEN: &str = "amber-7c21";
+
+/// A Secret that is written in another way where it is escaped: its lines are too short to be found.
+const PEM: &str = "ocean\n\"3f9a\"\nend";
 
 type Map = BTreeMap<String, String>;
 
@@ -49,8 +55,8 @@ fn settings(socket: PathBuf, dir: &Path) -> Settings {
         restart: None,
         change: None,
         timeout: Duration::from_secs(10),
-        only: Vec::new(),
-        skip: Vec::new(),
+        total_timeout: Duration::from_secs(300),
+        selection: Selection::default(),
     }
 }
 
@@ -86,7 +92,7 @@ async fn the_fake_provider_passes() {
     )]));
     settings.outage = Some(map(&[("faults", "[{status: {code: UNAVAILABLE}}]")]));
     settings.change = Some(format!("echo bob > {}/user", objects.display()));
-    let results = run(settings).await;
+    let results = run(settings, |_| {}).await;
     assert_eq!(with(&results, Outcome::Failed), [""; 0], "{results:#?}");
     let skipped = [
         "unknown-secrets",
@@ -118,7 +124,11 @@ async fn the_fake_provider_passes() {
 #[case(Flaw::OneConnection, &["idle-connections"])]
 #[case(Flaw::RefusesUnknownFields, &["unknown-fields"])]
 #[case(Flaw::FailsUnknownFields, &["unknown-fields"])]
-#[case(Flaw::OneCall, &["calls-at-once", "calls-on-one-connection", "modes-concurrent"])]
+#[case(Flaw::OneCall, &["calls-at-once", "calls-on-one-connection", "calls-of-two-classes", "modes-concurrent"])]
+#[case(Flaw::MixesClasses, &["calls-of-two-classes"])]
+#[case(Flaw::MixesContents, &["calls-at-once", "calls-on-one-connection", "calls-of-two-classes"])]
+#[case(Flaw::BlocksVersion, &["version-during-mounts"])]
+#[case(Flaw::DirectoryAbove, &["socket-directory"])]
 #[case(Flaw::SuffersFromDeadlines, &["expired-deadline"])]
 #[case(Flaw::SuffersFromCancelledCalls, &["cancelled-calls"])]
 #[case(Flaw::RefusesUnknownAttributes, &["unknown-attributes", "large-attributes"])]
@@ -133,7 +143,7 @@ async fn the_fake_provider_passes() {
 #[case(Flaw::EmptyErrorCode, &["malformed-attributes", "empty-request"])]
 #[case(Flaw::HangsOnMalformedAttributes, &["malformed-attributes", "empty-request", "secrets-not-in-errors"])]
 #[case(Flaw::HangsOnMalformedSecrets, &["malformed-secrets", "secrets-not-in-errors"])]
-#[case(Flaw::NoFiles, &["files-present"])]
+#[case(Flaw::NoFiles, &["files-present", "change-new-version"])]
 #[case(Flaw::WritesBesideAnswer, &["no-files-beside-answer"])]
 #[case(Flaw::LargeAnswer, &["answer-bounded"])]
 #[case(Flaw::NoVersions, &["versions-present"])]
@@ -146,6 +156,8 @@ async fn the_fake_provider_passes() {
 #[case(Flaw::Path("..data/x"), &["paths-reserved"])]
 #[case(Flaw::Path("a/..b"), &["paths-reserved"])]
 #[case(Flaw::Path("a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a"), &["paths-short"])]
+#[case(Flaw::Path("a\nb"), &["paths-printable"])]
+#[case(Flaw::Path("a\u{fffd}"), &["paths-printable"])]
 #[case(Flaw::Path("user"), &["paths-unique"])]
 #[case(Flaw::Path("user/name"), &["paths-unique"])]
 #[case(Flaw::Mode(0o1777), &["modes-in-range"])]
@@ -163,14 +175,29 @@ async fn the_fake_provider_passes() {
 #[case(Flaw::NoParametersUnavailable, &["no-parameters"])]
 #[case(Flaw::OutageNotFound, &["outage-code"])]
 #[case(Flaw::RefusesTokens, &["tokens-accepted"])]
-#[case(Flaw::EchoesTokens, &["tokens-not-in-answers"])]
+#[case(Flaw::EchoesTokens, &["tokens-not-in-answers", "change-new-version"])]
 #[case(Flaw::QuotesTokens, &["tokens-not-in-errors"])]
 #[case(Flaw::QuotesSecrets, &["secrets-not-in-errors"])]
 #[case(Flaw::LogsSecrets, &["secrets-not-in-log"])]
-#[case(Flaw::EchoesOwnToken, &["tokens-not-in-answers"])]
+#[case(Flaw::EchoesOwnToken, &["tokens-not-in-answers", "change-new-version"])]
 #[case(Flaw::LogsOwnToken, &["secrets-not-in-log"])]
 #[case(Flaw::LogsOwnSecret, &["secrets-not-in-log"])]
-#[case(Flaw::RefusesAndQuotes, &["mount-succeeds", "outage-code"])]
+#[case(Flaw::LogsEscaped, &["secrets-not-in-log"])]
+#[case(Flaw::LogsEncoded, &["secrets-not-in-log"])]
+#[case(Flaw::ShowsInFailure("token"), &["secrets-not-in-failures"])]
+#[case(Flaw::ShowsInFailure("attributes"), &["secrets-not-in-failures"])]
+#[case(Flaw::ShowsInFailure("secrets"), &["secrets-not-in-failures"])]
+#[case(Flaw::ShowsInFailure("basic"), &["secrets-not-in-failures"])]
+#[case(Flaw::ShowsInFailure("details"), &["secrets-not-in-failures"])]
+#[case(Flaw::ShowsInFailure("trailer"), &["secrets-not-in-failures"])]
+#[case(Flaw::ShowsInOutage, &["secrets-not-in-failures"])]
+#[case(Flaw::Version("plain"), &["versions-reveal-nothing"])]
+#[case(Flaw::Version("base64"), &["versions-reveal-nothing"])]
+#[case(Flaw::Version("md5"), &["versions-reveal-nothing"])]
+#[case(Flaw::Version("sha1"), &["versions-reveal-nothing"])]
+#[case(Flaw::Version("ten digits"), &["versions-reveal-nothing"])]
+#[case(Flaw::Version("sha256"), &["versions-reveal-nothing"])]
+#[case(Flaw::RefusesAndQuotes, &["mount-succeeds", "outage-code", "tokens-not-in-errors", "secrets-not-in-failures"])]
 #[case(Flaw::ChangeKeepsVersion, &["change-new-version"])]
 #[case(Flaw::OtherSocketAfterRestart, &["restart-same-socket"])]
 #[case(Flaw::OtherVersionAfterRestart, &["restart-same-objects"])]
@@ -186,29 +213,41 @@ async fn a_flaw_fails_the_checks_that_name_it(#[case] flaw: Flaw, #[case] expect
     settings.change = Some(format!("echo 2 > {}", flawed.store.display()));
     settings.restart = Some(flawed.restart.clone());
     settings.timeout = flaw.patience();
-    if [Flaw::SuffersFromDeadlines, Flaw::SuffersFromCancelledCalls].contains(&flaw) {
-        settings.only = expected.iter().map(|&name| name.to_owned()).collect();
+    if [Flaw::SuffersFromCancelledCalls, Flaw::BlocksVersion].contains(&flaw) {
+        settings.selection.only = expected.iter().map(|&name| name.to_owned()).collect();
     }
     if [
         Flaw::RefusesUnknownSecrets,
         Flaw::LogsOwnSecret,
         Flaw::RefusesAndQuotes,
+        Flaw::ShowsInFailure("secrets"),
     ]
     .contains(&flaw)
     {
         settings.secrets = Some(map(&[("password", SECRET)]));
     }
-    if [
-        Flaw::EchoesOwnToken,
-        Flaw::LogsOwnToken,
-        Flaw::RefusesAndQuotes,
-    ]
-    .contains(&flaw)
-    {
+    if flaw == Flaw::LogsEscaped {
+        settings.secrets = Some(map(&[("password", PEM)]));
+    }
+    if matches!(
+        flaw,
+        Flaw::EchoesOwnToken
+            | Flaw::LogsOwnToken
+            | Flaw::LogsEncoded
+            | Flaw::RefusesAndQuotes
+            | Flaw::ShowsInOutage
+            | Flaw::ShowsInFailure("token" | "basic" | "details" | "trailer")
+    ) {
         settings.tokens = map(&[("vault", TOKEN)]);
     }
-    let results = run(settings).await;
+    let mut reported = Vec::new();
+    let results = run(settings, |checked| reported.push(checked.name)).await;
     assert_eq!(with(&results, Outcome::Failed), expected, "{results:#?}");
+    assert!(
+        reported
+            .iter()
+            .eq(results.iter().map(|result| &result.name))
+    );
     let report = serde_json::to_string(&results).unwrap();
     for part in [&SECRET[..5], &TOKEN[..5], "canary"] {
         assert!(!report.contains(part), "{report}");
@@ -221,9 +260,124 @@ async fn a_provider_that_does_not_answer_fails_one_check_and_skips_the_rest() {
     let socket = dir.path().join("dead.sock");
     drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).unwrap();
-    let results = run(settings(socket, dir.path())).await;
+    let results = run(settings(socket, dir.path()), |_| {}).await;
     assert_eq!(with(&results, Outcome::Failed), ["authority-localhost"]);
     assert_eq!(with(&results, Outcome::Passed).len(), 5, "{results:#?}");
+}
+
+/// Returns the reason of a check.
+fn reason<'a>(results: &'a [Checked], name: &str) -> &'a str {
+    let result = results.iter().find(|result| result.name == name);
+    result.unwrap().reason.as_deref().unwrap_or_default()
+}
+
+#[rstest]
+#[case(
+    Flaw::SuffersFromDeadlines,
+    "since expired-deadline, no Mount succeeds"
+)]
+#[case(Flaw::HangsOnMalformedAttributes, "the time is over")]
+#[tokio::test(flavor = "multi_thread")]
+async fn checks_that_tell_nothing_any_more_are_skipped(#[case] flaw: Flaw, #[case] why: &str) {
+    let dir = directory();
+    let flawed = flawed::start(flaw, dir.path());
+    let mut settings = settings(flawed.socket.clone(), dir.path());
+    settings.parameters = map(&[("objects", "user")]);
+    if flaw == Flaw::HangsOnMalformedAttributes {
+        settings.total_timeout = Duration::from_secs(2);
+        settings.selection.only = vec!["malformed-attributes".to_owned(), "answer".to_owned()];
+    }
+    let results = run(settings, |_| {}).await;
+    assert_eq!(with(&results, Outcome::Failed).len(), 1, "{results:#?}");
+    assert_eq!(reason(&results, "content-stable"), why, "{results:#?}");
+}
+
+#[rstest]
+#[case::fails("touhc x", "ended with", &["restart-answers", "restart-same-socket", "restart-same-objects"])]
+#[case::changes_nothing("true", "the content is the same", &[])]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_does_not_do_what_it_should_fails(
+    #[case] command: &str,
+    #[case] why: &str,
+    #[case] also: &[&str],
+) {
+    let dir = directory();
+    let flawed = flawed::start(Flaw::None, dir.path());
+    let mut settings = settings(flawed.socket.clone(), dir.path());
+    settings.parameters = map(&[("objects", "user")]);
+    settings.change = Some(command.to_owned());
+    settings.restart = Some(command.to_owned());
+    settings.selection.only = vec!["restart".to_owned()];
+    let results = run(settings, |_| {}).await;
+    let expected = [&["change-new-version"], also].concat();
+    assert_eq!(with(&results, Outcome::Failed), expected, "{results:#?}");
+    let told = reason(&results, "change-new-version");
+    assert!(told.contains(why), "{told}");
+}
+
+/// The report comes line by line, and no target path stays, which may have secrets.
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn the_program_reports_at_once_and_cleans_up_when_it_is_interrupted(
+    #[values(Signal::SIGINT, Signal::SIGTERM)] signal: Signal,
+) {
+    let dir = directory();
+    let flawed = flawed::start(Flaw::HangsOnMalformedAttributes, dir.path());
+    let targets = dir.path().join("targets");
+    fs::create_dir(&targets).unwrap();
+    let parameters = dir.path().join("parameters");
+    fs::write(&parameters, "objects: user").unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_provider-check"))
+        .arg(&flawed.socket)
+        .args(["--only", "socket,malformed-attributes", "--parameters"])
+        .arg(&parameters)
+        .arg("--target-dir")
+        .arg(&targets)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    for _ in 0..5 {
+        let mut line = String::new();
+        out.read_line(&mut line).unwrap();
+        assert!(line.starts_with("ok      socket-"), "{line}");
+    }
+    // The Mount after the first one hangs, and its target path is there.
+    let limit = Instant::now() + Duration::from_secs(20);
+    while !flawed.hangs() || fs::read_dir(&targets).unwrap().count() == 0 {
+        assert!(Instant::now() < limit, "no Mount is under way");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(2));
+    let left: Vec<_> = fs::read_dir(&targets).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_report_that_is_lost_is_exit_code_2_and_a_reader_may_leave() {
+    let dir = directory();
+    let socket = dir.path().join("dead.sock");
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    let socket = socket.display().to_string();
+    for arguments in [&["--list"][..], &[&*socket, "--only", "socket-type"]] {
+        let run = |out: Stdio| {
+            let mut program = Command::new(env!("CARGO_BIN_EXE_provider-check"));
+            let output = program.args(arguments).stdout(out).output().unwrap();
+            (
+                output.status.code(),
+                String::from_utf8(output.stderr).unwrap(),
+            )
+        };
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let (code, err) = run(full.into());
+        assert_eq!(code, Some(2), "{arguments:?}");
+        assert!(err.contains("cannot write the report: No space"), "{err}");
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let (code, err) = run(writer.into());
+        assert_eq!((code, &*err), (Some(0), ""), "{arguments:?}");
+    }
 }
 
 fn provider_check(arguments: &[&str]) -> (Option<i32>, String, String) {
@@ -309,7 +463,7 @@ fn the_program_checks_a_restart_and_reports_as_text_and_json() {
     let (code, out, err) = provider_check(&[&common[..], &json].concat());
     assert_eq!(code, Some(0), "{out}{err}");
     let report: serde_json::Value = serde_json::from_str(&out).unwrap();
-    assert_eq!(report["counts"]["passed"], 15, "{out}");
+    assert_eq!(report["counts"]["passed"], 16, "{out}");
     assert_eq!(report["checks"][0]["name"], "files-present");
 
     let (code, out, _) = provider_check(&[&socket, "--target-dir", &target]);
@@ -324,7 +478,11 @@ fn the_program_checks_a_restart_and_reports_as_text_and_json() {
 #[case(&["/nowhere.sock"], "/nowhere.sock: No such file")]
 #[case(&["x.sock", "--only", "nonsense"], "there is no check or group \"nonsense\"")]
 #[case(&["x.sock", "--parameters", "/nowhere"], "/nowhere: No such file")]
-#[case(&["Cargo.toml", "--only", "missing-object"], "nothing was checked")]
+#[case(&["Cargo.toml", "--log", "/nowhere"], "/nowhere: No such file")]
+#[case(&["Cargo.toml", "--only", "missing-object"], "nothing was checked of missing-object: needs --missing")]
+#[case(&["Cargo.toml", "--only", "socket-mode,error-code"], "nothing was checked of error-code: needs")]
+#[case(&["Cargo.toml", "--only", "restart"], "nothing was checked of restart")]
+#[case(&["Cargo.toml", "--only", "socket", "--skip", "socket"], "nothing was checked of socket: --skip")]
 #[case(&[], "<SOCKET>")]
 fn a_mistake_on_the_command_line_is_exit_code_2(
     #[case] arguments: &[&str],
@@ -341,4 +499,11 @@ fn all_checks_are_listed() {
     assert_eq!(code, Some(0));
     let checks: usize = GROUPS.iter().map(|(_, checks)| checks.len()).sum();
     assert_eq!(out.matches("https://").count(), checks);
+
+    let (_, out, _) = provider_check(&["--list", "--only", "socket", "--skip", "socket-name"]);
+    assert_eq!(out.matches("https://").count(), 4, "{out}");
+    let (_, out, _) = provider_check(&["--list", "--only", "socket", "--output", "json"]);
+    let listed: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(listed["checks"][0]["name"], "socket-type", "{out}");
+    assert_eq!(listed["checks"].as_array().unwrap().len(), 5, "{out}");
 }

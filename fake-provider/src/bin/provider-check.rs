@@ -2,20 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
-use fake_provider::check::{Checked, GROUPS, Outcome, Settings, run};
+use fake_provider::check::{Check, Checked, GROUPS, Outcome, Selection, Settings, run};
+use fake_provider::server::termination;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Checks whether a provider of the Secrets Store CSI driver keeps the rules of the interface.
 ///
 /// FILE arguments are YAML or JSON maps of strings. Exit code: 0 if no check failed, 1 if one did, 2
-/// if nothing could be checked.
+/// if nothing could be checked or what --only names could not, if the report could not be written, or
+/// after SIGINT or SIGTERM.
 #[derive(Debug, Parser)]
 struct Arguments {
     /// The provider's socket
@@ -66,6 +68,10 @@ struct Arguments {
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
 
+    /// The seconds that all checks together may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 900, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    total_timeout: u64,
+
     /// Run only these checks or groups
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
@@ -78,7 +84,7 @@ struct Arguments {
     #[arg(long, value_enum, default_value_t = Output::Text)]
     output: Output,
 
-    /// List the checks with their rules and sources, and check nothing
+    /// List the checks that would run with their rules and sources, and check nothing
     #[arg(long)]
     list: bool,
 }
@@ -90,8 +96,7 @@ enum Output {
 }
 
 impl Arguments {
-    fn into_settings(self) -> Result<Settings, String> {
-        let socket = self.socket.unwrap_or_default();
+    fn selection(&self) -> Result<Selection, String> {
         for name in self.only.iter().chain(&self.skip) {
             let known = GROUPS
                 .iter()
@@ -99,6 +104,18 @@ impl Arguments {
             if !known {
                 return Err(format!("there is no check or group {name:?}; see --list"));
             }
+        }
+        Ok(Selection {
+            only: self.only.clone(),
+            skip: self.skip.clone(),
+        })
+    }
+
+    fn into_settings(self) -> Result<Settings, String> {
+        let selection = self.selection()?;
+        let socket = self.socket.unwrap_or_default();
+        if let Some(log) = &self.log {
+            fs::File::open(log).map_err(|error| format!("{}: {error}", log.display()))?;
         }
         let pod = [
             ("csi.storage.k8s.io/pod.name", "provider-check"),
@@ -115,7 +132,7 @@ impl Arguments {
             .map(|(key, value)| (key.to_owned(), value.to_owned()))
             .into();
         pod.extend(map(self.attributes.as_deref())?.unwrap_or_default());
-        Ok(Settings {
+        let settings = Settings {
             socket,
             parameters: map(self.parameters.as_deref())?.unwrap_or_default(),
             missing: map(self.missing.as_deref())?,
@@ -128,9 +145,12 @@ impl Arguments {
             restart: self.restart,
             change: self.change,
             timeout: Duration::from_secs(self.timeout),
-            only: self.only,
-            skip: self.skip,
-        })
+            total_timeout: Duration::from_secs(self.total_timeout),
+            selection,
+        };
+        fs::metadata(&settings.socket)
+            .map_err(|error| format!("{}: {error}", settings.socket.display()))?;
+        Ok(settings)
     }
 }
 
@@ -149,42 +169,82 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
 
 #[tokio::main(worker_threads = 2)]
 async fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    if arguments.list {
-        print(&list());
-        return ExitCode::SUCCESS;
-    }
-    let output = arguments.output;
-    let settings = match arguments.into_settings() {
-        Ok(settings) => settings,
+    match checked(Arguments::parse()).await {
+        Ok(code) => code,
         Err(reason) => {
             eprintln!("provider-check: {reason}");
-            return ExitCode::from(2);
+            ExitCode::from(2)
         }
-    };
-    if let Err(error) = fs::metadata(&settings.socket) {
-        eprintln!("provider-check: {}: {error}", settings.socket.display());
-        return ExitCode::from(2);
-    }
-    let results = run(settings).await;
-    let counts = Counts::of(&results);
-    print(&match output {
-        Output::Text => text(&results, &counts),
-        Output::Json => json(&results, &counts),
-    });
-    if counts.failed > 0 {
-        ExitCode::FAILURE
-    } else if counts.passed == 0 {
-        eprintln!("provider-check: nothing was checked");
-        ExitCode::from(2)
-    } else {
-        ExitCode::SUCCESS
     }
 }
 
-/// Prints to stdout. A reader that has seen enough may have closed it.
-fn print(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
+/// Does what the arguments say.
+///
+/// # Errors
+/// Why that cannot be done.
+async fn checked(arguments: Arguments) -> Result<ExitCode, String> {
+    let output = arguments.output;
+    let no_output = |error| format!("cannot write the report: {error}");
+    if arguments.list {
+        let listed = list(&arguments.selection()?, output);
+        print(&listed).map_err(no_output)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let settings = arguments.into_settings()?;
+    let only = settings.selection.only.clone();
+    let interrupted = termination().map_err(|error| error.to_string())?;
+    let mut printed = Ok(());
+    let checks = run(settings, |checked| {
+        if printed.is_ok() && matches!(output, Output::Text) {
+            printed = print(&line(checked));
+        }
+    });
+    // Whatever ends the checks early, their target paths are removed.
+    let results = tokio::select! {
+        results = checks => results,
+        () = interrupted => return Err("interrupted".to_owned()),
+    };
+    printed.map_err(no_output)?;
+    let counts = Counts::of(&results);
+    print(&match output {
+        Output::Text => counts.text(),
+        Output::Json => json(&results, &counts),
+    })
+    .map_err(no_output)?;
+    if counts.failed > 0 {
+        return Ok(ExitCode::FAILURE);
+    }
+    for name in &only {
+        was_checked(name, &results)?;
+    }
+    if counts.passed == 0 {
+        return Err("nothing was checked".to_owned());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Checks that a check or group that was asked for could run.
+fn was_checked(name: &str, results: &[Checked]) -> Result<(), String> {
+    let mut reason = "--skip leaves nothing of it";
+    for result in results {
+        if result.name == name || result.group == name {
+            match &result.reason {
+                None => return Ok(()),
+                Some(skipped) => reason = skipped,
+            }
+        }
+    }
+    Err(format!("nothing was checked of {name}: {reason}"))
+}
+
+/// Prints to stdout at once.
+fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        // A reader that has seen enough may have closed it.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => printed,
+    }
 }
 
 /// The numbers of checks by outcome.
@@ -204,36 +264,45 @@ impl Counts {
             skipped: count(Outcome::Skipped),
         }
     }
+
+    fn text(&self) -> String {
+        let Self {
+            passed,
+            failed,
+            skipped,
+        } = self;
+        format!("{passed} passed, {failed} failed, {skipped} skipped\n")
+    }
 }
 
-fn list() -> String {
-    let checks = GROUPS
-        .iter()
-        .flat_map(|(group, checks)| checks.iter().map(move |check| (group, check)));
-    checks.fold(String::new(), |all, (group, check)| {
+fn list(selection: &Selection, output: Output) -> String {
+    let text = |(group, check): (&str, &Check)| {
         let (name, rule, source) = (check.name, check.rule, check.source);
-        all + &format!("{group}: {name}\n    {rule}\n    {source}\n")
-    })
+        format!("{group}: {name}\n    {rule}\n    {source}\n")
+    };
+    let object = |(group, check): (&str, &Check)| {
+        let (name, rule, source) = (check.name, check.rule, check.source);
+        serde_json::json!({"group": group, "name": name, "rule": rule, "source": source})
+    };
+    match output {
+        Output::Text => selection.checks().map(text).collect(),
+        Output::Json => {
+            let checks: Vec<_> = selection.checks().map(object).collect();
+            format!("{:#}\n", serde_json::json!({"checks": checks}))
+        }
+    }
 }
 
-fn text(results: &[Checked], counts: &Counts) -> String {
-    let lines = results.iter().map(|result| {
-        let reason = result.reason.as_deref().unwrap_or_default();
-        match result.outcome {
-            Outcome::Passed => format!("ok      {}\n", result.name),
-            Outcome::Skipped => format!("skipped {}: {reason}\n", result.name),
-            Outcome::Failed => format!(
-                "FAILED  {}: {reason}\n        {}\n        {}\n",
-                result.name, result.rule, result.source
-            ),
-        }
-    });
-    let Counts {
-        passed,
-        failed,
-        skipped,
-    } = counts;
-    lines.collect::<String>() + &format!("{passed} passed, {failed} failed, {skipped} skipped\n")
+fn line(result: &Checked) -> String {
+    let reason = result.reason.as_deref().unwrap_or_default();
+    match result.outcome {
+        Outcome::Passed => format!("ok      {}\n", result.name),
+        Outcome::Skipped => format!("skipped {}: {reason}\n", result.name),
+        Outcome::Failed => format!(
+            "FAILED  {}: {reason}\n        {}\n        {}\n",
+            result.name, result.rule, result.source
+        ),
+    }
 }
 
 fn json(results: &[Checked], counts: &Counts) -> String {

@@ -26,6 +26,7 @@ const ETCD_LIMIT: &str = "https://etcd.io/docs/v3.5/dev-guide/limit/";
 const ATOMIC_WRITER: &str =
     "https://github.com/kubernetes/kubernetes/blob/master/pkg/volume/util/atomic_writer.go";
 const LIMITS: &str = "https://man7.org/linux/man-pages/man7/path_resolution.7.html";
+const FILE_NAMES: &str = "https://dwheeler.com/essays/fixing-unix-linux-filenames.html";
 const MODES: &str = "https://man7.org/linux/man-pages/man7/inode.7.html";
 
 pub(super) const CHECKS: &[Check] = &[
@@ -94,6 +95,12 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "Each path is there once, and no file is a directory of another one.",
         source: ATOMIC_WRITER,
         run: |s| Box::pin(of_first(s, paths_unique)),
+    },
+    Check {
+        name: "paths-printable",
+        rule: "Paths have no control characters, and no character in place of bytes that are not UTF-8.",
+        source: FILE_NAMES,
+        run: |s| Box::pin(of_first(s, paths_printable)),
     },
     Check {
         name: "modes-in-range",
@@ -242,6 +249,15 @@ fn paths_unique(answer: &Answer) -> Result<(), Finding> {
     Ok(())
 }
 
+fn paths_printable(answer: &Answer) -> Result<(), Finding> {
+    each_path(answer, |path| {
+        let path = path.replace('\0', "");
+        !path
+            .chars()
+            .any(|c| c.is_control() || c == char::REPLACEMENT_CHARACTER)
+    })
+}
+
 fn modes_in_range(answer: &Answer) -> Result<(), Finding> {
     let out = answer
         .files
@@ -314,7 +330,12 @@ async fn content_stable(subject: &Subject) -> Result<(), Finding> {
         .zip(&again.files)
         .find(|(a, b)| a.contents != b.contents);
     match changed {
-        Some((file, _)) => Err(failed(format!("{:?} changed", file.path))),
+        Some((file, _)) => Err(failed(format!(
+            "{:?} changed. If the store makes a new value for each call, each refresh writes the \
+             volume, and applications that watch the file load it again; a class should ask for \
+             such objects only if that is wanted",
+            file.path
+        ))),
         None => Ok(()),
     }
 }

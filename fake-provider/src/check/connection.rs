@@ -1,28 +1,34 @@
 //! Checks of connections and calls: authority, concurrency, deadlines, cancellation, and `Version`.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures::future::join_all;
 use http::uri::PathAndQuery;
 use proto::provider::MountResponse;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tonic::{Code, Request, Status};
 use tonic_prost::ProstCodec;
 
-use super::subject::{LARGEST_ANSWER, error_code};
-use super::{Check, FIRST_CALL, Finding, Subject, failed};
+use super::subject::{Answer, LARGEST_ANSWER, error_code};
+use super::{Check, FIRST_CALL, Finding, Subject, failed, needs};
 use crate::server::INTERFACE;
 
 /// The number of calls that the driver has in flight to a provider at most, by default.
 const CALLS: usize = 16;
+
+/// The time for which `Version` is called beside Mounts.
+const VERSIONS: Duration = Duration::from_secs(5);
 
 const NAMING: &str = "https://github.com/grpc/grpc/blob/master/doc/naming.md";
 const HTTP2: &str = "https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md";
 const STATUS_CODES: &str = "https://grpc.github.io/grpc/core/md_doc_statuscodes.html";
 const CANCELLATION: &str = "https://grpc.io/docs/guides/cancellation/";
 const DEADLINES: &str = "https://grpc.io/docs/guides/deadlines/";
+const HEALTH: &str = "https://github.com/kubernetes-sigs/secrets-store-csi-driver/blob/main/pkg/secrets-store/provider_client.go";
 const UNKNOWN_FIELDS: &str = "https://protobuf.dev/programming-guides/proto3/#unknowns";
 const SERVICE: &str = "https://github.com/kubernetes-sigs/secrets-store-csi-driver/blob/main/provider/v1alpha1/service.proto";
 
@@ -86,6 +92,18 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "Sixteen Mounts on one connection succeed at the same time.",
         source: HTTP2,
         run: |s| Box::pin(calls_at_once(s, Sharing::OneConnection)),
+    },
+    Check {
+        name: "calls-of-two-classes",
+        rule: "Mounts of different classes at the same time have the answers of their own classes.",
+        source: HTTP2,
+        run: |s| Box::pin(calls_of_two_classes(s)),
+    },
+    Check {
+        name: "version-during-mounts",
+        rule: "Version answers within 5 seconds also while Mounts wait for the store.",
+        source: HEALTH,
+        run: |s| Box::pin(version_during_mounts(s)),
     },
     Check {
         name: "expired-deadline",
@@ -198,7 +216,7 @@ async fn idle_connections(subject: &Subject) -> Result<(), Finding> {
     for _ in 0..CALLS {
         open.push(connect(subject).await?);
     }
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    sleep(Duration::from_millis(50)).await;
     subject.answers_after("opening 16 connections").await
 }
 
@@ -219,8 +237,44 @@ enum Sharing {
     OneConnection,
 }
 
+/// What a Mount answers when no other one runs.
+struct Alone {
+    answer: Answer,
+    /// Whether a second Mount has the same content, modes and versions.
+    is_stable: bool,
+}
+
+impl Alone {
+    async fn of(subject: &Subject) -> Result<Self, Finding> {
+        let first = subject.first().await?;
+        let answer = subject.succeeds(subject.request()).await?;
+        Ok(Self {
+            is_stable: answer.files == first.files && answer.versions == first.versions,
+            answer,
+        })
+    }
+
+    /// Checks the outcome of a Mount of the same objects beside others.
+    fn same(&self, subject: &Subject, beside: Result<Answer, Status>) -> Result<(), Finding> {
+        let beside =
+            beside.map_err(|status| failed(format!("one failed: {}", subject.told(&status))))?;
+        let differs = if beside.paths() != self.answer.paths() {
+            "files"
+        } else if self.is_stable && beside.files != self.answer.files {
+            "content or modes"
+        } else if self.is_stable && beside.versions != self.answer.versions {
+            "versions"
+        } else {
+            return Ok(());
+        };
+        Err(failed(format!(
+            "one has other {differs} than a Mount alone"
+        )))
+    }
+}
+
 async fn calls_at_once(subject: &Subject, sharing: Sharing) -> Result<(), Finding> {
-    let expected = subject.first().await?.paths();
+    let alone = Alone::of(subject).await?;
     let shared = subject.client()?;
     let calls = (0..CALLS).map(|_| async {
         match sharing {
@@ -228,14 +282,72 @@ async fn calls_at_once(subject: &Subject, sharing: Sharing) -> Result<(), Findin
             Sharing::OneConnection => subject.mount_on(shared.clone(), subject.request()).await,
         }
     });
-    for answer in futures::future::join_all(calls).await {
-        let answer =
-            answer.map_err(|status| failed(format!("one failed: {}", subject.told(&status))))?;
-        if answer.paths() != expected {
-            return Err(failed("one has other files than a Mount alone"));
+    for answer in join_all(calls).await {
+        alone.same(subject, answer)?;
+    }
+    Ok(())
+}
+
+async fn calls_of_two_classes(subject: &Subject) -> Result<(), Finding> {
+    const ROUNDS: usize = 4;
+    let missing = subject.settings.missing.as_ref();
+    let missing = subject.request_for(missing.ok_or_else(|| needs("--missing"))?);
+    let alone = Alone::of(subject).await?;
+    if subject.mount(missing.clone()).await.is_ok() {
+        return Err(Finding::Skipped("missing-object failed".to_owned()));
+    }
+    for round in 0..ROUNDS {
+        let calls = (0..CALLS).map(|number| {
+            let exists = (number + round) % 2 == 0;
+            let request = if exists {
+                subject.request()
+            } else {
+                missing.clone()
+            };
+            async move { (exists, subject.mount(request).await) }
+        });
+        for (exists, answer) in join_all(calls).await {
+            if exists {
+                alone.same(subject, answer)?;
+            } else if answer.is_ok() {
+                let reason = "beside others, a Mount of an object that does not exist succeeds";
+                return Err(failed(reason));
+            }
         }
     }
     Ok(())
+}
+
+async fn version_during_mounts(subject: &Subject) -> Result<(), Finding> {
+    // Mounts that take long show most.
+    let request = if let Some(outage) = &subject.settings.outage {
+        subject.request_for(outage)
+    } else {
+        subject.first().await?;
+        subject.request()
+    };
+    let ended = AtomicBool::new(false);
+    let mounts = async {
+        join_all((0..CALLS).map(|_| subject.mount(request.clone()))).await;
+        ended.store(true, Ordering::SeqCst);
+        std::future::pending().await
+    };
+    let versions = async {
+        let limit = Instant::now() + VERSIONS;
+        loop {
+            if let Err(Finding::Failed(reason)) = subject.version().await {
+                return Err(failed(format!("while Mounts are under way: {reason}")));
+            }
+            if ended.load(Ordering::SeqCst) || Instant::now() > limit {
+                return Ok(());
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::select! {
+        outcome = versions => outcome,
+        never = mounts => never,
+    }
 }
 
 async fn expired_deadline(subject: &Subject) -> Result<(), Finding> {
@@ -251,7 +363,7 @@ async fn expired_deadline(subject: &Subject) -> Result<(), Finding> {
         // It may answer in time, which is right as well.
         let _ = timeout(limit, subject.client()?.mount(request)).await;
     }
-    recovers(subject).await
+    subject.recovers().await
 }
 
 async fn cancelled_calls(subject: &Subject) -> Result<(), Finding> {
@@ -268,19 +380,5 @@ async fn cancelled_calls(subject: &Subject) -> Result<(), Finding> {
         calls.spawn(async move { timeout(limit, client.mount(request)).await.map(drop) });
     }
     calls.join_all().await;
-    recovers(subject).await
-}
-
-/// Checks that a Mount succeeds soon: calls that nobody waits for may take a moment to end.
-async fn recovers(subject: &Subject) -> Result<(), Finding> {
-    const PAUSE: Duration = Duration::from_millis(100);
-    // The provider may not have noticed yet that nobody waits.
-    tokio::time::sleep(PAUSE).await;
-    for _ in 0..10 {
-        if subject.succeeds(subject.request()).await.is_ok() {
-            return Ok(());
-        }
-        tokio::time::sleep(PAUSE).await;
-    }
-    subject.succeeds(subject.request()).await.map(drop)
+    subject.recovers().await
 }

@@ -67,17 +67,18 @@ async fn mount_missing(subject: &Subject) -> Result<Result<MountResponse, Status
     let missing = missing.ok_or_else(|| needs("--missing"))?;
     // A provider that refuses every Mount tells nothing about this one.
     subject.first().await?;
-    mount_raw(subject, missing).await
+    mount_raw(subject, subject.request_for(missing)).await
 }
 
-async fn mount_raw(
+/// Sends a request, and returns the answer as it is on the wire.
+pub(super) async fn mount_raw(
     subject: &Subject,
-    parameters: &BTreeMap<String, String>,
+    request: MountRequest,
 ) -> Result<Result<MountResponse, Status>, Finding> {
     let target = subject.target()?;
     let request = MountRequest {
         target_path: target.path(),
-        ..subject.request_for(parameters)
+        ..request
     };
     let mut client = subject.client()?;
     let calling = client.mount(subject.timed(request));
@@ -142,7 +143,7 @@ async fn error_code_short(subject: &Subject) -> Result<(), Finding> {
 }
 
 async fn no_parameters(subject: &Subject) -> Result<(), Finding> {
-    match mount_raw(subject, &BTreeMap::new()).await? {
+    match mount_raw(subject, subject.request_for(&BTreeMap::new())).await? {
         Err(status) if status.code() == Code::Unavailable => Err(failed(subject.told(&status))),
         _ => Ok(()),
     }
@@ -151,7 +152,7 @@ async fn no_parameters(subject: &Subject) -> Result<(), Finding> {
 async fn outage_code(subject: &Subject) -> Result<(), Finding> {
     let outage = subject.settings.outage.as_ref();
     let outage = outage.ok_or_else(|| needs("--outage"))?;
-    match mount_raw(subject, outage).await? {
+    match mount_raw(subject, subject.request_for(outage)).await? {
         Err(status) if may_pass(status.code()) => Ok(()),
         Err(status) => Err(failed(subject.told(&status))),
         Ok(answer) => match error_code(&answer) {

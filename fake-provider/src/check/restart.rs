@@ -56,7 +56,7 @@ async fn shell(command: &str) -> Result<(), Finding> {
         Ok(Err(error)) => format!("cannot run {command:?}: {error}"),
         Err(_) => format!("{command:?} did not end in {COMMAND:?}"),
     };
-    Err(Finding::Skipped(reason))
+    Err(failed(reason))
 }
 
 async fn change_new_version(subject: &Subject) -> Result<(), Finding> {
@@ -69,8 +69,8 @@ async fn change_new_version(subject: &Subject) -> Result<(), Finding> {
     shell(command).await?;
     let after = subject.succeeds(subject.request()).await?;
     if before.files == after.files {
-        return Err(Finding::Skipped(
-            "the command changed no content".to_owned(),
+        return Err(failed(
+            "the content is the same: the command changed nothing, or the provider answers with what it had",
         ));
     }
     if before.versions == after.versions {

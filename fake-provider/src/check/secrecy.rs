@@ -1,13 +1,17 @@
 //! Checks that tokens, secrets and malformed input do not come back in answers, errors or the log.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 
-use proto::provider::MountRequest;
+use proto::provider::{MountRequest, MountResponse};
 use serde_json::json;
+use tonic::Status;
+use tonic::metadata::KeyAndValueRef;
 
+use super::errors::mount_raw;
+use super::forms::telling;
 use super::subject::tokens_json;
-use super::{Check, Finding, Settings, Subject, failed, needs};
+use super::{Check, Finding, Settings, Subject, failed, needs, versions};
 use crate::server::TOKENS_KEY;
 
 /// A value that the checks plant wherever secrets arrive, and look for.
@@ -44,6 +48,18 @@ pub(super) const CHECKS: &[Check] = &[
         run: |s| Box::pin(secrets_not_in_errors(s)),
     },
     Check {
+        name: "secrets-not-in-failures",
+        rule: "A failure shows no token and no secret of its request, as it is or encoded.",
+        source: SECRETS,
+        run: |s| Box::pin(secrets_not_in_failures(s)),
+    },
+    Check {
+        name: "versions-reveal-nothing",
+        rule: "A version shows neither content nor a digest of it that needs no key.",
+        source: SECRETS,
+        run: |s| Box::pin(versions::reveal_nothing(s)),
+    },
+    Check {
         name: "secrets-not-in-log",
         rule: "No token and no secret is in the provider's log.",
         source: SECRETS,
@@ -51,11 +67,15 @@ pub(super) const CHECKS: &[Check] = &[
     },
 ];
 
-/// Returns a request with one more token, the canary.
+/// Returns a request for objects that exist, with one more token, the canary.
 fn with_canary_token(subject: &Subject) -> MountRequest {
+    canary_token_for(subject, &subject.settings.parameters)
+}
+
+fn canary_token_for(subject: &Subject, parameters: &BTreeMap<String, String>) -> MountRequest {
     let mut tokens = subject.settings.tokens.clone();
     tokens.insert(AUDIENCE.to_owned(), CANARY.to_owned());
-    subject.request_with(TOKENS_KEY, &tokens_json(&tokens))
+    subject.changed_request(parameters, TOKENS_KEY, &tokens_json(&tokens))
 }
 
 async fn tokens_accepted(subject: &Subject) -> Result<(), Finding> {
@@ -71,57 +91,6 @@ pub(super) fn own_values(settings: &Settings) -> Vec<&str> {
     let secrets = settings.secrets.iter().flat_map(BTreeMap::values);
     let values = settings.tokens.values().chain(secrets);
     values.map(String::as_str).chain([CANARY]).collect()
-}
-
-/// Returns the values that are long enough to be found in a text only if they were put there.
-pub(super) fn telling(mut values: Vec<&str>) -> Vec<&str> {
-    const SHORTEST: usize = 8;
-    values.retain(|value| value.len() >= SHORTEST);
-    values
-}
-
-/// Returns the forms in which a text may quote values: whole or a line of them, as they are or
-/// escaped as in JSON and in the reasons of findings.
-pub(super) fn forms(values: &[&str]) -> Vec<String> {
-    let lines = values.iter().flat_map(|value| value.lines()).map(str::trim);
-    let pieces: BTreeSet<&str> = telling(lines.chain(values.iter().copied()).collect())
-        .into_iter()
-        .collect();
-    let mut forms = BTreeSet::new();
-    for piece in pieces {
-        let json = unquoted(&json!(piece).to_string());
-        forms.extend([
-            unquoted(&format!("{piece:?}")),
-            unquoted(&format!("{json:?}")),
-        ]);
-        forms.extend([json, piece.to_owned()]);
-    }
-    forms.into_iter().collect()
-}
-
-/// Returns a text without its first and last character.
-fn unquoted(text: &str) -> String {
-    text.get(1..text.len() - 1).unwrap_or_default().to_owned()
-}
-
-/// Returns a text with `<secret>` in the place of each of the values.
-pub(super) fn hide(text: &str, values: &[String]) -> String {
-    let mut hidden = String::new();
-    let mut rest = text;
-    while let Some(next) = rest.chars().next() {
-        let found = values.iter().filter(|value| rest.starts_with(&***value));
-        match found.map(String::len).max() {
-            None | Some(0) => {
-                hidden.push(next);
-                rest = &rest[next.len_utf8()..];
-            }
-            Some(length) => {
-                hidden.push_str("<secret>");
-                rest = &rest[length..];
-            }
-        }
-    }
-    hidden
 }
 
 async fn tokens_not_in_answers(subject: &Subject) -> Result<(), Finding> {
@@ -149,24 +118,70 @@ async fn tokens_not_in_answers(subject: &Subject) -> Result<(), Finding> {
     Ok(())
 }
 
-/// Sends requests that are wrong, and looks for the canary in the errors.
+/// Returns whether a failure has a form of a token or secret in anything that it shows to others.
+fn quotes(subject: &Subject, failure: &Result<MountResponse, Status>) -> bool {
+    let shown = match failure {
+        Ok(answer) => answer
+            .error
+            .iter()
+            .map(|error| error.code.clone())
+            .collect(),
+        Err(status) => texts(status),
+    };
+    shown.iter().any(|text| subject.has_own(text))
+}
+
+/// Returns the message, the details and the trailers of a status.
+fn texts(status: &Status) -> Vec<String> {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let trailers = status.metadata().iter().map(|trailer| match trailer {
+        KeyAndValueRef::Ascii(key, value) => format!("{key}: {}", text(value.as_encoded_bytes())),
+        KeyAndValueRef::Binary(key, value) => {
+            let value = value.to_bytes().unwrap_or_default();
+            format!("{key}: {}", text(&value))
+        }
+    });
+    let mut texts: Vec<_> = trailers.collect();
+    texts.extend([status.message().to_owned(), text(status.details())]);
+    texts
+}
+
+/// Sends requests that are wrong, and looks for tokens and secrets in the errors.
 async fn not_in_errors(
     subject: &Subject,
     requests: impl IntoIterator<Item = MountRequest>,
 ) -> Result<(), Finding> {
     for request in requests {
-        if let Err(status) = subject.answered(request).await? {
-            let details = String::from_utf8_lossy(status.details());
-            let metadata = format!("{:?}", status.metadata());
-            if [status.message(), &details, &metadata]
-                .iter()
-                .any(|text| text.contains(CANARY))
-            {
-                return Err(failed("the error quotes the request"));
-            }
+        if let Err(status) = subject.answered(request).await?
+            && quotes(subject, &Err(status))
+        {
+            return Err(failed("the error quotes the request"));
         }
     }
     Ok(())
+}
+
+async fn secrets_not_in_failures(subject: &Subject) -> Result<(), Finding> {
+    let settings = &subject.settings;
+    let classes = [("missing", &settings.missing), ("outage", &settings.outage)];
+    let mut checked = 0;
+    for (name, parameters) in classes {
+        let Some(parameters) = parameters else {
+            continue;
+        };
+        // Another check tells that a Mount is not answered.
+        let request = canary_token_for(subject, parameters);
+        if let Ok(failure) = mount_raw(subject, request).await {
+            if quotes(subject, &failure) {
+                return Err(failed(format!("the failure of --{name} shows one")));
+            }
+            checked += 1;
+        }
+    }
+    match checked {
+        0 => Err(needs("--missing or --outage, with an answer")),
+        _ => Ok(()),
+    }
 }
 
 async fn tokens_not_in_errors(subject: &Subject) -> Result<(), Finding> {
@@ -211,52 +226,17 @@ async fn secrets_not_in_log(subject: &Subject) -> Result<(), Finding> {
         secrets: json!(secrets).to_string(),
         ..subject.request()
     };
-    for request in [with_canary_token(subject), with_secrets] {
+    let missing = subject.settings.missing.as_ref();
+    let missing = missing.map(|parameters| canary_token_for(subject, parameters));
+    let requests = [with_canary_token(subject), with_secrets];
+    for request in requests.into_iter().chain(missing) {
         // It may fail, which is logged as well.
         let _ = subject.mount(request).await;
     }
     let log = fs::read(path)
-        .map_err(|error| Finding::Skipped(format!("cannot read {}: {error}", path.display())))?;
-    let log = String::from_utf8_lossy(&log);
-    let values = telling(own_values(&subject.settings));
-    if values.iter().any(|value| log.contains(value)) {
+        .map_err(|error| failed(format!("cannot read {}: {error}", path.display())))?;
+    if subject.has_own(&String::from_utf8_lossy(&log)) {
         return Err(failed("the log has a token or a secret"));
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rstest::rstest;
-
-    const PEM: &str =
-        "-----BEGIN KEY-----\nsupersecretline1\nsupersecretline2\n-----END KEY-----\n";
-    const JSON: &str = r#"{"password": "hunter2\\hunter2"}"#;
-
-    /// A provider quotes a secret in any way, and a finding quotes the provider.
-    #[rstest]
-    fn secrets_are_hidden_however_they_are_quoted(
-        #[values(PEM, JSON, "hunter2-hunter2", "with \u{202e} and \"quotes\"")] secret: &str,
-        #[values(false, true)] as_json: bool,
-        #[values(false, true)] as_debug: bool,
-        #[values(false, true)] in_lines: bool,
-    ) {
-        let mut quoted = secret.to_owned();
-        if in_lines {
-            quoted = quoted.replace('\n', " in the middle\n");
-        }
-        if as_json {
-            quoted = json!({"of": quoted}).to_string();
-        }
-        if as_debug {
-            quoted = format!("failed: {quoted:?}");
-        }
-        let hidden = hide(&format!("it says {quoted}"), &forms(&[secret, "short"]));
-        assert!(hidden.contains("<secret>"), "{hidden}");
-        for piece in ["supersecret", "hunter2", "quotes"] {
-            assert!(!hidden.contains(piece), "{hidden}");
-        }
-        assert!(hidden.starts_with("it says"));
-    }
 }

@@ -30,13 +30,13 @@ pub(super) const CHECKS: &[Check] = &[
     },
     Check {
         name: "socket-mode",
-        rule: "Others may not connect: the socket is not writable to them.",
+        rule: "Others may not connect: the socket is not writable to other users and groups.",
         source: UNIX_SOCKETS,
         run: |s| Box::pin(async { mode(s) }),
     },
     Check {
         name: "socket-directory",
-        rule: "Others may not replace the socket: its directory is not writable to them.",
+        rule: "Others may not replace the socket: no directory above it is theirs or writable to them.",
         source: UNIX_SOCKETS,
         run: |s| Box::pin(async { directory(s) }),
     },
@@ -70,32 +70,104 @@ fn name(subject: &Subject) -> Result<(), Finding> {
     Ok(())
 }
 
+/// The user and the group who may do everything beside root: those who check.
+#[derive(Clone, Copy)]
+struct Checker {
+    user: u32,
+    group: u32,
+}
+
+impl Checker {
+    fn current() -> Result<Self, Finding> {
+        let process = examine(Path::new("/proc/self"))?;
+        Ok(Self {
+            user: process.uid(),
+            group: process.gid(),
+        })
+    }
+
+    fn is_user(self, user: u32) -> bool {
+        user == 0 || user == self.user
+    }
+
+    /// Returns whether only root and the checker may write to what has this group and mode.
+    fn alone_writes(self, group: u32, mode: u32) -> bool {
+        let is_own = group == 0 || group == self.group;
+        mode & 0o002 == 0 && (mode & 0o020 == 0 || is_own)
+    }
+
+    /// Returns why others may replace what is in a directory.
+    fn replaced_by_others(self, owner: u32, group: u32, mode: u32) -> Option<String> {
+        if !self.is_user(owner) {
+            return Some(format!("belongs to user {owner}"));
+        }
+        // In a sticky directory only the owner of a file may replace it.
+        if mode & 0o1000 != 0 || self.alone_writes(group, mode) {
+            return None;
+        }
+        Some(format!("has mode {mode:04o} and group {group}"))
+    }
+}
+
 fn owner(subject: &Subject) -> Result<(), Finding> {
     let owner = examine(&subject.settings.socket)?.uid();
-    let user = examine(Path::new("/proc/self"))?.uid();
-    if owner == 0 || owner == user {
+    if Checker::current()?.is_user(owner) {
         return Ok(());
     }
     Err(failed(format!("it belongs to user {owner}")))
 }
 
 fn mode(subject: &Subject) -> Result<(), Finding> {
-    let mode = examine(&subject.settings.socket)?.mode() & 0o777;
-    if mode & 0o002 == 0 {
+    let socket = examine(&subject.settings.socket)?;
+    let (group, mode) = (socket.gid(), socket.mode() & 0o777);
+    if Checker::current()?.alone_writes(group, mode) {
         return Ok(());
     }
-    Err(failed(format!("its mode is {mode:04o}")))
+    Err(failed(format!("it has mode {mode:04o} and group {group}")))
 }
 
 fn directory(subject: &Subject) -> Result<(), Finding> {
-    let socket = std::path::absolute(&subject.settings.socket);
-    let socket = socket.map_err(|error| failed(error.to_string()))?;
-    let directory = socket.parent().unwrap_or(Path::new("/"));
-    let mode = examine(directory)?.mode() & 0o7777;
-    // In a sticky directory only the owner of a file may replace it.
-    if mode & 0o002 == 0 || mode & 0o1000 != 0 {
-        return Ok(());
+    let socket = &subject.settings.socket;
+    let checker = Checker::current()?;
+    // A link on the way may be replaced as well as a directory.
+    for path in [std::path::absolute(socket), fs::canonicalize(socket)] {
+        let path = path.map_err(|error| failed(format!("{}: {error}", socket.display())))?;
+        for directory in path.ancestors().skip(1) {
+            let found = examine(directory)?;
+            let mode = found.mode() & 0o7777;
+            if let Some(why) = checker.replaced_by_others(found.uid(), found.gid(), mode) {
+                return Err(failed(format!("{} {why}", directory.display())));
+            }
+        }
     }
-    let directory = directory.display();
-    Err(failed(format!("the mode of {directory} is {mode:04o}")))
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    const CHECKER: Checker = Checker {
+        user: 1000,
+        group: 100,
+    };
+
+    /// Others may write where the last digit says so, or the middle one with a group of others; they
+    /// may replace the files of others there unless it is sticky, and anything in what is theirs.
+    #[rstest]
+    fn only_root_and_the_checker_may_replace_a_socket(
+        #[values(0, 1000, 1001)] owner: u32,
+        #[values(0, 100, 101)] group: u32,
+        #[values(0o0, 0o2, 0o7)] of_group: u32,
+        #[values(0o0, 0o5, 0o2, 0o7)] of_others: u32,
+        #[values(0, 0o1000)] sticky: u32,
+    ) {
+        let mode = sticky | 0o700 | of_group << 3 | of_others;
+        let others_write = [2, 7].contains(&of_others) || (of_group != 0 && group == 101);
+        assert_eq!(CHECKER.alone_writes(group, mode), !others_write);
+        let expected = owner == 1001 || (others_write && sticky == 0);
+        let replaced = CHECKER.replaced_by_others(owner, group, mode);
+        assert_eq!(replaced.is_some(), expected, "{replaced:?}");
+    }
 }

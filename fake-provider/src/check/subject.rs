@@ -10,10 +10,12 @@ use proto::provider::{
 };
 use serde_json::json;
 use tokio::sync::OnceCell;
+use tokio::time::{Instant, sleep};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
-use super::secrecy::{forms, hide, own_values};
+use super::forms::{forms, hide};
+use super::secrecy::own_values;
 use super::target::Target;
 use super::{Finding, Settings, failed};
 use crate::server::{INTERFACE, TOKENS_KEY};
@@ -132,11 +134,22 @@ impl Subject {
 
     /// Returns the request with one more attribute, or with another value of one.
     pub(super) fn request_with(&self, name: &str, value: &str) -> MountRequest {
-        let mut attributes = self.attributes(&self.settings.parameters);
+        self.changed_request(&self.settings.parameters, name, value)
+    }
+
+    /// Returns a request for a class with these parameters, with one more attribute, or with another
+    /// value of one.
+    pub(super) fn changed_request(
+        &self,
+        parameters: &BTreeMap<String, String>,
+        name: &str,
+        value: &str,
+    ) -> MountRequest {
+        let mut attributes = self.attributes(parameters);
         attributes.insert(name.to_owned(), value.to_owned());
         MountRequest {
             attributes: json!(attributes).to_string(),
-            ..self.request()
+            ..self.request_for(parameters)
         }
     }
 
@@ -256,6 +269,31 @@ impl Subject {
     /// Returns the outcome of the first request for the objects that exist.
     pub(super) async fn first_outcome(&self) -> &Result<Answer, Status> {
         self.first.get_or_init(|| self.mount(self.request())).await
+    }
+
+    /// Returns whether the first Mount has been answered with success.
+    pub(super) fn has_mounted(&self) -> bool {
+        matches!(self.first.get(), Some(Ok(_)))
+    }
+
+    /// Checks that a Mount succeeds soon: calls that nobody waits for may take a moment to end.
+    pub(super) async fn recovers(&self) -> Result<(), Finding> {
+        const PAUSE: Duration = Duration::from_millis(100);
+        const SOON: Duration = Duration::from_secs(2);
+        let limit = Instant::now() + SOON;
+        loop {
+            // The provider may not have noticed yet that nobody waits.
+            sleep(PAUSE).await;
+            match self.succeeds(self.request()).await {
+                Err(_) if Instant::now() < limit => {}
+                outcome => return outcome.map(drop),
+            }
+        }
+    }
+
+    /// Returns whether a text has a token or a secret of the checker's in any form.
+    pub(super) fn has_own(&self, text: &str) -> bool {
+        self.own.iter().any(|form| text.contains(&**form))
     }
 
     /// Returns a status as a reason shows it: the beginning of its message, without the tokens and

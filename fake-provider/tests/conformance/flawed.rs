@@ -14,17 +14,26 @@ use axum::extract::Request as HttpRequest;
 use axum::http::HeaderValue;
 use axum::middleware::{Next, from_fn};
 use axum::response::Response as HttpResponse;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use md5::Md5;
 use proto::provider::csi_driver_provider_server::{CsiDriverProvider, CsiDriverProviderServer};
 use proto::provider::{
     Error, File, MountRequest, MountResponse, ObjectVersion, VersionRequest, VersionResponse,
 };
 use serde_json::Value;
+use sha1::Sha1;
+use sha2::{Digest as _, Sha256};
 use tokio::net::UnixListener;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tonic::metadata::MetadataValue;
 use tonic::service::Routes;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
+
+/// The content of the object of a provider whose versions show it.
+const CONTENT: &str = "correct horse battery staple";
 
 const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
 
@@ -60,6 +69,13 @@ pub(crate) enum Flaw {
     NoName,
     OneConnection,
     OneCall,
+    /// A Mount answers with the objects of the latest one.
+    MixesClasses,
+    /// Two Mounts at the same time have the same content in all files.
+    MixesContents,
+    /// While the store does not answer, nor does `Version`.
+    BlocksVersion,
+    DirectoryAbove,
     RefusesUnknownAttributes,
     RefusesUnknownSecrets,
     RefusesEmptySecrets,
@@ -98,6 +114,14 @@ pub(crate) enum Flaw {
     EchoesOwnToken,
     LogsOwnToken,
     LogsOwnSecret,
+    LogsEscaped,
+    LogsEncoded,
+    /// It shows a token or secret, in this way, when an object does not exist.
+    ShowsInFailure(&'static str),
+    /// It shows a token when the store does not answer.
+    ShowsInOutage,
+    /// Its versions are made of the content in this way.
+    Version(&'static str),
     /// It refuses each Mount with a message that quotes the request.
     RefusesAndQuotes,
     ChangeKeepsVersion,
@@ -123,7 +147,15 @@ pub(crate) struct Flawed {
     pub(crate) store: PathBuf,
     /// The command that restarts it.
     pub(crate) restart: String,
+    hangs: Arc<AtomicBool>,
     serving: JoinHandle<()>,
+}
+
+impl Flawed {
+    /// Returns whether a Mount hangs.
+    pub(crate) fn hangs(&self) -> bool {
+        self.hangs.load(Ordering::SeqCst)
+    }
 }
 
 impl Drop for Flawed {
@@ -156,6 +188,9 @@ pub(crate) fn start(flaw: Flaw, dir: &Path) -> Flawed {
         fs::remove_file(&socket).unwrap();
         fs::write(&socket, "").unwrap();
     }
+    if flaw == Flaw::DirectoryAbove {
+        mode(dir, 0o777);
+    }
     mode(
         &socket,
         if flaw == Flaw::SocketMode {
@@ -166,7 +201,11 @@ pub(crate) fn start(flaw: Flaw, dir: &Path) -> Flawed {
     );
     let (log, store) = (dir.join("log"), dir.join("store"));
     fs::write(&log, "started\n").unwrap();
-    fs::write(&store, "1").unwrap();
+    let content = match flaw {
+        Flaw::Version(_) => CONTENT,
+        _ => "1",
+    };
+    fs::write(&store, content).unwrap();
     let restart = match flaw {
         Flaw::OtherSocketAfterRestart => {
             let socket = socket.display();
@@ -174,14 +213,18 @@ pub(crate) fn start(flaw: Flaw, dir: &Path) -> Flawed {
         }
         _ => format!("echo restarted >> {}", log.display()),
     };
+    let hangs = Arc::new(AtomicBool::new(false));
     let provider = Provider {
         flaw,
+        hangs: Arc::clone(&hangs),
         log: log.clone(),
         store: store.clone(),
         calls: AtomicU32::new(0),
         mode: AtomicU32::new(0),
         suffers: Arc::default(),
-        busy: Mutex::new(()),
+        busy: Arc::default(),
+        latest: Mutex::default(),
+        under_way: Arc::default(),
     };
     let limit = match flaw {
         Flaw::SmallRequests => 256 << 10,
@@ -208,6 +251,7 @@ pub(crate) fn start(flaw: Flaw, dir: &Path) -> Flawed {
         log,
         store,
         restart,
+        hangs,
         serving,
     }
 }
@@ -250,11 +294,16 @@ struct Provider {
     flaw: Flaw,
     log: PathBuf,
     store: PathBuf,
+    hangs: Arc<AtomicBool>,
     calls: AtomicU32,
     mode: AtomicU32,
     /// Whether it refuses each Mount from now on.
     suffers: Arc<AtomicBool>,
-    busy: Mutex<()>,
+    busy: Arc<Mutex<()>>,
+    /// The objects of the latest Mount.
+    latest: Mutex<String>,
+    /// Each Mount under way has a share of it.
+    under_way: Arc<()>,
 }
 
 /// A call, of a provider that suffers if it is given up.
@@ -270,6 +319,38 @@ impl Drop for UnderWay {
 
 fn strings(text: &str) -> Result<BTreeMap<String, String>, Status> {
     serde_json::from_str(text).map_err(|_| Status::invalid_argument("malformed"))
+}
+
+/// Returns the version that shows the content.
+fn shown(how: &str, content: &str) -> String {
+    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>();
+    match how {
+        "plain" => content.to_owned(),
+        "base64" => STANDARD.encode(content),
+        "md5" => hex(&Md5::digest(content)).concat(),
+        "sha1" => STANDARD.encode(Sha1::digest(content)),
+        "ten digits" => hex(&Sha256::digest(content))[..5].concat(),
+        _ => format!("sha256:{}", hex(&Sha256::digest(content)).concat()),
+    }
+}
+
+/// Returns a failure that shows a token or secret of a request.
+fn showing(how: &str, request: &MountRequest, attributes: &BTreeMap<String, String>) -> Status {
+    let token = own_token(attributes).unwrap_or_default();
+    let message = |text: String| Status::not_found(format!("there is no object: {text}"));
+    match how {
+        "token" => message(token),
+        "attributes" => message(format!("{attributes:?}")),
+        "secrets" => message(request.secrets.clone()),
+        "basic" => message(STANDARD.encode(format!("jwt:{token}"))),
+        "details" => Status::with_details(Code::NotFound, "no object", token.into()),
+        _ => {
+            let mut status = Status::not_found("no object");
+            let trailer = MetadataValue::from_bytes(token.as_bytes());
+            status.metadata_mut().insert_bin("sent-bin", trailer);
+            status
+        }
+    }
 }
 
 /// Returns the token that the settings have.
@@ -307,6 +388,7 @@ impl Provider {
             _ => Err(error),
         });
         if parsed.is_err() && self.flaw == Flaw::HangsOnMalformedAttributes {
+            self.hangs.store(true, Ordering::SeqCst);
             std::future::pending::<()>().await;
         }
         let attributes = parsed?;
@@ -326,6 +408,10 @@ impl Provider {
             Flaw::LogsSecrets => secrets.as_ref().map(|secrets| format!("{secrets:?}")),
             Flaw::LogsOwnSecret => secrets.as_ref().and_then(|s| s.get("password").cloned()),
             Flaw::LogsOwnToken => own_token(&attributes),
+            Flaw::LogsEscaped => secrets.as_ref().map(|s| format!("{:?}", s.get("password"))),
+            Flaw::LogsEncoded => {
+                own_token(&attributes).map(|t| STANDARD.encode(format!("jwt:{t}")))
+            }
             _ => None,
         };
         if let Some(logged) = logged {
@@ -368,7 +454,38 @@ impl Provider {
             let quoted = format!("{token:?} {} {secrets}", "x".repeat(160));
             return Err(Status::permission_denied(quoted));
         }
-        if let Some(answer) = self.object(attributes.get("objects").map(String::as_str))? {
+        let objects = attributes.get("objects").map(String::as_str);
+        let shows = match (objects, self.flaw) {
+            (Some("missing"), Flaw::ShowsInFailure(how)) => Some(how),
+            (Some("outage"), Flaw::ShowsInOutage) => Some("token"),
+            _ => None,
+        };
+        if let Some(how) = shows {
+            let mut status = showing(how, &request, &attributes);
+            if objects == Some("outage") {
+                status = Status::unavailable(status.message());
+            }
+            return Err(status);
+        }
+        if objects == Some("outage")
+            && self.flaw == Flaw::BlocksVersion
+            && let Ok(busy) = Arc::clone(&self.busy).try_lock_owned()
+        {
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_secs(7)).await;
+                drop(busy);
+            });
+        }
+        let mixed;
+        let mut objects = objects;
+        if self.flaw == Flaw::MixesClasses {
+            *self.latest.lock().await = objects.unwrap_or_default().to_owned();
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            mixed = self.latest.lock().await.clone();
+            objects = Some(&mixed);
+        }
+        let _under_way = Arc::clone(&self.under_way);
+        if let Some(answer) = self.object(objects)? {
             return Ok(answer);
         }
         let call = self.calls.fetch_add(1, Ordering::SeqCst);
@@ -387,6 +504,7 @@ impl Provider {
         };
         let content = match self.flaw {
             Flaw::ContentChanges => call.to_string(),
+            Flaw::MixesContents if Arc::strong_count(&self.under_way) > 2 => "mixed".to_owned(),
             Flaw::EchoesTokens => attributes.get(TOKENS).cloned().unwrap_or_default(),
             Flaw::EchoesOwnToken => own_token(&attributes).unwrap_or_default(),
             Flaw::ReadsMounted if !request.current_object_version.is_empty() => {
@@ -397,6 +515,7 @@ impl Provider {
         let version = match self.flaw {
             Flaw::VersionsChange => call.to_string(),
             Flaw::ChangeKeepsVersion => "1".to_owned(),
+            Flaw::Version(how) => shown(how, &content),
             Flaw::OtherVersionAfterRestart => {
                 let restarts = fs::metadata(&self.log)?.len();
                 format!("{restarts}{}", fs::read_to_string(&self.store)?)
@@ -474,6 +593,9 @@ impl CsiDriverProvider for Provider {
         &self,
         _: Request<VersionRequest>,
     ) -> Result<Response<VersionResponse>, Status> {
+        if self.flaw == Flaw::BlocksVersion {
+            drop(self.busy.lock().await);
+        }
         let answer = |version: &str, name: &str| VersionResponse {
             version: version.to_owned(),
             runtime_name: name.to_owned(),
