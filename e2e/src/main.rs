@@ -69,7 +69,9 @@ enum Command {
     Stores {
         /// The directory of the certificate and of the socket for commands.
         directory: PathBuf,
-        /// Send a command in JSON to the stores that serve this directory, and print the answer.
+        /// Send a command in JSON to the stores that serve this directory, and print the answer, for
+        /// example '{"command": "put", "service": "vault", "name": "password", "value": "hunter2"}'.
+        /// The documentation of `e2e::stores::Command` has all commands.
         #[arg(long, value_name = "COMMAND")]
         send: Option<String>,
     },
@@ -151,6 +153,14 @@ async fn run_chaos(options: chaos::Options) -> Outcome {
 }
 
 async fn check_providers(names: Vec<String>) -> Outcome {
+    let known = Provider::ALL.map(Provider::name);
+    if let Some(unknown) = names.iter().find(|name| !known.contains(&name.as_str())) {
+        return Err(format!(
+            "there is no provider {unknown:?}; known are {}",
+            known.join(", ")
+        )
+        .into());
+    }
     let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {})).await??;
     for provider in Provider::ALL {
         if names.is_empty() || names.iter().any(|name| name == provider.name()) {
@@ -163,7 +173,11 @@ async fn check_providers(names: Vec<String>) -> Outcome {
 
 async fn run_stores(directory: PathBuf, send: Option<String>) -> Outcome {
     if let Some(command) = send {
-        let answer = stores::send(&directory, &serde_json::from_str(&command)?).await?;
+        let command = serde_json::from_str(&command)
+            .map_err(|error| format!("the command: {error}; see e2e stores --help"))?;
+        let answer = stores::send(&directory, &command)
+            .await
+            .map_err(|error| format!("the stores of {}: {error}", directory.display()))?;
         println!("{}", serde_json::to_string(&answer)?);
         return Ok(());
     }

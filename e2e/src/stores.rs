@@ -162,13 +162,14 @@ impl Stores {
         let authority = Authority::generate().map_err(io::Error::other)?;
         let wire = Arc::new(Wire::new(authority));
         let control = directory.join(CONTROL);
+        // Before the socket is replaced: it may belong to stores that have these ports.
+        let vault = listen(vault).await?;
+        let proxy = listen(proxy).await?;
         // Left by stores that were killed.
         match fs::remove_file(&control) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let vault = TcpListener::bind((Ipv4Addr::LOCALHOST, vault)).await?;
-        let proxy = TcpListener::bind((Ipv4Addr::LOCALHOST, proxy)).await?;
         let control = UnixListener::bind(control)?;
         fs::write(directory.join(CA), wire.authority.ca_pem())?;
         let (vault_address, proxy_address) = (vault.local_addr()?, proxy.local_addr()?);
@@ -187,6 +188,12 @@ impl Stores {
     pub async fn run(mut self) {
         let _ended = self.tasks.join_next().await;
     }
+}
+
+/// Listens on a port of the loopback.
+async fn listen(port: u16) -> io::Result<TcpListener> {
+    let bound = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await;
+    bound.map_err(|error| io::Error::new(error.kind(), format!("port {port}: {error}")))
 }
 
 /// Sends a command to the stores with files in `directory`. Returns the calls for

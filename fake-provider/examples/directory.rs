@@ -28,7 +28,9 @@ impl Provider for Directory {
             let message = "the parameter folder must name a directory in the store";
             return Err(Failure::new(Code::InvalidArgument, message));
         }
-        let objects = read(&self.store.join(folder), Path::new("")).map_err(|error| {
+        // Reading blocks; other calls go on meanwhile.
+        let read = tokio::task::block_in_place(|| read(&self.store.join(folder), Path::new("")));
+        let objects = read.map_err(|error| {
             let code = match error.kind() {
                 io::ErrorKind::NotFound => Code::NotFound,
                 io::ErrorKind::PermissionDenied => Code::PermissionDenied,
@@ -73,7 +75,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let provider = Directory {
         store: store.into(),
     };
+    tracing_subscriber::fmt().init(); // Server::run logs failures.
+    let server = Server::new(Socket::bind(&socket)?, provider);
     println!("serving on {socket}");
-    let server = Server::new(Socket::bind(socket)?, provider);
     Ok(server.run(termination()?).await?)
 }

@@ -7,6 +7,7 @@
 //! The interface is [`provider.proto`](https://github.com/kubernetes-sigs/secrets-store-csi-driver/blob/main/provider/v1alpha1/service.proto)
 //! of the Secrets Store CSI driver, served on a unix socket.
 
+use std::fmt;
 use std::future::Future;
 use std::io;
 use std::path::PathBuf;
@@ -139,8 +140,9 @@ impl Failure {
     }
 }
 
-/// The reason why a server cannot start or has to stop.
-#[derive(Debug, thiserror::Error)]
+/// The reason why a server cannot start or has to stop. `Debug` shows the same sentence as `Display`,
+/// because a `main` that returns an error prints it with `Debug`.
+#[derive(thiserror::Error)]
 pub enum Error {
     /// Something that is not a socket is where the socket should be.
     #[error("{} exists and is not a socket; move it away or choose another path", .0.display())]
@@ -156,6 +158,12 @@ pub enum Error {
     /// The gRPC server failed while running.
     #[error("gRPC server: {0}")]
     Grpc(#[from] tonic::transport::Error),
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 /// A provider and the socket it serves.

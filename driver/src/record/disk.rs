@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::Record;
-use crate::hex;
+use crate::{hex, quoted::quoted};
 
 /// The number of the format. A record of another format counts as none: the volume is published
 /// again, in place. A new field gets a default instead of a new format, so that an upgrade of the
@@ -34,6 +34,9 @@ const LARGEST: u64 = 1 << 20;
 /// [`StagedRecord::commit`]: the name of an object in the API has at most 253, and a content's order
 /// is short.
 const MAY_GROW: usize = 1024;
+
+/// The number of characters of the reason why a file is not a record.
+const LONGEST_REASON: usize = 300;
 
 /// The number of the next staged record, so that one volume may have several.
 static STAGED: AtomicU64 = AtomicU64::new(0);
@@ -310,12 +313,13 @@ impl Drop for StagedRecord {
 
 /// Reads the content of a file.
 fn parsed(bytes: &[u8]) -> io::Result<Record> {
-    let Filed { format, record } = serde_json::from_slice::<Filed<Record>>(bytes)?;
+    let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+    // The parser repeats what it cannot read, which may be the whole file.
+    let Filed { format, record } = serde_json::from_slice::<Filed<Record>>(bytes)
+        .map_err(|error| invalid(quoted(&error.to_string(), LONGEST_REASON).to_string()))?;
     if format != FORMAT {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "it has the format of another version of the driver",
-        ));
+        let why = "it has the format of another version of the driver";
+        return Err(invalid(why.to_owned()));
     }
     Ok(record)
 }
