@@ -7,10 +7,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use serde_json::json;
+
 use crate::binaries::{target_dir, workspace};
 use crate::cluster::{Error, Result};
 use crate::images::{build_static, of_executable, of_executables};
 use crate::install::{Form, Installation, assets};
+use crate::manifest::change_object;
 
 /// Names a commit, tag or branch of this repository.
 pub const PREVIOUS_VARIABLE: &str = "E2E_PREVIOUS";
@@ -18,6 +21,8 @@ pub const PREVIOUS_VARIABLE: &str = "E2E_PREVIOUS";
 pub const UPSTREAM_VARIABLE: &str = "UPSTREAM_DRIVER";
 /// The executable's name below the Kubernetes binaries, where the variable is not set.
 const UPSTREAM: &str = "upstream-secrets-store-csi";
+/// The name of the ClusterRole for Secrets.
+const SYNCING: &str = "secretprovidersyncing-role";
 
 /// Builds the driver of an earlier state of this repository and reads its `deploy/`: in the form with
 /// three containers, if the sidecars' executables are there.
@@ -106,8 +111,8 @@ pub fn upstream_driver() -> PathBuf {
 }
 
 /// Returns an installation of the existing driver from its executable, which has to be static. Our
-/// manifests with three containers install it; they are equivalent to its own. It runs `mount` and
-/// `umount`, for which the static `probe` stands in.
+/// manifests with three containers install it, with its own rights to Secrets; they are equivalent to its
+/// own. It runs `mount` and `umount`, for which the static `probe` stands in.
 ///
 /// # Errors
 /// When an executable is not there, or is not static.
@@ -120,5 +125,14 @@ pub fn upstream(driver: &Path, probe: &Path) -> Result<Installation> {
     let image = of_executables("secrets-store-csi:existing", &programs, &[]);
     let image = image.map_err(|error| Error::Start(error.to_string()))?;
     let deploy = workspace().join("deploy");
-    Installation::read(&deploy, &Form::Sidecars(assets()))?.with_driver(image)
+    let mut existing =
+        Installation::read(&deploy, &Form::Sidecars(assets()))?.with_driver(image)?;
+    let verbs = [
+        "create", "delete", "get", "list", "patch", "update", "watch",
+    ];
+    let manifests = &mut existing.manifests;
+    change_object(manifests, "ClusterRole", SYNCING, |role| {
+        role["rules"][0]["verbs"] = json!(verbs);
+    })?;
+    Ok(existing)
 }

@@ -4,7 +4,8 @@
 //! All files of a version contain the same number in many copies; a later version has a higher
 //! number. A file that is absent is a gap. Contents that differ, are not whole, or are older than
 //! what was read before are a mixture. The reader opens the files by their names, and also relative
-//! to one `..data`. A file that vanishes there is no gap if `..data` leads elsewhere by then.
+//! to one `..data`. A file that vanishes there is no gap if `..data` leads elsewhere by then. Where a
+//! provider writes files itself, there is no `..data`, and each file changes by itself.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _};
@@ -27,6 +28,9 @@ pub struct Reader {
     pub last: u64,
     /// The time after which the reader gives up.
     pub limit: Duration,
+    /// The time between two rounds. The existing driver removes old content at once, so that a program
+    /// without a pause may open a file that is just being replaced.
+    pub pause: Duration,
 }
 
 /// The findings of a reader.
@@ -47,20 +51,22 @@ pub struct Readings {
 impl Reader {
     /// Returns the arguments with which `probe` reads this, before the volume's path.
     pub(crate) fn arguments(&self) -> Vec<String> {
-        let numbers = [self.last, self.limit.as_secs()].map(|number| number.to_string());
+        let pause = u64::try_from(self.pause.as_millis()).unwrap_or(u64::MAX);
+        let numbers = [self.last, self.limit.as_secs(), pause].map(|number| number.to_string());
         let head = std::iter::once("read".to_owned()).chain(numbers);
         head.chain(self.files.iter().cloned()).collect()
     }
 
     /// Parses the arguments of `Reader::arguments` after the first; returns `None` for others.
     pub fn parse(arguments: &[&str]) -> Option<Self> {
-        let [last, seconds, files @ ..] = arguments else {
+        let [last, seconds, pause, files @ ..] = arguments else {
             return None;
         };
         Some(Self {
             files: files.iter().map(|file| (*file).to_owned()).collect(),
             last: last.parse().ok()?,
             limit: Duration::from_secs(seconds.parse().ok()?),
+            pause: Duration::from_millis(pause.parse().ok()?),
         })
     }
 
@@ -68,13 +74,15 @@ impl Reader {
     pub fn read(&self, volume: &Path) -> Readings {
         let mut readings = Readings::default();
         let started = Instant::now();
+        let has_data = volume.join(DATA).is_symlink();
         while readings.last < self.last && started.elapsed() < self.limit {
             readings.rounds += 1;
             // As a program reads that does not know of `..data`, and as one that does.
             self.each_by_its_name(volume, &mut readings);
-            if let Err(error) = self.all_at_once(volume, &mut readings) {
+            if has_data && let Err(error) = self.all_at_once(volume, &mut readings) {
                 readings.gap(format!("{DATA}: {error}"));
             }
+            std::thread::sleep(self.pause);
         }
         readings
     }
@@ -188,6 +196,7 @@ mod tests {
             files: vec!["a".to_owned(), "b".to_owned()],
             last,
             limit: Duration::from_millis(300),
+            pause: Duration::ZERO,
         }
     }
 
@@ -232,11 +241,24 @@ mod tests {
         assert_eq!((readings.numbers, readings.last), (1, 2));
     }
 
+    /// Files that a provider writes itself are read by their names.
+    #[test]
+    fn a_volume_without_data_has_gaps_by_name_only() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("a"), "1 1").unwrap();
+        let files = vec!["a".to_owned()];
+        let alone = Reader { files, ..reader(1) };
+        let readings = alone.read(dir.path());
+        assert_eq!((readings.last, readings.gaps), (1, Vec::new()));
+        let readings = reader(2).read(dir.path());
+        assert!(readings.gaps[0].starts_with("b: "), "{readings:?}");
+    }
+
     #[test]
     fn arguments_are_parsed_again() {
         let arguments = reader(200).arguments();
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        assert_eq!(arguments, ["read", "200", "0", "a", "b"]);
+        assert_eq!(arguments, ["read", "200", "0", "0", "a", "b"]);
         assert_eq!(Reader::parse(&arguments[1..]).unwrap().files, ["a", "b"]);
     }
 }

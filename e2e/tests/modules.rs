@@ -161,7 +161,10 @@ const E2E: Modules = &[
             "stores",
         ],
     ),
-    ("previous", &["binaries", "cluster", "images", "install"]),
+    (
+        "previous",
+        &["binaries", "cluster", "images", "install", "manifest"],
+    ),
     (
         "embedded",
         &[

@@ -1,8 +1,8 @@
 //! A small static executable that runs in a pod, where there is no shell:
 //!
 //! - `probe tree [--reader] <directory>` prints the tree below a directory as JSON, or `null`;
-//! - `probe read <last> <seconds> <file>... <directory>` reads files all the time until one contains
-//!   the last number, and prints its findings as JSON;
+//! - `probe read <last> <seconds> <pause> <file>... <directory>` reads files, with a pause of so many
+//!   milliseconds, until one contains the last number, and prints its findings as JSON;
 //! - `probe sleep` waits for SIGTERM or SIGINT: the main process of a test's pod;
 //! - `probe dead-socket <path>` leaves a socket that no process listens on, as a crash does;
 //! - under the names `mount` and `umount` it stands in for these programs, for a driver that runs
@@ -23,7 +23,7 @@ use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{SigSet, Signal};
 
 const USAGE: &str = "usage: probe [--as <uid>,<gid>[,<group>...]] tree [--reader] <directory> \
-     | probe [--as ...] read <last> <seconds> <file>... <directory> | probe sleep \
+     | probe [--as ...] read <last> <seconds> <pause> <file>... <directory> | probe sleep \
      | probe dead-socket <path>";
 
 fn main() -> ExitCode {

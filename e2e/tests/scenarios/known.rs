@@ -18,6 +18,7 @@ use crate::{
 };
 use stage::{Cast, Refused, Stage, TOKENS_IN_SECRETS, compare};
 
+mod moves;
 mod openbao;
 mod stage;
 

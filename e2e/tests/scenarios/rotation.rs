@@ -176,6 +176,7 @@ async fn a_reader_sees_neither_gap_nor_mixture() {
         files: files.map(str::to_owned).into(),
         last: rotations,
         limit: 4 * SOON,
+        pause: Duration::ZERO,
     };
     let rotate = async {
         for number in 2..=rotations {

@@ -142,13 +142,7 @@ pub fn configure(options: &mut Options, needs: &[Need]) -> e2e::cluster::Result<
         let manifests = &mut options.manifests;
         match *need {
             Need::Flags(flags) => add_arguments(manifests, CONTAINER, flags)?,
-            Need::Tokens { audiences, place } => {
-                change_object(manifests, "CSIDriver", DRIVER, |driver| {
-                    driver["spec"]["tokenRequests"] = token_requests(audiences);
-                    let in_secrets = place == TokenPlace::Secrets;
-                    driver["spec"]["serviceAccountTokenInSecrets"] = in_secrets.into();
-                })?;
-            }
+            Need::Tokens { .. } => change_tokens(manifests, &[*need])?,
             Need::Propagation(propagation) => {
                 change_container(manifests, CONTAINER, |container| {
                     let mounts = container["volumeMounts"].as_array_mut().unwrap();
@@ -164,6 +158,20 @@ pub fn configure(options: &mut Options, needs: &[Need]) -> e2e::cluster::Result<
             Need::OpenBaoServer => openbao::add(options),
             Need::CsiTimeout(timeout) => options.csi_timeout = timeout,
             _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Puts the tokens that a scenario needs into the manifest of the driver's CSIDriver.
+pub fn change_tokens(manifests: &mut [String], needs: &[Need]) -> e2e::cluster::Result<()> {
+    for need in needs {
+        if let Need::Tokens { audiences, place } = need {
+            change_object(manifests, "CSIDriver", DRIVER, |driver| {
+                driver["spec"]["tokenRequests"] = token_requests(audiences);
+                let in_secrets = *place == TokenPlace::Secrets;
+                driver["spec"]["serviceAccountTokenInSecrets"] = in_secrets.into();
+            })?;
         }
     }
     Ok(())

@@ -165,7 +165,7 @@ impl Target {
 
     /// Installs that with which a cluster starts.
     pub async fn install_standard(&self) {
-        self.apply_installation(STANDARD.get().unwrap()).await;
+        self.apply_installation(&self.standard()).await;
         ANOTHER.store(false, Ordering::Relaxed);
     }
 
@@ -220,6 +220,11 @@ impl Target {
         let images = Vec::new();
         self.apply_installation(&Installation { manifests, images })
             .await;
+    }
+
+    /// Returns the installation with which a shared cluster starts.
+    pub fn standard(&self) -> Installation {
+        STANDARD.get().unwrap().clone()
     }
 
     async fn tidy(&self) {
