@@ -384,12 +384,11 @@ fn accept(call: &MountCall<'_>, response: MountResponse, reserved: Reserved) -> 
     })
 }
 
-/// Returns the objects and the files of an answer.
-fn parts(
-    name: &str,
-    with_tokens: bool,
-    mut response: MountResponse,
-) -> Result<(Vec<Object>, Vec<(String, File)>)> {
+/// The objects and the files of an answer.
+type Parts = (Vec<Object>, Vec<(String, File)>);
+
+/// Returns the parts of an answer.
+fn parts(name: &str, with_tokens: bool, mut response: MountResponse) -> Result<Parts> {
     if let Some(code) = error_code(&response) {
         let code: String = code.chars().take(LONGEST_CODE).collect();
         let code = refusal::on_one_line(&code);

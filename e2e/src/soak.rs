@@ -44,6 +44,9 @@ struct Sample {
     look: f64,
 }
 
+/// A function that takes one value of a sample.
+type Value = fn(&Sample) -> f64;
+
 /// Runs for so many minutes, writes the chart to a file, and prints a table with the bounds.
 ///
 /// # Errors
@@ -120,12 +123,12 @@ fn compare(samples: &[Sample]) -> Option<Table> {
     let samples = samples.get(WARM_UP..)?;
     let tenth = (samples.len() / 10).max(1);
     let (first, last) = (samples.get(..tenth)?, samples.get(samples.len() - tenth..)?);
-    let mean = |samples: &[Sample], value: fn(&Sample) -> f64| {
+    let mean = |samples: &[Sample], value: Value| {
         let count = f64::from(u32::try_from(samples.len()).unwrap_or(u32::MAX));
         samples.iter().map(value).sum::<f64>() / count
     };
     let mut table = Table::default();
-    let rows: [(&str, fn(&Sample) -> f64, f64); 3] = [
+    let rows: [(&str, Value, f64); 3] = [
         (
             "resident memory, MiB",
             |sample| sample.memory,
@@ -140,10 +143,7 @@ fn compare(samples: &[Sample]) -> Option<Table> {
         table.at_most(&format!("{what}, last tenth"), after, before + growth);
     }
     for (what, value) in [
-        (
-            "publish p50, ms",
-            (|sample| sample.p50) as fn(&Sample) -> f64,
-        ),
+        ("publish p50, ms", (|sample| sample.p50) as Value),
         ("publish p99, ms", |sample| sample.p99),
         ("publish of a mounted volume, p99, ms", |sample| sample.look),
     ] {

@@ -104,7 +104,7 @@ pub(super) fn snapshot(api: &ApiServer) -> BTreeMap<String, Value> {
 impl Active {
     fn strike(&mut self, call: &Call<'_>) -> Option<Reaction> {
         self.requests += 1;
-        let is_second = self.requests % 2 == 0;
+        let is_second = self.requests.is_multiple_of(2);
         let is_read = call.method == "GET";
         let reaction = match &self.fault {
             ApiFault::Slow(by) => Some(Reaction::Delay(*by, Box::new(Reaction::Serve))),

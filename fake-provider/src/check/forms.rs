@@ -50,7 +50,7 @@ fn encodings(bytes: &[u8]) -> Vec<String> {
         // The first and the last digits depend on what is before and after the bytes.
         for (before, first) in [(0, 0), (1, 2), (2, 3)] {
             let digits = alphabet.encode([&vec![0; before][..], bytes].concat());
-            let last = usize::from((before + bytes.len()) % 3 != 0);
+            let last = usize::from(!(before + bytes.len()).is_multiple_of(3));
             let digits = digits.get(first..digits.len() - last);
             encodings.extend(digits.map(str::to_owned));
         }

@@ -64,7 +64,7 @@ pub(super) fn read_all(world: &World, stop: &Arc<AtomicBool>, out: &UnboundedSen
 fn read_one(
     world: &World,
     pod: &Watched,
-    root: &PathBuf,
+    root: &Path,
     class: usize,
     known: &mut BTreeMap<VolumeId, Known>,
     out: &UnboundedSender<Suspicion>,
@@ -84,14 +84,14 @@ fn read_one(
         // The other end is gone only when the run ends.
         let _ended = out.send(Suspicion {
             pod: pod.clone(),
-            root: root.clone(),
+            root: root.to_owned(),
             invariant,
             seen: format!("pod {} ({}), volume of {name}: {seen}", pod.name, pod.uid),
         });
     };
     match reading {
         Ok((device, generation)) => {
-            let mounted = (root.clone(), device);
+            let mounted = (root.to_owned(), device);
             let before = known.remove(&id);
             let is_stale = generation < world.store.latest(class);
             let still = before
