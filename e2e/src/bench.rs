@@ -34,6 +34,9 @@ const TICKS: f64 = 100.0;
 /// The number of pods that are created, and volumes that are unpublished, at the same time.
 const MANY: usize = 50;
 
+/// The annotation of a class that makes every volume of it due.
+pub(crate) const REFRESH: &str = "secrets-store.csi.k8s.io/refresh";
+
 /// Returns a class of the tests' provider.
 pub(crate) fn class(name: &str, parameters: &Value, annotations: &Value) -> Value {
     json!({

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::bench::{Bench, Table, Volume, binaries, class, failed, per, percentile, rotating};
+use crate::bench::{
+    Bench, REFRESH, Table, Volume, binaries, class, failed, per, percentile, rotating,
+};
 use crate::cluster::Result;
 use crate::embedded::Embedded;
 
@@ -118,7 +120,7 @@ async fn rest(bench: &Bench<'_>, pods: &[Volume], table: &mut Table) -> Result<(
         ("refresh without change", 2.0, 1.0),
     ] {
         if calls > 0.0 {
-            let asked = budget_class(&json!({"secrets-store.csi.k8s.io/refresh": "1"}));
+            let asked = budget_class(&json!({REFRESH: "1"}));
             bench.namespace.apply(&asked).await?;
         }
         bench.cluster.api().reset_requests();

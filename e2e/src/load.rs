@@ -6,13 +6,10 @@ use std::time::{Duration, Instant};
 use kube::api::ListParams;
 use serde_json::{Value, json};
 
-use crate::bench::{Bench, Table, Volume, binaries, class, failed, percentile, rotating};
+use crate::bench::{Bench, REFRESH, Table, Volume, binaries, class, failed, percentile, rotating};
 use crate::cluster::{Cluster as _, Component, Result, api};
 use crate::embedded::Embedded;
 use crate::install::pod_statuses;
-
-/// The annotation of a class that makes every volume of it due.
-const REFRESH: &str = "secrets-store.csi.k8s.io/refresh";
 
 /// The bounds of the time of a publish, in milliseconds. kubelet waits 120 s.
 const LONGEST: f64 = 10_000.0;

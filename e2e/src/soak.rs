@@ -9,13 +9,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::bench::{Bench, Table, Volume, binaries, class, failed, percentile, rotating};
+use crate::bench::{Bench, REFRESH, Table, Volume, binaries, class, failed, percentile, rotating};
 use crate::cluster::Result;
 use crate::embedded::Embedded;
 
 const CLASS: &str = "soak";
-/// The annotation of a class that makes every volume of it due.
-const REFRESH: &str = "secrets-store.csi.k8s.io/refresh";
 /// The number of volumes, and of those that are replaced in each round.
 const VOLUMES: usize = 110;
 const REPLACED: usize = 22;
