@@ -53,13 +53,13 @@ pub(super) async fn connect(socket: &Path, trusted: &Trusted) -> io::Result<Unix
         || socket.parent().is_some_and(|directory| {
             fs::metadata(directory).is_ok_and(|metadata| metadata.uid() == uid)
         });
-    match is_trusted {
-        true => Ok(stream),
-        false => Err(io::Error::new(
-            io::ErrorKind::PermissionDenied,
-            Stranger { uid },
-        )),
+    if is_trusted {
+        return Ok(stream);
     }
+    Err(io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        Stranger { uid },
+    ))
 }
 
 /// Returns the [`Stranger`] among the sources of an error.
