@@ -6,7 +6,7 @@
 //! to each target, and bounds the time and the memory of each input. `driver/fuzz` is a program that
 //! searches for inputs that reach new code.
 
-use std::fmt::Display;
+use std::{fmt::Display, time::Duration};
 
 use crate::{cluster, csi, metrics, mount, provider, record, registration, sync, volume};
 
@@ -22,6 +22,8 @@ pub struct Target {
     pub run: fn(&[u8]),
     /// The memory in bytes that reading an input may take, besides 32 bytes for each of its bytes.
     pub memory: usize,
+    /// The CPU time that reading an input may take, without optimization and on a busy machine.
+    pub time: Duration,
 }
 
 const MIB: usize = 1 << 20;
@@ -35,7 +37,11 @@ pub const TARGETS: [Target; 11] = [
     // A record on the node's disk.
     target("record", record::fuzz, MIB),
     // An object with certificates and keys: PEM or PKCS#12.
-    target("tls", sync::fuzz_tls, 8 * MIB),
+    // The rounds of key derivation that an archive may take are several seconds of work.
+    Target {
+        time: Duration::from_secs(25),
+        ..target("tls", sync::fuzz_tls, 8 * MIB)
+    },
     // A class, and the files of a volume.
     target("class", sync::fuzz_class, 8 * MIB),
     // A Secret that others may have changed.
@@ -57,7 +63,12 @@ pub const TARGETS: [Target; 11] = [
 ];
 
 const fn target(name: &'static str, run: fn(&[u8]), memory: usize) -> Target {
-    Target { name, run, memory }
+    Target {
+        name,
+        run,
+        memory,
+        time: Duration::from_secs(5),
+    }
 }
 
 /// Fails if an error cannot be shown: it is too long, or has control characters.

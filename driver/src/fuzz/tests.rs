@@ -13,10 +13,8 @@ use rstest::rstest;
 
 use super::*;
 
-/// The CPU time for the inputs of one target besides its corpus, and for one input. Code without
-/// optimization needs a multiple of what a release needs.
+/// The CPU time for the inputs of one target besides its corpus.
 const BUDGET: Duration = Duration::from_secs(4);
-const LONGEST: Duration = Duration::from_secs(5);
 /// The size of the largest input.
 const LARGEST: usize = 64 * 1024;
 /// Sets the seed, to repeat a failure.
@@ -84,7 +82,7 @@ fn feed(target: &Target, input: &[u8], origin: &str) {
     let took = cpu_time() - before;
     let most = target.memory + 32 * input.len();
     let fits = usize::try_from(used.bytes_max).is_ok_and(|bytes| bytes <= most);
-    if outcome.is_ok() && took <= LONGEST && fits {
+    if outcome.is_ok() && took <= target.time && fits {
         return;
     }
     let file = std::env::temp_dir().join(format!("{}-{}", target.name, std::process::id()));
