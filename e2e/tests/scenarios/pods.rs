@@ -21,6 +21,10 @@ const OBJECT: &str = "- {objectName: password, content: hunter2}";
 
 /// The time in which `/healthz` and the sidecar's probe must answer.
 const PROBE_WITHIN: Duration = Duration::from_secs(3);
+/// The failed probes in a row that let kubelet restart the driver: `failureThreshold` of the manifests.
+/// The probes of the test follow on each other faster than kubelet's, so that a machine without time for
+/// the driver fails few of them, and a driver that is in its own way fails many.
+const FAILED_PROBES: u32 = 5;
 
 /// Returns what a container has printed.
 async fn printed(s: &Scenario, pod: &str, container: &str) -> String {
@@ -301,8 +305,8 @@ async fn probes_are_answered_while_sixty_pods_start() {
             s.ready(name).await;
         }
     };
-    let mut slowest = Duration::ZERO;
-    let mut probes = 0;
+    let (mut probes, mut slowest) = (0, Duration::ZERO);
+    let (mut in_a_row, mut longest, mut last) = (0, 0, String::new());
     let probing = async {
         loop {
             let since = Instant::now();
@@ -311,9 +315,16 @@ async fn probes_are_answered_while_sixty_pods_start() {
                 .get(&node, &Component::Driver, 9808, "/healthz")
                 .await;
             let answer = answer.unwrap_or_else(|error| panic!("{error}"));
-            assert_eq!(answer.status, 200, "{}", answer.body);
-            slowest = slowest.max(since.elapsed());
+            let took = since.elapsed();
             probes += 1;
+            slowest = slowest.max(took);
+            if answer.status == 200 && took < PROBE_WITHIN {
+                in_a_row = 0;
+            } else {
+                in_a_row += 1;
+                longest = longest.max(in_a_row);
+                last = format!("{} after {took:.1?}: {}", answer.status, answer.body);
+            }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     };
@@ -321,10 +332,12 @@ async fn probes_are_answered_while_sixty_pods_start() {
         () = start => {}
         () = probing => unreachable!("it does not end"),
     }
-    println!("{probes} probes while 60 pods started, the slowest took {slowest:.1?}");
+    println!(
+        "{probes} probes while 60 pods started, the slowest took {slowest:.1?}, {longest} in a row failed"
+    );
     assert!(
-        probes > 0 && slowest < PROBE_WITHIN,
-        "{probes} probes, {slowest:?}"
+        probes > 0 && longest < FAILED_PROBES,
+        "{longest} probes in a row failed, the last with {last}"
     );
     for name in &names {
         s.namespace.delete_pod(name).await.unwrap();
