@@ -9,6 +9,8 @@
 
 #[path = "chart/helm.rs"]
 mod helm;
+#[path = "chart/monitoring.rs"]
+mod monitoring;
 #[path = "manifests/objects.rs"]
 mod objects;
 
