@@ -69,10 +69,16 @@ soak minutes="60":
 fuzz seconds="60" *targets:
     .ci/fuzz {{seconds}} {{targets}}
 
-# Write the generated files of deploy/: the CRDs, the lean manifest, the chart's tables.
+# Write the generated files of deploy/ and docs/: the CRDs, the lean manifest, tables, copies.
 [group('before a pull request')]
 manifests:
     UPDATE_DEPLOY=1 cargo test --workspace --test manifests --test chart --test hardening
+    UPDATE_DEPLOY=1 cargo test --workspace --test book
+
+# Build the book of docs/ into target/book (mdBook).
+[group('before a pull request')]
+book:
+    mdbook build docs
 
 # Run all checks that a pull request has to pass.
 [group('before a pull request')]
