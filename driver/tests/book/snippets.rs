@@ -7,6 +7,7 @@
 //! | `yaml other: WHAT` | YAML of something else, which is only parsed |
 //! | `sh` | commands. A comment in the line before says which test runs them (`run: NAME`), or why none does (`not run: WHY`) |
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -159,13 +160,16 @@ fn every_shell_snippet_is_valid_and_says_who_runs_it() {
 }
 
 /// Checks the comment before a snippet: it names a test or a file that runs the commands, or says why
-/// nothing does.
-fn marked(mark: &str, tests: &std::collections::BTreeSet<String>) -> Result<(), String> {
-    if mark
-        .strip_prefix("not run: ")
-        .is_some_and(|why| why.len() > 5)
-    {
-        return Ok(());
+/// nothing does. A test that it names beside the reason must exist, too.
+fn marked(mark: &str, tests: &BTreeSet<String>) -> Result<(), String> {
+    if let Some(why) = mark.strip_prefix("not run: ") {
+        let is_name = |word: &&str| word.contains('_') && !word.contains(['.', '/', '-']);
+        let mut named = why.split_whitespace().filter(is_name);
+        return match named.find(|name| !tests.contains(*name)) {
+            Some(name) => Err(format!("there is no test {name}")),
+            None if why.len() > 5 => Ok(()),
+            None => Err("a reason is missing".to_owned()),
+        };
     }
     let named = mark
         .strip_prefix("run: ")
