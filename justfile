@@ -54,6 +54,16 @@ containers:
 budget:
     cargo run --bin e2e -- budget
 
+# Measure this driver and the existing one side by side on a real API server, and write docs/benchmarks.*.
+[group('before a pull request')]
+bench *options:
+    cargo run --release --bin e2e -- bench --docs docs {{options}}
+
+# Run 300 drivers in front of one API server through rest, storms and outages, and write docs/scale.*.
+[group('before a pull request')]
+scale *options:
+    cargo run --release --bin e2e -- scale --docs docs {{options}}
+
 # Put load on the release build: storms, rotations, large answers, a provider that hangs.
 [group('before a pull request')]
 load:

@@ -1,21 +1,22 @@
 //! Calls a driver's CSI socket directly, so that the embedded kubelet is not measured, and measures the
-//! driver's process.
+//! driver's process. [`Bench`] does so on a node of an embedded cluster; [`Node`] is a driver of its own in
+//! front of a [`ControlPlane`].
 
+mod control_plane;
+mod document;
+mod node;
+mod process;
 mod table;
+mod volume;
 
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use embedded::Options;
 use futures::{StreamExt as _, stream};
 use k8s_openapi::api::core::v1::Pod;
-use kube::ResourceExt as _;
-use kube::api::{DeleteParams, PostParams};
+use kube::api::DeleteParams;
 use proto::csi::node_client::NodeClient;
-use proto::csi::volume_capability::{AccessType, MountVolume};
-use proto::csi::{NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tonic::transport::{Channel, Endpoint};
@@ -26,11 +27,15 @@ use crate::embedded::{Embedded, standard};
 use crate::manifest::add_arguments;
 use crate::namespace::Namespace;
 
+pub(crate) use control_plane::{ControlPlane, Requests};
+pub(crate) use document::{Run, replace_section};
+pub(crate) use node::{Node, Provider, Settings, Stopped, publish, unpublish};
+pub(crate) use process::Process;
 pub(crate) use table::Table;
+pub(crate) use volume::Volume;
 
-const MIB: f64 = 1024.0 * 1024.0;
-/// The kernel's ticks in a second.
-const TICKS: f64 = 100.0;
+/// kubelet's directory on a node.
+const KUBELET_ROOT: &str = "/var/lib/kubelet";
 /// The number of pods that are created, and volumes that are unpublished, at the same time.
 const MANY: usize = 50;
 
@@ -92,16 +97,9 @@ pub(crate) struct Bench<'a> {
     pub(crate) cluster: &'a Embedded,
     pub(crate) namespace: Namespace,
     node: NodeClient<Channel>,
-    pid: i32,
+    process: Process,
     /// The root of the node's disk.
     disk: PathBuf,
-}
-
-/// A volume of a pod that no kubelet runs.
-pub(crate) struct Volume {
-    class: String,
-    pod: String,
-    uid: String,
 }
 
 impl<'a> Bench<'a> {
@@ -127,7 +125,7 @@ impl<'a> Bench<'a> {
             cluster,
             namespace,
             node: NodeClient::new(channel),
-            pid,
+            process: Process(pid),
             disk,
         })
     }
@@ -139,37 +137,9 @@ impl<'a> Bench<'a> {
         run: &str,
         count: usize,
     ) -> Result<Vec<Volume>> {
-        let api = self.namespace.api::<Pod>();
-        let made = stream::iter(0..count).map(|number| {
-            let api = api.clone();
-            async move {
-                let pod = json!({
-                    "metadata": {"name": format!("pod-{run}-{number}")},
-                    "spec": {"nodeName": "elsewhere", "containers": [{"name": "main", "image": "none"}]},
-                });
-                let pod: Pod = serde_json::from_value(pod).map_err(|error| failed("a pod", &error))?;
-                let made = api.create(&PostParams::default(), &pod).await;
-                let made = made.map_err(|error| failed("a pod", &error))?;
-                let volume = Volume { class: class.to_owned(), pod: made.name_any(), uid: made.uid().unwrap_or_default() };
-                // kubelet makes the parent of the target.
-                let parent = self.disk.join(self.target(&volume).trim_start_matches('/'));
-                let parent = parent.parent().unwrap_or(Path::new("/")).to_owned();
-                fs::create_dir_all(parent).map_err(|error| failed("a pod's directory", &error))?;
-                Ok(volume)
-            }
-        });
-        made.buffer_unordered(MANY)
-            .collect::<Vec<_>>()
-            .await
-            .into_iter()
-            .collect()
-    }
-
-    fn target(&self, volume: &Volume) -> String {
-        format!(
-            "/var/lib/kubelet/pods/{}/volumes/kubernetes.io~csi/secrets/mount",
-            volume.uid
-        )
+        let disk = self.disk.join(KUBELET_ROOT.trim_start_matches('/'));
+        let place = (KUBELET_ROOT, disk.as_path());
+        Volume::create(&self.namespace, ("elsewhere", class, run), place, count).await
     }
 
     /// Publishes all volumes. Returns the time of each call in milliseconds, sorted.
@@ -183,7 +153,7 @@ impl<'a> Bench<'a> {
             let called = self
                 .node
                 .clone()
-                .node_publish_volume(self.request(volume))
+                .node_publish_volume(volume.publish())
                 .await;
             called.map_err(|status| failed("publish", &status.message()))?;
             Ok(started.elapsed().as_secs_f64() * 1000.0)
@@ -208,7 +178,7 @@ impl<'a> Bench<'a> {
     /// Publishes volumes in tasks that end when they are dropped.
     pub(crate) fn publish_in_background(&self, volumes: &[Volume]) -> JoinSet<()> {
         let calls = volumes.iter().map(|volume| {
-            let (mut node, request) = (self.node.clone(), self.request(volume));
+            let (mut node, request) = (self.node.clone(), volume.publish());
             async move { drop(node.node_publish_volume(request).await) }
         });
         calls.collect()
@@ -226,37 +196,13 @@ impl<'a> Bench<'a> {
             .ok_or_else(|| failed("the provider's calls", &answer.body))
     }
 
-    fn request(&self, volume: &Volume) -> NodePublishVolumeRequest {
-        let context = [
-            ("secretProviderClass", &*volume.class),
-            ("csi.storage.k8s.io/pod.name", &volume.pod),
-            ("csi.storage.k8s.io/pod.namespace", self.namespace.name()),
-            ("csi.storage.k8s.io/pod.uid", &volume.uid),
-            ("csi.storage.k8s.io/serviceAccount.name", "default"),
-            ("csi.storage.k8s.io/ephemeral", "true"),
-        ];
-        NodePublishVolumeRequest {
-            volume_id: format!("csi-{}", volume.uid),
-            target_path: self.target(volume),
-            volume_capability: Some(VolumeCapability {
-                access_type: Some(AccessType::Mount(MountVolume::default())),
-                ..Default::default()
-            }),
-            readonly: true,
-            volume_context: context
-                .map(|(key, value)| (key.to_owned(), value.to_owned()))
-                .into(),
-            ..Default::default()
-        }
-    }
-
     pub(crate) async fn unpublish_all(&self, pods: &[Volume]) -> Result<()> {
         let calls = stream::iter(pods).map(|volume| async {
-            let request = NodeUnpublishVolumeRequest {
-                volume_id: format!("csi-{}", volume.uid),
-                target_path: self.target(volume),
-            };
-            let called = self.node.clone().node_unpublish_volume(request).await;
+            let called = self
+                .node
+                .clone()
+                .node_unpublish_volume(volume.unpublish())
+                .await;
             called
                 .map(|_| ())
                 .map_err(|status| failed("unpublish", &status.message()))
@@ -278,66 +224,32 @@ impl<'a> Bench<'a> {
 
     /// Returns the CPU time that the driver has used, in seconds.
     pub(crate) fn cpu(&self) -> Result<f64> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid));
-        let stat = stat.map_err(|error| failed("the driver's CPU time", &error))?;
-        // The name in parentheses may contain spaces; after it, user and system time are the
-        // twelfth and thirteenth field.
-        let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
-        let times: Vec<f64> = fields
-            .split(' ')
-            .skip(11)
-            .take(2)
-            .filter_map(|ticks| ticks.parse().ok())
-            .collect();
-        match times[..] {
-            [user, system] => Ok((user + system) / TICKS),
-            _ => Err(failed("the driver's CPU time", &stat)),
-        }
+        self.process.cpu()
     }
 
     /// Returns the driver's resident memory in MiB.
     pub(crate) fn rss(&self) -> Result<f64> {
-        self.memory("VmRSS:")
+        self.process.rss()
     }
 
     /// Returns the driver's largest resident memory in MiB since [`Bench::forget_peak`].
     pub(crate) fn peak(&self) -> Result<f64> {
-        self.memory("VmHWM:")
+        self.process.peak()
     }
 
-    /// Makes the kernel forget the largest resident memory (proc_pid_clear_refs(5)).
+    /// Makes the kernel forget the largest resident memory.
     pub(crate) fn forget_peak(&self) -> Result<()> {
-        let forgotten = fs::write(format!("/proc/{}/clear_refs", self.pid), "5");
-        forgotten.map_err(|error| failed("the driver's peak memory", &error))
+        self.process.forget_peak()
     }
 
     /// Returns the number of the driver's open descriptors.
     pub(crate) fn descriptors(&self) -> Result<f64> {
-        let open = fs::read_dir(format!("/proc/{}/fd", self.pid));
-        let open = open.map_err(|error| failed("the driver's descriptors", &error))?;
-        Ok(f64::from(u32::try_from(open.count()).unwrap_or(u32::MAX)))
+        self.process.descriptors()
     }
 
     /// Returns the number of the driver's threads.
     pub(crate) fn threads(&self) -> Result<f64> {
-        let threads = fs::read_dir(format!("/proc/{}/task", self.pid));
-        let threads = threads.map_err(|error| failed("the driver's threads", &error))?;
-        Ok(f64::from(
-            u32::try_from(threads.count()).unwrap_or(u32::MAX),
-        ))
-    }
-
-    fn memory(&self, field: &str) -> Result<f64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid));
-        let status = status.map_err(|error| failed("the driver's memory", &error))?;
-        let line = status.lines().find_map(|line| line.strip_prefix(field));
-        let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok());
-        kib.map(|kib| kib * 1024.0 / MIB).ok_or_else(|| {
-            failed(
-                "the driver's memory",
-                &io::Error::other(format!("no {field}")),
-            )
-        })
+        self.process.threads()
     }
 }
 

@@ -4,6 +4,8 @@
 //! ```text
 //! chaos              faults of all kinds, and an observer: what `e2e chaos` runs
 //! demo               what the command `e2e` runs
+//! comparison         this driver and the existing one side by side: what `e2e bench` runs
+//! scale              hundreds of drivers in front of one API server: what `e2e scale` runs
 //! budget, load, soak measurements of the release build
 //!   bench            calls the CSI socket and measures the driver
 //! embedded           the clusters: an API server and a kubelet of our own,
@@ -19,7 +21,7 @@
 //! providers          real providers
 //!   openbao          a real server for two of them
 //!   stores           fakes of their stores
-//! binaries, host, skipped, user      leaves
+//! binaries, host, isolated, skipped, user      leaves
 //! ```
 
 mod bench;
@@ -27,12 +29,14 @@ pub mod binaries;
 pub mod budget;
 pub mod chaos;
 pub mod cluster;
+pub mod comparison;
 pub mod demo;
 pub mod embedded;
 mod guard;
 mod host;
 pub mod images;
 pub mod install;
+pub mod isolated;
 pub mod kind;
 pub mod load;
 pub mod local;
@@ -43,6 +47,7 @@ pub mod previous;
 pub mod providers;
 pub mod reader;
 mod real;
+pub mod scale;
 pub mod skipped;
 pub mod soak;
 pub mod stores;

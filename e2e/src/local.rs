@@ -55,6 +55,9 @@ pub struct Options {
     /// An executable that, run as `<guard> guard`, calls [`guard()`]. Without one, the cluster outlives
     /// a process that is killed.
     pub guard: Option<PathBuf>,
+    /// Whether there is a node: kubelet and the container runtime. Without it there is only a control
+    /// plane.
+    pub node: bool,
 }
 
 impl Options {
@@ -69,6 +72,7 @@ impl Options {
             assets: assets(),
             installation: Installation::standard(&images, &Form::from_env())?,
             guard: Some(guard),
+            node: true,
         })
     }
 }
@@ -125,7 +129,9 @@ impl Running {
         let installation = &options.installation;
         progress("control plane and node");
         let processes = Processes::new(Path::new(STATE));
-        self.daemons(&processes).start(&installation.images)?;
+        let images = installation.images.as_slice();
+        self.daemons(&processes)
+            .start(options.node.then_some(images))?;
         progress("the driver and the provider");
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -169,6 +175,24 @@ impl Running {
             PathBuf::from(STATE),
         )
         .await
+    }
+
+    /// Stops the API server until [`Running::start_api_server`]. Blocks.
+    ///
+    /// # Errors
+    /// When it does not stop.
+    pub(crate) fn stop_api_server(&self) -> Result<()> {
+        Processes::new(Path::new(STATE)).stop(daemons::API_SERVER)
+    }
+
+    /// Starts the API server again; returns when it is ready. Blocks.
+    ///
+    /// # Errors
+    /// When it does not come back in time.
+    pub(crate) fn start_api_server(&self) -> Result<()> {
+        let processes = Processes::new(Path::new(STATE));
+        processes.restart(daemons::API_SERVER)?;
+        self.daemons(&processes).wait_for_api_server()
     }
 
     /// Returns the path of an administrator's kubeconfig.

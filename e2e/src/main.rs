@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use e2e::binaries::Binaries;
 use e2e::providers::{self, Provider};
-use e2e::{budget, chaos, demo, load, soak, stores};
+use e2e::{budget, chaos, comparison, demo, isolated, load, local, scale, soak, stores};
 
 /// Run the Secrets Store CSI driver end to end. Without a command, run the demo.
 #[derive(Parser)]
@@ -38,6 +38,29 @@ enum Command {
         #[arg(long, default_value = "target/soak.svg")]
         chart: PathBuf,
     },
+    /// Measure this driver and the existing one side by side: the same calls to both, in turn. Needs root
+    /// and the Kubernetes binaries, unless E2E_CLUSTER=embedded.
+    Bench {
+        /// The number of rounds; each measures both drivers.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// The seconds between the publish of volumes and the look at them.
+        #[arg(long, default_value_t = 62.0)]
+        rest: f64,
+        /// The number of volumes that are published one at a time, and at 110 at once.
+        #[arg(long, default_value_t = 110)]
+        volumes: usize,
+        /// The directory into which benchmarks.md, .json and .svg are written.
+        #[arg(long)]
+        docs: Option<PathBuf>,
+    },
+    /// Run many drivers in front of one API server in kubelet's rhythm: at rest, in a rolling update, when
+    /// all nodes boot, when the API server or the provider is away. E2E_CLUSTER=local takes a real API
+    /// server.
+    Scale(Scale),
+    /// Tear down a local cluster when the process that started this one is gone.
+    #[command(hide = true)]
+    Guard,
     /// Let faults of all kinds strike an embedded cluster, and check all the time that the driver keeps
     /// its promises. Exits with 1 when it does not.
     Chaos {
@@ -77,14 +100,77 @@ enum Command {
     },
 }
 
+#[derive(clap::Args)]
+struct Scale {
+    /// The number of nodes, each of which is a process of the driver.
+    #[arg(long, default_value_t = 300)]
+    nodes: usize,
+    /// The number of volumes of each node.
+    #[arg(long, default_value_t = 30)]
+    volumes: usize,
+    /// The seconds of the phases without disturbance.
+    #[arg(long, default_value_t = 180.0)]
+    rest: f64,
+    /// The seconds after a change or an outage.
+    #[arg(long, default_value_t = 120.0)]
+    after: f64,
+    /// The seconds for which the API server, and then the provider, is away.
+    #[arg(long, default_value_t = 120.0)]
+    away: f64,
+    /// The seconds between two looks of kubelet at a volume; at most half as much more.
+    #[arg(long, default_value_t = 60.0)]
+    look: f64,
+    /// The seconds of the interval of refreshes.
+    #[arg(long, default_value_t = 120.0)]
+    interval: f64,
+    /// The number of nodes that a rolling update takes at a time; by default a tenth.
+    #[arg(long)]
+    at_once: Option<usize>,
+    /// The directory into which scale.md, .json and .svg are written.
+    #[arg(long)]
+    docs: Option<PathBuf>,
+}
+
+impl Scale {
+    fn into_options(self) -> scale::Options {
+        let seconds = |seconds: f64| std::time::Duration::from_secs_f64(seconds.clamp(0.0, 1e6));
+        scale::Options {
+            nodes: self.nodes.max(1),
+            volumes: self.volumes.max(1),
+            look: seconds(self.look),
+            interval: seconds(self.interval),
+            rest: seconds(self.rest),
+            after: seconds(self.after),
+            away: seconds(self.away),
+            at_once: self.at_once.unwrap_or(self.nodes / 10).max(1),
+            real: is_cluster("local"),
+            docs: self.docs,
+        }
+    }
+}
+
+/// Returns whether `$E2E_CLUSTER` names a kind of cluster.
+fn is_cluster(name: &str) -> bool {
+    std::env::var("E2E_CLUSTER").is_ok_and(|asked| asked == name)
+}
+
 // Not `tokio::main`: a node enters its namespaces while it has one thread.
 fn main() -> ExitCode {
     embedded::take_over();
+    isolated::take_over();
     let outcome = match Cli::parse().command.unwrap_or(Command::Demo) {
         Command::Demo => in_runtime(demo::run()),
         Command::Budget => in_runtime(budget::run()),
         Command::Load { rotations } => in_runtime(load::run(rotations)),
         Command::Soak { minutes, chart } => in_runtime(soak::run(minutes, &chart)),
+        Command::Bench {
+            rounds,
+            rest,
+            volumes,
+            docs,
+        } => in_runtime(bench(rounds, rest, volumes, docs)),
+        Command::Scale(options) => in_runtime(run_scale(options.into_options())),
+        Command::Guard => local::guard().map_err(Into::into),
         Command::Chaos {
             seed,
             minutes,
@@ -120,6 +206,22 @@ where
 {
     let runtime = tokio::runtime::Runtime::new()?;
     Ok(runtime.block_on(work)?)
+}
+
+async fn bench(rounds: usize, rest: f64, volumes: usize, docs: Option<PathBuf>) -> Outcome {
+    let options = comparison::Options {
+        rounds: rounds.max(1),
+        rest: std::time::Duration::from_secs_f64(rest.clamp(0.0, 1e6)),
+        volumes: volumes.max(1),
+        real: !is_cluster("embedded"),
+        existing: true,
+        docs,
+    };
+    Ok(comparison::run(&options).await?)
+}
+
+async fn run_scale(options: scale::Options) -> Outcome {
+    Ok(scale::run(&options).await?)
 }
 
 fn chaos_options(

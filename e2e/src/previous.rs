@@ -127,12 +127,19 @@ pub fn upstream(driver: &Path, probe: &Path) -> Result<Installation> {
     let deploy = workspace().join("deploy");
     let mut existing =
         Installation::read(&deploy, &Form::Sidecars(assets()))?.with_driver(image)?;
+    allow_what_the_existing_driver_needs(&mut existing.manifests)?;
+    Ok(existing)
+}
+
+/// Gives the driver's role for Secrets the verbs of the existing driver's.
+///
+/// # Errors
+/// When no manifest has the role.
+pub(crate) fn allow_what_the_existing_driver_needs(manifests: &mut [String]) -> Result<()> {
     let verbs = [
         "create", "delete", "get", "list", "patch", "update", "watch",
     ];
-    let manifests = &mut existing.manifests;
     change_object(manifests, "ClusterRole", SYNCING, |role| {
         role["rules"][0]["verbs"] = json!(verbs);
-    })?;
-    Ok(existing)
+    })
 }

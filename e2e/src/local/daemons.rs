@@ -23,10 +23,11 @@ pub(super) const NAMES: [&str; 6] = [
     "kubelet",
     "kube-scheduler",
     "kube-controller-manager",
-    "kube-apiserver",
+    API_SERVER,
     "etcd",
     "containerd",
 ];
+pub(super) const API_SERVER: &str = "kube-apiserver";
 /// The time in which a daemon has to answer. It usually takes seconds; a busy machine takes longer.
 const LIMIT: Duration = Duration::from_secs(90);
 /// Runs runc without the capability that this machine lacks. `.ci/with-docker` uses it, too.
@@ -43,28 +44,34 @@ pub(super) struct Daemons<'a> {
 }
 
 impl Daemons<'_> {
-    /// Starts all daemons; returns when the node is ready.
+    /// Starts the control plane and, with images for it, a node; returns when they are ready.
     ///
     /// # Errors
     /// [`Error::Start`] with the last lines of the daemon that does not come up.
-    pub(super) fn start(&self, images: &[Image]) -> Result<()> {
+    pub(super) fn start(&self, node: Option<&[Image]>) -> Result<()> {
         self.start_etcd()?;
         self.start_apiserver()?;
-        self.start_containerd()?;
-        self.import(images)?;
-        let kubectl = |args: &[&str]| self.kubectl(args).is_ok();
-        self.processes
-            .wait_for("kube-apiserver", "API server", LIMIT, || {
-                kubectl(&["get", "--raw", "/readyz"])
-            })?;
+        if let Some(images) = node {
+            self.start_containerd()?;
+            self.import(images)?;
+        }
+        self.wait_for_api_server()?;
         self.start_controllers()?;
-        self.start_kubelet()?;
-        let condition = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}{.spec.taints}"#;
-        self.processes.wait_for("kubelet", "node ready", LIMIT, || {
-            let state = self.kubectl(&["get", "node", NODE, "-o", condition]);
-            // Ready, and without a taint that keeps pods away.
-            state.is_ok_and(|text| text == "True")
-        })
+        if node.is_some() {
+            self.start_kubelet()?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the API server is ready.
+    ///
+    /// # Errors
+    /// [`Error::Start`] with its last lines when it is not in time.
+    pub(super) fn wait_for_api_server(&self) -> Result<()> {
+        self.processes
+            .wait_for(API_SERVER, "API server", LIMIT, || {
+                self.kubectl(&["get", "--raw", "/readyz"]).is_ok()
+            })
     }
 
     /// Runs kubectl as an administrator and returns its output.
@@ -107,7 +114,7 @@ impl Daemons<'_> {
     fn start_apiserver(&self) -> Result<()> {
         let file = |flag: &str, name: &str| format!("--{flag}={}", self.pki.path(name).display());
         self.processes.start(
-            "kube-apiserver",
+            API_SERVER,
             &self.tools.apiserver,
             [
                 format!("--etcd-servers=http://127.0.0.1:{ETCD_PORT}"),
@@ -270,6 +277,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
         ctr(&self.tools.ctr, self.state, args)
     }
 
+    /// Starts kubelet; returns when the node is ready.
     fn start_kubelet(&self) -> Result<()> {
         let pki = |name: &str| self.pki.path(name).display().to_string();
         let mut config = json!({
@@ -325,7 +333,13 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
                 format!("--root-dir={KUBELET_ROOT}"),
                 format!("--cert-dir={}", pki("kubelet")),
             ],
-        )
+        )?;
+        let condition = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}{.spec.taints}"#;
+        self.processes.wait_for("kubelet", "node ready", LIMIT, || {
+            let state = self.kubectl(&["get", "node", NODE, "-o", condition]);
+            // Ready, and without a taint that keeps pods away.
+            state.is_ok_and(|text| text == "True")
+        })
     }
 
     fn plugins(&self) -> PathBuf {

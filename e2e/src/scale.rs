@@ -1,0 +1,191 @@
+//! Many real driver processes in front of one API server, called in kubelet's rhythm: what the API server
+//! and the provider get to do when nothing happens, when something happens everywhere at once, and when
+//! one of them is away. What `e2e scale` runs.
+
+mod chart;
+mod fleet;
+mod kubelet;
+mod record;
+mod report;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::bench::{ControlPlane, Run, binaries, class, failed};
+use crate::binaries::Binaries;
+use crate::cluster::Result;
+use fleet::Fleet;
+use report::Report;
+
+/// The annotation of a class that sets the interval of refreshes.
+const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
+/// The class that every pod mounts.
+const CLASS: &str = "scale";
+/// The file whose content changes.
+const FILE: &str = "one";
+
+/// The settings of a run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The number of nodes.
+    pub nodes: usize,
+    /// The number of volumes of each node.
+    pub volumes: usize,
+    /// The shortest time between two looks of kubelet at a volume; the longest is half as much more.
+    pub look: Duration,
+    /// The interval of refreshes.
+    pub interval: Duration,
+    /// The length of the phases without disturbance.
+    pub rest: Duration,
+    /// The shortest time of the phases after a change and after an outage.
+    pub after: Duration,
+    /// The time for which the API server, and then the provider, is away.
+    pub away: Duration,
+    /// The number of nodes that a rolling update takes at a time.
+    pub at_once: usize,
+    /// Whether the API server is a real one, which needs root and the Kubernetes binaries.
+    pub real: bool,
+    /// The directory of the documentation into which the report is written, if it is.
+    pub docs: Option<PathBuf>,
+}
+
+/// Runs all phases, and prints the report.
+///
+/// # Errors
+/// When a driver does not start, a volume has not the newest content at the end of a phase in which it
+/// should, or the report cannot be written.
+pub async fn run(options: &Options) -> Result<()> {
+    let built = tokio::task::spawn_blocking(binaries).await;
+    let binaries = built
+        .map_err(|error| failed("build", &error))?
+        .map_err(|error| failed("build", &error))?;
+    let report = measure(options, &binaries).await?;
+    println!("{}", report.markdown());
+    match &options.docs {
+        Some(docs) => report.write(docs),
+        None => Ok(()),
+    }
+}
+
+async fn measure(options: &Options, binaries: &Binaries) -> Result<Report> {
+    // Short, because the paths of sockets below it may have 107 bytes at most.
+    let directory = tempfile::Builder::new()
+        .prefix("scale-")
+        .tempdir()
+        .map_err(|error| failed("a directory", &error))?;
+    let plane = ControlPlane::start(options.real, binaries, directory.path()).await?;
+    let cluster = if options.real {
+        let version = plane.client().apiserver_version().await;
+        let version = version.map_err(|error| failed("the API server's version", &error))?;
+        format!("Kubernetes {} with etcd", version.git_version)
+    } else {
+        "the embedded API server, without TLS".to_owned()
+    };
+    let run = Run::now(cluster);
+    let mut scale = Scale {
+        fleet: Fleet::prepare(options, binaries, plane, directory.path()).await?,
+        options,
+        content: 0,
+    };
+    scale.phases().await?;
+    let record = scale.fleet.end().await?;
+    Ok(Report::of(run, options, &record))
+}
+
+struct Scale<'a> {
+    options: &'a Options,
+    fleet: Fleet,
+    content: usize,
+}
+
+impl Scale<'_> {
+    async fn phases(&mut self) -> Result<()> {
+        let Options {
+            rest, after, away, ..
+        } = *self.options;
+        self.apply(&json!({})).await?;
+
+        self.fleet.begin("first start of all nodes")?;
+        self.fleet.start().await?;
+        self.fleet.all_published().await?;
+
+        // Volumes that were published together are looked at, and due, at different times then.
+        self.fleet.begin("settling")?;
+        tokio::time::sleep(self.settled()).await;
+        self.fleet.begin("at rest")?;
+        tokio::time::sleep(rest).await;
+
+        self.fleet.begin("class of all pods edited")?;
+        self.edit_and_wait("class of all pods edited").await?;
+
+        self.fleet.begin("rolling update")?;
+        self.fleet.roll(self.options.at_once).await?;
+        self.fleet.check(&self.content.to_string())?;
+
+        self.fleet.begin("all nodes boot")?;
+        self.fleet.cut_power().await?;
+        self.fleet.start().await?;
+        self.fleet.all_published().await?;
+        self.fleet.begin("after the boot")?;
+        tokio::time::sleep(after).await;
+
+        self.fleet.begin("API server away")?;
+        self.fleet.plane().take_away()?;
+        tokio::time::sleep(away).await;
+        self.fleet.begin("API server back")?;
+        self.fleet.plane().bring_back()?;
+        tokio::time::sleep(after).await;
+
+        self.fleet.begin("provider away")?;
+        self.fleet.provider().await.take_away().await?;
+        tokio::time::sleep(away).await;
+        self.fleet.begin("provider back")?;
+        self.fleet.provider().await.bring_back().await?;
+        tokio::time::sleep(after).await;
+
+        self.fleet.begin("an hour's interval, settling")?;
+        self.edit_and_wait("class edited after the outages").await?;
+        self.apply(&json!({INTERVAL: "1h"})).await?;
+        tokio::time::sleep(self.settled()).await;
+        self.fleet.begin("at rest, an hour's interval")?;
+        tokio::time::sleep(rest).await;
+        Ok(())
+    }
+
+    /// Returns the time in which each volume was looked at, and refreshed, at its own time.
+    fn settled(&self) -> Duration {
+        self.options.look * 3 / 2 + self.options.interval / 2
+    }
+
+    /// Gives the class another content; returns when all volumes have it, and not before `after`.
+    async fn edit_and_wait(&mut self, what: &str) -> Result<()> {
+        self.content += 1;
+        let started = Instant::now();
+        self.apply(&json!({})).await?;
+        let content = self.content.to_string();
+        self.fleet.wait_content(&content, what).await?;
+        let rest = self.options.after.saturating_sub(started.elapsed());
+        tokio::time::sleep(rest).await;
+        Ok(())
+    }
+
+    async fn apply(&self, annotations: &Value) -> Result<()> {
+        let objects = format!(
+            "array:\n- {{objectName: {FILE}, content: \"{}\"}}\n- {{objectName: two, contentSize: 4096}}\n",
+            self.content
+        );
+        let class = class(CLASS, &json!({"objects": objects}), annotations);
+        let namespace = self.fleet.plane().namespace();
+        namespace.apply(&class.to_string()).await.map(drop)
+    }
+}
+
+/// Returns how long it takes since an instant, in seconds.
+fn seconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests;
