@@ -343,7 +343,7 @@ fn the_other_objects_are_those_of_the_plain_manifests() {
     for file in [
         "csidriver.yaml",
         "rbac-secretproviderclass.yaml",
-        "rbac-secretprovidersyncing.yaml",
+        "optional/rbac-secretprovidersyncing.yaml",
         "role-secretproviderclasses-admin.yaml",
         "role-secretproviderclasses-viewer.yaml",
         "role-secretproviderclasspodstatuses-viewer.yaml",

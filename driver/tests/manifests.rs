@@ -20,7 +20,7 @@ use driver::cluster::resources::GROUP;
 use driver::config::Endpoint;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{PodSpec, ServiceAccount, Toleration};
-use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use k8s_openapi::api::storage::v1::{CSIDriver, CSIDriverSpec};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
@@ -183,20 +183,24 @@ fn daemon_set() -> (DaemonSet, PodSpec) {
     (daemon_set, pod)
 }
 
-#[test]
-fn the_files_are_those_that_operators_know() {
-    let mut names: Vec<String> = fs::read_dir(deploy(""))
+/// Returns the names of the YAML files of a folder of `deploy/`.
+fn yaml_files(folder: &str) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(deploy(folder))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .filter(|name| name.ends_with(".yaml"))
         .collect();
     names.sort();
+    names
+}
+
+#[test]
+fn the_files_are_those_that_operators_know() {
     assert_eq!(
-        names,
+        yaml_files(""),
         [
             "csidriver.yaml",
             "rbac-secretproviderclass.yaml",
-            "rbac-secretprovidersyncing.yaml",
             "role-secretproviderclasses-admin.yaml",
             "role-secretproviderclasses-viewer.yaml",
             "role-secretproviderclasspodstatuses-viewer.yaml",
@@ -432,7 +436,7 @@ fn the_driver_understands_its_own_manifest(#[case] file: &str, #[case] position:
     format!("{GROUP}/secretproviderclasspodstatuses/status: get patch update"),
     "storage.k8s.io/csidrivers secrets-store.csi.k8s.io: get list watch".to_owned(),
 ])]
-#[case("rbac-secretprovidersyncing.yaml", "secretprovidersyncing-role", &[], &[
+#[case("optional/rbac-secretprovidersyncing.yaml", "secretprovidersyncing-role", &[], &[
     "/secrets: create delete get patch".to_owned(),
 ])]
 #[case("role-secretproviderclasses-admin.yaml", "secretproviderclasses-admin-role", &["admin", "edit"], &[
@@ -478,9 +482,45 @@ fn roles_grant_this_and_nothing_else(
     assert_eq!(found, rules);
 }
 
+/// `kubectl apply -f deploy/` applies the files of that folder, and none of the folders in it.
+#[test]
+fn what_everybody_applies_grants_no_right_on_secrets() {
+    let mut rules = 0;
+    for file in yaml_files("") {
+        let manifest = fs::read_to_string(deploy(&file)).unwrap();
+        let of_cluster = objects::<ClusterRole>(&manifest).into_iter();
+        let of_namespaces = objects::<Role>(&manifest).into_iter();
+        let granted = of_cluster
+            .filter_map(|role| role.rules)
+            .chain(of_namespaces.filter_map(|role| role.rules));
+        for rule in granted.flatten() {
+            let grants = |list: &Option<Vec<String>>, name: &str| {
+                list.iter()
+                    .flatten()
+                    .any(|granted| granted == name || granted == "*")
+            };
+            let secrets = grants(&rule.api_groups, "") && grants(&rule.resources, "secrets");
+            assert!(!secrets, "{file}: {rule:?}");
+            rules += 1;
+        }
+        // A role of Kubernetes itself, such as cluster-admin, may grant anything.
+        for binding in objects::<ClusterRoleBinding>(&manifest) {
+            assert_eq!(
+                binding.role_ref.name, "secretproviderclasses-role",
+                "{file}"
+            );
+        }
+        assert_eq!(objects::<RoleBinding>(&manifest), [], "{file}");
+    }
+    assert!(rules > 6, "{rules}");
+}
+
 #[rstest]
 #[case("rbac-secretproviderclass.yaml", "secretproviderclasses-role")]
-#[case("rbac-secretprovidersyncing.yaml", "secretprovidersyncing-role")]
+#[case(
+    "optional/rbac-secretprovidersyncing.yaml",
+    "secretprovidersyncing-role"
+)]
 fn the_drivers_account_has_its_role(#[case] file: &str, #[case] role: &str) {
     let binding: ClusterRoleBinding = object(file);
     assert_eq!(binding.metadata.name, Some(format!("{role}binding")));

@@ -69,12 +69,18 @@ pub struct Installation {
 }
 
 impl Installation {
-    /// Reads a folder like `deploy/`. The driver's image is not among the images.
+    /// Reads a folder like `deploy/`, with the right to make Secrets. The driver's image is not among the
+    /// images.
     ///
     /// # Errors
     /// When a manifest cannot be read, or a sidecar's executable is not there or not static.
     pub fn read(deploy: &Path, form: &Form) -> Result<Self> {
         let mut manifests = read_manifests(deploy)?;
+        // Earlier states of this repository have it among the rest.
+        let syncing = deploy.join("optional/rbac-secretprovidersyncing.yaml");
+        if syncing.is_file() {
+            manifests.push(read_manifest(&syncing)?);
+        }
         let mut images = Vec::new();
         for manifest in &mut manifests {
             let Form::Sidecars(executables) = form else {
@@ -141,11 +147,9 @@ fn custom(client: &kube::Client, namespace: &str, kind: &str, plural: &str) -> A
 
 /// Reads the `*.yaml` files of a directory, by name; those that define kinds come first.
 pub(crate) fn read_manifests(dir: &Path) -> Result<Vec<String>> {
-    let failed =
-        |path: &Path, error: io::Error| Error::Start(format!("{}: {error}", path.display()));
     let mut paths = Vec::new();
-    for entry in fs::read_dir(dir).map_err(|error| failed(dir, error))? {
-        let path = entry.map_err(|error| failed(dir, error))?.path();
+    for entry in fs::read_dir(dir).map_err(|error| unreadable(dir, error))? {
+        let path = entry.map_err(|error| unreadable(dir, error))?.path();
         if path
             .extension()
             .is_some_and(|extension| extension == "yaml")
@@ -156,10 +160,18 @@ pub(crate) fn read_manifests(dir: &Path) -> Result<Vec<String>> {
     paths.sort();
     let mut manifests = Vec::new();
     for path in paths {
-        manifests.push(fs::read_to_string(&path).map_err(|error| failed(&path, error))?);
+        manifests.push(read_manifest(&path)?);
     }
     manifests.sort_by_key(|manifest| !manifest.contains("kind: CustomResourceDefinition"));
     Ok(manifests)
+}
+
+fn read_manifest(path: &Path) -> Result<String> {
+    fs::read_to_string(path).map_err(|error| unreadable(path, error))
+}
+
+fn unreadable(path: &Path, error: io::Error) -> Error {
+    Error::Start(format!("{}: {error}", path.display()))
 }
 
 /// Applies manifests; returns when all of it runs and the driver is registered.

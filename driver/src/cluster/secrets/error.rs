@@ -148,7 +148,7 @@ impl From<Failure> for SyncError {
         let (error_type, described) = (error_type(&failure), describe(&failure));
         let message = match (error_type, failure) {
             (ErrorType::Forbidden, _) => format!(
-                "the API server answers {described}. The driver may write Secrets only when the chart's value syncSecret.enabled is true, or deploy/rbac-secretprovidersyncing.yaml is applied"
+                "the API server answers {described}. The driver may write Secrets only when the chart's value syncSecret.enabled is true, or deploy/optional/rbac-secretprovidersyncing.yaml is applied"
             ),
             (ErrorType::Refused, _) => format!("the API server refuses it: {described}"),
             (_, Failure::Refused { .. }) => described,
