@@ -3,9 +3,9 @@
 //!
 //! The syntax is that of Go's `flag` package, because installed manifests rely on it: a flag has
 //! one or two dashes and is written as `--flag=value` or `--flag value`, a switch only as `--flag`
-//! or `--flag=bool`. A repeated flag takes its last value, and parsing ends at the first argument
-//! that is not a flag. A wrong command line ends the process with code 2 and an error message,
-//! before anything has started.
+//! or `--flag=bool`. A repeated flag takes its last value. Unlike there, an argument that is not a flag
+//! is an error: Go ignores it and all flags after it. A wrong command line ends the process with
+//! code 2 and an error message, before anything has started.
 //!
 //! This module does not touch the system: it does not check, for example, that directories exist.
 
@@ -99,9 +99,6 @@ pub struct Config {
     pub log_format_json: bool,
     /// The verbosity of the log: 0 reports what happened, 5 adds every call, 6 every step.
     pub verbosity: u32,
-    /// The first argument that is not a flag and all that follow it. They have no effect, and
-    /// usually are a mistake such as `--switch false`.
-    pub ignored_arguments: Vec<String>,
     without_effect: Vec<&'static str>,
     below_zero: Vec<&'static str>,
     print_version: bool,
@@ -177,6 +174,7 @@ impl Config {
             .collect::<Result<Vec<_>, _>>()
             .map_err(|arg| wrong(format!("argument {arg:?} is not UTF-8")))?;
         let mut args = args.into_iter().peekable();
+        let mut last_switch = None;
         while let Some(argument) = args.next_if(|arg| arg.len() > 1 && arg.starts_with('-')) {
             if argument == "--" {
                 break;
@@ -189,6 +187,7 @@ impl Config {
                 });
             }
             let flag = flag::find(name)?;
+            last_switch = (value.is_none() && flag.is_switch()).then(|| name.to_owned());
             let value = match value {
                 Some(value) => value.to_owned(),
                 None if flag.is_switch() => "true".to_owned(),
@@ -201,7 +200,9 @@ impl Config {
             };
             config.set(flag, name, &value)?;
         }
-        config.ignored_arguments = args.collect();
+        if let Some(argument) = args.next() {
+            return Err(unexpected(&argument, last_switch.as_deref()));
+        }
         if config.print_version {
             return Err(Exit {
                 code: 0,
@@ -308,7 +309,6 @@ impl Default for Config {
             hardening: true,
             log_format_json: false,
             verbosity: 0,
-            ignored_arguments: Vec::new(),
             without_effect: Vec::new(),
             below_zero: Vec::new(),
             print_version: false,
@@ -332,6 +332,17 @@ fn split(argument: &str) -> Result<(&str, Option<&str>), Exit> {
         )));
     }
     Ok((name, value))
+}
+
+/// Refuses an argument that is not a flag. `last_switch` is the flag before it, if that is a switch
+/// without a value.
+fn unexpected(argument: &str, last_switch: Option<&str>) -> Exit {
+    let hint = match (argument, last_switch) {
+        ("help" | "version", _) => format!("did you mean --{argument}?"),
+        (_, Some(name)) => format!("a value of --{name} follows an equals sign: --{name}=false"),
+        _ => "the program takes only flags, as --flag=value; --help lists them".to_owned(),
+    };
+    wrong(format!("unexpected argument {argument:?}; {hint}"))
 }
 
 fn wrong(text: String) -> Exit {
@@ -396,9 +407,7 @@ mod tests {
     #[case::last_one_wins("-v=5 --nodeid=a --v=2 --nodeid=b", "b", 2, false)]
     #[case::switch("--log-format-json -v=1", "", 1, true)]
     #[case::switch_off("--log-format-json --log-format-json=F", "", 0, false)]
-    #[case::switch_takes_no_separate_value("--log-format-json false -v=9", "", 0, true)]
-    #[case::terminator("-v=1 -- -v=9", "", 1, false)]
-    #[case::lone_dash("-v=1 - -v=9", "", 1, false)]
+    #[case::terminator("-v=1 --", "", 1, false)]
     #[case::below_zero("-v=-1", "", 0, false)]
     fn syntax(#[case] line: &str, #[case] node: &str, #[case] v: u32, #[case] json: bool) {
         let config = parse(line).unwrap();
@@ -412,13 +421,6 @@ mod tests {
         );
     }
 
-    #[test]
-    fn what_is_not_parsed_can_be_reported() {
-        let config = parse("--log-format-json false -v=9").unwrap();
-        assert_eq!(config.ignored_arguments, ["false", "-v=9"]);
-        assert!(parse("-v=9").unwrap().ignored_arguments.is_empty());
-    }
-
     #[rstest]
     #[case(
         "--filtered-watch-secret",
@@ -428,6 +430,23 @@ mod tests {
     #[case(
         "-metric-addr=:1",
         "unknown flag --metric-addr; did you mean --metrics-addr?"
+    )]
+    #[case("help", "unexpected argument \"help\"; did you mean --help?")]
+    #[case(
+        "--log-format-json false -v=9",
+        "unexpected argument \"false\"; a value of --log-format-json follows an equals sign: --log-format-json=false"
+    )]
+    #[case(
+        "-v=1 -- -v=9",
+        "unexpected argument \"-v=9\"; the program takes only flags, as --flag=value; --help lists them"
+    )]
+    #[case(
+        "--log-format-json -v=1 -",
+        "unexpected argument \"-\"; the program takes only flags, as --flag=value; --help lists them"
+    )]
+    #[case(
+        "--version now",
+        "unexpected argument \"now\"; a value of --version follows an equals sign: --version=false"
     )]
     #[case("---v=1", "\"---v=1\" is not a flag: write --flag=value")]
     #[case("--=1", "\"--=1\" is not a flag: write --flag=value")]

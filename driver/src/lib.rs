@@ -255,12 +255,6 @@ fn warn_about_flags(config: &Config) {
     for flag in config.below_zero() {
         tracing::warn!(flag, "this flag's value is below zero and counts as zero");
     }
-    for argument in &config.ignored_arguments {
-        tracing::warn!(
-            argument,
-            "this argument is ignored: flags end at the first argument that is not a flag. Write --flag=value"
-        );
-    }
     if config.node_id.is_empty() {
         tracing::warn!("--nodeid is empty; kubelet does not register a driver without a node name");
     }

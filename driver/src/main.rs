@@ -1,6 +1,10 @@
 //! The binary. Sets up flags, logging, the runtime and signals, and returns the exit code.
 
-use std::{process::ExitCode, time::Duration};
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+    time::Duration,
+};
 
 use driver::config::Config;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -81,18 +85,18 @@ async fn serve(config: Config) -> std::io::Result<()> {
     driver::run(config, stop).await
 }
 
-#[expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "what --version and --help are for"
-)]
+/// Writes why the driver does not start, and returns the exit code for it.
 fn say(exit: &driver::config::Exit) -> ExitCode {
-    if exit.code == 0 {
-        println!("{}", exit.text);
+    let written = if exit.code == 0 {
+        writeln!(io::stdout(), "{}", exit.text)
     } else {
-        eprintln!("{}", exit.text);
+        writeln!(io::stderr(), "{}", exit.text)
+    };
+    match written {
+        // A reader that goes before the end, as in `--help | head`, has what it wants.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => ExitCode::FAILURE,
+        _ => ExitCode::from(u8::try_from(exit.code).unwrap_or(1)),
     }
-    ExitCode::from(u8::try_from(exit.code).unwrap_or(1))
 }
 
 /// Raises the soft limit of open files to the hard one, but to no more than [`MOST_DESCRIPTORS`]. The

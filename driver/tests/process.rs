@@ -373,3 +373,51 @@ async fn the_soft_limit_of_files_is_raised() {
         .unwrap();
     assert_eq!(soft, hard.min(65_536));
 }
+
+/// Runs the program in an empty directory until it ends by itself. Returns its exit code and what it wrote
+/// to standard error.
+async fn run(dir: &Path, args: &[&str], stdout: Stdio) -> (Option<i32>, String) {
+    let program = Command::new(env!("CARGO_BIN_EXE_secrets-store-csi"))
+        .args(args)
+        .current_dir(dir)
+        .env("TMPDIR", dir)
+        .stdin(Stdio::null())
+        .stdout(stdout)
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let ended = timeout(PATIENCE, program.wait_with_output()).await;
+    let output = ended.expect("the program goes on").unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    (output.status.code(), stderr)
+}
+
+/// `help | head`: the reader has gone before anything is written.
+#[tokio::test]
+async fn a_reader_that_goes_is_no_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    for flag in ["--help", "--version"] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let outcome = run(dir.path(), &[flag], writer.into()).await;
+        assert_eq!(outcome, (Some(0), String::new()), "{flag}");
+    }
+    let full = std::fs::File::options().write(true).open("/dev/full");
+    let outcome = run(dir.path(), &["--help"], full.unwrap().into()).await;
+    assert_eq!(outcome, (Some(1), String::new()));
+}
+
+#[tokio::test]
+async fn an_argument_that_is_no_flag_starts_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let endpoint = format!("--endpoint=unix://{}", socket(dir.path()).display());
+    let records = dir.path().join("records");
+    for argument in ["help", "status", "-", "--log-format-json", "false"] {
+        let args = [&endpoint, "--log-format-json", argument, "again"];
+        let (code, stderr) = run(dir.path(), &args, Stdio::null()).await;
+        assert_eq!(code, Some(2), "{argument}: {stderr}");
+        assert!(stderr.starts_with("unexpected argument"), "{stderr}");
+        assert!(!records.exists() && !socket(dir.path()).exists());
+    }
+}

@@ -1,6 +1,7 @@
 //! The command `e2e`: the demo and the budgets. The nodes of the embedded cluster run from the same
 //! executable.
 
+use std::any::Any;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -158,6 +159,35 @@ fn is_cluster(name: &str) -> bool {
 fn main() -> ExitCode {
     embedded::take_over();
     isolated::take_over();
+    until_nobody_reads(command)
+}
+
+/// The exit code that shells give a program whose reader has gone: 128 and the number of SIGPIPE.
+const NOBODY_READS: u8 = 141;
+
+/// Ends the work when nobody reads its output any more, as in `e2e | head`. `println!` panics then; this
+/// panic is not reported, and takes down what runs, such as a cluster.
+fn until_nobody_reads(work: fn() -> ExitCode) -> ExitCode {
+    fn is_about_that(panic: &dyn Any) -> bool {
+        let text = panic.downcast_ref::<String>();
+        text.is_some_and(|text| {
+            text.starts_with("failed printing to stdout") && text.contains("Broken pipe")
+        })
+    }
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !is_about_that(panic.payload()) {
+            report(panic);
+        }
+    }));
+    match std::panic::catch_unwind(work) {
+        Ok(code) => code,
+        Err(panic) if is_about_that(&*panic) => NOBODY_READS.into(),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+fn command() -> ExitCode {
     let outcome = match Cli::parse().command.unwrap_or(Command::Demo) {
         Command::Demo => in_runtime(demo::run()),
         Command::Budget => in_runtime(budget::run()),

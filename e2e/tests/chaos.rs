@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
+use std::process::Command;
 use std::time::Duration;
 
 use e2e::chaos::{Options, Schedule, fresh_seed, run};
@@ -32,4 +33,18 @@ async fn the_driver_keeps_its_promises_whatever_goes_wrong(#[case] seed: u64) {
         is_good,
         "seed {seed}: the driver broke a promise, see above"
     );
+}
+
+/// `e2e chaos --dry-run | head`: whoever reads it has gone before it is written.
+#[test]
+fn a_reader_that_goes_ends_the_command_quietly() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = Command::new(env!("CARGO_BIN_EXE_e2e"))
+        .args(["chaos", "--dry-run", "--seed=1"])
+        .stdout(writer)
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!(output.status.code(), Some(141));
 }

@@ -234,14 +234,16 @@ const E2E: Modules = &[
 ];
 
 /// Crates that only some modules of the driver use, each with exactly those modules.
-const CONFINED: [(&str, &[&str]); 8] = [
+const CONFINED: [(&str, &[&str]); 10] = [
     ("proto", &["csi", "metrics", "provider", "registration"]),
     ("prost", &["provider"]),
     ("kube", &["cluster"]),
     ("k8s_openapi", &["cluster"]),
     ("hyper", &["metrics", "provider"]),
     ("prometheus_client", &["metrics"]),
-    ("nix", &["files", "hardening", "mount", "socket"]),
+    ("procfs_core", &["metrics"]),
+    ("tonic_types", &["provider"]),
+    ("nix", &["files", "hardening", "metrics", "mount", "socket"]),
     ("libc", &["hardening", "metrics"]),
 ];
 

@@ -174,6 +174,12 @@ mod tests {
                 .iter()
                 .map(|word| word.as_str().unwrap().into());
             let ours = match Config::parse(words) {
+                // Go ignores arguments that are not flags, and the flags after them.
+                Err(exit) if exit.text.starts_with("unexpected argument") => {
+                    assert_eq!(exit.code, 2, "{line}: {}", exit.text);
+                    assert_ne!(expected["rest"], json!([]), "{line}");
+                    continue;
+                }
                 Err(exit) => {
                     assert_eq!(exit.code, 2, "{line}: {}", exit.text);
                     Value::Null
@@ -198,7 +204,7 @@ mod tests {
                         "log-format-json": config.log_format_json,
                         "rotation-poll-interval": expected["rotation-poll-interval"],
                         "max-call-recv-msg-size": config.max_call_recv_msg_size,
-                        "rest": config.ignored_arguments,
+                        "rest": [],
                     })
                 }
             };

@@ -4,13 +4,14 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use proto::csi::ProbeRequest;
 use proto::csi::identity_client::IdentityClient;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport;
 
+use super::page::Format;
 use super::{Metrics, server};
 use crate::config::Endpoint;
 
@@ -35,7 +36,7 @@ pub async fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
-/// Serves `/metrics` until `stop`.
+/// Serves `/metrics` until `stop`, in the format that a request accepts.
 ///
 /// # Errors
 /// Fails if the listener ends.
@@ -44,9 +45,12 @@ pub async fn serve(
     metrics: Metrics,
     stop: CancellationToken,
 ) -> io::Result<()> {
-    const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    let page = move || {
-        let page = server::text(StatusCode::OK, OPENMETRICS, metrics.render());
+    let page = move |headers: &HeaderMap| {
+        let format = Format::accepted(headers);
+        let text = metrics.page(format);
+        let mut page = server::text(StatusCode::OK, format.content_type(), text);
+        let vary = HeaderValue::from_static("accept");
+        page.headers_mut().insert(header::VARY, vary);
         std::future::ready(page)
     };
     server::serve(listener, "/metrics", page, stop).await
@@ -62,7 +66,7 @@ pub async fn serve_health(
     csi: Endpoint,
     stop: CancellationToken,
 ) -> io::Result<()> {
-    let page = move || {
+    let page = move |_: &HeaderMap| {
         let csi = csi.clone();
         async move {
             match probe(&csi).await {
@@ -137,8 +141,14 @@ mod tests {
 
     /// Returns the status and the whole text of an answer.
     async fn http_get(addr: SocketAddr, path: &str) -> (u16, String) {
+        http_get_with(addr, path, "").await
+    }
+
+    /// Sends a request with more header fields, each with a line end.
+    async fn http_get_with(addr: SocketAddr, path: &str, fields: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(addr).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        let request =
+            format!("GET {path} HTTP/1.1\r\nHost: x\r\n{fields}Connection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -160,10 +170,14 @@ mod tests {
         let (status, answer) = http_get(addr, "/metrics").await;
         assert_eq!(status, 200);
         assert!(answer.contains("node_unpublish_total{"), "{answer}");
-        assert!(
-            answer.contains("content-type: application/openmetrics-text; version=1.0.0"),
-            "{answer}"
-        );
+        let plain = "content-type: text/plain; version=0.0.4";
+        assert!(answer.contains(plain), "{answer}");
+        let accept = "Accept: text/plain;q=0.4\r\nAccept: application/openmetrics-text;q=0.5\r\n";
+        let (status, answer) = http_get_with(addr, "/metrics", accept).await;
+        assert_eq!(status, 200);
+        let openmetrics = "content-type: application/openmetrics-text; version=1.0.0";
+        assert!(answer.contains(openmetrics), "{answer}");
+        assert!(answer.ends_with("# EOF\n"), "{answer}");
         assert_eq!(http_get(addr, "/").await.0, 404);
         stop.cancel();
         server.await.unwrap().unwrap();

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use http::{Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::{
     body::{Bytes, Incoming},
@@ -63,7 +63,7 @@ pub(super) fn text(status: StatusCode, content_type: &'static str, text: String)
 
 pub(super) const PLAIN: &str = "text/plain; charset=utf-8";
 
-/// Serves one page at `path` until `stop`.
+/// Serves one page at `path` until `stop`. `page` makes it for the header fields of a request.
 ///
 /// # Errors
 /// Fails when the listener ends, which it does not by itself.
@@ -74,7 +74,7 @@ pub(super) async fn serve<F, A>(
     stop: CancellationToken,
 ) -> io::Result<()>
 where
-    F: Fn() -> A + Clone + Send + 'static,
+    F: Fn(&HeaderMap) -> A + Clone + Send + 'static,
     A: Future<Output = Page> + Send + 'static,
 {
     let open = Connections::default();
@@ -102,11 +102,10 @@ where
 /// Answers one request, and ends when the connection is closed for another one.
 async fn answer<F, A>(stream: TcpStream, path: &'static str, page: F, connection: Connection)
 where
-    F: Fn() -> A + Clone + Send + 'static,
+    F: Fn(&HeaderMap) -> A + Clone + Send + 'static,
     A: Future<Output = Page> + Send + 'static,
 {
     let service = service_fn(move |request: Request<Incoming>| {
-        let page = page.clone();
         let refusal = if request.uri().path() != path {
             Some(text(StatusCode::NOT_FOUND, PLAIN, "not found\n".to_owned()))
         } else if !matches!(*request.method(), Method::GET | Method::HEAD) {
@@ -115,10 +114,14 @@ where
         } else {
             None
         };
+        let answer = match refusal {
+            Some(refusal) => Err(refusal),
+            None => Ok(page(request.headers())),
+        };
         async move {
-            Ok::<_, std::convert::Infallible>(match refusal {
-                Some(refusal) => refusal,
-                None => page().await,
+            Ok::<_, std::convert::Infallible>(match answer {
+                Ok(page) => page.await,
+                Err(refusal) => refusal,
             })
         }
     });
@@ -208,7 +211,7 @@ pub(crate) async fn fuzz(bytes: &[u8]) {
     let Ok(address) = listener.local_addr() else {
         unreachable!("a socket without an address");
     };
-    let page = || std::future::ready(text(StatusCode::OK, PLAIN, "ok".to_owned()));
+    let page = |_: &HeaderMap| std::future::ready(text(StatusCode::OK, PLAIN, "ok".to_owned()));
     let served = serve(listener, "/metrics", page, stop.clone());
     let called = async {
         let Ok(mut client) = TcpStream::connect(address).await else {

@@ -5,6 +5,7 @@ use std::{path::Path, time::Duration};
 
 use prost::Message as _;
 use tonic::{Code, Status};
+use tonic_types::pb::{self, RetryInfo};
 
 use super::{
     Limits,
@@ -25,40 +26,9 @@ const LONGEST_MESSAGE: usize = 700;
 /// ([gRFC A6](https://github.com/grpc/proposal/blob/master/A6-client-retries.md)).
 const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
-/// The type of the status detail that tells the same (`google/rpc/error_details.proto`).
+/// The type of the status detail that tells the same (`google/rpc/error_details.proto`). The details are
+/// in the trailer `grpc-status-details-bin`.
 const RETRY_INFO: &str = "google.rpc.RetryInfo";
-
-/// The part of `google.rpc.Status` that is read. The trailer `grpc-status-details-bin` holds one.
-#[derive(Clone, PartialEq, prost::Message)]
-struct RichStatus {
-    #[prost(message, repeated, tag = "3")]
-    details: Vec<Detail>,
-}
-
-/// `google.protobuf.Any`.
-#[derive(Clone, PartialEq, prost::Message)]
-struct Detail {
-    #[prost(string, tag = "1")]
-    type_url: String,
-    #[prost(bytes = "vec", tag = "2")]
-    value: Vec<u8>,
-}
-
-/// `google.rpc.RetryInfo`.
-#[derive(Clone, PartialEq, prost::Message)]
-struct RetryInfo {
-    #[prost(message, optional, tag = "1")]
-    retry_delay: Option<Delay>,
-}
-
-/// `google.protobuf.Duration`.
-#[derive(Clone, PartialEq, prost::Message)]
-struct Delay {
-    #[prost(int64, tag = "1")]
-    seconds: i64,
-    #[prost(int32, tag = "2")]
-    nanos: i32,
-}
 
 /// Returns the time after which the provider wants to be asked again, if it tells one.
 pub(super) fn retry_after(status: &Status) -> Option<Duration> {
@@ -67,17 +37,13 @@ pub(super) fn retry_after(status: &Status) -> Option<Duration> {
         .get(PUSHBACK)
         .and_then(|value| value.to_str().ok()?.parse().ok())
         .map(Duration::from_millis);
-    let details = RichStatus::decode(status.details()).unwrap_or_default();
+    let details = pb::Status::decode(status.details()).unwrap_or_default();
     let told = details
         .details
         .iter()
         .filter(|detail| detail.type_url.rsplit('/').next() == Some(RETRY_INFO))
         .find_map(|detail| RetryInfo::decode(detail.value.as_slice()).ok()?.retry_delay)
-        .and_then(|delay| {
-            let seconds = u64::try_from(delay.seconds).ok()?;
-            let nanos = u32::try_from(delay.nanos).ok()?;
-            Some(Duration::from_secs(seconds).saturating_add(Duration::from_nanos(nanos.into())))
-        });
+        .and_then(|delay| Duration::try_from(delay).ok());
     let longest = pushback.max(told)?;
     Some(longest.min(LONGEST_RETRY_AFTER))
 }
@@ -334,7 +300,7 @@ mod tests {
     use rstest::rstest;
     use tonic::metadata::MetadataMap;
 
-    fn throttled(details: &RichStatus, pushback: Option<&str>) -> Status {
+    fn throttled(details: &pb::Status, pushback: Option<&str>) -> Status {
         let mut metadata = MetadataMap::new();
         if let Some(pushback) = pushback {
             metadata.insert(PUSHBACK, pushback.parse().unwrap());
@@ -347,29 +313,30 @@ mod tests {
         )
     }
 
-    fn told(type_url: &str, seconds: i64, nanos: i32) -> RichStatus {
-        let retry_delay = Some(Delay { seconds, nanos });
-        RichStatus {
-            details: vec![Detail {
+    fn told(type_url: &str, seconds: i64, nanos: i32) -> pb::Status {
+        let retry_delay = Some(prost_types::Duration { seconds, nanos });
+        pb::Status {
+            details: vec![prost_types::Any {
                 type_url: type_url.to_owned(),
                 value: RetryInfo { retry_delay }.encode_to_vec(),
             }],
+            ..pb::Status::default()
         }
     }
 
     const TYPE: &str = "type.googleapis.com/google.rpc.RetryInfo";
 
     #[rstest]
-    #[case::nothing(RichStatus::default(), None, None)]
+    #[case::nothing(pb::Status::default(), None, None)]
     #[case::retry_info(told(TYPE, 7, 500_000_000), None, Some(7500))]
     #[case::another_detail(told("type.googleapis.com/google.rpc.ErrorInfo", 7, 0), None, None)]
-    #[case::pushback(RichStatus::default(), Some("1500"), Some(1500))]
-    #[case::do_not_retry(RichStatus::default(), Some("-1"), None)]
+    #[case::pushback(pb::Status::default(), Some("1500"), Some(1500))]
+    #[case::do_not_retry(pb::Status::default(), Some("-1"), None)]
     #[case::the_longer_one(told(TYPE, 2, 0), Some("1500"), Some(2000))]
     #[case::in_the_past(told(TYPE, -2, 0), None, None)]
     #[case::for_ever(told(TYPE, i64::MAX, 0), None, Some(3_600_000))]
     fn a_provider_says_when_to_ask_again(
-        #[case] details: RichStatus,
+        #[case] details: pb::Status,
         #[case] pushback: Option<&str>,
         #[case] milliseconds: Option<u64>,
     ) {
