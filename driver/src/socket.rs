@@ -5,13 +5,19 @@
 //! and renamed over the path, which is never empty meanwhile; and a driver that ends removes the path
 //! only if its own socket is there. If the other driver ends first, the remaining one notices that the
 //! path is deserted, and binds again.
+//!
+//! A driver that is stopped between the two steps leaves its socket under the other name. The next one
+//! removes it: a lock on the directory, which goes with its holder, says that nobody is between them.
 
 use std::{
     convert::Infallible,
     fs, io,
     os::{
         fd::OwnedFd,
-        unix::fs::{FileTypeExt as _, MetadataExt as _},
+        unix::{
+            fs::{FileTypeExt as _, MetadataExt as _},
+            net,
+        },
     },
     path::{Path, PathBuf},
     pin::Pin,
@@ -34,11 +40,19 @@ use tokio_stream::Stream;
 /// (`net.core.somaxconn`).
 const BACKLOG: u32 = u32::MAX;
 
+/// The number of digits of the name under which a socket is bound.
+const DIGITS: usize = 7;
+
 /// The pause in accepting after the system had no descriptor or no memory.
 const REST: Duration = Duration::from_millis(250);
 
 /// The shortest time between two log lines about failed accepting.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
+
+/// The number of attempts to lock the directory of a socket, and the pause between two. A driver holds
+/// the lock for less than a millisecond.
+const LOCK_ATTEMPTS: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// The time between two checks of whether the path of a socket is deserted.
 const CHECK_EVERY: Duration = Duration::from_secs(5);
@@ -165,11 +179,17 @@ pub fn listen_privately(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(at_path(error)),
     }
+    let directory = path.parent().unwrap_or(path);
+    // Closing it unlocks it.
+    let locked = lock(directory);
+    if locked.is_some() {
+        remove_unplaced(directory);
+    }
     let socket = UnixSocket::new_stream()?;
     fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
     // kubelet ignores names that begin with a dot. A socket's path may have 107 bytes; this name is
     // no longer than the usual ones.
-    let new = path.with_file_name(format!(".{:07x}", rand::random::<u32>() >> 4));
+    let new = path.with_file_name(format!(".{:0DIGITS$x}", rand::random::<u32>() >> 4));
     socket.bind(&new).map_err(at_path)?;
     let placed = || {
         let inode = open(&new, OFlag::O_PATH | OFlag::O_NOFOLLOW, Mode::empty())?;
@@ -184,6 +204,50 @@ pub fn listen_privately(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
         let _ = fs::remove_file(&new);
         at_path(error)
     })
+}
+
+/// Locks a directory, in which no other driver that does the same binds a socket until the lock is
+/// dropped. Returns `None` if that is not possible: then nothing is cleaned up.
+fn lock(directory: &Path) -> Option<fs::File> {
+    let directory = fs::File::open(directory).ok()?;
+    for _ in 0..LOCK_ATTEMPTS {
+        match directory.try_lock() {
+            Ok(()) => return Some(directory),
+            Err(fs::TryLockError::WouldBlock) => std::thread::sleep(LOCK_PAUSE),
+            Err(fs::TryLockError::Error(_)) => break,
+        }
+    }
+    tracing::debug!(
+        "the directory of a socket cannot be locked; what a crash has left there stays"
+    );
+    None
+}
+
+/// Removes the sockets of drivers that were stopped before they gave them their path. A driver of an
+/// earlier version does not lock the directory; its socket stays once it listens.
+fn remove_unplaced(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let is_socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
+        let name = entry.file_name();
+        if !is_socket || !name.to_str().is_some_and(is_unplaced) {
+            continue;
+        }
+        let socket = entry.path();
+        let refused = net::UnixStream::connect(&socket)
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+        if refused && let Err(error) = fs::remove_file(&socket) {
+            tracing::warn!(socket = %socket.display(), %error, "a socket that a stopped driver has left cannot be removed");
+        }
+    }
+}
+
+/// Returns whether a name is one under which a driver binds before it renames.
+fn is_unplaced(name: &str) -> bool {
+    let digits = name.strip_prefix('.').unwrap_or_default();
+    digits.len() == DIGITS
+        && digits
+            .bytes()
+            .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// The connections of a listener, and then of the listeners that replace it.
@@ -315,6 +379,36 @@ mod tests {
             earlier.push((listener, file));
             assert_eq!(names(dir.path()), ["csi.sock"]);
         }
+    }
+
+    #[tokio::test]
+    async fn what_a_stopped_driver_has_left_goes_and_what_others_have_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        drop(blocking::UnixListener::bind(at(".0123abc")).unwrap());
+        drop(blocking::UnixListener::bind(at("other.sock")).unwrap());
+        drop(blocking::UnixListener::bind(at(".0123ABC")).unwrap());
+        let _listens = blocking::UnixListener::bind(at(".7654fed")).unwrap();
+        fs::write(at(".1111111"), "precious").unwrap();
+        let (_listener, _file) = listen_privately(&at("csi.sock")).unwrap();
+        let mut left = names(dir.path());
+        left.sort();
+        let expected = [".0123ABC", ".1111111", ".7654fed", "csi.sock", "other.sock"];
+        assert_eq!(left, expected);
+    }
+
+    /// Another driver may be about to give its socket the path.
+    #[tokio::test]
+    async fn nothing_is_removed_while_another_driver_binds() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(blocking::UnixListener::bind(dir.path().join(".0123abc")).unwrap());
+        let other = lock(dir.path()).unwrap();
+        let path = dir.path().join("csi.sock");
+        let (_listener, _file) = listen_privately(&path).unwrap();
+        assert_eq!(names(dir.path()).len(), 2);
+        drop(other);
+        let (_listener, _file) = listen_privately(&path).unwrap();
+        assert_eq!(names(dir.path()), ["csi.sock"]);
     }
 
     #[tokio::test]

@@ -69,6 +69,13 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::deleted_secret(Operation::DeletedSecret)]
 #[case::altered_secret(Operation::AlteredSecret)]
 #[case::class_with_another_secret(Operation::ClassWithAnotherSecret)]
+#[case::start(Operation::Start)]
+#[case::publish_of_written_files(Operation::PublishOfWrittenFiles)]
+#[case::refresh_of_written_files(Operation::RefreshOfWrittenFiles)]
+#[case::unpublish_of_written_files(Operation::UnpublishOfWrittenFiles)]
+#[case::publish_of_bare_pod(Operation::PublishOfBarePod)]
+#[case::refresh_of_bare_pod(Operation::RefreshOfBarePod)]
+#[case::unpublish_of_bare_pod(Operation::UnpublishOfBarePod)]
 fn stopped_after_each_step(#[case] operation: Operation) {
     if std::env::var_os(ALONE).is_none() {
         return alone();

@@ -42,6 +42,9 @@ const UID: &str = "7a6ab1a5-0d1d-4a5a-9a7c-3d6c1f3e0a11";
 const NAMESPACE: &str = "/api/v1/namespaces/shop";
 const CUSTOM: &str = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop";
 
+/// The kind of pod statuses.
+pub(crate) const STATUSES: &str = "secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io";
+
 /// The data of a Secret, or `None` while it is not there.
 pub(crate) type Data = Option<BTreeMap<String, String>>;
 
@@ -76,10 +79,10 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// Starts an API server and a provider.
-    pub(crate) async fn start() -> Self {
+    /// Starts an API server and a provider. The pod has a controller, or it has none.
+    pub(crate) async fn start(has_controller: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["kubelet", "state"] {
+        for name in ["kubelet", "state", "registration"] {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
         let (api, kubeconfig) = server::serve(dir.path()).await;
@@ -112,7 +115,7 @@ impl Node {
             dir,
         };
         node.watch();
-        node.put_pod();
+        node.put_pod(has_controller);
         node
     }
 
@@ -125,10 +128,15 @@ impl Node {
         });
     }
 
-    fn put_pod(&self) {
+    fn put_pod(&self, has_controller: bool) {
         let owner = json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "rs", "controller": true});
+        let owners = if has_controller {
+            json!([owner])
+        } else {
+            json!([])
+        };
         let pod = json!({
-            "metadata": {"name": "web", "uid": UID, "ownerReferences": [owner]},
+            "metadata": {"name": "web", "uid": UID, "ownerReferences": owners},
             "status": {"phase": "Pending"},
         });
         self.api.put(&format!("{NAMESPACE}/pods/web"), pod).unwrap();
@@ -180,6 +188,34 @@ impl Node {
         self.api.remove(&format!("{NAMESPACE}/secrets/{name}"));
     }
 
+    /// Removes a pod that has no controller, and what lives with it, as the garbage collector does. Returns
+    /// what does not live with it and should.
+    pub(crate) fn remove_pod(&self) -> Option<String> {
+        self.api.remove(&format!("{NAMESPACE}/pods/web"));
+        let owned_by = |object: &Value, uid: &Value| {
+            let owners = object["metadata"]["ownerReferences"].as_array();
+            owners.is_some_and(|owners| matches!(&owners[..], [owner] if owner["uid"] == *uid))
+        };
+        let mut statuses = Vec::new();
+        for status in self.api.all(STATUSES) {
+            if !owned_by(&status, &json!(UID)) {
+                return Some(format!("a pod status stays: {status}"));
+            }
+            let name = status["metadata"]["name"].as_str().unwrap_or_default();
+            self.api
+                .remove(&format!("{CUSTOM}/secretproviderclasspodstatuses/{name}"));
+            statuses.push(status["metadata"]["uid"].clone());
+        }
+        for secret in self.api.all("secrets") {
+            if !statuses.iter().any(|status| owned_by(&secret, status)) {
+                return Some(format!("the Secret stays: {}", secret["metadata"]));
+            }
+            let name = secret["metadata"]["name"].as_str().unwrap_or_default();
+            self.remove_secret(name);
+        }
+        None
+    }
+
     pub(crate) fn look_at_secret(&self) {
         look_at_secret(&Arc::downgrade(&self.api), &Arc::downgrade(&self.secret));
     }
@@ -207,10 +243,11 @@ impl Node {
 
 /// The driver's process.
 impl Node {
-    /// Returns the command of a driver that checks Secrets in this interval.
-    fn command(&self, sync_interval: &str) -> Vec<String> {
+    /// Returns the command of a driver that checks Secrets in this interval, and may register itself.
+    fn command(&self, sync_interval: &str, registers: bool) -> Vec<String> {
         let dir = self.dir.path().display();
-        [
+        let registration = format!("--registration-dir={dir}/registration");
+        let mut command: Vec<String> = [
             env!("CARGO_BIN_EXE_secrets-store-csi").to_owned(),
             format!("--endpoint=unix://{dir}/csi.sock"),
             format!("--state-dir={dir}/state"),
@@ -228,14 +265,26 @@ impl Node {
             "--republish-errors=surface".to_owned(),
             "-v=5".to_owned(),
         ]
-        .into()
+        .into();
+        command.extend(registers.then_some(registration));
+        command.extend(registers.then(|| format!("--kubelet-registration-path={dir}/csi.sock")));
+        command
     }
 
     /// Starts a driver under a tracer, which checks Secrets in this interval. Fails if it cannot be
     /// traced.
     pub(crate) fn start_traced(&mut self, sync_interval: &str) -> io::Result<()> {
-        let command = self.command(sync_interval);
-        let traced = Traced::start(&command, self.dir.path(), &self.servers)?;
+        let command = self.command(sync_interval, false);
+        let traced = Traced::start(&command, self.dir.path(), &self.servers, None)?;
+        self.driver = Some(Driver::Traced(Arc::new(traced)));
+        self.client = None;
+        Ok(())
+    }
+
+    /// Starts a driver whose start is traced. It is killed after a step, if one is given.
+    pub(crate) fn start_traced_from_the_start(&mut self, step: Option<&str>) -> io::Result<()> {
+        let (command, armed) = (self.command("10m", true), self.armed(step));
+        let traced = Traced::start(&command, self.dir.path(), &self.servers, Some(armed))?;
         self.driver = Some(Driver::Traced(Arc::new(traced)));
         self.client = None;
         Ok(())
@@ -252,8 +301,8 @@ impl Node {
     }
 
     /// Starts a driver as a node does.
-    pub(crate) fn start_driver(&mut self) {
-        let command = self.command("1s");
+    pub(crate) fn start_driver(&mut self, registers: bool) {
+        let command = self.command("1s", registers);
         let log = fs::File::options()
             .append(true)
             .create(true)
@@ -373,6 +422,13 @@ impl Node {
         self.end_pod().await;
         while umount2(&self.target(), MntFlags::MNT_DETACH).is_ok() {}
         self.tear_records();
+    }
+
+    /// Leaves what a crash leaves among the records.
+    pub(crate) fn leave_records(&self) {
+        let state = self.dir.path().join("state");
+        fs::write(state.join("csi-7.7.tmp"), "half").unwrap();
+        fs::write(state.join("csi-8.json"), "{\"format\": 1").unwrap();
     }
 
     /// Cuts all records in half.

@@ -38,6 +38,18 @@ pub(crate) enum Operation {
     AlteredSecret,
     /// An edit of the class that asks for another Secret, which nobody publishes.
     ClassWithAnotherSecret,
+    /// The start of a driver on a node with a volume, and with what a crash has left.
+    Start,
+    /// The first publish of a volume into which the provider writes the files itself.
+    PublishOfWrittenFiles,
+    /// A refresh of such a volume.
+    RefreshOfWrittenFiles,
+    UnpublishOfWrittenFiles,
+    /// The first publish for a pod without a controller: the Secret lives with its pod status.
+    PublishOfBarePod,
+    RefreshOfBarePod,
+    /// The last unpublish of a volume whose class makes the Secret.
+    UnpublishOfBarePod,
 }
 
 /// What follows once the driver has been stopped and started again.
@@ -78,9 +90,17 @@ impl Operation {
                 Then::TornRecords,
                 Then::Reboot,
             ],
-            Self::RefusedPublish | Self::RefreshOfEditedClass => &[Then::Again, Then::Unpublish],
+            Self::RefusedPublish
+            | Self::RefreshOfEditedClass
+            | Self::Start
+            | Self::PublishOfWrittenFiles
+            | Self::RefreshOfWrittenFiles
+            | Self::PublishOfBarePod => &[Then::Again, Then::Unpublish],
             Self::RefreshWithoutChange | Self::RefusedRefresh => &[Then::Again, Then::Changed],
             Self::RefreshWithOtherType
+            | Self::UnpublishOfWrittenFiles
+            | Self::RefreshOfBarePod
+            | Self::UnpublishOfBarePod
             | Self::Unpublish
             | Self::DeletedSecret
             | Self::AlteredSecret
@@ -89,7 +109,38 @@ impl Operation {
     }
 
     fn is_first(self) -> bool {
-        matches!(self, Self::Publish | Self::RefusedPublish)
+        matches!(
+            self,
+            Self::Publish
+                | Self::RefusedPublish
+                | Self::PublishOfWrittenFiles
+                | Self::PublishOfBarePod
+        )
+    }
+
+    fn is_unpublish(self) -> bool {
+        matches!(
+            self,
+            Self::Unpublish | Self::UnpublishOfWrittenFiles | Self::UnpublishOfBarePod
+        )
+    }
+
+    /// Whether the provider writes the files itself.
+    fn is_written(self) -> bool {
+        matches!(
+            self,
+            Self::PublishOfWrittenFiles
+                | Self::RefreshOfWrittenFiles
+                | Self::UnpublishOfWrittenFiles
+        )
+    }
+
+    /// Whether the pod has no controller.
+    fn is_bare(self) -> bool {
+        matches!(
+            self,
+            Self::PublishOfBarePod | Self::RefreshOfBarePod | Self::UnpublishOfBarePod
+        )
     }
 
     fn is_refused(self) -> bool {
@@ -106,7 +157,10 @@ impl Operation {
 
     /// Whether the content of the volume becomes another.
     fn changes_content(self) -> bool {
-        matches!(self, Self::Refresh | Self::RefreshOfEditedClass)
+        matches!(
+            self,
+            Self::Refresh | Self::RefreshOfEditedClass | Self::RefreshOfBarePod
+        )
     }
 }
 
@@ -130,14 +184,14 @@ impl Run {
         } else {
             "10m"
         };
-        let mut node = Node::start().await;
+        let mut node = Node::start(!operation.is_bare()).await;
         node.start_traced(sync_interval)?;
         node.secret.lock().unwrap().add(None);
         let class = Class {
             generation: 1,
             objects: None,
             secret_objects: json!([secret("creds", "Opaque", &[("pw", "pw")])]),
-            faults: None,
+            faults: operation.is_written().then_some("[{writeFiles: true}]"),
         };
         let mut run = Self {
             node,
@@ -157,11 +211,17 @@ impl Run {
         if !self.operation.is_first() {
             let published = self.node.publish().await;
             published.map_err(|status| format!("cannot be set up: {status}"))?;
-            self.node.start_pod()?;
+            self.start_pod()?;
         }
         match self.operation {
-            Operation::Unpublish => self.node.end_pod().await,
-            Operation::Refresh => self.put_store(),
+            operation if operation.is_unpublish() => self.node.end_pod().await,
+            Operation::Refresh | Operation::RefreshOfWrittenFiles | Operation::RefreshOfBarePod => {
+                self.put_store();
+            }
+            Operation::Start => {
+                self.node.kill_driver().await;
+                self.node.leave_records();
+            }
             Operation::RefusedPublish | Operation::RefusedRefresh => self.refuse(),
             Operation::RefreshOfEditedClass => {
                 self.class.objects = Some(vec!["pw", "db/password", "token"]);
@@ -181,7 +241,12 @@ impl Run {
     }
 
     /// Has the tracer note the steps of the operation, and stop the driver after one of them.
-    pub(crate) fn arm(&self, step: Option<&str>) -> Result<Arc<Traced>, String> {
+    pub(crate) fn arm(&mut self, step: Option<&str>) -> Result<Arc<Traced>, String> {
+        if self.operation == Operation::Start {
+            let started = self.node.start_traced_from_the_start(step);
+            started.map_err(|error| error.to_string())?;
+            return self.node.traced().ok_or("it is not traced".to_owned());
+        }
         let traced = self.node.traced().ok_or("it is not traced")?;
         traced.arm(self.node.armed(step));
         Ok(traced)
@@ -190,7 +255,8 @@ impl Run {
     /// Does the operation, and waits for its end.
     pub(crate) async fn act(&mut self) -> Result<(), String> {
         match self.operation {
-            Operation::Unpublish => {
+            Operation::Start => return self.node.is_ready().await,
+            operation if operation.is_unpublish() => {
                 let unpublished = self.node.unpublish().await;
                 return unpublished.map_err(|status| status.to_string());
             }
@@ -267,7 +333,7 @@ impl Run {
             Then::Reboot => self.node.reboot().await,
         }
         if was_killed || matches!(self.then, Then::TornRecords | Then::Reboot) {
-            self.node.start_driver();
+            self.node.start_driver(self.operation == Operation::Start);
             self.node.is_ready().await?;
         }
         if self.is_to_go() {
@@ -277,8 +343,17 @@ impl Run {
         self.settle().await
     }
 
+    /// Starts a container that reads the volume, unless it runs. Nothing is promised to readers of files
+    /// that the provider writes.
+    fn start_pod(&mut self) -> Result<(), String> {
+        if self.node.has_pod() || self.operation.is_written() {
+            return Ok(());
+        }
+        self.node.start_pod()
+    }
+
     fn is_to_go(&self) -> bool {
-        self.then == Then::Unpublish || self.operation == Operation::Unpublish
+        self.then == Then::Unpublish || self.operation.is_unpublish()
     }
 
     fn is_refused(&self) -> bool {
@@ -330,15 +405,14 @@ impl Run {
         if self.is_refused() && self.operation.is_first() {
             return Ok(());
         }
-        if !self.node.has_pod() {
-            self.node.start_pod()?;
-        }
+        self.start_pod()?;
         until("the Secrets are as they should be", || self.has_secrets()).await?;
         let started = Instant::now();
         loop {
             self.node.age_content();
             self.publish().await?;
-            if self.node.generations().len() == 1 {
+            let contents = usize::from(!self.operation.is_written());
+            if self.node.generations().len() == contents {
                 return Ok(());
             }
             if started.elapsed() > PATIENCE {
@@ -366,6 +440,8 @@ impl Run {
         if self.operation == Operation::RefreshWithOtherType {
             state.remove("event SecretRecreated");
         }
+        // The driver is ready before it registers itself.
+        state.remove(REGISTRATION);
         state
     }
 
@@ -381,11 +457,22 @@ impl Run {
         self.node.end_pod().await;
         self.unpublish().await?;
         self.node.is_ready().await?;
-        let left = node_state(&self.node);
-        let left: Vec<&String> = left
-            .keys()
-            .filter(|name| *name != "entry csi.sock")
-            .collect();
+        if self.operation.is_bare() {
+            self.see_secret_go().await?;
+        }
+        let left = || {
+            let left = node_state(&self.node);
+            let is_right = |name: &String| name == "entry csi.sock" || name == REGISTRATION;
+            left.into_keys()
+                .filter(|name| !is_right(name))
+                .collect::<Vec<_>>()
+        };
+        if self.operation == Operation::Start {
+            // The driver is ready before it registers itself.
+            let nothing = || left().is_empty();
+            until("nothing is left in the directory of registration", nothing).await?;
+        }
+        let left = left();
         if !left.is_empty() {
             return Err(format!("after the unpublish there are {left:?}"));
         }
@@ -396,6 +483,26 @@ impl Run {
         match problems.concat() {
             problems if problems.is_empty() => Ok(self.comparable(state)),
             problems => Err(problems.join("\n")),
+        }
+    }
+}
+
+/// The socket by which a driver registers itself.
+const REGISTRATION: &str = "entry secrets-store.csi.k8s.io-reg.sock";
+
+/// The pod goes, and with it the Secret.
+impl Run {
+    /// Removes the pod and what lives with it, and looks that the driver makes nothing of that again.
+    async fn see_secret_go(&self) -> Result<(), String> {
+        self.node.secret.lock().unwrap().add(None);
+        if let Some(stays) = self.node.remove_pod() {
+            return Err(stays);
+        }
+        // Longer than the interval in which the driver checks Secrets.
+        sleep(Duration::from_millis(1_300)).await;
+        match self.node.secret("creds") {
+            None => Ok(()),
+            Some(_) => Err("the Secret has come back after the pod has gone".to_owned()),
         }
     }
 }
@@ -438,6 +545,9 @@ impl Run {
     }
 
     fn heal(&mut self) {
+        if !self.operation.is_refused() {
+            return;
+        }
         if self.class.faults.take().is_some() {
             self.class.generation += 1;
             self.put_class();

@@ -4,17 +4,18 @@ use std::{collections::BTreeMap, fs, io, os::unix::fs::MetadataExt as _, path::P
 
 use serde_json::{Value, json};
 
-use crate::node::Node;
+use crate::node::{Node, STATUSES};
 
 /// The state of all things, by their names.
 pub(crate) type State = BTreeMap<String, String>;
 
 /// What a test itself puts into the directory of a node.
-const OF_THE_TEST: [&str; 6] = [
+const OF_THE_TEST: [&str; 7] = [
     "api",
     "kubeconfig",
     "kubelet",
     "log",
+    "registration",
     "store.yaml",
     "test.sock",
 ];
@@ -27,15 +28,20 @@ pub(crate) fn state(node: &Node) -> State {
         state.insert("volume".to_owned(), error.to_string());
     }
     let api = node.api();
-    let statuses = "secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io";
-    for (kind, objects) in [
-        ("pod status", api.all(statuses)),
-        ("Secret", api.all("secrets")),
-    ] {
+    let statuses = api.all(STATUSES);
+    let uids: Vec<String> = statuses
+        .iter()
+        .filter_map(|status| status["metadata"]["uid"].as_str().map(str::to_owned))
+        .collect();
+    for (kind, objects) in [("pod status", statuses), ("Secret", api.all("secrets"))] {
         for object in objects {
             let name = object["metadata"]["name"].as_str().unwrap_or_default();
             let text = serde_json::to_string_pretty(&plain(object.clone())).unwrap();
             let text = text.replace(&node.path().display().to_string(), "");
+            // As an owner of the Secret.
+            let text = uids
+                .iter()
+                .fold(text, |text, uid| text.replace(uid, "UID OF A POD STATUS"));
             state.insert(format!("{kind} {name}"), text);
         }
     }
@@ -54,7 +60,9 @@ pub(crate) fn node_state(node: &Node) -> State {
         *state.entry(format!("mount {mount}")).or_default() += "once ";
     }
     list(root, &|name| OF_THE_TEST.contains(&name), &mut state);
-    list(&root.join("state"), &|_| false, &mut state);
+    for directory in ["state", "registration"] {
+        list(&root.join(directory), &|_| false, &mut state);
+    }
     list(node.target().parent().unwrap(), &|_| false, &mut state);
     state.retain(|name, _| name != "entry state");
     state

@@ -74,8 +74,9 @@ impl Names {
         let words = part.split('.').map(|word| {
             let is = |kind: fn(&u8) -> bool| !word.is_empty() && word.as_bytes().iter().all(kind);
             match word {
-                _ if is(u8::is_ascii_digit) => "N",
+                // First: some random names have no letter.
                 _ if word.len() > 6 && is(u8::is_ascii_hexdigit) => "RANDOM",
+                _ if is(u8::is_ascii_digit) => "N",
                 _ => word,
             }
         });

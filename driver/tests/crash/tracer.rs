@@ -67,9 +67,18 @@ impl Seen {
 }
 
 impl Traced {
-    /// Starts a program. Fails if it cannot be traced here.
-    pub(crate) fn start(command: &[String], root: &Path, servers: &Servers) -> io::Result<Self> {
+    /// Starts a program, whose steps are noted from its first one on if it is armed. Fails if it cannot
+    /// be traced here.
+    pub(crate) fn start(
+        command: &[String],
+        root: &Path,
+        servers: &Servers,
+        armed: Option<Armed<'_>>,
+    ) -> io::Result<Self> {
         let seen = Arc::<Mutex<Seen>>::default();
+        if let Some(armed) = armed {
+            seen.lock().unwrap().arm(armed);
+        }
         let (end, ended) = watch::channel(false);
         let (started, starts) = std::sync::mpsc::channel();
         let (command, shared) = (command.to_vec(), Arc::clone(&seen));
