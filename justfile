@@ -32,7 +32,7 @@ e2e-upgrade cluster="kind":
     E2E_PREVIOUS="${E2E_PREVIOUS:-$(git describe --tags --match 'v*' --abbrev=0 HEAD^ 2>/dev/null || git rev-parse HEAD^)}" \
     cargo test --workspace --test scenarios upgrades
 
-# Let faults of all kinds strike an embedded cluster for some minutes, with a seed of its own, and check the driver's promises.
+# Let faults of all kinds strike an embedded cluster (E2E_CLUSTER=local: a real one) for some minutes, with a seed of its own, and check the driver's promises.
 [group('clusters')]
 chaos minutes="10" *options:
     cargo run --bin e2e -- chaos --minutes {{minutes}} {{options}}

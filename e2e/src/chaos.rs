@@ -5,20 +5,20 @@
 //! schedule     what happens when: made from a seed, printed, read, cut
 //! actor        carries out the steps of a schedule
 //!   tenants    the objects of well-behaved and hostile tenants
-//!   api_faults the API server as the driver sees it
 //! observer     checks volumes, Secrets, pods, traces and leaks
 //! store        the contents of the external store, and their history
 //! world        what these share: bounds, the pods that are there
 //! report       timeline, numbers, findings
 //! reduce       makes a schedule that fails smaller
-//! ground       the cluster under it
+//! ground       the cluster under it: how faults are made there, and what cannot be made
+//!   embedded   API server and kubelets of our own
+//!   local      real Kubernetes on this machine
 //! ```
 //!
 //! A run has rounds. In a round, tenants act and faults strike for half a minute. After the last one
 //! everything has to converge. At the end all pods are deleted, and nothing may be left.
 
 mod actor;
-mod api_faults;
 mod ground;
 mod observer;
 mod reduce;
@@ -28,26 +28,22 @@ mod store;
 mod tenants;
 mod world;
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 
-use crate::binaries::Binaries;
-use crate::cluster::{Error, Result};
-use crate::embedded::{Embedded, standard};
-use crate::manifest::{add_arguments, change_container};
+use crate::cluster::{Cluster as _, Error, Result};
 use crate::namespace::Namespace;
 use actor::Actor;
-use ground::Ground;
+pub use ground::Site;
+use ground::{Ground, OnEmbedded, OnLocal};
 use observer::{Observer, Usage, lacking, left, untraced, usage};
 pub use report::{Finding, Outcome};
 pub use schedule::Schedule;
 use schedule::Step;
 use store::Store;
-use world::Bounds;
 use world::World;
 
 /// The driver's flags: everything that it waits for is short.
@@ -60,23 +56,11 @@ const FLAGS: [&str; 7] = [
     "--sync-interval=3s",
     "--provider-max-calls=16",
 ];
-/// The bounds on the embedded cluster. One interval of rotation (4.4 s), the longest pause after a
-/// failure (3 s of the driver, 4 s of kubelet), kubelet's deadline (10 s) and its period (1 s) are 22
-/// seconds; the rest is for a machine with other work. A refresh that begins an interval and a period
-/// after the last one may take until kubelet's deadline before it has failed.
-const BOUNDS: Bounds = Bounds {
-    converge: Duration::from_secs(45),
-    publish: Duration::from_secs(20),
-    fetch: Duration::from_secs(25),
-    silence: Duration::from_secs(20),
-};
 /// The interval at which the state is looked at.
 const LOOK: Duration = Duration::from_millis(250);
 /// The time in which all steps end after the last has begun. A stop and a reboot take half a minute
 /// at most each.
 const STEPS_END: Duration = Duration::from_secs(180);
-/// The time in which nothing is left after all pods were deleted.
-const END: Duration = Duration::from_secs(60);
 
 /// The settings of a run.
 #[derive(Clone, Debug)]
@@ -97,21 +81,13 @@ pub fn fresh_seed() -> u64 {
     jiff::Timestamp::now().as_millisecond().unsigned_abs() % 1_000_000_000
 }
 
-/// Runs a schedule on an embedded cluster of its own, and on failure shorter ones. Prints what
-/// happened. Returns whether the run was good.
+/// Runs a schedule on a cluster of its own, and on failure shorter ones. Prints what happened. Returns
+/// whether the run was good.
 ///
 /// # Errors
 /// When the cluster does not start or breaks.
-pub async fn run(options: &Options) -> Result<bool> {
-    if let Some(other) = std::env::var("E2E_CLUSTER")
-        .ok()
-        .filter(|name| name != "embedded")
-    {
-        let reason =
-            format!("E2E_CLUSTER={other}: faults of all kinds strike the embedded cluster only");
-        return Err(Error::Impossible(reason));
-    }
-    let outcome = run_embedded(&options.schedule, options.limit).await?;
+pub async fn run(site: Site, options: &Options) -> Result<bool> {
+    let outcome = run_once(site, &options.schedule, options.limit).await?;
     if options.verbose || !outcome.is_good() {
         println!("{}", outcome.timeline());
     }
@@ -128,7 +104,7 @@ pub async fn run(options: &Options) -> Result<bool> {
         &options.schedule,
         first.invariant,
         options.reductions,
-        async |schedule| run_embedded(&schedule, Duration::MAX).await,
+        async |schedule| run_once(site, &schedule, Duration::MAX).await,
     )
     .await?;
     println!(
@@ -138,45 +114,25 @@ pub async fn run(options: &Options) -> Result<bool> {
     Ok(false)
 }
 
-/// Runs a schedule on an embedded cluster of its own.
-///
-/// # Errors
-/// When the cluster does not start or breaks.
-pub async fn run_embedded(schedule: &Schedule, limit: Duration) -> Result<Outcome> {
+/// Runs a schedule once, on a cluster of its own.
+async fn run_once(site: Site, schedule: &Schedule, limit: Duration) -> Result<Outcome> {
     let failed = |what: &str, error: std::io::Error| Error::Start(format!("{what}: {error}"));
-    let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {})).await;
-    let binaries = binaries.map_err(|error| Error::Start(error.to_string()))?;
-    let binaries = binaries.map_err(|error| Error::Start(error.to_string()))?;
     let shared = tempfile::tempdir().map_err(|error| failed("make a directory", error))?;
     let file = shared.path().join("objects.json");
     let store = Store::create(file).map_err(|error| failed("write the store", error))?;
-    let cluster = Embedded::start(options(&binaries, shared.path().to_owned())?).await?;
-    run_on(&cluster, store, BOUNDS, schedule, limit).await
-}
-
-fn options(binaries: &Binaries, shared: PathBuf) -> Result<embedded::Options> {
-    let mut options = embedded::Options {
-        nodes: 2,
-        csi_timeout: Duration::from_secs(10),
-        sync_period: Some(Duration::from_secs(1)),
-        longest_pause: Duration::from_secs(4),
-        shared: Some(shared),
-        ..standard(binaries)?
-    };
-    let manifests = &mut options.manifests;
-    add_arguments(manifests, "secrets-store", &FLAGS)?;
-    let objects = format!("--objects={}/objects.json", embedded::SHARED);
-    add_arguments(manifests, "fake-provider", &[&objects])?;
-    // So that the driver has another disk below its directory when one is mounted there.
-    change_container(manifests, "secrets-store", |container| {
-        let mounts = container["volumeMounts"].as_array_mut();
-        for mount in mounts.into_iter().flatten() {
-            if mount["name"] == "plugin-dir" {
-                mount["mountPropagation"] = "HostToContainer".into();
-            }
+    match site {
+        Site::Embedded => {
+            let ground = OnEmbedded::start(shared.path(), &FLAGS).await?;
+            run_on(&ground, store, schedule, limit).await
         }
-    })?;
-    Ok(options)
+        Site::Local => {
+            let ground = OnLocal::start(shared.path(), &FLAGS).await?;
+            let outcome = run_on(&ground, store, schedule, limit).await;
+            let is_good = outcome.as_ref().is_ok_and(Outcome::is_good);
+            ground.end(is_good).await?;
+            outcome
+        }
+    }
 }
 
 /// Runs a schedule on a cluster that has only the driver and the provider.
@@ -186,15 +142,15 @@ fn options(binaries: &Binaries, shared: PathBuf) -> Result<embedded::Options> {
 async fn run_on<G: Ground>(
     ground: &G,
     store: Store,
-    bounds: Bounds,
     schedule: &Schedule,
     limit: Duration,
 ) -> Result<Outcome> {
-    let namespace = Namespace::create(ground).await?;
-    let hostile = Namespace::create(ground).await?;
-    let world = Arc::new(World::new(store, namespace.name().to_owned(), bounds));
+    let namespace = Namespace::create(ground.cluster()).await?;
+    let hostile = Namespace::create(ground.cluster()).await?;
+    let (name, bounds) = (namespace.name().to_owned(), ground.bounds());
+    let world = Arc::new(World::new(store, name, bounds));
     let mut idle = Vec::new();
-    for node in ground.nodes() {
+    for node in ground.cluster().nodes() {
         let root = ground.root(&node).await?;
         let driver = usage(ground, &node).await?;
         let driver = driver.ok_or_else(|| Error::Start(format!("no driver on {node}")))?;
@@ -206,7 +162,7 @@ async fn run_on<G: Ground>(
         let object = tenants::class(class, false).to_string();
         actor.namespace.apply(&object).await?;
     }
-    let observer = Observer::start(&world, &ground.client());
+    let observer = Observer::start(&world, &ground.cluster().client());
     tokio::select! {
         done = run_rounds(&actor, ground, schedule, limit, &idle) => done?,
         () = actor.probe_liveness() => {}
@@ -273,7 +229,7 @@ async fn settle<G: Ground>(world: &World, ground: &G) -> Result<()> {
     let begun = world.now();
     world.log.tell("the last fault is over");
     loop {
-        let lacking = lacking(world, &ground.client()).await?;
+        let lacking = lacking(world, &ground.cluster().client()).await?;
         if lacking.is_empty() || world.log.has_found() {
             break;
         }
@@ -309,7 +265,7 @@ async fn end<G: Ground>(actor: &Actor<'_, G>, ground: &G, idle: &[(String, Usage
         if all.is_empty() {
             break;
         }
-        if world.now() - begun > END {
+        if world.now() - begun > world.bounds.gone {
             world.log.find("nothing is left", all.join("; "));
             return Ok(());
         }

@@ -37,6 +37,7 @@ use crate::install::{Form, Installation, assets, install};
 use crate::real::{LOGGED_KINDS, not_started};
 use daemons::Daemons;
 use layout::{LOCK, STATE};
+pub use network::Cut;
 pub use node::Local;
 use pki::Pki;
 use processes::Processes;

@@ -62,8 +62,9 @@ enum Command {
     /// Tear down a local cluster when the process that started this one is gone.
     #[command(hide = true)]
     Guard,
-    /// Let faults of all kinds strike an embedded cluster, and check all the time that the driver keeps
-    /// its promises. Exits with 1 when it does not.
+    /// Let faults of all kinds strike an embedded cluster, or with E2E_CLUSTER=local real Kubernetes on
+    /// this machine, and check all the time that the driver keeps its promises. Exits with 1 when it
+    /// does not.
     Chaos {
         /// The seed that decides what happens when; by default one that no run had.
         #[arg(long)]
@@ -209,11 +210,11 @@ fn command() -> ExitCode {
             dry_run,
             verbose,
         } => match chaos_options(seed, minutes, schedule, reduce, verbose) {
-            Ok(options) if dry_run => {
+            Ok((_, options)) if dry_run => {
                 println!("{}", options.schedule);
                 Ok(())
             }
-            Ok(options) => in_runtime(run_chaos(options)),
+            Ok((site, options)) => in_runtime(run_chaos(site, options)),
             Err(error) => Err(error),
         },
         Command::CheckProviders { names } => in_runtime(check_providers(names)),
@@ -260,25 +261,30 @@ fn chaos_options(
     schedule: Option<PathBuf>,
     reductions: usize,
     verbose: bool,
-) -> Result<chaos::Options, Box<dyn std::error::Error>> {
+) -> Result<(chaos::Site, chaos::Options), Box<dyn std::error::Error>> {
+    let site = chaos::Site::from_env()?;
     let schedule = match schedule {
         Some(path) => {
             let text = std::fs::read_to_string(&path);
             let text = text.map_err(|error| format!("{}: {error}", path.display()))?;
             chaos::Schedule::parse(&text).map_err(|error| format!("{}: {error}", path.display()))?
         }
-        None => chaos::Schedule::of_minutes(seed.unwrap_or_else(chaos::fresh_seed), minutes),
+        None => {
+            let seed = seed.unwrap_or_else(chaos::fresh_seed);
+            chaos::Schedule::of_minutes(seed, minutes, site.nodes())
+        }
     };
-    Ok(chaos::Options {
+    let options = chaos::Options {
         schedule,
         limit: std::time::Duration::from_secs_f64((minutes * 60.0).clamp(0.0, 1e6)),
         reductions,
         verbose,
-    })
+    };
+    Ok((site, options))
 }
 
-async fn run_chaos(options: chaos::Options) -> Outcome {
-    match chaos::run(&options).await? {
+async fn run_chaos(site: chaos::Site, options: chaos::Options) -> Outcome {
+    match chaos::run(site, &options).await? {
         true => Ok(()),
         false => Err("the driver broke a promise, see above".into()),
     }

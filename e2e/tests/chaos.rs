@@ -5,7 +5,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use e2e::chaos::{Options, Schedule, fresh_seed, run};
+use e2e::chaos::{Options, Schedule, Site, fresh_seed, run};
 use rstest::rstest;
 use tokio::sync::Mutex;
 
@@ -21,12 +21,12 @@ static TURN: Mutex<()> = Mutex::const_new(());
 async fn the_driver_keeps_its_promises_whatever_goes_wrong(#[case] seed: u64) {
     let _turn = TURN.lock().await;
     let options = Options {
-        schedule: Schedule::of_minutes(seed, 0.4),
+        schedule: Schedule::of_minutes(seed, 0.4, Site::Embedded.nodes()),
         limit: Duration::from_secs(24),
         reductions: 3,
         verbose: false,
     };
-    let is_good = run(&options)
+    let is_good = run(Site::Embedded, &options)
         .await
         .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     assert!(

@@ -125,6 +125,7 @@ const E2E: Modules = &[
             "cluster",
             "embedded",
             "install",
+            "local",
             "manifest",
             "namespace",
         ],

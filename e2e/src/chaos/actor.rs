@@ -7,17 +7,14 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::cluster::{Component, Error, Result};
+use crate::cluster::{Cluster as _, Component, Error, Result};
 use crate::namespace::Namespace;
 
-use super::api_faults::{ApiFault, ApiFaults, snapshot};
-use super::ground::Ground;
+use super::ground::{Ground, PROVIDER};
 use super::lock;
 use super::schedule::What;
 use super::world::World;
 
-/// The container of the provider.
-const PROVIDER: &str = "fake-provider";
 /// The port of the provider's control.
 const CONTROL: u16 = 8080;
 /// The port of the driver's health check, and the number of failures after which it is restarted.
@@ -42,7 +39,6 @@ pub(super) struct Actor<'a, G> {
     pub(super) namespace: Namespace,
     /// The namespace of the hostile tenant.
     pub(super) hostile: Namespace,
-    pub(super) faults: ApiFaults,
     nodes: Vec<String>,
     /// The number of faults that last, other than hostile tenants.
     active: Cell<usize>,
@@ -57,17 +53,12 @@ impl<'a, G: Ground> Actor<'a, G> {
         namespace: Namespace,
         hostile: Namespace,
     ) -> Self {
-        let faults = ApiFaults::default();
-        if let Some(api) = ground.api_server() {
-            faults.install(api);
-        }
         Self {
-            nodes: ground.nodes(),
+            nodes: ground.cluster().nodes(),
             ground,
             world,
             namespace,
             hostile,
-            faults,
             active: Cell::new(0),
             count: Cell::new(0),
         }
@@ -75,6 +66,9 @@ impl<'a, G: Ground> Actor<'a, G> {
 
     /// Carries out a step; returns when it is over. What a cluster cannot do is left out.
     pub(super) async fn act(&self, what: What) {
+        if let Some(why) = self.ground.cannot(what) {
+            return self.world.log.leave_out(what.kind(), why);
+        }
         self.world.log.step(what.kind());
         self.world.log.tell(what.to_string());
         let begun = Instant::now();
@@ -115,22 +109,15 @@ impl<'a, G: Ground> Actor<'a, G> {
 
     async fn strike(&self, what: What) -> Result<()> {
         match what {
-            What::ApiSlow { lasts, by } => {
-                let by = Duration::from_millis(by);
-                self.api(what, lasts, |_| ApiFault::Slow(by)).await
-            }
-            What::ApiRefuses { lasts, status } => {
-                self.api(what, lasts, |_| ApiFault::Refuses(status)).await
-            }
-            What::ApiConflicts { lasts } => self.api(what, lasts, |_| ApiFault::Conflicts).await,
-            What::ApiPast { lasts } => {
-                self.api(what, lasts, |api| ApiFault::Past(snapshot(api)))
-                    .await
-            }
-            What::ApiGone { lasts } => self.api(what, lasts, |_| ApiFault::Gone).await,
-            What::ApiHung { lasts } => {
-                let until = Instant::now() + Duration::from_millis(lasts);
-                self.api(what, lasts, |_| ApiFault::Hung { until }).await
+            What::ApiSlow { .. }
+            | What::ApiRefuses { .. }
+            | What::ApiConflicts { .. }
+            | What::ApiPast { .. }
+            | What::ApiGone { .. }
+            | What::ApiHung { .. } => {
+                let struck = self.ground.strike_api(what).await?;
+                self.world.log.struck(&what.kind(), struck);
+                Ok(())
             }
             What::ProviderSlow { node, lasts, by } => {
                 let faults = format!("[{{delay: {by}ms}}]");
@@ -147,28 +134,11 @@ impl<'a, G: Ground> Actor<'a, G> {
                 self.provider_faults(what, node, lasts, "[{hang: true}]")
                     .await?;
                 // As its liveness probe does; the calls that hang break off.
-                self.ground.provider(node, PROVIDER).kill().await
+                self.ground.cluster().provider(node, PROVIDER).kill().await
             }
             What::Hostile { node, lasts, how } => self.hostile(self.node(node), lasts, how).await,
             _ => self.strike_node(what).await,
         }
-    }
-
-    /// Lets the API server misbehave for a while.
-    async fn api(
-        &self,
-        what: What,
-        lasts: u64,
-        fault: impl FnOnce(&embedded::api::ApiServer) -> ApiFault,
-    ) -> Result<()> {
-        let Some(api) = self.ground.api_server() else {
-            return Ok(());
-        };
-        let number = self.faults.begin(fault(api));
-        sleep(lasts).await;
-        let struck = self.faults.end(number);
-        self.world.log.struck(&what.kind(), struck);
-        Ok(())
     }
 
     /// Lets a node's provider fail for a while.
@@ -194,7 +164,11 @@ impl<'a, G: Ground> Actor<'a, G> {
     /// Sends a request to the control of a node's provider; returns the answer.
     async fn control(&self, node: &str, path: &str) -> Result<String> {
         let provider = Component::Provider(PROVIDER.to_owned());
-        let answer = self.ground.get(node, &provider, CONTROL, path).await?;
+        let answer = self
+            .ground
+            .cluster()
+            .get(node, &provider, CONTROL, path)
+            .await?;
         match answer.status {
             200 => Ok(answer.body),
             _ => Err(Error::Impossible(answer.body)),
@@ -215,10 +189,13 @@ impl<'a, G: Ground> Actor<'a, G> {
 
     /// Kills drivers whose health check has failed for a while, as kubelet does. Does not return.
     pub(super) async fn probe_liveness(&self) {
+        if self.ground.has_liveness_probes() {
+            return std::future::pending().await;
+        }
         let mut failures = vec![0; self.nodes.len()];
         loop {
             for (node, failures) in self.nodes.iter().zip(&mut failures) {
-                let driver = self.ground.driver(node);
+                let driver = self.ground.cluster().driver(node);
                 let answer = driver.get(HEALTHZ, "/healthz").await;
                 let is_alive = answer.is_ok_and(|answer| answer.status == 200);
                 *failures = if is_alive { 0 } else { *failures + 1 };

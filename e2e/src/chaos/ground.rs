@@ -1,19 +1,70 @@
 //! The cluster under a run: what a [`Cluster`] has not, and a run disturbs or looks at.
 
+mod api_faults;
+mod embedded;
+mod local;
+
 use std::path::PathBuf;
 
-use embedded::api::ApiServer;
+use super::schedule::What;
+use super::world::Bounds;
+use crate::cluster::{Cluster, Error, Result};
+use crate::manifest::{add_arguments, change_container};
 
-use crate::cluster::{Cluster, Component, Error, Result};
-use crate::embedded::Embedded;
+pub(super) use embedded::OnEmbedded;
+pub(super) use local::OnLocal;
 
-/// A cluster whose nodes can be disturbed and looked into from this process.
-pub(super) trait Ground: Cluster {
+/// The clusters on which a run is possible.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Site {
+    /// An API server and kubelets of our own. Every fault can be made there.
+    Embedded,
+    /// Real Kubernetes on this machine.
+    Local,
+}
+
+impl Site {
+    /// Returns the one that `$E2E_CLUSTER` names, `embedded` if it names none.
+    ///
+    /// # Errors
+    /// When there are no runs on that cluster.
+    pub fn from_env() -> Result<Self> {
+        match std::env::var("E2E_CLUSTER").as_deref() {
+            Err(_) | Ok("embedded") => Ok(Self::Embedded),
+            Ok("local") => Ok(Self::Local),
+            Ok(other) => Err(Error::Impossible(format!(
+                "E2E_CLUSTER={other}: faults strike the clusters embedded and local only"
+            ))),
+        }
+    }
+
+    /// Returns the number of nodes, for a schedule.
+    pub fn nodes(self) -> usize {
+        match self {
+            Self::Embedded => 2,
+            Self::Local => 1,
+        }
+    }
+}
+
+/// A cluster whose nodes can be disturbed, and looked into from this process.
+pub(super) trait Ground {
+    /// The cluster's type.
+    type Cluster: Cluster;
+
+    fn cluster(&self) -> &Self::Cluster;
+
+    /// Returns the times within which something has to happen here.
+    fn bounds(&self) -> Bounds;
+
     /// Returns the directory through which this process sees a node's files and mounts, until the
     /// node's next reboot.
     async fn root(&self, node: &str) -> Result<PathBuf>;
 
-    /// Runs a program on a node, as root, and returns what it prints.
+    /// Returns a directory of each node in which a run may leave files until its end.
+    fn scratch(&self) -> &'static str;
+
+    /// Runs a program on a node, as root, and returns what it prints. `probe` is among the programs.
     async fn run(&self, node: &str, command: &[&str]) -> Result<String>;
 
     /// Returns the driver's process on a node, if it runs.
@@ -22,34 +73,36 @@ pub(super) trait Ground: Cluster {
     /// Starts a node's kubelet anew.
     async fn restart_kubelet(&self, node: &str) -> Result<()>;
 
-    /// Returns the API server, if it can be made to misbehave.
-    fn api_server(&self) -> Option<&ApiServer>;
+    /// Returns why something cannot be done here, if it cannot.
+    fn cannot(&self, what: What) -> Option<&'static str>;
+
+    /// Returns whether kubelet runs liveness probes.
+    fn has_liveness_probes(&self) -> bool;
+
+    /// Lets the API server misbehave towards the driver, as long as the fault lasts. Returns how often
+    /// it was seen to strike.
+    async fn strike_api(&self, fault: What) -> Result<u64>;
+
+    /// Makes the driver's memory limit so small that its share is nearly taken. Returns the limit.
+    async fn shrink_memory(&self, node: &str) -> Result<u64>;
+
+    /// Undoes that.
+    async fn restore_memory(&self, node: &str) -> Result<()>;
 }
 
-impl Ground for Embedded {
-    async fn root(&self, node: &str) -> Result<PathBuf> {
-        let process = self.process(node).await?;
-        Ok(PathBuf::from(format!("/proc/{process}/root")))
-    }
+/// The container of the provider.
+pub(super) const PROVIDER: &str = "fake-provider";
 
-    async fn run(&self, node: &str, command: &[&str]) -> Result<String> {
-        self.exec(node, command).await
-    }
-
-    async fn driver_process(&self, node: &str) -> Result<Option<i32>> {
-        let containers = self.containers(node).await?;
-        let name = Component::Driver.container();
-        let driver = containers.into_iter().find(|found| found.name == name);
-        let driver =
-            driver.ok_or_else(|| Error::Impossible(format!("node {node} has no driver")))?;
-        Ok(driver.pid)
-    }
-
-    async fn restart_kubelet(&self, node: &str) -> Result<()> {
-        Embedded::restart_kubelet(self, node).await
-    }
-
-    fn api_server(&self) -> Option<&ApiServer> {
-        Some(self.api())
-    }
+/// Changes the manifests of driver and provider for a run.
+fn prepare(manifests: &mut [String], flags: &[&str]) -> Result<()> {
+    add_arguments(manifests, "secrets-store", flags)?;
+    // So that the driver has another disk below its directory when one is mounted there.
+    change_container(manifests, "secrets-store", |container| {
+        let mounts = container["volumeMounts"].as_array_mut();
+        for mount in mounts.into_iter().flatten() {
+            if mount["name"] == "plugin-dir" {
+                mount["mountPropagation"] = "HostToContainer".into();
+            }
+        }
+    })
 }

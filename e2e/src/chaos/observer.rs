@@ -2,6 +2,7 @@
 //! what the API server has, and knows the history of the store. It shares no code with the driver.
 
 mod calm;
+mod content;
 mod leaks;
 mod secrets;
 mod volumes;
@@ -28,7 +29,7 @@ use volumes::Suspicion;
 /// The parts of the observer that run all the time. Dropping it ends them.
 pub(super) struct Observer {
     stop: Arc<AtomicBool>,
-    reader: Option<JoinHandle<()>>,
+    readers: Vec<JoinHandle<()>>,
     _tasks: JoinSet<()>,
 }
 
@@ -37,9 +38,9 @@ impl Observer {
     pub(super) fn start(world: &Arc<World>, client: &kube::Client) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (out, suspicions) = unbounded_channel();
-        let reader = std::thread::spawn({
-            let (world, stop) = (Arc::clone(world), Arc::clone(&stop));
-            move || volumes::read_all(&world, &stop, &out)
+        let readers = [volumes::read_all, volumes::read_all_slowly].map(|read| {
+            let (world, stop, out) = (Arc::clone(world), Arc::clone(&stop), out.clone());
+            std::thread::spawn(move || read(&world, &stop, &out))
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(list_pods(Arc::clone(world), client.clone()));
@@ -47,7 +48,7 @@ impl Observer {
         tasks.spawn(secrets::watch(Arc::clone(world), client.clone()));
         Self {
             stop,
-            reader: Some(reader),
+            readers: readers.into(),
             _tasks: tasks,
         }
     }
@@ -56,10 +57,10 @@ impl Observer {
 impl Drop for Observer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        if let Some(reader) = self.reader.take()
-            && reader.join().is_err()
-        {
-            eprintln!("the reader of the volumes broke off");
+        for reader in self.readers.drain(..) {
+            if reader.join().is_err() {
+                eprintln!("a reader of the volumes broke off");
+            }
         }
     }
 }

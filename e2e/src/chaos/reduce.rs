@@ -129,6 +129,7 @@ mod tests {
             timeline: Vec::new(),
             steps: BTreeMap::new(),
             struck: BTreeMap::new(),
+            left_out: BTreeMap::new(),
             checks: BTreeMap::new(),
             longest: BTreeMap::new(),
         }

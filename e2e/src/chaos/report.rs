@@ -22,8 +22,18 @@ struct Inner {
     findings: Vec<Finding>,
     steps: BTreeMap<String, u64>,
     struck: BTreeMap<String, u64>,
+    left_out: BTreeMap<String, LeftOut>,
     checks: BTreeMap<&'static str, u64>,
     longest: BTreeMap<&'static str, Duration>,
+}
+
+/// The steps of a kind that a cluster cannot do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    /// The number of these steps.
+    pub times: u64,
+    /// The reason.
+    pub why: &'static str,
 }
 
 /// A promise that was broken.
@@ -48,6 +58,8 @@ pub struct Outcome {
     pub steps: BTreeMap<String, u64>,
     /// The times that a fault was seen to strike, by kind.
     pub struck: BTreeMap<String, u64>,
+    /// The steps that were left out because the cluster cannot do them, by kind.
+    pub left_out: BTreeMap<String, LeftOut>,
     /// The checks by kind.
     pub checks: BTreeMap<&'static str, u64>,
     /// The longest time of each kind that was measured.
@@ -102,6 +114,16 @@ impl Log {
         *inner.struck.entry(kind.to_owned()).or_default() += times;
     }
 
+    /// Counts a step that is left out, with the reason.
+    pub(super) fn leave_out(&self, kind: String, why: &'static str) {
+        let mut inner = lock(&self.inner);
+        let left_out = inner
+            .left_out
+            .entry(kind)
+            .or_insert(LeftOut { times: 0, why });
+        left_out.times += 1;
+    }
+
     /// Counts checks.
     pub(super) fn checked(&self, kind: &'static str, times: u64) {
         *lock(&self.inner).checks.entry(kind).or_default() += times;
@@ -121,6 +143,7 @@ impl Log {
             timeline: inner.timeline.clone(),
             steps: inner.steps.clone(),
             struck: inner.struck.clone(),
+            left_out: inner.left_out.clone(),
             checks: inner.checks.clone(),
             longest: inner.longest.clone(),
         }
@@ -157,6 +180,12 @@ impl fmt::Display for Outcome {
                 Some(struck) => writeln!(f, " {struck:>10}")?,
                 None => writeln!(f)?,
             }
+        }
+        if !self.left_out.is_empty() {
+            writeln!(f, "left out, because this cluster cannot do it")?;
+        }
+        for (kind, LeftOut { times, why }) in &self.left_out {
+            writeln!(f, "  {kind:<20} {times:>8}  {why}")?;
         }
         writeln!(f, "checks")?;
         for (kind, times) in &self.checks {

@@ -88,7 +88,8 @@ pub(super) enum What {
     ApiRefuses { lasts: u64, status: u16 },
     /// The API server answers every second write of the driver with a conflict.
     ApiConflicts { lasts: u64 },
-    /// The API server answers reads of the driver with what was true at the beginning of the fault.
+    /// The API server answers half of the driver's reads with what was true at the beginning of the
+    /// fault.
     ApiPast { lasts: u64 },
     /// The API server closes the driver's connections.
     ApiGone { lasts: u64 },
@@ -165,7 +166,7 @@ impl What {
     }
 
     /// Returns the milliseconds that it lasts.
-    fn lasts(&self) -> u64 {
+    pub(super) fn lasts(&self) -> u64 {
         let value = serde_json::to_value(self).unwrap_or_default();
         value["lasts"].as_u64().unwrap_or(1_500)
     }
@@ -194,11 +195,11 @@ impl Schedule {
         Self { seed, rounds }
     }
 
-    /// Returns the schedule of a seed for so many minutes, on two nodes. It begins with the rounds of
+    /// Returns the schedule of a seed for so many minutes, on so many nodes. It begins with the rounds of
     /// the same seed for fewer minutes.
-    pub fn of_minutes(seed: u64, minutes: f64) -> Self {
+    pub fn of_minutes(seed: u64, minutes: f64, nodes: usize) -> Self {
         let rounds = (minutes.clamp(0.0, 10_000.0) * 60.0 / STORM.as_secs_f64()).ceil();
-        Self::of_seed(seed, (rounds as usize).max(1), 2)
+        Self::of_seed(seed, (rounds as usize).max(1), nodes)
     }
 
     /// Parses what [`Display`](fmt::Display) writes: a first line with the seed, then one JSON
@@ -301,10 +302,16 @@ fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize) -> Vec<St
     let mut at = 1_000 + random.below(2_000);
     if kind == Kind::Long {
         let what = long_fault(random, nodes);
-        if let Some(until) = what.alone_on().and_then(|node| busy.get_mut(node)) {
-            *until = at + what.lasts() + 1_500;
+        place(&mut steps, &mut busy, at, what);
+    }
+    for what in rare(random, kind, nodes) {
+        // A long fault leaves its node no time for another.
+        if what
+            .alone_on()
+            .is_some_and(|node| busy.get(node).is_some_and(|until| *until < end))
+        {
+            place(&mut steps, &mut busy, at, what);
         }
-        steps.push(Step { at, what });
     }
     while at < end {
         let what = match kind {
@@ -312,17 +319,51 @@ fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize) -> Vec<St
             Kind::Mixed | Kind::Long => fault(random, nodes),
         };
         at += 400 + random.below(2_400);
-        if let Some(node) = what.alone_on() {
-            let Some(until) = busy.get_mut(node).filter(|until| **until < at) else {
-                continue;
-            };
-            // A fault also takes a moment to end.
-            *until = at + what.lasts() + 1_500;
+        if what
+            .alone_on()
+            .is_some_and(|node| busy.get(node).is_some_and(|until| *until >= at))
+        {
+            continue;
         }
-        steps.push(Step { at, what });
+        place(&mut steps, &mut busy, at, what);
+        if let What::ApiPast { .. } = what {
+            // Without a change, the past is the present.
+            let class = random.index(CLASSES.len());
+            let what = What::EditClass { class };
+            steps.push(Step { at: at + 300, what });
+        }
     }
     steps.sort_by_key(|step| step.at);
     steps
+}
+
+/// Adds a fault as soon as the faults before it on the same node are over.
+fn place(steps: &mut Vec<Step>, busy: &mut [u64], at: u64, what: What) {
+    let mut at = at;
+    if let Some(until) = what.alone_on().and_then(|node| busy.get_mut(node)) {
+        at = at.max(*until + 1);
+        // A fault also takes a moment to end.
+        *until = at + what.lasts() + 1_500;
+    }
+    steps.push(Step { at, what });
+}
+
+/// Returns the faults with which a round begins so that a short run has each of them: they would seldom
+/// come by chance.
+fn rare(random: &mut Random, kind: Kind, nodes: usize) -> Vec<What> {
+    let node = random.index(nodes);
+    let other = (node + 1) % nodes;
+    let lasts = 3_000 + random.below(LONGEST_FAULT - 3_000);
+    let memory_near = |node| What::MemoryNear { node, lasts };
+    let mut faults = match kind {
+        Kind::Mixed => vec![What::Reboot { node }, What::WipePlugin { node: other }],
+        Kind::Long => (0..nodes).map(memory_near).collect(),
+        Kind::Hostile => Vec::new(),
+    };
+    if nodes == 1 && kind == Kind::Mixed {
+        faults.push(memory_near(node));
+    }
+    faults
 }
 
 fn action(random: &mut Random, nodes: usize) -> What {
@@ -485,5 +526,25 @@ mod tests {
             }
         }
         assert_eq!(kinds.len(), 35, "{kinds:?}");
+    }
+
+    #[test]
+    fn a_short_run_has_the_faults_that_would_come_seldom_by_chance() {
+        for nodes in [1, 2] {
+            for seed in 0..60 {
+                let rounds = Schedule::of_seed(seed, 3, nodes).rounds;
+                let kinds: BTreeSet<String> = rounds
+                    .iter()
+                    .flatten()
+                    .map(|step| step.what.kind())
+                    .collect();
+                for kind in ["reboot", "wipe-plugin", "memory-near"] {
+                    assert!(
+                        kinds.contains(kind),
+                        "{nodes} nodes, seed {seed}: {kinds:?}"
+                    );
+                }
+            }
+        }
     }
 }

@@ -30,6 +30,8 @@ pub(super) struct Bounds {
     /// The time after which a pod that is not ready, or a volume that is not refreshed, is a failure
     /// of which there has to be a trace.
     pub(super) silence: Duration,
+    /// From the deletion of all pods until nothing is left.
+    pub(super) gone: Duration,
 }
 
 /// A well-behaved pod, as the API has it.
@@ -72,6 +74,8 @@ pub(super) struct World {
     pub(super) failures: Mutex<BTreeMap<String, Failure>>,
     /// The classes that have one more object.
     pub(super) edited: Mutex<BTreeSet<usize>>,
+    /// The number of changes of classes that have begun, and of those that have ended.
+    edits: Mutex<(u64, u64)>,
 }
 
 /// Something that did not work for a while.
@@ -97,6 +101,7 @@ impl World {
             by_hand: Mutex::default(),
             failures: Mutex::default(),
             edited: Mutex::default(),
+            edits: Mutex::default(),
         }
     }
 
@@ -134,6 +139,23 @@ impl World {
 
     pub(super) fn is_by_hand(&self, data: &Value) -> bool {
         lock(&self.by_hand).contains(&data.to_string())
+    }
+
+    /// Notes that a change of a class begins.
+    pub(super) fn edit_begins(&self) {
+        lock(&self.edits).0 += 1;
+    }
+
+    /// Notes that it is over.
+    pub(super) fn edit_ends(&self) {
+        lock(&self.edits).1 += 1;
+    }
+
+    /// Returns a number of the present state of a class that has one more object, unless it is changing
+    /// or has not. No other state of it has this number.
+    pub(super) fn edit(&self, class: usize) -> Option<u64> {
+        let (begun, ended) = *lock(&self.edits);
+        (begun == ended && lock(&self.edited).contains(&class)).then_some(begun)
     }
 
     /// Notes a failure of a pod.

@@ -27,10 +27,26 @@ const OUTPUT: Chain = Chain {
     hooks: &["OUTPUT"],
 };
 
+/// Empty while nothing keeps pods from the API server.
+const INPUT: Chain = Chain {
+    table: "filter",
+    name: "E2E-LOCAL-INPUT",
+    hooks: &["INPUT"],
+};
+
 /// iptables fails while another program changes rules, as a Docker engine does that starts or
 /// stops.
 const ATTEMPTS: u32 = 20;
 const BETWEEN: Duration = Duration::from_millis(100);
+
+/// How pods fail to reach the API server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// Their packets vanish.
+    Silent,
+    /// Their connections are refused, and those that there are break.
+    Refused,
+}
 
 /// A chain of this cluster, with the chains that jump to it.
 struct Chain {
@@ -51,7 +67,7 @@ pub(super) fn make() -> Result<()> {
     run("ip", &["link", "set", BRIDGE, "up"])?;
     // Without it, a machine without a default route does not reach services.
     run("ip", &["route", "add", SERVICES, "dev", BRIDGE])?;
-    for chain in [&SERVICE, &FORWARD, &OUTPUT] {
+    for chain in [&SERVICE, &FORWARD, &OUTPUT, &INPUT] {
         chain.iptables(&["-N", chain.name])?;
         for hook in chain.hooks {
             chain.iptables(&["-I", hook, "-j", chain.name])?;
@@ -94,9 +110,43 @@ pub(super) fn remove() -> Result<()> {
         SERVICE.remove(),
         FORWARD.remove(),
         OUTPUT.remove(),
+        INPUT.remove(),
         remove_bridge(),
     ];
     removed.into_iter().collect()
+}
+
+/// Keeps pods, and nobody else, from the API server.
+///
+/// # Errors
+/// What `iptables` writes to standard error.
+pub(super) fn cut_api(how: Cut) -> Result<()> {
+    let port = API_PORT.to_string();
+    let target: &[&str] = match how {
+        Cut::Silent => &["DROP"],
+        Cut::Refused => &["REJECT", "--reject-with", "tcp-reset"],
+    };
+    INPUT.append(&["-i", BRIDGE], &["-p", "tcp", "--dport", &port], target)
+}
+
+/// Undoes [`cut_api`]; returns the number of packets that did not arrive.
+///
+/// # Errors
+/// As of [`cut_api`].
+pub(super) fn mend_api() -> Result<u64> {
+    let rules = INPUT.iptables(&["-nvx", "-L", INPUT.name]);
+    INPUT.iptables(&["-F", INPUT.name])?;
+    Ok(lost_packets(&rules?))
+}
+
+/// Adds up the packets of the rules in what `iptables -nvx -L` prints: two lines of titles, and a line
+/// for each rule that begins with its number.
+fn lost_packets(rules: &str) -> u64 {
+    let counts = rules
+        .lines()
+        .skip(2)
+        .filter_map(|rule| rule.split_whitespace().next());
+    counts.filter_map(|count| count.parse::<u64>().ok()).sum()
 }
 
 fn remove_bridge() -> Result<()> {
@@ -205,6 +255,31 @@ mod tests {
             assert_eq!(before, rules());
             remove().unwrap();
         });
+    }
+
+    #[test]
+    fn pods_are_kept_from_the_api_server_for_a_while() {
+        in_a_network_of_its_own(|| {
+            make().unwrap();
+            let made = rules();
+            for (how, target) in [(Cut::Silent, "DROP"), (Cut::Refused, "tcp-reset")] {
+                cut_api(how).unwrap();
+                let cut = rules();
+                let added: Vec<&str> = cut.lines().filter(|rule| !made.contains(rule)).collect();
+                assert!(
+                    matches!(added[..], [rule] if rule.contains("-i e2e0") && rule.contains(target)),
+                    "{added:?}"
+                );
+                assert_eq!(mend_api().unwrap(), 0);
+                assert_eq!(made, rules());
+            }
+        });
+    }
+
+    #[test]
+    fn lost_packets_are_added_up() {
+        let rules = "Chain E2E-LOCAL-INPUT (1 references)\n    pkts      bytes target\n      12      720 DROP  tcp\n       3      180 REJECT  tcp\n";
+        assert_eq!(lost_packets(rules), 15);
     }
 
     /// As when another program restores all rules after the cluster is gone.

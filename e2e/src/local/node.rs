@@ -10,7 +10,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::daemons::ctr;
-use super::layout::NODE;
+use super::layout::{NODE, STATE};
+use super::network::{self, Cut};
 use super::processes::Processes;
 use crate::cluster::{Action, Cluster, Component, Error, HttpAnswer, Result};
 use crate::host::mount_points;
@@ -75,13 +76,56 @@ impl Local {
         wait_rolled_out(&self.client, LIMIT).await
     }
 
+    /// A directory that goes with the cluster.
+    pub const SCRATCH: &str = STATE;
+
+    /// Returns the process of a component on the node, if it runs.
+    ///
+    /// # Errors
+    /// When the API server does not answer, or the container runtime does not.
+    pub async fn process(&self, node: &str, component: &Component) -> Result<Option<i32>> {
+        let id = match real::container_of(&self.client, node, component).await {
+            Err(Error::Impossible(_)) => return Ok(None),
+            id => id?,
+        };
+        let tasks = ctr(&self.ctr, &self.state, &["tasks", "ls"]);
+        Ok(pid_of_task(&tasks.map_err(|error| refused(&error))?, &id))
+    }
+
+    /// Keeps pods, and nobody else, from the API server until [`mend_api`](Self::mend_api).
+    ///
+    /// # Errors
+    /// When the rule cannot be made.
+    pub fn cut_api(&self, how: Cut) -> Result<()> {
+        network::cut_api(how)
+    }
+
+    /// Lets pods reach the API server again. Returns the number of packets that were lost.
+    ///
+    /// # Errors
+    /// When the rule cannot be removed.
+    pub fn mend_api(&self) -> Result<u64> {
+        network::mend_api()
+    }
+
+    /// Halts the API server, or lets it go on.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn halt_api(&self, halt: bool) -> Result<()> {
+        let signal = if halt {
+            Signal::SIGSTOP
+        } else {
+            Signal::SIGCONT
+        };
+        Processes::new(&self.state).signal("kube-apiserver", signal)
+    }
+
     /// Sends SIGKILL from outside of its namespaces, where process 1 cannot ignore it. Waits until
     /// another container runs.
     async fn kill(&self, node: &str, component: &Component) -> Result<()> {
         let id = real::container_of(&self.client, node, component).await?;
-        let tasks =
-            ctr(&self.ctr, &self.state, &["tasks", "ls"]).map_err(|error| refused(&error))?;
-        let pid = pid_of_task(&tasks, &id).ok_or_else(|| {
+        let pid = self.process(node, component).await?.ok_or_else(|| {
             Error::Impossible(format!("{} does not run on {node}", component.container()))
         })?;
         kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|error| refused(&error))?;

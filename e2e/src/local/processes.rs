@@ -99,6 +99,16 @@ impl Processes {
         self.pid(name).is_some()
     }
 
+    /// Sends a signal to a daemon.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub(super) fn signal(&self, name: &str, signal: Signal) -> Result<()> {
+        let failed = |reason: &dyn Display| Error::Start(format!("signal {name}: {reason}"));
+        let pid = self.pid(name).ok_or_else(|| failed(&"it does not run"))?;
+        kill(pid, signal).map_err(|error| failed(&error))
+    }
+
     /// Stops a daemon, by SIGKILL if need be. Does nothing for one that is gone.
     ///
     /// # Errors

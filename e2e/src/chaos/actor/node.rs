@@ -5,16 +5,17 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{DeleteParams, ListParams, PostParams};
 use serde_json::{Value, json};
 
-use crate::cluster::{Component, Error, Result, api, poll};
+use crate::cluster::{Cluster as _, Component, Error, Result, api, poll};
 
-use super::super::ground::Ground;
+use super::super::ground::{Ground, PROVIDER};
 use super::super::lock;
 use super::super::schedule::What;
-use super::{Actor, PROVIDER, sleep};
+use super::{Actor, sleep};
 
 const NAMESPACE: &str = "kube-system";
 const DRIVER_SET: &str = "csi-secrets-store";
@@ -26,14 +27,14 @@ const GRACE: Duration = Duration::from_secs(40);
 const TIMES: [&str; 3] = ["lastSuccess", "lastChange", "failingSince"];
 
 /// Replaces the disk with the records by a small one with the same files, while the driver is halted.
-/// `$1` is the driver, `$2` the directory, `$3` what to do then.
+/// `$1` is the driver, `$2` the directory, `$3` another one that is free, `$4` what to do then.
 const SMALL_DISK: &str = r#"
 set -e
 kill -STOP "$1"; trap 'kill -CONT "$1" || true' EXIT
-mkdir -p /run/chaos-records; rm -rf /run/chaos-records/*; cp -a "$2/." /run/chaos-records/
+rm -rf "$3"; mkdir -p "$3"; cp -a "$2/." "$3/"
 mount -t tmpfs -o size=512k,mode=0700 chaos "$2"
-cp -a /run/chaos-records/. "$2/"
-case "$3" in
+cp -a "$3/." "$2/"
+case "$4" in
 full) dd if=/dev/zero of="$2/filler" bs=4k status=none 2>/dev/null || true ;;
 *) mount -o remount,ro "$2" ;;
 esac
@@ -43,16 +44,16 @@ const LARGE_DISK: &str = r#"
 set -e
 if [ -n "$1" ]; then kill -STOP "$1" && trap 'kill -CONT "$1" || true' EXIT || true; fi
 mount -o remount,rw "$2"; rm -f "$2/filler"
-rm -rf /run/chaos-records/*; cp -a "$2/." /run/chaos-records/
+rm -rf "$3"; mkdir -p "$3"; cp -a "$2/." "$3/"
 umount -l "$2"
-find "$2" -mindepth 1 -delete; cp -a /run/chaos-records/. "$2/"
+find "$2" -mindepth 1 -delete; cp -a "$3/." "$2/"; rm -rf "$3"
 "#;
 
 impl<G: Ground> Actor<'_, G> {
     pub(super) async fn strike_node(&self, what: What) -> Result<()> {
         match what {
             What::KillDriver { node } => {
-                self.ground.driver(self.node(node)).kill().await?;
+                self.ground.cluster().driver(self.node(node)).kill().await?;
                 self.world.log.struck(&what.kind(), 1);
                 Ok(())
             }
@@ -69,6 +70,7 @@ impl<G: Ground> Actor<'_, G> {
             }
             What::KillProvider { node } => {
                 self.ground
+                    .cluster()
                     .provider(self.node(node), PROVIDER)
                     .kill()
                     .await?;
@@ -81,7 +83,7 @@ impl<G: Ground> Actor<'_, G> {
                 self.second(what, PROVIDER, node, (&arguments, 18080), lasts)
                     .await?;
                 // The second took its socket away with it.
-                self.ground.provider(node, PROVIDER).kill().await
+                self.ground.cluster().provider(node, PROVIDER).kill().await
             }
             What::RestartKubelet { node } => {
                 self.ground.restart_kubelet(self.node(node)).await?;
@@ -97,12 +99,12 @@ impl<G: Ground> Actor<'_, G> {
                 let node = self.node(node);
                 self.wipe(what, node, PROVIDERS, "e2e-provider.sock")
                     .await?;
-                self.ground.provider(node, PROVIDER).kill().await
+                self.ground.cluster().provider(node, PROVIDER).kill().await
             }
             What::WipePlugin { node } => {
                 let node = self.node(node);
                 self.wipe(what, node, PLUGIN, "csi.sock").await?;
-                self.ground.driver(node).kill().await
+                self.ground.cluster().driver(node).kill().await
             }
             What::DiskReadOnly { node, lasts } => {
                 self.bad_disk(what, self.node(node), lasts, "read-only")
@@ -155,10 +157,11 @@ impl<G: Ground> Actor<'_, G> {
         (arguments, port): (&[&str], u16),
         lasts: u64,
     ) -> Result<()> {
-        let sets = Api::<DaemonSet>::namespaced(self.ground.client(), NAMESPACE);
+        let sets = Api::<DaemonSet>::namespaced(self.ground.cluster().client(), NAMESPACE);
         let first = sets.get(name).await;
         let first = first.map_err(api(format!("get DaemonSet {name}")))?;
         let second = format!("{name}-second-{node}");
+        let mut component = Component::Driver;
         let failed = |error: serde_json::Error| Error::Manifest(error.to_string());
         let mut set = serde_json::to_value(&first).map_err(failed)?;
         set["metadata"] = json!({"name": second, "namespace": NAMESPACE});
@@ -172,7 +175,9 @@ impl<G: Ground> Actor<'_, G> {
             .flatten()
         {
             let name = container["name"].as_str().unwrap_or_default();
-            container["name"] = format!("{name}-second").into();
+            let name = format!("{name}-second");
+            component = Component::Provider(name.clone());
+            container["name"] = name.into();
             if let Some(all) = container["args"].as_array_mut() {
                 all.extend(arguments.iter().map(|argument| Value::from(*argument)));
             }
@@ -184,26 +189,33 @@ impl<G: Ground> Actor<'_, G> {
         let created = sets.create(&PostParams::default(), &set).await;
         created.map_err(api(format!("create DaemonSet {second}")))?;
         sleep(lasts).await;
-        let answers = self.ground.get(node, &Component::Driver, port, "/").await;
+        let cluster = self.ground.cluster();
+        let answers = cluster.get(node, &component, port, "/").await;
         self.world
             .log
             .struck(&what.kind(), u64::from(answers.is_ok()));
         let deleted = sets.delete(&second, &DeleteParams::default()).await;
         deleted.map_err(api(format!("delete DaemonSet {second}")))?;
         // It has the time of a grace period to end.
-        let component = Component::Driver;
+        let pods = Api::<Pod>::namespaced(cluster.client(), NAMESPACE);
+        let of_it = ListParams::default().labels(&format!("app={second}"));
         poll("the second to be gone", GRACE, async || {
-            let answer = self.ground.get(node, &component, port, "/").await;
-            Ok(match answer {
-                Ok(_) => ControlFlow::Continue(format!("port {port} answers")),
-                Err(_) => ControlFlow::Break(()),
+            if cluster.get(node, &component, port, "/").await.is_ok() {
+                return Ok(ControlFlow::Continue(format!("port {port} answers")));
+            }
+            // A pod of real Kubernetes that is about to go has no process to ask any more.
+            let pods = pods.list(&of_it).await;
+            let pods = pods.map_err(api(format!("list pods of {second}")))?;
+            Ok(match pods.items.len() {
+                0 => ControlFlow::Break(()),
+                left => ControlFlow::Continue(format!("{left} pods are there")),
             })
         })
         .await
     }
 
     async fn provider_gone(&self, what: What, node: &str, lasts: u64, socket: bool) -> Result<()> {
-        let provider = self.ground.provider(node, PROVIDER);
+        let provider = self.ground.cluster().provider(node, PROVIDER);
         provider.stop().await?;
         let path = format!("{PROVIDERS}/e2e-provider.sock");
         if socket {
@@ -219,7 +231,7 @@ impl<G: Ground> Actor<'_, G> {
 
     async fn reboot(&self, node: &str) -> Result<()> {
         lock(&self.world.roots).remove(node);
-        let rebooted = self.ground.reboot(node).await;
+        let rebooted = self.ground.cluster().reboot(node).await;
         let root = self.ground.root(node).await?;
         lock(&self.world.roots).insert(node.to_owned(), root);
         rebooted
@@ -238,7 +250,9 @@ impl<G: Ground> Actor<'_, G> {
         if driver.is_empty() {
             return Ok(());
         }
-        self.sh(node, SMALL_DISK, &[&driver, &records, how]).await?;
+        let copy = format!("{}/chaos-records", self.ground.scratch());
+        self.sh(node, SMALL_DISK, &[&driver, &records, &copy, how])
+            .await?;
         let mark = format!("{records}/mark");
         let writes = self.sh(node, "echo 0123456789 > \"$1\"", &[&mark]).await;
         self.world
@@ -246,7 +260,8 @@ impl<G: Ground> Actor<'_, G> {
             .struck(&what.kind(), u64::from(writes.is_err()));
         sleep(lasts).await;
         let driver = self.driver_of(node).await?;
-        self.sh(node, LARGE_DISK, &[&driver, &records]).await?;
+        self.sh(node, LARGE_DISK, &[&driver, &records, &copy])
+            .await?;
         self.sh(node, "rm -f \"$1\"", &[&mark]).await.map(drop)
     }
 
@@ -270,7 +285,7 @@ impl<G: Ground> Actor<'_, G> {
             fs::write(record, half).map_err(|error| failed(record, error))?;
             self.world.log.struck("tear-record", 1);
         }
-        self.ground.driver(node).kill().await
+        self.ground.cluster().driver(node).kill().await
     }
 
     /// Steps the clock of a node by what the driver has written: no process can have a clock of its
@@ -282,7 +297,7 @@ impl<G: Ground> Actor<'_, G> {
         }
         self.sh(node, "kill -STOP \"$1\"", &[&driver]).await?;
         let shifted = self.shift_records(node, by).await;
-        self.ground.driver(node).kill().await?;
+        self.ground.cluster().driver(node).kill().await?;
         self.world.log.struck(&what.kind(), shifted?);
         Ok(())
     }
@@ -308,19 +323,15 @@ impl<G: Ground> Actor<'_, G> {
         Ok(shifted)
     }
 
-    /// Makes the machine look so small that the driver's share of it is nearly taken. The driver takes
-    /// half of a machine's memory where no control group limits it.
+    /// Keeps the driver's memory limit small for a while.
     async fn memory_near(&self, what: What, node: &str, lasts: u64) -> Result<()> {
-        let set = "sed 's/^MemTotal: .*/MemTotal: 65536 kB/' /proc/meminfo > /run/chaos-meminfo && \
-                   mount --bind /run/chaos-meminfo /proc/meminfo";
-        self.sh(node, set, &[]).await?;
-        self.ground.driver(node).kill().await?;
+        let limit = self.ground.shrink_memory(node).await?;
         sleep(lasts).await;
-        let metrics = self.ground.driver(node).metrics().await.unwrap_or_default();
-        let is_near = metrics.contains("secrets_store_memory_limit_bytes 33554432");
+        let metrics = self.ground.cluster().driver(node).metrics().await;
+        let line = format!("secrets_store_memory_limit_bytes {limit}");
+        let is_near = metrics.unwrap_or_default().contains(&line);
         self.world.log.struck(&what.kind(), u64::from(is_near));
-        self.sh(node, "umount /proc/meminfo", &[]).await?;
-        self.ground.driver(node).kill().await
+        self.ground.restore_memory(node).await
     }
 }
 

@@ -5,7 +5,7 @@ use kube::Api;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
-use crate::cluster::{Error, Result, api};
+use crate::cluster::{Cluster as _, Error, Result, api};
 use crate::install::{classes, pod_statuses};
 
 use super::super::ground::Ground;
@@ -35,8 +35,18 @@ impl<G: Ground> Actor<'_, G> {
                     .tell(format!("{name} has generation {generation}"));
                 Ok(())
             }
-            What::EditClass { class } => self.edit(class).await,
-            What::RemakeClass { class, lasts } => self.remake(class, lasts).await,
+            What::EditClass { class } => {
+                self.world.edit_begins();
+                let edited = self.edit(class).await;
+                self.world.edit_ends();
+                edited
+            }
+            What::RemakeClass { class, lasts } => {
+                self.world.edit_begins();
+                let made = self.remake(class, lasts).await;
+                self.world.edit_ends();
+                made
+            }
             What::DeleteStatus { pod } => self.delete_statuses(pod).await,
             What::AlterStatus { pod } => self.alter_statuses(pod).await,
             What::DeleteSecret { class } => {
@@ -69,7 +79,7 @@ impl<G: Ground> Actor<'_, G> {
         let object = tenants::class(class, edited);
         let name = CLASSES.get(class).copied().unwrap_or_default();
         let patch = Patch::Merge(json!({"spec": object["spec"]}));
-        let api = classes(&self.ground.client(), &self.world.namespace);
+        let api = classes(&self.ground.cluster().client(), &self.world.namespace);
         match api.patch(name, &PatchParams::default(), &patch).await {
             Ok(_) if edited => {
                 lock(&self.world.edited).insert(class);
@@ -86,7 +96,7 @@ impl<G: Ground> Actor<'_, G> {
 
     async fn remake(&self, class: usize, lasts: u64) -> Result<()> {
         let name = CLASSES.get(class).copied().unwrap_or_default();
-        let api = classes(&self.ground.client(), &self.world.namespace);
+        let api = classes(&self.ground.cluster().client(), &self.world.namespace);
         let deleted = api.delete(name, &DeleteParams::default()).await;
         unless_absent(deleted, "delete a class")?;
         sleep(lasts).await;
@@ -105,7 +115,7 @@ impl<G: Ground> Actor<'_, G> {
     }
 
     async fn delete_statuses(&self, pod: usize) -> Result<()> {
-        let api = pod_statuses(&self.ground.client(), &self.world.namespace);
+        let api = pod_statuses(&self.ground.cluster().client(), &self.world.namespace);
         for name in self.statuses_of(pod).await {
             let deleted = api.delete(&name, &DeleteParams::default()).await;
             unless_absent(deleted, "delete a pod status")?;
@@ -114,7 +124,7 @@ impl<G: Ground> Actor<'_, G> {
     }
 
     async fn alter_statuses(&self, pod: usize) -> Result<()> {
-        let api = pod_statuses(&self.ground.client(), &self.world.namespace);
+        let api = pod_statuses(&self.ground.cluster().client(), &self.world.namespace);
         for name in self.statuses_of(pod).await {
             let patch = Patch::Merge(json!({"status": {"mounted": false, "objects": []}}));
             let patched = api.patch(&name, &PatchParams::default(), &patch).await;
@@ -160,7 +170,7 @@ impl<G: Ground> Actor<'_, G> {
         }
         sleep(lasts).await;
         let pods = self.hostile.api::<Pod>();
-        let (mut ready, client) = (0, self.ground.client());
+        let (mut ready, client) = (0, self.ground.cluster().client());
         for object in &objects {
             let name = object["metadata"]["name"].as_str().unwrap_or_default();
             if object["kind"] == "Pod" {
@@ -193,7 +203,7 @@ impl<G: Ground> Actor<'_, G> {
                 let deleted = pods.delete(&name, &DeleteParams::default()).await;
                 unless_absent(deleted, "delete a pod")?;
             }
-            let api = classes(&self.ground.client(), namespace.name());
+            let api = classes(&self.ground.cluster().client(), namespace.name());
             let list = api.list(&ListParams::default()).await;
             for class in list.map_err(crate::cluster::api("list classes".to_owned()))? {
                 let name = class.metadata.name.unwrap_or_default();

@@ -8,7 +8,7 @@ use kube::Api;
 use kube::api::{DynamicObject, ListParams};
 use serde_json::Value;
 
-use crate::cluster::{Component, Result, api};
+use crate::cluster::{Cluster as _, Component, Result, api};
 use crate::install::pod_statuses;
 
 use super::super::ground::Ground;
@@ -44,28 +44,73 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
             }
         }
     }
+    let statuses = pod_statuses(client, &world.namespace);
+    let statuses = statuses.list(&ListParams::default()).await;
+    let statuses = statuses.map_err(api("list pod statuses".to_owned()))?.items;
     let secrets = Api::<Secret>::namespaced(client.clone(), &world.namespace);
     for class in used {
         let name = CLASSES.get(class).copied().unwrap_or_default();
         let secret = secrets.get_opt(name).await;
         let secret = secret.map_err(api(format!("get Secret {name}")))?;
-        if let Some(wrong) = wrong_secret(world, class, secret) {
+        let owners = owners(world, &pods, class, &statuses);
+        if let Some(wrong) = wrong_secret(world, class, secret, &owners) {
             lacking.push(format!("Secret {name} {wrong}"));
         }
     }
-    let statuses = pod_statuses(client, &world.namespace);
-    let statuses = statuses.list(&ListParams::default()).await;
-    let statuses = statuses.map_err(api("list pod statuses".to_owned()))?.items;
     lacking.extend(wrong_statuses(world, &pods, &statuses));
     world.log.checked("looks at the state after faults", 1);
     Ok(lacking)
 }
 
+/// Returns the statuses of the pods that run with a class: the owners of its Secret, because these
+/// pods have no controllers. With the last of them, and not before, the Secret goes.
+fn owners<'a>(
+    world: &World,
+    pods: &[Watched],
+    class: usize,
+    statuses: &'a [DynamicObject],
+) -> Vec<&'a DynamicObject> {
+    let running = pods
+        .iter()
+        .filter(|pod| pod.ready && pod.classes.contains(&class));
+    let names: BTreeSet<String> = running.map(|pod| status_name(world, pod, class)).collect();
+    let is_of_these = |status: &&DynamicObject| {
+        let name = status.metadata.name.as_ref();
+        name.is_some_and(|name| names.contains(name))
+    };
+    statuses.iter().filter(is_of_these).collect()
+}
+
+fn status_name(world: &World, pod: &Watched, class: usize) -> String {
+    let class = CLASSES.get(class).copied().unwrap_or_default();
+    format!("{}-{}-{class}", pod.name, world.namespace)
+}
+
 /// Returns how a Secret differs from what its class declares and the store has.
-fn wrong_secret(world: &World, class: usize, secret: Option<Secret>) -> Option<String> {
+fn wrong_secret(
+    world: &World,
+    class: usize,
+    secret: Option<Secret>,
+    owners: &[&DynamicObject],
+) -> Option<String> {
     let Some(secret) = secret else {
         return Some("is missing".to_owned());
     };
+    let there = secret.metadata.owner_references.iter().flatten();
+    let there: BTreeSet<&String> = there.map(|owner| &owner.uid).collect();
+    for owner in owners {
+        if !owner
+            .metadata
+            .uid
+            .as_ref()
+            .is_some_and(|uid| there.contains(uid))
+        {
+            return Some(format!(
+                "is not owned by pod status {:?}",
+                owner.metadata.name
+            ));
+        }
+    }
     let name = CLASSES.get(class).copied().unwrap_or_default();
     let latest = world.store.latest(class);
     let is_edited = lock(&world.edited).contains(&class);
@@ -87,8 +132,7 @@ fn wrong_statuses(world: &World, pods: &[Watched], statuses: &[DynamicObject]) -
     let mut expected = BTreeSet::new();
     for pod in pods {
         for class in &pod.classes {
-            let class_name = CLASSES.get(*class).copied().unwrap_or_default();
-            let name = format!("{}-{}-{class_name}", pod.name, world.namespace);
+            let name = status_name(world, pod, *class);
             if pod.ready {
                 let found = statuses
                     .iter()
@@ -156,7 +200,7 @@ pub(in super::super) async fn untraced<G: Ground>(
     ground: &G,
 ) -> Result<Vec<String>> {
     let failures = std::mem::take(&mut *lock(&world.failures));
-    let events = Api::<Event>::namespaced(ground.client(), &world.namespace);
+    let events = Api::<Event>::namespaced(ground.cluster().client(), &world.namespace);
     let events = events.list(&ListParams::default()).await;
     let events = events.map_err(api("list events".to_owned()))?;
     let mut untraced = Vec::new();
@@ -169,7 +213,7 @@ pub(in super::super) async fn untraced<G: Ground>(
         if is_told {
             continue;
         }
-        let log = ground.log(&node, &Component::Driver).await?;
+        let log = ground.cluster().log(&node, &Component::Driver).await?;
         let is_logged = log
             .lines()
             .any(|line| (line.contains("WARN") || line.contains("ERROR")) && line.contains(&pod));
@@ -182,7 +226,7 @@ pub(in super::super) async fn untraced<G: Ground>(
 
 /// Returns whether somebody could still ask for the trace: the pod is there.
 async fn still_there<G: Ground>(world: &World, ground: &G, pod: &str, uid: &str) -> Result<bool> {
-    let pods = Api::<Pod>::namespaced(ground.client(), &world.namespace);
+    let pods = Api::<Pod>::namespaced(ground.cluster().client(), &world.namespace);
     let found = pods.get_opt(pod).await;
     let found = found.map_err(api(format!("get pod {pod}")))?;
     Ok(found.is_some_and(|found| found.metadata.uid.as_deref() == Some(uid)))

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 use kube::api::ListParams;
 
-use crate::cluster::{Result, api};
+use crate::cluster::{Cluster as _, Result, api};
 use crate::install::pod_statuses;
 
 use super::super::ground::Ground;
@@ -76,7 +76,7 @@ pub(in super::super) async fn left<G: Ground>(
 ) -> Result<Vec<String>> {
     world.log.checked("looks for leaks", 1);
     let mut left = Vec::new();
-    for mount in ground.mounts(node, Path::new(PODS)).await? {
+    for mount in ground.cluster().mounts(node, Path::new(PODS)).await? {
         if mount.to_string_lossy().contains("kubernetes.io~csi") {
             left.push(format!("mount {}", mount.display()));
         }
@@ -103,7 +103,7 @@ pub(in super::super) async fn left<G: Ground>(
         left.push(format!("no socket {socket}"));
     }
     for namespace in namespaces {
-        let statuses = pod_statuses(&ground.client(), namespace);
+        let statuses = pod_statuses(&ground.cluster().client(), namespace);
         let statuses = statuses.list(&ListParams::default()).await;
         let statuses = statuses.map_err(api("list pod statuses".to_owned()))?;
         left.extend(
@@ -111,7 +111,7 @@ pub(in super::super) async fn left<G: Ground>(
                 .iter()
                 .map(|found| format!("pod status {:?}", found.metadata.name)),
         );
-        let secrets = Api::<Secret>::namespaced(ground.client(), namespace);
+        let secrets = Api::<Secret>::namespaced(ground.cluster().client(), namespace);
         let secrets = secrets.list(&ListParams::default()).await;
         let secrets = secrets.map_err(api("list Secrets".to_owned()))?;
         left.extend(

@@ -1,9 +1,7 @@
 //! Reads all volumes all the time, as the programs in the pods do, and notes what no program may see.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::Read as _;
-use std::os::fd::AsRawFd as _;
+use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,13 +11,19 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::super::lock;
-use super::super::store::{CLASSES, EXTRA, OBJECTS, generation_of};
+use super::super::store::{CLASSES, OBJECTS, generation_of};
 use super::super::tenants::{WHO, volume_name};
 use super::super::world::{VolumeId, Watched, World};
+use super::content::Content;
 
 /// The pause between two rounds over all volumes: the driver has two cores, too.
 const PAUSE: Duration = Duration::from_millis(4);
-const DATA: &str = "..data";
+/// The time that a slow program takes from the opening of a content until it reads the files: most of
+/// the time for which a content that was replaced stays.
+const SLOW: Duration = Duration::from_millis(500);
+
+/// The invariant about what is absent.
+const GAP: &str = "no pod reads an empty or partial volume";
 
 /// A volume that was not as it must be while its pod runs. Whether it ran is to be confirmed.
 pub(super) struct Suspicion {
@@ -34,12 +38,14 @@ struct Known {
     /// The root of the node, which is another one after a reboot, and the file system.
     mounted: (PathBuf, u64),
     generation: u64,
+    /// The edit of the class that the volume is known to have, see [`World::edit`].
+    edit: Option<u64>,
     /// Since when, by [`World::now`], the store has newer content.
     stale: Option<Duration>,
 }
 
 /// The reason why a reading is not as it must be.
-enum Wrong {
+pub(super) enum Wrong {
     /// Something is absent, which is right if the pod does not run any more.
     Gap(String),
     /// The content must not be there, whether the pod runs or not.
@@ -61,6 +67,73 @@ pub(super) fn read_all(world: &World, stop: &Arc<AtomicBool>, out: &UnboundedSen
     }
 }
 
+/// Opens all volumes and reads them a while later, until told to stop: the content of a slow program
+/// may be replaced meanwhile, and stays.
+pub(super) fn read_all_slowly(
+    world: &World,
+    stop: &Arc<AtomicBool>,
+    out: &UnboundedSender<Suspicion>,
+) {
+    while !stop.load(Ordering::Relaxed) {
+        let mut opened = Vec::new();
+        for (pod, root) in world.running() {
+            for class in &pod.classes {
+                // The other reader tells what cannot be opened.
+                if let Ok(content) = Content::open(&path_of(&pod, &root, *class)) {
+                    opened.push((pod.clone(), root.clone(), *class, content));
+                }
+            }
+        }
+        std::thread::sleep(SLOW);
+        for (pod, root, class, content) in opened {
+            world.log.checked("slow readings of a volume", 1);
+            if let Err(wrong) = content.read(class, 0) {
+                report(world, &pod, &root, class, wrong, out);
+            }
+        }
+    }
+}
+
+/// Returns the path of a pod's volume, as this process has it.
+fn path_of(pod: &Watched, root: &Path, class: usize) -> PathBuf {
+    let path = embedded::target_path(&pod.uid, &volume_name(class));
+    root.join(path.strip_prefix("/").unwrap_or(&path))
+}
+
+/// Tells what is wrong with a volume. What is absent is to be confirmed.
+fn report(
+    world: &World,
+    pod: &Watched,
+    root: &Path,
+    class: usize,
+    wrong: Wrong,
+    out: &UnboundedSender<Suspicion>,
+) {
+    let name = CLASSES.get(class).copied().unwrap_or_default();
+    let text = |seen: String| format!("pod {} ({}), volume of {name}: {seen}", pod.name, pod.uid);
+    match wrong {
+        Wrong::Gap(seen) => suspect(pod, root, GAP, text(seen), out),
+        Wrong::Content(invariant, seen) => world.log.find(invariant, text(seen)),
+    }
+}
+
+fn suspect(
+    pod: &Watched,
+    root: &Path,
+    invariant: &'static str,
+    seen: String,
+    out: &UnboundedSender<Suspicion>,
+) {
+    let (pod, root) = (pod.clone(), root.to_owned());
+    // The other end is gone only when the run ends.
+    let _ended = out.send(Suspicion {
+        pod,
+        root,
+        invariant,
+        seen,
+    });
+}
+
 fn read_one(
     world: &World,
     pod: &Watched,
@@ -70,72 +143,76 @@ fn read_one(
     out: &UnboundedSender<Suspicion>,
 ) {
     let id = (pod.uid.clone(), class);
-    let path = embedded::target_path(&pod.uid, &volume_name(class));
-    let volume = root.join(path.strip_prefix("/").unwrap_or(&path));
+    let volume = path_of(pod, root, class);
     let begun = Instant::now();
     let floor = known.get(&id).map_or(0, |known| known.generation);
     // A provider is called after the pod was created.
     let floor = floor.max(world.store.at(class, pod.created));
+    let edit = world.edit(class);
     let reading = read_volume(&volume, class, pod, floor);
     world.log.checked("readings of a volume", 1);
     world.log.took("reading of a volume", begun.elapsed());
-    let suspect = |invariant: &'static str, seen: String| {
-        let name = CLASSES.get(class).copied().unwrap_or_default();
-        // The other end is gone only when the run ends.
-        let _ended = out.send(Suspicion {
-            pod: pod.clone(),
-            root: root.to_owned(),
-            invariant,
-            seen: format!("pod {} ({}), volume of {name}: {seen}", pod.name, pod.uid),
-        });
+    let reading = match reading {
+        Ok(reading) => reading,
+        Err(wrong) => return report(world, pod, root, class, wrong, out),
     };
-    match reading {
-        Ok((device, generation)) => {
-            let mounted = (root.to_owned(), device);
-            let before = known.remove(&id);
-            let is_stale = generation < world.store.latest(class);
-            let still = before
-                .as_ref()
-                .filter(|before| before.generation == generation);
-            let since = still.and_then(|before| before.stale).unwrap_or(world.now());
-            if is_stale && world.now() - since > world.bounds.silence {
-                world.fails(pod, "its volume is not refreshed");
-            }
-            let now = Known {
-                mounted: mounted.clone(),
-                generation,
-                stale: is_stale.then_some(since),
-            };
-            known.insert(id.clone(), now);
-            if let Some(before) = before
-                && before.mounted.0 == mounted.0
-                && before.mounted.1 != mounted.1
-            {
-                let text = "the mount was replaced under a running container".to_owned();
-                suspect("a running container keeps its mount", text);
-            }
-            if generation > world.store.latest(class) {
-                let text = format!("generation {generation} is newer than the store's");
-                world.log.find("a volume has what the store had", text);
-            }
-            lock(&world.read).insert(id, generation);
-        }
-        Err(Wrong::Gap(seen)) => suspect("no pod reads an empty or partial volume", seen),
-        Err(Wrong::Content(invariant, seen)) => {
-            let text = format!("pod {} ({}): {seen}", pod.name, pod.uid);
-            world.log.find(invariant, text);
-        }
+    let Reading {
+        device,
+        generation,
+        has_extra,
+    } = reading;
+    let before = known.remove(&id);
+    let is_stale = generation < world.store.latest(class);
+    let still = before
+        .as_ref()
+        .filter(|before| before.generation == generation);
+    let since = still.and_then(|before| before.stale).unwrap_or(world.now());
+    if is_stale && world.now() - since > world.bounds.silence {
+        world.fails(pod, "its volume is not refreshed");
     }
+    let had_edit = before.as_ref().and_then(|before| before.edit);
+    if had_edit.is_some() && had_edit == edit && !has_extra && world.edit(class) == edit {
+        let text = "it has lost the object that an edit of its class added, and the class has it";
+        let wrong = Wrong::Content("no volume goes back to an older class", text.to_owned());
+        report(world, pod, root, class, wrong, out);
+    }
+    let mounted = (root.to_owned(), device);
+    let now = Known {
+        mounted: mounted.clone(),
+        generation,
+        edit: edit.filter(|_| has_extra),
+        stale: is_stale.then_some(since),
+    };
+    known.insert(id.clone(), now);
+    if let Some(before) = before
+        && before.mounted.0 == mounted.0
+        && before.mounted.1 != mounted.1
+    {
+        let text = format!(
+            "pod {} ({}), volume {class}: another mount",
+            pod.name, pod.uid
+        );
+        suspect(pod, root, "a running container keeps its mount", text, out);
+    }
+    if generation > world.store.latest(class) {
+        let text = format!("generation {generation} is newer than the store's");
+        world.log.find("a volume has what the store had", text);
+    }
+    lock(&world.read).insert(id, generation);
+}
+
+/// What was read of a volume.
+struct Reading {
+    /// Its file system.
+    device: u64,
+    generation: u64,
+    /// Whether it has the object that a class has only after an edit.
+    has_extra: bool,
 }
 
 /// Reads a volume twice: file by file, as a program does that does not know of `..data`, and all
-/// files of one `..data`. Returns its file system and generation.
-fn read_volume(
-    volume: &Path,
-    class: usize,
-    pod: &Watched,
-    floor: u64,
-) -> Result<(u64, u64), Wrong> {
+/// files of one `..data`.
+fn read_volume(volume: &Path, class: usize, pod: &Watched, floor: u64) -> Result<Reading, Wrong> {
     let gap =
         |what: &Path, error: std::io::Error| Wrong::Gap(format!("{}: {error}", what.display()));
     let device = fs::metadata(volume).map_err(|error| gap(volume, error))?;
@@ -153,47 +230,17 @@ fn read_volume(
     let file = volume.join(WHO);
     let text = fs::read_to_string(&file).map_err(|error| gap(Path::new(WHO), error))?;
     check_owner(&text, pod)?;
-    let generation = read_at_once(volume, class, last)?;
-    Ok((device.dev(), generation))
-}
-
-/// Reads all files of one `..data`; returns their generation.
-fn read_at_once(volume: &Path, class: usize, floor: u64) -> Result<u64, Wrong> {
-    let data = File::open(volume.join(DATA));
-    let data = data.map_err(|error| Wrong::Gap(format!("{DATA}: {error}")))?;
-    let below = PathBuf::from(format!("/proc/self/fd/{}", data.as_raw_fd()));
-    let version = fs::read_link(&below).unwrap_or_default();
-    let mut first: Option<(&str, u64)> = None;
-    for object in OBJECTS.iter().map(|(object, _)| *object).chain([EXTRA]) {
-        let mut text = String::new();
-        let read =
-            File::open(below.join(object)).and_then(|mut file| file.read_to_string(&mut text));
-        if let Err(error) = read {
-            let now = fs::read_link(volume.join(DATA));
-            let is_current = now.is_ok_and(|now| now.file_name() == version.file_name());
-            // What was replaced is removed after a moment. A class has the extra object only after
-            // an edit.
-            if !is_current || object == EXTRA {
-                continue;
-            }
-            return Err(Wrong::Gap(format!("{DATA}/{object}: {error}")));
-        }
-        let generation = take(class, object, &text, floor)?;
-        let (name, expected) = *first.get_or_insert((object, generation));
-        if generation != expected {
-            return Err(Wrong::Content(
-                "no pod reads a mixed volume",
-                format!(
-                    "in one {DATA}, {name} is of generation {expected} and {object} of {generation}"
-                ),
-            ));
-        }
-    }
-    Ok(first.map_or(floor, |(_, generation)| generation))
+    let content = Content::open(volume)?;
+    let generation = content.read(class, last)?;
+    Ok(Reading {
+        device: device.dev(),
+        generation: generation.unwrap_or(last),
+        has_extra: content.has_extra(),
+    })
 }
 
 /// Checks a content; returns its generation.
-fn take(class: usize, object: &str, text: &str, floor: u64) -> Result<u64, Wrong> {
+pub(super) fn take(class: usize, object: &str, text: &str, floor: u64) -> Result<u64, Wrong> {
     let name = CLASSES.get(class).copied().unwrap_or_default();
     let generation = generation_of(name, object, text)
         .map_err(|what| Wrong::Content("each file is whole", format!("{name}: {object} {what}")))?;

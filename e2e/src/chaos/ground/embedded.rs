@@ -1,0 +1,146 @@
+//! The embedded cluster under a run. Its API server does whatever it is told, and a node is a process.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use embedded::api::ApiServer;
+
+use super::super::schedule::What;
+use super::super::world::Bounds;
+use super::Ground;
+use super::api_faults::{ApiFault, ApiFaults, snapshot};
+use crate::binaries::Binaries;
+use crate::cluster::{Cluster as _, Component, Error, Result};
+use crate::embedded::{Embedded, standard};
+use crate::manifest::add_arguments;
+
+/// One interval of rotation (4.4 s), the longest pause after a failure (3 s of the driver, 4 s of
+/// kubelet), kubelet's deadline (10 s) and its period (1 s) are 22 seconds; the rest is for a machine
+/// with other work. A refresh that begins an interval and a period after the last one may take until
+/// kubelet's deadline before it has failed.
+const BOUNDS: Bounds = Bounds {
+    converge: Duration::from_secs(45),
+    publish: Duration::from_secs(20),
+    fetch: Duration::from_secs(25),
+    silence: Duration::from_secs(20),
+    gone: Duration::from_secs(60),
+};
+/// The memory that a machine seems to have. The driver takes half of a machine's memory where no
+/// control group limits it.
+const SMALL_MACHINE_KIB: u64 = 64 << 10;
+
+/// An embedded cluster with two nodes.
+pub(in super::super) struct OnEmbedded {
+    cluster: Embedded,
+    faults: ApiFaults,
+}
+
+impl OnEmbedded {
+    /// Starts one whose providers read the objects in a file of a directory.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(in super::super) async fn start(shared: &Path, flags: &[&str]) -> Result<Self> {
+        let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {})).await;
+        let binaries = binaries.map_err(|error| Error::Start(error.to_string()))?;
+        let binaries = binaries.map_err(|error| Error::Start(error.to_string()))?;
+        let mut options = embedded::Options {
+            nodes: super::Site::Embedded.nodes(),
+            csi_timeout: Duration::from_secs(10),
+            sync_period: Some(Duration::from_secs(1)),
+            longest_pause: Duration::from_secs(4),
+            shared: Some(shared.to_owned()),
+            ..standard(&binaries)?
+        };
+        super::prepare(&mut options.manifests, flags)?;
+        let objects = format!("--objects={}/objects.json", embedded::SHARED);
+        add_arguments(&mut options.manifests, super::PROVIDER, &[&objects])?;
+        let cluster = Embedded::start(options).await?;
+        let faults = ApiFaults::default();
+        faults.install(cluster.api());
+        Ok(Self { cluster, faults })
+    }
+
+    fn api(&self) -> &ApiServer {
+        self.cluster.api()
+    }
+}
+
+impl Ground for OnEmbedded {
+    type Cluster = Embedded;
+
+    fn cluster(&self) -> &Embedded {
+        &self.cluster
+    }
+
+    fn bounds(&self) -> Bounds {
+        BOUNDS
+    }
+
+    async fn root(&self, node: &str) -> Result<PathBuf> {
+        let process = self.cluster.process(node).await?;
+        Ok(PathBuf::from(format!("/proc/{process}/root")))
+    }
+
+    fn scratch(&self) -> &'static str {
+        "/run"
+    }
+
+    async fn run(&self, node: &str, command: &[&str]) -> Result<String> {
+        self.cluster.exec(node, command).await
+    }
+
+    async fn driver_process(&self, node: &str) -> Result<Option<i32>> {
+        let containers = self.cluster.containers(node).await?;
+        let name = Component::Driver.container();
+        let driver = containers.into_iter().find(|found| found.name == name);
+        let driver =
+            driver.ok_or_else(|| Error::Impossible(format!("node {node} has no driver")))?;
+        Ok(driver.pid)
+    }
+
+    async fn restart_kubelet(&self, node: &str) -> Result<()> {
+        self.cluster.restart_kubelet(node).await
+    }
+
+    fn cannot(&self, _: What) -> Option<&'static str> {
+        None
+    }
+
+    fn has_liveness_probes(&self) -> bool {
+        false
+    }
+
+    async fn strike_api(&self, what: What) -> Result<u64> {
+        let lasts = Duration::from_millis(what.lasts());
+        let fault = match what {
+            What::ApiSlow { by, .. } => ApiFault::Slow(Duration::from_millis(by)),
+            What::ApiRefuses { status, .. } => ApiFault::Refuses(status),
+            What::ApiConflicts { .. } => ApiFault::Conflicts,
+            What::ApiPast { .. } => ApiFault::Past(snapshot(self.api())),
+            What::ApiGone { .. } => ApiFault::Gone,
+            What::ApiHung { .. } => ApiFault::Hung {
+                until: Instant::now() + lasts,
+            },
+            other => return Err(Error::Impossible(format!("{other} is no fault of the API"))),
+        };
+        let number = self.faults.begin(fault);
+        tokio::time::sleep(lasts).await;
+        Ok(self.faults.end(number))
+    }
+
+    async fn shrink_memory(&self, node: &str) -> Result<u64> {
+        let set = format!(
+            "sed 's/^MemTotal: .*/MemTotal: {SMALL_MACHINE_KIB} kB/' /proc/meminfo > /run/chaos-meminfo && \
+             mount --bind /run/chaos-meminfo /proc/meminfo"
+        );
+        self.run(node, &["sh", "-c", &set]).await?;
+        self.cluster.driver(node).kill().await?;
+        Ok(SMALL_MACHINE_KIB << 9)
+    }
+
+    async fn restore_memory(&self, node: &str) -> Result<()> {
+        self.run(node, &["umount", "/proc/meminfo"]).await?;
+        self.cluster.driver(node).kill().await
+    }
+}
