@@ -74,12 +74,13 @@ pub(crate) fn command(e2e: &Path, namespaces: Option<&Namespaces>, program: &Pat
 fn become_program(mut arguments: impl Iterator<Item = OsString>) -> io::Result<io::Error> {
     let mut next = || arguments.next().ok_or(io::ErrorKind::InvalidInput);
     let (user, mounts, program) = (next()?, next()?, next()?);
-    set_pdeathsig(Signal::SIGKILL)?;
     if user == NEW {
         make_namespaces()?;
     } else {
         join(Path::new(&user), Path::new(&mounts))?;
     }
+    // Not earlier: a process that enters a user namespace loses it (prctl(2)).
+    set_pdeathsig(Signal::SIGKILL)?;
     Ok(Command::new(program).args(arguments).exec())
 }
 

@@ -11,6 +11,7 @@ mod report;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 use crate::bench::{ControlPlane, Run, binaries, class, failed};
@@ -70,6 +71,7 @@ pub async fn run(options: &Options) -> Result<()> {
 }
 
 async fn measure(options: &Options, binaries: &Binaries) -> Result<Report> {
+    allow_open_files()?;
     // Short, because the paths of sockets below it may have 107 bytes at most.
     let directory = tempfile::Builder::new()
         .prefix("scale-")
@@ -180,6 +182,13 @@ impl Scale<'_> {
         let namespace = self.fleet.plane().namespace();
         namespace.apply(&class.to_string()).await.map(drop)
     }
+}
+
+/// Raises the limit of open files: this process has several for each node, and usually may have 1,024.
+fn allow_open_files() -> Result<()> {
+    let limit = Resource::RLIMIT_NOFILE;
+    let raised = getrlimit(limit).and_then(|(_, most)| setrlimit(limit, most, most));
+    raised.map_err(|error| failed("the limit of open files", &error))
 }
 
 /// Returns how long it takes since an instant, in seconds.
