@@ -100,10 +100,13 @@ fn make_namespaces() -> io::Result<()> {
 }
 
 fn join(user: &Path, mounts: &Path) -> io::Result<()> {
+    // Opened before: from within the user namespace, the descriptors of the caller cannot be reached.
+    let is_own = fs::read_link(user)? == fs::read_link("/proc/self/ns/user")?;
+    let (user, mounts) = (File::open(user)?, File::open(mounts)?);
     // A process may not join the user namespace that it is in.
-    if fs::read_link(user)? != fs::read_link("/proc/self/ns/user")? {
-        setns(File::open(user)?, CloneFlags::CLONE_NEWUSER)?;
+    if !is_own {
+        setns(user, CloneFlags::CLONE_NEWUSER)?;
     }
-    setns(File::open(mounts)?, CloneFlags::CLONE_NEWNS)?;
+    setns(mounts, CloneFlags::CLONE_NEWNS)?;
     Ok(())
 }

@@ -121,7 +121,7 @@ impl Report {
                 row.peak,
             );
         }
-        for note in &self.notes {
+        for note in self.notes.iter().chain(&self.arithmetic()) {
             let _infallible = write!(text, "\n- {note}");
         }
         for row in &self.rows {
@@ -130,6 +130,46 @@ impl Report {
             }
         }
         text
+    }
+
+    /// Returns what the measured rates make for 10,000 nodes, with the calculation.
+    fn arithmetic(&self) -> Vec<String> {
+        let (nodes, volumes) = (count(self.nodes), count(self.volumes));
+        let mut lines = Vec::new();
+        for row in self
+            .rows
+            .iter()
+            .filter(|row| row.name.starts_with("at rest"))
+        {
+            let [api, provider] = [row.api, row.provider].map(|rate| rate / nodes);
+            lines.push(format!(
+                "{}: {:.1} requests / {nodes} nodes = {api:.3} per second and node; times 10,000 = {:.0} requests \
+                 and {:.0} provider calls per second",
+                row.name,
+                row.api,
+                api * MANY_NODES,
+                provider * MANY_NODES,
+            ));
+        }
+        let bursts = [
+            "class of all pods edited",
+            "rolling update",
+            "all nodes boot",
+        ];
+        for row in self.rows.iter().filter(|row| bursts.contains(&row.name)) {
+            let requests = row.api * row.seconds;
+            let for_each = requests / (nodes * volumes);
+            let all = requests / nodes * MANY_NODES;
+            lines.push(format!(
+                "{}: {:.1} requests/s for {:.0} s / {nodes} nodes / {volumes} volumes = {for_each:.2} for each volume; \
+                 with 10,000 nodes {all:.0}, which an API server that takes 1,000 per second has answered in {:.0} s",
+                row.name,
+                row.api,
+                row.seconds,
+                all / 1000.0,
+            ));
+        }
+        lines
     }
 
     /// Writes `scale.md`, `scale.json` and `scale.svg`.
