@@ -166,19 +166,22 @@ fn the_page_about_the_chart_is_its_readme() {
     );
 }
 
-/// Every annotation, attribute and label that the code knows is on the page.
+/// Every annotation, attribute and label that the code knows is in the book.
 #[test]
-fn the_reference_has_every_annotation() {
+fn the_book_has_every_annotation() {
     let names = sources::names_with("secrets-store.csi.k8s.io/");
     assert!(names.len() > 10, "{names:?}");
-    let page = Page::read("docs/reference.md");
-    let missing: Vec<&String> = names
-        .iter()
-        .filter(|name| {
-            !page
-                .text
-                .contains(&format!("secrets-store.csi.k8s.io/{name}`"))
-        })
+    let book: String = Page::of_the_book()
+        .into_iter()
+        .map(|page| page.text)
         .collect();
+    let is_there = |name: &str| {
+        ["secrets-store.csi.k8s.io/", "`"].iter().any(|before| {
+            ["`", ":", "="]
+                .iter()
+                .any(|after| book.contains(&format!("{before}{name}{after}")))
+        })
+    };
+    let missing: Vec<&String> = names.iter().filter(|name| !is_there(name)).collect();
     assert!(missing.is_empty(), "docs/reference.md lacks {missing:?}");
 }

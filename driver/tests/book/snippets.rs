@@ -236,8 +236,7 @@ fn names_what_exists(commands: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// What the page about limits and the reference say in backticks is not checked here; flags are: each one
-/// that a page names is one of the driver, of a sidecar, of a program of this repository or of kubectl.
+/// Each flag in backticks, on a page about the driver, is one of the driver. One flag is kubelet's.
 #[test]
 fn every_flag_of_the_driver_in_the_book_exists() {
     let known = crate::reference::flags();
@@ -262,7 +261,7 @@ fn every_flag_of_the_driver_in_the_book_exists() {
             };
             let end = flag.find(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '_');
             let flag = &flag[..end.unwrap_or(flag.len())];
-            if !flag.is_empty() && flag != "help" && !names.contains(&flag) {
+            if !flag.is_empty() && !["help", "root-dir"].contains(&flag) && !names.contains(&flag) {
                 wrong.push(format!("docs/{name}.md: --{flag}"));
             }
         }

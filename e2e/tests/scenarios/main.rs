@@ -12,6 +12,7 @@
     reason = "a failed step of a scenario is a failed test"
 )]
 
+mod alerts;
 mod availability;
 mod classes;
 mod content;
