@@ -1,11 +1,14 @@
 //! Talks to the API server. Each request has a time limit.
 //!
 //! The driver watches and lists nothing: a publish reads one class by name and writes one pod
-//! status, so the cost is bounded by what runs on the node. A driver without an API server still
+//! status, so the cost is bounded by what runs on the node. What has been read of a class is remembered
+//! for a while and shared by all volumes of the class (module `classes`). A driver without an API server still
 //! serves CSI; a publish then fails and says so.
 
 mod class;
+mod classes;
 pub mod events;
+pub mod interval;
 pub mod pod_status;
 mod pods;
 mod request;
@@ -34,6 +37,8 @@ pub use class::Class;
 pub(crate) use class::fuzz as fuzz_class;
 #[cfg(test)]
 pub(crate) use class::trimmed;
+pub(crate) use classes::Classes;
+pub use classes::{Freshness, Wanted};
 use events::Events;
 use request::MAX_REQUESTS;
 use secrets::Missing;
@@ -45,6 +50,7 @@ pub struct Cluster {
     user_agent: String,
     node: String,
     client: Arc<OnceCell<Client>>,
+    classes: Arc<Classes>,
     events: Arc<Events>,
     away: Arc<AtomicBool>,
     /// The turns of requests: as many at a time as connections are worth keeping.
@@ -69,6 +75,7 @@ impl Cluster {
             ),
             node: node.to_owned(),
             client: Arc::default(),
+            classes: Arc::default(),
             events: Arc::default(),
             away: Arc::default(),
             requests: Arc::new(Semaphore::new(MAX_REQUESTS)),

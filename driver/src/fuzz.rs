@@ -8,7 +8,7 @@
 
 use std::{fmt::Display, time::Duration};
 
-use crate::{cluster, csi, metrics, mount, provider, record, registration, sync, volume};
+use crate::{cluster, csi, metrics, mount, provider, record, registration, sync};
 
 /// The longest error in bytes. One text of others in it may have 300 characters, each of which is
 /// escaped as up to ten.
@@ -47,7 +47,7 @@ pub const TARGETS: [Target; 11] = [
     // A Secret that others may have changed.
     target("secret", cluster::secrets::fuzz, MIB),
     // The interval in an attribute or an annotation.
-    target("interval", volume::policy::fuzz, MIB),
+    target("interval", cluster::interval::fuzz, MIB),
     // A line of the table of mounts, in which others choose the paths.
     target("mount_table", mount::fuzz_table, MIB),
     // The frames that kubelet sends to the registration socket.

@@ -41,7 +41,8 @@
 //!   directory, record or pod status.
 //! - Secrets are made only of content that is recorded, mounted and complete. Newer content replaces
 //!   older content, by an order that does not depend on clocks.
-//! - The driver watches and lists nothing. It writes to the API only when something has changed.
+//! - The driver watches and lists nothing. It writes to the API only when something has changed. A look of
+//!   kubelet at a volume that is not due sends no request, unless its pod was touched.
 //! - Unpublish needs neither the API server nor a provider. CSI and registration start without them.
 //! - Only `csi`, `registration`, `provider` and `metrics` use the protobuf types, only `cluster` uses
 //!   the crate `kube`, and only `hardening`, `mount`, `files` and `socket` use `nix` for system calls.
@@ -76,7 +77,7 @@ use std::{future::Future, io, net::SocketAddr, path::Path, sync::Arc, time::Dura
 use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use cluster::Cluster;
+use cluster::{Cluster, interval::Intervals};
 use config::{BUILD_VERSION, Config, SyncErrors};
 use csi::{Csi, Listener};
 use memory::Memory;
@@ -188,7 +189,7 @@ fn parts(config: &Config) -> io::Result<Parts> {
         metrics.clone(),
         Options {
             errors_fail_publish: config.sync_errors == SyncErrors::Fail,
-            interval: config.sync_interval,
+            intervals: Intervals::from(config),
         },
     );
     let limits = Limits {

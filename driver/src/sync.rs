@@ -3,8 +3,9 @@
 //! The `secretObjects` of a class become Secrets before the publish of its volume returns, so that a
 //! container can take its environment from them at its first start. From then on they are kept in
 //! step: `SecretSync::volume_mounted` is called for every content that changed, and
-//! [`SecretSync::run`] checks each Secret and each class about every `--sync-interval`, with one
-//! request by name for each, and writes nothing while everything is in order.
+//! [`SecretSync::run`] checks each Secret about every `--sync-interval`, with one request by name, and
+//! writes nothing while everything is in order. It also keeps what the driver remembers of each class
+//! fresh enough for kubelet's looks at its volumes (`Intervals::between_reads`).
 //!
 //! A Secret is made from the newest content of its class's volumes on this node (modules `content`
 //! and `desired`). Drivers on other nodes make it, too; what the Secret says about itself decides
@@ -30,6 +31,7 @@ use tokio::time::timeout;
 use crate::{
     cluster::{
         Class, Cluster,
+        interval::Intervals,
         secrets::{ErrorType, SyncError},
     },
     error::{Error, Result},
@@ -80,8 +82,8 @@ impl Volume {
 pub struct Options {
     /// Whether a Secret that cannot be made fails the publish.
     pub errors_fail_publish: bool,
-    /// The time between two checks of a Secret.
-    pub interval: Duration,
+    /// The time between two checks of a Secret, and the other flags that decide about intervals.
+    pub intervals: Intervals,
 }
 
 /// Keeps the Secrets of the volumes of this node.
@@ -92,6 +94,7 @@ pub struct SecretSync {
     metrics: Metrics,
     errors_fail_publish: bool,
     interval: Duration,
+    intervals: Intervals,
     cache: Cache,
     told: Arc<Told>,
     /// One reconciliation at a time of a Secret, by its namespace and name.
@@ -115,8 +118,9 @@ impl SecretSync {
             tmpfs,
             metrics,
             errors_fail_publish: options.errors_fail_publish,
-            interval: options.interval,
-            cache: Cache::new(options.interval),
+            interval: options.intervals.sync,
+            intervals: options.intervals,
+            cache: Cache::new(options.intervals),
             told: Arc::default(),
             turns: Turns::new(1),
             parsing: Parsing::default(),
@@ -214,7 +218,7 @@ impl SecretSync {
         let class = &Arc::new(class.without_parameters());
         let mut batch = Batch::default();
         let mut first = Ok(());
-        for object in &class.secret_objects {
+        for object in class.secret_objects.iter() {
             let key = &key.secret(&object.secret_name);
             let _turn = self.turn(key).await;
             let target = Target { key, class, object };
@@ -259,7 +263,7 @@ impl SecretSync {
         class: &Class,
         why: impl fmt::Display,
     ) -> SyncError {
-        for object in &class.secret_objects {
+        for object in class.secret_objects.iter() {
             let secret = key.secret(&object.secret_name);
             self.cache.secret_checked(&secret, Checked::Failed);
         }

@@ -12,6 +12,7 @@
 mod ask;
 mod content;
 mod failing;
+mod looks;
 pub mod policy;
 mod recording;
 mod refresh;
@@ -48,7 +49,8 @@ use crate::{
 use ask::unless;
 use content::{Undo, take_down};
 use failing::Failing;
-use policy::{Clock, Policy};
+use looks::Looks;
+use policy::{Clock, Every, Policy};
 pub use request::{Origin, Outcome, PublishRequest, TOKENS, UnpublishRequest};
 use restless::Restless;
 use sub_path::Told;
@@ -89,6 +91,7 @@ pub struct Volumes {
     metrics: Metrics,
     /// The targets that calls are working on.
     busy: Busy,
+    looks: Looks,
     failing: Failing,
     restless: Restless,
     told_of_sub_paths: Told,
@@ -111,6 +114,7 @@ impl Volumes {
             sync: parts.sync,
             metrics: parts.metrics,
             busy: Busy::default(),
+            looks: Looks::default(),
             failing: Failing::default(),
             restless: Restless::default(),
             told_of_sub_paths: Told::default(),
@@ -158,6 +162,7 @@ impl Volumes {
     ) -> Result<Outcome> {
         let _busy = self.busy.publishing(&request.target, cancelled)?;
         let (volume_id, target) = (&request.volume_id, &request.target);
+        let since_last = self.looks.note(volume_id);
         let found = match self.find(request).await {
             Ok(found) => found,
             Err(error) => return Err(self.answer(volume_id, target, error).await),
@@ -165,7 +170,10 @@ impl Volumes {
         let start = match plan(&found) {
             Plan::KeepFresh(record) => {
                 metrics.provider(&record.provider);
-                return self.keep_fresh(record.clone(), request, cancelled).await;
+                let record = record.clone();
+                return self
+                    .keep_fresh(record, since_last, request, cancelled)
+                    .await;
             }
             Plan::Fill(start) => start,
         };
@@ -245,7 +253,7 @@ impl Volumes {
         metrics.provider(&class.provider);
         refuse_older_class(request, &class, earlier)?;
         // Wrong annotations would fail each refresh, long after somebody looks.
-        policy::of_class(&class.identity)?;
+        Every::of_class(&class.identity)?;
         let sends_versions = policy::sends_versions(&class.identity)?;
 
         let (undo, mount) = match start {
@@ -312,6 +320,7 @@ impl Volumes {
     pub async fn unpublish(&self, request: &UnpublishRequest) -> Result<()> {
         let UnpublishRequest { volume_id, target } = request;
         let _busy = self.busy.unpublishing(target).await?;
+        self.looks.gone(volume_id);
         self.failing.gone(volume_id);
         self.restless.gone(volume_id);
         self.told_of_sub_paths.forget(volume_id);

@@ -18,7 +18,9 @@ use std::{
 };
 
 use driver::{
-    cluster::{Class, Cluster, events::Severity, pod_status::DesiredPodStatus},
+    cluster::{
+        Class, Cluster, events::Severity, interval::Intervals, pod_status::DesiredPodStatus,
+    },
     metrics::Metrics,
     mount::Tmpfs,
     record::{Pod, Record},
@@ -199,7 +201,11 @@ fn sync(dir: &Path, cluster: &Cluster) -> Arc<SecretSync> {
         Metrics::new(),
         Options {
             errors_fail_publish: false,
-            interval: EVERY,
+            intervals: Intervals {
+                refresh: EVERY,
+                least: Duration::ZERO,
+                sync: EVERY,
+            },
         },
     ))
 }
@@ -339,8 +345,8 @@ async fn trouble_is_told_though_its_event_is_refused_for_a_while(
     let data = json!([{"objectName": "nowhere", "key": "pw"}]);
     let entries = json!([{"secretName": "creds", "type": "Opaque", "data": data}]);
     let class = Class {
-        secret_objects: serde_json::from_value(entries).unwrap(),
-        ..cluster.class("shop", "db").await.unwrap()
+        secret_objects: serde_json::from_value::<Vec<_>>(entries).unwrap().into(),
+        ..Class::clone(&*cluster.class("shop", "db").await.unwrap())
     };
     let volume = volume(dir.path(), "shop");
     api.set("shop", Temper::Refuses(code));
@@ -380,8 +386,8 @@ async fn what_is_not_told_now_is_told_later() {
     };
     let entries = Value::from_iter((0..SECRETS).map(entry));
     let class = Class {
-        secret_objects: serde_json::from_value(entries).unwrap(),
-        ..cluster.class("shop", "db").await.unwrap()
+        secret_objects: serde_json::from_value::<Vec<_>>(entries).unwrap().into(),
+        ..Class::clone(&*cluster.class("shop", "db").await.unwrap())
     };
     for number in 0..PODS {
         let volume = Record {

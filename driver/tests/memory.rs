@@ -17,7 +17,7 @@ use std::{
 };
 
 use driver::{
-    cluster::Cluster,
+    cluster::{Cluster, interval::Intervals},
     error::Error,
     metrics::Metrics,
     mount::Tmpfs,
@@ -185,7 +185,11 @@ fn sixty_large_classes(#[case] large: &'static str) {
         let tmpfs = Arc::new(Tmpfs::bounded_by(1));
         let options = Options {
             errors_fail_publish: false,
-            interval: hour,
+            intervals: Intervals {
+                refresh: hour,
+                least: hour,
+                sync: hour,
+            },
         };
         let sync = SecretSync::new(cluster.clone(), records, tmpfs, Metrics::new(), options);
         for number in 0..FIRST {
@@ -276,7 +280,7 @@ async fn long_annotations_are_told_apart() {
     let dir = tempfile::tempdir().unwrap();
     let (_server, cluster) = start(dir.path(), "one_annotation").await;
     let class = cluster.class("shop", "class-0").await.unwrap();
-    let annotations: BTreeMap<_, _> = class.identity.annotations;
+    let annotations: &BTreeMap<_, _> = &class.identity.annotations;
     let value = &annotations["secrets-store.csi.k8s.io/refresh"];
     assert!(value.len() <= 256 && value.starts_with("xxx"), "{value}");
     assert!(!value.chars().all(|c| c == 'x'), "{value}");

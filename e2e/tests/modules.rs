@@ -26,7 +26,6 @@ const DRIVER: Modules = &[
             "record",
             "registration",
             "sync",
-            "volume",
         ],
     ),
     (
@@ -58,7 +57,9 @@ const DRIVER: Modules = &[
     ),
     (
         "cluster",
-        &["error", "hex", "quoted", "record", "secret", "turns"],
+        &[
+            "config", "error", "hex", "quoted", "record", "secret", "turns",
+        ],
     ),
     ("metrics", &["config", "socket"]),
     ("mount", &["hex"]),

@@ -1,12 +1,13 @@
 //! Reads SecretProviderClasses.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use kube::{Api, api::GetParams};
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    Cluster,
+    Cluster, Freshness, Wanted,
+    classes::Source,
     request::Failure,
     resources::{SecretObject, SecretObjectData, SecretProviderClass},
 };
@@ -46,7 +47,7 @@ pub struct Class {
     /// `spec.parameters`, not empty.
     pub parameters: BTreeMap<String, String>,
     /// `spec.secretObjects`, without spaces around its names, types and keys.
-    pub secret_objects: Vec<SecretObject>,
+    pub secret_objects: Arc<[SecretObject]>,
     /// The limit that `spec.secretObjects` exceeds, as a sentence. `secret_objects` is empty then.
     pub too_much: Option<String>,
 }
@@ -59,7 +60,7 @@ impl Class {
             identity: self.identity.clone(),
             provider: self.provider.clone(),
             parameters: BTreeMap::new(),
-            secret_objects: self.secret_objects.clone(),
+            secret_objects: Arc::clone(&self.secret_objects),
             too_much: self.too_much.clone(),
         }
     }
@@ -87,7 +88,7 @@ impl Class {
         }
         let too_much = too_much(&spc.spec.secret_objects);
         let secret_objects = match too_much {
-            Some(_) => Vec::new(),
+            Some(_) => Arc::default(),
             None => spc.spec.secret_objects.into_iter().map(trimmed).collect(),
         };
         Ok(Class {
@@ -107,22 +108,44 @@ impl Class {
 }
 
 impl Cluster {
-    /// Reads a class, as it is now.
+    /// Reads a class, as it is now. Callers that ask for it at the same time share one request.
     ///
     /// # Errors
     /// Fails if it cannot be read, or has no provider or no parameters.
-    pub async fn class(&self, namespace: &str, name: &str) -> Result<Class> {
-        self.read_class(namespace, name, &GetParams::default())
-            .await
+    pub async fn class(&self, namespace: &str, name: &str) -> Result<Arc<Class>> {
+        let wanted = Wanted {
+            freshness: Freshness::Present,
+            known: None,
+            with_parameters: true,
+        };
+        self.known_class(namespace, name, &wanted).await
     }
 
-    /// Reads a class from the API server's cache. The answer may be a moment old, and costs the API
-    /// server little, because it need not ask its store.
+    /// Returns a class as the driver remembers it, if that is as `wanted`, or else as the API server
+    /// answers.
     ///
     /// # Errors
     /// The same as for [`Cluster::class`].
-    pub async fn cached_class(&self, namespace: &str, name: &str) -> Result<Class> {
-        self.read_class(namespace, name, &GetParams::any()).await
+    pub async fn known_class(
+        &self,
+        namespace: &str,
+        name: &str,
+        wanted: &Wanted<'_>,
+    ) -> Result<Arc<Class>> {
+        if !is_object_name(name) {
+            let error = Error::invalid(format!(
+                "failed to get secretproviderclass {namespace}/{}: this cannot be the name of an object",
+                quoted(name, 100)
+            ));
+            return Err(error.with_reason(Reason::SecretProviderClassNotFound));
+        }
+        let read = |source| self.read_class(namespace, name, source);
+        self.classes.get(namespace, name, wanted, read).await
+    }
+
+    /// Returns how long ago a class was read; no time if it is not remembered.
+    pub fn age_of_class(&self, namespace: &str, name: &str) -> Duration {
+        self.classes.age(namespace, name).unwrap_or_default()
     }
 
     /// Returns whether a class of this name makes this Secret. It does not only if the API server
@@ -161,7 +184,11 @@ impl Cluster {
         Ok(false)
     }
 
-    async fn read_class(&self, namespace: &str, name: &str, how: &GetParams) -> Result<Class> {
+    async fn read_class(&self, namespace: &str, name: &str, source: Source) -> Result<Class> {
+        let how = match source {
+            Source::Cache => GetParams::any(),
+            Source::Store => GetParams::default(),
+        };
         let failed = |error: Error| {
             error
                 .context(format_args!(
@@ -169,16 +196,9 @@ impl Cluster {
                 ))
                 .with_reason(Reason::SecretProviderClassNotFound)
         };
-        if !is_object_name(name) {
-            let error = Error::invalid(format!(
-                "failed to get secretproviderclass {namespace}/{}: this cannot be the name of an object",
-                quoted(name, 100)
-            ));
-            return Err(error.with_reason(Reason::SecretProviderClassNotFound));
-        }
         let api: Api<SecretProviderClass> =
             Api::namespaced(self.client().await.map_err(failed)?, namespace);
-        let spc = self.read(api.get_with(name, how)).await;
+        let spc = self.read(api.get_with(name, &how)).await;
         let spc = spc.map_err(|failure| {
             let is_missing = failure.is_not_found(name);
             let error = failure.into_error();
@@ -212,7 +232,7 @@ impl Class {
             },
             provider: "vault".into(),
             parameters: BTreeMap::new(),
-            secret_objects,
+            secret_objects: secret_objects.into(),
             too_much: None,
         }
     }

@@ -132,7 +132,7 @@ pub(super) const FLAGS: &[Flag] = &[
         "What happens when a Secret of secretObjects cannot be written: report (the pod starts, an event reports the failure, and the driver tries again) or fail (the pod waits).",
         |c, v| put(&mut c.sync_errors, v)),
     flag!("sync-interval" "DURATION" = "45s",
-        "How often the driver checks whether somebody changed a synced Secret or the class of a volume; at least 1s.",
+        "How often the driver checks whether somebody changed a synced Secret; at least 1s. The class of a volume is read again after the volume's refresh interval, 5 minutes or seven times this, whatever is shortest.",
         |c, v| { put(&mut c.sync_interval, v)?; c.sync_interval = c.sync_interval.max(Duration::from_secs(1)); Ok(()) }),
 
     flag!("kubeconfig" "FILE" = "",

@@ -13,11 +13,12 @@ use super::{
     Volume,
     content::Origin,
     overtaken::Overtaken,
-    schedule::{Check, Checked, Schedule, VolumeKey, random_wait, usual_wait},
+    schedule::{Check, Checked, Schedule, VolumeKey, random_wait, usual_wait, wait_for_read},
 };
 use crate::{
     cluster::{
         Class,
+        interval::Intervals,
         secrets::{Digest, PodOwners, Reconciled, SyncError},
     },
     record::{self, Age},
@@ -106,17 +107,19 @@ struct Entries {
 
 /// The cache, and with it the schedule of the checks of everything in it.
 pub(super) struct Cache {
-    /// The interval between two checks of a Secret or a class.
+    /// The interval between two checks of a Secret.
     interval: Duration,
+    intervals: Intervals,
     entries: Mutex<Entries>,
     /// Notified when a check may be due earlier than the next one in the schedule before.
     pub(super) sooner: Notify,
 }
 
 impl Cache {
-    pub(super) fn new(interval: Duration) -> Self {
+    pub(super) fn new(intervals: Intervals) -> Self {
         Self {
-            interval,
+            interval: intervals.sync,
+            intervals,
             entries: Mutex::default(),
             sooner: Notify::new(),
         }
@@ -153,7 +156,12 @@ impl Cache {
         }
         // The caller is about to make its Secrets.
         let first = usual_wait(self.interval);
-        let released = entries.set_class(&key, Some(class), self.interval, first);
+        if !entries.schedule.contains(&Check::Class(key.clone())) {
+            let check = Check::Class(key.clone());
+            let wait = self.wait_for_class(Some(class));
+            entries.schedule.add(check, wait);
+        }
+        let released = entries.set_class(&key, Some(class), first);
         drop(entries);
         self.sooner.notify_one();
         released
@@ -266,14 +274,28 @@ impl Cache {
         read.or_else(|| known.recorded.clone())
     }
 
-    /// Sets a class that has been read; `None` if it is gone. Returns the Secrets that it made
+    /// Sets a class that was read this time ago; `None` if it is gone. Returns the Secrets that it made
     /// before and does not any more.
-    pub(super) fn set_class(&self, key: &ClassKey, class: Option<&Class>) -> Vec<String> {
+    pub(super) fn set_class(
+        &self,
+        key: &ClassKey,
+        class: Option<&Class>,
+        age: Duration,
+    ) -> Vec<String> {
         let mut entries = self.entries();
         if !entries.classes.contains_key(key) {
             return Vec::new();
         }
-        entries.set_class(key, class, self.interval, Duration::ZERO)
+        let next = self.wait_for_class(class).saturating_sub(age);
+        entries.schedule.add(Check::Class(key.clone()), next);
+        entries.set_class(key, class, Duration::ZERO)
+    }
+
+    /// Returns the time between two reads of a class. If a volume needs it more often than there are
+    /// checks, kubelet's looks at the volume read it.
+    fn wait_for_class(&self, class: Option<&Class>) -> Duration {
+        let class = class.map(|class| &class.identity);
+        wait_for_read(self.intervals.between_reads_of(class).max(self.interval))
     }
 
     /// Schedules another attempt to read a class.
@@ -385,15 +407,7 @@ impl Entries {
 
     /// Sets a class. If it has changed, its Secrets are checked after a first wait. An answer that is
     /// older than the known state changes nothing.
-    fn set_class(
-        &mut self,
-        key: &ClassKey,
-        class: Option<&Class>,
-        every: Duration,
-        first: Duration,
-    ) -> Vec<String> {
-        let check = Check::Class(key.clone());
-        self.schedule.add(check, usual_wait(every));
+    fn set_class(&mut self, key: &ClassKey, class: Option<&Class>, first: Duration) -> Vec<String> {
         let known = self.classes.entry(key.clone()).or_default();
         if known.is_current(class) {
             return Vec::new();

@@ -292,8 +292,8 @@ pub(crate) fn fuzz(bytes: &[u8]) {
         .unwrap_or_default();
     let files: SecretData = files.into_iter().map(|(k, v)| (k, v.into())).collect();
     let (refused, caller) = (RefusedObjects::default(), Caller::default());
-    let mut sources = Sources::parse(&class.secret_objects, &files, &refused, &caller);
-    for object in &class.secret_objects {
+    let mut sources = Sources::parse(class.secret_objects.iter(), &files, &refused, &caller);
+    for object in class.secret_objects.iter() {
         let entry = match Entry::new(&class, object) {
             Ok(entry) => entry,
             Err(error) => {

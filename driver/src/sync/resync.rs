@@ -1,10 +1,11 @@
 //! Checks again and again whether classes, Secrets and pod statuses are in order.
 //!
-//! There is one request by name for each Secret and each class of this node in an interval, never in
-//! a burst. A class without `secretObjects` is checked, too, because it may get some while its pods
-//! run. A few checks run at once, one of a namespace, and namespaces whose last check failed or was
-//! slow share a part of them: a webhook, a finalizer or a quota of one namespace does not delay the
-//! Secrets of others. Everything waits, longer and longer, only if the API server is away.
+//! There is one request by name for each Secret of this node in an interval, never in a burst. Classes
+//! are read more seldom, and looks of kubelet share what was read. A class without `secretObjects` is
+//! read, too, because it may get some while its pods run. A few checks run at once, one of a namespace,
+//! and namespaces whose last check failed or was slow share a part of them: a webhook, a finalizer or a
+//! quota of one namespace does not delay the Secrets of others. Everything waits, longer and longer,
+//! only if the API server is away.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -24,8 +25,8 @@ use super::{
     schedule::{Check, Checked, VolumeKey},
 };
 use crate::{
-    cluster::{Class, pod_status::DesiredPodStatus, secrets::Owner},
-    record::{Age, Record, is_object_name},
+    cluster::{Class, Freshness, Wanted, pod_status::DesiredPodStatus, secrets::Owner},
+    record::{Record, is_object_name},
 };
 
 /// The number of checks that run at once, and how many of them in namespaces with failures.
@@ -181,16 +182,13 @@ impl SecretSync {
     async fn check_class(&self, key: ClassKey) -> Checked {
         let (namespace, name) = (key.namespace.as_str(), key.name.as_str());
         let known = self.cache.newest_state(&key);
-        // The API server's cache may be older than the state that a volume was mounted with.
-        let may_be_stale = |class: &Class| {
-            let age = known.as_ref().map(|known| class.identity.age(known));
-            matches!(age, Some(Age::Unsure | Age::OlderContent))
+        let known = known.as_ref();
+        let wanted = Wanted {
+            freshness: Freshness::Within(self.intervals.between_reads_of(known)),
+            known,
+            with_parameters: false,
         };
-        let read = match self.cluster.cached_class(namespace, name).await {
-            Ok(class) if may_be_stale(&class) => self.cluster.class(namespace, name).await,
-            read => read,
-        };
-        let class = match read {
+        let class = match self.cluster.known_class(namespace, name, &wanted).await {
             Ok(class) => Some(class),
             // Its Secrets stay as they are while there is none.
             Err(error) if error.code() == Code::NotFound => None,
@@ -200,7 +198,8 @@ impl SecretSync {
                 return Checked::Failed;
             }
         };
-        let released = self.cache.set_class(&key, class.as_ref());
+        let age = self.cluster.age_of_class(namespace, name);
+        let released = self.cache.set_class(&key, class.as_deref(), age);
         let Some(class) = class else {
             return Checked::InOrder;
         };

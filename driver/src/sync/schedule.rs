@@ -137,6 +137,11 @@ pub(super) fn usual_wait(every: Duration) -> Duration {
     wait(0, every)
 }
 
+/// Returns the wait until a class is read again, which is never shorter than planned.
+pub(super) fn wait_for_read(every: Duration) -> Duration {
+    every.mul_f64(rand::rng().random_range(1.0..1.1))
+}
+
 /// Returns a random wait within an interval, for the first checks after the start of the process.
 pub(super) fn random_wait(within: Duration) -> Duration {
     within.mul_f64(rand::rng().random_range(0.0..1.0))

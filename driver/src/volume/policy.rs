@@ -11,15 +11,14 @@ use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 
 use crate::{
-    config::{Config, RepublishErrors, duration},
+    cluster::interval::Intervals,
+    config::{Config, RepublishErrors},
     error::Error,
     quoted::quoted,
     record::{ClassState, Record},
 };
 
-/// The annotation of a class, or the attribute of a volume, with the shortest time between two
-/// refreshes, or `never`.
-pub const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
+pub use crate::cluster::interval::{Every, INTERVAL};
 
 /// The annotation of a class of which any new value asks for a refresh of each volume of the class.
 pub const ASKED: &str = "secrets-store.csi.k8s.io/refresh";
@@ -37,10 +36,8 @@ const JITTER: f64 = 0.1;
 pub struct Policy {
     /// Whether volumes are refreshed: `--enable-secret-rotation`.
     pub enabled: bool,
-    /// The shortest time between two refreshes of a volume: `--rotation-poll-interval`.
-    pub interval: Duration,
-    /// The shortest interval that a class or a volume may set: `--min-rotation-poll-interval`.
-    pub least_interval: Duration,
+    /// The flags that decide about intervals.
+    pub intervals: Intervals,
     /// Whether kubelet gets the errors of refreshes: `--republish-errors`.
     pub errors: RepublishErrors,
     /// The wait after the first failure: `--rotation-backoff`.
@@ -53,46 +50,11 @@ impl From<&Config> for Policy {
     fn from(config: &Config) -> Self {
         Self {
             enabled: config.enable_secret_rotation,
-            interval: config.rotation_poll_interval,
-            least_interval: config.min_rotation_poll_interval,
+            intervals: Intervals::from(config),
             errors: config.republish_errors,
             first_wait: config.rotation_backoff,
             longest_wait: config.rotation_backoff_max,
         }
-    }
-}
-
-/// The interval that a class or a volume sets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Every {
-    /// A refresh is due when this time has passed since the last success.
-    Interval(Duration),
-    /// A refresh is due only when the class changes, or asks for one.
-    Never,
-}
-
-impl Every {
-    /// Parses the value of the attribute or the annotation.
-    ///
-    /// # Errors
-    /// The end of a sentence that says what to write.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        match text {
-            "never" => Ok(Self::Never),
-            text => duration(text)
-                .map(Self::Interval)
-                .map_err(|why| format!("{why}, or never")),
-        }
-    }
-}
-
-/// Reads bytes as the interval of a class or a volume.
-#[cfg(any(test, fuzzing))]
-pub(crate) fn fuzz(bytes: &[u8]) {
-    if let Ok(text) = std::str::from_utf8(bytes)
-        && let Err(why) = Every::parse(text)
-    {
-        crate::fuzz::assert_readable(&why);
     }
 }
 
@@ -152,10 +114,12 @@ impl Policy {
         {
             return Ok(Some(Due::Asked));
         }
-        let interval = match of_volume.map_or_else(|| of_class(class), |every| Ok(Some(every)))? {
-            None => self.interval,
-            Some(Every::Interval(interval)) => interval.max(self.least_interval),
-            Some(Every::Never) => return Ok(None),
+        let every = match of_volume {
+            Some(every) => Some(every),
+            None => Every::of_class(class)?,
+        };
+        let Some(interval) = self.intervals.between_refreshes(every) else {
+            return Ok(None);
         };
         let seed = format!(
             "{}{}",
@@ -169,23 +133,6 @@ impl Policy {
         let is_due = passed.is_negative() || passed.unsigned_abs() >= interval + late;
         Ok(is_due.then_some(Due::Interval))
     }
-}
-
-/// Returns the interval that the class sets.
-///
-/// # Errors
-/// When the annotation cannot be read as an interval.
-pub(super) fn of_class(class: &ClassState) -> Result<Option<Every>, Error> {
-    let Some(text) = class.annotations.get(INTERVAL) else {
-        return Ok(None);
-    };
-    Every::parse(text).map(Some).map_err(|why| {
-        Error::precondition(format!(
-            "annotation {INTERVAL} of SecretProviderClass {} is {}: {why}",
-            class.name,
-            quoted(text, 40)
-        ))
-    })
 }
 
 /// Returns whether a class wants its provider to be told which versions are mounted.
@@ -230,8 +177,11 @@ pub(super) mod tests {
     pub(in crate::volume) fn policy() -> Policy {
         Policy {
             enabled: true,
-            interval: 10 * MINUTE,
-            least_interval: MINUTE,
+            intervals: Intervals {
+                refresh: 10 * MINUTE,
+                least: MINUTE,
+                sync: MINUTE,
+            },
             errors: RepublishErrors::Mask,
             first_wait: Duration::from_secs(10),
             longest_wait: 5 * MINUTE,
@@ -331,7 +281,7 @@ pub(super) mod tests {
     fn volumes_mounted_together_spread_out() {
         let now = Timestamp::now();
         let class = class(Some(1), "5", &[]);
-        let half_late = now + policy().interval.mul_f64(1.0 + JITTER / 2.0);
+        let half_late = now + policy().intervals.refresh.mul_f64(1.0 + JITTER / 2.0);
         let due = (0..50).filter(|i| {
             let record = Record {
                 volume_id: format!("csi-{i}"),

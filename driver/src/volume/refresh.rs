@@ -1,6 +1,6 @@
 //! Refreshes a published volume, and reports failures to its pod.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
@@ -11,21 +11,24 @@ use super::{
     ask::unless,
     content::Stage,
     failing::Notice,
+    looks::freshness,
     policy::{INTERVAL, sends_versions},
     threads::blocking,
 };
 use crate::{
-    cluster::{Class, events::Severity},
+    cluster::{Class, Freshness, Wanted, events::Severity},
     config::RepublishErrors,
     error::{Error, Result},
     record::{Age, ClassState, Record, StagedRecord},
 };
 
 impl Volumes {
-    /// Refreshes a published volume, if it is due and not left alone after a failure.
+    /// Refreshes a published volume, if it is due and not left alone after a failure. `since_last` is
+    /// the time since kubelet's last look at the volume.
     pub(super) async fn keep_fresh(
         &self,
         record: Record,
+        since_last: Option<Duration>,
         request: &PublishRequest,
         cancelled: &CancellationToken,
     ) -> Result<Outcome> {
@@ -33,7 +36,12 @@ impl Volumes {
             return Ok(Outcome::AlreadyPublished);
         }
         let known = self.failing.newest_class(&request.volume_id, &record.class);
-        let class = unless(cancelled, self.class_since(request, &known)).await;
+        let freshness = freshness(since_last, self.between_reads(&known, request));
+        let class = unless(
+            cancelled,
+            self.class_since(request, &known, freshness, false),
+        )
+        .await;
         if class
             .as_ref()
             .is_ok_and(|class| class.identity.age(&known) == Age::OlderContent)
@@ -92,7 +100,7 @@ impl Volumes {
     fn is_due(
         &self,
         record: &Record,
-        class: &Result<Class>,
+        class: &Result<Arc<Class>>,
         request: &PublishRequest,
     ) -> Result<bool> {
         let class = match class {
@@ -107,21 +115,60 @@ impl Volumes {
         Ok(due.is_some())
     }
 
-    /// Reads the class from the API server's cache. If that is older than the known state, or has no
-    /// such class, reads the present class.
-    async fn class_since(&self, request: &PublishRequest, known: &ClassState) -> Result<Class> {
+    /// Returns the planned time between two reads of the class of a volume.
+    fn between_reads(&self, known: &ClassState, request: &PublishRequest) -> Duration {
+        let intervals = &self.policy.intervals;
+        match request.every {
+            None => intervals.between_reads_of(Some(known)),
+            every => intervals.between_reads(every),
+        }
+    }
+
+    /// Returns the class, at least as new as the known state if the API server has that.
+    async fn class_since(
+        &self,
+        request: &PublishRequest,
+        known: &ClassState,
+        freshness: Freshness,
+        with_parameters: bool,
+    ) -> Result<Arc<Class>> {
         let (namespace, name) = (&request.pod.namespace, &request.class);
-        let cached = self.cluster.cached_class(namespace, name).await;
-        let mut class = match cached {
-            Ok(class) if class.identity.age(known) == Age::Current => return Ok(class),
-            Err(error) if error.code() != Code::NotFound => return Err(error),
-            Ok(_) | Err(_) => self.cluster.class(namespace, name).await?,
+        let wanted = Wanted {
+            freshness,
+            known: Some(known),
+            with_parameters,
         };
+        let class = self.cluster.known_class(namespace, name, &wanted).await?;
         if class.identity.age(known) == Age::OlderMetadata {
             // The content is the same, and the known annotations are newer.
-            class.identity = known.clone();
+            return Ok(Arc::new(Class {
+                identity: known.clone(),
+                ..Class::clone(&class)
+            }));
         }
         Ok(class)
+    }
+
+    /// Returns a class with its parameters, which are not remembered if they are large.
+    async fn with_parameters(
+        &self,
+        class: Arc<Class>,
+        request: &PublishRequest,
+    ) -> Result<Arc<Class>> {
+        if !class.parameters.is_empty() {
+            return Ok(class);
+        }
+        let known = &class.identity;
+        let whole = self
+            .class_since(request, known, Freshness::Afresh, true)
+            .await?;
+        if whole.identity.age(known) == Age::OlderContent {
+            return Err(Error::unavailable(format!(
+                "the API server answers with an older state of SecretProviderClass {}/{} than a moment before; trying again",
+                request.pod.namespace, request.class
+            )));
+        }
+        Ok(whole)
     }
 
     /// Carries out the steps of a refresh, in their order. Until the staged files are committed,
@@ -130,10 +177,11 @@ impl Volumes {
     async fn refresh(
         &self,
         record: &Record,
-        class: Class,
+        class: Arc<Class>,
         request: &PublishRequest,
         cancelled: &CancellationToken,
     ) -> Result<bool> {
+        let class = unless(cancelled, self.with_parameters(class, request)).await?;
         let mount = self.refit(request).await?;
         let sends_versions = sends_versions(&class.identity)?;
         let reply = self

@@ -25,7 +25,7 @@ use std::{
 
 use api::{Api, CLASS, Refuse, SECRET, What};
 use driver::{
-    cluster::{Class, Cluster},
+    cluster::{Class, Cluster, interval::Intervals},
     metrics::Metrics,
     mount::{self, Tmpfs},
     record::{Record, Writer},
@@ -57,7 +57,7 @@ async fn class(api: &Api, cluster: &Cluster, secret_objects: Value) -> Class {
     api.put_class(&secret_objects, "1");
     let class = cluster.class("shop", "db").await.unwrap();
     api.requests();
-    class
+    Class::clone(&class)
 }
 
 fn creds() -> Value {
@@ -75,7 +75,11 @@ fn sync(dir: &Path, cluster: &Cluster, every: Duration) -> Arc<SecretSync> {
         Metrics::new(),
         Options {
             errors_fail_publish: false,
-            interval: every,
+            intervals: Intervals {
+                refresh: every,
+                least: Duration::ZERO,
+                sync: every,
+            },
         },
     ))
 }

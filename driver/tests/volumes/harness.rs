@@ -99,6 +99,8 @@ pub(crate) fn class(name: &str, generation: i64) -> Value {
 pub(crate) struct ApiState {
     /// The answers for each class, one after the other; the last one stays.
     pub(crate) classes: BTreeMap<String, VecDeque<Class>>,
+    /// The number of reads of each class.
+    class_reads: BTreeMap<String, usize>,
     /// Whether pod statuses of a class are refused, and how.
     pub(crate) statuses: BTreeMap<String, u16>,
     /// The code with which events are refused, if they are, and their number.
@@ -141,6 +143,11 @@ impl Api {
         let answers = answers.into_iter().collect();
         let mut state = self.0.state.lock().unwrap();
         state.classes.insert(name.to_owned(), answers);
+    }
+
+    /// Returns the number of reads of each class since the last time that this was called.
+    pub(crate) fn class_reads(&self) -> BTreeMap<String, usize> {
+        std::mem::take(&mut self.0.state.lock().unwrap().class_reads)
     }
 
     /// Refuses the pod statuses of a class, or takes them again.
@@ -225,6 +232,7 @@ impl ApiState {
             server::refuse(code, reason, "refused by the test", Some(name))
         };
         if path.contains("/secretproviderclasses/") {
+            *self.class_reads.entry(name.to_owned()).or_default() += 1;
             let Some(answers) = self.classes.get_mut(name) else {
                 return refuse(404, "NotFound");
             };

@@ -17,6 +17,7 @@ mod harness;
 mod leaving;
 mod meanwhile;
 mod memory;
+mod rest;
 mod rollbacks;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../api/server.rs"]

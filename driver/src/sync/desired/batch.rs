@@ -207,7 +207,7 @@ mod tests {
             let bytes = secrets.iter().filter(|(file, field)| *file < 3 && *field < 6).count() * length;
             prop_assert!(runs <= 1 + 2 * bytes / MAX_BYTES, "{runs} runs for {bytes} bytes");
             prop_assert!(PARSED.get() <= runs * 3, "{} objects parsed", PARSED.get());
-            for object in &class.secret_objects {
+            for object in class.secret_objects.iter() {
                 let sources = Sources::parse([object], &files, &refused, &caller);
                 let alone = compute_from(&class, &[object], sources);
                 let name = &object.secret_name;
