@@ -246,7 +246,7 @@ const CONFINED: [(&str, &[&str]); 10] = [
     ("procfs_core", &["metrics"]),
     ("tonic_types", &["provider"]),
     ("nix", &["files", "hardening", "metrics", "mount", "socket"]),
-    ("libc", &["hardening", "metrics"]),
+    ("libc", &["hardening", "metrics", "mount"]),
 ];
 
 /// Returns the code of each module of a crate, without tests and comments.

@@ -4,6 +4,7 @@ use std::{
     ffi::OsString,
     fs,
     io::{self, BufRead as _, BufReader},
+    mem::MaybeUninit,
     os::{
         fd::{AsRawFd as _, BorrowedFd},
         unix::ffi::OsStringExt as _,
@@ -105,6 +106,31 @@ fn each(mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
 
 /// Returns the ID of the mount that an open file is on.
 pub(super) fn id_of(file: BorrowedFd<'_>) -> io::Result<u64> {
+    match id_of_statx(file) {
+        Some(id) => Ok(id),
+        None => id_of_proc(file),
+    }
+}
+
+/// Asks statx(2), which tells it since Linux 5.8, for a fraction of the time that `/proc` takes.
+#[allow(unsafe_code)]
+fn id_of_statx(file: BorrowedFd<'_>) -> Option<u64> {
+    let mut is = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the path is an empty C string, and statx(2) writes one `statx`, which any bytes are.
+    let is = unsafe {
+        let done = libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_MNT_ID,
+            is.as_mut_ptr(),
+        );
+        (done == 0).then(|| is.assume_init())?
+    };
+    (is.stx_mask & libc::STATX_MNT_ID != 0).then_some(is.stx_mnt_id)
+}
+
+fn id_of_proc(file: BorrowedFd<'_>) -> io::Result<u64> {
     let path = format!("/proc/self/fdinfo/{}", file.as_raw_fd());
     let info = fs::read_to_string(&path)?;
     info.lines()

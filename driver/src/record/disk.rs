@@ -50,11 +50,18 @@ impl fmt::Debug for Records {
 }
 
 /// The content of a file: a record with the number of its format.
-#[derive(Serialize, Deserialize)]
-struct Filed<R> {
+#[derive(Serialize)]
+struct Filed<'a> {
     format: u32,
     #[serde(flatten)]
-    record: R,
+    record: &'a Record,
+}
+
+/// The number of the format of a file. It is read apart from the record: reading both at once would
+/// copy each field first, and each look of kubelet at a volume reads its record.
+#[derive(Deserialize)]
+struct Format {
+    format: u32,
 }
 
 /// A function that says what is wrong with a record.
@@ -315,13 +322,14 @@ impl Drop for StagedRecord {
 fn parsed(bytes: &[u8]) -> io::Result<Record> {
     let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
     // The parser repeats what it cannot read, which may be the whole file.
-    let Filed { format, record } = serde_json::from_slice::<Filed<Record>>(bytes)
-        .map_err(|error| invalid(quoted(&error.to_string(), LONGEST_REASON).to_string()))?;
+    let unreadable =
+        |error: serde_json::Error| invalid(quoted(&error.to_string(), LONGEST_REASON).to_string());
+    let Format { format } = serde_json::from_slice(bytes).map_err(unreadable)?;
     if format != FORMAT {
         let why = "it has the format of another version of the driver";
         return Err(invalid(why.to_owned()));
     }
-    Ok(record)
+    serde_json::from_slice(bytes).map_err(unreadable)
 }
 
 /// Reads bytes as a record.

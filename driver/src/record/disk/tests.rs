@@ -103,7 +103,7 @@ fn a_record_of_an_earlier_driver_is_one() {
     let records = Records::open(dir.path()).unwrap();
     let mut filed = serde_json::to_value(Filed {
         format: FORMAT,
-        record: Record::example("csi-1", "/t/mount"),
+        record: &Record::example("csi-1", "/t/mount"),
     })
     .unwrap();
     for new in ["lastChange", "failingSince", "orders"] {
@@ -213,7 +213,7 @@ impl Trash {
                     ..whole.clone()
                 };
                 let format = FORMAT;
-                let record = other;
+                let record = &other;
                 fs::write(at, serde_json::to_vec(&Filed { format, record }).unwrap()).unwrap();
             }
             Self::Hostile(place, name) => {
