@@ -21,6 +21,7 @@
 //! same list of system calls.
 
 pub mod capabilities;
+mod code;
 mod directories;
 pub mod seccomp;
 mod wiping;
@@ -37,6 +38,7 @@ use nix::sys::{
 
 use crate::config::Config;
 use capabilities::Capability;
+pub use code::unmap_code;
 pub use directories::check as check_directories;
 pub use wiping::Wiping;
 

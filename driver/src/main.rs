@@ -21,7 +21,7 @@ const BLOCKING_THREADS: usize = 4;
 /// The number of files that the driver may have open.
 const MOST_DESCRIPTORS: u64 = 65_536;
 
-/// The time between two returns of free memory to the system, as after a burst of publishes.
+/// The time between two returns of memory to the system, as after a burst of publishes.
 const TRIM_EVERY: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
@@ -127,14 +127,16 @@ fn one_arena() {
     }
 }
 
-/// Gives free memory in the middle of the heap back to the system, which keeps locked pages.
+/// Gives free memory in the middle of the heap, and code that has not run lately, back to the system,
+/// which keeps locked pages.
 #[allow(unsafe_code)]
 fn trim() {
-    #[cfg(target_env = "gnu")]
     driver::hardening::while_unlocked(|| {
+        #[cfg(target_env = "gnu")]
         // SAFETY: malloc_trim(3) takes the allocator's own lock and only releases free pages.
         unsafe {
             libc::malloc_trim(0);
         }
+        driver::hardening::unmap_code();
     });
 }
