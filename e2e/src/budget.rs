@@ -29,6 +29,10 @@ fn budget_class(annotations: &Value) -> String {
 /// The time after which the driver has released the memory that it needed for a burst.
 const AT_REST: Duration = Duration::from_secs(10);
 
+/// The time after which kubelet looks at a volume again, if nothing happens to its pod. A look that comes
+/// sooner reads the class.
+const BETWEEN_LOOKS: Duration = Duration::from_secs(60);
+
 /// Measures the driver and prints a table with the budgets.
 ///
 /// # Errors
@@ -51,6 +55,7 @@ pub async fn run() -> Result<()> {
     tokio::time::sleep(Duration::from_secs(2)).await;
     table.at_most("idle VmRSS, MiB", bench.rss()?, 10.0);
 
+    let mut publish = Latency::default();
     for concurrency in [1, MANY] {
         let pods = bench
             .volumes(CLASS, &concurrency.to_string(), PUBLISHES)
@@ -60,6 +65,7 @@ pub async fn run() -> Result<()> {
         let latencies = bench.publish_all(&pods, concurrency).await?;
         let (seconds, cpu) = (started.elapsed().as_secs_f64(), bench.cpu()? - cpu);
         let at = format!("at concurrency {concurrency}");
+        publish.set(concurrency, percentile(&latencies, 50));
         table.note(&format!("publish p50 {at}, ms"), percentile(&latencies, 50));
         table.note(&format!("publish p99 {at}, ms"), percentile(&latencies, 99));
         let rate = per(&pods) / seconds;
@@ -96,7 +102,8 @@ pub async fn run() -> Result<()> {
         );
 
         if concurrency == MANY {
-            rest(&bench, &pods, &mut table).await?;
+            looks(&bench, &pods, &publish, &mut table).await?;
+            refreshes(&bench, &pods, &mut table).await?;
         }
 
         cluster.api().reset_requests();
@@ -112,33 +119,87 @@ pub async fn run() -> Result<()> {
     table.verdict()
 }
 
-/// Measures publishes of mounted volumes: when none is due, and when all are due and nothing has
-/// changed.
-async fn rest(bench: &Bench<'_>, pods: &[Volume], table: &mut Table) -> Result<()> {
-    for (what, reads, calls) in [
-        ("republish", 1.0, 0.0),
-        ("refresh without change", 2.0, 1.0),
-    ] {
-        if calls > 0.0 {
-            let asked = budget_class(&json!({REFRESH: "1"}));
-            bench.namespace.apply(&asked).await?;
+/// The median time of a publish in milliseconds, by concurrency.
+#[derive(Default)]
+struct Latency {
+    alone: f64,
+    among_many: f64,
+}
+
+impl Latency {
+    fn set(&mut self, concurrency: usize, milliseconds: f64) {
+        match concurrency {
+            1 => self.alone = milliseconds,
+            _ => self.among_many = milliseconds,
         }
-        bench.cluster.api().reset_requests();
-        let called_before = bench.provider_calls().await?;
-        let latencies = bench.publish_all(pods, MANY).await?;
-        let called = bench.provider_calls().await? - called_before;
-        let (read, written) = bench.requests();
+    }
+}
+
+/// Measures kubelet's looks at mounted volumes of which none is due. Times are compared with those of
+/// publishes, because they vary with the machine.
+async fn looks(
+    bench: &Bench<'_>,
+    pods: &[Volume],
+    publish: &Latency,
+    table: &mut Table,
+) -> Result<()> {
+    tokio::time::sleep(BETWEEN_LOOKS).await;
+    bench.cluster.api().reset_requests();
+    let called_before = bench.provider_calls().await?;
+    let cpu = bench.cpu()?;
+    let (some, others) = pods.split_at(pods.len() / 2);
+    let alone = bench.publish_all(some, 1).await?;
+    let among_many = bench.publish_all(others, MANY).await?;
+    let cpu = bench.cpu()? - cpu;
+    let (read, written) = bench.requests();
+    let called = bench.provider_calls().await? - called_before;
+    // The driver reads each class again every five minutes, which may be now.
+    let what = format!("API requests of {} looks", pods.len());
+    table.at_most(&what, read + written, 1.0);
+    let what = format!("provider calls of {} looks", pods.len());
+    table.at_most(&what, called, 0.0);
+    table.note("look p50 at concurrency 1, ms", percentile(&alone, 50));
+    table.at_most(
+        "look p50 at concurrency 1, of that of a publish",
+        percentile(&alone, 50) / publish.alone,
+        0.25,
+    );
+    for percent in [50, 99] {
         table.note(
-            &format!("{what}, p50 at concurrency {MANY}, ms"),
-            percentile(&latencies, 50),
-        );
-        table.at_most(&format!("API reads per {what}"), read / per(pods), reads);
-        table.at_most(&format!("API writes per {what}"), written / per(pods), 0.0);
-        table.at_most(
-            &format!("provider calls per {what}"),
-            called / per(pods),
-            calls,
+            &format!("look p{percent} at concurrency {MANY}, ms"),
+            percentile(&among_many, percent),
         );
     }
+    table.at_most(
+        &format!("look p99 at concurrency {MANY}, of the p50 of a publish"),
+        percentile(&among_many, 99) / publish.among_many,
+        0.5,
+    );
+    table.note("CPU time of a look, ms", cpu * 1000.0 / per(pods));
+    Ok(())
+}
+
+/// Measures refreshes of all volumes at once, when nothing has changed.
+async fn refreshes(bench: &Bench<'_>, pods: &[Volume], table: &mut Table) -> Result<()> {
+    let asked = budget_class(&json!({REFRESH: "1"}));
+    bench.namespace.apply(&asked).await?;
+    bench.cluster.api().reset_requests();
+    let called_before = bench.provider_calls().await?;
+    let latencies = bench.publish_all(pods, MANY).await?;
+    let called = bench.provider_calls().await? - called_before;
+    let (read, written) = bench.requests();
+    let what = "refresh without change";
+    table.note(
+        &format!("{what}, p50 at concurrency {MANY}, ms"),
+        percentile(&latencies, 50),
+    );
+    // Of the pod status; volumes that are looked at together share the reads of their class.
+    table.at_most(&format!("API reads per {what}"), read / per(pods), 1.2);
+    table.at_most(&format!("API writes per {what}"), written / per(pods), 0.0);
+    table.at_most(
+        &format!("provider calls per {what}"),
+        called / per(pods),
+        1.0,
+    );
     Ok(())
 }
