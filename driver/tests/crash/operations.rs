@@ -470,7 +470,8 @@ impl Run {
         if self.operation == Operation::Start {
             // The driver is ready before it registers itself.
             let nothing = || left().is_empty();
-            until("nothing is left in the directory of registration", nothing).await?;
+            let gone = until("nothing is left in the directory of registration", nothing).await;
+            gone.map_err(|why| format!("{why}; there are {:?}", left()))?;
         }
         let left = left();
         if !left.is_empty() {

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::lock;
 use super::report::Log;
-use super::store::Store;
+use super::store::{CLASSES, Store};
 
 /// The interval at which the pods are listed.
 pub(super) const LIST: Duration = Duration::from_millis(100);
@@ -74,8 +74,21 @@ pub(super) struct World {
     pub(super) failures: Mutex<BTreeMap<String, Failure>>,
     /// The classes that have one more object.
     pub(super) edited: Mutex<BTreeSet<usize>>,
-    /// The number of changes of classes that have begun, and of those that have ended.
-    edits: Mutex<(u64, u64)>,
+    /// The changes of each class.
+    edits: Mutex<BTreeMap<usize, Edits>>,
+}
+
+/// The changes of a class.
+#[derive(Clone, Copy, Debug, Default)]
+struct Edits {
+    /// The number of those that have begun, and of those that have ended.
+    begun: u64,
+    ended: u64,
+    /// The time, by [`World::now`], at which the last one ended.
+    last: Option<Duration>,
+    /// Whether a call that had read the class before the one before the last may have been running at
+    /// the last one.
+    is_close: bool,
 }
 
 /// Something that did not work for a while.
@@ -142,20 +155,39 @@ impl World {
     }
 
     /// Notes that a change of a class begins.
-    pub(super) fn edit_begins(&self) {
-        lock(&self.edits).0 += 1;
+    pub(super) fn edit_begins(&self, class: usize) {
+        let now = self.now();
+        let mut edits = lock(&self.edits);
+        let edits = edits.entry(class).or_default();
+        edits.begun += 1;
+        edits.is_close = edits
+            .last
+            .is_some_and(|last| now - last < self.bounds.fetch);
     }
 
     /// Notes that it is over.
-    pub(super) fn edit_ends(&self) {
-        lock(&self.edits).1 += 1;
+    pub(super) fn edit_ends(&self, class: usize) {
+        let now = self.now();
+        let mut edits = lock(&self.edits);
+        let edits = edits.entry(class).or_default();
+        edits.ended += 1;
+        edits.last = Some(now);
     }
 
-    /// Returns a number of the present state of a class that has one more object, unless it is changing
-    /// or has not. No other state of it has this number.
+    /// Notes that a driver does not know any more which state of a class a volume has.
+    pub(super) fn records_are_lost(&self) {
+        for class in 0..CLASSES.len() {
+            self.edit_begins(class);
+            self.edit_ends(class);
+        }
+    }
+
+    /// Returns a number of the present state of a class that has one more object. Returns `None` if it
+    /// has not, or is changing, or if a driver may be at work with a state before the one before.
     pub(super) fn edit(&self, class: usize) -> Option<u64> {
-        let (begun, ended) = *lock(&self.edits);
-        (begun == ended && lock(&self.edited).contains(&class)).then_some(begun)
+        let edits = lock(&self.edits).get(&class).copied()?;
+        let is_settled = edits.begun == edits.ended && !edits.is_close;
+        (is_settled && lock(&self.edited).contains(&class)).then_some(edits.begun)
     }
 
     /// Notes a failure of a pod.

@@ -103,6 +103,7 @@ impl<G: Ground> Actor<'_, G> {
             }
             What::WipePlugin { node } => {
                 let node = self.node(node);
+                self.world.records_are_lost();
                 self.wipe(what, node, PLUGIN, "csi.sock").await?;
                 self.ground.cluster().driver(node).kill().await
             }
@@ -237,19 +238,21 @@ impl<G: Ground> Actor<'_, G> {
         rebooted
     }
 
-    async fn driver_of(&self, node: &str) -> Result<String> {
-        let process = self.ground.driver_process(node).await?;
-        Ok(process
-            .map(|process| process.to_string())
-            .unwrap_or_default())
+    /// Returns the driver's process, which may be about to start after another fault.
+    async fn running_driver(&self, node: &str) -> Result<String> {
+        poll("the driver to run", GRACE, async || {
+            let process = self.ground.driver_process(node).await?;
+            Ok(match process {
+                Some(process) => ControlFlow::Break(process.to_string()),
+                None => ControlFlow::Continue(format!("it does not run on {node}")),
+            })
+        })
+        .await
     }
 
     async fn bad_disk(&self, what: What, node: &str, lasts: u64, how: &str) -> Result<()> {
         let records = format!("{PLUGIN}/records");
-        let driver = self.driver_of(node).await?;
-        if driver.is_empty() {
-            return Ok(());
-        }
+        let driver = self.running_driver(node).await?;
         let copy = format!("{}/chaos-records", self.ground.scratch());
         self.sh(node, SMALL_DISK, &[&driver, &records, &copy, how])
             .await?;
@@ -259,7 +262,8 @@ impl<G: Ground> Actor<'_, G> {
             .log
             .struck(&what.kind(), u64::from(writes.is_err()));
         sleep(lasts).await;
-        let driver = self.driver_of(node).await?;
+        let driver = self.ground.driver_process(node).await?;
+        let driver = driver.map(|driver| driver.to_string()).unwrap_or_default();
         self.sh(node, LARGE_DISK, &[&driver, &records, &copy])
             .await?;
         self.sh(node, "rm -f \"$1\"", &[&mark]).await.map(drop)
@@ -281,6 +285,7 @@ impl<G: Ground> Actor<'_, G> {
     async fn tear_record(&self, node: &str) -> Result<()> {
         if let Some(record) = self.records(node).await?.first() {
             let bytes = fs::read(record).map_err(|error| failed(record, error))?;
+            self.world.records_are_lost();
             let half = bytes.get(..bytes.len() / 2).unwrap_or_default();
             fs::write(record, half).map_err(|error| failed(record, error))?;
             self.world.log.struck("tear-record", 1);
@@ -291,10 +296,7 @@ impl<G: Ground> Actor<'_, G> {
     /// Steps the clock of a node by what the driver has written: no process can have a clock of its
     /// own here. Times on disk that are so much later are those of a clock that was set back since.
     async fn step_clock(&self, what: What, node: &str, by: i64) -> Result<()> {
-        let driver = self.driver_of(node).await?;
-        if driver.is_empty() {
-            return Ok(());
-        }
+        let driver = self.running_driver(node).await?;
         self.sh(node, "kill -STOP \"$1\"", &[&driver]).await?;
         let shifted = self.shift_records(node, by).await;
         self.ground.cluster().driver(node).kill().await?;
@@ -325,11 +327,14 @@ impl<G: Ground> Actor<'_, G> {
 
     /// Keeps the driver's memory limit small for a while.
     async fn memory_near(&self, what: What, node: &str, lasts: u64) -> Result<()> {
+        self.running_driver(node).await?;
         let limit = self.ground.shrink_memory(node).await?;
         sleep(lasts).await;
         let metrics = self.ground.cluster().driver(node).metrics().await;
-        let line = format!("secrets_store_memory_limit_bytes {limit}");
-        let is_near = metrics.unwrap_or_default().contains(&line);
+        let value = format!(" {limit}");
+        let is_near = metrics.unwrap_or_default().lines().any(|line| {
+            line.starts_with("secrets_store_memory_limit_bytes{") && line.ends_with(&value)
+        });
         self.world.log.struck(&what.kind(), u64::from(is_near));
         self.ground.restore_memory(node).await
     }

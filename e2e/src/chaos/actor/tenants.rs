@@ -36,15 +36,15 @@ impl<G: Ground> Actor<'_, G> {
                 Ok(())
             }
             What::EditClass { class } => {
-                self.world.edit_begins();
+                self.world.edit_begins(class);
                 let edited = self.edit(class).await;
-                self.world.edit_ends();
+                self.world.edit_ends(class);
                 edited
             }
             What::RemakeClass { class, lasts } => {
-                self.world.edit_begins();
+                self.world.edit_begins(class);
                 let made = self.remake(class, lasts).await;
-                self.world.edit_ends();
+                self.world.edit_ends(class);
                 made
             }
             What::DeleteStatus { pod } => self.delete_statuses(pod).await,

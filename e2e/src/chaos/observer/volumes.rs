@@ -38,8 +38,11 @@ struct Known {
     /// The root of the node, which is another one after a reboot, and the file system.
     mounted: (PathBuf, u64),
     generation: u64,
-    /// The edit of the class that the volume is known to have, see [`World::edit`].
+    has_extra: bool,
+    /// The state of the class then, see [`World::edit`], and the state from which the volume has got the
+    /// object that only an edit adds.
     edit: Option<u64>,
+    gained: Option<u64>,
     /// Since when, by [`World::now`], the store has newer content.
     stale: Option<Duration>,
 }
@@ -170,8 +173,13 @@ fn read_one(
     if is_stale && world.now() - since > world.bounds.silence {
         world.fails(pod, "its volume is not refreshed");
     }
-    let had_edit = before.as_ref().and_then(|before| before.edit);
-    if had_edit.is_some() && had_edit == edit && !has_extra && world.edit(class) == edit {
+    let gained = match before.as_ref() {
+        Some(before) if before.gained.is_some() && before.gained == edit => edit,
+        // Without the object before: it has not kept it from an earlier edit.
+        Some(before) if has_extra && !before.has_extra && before.edit == edit => edit,
+        _ => None,
+    };
+    if gained.is_some() && !has_extra && world.edit(class) == gained {
         let text = "it has lost the object that an edit of its class added, and the class has it";
         let wrong = Wrong::Content("no volume goes back to an older class", text.to_owned());
         report(world, pod, root, class, wrong, out);
@@ -180,7 +188,9 @@ fn read_one(
     let now = Known {
         mounted: mounted.clone(),
         generation,
-        edit: edit.filter(|_| has_extra),
+        has_extra,
+        edit,
+        gained,
         stale: is_stale.then_some(since),
     };
     known.insert(id.clone(), now);
