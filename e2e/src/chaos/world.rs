@@ -182,12 +182,12 @@ impl World {
         }
     }
 
-    /// Returns a number of the present state of a class that has one more object. Returns `None` if it
-    /// has not, or is changing, or if a driver may be at work with a state before the one before.
-    pub(super) fn edit(&self, class: usize) -> Option<u64> {
-        let edits = lock(&self.edits).get(&class).copied()?;
+    /// Returns a number of the present state of a class, and whether it has one more object. Returns
+    /// `None` if it is changing, or if a driver may be at work with a state before the one before.
+    pub(super) fn edit(&self, class: usize) -> Option<(u64, bool)> {
+        let edits = lock(&self.edits).get(&class).copied().unwrap_or_default();
         let is_settled = edits.begun == edits.ended && !edits.is_close;
-        (is_settled && lock(&self.edited).contains(&class)).then_some(edits.begun)
+        is_settled.then(|| (edits.begun, lock(&self.edited).contains(&class)))
     }
 
     /// Notes a failure of a pod.

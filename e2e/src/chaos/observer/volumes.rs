@@ -38,11 +38,12 @@ struct Known {
     /// The root of the node, which is another one after a reboot, and the file system.
     mounted: (PathBuf, u64),
     generation: u64,
+    /// Whether it had the object that a class has only after an edit.
     has_extra: bool,
-    /// The state of the class then, see [`World::edit`], and the state from which the volume has got the
-    /// object that only an edit adds.
-    edit: Option<u64>,
-    gained: Option<u64>,
+    /// The state of the class then, see [`World::edit`].
+    edit: Option<(u64, bool)>,
+    /// The state of the class that the volume has followed.
+    follows: Option<(u64, bool)>,
     /// Since when, by [`World::now`], the store has newer content.
     stale: Option<Duration>,
 }
@@ -173,14 +174,15 @@ fn read_one(
     if is_stale && world.now() - since > world.bounds.silence {
         world.fails(pod, "its volume is not refreshed");
     }
-    let gained = match before.as_ref() {
-        Some(before) if before.gained.is_some() && before.gained == edit => edit,
-        // Without the object before: it has not kept it from an earlier edit.
-        Some(before) if has_extra && !before.has_extra && before.edit == edit => edit,
+    let has_edit = edit.is_some_and(|(_, expected)| has_extra == expected);
+    let follows = match before.as_ref() {
+        Some(before) if before.follows.is_some() && before.follows == edit => edit,
+        // It has become so: it was not so since an earlier edit.
+        Some(before) if has_edit && before.has_extra != has_extra && before.edit == edit => edit,
         _ => None,
     };
-    if gained.is_some() && !has_extra && world.edit(class) == gained {
-        let text = "it has lost the object that an edit of its class added, and the class has it";
+    if follows.is_some() && !has_edit && world.edit(class) == follows {
+        let text = "it had followed an edit of its class, and does not any more";
         let wrong = Wrong::Content("no volume goes back to an older class", text.to_owned());
         report(world, pod, root, class, wrong, out);
     }
@@ -190,7 +192,7 @@ fn read_one(
         generation,
         has_extra,
         edit,
-        gained,
+        follows,
         stale: is_stale.then_some(since),
     };
     known.insert(id.clone(), now);
