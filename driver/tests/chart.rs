@@ -13,6 +13,8 @@ mod helm;
 mod monitoring;
 #[path = "manifests/objects.rs"]
 mod objects;
+#[path = "chart/values.rs"]
+mod values;
 
 use std::fs;
 
@@ -40,6 +42,15 @@ fn schema() -> Value {
 fn value<'a>(values: &'a Value, key: &str) -> Option<&'a Value> {
     key.split('.')
         .try_fold(values, |values, part| values.get(part))
+}
+
+/// Values reused from the existing chart get the image that the chart has by default.
+#[test]
+fn the_chart_has_one_image() {
+    let chart = fs::read_to_string(deploy("chart/Chart.yaml")).unwrap();
+    let chart: Value = serde_saphyr::from_str(&chart).unwrap();
+    let image = &chart["annotations"]["driverImage"];
+    assert_eq!(value(&values(), "linux.image.repository"), Some(image));
 }
 
 #[test]
@@ -232,10 +243,6 @@ fn an_upgrade_can_reuse_the_values_of_the_existing_chart() {
 #[rstest]
 #[case("windows: {enabled: true}", "this driver is for Linux only")]
 #[case(
-    "linux: {image: {repository: mirror.example.org/csi-secrets-store/driver}}",
-    "is a copy of the existing driver's image, which this chart cannot run"
-)]
-#[case(
     "tokenRequests: [{audience: a}]\ntokenRequestsInSecrets: true",
     "tokenRequestsInSecrets=true needs Kubernetes 1.35, and this is v1.34.2"
 )]
@@ -243,14 +250,22 @@ fn an_upgrade_can_reuse_the_values_of_the_existing_chart() {
     "podMonitor: {enabled: true}\nlinux: {metricsAddr: '0'}",
     "there is nothing to monitor"
 )]
+#[case(
+    "metricsService: {enabled: true}\nlinux: {metricsAddr: '0'}",
+    "there is nothing to monitor"
+)]
+#[case(
+    "tokenRequests: [{audience: a, expirationSecond: 600}]",
+    "additional properties 'expirationSecond' not allowed"
+)]
 #[case("sidecars: none", "'/sidecars': value must be one of")]
 #[case(
     "syncSecret: {enabled: 'yes'}",
-    "'/syncSecret/enabled': got string, want boolean"
+    "'/syncSecret/enabled': value must be one of true, false, 'true', 'false'"
 )]
 #[case(
     "podMonitor: {enable: true}",
-    "additional properties 'enable' not allowed"
+    "podMonitor.enable: did you mean podMonitor.enabled?"
 )]
 fn refuses_what_cannot_work(#[case] values: &str, #[case] sentence: &str) {
     let Some(helm) = Helm::find() else { return };
@@ -327,6 +342,13 @@ fn the_pods_are_those_of_the_plain_manifests(#[case] file: &str, #[case] values:
         plain_config.kubelet_root_dir = Some("/var/lib/kubelet".into());
     }
     assert_eq!(chart_config, plain_config);
+
+    let mut policies = chart
+        .containers
+        .iter_mut()
+        .map(|c| &mut c.image_pull_policy);
+    let by_hand = policies.find(|policy| policy.as_deref() == Some("Never"));
+    *by_hand.unwrap() = Some("IfNotPresent".into());
 
     // Only the chart has these fields, like the existing driver's chart.
     assert!(chart.affinity.take().is_some());

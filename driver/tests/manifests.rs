@@ -430,9 +430,13 @@ fn the_driver_understands_its_own_manifest(#[case] file: &str, #[case] position:
 #[rstest]
 #[case("rbac-secretproviderclass.yaml", "secretproviderclasses-role", &[], &[
     "/events: create patch".to_owned(),
-    "/pods: get list watch".to_owned(),
-    format!("{GROUP}/secretproviderclasses: get list watch"),
-    format!("{GROUP}/secretproviderclasspodstatuses: create delete get list patch update watch"),
+    "/pods: get".to_owned(),
+    format!("{GROUP}/secretproviderclasses: get list"),
+    format!("{GROUP}/secretproviderclasspodstatuses: create delete get update"),
+    // What only the existing driver uses.
+    "/pods: list watch".to_owned(),
+    format!("{GROUP}/secretproviderclasses: watch"),
+    format!("{GROUP}/secretproviderclasspodstatuses: list patch watch"),
     format!("{GROUP}/secretproviderclasspodstatuses/status: get patch update"),
     "storage.k8s.io/csidrivers secrets-store.csi.k8s.io: get list watch".to_owned(),
 ])]

@@ -190,6 +190,7 @@ const E2E: Modules = &[
             "cluster",
             "host",
             "install",
+            "manifest",
             "namespace",
             "tree",
             "user",

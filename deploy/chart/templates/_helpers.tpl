@@ -39,21 +39,33 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end -}}
 {{- end -}}
 
+{{/* "true" if a switch is on, else empty. Charts without a schema took the words for it in quotes, too. */}}
+{{- define "sscd.on" -}}
+{{- if eq (toString .) "true" -}}true{{- end -}}
+{{- end -}}
+
 {{/*
 The driver's image. Values reused from the chart of the existing driver name that driver's image, which
-does not fit these templates. An image from that driver's own registry is replaced. A copy in another
-registry is refused, because the place of a copy of this driver's image is not known.
+does not fit these templates. An image from that driver's own registries is replaced. A copy in another
+registry is refused, because the place of a copy of this driver's image is not known. So is a name without
+a registry, because no node can pull it.
 */}}
 {{- define "sscd.driverImage" -}}
-{{- $ours := printf "secrets-store-csi:%s" .Chart.AppVersion -}}
-{{- $image := .Values.linux.image -}}
-{{- if has $image.repository (list "registry.k8s.io/csi-secrets-store/driver" "k8s.gcr.io/csi-secrets-store/driver") -}}
-{{ $ours }}
-{{- else if hasSuffix "csi-secrets-store/driver" $image.repository -}}
-{{- fail (printf "linux.image.repository=%s is a copy of the existing driver's image, which this chart cannot run: copy %s to your registry and set linux.image.repository, linux.image.tag and linux.image.digest to that copy" $image.repository $ours) -}}
-{{- else -}}
-{{- include "sscd.image" (dict "repository" $image.repository "digest" $image.digest "tag" (default .Chart.AppVersion $image.tag)) -}}
+{{- $image := default dict .Values.linux.image -}}
+{{- $repository := default .Chart.Annotations.driverImage $image.repository -}}
+{{- $ours := dict "repository" $repository "digest" $image.digest "tag" (default .Chart.AppVersion $image.tag) -}}
+{{- $named := printf "linux.image.repository=%s" $repository -}}
+{{- if has $repository (list "registry.k8s.io/csi-secrets-store/driver" "k8s.gcr.io/csi-secrets-store/driver" "us.gcr.io/k8s-artifacts-prod/csi-secrets-store/driver") -}}
+{{- $ours = dict "repository" .Chart.Annotations.driverImage "tag" .Chart.AppVersion -}}
+{{- else if or (regexMatch "(^|[-_./])secrets?-store[-_./](csi[-_])?driver([-_](fips|rhel[0-9]*|linux|amd64|arm64))*([:@].*)?$" (lower $repository)) (regexMatch "(^|/)deislabs/secrets-store-csi([:@].*)?$" $repository) -}}
+{{- fail (printf "%s is a copy of the existing driver's image, which this chart cannot run: copy %s:%s to your registry, under a name that ends in secrets-store-csi, and set linux.image.repository, linux.image.tag and linux.image.digest to that copy" $named .Chart.Annotations.driverImage .Chart.AppVersion) -}}
 {{- end -}}
+{{- $parts := splitList "/" $ours.repository -}}
+{{- $registry := and (gt (len $parts) 1) (or (regexMatch "[.:]" (first $parts)) (eq (first $parts) "localhost")) -}}
+{{- if not (or $registry (eq $image.pullPolicy "Never")) -}}
+{{- fail (printf "the driver's image would be %s, which names no registry to pull it from: push the image to your registry and set linux.image.repository=REGISTRY/secrets-store-csi (Docker Hub is docker.io/NAME); or, if you have loaded it on every node by hand, set linux.image.pullPolicy=Never" (include "sscd.image" $ours)) -}}
+{{- end -}}
+{{- include "sscd.image" $ours -}}
 {{- end -}}
 
 {{/* external: three containers. builtin: one. */}}

@@ -3,7 +3,7 @@
 {{- $linux := .Values.linux -}}
 {{- $root := trimSuffix "/" $linux.kubeletRootDir -}}
 serviceAccountName: secrets-store-csi-driver
-automountServiceAccountToken: {{ ternary .Values.automountServiceAccountToken true (hasKey .Values "automountServiceAccountToken") }}
+automountServiceAccountToken: {{ ne (toString .Values.automountServiceAccountToken) "false" }}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
@@ -98,19 +98,19 @@ volumeMounts:
 {{- $builtin := eq (include "sscd.sidecars" .) "builtin" -}}
 name: secrets-store
 image: {{ include "sscd.driverImage" . | quote }}
-imagePullPolicy: {{ $linux.image.pullPolicy }}
+imagePullPolicy: {{ ($linux.image).pullPolicy }}
 args:
   {{- with .Values.logVerbosity }}
   - -v={{ . | int }}
   {{- end }}
-  {{- if .Values.logFormatJSON }}
+  {{- if include "sscd.on" .Values.logFormatJSON }}
   - --log-format-json=true
   {{- end }}
   - --endpoint=$(CSI_ENDPOINT)
   - --nodeid=$(KUBE_NODE_NAME)
   - --provider-volume={{ $linux.providersDir }}
   - --additional-provider-volume-paths={{ $linux.additionalProvidersDirs | default list | join "," }}
-  {{- if .Values.enableSecretRotation }}
+  {{- if include "sscd.on" .Values.enableSecretRotation }}
   - --enable-secret-rotation=true
   {{- end }}
   {{- with .Values.rotationPollInterval }}
@@ -129,7 +129,7 @@ args:
   - --sync-interval={{ . }}
   {{- end }}
   - --metrics-addr={{ $linux.metricsAddr }}
-  {{- if .Values.providerHealthCheck }}
+  {{- if include "sscd.on" .Values.providerHealthCheck }}
   - --provider-health-check=true
   {{- end }}
   {{- with .Values.providerHealthCheckInterval }}

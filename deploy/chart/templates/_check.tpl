@@ -1,0 +1,87 @@
+{{/*
+Refuses values that this chart does not have, each with the key that was probably meant. The schema cannot
+do this: Helm's own message about an unknown key names no other key. "sscd.known" has the keys.
+*/}}
+{{- define "sscd.checkValues" -}}
+{{- $known := include "sscd.known" . | fromYaml -}}
+{{- /* The full keys by their last part. Those without effect are nobody's intention. */ -}}
+{{- $places := dict -}}
+{{- range $object, $keys := $known -}}
+{{- if ne $object "linux.crds" -}}
+{{- if ne $object "linux.crds.image" -}}
+{{- range $keys -}}
+{{- $_ := set $places . (append (default list (get $places .)) (printf "%s.%s" $object . | trimPrefix ".")) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $wrong := list -}}
+{{- range $object, $keys := $known -}}
+{{- $value := $.Values -}}
+{{- range splitList "." $object -}}
+{{- if . -}}
+{{- if kindIs "map" $value -}}
+{{- $value = get $value . -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if kindIs "map" $value -}}
+{{- range $key := keys $value | sortAlpha -}}
+{{- if not (has $key $keys) -}}
+{{- $found := dict "object" $object "key" $key "value" (get $value $key) "keys" $keys "places" $places "root" $ -}}
+{{- with include "sscd.hint" $found -}}
+{{- $wrong = append $wrong . -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if $wrong -}}
+{{- fail (printf "this chart does not have all of these values:\n  %s" (join "\n  " $wrong)) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The line about one unknown value, empty if the value is none of this chart's business. */}}
+{{- define "sscd.hint" -}}
+{{- $full := printf "%s.%s" .object .key | trimPrefix "." -}}
+{{- $name := splitList "." .key | last -}}
+{{- $same := default list (get .places $name) -}}
+{{- $similar := list -}}
+{{- $here := list -}}
+{{- $plain := lower $name | replace "-" "" | replace "_" "" -}}
+{{- range $other, $places := .places -}}
+{{- $plainOther := lower $other -}}
+{{- $begins := or (and (hasPrefix $plainOther $plain) (ge (len $plainOther) 3)) (and (hasPrefix $plain $plainOther) (ge (len $plain) 4)) -}}
+{{- if and $begins (ne $other $name) -}}
+{{- if le (len $plainOther) (add 4 (len $plain) | int) -}}
+{{- $similar = concat $similar $places -}}
+{{- end -}}
+{{- if has $other $.keys -}}
+{{- $here = append $here (printf "%s.%s" $.object $other | trimPrefix ".") -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $chart := .root.Chart -}}
+{{- if and (not .object) (has .key (list "global" "enabled" "install" "filteredWatchSecret")) -}}
+{{- /* A parent chart gives global, and switches this chart on and off. Charts before 1.1 had the last one. */ -}}
+{{- else if and (eq .key $chart.Name) (kindIs "map" .value) -}}
+{{- $inner := list -}}
+{{- range keys .value | sortAlpha -}}
+{{- $inner = append $inner (printf "%s.%s: write %s" $full . .) -}}
+{{- end -}}
+{{- printf "%s (that is for charts that this one is a part of)" (default (list (printf "%s: leave it out" $full)) $inner | join "\n  ") -}}
+{{- else if and (ne $name .key) (or (has $full $same) (has .key $same)) -}}
+{{- $meant := ternary .key $full (has .key $same) -}}
+{{- printf "%q: the dot is part of this key's name; write %s as nested keys, %s" .key $meant (printf "%s: …%s" (replace "." ": {" $meant) (repeat (sub (len (splitList "." $meant)) 1 | int) "}")) -}}
+{{- else if $same -}}
+{{- printf "%s: did you mean %s?" $full (join " or " $same) -}}
+{{- else if $here -}}
+{{- printf "%s: did you mean %s?" $full (join " or " $here) -}}
+{{- else if $similar -}}
+{{- printf "%s: did you mean %s?" $full (uniq $similar | sortAlpha | join " or ") -}}
+{{- else if and (not .object) (not $chart.IsRoot) (kindIs "bool" .value) -}}
+{{- /* The condition of a parent chart, under a name of its own. */ -}}
+{{- else -}}
+{{- printf "%s: %s has %s" $full (default "the top level" .object) (sortAlpha .keys | join ", ") -}}
+{{- end -}}
+{{- end -}}

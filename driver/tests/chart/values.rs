@@ -1,0 +1,417 @@
+//! Checks what the chart says to values that cannot work: those in a wrong place, and images that are not
+//! this driver's. It accepts what charts without a schema accepted: switches in quotes, and what a parent
+//! chart adds.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::apps::v1::DaemonSet;
+use rstest::rstest;
+use serde_json::{Map, Value, json};
+
+use crate::helm::{Chart, Helm, IMAGE_BY_HAND};
+use crate::objects::{keep, objects};
+use crate::schema;
+
+/// Returns the objects of the schema that have a fixed set of keys, with the keys of each.
+fn known() -> BTreeMap<String, Vec<String>> {
+    let mut known = BTreeMap::new();
+    let mut open = vec![(String::new(), schema())];
+    while let Some((object, schema)) = open.pop() {
+        // Anything is accepted below `windows`, as there is no driver for Windows.
+        if schema["description"].is_string() || object == "windows" {
+            continue;
+        }
+        let properties = schema["properties"].as_object().unwrap();
+        known.insert(object.clone(), properties.keys().cloned().collect());
+        for (key, schema) in properties {
+            open.push((below(&object, key), schema.clone()));
+        }
+    }
+    known
+}
+
+fn below(object: &str, key: &str) -> String {
+    let full = format!("{object}.{key}");
+    full.trim_start_matches('.').to_owned()
+}
+
+/// Sets a value by the keys on the way to it.
+fn set(values: &mut Value, object: &str, key: &str, value: Value) {
+    let mut place = values;
+    for part in object.split('.').filter(|part| !part.is_empty()) {
+        place = &mut place[part];
+        if place.is_null() {
+            *place = json!({});
+        }
+    }
+    place[key] = value;
+}
+
+#[test]
+fn the_templates_know_the_values_of_the_schema() {
+    let mut template = String::from(
+        "{{/* The values in values.schema.json by the objects that they are in. Written by `just manifests`. */}}\n{{- define \"sscd.known\" -}}\n",
+    );
+    for (object, keys) in known() {
+        let object = if object.is_empty() { "\"\"" } else { &object };
+        template.push_str(&format!("{object}: [{}]\n", keys.join(", ")));
+    }
+    template.push_str("{{- end -}}\n");
+    keep("chart/templates/_known.tpl", &template);
+}
+
+/// Returns the full keys by their last part, without those that have no effect.
+fn places(known: &BTreeMap<String, Vec<String>>) -> BTreeMap<&str, Vec<String>> {
+    let mut places = BTreeMap::<&str, Vec<String>>::new();
+    let effective = known
+        .iter()
+        .filter(|(object, _)| !object.starts_with("linux.crds"));
+    for (object, keys) in effective {
+        for key in keys {
+            places.entry(key).or_default().push(below(object, key));
+        }
+    }
+    places
+}
+
+/// Renders the chart with wrong values, and returns what it says about each.
+fn said(helm: &Helm, values: &Value) -> Vec<String> {
+    let refusal = helm
+        .render(&Chart::ours(), "1.34.2", &values.to_string())
+        .unwrap_err();
+    let mut lines = refusal.lines();
+    let first = lines.next().unwrap();
+    assert!(
+        first.ends_with("this chart does not have all of these values:"),
+        "{refusal}"
+    );
+    let lines = lines.map(str::trim).take_while(|line| !line.is_empty());
+    lines.map(str::to_owned).collect()
+}
+
+/// Every value at every level where it is not.
+#[test]
+fn a_value_in_a_wrong_place_is_refused_with_the_right_one() {
+    let Some(helm) = Helm::find() else { return };
+    let known = known();
+    let places = places(&known);
+    let (mut values, mut expected) = (json!({}), Vec::new());
+    for (object, keys) in &known {
+        for (name, right) in &places {
+            let for_parents = object.is_empty() && ["enabled", "install"].contains(name);
+            if keys.iter().any(|key| key == name) || for_parents {
+                continue;
+            }
+            set(&mut values, object, name, json!(1));
+            let full = below(object, name);
+            expected.push(format!("{full}: did you mean {}?", right.join(" or ")));
+        }
+    }
+    assert!(expected.len() > 500, "{}", expected.len());
+    let mut said = said(&helm, &values);
+    said.sort();
+    expected.sort();
+    assert_eq!(said, expected);
+}
+
+#[test]
+fn a_key_with_dots_is_refused_with_the_nested_one() {
+    let Some(helm) = Helm::find() else { return };
+    let known = known();
+    let (mut values, mut expected) = (Map::new(), Vec::new());
+    for full in places(&known).into_values().flatten() {
+        if full.contains('.') {
+            values.insert(full.clone(), json!(1));
+            let braces = "}".repeat(full.matches('.').count());
+            let nested = full.replace('.', ": {");
+            expected.push(format!("{full:?}: the dot is part of this key's name; write {full} as nested keys, {nested}: …{braces}"));
+        }
+    }
+    assert!(expected.len() > 40, "{}", expected.len());
+    let mut said = said(&helm, &Value::Object(values));
+    said.sort();
+    expected.sort();
+    assert_eq!(said, expected);
+}
+
+/// Every key without its last letter, and with one more.
+#[test]
+fn a_misspelt_key_is_refused_with_the_right_one() {
+    let Some(helm) = Helm::find() else { return };
+    let known = known();
+    let places = places(&known);
+    let (mut values, mut expected) = (json!({}), Vec::new());
+    for (name, right) in &places {
+        for misspelt in [name[..name.len() - 1].to_owned(), format!("{name}x")] {
+            if misspelt.len() < 4 || places.contains_key(misspelt.as_str()) {
+                continue;
+            }
+            for full in right {
+                let object = full.rsplit_once('.').map_or("", |(object, _)| object);
+                set(&mut values, object, &misspelt, json!(1));
+                expected.push((below(object, &misspelt), full));
+            }
+        }
+    }
+    assert!(expected.len() > 100, "{}", expected.len());
+    let said = said(&helm, &values);
+    assert_eq!(said.len(), expected.len());
+    for (wrong, right) in expected {
+        let line = said
+            .iter()
+            .find(|line| line.starts_with(&format!("{wrong}: ")));
+        let (_, meant) = line.unwrap().split_once(": did you mean ").unwrap();
+        let meant = meant.trim_end_matches('?');
+        assert!(
+            meant.split(" or ").any(|meant| meant == right),
+            "{wrong}: {meant}"
+        );
+    }
+}
+
+#[rstest]
+#[case(
+    "secrets-store-csi-driver: {enableSecretRotation: true}",
+    "secrets-store-csi-driver.enableSecretRotation: write enableSecretRotation (that is for charts that this one is a part of)"
+)]
+#[case(
+    "linux: {image: {name: x}}",
+    "linux.image.name: linux.image has digest, pullPolicy, repository, tag"
+)]
+#[case(
+    "hostAliases: []",
+    "hostAliases: the top level has automountServiceAccountToken, "
+)]
+#[case("autoscaling: true", "autoscaling: the top level has ")]
+fn other_wrong_values_are_refused(#[case] values: &str, #[case] sentence: &str) {
+    let Some(helm) = Helm::find() else { return };
+    let values: Value = serde_saphyr::from_str(values).unwrap();
+    let said = said(&helm, &values);
+    assert!(said.len() == 1 && said[0].starts_with(sentence), "{said:?}");
+}
+
+#[test]
+fn a_parent_chart_may_add_what_charts_get() {
+    let Some(helm) = Helm::find() else { return };
+    let as_part = |values: &str| {
+        let values = format!(
+            "global: {{region: eu}}\nsecrets-store-csi-driver:\n  install: true\n  withDriver: true\n  linux: {{image: {{pullPolicy: Never}}}}\n{values}"
+        );
+        helm.render(&Chart::parent("withDriver"), "1.34.2", &values)
+    };
+    let rendered = as_part("  enableSecretRotation: 'true'\n").unwrap();
+    assert_eq!(objects::<DaemonSet>(&rendered).len(), 1);
+    let refusal = as_part("  syncSecret: {enable: true}\n").unwrap_err();
+    assert!(
+        refusal.contains("syncSecret.enable: did you mean syncSecret.enabled?"),
+        "{refusal}"
+    );
+}
+
+/// The charts before had no schema, so that `--set-string` and quotes did not matter.
+#[rstest]
+#[case(true)]
+#[case(false)]
+fn a_switch_may_be_in_quotes(#[case] on: bool) {
+    let Some(helm) = Helm::find() else { return };
+    let (mut bare, mut quoted, mut switches) = (json!({}), json!({}), 0);
+    for (object, keys) in known() {
+        for key in keys {
+            let mut described = schema();
+            let full = below(&object, &key);
+            for part in full.split('.') {
+                described = described["properties"][part].take();
+            }
+            if described["enum"] == json!([true, false, "true", "false"]) {
+                set(&mut bare, &object, &key, json!(on));
+                set(&mut quoted, &object, &key, json!(on.to_string()));
+                switches += 1;
+            }
+        }
+    }
+    set(&mut bare, "windows", "enabled", json!(false));
+    set(&mut quoted, "windows", "enabled", json!("false"));
+    assert!(switches >= 15, "{switches}");
+    let render = |values: Value| helm.render(&Chart::ours(), "1.34.2", &values.to_string());
+    assert_eq!(render(quoted).unwrap(), render(bare).unwrap());
+}
+
+/// What clouds, providers' charts, hardened images and mirrors call the existing driver's image, or its
+/// copy. Each is there with the source that names it.
+const COPIES: [&str; 14] = [
+    // Azure: the chart of its provider, and AKS itself.
+    "mcr.microsoft.com/oss/kubernetes-csi/secrets-store/driver",
+    "mcr.microsoft.com/oss/v2/kubernetes-csi/secrets-store/driver",
+    // Alibaba Cloud: the chart of its provider.
+    "registry.cn-hangzhou.aliyuncs.com/acs/csi-secrets-store-driver",
+    // OpenShift: its operator, and the image that is shipped.
+    "quay.io/openshift/origin-secrets-store-csi-driver",
+    "registry.redhat.io/openshift4/ose-secrets-store-csi-driver-rhel8",
+    "registry.redhat.io/openshift4/ose-secrets-store-csi-driver-rhel9",
+    // Hardened images of Chainguard and Docker.
+    "cgr.dev/chainguard/secrets-store-csi-driver",
+    "cgr.dev/example.org/secrets-store-csi-driver-fips",
+    "dhi.io/secrets-store-csi-driver",
+    // The existing driver's own, before they are released, and from its first home.
+    "gcr.io/k8s-staging-csi-secrets-store/driver",
+    "docker.io/deislabs/secrets-store-csi",
+    // ECR has no copy of its own: one pulls through, another is pushed by hand.
+    "123456789012.dkr.ecr.eu-west-1.amazonaws.com/registry-k8s-io/csi-secrets-store/driver",
+    "123456789012.dkr.ecr.eu-west-1.amazonaws.com/csi-secrets-store/driver",
+    "public.ecr.aws/example/secrets-store-csi-driver",
+];
+
+/// Returns how a mirror calls these images: with the registry's name, without it, with other separators.
+fn mirrored() -> Vec<String> {
+    let mut mirrored = Vec::new();
+    for copy in COPIES
+        .into_iter()
+        .chain(["registry.k8s.io/csi-secrets-store/driver"])
+    {
+        let (registry, path) = copy.split_once('/').unwrap();
+        let mirrors = [
+            "mirror.example.org",
+            "localhost:5000",
+            "harbor.example.org/proxy",
+        ];
+        for mirror in mirrors {
+            mirrored.push(format!("{mirror}/{path}"));
+            mirrored.push(format!("{mirror}/{registry}/{path}"));
+        }
+        // The existing driver's own registry is no mirror: the chart replaces this name.
+        if registry != "registry.k8s.io" {
+            mirrored.push(copy.to_owned());
+        }
+        mirrored.push(format!("{copy}:v1.6.0"));
+        // A mirror without folders. The image of the first home would have the name of this driver's.
+        if !path.starts_with("deislabs") {
+            mirrored.push(format!("mirror.example.org/{}", path.replace('/', "-")));
+        }
+    }
+    mirrored
+}
+
+/// Renders several installations of the chart at once, with one image each, and returns what becomes of
+/// each: the image or Helm's message.
+fn images(helm: &Helm, repositories: &[String]) -> Vec<Result<String, String>> {
+    let render = |repository: &String| {
+        let values = json!({"linux": {"image": {"repository": repository}}}).to_string();
+        let rendered = helm.render_with(&Chart::ours(), "1.34.2", &[&values])?;
+        let pod = objects::<DaemonSet>(&rendered).remove(0).spec.template.spec;
+        Ok(pod.unwrap().containers.remove(1).image.unwrap())
+    };
+    std::thread::scope(|scope| {
+        let quarters = repositories.chunks(repositories.len().div_ceil(4));
+        let threads: Vec<_> = quarters
+            .map(|some| scope.spawn(|| some.iter().map(render).collect::<Vec<_>>()))
+            .collect();
+        let ended = threads.into_iter().map(|thread| thread.join().unwrap());
+        ended.flatten().collect()
+    })
+}
+
+#[test]
+fn copies_of_the_existing_drivers_image_are_refused() {
+    let Some(helm) = Helm::find() else { return };
+    let copies = mirrored();
+    assert!(copies.len() > 120, "{}", copies.len());
+    for (copy, outcome) in copies.iter().zip(images(&helm, &copies)) {
+        let refusal = outcome.expect_err(copy);
+        let sentence =
+            format!("linux.image.repository={copy} is a copy of the existing driver's image");
+        assert!(refusal.contains(&sentence), "{refusal}");
+    }
+}
+
+#[test]
+fn images_of_this_driver_are_taken() {
+    let Some(helm) = Helm::find() else { return };
+    let ours = [
+        "ghcr.io/owner/repository/secrets-store-csi",
+        "localhost:5000/secrets-store-csi",
+        "mirror.example.org/secrets-store-csi",
+        "mcr.example.org/oss/v2/secrets-store/secrets-store-csi",
+        "mirror.example.org/secrets-store-csi-driver-rust",
+        "mirror.example.org/csi-secrets-store/rust-driver",
+    ]
+    .map(str::to_owned);
+    for (repository, outcome) in ours.iter().zip(images(&helm, &ours)) {
+        assert_eq!(outcome, Ok(format!("{repository}:0.1.0")));
+    }
+}
+
+/// Reused values name the existing driver's image. The released chart has its own image in their place.
+#[rstest]
+#[case("registry.k8s.io/csi-secrets-store/driver")]
+#[case("k8s.gcr.io/csi-secrets-store/driver")]
+#[case("us.gcr.io/k8s-artifacts-prod/csi-secrets-store/driver")]
+fn the_existing_drivers_own_image_is_replaced(#[case] repository: &str) {
+    let Some(helm) = Helm::find() else { return };
+    let values =
+        format!("linux: {{image: {{repository: {repository}, tag: v1.6.0, digest: 'sha256:0'}}}}");
+    let rendered = helm.render(&Chart::ours(), "1.34.2", &values).unwrap();
+    assert!(
+        rendered.contains("image: secrets-store-csi:0.1.0\n"),
+        "{rendered}"
+    );
+    let released = Chart::released("ghcr.io/owner/repository/secrets-store-csi");
+    let rendered = helm.render_with(&released, "1.34.2", &[&values]).unwrap();
+    assert!(
+        rendered.contains("image: ghcr.io/owner/repository/secrets-store-csi:0.1.0\n"),
+        "{rendered}"
+    );
+}
+
+#[rstest]
+#[case("", false)]
+#[case("linux: {image: {repository: team/secrets-store-csi}}", false)]
+#[case("linux: {image: {digest: 'sha256:0'}}", false)]
+#[case(
+    "linux: {image: {repository: registry.k8s.io/csi-secrets-store/driver}}",
+    false
+)]
+#[case(IMAGE_BY_HAND, true)]
+#[case(
+    "linux: {image: {repository: registry.example.org/secrets-store-csi}}",
+    true
+)]
+#[case("linux: {enabled: false}", true)]
+fn an_image_without_a_registry_must_be_loaded_by_hand(#[case] values: &str, #[case] renders: bool) {
+    let Some(helm) = Helm::find() else { return };
+    let rendered = helm.render_with(&Chart::ours(), "1.34.2", &[values]);
+    assert_eq!(rendered.is_ok(), renders, "{rendered:?}");
+    if let Err(refusal) = rendered {
+        assert!(
+            refusal.contains("names no registry to pull it from: push the image"),
+            "{refusal}"
+        );
+    }
+}
+
+#[rstest]
+#[case("", "is never pulled: each node needs it", true)]
+#[case(
+    "linux: {image: {repository: a.b/c, pullPolicy: Always}}",
+    "is never pulled",
+    false
+)]
+#[case(
+    "podMonitor: {enabled: true}\nserviceMonitor: {enabled: 'true'}",
+    "scrapes each pod twice",
+    true
+)]
+#[case(
+    "podMonitor: {enabled: true}\nmetricsService: {enabled: true}",
+    "scrapes each pod twice",
+    false
+)]
+#[case("", "docs/operating.md", true)]
+#[case("", "sigs.k8s.io", false)]
+fn notes_say_what_to_do(#[case] values: &str, #[case] sentence: &str, #[case] said: bool) {
+    let Some(helm) = Helm::find() else { return };
+    let notes = helm
+        .render(&Chart::with_visible_notes(), "1.34.2", values)
+        .unwrap();
+    let (_, notes) = notes.split_once("kind: Notes").unwrap();
+    assert_eq!(notes.contains(sentence), said, "{notes}");
+}
