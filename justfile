@@ -95,7 +95,7 @@ book:
 gate:
     .ci/run
 
-# Run one step of a release: images, sbom, push, sign, chart, manifests or publish ($VERSION, $REGISTRY).
+# Run one step of a release: check, images, sbom, push, sign, chart, manifests, checksums or publish ($VERSION, $REGISTRY).
 [group('releases')]
 release step:
     .ci/release {{step}}

@@ -91,7 +91,7 @@ mod tests {
     fn the_table_has_the_versions_of_upstreams_matrix_with_digests() {
         let table = std::fs::read_to_string(workspace().join("kind/node-images")).unwrap();
         let rows = parse(&table).unwrap();
-        for version in ["1.33.7", "1.34.3", "1.35.1"] {
+        for version in ["1.34.11", "1.35.8", "1.36.4", "1.37.0"] {
             let image = asked_for(&rows, version).unwrap();
             let digest = image
                 .strip_prefix(&format!("kindest/node:v{version}@sha256:"))
