@@ -1,8 +1,9 @@
 //! Talks to the API server. Each request has a time limit.
 //!
-//! The driver watches and lists nothing: a publish reads one class by name and writes one pod
-//! status, so the cost is bounded by what runs on the node. What has been read of a class is remembered
-//! for a while and shared by all volumes of the class (module `classes`). A driver without an API server still
+//! The driver watches nothing: a publish reads one class by name and writes one pod status, so the cost
+//! is bounded by what runs on the node. What has been read of a class is remembered for a while and shared
+//! by all volumes of the class (module `classes`). Some classes of a namespace are listed only to name them
+//! in the error about one that is not there. A driver without an API server still
 //! serves CSI; a publish then fails and says so.
 
 mod class;
@@ -40,6 +41,7 @@ pub(crate) use class::trimmed;
 pub(crate) use classes::Classes;
 pub use classes::{Freshness, Wanted};
 use events::Events;
+use pod_status::Troubles;
 use request::MAX_REQUESTS;
 use secrets::Missing;
 
@@ -52,9 +54,12 @@ pub struct Cluster {
     client: Arc<OnceCell<Client>>,
     classes: Arc<Classes>,
     events: Arc<Events>,
+    troubles: Arc<Troubles>,
     away: Arc<AtomicBool>,
     /// The turns of requests: as many at a time as connections are worth keeping.
     requests: Arc<Semaphore>,
+    /// The turn of a list of classes, which a message names.
+    listing: Arc<Semaphore>,
     /// The tasks that replace Secrets. They are finished even if no caller waits for them.
     replacing: TaskTracker,
     /// The Secrets that have been deleted to be replaced and are not there again yet.
@@ -77,8 +82,10 @@ impl Cluster {
             client: Arc::default(),
             classes: Arc::default(),
             events: Arc::default(),
+            troubles: Arc::default(),
             away: Arc::default(),
             requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
+            listing: Arc::new(Semaphore::new(1)),
             replacing: TaskTracker::new(),
             missing: Arc::default(),
         }

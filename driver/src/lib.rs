@@ -41,8 +41,9 @@
 //!   directory, record or pod status.
 //! - Secrets are made only of content that is recorded, mounted and complete. Newer content replaces
 //!   older content, by an order that does not depend on clocks.
-//! - The driver watches and lists nothing. It writes to the API only when something has changed. A look of
-//!   kubelet at a volume that is not due sends no request, unless its pod was touched.
+//! - The driver watches nothing, and lists only a few classes, for a message. It writes to the API only
+//!   when something has changed, and an event now and then for as long as trouble lasts. A look of kubelet
+//!   at a volume that is not due sends no request, unless its pod was touched.
 //! - Unpublish needs neither the API server nor a provider. CSI and registration start without them.
 //! - Only `csi`, `registration`, `provider` and `metrics` use the protobuf types, only `cluster` uses
 //!   the crate `kube`, and only `hardening`, `mount`, `files` and `socket` use `nix` for system calls.
@@ -190,6 +191,7 @@ fn parts(config: &Config) -> io::Result<Parts> {
         Options {
             errors_fail_publish: config.sync_errors == SyncErrors::Fail,
             intervals: Intervals::from(config),
+            refreshes: config.enable_secret_rotation,
         },
     );
     let limits = Limits {
@@ -294,6 +296,7 @@ fn find_volumes(config: &Config, records: &Records, metrics: &Metrics) -> Arc<Me
     );
     let read = records.each(|record| {
         metrics.success(&record.provider, &record.volume_id, record.last_success);
+        metrics.volume_fresh(&record.volume_id, record.failing_since.is_none());
         let is_charged = record.writer == Writer::Driver;
         memory.found(&record.target_path, &record.pod.namespace, is_charged);
     });

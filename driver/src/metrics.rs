@@ -18,6 +18,7 @@ mod publish;
 mod rotation;
 mod server;
 mod sync;
+mod volumes;
 
 use std::fmt;
 use std::sync::Arc;
@@ -49,6 +50,7 @@ struct Inner {
     rotation: rotation::Series,
     sync: sync::Series,
     memory: memory::Series,
+    volumes: volumes::Series,
     provider_calls: provider::Series,
     labels: labels::Labels,
 }
@@ -72,12 +74,14 @@ impl Metrics {
         let rotation = rotation::Series::register(scoped);
         let sync = sync::Series::register(scoped);
         let memory = memory::Series::register(scoped);
+        let volumes = volumes::Series::register(scoped);
         Self(Arc::new(Inner {
             registry,
             publish,
             rotation,
             sync,
             memory,
+            volumes,
             provider_calls,
             labels: labels::Labels::default(),
         }))

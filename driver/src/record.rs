@@ -6,7 +6,7 @@
 
 mod disk;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{borrow::Cow, collections::BTreeMap, path::PathBuf};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, de::IgnoredAny};
@@ -15,6 +15,13 @@ use crate::quoted::quoted;
 #[cfg(any(test, fuzzing))]
 pub(crate) use disk::fuzz;
 pub use disk::{Records, StagedRecord};
+
+/// The annotation of a class with which, if it is `true`, the driver numbers the versions of objects
+/// whose content changes while the provider reports the same versions.
+pub const NUMBER_VERSIONS: &str = "secrets-store.csi.k8s.io/number-versions";
+
+/// The annotation of a class of which any new value asks for a refresh of each volume of the class.
+pub const ASKED: &str = "secrets-store.csi.k8s.io/refresh";
 
 /// A published volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +41,9 @@ pub struct Record {
     pub pod_status: String,
     /// The objects and versions that are mounted, in order of id.
     pub objects: Vec<Object>,
+    /// How often the content has changed while the provider reported these versions.
+    #[serde(default)]
+    pub changes_of_versions: u64,
     /// The writer of the files.
     #[serde(rename = "content")]
     pub writer: Writer,
@@ -62,6 +72,21 @@ pub struct Record {
 }
 
 impl Record {
+    /// Returns the objects as the pod status names them: with numbered versions, if the class has the
+    /// annotation [`NUMBER_VERSIONS`] and there is something to number. Which object has changed is not
+    /// known, because a provider need not call its files and its objects alike, so all get the number.
+    pub fn told_objects(&self) -> Cow<'_, [Object]> {
+        let numbers = self.class.annotations.get(NUMBER_VERSIONS);
+        if self.changes_of_versions == 0 || numbers.is_none_or(|value| value != "true") {
+            return Cow::Borrowed(&self.objects);
+        }
+        let numbered = self.objects.iter().map(|object| Object {
+            id: object.id.clone(),
+            version: format!("{}+{}", object.version, self.changes_of_versions),
+        });
+        Cow::Owned(numbered.collect())
+    }
+
     /// Checks that its names can be names of objects in the API.
     ///
     /// # Errors
@@ -109,6 +134,7 @@ impl Record {
                 id: "secret/a".into(),
                 version: "v1".into(),
             }],
+            changes_of_versions: 0,
             writer: Writer::Driver,
             orders: BTreeMap::from([("..2026".into(), "7".into())]),
             files: None,

@@ -84,6 +84,8 @@ pub struct Options {
     pub errors_fail_publish: bool,
     /// The time between two checks of a Secret, and the other flags that decide about intervals.
     pub intervals: Intervals,
+    /// Whether volumes are refreshed.
+    pub refreshes: bool,
 }
 
 /// Keeps the Secrets of the volumes of this node.
@@ -93,6 +95,7 @@ pub struct SecretSync {
     tmpfs: Arc<Tmpfs>,
     metrics: Metrics,
     errors_fail_publish: bool,
+    refreshes: bool,
     interval: Duration,
     intervals: Intervals,
     cache: Cache,
@@ -118,6 +121,7 @@ impl SecretSync {
             tmpfs,
             metrics,
             errors_fail_publish: options.errors_fail_publish,
+            refreshes: options.refreshes,
             interval: options.intervals.sync,
             intervals: options.intervals,
             cache: Cache::new(options.intervals),
@@ -138,7 +142,7 @@ impl SecretSync {
     pub async fn volume_mounted(&self, record: &Record, class: &Class) -> Result<()> {
         let volume = &Volume::of(record);
         let key = ClassKey::new(&volume.pod.namespace, &class.identity.name);
-        self.told.add(&volume.id);
+        self.add_told(&volume.id);
         let released = self.cache.add_mounted(volume, class);
         // A newer state may be known, if this volume was mounted with an older one.
         let newest = self.cache.class(&key);
@@ -164,6 +168,14 @@ impl SecretSync {
     pub fn forget(&self, volume_id: &str) {
         self.cache.remove(volume_id);
         self.told.remove(volume_id);
+        self.cluster.remove_volume(volume_id);
+        self.metrics.volume_has_no_state(volume_id);
+    }
+
+    /// Adds a mounted volume, of which the pod and the pod status can be told something.
+    fn add_told(&self, volume_id: &str) {
+        self.cluster.add_volume(volume_id);
+        self.told.add(volume_id);
     }
 
     /// Returns whether a Secret of a class has been found with other content, of a higher order than
@@ -189,7 +201,7 @@ impl SecretSync {
     /// Checks that a class does not exceed the limits for Secrets, and tells these pods if it does.
     fn check_limits(&self, class: &Class, volumes: &[Volume]) -> Result<(), SyncError> {
         let Some(why) = &class.too_much else {
-            self.forget_class_error(volumes);
+            self.forget_class_error(class, volumes);
             return Ok(());
         };
         let error = class_error(class, SyncError::new(ErrorType::InvalidClass, why));

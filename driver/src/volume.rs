@@ -12,6 +12,7 @@
 mod ask;
 mod content;
 mod failing;
+mod lasting;
 mod looks;
 pub mod policy;
 mod recording;
@@ -35,7 +36,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use crate::{
-    cluster::{Class, Cluster},
+    cluster::{Class, Cluster, pod_status::NewOrder},
     config::Config,
     error::{Error, Reason, Result},
     files::{layout, open_root},
@@ -49,6 +50,7 @@ use crate::{
 use ask::unless;
 use content::{Undo, take_down};
 use failing::Failing;
+use lasting::Lasting;
 use looks::Looks;
 use policy::{Clock, Every, Policy};
 pub use request::{Origin, Outcome, PublishRequest, TOKENS, UnpublishRequest};
@@ -94,6 +96,7 @@ pub struct Volumes {
     looks: Looks,
     failing: Failing,
     restless: Restless,
+    lasting: Lasting,
     told_of_sub_paths: Told,
     clock: Clock,
     health: ThreadHealth,
@@ -117,6 +120,7 @@ impl Volumes {
             looks: Looks::default(),
             failing: Failing::default(),
             restless: Restless::default(),
+            lasting: Lasting::default(),
             told_of_sub_paths: Told::default(),
             clock: Clock::start(),
             health: ThreadHealth::default(),
@@ -255,6 +259,7 @@ impl Volumes {
         // Wrong annotations would fail each refresh, long after somebody looks.
         Every::of_class(&class.identity)?;
         let sends_versions = policy::sends_versions(&class.identity)?;
+        policy::check_switches(&class.identity)?;
 
         let (undo, mount) = match start {
             Start::NewMount => {
@@ -278,8 +283,9 @@ impl Volumes {
         let directory = self.directory(request, &mount, record.writer).await?;
         record.files = self.names(request, sends_versions).await;
         let before = earlier.map(|earlier| earlier.pod_status.as_str());
+        let new_order = NewOrder::Changed(now);
         let written = self
-            .write_pod_status(request, &record.objects, Some(now), before)
+            .write_pod_status(request, &record.objects, Some(new_order), before)
             .await?;
         let pod_status = written.name;
         record.pod_status = pod_status.clone();
@@ -304,6 +310,7 @@ impl Volumes {
         }
         self.metrics
             .success(&class.provider, &request.volume_id, now);
+        self.metrics.volume_fresh(&request.volume_id, true);
         Ok(())
     }
 
@@ -323,6 +330,7 @@ impl Volumes {
         self.looks.gone(volume_id);
         self.failing.gone(volume_id);
         self.restless.gone(volume_id);
+        self.lasting.gone(volume_id);
         self.told_of_sub_paths.forget(volume_id);
         self.sync.forget(volume_id);
         self.metrics.volume_gone(volume_id);
@@ -474,6 +482,7 @@ fn new_record(
         provider: class.provider.clone(),
         pod_status: String::new(),
         objects,
+        changes_of_versions: 0,
         writer,
         orders: BTreeMap::new(),
         files: None,

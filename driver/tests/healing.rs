@@ -200,6 +200,7 @@ fn sync(dir: &Path, cluster: &Cluster) -> Arc<SecretSync> {
         tmpfs,
         Metrics::new(),
         Options {
+            refreshes: true,
             errors_fail_publish: false,
             intervals: Intervals {
                 refresh: EVERY,
@@ -443,12 +444,13 @@ async fn requests_of_one_namespace_that_hang_hold_up_no_other() {
                 uid: format!("uid-{number}"),
             };
             let mounted = DesiredPodStatus {
+                volume_id: "csi-1",
                 pod: &pod,
                 class: "db",
                 target_path: "/target",
                 node: "node-1",
                 objects: &[],
-                changed: None,
+                new_order: None,
             };
             cluster.write_pod_status(&mounted, None).await.map(drop)
         });

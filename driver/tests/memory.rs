@@ -123,6 +123,7 @@ fn record(number: usize, class: &record::ClassState, provider: &str) -> Record {
         provider: provider.to_owned(),
         pod_status: format!("class-{number}"),
         objects: Vec::new(),
+        changes_of_versions: 0,
         writer: Writer::Driver,
         orders: BTreeMap::new(),
         last_success: Timestamp::UNIX_EPOCH,
@@ -184,6 +185,7 @@ fn sixty_large_classes(#[case] large: &'static str) {
         let records = Records::open(dir.path().join("records")).unwrap();
         let tmpfs = Arc::new(Tmpfs::bounded_by(1));
         let options = Options {
+            refreshes: true,
             errors_fail_publish: false,
             intervals: Intervals {
                 refresh: hour,

@@ -149,12 +149,13 @@ fn objects() -> Vec<Object> {
 
 fn mounted<'a>(pod: &'a Pod, objects: &'a [Object]) -> DesiredPodStatus<'a> {
     DesiredPodStatus {
+        volume_id: "csi-1",
         pod,
         class: "db",
         target_path: TARGET,
         node: "node-1",
         objects,
-        changed: None,
+        new_order: None,
     }
 }
 

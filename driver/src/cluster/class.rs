@@ -2,7 +2,13 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use kube::{Api, api::GetParams};
+use http::{HeaderValue, header::ACCEPT};
+use kube::{
+    Api, Resource as _,
+    api::{GetParams, ListParams},
+    core::Request,
+};
+use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
 use super::{
@@ -32,6 +38,30 @@ const MAX_ANNOTATION_LENGTH: usize = 256;
 const MAX_SECRETS: usize = 100;
 const MAX_ENTRIES: usize = 1_000;
 const MAX_TEXT: usize = 128 * 1024;
+
+/// The number of classes that a message lists.
+const MOST_LISTED: usize = 5;
+
+/// Asks for the metadata of a list's objects only, or else for the objects.
+const METADATA: HeaderValue = HeaderValue::from_static(
+    "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json",
+);
+
+/// A list of classes, of which only the names are read.
+#[derive(Deserialize)]
+struct Found {
+    items: Vec<Named>,
+}
+
+#[derive(Deserialize)]
+struct Named {
+    metadata: Name,
+}
+
+#[derive(Deserialize)]
+struct Name {
+    name: Option<String>,
+}
 
 /// The largest length of `spec.provider` in bytes. It is kept in memory as well. The names that
 /// lead to a socket are shorter.
@@ -184,6 +214,37 @@ impl Cluster {
         Ok(false)
     }
 
+    /// Returns the end of a sentence with some classes of a namespace, or nothing if they cannot be
+    /// listed. One list at a time is read, and only metadata where the API server gives that, because a
+    /// class may be large.
+    async fn classes_in(&self, namespace: &str) -> String {
+        let Ok(_turn) = self.listing.try_acquire() else {
+            return String::new();
+        };
+        let some = ListParams::default().limit(MOST_LISTED as u32);
+        let path = SecretProviderClass::url_path(&(), Some(namespace));
+        let request = Request::new(path).list(&some).map(|mut request| {
+            request.headers_mut().insert(ACCEPT, METADATA);
+            request
+        });
+        let Ok(found) = self.ask::<Found>(request).await else {
+            return String::new();
+        };
+        let names = found
+            .items
+            .iter()
+            .filter_map(|c| c.metadata.name.as_deref());
+        let names: Vec<_> = names
+            .take(MOST_LISTED)
+            .map(|name| quoted(name, 60).to_string())
+            .collect();
+        if names.is_empty() {
+            format!("; there are none in {namespace}")
+        } else {
+            format!("; in {namespace} there are: {}", names.join(", "))
+        }
+    }
+
     async fn read_class(&self, namespace: &str, name: &str, source: Source) -> Result<Class> {
         let how = match source {
             Source::Cache => GetParams::any(),
@@ -199,18 +260,20 @@ impl Cluster {
         let api: Api<SecretProviderClass> =
             Api::namespaced(self.client().await.map_err(failed)?, namespace);
         let spc = self.read(api.get_with(name, &how)).await;
-        let spc = spc.map_err(|failure| {
-            let is_missing = failure.is_not_found(name);
-            let error = failure.into_error();
-            failed(if is_missing {
-                Error::new(
+        let spc = match spc {
+            Ok(spc) => spc,
+            Err(failure) if failure.is_not_found(name) => {
+                let error = failure.into_error();
+                let there = self.classes_in(namespace).await;
+                return Err(failed(Error::new(
                     error.code(),
-                    format!("{error}; create it in the pod's namespace, or correct secretProviderClass in the pod's volumeAttributes"),
-                )
-            } else {
-                error
-            })
-        })?;
+                    format!(
+                        "{error}; create it in the pod's namespace, or correct secretProviderClass in the pod's volumeAttributes{there}"
+                    ),
+                )));
+            }
+            Err(failure) => return Err(failed(failure.into_error())),
+        };
         if !is_class(&spc, name) {
             return Err(failed(Failure::WrongObject.into_error()));
         }

@@ -5,6 +5,9 @@
 //! in the end whether the event was posted. The events of each namespace wait in a queue of limited
 //! length and are posted one at a time, so that a namespace whose events are refused or slow holds
 //! up no other. If the queue is full, the caller announces the event again later.
+//!
+//! The API server forgets an event after an hour. What lasts is therefore posted again as a series:
+//! the same event, with a new time and a higher count, as kubelet does it.
 
 use std::{
     collections::HashMap,
@@ -17,14 +20,23 @@ use k8s_openapi::{
     api::core::v1::{Event as PodEvent, EventSource, ObjectReference},
     apimachinery::pkg::apis::meta::v1::Time,
 };
-use kube::{Api, api::PostParams, core::ObjectMeta};
-use tokio::time::sleep;
+use kube::{
+    Api,
+    api::{Patch, PatchParams, PostParams},
+    core::ObjectMeta,
+};
+use serde_json::json;
+use tokio::time::{Instant, sleep};
 
 use super::{
     Cluster,
     request::{Failure, limited},
 };
-use crate::{error::Result, record::Pod, turns::Turns};
+use crate::{
+    error::Result,
+    record::Pod,
+    turns::{Turn, Turns},
+};
 
 /// The name of the reporter, which `kubectl describe` shows.
 const COMPONENT: &str = "secrets-store-csi-driver";
@@ -45,6 +57,14 @@ const MAX_OF_NAMESPACE: usize = 64;
 const MAX_MESSAGE: usize = 1024;
 const MAX_NAME: usize = 253;
 
+/// The shortest time between two posts of one series. It is well below the hour after which the API
+/// server forgets an event.
+pub const REPEAT_EVERY: Duration = Duration::from_secs(10 * 60);
+
+/// The number of series of one volume and reason that are certainly repeated before the API server forgets
+/// them.
+const MOST_SERIES: u32 = 5;
+
 /// The type of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Severity {
@@ -52,6 +72,16 @@ pub enum Severity {
     Normal,
     /// Something needs attention.
     Warning,
+}
+
+/// An event that was announced, and is repeated for as long as what it reports lasts.
+#[derive(Debug, Clone)]
+pub struct Series {
+    name: String,
+    first: Timestamp,
+    /// How often it was posted.
+    count: i32,
+    last: Instant,
 }
 
 /// The queues of events that wait to be posted.
@@ -77,6 +107,11 @@ struct QueuePlace {
 }
 
 impl Events {
+    /// Waits for the turn of a namespace, of which one thing at a time is told.
+    pub(super) async fn turn(&self, namespace: &str) -> Turn {
+        self.posting.take(namespace.to_owned()).await
+    }
+
     /// Takes a place in the queue of a namespace, unless it is full.
     fn enqueue(&self, namespace: &str) -> Option<QueuePlace> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -120,25 +155,85 @@ impl Cluster {
         message: &str,
         ended: impl FnOnce(bool) + Send + 'static,
     ) -> bool {
-        let Some(waiting) = self.events.enqueue(&pod.namespace) else {
-            tracing::debug!(pod = %pod, reason, "no event is posted now: too many are waiting");
-            return false;
-        };
+        let series = self.begin_series(pod, severity, reason, message, ended);
+        series.is_some()
+    }
+
+    /// Announces an event as [`announce`](Self::announce) does. Returns the series with which it can
+    /// be repeated, if the event was accepted.
+    pub fn begin_series(
+        &self,
+        pod: &Pod,
+        severity: Severity,
+        reason: &'static str,
+        message: &str,
+        ended: impl FnOnce(bool) + Send + 'static,
+    ) -> Option<Series> {
+        let place = self.enqueue(pod, reason)?;
         match severity {
             Severity::Normal => tracing::info!(pod = %pod, reason, "{message}"),
             Severity::Warning => tracing::warn!(pod = %pod, reason, "{message}"),
         }
-        let event = event(pod, &self.node, severity, reason, message);
+        let series = Series::begin(pod);
+        let event = event(pod, &self.node, severity, reason, message, &series);
+        self.post_later(place, pod, event, ended);
+        Some(series)
+    }
+
+    /// Posts the event of a series once more, if it is time. `alike` is the number of series of the
+    /// same volume and reason: they take turns, so that one post in [`REPEAT_EVERY`] is all that they cost.
+    /// `times` is how often what it reports has happened since the last post.
+    ///
+    /// An event that the API server has forgotten is created again. If the event cannot be posted, the
+    /// next repetition tries again.
+    pub fn repeat(
+        &self,
+        pod: &Pod,
+        severity: Severity,
+        reason: &'static str,
+        message: &str,
+        (series, alike, times): (&mut Series, usize, u32),
+    ) -> bool {
+        if !series.is_due(alike) {
+            return false;
+        }
+        let Some(place) = self.enqueue(pod, reason) else {
+            return false;
+        };
+        let times = i32::try_from(times).unwrap_or(i32::MAX);
+        series.count = series.count.saturating_add(times);
+        series.last = Instant::now();
+        tracing::debug!(pod = %pod, reason, count = series.count, "repeated: {message}");
+        let event = event(pod, &self.node, severity, reason, message, series);
+        self.post_later(place, pod, event, |_| {});
+        true
+    }
+
+    fn enqueue(&self, pod: &Pod, reason: &str) -> Option<QueuePlace> {
+        let place = self.events.enqueue(&pod.namespace);
+        if place.is_none() {
+            tracing::debug!(pod = %pod, reason, "no event is posted now: too many are waiting");
+        }
+        place
+    }
+
+    fn post_later(
+        &self,
+        place: QueuePlace,
+        pod: &Pod,
+        event: PodEvent,
+        ended: impl FnOnce(bool) + Send + 'static,
+    ) {
         let (cluster, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
-            let _waiting = waiting;
+            let _waiting = place;
             let posted = cluster.post(&pod, &event).await;
             if let Err(error) = &posted {
+                let reason = event.reason.as_deref();
                 tracing::warn!(pod = %pod, reason, %error, "the event could not be posted");
             }
             ended(posted.is_ok());
         });
-        true
     }
 
     async fn post(&self, pod: &Pod, event: &PodEvent) -> Result<()> {
@@ -146,9 +241,9 @@ impl Cluster {
         loop {
             let error = match self.client().await {
                 Ok(client) => {
-                    let _turn = self.events.posting.take(pod.namespace.clone()).await;
+                    let _turn = self.events.turn(&pod.namespace).await;
                     let api: Api<PodEvent> = Api::namespaced(client, &pod.namespace);
-                    match limited(api.create(&PostParams::default(), event)).await {
+                    match post_once(&api, event).await {
                         // An earlier attempt was taken after all, or the namespace is gone.
                         Ok(_)
                         | Err(Failure::Refused {
@@ -167,13 +262,55 @@ impl Cluster {
     }
 }
 
-fn event(pod: &Pod, node: &str, severity: Severity, reason: &str, message: &str) -> PodEvent {
-    let now = Timestamp::now();
-    let unique = format!(".{:x}", now.as_nanosecond());
-    let room = MAX_NAME - unique.len();
+impl Series {
+    /// Begins a series with an event that is being posted.
+    fn begin(pod: &Pod) -> Self {
+        let first = Timestamp::now();
+        let unique = format!(".{:x}", first.as_nanosecond());
+        Self {
+            name: format!("{}{unique}", clipped(&pod.name, MAX_NAME - unique.len())),
+            first,
+            count: 1,
+            last: Instant::now(),
+        }
+    }
+
+    /// Returns whether it may be posted again, as one of so many series of its volume and reason.
+    fn is_due(&self, alike: usize) -> bool {
+        let turns = u32::try_from(alike).unwrap_or(MOST_SERIES);
+        self.last.elapsed() >= REPEAT_EVERY * turns.clamp(1, MOST_SERIES)
+    }
+}
+
+/// Creates the event, or updates it if it is a repetition of one that is still there.
+async fn post_once(api: &Api<PodEvent>, event: &PodEvent) -> Result<(), Failure> {
+    let name = event.metadata.name.as_deref().unwrap_or_default();
+    if event.count > Some(1) {
+        let again = json!({
+            "count": event.count, "lastTimestamp": event.last_timestamp, "message": event.message,
+        });
+        let (how, patch) = (PatchParams::default(), Patch::Merge(again));
+        match limited(api.patch(name, &how, &patch)).await {
+            Err(Failure::Refused { code: 404, .. }) => {}
+            patched => return patched.map(drop),
+        }
+    }
+    limited(api.create(&PostParams::default(), event))
+        .await
+        .map(drop)
+}
+
+fn event(
+    pod: &Pod,
+    node: &str,
+    severity: Severity,
+    reason: &str,
+    message: &str,
+    series: &Series,
+) -> PodEvent {
     PodEvent {
         metadata: ObjectMeta {
-            name: Some(format!("{}{unique}", clipped(&pod.name, room))),
+            name: Some(series.name.clone()),
             namespace: Some(pod.namespace.clone()),
             ..ObjectMeta::default()
         },
@@ -194,9 +331,9 @@ fn event(pod: &Pod, node: &str, severity: Severity, reason: &str, message: &str)
         ),
         reason: Some(reason.to_owned()),
         message: Some(clipped(message, MAX_MESSAGE).to_owned()),
-        count: Some(1),
-        first_timestamp: Some(Time(now)),
-        last_timestamp: Some(Time(now)),
+        count: Some(series.count),
+        first_timestamp: Some(Time(series.first)),
+        last_timestamp: Some(Time(Timestamp::now())),
         source: Some(EventSource {
             component: Some(COMPONENT.to_owned()),
             host: Some(node.to_owned()),
@@ -208,7 +345,7 @@ fn event(pod: &Pod, node: &str, severity: Severity, reason: &str, message: &str)
 }
 
 /// Returns as many whole characters of a text as fit into a number of bytes.
-fn clipped(text: &str, max: usize) -> &str {
+pub(super) fn clipped(text: &str, max: usize) -> &str {
     let mut end = text.len().min(max);
     while !text.is_char_boundary(end) {
         end -= 1;
@@ -264,6 +401,29 @@ mod tests {
         assert!(started.elapsed() >= WAITS.iter().sum::<Duration>());
     }
 
+    /// Many series of a volume cost no more than one, and none of the first five is forgotten.
+    #[tokio::test(start_paused = true)]
+    async fn series_take_turns() {
+        let pod = Pod {
+            name: "web".into(),
+            namespace: "shop".into(),
+            uid: "u-1".into(),
+        };
+        let cluster = Cluster::new(None, "test", "node-1");
+        for (alike, each) in [(1, 18), (3, 6), (5, 3), (50, 3)] {
+            let mut series = Series::begin(&pod);
+            let mut posts = 0;
+            // Three hours, in which it is repeated every minute.
+            for _ in 0..180 {
+                tokio::time::advance(Duration::from_secs(60)).await;
+                let said = ("news", (&mut series, alike, 1));
+                let posted = cluster.repeat(&pod, Severity::Warning, "Told", said.0, said.1);
+                posts += i32::from(posted);
+            }
+            assert_eq!((posts, series.count), (each, each + 1), "{alike} alike");
+        }
+    }
+
     #[test]
     fn an_event_fits_the_api_and_names_its_pod() {
         let pod = Pod {
@@ -277,6 +437,7 @@ mod tests {
             Severity::Warning,
             "RefreshFailed",
             &"ü".repeat(600),
+            &Series::begin(&pod),
         );
         let name = made.metadata.name.unwrap();
         assert!(name.len() <= MAX_NAME && name.starts_with("ppp"), "{name}");

@@ -2,6 +2,7 @@
 //! create on a first publish, and one cheap read when nothing changed.
 
 mod desired;
+mod trouble;
 
 use kube::{
     Api,
@@ -14,8 +15,10 @@ use crate::{
     error::{Error, Result},
     record::Pod,
 };
-pub use desired::DesiredPodStatus;
+pub use desired::{DesiredPodStatus, NewOrder};
 use desired::{is_owned_by, merged};
+pub(super) use trouble::Troubles;
+pub use trouble::{Aspect, StatusOf};
 
 /// The number of attempts to write an object that others write or delete at the same time.
 const ATTEMPTS: usize = 5;
@@ -91,7 +94,10 @@ impl Cluster {
         let kept = async {
             let api = self.pod_statuses(desired.pod).await?;
             match self.read(api.get_with(name, &GetParams::any())).await {
-                Ok(existing) if desired.is_complete(&existing) => return Ok(false),
+                Ok(existing) if desired.is_complete(&existing) => {
+                    self.compare_troubles(desired.named(name), &existing.metadata);
+                    return Ok(false);
+                }
                 Ok(_) | Err(Failure::Refused { code: 404, .. }) => {}
                 Err(failure) => return Err(failure.into_error()),
             }
@@ -107,9 +113,24 @@ impl Cluster {
     async fn put_pod_status(
         &self,
         desired: &DesiredPodStatus<'_>,
-        mut name: String,
+        name: String,
         other_versions: OtherVersions,
     ) -> Result<Written> {
+        let (name, metadata) = self.put(desired, name, other_versions).await?;
+        if metadata.resource_version.is_some() {
+            self.compare_troubles(desired.named(&name), &metadata);
+        }
+        Ok(Written::new(name, metadata))
+    }
+
+    /// Creates or replaces the pod status. Returns its name and metadata, which are empty if nothing
+    /// was written because the pod is gone.
+    async fn put(
+        &self,
+        desired: &DesiredPodStatus<'_>,
+        mut name: String,
+        other_versions: OtherVersions,
+    ) -> Result<(String, ObjectMeta)> {
         let api = self.pod_statuses(desired.pod).await?;
         for _ in 0..ATTEMPTS {
             let object = desired.object(&name);
@@ -117,7 +138,7 @@ impl Cluster {
                 .in_turn(api.create(&PostParams::default(), &object))
                 .await
             {
-                Ok(created) => return Ok(Written::new(name, created.metadata)),
+                Ok(created) => return Ok((name, created.metadata)),
                 Err(Failure::Refused { code: 409, .. }) => {}
                 Err(failure) => return Err(failure.into_error()),
             }
@@ -137,20 +158,20 @@ impl Cluster {
             }
             let is_ours = is_owned_by(&existing, &desired.pod.uid);
             if !is_ours && !self.is_alive(desired.pod).await? {
-                return Ok(Written::new(name, ObjectMeta::default()));
+                return Ok((name, ObjectMeta::default()));
             }
             let found = existing.metadata.clone();
             if other_versions == OtherVersions::Leave && desired.is_complete(&existing) {
-                return Ok(Written::new(name, found));
+                return Ok((name, found));
             }
             let Some(update) = merged(existing, object) else {
-                return Ok(Written::new(name, found));
+                return Ok((name, found));
             };
             match self
                 .in_turn(api.replace(&name, &PostParams::default(), &update))
                 .await
             {
-                Ok(replaced) => return Ok(Written::new(name, replaced.metadata)),
+                Ok(replaced) => return Ok((name, replaced.metadata)),
                 Err(Failure::Refused {
                     code: 404 | 409, ..
                 }) => {}

@@ -63,6 +63,8 @@ impl Failure {
                 object,
                 ..
             } => {
+                let help = help(code, &message, &object);
+                let message = format!("{message}{help}");
                 let code = match code {
                     400 | 422 => Code::InvalidArgument,
                     401 => Code::Unauthenticated,
@@ -74,6 +76,22 @@ impl Failure {
                 Error::new(code, message)
             }
         }
+    }
+}
+
+/// Returns the end of a sentence that says what to do about a refusal.
+fn help(code: u16, message: &str, object: &str) -> &'static str {
+    match code {
+        401 => {
+            "; the API server does not accept the driver's credentials. Restart the driver's pod, which gives it a new service account token; with --kubeconfig, renew the credentials in that file"
+        }
+        403 if message.contains("\" cannot ") => {
+            "; the driver's ClusterRole lacks this right: set the chart's value rbac.install to true, or apply deploy/rbac-secretproviderclass.yaml"
+        }
+        404 if object.is_empty() => {
+            "; the API server does not know this kind of object. Install the CRDs: apply deploy/secrets-store.csi.x-k8s.io_*.yaml. Helm creates them when the chart is installed, and not again if they are deleted"
+        }
+        _ => "",
     }
 }
 

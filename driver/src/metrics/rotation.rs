@@ -113,6 +113,8 @@ impl Metrics {
         let mut volumes = series.volumes();
         let before = volumes.remove(volume_id);
         series.forget_unused(&volumes, before);
+        drop(volumes);
+        self.volume_has_no_state(volume_id);
     }
 }
 

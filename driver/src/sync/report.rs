@@ -1,15 +1,22 @@
 //! Reports the results of reconciliations: events on pods, and metrics.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use jiff::Timestamp;
+use tokio::time::Instant;
+
 use super::{SecretSync, Volume, cache::ClassKey};
-use crate::cluster::{
-    Class,
-    events::Severity,
-    secrets::{Reconciled, SyncError},
+use crate::{
+    cluster::{
+        Class,
+        events::{REPEAT_EVERY, Series, Severity},
+        pod_status::{Aspect, StatusOf},
+        secrets::{Reconciled, SyncError},
+    },
+    record::{ASKED, ClassState},
 };
 
 /// The reason of the event about a Secret that is not as desired, as in the existing driver.
@@ -18,13 +25,34 @@ const FAILED: &str = "FailedToCreateSecret";
 /// Stands for the name of a Secret in reports about all Secrets of a class.
 pub(super) const WHOLE_CLASS: &str = "";
 
-/// The errors that the pods have been told about, by volume and Secret, so that a pod is told of a
-/// lasting error once.
+/// The volumes, and what their pods have been told of their Secrets.
 #[derive(Default)]
-pub(super) struct Told(Mutex<HashMap<String, BTreeMap<String, String>>>);
+pub(super) struct Told(Mutex<HashMap<String, OfVolume>>);
+
+/// What is known of the Secrets of one volume, and what its pod has been told.
+#[derive(Default)]
+struct OfVolume {
+    /// The errors that the pod has been told, by Secret, so that it is told of each once.
+    errors: BTreeMap<String, ToldError>,
+    /// The Secrets that are not as desired, with the reason.
+    wrong: BTreeMap<String, String>,
+    /// The time since when one of them is not.
+    since: Option<Timestamp>,
+    /// The Secrets that have been found in order. `None` once all of the class have been checked.
+    checked: Option<BTreeSet<String>>,
+    /// The time of the last repetition of an event.
+    repeated: Option<Instant>,
+}
+
+/// An error of a Secret, and the events that tell it.
+#[derive(Clone)]
+struct ToldError {
+    identity: String,
+    series: Series,
+}
 
 impl Told {
-    fn volumes(&self) -> MutexGuard<'_, HashMap<String, BTreeMap<String, String>>> {
+    fn volumes(&self) -> MutexGuard<'_, HashMap<String, OfVolume>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -32,33 +60,17 @@ impl Told {
     pub(super) fn add(&self, volume_id: &str) {
         let mut volumes = self.volumes();
         if !volumes.contains_key(volume_id) {
-            volumes.insert(volume_id.to_owned(), BTreeMap::new());
+            let unknown = OfVolume {
+                checked: Some(BTreeSet::new()),
+                ..OfVolume::default()
+            };
+            volumes.insert(volume_id.to_owned(), unknown);
         }
     }
 
     /// Removes a volume that is being unpublished.
     pub(super) fn remove(&self, volume_id: &str) {
         self.volumes().remove(volume_id);
-    }
-
-    /// Tells a pod of an error of a Secret, or with `None` that it is over, unless the pod knows. It
-    /// counts as told if `announce`, which gets the error that the pod was told before, returns
-    /// `true`.
-    fn tell(
-        &self,
-        volume_id: &str,
-        secret: &str,
-        error: Option<&str>,
-        announce: impl FnOnce(Option<String>) -> bool,
-    ) {
-        let mut volumes = self.volumes();
-        let Some(told) = volumes.get_mut(volume_id) else {
-            return;
-        };
-        let before = told.get(secret);
-        if before.map(String::as_str) != error && announce(before.cloned()) {
-            set(told, secret, error.map(str::to_owned));
-        }
     }
 
     /// Takes back that a pod has been told of an error, because the event could not be posted.
@@ -68,22 +80,74 @@ impl Told {
         volume_id: &str,
         secret: &str,
         error: Option<&str>,
-        before: Option<String>,
+        before: Option<ToldError>,
     ) {
         let mut volumes = self.volumes();
         // If the pod has been told something else since, that stands.
         if let Some(told) = volumes.get_mut(volume_id)
-            && told.get(secret).map(String::as_str) == error
+            && told.error(secret) == error
         {
-            set(told, secret, before);
+            set(&mut told.errors, secret, before);
         }
     }
 }
 
-fn set(told: &mut BTreeMap<String, String>, secret: &str, error: Option<String>) {
+impl OfVolume {
+    /// Returns the error of a Secret that the pod has been told.
+    fn error(&self, secret: &str) -> Option<&str> {
+        let error = self.errors.get(secret)?;
+        Some(&error.identity)
+    }
+
+    /// Notes whether a Secret is as desired; `class` is the one that makes it.
+    fn note(&mut self, class: &Class, secret: &str, error: Option<&SyncError>) {
+        match error {
+            Some(error) => {
+                self.wrong.insert(secret.to_owned(), error.to_string());
+            }
+            None => {
+                self.wrong.remove(secret);
+            }
+        }
+        if let Some(checked) = &mut self.checked {
+            if error.is_none() && secret != WHOLE_CLASS {
+                checked.insert(secret.to_owned());
+            }
+            if are_all(class, |name| checked.contains(name)) {
+                self.checked = None;
+            }
+        }
+        if self.wrong.is_empty() {
+            self.since = None;
+        } else if self.since.is_none() {
+            self.since = Some(Timestamp::now());
+        }
+    }
+
+    /// Returns what is wrong, or `None` if not everything has been checked yet.
+    fn trouble(&self) -> Option<Option<(Timestamp, String)>> {
+        let Some(since) = self.since else {
+            return self.checked.is_none().then_some(None);
+        };
+        let first = self.wrong.values().next().cloned().unwrap_or_default();
+        let why = match self.wrong.len() {
+            0 | 1 => first,
+            wrong => format!("{wrong} Secrets. {first}"),
+        };
+        Some(Some((since, why)))
+    }
+}
+
+/// Returns whether something holds for all Secrets of a class.
+fn are_all(class: &Class, holds: impl Fn(&str) -> bool) -> bool {
+    let mut objects = class.secret_objects.iter();
+    objects.all(|object| holds(&object.secret_name))
+}
+
+fn set(errors: &mut BTreeMap<String, ToldError>, secret: &str, error: Option<ToldError>) {
     match error {
-        None => told.remove(secret),
-        Some(error) => told.insert(secret.to_owned(), error),
+        None => errors.remove(secret),
+        Some(error) => errors.insert(secret.to_owned(), error),
     };
 }
 
@@ -132,8 +196,7 @@ impl SecretSync {
             self.metrics.secret_failed(&class.provider, error_type);
         }
         for volume in volumes {
-            let event = (Severity::Warning, FAILED, error.to_string());
-            self.tell(volume, secret, Some(error.identity()), event);
+            self.tell(volume, class, secret, Some(error));
         }
     }
 
@@ -144,40 +207,132 @@ impl SecretSync {
         };
         let key = ClassKey::new(&first.pod.namespace, &class.identity.name);
         for cached in self.cache.volumes_of(&key) {
-            let message = format!("Secret {secret} matches the volume again");
-            let event = (Severity::Normal, "SecretSynced", message);
-            self.tell(&cached.volume, secret, None, event);
+            self.tell(&cached.volume, class, secret, None);
         }
     }
 
-    /// Forgets the errors of whole classes that the pods of some volumes were told. The Secrets
-    /// report for themselves from now on.
-    pub(super) fn forget_class_error(&self, volumes: &[Volume]) {
+    /// Tells the pods of a class that they are not refreshed, although it has been changed to ask for
+    /// that, because the driver refreshes nothing. `known` is the state of the class before.
+    pub(super) fn tell_of_ignored_refresh(
+        &self,
+        key: &ClassKey,
+        known: Option<&ClassState>,
+        class: &Class,
+    ) {
+        let asked = class.identity.annotations.get(ASKED);
+        let before = known.and_then(|known| known.annotations.get(ASKED));
+        if self.refreshes || asked.is_none() || asked == before {
+            return;
+        }
+        let message = format!(
+            "SecretProviderClass {} asks for a refresh with its annotation {ASKED}, but the driver does not refresh volumes: set the chart's value enableSecretRotation to true (--enable-secret-rotation), or replace the pod",
+            key.name
+        );
+        for cached in self.cache.volumes_of(key) {
+            // The next change of the annotation is told again.
+            let _ = self.cluster.announce(
+                &cached.volume.pod,
+                Severity::Warning,
+                "MountRefreshIgnored",
+                &message,
+                |_| {},
+            );
+        }
+    }
+
+    /// Forgets the errors of whole classes that the pods of some volumes were told, and those of
+    /// Secrets that the class does not make any more. The Secrets report for themselves from now on.
+    pub(super) fn forget_class_error(&self, class: &Class, volumes: &[Volume]) {
         for volume in volumes {
-            self.told.tell(&volume.id, WHOLE_CLASS, None, |_| true);
+            let mut told = self.told.volumes();
+            let Some(of_volume) = told.get_mut(&volume.id) else {
+                continue;
+            };
+            let is_made = |secret: &str| !are_all(class, |name| name != secret);
+            of_volume.errors.retain(|secret, _| is_made(secret));
+            of_volume.wrong.retain(|secret, _| is_made(secret));
+            of_volume.note(class, WHOLE_CLASS, None);
+            self.show(volume, of_volume);
         }
     }
 
     /// Tells a volume's pod of an error of a Secret, or with `None` that it is over, unless the pod
-    /// knows. If the event cannot be posted, the pod counts as not told.
-    fn tell(
-        &self,
-        volume: &Volume,
-        secret: &str,
-        error: Option<&str>,
-        (severity, reason, message): (Severity, &'static str, String),
-    ) {
-        self.told.tell(&volume.id, secret, error, |before| {
-            let told = Arc::clone(&self.told);
-            let (id, secret) = (volume.id.clone(), secret.to_owned());
-            let error = error.map(str::to_owned);
-            let ended = move |posted: bool| {
-                if !posted {
-                    told.take_back(&id, &secret, error.as_deref(), before);
-                }
-            };
-            self.cluster
-                .announce(&volume.pod, severity, reason, &message, ended)
-        });
+    /// knows. If the event cannot be posted, the pod counts as not told. An error that lasts is told
+    /// again from time to time.
+    fn tell(&self, volume: &Volume, class: &Class, secret: &str, error: Option<&SyncError>) {
+        let mut volumes = self.told.volumes();
+        let Some(told) = volumes.get_mut(&volume.id) else {
+            return;
+        };
+        told.note(class, secret, error);
+        self.show(volume, told);
+        let identity = error.map(SyncError::identity);
+        if told.error(secret) == identity {
+            if let Some(error) = error {
+                self.repeat(volume, told, secret, error);
+            }
+            return;
+        }
+        let (severity, reason, message) = match error {
+            Some(error) => (Severity::Warning, FAILED, error.to_string()),
+            None => {
+                let message = format!("Secret {secret} matches the volume again");
+                (Severity::Normal, "SecretSynced", message)
+            }
+        };
+        let before = told.errors.get(secret).cloned();
+        let all = Arc::clone(&self.told);
+        let (id, name) = (volume.id.clone(), secret.to_owned());
+        let owned = identity.map(str::to_owned);
+        let ended = move |posted: bool| {
+            if !posted {
+                all.take_back(&id, &name, owned.as_deref(), before);
+            }
+        };
+        let series = self
+            .cluster
+            .begin_series(&volume.pod, severity, reason, &message, ended);
+        if let Some(series) = series {
+            let now = identity.map(|identity| ToldError {
+                identity: identity.to_owned(),
+                series,
+            });
+            set(&mut told.errors, secret, now);
+        }
+    }
+
+    /// Tells a pod of an error again, if it is time: of one Secret of a volume after the other.
+    fn repeat(&self, volume: &Volume, told: &mut OfVolume, secret: &str, error: &SyncError) {
+        let is_recent = |at: Instant| at.elapsed() < REPEAT_EVERY;
+        if told.repeated.is_some_and(is_recent) {
+            return;
+        }
+        let alike = told.errors.len();
+        let Some(lasting) = told.errors.get_mut(secret) else {
+            return;
+        };
+        let (severity, message) = (Severity::Warning, error.to_string());
+        let series = (&mut lasting.series, alike, 1);
+        if self
+            .cluster
+            .repeat(&volume.pod, severity, FAILED, &message, series)
+        {
+            told.repeated = Some(Instant::now());
+        }
+    }
+
+    /// Shows on the pod status and in the metrics whether the Secrets of a volume are in step.
+    fn show(&self, volume: &Volume, told: &OfVolume) {
+        let Some(trouble) = told.trouble() else {
+            return;
+        };
+        let status = StatusOf {
+            volume_id: &volume.id,
+            pod: &volume.pod,
+            name: &volume.pod_status,
+        };
+        self.metrics.volume_in_step(&volume.id, trouble.is_none());
+        let trouble = trouble.as_ref().map(|(since, why)| (*since, why.as_str()));
+        self.cluster.set_trouble(status, Aspect::Secrets, trouble);
     }
 }

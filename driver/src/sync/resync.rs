@@ -157,7 +157,7 @@ impl SecretSync {
         match recorded.await {
             Ok(recorded) => {
                 for (volume, class) in recorded {
-                    self.told.add(&volume.id);
+                    self.add_told(&volume.id);
                     self.cache.add_recorded(volume, class);
                 }
             }
@@ -198,6 +198,9 @@ impl SecretSync {
                 return Checked::Failed;
             }
         };
+        if let Some(class) = &class {
+            self.tell_of_ignored_refresh(&key, known, class);
+        }
         let age = self.cluster.age_of_class(namespace, name);
         let released = self.cache.set_class(&key, class.as_deref(), age);
         let Some(class) = class else {
@@ -239,12 +242,13 @@ impl SecretSync {
     /// Writes the pod status of a recorded volume if it is missing. Returns whether it was.
     async fn keep_pod_status(&self, record: &Record) -> crate::error::Result<bool> {
         let desired = DesiredPodStatus {
+            volume_id: &record.volume_id,
             pod: &record.pod,
             class: &record.class.name,
             target_path: &record.target_path.to_string_lossy(),
             node: self.cluster.node(),
-            objects: &record.objects,
-            changed: None,
+            objects: &record.told_objects(),
+            new_order: None,
         };
         self.cluster
             .keep_pod_status(&desired, &record.pod_status)

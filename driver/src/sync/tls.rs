@@ -104,6 +104,9 @@ impl Material {
             keys: Vec::new(),
         };
         let blocks = pem_blocks(object)?;
+        if let Some(why) = mistake(object, &blocks) {
+            return unusable(why);
+        }
         if blocks.is_empty() {
             let found = pkcs12::read(object, caller).map_err(Unusable)?;
             for der in found.certificates {
@@ -155,6 +158,38 @@ impl Material {
         self.keys.push(PrivateKey::parse(der).map_err(Unusable)?);
         Ok(())
     }
+}
+
+/// Returns what is wrong with an object in one of the usual ways, and how to store it instead.
+fn mistake(object: &[u8], blocks: &[Block]) -> Option<&'static str> {
+    let has = |what: &[u8]| find(object, what, 0).is_some();
+    if blocks.is_empty() && has(b"-----BEGIN ") && has(b"\\n") {
+        return Some(
+            "it is PEM with the two characters \\n where line breaks must be; store it with line breaks",
+        );
+    }
+    let text = object.trim_ascii();
+    let is_base64 = |b: &u8| b.is_ascii_alphanumeric() || b"+/=\r\n".contains(b);
+    if blocks.is_empty() && text.iter().all(is_base64) {
+        // The encoded beginnings of "-----BEGIN", and of a long structure in DER.
+        if text.starts_with(b"LS0tLS1CRUdJT") {
+            return Some(
+                "it is PEM in base64; set encoding: base64 in this entry of secretObjects",
+            );
+        }
+        if text.starts_with(b"MI") {
+            return Some(
+                "it is base64 of PKCS#12 or of another binary form; set encoding: base64 in this entry of secretObjects",
+            );
+        }
+    }
+    if has(b"Proc-Type: 4,ENCRYPTED") {
+        return Some("its private key is encrypted with a passphrase; store the key without one");
+    }
+    let is = |label: &str| blocks.iter().any(|(found, _)| found == label);
+    (is("TRUSTED CERTIFICATE") && !is("CERTIFICATE") && !is("X509 CERTIFICATE")).then_some(
+        "its certificate is a TRUSTED CERTIFICATE, which only openssl reads; convert it with openssl x509 -in FILE -out FILE",
+    )
 }
 
 /// Finds a key and the certificate that it belongs to, in the object that `tls.crt` comes from and

@@ -15,13 +15,12 @@ use crate::{
     config::{Config, RepublishErrors},
     error::Error,
     quoted::quoted,
-    record::{ClassState, Record},
+    record::{ClassState, NUMBER_VERSIONS, Record},
 };
 
 pub use crate::cluster::interval::{Every, INTERVAL};
 
-/// The annotation of a class of which any new value asks for a refresh of each volume of the class.
-pub const ASKED: &str = "secrets-store.csi.k8s.io/refresh";
+pub use crate::record::ASKED;
 
 /// The annotation of a class with which, if it is `true`, a refresh tells the provider which versions
 /// are mounted, so that it need not fetch them again. Not all providers support that.
@@ -140,11 +139,23 @@ impl Policy {
 /// # Errors
 /// When the annotation is neither `true` nor `false`.
 pub fn sends_versions(class: &ClassState) -> Result<bool, Error> {
-    match class.annotations.get(SEND_VERSIONS).map(String::as_str) {
+    is_true(class, SEND_VERSIONS)
+}
+
+/// Checks that the other annotations which are `true` or `false` are one of the two.
+///
+/// # Errors
+/// Names the annotation that is not.
+pub(super) fn check_switches(class: &ClassState) -> Result<(), Error> {
+    is_true(class, NUMBER_VERSIONS).map(drop)
+}
+
+fn is_true(class: &ClassState, annotation: &str) -> Result<bool, Error> {
+    match class.annotations.get(annotation).map(String::as_str) {
         Some("true") => Ok(true),
         None | Some("false") => Ok(false),
         Some(text) => Err(Error::precondition(format!(
-            "annotation {SEND_VERSIONS} of SecretProviderClass {} is {}; it must be true or false",
+            "annotation {annotation} of SecretProviderClass {} is {}; it must be true or false",
             class.name,
             quoted(text, 40)
         ))),

@@ -2,12 +2,11 @@
 
 use std::io;
 
-use jiff::Timestamp;
 use tonic::Code;
 
 use super::{PublishRequest, Volumes, threads::blocking};
 use crate::{
-    cluster::pod_status::{DesiredPodStatus, Written},
+    cluster::pod_status::{DesiredPodStatus, NewOrder, Written},
     error::{Error, Result},
     record::{Object, Record, StagedRecord},
 };
@@ -50,16 +49,16 @@ impl Volumes {
         )
     }
 
-    /// Writes the pod status of a volume. `changed` is the time at which the content changed, if it has;
-    /// then the content gets a new order. `before` is the name of the present pod status.
+    /// Writes the pod status of a volume. `new_order` says that the content gets a new order, and why.
+    /// `before` is the name of the present pod status.
     pub(super) async fn write_pod_status(
         &self,
         request: &PublishRequest,
         objects: &[Object],
-        changed: Option<Timestamp>,
+        new_order: Option<NewOrder>,
         before: Option<&str>,
     ) -> Result<Written> {
-        let desired = self.desired_pod_status(request, objects, changed);
+        let desired = self.desired_pod_status(request, objects, new_order);
         self.cluster.write_pod_status(&desired, before).await
     }
 
@@ -67,22 +66,24 @@ impl Volumes {
         &'a self,
         request: &'a PublishRequest,
         objects: &'a [Object],
-        changed: Option<Timestamp>,
+        new_order: Option<NewOrder>,
     ) -> DesiredPodStatus<'a> {
         DesiredPodStatus {
+            volume_id: &request.volume_id,
             pod: &request.pod,
             class: &request.class,
             target_path: request.target.as_str(),
             node: &self.node,
             objects,
-            changed,
+            new_order,
         }
     }
 
     /// Makes sure that the pod status exists, when there is nothing new to write into it. A failure
     /// is only logged: the volume is fresh all the same, and the next refresh tries again.
     pub(super) async fn keep_pod_status(&self, request: &PublishRequest, record: &Record) {
-        let desired = self.desired_pod_status(request, &record.objects, None);
+        let objects = record.told_objects();
+        let desired = self.desired_pod_status(request, &objects, None);
         let name = &record.pod_status;
         match self.cluster.keep_pod_status(&desired, name).await {
             Ok(false) => {}

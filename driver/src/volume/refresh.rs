@@ -11,16 +11,24 @@ use super::{
     ask::unless,
     content::Stage,
     failing::Notice,
+    lasting::FAILED,
     looks::freshness,
-    policy::{INTERVAL, sends_versions},
+    policy::{INTERVAL, check_switches, sends_versions},
     threads::blocking,
 };
 use crate::{
-    cluster::{Class, Freshness, Wanted, events::Severity},
+    cluster::{
+        Class, Freshness, Wanted,
+        events::Severity,
+        pod_status::{Aspect, NewOrder, StatusOf},
+    },
     config::RepublishErrors,
     error::{Error, Result},
     record::{Age, ClassState, Record, StagedRecord},
 };
+
+/// The reason of the event about content that changes at each refresh.
+const RESTLESS: &str = "MountChangesAtEachRefresh";
 
 impl Volumes {
     /// Refreshes a published volume, if it is due and not left alone after a failure. `since_last` is
@@ -58,6 +66,7 @@ impl Volumes {
         }
         let seen = class.as_ref().ok().map(|class| &class.identity);
         if let Some(error) = self.failing.waits(&request.volume_id, seen) {
+            self.repeat_failure(&record, request, &error);
             return match self.policy.errors {
                 RepublishErrors::Surface => Err(error.not_final()),
                 RepublishErrors::Mask => Ok(Outcome::AlreadyPublished),
@@ -70,7 +79,15 @@ impl Volumes {
             (Err(error), _) | (_, Err(error)) => Err(error),
         };
         match refreshed {
-            Ok(changed) => {
+            Ok(fresh) => {
+                let changed = fresh.last_change != record.last_change;
+                if changed {
+                    let same_versions = fresh.objects == record.objects;
+                    self.content_changed(request, fresh.last_change, same_versions);
+                }
+                self.tell_of_changes(request);
+                let status = status_of(&fresh);
+                self.cluster.set_trouble(status, Aspect::Freshness, None);
                 counted.succeeded(changed);
                 self.refresh_succeeded(&record, request, changed).await;
                 if changed {
@@ -173,17 +190,18 @@ impl Volumes {
 
     /// Carries out the steps of a refresh, in their order. Until the staged files are committed,
     /// nothing that a reader sees changes; before that, the records have got their room on the disk.
-    /// Returns whether the content changed.
+    /// Returns the new record, whose last change is a new one if the content changed.
     async fn refresh(
         &self,
         record: &Record,
         class: Arc<Class>,
         request: &PublishRequest,
         cancelled: &CancellationToken,
-    ) -> Result<bool> {
+    ) -> Result<Record> {
         let class = unless(cancelled, self.with_parameters(class, request)).await?;
         let mount = self.refit(request).await?;
         let sends_versions = sends_versions(&class.identity)?;
+        check_switches(&class.identity)?;
         let reply = self
             .ask_again(record, &class, sends_versions, request, cancelled)
             .await?;
@@ -205,6 +223,11 @@ impl Volumes {
             class: class.identity.clone(),
             provider: class.provider.clone(),
             objects: reply.objects,
+            changes_of_versions: match (versions_changed, changed) {
+                (true, _) => 0,
+                (false, true) => record.changes_of_versions.saturating_add(1),
+                (false, false) => record.changes_of_versions,
+            },
             writer: staged.writer(),
             last_success: now,
             last_change: if changed { now } else { record.last_change },
@@ -218,18 +241,24 @@ impl Volumes {
         };
         let staged_record = self.stage_record(&fresh).await?;
         if changed || versions_changed || renews {
-            let gets_order = (changed || renews).then_some(now);
+            let new_order = match (changed, renews) {
+                (true, _) => Some(NewOrder::Changed(now)),
+                (false, true) => Some(NewOrder::Confirmed),
+                (false, false) => None,
+            };
             let before = Some(record.pod_status.as_str());
             let written = self
-                .write_pod_status(request, &fresh.objects, gets_order, before)
+                .write_pod_status(request, &fresh.told_objects(), new_order, before)
                 .await?;
             fresh.pod_status = written.name;
             if let Some(staged_before) = staged_before {
                 staged.order(&mut fresh, written.resource_version);
                 // Before the swap: if the driver stops between the two, the content that is found
-                // later has the order that belongs to it.
+                // later has the order that belongs to it, and the next change another number than
+                // the one that the pod status has.
                 let before = Record {
                     pod_status: fresh.pod_status.clone(),
+                    changes_of_versions: fresh.changes_of_versions,
                     orders: fresh.orders.clone(),
                     ..record.clone()
                 };
@@ -255,7 +284,7 @@ impl Volumes {
                 tracing::debug!(%error, "the volume was refreshed, but not all of its Secrets were written");
             }
         }
-        Ok(changed)
+        Ok(fresh)
     }
 
     /// Records a refresh whose content is in place. If the record cannot be written, the volume is
@@ -272,8 +301,12 @@ impl Volumes {
     /// Ends the pause after earlier failures, and announces on the pod what the refresh has shown.
     async fn refresh_succeeded(&self, record: &Record, request: &PublishRequest, changed: bool) {
         self.failing.succeeded(&request.volume_id);
+        self.lasting.over(&request.volume_id, FAILED);
+        self.metrics.volume_fresh(&request.volume_id, true);
         if let Some(times) = self.restless.refreshed(&request.volume_id, changed) {
             self.announce_changes(request, times);
+        } else if changed && self.restless.is_told(&request.volume_id) {
+            self.repeat(request, Severity::Warning, RESTLESS, None);
         }
         // The record says what an earlier driver has told, or this one, unless the record could not be
         // written.
@@ -292,7 +325,7 @@ impl Volumes {
                 restless.untold(&volume_id);
             }
         };
-        let accepted = self.cluster.announce(&request.pod, Severity::Warning, "MountChangesAtEachRefresh", &format!(
+        let accepted = self.announce_lasting(request, Severity::Warning, RESTLESS, &format!(
             "each of the last {times} refreshes changed the volume of SecretProviderClass {}. If its objects do not change that often, an object contains something that differs in each answer of the store, such as a request ID. Select the field that the pod needs (Vault and OpenBao: set secretKey), or set a longer interval in the annotation {INTERVAL} of the class",
             request.class
         ), untold);
@@ -358,11 +391,17 @@ impl Volumes {
         let since = told
             .or(record.failing_since)
             .unwrap_or_else(|| self.clock.now());
-        if told.is_none() {
-            let announced = self.cluster.announce(&request.pod, Severity::Warning, "MountRotationFailed", &format!(
-                "the volume of SecretProviderClass {} could not be refreshed and keeps the content of its last refresh or mount, {:.0}: {error}",
-                request.class, record.last_success
-            ), self.when_posted(request, since, Notice::Failing));
+        self.metrics.volume_fresh(&request.volume_id, false);
+        let (status, why) = (status_of(&record), error.to_string());
+        self.cluster
+            .set_trouble(status, Aspect::Freshness, Some((since, &why)));
+        if told.is_some() {
+            self.repeat_failure(&record, request, error);
+        } else {
+            let message = failure_message(&record, request, error);
+            let ended = self.when_posted(request, since, Notice::Failing);
+            let announced =
+                self.announce_lasting(request, Severity::Warning, FAILED, &message, ended);
             if !announced {
                 // The next failure announces it.
                 self.failing
@@ -382,5 +421,26 @@ impl Volumes {
         if let Err(error) = self.write_record(failing).await {
             tracing::warn!(%error, "the record could not be written; if the driver restarts, no event may report the end of this failure");
         }
+    }
+
+    /// Tells the pod again, if it is time, that the refreshes of its volume fail.
+    fn repeat_failure(&self, record: &Record, request: &PublishRequest, error: &Error) {
+        let message = failure_message(record, request, error);
+        self.repeat(request, Severity::Warning, FAILED, Some(&message));
+    }
+}
+
+fn failure_message(record: &Record, request: &PublishRequest, error: &Error) -> String {
+    format!(
+        "the volume of SecretProviderClass {} could not be refreshed and keeps the content of its last refresh or mount, {:.0}: {error}",
+        request.class, record.last_success
+    )
+}
+
+fn status_of(record: &Record) -> StatusOf<'_> {
+    StatusOf {
+        volume_id: &record.volume_id,
+        pod: &record.pod,
+        name: &record.pod_status,
     }
 }

@@ -37,6 +37,13 @@ impl Restless {
         Some(count.in_a_row)
     }
 
+    /// Returns whether the pod was told, and the refreshes change the content still.
+    pub(super) fn is_told(&self, volume_id: &str) -> bool {
+        let volumes = self.volumes();
+        let count = volumes.get(volume_id);
+        count.is_some_and(|count| count.told && count.in_a_row >= MOST_IN_A_ROW)
+    }
+
     /// Forgets that the pod was told, because the event could not be posted.
     pub(super) fn untold(&self, volume_id: &str) {
         if let Some(count) = self.volumes().get_mut(volume_id) {

@@ -9,6 +9,8 @@ use std::{
 use super::{PublishRequest, Volumes};
 use crate::cluster::events::Severity;
 
+const REASON: &str = "MountSubPathNotRefreshed";
+
 /// The volumes whose pods have been looked at, and told if there was something to tell.
 #[derive(Clone, Default)]
 pub(super) struct Told(Arc<Mutex<HashSet<String>>>);
@@ -30,12 +32,12 @@ impl Told {
 }
 
 impl Volumes {
-    /// Announces on the pod, once for each volume, that its mounts with `subPath` keep the content of
-    /// before. Reads the pod when the volume changes for the first time.
+    /// Announces on the pod that its mounts with `subPath` keep the content of before: when the volume
+    /// changes for the first time, and again with later changes, if it is time. Reads the pod when the volume changes for the first time.
     pub(super) async fn tell_of_sub_paths(&self, request: &PublishRequest) {
         let volume_id = &request.volume_id;
         if !self.told_of_sub_paths.first(volume_id) {
-            return;
+            return self.repeat(request, Severity::Warning, REASON, None);
         }
         let told = self.told_of_sub_paths.clone();
         let containers = match self
@@ -51,7 +53,7 @@ impl Volumes {
         };
         let Some(names) = containers else { return };
         let forgotten = volume_id.clone();
-        let accepted = self.cluster.announce(&request.pod, Severity::Warning, "MountSubPathNotRefreshed", &format!(
+        let accepted = self.announce_lasting(request, Severity::Warning, REASON, &format!(
             "the volume of SecretProviderClass {} has new content, which {names} mounts with subPath: such a mount keeps the content with which the container started. Mount the whole volume and read the file in it, or replace the pod",
             request.class
         ), move |is_posted| {

@@ -13,6 +13,7 @@ mod replaced;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../api/server.rs"]
 mod server;
+mod trouble;
 mod volumes;
 
 use std::{
@@ -74,6 +75,7 @@ fn sync(dir: &Path, cluster: &Cluster, every: Duration) -> Arc<SecretSync> {
         tmpfs,
         Metrics::new(),
         Options {
+            refreshes: true,
             errors_fail_publish: false,
             intervals: Intervals {
                 refresh: every,

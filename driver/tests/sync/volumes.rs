@@ -91,6 +91,7 @@ pub(crate) fn record(dir: &Path, pod: &str, order: &str) -> Record {
         provider: "test".to_owned(),
         pod_status: format!("{pod}-shop-db"),
         objects: Vec::new(),
+        changes_of_versions: 0,
         writer: Writer::Driver,
         orders: BTreeMap::from([(directory, order.to_owned())]),
         last_success: Timestamp::now(),

@@ -17,7 +17,7 @@ const LONGER_THAN_WAITS: Duration = Duration::from_secs(61);
 const SOON: Duration = Duration::from_secs(60);
 
 /// Advances the clock of this process.
-async fn pass(time: Duration) {
+pub(crate) async fn pass(time: Duration) {
     tokio::time::pause();
     tokio::time::advance(time).await;
     tokio::time::resume();

@@ -77,6 +77,10 @@ pub(crate) enum Class {
     Is(Value),
     /// An error with this status.
     Refused(u16),
+    /// A refusal with this status, reason and message of the API server.
+    RefusedSo(u16, &'static str, &'static str),
+    /// An answer that is not JSON, with this status.
+    Text(u16, &'static str),
     /// Something that is no class.
     Garbled,
 }
@@ -105,6 +109,8 @@ pub(crate) struct ApiState {
     pub(crate) statuses: BTreeMap<String, u16>,
     /// The code with which events are refused, if they are, and their number.
     pub(crate) events_refused: (Option<u16>, usize),
+    /// The status, reason and message with which Secrets of a name are refused.
+    pub(crate) secrets: BTreeMap<String, (u16, &'static str, &'static str)>,
     /// The act of another program at a target when this is written next: the pod status of a class,
     /// or a Secret of this name.
     pub(crate) acts: BTreeMap<String, (Act, PathBuf)>,
@@ -157,6 +163,12 @@ impl Api {
             Some(code) => state.statuses.insert(class.to_owned(), code),
             None => state.statuses.remove(class),
         };
+    }
+
+    /// Refuses a Secret, as the API server does with this status, reason and message.
+    pub(crate) fn refuse_secret(&self, name: &str, how: (u16, &'static str, &'static str)) {
+        let mut state = self.0.state.lock().unwrap();
+        state.secrets.insert(name.to_owned(), how);
     }
 
     /// Refuses events, or takes them again.
@@ -243,6 +255,10 @@ impl ApiState {
             return match answer {
                 Class::Is(object) => Reaction::Answer(200, object.to_string()),
                 Class::Refused(code) => refuse(code, "x"),
+                Class::RefusedSo(code, reason, message) => {
+                    server::refuse(code, reason, message, Some(name))
+                }
+                Class::Text(code, text) => Reaction::Answer(code, text.to_owned()),
                 Class::Garbled => Reaction::Answer(200, json!({"spec": 7}).to_string()),
             };
         }
@@ -263,6 +279,13 @@ impl ApiState {
         };
         if let Some((act, target)) = written.and_then(|written| self.acts.remove(written)) {
             act.carry_out(&target);
+        }
+        if path.contains("/secrets")
+            && let Some((code, reason, message)) = body["metadata"]["name"]
+                .as_str()
+                .and_then(|name| self.secrets.get(name))
+        {
+            return server::refuse(*code, reason, message, Some(name));
         }
         match class.and_then(|class| self.statuses.get(class)) {
             Some(code) => refuse(*code, "x"),

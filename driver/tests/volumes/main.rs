@@ -17,6 +17,7 @@ mod harness;
 mod leaving;
 mod meanwhile;
 mod memory;
+mod mistakes;
 mod rest;
 mod rollbacks;
 #[allow(dead_code, reason = "other tests use the rest")]
@@ -24,4 +25,5 @@ mod rollbacks;
 mod server;
 mod state_dir;
 mod states;
+mod trouble;
 mod versions;

@@ -8,7 +8,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::core::ObjectMeta;
 use sha2::{Digest as _, Sha256};
 
-use super::super::resources::{ObjectVersion, PodStatus, SecretProviderClassPodStatus};
+use super::{
+    super::resources::{ObjectVersion, PodStatus, SecretProviderClassPodStatus},
+    StatusOf,
+};
 use crate::{
     error::Error,
     hex,
@@ -19,13 +22,15 @@ use crate::{
 /// `apis/v1/secretproviderclasspodstatus_types.go`).
 const NODE_LABEL: &str = "internal.secrets-store.csi.k8s.io/node-name";
 
-/// The annotation that counts how often the content of the volume has got an order, the first one
-/// included. Each time its value differs, so that the object gets a new resource version.
+/// The annotations with the number and the time of the last change of the content, by the node's clock.
+/// The first content counts as well. They are for people and tools; the driver reads only the number,
+/// to count on.
 const CONTENT_CHANGES: &str = "secrets-store.csi.k8s.io/content-changes";
-
-/// The annotation with the time at which the content got its order, by the node's clock. It is for
-/// people; the driver does not read it.
 const CONTENT_CHANGED: &str = "secrets-store.csi.k8s.io/content-changed";
+
+/// The annotation that counts how often unchanged content got a new order. Each time its value differs,
+/// so that the object gets a new resource version.
+const CONTENT_CONFIRMATIONS: &str = "secrets-store.csi.k8s.io/content-confirmations";
 
 /// Limits of the API: names are DNS subdomains, label values are shorter.
 const MAX_NAME: usize = 253;
@@ -34,6 +39,8 @@ const MAX_LABEL: usize = 63;
 /// The pod status that a volume should have.
 #[derive(Debug, Clone)]
 pub struct DesiredPodStatus<'a> {
+    /// The volume handle.
+    pub volume_id: &'a str,
     /// The pod, the object's only owner.
     pub pod: &'a Pod,
     /// The name of the SecretProviderClass.
@@ -44,14 +51,31 @@ pub struct DesiredPodStatus<'a> {
     pub node: &'a str,
     /// The mounted objects, sorted by id.
     pub objects: &'a [Object],
-    /// The time at which the content got a new order, if it did: because it has changed since the
-    /// pod status was written, or because a refresh confirmed it although a Secret has other content
-    /// of a higher order. The pod status is written then in any case, also if it says the same as
-    /// before, because its new resource version is the order of the content.
-    pub changed: Option<Timestamp>,
+    /// The reason for which the content gets a new order, if it does. The pod status is written then
+    /// in any case, also if it says the same as before, because its new resource version is the order of
+    /// the content.
+    pub new_order: Option<NewOrder>,
+}
+
+/// The reason for which content gets a new order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NewOrder {
+    /// It has changed since the pod status was written, at this time.
+    Changed(Timestamp),
+    /// A refresh has confirmed it, although a Secret has other content of a higher order.
+    Confirmed,
 }
 
 impl DesiredPodStatus<'_> {
+    /// Returns which volume the pod status of this name belongs to.
+    pub(super) fn named<'n>(&'n self, name: &'n str) -> StatusOf<'n> {
+        StatusOf {
+            volume_id: self.volume_id,
+            pod: self.pod,
+            name,
+        }
+    }
+
     /// Adds to an error which pod status could not be written.
     pub(super) fn failed(&self, error: Error) -> Error {
         error.context(format_args!(
@@ -93,12 +117,7 @@ impl DesiredPodStatus<'_> {
                     uid: self.pod.uid.clone(),
                     ..OwnerReference::default()
                 }]),
-                annotations: self.changed.map(|time| {
-                    BTreeMap::from([
-                        (CONTENT_CHANGES.to_owned(), "1".to_owned()),
-                        (CONTENT_CHANGED.to_owned(), time.to_string()),
-                    ])
-                }),
+                annotations: self.new_order.map(NewOrder::annotations),
                 ..ObjectMeta::default()
             },
             status: PodStatus {
@@ -149,6 +168,20 @@ impl DesiredPodStatus<'_> {
     }
 }
 
+impl NewOrder {
+    /// Returns the annotations that tell of it, for the first time.
+    fn annotations(self) -> BTreeMap<String, String> {
+        let text = str::to_owned;
+        match self {
+            Self::Changed(time) => BTreeMap::from([
+                (text(CONTENT_CHANGES), text("1")),
+                (text(CONTENT_CHANGED), time.to_string()),
+            ]),
+            Self::Confirmed => BTreeMap::from([(text(CONTENT_CONFIRMATIONS), text("1"))]),
+        }
+    }
+}
+
 /// Merges a desired object into an existing one: labels and annotations of others stay, and changes
 /// of the content are counted on. Returns `None` if the existing one has all of it already.
 pub(super) fn merged(
@@ -156,13 +189,18 @@ pub(super) fn merged(
     desired: SecretProviderClassPodStatus,
 ) -> Option<SecretProviderClassPodStatus> {
     let mut merged = existing.clone();
-    if let Some(changed) = desired.metadata.annotations {
+    if let Some(new) = desired.metadata.annotations {
         let annotations = merged.metadata.annotations.get_or_insert_default();
-        let before = annotations.get(CONTENT_CHANGES);
-        let before: u64 = before.and_then(|n| n.parse().ok()).unwrap_or_default();
-        annotations.extend(changed);
-        let now = before.wrapping_add(1).to_string();
-        annotations.insert(CONTENT_CHANGES.to_owned(), now);
+        for (key, value) in new {
+            let value = match key.as_str() {
+                CONTENT_CHANGES | CONTENT_CONFIRMATIONS => {
+                    let before = annotations.get(&key).and_then(|n| n.parse::<u64>().ok());
+                    before.unwrap_or_default().wrapping_add(1).to_string()
+                }
+                _ => value,
+            };
+            annotations.insert(key, value);
+        }
     }
     let labels = merged.metadata.labels.get_or_insert_default();
     labels.extend(desired.metadata.labels.unwrap_or_default());
@@ -212,12 +250,13 @@ mod tests {
 
     fn desired<'a>(pod: &'a Pod, class: &'a str, target_path: &'a str) -> DesiredPodStatus<'a> {
         DesiredPodStatus {
+            volume_id: "csi-1",
             pod,
             class,
             target_path,
             node: "node-1",
             objects: &[],
-            changed: None,
+            new_order: None,
         }
     }
 
@@ -276,30 +315,37 @@ mod tests {
     #[case::counted(Some("7"), "8")]
     #[case::no_number(Some("many"), "1")]
     #[case::the_largest(Some("18446744073709551615"), "0")]
-    fn each_change_of_the_content_writes_the_object(
-        #[case] before: Option<&str>,
-        #[case] after: &str,
-    ) {
+    fn each_new_order_writes_the_object(#[case] before: Option<&str>, #[case] after: &str) {
         let pod = pod("web", "u1");
-        let at = Timestamp::UNIX_EPOCH;
         let unchanged = desired(&pod, "c", "/t1");
-        let changed = DesiredPodStatus {
-            changed: Some(at),
-            ..unchanged.clone()
-        };
-        let mut existing = changed.object("x");
-        let annotations = existing.metadata.annotations.get_or_insert_default();
-        annotations.insert("foreign".into(), "1".into());
-        match before {
-            Some(before) => annotations.insert(CONTENT_CHANGES.into(), before.into()),
-            None => annotations.remove(CONTENT_CHANGES),
-        };
-        // Nothing else differs, not even the time.
-        let written = merged(existing.clone(), changed.object("x")).unwrap();
-        let annotations = written.metadata.annotations.unwrap();
-        assert_eq!(annotations[CONTENT_CHANGES], after);
-        assert_eq!(annotations["foreign"], "1");
-        assert_eq!(merged(existing, unchanged.object("x")), None);
+        for (new_order, counter, other) in [
+            (
+                NewOrder::Changed(Timestamp::UNIX_EPOCH),
+                CONTENT_CHANGES,
+                CONTENT_CONFIRMATIONS,
+            ),
+            (NewOrder::Confirmed, CONTENT_CONFIRMATIONS, CONTENT_CHANGES),
+        ] {
+            let ordered = DesiredPodStatus {
+                new_order: Some(new_order),
+                ..unchanged.clone()
+            };
+            let mut existing = ordered.object("x");
+            let annotations = existing.metadata.annotations.get_or_insert_default();
+            annotations.insert("foreign".into(), "1".into());
+            annotations.insert(other.into(), "5".into());
+            match before {
+                Some(before) => annotations.insert(counter.into(), before.into()),
+                None => annotations.remove(counter),
+            };
+            // Nothing else differs, not even the time.
+            let written = merged(existing.clone(), ordered.object("x")).unwrap();
+            let annotations = written.metadata.annotations.unwrap();
+            assert_eq!(annotations[counter], after);
+            assert_eq!(annotations[other], "5");
+            assert_eq!(annotations["foreign"], "1");
+            assert_eq!(merged(existing, unchanged.object("x")), None);
+        }
     }
 
     #[test]

@@ -117,6 +117,13 @@ impl SyncError {
         self
     }
 
+    /// Puts words behind the message.
+    #[must_use]
+    pub fn and(mut self, words: impl fmt::Display) -> Self {
+        self.message = format!("{}; {words}", self.message);
+        self
+    }
+
     /// Returns a text that is equal for errors that are the same to the pod's owner. The ways in
     /// which an API server does not answer vary.
     pub fn identity(&self) -> &str {

@@ -5,6 +5,7 @@
 //! of bytes that one Secret may have.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     io,
 };
@@ -27,6 +28,9 @@ use crate::{
 /// The number of bytes up to which the objects of one Secret are read. It is more than a Secret may
 /// have, because a Secret may use parts of the objects only.
 const MAX_READ: u64 = 8 * 1024 * 1024;
+
+/// The number of files that the error about a missing one names.
+const MOST_NAMED: usize = 10;
 
 /// The computed data of Secrets, by the Secret's name.
 pub(in crate::sync) type Computed = BTreeMap<String, Result<SecretData, SyncError>>;
@@ -72,6 +76,42 @@ impl Batch {
     }
 }
 
+/// The paths of the files of a volume: a few of them, and the number of all.
+#[derive(Default)]
+struct Names(RefCell<(BTreeSet<String>, usize)>);
+
+impl Names {
+    fn add(&self, path: &str) {
+        let (some, count) = &mut *self.0.borrow_mut();
+        *count += 1;
+        some.insert(path.to_owned());
+        if some.len() > MOST_NAMED {
+            some.pop_last();
+        }
+    }
+
+    /// Adds to the error about a missing object what the volume has.
+    fn explain(&self, data: &mut Result<SecretData, SyncError>) {
+        let Err(error) = data else { return };
+        if error.error_type() != ErrorType::ObjectNotFound {
+            return;
+        }
+        let (some, count) = &*self.0.borrow();
+        let names: Vec<_> = some.iter().map(|n| quoted(n, 60).to_string()).collect();
+        let more = match count.saturating_sub(some.len()) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        *error = match names.is_empty() {
+            true => error.clone().and("the volume has no files"),
+            false => error.clone().and(format_args!(
+                "the volume has {}{more}. An object with an alias is mounted under the alias",
+                names.join(", ")
+            )),
+        };
+    }
+}
+
 /// Computes the Secret of this name from a content, and those that follow it in the class, as far as
 /// there is room. Returns `None` if the content has been replaced meanwhile.
 ///
@@ -91,13 +131,19 @@ pub(in crate::sync) fn compute(
         .collect();
     loop {
         let needs = Needs::of(objects.iter().copied());
-        let snapshot = content.read(records, MAX_READ, |path| needs.includes(path))?;
+        let there = Names::default();
+        let snapshot = content.read(records, MAX_READ, |path| {
+            there.add(path);
+            needs.includes(path)
+        })?;
         let Some(snapshot) = snapshot else {
             return Ok(None);
         };
         if snapshot.is_all {
             let sources = Sources::parse(objects.iter().copied(), &snapshot.files, refused, caller);
-            return Ok(Some(compute_from(class, &objects, sources)));
+            let mut computed = compute_from(class, &objects, sources);
+            computed.values_mut().for_each(|data| there.explain(data));
+            return Ok(Some(computed));
         }
         if objects.len() == 1 {
             let too_large = SyncError::new(

@@ -1,6 +1,6 @@
 //! Reads private keys, finds their certificates, and writes them in several forms.
 
-use der::{Decode as _, Encode as _};
+use der::{Decode as _, Encode as _, SliceReader, Tag, TagNumber, asn1::AnyRef};
 use pkcs1::RsaPrivateKey;
 use pkcs8::{ObjectIdentifier, PrivateKeyInfoRef};
 use ring::{
@@ -58,8 +58,13 @@ pub(super) enum Match {
 impl PrivateKey {
     /// Reads a key in PKCS#8, PKCS#1 or SEC1. The PEM label is ignored, because it may be wrong.
     pub(super) fn parse(der: &[u8]) -> Result<Self, String> {
-        let (kind, original_label) = parse(der)
-            .ok_or("its private key cannot be read as PKCS#8, PKCS#1 or SEC1; it may be damaged")?;
+        let (kind, original_label) = parse(der).ok_or_else(|| {
+            if has_explicit_curve(der) {
+                "its private key spells out its curve instead of naming it, which servers refuse; write it again with openssl ec -in FILE -param_enc named_curve -out FILE"
+            } else {
+                "its private key cannot be read as PKCS#8, PKCS#1 or SEC1; it may be damaged"
+            }
+        })?;
         Ok(Self {
             kind,
             original: Zeroizing::new(der.to_vec()),
@@ -146,6 +151,30 @@ fn parse(der: &[u8]) -> Option<(Kind, &'static str)> {
     };
     let sec1 = Zeroizing::new(der.to_vec());
     Some((Kind::Ec { sec1, curve }, "EC PRIVATE KEY"))
+}
+
+/// Returns whether a key of an elliptic curve has the curve's parameters in the place of its name.
+fn has_explicit_curve(der: &[u8]) -> bool {
+    if let Ok(info) = PrivateKeyInfoRef::from_der(der) {
+        return info.algorithm.oid == EC && info.algorithm.parameters_oid().is_err();
+    }
+    let parameters = || {
+        let mut fields = SliceReader::new(AnyRef::from_der(der).ok()?.value()).ok()?;
+        let (_version, _key) = (
+            AnyRef::decode(&mut fields).ok()?,
+            AnyRef::decode(&mut fields).ok()?,
+        );
+        let field = AnyRef::decode(&mut fields).ok()?;
+        let is_first = field.header().tag()
+            == Tag::ContextSpecific {
+                constructed: true,
+                number: TagNumber(0),
+            };
+        is_first
+            .then(|| AnyRef::from_der(field.value()).ok())
+            .flatten()
+    };
+    parameters().is_some_and(|parameters| parameters.header().tag() == Tag::Sequence)
 }
 
 fn rsa_matches(key: &[u8], public: &[u8]) -> Option<bool> {

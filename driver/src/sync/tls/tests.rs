@@ -164,6 +164,32 @@ fn pkcs12_with_an_edwards_key() {
 #[case::deep(&[0x30; 4000], "neither PEM nor PKCS#12")]
 #[case::with_a_password(fixture!("password.p12"), "empty password does not open")]
 #[case::encrypted_key(fixture!("encrypted.key.pem"), "passphrase")]
+#[case::encrypted_key_in_the_older_form(
+    b"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00\n\nAAAA\n-----END RSA PRIVATE KEY-----\n",
+    "passphrase"
+)]
+#[case::explicit_curve(fixture!("explicit.key.pem"), "named_curve")]
+#[case::explicit_curve_in_sec1(fixture!("explicit.traditional.pem"), "named_curve")]
+#[case::another_damaged_key(
+    b"-----BEGIN EC PRIVATE KEY-----\nMAcCAQEEAgEC\n-----END EC PRIVATE KEY-----\n",
+    "may be damaged"
+)]
+#[case::no_line_breaks(
+    br"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
+    "line breaks"
+)]
+#[case::pem_in_base64(
+    b"LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0tCk1JSUIK",
+    "PEM in base64; set encoding: base64"
+)]
+#[case::pkcs12_in_base64(
+    b"MIIKfAIBAzCCCjIGCSqGSIb3\nDQEHAaCCCiM=",
+    "PKCS#12 or of another binary form; set encoding: base64"
+)]
+#[case::trusted(
+    b"-----BEGIN TRUSTED CERTIFICATE-----\nAAAA\n-----END TRUSTED CERTIFICATE-----\n",
+    "openssl x509"
+)]
 #[case::no_key_in_a_key(
     b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
     "cannot be read"
