@@ -11,6 +11,7 @@
 //! fuzz           for tests: feeds bytes from outside to the modules below
 //! csi            the CSI services: the form of a request, the status of an error
 //! registration   registers the driver with kubelet
+//! status         says what is mounted on the node, for a command
 //! logging        the log and its redaction
 //! hardening      gives up the rights that the process does not need
 //! volume         the life of a volume: what is due, the steps, their undo
@@ -69,6 +70,7 @@ pub mod record;
 pub mod registration;
 pub mod secret;
 pub mod socket;
+pub mod status;
 pub mod sync;
 pub mod turns;
 pub mod volume;

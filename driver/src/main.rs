@@ -1,12 +1,17 @@
 //! The binary. Sets up flags, logging, the runtime and signals, and returns the exit code.
 
 use std::{
+    ffi::OsString,
     io::{self, Write as _},
+    path::Path,
     process::ExitCode,
     time::Duration,
 };
 
-use driver::config::Config;
+use driver::{
+    config::{Config, Exit},
+    status::{Status, flags_of_the_driver},
+};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -25,12 +30,16 @@ const MOST_DESCRIPTORS: u64 = 65_536;
 const TRIM_EVERY: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    if args.next().is_some_and(|first| first == "status") {
+        return say(&status(args.collect()));
+    }
     let config = match Config::parse(std::env::args_os().skip(1)) {
         Ok(config) => config,
         Err(exit) => return say(&exit),
     };
     if let Err(error) = driver::logging::init(&config) {
-        return say(&driver::config::Exit {
+        return say(&Exit {
             code: 1,
             text: format!("cannot set up logging: {error}"),
         });
@@ -63,6 +72,44 @@ fn main() -> ExitCode {
     }
 }
 
+/// Returns what `status` says: JSON, or why it cannot be said. Without flags of its own, it uses those of
+/// the driver that runs in this container.
+fn status(args: Vec<OsString>) -> Exit {
+    let fails = |code, text: String| Exit { code, text };
+    let (json, flags): (Vec<_>, Vec<_>) = args
+        .into_iter()
+        .partition(|arg| arg == "--json" || arg == "-json");
+    if json.is_empty() {
+        return fails(
+            2,
+            "usage: secrets-store-csi status --json [FLAGS]".to_owned(),
+        );
+    }
+    let flags = match flags.is_empty() {
+        true => flags_of_the_driver(Path::new("/proc")).unwrap_or_default(),
+        false => flags,
+    };
+    let config = match Config::parse(flags.into_iter()) {
+        Ok(config) => config,
+        Err(exit) => return exit,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let read = runtime.and_then(|runtime| runtime.block_on(Status::read(&config)));
+    let text = read.and_then(|status| Ok(serde_json::to_string_pretty(&status)?));
+    text.map_or_else(
+        |error| {
+            let records = config.state_dir.display();
+            fails(
+                1,
+                format!("the records in {records} cannot be read: {error}"),
+            )
+        },
+        |text| Exit { code: 0, text },
+    )
+}
+
 async fn serve(config: Config) -> std::io::Result<()> {
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate())?;
@@ -85,8 +132,8 @@ async fn serve(config: Config) -> std::io::Result<()> {
     driver::run(config, stop).await
 }
 
-/// Writes why the driver does not start, and returns the exit code for it.
-fn say(exit: &driver::config::Exit) -> ExitCode {
+/// Writes what was asked for or why the driver does not start, and returns the exit code for it.
+fn say(exit: &Exit) -> ExitCode {
     let written = if exit.code == 0 {
         writeln!(io::stdout(), "{}", exit.text)
     } else {

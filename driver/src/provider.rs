@@ -134,6 +134,12 @@ pub struct Providers {
     shared: Mutex<HashMap<String, Shared>>,
 }
 
+/// Returns the names and the sockets of the providers in some directories, of which an earlier one goes
+/// before a later one.
+pub fn sockets(directories: Vec<PathBuf>) -> Vec<(String, PathBuf)> {
+    Sockets::new(directories).all()
+}
+
 /// The queue and the memory that the calls to one provider share.
 #[derive(Clone)]
 struct Shared {

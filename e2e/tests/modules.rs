@@ -35,6 +35,7 @@ const DRIVER: Modules = &[
         ],
     ),
     ("registration", &["socket"]),
+    ("status", &["config", "mount", "provider", "record"]),
     ("logging", &["config"]),
     ("hardening", &["config"]),
     (

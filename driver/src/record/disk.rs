@@ -104,11 +104,16 @@ impl Records {
             .recursive(true)
             .mode(0o700)
             .create(&directory)?;
-        Ok(Self {
-            directory,
+        Ok(Self::existing(directory))
+    }
+
+    /// Uses a directory of records as it is, which may be missing.
+    pub fn existing(directory: impl Into<PathBuf>) -> Self {
+        Self {
+            directory: directory.into(),
             check: Arc::new(|_| Ok(())),
             changing: Arc::default(),
-        })
+        }
     }
 
     /// Adds a condition: only records with which `check` finds nothing wrong are valid.

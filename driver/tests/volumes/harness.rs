@@ -573,7 +573,7 @@ impl World {
         Process(started)
     }
 
-    fn flags(&self) -> Vec<String> {
+    pub(crate) fn flags(&self) -> Vec<String> {
         let dir = self.dir.path();
         fs::write(dir.join("kubeconfig"), &self.api.0.kubeconfig).unwrap();
         let usual = [

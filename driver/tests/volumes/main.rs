@@ -25,5 +25,6 @@ mod rollbacks;
 mod server;
 mod state_dir;
 mod states;
+mod status;
 mod trouble;
 mod versions;
