@@ -7,6 +7,7 @@ mod fleet;
 mod kubelet;
 mod record;
 mod report;
+mod sampler;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -109,49 +110,49 @@ impl Scale<'_> {
         } = *self.options;
         self.apply(&json!({})).await?;
 
-        self.fleet.begin("first start of all nodes")?;
+        self.fleet.begin("first start of all nodes").await?;
         self.fleet.start().await?;
         self.fleet.all_published().await?;
 
         // Volumes that were published together are looked at, and due, at different times then.
-        self.fleet.begin("settling")?;
+        self.fleet.begin("settling").await?;
         tokio::time::sleep(self.settled()).await;
-        self.fleet.begin("at rest")?;
+        self.fleet.begin("at rest").await?;
         tokio::time::sleep(rest).await;
 
-        self.fleet.begin("class of all pods edited")?;
+        self.fleet.begin("class of all pods edited").await?;
         self.edit_and_wait("class of all pods edited").await?;
 
-        self.fleet.begin("rolling update")?;
+        self.fleet.begin("rolling update").await?;
         self.fleet.roll(self.options.at_once).await?;
         self.fleet.check(&self.content.to_string())?;
 
-        self.fleet.begin("all nodes boot")?;
+        self.fleet.begin("all nodes boot").await?;
         self.fleet.cut_power().await?;
         self.fleet.start().await?;
         self.fleet.all_published().await?;
-        self.fleet.begin("after the boot")?;
+        self.fleet.begin("after the boot").await?;
         tokio::time::sleep(after).await;
 
-        self.fleet.begin("API server away")?;
+        self.fleet.begin("API server away").await?;
         self.fleet.plane().take_away()?;
         tokio::time::sleep(away).await;
-        self.fleet.begin("API server back")?;
+        self.fleet.begin("API server back").await?;
         self.fleet.plane().bring_back()?;
         tokio::time::sleep(after).await;
 
-        self.fleet.begin("provider away")?;
+        self.fleet.begin("provider away").await?;
         self.fleet.provider().await.take_away().await?;
         tokio::time::sleep(away).await;
-        self.fleet.begin("provider back")?;
+        self.fleet.begin("provider back").await?;
         self.fleet.provider().await.bring_back().await?;
         tokio::time::sleep(after).await;
 
-        self.fleet.begin("an hour's interval, settling")?;
+        self.fleet.begin("an hour's interval, settling").await?;
         self.edit_and_wait("class edited after the outages").await?;
         self.apply(&json!({INTERVAL: "1h"})).await?;
         tokio::time::sleep(self.settled()).await;
-        self.fleet.begin("at rest, an hour's interval")?;
+        self.fleet.begin("at rest, an hour's interval").await?;
         tokio::time::sleep(rest).await;
         Ok(())
     }

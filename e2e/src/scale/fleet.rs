@@ -1,6 +1,5 @@
 //! The nodes: their drivers, their volumes, and what is measured of them.
 
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::{Mutex, MutexGuard};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 
 use super::kubelet::{self, Socket};
-use super::record::{Phase, Record, Sample};
+use super::record::{Phase, Record};
+use super::sampler::Sampler;
 use super::{CLASS, FILE, Options, seconds};
 use crate::bench::{ControlPlane, Node, Process, Provider, Settings, Stopped, Volume, failed};
 use crate::binaries::Binaries;
@@ -44,11 +44,9 @@ pub(super) struct Fleet {
     provider: Arc<Mutex<Provider>>,
     look: Duration,
     record: Arc<Record>,
-    /// The drivers' processes, for the sampler.
-    processes: Arc<std::sync::Mutex<Vec<Process>>>,
     kubelets: JoinSet<()>,
-    sampler: AbortHandle,
-    sampling: JoinSet<Result<()>>,
+    sampler: Arc<Sampler>,
+    sampling: JoinSet<()>,
     phase: Option<(&'static str, Instant)>,
     /// The last start of all nodes.
     started: Instant,
@@ -89,22 +87,21 @@ impl Fleet {
         let members = members.buffered(4).try_collect().await?;
         let plane = Arc::new(plane);
         let provider = Arc::new(Mutex::new(provider));
-        let (record, processes) = (Arc::default(), Arc::default());
-        let mut sampling = JoinSet::new();
-        let every = if options.real { SAMPLE_OF_REAL } else { SAMPLE };
-        let sampler = sampling.spawn(sample(
-            every,
-            (Arc::clone(&plane), Arc::clone(&provider)),
-            Arc::clone(&processes),
+        let record = Arc::<Record>::default();
+        let sampler = Sampler::new(
+            Arc::clone(&plane),
+            Arc::clone(&provider),
             Arc::clone(&record),
-        ));
+        );
+        let (sampler, mut sampling) = (Arc::new(sampler), JoinSet::new());
+        let every = if options.real { SAMPLE_OF_REAL } else { SAMPLE };
+        sampling.spawn(Arc::clone(&sampler).run(every));
         Ok(Self {
             members,
             plane,
             provider,
             look: options.look,
             record,
-            processes,
             kubelets: JoinSet::new(),
             sampler,
             sampling,
@@ -125,14 +122,16 @@ impl Fleet {
     ///
     /// # Errors
     /// When a driver has ended.
-    pub(super) fn begin(&mut self, name: &'static str) -> Result<()> {
-        self.end_phase()?;
+    pub(super) async fn begin(&mut self, name: &'static str) -> Result<()> {
+        self.end_phase().await?;
         eprintln!("{name}");
         self.phase = Some((name, Instant::now()));
         Ok(())
     }
 
-    fn end_phase(&mut self) -> Result<()> {
+    async fn end_phase(&mut self) -> Result<()> {
+        // Each sample is of one phase.
+        self.sampler.take().await;
         let running: Vec<Process> = self.running()?;
         if let Some((name, begin)) = self.phase.take() {
             let (mut sum, mut peak, mut count) = (0.0, 0.0_f64, 0.0);
@@ -189,11 +188,7 @@ impl Fleet {
     }
 
     fn tell_sampler(&self) -> Result<()> {
-        let running = self.running()?;
-        *self
-            .processes
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = running;
+        self.sampler.set_processes(self.running()?);
         Ok(())
     }
 
@@ -305,15 +300,8 @@ impl Fleet {
     /// # Errors
     /// When something could not be measured.
     pub(super) async fn end(mut self) -> Result<Arc<Record>> {
-        self.end_phase()?;
-        self.sampler.abort();
-        while let Some(ended) = self.sampling.join_next().await {
-            match ended {
-                Ok(outcome) => outcome?,
-                Err(error) if error.is_cancelled() => {}
-                Err(error) => return Err(failed("sampling", &error)),
-            }
-        }
+        self.end_phase().await?;
+        self.sampling.shutdown().await;
         self.cut_power().await?;
         Ok(self.record)
     }
@@ -329,52 +317,4 @@ async fn member(settings: Settings, plane: &ControlPlane, volumes: usize) -> Res
         socket: Socket::default(),
         node: None,
     })
-}
-
-/// Records the load at intervals.
-async fn sample(
-    every: Duration,
-    (plane, provider): (Arc<ControlPlane>, Arc<Mutex<Provider>>),
-    processes: Arc<std::sync::Mutex<Vec<Process>>>,
-    record: Arc<Record>,
-) -> Result<()> {
-    let mut before = Instant::now();
-    let (mut requests, mut calls) = (plane.requests().await?, 0.0);
-    let mut times: BTreeMap<i32, f64> = BTreeMap::new();
-    loop {
-        tokio::time::sleep(every).await;
-        // While one of them is away, it has nothing to tell.
-        let now_requests = plane.requests().await.unwrap_or_else(|_| requests.clone());
-        let now_calls = provider.lock().await.calls().await.unwrap_or(0.0);
-        let running = processes
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .clone();
-        let mut cpu = 0.0;
-        for process in running {
-            // It may have been stopped since.
-            if let Ok(time) = process.cpu() {
-                cpu += time - times.insert(process.0, time).unwrap_or(0.0);
-            }
-        }
-        let new = if now_requests.total() < requests.total() {
-            // A real API server counts from zero when it comes back.
-            now_requests.clone()
-        } else {
-            now_requests.since(&requests)
-        };
-        record.sample(Sample {
-            at: Instant::now(),
-            seconds: seconds(before),
-            requests: new,
-            provider: if now_calls < calls {
-                now_calls
-            } else {
-                now_calls - calls
-            },
-            cpu,
-        });
-        before = Instant::now();
-        (requests, calls) = (now_requests, now_calls);
-    }
 }
