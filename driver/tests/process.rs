@@ -388,7 +388,8 @@ async fn run(dir: &Path, args: &[&str], stdout: Stdio) -> (Option<i32>, String) 
         .spawn()
         .unwrap();
     let ended = timeout(PATIENCE, program.wait_with_output()).await;
-    let output = ended.expect("the program goes on").unwrap();
+    let output = ended.unwrap_or_else(|_| panic!("{args:?}: the program goes on"));
+    let output = output.unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     (output.status.code(), stderr)
 }
