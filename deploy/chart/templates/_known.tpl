@@ -1,7 +1,8 @@
 {{/* The values in values.schema.json by the objects that they are in. Written by `just manifests`. */}}
 {{- define "sscd.known" -}}
-"": [automountServiceAccountToken, commonLabels, csiDriver, enableSecretRotation, fullnameOverride, imagePullSecrets, linux, livenessProbe, logFormatJSON, logVerbosity, maxCallRecvMsgSize, metricsService, minRotationPollInterval, nameOverride, networkPolicy, podMonitor, providerHealthCheck, providerHealthCheckInterval, providerMaxBytes, providerMaxCalls, providerUIDs, rbac, republishErrors, rotationPollInterval, serviceMonitor, sidecars, syncSecret, tokenRequests, tokenRequestsInSecrets, windows]
+"": [automountServiceAccountToken, commonLabels, csiDriver, enableSecretRotation, fullnameOverride, grafanaDashboard, imagePullSecrets, linux, livenessProbe, logFormatJSON, logVerbosity, maxCallRecvMsgSize, metricsService, minRotationPollInterval, nameOverride, networkPolicy, podMonitor, prometheusRule, providerHealthCheck, providerHealthCheckInterval, providerMaxBytes, providerMaxCalls, providerUIDs, rbac, republishErrors, rotationPollInterval, serviceMonitor, sidecars, syncSecret, tokenRequests, tokenRequestsInSecrets, windows]
 csiDriver: [labels]
+grafanaDashboard: [annotations, enabled, labels]
 linux: [additionalProvidersDirs, affinity, crds, daemonsetAnnotations, driver, enabled, env, image, kubeletRootDir, livenessProbe, livenessProbeImage, metricsAddr, nodeSelector, podAnnotations, podLabels, podSpec, priorityClassName, providersDir, registrar, registrarImage, tolerations, updateStrategy, volumeMounts, volumes]
 linux.crds: [annotations, enabled, image, podLabels, resources]
 linux.crds.image: [pullPolicy, repository, tag]
@@ -15,6 +16,7 @@ livenessProbe: [logLevel, port]
 metricsService: [annotations, enabled]
 networkPolicy: [enabled, from]
 podMonitor: [enabled, endpoint, labels]
+prometheusRule: [enabled, labels]
 rbac: [existingDriver, install, pspEnabled]
 serviceMonitor: [enabled, endpoint, labels]
 syncSecret: [enabled, errors, interval]
