@@ -354,16 +354,28 @@ fn rare(random: &mut Random, kind: Kind, nodes: usize) -> Vec<What> {
     let node = random.index(nodes);
     let other = (node + 1) % nodes;
     let lasts = 3_000 + random.below(LONGEST_FAULT - 3_000);
-    let memory_near = |node| What::MemoryNear { node, lasts };
-    let mut faults = match kind {
-        Kind::Mixed => vec![What::Reboot { node }, What::WipePlugin { node: other }],
-        Kind::Long => (0..nodes).map(memory_near).collect(),
-        Kind::Hostile => Vec::new(),
+    let by = [-86_400, -3_600, 3_600, 86_400][random.index(4)];
+    let clock_and_memory = |node| {
+        [
+            What::StepClock { node, by },
+            What::MemoryNear { node, lasts },
+        ]
     };
-    if nodes == 1 && kind == Kind::Mixed {
-        faults.push(memory_near(node));
+    match kind {
+        Kind::Mixed => {
+            let mut faults = vec![What::Reboot { node }, What::WipePlugin { node: other }];
+            // A long fault leaves a single node no time.
+            faults.extend(
+                (nodes == 1)
+                    .then(|| clock_and_memory(node))
+                    .into_iter()
+                    .flatten(),
+            );
+            faults
+        }
+        Kind::Long => (0..nodes).flat_map(clock_and_memory).collect(),
+        Kind::Hostile => Vec::new(),
     }
-    faults
 }
 
 fn action(random: &mut Random, nodes: usize) -> What {
@@ -538,7 +550,7 @@ mod tests {
                     .flatten()
                     .map(|step| step.what.kind())
                     .collect();
-                for kind in ["reboot", "wipe-plugin", "memory-near"] {
+                for kind in ["reboot", "wipe-plugin", "memory-near", "step-clock"] {
                     assert!(
                         kinds.contains(kind),
                         "{nodes} nodes, seed {seed}: {kinds:?}"

@@ -70,6 +70,8 @@ pub(super) struct World {
     pub(super) calm: Mutex<Option<Duration>>,
     /// Data of Secrets that somebody wrote by hand.
     pub(super) by_hand: Mutex<BTreeSet<String>>,
+    /// The number of writes by hand whose result is not known yet.
+    writing: AtomicU64,
     /// Failures of which there has to be a trace: the pod's UID and name, its node, and what fails.
     pub(super) failures: Mutex<BTreeMap<String, Failure>>,
     /// The classes that have one more object.
@@ -112,6 +114,7 @@ impl World {
             lists: AtomicU64::new(0),
             calm: Mutex::new(Some(Duration::ZERO)),
             by_hand: Mutex::default(),
+            writing: AtomicU64::new(0),
             failures: Mutex::default(),
             edited: Mutex::default(),
             edits: Mutex::default(),
@@ -145,9 +148,22 @@ impl World {
         lock(&self.roots).get(node) == Some(root)
     }
 
-    /// Notes that somebody wrote this data into a Secret.
-    pub(super) fn wrote_by_hand(&self, data: &Value) {
-        lock(&self.by_hand).insert(data.to_string());
+    /// Notes that somebody is about to write a Secret by hand.
+    pub(super) fn writes_by_hand(&self) {
+        self.writing.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Notes that it is over, and what the Secret has now if it was written.
+    pub(super) fn wrote_by_hand(&self, data: Option<&Value>) {
+        if let Some(data) = data {
+            lock(&self.by_hand).insert(data.to_string());
+        }
+        self.writing.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Returns whether somebody may have written a Secret by hand without having told what.
+    pub(super) fn is_writing_by_hand(&self) -> bool {
+        self.writing.load(Ordering::SeqCst) > 0
     }
 
     pub(super) fn is_by_hand(&self, data: &Value) -> bool {

@@ -147,14 +147,14 @@ impl<G: Ground> Actor<'_, G> {
         };
         let patch = Patch::Merge(json!({"data": {"key-a": value}}));
         let secrets = self.secrets();
-        match secrets.patch(name, &PatchParams::default(), &patch).await {
-            Ok(secret) => {
-                let data = secret.data.unwrap_or_default();
-                self.world.wrote_by_hand(&json!(data));
-                Ok(())
-            }
-            Err(error) => unless_absent::<()>(Err(error), "alter a Secret"),
-        }
+        self.world.writes_by_hand();
+        let written = secrets.patch(name, &PatchParams::default(), &patch).await;
+        let data = written
+            .as_ref()
+            .ok()
+            .map(|secret| json!(secret.data.clone().unwrap_or_default()));
+        self.world.wrote_by_hand(data.as_ref());
+        unless_absent(written, "alter a Secret")
     }
 
     /// Lets the hostile tenant run pods for a while.

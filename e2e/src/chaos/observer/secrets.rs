@@ -15,7 +15,8 @@ use super::super::store::{CLASSES, generation_of};
 use super::super::tenants::{EXTRA_KEY, KEYS};
 use super::super::world::World;
 
-/// The time after which a version is judged: somebody who writes by hand tells so after it.
+/// The time after which a version is judged, and not while somebody writes by hand, who tells so after
+/// it.
 const LATER: Duration = Duration::from_millis(1_500);
 
 /// Watches until it is dropped.
@@ -36,7 +37,9 @@ pub(super) async fn watch(world: Arc<World>, client: kube::Client) {
                 None => return,
             },
             () = tokio::time::sleep_until(first.unwrap_or_else(Instant::now).into()), if first.is_some() => {
-                if let Some((seen, secret)) = waiting.pop_front() {
+                if world.is_writing_by_hand() {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                } else if let Some((seen, secret)) = waiting.pop_front() {
                     judge(&world, seen, &secret, &mut last);
                 }
             }
