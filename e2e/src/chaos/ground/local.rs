@@ -27,6 +27,8 @@ const BOUNDS: Bounds = Bounds {
 const OBJECTS: &str = "/chaos";
 /// The driver's memory limit while memory is near.
 const SMALL_LIMIT: u64 = 64 << 20;
+/// The time in which the driver notices another memory limit.
+const MEASURED: Duration = Duration::from_secs(11);
 /// The time in which a slow API server answers before it halts again.
 const BREATH: Duration = Duration::from_millis(150);
 
@@ -231,6 +233,7 @@ impl Ground for OnLocal {
         let (driver, limit) = (driver.to_string(), SMALL_LIMIT.to_string());
         self.run(node, &["sh", "-c", LIMIT_MEMORY, "sh", &driver, &limit])
             .await?;
+        tokio::time::sleep(MEASURED).await;
         Ok(SMALL_LIMIT)
     }
 
