@@ -20,7 +20,7 @@ const ISOLATED: &str = "isolated";
 /// Stands for namespaces that do not exist yet.
 const NEW: &str = "new";
 
-/// Becomes a program in a mount namespace if this process was started by [`command`], and does not
+/// Becomes a program in a mount namespace if this process was started to become one, and does not
 /// return then. Otherwise it does nothing.
 ///
 /// `e2e` calls it first in `main`, while it has one thread.
