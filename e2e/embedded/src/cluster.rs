@@ -237,8 +237,10 @@ impl Cluster {
                 .kill()
                 .await
                 .map_err(|error| refused(name, &error))?;
-            self.declare_down(name).await?;
+            let declared = self.declare_down(name).await;
+            // Also a node that nobody has heard of comes back.
             *process = spawn_node(self.state.path(), name, &self.options)?;
+            declared?;
         }
         self.wait_for_node(name).await
     }

@@ -42,12 +42,8 @@ async fn twenty_nodes_go_through_all_phases_and_have_the_newest_content() {
         "{published:?}"
     );
     assert!(rows["at rest"].provider > 0.0);
-    let written = rows["class of all pods edited"].by_kind.keys();
-    assert!(
-        written
-            .cloned()
-            .any(|kind| kind.ends_with(" secretproviderclasspodstatuses"))
-    );
+    let mut written = rows["class of all pods edited"].by_kind.keys();
+    assert!(written.any(|kind| kind.ends_with(" secretproviderclasspodstatuses")));
     let at_rest = ["at rest", "at rest, an hour's interval"].map(|name| rows[name].provider);
     assert!(at_rest[1] < at_rest[0], "{at_rest:?}");
 
