@@ -47,6 +47,11 @@ pub(crate) fn state(node: &Node) -> State {
     }
     for event in api.all("events") {
         let reason = event["reason"].as_str().unwrap_or_default();
+        // It tells of a change that this driver has seen. One that a driver was killed over stands on the
+        // pod status only.
+        if reason == "MountContentChanged" {
+            continue;
+        }
         state.insert(format!("event {reason}"), String::new());
     }
     state

@@ -150,7 +150,12 @@ impl Report {
     /// # Errors
     /// When a file cannot be written.
     pub(super) fn write(&self, docs: &Path) -> Result<()> {
-        replace_section(&docs.join("benchmarks.md"), COMMAND, &self.markdown())?;
+        // What is not written yet cannot be linked to.
+        let text = format!(
+            "![Publish, look, refresh, CPU, requests and memory of both drivers](benchmarks.svg)\n\n{}\n\nThe values of each round are in [benchmarks.json](benchmarks.json).",
+            self.markdown().trim_end()
+        );
+        replace_section(&docs.join("benchmarks.md"), COMMAND, &text)?;
         let subjects: Vec<_> = self
             .subjects
             .iter()

@@ -177,7 +177,12 @@ impl Report {
     /// # Errors
     /// When a file cannot be written.
     pub(super) fn write(&self, docs: &Path) -> Result<()> {
-        replace_section(&docs.join("scale.md"), COMMAND, &self.markdown())?;
+        // What is not written yet cannot be linked to.
+        let text = format!(
+            "![Requests to the API server and calls to the provider over the run](scale.svg)\n\n{}\n\nAll numbers are in [scale.json](scale.json).",
+            self.markdown().trim_end()
+        );
+        replace_section(&docs.join("scale.md"), COMMAND, &text)?;
         let broken = |error: &dyn std::fmt::Display| failed("the report", &error.to_string());
         let json = json!({
             "run": self.run, "nodes": self.nodes, "volumes": self.volumes, "phases": self.rows, "notes": self.notes,
