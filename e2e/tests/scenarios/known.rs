@@ -254,11 +254,11 @@ async fn store_away(cast: Cast) {
     stage.classes_with(&[PASSWORD], synced).await;
     stage.pods(|pod| pod).await;
     stage.ready().await;
-    let before = stage.written().await;
+    let before = stage.kept().await;
     stage.disturb(Disturbance::Away).await;
     stage.put("password", "correct horse").await;
     stage.all_hear("MountRotationFailed").await;
-    assert_eq!(stage.written().await, before);
+    assert_eq!(stage.kept().await, before);
     stage.all_secrets_say("hunter2").await;
     stage.recover().await;
     stage.all_read("password", "correct horse").await;
@@ -281,12 +281,12 @@ async fn provider_away(cast: Cast) {
     let stage = stage!(cast);
     stage.put("password", "hunter2").await;
     stage.mounted(&[PASSWORD]).await;
-    let before = stage.written().await;
+    let before = stage.kept().await;
     let node = stage.s.node();
     let provider = stage.s.cluster.provider(&node, "fake-provider");
     provider.stop().await.unwrap();
     stage.all_hear("MountRotationFailed").await;
-    assert_eq!(stage.written().await, before);
+    assert_eq!(stage.kept().await, before);
     provider.start().await.unwrap();
     stage.serves().await;
     stage.put("password", "correct horse").await;

@@ -424,13 +424,25 @@ impl Stage {
     /// Returns what is written when something changes: the volumes on disk, and the versions of the pod
     /// statuses.
     pub async fn written(&self) -> (Vec<Tree>, Vec<Option<String>>) {
+        let statuses = self.s.pod_status_objects().await;
+        let versions = statuses.into_iter().map(|s| s.metadata.resource_version);
+        (self.disks().await, versions.collect())
+    }
+
+    /// Returns what trouble with a refresh leaves as it is: the volumes on disk, and what the pod statuses
+    /// say of them. That they are stale stands in annotations.
+    pub async fn kept(&self) -> (Vec<Tree>, Vec<Value>) {
+        let statuses = self.s.pod_status_objects().await;
+        let said = statuses.into_iter().map(|s| s.data["status"].clone());
+        (self.disks().await, said.collect())
+    }
+
+    async fn disks(&self) -> Vec<Tree> {
         let mut disks = Vec::new();
         for provider in &self.providers {
             disks.push(self.s.settled_disk(provider.name(), MOUNT).await);
         }
-        let statuses = self.s.pod_status_objects().await;
-        let versions = statuses.into_iter().map(|s| s.metadata.resource_version);
-        (disks, versions.collect())
+        disks
     }
 
     /// Compares what each pod reads and what its pod status says with the snapshot of its provider.
