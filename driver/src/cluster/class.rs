@@ -10,6 +10,7 @@ use kube::{
 };
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
+use tokio::time::timeout;
 
 use super::{
     Cluster, Freshness, Wanted,
@@ -47,10 +48,14 @@ const METADATA: HeaderValue = HeaderValue::from_static(
     "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json",
 );
 
+/// The time for which an error waits for its turn to list classes.
+const LISTING_WAIT: Duration = Duration::from_secs(2);
+
 /// A list of classes, of which only the names are read.
 #[derive(Deserialize)]
 struct Found {
-    items: Vec<Named>,
+    /// The API server writes null for no items.
+    items: Option<Vec<Named>>,
 }
 
 #[derive(Deserialize)]
@@ -216,9 +221,10 @@ impl Cluster {
 
     /// Returns the end of a sentence with some classes of a namespace, or nothing if they cannot be
     /// listed. One list at a time is read, and only metadata where the API server gives that, because a
-    /// class may be large.
+    /// class may be large. Others wait for their turn, because a sentence that comes and goes makes one
+    /// trouble look like two.
     async fn classes_in(&self, namespace: &str) -> String {
-        let Ok(_turn) = self.listing.try_acquire() else {
+        let Ok(Ok(_turn)) = timeout(LISTING_WAIT, self.listing.acquire()).await else {
             return String::new();
         };
         let some = ListParams::default().limit(MOST_LISTED as u32);
@@ -230,10 +236,8 @@ impl Cluster {
         let Ok(found) = self.ask::<Found>(request).await else {
             return String::new();
         };
-        let names = found
-            .items
-            .iter()
-            .filter_map(|c| c.metadata.name.as_deref());
+        let found = found.items.unwrap_or_default();
+        let names = found.iter().filter_map(|c| c.metadata.name.as_deref());
         let names: Vec<_> = names
             .take(MOST_LISTED)
             .map(|name| quoted(name, 60).to_string())

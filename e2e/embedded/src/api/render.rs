@@ -34,6 +34,19 @@ pub(super) fn list(target: &Target, revision: u64, objects: &[Arc<Value>]) -> Ve
     bytes
 }
 
+/// Serializes a list of the metadata of objects. As on a real server, the items of an empty one are null.
+pub(super) fn metadata_list(revision: u64, objects: &[Arc<Value>]) -> Vec<u8> {
+    let metadata = |object: &Arc<Value>| json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": object["metadata"]});
+    let items: Vec<Value> = objects.iter().map(metadata).collect();
+    let list = json!({
+        "kind": "PartialObjectMetadataList",
+        "apiVersion": "meta.k8s.io/v1",
+        "metadata": {"resourceVersion": revision.to_string()},
+        "items": if items.is_empty() { Value::Null } else { items.into() },
+    });
+    list.to_string().into_bytes()
+}
+
 fn write_without_kind(fields: &Map<String, Value>, bytes: &mut Vec<u8>) {
     bytes.push(b'{');
     let mut first = true;

@@ -23,7 +23,7 @@ use super::{
     discovery,
     fields::Manager,
     rbac::{self, Identity},
-    render::list,
+    render::{list, metadata_list},
     request::RequestInfo,
     selectors::Selector,
     status::{Status, details},
@@ -318,7 +318,16 @@ impl Server {
                 let (revision, mut objects) =
                     self.store.list(&target.resource.qualified, namespace);
                 objects.retain(|object| selector.matches(object));
-                Ok(json_answer(200, list(target, revision, &objects)))
+                let accept = headers
+                    .get(header::ACCEPT)
+                    .and_then(|value| value.to_str().ok());
+                let rendered = match accept {
+                    Some(accept) if accept.contains("as=PartialObjectMetadataList") => {
+                        metadata_list(revision, &objects)
+                    }
+                    _ => list(target, revision, &objects),
+                };
+                Ok(json_answer(200, rendered))
             }
             "watch" => self.watch(info, target),
             "create" if target.name.is_empty() => {
