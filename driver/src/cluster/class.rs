@@ -268,7 +268,11 @@ impl Cluster {
             Ok(spc) => spc,
             Err(failure) if failure.is_not_found(name) => {
                 let error = failure.into_error();
-                let there = self.classes_in(namespace).await;
+                // The store is asked next where the cache knows of no class.
+                let there = match source {
+                    Source::Cache => String::new(),
+                    Source::Store => self.classes_in(namespace).await,
+                };
                 return Err(failed(Error::new(
                     error.code(),
                     format!(
@@ -372,21 +376,26 @@ fn addressed_to_us(annotations: BTreeMap<String, String>) -> BTreeMap<String, St
     shortened.take(MAX_ANNOTATIONS).collect()
 }
 
-/// Returns which limit the Secrets of a class exceed, and what to do about it.
-fn too_much(objects: &[SecretObject]) -> Option<String> {
+/// Returns the bytes of text in `secretObjects`.
+pub(super) fn text_of(objects: &[SecretObject]) -> usize {
     let text_of_map = |map: &BTreeMap<String, String>| -> usize {
         map.iter().map(|(key, value)| key.len() + value.len()).sum()
     };
     let text_of_entry = |entry: &SecretObjectData| {
         entry.object_name.len() + entry.key.len() + entry.json_key.len() + entry.encoding.len()
     };
-    let text_of = |object: &SecretObject| {
+    let text_of_object = |object: &SecretObject| {
         let entries: usize = object.data.iter().map(text_of_entry).sum();
         let maps = text_of_map(&object.labels) + text_of_map(&object.annotations);
         object.secret_name.len() + object.type_.len() + entries + maps
     };
+    objects.iter().map(text_of_object).sum()
+}
+
+/// Returns which limit the Secrets of a class exceed, and what to do about it.
+fn too_much(objects: &[SecretObject]) -> Option<String> {
     let entries: usize = objects.iter().map(|object| object.data.len()).sum();
-    let text: usize = objects.iter().map(text_of).sum();
+    let text = text_of(objects);
     let (count, limit, what) = if objects.len() > MAX_SECRETS {
         (objects.len(), MAX_SECRETS, "Secrets")
     } else if entries > MAX_ENTRIES {

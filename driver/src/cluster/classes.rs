@@ -14,7 +14,7 @@ use std::{
 use tokio::time::Instant;
 use tonic::Code;
 
-use super::Class;
+use super::{Class, class::text_of};
 use crate::{
     error::Result,
     record::{Age, ClassState},
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// The largest number of classes that are remembered. One more replaces the one that was needed last
-/// the longest time ago.
+/// the longest time ago, and so does more text than [`MOST_TEXT`].
 const MOST: usize = 1024;
 
 /// The time after which a class that nobody needed is forgotten. kubelet looks at each volume within 90
@@ -33,6 +33,10 @@ const UNUSED: Duration = Duration::from_secs(600);
 /// are not remembered is read for each refresh.
 const MOST_PARAMETERS: usize = 1 << 20;
 const MOST_PARAMETERS_OF_ONE: usize = 64 << 10;
+
+/// The bytes of text in `secretObjects` of all remembered classes, each of which may have 128 KiB. Also
+/// a class of a volume that was never mounted is remembered.
+const MOST_TEXT: usize = 8 << 20;
 
 /// The age up to which a caller accepts a class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +86,8 @@ struct Remembered {
     /// The last failure to get one. It is shared only by those who waited for it.
     failed: Option<Answer>,
     needed: Instant,
+    /// The bytes of text in `secretObjects`.
+    text: usize,
 }
 
 /// The classes that are remembered, by namespace and name, and the turns of those who read them.
@@ -191,28 +197,34 @@ impl Classes {
         let mut all = self.remembered();
         let now = Instant::now();
         all.retain(|_, remembered| now.duration_since(remembered.needed) < UNUSED);
-        if all.len() >= MOST && !all.contains_key(&key) {
-            let oldest = all.iter().min_by_key(|(_, remembered)| remembered.needed);
-            if let Some(oldest) = oldest.map(|(key, _)| key.clone()) {
-                all.remove(&oldest);
-            }
-        }
         let others: usize = all
             .iter()
             .filter(|(other, _)| **other != key)
             .map(|(_, remembered)| remembered.parameters())
             .sum();
-        let remembered = all.entry(key).or_insert(Remembered {
+        let remembered = all.entry(key.clone()).or_insert(Remembered {
             lasting: None,
             failed: None,
             needed: now,
+            text: 0,
         });
         if answer.is_lasting() {
+            let class = answer.class.as_ref();
+            remembered.text = class.map_or(0, |class| text_of(&class.secret_objects));
             remembered.lasting =
                 Some(answer.without_more_than(MOST_PARAMETERS.saturating_sub(others)));
             remembered.failed = None;
         } else {
             remembered.failed = Some(answer);
+        }
+        let text = |all: &HashMap<_, Remembered>| all.values().map(|of| of.text).sum::<usize>();
+        while all.len() > MOST || text(&all) > MOST_TEXT {
+            let others = all.iter().filter(|(other, _)| **other != key);
+            let oldest = others.min_by_key(|(_, remembered)| remembered.needed);
+            let Some(oldest) = oldest.map(|(key, _)| key.clone()) else {
+                return;
+            };
+            all.remove(&oldest);
         }
     }
 }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::error::Error;
+use crate::{cluster::resources::SecretObject, error::Error};
 use proptest::prelude::*;
 use tokio::{task::JoinSet, time::sleep};
 
@@ -284,5 +284,31 @@ fn what_is_remembered_is_bounded() {
         sleep(UNUSED).await;
         needed(&classes, "0", 1).await;
         assert_eq!(classes.remembered().len(), 1);
+    });
+}
+
+#[test]
+fn text_of_secrets_is_bounded() {
+    paused(async {
+        let classes = Classes::default();
+        let wanted = Wanted {
+            freshness: Freshness::Within(Duration::from_secs(60)),
+            known: None,
+            with_parameters: false,
+        };
+        let text = 100 << 10;
+        let object = SecretObject {
+            secret_name: "x".repeat(text),
+            ..SecretObject::default()
+        };
+        let read = async |_| Ok(Class::with_secrets(vec![object.clone()]));
+        for number in 0..200 {
+            sleep(Duration::from_millis(1)).await;
+            let name = number.to_string();
+            classes.get("shop", &name, &wanted, read).await.unwrap();
+        }
+        let remembered = classes.remembered();
+        assert_eq!(remembered.len(), MOST_TEXT / text);
+        assert!(remembered.contains_key("shop/199"));
     });
 }
