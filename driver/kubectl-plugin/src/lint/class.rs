@@ -1,0 +1,472 @@
+//! Checks a SecretProviderClass.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use driver::{
+    record::{ASKED, NUMBER_VERSIONS, is_object_name},
+    volume::policy::{Every, INTERVAL, SEND_VERSIONS},
+};
+
+use super::{
+    Findings, check_fields, meant,
+    yaml::{self, Node},
+};
+
+const KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
+const PREFIX: &str = "secrets-store.csi.k8s.io/";
+
+/// What pods need to know of a class.
+#[derive(Debug, Default)]
+pub(super) struct Class {
+    /// The keys of the Secrets that it makes, by the Secret's name. `None` if they are not all known.
+    pub(super) secrets: BTreeMap<String, Option<BTreeSet<String>>>,
+}
+
+/// The names of the files that a class mounts, and the names in the store of those with another one.
+#[derive(Default)]
+struct Mounted {
+    files: BTreeSet<String>,
+    aliased: BTreeMap<String, String>,
+}
+
+/// Checks a class.
+pub(super) fn check(object: &Node, file: &mut Findings<'_>) -> Class {
+    check_head(object, file);
+    check_annotations(object, file);
+    let Some(spec) = object.get("spec") else {
+        file.add(
+            object.line,
+            "the class has no spec; it needs spec.provider and spec.parameters",
+        );
+        return Class::default();
+    };
+    check_fields(
+        spec,
+        "spec",
+        &["provider", "parameters", "secretObjects"],
+        file,
+    );
+    let provider = check_provider(spec, file);
+    let mounted = check_parameters(spec, provider, file);
+    check_secrets(spec, mounted.as_ref(), file)
+}
+
+fn check_head(object: &Node, file: &mut Findings<'_>) {
+    let at = object.get("apiVersion");
+    let line = at.map_or(object.line, |at| at.line);
+    match at.and_then(Node::text) {
+        Some("secrets-store.csi.x-k8s.io/v1") => {}
+        Some("secrets-store.csi.x-k8s.io/v1alpha1") => file.add(
+            line,
+            "v1alpha1 is deprecated; write secrets-store.csi.x-k8s.io/v1, which has the same fields",
+        ),
+        _ => file.add(line, "apiVersion of a class is secrets-store.csi.x-k8s.io/v1"),
+    }
+    let name = object
+        .get("metadata")
+        .and_then(|metadata| metadata.get("name"));
+    match name.map(|name| (name.line, name.text().unwrap_or_default())) {
+        Some((_, name)) if is_object_name(name) => {}
+        Some((line, name)) => file.add(
+            line,
+            format!("{name:?} cannot be a name; use lower-case letters, digits, \"-\" and \".\""),
+        ),
+        None => file.add(object.line, "the class has no metadata.name"),
+    }
+}
+
+fn check_annotations(object: &Node, file: &mut Findings<'_>) {
+    let annotations = object.get("metadata").and_then(|m| m.get("annotations"));
+    let known = [INTERVAL, ASKED, SEND_VERSIONS, NUMBER_VERSIONS, KEY_FORMAT];
+    for (key, value) in annotations.map_or(&[][..], Node::fields) {
+        if !key.text.starts_with(PREFIX) {
+            continue;
+        }
+        let Some(text) = value.text() else {
+            file.add(
+                value.line,
+                format!(
+                    "the value of annotation {} must be a text; put it in quotes",
+                    key.text
+                ),
+            );
+            continue;
+        };
+        match key.text.as_str() {
+            INTERVAL => {
+                if let Err(why) = Every::parse(text) {
+                    file.add(
+                        value.line,
+                        format!("annotation {INTERVAL} is {text:?}: {why}"),
+                    );
+                }
+            }
+            SEND_VERSIONS | NUMBER_VERSIONS if !["true", "false"].contains(&text) => {
+                file.add(
+                    value.line,
+                    format!(
+                        "annotation {} is {text:?}; it must be \"true\" or \"false\"",
+                        key.text
+                    ),
+                );
+            }
+            KEY_FORMAT if !["traditional", "original"].contains(&text) => {
+                file.add(
+                    value.line,
+                    format!(
+                        "annotation {KEY_FORMAT} is {text:?}; it must be traditional or original"
+                    ),
+                );
+            }
+            name if known.contains(&name) => {}
+            name => {
+                let instead = meant(name, &known).map_or_else(
+                    || format!("there are {}", known.join(", ")),
+                    |name| format!("write {name}"),
+                );
+                file.add(
+                    key.line,
+                    format!("the driver does not know the annotation {name}; {instead}"),
+                );
+            }
+        }
+    }
+}
+
+/// Checks the name of the provider, and returns it.
+fn check_provider<'a>(spec: &'a Node, file: &mut Findings<'_>) -> &'a str {
+    let Some(provider) = spec.get("provider") else {
+        file.add(
+            spec.line,
+            "spec.provider is missing: the name of the provider, such as azure, vault, aws or gcp",
+        );
+        return "";
+    };
+    let name = provider.text().unwrap_or_default();
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+    if name.is_empty() || name.len() > 30 || !name.chars().all(is_allowed) {
+        file.add(
+            provider.line,
+            format!(
+                "{name:?} is no name of a provider; it has 1 to 30 letters, digits, \"-\" or \"_\""
+            ),
+        );
+    } else if ["azure", "vault", "openbao", "aws", "gcp"].contains(&name.to_lowercase().as_str())
+        && name.to_lowercase() != name
+    {
+        file.add(
+            provider.line,
+            format!(
+                "the provider is called {}, in lower case",
+                name.to_lowercase()
+            ),
+        );
+    }
+    name
+}
+
+/// Checks the parameters. Returns the files that they mount, if these are known.
+fn check_parameters(spec: &Node, provider: &str, file: &mut Findings<'_>) -> Option<Mounted> {
+    let Some(parameters) = spec.get("parameters").filter(|p| !p.fields().is_empty()) else {
+        file.add(spec.line, format!("spec.parameters is missing: they tell the provider {provider} which objects to fetch"));
+        return None;
+    };
+    for (key, value) in parameters.fields() {
+        if value.text().is_none() {
+            let how = match value.fields().is_empty() && value.items().is_empty() {
+                true => "put it in quotes",
+                false => "write | behind the colon, which makes a text of what is below",
+            };
+            file.add(
+                value.line,
+                format!("parameter {} must be a text; {how}", key.text),
+            );
+        }
+    }
+    let name = if provider == "gcp" {
+        "secrets"
+    } else {
+        "objects"
+    };
+    if !["azure", "vault", "openbao", "aws", "gcp"].contains(&provider) {
+        return None;
+    }
+    let Some(objects) = parameters.get(name) else {
+        if parameters
+            .fields()
+            .iter()
+            .all(|(_, value)| value.text().is_some())
+        {
+            file.add(
+                parameters.line,
+                format!(
+                    "the provider {provider} needs the parameter {name}, with the objects to mount"
+                ),
+            );
+        }
+        return None;
+    };
+    let text = objects.text()?;
+    // A text of several lines has the line of its first one.
+    let before = objects.line.saturating_sub(1);
+    match yaml::document(text) {
+        Ok(Some(tree)) => check_objects(&tree, before, provider, file),
+        Ok(None) => {
+            file.add(objects.line, format!("parameter {name} is empty"));
+            None
+        }
+        Err((line, why)) => {
+            file.add(before + line, format!("parameter {name}: {why}"));
+            None
+        }
+    }
+}
+
+/// Checks the objects of a known provider, which are YAML within a text. `before` is the number of lines
+/// before that.
+fn check_objects(
+    tree: &Node,
+    before: usize,
+    provider: &str,
+    file: &mut Findings<'_>,
+) -> Option<Mounted> {
+    let mut mounted = Mounted::default();
+    for (line, object) in objects_of(tree, before, provider, file)? {
+        let field = |names: &[&str]| names.iter().find_map(|name| object.text_of(name));
+        let (alias, name) = match provider {
+            "azure" | "aws" => (field(&["objectAlias"]), field(&["objectName"])),
+            "gcp" => (field(&["path", "fileName"]), field(&["resourceName"])),
+            _ => (None, field(&["objectName"])),
+        };
+        let Some(name) = name else {
+            let field = match provider {
+                "gcp" => "resourceName",
+                _ => "objectName",
+            };
+            let mut fields = object.fields().iter().map(|(key, _)| key.text.as_str());
+            let wrong = fields.find(|key| meant(key, &[field]).is_some());
+            let found = wrong.map_or_else(String::new, |wrong| format!(", not {wrong}"));
+            file.add(
+                line,
+                format!("an object of {provider} has no {field}{found}"),
+            );
+            return None;
+        };
+        // How AWS and Google make a file's name of these is theirs.
+        let is_theirs = match provider {
+            "aws" => {
+                alias.is_none() && name.contains([':', '/']) || object.get("jmesPath").is_some()
+            }
+            "gcp" => alias.is_none(),
+            _ => false,
+        };
+        if is_theirs {
+            return None;
+        }
+        if let Some(alias) = alias {
+            mounted.aliased.insert(name.to_owned(), alias.to_owned());
+        }
+        let shown = alias.unwrap_or(name);
+        if !mounted.files.insert(shown.to_owned()) {
+            file.add(
+                line,
+                format!("two objects would both be the file {shown}; give one another name"),
+            );
+        }
+    }
+    Some(mounted)
+}
+
+/// Returns the objects of a known provider, each with its line.
+fn objects_of(
+    tree: &Node,
+    before: usize,
+    provider: &str,
+    file: &mut Findings<'_>,
+) -> Option<Vec<(usize, Node)>> {
+    if provider != "azure" {
+        if tree.items().is_empty() {
+            let how = format!("the objects of {provider} are a list; begin each with a dash");
+            file.add(before + tree.line, how);
+            return None;
+        }
+        let items = tree.items().iter();
+        return Some(items.map(|i| (before + i.line, i.clone())).collect());
+    }
+    if tree.get("array").is_none() {
+        file.add(
+            before + tree.line,
+            "azure's objects begin with array: and a list of texts, each with - |",
+        );
+        return None;
+    }
+    let mut objects = Vec::new();
+    for item in tree.items_of("array") {
+        let line = before + item.line;
+        if item.is_map() {
+            file.add(
+                line,
+                "an object of azure is a text within the array; write - | and its fields below",
+            );
+            return None;
+        }
+        objects.push((line, yaml::document(item.text()?).ok()??));
+    }
+    Some(objects)
+}
+
+fn check_secrets(spec: &Node, mounted: Option<&Mounted>, file: &mut Findings<'_>) -> Class {
+    let mut class = Class::default();
+    let Some(list) = spec.get("secretObjects") else {
+        return class;
+    };
+    if list.items().is_empty() && !list.fields().is_empty() {
+        file.add(
+            list.line,
+            "secretObjects is a list; begin each Secret with a dash",
+        );
+    }
+    for secret in list.items() {
+        check_fields(
+            secret,
+            "an entry of secretObjects",
+            &["secretName", "type", "labels", "annotations", "data"],
+            file,
+        );
+        let keys = check_data(secret, mounted, file);
+        let Some(name) = secret.get("secretName") else {
+            file.add(secret.line, "an entry of secretObjects has no secretName");
+            continue;
+        };
+        let text = name.text().unwrap_or_default().trim();
+        if !is_object_name(text) {
+            file.add(name.line, format!("{text:?} cannot be the name of a Secret; use lower-case letters, digits, \"-\" and \".\""));
+        }
+        check_type(secret, keys.as_ref(), file);
+        if class.secrets.insert(text.to_owned(), keys).is_some() {
+            file.add(
+                name.line,
+                format!(
+                    "secretObjects has two entries for the Secret {text}; write all keys into one"
+                ),
+            );
+        }
+    }
+    class
+}
+
+/// Checks the keys of a Secret. Returns them, if all are known.
+fn check_data(
+    secret: &Node,
+    mounted: Option<&Mounted>,
+    file: &mut Findings<'_>,
+) -> Option<BTreeSet<String>> {
+    let data = secret.items_of("data");
+    if data.is_empty() {
+        let line = secret.get("data").map_or(secret.line, |data| data.line);
+        let how = match secret.get("data").is_some_and(Node::is_map) {
+            true => "data is a list: write - objectName: and key: for each",
+            false => "an entry of secretObjects needs data, with objectName and key for each key",
+        };
+        file.add(line, how);
+    }
+    let mut keys = BTreeSet::new();
+    let mut all_known = true;
+    for entry in data {
+        check_fields(
+            entry,
+            "an entry of data",
+            &["objectName", "key", "jsonKey", "encoding"],
+            file,
+        );
+        let object = entry.text_of("objectName").unwrap_or_default().trim();
+        let key = entry.text_of("key").unwrap_or_default().trim();
+        if object == "*" {
+            all_known = false;
+            if !key.is_empty() {
+                file.add(entry.line, "key is given with objectName \"*\": leave it out, each object gets its own name as key");
+            }
+            continue;
+        }
+        if object.is_empty() {
+            file.add(
+                entry.line,
+                "objectName is missing: the name of the mounted file",
+            );
+        } else if let Some(mounted) = mounted.filter(|m| !m.files.contains(object)) {
+            let there: Vec<_> = mounted.files.iter().take(10).map(String::as_str).collect();
+            let what = match mounted.aliased.get(object) {
+                Some(alias) => format!(
+                    "the object {object} is mounted under its alias; write objectName: {alias}"
+                ),
+                None => format!(
+                    "no object is mounted as {object}; there are: {}",
+                    there.join(", ")
+                ),
+            };
+            let line = entry.get("objectName").map_or(entry.line, |name| name.line);
+            file.add(line, what);
+        }
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+        if key.is_empty() {
+            file.add(
+                entry.line,
+                format!("key is missing: the key of the Secret for object {object}"),
+            );
+        } else if !key.chars().all(is_allowed) {
+            file.add(entry.line, format!("{key:?} cannot be a key of a Secret: use letters, digits, \"-\", \"_\" and \".\""));
+        } else if !keys.insert(key.to_owned()) {
+            file.add(
+                entry.line,
+                format!("key {key} is there twice; the last one wins"),
+            );
+        }
+        if let Some(encoding) = entry
+            .text_of("encoding")
+            .filter(|e| !["", "base64"].contains(e))
+        {
+            file.add(
+                entry.line,
+                format!(
+                    "encoding {encoding} is not supported: write base64, or leave encoding out"
+                ),
+            );
+        }
+    }
+    all_known.then_some(keys)
+}
+
+fn check_type(secret: &Node, keys: Option<&BTreeSet<String>>, file: &mut Findings<'_>) {
+    let Some(type_) = secret.get("type") else {
+        return;
+    };
+    let text = type_.text().unwrap_or_default().trim();
+    let known = [
+        "Opaque",
+        "kubernetes.io/tls",
+        "kubernetes.io/dockerconfigjson",
+        "kubernetes.io/basic-auth",
+        "kubernetes.io/ssh-auth",
+    ];
+    if !known.contains(&text)
+        && let Some(name) = meant(text, &known)
+    {
+        file.add(
+            type_.line,
+            format!("the type {text} is usually written {name}"),
+        );
+    }
+    let needed: &[&str] = match text {
+        "kubernetes.io/tls" => &["tls.crt", "tls.key"],
+        "kubernetes.io/dockerconfigjson" => &[".dockerconfigjson"],
+        "kubernetes.io/ssh-auth" => &["ssh-privatekey"],
+        _ => &[],
+    };
+    let Some(keys) = keys else { return };
+    for key in needed.iter().filter(|key| !keys.contains(**key)) {
+        file.add(
+            type_.line,
+            format!("a Secret of type {text} needs the key {key}"),
+        );
+    }
+}
