@@ -380,6 +380,8 @@ async fn each_trouble_has_its_alert() {
         "SecretsStoreProviderCallsWait",
         "SecretsStoreRefreshesFail",
         "SecretsStoreSecretsFail",
+        "SecretsStoreSecretsOutOfStep",
+        "SecretsStoreVolumesStale",
     ];
     check(
         &series,
