@@ -51,7 +51,8 @@ do this: Helm's own message about an unknown key names no other key. "sscd.known
 {{- $plain := lower $name | replace "-" "" | replace "_" "" -}}
 {{- range $other, $places := .places -}}
 {{- $plainOther := lower $other -}}
-{{- $begins := or (and (hasPrefix $plainOther $plain) (ge (len $plainOther) 3)) (and (hasPrefix $plain $plainOther) (ge (len $plain) 4)) -}}
+{{- /* A plural in the place of a singular is the most usual mistake. */ -}}
+{{- $begins := or (eq ($plainOther | replace "s" "") ($plain | replace "s" "")) (and (hasPrefix $plainOther $plain) (ge (len $plainOther) 3)) (and (hasPrefix $plain $plainOther) (ge (len $plain) 4)) -}}
 {{- if and $begins (ne $other $name) -}}
 {{- if le (len $plainOther) (add 4 (len $plain) | int) -}}
 {{- $similar = concat $similar $places -}}
@@ -62,12 +63,15 @@ do this: Helm's own message about an unknown key names no other key. "sscd.known
 {{- end -}}
 {{- end -}}
 {{- $chart := .root.Chart -}}
-{{- if and (not .object) (has .key (list "global" "enabled" "install" "filteredWatchSecret")) -}}
-{{- /* A parent chart gives global, and switches this chart on and off. Charts before 1.1 had the last one. */ -}}
+{{- if and (not .object) (has .key (list "global" "enabled" "install" "filteredWatchSecret" "grpcSupportedProviders" "minimumProviderVersions")) -}}
+{{- /* A parent chart gives global, and switches this chart on and off. Charts before 1.1 had the others. */ -}}
+{{- else if and (not .object) (regexMatch "^(x-|_|[.])" .key) -}}
+{{- /* By custom, these hold anchors and notes. */ -}}
 {{- else if and (eq .key $chart.Name) (kindIs "map" .value) -}}
 {{- $inner := list -}}
 {{- range keys .value | sortAlpha -}}
-{{- $inner = append $inner (printf "%s.%s: write %s" $full . .) -}}
+{{- $write := ternary "leave it out" (printf "write %s" .) (has . (list "global" "enabled" "install" "filteredWatchSecret")) -}}
+{{- $inner = append $inner (printf "%s.%s: %s" $full . $write) -}}
 {{- end -}}
 {{- printf "%s (that is for charts that this one is a part of)" (default (list (printf "%s: leave it out" $full)) $inner | join "\n  ") -}}
 {{- else if and (ne $name .key) (or (has $full $same) (has .key $same)) -}}
@@ -79,7 +83,7 @@ do this: Helm's own message about an unknown key names no other key. "sscd.known
 {{- printf "%s: did you mean %s?" $full (join " or " $here) -}}
 {{- else if $similar -}}
 {{- printf "%s: did you mean %s?" $full (uniq $similar | sortAlpha | join " or ") -}}
-{{- else if and (not .object) (not $chart.IsRoot) (kindIs "bool" .value) -}}
+{{- else if and (not .object) (not $chart.IsRoot) (has (toString .value) (list "true" "false")) -}}
 {{- /* The condition of a parent chart, under a name of its own. */ -}}
 {{- else -}}
 {{- printf "%s: %s has %s" $full (default "the top level" .object) (sortAlpha .keys | join ", ") -}}

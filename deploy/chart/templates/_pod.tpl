@@ -188,8 +188,15 @@ livenessProbe:
   failureThreshold: 5
 {{- if $builtin }}
 resources:
-  {{- $smaller := dict "limits" (dict "cpu" "200m" "memory" "200Mi") "requests" (dict "cpu" "10m" "memory" "20Mi") }}
-  {{- toYaml (default $smaller $linux.driver.builtinResources) | nindent 2 }}
+  {{- /* Who has set resources for the container knows nothing of others for the same container. */}}
+  {{- $limits := dict "cpu" "200m" "memory" "200Mi" }}
+  {{- $usual := dict "limits" $limits "requests" (dict "cpu" "50m" "memory" "100Mi") }}
+  {{- $smaller := dict "limits" $limits "requests" (dict "cpu" "10m" "memory" "20Mi") }}
+  {{- $wanted := default $smaller $linux.driver.builtinResources }}
+  {{- if and (eq (toJson $wanted) (toJson $smaller)) $linux.driver.resources (ne (toJson $linux.driver.resources) (toJson $usual)) }}
+  {{- $wanted = $linux.driver.resources }}
+  {{- end }}
+  {{- toYaml $wanted | nindent 2 }}
 {{- else }}
 {{- with $linux.driver.resources }}
 resources:

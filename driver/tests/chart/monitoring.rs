@@ -52,8 +52,10 @@ fn the_chart_installs_rules_and_board_where_they_are_wanted() {
                   grafanaDashboard: {enabled: true, annotations: {folder: Storage}}";
     let rendered = helm.render(&Chart::ours(), "1.36.0", values).unwrap();
     let rule = of_kind(&rendered, "PrometheusRule").remove(0);
-    let plain: Value = serde_saphyr::from_str(&rules()).unwrap();
-    assert_eq!(rule["spec"], plain);
+    let jobs = ".*secrets-store.*|kube-system/csi-secrets-store-secrets-store-csi-driver|csi-secrets-store-secrets-store-csi-driver-metrics";
+    let expected = rules().replace(".*secrets-store.*", jobs);
+    let expected: Value = serde_saphyr::from_str(&expected).unwrap();
+    assert_eq!(rule["spec"], expected);
     assert_eq!(rule["metadata"]["labels"]["release"], "prometheus");
     let config = objects::<ConfigMap>(&rendered).remove(0);
     let labels = config.metadata.labels.unwrap();
@@ -73,4 +75,43 @@ fn without_metrics_there_is_nothing_to_watch(#[case] value: &str) {
         refusal.contains("there is nothing to alert on or to show"),
         "{refusal}"
     );
+}
+
+/// A release may have any name, so that the usual one is not in the label `job`.
+#[test]
+fn the_alert_of_a_driver_that_is_down_knows_its_monitors() {
+    let Some(helm) = Helm::find() else { return };
+    let values = "fullnameOverride: sscsi\n\
+                  podMonitor: {enabled: true}\n\
+                  serviceMonitor: {enabled: true, endpoint: {port: web, interval: 30s}}\n\
+                  prometheusRule: {enabled: true, runbookUrl: 'https://git.example.org/docs/'}";
+    let rendered = helm.render(&Chart::ours(), "1.36.0", values).unwrap();
+    let documents: Vec<Value> = serde_saphyr::from_multiple(&rendered).unwrap();
+    let of_kind = |kind: &str| {
+        let mut documents = documents.iter();
+        documents.find(|document| document["kind"] == kind).unwrap()
+    };
+    let rule = &of_kind("PrometheusRule")["spec"]["groups"][0]["rules"][0];
+    let monitor = of_kind("PodMonitor");
+    // The operator names the jobs so.
+    let namespace = monitor["metadata"]["namespace"].as_str().unwrap();
+    let name = monitor["metadata"]["name"].as_str().unwrap();
+    let service = of_kind("Service")["metadata"]["name"].as_str().unwrap();
+    let expr = rule["expr"].as_str().unwrap();
+    assert!(
+        expr.contains(&format!("|{namespace}/{name}|{service}\"")),
+        "{expr}"
+    );
+    assert_eq!(
+        rule["annotations"]["runbook_url"],
+        "https://git.example.org/docs/monitoring.md#secretsstoredriverdown"
+    );
+    assert_eq!(rule["annotations"]["runbook"], Value::Null);
+
+    let endpoint = &monitor["spec"]["podMetricsEndpoints"][0];
+    assert_eq!(endpoint["port"], "metrics");
+    assert_eq!(endpoint["relabelings"][0]["targetLabel"], "node");
+    let endpoint = &of_kind("ServiceMonitor")["spec"]["endpoints"][0];
+    assert_eq!(endpoint["port"], "web");
+    assert_eq!(endpoint["interval"], "30s");
 }

@@ -183,6 +183,14 @@ fn a_misspelt_key_is_refused_with_the_right_one() {
     "hostAliases: the top level has automountServiceAccountToken, "
 )]
 #[case("autoscaling: true", "autoscaling: the top level has ")]
+#[case(
+    "enableSecretsRotation: true",
+    "enableSecretsRotation: did you mean enableSecretRotation?"
+)]
+#[case(
+    "secrets-store-csi-driver: {install: true}",
+    "secrets-store-csi-driver.install: leave it out (that is for charts that this one is a part of)"
+)]
 fn other_wrong_values_are_refused(#[case] values: &str, #[case] sentence: &str) {
     let Some(helm) = Helm::find() else { return };
     let values: Value = serde_saphyr::from_str(values).unwrap();
@@ -323,6 +331,91 @@ fn copies_of_the_existing_drivers_image_are_refused() {
     }
 }
 
+/// A name of one's own for a copy says nothing, so the version does.
+#[rstest]
+#[case("v1.6.0", true)]
+#[case("v1.6.0-1", true)]
+#[case("v1.0.1", true)]
+#[case("v0.0.23", true)]
+#[case("v0.1.0", false)]
+#[case("v1.7.0", false)]
+#[case("1.6.0", false)]
+#[case("latest", false)]
+fn versions_of_the_existing_driver_are_refused(#[case] tag: &str, #[case] refused: bool) {
+    let Some(helm) = Helm::find() else { return };
+    let names = [
+        "artifactory.example.org/secrets-store-csi",
+        "reg.example.org/csi/driver",
+    ];
+    for name in names {
+        let render = |digest: &str| {
+            let image = json!({"repository": name, "tag": tag, "digest": digest});
+            let values = json!({"linux": {"image": image}}).to_string();
+            helm.render_with(&Chart::ours(), "1.34.2", &[&values])
+        };
+        match render("") {
+            Ok(_) => assert!(!refused, "{tag}"),
+            Err(why) => {
+                let sentence = format!("linux.image.tag={tag} is a version of the existing driver");
+                assert!(refused && why.contains(&sentence), "{why}");
+            }
+        }
+        // With a digest, the tag is not used.
+        render("sha256:0").unwrap();
+    }
+}
+
+#[rstest]
+#[case("", "10m", "200Mi")]
+#[case("linux: {driver: {resources: {limits: {memory: 1Gi}}}}", "50m", "1Gi")]
+#[case(
+    "linux: {driver: {resources: {limits: {memory: 1Gi}}, builtinResources: {limits: {memory: 300Mi}}}}",
+    "10m",
+    "300Mi"
+)]
+#[case("linux: {driver: {resources: null}}", "10m", "200Mi")]
+fn the_drivers_resources_hold_in_one_container(
+    #[case] values: &str,
+    #[case] cpu: &str,
+    #[case] memory: &str,
+) {
+    let Some(helm) = Helm::find() else { return };
+    let values = format!("sidecars: builtin\n{values}");
+    let rendered = helm.render(&Chart::ours(), "1.34.2", &values).unwrap();
+    let pod = objects::<DaemonSet>(&rendered).remove(0).spec.template.spec;
+    let driver = pod.unwrap().containers.remove(0).resources.unwrap();
+    assert_eq!(driver.requests.unwrap()["cpu"].0, cpu);
+    assert_eq!(driver.limits.unwrap()["memory"].0, memory);
+}
+
+#[rstest]
+#[case("x-resources: &small {cpu: 1}", true)]
+#[case("_team: storage", true)]
+#[case("grpcSupportedProviders: gcp;azure", true)]
+#[case("minimumProviderVersions: {azure: 0.0.14}", true)]
+#[case("linux: {metricsAddr: 8080}", false)]
+#[case("linux: {metricsAddr: 'node.example.org:8095'}", false)]
+#[case("linux: {metricsAddr: 0}", true)]
+#[case("linux: {metricsAddr: '[::]:8095'}", true)]
+#[case("linux: {metricsAddr: 'localhost:8095'}", true)]
+#[case(
+    "linux: {metricsAddr: 'localhost:8095'}\npodMonitor: {enabled: true}",
+    false
+)]
+#[case(
+    "linux: {metricsAddr: '127.0.0.1:8095'}\nmetricsService: {enabled: true}",
+    false
+)]
+#[case(
+    "linux: {metricsAddr: '[::1]:8095'}\nserviceMonitor: {enabled: true}",
+    false
+)]
+fn values_of_companies_render_or_are_refused(#[case] values: &str, #[case] renders: bool) {
+    let Some(helm) = Helm::find() else { return };
+    let rendered = helm.render(&Chart::ours(), "1.34.2", values);
+    assert_eq!(rendered.is_ok(), renders, "{rendered:?}");
+}
+
 #[test]
 fn images_of_this_driver_are_taken() {
     let Some(helm) = Helm::find() else { return };
@@ -405,7 +498,7 @@ fn an_image_without_a_registry_must_be_loaded_by_hand(#[case] values: &str, #[ca
     "scrapes each pod twice",
     false
 )]
-#[case("", "docs/operating.md", true)]
+#[case("", "docs/troubleshooting.md", true)]
 #[case("", "sigs.k8s.io", false)]
 fn notes_say_what_to_do(#[case] values: &str, #[case] sentence: &str, #[case] said: bool) {
     let Some(helm) = Helm::find() else { return };
