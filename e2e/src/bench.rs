@@ -6,6 +6,8 @@ mod control_plane;
 mod document;
 mod node;
 mod process;
+mod retry;
+mod site;
 mod table;
 mod volume;
 
@@ -28,9 +30,11 @@ use crate::manifest::add_arguments;
 use crate::namespace::Namespace;
 
 pub(crate) use control_plane::{ControlPlane, Requests};
-pub(crate) use document::{Run, replace_section};
+pub(crate) use document::{Page, Run};
 pub(crate) use node::{Node, Provider, Settings, Stopped, publish, unpublish};
 pub(crate) use process::Process;
+pub(crate) use retry::Backoff;
+pub(crate) use site::{Site, built};
 pub(crate) use table::Table;
 pub(crate) use volume::Volume;
 
@@ -169,7 +173,7 @@ impl<'a> Bench<'a> {
         let api = self.namespace.api::<Pod>();
         for volume in volumes {
             let now = DeleteParams::default().grace_period(0);
-            let deleted = api.delete(&volume.pod, &now).await;
+            let deleted = api.delete(volume.pod(), &now).await;
             deleted.map_err(|error| failed("a pod", &error))?;
         }
         Ok(())

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::bench::{
-    Bench, REFRESH, Table, Volume, binaries, class, failed, per, percentile, rotating,
+    Bench, REFRESH, Table, Volume, built, class, failed, per, percentile, rotating,
 };
 use crate::cluster::Result;
 use crate::embedded::Embedded;
@@ -38,10 +38,7 @@ const BETWEEN_LOOKS: Duration = Duration::from_secs(60);
 /// # Errors
 /// When a value exceeds its budget, or cannot be measured.
 pub async fn run() -> Result<()> {
-    let binaries = tokio::task::spawn_blocking(binaries).await;
-    let binaries = binaries
-        .map_err(|error| failed("build", &error))?
-        .map_err(|error| failed("build", &error))?;
+    let binaries = built().await?;
     let mut table = Table::default();
     let size = fs::metadata(&binaries.driver)
         .map_err(|error| failed("the binary", &error))?

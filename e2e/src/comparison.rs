@@ -1,7 +1,9 @@
 //! Measures this driver and the existing one side by side: the same calls to both, in turn, in front of
 //! the same API server and the same provider. What `e2e bench` runs.
 
+mod attempts;
 mod chart;
+mod floor;
 mod measure;
 mod report;
 
@@ -9,10 +11,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::bench::{ControlPlane, Provider, Run, binaries, failed};
+use crate::bench::{Provider, Site, built, failed};
 use crate::binaries::Binaries;
 use crate::cluster::Result;
 use crate::previous::upstream_driver;
+use attempts::Round;
 use measure::Measurement;
 use report::{Figures, Report};
 
@@ -40,35 +43,35 @@ struct Subject {
     program: PathBuf,
 }
 
-/// Measures, and prints the report.
+/// Measures, prints the report, and writes it. A driver's call that fails is counted and made again; where
+/// a round ends early, what it has measured counts.
 ///
 /// # Errors
-/// When a driver does not do what is measured, or the report cannot be written.
+/// When a driver could not be measured to the end of each round, after the report was written; when one
+/// could not be measured at all, or the report cannot be written.
 pub async fn run(options: &Options) -> Result<()> {
-    let built = tokio::task::spawn_blocking(binaries).await;
-    let binaries = built
-        .map_err(|error| failed("build", &error))?
-        .map_err(|error| failed("build", &error))?;
-    let report = measure(options, &binaries).await?;
+    let (report, broken) = measure(options, &built().await?).await?;
     println!("{}", report.markdown());
-    match &options.docs {
-        Some(docs) => report.write(docs),
-        None => Ok(()),
+    if let Some(docs) = &options.docs {
+        report.write(docs)?;
+    }
+    match broken {
+        0 => Ok(()),
+        _ => Err(failed(
+            "rounds",
+            &format!("{broken} ended early, see above"),
+        )),
     }
 }
 
-async fn measure(options: &Options, binaries: &Binaries) -> Result<Report> {
+/// Returns the report, and the number of rounds that ended early.
+async fn measure(options: &Options, binaries: &Binaries) -> Result<(Report, usize)> {
     let subjects = subjects(binaries, options.existing);
-    // Short, because the paths of sockets below it may have 107 bytes at most.
-    let directory = tempfile::Builder::new()
-        .prefix("bench-")
-        .tempdir()
-        .map_err(|error| failed("a directory", &error))?;
-    let plane = ControlPlane::start(options.real, binaries, directory.path()).await?;
-    let run = Run::now(cluster(&plane).await?);
-    let providers = directory.path().join("providers");
+    let site = Site::prepare(options.real, binaries).await?;
+    let providers = site.directory.path().join("providers");
     let provider = Provider::start(&binaries.fake_provider, &providers).await?;
     let mut figures: Vec<Figures> = subjects.iter().map(|_| Figures::default()).collect();
+    let (mut notes, mut broken) = (Vec::new(), 0);
     for round in 0..options.rounds {
         let mut order: Vec<usize> = (0..subjects.len()).collect();
         if round % 2 == 1 {
@@ -76,32 +79,49 @@ async fn measure(options: &Options, binaries: &Binaries) -> Result<Report> {
         }
         for number in order {
             let subject = &subjects[number];
-            eprintln!(
-                "round {} of {}: {}",
+            let title = format!(
+                "round {} of {}, {}",
                 round + 1,
                 options.rounds,
                 subject.name
             );
+            eprintln!("{title}");
             let measurement = Measurement {
                 options,
-                plane: &plane,
+                plane: &site.plane,
                 provider: &provider,
-                settings: settings(binaries, subject, &plane, directory.path(), round),
+                settings: settings(binaries, subject, &site, round),
             };
-            let measured = measurement.run().await;
-            figures[number].add(measured.map_err(|error| failed(subject.name, &error))?);
+            let mut measured = Round::default();
+            let mut ended = measurement.run(&mut measured).await;
+            ended = ended.and(measurement.delete_pods().await);
+            if let Err(error) = ended {
+                broken += 1;
+                measured.notes.push(format!("it ended early: {error}"));
+            }
+            measured.finish();
+            for note in measured.notes {
+                eprintln!("  {note}");
+                notes.push(format!("{title}: {note}"));
+            }
+            figures[number].add(measured.figures);
         }
+    }
+    if let Some(number) = figures.iter().position(Figures::is_empty) {
+        return Err(failed(subjects[number].name, &notes.join("; ")));
     }
     let subjects = subjects
         .into_iter()
         .map(|subject| (subject.name, subject.version))
         .zip(figures)
         .collect();
-    Ok(Report {
-        run,
+    let report = Report {
+        run: site.run,
         rounds: options.rounds,
         subjects,
-    })
+        notes,
+    };
+    Ok((report, broken))
 }
 
 /// Returns ours and, if it is there and asked for, the existing driver.
@@ -132,21 +152,10 @@ fn version(program: &Path) -> String {
     info["BuildVersion"].as_str().unwrap_or("?").to_owned()
 }
 
-/// Returns the version of a real API server.
-async fn cluster(plane: &ControlPlane) -> Result<String> {
-    if plane.name() == "embedded" {
-        return Ok("the embedded API server".to_owned());
-    }
-    let version = plane.client().apiserver_version().await;
-    let version = version.map_err(|error| failed("the API server's version", &error))?;
-    Ok(format!("Kubernetes {} with etcd", version.git_version))
-}
-
 fn settings(
     binaries: &Binaries,
     subject: &Subject,
-    plane: &ControlPlane,
-    directory: &Path,
+    site: &Site,
     round: usize,
 ) -> crate::bench::Settings {
     let name = format!("{}-{round}", subject.name.replace(' ', "-"));
@@ -157,10 +166,10 @@ fn settings(
     crate::bench::Settings {
         e2e: binaries.e2e.clone(),
         driver: subject.program.clone(),
-        directory: directory.join(&name),
+        directory: site.directory.path().join(&name),
         name,
-        kubeconfig: plane.kubeconfig().to_owned(),
-        providers: directory.join("providers"),
+        kubeconfig: site.plane.kubeconfig().to_owned(),
+        providers: site.directory.path().join("providers"),
         flags: flags.map(str::to_owned).to_vec(),
     }
 }

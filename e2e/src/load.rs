@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use kube::api::ListParams;
 use serde_json::{Value, json};
 
-use crate::bench::{Bench, REFRESH, Table, Volume, binaries, class, failed, percentile, rotating};
+use crate::bench::{Bench, REFRESH, Table, Volume, built, class, failed, percentile, rotating};
 use crate::cluster::{Cluster as _, Component, Result, api};
 use crate::embedded::Embedded;
 use crate::install::pod_statuses;
@@ -25,10 +25,7 @@ const MEMORY_OF_LARGE: f64 = 64.0 + MEMORY;
 /// # Errors
 /// When a call fails, a volume has not the newest content, or a value exceeds its bound.
 pub async fn run(rotations: usize) -> Result<()> {
-    let built = tokio::task::spawn_blocking(binaries).await;
-    let binaries = built
-        .map_err(|error| failed("build", &error))?
-        .map_err(|error| failed("build", &error))?;
+    let binaries = built().await?;
     let flags = ["--max-call-recv-msg-size=33554432"];
     let cluster = Embedded::start(rotating(&binaries, &flags)?).await?;
     let load = Load {

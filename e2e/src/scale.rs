@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
-use crate::bench::{ControlPlane, Run, binaries, class, failed};
+use crate::bench::{Site, built, class, failed};
 use crate::binaries::Binaries;
 use crate::cluster::Result;
 use fleet::Fleet;
@@ -59,11 +59,7 @@ pub struct Options {
 /// When a driver does not start, a volume has not the newest content at the end of a phase in which it
 /// should, or the report cannot be written.
 pub async fn run(options: &Options) -> Result<()> {
-    let built = tokio::task::spawn_blocking(binaries).await;
-    let binaries = built
-        .map_err(|error| failed("build", &error))?
-        .map_err(|error| failed("build", &error))?;
-    let report = measure(options, &binaries).await?;
+    let report = measure(options, &built().await?).await?;
     println!("{}", report.markdown());
     match &options.docs {
         Some(docs) => report.write(docs),
@@ -73,20 +69,11 @@ pub async fn run(options: &Options) -> Result<()> {
 
 async fn measure(options: &Options, binaries: &Binaries) -> Result<Report> {
     allow_open_files()?;
-    // Short, because the paths of sockets below it may have 107 bytes at most.
-    let directory = tempfile::Builder::new()
-        .prefix("scale-")
-        .tempdir()
-        .map_err(|error| failed("a directory", &error))?;
-    let plane = ControlPlane::start(options.real, binaries, directory.path()).await?;
-    let cluster = if options.real {
-        let version = plane.client().apiserver_version().await;
-        let version = version.map_err(|error| failed("the API server's version", &error))?;
-        format!("Kubernetes {} with etcd", version.git_version)
-    } else {
-        "the embedded API server, without TLS".to_owned()
-    };
-    let run = Run::now(cluster);
+    let Site {
+        run,
+        plane,
+        directory,
+    } = Site::prepare(options.real, binaries).await?;
     let mut scale = Scale {
         fleet: Fleet::prepare(options, binaries, plane, directory.path()).await?,
         options,

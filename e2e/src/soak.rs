@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::bench::{Bench, REFRESH, Table, Volume, binaries, class, failed, percentile, rotating};
+use crate::bench::{Bench, REFRESH, Table, Volume, built, class, failed, percentile, rotating};
 use crate::cluster::Result;
 use crate::embedded::Embedded;
 
@@ -50,10 +50,7 @@ type Value = fn(&Sample) -> f64;
 /// # Errors
 /// When a call fails, the chart cannot be written, or the driver grows.
 pub async fn run(minutes: u64, chart: &Path) -> Result<()> {
-    let built = tokio::task::spawn_blocking(binaries).await;
-    let binaries = built
-        .map_err(|error| failed("build", &error))?
-        .map_err(|error| failed("build", &error))?;
+    let binaries = built().await?;
     let cluster = Embedded::start(rotating(&binaries, &[])?).await?;
     let bench = Bench::prepare(&cluster).await?;
     let samples = record(&bench, Duration::from_secs(60 * minutes)).await?;

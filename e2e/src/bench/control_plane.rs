@@ -106,11 +106,18 @@ impl ControlPlane {
         Ok(plane)
     }
 
-    /// Returns `embedded` or `local`.
-    pub(crate) fn name(&self) -> &'static str {
+    /// Returns what it is, and the version of a real one.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub(crate) async fn version(&self) -> Result<String> {
         match self.kind {
-            Kind::Embedded(..) => "embedded",
-            Kind::Local(_) => "local",
+            Kind::Embedded(..) => Ok("the embedded API server, without TLS".to_owned()),
+            Kind::Local(_) => {
+                let version = self.client.apiserver_version().await;
+                let version = version.map_err(api("the API server's version".to_owned()))?;
+                Ok(format!("Kubernetes {} with etcd", version.git_version))
+            }
         }
     }
 

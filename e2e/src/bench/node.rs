@@ -15,6 +15,7 @@ use tokio::process::{Child, Command};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
+use super::retry::DEADLINE;
 use super::{Process, Volume, failed};
 use crate::cluster::Result;
 use crate::isolated::{self, Namespaces};
@@ -188,9 +189,7 @@ pub(crate) async fn publish(
     mut client: NodeClient<Channel>,
     volume: &Volume,
 ) -> (f64, std::result::Result<(), Status>) {
-    let started = Instant::now();
-    let answer = client.node_publish_volume(volume.publish()).await;
-    (started.elapsed().as_secs_f64() * 1000.0, answer.map(drop))
+    timed(client.node_publish_volume(volume.publish())).await
 }
 
 /// Unpublishes a volume; returns the time in milliseconds and the answer.
@@ -198,9 +197,21 @@ pub(crate) async fn unpublish(
     mut client: NodeClient<Channel>,
     volume: &Volume,
 ) -> (f64, std::result::Result<(), Status>) {
+    timed(client.node_unpublish_volume(volume.unpublish())).await
+}
+
+/// Waits for an answer as long as kubelet does.
+async fn timed<T>(
+    call: impl Future<Output = std::result::Result<T, Status>>,
+) -> (f64, std::result::Result<(), Status>) {
     let started = Instant::now();
-    let answer = client.node_unpublish_volume(volume.unpublish()).await;
-    (started.elapsed().as_secs_f64() * 1000.0, answer.map(drop))
+    let answer = match tokio::time::timeout(DEADLINE, call).await {
+        Ok(answer) => answer.map(drop),
+        Err(_) => Err(Status::deadline_exceeded(format!(
+            "no answer within {DEADLINE:?}"
+        ))),
+    };
+    (started.elapsed().as_secs_f64() * 1000.0, answer)
 }
 
 fn spawn(settings: &Settings, namespaces: Option<&Namespaces>) -> Result<Child> {
@@ -313,6 +324,22 @@ impl Provider {
             .ok_or_else(|| failed("the provider's calls", &answer.body))
     }
 
+    /// Returns a connection to its socket, which the first call makes.
+    ///
+    /// # Errors
+    /// When the socket's path is none.
+    pub(crate) fn channel(&self) -> Result<Channel> {
+        let endpoint = Endpoint::from_shared(format!("unix://{}", self.socket().display()))
+            .map_err(|error| failed("the provider's socket", &error))?;
+        // It refuses other authorities, as the existing driver's provider for tests does.
+        let localhost = http::Uri::from_static("http://localhost");
+        Ok(endpoint.origin(localhost).connect_lazy())
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.join(format!("{PROVIDER}.sock"))
+    }
+
     /// Kills the provider; its socket stays.
     ///
     /// # Errors
@@ -335,7 +362,7 @@ impl Provider {
         if self.process.is_some() {
             return Ok(());
         }
-        let socket = self.directory.join(format!("{PROVIDER}.sock"));
+        let socket = self.socket();
         let log = File::options()
             .create(true)
             .append(true)

@@ -20,7 +20,7 @@ use crate::namespace::Namespace;
 pub(crate) struct Volume {
     class: String,
     namespace: String,
-    pub(super) pod: String,
+    pod: String,
     uid: String,
     /// The directory that stands for kubelet's root.
     root: String,
@@ -70,6 +70,18 @@ impl Volume {
             .await
             .into_iter()
             .collect()
+    }
+
+    pub(crate) fn pod(&self) -> &str {
+        &self.pod
+    }
+
+    pub(crate) fn uid(&self) -> &str {
+        &self.uid
+    }
+
+    pub(crate) fn namespace(&self) -> &str {
+        &self.namespace
     }
 
     /// Returns the path at which the driver mounts the volume.

@@ -5,11 +5,14 @@ use std::time::{Duration, Instant};
 use futures::{StreamExt as _, stream};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams};
-use serde_json::json;
+use proto::csi::node_client::NodeClient;
+use serde_json::{Value, json};
 use tonic::Status;
+use tonic::transport::Channel;
 
-use super::Options;
+use super::attempts::{Outcome, Round, attempt, insist_on_all};
 use super::report::Figure;
+use super::{Options, floor};
 use crate::bench::{
     ControlPlane, Node, Provider, REFRESH, Requests, Settings, Volume, class, failed, per,
     percentile, publish, unpublish,
@@ -20,11 +23,6 @@ use crate::install::pod_statuses;
 const CLASS: &str = "bench";
 /// The file whose content changes.
 const FILE: &str = "one";
-/// kubelet's first wait before it tries again, and its longest.
-const BACKOFF: Duration = Duration::from_millis(500);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(122);
-/// The time after which a volume that is still not published ends the run.
-const PATIENCE: Duration = Duration::from_secs(300);
 /// The time that a driver gets to become idle, and to hear of a change of the class.
 const SETTLE: Duration = Duration::from_secs(3);
 /// The time in which the pod statuses of deleted pods have to be gone.
@@ -38,11 +36,11 @@ pub(super) struct Measurement<'a> {
     pub(super) settings: Settings,
 }
 
-/// The outcome of many calls of one kind.
-struct Calls<'v> {
+/// The first calls for many volumes. Where one fails, the volume's further calls, with kubelet's waits, are
+/// not measured.
+struct Calls {
     /// The times of the calls that succeeded in milliseconds, sorted.
     times: Vec<f64>,
-    failed: Vec<&'v Volume>,
     seconds: f64,
     /// The driver's CPU time in milliseconds, and the requests, for each call.
     cpu: f64,
@@ -51,33 +49,29 @@ struct Calls<'v> {
 }
 
 impl Measurement<'_> {
-    /// Starts the driver, measures, and takes everything down.
-    pub(super) async fn run(&self) -> Result<Vec<Figure>> {
-        let mut figures = Vec::new();
+    /// Starts the driver and measures. What was measured before an error stays in the round.
+    ///
+    /// # Errors
+    /// When the driver, the provider or the API server is gone.
+    pub(super) async fn run(&self, round: &mut Round) -> Result<()> {
         self.plane.create_node(&self.settings.name).await?;
         self.apply(0, "first").await?;
+        let volumes = self.volumes("floor", self.options.volumes).await?;
+        let (servers, class) = ((self.plane, self.provider), (CLASS, &parameters("first")));
+        floor::measure(servers, class, &volumes, round).await?;
         let node = Node::start(self.settings.clone()).await?;
         tokio::time::sleep(SETTLE).await;
-        figures.push(Figure::of(
-            "resident memory, idle",
-            "MiB",
-            node.process()?.rss()?,
-        ));
-        let volumes = self.publishes(&node, &mut figures).await?;
+        round.add("resident memory, idle", "MiB", node.process()?.rss()?);
+        let volumes = self.publishes(&node, round).await?;
         let rss = node.process()?.rss()?;
-        figures.push(Figure::of(
-            "resident memory, all volumes published",
-            "MiB",
-            rss,
-        ));
-        self.looks(&node, &volumes, &mut figures).await?;
-        self.refreshes(&node, &volumes, &mut figures).await?;
-        let calls = self.calls(&node, &volumes, 50, unpublish).await?;
-        figures.extend(calls.times("unpublish at 50"));
-        figures.push(Figure::of("unpublish at 50, failed", "", calls.failures()));
-        self.boot(node, &mut figures).await?;
-        self.delete_pods().await?;
-        Ok(figures)
+        round.add("resident memory, all volumes published", "MiB", rss);
+        self.looks(&node, &volumes, round).await?;
+        self.refreshes(&node, &volumes, round).await?;
+        let unpublishes = ("unpublish", unpublish);
+        let calls = self.calls(&node, &volumes, 50, unpublishes, round).await?;
+        round.figures.extend(calls.times("unpublish at 50"));
+        round.add("CPU for an unpublish", "ms", calls.cpu);
+        self.boot(node, round).await
     }
 
     /// Returns the concurrency of each run of publishes, and the number of volumes.
@@ -86,171 +80,138 @@ impl Measurement<'_> {
         [(1, some), (10, some), (50, 2 * some), (110, some)]
     }
 
-    async fn publishes(&self, node: &Node, figures: &mut Vec<Figure>) -> Result<Vec<Volume>> {
-        let (mut all, mut failures) = (Vec::new(), 0.0);
+    async fn publishes(&self, node: &Node, round: &mut Round) -> Result<Vec<Volume>> {
+        let mut all = Vec::new();
         for (at_once, count) in self.sizes() {
             let volumes = self.volumes(&format!("{at_once}"), count).await?;
-            let calls = self.calls(node, &volumes, at_once, publish).await?;
+            let publishes = ("publish", publish);
+            let calls = self
+                .calls(node, &volumes, at_once, publishes, round)
+                .await?;
             let what = format!("publish at {at_once}");
-            figures.extend(calls.times(&what));
-            let rate = per(&volumes) / calls.seconds;
-            figures.push(Figure::of(&format!("{what}, rate"), "/s", rate));
-            if at_once == 50 {
-                figures.push(Figure::of("CPU for a publish", "ms", calls.cpu));
-                figures.extend(calls.requests("publish"));
+            round.figures.extend(calls.times(&what));
+            if at_once == 1 {
+                round.add_ratio(floor::RATIO, &format!("{what}, p50"), floor::SUM);
             }
-            failures += calls.failures();
-            for volume in &calls.failed {
-                insist(node, volume).await?;
+            let rate = per(&volumes) / calls.seconds;
+            round.add(&format!("{what}, rate"), "/s", rate);
+            if at_once == 50 {
+                round.add("CPU for a publish", "ms", calls.cpu);
+                round.figures.extend(calls.requests("publish"));
             }
             all.extend(volumes);
         }
-        figures.push(Figure::of("publish, failed", "", failures));
         Ok(all)
     }
 
     /// Looks at published volumes that are not due, as kubelet does, once each.
-    async fn looks(
-        &self,
-        node: &Node,
-        volumes: &[Volume],
-        figures: &mut Vec<Figure>,
-    ) -> Result<()> {
+    async fn looks(&self, node: &Node, volumes: &[Volume], round: &mut Round) -> Result<()> {
         tokio::time::sleep(self.options.rest).await;
         let (alone, together) = volumes.split_at(self.options.volumes);
         for (at_once, volumes) in [(1, alone), (50, together)] {
-            let calls = self.calls(node, volumes, at_once, publish).await?;
-            let what = format!("look at {at_once}");
-            figures.extend(calls.times(&what));
+            let looks = ("look", publish);
+            let calls = self.calls(node, volumes, at_once, looks, round).await?;
+            round
+                .figures
+                .extend(calls.times(&format!("look at {at_once}")));
             if at_once == 50 {
-                figures.push(Figure::of("CPU for a look", "ms", calls.cpu));
-                figures.extend(calls.requests("look"));
+                round.add("CPU for a look", "ms", calls.cpu);
+                round.figures.extend(calls.requests("look"));
             }
-            figures.push(Figure::of(&format!("{what}, failed"), "", calls.failures()));
         }
         Ok(())
     }
 
     /// Refreshes volumes, first when nothing has changed, and then when the content has.
-    async fn refreshes(
-        &self,
-        node: &Node,
-        volumes: &[Volume],
-        figures: &mut Vec<Figure>,
-    ) -> Result<()> {
+    async fn refreshes(&self, node: &Node, volumes: &[Volume], round: &mut Round) -> Result<()> {
         let volumes = &volumes[..self.options.volumes];
-        for (round, content, what) in [
+        for (number, content, what) in [
             (1, "first", "refresh without change"),
             (2, "second", "refresh with change"),
         ] {
-            self.apply(round, content).await?;
+            self.apply(number, content).await?;
             for volume in volumes {
                 node.age(volume)?;
             }
             tokio::time::sleep(SETTLE).await;
-            let calls = self.calls(node, volumes, 50, publish).await?;
-            if calls.provider < 1.0 {
+            let calls = self
+                .calls(node, volumes, 50, (what, publish), round)
+                .await?;
+            let failures = (per(volumes) - calls.count()) / per(volumes);
+            if calls.provider + failures < 1.0 {
                 let asked = format!("the provider was asked {} times per volume", calls.provider);
                 return Err(failed(what, &asked));
             }
-            for volume in volumes {
-                let read = node.read(volume, FILE)?;
-                if read != content {
-                    return Err(failed(
-                        what,
-                        &format!("a volume has {read:?}, not {content:?}"),
-                    ));
-                }
+            let has = |volume: &&Volume| node.read(volume, FILE).is_ok_and(|read| read == content);
+            let stale = volumes.len() - volumes.iter().filter(has).count();
+            if stale > 0 {
+                let note = format!("{what}: {stale} volumes have not the newest content after it");
+                round.notes.push(note);
             }
-            figures.extend(calls.times(&format!("{what} at 50")));
-            figures.push(Figure::of(&format!("CPU for a {what}"), "ms", calls.cpu));
-            figures.extend(calls.requests(what));
-            figures.push(Figure::of(
-                &format!("{what} at 50, failed"),
-                "",
-                calls.failures(),
-            ));
+            round.figures.extend(calls.times(&format!("{what} at 50")));
+            round.add(&format!("CPU for a {what}"), "ms", calls.cpu);
+            round.figures.extend(calls.requests(what));
         }
         Ok(())
     }
 
     /// Starts the driver on a node that has pods: kubelet publishes all volumes at once.
-    async fn boot(&self, node: Node, figures: &mut Vec<Figure>) -> Result<()> {
+    async fn boot(&self, node: Node, round: &mut Round) -> Result<()> {
         let count = self.options.volumes.min(110);
         let volumes = self.volumes("boot", count).await?;
         let settings = node.cut_power().await?;
         let started = Instant::now();
         let node = Node::start(settings).await?;
-        figures.push(Figure::of(
-            "boot, until the socket answers",
-            "ms",
-            ms(started),
-        ));
-        let published = volumes.iter().map(|volume| insist(&node, volume));
-        let attempts = futures::future::try_join_all(published).await?;
+        round.add("boot, until the socket answers", "ms", ms(started));
+        let first = volumes.iter().map(|volume| attempt(&node, volume, publish));
+        let mut outcomes = futures::future::join_all(first).await;
+        insist_on_all(&node, &volumes, publish, &mut outcomes).await;
         let what = format!("boot, until {count} volumes are published");
-        figures.push(Figure::of(&what, "ms", ms(started)));
-        let retries = attempts.iter().sum();
-        figures.push(Figure::of("boot, attempts that failed", "", retries));
-        figures.push(Figure::of(
-            "resident memory, peak of the boot",
-            "MiB",
-            node.process()?.peak()?,
-        ));
-        let calls = self.calls(&node, &volumes, 50, unpublish).await?;
-        if !calls.failed.is_empty() {
-            return Err(failed("unpublish after the boot", &"it failed"));
-        }
+        round.add(&what, "ms", ms(started));
+        round.count("publish at boot", &outcomes);
+        let peak = node.process()?.peak()?;
+        round.add("resident memory, peak of the boot", "MiB", peak);
+        let unpublishes = ("unpublish after the boot", unpublish);
+        self.calls(&node, &volumes, 50, unpublishes, round).await?;
         Ok(())
     }
 
-    /// Calls the driver for each volume once.
+    /// Calls the driver for each volume, and again for those whose call failed.
     async fn calls<'v, C, F>(
         &self,
         node: &Node,
         volumes: &'v [Volume],
         at_once: usize,
-        call: C,
-    ) -> Result<Calls<'v>>
+        (operation, call): (&'static str, C),
+        round: &mut Round,
+    ) -> Result<Calls>
     where
-        C: Fn(proto::csi::node_client::NodeClient<tonic::transport::Channel>, &'v Volume) -> F,
+        C: Fn(NodeClient<Channel>, &'v Volume) -> F + Copy,
         F: Future<Output = (f64, std::result::Result<(), Status>)>,
     {
         let process = node.process()?;
         let (requests, provider) = (self.plane.requests().await?, self.provider.calls().await?);
         let (started, cpu) = (Instant::now(), process.cpu()?);
-        let outcomes: Vec<_> = stream::iter(volumes)
-            .map(|volume| {
-                let called = call(node.client(), volume);
-                async move { (volume, called.await) }
-            })
+        // Not `buffered`: one slow call would hold up those after it.
+        let mut outcomes: Vec<(usize, Outcome)> = stream::iter(volumes.iter().enumerate())
+            .map(|(number, volume)| async move { (number, attempt(node, volume, call).await) })
             .buffer_unordered(at_once)
             .collect()
             .await;
         let (seconds, cpu) = (started.elapsed().as_secs_f64(), process.cpu()? - cpu);
         let mut requests = self.plane.requests().await?.since(&requests);
-        requests
-            .0
-            .values_mut()
-            .for_each(|count| *count /= per(volumes));
         let provider = self.provider.calls().await? - provider;
-        let mut times = Vec::new();
-        let mut failures = Vec::new();
-        for (volume, (time, answer)) in outcomes {
-            match answer {
-                Ok(()) => times.push(time),
-                Err(status) => {
-                    if failures.is_empty() {
-                        eprintln!("  a call failed: {}: {}", status.code(), status.message());
-                    }
-                    failures.push(volume);
-                }
-            }
-        }
+        outcomes.sort_by_key(|(number, _)| *number);
+        let mut outcomes: Vec<Outcome> = outcomes.into_iter().map(|(_, outcome)| outcome).collect();
+        let each = requests.0.values_mut();
+        each.for_each(|count| *count /= per(volumes));
+        let smooth = outcomes.iter().filter(|outcome| outcome.is_smooth());
+        let mut times: Vec<f64> = smooth.map(|outcome| outcome.time).collect();
         times.sort_by(f64::total_cmp);
+        insist_on_all(node, volumes, call, &mut outcomes).await;
+        round.count(operation, &outcomes);
         Ok(Calls {
             times,
-            failed: failures,
             seconds,
             cpu: cpu * 1000.0 / per(volumes),
             requests,
@@ -266,17 +227,17 @@ impl Measurement<'_> {
 
     /// Gives the class content, and an annotation that makes the volumes of this driver due.
     async fn apply(&self, round: usize, content: &str) -> Result<()> {
-        let objects = format!(
-            "array:\n- {{objectName: {FILE}, content: {content}}}\n- {{objectName: two, contentSize: 4096}}\n"
-        );
         let asked = json!({REFRESH: format!("{}-{round}", self.settings.name)});
-        let class = class(CLASS, &json!({"objects": objects}), &asked);
+        let class = class(CLASS, &parameters(content), &asked);
         let applied = self.plane.namespace().apply(&class.to_string()).await;
         applied.map(drop)
     }
 
     /// Deletes all pods; returns when their pod statuses are gone, so that the next round begins alike.
-    async fn delete_pods(&self) -> Result<()> {
+    ///
+    /// # Errors
+    /// When they are not gone in time.
+    pub(super) async fn delete_pods(&self) -> Result<()> {
         let namespace = self.plane.namespace();
         let pods = namespace.api::<Pod>();
         let listed = pods.list(&ListParams::default()).await;
@@ -301,16 +262,22 @@ impl Measurement<'_> {
     }
 }
 
-impl Calls<'_> {
-    fn failures(&self) -> f64 {
-        f64::from(u32::try_from(self.failed.len()).unwrap_or(u32::MAX))
+impl Calls {
+    /// Returns the number of calls that succeeded.
+    fn count(&self) -> f64 {
+        f64::from(u32::try_from(self.times.len()).unwrap_or(u32::MAX))
     }
 
-    fn times(&self, what: &str) -> [Figure; 2] {
-        [50, 99].map(|percent| {
+    /// Returns two percentiles, if a call succeeded.
+    fn times(&self, what: &str) -> Vec<Figure> {
+        if self.times.is_empty() {
+            return Vec::new();
+        }
+        let figure = |percent| {
             let value = percentile(&self.times, percent);
             Figure::of(&format!("{what}, p{percent}"), "ms", value)
-        })
+        };
+        [50, 99].map(figure).into()
     }
 
     /// Returns the reads, the writes, and each kind of request that is at least a tenth of a call.
@@ -332,21 +299,12 @@ impl Calls<'_> {
     }
 }
 
-/// Publishes a volume as kubelet does, until it is published; returns the number of attempts that
-/// failed.
-async fn insist(node: &Node, volume: &Volume) -> Result<f64> {
-    let (started, mut failures, mut wait) = (Instant::now(), 0.0, BACKOFF);
-    loop {
-        match publish(node.client(), volume).await.1 {
-            Ok(()) => return Ok(failures),
-            Err(status) if started.elapsed() > PATIENCE => {
-                return Err(failed("a volume that is not published", &status.message()));
-            }
-            Err(_) => failures += 1.0,
-        }
-        tokio::time::sleep(wait).await;
-        wait = (2 * wait).min(LONGEST_BACKOFF);
-    }
+/// Returns the parameters of the class.
+fn parameters(content: &str) -> Value {
+    let objects = format!(
+        "array:\n- {{objectName: {FILE}, content: {content}}}\n- {{objectName: two, contentSize: 4096}}\n"
+    );
+    json!({"objects": objects})
 }
 
 fn ms(since: Instant) -> f64 {

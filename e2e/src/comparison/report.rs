@@ -1,14 +1,13 @@
 //! The figures of all rounds as a table, as JSON and as a chart.
 
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
 
 use serde::Serialize;
 use serde_json::json;
 
 use super::chart;
-use crate::bench::{Run, failed, replace_section};
+use crate::bench::{Page, Run};
 use crate::cluster::Result;
 
 const COMMAND: &str = "e2e bench";
@@ -24,6 +23,11 @@ impl Figure {
     pub(super) fn of(name: &str, unit: &'static str, value: f64) -> Self {
         let name = name.to_owned();
         Self { name, unit, value }
+    }
+
+    /// Returns the value if the figure has this name.
+    pub(super) fn value_of(&self, name: &str) -> Option<f64> {
+        (self.name == name).then_some(self.value)
     }
 }
 
@@ -63,7 +67,11 @@ impl Values {
 
     fn shown(&self) -> String {
         let (least, most) = self.spread();
-        let [median, least, most] = [self.median(), least, most].map(short);
+        let [median, least, most] = [self.median(), least, most].map(|value| match self.unit {
+            // A number of calls or requests.
+            "" if value.fract() == 0.0 => format!("{value:.0}"),
+            _ => short(value),
+        });
         let unit = match self.unit {
             "" => String::new(),
             "/s" => "/s".to_owned(),
@@ -93,6 +101,10 @@ impl Figures {
     pub(super) fn get(&self, name: &str) -> Option<&Values> {
         self.0.iter().find(|values| values.name == name)
     }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
 }
 
 /// What all rounds measured.
@@ -101,11 +113,13 @@ pub(super) struct Report {
     pub(super) rounds: usize,
     /// The drivers by name and version.
     pub(super) subjects: Vec<((&'static str, String), Figures)>,
+    /// Sentences about what went wrong.
+    pub(super) notes: Vec<String>,
 }
 
 impl Report {
     /// Returns the table: the median of all rounds and, in parentheses, the smallest and the largest
-    /// value. A request that only one driver sends is none of the other.
+    /// value, and what went wrong. A request that only one driver sends is none of the other.
     pub(super) fn markdown(&self) -> String {
         let mut text = format!("{} {} rounds.\n\n", self.run.sentence(), self.rounds);
         let mut rule = "|---|".to_owned();
@@ -115,34 +129,38 @@ impl Report {
             rule.push_str("---|");
         }
         let _infallible = writeln!(text, "\n{rule}");
-        for name in self.names() {
+        for Values { name, unit, .. } in self.rows() {
             let _infallible = write!(text, "| {name} |");
+            let none = if unit.is_empty() { "0" } else { "not measured" };
             for (_, figures) in &self.subjects {
-                let shown = figures.get(name).map_or("0".to_owned(), Values::shown);
+                let shown = figures.get(name).map_or(none.to_owned(), Values::shown);
                 let _infallible = write!(text, " {shown} |");
             }
             text.push('\n');
         }
+        for note in &self.notes {
+            let _infallible = write!(text, "\n- {note}");
+        }
         text
     }
 
-    /// Returns the names of all figures in order: those of the first driver, and those that only others
-    /// have where these have them.
-    fn names(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = Vec::new();
+    /// Returns one of each figure in order: those of the first driver, and those that only others have
+    /// where these have them.
+    fn rows(&self) -> Vec<&Values> {
+        let mut rows: Vec<&Values> = Vec::new();
         for (_, figures) in &self.subjects {
             let mut at = 0;
             for values in &figures.0 {
-                match names.iter().position(|name| *name == values.name) {
+                match rows.iter().position(|row| row.name == values.name) {
                     Some(position) => at = position + 1,
                     None => {
-                        names.insert(at, &values.name);
+                        rows.insert(at, values);
                         at += 1;
                     }
                 }
             }
         }
-        names
+        rows
     }
 
     /// Writes `benchmarks.md`, `benchmarks.json` and `benchmarks.svg`.
@@ -150,12 +168,6 @@ impl Report {
     /// # Errors
     /// When a file cannot be written.
     pub(super) fn write(&self, docs: &Path) -> Result<()> {
-        // What is not written yet cannot be linked to.
-        let text = format!(
-            "![Publish, look, refresh, CPU, requests and memory of both drivers](benchmarks.svg)\n\n{}\n\nThe values of each round are in [benchmarks.json](benchmarks.json).",
-            self.markdown().trim_end()
-        );
-        replace_section(&docs.join("benchmarks.md"), COMMAND, &text)?;
         let subjects: Vec<_> = self
             .subjects
             .iter()
@@ -163,12 +175,18 @@ impl Report {
                 json!({"name": name, "version": version, "figures": figures.0})
             })
             .collect();
-        let json = json!({"run": self.run, "rounds": self.rounds, "subjects": subjects});
-        let path = docs.join("benchmarks.json");
-        let broken = |error: &dyn std::fmt::Display| failed("the report", &error.to_string());
-        let text = serde_json::to_string_pretty(&json).map_err(|error| broken(&error))?;
-        fs::write(&path, text + "\n").map_err(|error| broken(&error))?;
-        chart::draw(&docs.join("benchmarks.svg"), self).map_err(|error| broken(&error))
+        let page = Page {
+            name: "benchmarks",
+            command: COMMAND,
+            picture: "Publish, look, refresh, CPU, requests and memory of both drivers",
+            values: "The values of each round",
+        };
+        let values = json!({
+            "run": self.run, "rounds": self.rounds, "subjects": subjects, "notes": self.notes,
+        });
+        page.write(docs, &self.markdown(), &values, |path| {
+            chart::draw(path, self)
+        })
     }
 }
 

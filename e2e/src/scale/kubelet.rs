@@ -9,13 +9,7 @@ use rand::Rng as _;
 use tonic::transport::Channel;
 
 use super::record::{Answer, Record};
-use crate::bench::{Volume, publish};
-
-/// The first wait after a failure, and the longest: it doubles.
-const BACKOFF: Duration = Duration::from_millis(500);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(122);
-/// kubelet's deadline of a call.
-const DEADLINE: Duration = Duration::from_secs(120);
+use crate::bench::{Backoff, Volume, publish};
 
 /// The driver of a node, while it runs.
 #[derive(Clone, Default)]
@@ -38,25 +32,17 @@ impl Socket {
 /// Publishes a volume for as long as the task lives. Each look follows the last one after `look` and
 /// up to half as much more.
 pub(super) async fn run(socket: Socket, volume: Arc<Volume>, look: Duration, record: Arc<Record>) {
-    let (mut is_first, mut backoff) = (true, BACKOFF);
+    let (mut is_first, mut backoff) = (true, Backoff::default());
     loop {
         let good = match socket.get() {
             // kubelet knows no driver then; it waits as after a failure.
             None => false,
             Some(client) => {
                 let started = Instant::now();
-                let call = tokio::time::timeout(DEADLINE, publish(client, &volume));
-                let (time, failure) = match call.await {
-                    Ok((time, Ok(()))) => (time, None),
-                    Ok((time, Err(status))) => {
-                        let text = format!("{:?}: {}", status.code(), status.message());
-                        (time, Some(text))
-                    }
-                    Err(_) => (
-                        DEADLINE.as_secs_f64() * 1000.0,
-                        Some("no answer".to_owned()),
-                    ),
-                };
+                let (time, answer) = publish(client, &volume).await;
+                let failure = answer.err();
+                let failure =
+                    failure.map(|status| format!("{:?}: {}", status.code(), status.message()));
                 let good = failure.is_none();
                 // The driver may have been stopped during the call.
                 if good || socket.get().is_some() {
@@ -72,12 +58,10 @@ pub(super) async fn run(socket: Socket, volume: Arc<Volume>, look: Duration, rec
         };
         let wait = if good {
             is_first = false;
-            backoff = BACKOFF;
+            backoff = Backoff::default();
             look.mul_f64(rand::rng().random_range(1.0..1.5))
         } else {
-            let wait = backoff;
-            backoff = (2 * backoff).min(LONGEST_BACKOFF);
-            wait
+            backoff.next()
         };
         tokio::time::sleep(wait).await;
     }

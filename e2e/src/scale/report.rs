@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
 
 use serde::Serialize;
@@ -10,12 +9,20 @@ use serde_json::json;
 
 use super::record::{Phase, Record, Sample};
 use super::{Options, chart};
-use crate::bench::{Requests, Run, failed, percentile, replace_section};
+use crate::bench::{Page, Requests, Run, percentile};
 use crate::cluster::Result;
 
 const COMMAND: &str = "e2e scale";
 /// The number of nodes for which the table extrapolates.
 const MANY_NODES: f64 = 10_000.0;
+/// The phases in which all nodes act, whose requests are told by volume.
+const BURSTS: [&str; 5] = [
+    "first start of all nodes",
+    "class of all pods edited",
+    "rolling update",
+    "all nodes boot",
+    "API server back",
+];
 /// The number of kinds of failures that are reported of a phase.
 const KINDS: usize = 5;
 
@@ -44,6 +51,14 @@ pub(super) struct Row {
     /// The resident memory of a driver in MiB: the mean at the end, and the largest of all.
     pub(super) memory: f64,
     pub(super) peak: f64,
+}
+
+impl Row {
+    /// Returns whether nodes acted at the same time: the busiest second has several times the mean, and more
+    /// than chance makes of independent requests.
+    fn is_herd(&self) -> bool {
+        self.api_most > 3.0 * self.api && self.api_most > self.api + 6.0 * self.api.sqrt()
+    }
 }
 
 /// What a run measured.
@@ -132,42 +147,45 @@ impl Report {
         text
     }
 
-    /// Returns what the measured rates make for 10,000 nodes, with the calculation.
+    /// Returns what the measured rates make for 10,000 nodes, with the calculation, and whether nodes acted
+    /// at the same time.
     fn arithmetic(&self) -> Vec<String> {
         let (nodes, volumes) = (count(self.nodes), count(self.volumes));
+        let all_volumes = MANY_NODES * volumes;
         let mut lines = Vec::new();
-        for row in self
-            .rows
-            .iter()
-            .filter(|row| row.name.starts_with("at rest"))
-        {
-            let [api, provider] = [row.api, row.provider].map(|rate| rate / nodes);
-            lines.push(format!(
-                "{}: {:.1} requests / {nodes} nodes = {api:.3} per second and node; times 10,000 = {:.0} requests \
-                 and {:.0} provider calls per second",
-                row.name,
-                row.api,
-                api * MANY_NODES,
-                provider * MANY_NODES,
-            ));
-        }
-        let bursts = [
-            "class of all pods edited",
-            "rolling update",
-            "all nodes boot",
-        ];
-        for row in self.rows.iter().filter(|row| bursts.contains(&row.name)) {
-            let requests = row.api * row.seconds;
-            let for_each = requests / (nodes * volumes);
-            let all = requests / nodes * MANY_NODES;
-            lines.push(format!(
-                "{}: {:.1} requests/s for {:.0} s / {nodes} nodes / {volumes} volumes = {for_each:.2} for each volume; \
-                 with 10,000 nodes {all:.0}, which an API server that takes 1,000 per second has answered in {:.0} s",
-                row.name,
-                row.api,
-                row.seconds,
-                all / 1000.0,
-            ));
+        for row in &self.rows {
+            let many = |rate: f64| rate / nodes * MANY_NODES;
+            if row.name.starts_with("at rest") {
+                lines.push(format!(
+                    "{}: {:.1} requests per second from {nodes} nodes are {:.3} from each. 10,000 such nodes send \
+                     {:.0} per second, and make {:.0} calls of the provider. The busiest second had {:.1} times the mean{}.",
+                    row.name,
+                    row.api,
+                    row.api / nodes,
+                    many(row.api),
+                    many(row.provider),
+                    row.api_most / row.api,
+                    if row.is_herd() { ": a herd" } else { ", so no herd" },
+                ));
+            }
+            if BURSTS.contains(&row.name) {
+                let requests = row.api * row.seconds;
+                lines.push(format!(
+                    "{}: {requests:.0} requests in {:.0} s are {:.2} for each of the {:.0} volumes. 10,000 nodes have \
+                     {all_volumes:.0} volumes, which make {:.0} requests: {:.0} per second if they take the same {:.0} s, \
+                     and {:.0} s of work for an API server that answers 1,000 per second. The busiest second had {:.1} \
+                     times the mean.",
+                    row.name,
+                    row.seconds,
+                    requests / (nodes * volumes),
+                    nodes * volumes,
+                    many(requests),
+                    many(row.api),
+                    row.seconds,
+                    many(requests) / 1000.0,
+                    row.api_most / row.api,
+                ));
+            }
         }
         lines
     }
@@ -177,19 +195,18 @@ impl Report {
     /// # Errors
     /// When a file cannot be written.
     pub(super) fn write(&self, docs: &Path) -> Result<()> {
-        // What is not written yet cannot be linked to.
-        let text = format!(
-            "![Requests to the API server and calls to the provider over the run](scale.svg)\n\n{}\n\nAll numbers are in [scale.json](scale.json).",
-            self.markdown().trim_end()
-        );
-        replace_section(&docs.join("scale.md"), COMMAND, &text)?;
-        let broken = |error: &dyn std::fmt::Display| failed("the report", &error.to_string());
-        let json = json!({
+        let page = Page {
+            name: "scale",
+            command: COMMAND,
+            picture: "Requests to the API server and calls to the provider over the run",
+            values: "All numbers",
+        };
+        let values = json!({
             "run": self.run, "nodes": self.nodes, "volumes": self.volumes, "phases": self.rows, "notes": self.notes,
         });
-        let text = serde_json::to_string_pretty(&json).map_err(|error| broken(&error))?;
-        fs::write(docs.join("scale.json"), text + "\n").map_err(|error| broken(&error))?;
-        chart::draw(&docs.join("scale.svg"), self).map_err(|error| broken(&error))
+        page.write(docs, &self.markdown(), &values, |path| {
+            chart::draw(path, self)
+        })
     }
 }
 
