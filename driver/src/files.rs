@@ -3,8 +3,10 @@
 //! A [`Payload`] is the whole content of a volume as one value, checked before anything is
 //! written: a provider cannot name a path outside the volume, one path twice, or a file where
 //! a directory is needed. [`swap`] writes it, and [`read`] reads it back. [`layout`] says what lies
-//! in a volume, and [`own`] changes files that a provider wrote itself.
+//! in a volume, and [`own`] changes files that a provider wrote itself. [`Stamp`] tells whether a file
+//! has changed.
 
+mod cached;
 mod compare;
 #[cfg(test)]
 mod generated;
@@ -22,6 +24,7 @@ use std::{
 };
 
 use crate::{quoted::quoted, secret::Secret};
+pub use cached::{Stamp, open_cached};
 pub use tree::{clear, open_root, remove_target};
 
 /// The mode of a file for which neither the provider nor the pod gives one.

@@ -33,7 +33,7 @@ use table::MountEntry;
 pub(crate) use table::fuzz as fuzz_table;
 pub(crate) use table::unescaped_path;
 pub use tmpfs::Tmpfs;
-pub use volume::VolumeMount;
+pub use volume::{FileSystemId, VolumeMount};
 
 /// The kind of thing that is at a target path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,20 +48,43 @@ pub enum TargetState {
     NotADirectory,
 }
 
+/// The root of a tmpfs that is mounted at a target.
+#[derive(Debug)]
+pub struct Root {
+    /// The directory. It stays the same, whatever is mounted at the target later.
+    pub directory: OwnedFd,
+    /// The identity of the file system, on kernels that tell it from that of all others.
+    pub id: Option<FileSystemId>,
+}
+
 /// Examines a target path.
 ///
 /// # Errors
 /// When the path cannot be examined, or has something other than a tmpfs mounted on it.
 pub fn state(target: &Path) -> io::Result<TargetState> {
+    examine(target).map(|(state, _)| state)
+}
+
+/// Examines a target path, and opens the root of the tmpfs that is mounted there, if one is.
+///
+/// # Errors
+/// The same as for [`state`].
+pub fn examine(target: &Path) -> io::Result<(TargetState, Option<Root>)> {
     let Some(here) = Here::open(target)? else {
-        return Ok(TargetState::Absent);
+        return Ok((TargetState::Absent, None));
     };
     let is_directory = SFlag::from_bits_truncate(fstat(&here.file)?.st_mode & SFlag::S_IFMT.bits())
         == SFlag::S_IFDIR;
     match (here.is_mounted, is_directory) {
-        (false, true) => Ok(TargetState::Directory),
-        (false, false) => Ok(TargetState::NotADirectory),
-        (true, true) if here.is_tmpfs()? => Ok(TargetState::Mounted),
+        (false, true) => Ok((TargetState::Directory, None)),
+        (false, false) => Ok((TargetState::NotADirectory, None)),
+        (true, true) if here.is_tmpfs()? => {
+            let root = Root {
+                directory: here.open_root()?,
+                id: Some(FileSystemId::of(&here)?).filter(FileSystemId::is_unique),
+            };
+            Ok((TargetState::Mounted, Some(root)))
+        }
         (true, _) => Err(io::Error::other(
             "a file system other than tmpfs is mounted there; unmount it or replace the pod",
         )),

@@ -187,7 +187,7 @@ impl std::fmt::Display for Pod {
 }
 
 /// A state of a SecretProviderClass.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ClassState {
     /// Its name, in the pod's namespace.

@@ -22,6 +22,7 @@ mod restless;
 mod sub_path;
 pub mod target;
 mod threads;
+mod unchanged;
 
 use std::{
     collections::BTreeMap,
@@ -39,10 +40,10 @@ use crate::{
     cluster::{Class, Cluster, pod_status::NewOrder},
     config::Config,
     error::{Error, Reason, Result},
-    files::{layout, open_root},
+    files::{Stamp, layout},
     memory::Memory,
     metrics::{Metrics, PublishGuard},
-    mount::{self, TargetState, Tmpfs, VolumeMount},
+    mount::{self, Root, TargetState, Tmpfs, VolumeMount},
     provider::Providers,
     record::{Age, Object, Record, Records, Writer},
     sync::SecretSync,
@@ -58,6 +59,7 @@ use restless::Restless;
 use sub_path::Told;
 use target::{Busy, TargetPath};
 use threads::{ThreadHealth, blocking};
+use unchanged::{Digests, Evidence};
 
 /// The parts of the driver that volumes use.
 pub struct Parts {
@@ -94,6 +96,7 @@ pub struct Volumes {
     /// The targets that calls are working on.
     busy: Busy,
     looks: Looks,
+    digests: Digests,
     failing: Failing,
     restless: Restless,
     lasting: Lasting,
@@ -118,6 +121,7 @@ impl Volumes {
             metrics: parts.metrics,
             busy: Busy::default(),
             looks: Looks::default(),
+            digests: Digests::default(),
             failing: Failing::default(),
             restless: Restless::default(),
             lasting: Lasting::default(),
@@ -166,7 +170,13 @@ impl Volumes {
     ) -> Result<Outcome> {
         let _busy = self.busy.publishing(&request.target, cancelled)?;
         let (volume_id, target) = (&request.volume_id, &request.target);
-        let since_last = self.looks.note(volume_id);
+        let (since_last, verdict) = self.looks.note(volume_id);
+        if let Some(verdict) = verdict
+            && self.is_unchanged(&verdict, since_last, request)
+        {
+            self.looks.remember(volume_id, verdict);
+            return Ok(Outcome::AlreadyPublished);
+        }
         let found = match self.find(request).await {
             Ok(found) => found,
             Err(error) => return Err(self.answer(volume_id, target, error).await),
@@ -174,10 +184,9 @@ impl Volumes {
         let start = match plan(&found) {
             Plan::KeepFresh(record) => {
                 metrics.provider(&record.provider);
-                let record = record.clone();
-                return self
-                    .keep_fresh(record, since_last, request, cancelled)
-                    .await;
+                let (record, evidence) = (record.clone(), found.evidence);
+                let look = (since_last, evidence);
+                return self.keep_fresh(record, look, request, cancelled).await;
             }
             Plan::Fill(start) => start,
         };
@@ -366,23 +375,28 @@ impl Volumes {
             request.pod.uid.clone(),
         );
         blocking(move || {
+            let stamp = Stamp::of(&records.path(&volume_id));
             let record = records
                 .get(&volume_id)
                 .filter(|record| record.target_path == target && record.pod.uid == uid);
-            let state = mount::state(&target)?;
-            let has_content = state == TargetState::Mounted && {
-                let root = open_root(&target)?;
-                match record.as_ref().map(|record| record.writer) {
-                    Some(Writer::Provider) => !layout::is_empty(&root)?,
-                    Some(Writer::Driver) => layout::is_complete(&root)?,
-                    // An earlier driver wrote it, or a publish that did not finish.
-                    None => layout::is_complete(&root)? || !layout::is_empty(&root)?,
+            let (state, root) = mount::examine(&target)?;
+            let has_content = match (&root, record.as_ref().map(|record| record.writer)) {
+                (None, _) => false,
+                (Some(root), Some(Writer::Provider)) => !layout::is_empty(&root.directory)?,
+                (Some(root), Some(Writer::Driver)) => layout::is_complete(&root.directory)?,
+                // An earlier driver wrote it, or a publish that did not finish.
+                (Some(Root { directory, .. }), None) => {
+                    layout::is_complete(directory)? || !layout::is_empty(directory)?
                 }
             };
+            let mount = root.and_then(|root| root.id);
             Ok(Found {
                 record,
                 state,
                 has_content,
+                evidence: mount
+                    .zip(stamp)
+                    .map(|(mount, record)| Evidence { mount, record }),
             })
         })
         .await
@@ -434,6 +448,8 @@ struct Found {
     state: TargetState,
     /// Whether the mount has content.
     has_content: bool,
+    /// By what the mount and the record are recognized, if the kernel can tell.
+    evidence: Option<Evidence>,
 }
 
 /// The work of a publish.
@@ -544,6 +560,7 @@ mod tests {
             record: recorded.then(|| Record::example("csi-1", "/t")),
             state,
             has_content,
+            evidence: None,
         };
         let start = match plan(&found) {
             Plan::KeepFresh(_) => None,

@@ -63,7 +63,7 @@ const DRIVER: Modules = &[
         ],
     ),
     ("metrics", &["config", "socket"]),
-    ("mount", &["hex"]),
+    ("mount", &["files", "hex"]),
     ("files", &["hex", "quoted", "secret"]),
     ("record", &["hex", "quoted"]),
     ("config", &[]),

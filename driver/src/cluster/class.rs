@@ -178,6 +178,11 @@ impl Cluster {
         self.classes.get(namespace, name, wanted, read).await
     }
 
+    /// Returns a class as the driver remembers it, and how long ago it was read. Sends no request.
+    pub fn remembered_class(&self, namespace: &str, name: &str) -> Option<(Arc<Class>, Duration)> {
+        self.classes.find_any(namespace, name)
+    }
+
     /// Returns how long ago a class was read; no time if it is not remembered.
     pub fn age_of_class(&self, namespace: &str, name: &str) -> Duration {
         self.classes.age(namespace, name).unwrap_or_default()

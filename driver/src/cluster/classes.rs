@@ -160,6 +160,17 @@ impl Classes {
         class
     }
 
+    /// Returns what is remembered of a class, and how long ago it was read.
+    pub(crate) fn find_any(&self, namespace: &str, name: &str) -> Option<(Arc<Class>, Duration)> {
+        let now = Instant::now();
+        let mut remembered = self.remembered();
+        let remembered = remembered.get_mut(&format!("{namespace}/{name}"))?;
+        remembered.needed = now;
+        let lasting = remembered.lasting.as_ref()?;
+        let class = lasting.class.as_ref().ok()?;
+        Some((Arc::clone(class), now.duration_since(lasting.began)))
+    }
+
     /// Returns how long ago a class was read, as far as it is remembered.
     pub(crate) fn age(&self, namespace: &str, name: &str) -> Option<Duration> {
         let remembered = self.remembered();

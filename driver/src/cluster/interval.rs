@@ -22,7 +22,7 @@ const LONGEST: Duration = Duration::from_secs(5 * 60);
 const SYNC_INTERVALS: u32 = 7;
 
 /// The interval that a class or a volume sets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Every {
     /// A refresh is due when this time has passed since the last success.
     Interval(Duration),

@@ -113,21 +113,33 @@ pub(super) fn id_of(file: BorrowedFd<'_>) -> io::Result<u64> {
 }
 
 /// Asks statx(2), which tells it since Linux 5.8, for a fraction of the time that `/proc` takes.
-#[allow(unsafe_code)]
 fn id_of_statx(file: BorrowedFd<'_>) -> Option<u64> {
+    let is = statx(file, 0, libc::STATX_MNT_ID)?;
+    (is.stx_mask & libc::STATX_MNT_ID != 0).then_some(is.stx_mnt_id)
+}
+
+/// Returns the device and the inode of an open file as the kernel has them in memory, without asking a
+/// file system that may not answer.
+pub(super) fn cached_inode(file: BorrowedFd<'_>) -> Option<(u64, u64)> {
+    let is = statx(file, libc::AT_STATX_DONT_SYNC, libc::STATX_INO)?;
+    let device = makedev(is.stx_dev_major.into(), is.stx_dev_minor.into());
+    Some((device, is.stx_ino))
+}
+
+#[allow(unsafe_code)]
+fn statx(file: BorrowedFd<'_>, flags: libc::c_int, wanted: libc::c_uint) -> Option<libc::statx> {
     let mut is = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: the path is an empty C string, and statx(2) writes one `statx`, which any bytes are.
-    let is = unsafe {
+    unsafe {
         let done = libc::statx(
             file.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            libc::STATX_MNT_ID,
+            libc::AT_EMPTY_PATH | flags,
+            wanted,
             is.as_mut_ptr(),
         );
-        (done == 0).then(|| is.assume_init())?
-    };
-    (is.stx_mask & libc::STATX_MNT_ID != 0).then_some(is.stx_mnt_id)
+        (done == 0).then(|| is.assume_init())
+    }
 }
 
 fn id_of_proc(file: BorrowedFd<'_>) -> io::Result<u64> {

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -12,13 +12,14 @@ use super::{
     Here,
     table::{self, MountEntry},
 };
+use crate::files::open_cached;
 
 /// The identity of a directory of a file system.
 ///
 /// The table of mounts says more, but reading it takes the kernel as long as there are mounts on
 /// the node: milliseconds for some hundreds. So it is read only for a file system that is new.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct FileSystemId {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FileSystemId {
     device: u64,
     inode: u64,
     /// The random number that the kernel gives a file system (Linux 5.13 and later), since it reuses
@@ -34,6 +35,22 @@ impl FileSystemId {
             inode: is.st_ino,
             random: fstatvfs(&here.file)?.filesystem_id(),
         })
+    }
+
+    /// Returns whether no other file system, of now or of later, has this identity.
+    pub(super) fn is_unique(&self) -> bool {
+        self.random != 0
+    }
+
+    /// Opens the root of this file system without using it, if it is what lies at a target. Returns
+    /// nothing if it is not, or if that cannot be told at once.
+    pub fn glimpse(&self, target: &Path) -> Option<OwnedFd> {
+        let file = open_cached(target)?;
+        // The file system is asked only once it cannot be another one that does not answer.
+        let is_here = table::cached_inode(file.as_fd())? == (self.device, self.inode)
+            && self.is_unique()
+            && fstatvfs(&file).ok()?.filesystem_id() == self.random;
+        is_here.then_some(file)
     }
 }
 
@@ -67,9 +84,9 @@ impl VolumeMount {
             return Ok(Occupant::Nothing);
         };
         let id = FileSystemId::of(&here)?;
-        if id.random == 0 || known != Some(id) {
+        if !id.is_unique() || known != Some(id) {
             let entry = here.entry()?;
-            let may_be_earlier = known.is_none() || id.random == 0;
+            let may_be_earlier = known.is_none() || !id.is_unique();
             let is_volume = entry.is_own(target)
                 || may_be_earlier && entry.is_of_an_earlier_driver(target, &table::all()?);
             if !is_volume {
@@ -220,6 +237,8 @@ mod tests {
                 assert_eq!(volumes.refit(&target).is_ok(), is_own, "{row:?}");
                 let is_there = stack.last() == Some(&"volume");
                 assert_eq!(held.check().is_ok(), is_there, "{row:?}");
+                let seen = held.id.glimpse(&target).is_some();
+                assert_eq!(seen, is_there && held.id.is_unique(), "{row:?}");
                 let open = held.open_if_there().unwrap();
                 assert_eq!(open.is_some(), is_there, "{row:?}");
                 if let Some(open) = open {

@@ -255,7 +255,8 @@ impl Records {
         if metadata.len() > LARGEST {
             return wrong("it is larger than a record can be");
         }
-        let mut bytes = Vec::new();
+        // With a byte more than needed, the end is found without growing.
+        let mut bytes = Vec::with_capacity(usize::try_from(metadata.len()).unwrap_or(0) + 1);
         fs::File::open(path)?
             .take(LARGEST)
             .read_to_end(&mut bytes)?;
@@ -271,7 +272,7 @@ impl Records {
 
     /// Returns the path of a volume's record. kubelet's volume handles are plain names; any other
     /// handle is hashed into one.
-    fn path(&self, volume_id: &str) -> PathBuf {
+    pub fn path(&self, volume_id: &str) -> PathBuf {
         let plain = volume_id.len() <= 128
             && !volume_id.is_empty()
             && volume_id

@@ -6,12 +6,13 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use tokio::time::Instant;
 
+use super::unchanged::Verdict;
 use crate::cluster::Freshness;
 
 /// The time between two looks of kubelet that nobody has caused, less two seconds in which the earlier
@@ -31,27 +32,49 @@ const UNSEEN: Duration = Duration::from_secs(600);
 
 /// The last look at each volume.
 #[derive(Default)]
-pub(super) struct Looks(Mutex<HashMap<String, Instant>>);
+pub(super) struct Looks(Mutex<HashMap<String, Look>>);
+
+/// The last look at a volume.
+struct Look {
+    at: Instant,
+    /// What it found, if there was nothing to do and the next look may have the same answer.
+    verdict: Option<Verdict>,
+}
 
 impl Looks {
-    /// Notes a look at a volume. Returns how long ago the last one was, if it is known.
-    pub(super) fn note(&self, volume_id: &str) -> Option<Duration> {
+    fn volumes(&self) -> MutexGuard<'_, HashMap<String, Look>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes a look at a volume. Returns how long ago the last one was, if it is known, and takes what
+    /// that found.
+    pub(super) fn note(&self, volume_id: &str) -> (Option<Duration>, Option<Verdict>) {
         let now = Instant::now();
-        let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(last) = looks.get_mut(volume_id) {
-            let since = now.duration_since(*last);
-            *last = now;
-            return Some(since);
+        let mut volumes = self.volumes();
+        if let Some(last) = volumes.get_mut(volume_id) {
+            let since = now.duration_since(last.at);
+            last.at = now;
+            return (Some(since), last.verdict.take());
         }
-        looks.retain(|_, last| now.duration_since(*last) < UNSEEN);
-        looks.insert(volume_id.to_owned(), now);
-        None
+        volumes.retain(|_, last| now.duration_since(last.at) < UNSEEN);
+        let look = Look {
+            at: now,
+            verdict: None,
+        };
+        volumes.insert(volume_id.to_owned(), look);
+        (None, None)
+    }
+
+    /// Remembers what the look at a volume found that was noted last.
+    pub(super) fn remember(&self, volume_id: &str, verdict: Verdict) {
+        if let Some(last) = self.volumes().get_mut(volume_id) {
+            last.verdict = Some(verdict);
+        }
     }
 
     /// Forgets a volume that is gone.
     pub(super) fn gone(&self, volume_id: &str) {
-        let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        looks.remove(volume_id);
+        self.volumes().remove(volume_id);
     }
 }
 
@@ -132,7 +155,7 @@ mod tests {
             let freshness = match volume {
                 Some(volume) => {
                     next[volume] = at + seconds(60).mul_f64(random.random_range(1.0..1.5));
-                    freshness(looks.note(&volume.to_string()), between_reads)
+                    freshness(looks.note(&volume.to_string()).0, between_reads)
                 }
                 None => Freshness::Within(between_reads),
             };
@@ -178,15 +201,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn looks_are_noted_until_the_volume_is_gone() {
         let looks = Looks::default();
-        assert_eq!(looks.note("a"), None);
+        let note = |volume_id| looks.note(volume_id).0;
+        assert_eq!(note("a"), None);
         tokio::time::advance(seconds(70)).await;
-        assert_eq!(looks.note("a"), Some(seconds(70)));
-        assert_eq!(looks.note("a"), Some(Duration::ZERO));
+        assert_eq!(note("a"), Some(seconds(70)));
+        assert_eq!(note("a"), Some(Duration::ZERO));
         looks.gone("a");
-        assert_eq!(looks.note("a"), None);
+        assert_eq!(note("a"), None);
         // Nobody says that a volume is gone which was never mounted.
         tokio::time::advance(UNSEEN).await;
-        looks.note("b");
+        note("b");
         assert_eq!(looks.0.lock().unwrap().len(), 1);
     }
 }

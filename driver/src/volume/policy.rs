@@ -113,6 +113,26 @@ impl Policy {
         {
             return Ok(Some(Due::Asked));
         }
+        let Some(ends) = self.interval_ends(record, class, of_volume)? else {
+            return Ok(None);
+        };
+        // A success in the future means that the node's clock was set back: the time that has passed
+        // is unknown.
+        let is_due = now < record.last_success || now >= ends;
+        Ok(is_due.then_some(Due::Interval))
+    }
+
+    /// Returns when the interval ends that began with the last success, if there is one. `of_volume` is
+    /// as for [`due`](Self::due).
+    ///
+    /// # Errors
+    /// When the class's annotation cannot be read as an interval.
+    pub fn interval_ends(
+        &self,
+        record: &Record,
+        class: &ClassState,
+        of_volume: Option<Every>,
+    ) -> Result<Option<Timestamp>, Error> {
         let every = match of_volume {
             Some(every) => Some(every),
             None => Every::of_class(class)?,
@@ -126,11 +146,8 @@ impl Policy {
             record.last_success.as_nanosecond()
         );
         let late = interval.mul_f64(JITTER * spread(&seed));
-        let passed = now.duration_since(record.last_success);
-        // A success in the future means that the node's clock was set back: the time that has passed
-        // is unknown.
-        let is_due = passed.is_negative() || passed.unsigned_abs() >= interval + late;
-        Ok(is_due.then_some(Due::Interval))
+        let ends = record.last_success.saturating_add(interval + late);
+        Ok(Some(ends.unwrap_or(Timestamp::MAX)))
     }
 }
 

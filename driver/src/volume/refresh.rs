@@ -15,6 +15,7 @@ use super::{
     looks::freshness,
     policy::{INTERVAL, check_switches, sends_versions},
     threads::blocking,
+    unchanged::Evidence,
 };
 use crate::{
     cluster::{
@@ -31,16 +32,17 @@ use crate::{
 const RESTLESS: &str = "MountChangesAtEachRefresh";
 
 impl Volumes {
-    /// Refreshes a published volume, if it is due and not left alone after a failure. `since_last` is
-    /// the time since kubelet's last look at the volume.
+    /// Refreshes a published volume, if it is due and not left alone after a failure. The look is the time
+    /// since kubelet's last one at the volume, and what this one found on the node.
     pub(super) async fn keep_fresh(
         &self,
         record: Record,
-        since_last: Option<Duration>,
+        (since_last, evidence): (Option<Duration>, Option<Evidence>),
         request: &PublishRequest,
         cancelled: &CancellationToken,
     ) -> Result<Outcome> {
         if !self.policy.enabled {
+            self.remember_look(request, &record, evidence, None);
             return Ok(Outcome::AlreadyPublished);
         }
         let known = self.failing.newest_class(&request.volume_id, &record.class);
@@ -62,6 +64,9 @@ impl Volumes {
         }
         let due = self.is_due(&record, &class, request);
         if let Ok(false) = due {
+            if let Ok(class) = &class {
+                self.remember_look(request, &record, evidence, Some(&class.identity));
+            }
             return Ok(Outcome::AlreadyPublished);
         }
         let seen = class.as_ref().ok().map(|class| &class.identity);
@@ -133,7 +138,7 @@ impl Volumes {
     }
 
     /// Returns the planned time between two reads of the class of a volume.
-    fn between_reads(&self, known: &ClassState, request: &PublishRequest) -> Duration {
+    pub(super) fn between_reads(&self, known: &ClassState, request: &PublishRequest) -> Duration {
         let intervals = &self.policy.intervals;
         match request.every {
             None => intervals.between_reads_of(Some(known)),

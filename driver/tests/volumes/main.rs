@@ -27,4 +27,5 @@ mod state_dir;
 mod states;
 mod status;
 mod trouble;
+mod unchanged;
 mod versions;

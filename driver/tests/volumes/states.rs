@@ -18,7 +18,7 @@ use crate::harness::{
 
 /// The record of a volume.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Recorded {
+pub(crate) enum Recorded {
     Nothing,
     Well,
     Torn,
@@ -27,7 +27,7 @@ enum Recorded {
 
 /// The state of its target.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum There {
+pub(crate) enum There {
     Nothing,
     Directory,
     EmptyMount,
@@ -38,14 +38,14 @@ enum There {
     File,
 }
 
-const RECORDED: [Recorded; 4] = [
+pub(crate) const RECORDED: [Recorded; 4] = [
     Recorded::Nothing,
     Recorded::Well,
     Recorded::Torn,
     Recorded::OfAnotherPod,
 ];
 
-const THERE: [There; 7] = [
+pub(crate) const THERE: [There; 7] = [
     There::Nothing,
     There::Directory,
     There::EmptyMount,
@@ -161,6 +161,11 @@ fn spoilt(volume: &Volume, how: &str) -> NodePublishVolumeRequest {
 /// Brings a volume into a state.
 async fn bring(world: &World, volume: &Volume, recorded: Recorded, there: There) {
     world.publish_patiently(volume).await.unwrap();
+    alter(world, volume, recorded, there);
+}
+
+/// Brings a published volume into a state.
+pub(crate) fn alter(world: &World, volume: &Volume, recorded: Recorded, there: There) {
     let within = |name: &str| volume.target.join(name);
     let clear = || {
         for entry in fs::read_dir(&volume.target).unwrap() {
