@@ -77,6 +77,11 @@ impl Binaries {
         Ok(found.insert(binaries).clone())
     }
 
+    /// Returns `kubectl-secrets_store`, the plugin, which is built with the others.
+    pub fn plugin(&self) -> PathBuf {
+        self.e2e.with_file_name("kubectl-secrets_store")
+    }
+
     /// Returns the executables in a folder.
     ///
     /// # Errors

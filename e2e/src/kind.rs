@@ -194,6 +194,11 @@ impl Running {
         install(&client, &installation.manifests, START_LIMIT).await
     }
 
+    /// Returns an administrator's kubeconfig, in YAML.
+    pub fn kubeconfig(&self) -> &str {
+        &self.kubeconfig
+    }
+
     /// Connects to the cluster, for one runtime.
     ///
     /// # Errors

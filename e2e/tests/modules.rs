@@ -110,7 +110,7 @@ const EMBEDDED: Modules = &[
     ("controllers", &["daemonsets", "kubelet", "processes"]),
     ("daemonsets", &["kubelet", "processes"]),
     ("control", &["exchange", "namespaces", "processes"]),
-    ("processes", &["namespaces"]),
+    ("processes", &["api", "namespaces"]),
     ("apply", &["error"]),
     ("api", &[]),
     ("kubelet", &[]),

@@ -18,7 +18,7 @@ const KINDS: [&str; 2] = [
 ///
 /// Owners are not collected, because tests name some that do not exist.
 pub(crate) async fn serve(dir: &Path) -> (ApiServer, String) {
-    let mut server = ApiServer::start(&dir.join("api")).await.unwrap();
+    let server = ApiServer::start(&dir.join("api")).await.unwrap();
     server.stop_collector();
     for kind in KINDS {
         apply(&server.client(), "default", kind).await.unwrap();

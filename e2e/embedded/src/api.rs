@@ -9,6 +9,7 @@
 //! server       one request: identity, interception, disturbance, permission, verb, answer
 //!   request    verb and object out of method and address      rbac       roles and bindings
 //!   discovery  what is served                                 tokens     service account tokens
+//!   exec       commands in containers
 //!   render     objects and lists on the wire                  watch      changes on the wire
 //! objects      create, update, patch for every kind          deletion   delete for every kind
 //!   body       from a body to the stored form and back        admission  defaults and rules of built-in kinds
@@ -20,17 +21,18 @@
 //!
 //! Differences from a real server: the only patch is the merge patch, CEL rules are not evaluated,
 //! definitions with `pattern` are refused, unknown fields are dropped whatever `fieldValidation` says,
-//! tables and `PartialObjectMetadata` are not rendered, no warnings are sent, managed fields
-//! have most lists as a whole, lists are never cut into pages, collections are not deleted as a whole,
+//! tables are not rendered, no warnings are sent, managed fields
+//! have most lists as a whole, the pages of a list are not of one revision, collections are not deleted as a whole,
 //! periodic bookmarks are not sent, every deletion is background deletion, ClusterRoles are not
-//! aggregated, admission does not inject token volumes, discovery does not list `tokenreviews`, bodies are
-//! read as JSON only, and no controller runs for workloads.
+//! aggregated, admission does not inject token volumes, discovery does not list reviews, bodies are
+//! read as JSON only, commands in containers have no input, and no controller runs for workloads.
 
 mod admission;
 mod body;
 mod collector;
 mod deletion;
 mod discovery;
+mod exec;
 mod field_error;
 mod fields;
 mod listener;
@@ -77,6 +79,7 @@ use tower::{Layer, service_fn};
 use crate::lock;
 
 use body::{Target, WriteOptions};
+pub use exec::{Exec, Output};
 use listener::Certificates;
 use request::RequestInfo;
 use server::Server;
@@ -89,7 +92,7 @@ pub struct ApiServer {
     ca_pem: String,
     client: Client,
     collector: AbortHandle,
-    tasks: JoinSet<()>,
+    tasks: Mutex<JoinSet<()>>,
 }
 
 /// The reason why the API server does not start.
@@ -228,6 +231,7 @@ impl ApiServer {
             requests: Mutex::default(),
             disturbance: tokio::sync::watch::Sender::new(Disturbance::None),
             interceptor: Mutex::default(),
+            runner: Mutex::default(),
         });
         let certificates = Certificates::generate()?;
         let ca_pem = certificates.ca_pem.clone();
@@ -242,7 +246,7 @@ impl ApiServer {
             ca_pem,
             client: connect(&dir.join("api.sock")),
             collector,
-            tasks,
+            tasks: Mutex::new(tasks),
         })
     }
 
@@ -279,16 +283,27 @@ impl ApiServer {
         *lock(&self.server.interceptor) = Some(Arc::new(interceptor));
     }
 
+    /// Calls `runner` from now on for each command that a client wants to run in a container
+    /// (`pods/exec`). Without it, none can be started.
+    pub fn run_commands<R, F>(&self, runner: R)
+    where
+        R: Fn(Exec) -> F + Send + Sync + 'static,
+        F: Future<Output = Result<Output, String>> + Send + 'static,
+    {
+        *lock(&self.server.runner) = Some(Arc::new(move |exec| Box::pin(runner(exec))));
+    }
+
     /// Listens on a free port of the loopback, without TLS, and returns a kubeconfig for it. Its
-    /// users are administrators whose requests are intercepted, disturbed and counted.
+    /// user is an administrator whose requests are intercepted, disturbed and counted; with a token of a
+    /// service account, it has the rights of that.
     ///
     /// # Errors
     /// When there is no port.
-    pub async fn kubeconfig(&mut self) -> io::Result<String> {
+    pub async fn kubeconfig(&self) -> io::Result<String> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let server = format!("http://{}", listener.local_addr()?);
         let serve = listener::serve_loopback(listener, self.server.clone());
-        self.tasks.spawn(serve);
+        lock(&self.tasks).spawn(serve);
         let kubeconfig = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "c",
             "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],

@@ -14,7 +14,7 @@ use tokio::process::{Child, Command as Program};
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
-use crate::api::ApiServer;
+use crate::api::{ApiServer, Exec, Output};
 use crate::control::{Command, Control};
 use crate::error::{Error, Result, api_error};
 use crate::exchange::HttpAnswer;
@@ -125,7 +125,17 @@ impl Cluster {
         }
         let mut controllers = JoinSet::new();
         controllers.spawn(controllers::schedule(client.clone(), names.clone()));
-        controllers.spawn(controllers::reconcile_workloads(client));
+        controllers.spawn(controllers::reconcile_workloads(client.clone()));
+        controllers.spawn(controllers::reconcile_daemon_sets(
+            client,
+            names.clone(),
+            options.programs.clone(),
+        ));
+        let reached: BTreeMap<_, _> = nodes
+            .iter()
+            .map(|(name, node): (&String, &Node)| (name.clone(), node.control.clone()))
+            .collect();
+        api.run_commands(move |exec| run_in_pod(reached.clone(), exec));
         let cluster = Self {
             nodes,
             _controllers: controllers,
@@ -381,6 +391,25 @@ impl Cluster {
         (csi_node.spec.drivers.len() < drivers.count())
             .then(|| "a driver in its CSINode".to_owned())
     }
+}
+
+/// Runs a command in a container of a pod. Only the containers of DaemonSets run.
+async fn run_in_pod(
+    nodes: BTreeMap<String, Control>,
+    exec: Exec,
+) -> std::result::Result<Output, String> {
+    let node = exec.pod["spec"]["nodeName"].as_str().unwrap_or_default();
+    let control = nodes
+        .get(node)
+        .ok_or_else(|| format!("there is no node {node:?}"))?;
+    let command = Command::ExecIn {
+        container: exec.container,
+        arguments: exec.command,
+    };
+    control
+        .send(&command)
+        .await
+        .map_err(|error| error.to_string())
 }
 
 fn spawn_node(state: &Path, name: &str, options: &Options) -> Result<Child> {

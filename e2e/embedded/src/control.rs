@@ -28,6 +28,12 @@ use crate::processes::Processes;
 pub(crate) enum Command {
     /// Runs a program; the result is what it prints, or an error with what it prints to stderr.
     Exec { arguments: Vec<String> },
+    /// Runs a program among the mounts of a container, and with its environment; the result is its
+    /// exit code and what it prints.
+    ExecIn {
+        container: String,
+        arguments: Vec<String>,
+    },
     /// Lists the status of every container.
     Containers,
     /// Sends SIGKILL; the node restarts the container.
@@ -127,6 +133,10 @@ impl Server {
         let processes = &self.processes;
         match command {
             Command::Exec { arguments } => json(&exec(&arguments).await?),
+            Command::ExecIn {
+                container,
+                arguments,
+            } => json(&processes.exec(&container, &arguments).await?),
             Command::Containers => json(&processes.list()),
             Command::Kill { container } => done(processes.kill(&container).await),
             Command::Stop { container } => done(processes.stop(&container).await),

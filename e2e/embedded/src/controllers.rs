@@ -1,5 +1,5 @@
 //! A scheduler and controllers for workloads: pods get a node, Deployments become ReplicaSets, and
-//! these become pods.
+//! these and DaemonSets become pods.
 //!
 //! The pods of a ReplicaSet are numbered, so that one is replaced only when the former pod of its
 //! name is gone. An old ReplicaSet is scaled to zero at once. The API server's own collector deletes
@@ -81,6 +81,69 @@ async fn bind(client: &kube::Client, pod: &Pod, node: &str) -> kube::Result<()> 
         .create_subresource("binding", &name, &PostParams::default(), &binding)
         .await?;
     Ok(())
+}
+
+/// Keeps an object for each pod of the DaemonSets, and says in their status that all run. The nodes run
+/// their containers without being told by these objects.
+pub(crate) async fn reconcile_daemon_sets(
+    client: kube::Client,
+    nodes: Vec<String>,
+    programs: BTreeMap<String, PathBuf>,
+) {
+    let sets = Api::<DaemonSet>::all(client.clone());
+    let mut sets = watcher(sets, watcher::Config::default())
+        .default_backoff()
+        .applied_objects()
+        .boxed();
+    while let Some(set) = sets.next().await {
+        let Ok(set) = set else { continue };
+        while set.metadata.deletion_timestamp.is_none()
+            && report(reconcile_daemon_set(&client, &set, &nodes, &programs).await)
+        {
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+}
+
+async fn reconcile_daemon_set(
+    client: &kube::Client,
+    set: &DaemonSet,
+    nodes: &[String],
+    programs: &BTreeMap<String, PathBuf>,
+) -> kube::Result<()> {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), &set.namespace().unwrap_or_default());
+    let template = serde_json::to_vec(&set.spec.template).map_err(kube::Error::SerdeError)?;
+    let revision = crate::hex(&Sha256::digest(&template)[..5]);
+    let has_it = |node: &&String| !containers_of(set, node, programs).is_empty();
+    let nodes: Vec<_> = nodes.iter().filter(has_it).collect();
+    for node in &nodes {
+        let pod = daemonsets::pod(set, node, &revision);
+        let name = pod.name_any();
+        if let Some(existing) = pods.get_opt(&name).await? {
+            if existing.labels().get(daemonsets::REVISION) == Some(&revision) {
+                continue;
+            }
+            pods.delete(&name, &DeleteParams::default().grace_period(0))
+                .await?;
+        }
+        pods.create(&PostParams::default(), &pod).await?;
+    }
+    let generation = set.metadata.generation;
+    let known = set.status.clone().unwrap_or_default();
+    let count = i32::try_from(nodes.len()).unwrap_or(i32::MAX);
+    if known.observed_generation == generation && known.number_ready == count {
+        return Ok(());
+    }
+    let status = json!({"status": {
+        "observedGeneration": generation,
+        "desiredNumberScheduled": count,
+        "currentNumberScheduled": count,
+        "updatedNumberScheduled": count,
+        "numberMisscheduled": 0,
+        "numberReady": count,
+        "numberAvailable": count,
+    }});
+    write_status(client, set, status).await
 }
 
 /// Reconciles Deployments and ReplicaSets.

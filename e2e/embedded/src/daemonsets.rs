@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1 as core;
+use kube::Resource as _;
 
 use crate::kubelet::node_labels;
 use crate::kubelet::tokens::service_account;
@@ -16,6 +17,8 @@ use crate::processes::{Container, Mount, Propagation};
 
 /// The directory in which in-cluster clients find their service account.
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+/// The label with the revision of the template of which a pod is made.
+pub(crate) const REVISION: &str = "controller-revision-hash";
 /// The API server's address in every node.
 pub(crate) const API_ADDRESS: (&str, u16) = ("127.0.0.1", 6443);
 
@@ -48,6 +51,33 @@ pub(crate) fn containers(
         facts.container(container, program_of(image), credentials)
     };
     pod.containers.iter().map(container).collect()
+}
+
+/// Returns the object of the pod that a DaemonSet has on a node.
+pub(crate) fn pod(set: &DaemonSet, node: &str, revision: &str) -> core::Pod {
+    let template = set.spec.template.clone();
+    let mut metadata = template.metadata.unwrap_or_default();
+    metadata.name = Some(pod_name(set, node));
+    metadata.namespace.clone_from(&set.metadata.namespace);
+    metadata.owner_references = set.controller_owner_ref(&()).map(|owner| vec![owner]);
+    let labels = metadata.labels.get_or_insert_default();
+    labels.insert(REVISION.to_owned(), revision.to_owned());
+    let spec = template.spec.map(|spec| core::PodSpec {
+        node_name: Some(node.to_owned()),
+        ..spec
+    });
+    core::Pod {
+        metadata,
+        spec,
+        ..core::Pod::default()
+    }
+}
+
+fn pod_name(set: &DaemonSet, node: &str) -> String {
+    format!(
+        "{}-{node}",
+        set.metadata.name.as_deref().unwrap_or_default()
+    )
 }
 
 /// Returns the last component of an image's path, without tag and digest.
@@ -161,11 +191,7 @@ impl PodFacts<'_> {
     }
 
     fn pod_name(&self) -> String {
-        format!(
-            "{}-{}",
-            self.set.metadata.name.as_deref().unwrap_or_default(),
-            self.node
-        )
+        pod_name(self.set, self.node)
     }
 }
 

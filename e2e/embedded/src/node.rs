@@ -25,7 +25,7 @@ use tokio::sync::Notify;
 
 use crate::control::Server;
 use crate::namespaces::{self, KUBELET_ROOT, STATE, World};
-use crate::processes::{self, CONTAINER, Container, Processes};
+use crate::processes::{self, CONTAINER, Container, ENTER, Entry, Processes};
 use crate::{api, daemonsets, kubelet};
 
 /// The pause before a DaemonSet is tried again, for example because its service account is missing.
@@ -76,6 +76,8 @@ pub fn take_over() {
             parse(settings).and_then(|settings| run(&settings))
         }
         [CONTAINER, container, node] => become_container(container, node),
+        [ENTER, entry] => parse::<Entry>(entry)
+            .and_then(|entry| Err(failed("enter the container", &processes::enter(&entry)))),
         _ => return,
     };
     if let Err(error) = outcome {

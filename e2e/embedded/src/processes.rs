@@ -15,13 +15,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getppid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::api::Output;
 use crate::namespaces::{KUBELET_ROOT, PATH, PROGRAMS};
 
 /// The first pause between a container's exit and its restart; it doubles up to [`LONGEST_PAUSE`].
@@ -35,6 +36,55 @@ const GRACE: Duration = Duration::from_secs(30);
 /// The first argument of a process that is to become a container; the second is the [`Container`],
 /// the third the node's process.
 pub(crate) const CONTAINER: &str = "embedded-container";
+
+/// The first argument of a process that is to enter a container; the second is its [`Entry`].
+pub(crate) const ENTER: &str = "embedded-enter";
+
+/// A command in a container that runs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Entry {
+    /// The container's process.
+    pid: i32,
+    env: BTreeMap<String, String>,
+    /// The program's path and its arguments.
+    command: Vec<String>,
+}
+
+/// Enters a container and becomes a program there. Returns only on failure.
+///
+/// As in a real container, the container's own process has the number 1.
+pub(crate) fn enter(entry: &Entry) -> io::Error {
+    let enter = || -> io::Result<()> {
+        let own = format!("/proc/{}", entry.pid);
+        setns(
+            fs::File::open(format!("{own}/ns/mnt"))?,
+            CloneFlags::CLONE_NEWNS,
+        )?;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let none = None::<&str>;
+        mount(
+            none,
+            "/proc",
+            none,
+            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+            none,
+        )?;
+        mount(Some(own.as_str()), "/proc/1", none, MsFlags::MS_BIND, none)?;
+        Ok(std::env::set_current_dir("/")?)
+    };
+    let Some((program, arguments)) = entry.command.split_first() else {
+        return io::Error::other("no program");
+    };
+    match enter() {
+        Ok(()) => std::process::Command::new(program)
+            .args(arguments)
+            .env_clear()
+            .env("PATH", PATH)
+            .envs(&entry.env)
+            .exec(),
+        Err(error) => error,
+    }
+}
 
 /// Everything needed to start a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -315,6 +365,47 @@ impl Processes {
             .values()
             .map(|supervised| supervised.status.borrow().clone())
             .collect()
+    }
+
+    /// Runs a command in a container. The path of the image's entry point, whatever its directory, is that of
+    /// the container's program.
+    pub(crate) async fn exec(&self, name: &str, command: &[String]) -> Result<Output, String> {
+        let (container, status) = self.find_container(name)?;
+        let pid = status.borrow().pid;
+        let mut command = command.to_vec();
+        if let Some(program) = command.first_mut()
+            && Path::new(program).file_name() == container.program().file_name()
+        {
+            *program = container.program().display().to_string();
+        }
+        let entry = Entry {
+            pid: pid.ok_or_else(|| format!("container {name} does not run"))?,
+            env: container.env,
+            command,
+        };
+        let entry = serde_json::to_string(&entry).map_err(|error| error.to_string())?;
+        let output = tokio::process::Command::new("/proc/self/exe")
+            .args([ENTER, &entry])
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output()
+            .await
+            .map_err(|error| format!("enter container {name}: {error}"))?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ok(Output {
+            // A signal has no code; the shell's way to tell of it is not known here.
+            code: output.status.code().unwrap_or(137),
+            stdout: text(&output.stdout),
+            stderr: text(&output.stderr),
+        })
+    }
+
+    fn find_container(&self, name: &str) -> Result<(Container, watch::Receiver<Status>), String> {
+        let all = self.lock();
+        let found = all
+            .get(name)
+            .ok_or_else(|| format!("no container {name} runs here"))?;
+        Ok((found.container.clone(), found.status.clone()))
     }
 
     /// Returns the file with a container's output.

@@ -222,7 +222,7 @@ async fn start_embedded(
     directory: &Path,
     manifests: &[String],
 ) -> Result<(Kind, kube::Client, String)> {
-    let mut server = ApiServer::start(&directory.join("api"))
+    let server = ApiServer::start(&directory.join("api"))
         .await
         .map_err(|error| failed("the API server", &error))?;
     let seen = Arc::new(Mutex::new(Requests::default()));

@@ -173,7 +173,7 @@ async fn converse(
     // Without a timer: hyper would close idle connections, also those of tests that advance the clock.
     let connection =
         hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
-    if let Err(error) = connection.await {
+    if let Err(error) = connection.with_upgrades().await {
         tracing::debug!(%error, "a connection to the embedded API server ended early");
     }
 }

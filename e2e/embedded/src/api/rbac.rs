@@ -89,6 +89,34 @@ pub(super) fn authorize(
     Err(refusal(store, name, request))
 }
 
+/// Returns whether a request creates a review, which is answered and not stored.
+pub(super) fn is_review(request: &RequestInfo) -> bool {
+    request.group == "authorization.k8s.io"
+        && request.version == "v1"
+        && matches!(
+            request.resource.as_str(),
+            "selfsubjectaccessreviews" | "subjectaccessreviews"
+        )
+}
+
+/// Answers whether a user may do something: the one whom the review names, or the one who asks.
+pub(super) fn review(store: &Store, asks: &Identity, mut review: Value) -> Value {
+    let spec = &review["spec"];
+    let groups = items(&spec["groups"]).filter_map(Value::as_str);
+    let groups: Vec<String> = groups.map(str::to_owned).collect();
+    let about = match spec["user"].as_str() {
+        Some(name) => Identity::User {
+            name: name.to_owned(),
+            groups,
+        },
+        None => asks.clone(),
+    };
+    let request = RequestInfo::asked(&spec["resourceAttributes"]);
+    let allowed = authorize(store, &about, &request).is_ok();
+    review["status"] = json!({"allowed": allowed});
+    review
+}
+
 fn names_subject(
     subject: &Value,
     binding_namespace: &Value,

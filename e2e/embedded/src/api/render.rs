@@ -8,13 +8,18 @@ use super::body::{Target, at_version};
 
 /// Serializes a list of a kind's objects. As on a real server, items of built-in kinds do not repeat
 /// their kind.
-pub(super) fn list(target: &Target, revision: u64, objects: &[Arc<Value>]) -> Vec<u8> {
+pub(super) fn list(
+    target: &Target,
+    revision: u64,
+    next: Option<usize>,
+    objects: &[Arc<Value>],
+) -> Vec<u8> {
     let resource = &target.resource;
     let built_in = resource.built_in_row().is_some();
     let head = json!({
         "kind": resource.list_kind,
         "apiVersion": resource.api_version(&target.version),
-        "metadata": {"resourceVersion": revision.to_string()},
+        "metadata": list_meta(revision, next),
     });
     let mut bytes = head.to_string().into_bytes();
     bytes.pop();
@@ -34,17 +39,34 @@ pub(super) fn list(target: &Target, revision: u64, objects: &[Arc<Value>]) -> Ve
     bytes
 }
 
+/// Returns the metadata of an object.
+pub(super) fn metadata(object: &Value) -> Value {
+    json!({
+        "kind": "PartialObjectMetadata",
+        "apiVersion": "meta.k8s.io/v1",
+        "metadata": object["metadata"],
+    })
+}
+
 /// Serializes a list of the metadata of objects. As on a real server, the items of an empty one are null.
-pub(super) fn metadata_list(revision: u64, objects: &[Arc<Value>]) -> Vec<u8> {
-    let metadata = |object: &Arc<Value>| json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": object["metadata"]});
-    let items: Vec<Value> = objects.iter().map(metadata).collect();
+pub(super) fn metadata_list(revision: u64, next: Option<usize>, objects: &[Arc<Value>]) -> Vec<u8> {
+    let items: Vec<Value> = objects.iter().map(|object| metadata(object)).collect();
     let list = json!({
         "kind": "PartialObjectMetadataList",
         "apiVersion": "meta.k8s.io/v1",
-        "metadata": {"resourceVersion": revision.to_string()},
+        "metadata": list_meta(revision, next),
         "items": if items.is_empty() { Value::Null } else { items.into() },
     });
     list.to_string().into_bytes()
+}
+
+/// Returns the metadata of a list, with the token of its next page.
+fn list_meta(revision: u64, next: Option<usize>) -> Value {
+    let mut meta = json!({"resourceVersion": revision.to_string()});
+    if let Some(next) = next {
+        meta["continue"] = json!(next.to_string());
+    }
+    meta
 }
 
 fn write_without_kind(fields: &Map<String, Value>, bytes: &mut Vec<u8>) {

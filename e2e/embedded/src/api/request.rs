@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use axum::extract::Query;
 use http::{Method, Uri};
+use serde_json::Value;
 
 use super::{resources::qualified, status::Status};
 
@@ -97,6 +98,44 @@ impl RequestInfo {
             (verb, _) => verb,
         };
         Ok(info)
+    }
+
+    /// Returns a request without a query, of which another user asks whether it is allowed.
+    pub(super) fn asked(attributes: &Value) -> RequestInfo {
+        const VERBS: [&str; 8] = [
+            "get",
+            "list",
+            "watch",
+            "create",
+            "update",
+            "patch",
+            "delete",
+            "deletecollection",
+        ];
+        let text = |name: &str| attributes[name].as_str().unwrap_or_default().to_owned();
+        let verb = text("verb");
+        RequestInfo {
+            verb: VERBS
+                .into_iter()
+                .find(|known| *known == verb)
+                .unwrap_or("*"),
+            path: String::new(),
+            group: text("group"),
+            version: text("version"),
+            resource: text("resource"),
+            subresource: text("subresource"),
+            namespace: text("namespace"),
+            name: text("name"),
+            query: HashMap::new(),
+        }
+    }
+
+    /// Returns the same request with another verb.
+    pub(super) fn with_verb(&self, verb: &'static str) -> RequestInfo {
+        RequestInfo {
+            verb,
+            ..self.clone()
+        }
     }
 
     pub(super) fn is_resource(&self) -> bool {

@@ -20,10 +20,10 @@ use super::{
     Call, Disturbance, Interceptor, Reaction, Request,
     body::{Target, WriteOptions, at_version},
     deletion::DeleteOptions,
-    discovery,
+    discovery, exec,
     fields::Manager,
     rbac::{self, Identity},
-    render::{list, metadata_list},
+    render::{list, metadata, metadata_list},
     request::RequestInfo,
     selectors::Selector,
     status::{Status, details},
@@ -49,7 +49,8 @@ pub(super) enum Entrance {
     Admin,
     /// Requests have the identity of a bearer token, are intercepted, disturbed and recorded.
     Pods,
-    /// Everyone is an administrator; requests are intercepted, disturbed and recorded.
+    /// Everyone without a bearer token is an administrator; requests are intercepted, disturbed and
+    /// recorded.
     Loopback,
 }
 
@@ -65,6 +66,7 @@ pub(super) struct Server {
     pub(super) requests: Mutex<Vec<Request>>,
     pub(super) disturbance: watch::Sender<Disturbance>,
     pub(super) interceptor: Mutex<Option<Arc<Interceptor>>>,
+    pub(super) runner: Mutex<Option<Arc<exec::Runner>>>,
 }
 
 impl Server {
@@ -77,19 +79,21 @@ impl Server {
         entrance: Entrance,
         request: HttpRequest<Incoming>,
     ) -> Result<Answer, Refused> {
-        let (head, body) = request.into_parts();
-        let info = match RequestInfo::parse(&head.method, &head.uri) {
+        let info = match RequestInfo::parse(request.method(), request.uri()) {
             Ok(info) => info,
             Err(status) => return Ok(failure(&status)),
         };
+        if exec::is_exec(&info) {
+            return self.exec(entrance, info, request).await;
+        }
+        let (head, body) = request.into_parts();
         let body = collect(body).await;
         let identity = match entrance {
             Entrance::Admin => {
                 let answer = self.answer(&Identity::Admin, &info, &head.headers, body);
                 return Ok(answer.unwrap_or_else(|status| failure(&status)));
             }
-            Entrance::Pods => self.identify(&head.headers),
-            Entrance::Loopback => Ok(Identity::Admin),
+            _ => self.identity(entrance, &head.headers),
         };
         let intercepted = match &body {
             Ok(body) => {
@@ -113,6 +117,51 @@ impl Server {
         let answer = answer.unwrap_or_else(|status| failure(&status));
         self.record(identity.ok(), info, answer.status().as_u16());
         Ok(answer)
+    }
+
+    /// Answers a request to run a command in a container.
+    async fn exec(
+        &self,
+        entrance: Entrance,
+        info: RequestInfo,
+        request: HttpRequest<Incoming>,
+    ) -> Result<Answer, Refused> {
+        let identity = self.identity(entrance, request.headers());
+        if entrance != Entrance::Admin {
+            let call = Call {
+                method: request.method().as_str(),
+                uri: &request.uri().to_string(),
+                body: &[],
+            };
+            if let Some(answer) = self.intercept(&call).await? {
+                return Ok(answer);
+            }
+        }
+        let begin = || {
+            // As for a POST: a WebSocket can only begin with a GET.
+            let asked = info.with_verb("create");
+            let identity = identity.as_ref().map_err(Status::clone)?;
+            rbac::authorize(&self.store, identity, &asked)?;
+            let pod = self.store.current(&self.target(&info)?)?;
+            let exec = exec::command(request.uri(), &pod)?;
+            exec::begin(request, exec, lock(&self.runner).clone())
+        };
+        let answer = begin().unwrap_or_else(|status| failure(&status));
+        if entrance != Entrance::Admin {
+            self.record(identity.ok(), info, answer.status().as_u16());
+        }
+        Ok(answer)
+    }
+
+    /// Returns who sends a request.
+    fn identity(&self, entrance: Entrance, headers: &HeaderMap) -> Result<Identity, Status> {
+        match entrance {
+            Entrance::Admin => Ok(Identity::Admin),
+            Entrance::Loopback if !headers.contains_key(header::AUTHORIZATION) => {
+                Ok(Identity::Admin)
+            }
+            Entrance::Loopback | Entrance::Pods => self.identify(headers),
+        }
     }
 
     fn identify(&self, headers: &HeaderMap) -> Result<Identity, Status> {
@@ -232,8 +281,13 @@ impl Server {
             let review = self.tokens.review(&self.store, review)?;
             return Ok(json_answer(201, review.to_string().into_bytes()));
         }
+        if info.verb == "create" && rbac::is_review(info) {
+            let review = read_body(headers, &body)?;
+            let review = rbac::review(&self.store, identity, review);
+            return Ok(json_answer(201, review.to_string().into_bytes()));
+        }
         let target = self.target(info)?;
-        if !accepts_whole_objects(headers) {
+        if !accepts_whole_objects(headers) && !accepts_metadata(info, headers) {
             return Err(Status::not_acceptable());
         }
         self.resource(info, &target, headers, &body)
@@ -310,6 +364,9 @@ impl Server {
                     .store
                     .get(&target.resource.qualified, &target.namespace, &target.name)
                     .ok_or_else(|| Status::not_found(&target.resource, &target.name))?;
+                if accepts_metadata(info, headers) && !accepts_whole_objects(headers) {
+                    return Ok(json_answer(200, metadata(&object).to_string().into_bytes()));
+                }
                 Ok(object_answer(200, target, &object))
             }
             "list" => {
@@ -318,14 +375,15 @@ impl Server {
                 let (revision, mut objects) =
                     self.store.list(&target.resource.qualified, namespace);
                 objects.retain(|object| selector.matches(object));
+                let (next, objects) = page(info, objects)?;
                 let accept = headers
                     .get(header::ACCEPT)
                     .and_then(|value| value.to_str().ok());
                 let rendered = match accept {
                     Some(accept) if accept.contains("as=PartialObjectMetadataList") => {
-                        metadata_list(revision, &objects)
+                        metadata_list(revision, next, &objects)
                     }
-                    _ => list(target, revision, &objects),
+                    _ => list(target, revision, next, &objects),
                 };
                 Ok(json_answer(200, rendered))
             }
@@ -393,6 +451,26 @@ impl Server {
     }
 }
 
+/// Cuts a list into the page that a request asks for. Returns the token of the next page, too: the number of
+/// objects before it, because nothing is remembered of a list.
+fn page(
+    info: &RequestInfo,
+    objects: Vec<Arc<Value>>,
+) -> Result<(Option<usize>, Vec<Arc<Value>>), Status> {
+    let number = |name: &str| {
+        let value = info.query(name).map(str::parse::<usize>).transpose();
+        value.map_err(|error| Status::bad_request(format!("invalid value for {name}: {error}")))
+    };
+    let before = number("continue")?.unwrap_or(0);
+    let Some(limit) = number("limit")?.filter(|limit| *limit > 0) else {
+        return Ok((None, objects.into_iter().skip(before).collect()));
+    };
+    let next = before.saturating_add(limit);
+    let next = (next < objects.len()).then_some(next);
+    let page = objects.into_iter().skip(before).take(limit);
+    Ok((next, page.collect()))
+}
+
 fn selector(info: &RequestInfo, target: &Target) -> Result<Selector, Status> {
     let labels = info.query("labelSelector").unwrap_or_default();
     Selector::parse(
@@ -446,6 +524,17 @@ fn accepts_whole_objects(headers: &HeaderMap) -> bool {
     let accepted = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok());
     let is_whole = |kind: &str| !kind.split(';').any(|part| part.trim().starts_with("as="));
     accepted.is_none_or(|kinds| kinds.split(',').any(is_whole))
+}
+
+/// Returns whether a client reads the metadata of objects, as `PartialObjectMetadata`.
+fn accepts_metadata(info: &RequestInfo, headers: &HeaderMap) -> bool {
+    let accepted = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok());
+    let form = match info.verb {
+        "get" => "as=PartialObjectMetadata;",
+        "list" => "as=PartialObjectMetadataList;",
+        _ => return false,
+    };
+    accepted.is_some_and(|kinds| kinds.contains(form))
 }
 
 async fn collect(body: Incoming) -> Result<Bytes, Status> {
