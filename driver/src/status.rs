@@ -13,81 +13,121 @@ use std::{
 };
 
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::{net::UnixStream, time::timeout};
 
 use crate::{
     config::{BUILD_VERSION, Config, Endpoint},
-    mount::{self, TargetState},
+    memory::{self, Memory},
+    mount::{self, TargetState, Tmpfs},
     provider,
-    record::{Object, Pod, Record, Records},
+    record::{Object, Pod, Record, Records, Writer},
 };
 
 /// The time for which a socket may take to accept a connection.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
 
-/// What a node's driver has on it. The fields are stable: others may be added.
-#[derive(Debug, Serialize)]
+/// What a node's driver has on it. The fields are stable: others may be added. Those that an earlier version
+/// did not have are optional for a reader.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
     /// The version of this binary.
-    version: &'static str,
+    pub version: String,
     /// The node's name.
-    node: String,
+    pub node: String,
     /// The time by the node's clock.
-    time: Timestamp,
+    pub time: Timestamp,
     /// The driver's own socket.
-    driver: Socket,
+    pub driver: Socket,
     /// Whether volumes are refreshed.
-    refreshes: bool,
+    pub refreshes: bool,
     /// The seconds between two refreshes of a volume that sets no interval.
-    refresh_interval_seconds: u64,
+    pub refresh_interval_seconds: u64,
+    /// The shortest interval that a class or a volume may set, in seconds.
+    #[serde(default)]
+    pub shortest_refresh_interval_seconds: u64,
     /// The directories in which sockets of providers are searched, in this order.
-    provider_directories: Vec<PathBuf>,
+    pub provider_directories: Vec<PathBuf>,
     /// The providers with a socket.
-    providers: Vec<Provider>,
+    pub providers: Vec<Provider>,
+    /// The memory of the driver that content takes. Absent if it could not be measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryUse>,
+    /// The mount point in this container below which mounts are not seen outside of it, so that pods would get
+    /// empty directories.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unseen_below: Option<PathBuf>,
     /// The volumes that are recorded, by namespace and pod.
-    volumes: Vec<Volume>,
+    pub volumes: Vec<Volume>,
 }
 
-#[derive(Debug, Serialize)]
+/// The memory of the driver, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Socket {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    path: Option<PathBuf>,
+pub struct MemoryUse {
+    /// The memory limit of the container.
+    pub limit: u64,
+    /// What of it content that the driver writes may take.
+    pub room: u64,
+    /// What of the room the recorded volumes take.
+    pub used: u64,
+}
+
+/// A socket, and whether a connection to it was accepted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Socket {
+    /// Its path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
     /// Whether a connection was accepted.
-    answers: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
+    pub answers: bool,
+    /// Why none was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
-struct Provider {
-    name: String,
+/// A provider with a socket on the node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Provider {
+    /// Its name, as in `spec.provider` of a class.
+    pub name: String,
+    /// Its socket.
     #[serde(flatten)]
-    socket: Socket,
+    pub socket: Socket,
 }
 
-#[derive(Debug, Serialize)]
+/// A published volume.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Volume {
-    id: String,
-    pod: Pod,
-    target_path: PathBuf,
-    class: String,
-    provider: String,
-    pod_status: String,
+pub struct Volume {
+    /// kubelet's volume handle.
+    pub id: String,
+    /// The pod that mounts it.
+    pub pod: Pod,
+    /// Where it is mounted on the node.
+    pub target_path: PathBuf,
+    /// The name of its class.
+    pub class: String,
+    /// The name of its provider.
+    pub provider: String,
+    /// The name of its SecretProviderClassPodStatus.
+    pub pod_status: String,
     /// Whether a tmpfs is mounted at the target path.
-    mounted: bool,
+    pub mounted: bool,
     /// Why that is not known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
-    last_success: Timestamp,
-    last_change: Timestamp,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// The last time that the provider answered.
+    pub last_success: Timestamp,
+    /// The last time that the content changed.
+    pub last_change: Timestamp,
     /// The time since when refreshes fail.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    stale_since: Option<Timestamp>,
-    objects: Vec<Object>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale_since: Option<Timestamp>,
+    /// The objects that it holds.
+    pub objects: Vec<Object>,
 }
 
 impl Status {
@@ -97,8 +137,17 @@ impl Status {
     /// When the records cannot be listed.
     pub async fn read(config: &Config) -> io::Result<Self> {
         let mut volumes = Vec::new();
+        let memory = Memory::new(
+            memory::limit(Path::new("/")),
+            config.provider_max_bytes as u64,
+        );
         let records = Records::existing(&config.state_dir);
-        match records.each(|record| volumes.push(Volume::of(record))) {
+        let read = records.each(|record| {
+            let is_charged = record.writer == Writer::Driver;
+            memory.found(&record.target_path, &record.pod.namespace, is_charged);
+            volumes.push(Volume::of(record));
+        });
+        match read {
             // No volume has been published yet.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             read => read?,
@@ -118,17 +167,34 @@ impl Status {
             Endpoint::Tcp(_) => None,
         };
         Ok(Self {
-            version: BUILD_VERSION,
+            version: BUILD_VERSION.to_owned(),
             node: config.node_id.clone(),
             time: Timestamp::now(),
             driver: Socket::look(own).await,
             refreshes: config.enable_secret_rotation,
             refresh_interval_seconds: config.rotation_poll_interval.as_secs(),
+            shortest_refresh_interval_seconds: config.min_rotation_poll_interval.as_secs(),
             provider_directories: config.provider_dirs(),
             providers,
+            memory: Some(MemoryUse {
+                limit: memory.budget().limit().bytes,
+                room: memory.budget().room(),
+                used: memory.in_use(),
+            }),
+            unseen_below: unseen_below(config),
             volumes,
         })
     }
+}
+
+/// Returns the mount point below which this container's mounts are not seen outside of it. What cannot be
+/// found out, a publish reports.
+fn unseen_below(config: &Config) -> Option<PathBuf> {
+    let root = config.kubelet_root_dir.as_deref();
+    let pods = root.unwrap_or(Path::new("/var/lib/kubelet")).join("pods");
+    let in_a_pod = std::env::var_os(crate::IN_A_POD).is_some();
+    let tmpfs = Tmpfs::bounded_by(0).in_a_pod(in_a_pod);
+    tmpfs.unseen(&pods).ok().flatten()
 }
 
 impl Socket {

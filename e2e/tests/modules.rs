@@ -35,7 +35,10 @@ const DRIVER: Modules = &[
         ],
     ),
     ("registration", &["socket"]),
-    ("status", &["config", "mount", "provider", "record"]),
+    (
+        "status",
+        &["config", "memory", "mount", "provider", "record"],
+    ),
     ("logging", &["config"]),
     ("hardening", &["config"]),
     (

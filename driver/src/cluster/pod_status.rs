@@ -15,7 +15,7 @@ use crate::{
     error::{Error, Result},
     record::Pod,
 };
-pub use desired::{DesiredPodStatus, NewOrder};
+pub use desired::{CONTENT_CHANGED, CONTENT_CHANGES, DesiredPodStatus, NewOrder};
 use desired::{is_owned_by, merged};
 pub(super) use trouble::Troubles;
 pub use trouble::{Aspect, StatusOf};

@@ -22,11 +22,11 @@ use crate::{
 /// `apis/v1/secretproviderclasspodstatus_types.go`).
 const NODE_LABEL: &str = "internal.secrets-store.csi.k8s.io/node-name";
 
-/// The annotations with the number and the time of the last change of the content, by the node's clock.
-/// The first content counts as well. They are for people and tools; the driver reads only the number,
-/// to count on.
-const CONTENT_CHANGES: &str = "secrets-store.csi.k8s.io/content-changes";
-const CONTENT_CHANGED: &str = "secrets-store.csi.k8s.io/content-changed";
+/// The annotation with the number of contents that a volume has had; the first one counts. It is for people and
+/// tools; the driver reads it only to count on.
+pub const CONTENT_CHANGES: &str = "secrets-store.csi.k8s.io/content-changes";
+/// The annotation with the time of the last change of the content, by the node's clock.
+pub const CONTENT_CHANGED: &str = "secrets-store.csi.k8s.io/content-changed";
 
 /// The annotation that counts how often unchanged content got a new order. Each time its value differs,
 /// so that the object gets a new resource version.
