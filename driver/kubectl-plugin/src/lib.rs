@@ -1,7 +1,17 @@
 //! `kubectl secrets-store`, a plugin of kubectl.
 //!
 //! ```text
-//! lint   finds mistakes in SecretProviderClasses, pods and Helm values, offline
+//! explain        a pod: what is mounted, what is due, what is wrong, and the next command to type
+//! doctor         the cluster and its nodes: what the driver needs and has not
+//! lint           finds mistakes in SecretProviderClasses, pods and Helm values, offline
+//! installation   where the driver is in the cluster, and what it says of a node
+//! time           times for people
+//! cluster        requests to the API server, with the rights of the person who asks
 //! ```
 
+pub mod cluster;
+pub mod doctor;
+pub mod explain;
+pub mod installation;
 pub mod lint;
+mod time;

@@ -1,117 +1,112 @@
 //! The binary. kubectl finds it as `kubectl-secrets_store` in the PATH.
 
+mod arguments;
+mod files;
+
 use std::{
-    io::{self, Read as _, Write as _},
-    path::Path,
+    io::{self, Write as _},
     process::ExitCode,
 };
 
-use kubectl_secrets_store::lint::{File, lint};
+use kubectl_secrets_store::{
+    doctor::{Scope, doctor},
+    explain::explain,
+    lint::lint,
+};
+use serde::Serialize;
 
-const USAGE: &str = "\
-Finds mistakes in SecretProviderClasses, pods and Helm values.
+use arguments::{Arguments, USAGE};
 
-usage: kubectl secrets-store lint [-o json] FILE...
-
-FILE is a YAML file, a directory of them, or - for standard input. Files are read together: give the classes and
-the pods that use them in one call.
-
-exit codes: 0 no mistake, 1 mistakes, 2 a wrong command line or a file that cannot be read";
-
-/// The largest file, and the largest number of files, that are read.
-const MAX_FILE: u64 = 16 * 1024 * 1024;
-const MAX_FILES: usize = 10_000;
+/// The exit code of a command that could not do what it was asked.
+const COULD_NOT: u8 = 2;
 
 fn main() -> ExitCode {
-    let mut args = std::env::args().skip(1).peekable();
-    match args.next().as_deref() {
-        Some("lint") => {}
-        Some("help" | "-h" | "--help") => return print(USAGE, 0),
+    let mut args = std::env::args().skip(1);
+    let command = args.next().unwrap_or_default();
+    let parsed = match command.as_str() {
+        "help" | "-h" | "--help" => return print(USAGE, 0),
+        "lint" | "explain" | "doctor" => Arguments::parse(args),
         _ => return complain(USAGE),
+    };
+    let arguments = match parsed {
+        Ok(arguments) if arguments.help => return print(USAGE, 0),
+        Ok(arguments) => arguments,
+        Err(why) => return complain(&format!("{why}\n\n{USAGE}")),
+    };
+    match command.as_str() {
+        "lint" => lint_files(&arguments),
+        "doctor" => examine(&arguments),
+        _ => explain_pod(&arguments),
     }
-    let (mut json, mut names) = (false, Vec::new());
-    while let Some(arg) = args.next() {
-        match arg.as_str() {
-            "-h" | "--help" => return print(USAGE, 0),
-            "-o" | "--output" if args.peek().is_some_and(|form| form == "json") => {
-                args.next();
-                json = true;
-            }
-            "-ojson" | "-o=json" | "--output=json" => json = true,
-            flag if flag.starts_with('-') && flag != "-" => {
-                return complain(&format!(
-                    "{flag} is not known, or has another value than json\n\n{USAGE}"
-                ));
-            }
-            _ => names.push(arg),
-        }
-    }
-    if names.is_empty() {
-        return complain(USAGE);
-    }
-    let mut files = Vec::new();
-    for name in &names {
-        if let Err(error) = read(name, &mut files) {
-            return complain(&format!("{name}: {error}"));
-        }
-    }
-    let found = lint(&files);
-    let code = u8::from(!found.is_empty());
-    if json {
-        return match serde_json::to_string_pretty(&found) {
-            Ok(text) => print(&text, code),
-            Err(error) => complain(&error.to_string()),
-        };
-    }
-    let lines: Vec<_> = found.iter().map(ToString::to_string).collect();
-    if lines.is_empty() {
-        return ExitCode::SUCCESS;
-    }
-    print(&lines.join("\n"), code)
 }
 
-/// Reads a file, the YAML files of a directory and those below it, or standard input.
-fn read(name: &str, files: &mut Vec<File>) -> io::Result<()> {
-    let mut add = |name: &str, from: &mut dyn io::Read| {
-        let mut text = String::new();
-        from.take(MAX_FILE).read_to_string(&mut text)?;
-        files.push(File {
-            name: name.to_owned(),
-            text,
-        });
-        Ok(())
+fn lint_files(arguments: &Arguments) -> ExitCode {
+    if arguments.words.is_empty() {
+        return complain(USAGE);
+    }
+    let files = match files::read(&arguments.words) {
+        Ok(files) => files,
+        Err(why) => return complain(&why),
     };
-    if name == "-" {
-        return add("standard input", &mut io::stdin());
+    let found = lint(&files);
+    let lines: Vec<_> = found.iter().map(ToString::to_string).collect();
+    say(arguments, &found, &lines.join("\n"), found.is_empty())
+}
+
+fn explain_pod(arguments: &Arguments) -> ExitCode {
+    let words: Vec<_> = arguments.words.iter().map(String::as_str).collect();
+    let name = match words.as_slice() {
+        ["pod" | "pods" | "po", name] => *name,
+        [name] => name.strip_prefix("pod/").unwrap_or(name),
+        _ => return complain(USAGE),
+    };
+    let explained = arguments.run(async |client, namespace| {
+        let driver = arguments.driver_namespace.as_deref();
+        explain(client, namespace, name, driver).await
+    });
+    match explained {
+        Ok(story) => say(
+            arguments,
+            &story,
+            story.to_string().trim_end(),
+            story.trouble.is_empty(),
+        ),
+        Err(why) => complain(&why),
     }
-    if !Path::new(name).is_dir() {
-        return add(name, &mut std::fs::File::open(name)?);
+}
+
+fn examine(arguments: &Arguments) -> ExitCode {
+    if !arguments.words.is_empty() {
+        return complain(USAGE);
     }
-    let mut left = vec![Path::new(name).to_owned()];
-    let mut count = 0;
-    while let Some(directory) = left.pop() {
-        let mut entries = std::fs::read_dir(directory)?.collect::<io::Result<Vec<_>>>()?;
-        entries.sort_by_key(std::fs::DirEntry::file_name);
-        for entry in entries {
-            let (path, kind) = (entry.path(), entry.file_type()?);
-            let is_yaml = path.extension().is_some_and(|e| e == "yaml" || e == "yml");
-            if kind.is_dir() {
-                left.push(path);
-            } else if is_yaml && kind.is_file() {
-                count += 1;
-                if count > MAX_FILES {
-                    return Err(io::Error::other(format!(
-                        "it has more than {MAX_FILES} files"
-                    )));
-                }
-                add(
-                    &path.display().to_string(),
-                    &mut std::fs::File::open(&path)?,
-                )?;
-            }
-        }
+    let scope = Scope {
+        driver_namespace: arguments.driver_namespace.clone(),
+        nodes: arguments.nodes.unwrap_or(Scope::default().nodes),
+    };
+    match arguments.run(async |client, _| doctor(client, &scope).await) {
+        Ok(report) => say(
+            arguments,
+            &report,
+            report.to_string().trim_end(),
+            report.findings.is_empty(),
+        ),
+        Err(why) => complain(&why),
     }
-    Ok(())
+}
+
+/// Prints what was found, for people or for machines.
+fn say(arguments: &Arguments, found: &impl Serialize, text: &str, is_fine: bool) -> ExitCode {
+    let code = u8::from(!is_fine);
+    if !arguments.json {
+        return match text.is_empty() {
+            true => ExitCode::from(code),
+            false => print(text, code),
+        };
+    }
+    match serde_json::to_string_pretty(found) {
+        Ok(text) => print(&text, code),
+        Err(error) => complain(&error.to_string()),
+    }
 }
 
 /// Prints a text. A reader that has gone away is no error.
@@ -122,5 +117,5 @@ fn print(text: &str, code: u8) -> ExitCode {
 
 fn complain(text: &str) -> ExitCode {
     let _ = writeln!(io::stderr(), "{text}");
-    ExitCode::from(2)
+    ExitCode::from(COULD_NOT)
 }

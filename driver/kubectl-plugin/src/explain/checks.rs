@@ -1,0 +1,236 @@
+//! What can be wrong, from the ground up: each check looks at one thing, and the first ones explain the others.
+
+mod ground;
+mod secrets;
+mod volume;
+
+use k8s_openapi::api::core::v1::Event;
+use kube::ResourceExt as _;
+use serde::Serialize;
+
+pub(super) use volume::{Next, next_refresh};
+
+use super::facts::{Facts, VolumeFacts};
+use crate::{
+    cluster::one_line,
+    installation::{DRIVER, Installed},
+};
+
+/// The longest text of others in a story.
+const MAX_SAID: usize = 600;
+
+/// Something that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Trouble {
+    /// The name of the check, which stays the same.
+    pub check: &'static str,
+    /// The volume, unless it is about the whole pod.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub volume: Option<String>,
+    /// What is wrong, and what to do.
+    pub what: String,
+    /// What kubelet or the driver said about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub said: Option<String>,
+    /// The next command to type.
+    pub next: String,
+}
+
+/// A check of the pod and all below it.
+type OfPod = fn(&Facts) -> Option<Found>;
+/// A check of one volume.
+type OfVolume = fn(&Facts, &VolumeFacts) -> Option<Found>;
+
+/// What a check found.
+struct Found {
+    what: String,
+    said: Option<String>,
+    next: String,
+}
+
+impl Found {
+    fn new(what: impl Into<String>, next: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            said: None,
+            next: next.into(),
+        }
+    }
+
+    fn said(mut self, said: Option<String>) -> Self {
+        self.said = said;
+        self
+    }
+}
+
+/// The checks of the pod. The first one that finds something is the reason, and the others are left out: without
+/// a node, there is no driver.
+const OF_POD: &[(&str, OfPod)] = &[
+    ("unscheduled", ground::unscheduled),
+    ("kinds", ground::kinds),
+    ("csi-driver", ground::csi_driver),
+    ("node", ground::node),
+    ("driver-installed", ground::installed),
+    ("driver-pod", ground::driver_pod),
+    ("registration", ground::registration),
+    ("driver-socket", ground::socket),
+    ("mount-propagation", ground::propagation),
+];
+
+/// The checks of a volume. Of those that prevent a mount, the first one is the reason.
+const PREVENTS_MOUNT: &[(&str, OfVolume)] = &[
+    ("class-attribute", volume::class_attribute),
+    ("read-only", volume::read_only),
+    ("unused", volume::unused),
+    ("class", volume::class),
+    ("class-fields", volume::class_fields),
+    ("provider", volume::provider),
+    ("publish-secret", volume::publish_secret),
+    ("mount", volume::mount),
+];
+
+/// The checks of a volume that is mounted, or was.
+const OF_MOUNTED: &[(&str, OfVolume)] = &[
+    ("mount-gone", volume::mount_gone),
+    ("class-gone", volume::class_gone),
+    ("provider-socket", volume::provider_socket),
+    ("refresh", volume::refresh),
+    ("republish", volume::republish),
+    ("overdue", volume::overdue),
+    ("asked", volume::asked),
+    ("sub-path", volume::sub_path),
+    ("secrets", secrets::out_of_step),
+    ("secret-missing", secrets::missing),
+];
+
+/// The checks of what else the pod waits for.
+const LAST: &[(&str, OfPod)] = &[
+    ("env-secret", secrets::env_secret),
+    ("env-key", secrets::env_key),
+    ("termination", ground::termination),
+];
+
+/// Finds what is wrong with a pod's volumes; the reason comes first.
+pub(super) fn all(facts: &Facts) -> Vec<Trouble> {
+    let mut troubles = Vec::new();
+    let trouble = |check, volume: Option<&VolumeFacts>, found: Found| Trouble {
+        check,
+        volume: volume.map(|volume| volume.name.clone()),
+        what: found.what,
+        said: found.said.map(|said| one_line(&said, MAX_SAID)),
+        next: found.next,
+    };
+    if !facts.volumes.is_empty() {
+        let ground = OF_POD
+            .iter()
+            .find_map(|(name, check)| Some((name, check(facts)?)));
+        troubles.extend(ground.map(|(name, found)| trouble(name, None, found)));
+    }
+    let has_ground = troubles.is_empty();
+    for volume in &facts.volumes {
+        let is_mounted = facts.is_mounted(volume);
+        if is_mounted != Some(true) && !facts.has_ended() {
+            let reason = PREVENTS_MOUNT
+                .iter()
+                .filter(|(name, _)| has_ground || *name != "mount")
+                .find_map(|(name, check)| Some((name, check(facts, volume)?)));
+            troubles.extend(reason.map(|(name, found)| trouble(name, Some(volume), found)));
+        }
+        for (name, check) in OF_MOUNTED {
+            let found = check(facts, volume);
+            troubles.extend(found.map(|found| trouble(name, Some(volume), found)));
+        }
+    }
+    for (name, check) in LAST {
+        troubles.extend(check(facts).map(|found| trouble(name, None, found)));
+    }
+    troubles
+}
+
+impl Facts {
+    /// Returns the beginning of commands about the pod's namespace.
+    fn kubectl(&self) -> String {
+        format!("kubectl -n {}", self.pod.namespace().unwrap_or_default())
+    }
+
+    /// Returns the command that shows the pod.
+    fn describe(&self) -> String {
+        format!("{} describe pod {}", self.kubectl(), self.pod.name_any())
+    }
+
+    /// Returns the command that shows the log of the node's driver.
+    fn driver_log(&self) -> String {
+        let driver = self.node.as_ref().and_then(|node| node.driver.found());
+        match driver.and_then(Option::as_ref) {
+            Some((installed, pod)) => format!(
+                "kubectl -n {} logs {} -c {} --since=15m",
+                installed.namespace(),
+                pod.name_any(),
+                installed.container
+            ),
+            None => self.driver_pods(),
+        }
+    }
+
+    /// Returns the command that shows the driver's pods.
+    fn driver_pods(&self) -> String {
+        let node = self
+            .node
+            .as_ref()
+            .map(|node| format!(" --field-selector spec.nodeName={}", node.name));
+        let node = node.unwrap_or_default();
+        match self.installed.found().and_then(|all| all.first()) {
+            Some(installed) => format!(
+                "kubectl -n {} get pods -l {} -o wide{node}",
+                installed.namespace(),
+                installed.selector()
+            ),
+            None => "kubectl get daemonsets -A".to_owned(),
+        }
+    }
+
+    /// Returns the command that shows all pods of the node, among them that of a provider.
+    fn pods_of_node(&self) -> String {
+        let node = self.node.as_ref().map_or("NODE", |node| node.name.as_str());
+        format!("kubectl get pods -A -o wide --field-selector spec.nodeName={node}")
+    }
+
+    /// Returns the DaemonSet and the pod of the node's driver.
+    fn driver(&self) -> Option<&(Installed, k8s_openapi::api::core::v1::Pod)> {
+        self.node.as_ref()?.driver.found()?.as_ref()
+    }
+
+    /// Returns the last event of the pod of one of these reasons that fits.
+    fn event(&self, reasons: &[&str], fits: impl Fn(&str) -> bool) -> Option<&Event> {
+        self.events.found()?.iter().find(|event| {
+            let reason = event.reason.as_deref().unwrap_or_default();
+            reasons.contains(&reason) && fits(event.message.as_deref().unwrap_or_default())
+        })
+    }
+
+    /// Returns whether the pod has ended: its volumes are gone then.
+    pub(super) fn has_ended(&self) -> bool {
+        let phase = self
+            .pod
+            .status
+            .as_ref()
+            .and_then(|status| status.phase.as_deref());
+        matches!(phase, Some("Succeeded" | "Failed"))
+    }
+
+    /// Returns kubelet's last words about a volume that it cannot mount.
+    fn failed_mount(&self, volume: &VolumeFacts) -> Option<String> {
+        let name = format!("volume \"{}\"", volume.name);
+        let event = self.event(&["FailedMount"], |text| {
+            text.contains(&name) || text.contains(DRIVER) && !text.contains("for volume \"")
+        })?;
+        let message = event.message.as_deref().unwrap_or_default();
+        let end = message.split_once("desc = ").map(|(_, text)| text);
+        let end = end.or_else(|| {
+            message
+                .split_once(&format!("{name} : "))
+                .map(|(_, text)| text)
+        });
+        Some(one_line(end.unwrap_or(message), MAX_SAID))
+    }
+}

@@ -1,0 +1,306 @@
+//! Checks what every volume of the driver stands on: the API, the node, the driver's pod there.
+
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use kube::ResourceExt as _;
+
+use super::Found;
+use crate::{cluster::Read, explain::facts::Facts, installation::DRIVER, time::shown};
+
+/// The group of the driver's kinds.
+const GROUP: &str = driver::cluster::resources::GROUP;
+
+/// The pod has no node.
+pub(super) fn unscheduled(facts: &Facts) -> Option<Found> {
+    let has_node = facts
+        .pod
+        .spec
+        .as_ref()
+        .is_some_and(|spec| spec.node_name.is_some());
+    if has_node || facts.has_ended() {
+        return None;
+    }
+    let conditions = facts
+        .pod
+        .status
+        .iter()
+        .flat_map(|status| status.conditions.iter().flatten());
+    let said = conditions
+        .filter(|condition| condition.type_ == "PodScheduled" && condition.status != "True")
+        .find_map(|condition| condition.message.clone());
+    let what = "the pod has no node yet, so nothing is mounted: this is for the scheduler, and not about the volume";
+    Some(Found::new(what, facts.describe()).said(said))
+}
+
+/// The kinds of the driver are not installed.
+pub(super) fn kinds(facts: &Facts) -> Option<Found> {
+    let missing =
+        facts
+            .volumes
+            .iter()
+            .find_map(|volume| match (&volume.class, &volume.pod_status) {
+                (Read::NoKind, _) => Some("secretproviderclasses"),
+                (_, Read::NoKind) => Some("secretproviderclasspodstatuses"),
+                _ => None,
+            })?;
+    Some(Found::new(
+        format!(
+            "the API server does not know {missing}.{GROUP}: the CustomResourceDefinitions of the driver are not installed; apply those of deploy/, or install the chart without --skip-crds"
+        ),
+        format!(
+            "kubectl get crd secretproviderclasses.{GROUP} secretproviderclasspodstatuses.{GROUP}"
+        ),
+    ))
+}
+
+/// The object CSIDriver is missing or wrong.
+pub(super) fn csi_driver(facts: &Facts) -> Option<Found> {
+    let next = format!("kubectl get csidriver {DRIVER} -o yaml");
+    let spec = match &facts.csi_driver {
+        Read::Is(driver) => &driver.spec,
+        Read::Missing => {
+            let what = format!(
+                "there is no CSIDriver {DRIVER}; apply deploy/csidriver.yaml, or install the chart again"
+            );
+            return Some(Found::new(what, next));
+        }
+        _ => return None,
+    };
+    let wrong = if spec.pod_info_on_mount != Some(true) {
+        "podInfoOnMount: true, without which the driver does not know the pod"
+    } else if !spec
+        .volume_lifecycle_modes
+        .iter()
+        .flatten()
+        .any(|mode| mode == "Ephemeral")
+    {
+        "volumeLifecycleModes: [Ephemeral], without which no pod may mount it"
+    } else {
+        return None;
+    };
+    let what = format!(
+        "the CSIDriver {DRIVER} lacks {wrong}; delete it and apply deploy/csidriver.yaml, because most of its fields cannot be changed"
+    );
+    Some(Found::new(what, next))
+}
+
+/// The node is gone, or not ready.
+pub(super) fn node(facts: &Facts) -> Option<Found> {
+    let node = facts.node.as_ref()?;
+    let object = match &node.node {
+        Read::Is(object) => object,
+        Read::Missing => {
+            return Some(Found::new(
+                format!(
+                    "node {} is gone; delete the pod, so that another node gets one like it",
+                    node.name
+                ),
+                format!(
+                    "{} delete pod {} --force --grace-period=0",
+                    facts.kubectl(),
+                    facts.pod.name_any()
+                ),
+            ));
+        }
+        _ => return None,
+    };
+    let conditions = object
+        .status
+        .iter()
+        .flat_map(|status| status.conditions.iter().flatten());
+    let not_ready = conditions
+        .into_iter()
+        .find(|condition| condition.type_ == "Ready" && condition.status != "True")?;
+    let since = not_ready.last_transition_time.as_ref();
+    let since = since.map_or_else(String::new, |time| {
+        format!(" since {}", shown(time.0, facts.now))
+    });
+    let what = format!(
+        "node {} is not ready{since}: kubelet mounts and refreshes nothing until it is",
+        node.name
+    );
+    let found = Found::new(what, format!("kubectl describe node {}", node.name));
+    Some(found.said(not_ready.message.clone()))
+}
+
+/// There is no DaemonSet of the driver.
+pub(super) fn installed(facts: &Facts) -> Option<Found> {
+    let sets = facts.installed.found()?;
+    sets.is_empty().then(|| {
+        Found::new(
+            "no DaemonSet of the driver is installed in this cluster; install the chart, or apply deploy/",
+            "kubectl get daemonsets -A",
+        )
+    })
+}
+
+/// The driver has no pod on the node, or its container does not run.
+pub(super) fn driver_pod(facts: &Facts) -> Option<Found> {
+    let node = facts.node.as_ref()?;
+    let sets = facts.installed.found()?;
+    let Read::Is(driver) = &node.driver else {
+        return None;
+    };
+    let Some((installed, pod)) = driver else {
+        let set = sets.first()?;
+        return Some(Found::new(
+            format!(
+                "node {} has no pod of the driver (DaemonSet {}/{}); compare the node's labels and taints with its nodeSelector, affinity and tolerations",
+                node.name,
+                set.namespace(),
+                set.set.name_any()
+            ),
+            format!(
+                "kubectl -n {} describe daemonset {}",
+                set.namespace(),
+                set.set.name_any()
+            ),
+        ));
+    };
+    let status = container_status(pod, &installed.container);
+    let is_running = status.is_some_and(|status| {
+        status
+            .state
+            .as_ref()
+            .is_some_and(|state| state.running.is_some())
+    });
+    if is_running {
+        return None;
+    }
+    let (why, previous) = status.map_or(
+        ("it has not been started".to_owned(), false),
+        why_not_running,
+    );
+    Some(Found::new(
+        format!(
+            "the driver on node {} does not run (pod {}/{}): {why}",
+            node.name,
+            installed.namespace(),
+            pod.name_any()
+        ),
+        format!(
+            "kubectl -n {} logs {} -c {}{}",
+            installed.namespace(),
+            pod.name_any(),
+            installed.container,
+            if previous { " --previous" } else { "" }
+        ),
+    ))
+}
+
+fn container_status<'a>(pod: &'a Pod, container: &str) -> Option<&'a ContainerStatus> {
+    let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
+    statuses.iter().find(|status| status.name == container)
+}
+
+/// Returns why a container does not run, and whether it ran before.
+fn why_not_running(status: &ContainerStatus) -> (String, bool) {
+    let last = status
+        .last_state
+        .as_ref()
+        .and_then(|last| last.terminated.as_ref());
+    let now = status.state.as_ref();
+    let ended = now.and_then(|state| state.terminated.as_ref()).or(last);
+    let waiting = now.and_then(|state| state.waiting.as_ref());
+    let mut why = match waiting.and_then(|waiting| waiting.reason.clone()) {
+        Some(reason) => reason,
+        None => "it has ended".to_owned(),
+    };
+    if let Some(message) = waiting.and_then(|waiting| waiting.message.as_ref()) {
+        why = format!("{why}, {message}");
+    }
+    if let Some(ended) = ended {
+        let reason = ended.reason.as_deref().unwrap_or("Error");
+        why = format!(
+            "{why}; it last ended with {reason}, exit code {}",
+            ended.exit_code
+        );
+        if reason == "OOMKilled" {
+            why += "; raise its memory limit (linux.driver.resources.limits.memory)";
+        }
+    }
+    (why, ended.is_some())
+}
+
+/// kubelet does not know the driver.
+pub(super) fn registration(facts: &Facts) -> Option<Found> {
+    let node = facts.node.as_ref()?;
+    let is_registered = match &node.csi_node {
+        Read::Is(csi_node) => csi_node
+            .spec
+            .drivers
+            .iter()
+            .any(|driver| driver.name == DRIVER),
+        Read::Missing => false,
+        _ => return None,
+    };
+    if is_registered {
+        return None;
+    }
+    let (installed, pod) = facts.driver()?;
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    let registrar = containers
+        .map(|container| &container.name)
+        .find(|name| name.contains("registrar"))
+        .unwrap_or(&installed.container);
+    Some(Found::new(
+        format!(
+            "the driver runs on node {}, but kubelet there does not know it; set linux.kubeletRootDir if kubelet's root directory is not /var/lib/kubelet",
+            node.name
+        ),
+        format!(
+            "kubectl -n {} logs {} -c {registrar}",
+            installed.namespace(),
+            pod.name_any()
+        ),
+    ))
+}
+
+/// The driver runs and accepts no connection.
+pub(super) fn socket(facts: &Facts) -> Option<Found> {
+    let driver = &facts.status()?.driver;
+    if driver.answers || driver.path.is_none() {
+        return None;
+    }
+    let why = driver.error.as_deref().unwrap_or("it does not answer");
+    let what = format!("the driver's socket accepts no connection: {why}");
+    Some(Found::new(what, facts.driver_log()))
+}
+
+/// Mounts of the driver stay in its container.
+pub(super) fn propagation(facts: &Facts) -> Option<Found> {
+    let point = facts.status()?.unseen_below.as_ref()?.display();
+    let (installed, _) = facts.driver()?;
+    Some(Found::new(
+        format!(
+            "what the driver mounts below {point} is not seen outside its container; set mountPropagation: Bidirectional for that volume mount, and make the mount on the node shared"
+        ),
+        format!(
+            "kubectl -n {} get daemonset {} -o yaml | grep -B4 mountPropagation",
+            installed.namespace(),
+            installed.set.name_any()
+        ),
+    ))
+}
+
+/// The pod should have ended by now.
+pub(super) fn termination(facts: &Facts) -> Option<Found> {
+    let deadline = facts.pod.metadata.deletion_timestamp.as_ref()?.0;
+    let late = facts.now.duration_since(deadline);
+    if late.as_secs() < 60 || facts.volumes.is_empty() {
+        return None;
+    }
+    let mounted = facts
+        .volumes
+        .iter()
+        .filter(|volume| facts.is_mounted(volume) == Some(true));
+    let names: Vec<_> = mounted.map(|volume| volume.name.as_str()).collect();
+    if names.is_empty() {
+        return None;
+    }
+    let what = format!(
+        "the pod should have ended at {}, and volume {} is still mounted: the driver on the node takes it down",
+        shown(deadline, facts.now),
+        names.join(", ")
+    );
+    Some(Found::new(what, facts.driver_log()))
+}

@@ -1,0 +1,183 @@
+//! Checks the Secrets that classes make and that containers take.
+
+use kube::ResourceExt as _;
+
+use super::Found;
+use crate::{
+    cluster::Read,
+    explain::facts::{Facts, VolumeFacts},
+    time::shown,
+};
+use driver::cluster::pod_status::Aspect;
+
+/// The seconds after a mount in which a Secret may still be on its way.
+const ON_ITS_WAY: i64 = 15;
+
+/// The pod status says that Secrets are not as the class says.
+pub(super) fn out_of_step(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
+    let (since, reason) = Aspect::Secrets.annotations();
+    let annotations = volume.pod_status.found()?.metadata.annotations.as_ref()?;
+    let since = annotations.get(since)?;
+    let since = match since.parse() {
+        Ok(time) => shown(time, facts.now),
+        Err(_) => since.clone(),
+    };
+    let what = format!(
+        "Secrets of class {} are not as it says since {since}",
+        volume.class_name
+    );
+    let next = format!(
+        "{} get secretproviderclass {} -o yaml",
+        facts.kubectl(),
+        volume.class_name
+    );
+    Some(Found::new(what, next).said(annotations.get(reason).cloned()))
+}
+
+/// A Secret of the class is not there, although the volume is mounted.
+pub(super) fn missing(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
+    if out_of_step(facts, volume).is_some() || facts.is_mounted(volume) != Some(true) {
+        return None;
+    }
+    let status = volume.pod_status.found()?;
+    let mounted = status.metadata.creation_timestamp.as_ref()?.0;
+    if facts.now.duration_since(mounted).as_secs() < ON_ITS_WAY {
+        return None;
+    }
+    let made = &volume.class.found()?.spec.secret_objects;
+    let is_missing = |name: &String| facts.secrets.get(name).is_some_and(Read::is_missing);
+    let names: Vec<_> = made
+        .iter()
+        .map(|made| &made.secret_name)
+        .filter(|name| is_missing(name))
+        .collect();
+    let first = *names.first()?;
+    let event = facts.event(&["FailedToCreateSecret"], |text| {
+        text.contains(first.as_str())
+    });
+    let said = event.and_then(|event| event.message.clone());
+    let more = if names.len() > 1 {
+        format!(" and {} more", names.len() - 1)
+    } else {
+        String::new()
+    };
+    let what = match said {
+        Some(_) => format!(
+            "Secret {first}{more} of class {} is missing",
+            volume.class_name
+        ),
+        None => format!(
+            "Secret {first}{more} of class {} is missing, and no event says why: the driver makes it at its next check, within a minute, if it may write Secrets (syncSecret.enabled)",
+            volume.class_name
+        ),
+    };
+    Some(
+        Found::new(
+            what,
+            format!(
+                "{} get events --field-selector reason=FailedToCreateSecret",
+                facts.kubectl()
+            ),
+        )
+        .said(said),
+    )
+}
+
+/// A container's environment takes a Secret that is not there.
+pub(super) fn env_secret(facts: &Facts) -> Option<Found> {
+    let taken = facts.taken_secrets();
+    let (secret, taken) = taken
+        .iter()
+        .find(|(secret, _)| facts.secrets.get(*secret).is_some_and(Read::is_missing))?;
+    let begin = format!(
+        "container {} takes its environment from Secret {secret}, which does not exist",
+        taken.container
+    );
+    let classes_of_pod: Vec<_> = facts
+        .volumes
+        .iter()
+        .filter(|volume| volume.makes(secret))
+        .collect();
+    let what = if let Some(volume) = classes_of_pod.first() {
+        match facts.is_used(volume) {
+            true => format!(
+                "{begin}: class {} makes it once volume {} is mounted",
+                volume.class_name, volume.name
+            ),
+            false => format!(
+                "{begin}: class {} makes it, but no container mounts volume {}, and kubelet mounts only what a container mounts; add it to volumeMounts",
+                volume.class_name, volume.name
+            ),
+        }
+    } else {
+        let classes = facts.classes.as_ref().and_then(Read::found);
+        let maker = classes.and_then(|classes| {
+            let makes = |name: &String| name == secret;
+            classes.iter().find(|class| {
+                class
+                    .spec
+                    .secret_objects
+                    .iter()
+                    .any(|made| makes(&made.secret_name))
+            })
+        });
+        match maker {
+            Some(class) => format!(
+                "{begin}: class {} makes it, but only while a pod mounts that class; add a volume of it to this pod",
+                class.name_any()
+            ),
+            None if facts.volumes.is_empty() => return None,
+            None => format!("{begin}, and no class of this namespace makes it"),
+        }
+    };
+    Some(Found::new(what, facts.describe()))
+}
+
+/// A container's environment takes a key that the class does not write. The keys of the Secret itself are not
+/// read: only its content has them.
+pub(super) fn env_key(facts: &Facts) -> Option<Found> {
+    let taken = facts.taken_secrets();
+    let mut wrong = taken.iter().filter_map(|(secret, taken)| {
+        facts.secrets.get(secret)?.found()?;
+        let made = facts.volumes.iter().find_map(|volume| {
+            let class = volume.class.found()?;
+            let made = class
+                .spec
+                .secret_objects
+                .iter()
+                .find(|made| made.secret_name == *secret)?;
+            Some((class, made))
+        });
+        let (class, made) = made?;
+        // All objects, or a type of which the driver chooses the keys.
+        if made.data.iter().any(|data| data.object_name == "*")
+            || made.type_.starts_with("kubernetes.io/")
+        {
+            return None;
+        }
+        let key = taken
+            .keys
+            .iter()
+            .find(|key| made.data.iter().all(|data| data.key != **key))?;
+        let keys: Vec<_> = made.data.iter().map(|data| data.key.as_str()).collect();
+        let what = format!(
+            "container {} takes key {key} of Secret {secret}, and class {} writes {}",
+            taken.container,
+            class.name_any(),
+            keys.join(", ")
+        );
+        Some(Found::new(what, facts.describe()))
+    });
+    let not_started = facts
+        .pod
+        .status
+        .iter()
+        .flat_map(|status| status.container_statuses.iter().flatten());
+    let waits = not_started.into_iter().any(|status| {
+        status
+            .state
+            .as_ref()
+            .is_some_and(|state| state.waiting.is_some())
+    });
+    wrong.next().filter(|_| waits)
+}

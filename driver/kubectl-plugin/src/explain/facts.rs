@@ -1,0 +1,482 @@
+//! Reads all that belongs to a pod's volumes: objects of the API server, and what the node's driver says.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use driver::{
+    cluster::resources::{SecretProviderClass, SecretProviderClassPodStatus},
+    status::{self, Status},
+};
+use futures::{StreamExt as _, future::join_all, stream};
+use jiff::Timestamp;
+use k8s_openapi::api::{
+    core::v1::{CSIVolumeSource, Event, Node, Pod, Secret},
+    storage::v1::{CSIDriver, CSINode},
+};
+use kube::{Api, Client, ResourceExt as _, api::ListParams};
+
+use crate::{
+    cluster::{Read, list, list_metadata, read},
+    installation::{self, DRIVER, Installed, NodeSays},
+};
+
+/// The objects of each kind that are read at most.
+const MAX_EVENTS: usize = 1_000;
+const MAX_STATUSES: usize = 5_000;
+const MAX_CLASSES: usize = 2_000;
+const MAX_SECRETS: usize = 100;
+/// The requests about Secrets that run at the same time.
+const AT_ONCE: usize = 8;
+
+/// Everything that is known of a pod's volumes.
+pub(super) struct Facts {
+    /// The time at which the facts were read, by this machine's clock.
+    pub now: Timestamp,
+    /// The pod.
+    pub pod: Pod,
+    /// The events of the pod, the last one first.
+    pub events: Read<Vec<Event>>,
+    /// Its volumes of the driver.
+    pub volumes: Vec<VolumeFacts>,
+    /// The classes of the namespace, if they are needed: a class is missing, or an environment variable takes
+    /// a Secret that no volume of the pod makes.
+    pub classes: Option<Read<Vec<SecretProviderClass>>>,
+    /// The Secrets that classes and containers name: the metadata only.
+    pub secrets: BTreeMap<String, Read<()>>,
+    /// The object CSIDriver.
+    pub csi_driver: Read<CSIDriver>,
+    /// The DaemonSets of the driver.
+    pub installed: Read<Vec<Installed>>,
+    /// The pod's node, if it has one.
+    pub node: Option<NodeFacts>,
+}
+
+/// What is known of one volume.
+pub(super) struct VolumeFacts {
+    /// Its name in the pod.
+    pub name: String,
+    /// Its source in the pod.
+    pub source: CSIVolumeSource,
+    /// The name of its class; empty if it names none.
+    pub class_name: String,
+    /// Its class.
+    pub class: Read<SecretProviderClass>,
+    /// Its pod status.
+    pub pod_status: Read<SecretProviderClassPodStatus>,
+    /// The other namespaces that have a class of this name, if it is missing here and they may be read.
+    pub elsewhere: Vec<String>,
+}
+
+/// What is known of a pod's node.
+pub(super) struct NodeFacts {
+    /// Its name.
+    pub name: String,
+    /// Its object.
+    pub node: Read<Node>,
+    /// The drivers that are registered there.
+    pub csi_node: Read<CSINode>,
+    /// The driver's pod there, and the DaemonSet that it is of.
+    pub driver: Read<Option<(Installed, Pod)>>,
+    /// What the driver says, if it has a pod there.
+    pub says: Option<NodeSays>,
+}
+
+impl Facts {
+    /// Reads them.
+    ///
+    /// # Errors
+    /// Says why there is nothing to explain.
+    pub(super) async fn read(
+        client: &Client,
+        namespace: &str,
+        name: &str,
+        driver_namespace: Option<&str>,
+    ) -> Result<Self, String> {
+        let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
+        let pod = match read(pods.get(name)).await {
+            Read::Is(pod) => pod,
+            Read::Missing => return Err(no_pod(&pods, namespace, name).await),
+            Read::NoKind => return Err("this is not the address of an API server".to_owned()),
+            Read::Unknown(why) => {
+                return Err(format!("pod {namespace}/{name} cannot be read: {why}"));
+            }
+        };
+        let csi_drivers: Api<CSIDriver> = Api::all(client.clone());
+        let (events, volumes, csi_driver, (installed, node)) = tokio::join!(
+            events(client, &pod),
+            volumes(client, &pod),
+            read(csi_drivers.get(DRIVER)),
+            node(client, &pod, driver_namespace),
+        );
+        let mut facts = Self {
+            now: Timestamp::now(),
+            pod,
+            events,
+            volumes,
+            classes: None,
+            secrets: BTreeMap::new(),
+            csi_driver,
+            installed,
+            node,
+        };
+        facts.read_secrets(client, namespace).await;
+        if facts.needs_classes() {
+            let classes: Api<SecretProviderClass> = Api::namespaced(client.clone(), namespace);
+            let classes = list(&classes, ListParams::default(), MAX_CLASSES).await;
+            facts.classes = Some(classes.map(|classes| classes.items));
+        }
+        Ok(facts)
+    }
+
+    async fn read_secrets(&mut self, client: &Client, namespace: &str) {
+        let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
+        let mut names: BTreeSet<String> = self.taken_secrets().into_keys().collect();
+        for volume in &self.volumes {
+            let reference = volume.source.node_publish_secret_ref.as_ref();
+            names.extend(reference.map(|reference| reference.name.clone()));
+            let made = volume
+                .class
+                .found()
+                .into_iter()
+                .flat_map(|class| &class.spec.secret_objects);
+            names.extend(made.map(|made| made.secret_name.clone()));
+        }
+        names.remove("");
+        let each = stream::iter(names.into_iter().take(MAX_SECRETS)).map(|name| {
+            let secrets = secrets.clone();
+            async move {
+                let found = read(secrets.get_metadata(&name)).await;
+                (name, found.map(drop))
+            }
+        });
+        self.secrets = each.buffer_unordered(AT_ONCE).collect().await;
+    }
+
+    fn needs_classes(&self) -> bool {
+        let has_one_missing = self.volumes.iter().any(|volume| volume.class.is_missing());
+        let of_others = self.taken_secrets().into_keys().any(|secret| {
+            let is_missing = self.secrets.get(&secret).is_some_and(Read::is_missing);
+            is_missing && !self.volumes.iter().any(|volume| volume.makes(&secret))
+        });
+        has_one_missing || of_others
+    }
+
+    /// Returns the Secrets that the environment of the pod's containers needs, with the container and the keys.
+    pub(super) fn taken_secrets(&self) -> BTreeMap<String, Taken> {
+        let mut all: BTreeMap<String, Taken> = BTreeMap::new();
+        let Some(spec) = &self.pod.spec else {
+            return all;
+        };
+        for container in spec
+            .init_containers
+            .iter()
+            .flatten()
+            .chain(&spec.containers)
+        {
+            let mut take = |secret: &str, key: Option<&str>| {
+                let taken = all.entry(secret.to_owned()).or_default();
+                taken.container.clone_from(&container.name);
+                taken.keys.extend(key.map(str::to_owned));
+            };
+            for source in container.env_from.iter().flatten() {
+                if let Some(secret) = &source.secret_ref
+                    && secret.optional != Some(true)
+                {
+                    take(&secret.name, None);
+                }
+            }
+            let from = container.env.iter().flatten();
+            for source in from.filter_map(|variable| variable.value_from.as_ref()) {
+                if let Some(key) = &source.secret_key_ref
+                    && key.optional != Some(true)
+                {
+                    take(&key.name, Some(&key.key));
+                }
+            }
+        }
+        all
+    }
+
+    /// Returns what the node's driver says, if it could be asked.
+    pub(super) fn status(&self) -> Option<&Status> {
+        match self.node.as_ref()?.says.as_ref()? {
+            NodeSays::Status(status) => Some(status),
+            _ => None,
+        }
+    }
+
+    /// Returns what the node's driver has recorded of a volume.
+    pub(super) fn record(&self, volume: &VolumeFacts) -> Option<&status::Volume> {
+        let uid = self.pod.metadata.uid.as_deref()?;
+        let end = format!("/{}/mount", volume.name);
+        let mut volumes = self.status()?.volumes.iter();
+        volumes.find(|found| {
+            found.pod.uid == uid && found.target_path.to_string_lossy().ends_with(&end)
+        })
+    }
+
+    /// Returns whether a volume is mounted, if that is known.
+    pub(super) fn is_mounted(&self, volume: &VolumeFacts) -> Option<bool> {
+        if self.status().is_some() {
+            return Some(self.record(volume).is_some_and(|record| record.mounted));
+        }
+        match &volume.pod_status {
+            Read::Is(status) => Some(status.status.mounted),
+            Read::Missing => Some(false),
+            _ => None,
+        }
+    }
+
+    /// Returns whether a container of the pod mounts a volume. kubelet does not mount one that none does.
+    pub(super) fn is_used(&self, volume: &VolumeFacts) -> bool {
+        let spec = self.pod.spec.iter();
+        let mut containers = spec.flat_map(|spec| {
+            spec.init_containers
+                .iter()
+                .flatten()
+                .chain(&spec.containers)
+        });
+        containers.any(|container| {
+            let mut mounts = container.volume_mounts.iter().flatten();
+            mounts.any(|mount| mount.name == volume.name)
+        })
+    }
+}
+
+/// A Secret that a container's environment takes.
+#[derive(Default)]
+pub(super) struct Taken {
+    /// The container's name.
+    pub container: String,
+    /// The keys; none if it takes all.
+    pub keys: BTreeSet<String>,
+}
+
+impl VolumeFacts {
+    /// Returns whether its class makes a Secret.
+    pub(super) fn makes(&self, secret: &str) -> bool {
+        let made = self
+            .class
+            .found()
+            .into_iter()
+            .flat_map(|class| &class.spec.secret_objects);
+        made.into_iter().any(|made| made.secret_name == secret)
+    }
+}
+
+/// Says that there is no such pod, and which ones there are whose names begin alike.
+async fn no_pod(pods: &Api<Pod>, namespace: &str, name: &str) -> String {
+    const SHOWN: usize = 5;
+    let found = list_metadata(pods, ListParams::default(), 2_000).await;
+    let names = found.found().map(|found| {
+        let names = found.items.iter().map(kube::ResourceExt::name_any);
+        let mut names: Vec<_> = names.filter(|found| found.starts_with(name)).collect();
+        names.sort();
+        names
+    });
+    match names {
+        Some(names) if !names.is_empty() => format!(
+            "there is no pod {name} in namespace {namespace}; there are {}{}",
+            names
+                .iter()
+                .take(SHOWN)
+                .cloned()
+                .collect::<Vec<_>>()
+                .join(", "),
+            if names.len() > SHOWN {
+                " and others"
+            } else {
+                ""
+            }
+        ),
+        _ => format!(
+            "there is no pod {name} in namespace {namespace}; name another namespace with -n"
+        ),
+    }
+}
+
+async fn events(client: &Client, pod: &Pod) -> Read<Vec<Event>> {
+    let api: Api<Event> = Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
+    let of_pod = ListParams::default().fields(&format!("involvedObject.name={}", pod.name_any()));
+    let events = list(&api, of_pod, MAX_EVENTS).await;
+    events.map(|events| {
+        let uid = pod.uid();
+        let is_of_it = |event: &Event| event.involved_object.uid == uid;
+        let mut events: Vec<_> = events.items.into_iter().filter(is_of_it).collect();
+        events.sort_by_key(|event| std::cmp::Reverse(time_of(event)));
+        events
+    })
+}
+
+/// Returns the last time of an event.
+pub(super) fn time_of(event: &Event) -> Option<Timestamp> {
+    let series = event
+        .series
+        .as_ref()
+        .and_then(|series| series.last_observed_time.as_ref());
+    let micro = series.or(event.event_time.as_ref()).map(|time| time.0);
+    let last = event
+        .last_timestamp
+        .as_ref()
+        .or(event.first_timestamp.as_ref());
+    last.map(|time| time.0).max(micro)
+}
+
+async fn volumes(client: &Client, pod: &Pod) -> Vec<VolumeFacts> {
+    let volumes = pod
+        .spec
+        .iter()
+        .flat_map(|spec| spec.volumes.iter().flatten());
+    let ours = volumes.filter_map(|volume| {
+        let source = volume
+            .csi
+            .clone()
+            .filter(|source| source.driver == DRIVER)?;
+        Some((volume.name.clone(), source))
+    });
+    let ours: Vec<_> = ours.collect();
+    if ours.is_empty() {
+        return Vec::new();
+    }
+    let statuses = pod_statuses(client, pod).await;
+    let each = ours
+        .into_iter()
+        .map(|(name, source)| volume(client, pod, name, source, &statuses));
+    join_all(each).await
+}
+
+async fn volume(
+    client: &Client,
+    pod: &Pod,
+    name: String,
+    source: CSIVolumeSource,
+    statuses: &Read<Vec<SecretProviderClassPodStatus>>,
+) -> VolumeFacts {
+    let namespace = pod.namespace().unwrap_or_default();
+    let attributes = source.volume_attributes.iter().flatten();
+    let class_name = attributes
+        .filter(|(key, _)| *key == "secretProviderClass")
+        .map(|(_, value)| value.clone())
+        .next_back()
+        .unwrap_or_default();
+    let classes: Api<SecretProviderClass> = Api::namespaced(client.clone(), &namespace);
+    let class = match class_name.is_empty() {
+        true => Read::Missing,
+        false => read(classes.get(&class_name)).await,
+    };
+    let elsewhere = match class.is_missing() && !class_name.is_empty() {
+        true => elsewhere(client, &class_name).await,
+        false => Vec::new(),
+    };
+    let end = format!("/{name}/mount");
+    let pod_status = match statuses {
+        Read::Is(all) => {
+            let found = all.iter().find(|found| {
+                found.status.target_path.ends_with(&end)
+                    && found.status.secret_provider_class_name == class_name
+            });
+            found.cloned().map_or(Read::Missing, Read::Is)
+        }
+        other => other
+            .clone()
+            .map(|_| SecretProviderClassPodStatus::default()),
+    };
+    VolumeFacts {
+        name,
+        source,
+        class_name,
+        class,
+        pod_status,
+        elsewhere,
+    }
+}
+
+/// Reads the pod statuses of a pod: its names can be those of other volumes, so the owner decides.
+async fn pod_statuses(client: &Client, pod: &Pod) -> Read<Vec<SecretProviderClassPodStatus>> {
+    let namespace = pod.namespace().unwrap_or_default();
+    let api: Api<SecretProviderClassPodStatus> = Api::namespaced(client.clone(), &namespace);
+    let uid = pod.uid().unwrap_or_default();
+    let statuses = list(&api, ListParams::default(), MAX_STATUSES).await;
+    statuses.map(|statuses| {
+        let is_of_it = |status: &SecretProviderClassPodStatus| {
+            let owners = status.metadata.owner_references.iter().flatten();
+            owners.into_iter().any(|owner| owner.uid == uid)
+        };
+        statuses.items.into_iter().filter(is_of_it).collect()
+    })
+}
+
+async fn elsewhere(client: &Client, class: &str) -> Vec<String> {
+    let all: Api<SecretProviderClass> = Api::all(client.clone());
+    let named = ListParams::default().fields(&format!("metadata.name={class}"));
+    let found = list_metadata(&all, named, MAX_CLASSES).await;
+    let found = found.found().into_iter().flat_map(|found| &found.items);
+    found.filter_map(kube::ResourceExt::namespace).collect()
+}
+
+async fn node(
+    client: &Client,
+    pod: &Pod,
+    driver_namespace: Option<&str>,
+) -> (Read<Vec<Installed>>, Option<NodeFacts>) {
+    let installed = installation::find(client, driver_namespace);
+    let Some(name) = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()) else {
+        return (installed.await, None);
+    };
+    let nodes: Api<Node> = Api::all(client.clone());
+    let csi_nodes: Api<CSINode> = Api::all(client.clone());
+    let (installed, node, csi_node) = tokio::join!(
+        installed,
+        read(nodes.get(&name)),
+        read(csi_nodes.get(&name))
+    );
+    let driver = driver_on(client, &installed, &name).await;
+    let says = match &driver {
+        Read::Is(Some((installed, pod))) if is_running(pod, &installed.container) => {
+            Some(installation::ask(client, pod, &installed.container).await)
+        }
+        _ => None,
+    };
+    let facts = NodeFacts {
+        name,
+        node,
+        csi_node,
+        driver,
+        says,
+    };
+    (installed, Some(facts))
+}
+
+/// Finds the driver's pod on a node.
+async fn driver_on(
+    client: &Client,
+    installed: &Read<Vec<Installed>>,
+    node: &str,
+) -> Read<Option<(Installed, Pod)>> {
+    let sets = match installed {
+        Read::Is(sets) => sets,
+        other => return other.clone().map(|_| None),
+    };
+    for set in sets {
+        match set.pod_on(client, node).await {
+            Read::Is(None) => {}
+            Read::Is(Some(pod)) => return Read::Is(Some((set.clone(), pod))),
+            other => return other.map(|_| None),
+        }
+    }
+    Read::Is(None)
+}
+
+/// Returns whether a container of a pod runs.
+pub(super) fn is_running(pod: &Pod, container: &str) -> bool {
+    let statuses = pod
+        .status
+        .iter()
+        .flat_map(|status| status.container_statuses.iter().flatten());
+    let mut statuses = statuses.filter(|status| status.name == container);
+    statuses.any(|status| {
+        status
+            .state
+            .as_ref()
+            .is_some_and(|state| state.running.is_some())
+    })
+}

@@ -1,0 +1,430 @@
+//! The story of a pod, for people and for machines.
+
+use std::fmt;
+
+use driver::cluster::pod_status::{CONTENT_CHANGED, CONTENT_CHANGES};
+use jiff::Timestamp;
+use kube::ResourceExt as _;
+use serde::Serialize;
+
+use super::{
+    checks::{self, Trouble},
+    facts::{Facts, VolumeFacts, time_of},
+};
+use crate::{
+    cluster::{Read, one_line},
+    explain::checks::{Next, next_refresh},
+    installation::{DRIVER, NodeSays},
+    time::{shown, span},
+};
+
+/// The objects of a volume, and the Secrets of a class, that the text names.
+const SHOWN: usize = 8;
+/// The difference between two clocks that is worth a word, in seconds.
+const SKEW: i64 = 30;
+
+/// What there is to say of a pod.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Story {
+    /// The time of the story.
+    pub time: Timestamp,
+    /// The pod's namespace.
+    pub namespace: String,
+    /// The pod's name.
+    pub pod: String,
+    /// What the pod does, as `kubectl get pod` shows it.
+    pub state: String,
+    /// The pod's node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// What is wrong; the reason first.
+    pub trouble: Vec<Trouble>,
+    /// The volumes of the driver.
+    pub volumes: Vec<Volume>,
+    /// What is worth knowing and not wrong.
+    pub notes: Vec<String>,
+    /// What could not be read, and why.
+    pub unknown: Vec<String>,
+}
+
+/// What there is to say of a volume.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Volume {
+    /// Its name in the pod.
+    pub name: String,
+    /// Its class.
+    pub class: String,
+    /// The class's provider.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub provider: Option<String>,
+    /// Whether it is mounted, if that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mounted: Option<bool>,
+    /// Since when.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mounted_since: Option<Timestamp>,
+    /// When the provider answered last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_success: Option<Timestamp>,
+    /// When the content changed last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_change: Option<Timestamp>,
+    /// The number of contents that it has had.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub contents: Option<u64>,
+    /// When the next refresh is due, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_refresh: Option<Timestamp>,
+    /// `due`, `never` (as the volume or its class says), `off` (rotation is off) or `unknown`.
+    pub refreshes: &'static str,
+    /// The mounted objects with their versions.
+    pub objects: Vec<Object>,
+    /// The Secrets that the class makes.
+    pub secrets: Vec<Secret>,
+}
+
+/// A mounted object.
+#[derive(Debug, Clone, Serialize)]
+pub struct Object {
+    /// Its id.
+    pub id: String,
+    /// Its version.
+    pub version: String,
+}
+
+/// A Secret that a class makes.
+#[derive(Debug, Clone, Serialize)]
+pub struct Secret {
+    /// Its name.
+    pub name: String,
+    /// Whether it exists, if that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exists: Option<bool>,
+}
+
+impl Story {
+    /// Tells it.
+    pub(super) fn of(facts: &Facts) -> Self {
+        let pod = &facts.pod;
+        Self {
+            time: facts.now,
+            namespace: pod.namespace().unwrap_or_default(),
+            pod: pod.name_any(),
+            state: state(facts),
+            node: facts.node.as_ref().map(|node| node.name.clone()),
+            trouble: checks::all(facts),
+            volumes: facts
+                .volumes
+                .iter()
+                .map(|volume| Volume::of(facts, volume))
+                .collect(),
+            notes: notes(facts),
+            unknown: unknown(facts),
+        }
+    }
+}
+
+impl Volume {
+    fn of(facts: &Facts, volume: &VolumeFacts) -> Self {
+        let record = facts.record(volume);
+        let status = volume.pod_status.found();
+        let annotation = |key: &str| status.and_then(|status| status.annotations().get(key));
+        let mounted = facts.is_mounted(volume);
+        let since = status.and_then(|status| status.metadata.creation_timestamp.as_ref());
+        let class = volume.class.found();
+        let (next_refresh, refreshes) = match next_refresh(facts, volume) {
+            Next::At(time) => (Some(time), "due"),
+            Next::Never => (None, "never"),
+            Next::Off => (None, "off"),
+            Next::Unknown => (None, "unknown"),
+        };
+        let objects = match (record, status) {
+            (Some(record), _) => {
+                let objects = record.objects.iter();
+                objects
+                    .map(|object| (object.id.clone(), object.version.clone()))
+                    .collect()
+            }
+            (None, Some(status)) => {
+                let objects = status.status.objects.iter();
+                objects
+                    .map(|object| (object.id.clone(), object.version.clone()))
+                    .collect()
+            }
+            (None, None) => Vec::new(),
+        };
+        let made = class
+            .into_iter()
+            .flat_map(|class| &class.spec.secret_objects);
+        let secrets = made.map(|made| Secret {
+            name: made.secret_name.clone(),
+            exists: match facts.secrets.get(&made.secret_name) {
+                Some(Read::Is(())) => Some(true),
+                Some(Read::Missing) => Some(false),
+                _ => None,
+            },
+        });
+        let changed = annotation(CONTENT_CHANGED).and_then(|time| time.parse().ok());
+        Self {
+            name: volume.name.clone(),
+            class: volume.class_name.clone(),
+            provider: class
+                .map(|class| class.spec.provider.clone())
+                .or_else(|| record.map(|record| record.provider.clone())),
+            mounted,
+            mounted_since: since.map(|time| time.0).filter(|_| mounted == Some(true)),
+            last_success: record.map(|record| record.last_success),
+            last_change: record.map(|record| record.last_change).or(changed),
+            contents: annotation(CONTENT_CHANGES).and_then(|count| count.parse().ok()),
+            next_refresh,
+            refreshes,
+            objects: objects
+                .into_iter()
+                .map(|(id, version)| Object { id, version })
+                .collect(),
+            secrets: secrets.collect(),
+        }
+    }
+
+    fn write(&self, f: &mut fmt::Formatter<'_>, now: Timestamp) -> fmt::Result {
+        let provider = self.provider.as_deref().unwrap_or("unknown");
+        let class = if self.class.is_empty() {
+            "no class"
+        } else {
+            &self.class
+        };
+        writeln!(f, "  {} (class {class}, provider {provider})", self.name)?;
+        match (self.mounted, self.mounted_since) {
+            (Some(true), Some(since)) => writeln!(f, "    mounted since {}", shown(since, now))?,
+            (Some(true), None) => writeln!(f, "    mounted")?,
+            (Some(false), _) => writeln!(f, "    not mounted")?,
+            (None, _) => writeln!(f, "    not known whether it is mounted")?,
+        }
+        if !self.objects.is_empty() {
+            let named = self.objects.iter().take(SHOWN);
+            let named: Vec<_> = named
+                .map(|object| one_line(&format!("{} at {}", object.id, object.version), 120))
+                .collect();
+            let more = self.objects.len().saturating_sub(SHOWN);
+            let more = if more > 0 {
+                format!(" and {more} more")
+            } else {
+                String::new()
+            };
+            writeln!(f, "    holds {}{more}", named.join(", "))?;
+        }
+        if let Some(changed) = self
+            .last_change
+            .filter(|changed| *changed > Timestamp::UNIX_EPOCH)
+        {
+            let contents = match self.contents {
+                Some(1) => ", the first content".to_owned(),
+                Some(count) => format!(", content number {count}"),
+                None => String::new(),
+            };
+            writeln!(f, "    content since {}{contents}", shown(changed, now))?;
+        }
+        if let Some(success) = self.last_success {
+            let next = match (self.refreshes, self.next_refresh) {
+                (_, Some(next)) if next <= now => "the next refresh is due now".to_owned(),
+                (_, Some(next)) => format!("the next refresh is due {}", shown(next, now)),
+                ("never", _) => "no further refresh, as it says `never`".to_owned(),
+                ("off", _) => "no refresh, as rotation is off".to_owned(),
+                _ => "the next refresh is not known".to_owned(),
+            };
+            writeln!(f, "    asked for last {}; {next}", shown(success, now))?;
+        }
+        if !self.secrets.is_empty() {
+            let state = |secret: &Secret| match secret.exists {
+                Some(true) => format!("{} (there)", secret.name),
+                Some(false) => format!("{} (missing)", secret.name),
+                None => format!("{} (not known)", secret.name),
+            };
+            let named: Vec<_> = self.secrets.iter().take(SHOWN).map(state).collect();
+            let more = self.secrets.len().saturating_sub(SHOWN);
+            let more = if more > 0 {
+                format!(" and {more} more")
+            } else {
+                String::new()
+            };
+            writeln!(f, "    Secrets: {}{more}", named.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Story {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let node = self
+            .node
+            .as_deref()
+            .map_or("no node".to_owned(), |node| format!("node {node}"));
+        writeln!(
+            f,
+            "pod {}/{}: {}, on {node}",
+            self.namespace, self.pod, self.state
+        )?;
+        match self.trouble.as_slice() {
+            [] => writeln!(f, "\nNothing is wrong with its volumes.")?,
+            troubles => writeln!(
+                f,
+                "\nWrong{}:",
+                if troubles.len() > 1 {
+                    ", the reason first"
+                } else {
+                    ""
+                }
+            )?,
+        }
+        for trouble in &self.trouble {
+            writeln!(f, "  - {}", trouble.what)?;
+            if let Some(said) = &trouble.said {
+                writeln!(f, "    it says: {said}")?;
+            }
+            writeln!(f, "    next:    {}", trouble.next)?;
+        }
+        if !self.volumes.is_empty() {
+            writeln!(f, "\nVolumes:")?;
+        }
+        for volume in &self.volumes {
+            volume.write(f, self.time)?;
+        }
+        for (title, lines) in [("To know", &self.notes), ("Not known", &self.unknown)] {
+            if !lines.is_empty() {
+                writeln!(f, "\n{title}:")?;
+            }
+            for line in lines {
+                writeln!(f, "  - {line}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns what a pod does, as `kubectl get pod` shows it.
+fn state(facts: &Facts) -> String {
+    if facts.pod.metadata.deletion_timestamp.is_some() {
+        return "Terminating".to_owned();
+    }
+    let Some(status) = &facts.pod.status else {
+        return "Pending".to_owned();
+    };
+    let init = status.init_container_statuses.iter().flatten();
+    let mut containers = init.chain(status.container_statuses.iter().flatten());
+    let waiting =
+        containers.find_map(|container| container.state.as_ref()?.waiting.as_ref()?.reason.clone());
+    waiting
+        .or_else(|| status.phase.clone())
+        .unwrap_or_else(|| "Pending".to_owned())
+}
+
+fn notes(facts: &Facts) -> Vec<String> {
+    let mut notes = Vec::new();
+    if facts.volumes.is_empty() {
+        notes.push(format!("the pod has no volume of {DRIVER}"));
+    }
+    if facts.has_ended() {
+        notes.push("the pod has ended: its volumes are taken down".to_owned());
+    }
+    if let Some(status) = facts.status() {
+        let skew = status.time.duration_since(facts.now);
+        if skew.as_secs().abs() > SKEW {
+            let which = if skew.is_negative() {
+                "behind"
+            } else {
+                "before"
+            };
+            notes.push(format!(
+                "the clock of node {} is {} {which} this machine's; times of the node are by its own clock",
+                status.node,
+                span(skew.abs())
+            ));
+        }
+    }
+    let node = facts.node.as_ref();
+    if let Some(NodeSays::ExistingDriver) = node.and_then(|node| node.says.as_ref()) {
+        notes.push("the node has the existing driver, which keeps no record: when a refresh is due, and when one failed, is not known".to_owned());
+    }
+    let crashes = facts
+        .pod
+        .status
+        .iter()
+        .flat_map(|status| status.container_statuses.iter().flatten());
+    for container in crashes {
+        let waiting = container
+            .state
+            .as_ref()
+            .and_then(|state| state.waiting.as_ref());
+        let reason = waiting.and_then(|waiting| waiting.reason.as_deref());
+        if reason == Some("CrashLoopBackOff") {
+            notes.push(format!(
+                "container {} starts and ends again: its volumes are mounted, so look at its log ({})",
+                container.name,
+                format_args!("kubectl -n {} logs {} -c {} --previous", facts.pod.namespace().unwrap_or_default(), facts.pod.name_any(), container.name)
+            ));
+        }
+    }
+    if let Some(event) = facts.events.found().and_then(|events| {
+        events
+            .iter()
+            .find(|event| event.reason.as_deref() == Some("MountContentChanged"))
+    }) && let Some(time) = time_of(event)
+    {
+        notes.push(format!(
+            "the pod was told of new content at {}",
+            shown(time, facts.now)
+        ));
+    }
+    notes
+}
+
+/// Returns what could not be read: once, however many objects it is about.
+fn unknown(facts: &Facts) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut add = |what: &str, why: Option<&str>| {
+        let line = why.map(|why| format!("{what}: {why}"));
+        lines.extend(line.filter(|line| !lines.contains(line)));
+    };
+    add("the pod's events", facts.events.unknown());
+    for volume in &facts.volumes {
+        add(
+            &format!("class {}", volume.class_name),
+            volume.class.unknown(),
+        );
+        add(
+            "the pod statuses (SecretProviderClassPodStatus)",
+            volume.pod_status.unknown(),
+        );
+    }
+    for (name, read) in &facts.secrets {
+        add(&format!("whether Secret {name} exists"), read.unknown());
+    }
+    if let Some(classes) = &facts.classes {
+        add("the classes of the namespace", classes.unknown());
+    }
+    if facts.volumes.is_empty() {
+        return lines;
+    }
+    add(
+        &format!("the CSIDriver {DRIVER}"),
+        facts.csi_driver.unknown(),
+    );
+    let installed = "the driver's DaemonSet (name its namespace with --driver-namespace)";
+    add(installed, facts.installed.unknown());
+    if let Some(node) = &facts.node {
+        add(&format!("node {}", node.name), node.node.unknown());
+        add(
+            &format!("the drivers of node {} (CSINode)", node.name),
+            node.csi_node.unknown(),
+        );
+        if facts.installed.unknown().is_none() {
+            add("the driver's pod on the node", node.driver.unknown());
+        }
+        if let Some(NodeSays::Unknown(why)) = &node.says {
+            add("what the driver on the node has recorded", Some(why));
+        }
+    }
+    lines
+}

@@ -1,0 +1,115 @@
+//! Runs `doctor` against an API server whose objects are those of clusters in trouble.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test"
+)]
+
+mod world;
+
+use std::{
+    fmt::Write as _,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+use world::{World, ago};
+
+type Change = fn(&mut World);
+
+const SITUATIONS: &[(&str, Change)] = &[
+    ("all is well", |_| {}),
+    ("the kinds are not installed", |world| world.remove_kinds()),
+    ("the CSIDriver is missing", |world| {
+        world.csi_driver = json!(null)
+    }),
+    ("the CSIDriver is wrong", |world| {
+        world.csi_driver["spec"] = json!({"requiresRepublish": false, "fsGroupPolicy": "None"});
+    }),
+    ("the driver may not write Secrets", |world| {
+        world.roles = vec!["rbac-secretproviderclass.yaml"];
+    }),
+    ("the driver may do nothing", |world| {
+        world.roles = Vec::new()
+    }),
+    ("the driver's pod crashes", |world| {
+        world.driver["status"] = json!({
+            "phase": "Running", "conditions": [{"type": "Ready", "status": "False"}],
+            "containerStatuses": [{"name": "secrets-store", "image": "", "imageID": "", "ready": false,
+                "restartCount": 7, "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+                "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}],
+        });
+    }),
+    ("kubelet does not know the driver", |world| {
+        world.csi_node["spec"]["drivers"] = json!([])
+    }),
+    ("a class of a provider that no node has", |world| {
+        world.class["spec"]["provider"] = json!("aws");
+    }),
+    ("a node in trouble", |world| {
+        world.status["driver"] = json!({"path": "/csi/csi.sock", "answers": false, "error": "Connection refused (os error 111)"});
+        world.status["providers"][0]["answers"] = json!(false);
+        world.status["unseenBelow"] = json!("/var/lib/kubelet/pods");
+        world.status["memory"]["used"] = json!(99_000_000);
+        world.status["time"] = ago(7_230);
+        world.status["volumes"][0]["staleSince"] = ago(600);
+        world.status["volumes"][0]["mounted"] = json!(false);
+    }),
+    ("the existing driver", |world| world.existing_driver = true),
+    ("a pod status whose pod is gone", |world| {
+        world.pod_status["metadata"]["ownerReferences"][0]["uid"] = json!("another");
+    }),
+    ("only little may be read", |world| {
+        world.forbidden = vec![
+            "/exec?",
+            "/customresourcedefinitions",
+            "/subjectaccessreviews",
+            "/csinodes",
+            "/secretprovider",
+        ];
+    }),
+];
+
+#[tokio::test]
+async fn each_situation_has_its_report() {
+    let mut text = String::new();
+    for (title, change) in SITUATIONS {
+        let mut world = World::in_order();
+        change(&mut world);
+        let said = world.start().await.run(&["doctor"]).await;
+        assert_eq!(said.stderr, "", "{title}");
+        writeln!(text, "# {title}: exit code {}\n{}", said.code, said.stdout).unwrap();
+    }
+    insta::with_settings!({filters => vec![(r"\d{4}-\d\d-\d\dT[\d:]+Z( \([^)]*\))?", "[time]"), (r"version v[\d.]+", "version [version]")]}, {
+        insta::assert_snapshot!(text);
+    });
+}
+
+/// The requests about a cluster do not grow with its nodes, beyond the pages of some lists.
+#[tokio::test]
+async fn a_large_cluster_is_sampled() {
+    let mut world = World::in_order();
+    world.more_nodes = 5_000;
+    let running = world.start().await;
+    let began = Instant::now();
+    let said = running.run(&["doctor", "-o", "json"]).await;
+    let took = began.elapsed();
+    assert_eq!(said.stderr, "");
+    let report: Value = serde_json::from_str(&said.stdout).unwrap();
+    let looked = report["lookedAt"].to_string();
+    assert!(
+        looked.contains("2000 pods of the driver, and not the rest, of which 20 said"),
+        "{looked}"
+    );
+    assert!(looked.contains("20 of these nodes were asked"), "{looked}");
+    // 11 pages of CSINodes, 4 of pods, and two commands for each node that is asked.
+    let requests = running.requests();
+    assert!(requests < 100, "{requests}");
+    // Some seconds on a quiet machine; a busy one gets more.
+    assert!(took < Duration::from_secs(60), "{took:?}");
+    assert_eq!(report["findings"], json!([]), "{report:#}");
+    assert_eq!(said.code, 0);
+}
