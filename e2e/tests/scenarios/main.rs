@@ -22,6 +22,7 @@ mod known;
 mod lifecycle;
 mod objects;
 mod paths;
+mod plugin;
 mod pods;
 mod providers;
 mod restarts;

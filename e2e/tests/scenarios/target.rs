@@ -109,6 +109,21 @@ impl Target {
         }
     }
 
+    /// Returns an administrator's kubeconfig, in YAML.
+    pub async fn kubeconfig(&self) -> String {
+        match self {
+            Self::Embedded(cluster) => cluster.api().kubeconfig().await.unwrap(),
+            Self::Local(..) => {
+                let running = LOCAL.get().unwrap().as_ref().unwrap();
+                std::fs::read_to_string(running.kubeconfig()).unwrap()
+            }
+            Self::Kind(..) => {
+                let running = KIND.get().unwrap().as_ref().unwrap();
+                running.kubeconfig().to_owned()
+            }
+        }
+    }
+
     /// Returns the path of a node's file for this process, if it has access.
     pub fn disk(&self, node: &str, path: &Path) -> Option<PathBuf> {
         match self {
