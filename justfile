@@ -64,6 +64,11 @@ bench *options:
 scale *options:
     cargo run --release --bin e2e -- scale --docs docs {{options}}
 
+# Show where the memory of the release build is, and write it into docs/sizing.md.
+[group('before a pull request')]
+footprint *options:
+    cargo run --bin e2e -- footprint --docs docs {{options}}
+
 # Put load on the release build: storms, rotations, large answers, a provider that hangs.
 [group('before a pull request')]
 load:

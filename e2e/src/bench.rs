@@ -6,6 +6,7 @@ mod control_plane;
 mod document;
 mod node;
 mod process;
+mod resident;
 mod retry;
 mod site;
 mod table;
@@ -30,9 +31,10 @@ use crate::manifest::add_arguments;
 use crate::namespace::Namespace;
 
 pub(crate) use control_plane::{ControlPlane, Requests};
-pub(crate) use document::{Page, Run};
+pub(crate) use document::{Page, Run, replace_section};
 pub(crate) use node::{Node, Provider, Settings, Stopped, publish, unpublish};
 pub(crate) use process::Process;
+pub(crate) use resident::Resident;
 pub(crate) use retry::Backoff;
 pub(crate) use site::{Site, built};
 pub(crate) use table::Table;
@@ -40,6 +42,8 @@ pub(crate) use volume::Volume;
 
 /// kubelet's directory on a node.
 const KUBELET_ROOT: &str = "/var/lib/kubelet";
+/// The CSI socket on a node's disk.
+const SOCKET: &str = "var/lib/kubelet/plugins/csi-secrets-store/csi.sock";
 /// The number of pods that are created, and volumes that are unpublished, at the same time.
 const MANY: usize = 50;
 
@@ -119,7 +123,7 @@ impl<'a> Bench<'a> {
             .and_then(|c| c.pid)
             .ok_or_else(|| failed("the driver", &"does not run"))?;
         let disk = cluster.disk(&name);
-        let socket = disk.join("var/lib/kubelet/plugins/csi-secrets-store/csi.sock");
+        let socket = disk.join(SOCKET);
         let channel = Endpoint::from_shared(format!("unix://{}", socket.display()))
             .map_err(|error| failed("the CSI socket", &error))?
             .connect()
@@ -224,6 +228,16 @@ impl<'a> Bench<'a> {
             .count();
         let count = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
         (count(reads), count(requests.len() - reads))
+    }
+
+    /// Returns the driver's process.
+    pub(crate) fn process(&self) -> Process {
+        self.process
+    }
+
+    /// Returns the path of the CSI socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.disk.join(SOCKET)
     }
 
     /// Returns the CPU time that the driver has used, in seconds.

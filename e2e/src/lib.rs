@@ -6,7 +6,8 @@
 //! demo               what the command `e2e` runs
 //! comparison         this driver and the existing one side by side: what `e2e bench` runs
 //! scale              hundreds of drivers in front of one API server: what `e2e scale` runs
-//! budget, load, soak measurements of the release build
+//! budget, footprint  measurements of the release build
+//! load, soak         the same, for long or with much to do
 //!   bench            calls the CSI socket and measures the driver
 //! embedded           the clusters: an API server and a kubelet of our own,
 //! local, kind        real Kubernetes on this machine, and in Docker
@@ -32,6 +33,7 @@ pub mod cluster;
 pub mod comparison;
 pub mod demo;
 pub mod embedded;
+pub mod footprint;
 mod guard;
 mod host;
 pub mod images;

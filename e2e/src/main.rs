@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use e2e::binaries::Binaries;
 use e2e::providers::{self, Provider};
-use e2e::{budget, chaos, comparison, demo, isolated, load, local, scale, soak, stores};
+use e2e::{budget, chaos, comparison, demo, footprint, isolated, load, local, scale, soak, stores};
 
 /// Run the Secrets Store CSI driver end to end. Without a command, run the demo.
 #[derive(Parser)]
@@ -24,6 +24,16 @@ enum Command {
     Demo,
     /// Measure the release build of the driver against its budgets, and fail when it exceeds one.
     Budget,
+    /// Show where the memory of the release build of the driver is: at rest, at the peak of many publishes,
+    /// and after them.
+    Footprint {
+        /// The number of volumes.
+        #[arg(long, default_value_t = 1000)]
+        volumes: usize,
+        /// The directory whose sizing.md gets the table.
+        #[arg(long)]
+        docs: Option<PathBuf>,
+    },
     /// Put load on the release build of the driver, and fail when time or memory exceeds its bound.
     Load {
         /// The number of rotations of 200 volumes.
@@ -192,6 +202,9 @@ fn command() -> ExitCode {
     let outcome = match Cli::parse().command.unwrap_or(Command::Demo) {
         Command::Demo => in_runtime(demo::run()),
         Command::Budget => in_runtime(budget::run()),
+        Command::Footprint { volumes, docs } => {
+            in_runtime(run_footprint(footprint::Options { volumes, docs }))
+        }
         Command::Load { rotations } => in_runtime(load::run(rotations)),
         Command::Soak { minutes, chart } => in_runtime(soak::run(minutes, &chart)),
         Command::Bench {
@@ -249,6 +262,10 @@ async fn bench(rounds: usize, rest: f64, volumes: usize, docs: Option<PathBuf>) 
         docs,
     };
     Ok(comparison::run(&options).await?)
+}
+
+async fn run_footprint(options: footprint::Options) -> Outcome {
+    Ok(footprint::run(&options).await?)
 }
 
 async fn run_scale(options: scale::Options) -> Outcome {

@@ -149,10 +149,13 @@ const E2E: Modules = &[
     ),
     (
         "comparison",
-        &["bench", "binaries", "cluster", "install", "previous"],
+        &[
+            "bench", "binaries", "cluster", "install", "previous", "real",
+        ],
     ),
     ("scale", &["bench", "binaries", "cluster"]),
     ("budget", &["bench", "cluster", "embedded"]),
+    ("footprint", &["bench", "binaries", "cluster", "embedded"]),
     ("soak", &["bench", "cluster", "embedded"]),
     ("load", &["bench", "cluster", "embedded", "install"]),
     (

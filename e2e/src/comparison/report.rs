@@ -7,10 +7,34 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::chart;
-use crate::bench::{Page, Run};
+use crate::bench::{Page, Run, replace_section};
 use crate::cluster::Result;
 
 const COMMAND: &str = "e2e bench";
+/// The rows of the README's table, and the figures whose medians they have.
+const SUMMARY: [(&str, &str); 12] = [
+    ("a publish, one at a time (p50)", "publish at 1, p50"),
+    ("110 publishes at once (p50)", "publish at 110, p50"),
+    ("publishes in a second, 50 at a time", "publish at 50, rate"),
+    ("a look at a volume that is not due (p50)", "look at 1, p50"),
+    ("looks, 50 at a time (p99)", "look at 50, p99"),
+    (
+        "refreshes with changed content, 50 at a time (p50)",
+        "refresh with change at 50, p50",
+    ),
+    ("unpublishes, 50 at a time (p50)", "unpublish at 50, p50"),
+    (
+        "boot of a node with 110 pods",
+        "boot, until 110 volumes are published",
+    ),
+    ("CPU time of a publish", "CPU for a publish"),
+    ("memory, idle", "resident memory, idle"),
+    (
+        "memory, all volumes published",
+        "resident memory, all volumes published",
+    ),
+    ("failed unpublishes", "failed calls, unpublish"),
+];
 
 /// One measured value.
 pub(super) struct Figure {
@@ -67,20 +91,28 @@ impl Values {
 
     fn shown(&self) -> String {
         let (least, most) = self.spread();
-        let [median, least, most] = [self.median(), least, most].map(|value| match self.unit {
+        let [least, most] = [least, most].map(|value| self.digits(value));
+        let median = self.shown_median();
+        if least == most {
+            return median;
+        }
+        format!("{median} ({least} to {most})")
+    }
+
+    fn shown_median(&self) -> String {
+        let median = self.digits(self.median());
+        match self.unit {
+            "" | "/s" => format!("{median}{}", self.unit),
+            unit => format!("{median} {unit}"),
+        }
+    }
+
+    fn digits(&self, value: f64) -> String {
+        match self.unit {
             // A number of calls or requests.
             "" if value.fract() == 0.0 => format!("{value:.0}"),
             _ => short(value),
-        });
-        let unit = match self.unit {
-            "" => String::new(),
-            "/s" => "/s".to_owned(),
-            unit => format!(" {unit}"),
-        };
-        if least == most {
-            return format!("{median}{unit}");
         }
-        format!("{median}{unit} ({least} to {most})")
     }
 }
 
@@ -144,6 +176,29 @@ impl Report {
         text
     }
 
+    /// Returns the README's table: medians only, of what was measured of all drivers.
+    fn summary(&self) -> String {
+        let names = self.subjects.iter();
+        let names: Vec<String> = names
+            .map(|((name, version), _)| format!("{name} {version}"))
+            .collect();
+        let mut text = format!(
+            "| | {} |\n|---|{}",
+            names.join(" | "),
+            "---|".repeat(names.len())
+        );
+        for (row, figure) in SUMMARY {
+            let values = self.subjects.iter();
+            let values: Option<Vec<String>> = values
+                .map(|(_, figures)| figures.get(figure).map(Values::shown_median))
+                .collect();
+            if let Some(values) = values {
+                let _infallible = write!(text, "\n| {row} | {} |", values.join(" | "));
+            }
+        }
+        text
+    }
+
     /// Returns one of each figure in order: those of the first driver, and those that only others have
     /// where these have them.
     fn rows(&self) -> Vec<&Values> {
@@ -163,7 +218,8 @@ impl Report {
         rows
     }
 
-    /// Writes `benchmarks.md`, `benchmarks.json` and `benchmarks.svg`.
+    /// Writes `benchmarks.md`, `benchmarks.json` and `benchmarks.svg`, and the table of the README beside
+    /// the directory.
     ///
     /// # Errors
     /// When a file cannot be written.
@@ -186,7 +242,8 @@ impl Report {
         });
         page.write(docs, &self.markdown(), &values, |path| {
             chart::draw(path, self)
-        })
+        })?;
+        replace_section(&docs.join("../README.md"), COMMAND, &self.summary())
     }
 }
 

@@ -70,7 +70,7 @@ impl Sampler {
         let requests = self.plane.requests().await;
         let requests = requests.unwrap_or_else(|_| last.requests.clone());
         let calls = self.provider.lock().await.calls().await;
-        let calls = calls.unwrap_or(0.0);
+        let calls = calls.unwrap_or(last.calls);
         let cpu = self.cpu(&mut last.times);
         // A real API server, and the provider, count from zero when they come back.
         let new = if requests.total() < last.requests.total() {
