@@ -216,6 +216,33 @@ async fn a_publish_writes_its_own(
     );
 }
 
+/// Whether there is an object is known of a volume that was mounted before, so that no write is tried that
+/// must fail.
+#[rstest]
+#[case::first(There::Nothing, None, &["create"])]
+#[case::changed(There::OursOfBefore, Some("web-shop-db"), &["get", "update"])]
+#[case::unchanged(There::Ours, Some("web-shop-db"), &["get"])]
+#[case::deleted_by_hand(There::Nothing, Some("web-shop-db"), &["get", "create"])]
+#[case::left_by_an_earlier_pod(There::AnotherPods, None, &["create", "get", "get", "update"])]
+#[tokio::test]
+async fn a_write_takes_these_requests(
+    #[case] there: There,
+    #[case] before: Option<&str>,
+    #[case] expected: &[&str],
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = world(dir.path(), there, Known::Ours).await;
+    let (pod, objects) = (our_pod(), objects());
+    api.server.reset_requests();
+    let written = cluster
+        .write_pod_status(&mounted(&pod, &objects), before)
+        .await;
+    assert_eq!(written.unwrap().name, "web-shop-db");
+    let requests = api.server.requests();
+    let verbs: Vec<_> = requests.iter().map(|request| &*request.verb).collect();
+    assert_eq!(verbs, expected);
+}
+
 #[rstest]
 #[tokio::test]
 async fn a_look_makes_it_again_for_a_pod_that_lives(

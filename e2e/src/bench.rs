@@ -19,6 +19,7 @@ use embedded::Options;
 use futures::{StreamExt as _, stream};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::DeleteParams;
+use proto::csi::NodeGetInfoRequest;
 use proto::csi::node_client::NodeClient;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -164,6 +165,20 @@ impl<'a> Bench<'a> {
                 .node_publish_volume(volume.publish())
                 .await;
             called.map_err(|status| failed("publish", &status.message()))?;
+            Ok(started.elapsed().as_secs_f64() * 1000.0)
+        });
+        let results: Vec<Result<f64>> = calls.buffer_unordered(concurrency).collect().await;
+        let mut latencies = results.into_iter().collect::<Result<Vec<f64>>>()?;
+        latencies.sort_by(f64::total_cmp);
+        Ok(latencies)
+    }
+
+    /// Makes calls that have nothing to do. Returns the time of each in milliseconds, sorted.
+    pub(crate) async fn empty_calls(&self, count: usize, concurrency: usize) -> Result<Vec<f64>> {
+        let calls = stream::iter(0..count).map(|_| async {
+            let started = Instant::now();
+            let called = self.node.clone().node_get_info(NodeGetInfoRequest {}).await;
+            called.map_err(|status| failed("NodeGetInfo", &status.message()))?;
             Ok(started.elapsed().as_secs_f64() * 1000.0)
         });
         let results: Vec<Result<f64>> = calls.buffer_unordered(concurrency).collect().await;

@@ -53,7 +53,7 @@ const FLAGS: [&str; 7] = [
     "--min-rotation-poll-interval=1s",
     "--rotation-backoff=500ms",
     "--rotation-backoff-max=3s",
-    "--sync-interval=3s",
+    "--sync-interval=1s",
     "--provider-max-calls=16",
 ];
 /// The interval at which the state is looked at.

@@ -1,5 +1,6 @@
 //! Writes the SecretProviderClassPodStatus of a volume, with as few requests as possible: one
-//! create on a first publish, and one cheap read when nothing changed.
+//! create on a first publish, one read and one replacement when the content has changed, and now and
+//! then one cheap read.
 
 mod desired;
 mod trouble;
@@ -41,6 +42,13 @@ impl Written {
     }
 }
 
+/// The first request of a write: whether there is an object of that name is usually known.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum First {
+    Create,
+    Read,
+}
+
 /// The action for a complete pod status of this volume that names other versions.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum OtherVersions {
@@ -74,7 +82,11 @@ impl Cluster {
         } else {
             desired.name()
         };
-        let written = self.put_pod_status(desired, name, OtherVersions::Replace);
+        let first = match before {
+            Some(before) if before == name => First::Read,
+            _ => First::Create,
+        };
+        let written = self.put_pod_status(desired, name, first, OtherVersions::Replace);
         written.await.map_err(|error| desired.failed(error))
     }
 
@@ -93,18 +105,20 @@ impl Cluster {
     ) -> Result<bool> {
         let kept = async {
             let api = self.pod_statuses(desired.pod).await?;
-            match self.read(api.get_with(name, &GetParams::any())).await {
+            let first = match self.read(api.get_with(name, &GetParams::any())).await {
                 Ok(existing) if desired.is_complete(&existing) => {
                     self.compare_troubles(desired.named(name), &existing.metadata);
                     return Ok(false);
                 }
-                Ok(_) | Err(Failure::Refused { code: 404, .. }) => {}
+                Ok(_) => First::Read,
+                Err(Failure::Refused { code: 404, .. }) => First::Create,
                 Err(failure) => return Err(failure.into_error()),
-            }
+            };
             if !self.is_alive(desired.pod).await? {
                 return Ok(false);
             }
-            let written = self.put_pod_status(desired, name.to_owned(), OtherVersions::Leave);
+            let name = name.to_owned();
+            let written = self.put_pod_status(desired, name, first, OtherVersions::Leave);
             Ok(!written.await?.resource_version.is_empty())
         };
         kept.await.map_err(|error| desired.failed(error))
@@ -114,9 +128,10 @@ impl Cluster {
         &self,
         desired: &DesiredPodStatus<'_>,
         name: String,
+        first: First,
         other_versions: OtherVersions,
     ) -> Result<Written> {
-        let (name, metadata) = self.put(desired, name, other_versions).await?;
+        let (name, metadata) = self.put(desired, name, first, other_versions).await?;
         if metadata.resource_version.is_some() {
             self.compare_troubles(desired.named(&name), &metadata);
         }
@@ -129,22 +144,23 @@ impl Cluster {
         &self,
         desired: &DesiredPodStatus<'_>,
         mut name: String,
+        mut first: First,
         other_versions: OtherVersions,
     ) -> Result<(String, ObjectMeta)> {
         let api = self.pod_statuses(desired.pod).await?;
         for _ in 0..ATTEMPTS {
             let object = desired.object(&name);
-            match self
-                .in_turn(api.create(&PostParams::default(), &object))
-                .await
-            {
-                Ok(created) => return Ok((name, created.metadata)),
-                Err(Failure::Refused { code: 409, .. }) => {}
-                Err(failure) => return Err(failure.into_error()),
+            if std::mem::replace(&mut first, First::Create) == First::Create {
+                let how = PostParams::default();
+                match self.in_turn(api.create(&how, &object)).await {
+                    Ok(created) => return Ok((name, created.metadata)),
+                    Err(Failure::Refused { code: 409, .. }) => {}
+                    Err(failure) => return Err(failure.into_error()),
+                }
             }
             let existing = match self.read(api.get(&name)).await {
                 Ok(existing) => existing,
-                // Deleted between the two requests.
+                // Deleted before it was read.
                 Err(Failure::Refused { code: 404, .. }) => continue,
                 Err(failure) => return Err(failure.into_error()),
             };

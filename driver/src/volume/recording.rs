@@ -8,7 +8,7 @@ use super::{PublishRequest, Volumes, threads::blocking};
 use crate::{
     cluster::pod_status::{DesiredPodStatus, NewOrder, Written},
     error::{Error, Result},
-    record::{Object, Record, StagedRecord},
+    record::{Object, Record, Records, StagedRecord},
 };
 
 impl Volumes {
@@ -17,7 +17,7 @@ impl Volumes {
         let (records, copy) = (self.records.clone(), record.clone());
         blocking(move || records.stage(&copy))
             .await
-            .map_err(|error| self.not_recorded(record, &error))
+            .map_err(|error| not_recorded(&self.records, record, &error))
     }
 
     /// Makes a record valid, and with it the volume a published one.
@@ -25,28 +25,13 @@ impl Volumes {
         let copy = record.clone();
         blocking(move || staged.commit(&copy))
             .await
-            .map_err(|error| self.not_recorded(&record, &error))
+            .map_err(|error| not_recorded(&self.records, &record, &error))
     }
 
     /// Replaces the record of a volume.
     pub(super) async fn write_record(&self, record: Record) -> Result<()> {
         let staged = self.stage_record(&record).await?;
         self.commit_record(staged, record).await
-    }
-
-    fn not_recorded(&self, record: &Record, error: &io::Error) -> Error {
-        let code = match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::ResourceExhausted,
-            _ => Code::Internal,
-        };
-        Error::new(
-            code,
-            format!(
-                "failed to record the volume of pod {} on the node's disk, in {}: {error}",
-                record.pod,
-                self.records.directory().display()
-            ),
-        )
     }
 
     /// Writes the pod status of a volume. `new_order` says that the content gets a new order, and why.
@@ -58,17 +43,7 @@ impl Volumes {
         new_order: Option<NewOrder>,
         before: Option<&str>,
     ) -> Result<Written> {
-        let desired = self.desired_pod_status(request, objects, new_order);
-        self.cluster.write_pod_status(&desired, before).await
-    }
-
-    fn desired_pod_status<'a>(
-        &'a self,
-        request: &'a PublishRequest,
-        objects: &'a [Object],
-        new_order: Option<NewOrder>,
-    ) -> DesiredPodStatus<'a> {
-        DesiredPodStatus {
+        let desired = DesiredPodStatus {
             volume_id: &request.volume_id,
             pod: &request.pod,
             class: &request.class,
@@ -76,21 +51,23 @@ impl Volumes {
             node: &self.node,
             objects,
             new_order,
-        }
+        };
+        self.cluster.write_pod_status(&desired, before).await
     }
+}
 
-    /// Makes sure that the pod status exists, when there is nothing new to write into it. A failure
-    /// is only logged: the volume is fresh all the same, and the next refresh tries again.
-    pub(super) async fn keep_pod_status(&self, request: &PublishRequest, record: &Record) {
-        let objects = record.told_objects();
-        let desired = self.desired_pod_status(request, &objects, None);
-        let name = &record.pod_status;
-        match self.cluster.keep_pod_status(&desired, name).await {
-            Ok(false) => {}
-            Ok(true) => self
-                .sync
-                .pod_status_is_new(&request.pod, &request.volume_id),
-            Err(error) => tracing::debug!(%error, "trying again"),
-        }
-    }
+/// Returns the error of a record that could not be written.
+pub(super) fn not_recorded(records: &Records, record: &Record, error: &io::Error) -> Error {
+    let code = match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::ResourceExhausted,
+        _ => Code::Internal,
+    };
+    Error::new(
+        code,
+        format!(
+            "failed to record the volume of pod {} on the node's disk, in {}: {error}",
+            record.pod,
+            records.directory().display()
+        ),
+    )
 }

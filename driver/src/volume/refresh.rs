@@ -272,8 +272,6 @@ impl Volumes {
                 let name = self.directory(request, &mount, fresh.writer).await?;
                 fresh.orders = BTreeMap::from([(name, written.resource_version)]);
             }
-        } else {
-            self.keep_pod_status(request, record).await;
         }
         let new = staged.new_directory();
         self.commit_content(request, &mount, staged).await?;

@@ -104,8 +104,12 @@ impl Measurement<'_> {
         Ok(all)
     }
 
-    /// Looks at published volumes that are not due, as kubelet does, once each.
+    /// Looks at published volumes that are not due, as kubelet does, once each. The first look after a
+    /// publish is not measured: a volume has hundreds.
     async fn looks(&self, node: &Node, volumes: &[Volume], round: &mut Round) -> Result<()> {
+        tokio::time::sleep(SETTLE).await;
+        let looks = ("first look", publish);
+        self.calls(node, volumes, 50, looks, round).await?;
         tokio::time::sleep(self.options.rest).await;
         let (alone, together) = volumes.split_at(self.options.volumes);
         for (at_once, volumes) in [(1, alone), (50, together)] {
