@@ -23,6 +23,7 @@ mod sub_path;
 pub mod target;
 mod threads;
 mod unchanged;
+mod undo;
 
 use std::{
     collections::BTreeMap,
@@ -49,7 +50,7 @@ use crate::{
     sync::SecretSync,
 };
 use ask::unless;
-use content::{Undo, take_down};
+use content::{Filled, check_propagation};
 use failing::Failing;
 use lasting::Lasting;
 use looks::Looks;
@@ -60,6 +61,7 @@ use sub_path::Told;
 use target::{Busy, TargetPath};
 use threads::{ThreadHealth, blocking};
 use unchanged::{Digests, Evidence};
+use undo::{Undo, take_down};
 
 /// The parts of the driver that volumes use.
 pub struct Parts {
@@ -282,14 +284,15 @@ impl Volumes {
             Start::NewMount => None,
             Start::InPlace => earlier.map(|earlier| earlier.writer),
         };
-        let staged = self
-            .stage_files(request, &mount, reply.files, present)
-            .await?;
         let now = self.clock.now();
-        let mut record = new_record(request, &class, reply.objects, staged.writer(), now);
-        let staged_record = self.stage_record(&record).await?;
-        self.commit_content(request, &mount, staged).await?;
-        let directory = self.directory(request, &mount, record.writer).await?;
+        let record = new_record(request, &class, reply.objects, now);
+        let Filled {
+            mut record,
+            staged_record,
+            directory,
+        } = self
+            .fill(request, &mount, reply.files, present, record)
+            .await?;
         record.files = self.names(request, sends_versions).await;
         let before = earlier.map(|earlier| earlier.pod_status.as_str());
         let new_order = NewOrder::Changed(now);
@@ -302,8 +305,8 @@ impl Volumes {
         let synced = self.sync.volume_mounted(&record, &class).await;
         let committing = async {
             synced?;
-            self.check_mount(request, &mount).await?;
-            self.commit_record(staged_record, record).await
+            self.record_volume(request, &mount, staged_record, record)
+                .await
         };
         if let Err(error) = committing.await {
             if undo.is_some() {
@@ -411,24 +414,25 @@ impl Volumes {
 
     /// Makes the directory and mounts an empty tmpfs on it.
     async fn mount(&self, request: &PublishRequest) -> Result<(Undo, Arc<VolumeMount>)> {
-        self.check_propagation(request).await?;
         let tmpfs = Arc::clone(&self.tmpfs);
-        let (memory, namespace) = (Arc::clone(&self.memory), request.pod.namespace.clone());
-        let target = request.target.as_path().to_owned();
-        let parent = request.target.parent();
-        blocking(move || {
+        let (memory, pod) = (Arc::clone(&self.memory), request.pod.clone());
+        let (path, parent) = (request.target.clone(), request.target.parent());
+        let mounted = blocking(move || {
+            if let Err(refused) = check_propagation(&tmpfs, &path, &pod) {
+                return Ok(Err(refused));
+            }
+            let target = path.as_path().to_owned();
             let undo = Undo::of(target.clone());
             // An interrupted attempt may have left a mount or files.
             take_down(&target)?;
             memory.changed(&target);
-            if let Err(no_room) = memory.check(&target, &namespace) {
+            if let Err(no_room) = memory.check(&target, &pod.namespace) {
                 return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room));
             }
             mount::make_target(&target)?;
-            Ok((undo, Arc::new(tmpfs.mount(&target)?)))
-        })
-        .await
-        .map_err(|error| match error.kind() {
+            Ok(Ok((undo, Arc::new(tmpfs.mount(&target)?))))
+        });
+        mounted.await.map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => Error::precondition(format!(
                 "failed to mount for pod {}: {} is not there for the driver, although kubelet made it: mount kubelet's pods directory into the driver's container at the same path, with mountPropagation Bidirectional (chart value linux.kubeletRootDir)",
                 request.pod, parent.display()
@@ -438,7 +442,7 @@ impl Volumes {
                 format!("failed to mount for pod {}: {error}", request.pod),
             ),
             _ => Error::internal(format!("failed to mount tmpfs at {} for pod {}: {error}", request.target, request.pod)),
-        })
+        })?
     }
 }
 
@@ -482,12 +486,11 @@ fn plan(found: &Found) -> Plan<'_> {
     }
 }
 
-/// Returns the record of a first publish, before its pod status has been written.
+/// Returns the record of a first publish, before content and pod status have been written.
 fn new_record(
     request: &PublishRequest,
     class: &Class,
     objects: Vec<Object>,
-    writer: Writer,
     now: Timestamp,
 ) -> Record {
     Record {
@@ -499,7 +502,7 @@ fn new_record(
         pod_status: String::new(),
         objects,
         changes_of_versions: 0,
-        writer,
+        writer: Writer::Driver,
         orders: BTreeMap::new(),
         files: None,
         last_success: now,

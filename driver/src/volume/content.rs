@@ -1,10 +1,9 @@
-//! Stages and commits the content of a volume, and takes volumes down.
+//! Stages and commits the content of a volume.
 
 use std::{
     collections::BTreeMap,
     future::Future,
     io,
-    os::fd::AsFd as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -12,18 +11,16 @@ use std::{
 use tokio::time::sleep;
 use tonic::Code;
 
-use super::{PublishRequest, Volumes, threads::blocking};
+use super::{
+    PublishRequest, Volumes, recording::not_recorded, target::TargetPath, threads::blocking,
+};
 use crate::{
     error::{Error, Reason, Result},
-    files::{self, File, Payload, layout, own, read, swap},
-    memory::Reservation,
-    mount::{self, Detached, Tmpfs, VolumeMount},
-    record::{Record, Writer},
+    files::{Access, File, Payload, layout, own, read, swap},
+    memory::{Memory, Reservation},
+    mount::{Tmpfs, VolumeMount},
+    record::{Pod, Record, StagedRecord, Writer},
 };
-
-/// The number of mounts that may lie on top of each other at one target. Earlier drivers could stack
-/// them.
-const MAX_STACKED: usize = 32;
 
 /// The files of a provider's answer, before they are the volume's content.
 pub(super) enum Stage {
@@ -97,48 +94,63 @@ impl Volumes {
         let payload = Payload::new(files)
             .map_err(|invalid| failed(Error::precondition(invalid.to_string())))?
             .accessible(request.access);
-        let (target, access) = (request.target.as_path().to_owned(), request.access);
-        let (mount, tmpfs) = (Arc::clone(mount), Arc::clone(&self.tmpfs));
-        let (memory, namespace) = (Arc::clone(&self.memory), request.pod.namespace.clone());
-        let staged = blocking(move || {
-            let root = mount.open()?;
-            if !payload.is_empty() {
-                let reservation = match memory.reserve(&target, &namespace, &payload) {
-                    Ok(reservation) => reservation,
-                    // Content that is there already needs no room.
-                    Err(_) if swap::holds(&root, &payload) => return Ok(Some(Stage::Unchanged)),
-                    Err(no_room) => {
-                        return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room));
-                    }
-                };
-                let staged = swap::stage(root, payload)
-                    .map_err(|error| explain_full(error, &tmpfs, &target))?;
-                return Ok(Some(match staged {
-                    Some(staged) => Stage::Files(staged, reservation),
-                    None => Stage::Unchanged,
-                }));
-            }
-            // Files that the driver wrote are no answer of this provider.
-            if present == Some(Writer::Driver) {
-                if !layout::has_foreign_entries(&root)? {
-                    return Ok(None);
-                }
-                own::grant(&root, access)?;
-                return Ok(Some(Stage::TakenOver));
-            }
-            if layout::is_empty(&root)? {
-                return Ok(None);
-            }
-            own::grant(&root, access)?;
-            Ok(Some(Stage::OfProvider))
-        })
-        .await
-        .map_err(|error| failed(explained(request, &error)))?;
-        staged.ok_or_else(|| {
-            failed(Error::precondition(
-                "the provider named objects but sent no files and wrote none itself; the volume would be empty",
-            ))
-        })
+        let volume = self.writable(request, mount);
+        let staged = blocking(move || volume.stage(payload, present)).await;
+        let staged = staged.map_err(|error| failed(explained(request, &error)))?;
+        staged.ok_or_else(|| no_files(request))
+    }
+
+    /// Writes the first answer of a provider into a volume and measures it, once `record` has got its
+    /// room on the disk. All of this runs on one thread: the way to another one and back takes longer
+    /// than most of the steps.
+    pub(super) async fn fill(
+        &self,
+        request: &PublishRequest,
+        mount: &Arc<VolumeMount>,
+        files: Vec<(String, File)>,
+        present: Option<Writer>,
+        mut record: Record,
+    ) -> Result<Filled> {
+        let failed = |error| failed_to_write(request, error);
+        let payload = Payload::new(files)
+            .map_err(|invalid| failed(Error::precondition(invalid.to_string())))?
+            .accessible(request.access);
+        let (volume, records) = (self.writable(request, mount), self.records.clone());
+        let none = no_files(request);
+        let filled = blocking(move || {
+            let Some(staged) = volume.stage(payload, present)? else {
+                return Ok(Err(none));
+            };
+            record.writer = staged.writer();
+            let staged_record = match records.stage(&record) {
+                Ok(staged_record) => staged_record,
+                Err(error) => return Ok(Err(not_recorded(&records, &record, &error))),
+            };
+            let former = volume.commit(staged)?;
+            let filled = Filled {
+                directory: volume.directory(record.writer)?,
+                record,
+                staged_record,
+            };
+            Ok(Ok((filled, former)))
+        });
+        let filled = filled.await;
+        let (filled, former) = filled.map_err(|error| failed(explained(request, &error)))??;
+        if let Some(former) = former {
+            tokio::spawn(self.remove_later(request, Arc::clone(mount), former));
+        }
+        Ok(filled)
+    }
+
+    fn writable(&self, request: &PublishRequest, mount: &Arc<VolumeMount>) -> Writable {
+        Writable {
+            target: request.target.as_path().to_owned(),
+            namespace: request.pod.namespace.clone(),
+            access: request.access,
+            mount: Arc::clone(mount),
+            tmpfs: Arc::clone(&self.tmpfs),
+            memory: Arc::clone(&self.memory),
+        }
     }
 
     /// Returns the name of the directory that holds a volume's content; empty for content that the
@@ -149,25 +161,29 @@ impl Volumes {
         mount: &Arc<VolumeMount>,
         writer: Writer,
     ) -> Result<String> {
-        if writer == Writer::Provider {
-            return Ok(String::new());
-        }
-        let mount = Arc::clone(mount);
-        let id = blocking(move || read::content_id(&mount.open()?)).await;
-        id.map(|id| id.directory)
+        let volume = self.writable(request, mount);
+        blocking(move || volume.directory(writer))
+            .await
             .map_err(|error| failed_to_write(request, explained(request, &error)))
     }
 
-    /// Makes sure, before a volume is recorded, that it is still what a pod sees at the target.
-    pub(super) async fn check_mount(
+    /// Records a volume, and with that publishes it, if it is still what a pod sees at the target.
+    pub(super) async fn record_volume(
         &self,
         request: &PublishRequest,
         mount: &Arc<VolumeMount>,
+        staged: StagedRecord,
+        record: Record,
     ) -> Result<()> {
-        let mount = Arc::clone(mount);
-        blocking(move || mount.check())
+        let (mount, records) = (Arc::clone(mount), self.records.clone());
+        let recorded = blocking(move || {
+            mount.check()?;
+            let recorded = staged.commit(&record);
+            Ok(recorded.map_err(|error| not_recorded(&records, &record, &error)))
+        });
+        recorded
             .await
-            .map_err(|error| failed_to_write(request, explained(request, &error)))
+            .map_err(|error| failed_to_write(request, explained(request, &error)))?
     }
 
     /// Makes the staged files the volume's content, and measures it. The former content is removed
@@ -178,31 +194,10 @@ impl Volumes {
         mount: &Arc<VolumeMount>,
         staged: Stage,
     ) -> Result<()> {
-        let target = request.target.as_path().to_owned();
-        let (tmpfs, memory) = (Arc::clone(&self.tmpfs), Arc::clone(&self.memory));
-        let namespace = request.pod.namespace.clone();
-        let is_charged = staged.writer() == Writer::Driver;
-        let volume = Arc::clone(mount);
-        let former = blocking(move || {
-            let root = volume.open()?;
-            let mut reserved = None;
-            let former = match staged {
-                Stage::Files(staged, reservation) => {
-                    reserved = Some(reservation);
-                    staged
-                        .commit()
-                        .map_err(|error| explain_full(error, &tmpfs, &target))
-                }
-                Stage::Unchanged | Stage::OfProvider => Ok(None),
-                Stage::TakenOver => layout::remove_own(&root).map(|()| None),
-            };
-            // Before the reservation ends, so that at no moment less is counted than is there.
-            memory.found(&target, &namespace, is_charged);
-            drop(reserved);
-            former
-        })
-        .await
-        .map_err(|error| failed_to_write(request, explained(request, &error)))?;
+        let volume = self.writable(request, mount);
+        let former = blocking(move || volume.commit(staged))
+            .await
+            .map_err(|error| failed_to_write(request, explained(request, &error)))?;
         if let Some(former) = former {
             tokio::spawn(self.remove_later(request, Arc::clone(mount), former));
         }
@@ -234,30 +229,103 @@ impl Volumes {
             }
         }
     }
+}
 
-    /// Refuses a target whose mount would not be seen outside of the driver's container: its pod
-    /// would see an empty directory.
-    pub(super) async fn check_propagation(&self, request: &PublishRequest) -> Result<()> {
-        let (parent, tmpfs) = (request.target.parent(), Arc::clone(&self.tmpfs));
-        let unseen = blocking(move || match tmpfs.unseen(&parent) {
-            // The mount itself reports a missing directory.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            unseen => unseen,
-        })
-        .await
-        .map_err(|error| {
-            Error::internal(format!(
-                "failed to read the mount propagation at {}: {error}",
-                request.target
-            ))
-        })?;
-        match unseen {
-            None => Ok(()),
-            Some(point) => Err(Error::precondition(format!(
-                "failed to mount for pod {}: what the driver mounts below {point} is not seen outside its container, and the pod would get an empty directory. Set mountPropagation: Bidirectional for the volume mount {point} of the driver's container; the mount that holds it on the node must be shared (findmnt -o TARGET,PROPAGATION -T {point}; mount --make-rshared)",
-                request.pod,
-                point = point.display()
-            ))),
+/// Refuses a target whose mount would not be seen outside of the driver's container: its pod would see
+/// an empty directory.
+pub(super) fn check_propagation(tmpfs: &Tmpfs, target: &TargetPath, pod: &Pod) -> Result<()> {
+    match tmpfs.unseen(&target.parent()) {
+        Ok(None) => Ok(()),
+        // The mount itself reports a missing directory.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::internal(format!(
+            "failed to read the mount propagation at {target}: {error}"
+        ))),
+        Ok(Some(point)) => Err(Error::precondition(format!(
+            "failed to mount for pod {pod}: what the driver mounts below {point} is not seen outside its container, and the pod would get an empty directory. Set mountPropagation: Bidirectional for the volume mount {point} of the driver's container; the mount that holds it on the node must be shared (findmnt -o TARGET,PROPAGATION -T {point}; mount --make-rshared)",
+            point = point.display()
+        ))),
+    }
+}
+
+/// A volume that has been filled and is to be recorded.
+pub(super) struct Filled {
+    pub(super) record: Record,
+    pub(super) staged_record: StagedRecord,
+    /// The name of the directory that holds the content; empty for content that the provider wrote
+    /// itself.
+    pub(super) directory: String,
+}
+
+/// A volume as a thread needs it that writes into it.
+struct Writable {
+    target: PathBuf,
+    namespace: String,
+    access: Access,
+    mount: Arc<VolumeMount>,
+    tmpfs: Arc<Tmpfs>,
+    memory: Arc<Memory>,
+}
+
+impl Writable {
+    /// Writes the files where no reader looks, if there is memory for them. Without files, takes what the
+    /// provider has written itself, if there is any.
+    fn stage(&self, payload: Payload, present: Option<Writer>) -> io::Result<Option<Stage>> {
+        let root = self.mount.open()?;
+        if !payload.is_empty() {
+            let reserved = self.memory.reserve(&self.target, &self.namespace, &payload);
+            let reservation = match reserved {
+                Ok(reservation) => reservation,
+                // Content that is there already needs no room.
+                Err(_) if swap::holds(&root, &payload) => return Ok(Some(Stage::Unchanged)),
+                Err(no_room) => {
+                    return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room));
+                }
+            };
+            let staged = swap::stage(root, payload)
+                .map_err(|error| explain_full(error, &self.tmpfs, &self.target))?;
+            return Ok(Some(match staged {
+                Some(staged) => Stage::Files(staged, reservation),
+                None => Stage::Unchanged,
+            }));
+        }
+        // Files that the driver wrote are no answer of this provider.
+        let stage = match present {
+            Some(Writer::Driver) if layout::has_foreign_entries(&root)? => Stage::TakenOver,
+            Some(Writer::Provider) | None if !layout::is_empty(&root)? => Stage::OfProvider,
+            _ => return Ok(None),
+        };
+        own::grant(&root, self.access)?;
+        Ok(Some(stage))
+    }
+
+    /// Makes the staged files the content, and measures it. Returns the former content.
+    fn commit(&self, staged: Stage) -> io::Result<Option<swap::Former>> {
+        let is_charged = staged.writer() == Writer::Driver;
+        let root = self.mount.open()?;
+        let mut reserved = None;
+        let former = match staged {
+            Stage::Files(staged, reservation) => {
+                reserved = Some(reservation);
+                staged
+                    .commit()
+                    .map_err(|error| explain_full(error, &self.tmpfs, &self.target))
+            }
+            Stage::Unchanged | Stage::OfProvider => Ok(None),
+            Stage::TakenOver => layout::remove_own(&root).map(|()| None),
+        };
+        // Before the reservation ends, so that at no moment less is counted than is there.
+        self.memory.found(&self.target, &self.namespace, is_charged);
+        drop(reserved);
+        former
+    }
+
+    /// Returns the name of the directory that holds the content; empty for content that the provider
+    /// wrote itself.
+    fn directory(&self, writer: Writer) -> io::Result<String> {
+        match writer {
+            Writer::Provider => Ok(String::new()),
+            Writer::Driver => Ok(read::content_id(&self.mount.open()?)?.directory),
         }
     }
 }
@@ -269,6 +337,15 @@ fn failed_to_write(request: &PublishRequest, error: Error) -> Error {
             request.pod
         ))
         .with_reason(Reason::FileWriteError)
+}
+
+fn no_files(request: &PublishRequest) -> Error {
+    failed_to_write(
+        request,
+        Error::precondition(
+            "the provider named objects but sent no files and wrote none itself; the volume would be empty",
+        ),
+    )
 }
 
 /// Adds to the error of a full volume what to do about it.
@@ -324,203 +401,4 @@ fn explained(request: &PublishRequest, error: &io::Error) -> Error {
         format!("at {target}: ")
     };
     Error::new(code, format!("{at}{said}{help}"))
-}
-
-/// Takes down the mount that a publish makes, when this is dropped.
-pub(super) struct Undo {
-    target: PathBuf,
-    armed: bool,
-}
-
-impl Undo {
-    /// Takes down what is at this target, unless [`forget`](Self::forget) is called.
-    pub(super) fn of(target: PathBuf) -> Self {
-        Self {
-            target,
-            armed: true,
-        }
-    }
-
-    /// Keeps the mount: the publish has succeeded.
-    pub(super) fn forget(mut self) {
-        self.armed = false;
-    }
-}
-
-impl Drop for Undo {
-    fn drop(&mut self) {
-        if self.armed
-            && let Err(error) = take_down(&self.target)
-        {
-            tracing::warn!(target_path = %self.target.display(), %error, "a failed publish could not be undone; the next publish or unpublish tries again");
-        }
-    }
-}
-
-/// Removes mounts, content and directory at a target path, never through a link and never beyond
-/// the driver's own mount.
-///
-/// Everything that is mounted there is taken off first. A mount that is not the driver's keeps its
-/// files, also if its file system does not answer. The driver's own tmpfs is emptied after that, for
-/// processes that still use it.
-pub(super) fn take_down(target: &Path) -> io::Result<()> {
-    for _ in 0..MAX_STACKED {
-        match mount::detach(target)? {
-            Detached::Own(volume) => {
-                // It is mounted nowhere any more, and its memory is freed with its last user.
-                if let Err(error) = files::clear(volume.as_fd()) {
-                    tracing::warn!(target_path = %target.display(), %error, "a volume was unmounted, but its files could not be removed; processes that still use it can read them");
-                }
-            }
-            Detached::Foreign => {
-                tracing::info!(target_path = %target.display(), "unmounted a mount that this driver did not make, and left its files alone");
-            }
-            Detached::Nothing => {
-                mount::detach_below(target)?;
-                return files::remove_target(target);
-            }
-        }
-    }
-    Err(io::Error::other(
-        "too many mounts are stacked to unmount all of them in one call; the next call continues",
-    ))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use super::*;
-    use crate::mount::alone::{Own, alone};
-
-    const VOLUME: &str = "pods/u-1/volumes/kubernetes.io~csi/v/mount";
-
-    /// The mounts that another program may have made at a target, or below it.
-    const LAYERS: [&str; 8] = [
-        "own",
-        "own with content",
-        "tmpfs",
-        "bind",
-        "bind of a tmpfs",
-        "bind of a volume",
-        "another kind",
-        "below",
-    ];
-
-    fn mounted(program: &str, args: &[&std::ffi::OsStr]) {
-        let output = std::process::Command::new(program)
-            .args(args)
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-    }
-
-    fn put(layer: &str, root: &Path, target: &Path) {
-        let mount = |args: &[&std::ffi::OsStr]| mounted("mount", args);
-        let (t, s) = (target.as_os_str(), |text: &'static str| {
-            std::ffi::OsStr::new(text)
-        });
-        let kept = root.join("kept");
-        match layer {
-            "own" => drop(Tmpfs::bounded_by(1).mount(target).unwrap()),
-            "own with content" => {
-                Tmpfs::bounded_by(1).mount(target).unwrap();
-                fs::create_dir(target.join("..2026")).unwrap();
-                fs::write(target.join("..2026/file"), "x").unwrap();
-            }
-            "tmpfs" => mount(&[s("-t"), s("tmpfs"), s("tmpfs"), t]),
-            "bind" => mount(&[s("--bind"), kept.join("host").as_os_str(), t]),
-            "bind of a tmpfs" => mount(&[s("--bind"), kept.join("tmpfs").as_os_str(), t]),
-            "bind of a volume" => mount(&[s("--bind"), kept.join(VOLUME).as_os_str(), t]),
-            "another kind" => mount(&[s("-t"), s("ramfs"), s("x"), t]),
-            "below" => {
-                let below = target.join("below");
-                fs::create_dir_all(&below).unwrap();
-                mount(&[
-                    s("--bind"),
-                    kept.join("host").as_os_str(),
-                    below.as_os_str(),
-                ]);
-            }
-            other => unreachable!("{other}"),
-        }
-    }
-
-    /// Tries every sequence of up to two layers, and sequences of all of them.
-    #[test]
-    fn what_is_mounted_at_a_target_is_taken_off_and_keeps_its_files() {
-        alone(Own::Mounts, || {
-            let root = tempfile::tempdir().unwrap();
-            let kept = root.path().join("kept");
-            let other_volume = kept.join(VOLUME);
-            for directory in [
-                kept.join("host/deep"),
-                kept.join("tmpfs"),
-                other_volume.clone(),
-            ] {
-                fs::create_dir_all(directory).unwrap();
-            }
-            mounted(
-                "mount",
-                &[
-                    "-t".as_ref(),
-                    "tmpfs".as_ref(),
-                    "tmpfs".as_ref(),
-                    kept.join("tmpfs").as_os_str(),
-                ],
-            );
-            Tmpfs::bounded_by(1).mount(&other_volume).unwrap();
-            let files = ["host/file", "host/deep/file", "tmpfs/file"].map(|file| kept.join(file));
-            let files = files
-                .into_iter()
-                .chain([other_volume.join("file")])
-                .collect::<Vec<_>>();
-            for file in &files {
-                fs::write(file, "kept").unwrap();
-            }
-            let target = root.path().join(VOLUME);
-            let mut rows: Vec<Vec<&str>> = vec![vec![]];
-            for first in LAYERS {
-                rows.push(vec![first]);
-                rows.extend(LAYERS.map(|second| vec![first, second]));
-            }
-            rows.push(LAYERS.to_vec());
-            rows.push(LAYERS.into_iter().rev().collect());
-            for row in rows {
-                fs::create_dir_all(&target).unwrap();
-                fs::write(target.join("left over"), "x").unwrap();
-                for layer in &row {
-                    put(layer, root.path(), &target);
-                }
-                take_down(&target).unwrap_or_else(|error| panic!("{row:?}: {error}"));
-                assert!(!target.exists(), "{row:?}");
-                for file in &files {
-                    assert_eq!(fs::read(file).unwrap(), b"kept", "{row:?} {file:?}");
-                }
-                take_down(&target).unwrap();
-            }
-        });
-    }
-
-    #[test]
-    fn a_volume_that_is_still_held_is_emptied() {
-        alone(Own::Mounts, || {
-            let root = tempfile::tempdir().unwrap();
-            let target = root.path().join(VOLUME);
-            fs::create_dir_all(&target).unwrap();
-            put("own with content", root.path(), &target);
-            let elsewhere = root.path().join("elsewhere");
-            fs::create_dir(&elsewhere).unwrap();
-            mounted(
-                "mount",
-                &["--bind".as_ref(), target.as_os_str(), elsewhere.as_os_str()],
-            );
-            take_down(&target).unwrap();
-            assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
-        });
-    }
 }
