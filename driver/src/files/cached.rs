@@ -70,10 +70,12 @@ mod tests {
         os::unix::fs::symlink,
     };
 
+    type Change = (&'static str, fn(&Path));
+
     /// A change by every way that there is, after which even the time of modification is put back.
     #[test]
     fn every_change_of_a_file_shows_in_its_stamp() {
-        let changes: [(&str, fn(&Path)); 6] = [
+        let changes: [Change; 6] = [
             ("written in place", |path| {
                 let mut file = File::options().write(true).open(path).unwrap();
                 file.write_all(b"two").unwrap();
