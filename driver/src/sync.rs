@@ -26,7 +26,7 @@ mod tls;
 
 use std::{fmt, path::PathBuf, slice, sync::Arc, time::Duration};
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::{
     cluster::{
@@ -51,7 +51,8 @@ use schedule::Checked;
 #[cfg(any(test, fuzzing))]
 pub(crate) use tls::fuzz as fuzz_tls;
 
-/// The time for which a publish waits for its Secrets. The checks write the rest.
+/// The time for which a publish waits for its Secrets. The checks write the rest. Where a Secret that
+/// is not written fails the publish, it waits longer if its caller does.
 const PUBLISH_WAIT: Duration = Duration::from_secs(20);
 
 /// A mounted volume.
@@ -140,6 +141,19 @@ impl SecretSync {
     /// Fails only if [`Options::errors_fail_publish`] is set: the error of the first Secret that could not
     /// be written.
     pub async fn volume_mounted(&self, record: &Record, class: &Class) -> Result<()> {
+        self.volume_mounted_by(record, class, Instant::now()).await
+    }
+
+    /// Does the same for a publish that has to be done by `deadline`.
+    ///
+    /// # Errors
+    /// The same as for [`SecretSync::volume_mounted`].
+    pub async fn volume_mounted_by(
+        &self,
+        record: &Record,
+        class: &Class,
+        deadline: Instant,
+    ) -> Result<()> {
         let volume = &Volume::of(record);
         let key = ClassKey::new(&volume.pod.namespace, &class.identity.name);
         self.add_told(&volume.id);
@@ -152,8 +166,10 @@ impl SecretSync {
             Ok(()) if class.secret_objects.is_empty() && released.is_empty() => Ok(()),
             Ok(()) => {
                 let write = self.write_all(record, volume, &key, class, &released);
-                let written = timeout(PUBLISH_WAIT, write).await;
-                written.unwrap_or_else(|_| Err(self.not_in_time(volume, &key, class)))
+                let wait =
+                    self.wait_for_secrets(deadline.saturating_duration_since(Instant::now()));
+                let written = timeout(wait, write).await;
+                written.unwrap_or_else(|_| Err(self.not_in_time(volume, &key, class, wait)))
             }
         };
         match written {
@@ -161,6 +177,16 @@ impl SecretSync {
                 format_args!("failed to keep the Secrets of pod {}", volume.pod),
             )),
             _ => Ok(()),
+        }
+    }
+
+    /// Returns how long a publish waits for its Secrets, of which the caller waits for `left`. A publish
+    /// that fails begins anew, and would not come further in the same time.
+    fn wait_for_secrets(&self, left: Duration) -> Duration {
+        if self.errors_fail_publish {
+            PUBLISH_WAIT.max(left)
+        } else {
+            PUBLISH_WAIT
         }
     }
 
@@ -257,11 +283,21 @@ impl SecretSync {
 
     /// Has the Secrets of a class checked soon, not all of which were written in time. Returns the
     /// error that the pod is told.
-    fn not_in_time(&self, volume: &Volume, key: &ClassKey, class: &Class) -> SyncError {
+    fn not_in_time(
+        &self,
+        volume: &Volume,
+        key: &ClassKey,
+        class: &Class,
+        wait: Duration,
+    ) -> SyncError {
+        let next = match self.errors_fail_publish {
+            true => "trying again",
+            false => "the driver writes the rest in the background",
+        };
         let why = format!(
-            "its {} Secrets were not all written within {} seconds; the driver writes the rest in the background. Does the class make too many Secrets of large objects, or is the API server slow?",
+            "its {} Secrets were not all written within {} seconds; {next}. Does the class make too many Secrets of large objects, or is the API server slow?",
             class.secret_objects.len(),
-            PUBLISH_WAIT.as_secs()
+            wait.as_secs()
         );
         self.not_written(volume, key, class, why)
     }

@@ -302,7 +302,8 @@ impl Volumes {
         let pod_status = written.name;
         record.pod_status = pod_status.clone();
         record.orders.insert(directory, written.resource_version);
-        let synced = self.sync.volume_mounted(&record, &class).await;
+        let deadline = request.deadline;
+        let synced = self.sync.volume_mounted_by(&record, &class, deadline).await;
         let committing = async {
             synced?;
             self.record_volume(request, &mount, staged_record, record)

@@ -67,6 +67,15 @@ fn creds() -> Value {
 }
 
 fn sync(dir: &Path, cluster: &Cluster, every: Duration) -> Arc<SecretSync> {
+    sync_with(dir, cluster, every, false)
+}
+
+fn sync_with(
+    dir: &Path,
+    cluster: &Cluster,
+    every: Duration,
+    errors_fail_publish: bool,
+) -> Arc<SecretSync> {
     let (cluster, records) = (cluster.clone(), records(dir));
     let tmpfs = Arc::new(Tmpfs::bounded_by(1));
     Arc::new(SecretSync::new(
@@ -76,7 +85,7 @@ fn sync(dir: &Path, cluster: &Cluster, every: Duration) -> Arc<SecretSync> {
         Metrics::new(),
         Options {
             refreshes: true,
-            errors_fail_publish: false,
+            errors_fail_publish,
             intervals: Intervals {
                 refresh: every,
                 least: Duration::ZERO,
@@ -165,6 +174,35 @@ async fn a_class_that_gets_its_first_secrets() {
     until("the Secret is there", || api.get(SECRET).is_some()).await;
     assert_eq!(api.owners(), ["other", "web"]);
     stop.cancel();
+}
+
+/// A publish that fails without its Secrets begins anew, and would never end if it gave each attempt
+/// less time than the API server needs.
+#[tokio::test]
+async fn a_publish_that_needs_its_secrets_waits_for_a_slow_api_server() {
+    let (dir, api, cluster) = start!();
+    let names = ["creds", "second", "third", "fourth"];
+    let objects = names.map(|name| {
+        json!({"secretName": name, "type": "Opaque", "data": [{"objectName": "pw", "key": "pw"}]})
+    });
+    let class = class(&api, &cluster, json!(objects)).await;
+    let sync = sync_with(dir.path(), &cluster, EVERY, true);
+    api.pod("web", Some(("ReplicaSet", "rs")), "Pending");
+    let volume = volume(dir.path(), "web");
+    put_status(&api, &volume);
+    api.takes(Duration::from_secs(3));
+    let started = Instant::now();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(90);
+    let mounted = sync.volume_mounted_by(&volume, &class, deadline).await;
+    mounted.unwrap();
+    assert!(
+        started.elapsed() > Duration::from_secs(21),
+        "nothing was slow"
+    );
+    for name in names {
+        let secret = format!("/api/v1/namespaces/shop/secrets/{name}");
+        assert!(api.get(&secret).is_some(), "{name}");
+    }
 }
 
 /// Fifty volumes at once cause one write; each reads its pod and the Secret. Later there is one read
