@@ -317,13 +317,20 @@ async fn check_providers(names: Vec<String>) -> Outcome {
         .into());
     }
     let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {})).await??;
+    let mut failed = Vec::new();
     for provider in Provider::ALL {
         if names.is_empty() || names.iter().any(|name| name == provider.name()) {
-            let report = providers::check(&binaries, provider).await?;
-            println!("{}\n{report}", provider.name());
+            let checked = providers::check(&binaries, provider).await?;
+            println!("{}\n{}", provider.name(), checked.report);
+            if !checked.passed {
+                failed.push(provider.name());
+            }
         }
     }
-    Ok(())
+    match failed.is_empty() {
+        true => Ok(()),
+        false => Err(format!("checks of {} failed, see above", failed.join(", ")).into()),
+    }
 }
 
 async fn run_stores(directory: PathBuf, send: Option<String>) -> Outcome {

@@ -364,7 +364,7 @@ pub async fn annotate_account(namespace: &Namespace) -> Result<()> {
 ///
 /// # Errors
 /// When the provider does not start, or the checker checks nothing.
-pub async fn check(binaries: &Binaries, provider: Provider) -> Result<String> {
+pub async fn check(binaries: &Binaries, provider: Provider) -> Result<Conformance> {
     find(provider).map_err(Error::Impossible)?;
     let mut options = bare(binaries);
     add(&mut options, provider);
@@ -438,9 +438,35 @@ pub async fn check(binaries: &Binaries, provider: Provider) -> Result<String> {
          provider-check {socket} --parameters parameters --missing missing \
          --outage outage --attributes attributes --tokens tokens --target-dir /check/target \
          --log {log} --change \"$(cat change)\" --restart \"$(cat restart)\"; \
-         [ $? -lt 2 ] || {{ cat {log} >&2; exit 1; }}"
+         code=$?; [ $code -lt 2 ] || {{ cat {log} >&2; exit 1; }}; echo {CODE}$code"
     );
-    cluster.exec(&node, &["sh", "-c", &command]).await
+    let output = cluster.exec(&node, &["sh", "-c", &command]).await?;
+    Conformance::of(&output)
+}
+
+/// What the last line of the output begins with, before the exit code of `provider-check`.
+const CODE: &str = "exit code ";
+
+/// The report of `provider-check`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conformance {
+    /// Its output.
+    pub report: String,
+    /// Whether no check failed.
+    pub passed: bool,
+}
+
+impl Conformance {
+    fn of(output: &str) -> Result<Self> {
+        let lines = output.trim_end().rsplit_once('\n');
+        let code = lines.and_then(|(report, last)| Some((report, last.strip_prefix(CODE)?)));
+        let (report, code) = code
+            .ok_or_else(|| Error::Impossible(format!("provider-check says no code: {output}")))?;
+        Ok(Self {
+            report: report.to_owned(),
+            passed: code == "0",
+        })
+    }
 }
 
 const POD: &str = "
@@ -477,4 +503,20 @@ async fn token(namespace: &Namespace, pod: &Pod, audience: &str) -> Result<Strin
         .status
         .and_then(|status| status.token)
         .unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_check_is_no_pass_and_neither_is_an_unknown_end() {
+        let passed = Conformance::of("a passed\n5 passed\nexit code 0\n").unwrap();
+        assert!(passed.passed);
+        assert_eq!(passed.report, "a passed\n5 passed");
+        let failed = Conformance::of("a failed\nexit code 1\n").unwrap();
+        assert!(!failed.passed);
+        assert!(Conformance::of("a passed\n").is_err());
+        assert!(Conformance::of("").is_err());
+    }
 }
