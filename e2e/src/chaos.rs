@@ -3,9 +3,11 @@
 //!
 //! ```text
 //! schedule     what happens when: made from a seed, printed, read, cut
+//! random       numbers of a seed
 //! actor        carries out the steps of a schedule
 //!   tenants    the objects of well-behaved and hostile tenants
 //! observer     checks volumes, Secrets, pods, traces and leaks
+//! editions     what the classes say, and their history
 //! store        the contents of the external store, and their history
 //! world        what these share: bounds, the pods that are there
 //! report       timeline, numbers, findings
@@ -19,8 +21,10 @@
 //! everything has to converge. At the end all pods are deleted, and nothing may be left.
 
 mod actor;
+mod editions;
 mod ground;
 mod observer;
+mod random;
 mod reduce;
 mod report;
 mod schedule;
@@ -148,7 +152,7 @@ async fn run_on<G: Ground>(
     let namespace = Namespace::create(ground.cluster()).await?;
     let hostile = Namespace::create(ground.cluster()).await?;
     let (name, bounds) = (namespace.name().to_owned(), ground.bounds());
-    let world = Arc::new(World::new(store, name, bounds));
+    let world = Arc::new(World::new(store, name, bounds, ground.seldom()));
     let mut idle = Vec::new();
     for node in ground.cluster().nodes() {
         let root = ground.root(&node).await?;
@@ -159,8 +163,10 @@ async fn run_on<G: Ground>(
     }
     let actor = Actor::new(ground, Arc::clone(&world), namespace, hostile);
     for class in 0..store::CLASSES.len() {
-        let object = tenants::class(class, false).to_string();
-        actor.namespace.apply(&object).await?;
+        if let Some(spec) = actor.world.editions.now(class) {
+            let object = tenants::class(class, spec, actor.world.seldom);
+            actor.namespace.apply(&object.to_string()).await?;
+        }
     }
     let observer = Observer::start(&world, &ground.cluster().client());
     tokio::select! {

@@ -133,6 +133,7 @@ const E2E: Modules = &[
             "local",
             "manifest",
             "namespace",
+            "tree",
         ],
     ),
     (

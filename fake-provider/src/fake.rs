@@ -40,7 +40,8 @@
 //! |---|---|
 //! | `object` | only calls that ask for this object fail |
 //! | `times` | only the first calls of a pod for a class fail, as many as this |
-//! | `delay` | waits first, for example `2s` or `1m30s` |
+//! | `delay` | waits after it has read the objects, for example `2s` or `1m30s` |
+//! | `jitter` | waits for a part of this time as well, another one in each call |
 //! | `crash` | ends the process during the call |
 //! | `hang` | never answers |
 //! | `status` | fails with `{code: UNAVAILABLE, message: "..."}` |

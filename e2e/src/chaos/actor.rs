@@ -1,5 +1,6 @@
 //! Carries out the steps of a schedule on a cluster.
 
+mod calls;
 mod node;
 mod tenants;
 
@@ -40,6 +41,8 @@ pub(super) struct Actor<'a, G> {
     /// The namespace of the hostile tenant.
     pub(super) hostile: Namespace,
     nodes: Vec<String>,
+    /// Held by the edit of a class whose turn it is, so that their order is known.
+    edits: tokio::sync::Mutex<()>,
     /// The number of faults that last, other than hostile tenants.
     active: Cell<usize>,
     /// The number of things that need names of their own.
@@ -59,6 +62,7 @@ impl<'a, G: Ground> Actor<'a, G> {
             world,
             namespace,
             hostile,
+            edits: tokio::sync::Mutex::default(),
             active: Cell::new(0),
             count: Cell::new(0),
         }
@@ -120,7 +124,7 @@ impl<'a, G: Ground> Actor<'a, G> {
                 Ok(())
             }
             What::ProviderSlow { node, lasts, by } => {
-                let faults = format!("[{{delay: {by}ms}}]");
+                let faults = format!("[{{delay: {}ms, jitter: {by}ms}}]", by / 4);
                 self.provider_faults(what, self.node(node), lasts, &faults)
                     .await
             }
@@ -135,6 +139,9 @@ impl<'a, G: Ground> Actor<'a, G> {
                     .await?;
                 // As its liveness probe does; the calls that hang break off.
                 self.ground.cluster().provider(node, PROVIDER).kill().await
+            }
+            What::RepeatCalls { node, lasts, by } => {
+                self.repeat_calls(what, self.node(node), lasts, by).await
             }
             What::Hostile { node, lasts, how } => self.hostile(self.node(node), lasts, how).await,
             _ => self.strike_node(what).await,

@@ -57,6 +57,10 @@ pub(super) trait Ground {
     /// Returns the times within which something has to happen here.
     fn bounds(&self) -> Bounds;
 
+    /// Returns an interval between refreshes that is too long for a change to be followed in time by
+    /// chance, where kubelet looks at volumes often enough.
+    fn seldom(&self) -> &'static str;
+
     /// Returns the directory through which this process sees a node's files and mounts, until the
     /// node's next reboot.
     async fn root(&self, node: &str) -> Result<PathBuf>;

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::store::CLASSES;
+use super::editions::Edit;
+use super::random::Random;
+use super::store::{CLASSES, SELDOM};
 
 /// The number of well-behaved pods that can be there at the same time. Pods of the same number have
 /// the same name.
@@ -50,10 +52,14 @@ pub(super) enum What {
     Move { pod: usize, node: usize },
     /// The store gets new values of a class's objects.
     Rotate { class: usize },
-    /// A class gets one more object and key, or loses them again.
-    EditClass { class: usize },
-    /// A class is deleted, and made anew after a while.
-    RemakeClass { class: usize, lasts: u64 },
+    /// A class changes.
+    EditClass { class: usize, edit: Edit },
+    /// A class is deleted, and made anew after a while, as it was or with another text.
+    RemakeClass {
+        class: usize,
+        lasts: u64,
+        anew: bool,
+    },
     /// Somebody deletes the statuses of a pod.
     DeleteStatus { pod: usize },
     /// Somebody changes the versions in the statuses of a pod.
@@ -95,6 +101,10 @@ pub(super) enum What {
     ApiGone { lasts: u64 },
     /// The API server does not answer the driver.
     ApiHung { lasts: u64 },
+    /// kubelet publishes each volume again while it is being published, and gives calls up early, as one
+    /// does that starts anew again and again. The provider answers as much as `by` later, and its store
+    /// changes meanwhile.
+    RepeatCalls { node: usize, lasts: u64, by: u64 },
     /// kubelet starts anew.
     RestartKubelet { node: usize },
     /// The node loses its power.
@@ -152,6 +162,7 @@ impl What {
             | Self::ProviderHung { node, .. }
             | Self::ProviderSlow { node, .. }
             | Self::ProviderWrong { node, .. }
+            | Self::RepeatCalls { node, .. }
             | Self::KillProvider { node }
             | Self::Reboot { node }
             | Self::WipeProviders { node }
@@ -329,7 +340,8 @@ fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize) -> Vec<St
         if let What::ApiPast { .. } = what {
             // Without a change, the past is the present.
             let class = random.index(CLASSES.len());
-            let what = What::EditClass { class };
+            let edit = edit(random);
+            let what = What::EditClass { class, edit };
             steps.push(Step { at: at + 300, what });
         }
     }
@@ -371,6 +383,7 @@ fn rare(random: &mut Random, kind: Kind, nodes: usize) -> Vec<What> {
                     .into_iter()
                     .flatten(),
             );
+            faults.extend((0..nodes).map(|node| repeat_calls(random, node, lasts)));
             faults
         }
         Kind::Long => (0..nodes).flat_map(clock_and_memory).collect(),
@@ -387,11 +400,20 @@ fn action(random: &mut Random, nodes: usize) -> What {
         5..7 => What::Delete { pod },
         7 => What::ForceDelete { pod },
         8..10 => What::Move { pod, node },
+        // A rotation of this class would hide whether it follows its edits.
+        10..15 if class == SELDOM => What::EditClass {
+            class,
+            edit: edit(random),
+        },
         10..17 => What::Rotate { class },
-        17 => What::EditClass { class },
+        17 => What::EditClass {
+            class,
+            edit: edit(random),
+        },
         18 => What::RemakeClass {
             class,
             lasts: 100 + random.below(3_000),
+            anew: random.below(2) == 0,
         },
         19 => What::DeleteStatus { pod },
         20 => What::AlterStatus { pod },
@@ -403,10 +425,19 @@ fn action(random: &mut Random, nodes: usize) -> What {
     }
 }
 
+fn edit(random: &mut Random) -> Edit {
+    [Edit::Extra, Edit::Text, Edit::Text, Edit::Back][random.index(4)]
+}
+
+fn repeat_calls(random: &mut Random, node: usize, lasts: u64) -> What {
+    let by = 100 + random.below(1_900);
+    What::RepeatCalls { node, lasts, by }
+}
+
 fn fault(random: &mut Random, nodes: usize) -> What {
     let node = random.index(nodes);
     let lasts = 500 + random.below(LONGEST_FAULT - 500);
-    match random.below(30) {
+    match random.below(32) {
         0..4 => What::KillDriver { node },
         4 => What::TwoDrivers { node, lasts },
         5..7 => What::ProviderSlow {
@@ -451,6 +482,7 @@ fn fault(random: &mut Random, nodes: usize) -> What {
             by: [-86_400, -3_600, -40, 40, 3_600, 86_400][random.index(6)],
         },
         27 => What::MemoryNear { node, lasts },
+        28..30 => repeat_calls(random, node, lasts),
         _ => hostile(random, nodes),
     }
 }
@@ -478,27 +510,6 @@ fn hostile(random: &mut Random, nodes: usize) -> What {
         node: random.index(nodes),
         lasts: 2_000 + random.below(LONGEST_FAULT - 2_000),
         how: random.index(8),
-    }
-}
-
-/// Numbers that look random and that a seed decides on every machine (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
-    fn index(&mut self, length: usize) -> usize {
-        self.below(length as u64) as usize
     }
 }
 
@@ -537,7 +548,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(kinds.len(), 35, "{kinds:?}");
+        assert_eq!(kinds.len(), 36, "{kinds:?}");
     }
 
     #[test]
@@ -550,7 +561,13 @@ mod tests {
                     .flatten()
                     .map(|step| step.what.kind())
                     .collect();
-                for kind in ["reboot", "wipe-plugin", "memory-near", "step-clock"] {
+                for kind in [
+                    "reboot",
+                    "wipe-plugin",
+                    "repeat-calls",
+                    "memory-near",
+                    "step-clock",
+                ] {
                     assert!(
                         kinds.contains(kind),
                         "{nodes} nodes, seed {seed}: {kinds:?}"

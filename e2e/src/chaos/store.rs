@@ -15,7 +15,9 @@ use serde_json::json;
 use super::lock;
 
 /// The well-behaved classes.
-pub(super) const CLASSES: [&str; 3] = ["alpha", "beta", "gamma"];
+pub(super) const CLASSES: [&str; 4] = ["alpha", "beta", "gamma", "delta"];
+/// The class whose volumes are refreshed only when it changes or asks for it.
+pub(super) const SELDOM: usize = 3;
 /// The objects of each class that are files, with the number of words that each has. A large one
 /// takes more than one page.
 pub(super) const OBJECTS: [(&str, usize); 3] = [("a", 8), ("b", 2_000), ("c", 40)];

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::store::{CLASSES, EXTRA, OBJECTS};
+use super::editions::Spec;
+use super::store::{CLASSES, EXTRA, OBJECTS, SELDOM, content};
 
 /// The name of the only volume of a pod that has one class; further ones are numbered.
 const VOLUME: &str = "secrets";
@@ -10,6 +11,14 @@ const VOLUME: &str = "secrets";
 const MOUNT: &str = "/mnt/secrets";
 /// The file that says for which pod the provider was called.
 pub(super) const WHO: &str = "who";
+/// The file whose content the class itself gives.
+pub(super) const EDITION: &str = "edition";
+/// The key of that file in Secrets.
+pub(super) const EDITION_KEY: &str = "key-e";
+/// The annotation of a class whose new values ask for refreshes.
+pub(super) const ASK: &str = "secrets-store.csi.k8s.io/refresh";
+/// The annotation with the interval between refreshes.
+const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
 /// The keys that each class declares, with their objects.
 pub(super) const KEYS: [(&str, &str); 2] = [("key-a", "a"), ("key-c", "c")];
 /// The key that a class declares only after an edit.
@@ -19,7 +28,7 @@ pub(super) const EXTRA_KEY: &str = "key-d";
 pub(super) fn classes_of(pod: usize) -> Vec<usize> {
     let first = pod % CLASSES.len();
     match pod % 4 {
-        0 => vec![first, (first + 1) % CLASSES.len()],
+        0 => vec![first, (first + 1 + pod / 2) % CLASSES.len()],
         _ => vec![first],
     }
 }
@@ -36,10 +45,10 @@ pub(super) fn volume_name(class: usize) -> String {
     )
 }
 
-/// Returns a class; `edited` has one more object and key.
-pub(super) fn class(class: usize, edited: bool) -> Value {
+/// Returns a class that says `spec`. `seldom` is the interval of the one that is refreshed seldom.
+pub(super) fn class(class: usize, spec: Spec, seldom: &str) -> Value {
     let name = CLASSES.get(class).copied().unwrap_or_default();
-    let extra = edited.then_some(EXTRA);
+    let extra = spec.has_extra.then_some(EXTRA);
     let objects = OBJECTS.iter().map(|(object, _)| *object).chain(extra);
     let mut array: Vec<Value> = objects
         .map(|object| json!({"objectName": format!("{name}-{object}"), "path": object}))
@@ -47,16 +56,26 @@ pub(super) fn class(class: usize, edited: bool) -> Value {
     array.push(json!({
         "objectName": format!("{name}-{WHO}"), "path": WHO, "contentFrom": "attributes",
     }));
-    let extra = edited.then_some((EXTRA_KEY, EXTRA));
+    // It has the version of an object for which none is given.
+    array.push(json!({
+        "objectName": format!("{name}-{EDITION}"), "path": EDITION,
+        "content": content(name, EDITION, spec.edition),
+    }));
+    let mut metadata = json!({"name": name});
+    if class == SELDOM {
+        metadata["annotations"] = json!({INTERVAL: seldom});
+    }
+    let extra = spec.has_extra.then_some((EXTRA_KEY, EXTRA));
     let data: Vec<Value> = KEYS
         .into_iter()
         .chain(extra)
+        .chain([(EDITION_KEY, EDITION)])
         .map(|(key, object)| json!({"key": key, "objectName": object}))
         .collect();
     json!({
         "apiVersion": "secrets-store.csi.x-k8s.io/v1",
         "kind": "SecretProviderClass",
-        "metadata": {"name": name},
+        "metadata": metadata,
         "spec": {
             "provider": "e2e-provider",
             "parameters": {"objects": json!({"array": array}).to_string()},

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::editions::{Editions, Spec};
 use super::lock;
 use super::report::Log;
 use super::store::{CLASSES, Store};
@@ -27,6 +28,9 @@ pub(super) struct Bounds {
     pub(super) publish: Duration,
     /// The longest time from a provider's reading of the store until the content is in a Secret.
     pub(super) fetch: Duration,
+    /// From a change of the store or a class until a volume has followed, while there is no fault but a
+    /// hostile tenant.
+    pub(super) follow: Duration,
     /// The time after which a pod that is not ready, or a volume that is not refreshed, is a failure
     /// of which there has to be a trace.
     pub(super) silence: Duration,
@@ -58,12 +62,14 @@ pub(super) struct World {
     pub(super) store: Store,
     pub(super) namespace: String,
     pub(super) bounds: Bounds,
+    /// The interval of the class that is refreshed seldom.
+    pub(super) seldom: &'static str,
     /// The pods by UID.
     pub(super) pods: Mutex<BTreeMap<String, Watched>>,
     /// The roots of the nodes that are up.
     pub(super) roots: Mutex<BTreeMap<String, PathBuf>>,
-    /// The last generation that was read in each volume.
-    pub(super) read: Mutex<BTreeMap<VolumeId, u64>>,
+    /// The last generation that was read in each volume, and what its class said.
+    pub(super) read: Mutex<BTreeMap<VolumeId, (u64, Spec)>>,
     /// The number of times that the pods were listed.
     lists: AtomicU64,
     /// Since when, by [`World::now`], there is no fault but the hostile tenant; none while there is one.
@@ -74,23 +80,8 @@ pub(super) struct World {
     writing: AtomicU64,
     /// Failures of which there has to be a trace: the pod's UID and name, its node, and what fails.
     pub(super) failures: Mutex<BTreeMap<String, Failure>>,
-    /// The classes that have one more object.
-    pub(super) edited: Mutex<BTreeSet<usize>>,
-    /// The changes of each class.
-    edits: Mutex<BTreeMap<usize, Edits>>,
-}
-
-/// The changes of a class.
-#[derive(Clone, Copy, Debug, Default)]
-struct Edits {
-    /// The number of those that have begun, and of those that have ended.
-    begun: u64,
-    ended: u64,
-    /// The time, by [`World::now`], at which the last one ended.
-    last: Option<Duration>,
-    /// Whether a call that had read the class before the one before the last may have been running at
-    /// the last one.
-    is_close: bool,
+    /// What the classes say, and said.
+    pub(super) editions: Editions,
 }
 
 /// Something that did not work for a while.
@@ -102,12 +93,18 @@ pub(super) struct Failure {
 }
 
 impl World {
-    pub(super) fn new(store: Store, namespace: String, bounds: Bounds) -> Self {
+    pub(super) fn new(
+        store: Store,
+        namespace: String,
+        bounds: Bounds,
+        seldom: &'static str,
+    ) -> Self {
         Self {
             log: Log::start(),
             store,
             namespace,
             bounds,
+            seldom,
             pods: Mutex::default(),
             roots: Mutex::default(),
             read: Mutex::default(),
@@ -116,8 +113,7 @@ impl World {
             by_hand: Mutex::default(),
             writing: AtomicU64::new(0),
             failures: Mutex::default(),
-            edited: Mutex::default(),
-            edits: Mutex::default(),
+            editions: Editions::start(),
         }
     }
 
@@ -172,22 +168,12 @@ impl World {
 
     /// Notes that a change of a class begins.
     pub(super) fn edit_begins(&self, class: usize) {
-        let now = self.now();
-        let mut edits = lock(&self.edits);
-        let edits = edits.entry(class).or_default();
-        edits.begun += 1;
-        edits.is_close = edits
-            .last
-            .is_some_and(|last| now - last < self.bounds.fetch);
+        self.editions.begins(class, self.now(), self.bounds.fetch);
     }
 
     /// Notes that it is over.
     pub(super) fn edit_ends(&self, class: usize) {
-        let now = self.now();
-        let mut edits = lock(&self.edits);
-        let edits = edits.entry(class).or_default();
-        edits.ended += 1;
-        edits.last = Some(now);
+        self.editions.ends(class, self.now());
     }
 
     /// Notes that a driver does not know any more which state of a class a volume has.
@@ -198,12 +184,9 @@ impl World {
         }
     }
 
-    /// Returns a number of the present state of a class, and whether it has one more object. Returns
-    /// `None` if it is changing, or if a driver may be at work with a state before the one before.
-    pub(super) fn edit(&self, class: usize) -> Option<(u64, bool)> {
-        let edits = lock(&self.edits).get(&class).copied().unwrap_or_default();
-        let is_settled = edits.begun == edits.ended && !edits.is_close;
-        is_settled.then(|| (edits.begun, lock(&self.edited).contains(&class)))
+    /// Returns whether there was no fault but the hostile tenant since a time by [`World::now`].
+    pub(super) fn is_calm_since(&self, time: Duration) -> bool {
+        lock(&self.calm).is_some_and(|calm| calm < time)
     }
 
     /// Notes a failure of a pod.

@@ -21,6 +21,8 @@ pub(super) struct Fault {
     times: Option<u32>,
     #[serde(deserialize_with = "duration_field")]
     pub(super) delay: Duration,
+    #[serde(deserialize_with = "duration_field")]
+    jitter: Duration,
     pub(super) crash: bool,
     pub(super) hang: bool,
     status: Option<FaultStatus>,
@@ -133,6 +135,13 @@ impl Faults {
 }
 
 impl Fault {
+    /// Returns the time that the call with this number waits: the delay, and a part of the jitter that
+    /// looks random.
+    pub(super) fn wait(&self, number: u64) -> Duration {
+        let mixed = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+        self.delay + self.jitter.mul_f64(mixed as f64 / f64::from(1 << 24))
+    }
+
     /// Returns whether the fault strikes a call for these objects.
     fn concerns(&self, objects: &[&str]) -> bool {
         self.object
@@ -290,6 +299,15 @@ mod tests {
             pod_uid: pod_uid.into(),
             class: "c".into(),
         }
+    }
+
+    #[test]
+    fn a_jitter_is_another_one_in_each_call_and_stays_below_its_bound() {
+        let faults = parse_faults("[{delay: 1s, jitter: 2s}]").unwrap();
+        let waits: Vec<Duration> = (0..100).map(|number| faults[0].wait(number)).collect();
+        let (least, most) = (waits.iter().min().unwrap(), waits.iter().max().unwrap());
+        assert!(*least >= Duration::from_secs(1) && *least < Duration::from_millis(1_100));
+        assert!(*most < Duration::from_secs(3) && *most > Duration::from_millis(2_900));
     }
 
     #[test]

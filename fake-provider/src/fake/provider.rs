@@ -100,7 +100,7 @@ impl FakeProvider {
         let describes = manners.describes() && !request.mounted_versions().is_empty();
         let object = names.first().copied().unwrap_or_default();
         tokio::select! {
-            outcome = suffer(&faults, describes) => {
+            outcome = suffer(&faults, number, describes) => {
                 outcome.map_err(|failure| manners.told(failure, object))?;
             }
             () = self.stop.cancelled() => {
@@ -207,10 +207,10 @@ impl Provider for FakeProvider {
     }
 }
 
-/// Waits for all delays, then does the worst that the faults ask for. `describes` says whether the
-/// provider asks the store for versions first.
-async fn suffer(faults: &[Fault], describes: bool) -> Result<(), Failure> {
-    tokio::time::sleep(faults.iter().map(|fault| fault.delay).sum()).await;
+/// Waits for all delays of the request with this number, then does the worst that the faults ask for.
+/// `describes` says whether the provider asks the store for versions first.
+async fn suffer(faults: &[Fault], number: u64, describes: bool) -> Result<(), Failure> {
+    tokio::time::sleep(faults.iter().map(|fault| fault.wait(number)).sum()).await;
     if faults.iter().any(|fault| fault.crash) {
         tracing::warn!("crashing as a fault asks for");
         std::process::exit(CRASH_EXIT_CODE);

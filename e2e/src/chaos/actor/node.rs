@@ -124,7 +124,7 @@ impl<G: Ground> Actor<'_, G> {
     }
 
     /// Runs a shell script on a node.
-    async fn sh(&self, node: &str, script: &str, arguments: &[&str]) -> Result<String> {
+    pub(super) async fn sh(&self, node: &str, script: &str, arguments: &[&str]) -> Result<String> {
         let head = ["sh", "-c", script, "sh"];
         let command: Vec<&str> = head.into_iter().chain(arguments.iter().copied()).collect();
         self.ground.run(node, &command).await
@@ -254,6 +254,8 @@ impl<G: Ground> Actor<'_, G> {
         let records = format!("{PLUGIN}/records");
         let driver = self.running_driver(node).await?;
         let copy = format!("{}/chaos-records", self.ground.scratch());
+        // A driver that is killed meanwhile has records from before.
+        self.world.records_are_lost();
         self.sh(node, SMALL_DISK, &[&driver, &records, &copy, how])
             .await?;
         let mark = format!("{records}/mark");
@@ -262,6 +264,7 @@ impl<G: Ground> Actor<'_, G> {
             .log
             .struck(&what.kind(), u64::from(writes.is_err()));
         sleep(lasts).await;
+        self.world.records_are_lost();
         let driver = self.ground.driver_process(node).await?;
         let driver = driver.map(|driver| driver.to_string()).unwrap_or_default();
         self.sh(node, LARGE_DISK, &[&driver, &records, &copy])

@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 use crate::cluster::{Cluster as _, Error, Result, api};
 use crate::install::{classes, pod_statuses};
 
+use super::super::editions::Edit;
 use super::super::ground::Ground;
-use super::super::lock;
 use super::super::schedule::What;
-use super::super::store::CLASSES;
+use super::super::store::{CLASSES, SELDOM};
 use super::super::tenants;
 use super::{Actor, sleep};
 
@@ -25,25 +25,17 @@ impl<G: Ground> Actor<'_, G> {
                 self.delete(pod, &force()).await?;
                 self.create(pod, self.node(node)).await
             }
-            What::Rotate { class } => {
-                let generation = self.world.store.rotate(class);
-                let generation = generation
-                    .map_err(|error| Error::Impossible(format!("write the store: {error}")))?;
-                let name = CLASSES.get(class).copied().unwrap_or_default();
-                self.world
-                    .log
-                    .tell(format!("{name} has generation {generation}"));
-                Ok(())
-            }
-            What::EditClass { class } => {
+            What::Rotate { class } => self.rotate(class).await,
+            What::EditClass { class, edit } => {
+                let _turn = self.edits.lock().await;
                 self.world.edit_begins(class);
-                let edited = self.edit(class).await;
+                let edited = self.edit(class, edit).await;
                 self.world.edit_ends(class);
                 edited
             }
-            What::RemakeClass { class, lasts } => {
+            What::RemakeClass { class, lasts, anew } => {
                 self.world.edit_begins(class);
-                let made = self.remake(class, lasts).await;
+                let made = self.remake(class, lasts, anew).await;
                 self.world.edit_ends(class);
                 made
             }
@@ -74,19 +66,43 @@ impl<G: Ground> Actor<'_, G> {
         unless_absent(deleted, "delete a pod")
     }
 
-    async fn edit(&self, class: usize) -> Result<()> {
-        let edited = !lock(&self.world.edited).contains(&class);
-        let object = tenants::class(class, edited);
+    /// Gives the store new values, of which only the class that is refreshed seldom has to tell.
+    pub(super) async fn rotate(&self, class: usize) -> Result<()> {
+        let generation = self.world.store.rotate(class);
+        let generation =
+            generation.map_err(|error| Error::Impossible(format!("write the store: {error}")))?;
+        let name = CLASSES.get(class).copied().unwrap_or_default();
+        self.world
+            .log
+            .tell(format!("{name} has generation {generation}"));
+        if class == SELDOM {
+            return self.ask(class).await;
+        }
+        Ok(())
+    }
+
+    /// Asks for a refresh of all volumes of a class.
+    pub(super) async fn ask(&self, class: usize) -> Result<()> {
+        let name = CLASSES.get(class).copied().unwrap_or_default();
+        let asked = json!({tenants::ASK: self.next().to_string()});
+        let patch = Patch::Merge(json!({"metadata": {"annotations": asked}}));
+        let api = classes(&self.ground.cluster().client(), &self.world.namespace);
+        let patched = api.patch(name, &PatchParams::default(), &patch).await;
+        // Without it, it is being made anew.
+        unless_absent(patched, "ask for a refresh")
+    }
+
+    async fn edit(&self, class: usize, edit: Edit) -> Result<()> {
+        let Some(spec) = self.world.editions.plan(class, edit) else {
+            return Ok(());
+        };
+        let object = tenants::class(class, spec, self.world.seldom);
         let name = CLASSES.get(class).copied().unwrap_or_default();
         let patch = Patch::Merge(json!({"spec": object["spec"]}));
         let api = classes(&self.ground.cluster().client(), &self.world.namespace);
         match api.patch(name, &PatchParams::default(), &patch).await {
-            Ok(_) if edited => {
-                lock(&self.world.edited).insert(class);
-                Ok(())
-            }
             Ok(_) => {
-                lock(&self.world.edited).remove(&class);
+                self.world.editions.becomes(class, spec);
                 Ok(())
             }
             // It is being made anew.
@@ -94,15 +110,26 @@ impl<G: Ground> Actor<'_, G> {
         }
     }
 
-    async fn remake(&self, class: usize, lasts: u64) -> Result<()> {
+    /// Deletes a class, and makes it after a while with what it said or, if `anew`, another text. Its
+    /// generation is the first one again.
+    async fn remake(&self, class: usize, lasts: u64, anew: bool) -> Result<()> {
         let name = CLASSES.get(class).copied().unwrap_or_default();
         let api = classes(&self.ground.cluster().client(), &self.world.namespace);
         let deleted = api.delete(name, &DeleteParams::default()).await;
         unless_absent(deleted, "delete a class")?;
         sleep(lasts).await;
-        let edited = lock(&self.world.edited).contains(&class);
-        let object = tenants::class(class, edited).to_string();
-        self.namespace.apply(&object).await.map(drop)
+        let _turn = self.edits.lock().await;
+        let spec = match anew {
+            true => self.world.editions.plan(class, Edit::Text),
+            false => self.world.editions.now(class),
+        };
+        let Some(spec) = spec else {
+            return Ok(());
+        };
+        let object = tenants::class(class, spec, self.world.seldom).to_string();
+        self.namespace.apply(&object).await?;
+        self.world.editions.becomes(class, spec);
+        Ok(())
     }
 
     /// Returns the names of the statuses of a pod.

@@ -22,6 +22,7 @@ const BOUNDS: Bounds = Bounds {
     converge: Duration::from_secs(45),
     publish: Duration::from_secs(20),
     fetch: Duration::from_secs(25),
+    follow: Duration::from_secs(20),
     silence: Duration::from_secs(20),
     gone: Duration::from_secs(60),
 };
@@ -75,6 +76,10 @@ impl Ground for OnEmbedded {
 
     fn bounds(&self) -> Bounds {
         BOUNDS
+    }
+
+    fn seldom(&self) -> &'static str {
+        "1h"
     }
 
     async fn root(&self, node: &str) -> Result<PathBuf> {

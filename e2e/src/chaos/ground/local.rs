@@ -20,6 +20,7 @@ const BOUNDS: Bounds = Bounds {
     converge: Duration::from_secs(120),
     publish: Duration::from_secs(60),
     fetch: Duration::from_secs(60),
+    follow: Duration::from_secs(120),
     silence: Duration::from_secs(45),
     gone: Duration::from_secs(180),
 };
@@ -161,6 +162,11 @@ impl Ground for OnLocal {
 
     fn bounds(&self) -> Bounds {
         BOUNDS
+    }
+
+    /// kubelet looks after 90 seconds. A look relies on a class that may be as old as the interval.
+    fn seldom(&self) -> &'static str {
+        "15s"
     }
 
     /// kubelet's directory is this machine's. What the driver mounts in its container appears there.

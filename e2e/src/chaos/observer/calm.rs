@@ -14,7 +14,7 @@ use crate::install::pod_statuses;
 use super::super::ground::Ground;
 use super::super::lock;
 use super::super::store::{CLASSES, EXTRA, OBJECTS, content};
-use super::super::tenants::{EXTRA_KEY, KEYS, WHO};
+use super::super::tenants::{EDITION, EDITION_KEY, EXTRA_KEY, KEYS, WHO};
 use super::super::world::{Failure, Watched, World};
 
 /// Returns what is not as it should be yet.
@@ -36,9 +36,10 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
             let name = CLASSES.get(*class).copied().unwrap_or_default();
             let read = lock(&world.read).get(&(pod.uid.clone(), *class)).copied();
             let latest = world.store.latest(*class);
-            if read != Some(latest) {
+            let expected = world.editions.now(*class).map(|spec| (latest, spec));
+            if read != expected {
                 lacking.push(format!(
-                    "pod {} reads generation {read:?} of {name} instead of {latest}",
+                    "pod {} reads {read:?} of {name} instead of {expected:?}",
                     pod.name
                 ));
             }
@@ -113,13 +114,16 @@ fn wrong_secret(
     }
     let name = CLASSES.get(class).copied().unwrap_or_default();
     let latest = world.store.latest(class);
-    let is_edited = lock(&world.edited).contains(&class);
-    let extra = is_edited.then_some((EXTRA_KEY, EXTRA));
+    let spec = world.editions.now(class)?;
+    let extra = spec.has_extra.then_some((EXTRA_KEY, EXTRA));
+    let values = KEYS.into_iter().chain(extra);
+    let values = values.map(|(key, object)| (key, content(name, object, latest)));
+    let edition = (EDITION_KEY, content(name, EDITION, spec.edition));
     let mut data = secret.data.unwrap_or_default();
-    for (key, object) in KEYS.into_iter().chain(extra) {
+    for (key, expected) in values.chain([edition]) {
         let value = data.remove(key);
-        if value.is_none_or(|value| value.0 != content(name, object, latest).into_bytes()) {
-            return Some(format!("has not generation {latest} in {key}"));
+        if value.is_none_or(|value| value.0 != expected.into_bytes()) {
+            return Some(format!("has not generation {latest} and {spec:?} in {key}"));
         }
     }
     let more: Vec<&String> = data.keys().collect();

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::super::store::{EXTRA, OBJECTS};
-use super::super::tenants::WHO;
+use super::super::tenants::{EDITION, WHO};
 use super::volumes::{Wrong, take};
 
 const DATA: &str = "..data";
@@ -47,17 +47,22 @@ impl Content {
         self.names.iter().any(|name| name == EXTRA)
     }
 
-    /// Reads all files; returns their generation. Returns `None` if this process was too slow to tell.
-    pub(super) fn read(&self, class: usize, floor: u64) -> Result<Option<u64>, Wrong> {
+    /// Reads all files; returns their generation, and the edition of their class. Returns `None` if this
+    /// process was too slow to tell.
+    pub(super) fn read(&self, class: usize, floor: u64) -> Result<Option<(u64, u64)>, Wrong> {
         match self.read_all(class, floor) {
             Err(Wrong::Gap(_)) if self.at.elapsed() > STAYS => Ok(None),
             read => read.map(Some),
         }
     }
 
-    fn read_all(&self, class: usize, floor: u64) -> Result<u64, Wrong> {
+    fn read_all(&self, class: usize, floor: u64) -> Result<(u64, u64), Wrong> {
+        let mut edition = 0;
         let mut first: Option<(&str, u64)> = None;
-        let expected = OBJECTS.iter().map(|(object, _)| *object).chain([WHO]);
+        let expected = OBJECTS
+            .iter()
+            .map(|(object, _)| *object)
+            .chain([WHO, EDITION]);
         for object in expected.chain(self.has_extra().then_some(EXTRA)) {
             if !self.names.iter().any(|name| name == object) {
                 return Err(Wrong::Gap(format!("one {DATA} has no {object}")));
@@ -74,6 +79,10 @@ impl Content {
             if object == WHO {
                 continue;
             }
+            if object == EDITION {
+                edition = take(class, object, &text, 0)?;
+                continue;
+            }
             let generation = take(class, object, &text, floor)?;
             let (name, expected) = *first.get_or_insert((object, generation));
             if generation != expected {
@@ -85,7 +94,7 @@ impl Content {
                 ));
             }
         }
-        Ok(first.map_or(floor, |(_, generation)| generation))
+        Ok((first.map_or(floor, |(_, generation)| generation), edition))
     }
 }
 

@@ -12,7 +12,7 @@ use kube::runtime::watcher::{self, Event, watcher};
 use serde_json::json;
 
 use super::super::store::{CLASSES, generation_of};
-use super::super::tenants::{EXTRA_KEY, KEYS};
+use super::super::tenants::{EDITION, EDITION_KEY, EXTRA_KEY, KEYS};
 use super::super::world::World;
 
 /// The time after which a version is judged, and not while somebody writes by hand, who tells so after
@@ -62,6 +62,7 @@ fn judge(world: &World, seen: Instant, secret: &Secret, last: &mut BTreeMap<Stri
     for (key, object) in KEYS
         .iter()
         .chain(&[(EXTRA_KEY, super::super::store::EXTRA)])
+        .chain(&[(EDITION_KEY, EDITION)])
     {
         let Some(value) = data.get(*key) else {
             // The extra key is declared only by an edited class.
@@ -72,6 +73,8 @@ fn judge(world: &World, seen: Instant, secret: &Secret, last: &mut BTreeMap<Stri
             continue;
         };
         match generation_of(name, object, &String::from_utf8_lossy(&value.0)) {
+            // It is of the class, not of the store.
+            Ok(_) if *key == EDITION_KEY => {}
             Ok(generation) => {
                 generations.insert(generation, *key);
             }

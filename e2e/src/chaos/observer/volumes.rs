@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::super::editions::Spec;
 use super::super::lock;
 use super::super::store::{CLASSES, OBJECTS, generation_of};
 use super::super::tenants::{WHO, volume_name};
@@ -38,12 +39,12 @@ struct Known {
     /// The root of the node, which is another one after a reboot, and the file system.
     mounted: (PathBuf, u64),
     generation: u64,
-    /// Whether it had the object that a class has only after an edit.
-    has_extra: bool,
-    /// The state of the class then, see [`World::edit`].
-    edit: Option<(u64, bool)>,
+    /// What its class said when its content was made.
+    spec: Spec,
+    /// The state of the class then, see [`Editions::settled`](super::super::editions::Editions).
+    edit: Option<(u64, Spec)>,
     /// The state of the class that the volume has followed.
-    follows: Option<(u64, bool)>,
+    follows: Option<(u64, Spec)>,
     /// Since when, by [`World::now`], the store has newer content.
     stale: Option<Duration>,
 }
@@ -152,19 +153,30 @@ fn read_one(
     let floor = known.get(&id).map_or(0, |known| known.generation);
     // A provider is called after the pod was created.
     let floor = floor.max(world.store.at(class, pod.created));
-    let edit = world.edit(class);
+    let edit = world.editions.settled(class);
+    let changed = world.editions.changed(class);
     let reading = read_volume(&volume, class, pod, floor);
     world.log.checked("readings of a volume", 1);
     world.log.took("reading of a volume", begun.elapsed());
     let reading = match reading {
-        Ok(reading) => reading,
+        Ok(Some(reading)) => reading,
+        // This process was too slow to tell.
+        Ok(None) => return,
         Err(wrong) => return report(world, pod, root, class, wrong, out),
     };
     let Reading {
         device,
         generation,
-        has_extra,
+        spec,
     } = reading;
+    let broken = |invariant, text: String| {
+        let wrong = Wrong::Content(invariant, text);
+        report(world, pod, root, class, wrong, out);
+    };
+    if !world.editions.was(class, spec) {
+        let text = format!("the class never said {spec:?}");
+        broken("no pod reads a mixed volume", text);
+    }
     let before = known.remove(&id);
     let is_stale = generation < world.store.latest(class);
     let still = before
@@ -174,23 +186,36 @@ fn read_one(
     if is_stale && world.now() - since > world.bounds.silence {
         world.fails(pod, "its volume is not refreshed");
     }
-    let has_edit = edit.is_some_and(|(_, expected)| has_extra == expected);
+    let is_late =
+        |since: Duration| world.is_calm_since(since) && world.now() - since > world.bounds.follow;
+    const IN_TIME: &str = "a volume follows its store and its class within its bound";
+    if is_stale && is_late(since) {
+        let text = format!("generation {generation} is not the last one of the store");
+        broken(IN_TIME, text);
+    }
+    if let Some((expected, since)) = changed
+        && spec != expected
+        && is_late(since)
+        && world.editions.changed(class) == changed
+    {
+        broken(IN_TIME, format!("it has {spec:?} instead of {expected:?}"));
+    }
+    let has_edit = edit.is_some_and(|(_, expected)| spec == expected);
     let follows = match before.as_ref() {
         Some(before) if before.follows.is_some() && before.follows == edit => edit,
         // It has become so: it was not so since an earlier edit.
-        Some(before) if has_edit && before.has_extra != has_extra && before.edit == edit => edit,
+        Some(before) if has_edit && before.spec != spec && before.edit == edit => edit,
         _ => None,
     };
-    if follows.is_some() && !has_edit && world.edit(class) == follows {
+    if follows.is_some() && !has_edit && world.editions.settled(class) == follows {
         let text = "it had followed an edit of its class, and does not any more";
-        let wrong = Wrong::Content("no volume goes back to an older class", text.to_owned());
-        report(world, pod, root, class, wrong, out);
+        broken("no volume goes back to an older class", text.to_owned());
     }
     let mounted = (root.to_owned(), device);
     let now = Known {
         mounted: mounted.clone(),
         generation,
-        has_extra,
+        spec,
         edit,
         follows,
         stale: is_stale.then_some(since),
@@ -210,7 +235,7 @@ fn read_one(
         let text = format!("generation {generation} is newer than the store's");
         world.log.find("a volume has what the store had", text);
     }
-    lock(&world.read).insert(id, generation);
+    lock(&world.read).insert(id, (generation, spec));
 }
 
 /// What was read of a volume.
@@ -218,13 +243,18 @@ struct Reading {
     /// Its file system.
     device: u64,
     generation: u64,
-    /// Whether it has the object that a class has only after an edit.
-    has_extra: bool,
+    /// What its class said when its content was made.
+    spec: Spec,
 }
 
 /// Reads a volume twice: file by file, as a program does that does not know of `..data`, and all
-/// files of one `..data`.
-fn read_volume(volume: &Path, class: usize, pod: &Watched, floor: u64) -> Result<Reading, Wrong> {
+/// files of one `..data`. Returns `None` if this process was too slow for that.
+fn read_volume(
+    volume: &Path,
+    class: usize,
+    pod: &Watched,
+    floor: u64,
+) -> Result<Option<Reading>, Wrong> {
     let gap =
         |what: &Path, error: std::io::Error| Wrong::Gap(format!("{}: {error}", what.display()));
     let device = fs::metadata(volume).map_err(|error| gap(volume, error))?;
@@ -243,12 +273,15 @@ fn read_volume(volume: &Path, class: usize, pod: &Watched, floor: u64) -> Result
     let text = fs::read_to_string(&file).map_err(|error| gap(Path::new(WHO), error))?;
     check_owner(&text, pod)?;
     let content = Content::open(volume)?;
-    let generation = content.read(class, last)?;
-    Ok(Reading {
+    let read = content.read(class, last)?;
+    Ok(read.map(|(generation, edition)| Reading {
         device: device.dev(),
-        generation: generation.unwrap_or(last),
-        has_extra: content.has_extra(),
-    })
+        generation,
+        spec: Spec {
+            edition,
+            has_extra: content.has_extra(),
+        },
+    }))
 }
 
 /// Checks a content; returns its generation.
