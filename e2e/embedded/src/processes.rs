@@ -70,7 +70,7 @@ pub(crate) fn enter(entry: &Entry) -> io::Error {
             none,
         )?;
         mount(Some(own.as_str()), "/proc/1", none, MsFlags::MS_BIND, none)?;
-        Ok(std::env::set_current_dir("/")?)
+        std::env::set_current_dir("/")
     };
     let Some((program, arguments)) = entry.command.split_first() else {
         return io::Error::other("no program");
