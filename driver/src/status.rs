@@ -4,6 +4,8 @@
 //! records and looks at mounts and sockets, and changes nothing. Nothing that it says is secret: records
 //! have no content.
 
+mod calls;
+
 use std::{
     ffi::OsString,
     fs, io,
@@ -23,6 +25,8 @@ use crate::{
     provider,
     record::{Object, Pod, Record, Records, Writer},
 };
+
+pub use calls::Calls;
 
 /// The time for which a socket may take to accept a connection.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
@@ -58,6 +62,10 @@ pub struct Status {
     /// empty directories.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unseen_below: Option<PathBuf>,
+    /// How the calls to providers ended since the driver started, as its metrics page counts them. Empty if
+    /// that cannot be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub calls: Vec<Calls>,
     /// The volumes that are recorded, by namespace and pod.
     pub volumes: Vec<Volume>,
 }
@@ -182,6 +190,11 @@ impl Status {
                 used: memory.in_use(),
             }),
             unseen_below: unseen_below(config),
+            calls: match config.metrics_addr {
+                // A driver that has no page, or does not answer, has no figures.
+                Some(address) => calls::read(address).await.unwrap_or_default(),
+                None => Vec::new(),
+            },
             volumes,
         })
     }

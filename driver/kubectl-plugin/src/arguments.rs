@@ -7,7 +7,8 @@ pub(crate) const USAGE: &str = "\
 Explains pods with volumes of the Secrets Store CSI driver, and finds mistakes in their manifests.
 
 usage:
-  kubectl secrets-store explain pod NAME   what is mounted, what is due, what is wrong, and what to do next
+  kubectl secrets-store explain pod NAME   what is mounted, what is due, what is wrong, and what to do next;
+                                           a deployment, statefulset, daemonset or job has one of its pods explained
   kubectl secrets-store doctor             what the cluster and its nodes lack, and what to do about it
   kubectl secrets-store lint FILE...       mistakes in SecretProviderClasses, pods and Helm values, offline
 

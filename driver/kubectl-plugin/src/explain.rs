@@ -3,11 +3,13 @@
 mod checks;
 mod facts;
 mod story;
+mod workload;
 
 use kube::Client;
 
 pub use checks::Trouble;
 pub use story::Story;
+pub use workload::Workload;
 
 /// Explains a pod. `driver_namespace` is where the driver is installed, for someone who may not look for it.
 ///

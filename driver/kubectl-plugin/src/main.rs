@@ -10,7 +10,7 @@ use std::{
 
 use kubectl_secrets_store::{
     doctor::{Scope, doctor},
-    explain::explain,
+    explain::{Workload, explain},
     lint::lint,
 };
 use serde::Serialize;
@@ -54,15 +54,29 @@ fn lint_files(arguments: &Arguments) -> ExitCode {
 }
 
 fn explain_pod(arguments: &Arguments) -> ExitCode {
-    let words: Vec<_> = arguments.words.iter().map(String::as_str).collect();
-    let name = match words.as_slice() {
-        ["pod" | "pods" | "po", name] => *name,
-        [name] => name.strip_prefix("pod/").unwrap_or(name),
+    let split = arguments.words.iter().flat_map(|word| word.split('/'));
+    let words: Vec<_> = split.collect();
+    let (kind, name) = match words.as_slice() {
+        [name] => ("pod", *name),
+        [kind, name] => (*kind, *name),
         _ => return complain(USAGE),
+    };
+    let workload = match (kind, Workload::named(kind)) {
+        ("pod" | "pods" | "po", _) => None,
+        (_, Some(workload)) => Some(workload),
+        _ => {
+            return complain(&format!(
+                "{kind} is not explained; a pod or its workload is\n\n{USAGE}"
+            ));
+        }
     };
     let explained = arguments.run(async |client, namespace| {
         let driver = arguments.driver_namespace.as_deref();
-        explain(client, namespace, name, driver).await
+        let pod = match workload {
+            Some(workload) => workload.pod(client, namespace, name).await?,
+            None => name.to_owned(),
+        };
+        explain(client, namespace, &pod, driver).await
     });
     match explained {
         Ok(story) => say(

@@ -122,7 +122,7 @@ fn findings_are_lines_for_people_and_codes_for_machines() {
         (&["lint", "-o", "yaml", "x"], 2),
         (&["lint", "/no/such/file"], 2),
         (&["explain"], 2),
-        (&["explain", "deployment", "web"], 2),
+        (&["explain", "service", "web"], 2),
         (&["doctor", "web"], 2),
         (&["--help"], 0),
     ] {

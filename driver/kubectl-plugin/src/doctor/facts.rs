@@ -141,18 +141,13 @@ impl Facts {
         }
         let cut = |is_cut| if is_cut { ", and not the rest" } else { "" };
         if let Read::Is(classes) = &self.classes {
-            let count = classes.items.len();
-            lines.push(format!(
-                "{count} SecretProviderClasses{}",
-                cut(classes.is_cut)
-            ));
+            let count = counted(classes.items.len(), "SecretProviderClass", "es");
+            lines.push(format!("{count}{}", cut(classes.is_cut)));
         }
         if let Read::Is(orphans) = &self.orphans {
-            lines.push(format!(
-                "{} pod statuses{}",
-                self.statuses.min(MAX_OWNERS),
-                cut(orphans.is_cut || self.statuses > MAX_OWNERS)
-            ));
+            let count = counted(self.statuses.min(MAX_OWNERS), "pod status", "es");
+            let is_cut = orphans.is_cut || self.statuses > MAX_OWNERS;
+            lines.push(format!("{count}{}", cut(is_cut)));
         }
         if let Read::Is(pods) = &self.pods {
             let answered = self
@@ -160,17 +155,29 @@ impl Facts {
                 .iter()
                 .filter(|asked| asked.status().is_some())
                 .count();
-            let all = pods.items.len();
             lines.push(format!(
-                "{all} pods of the driver{}, of which {answered} said what is on their nodes",
+                "{}{}, of which {answered} said what is on their nodes",
+                counted(pods.items.len(), "pod of the driver", ""),
                 cut(pods.is_cut)
             ));
-            if all > self.asked.len() {
+            let running = pods.items.iter().filter(|pod| nodes::runs(pod)).count();
+            if running > self.asked.len() {
                 lines.push(format!(
-                    "{} of these nodes were asked, those first whose pods are not ready; --nodes {all} asks all",
+                    "{} of these nodes were asked, those first whose pods are not ready; --nodes {running} asks all",
                     self.asked.len()
                 ));
             }
+        }
+        let existing = self
+            .asked
+            .iter()
+            .filter(|asked| matches!(asked.says, NodeSays::ExistingDriver));
+        let existing: Vec<_> = existing.map(|asked| asked.node.as_str()).collect();
+        if !existing.is_empty() {
+            let named = nodes::named(&existing);
+            lines.push(format!(
+                "the existing driver on {named}, which says nothing of its node"
+            ));
         }
         lines
     }
@@ -214,6 +221,15 @@ impl Facts {
             add(&format!("what is on {}", nodes::named(&nodes)), Some(why));
         }
         lines
+    }
+}
+
+/// Returns a number with what it counts, which has this ending if there are several.
+fn counted(count: usize, what: &str, ending: &str) -> String {
+    match (count, ending) {
+        (1, _) => format!("1 {what}"),
+        (_, "") => format!("{count} {}", what.replacen("pod ", "pods ", 1)),
+        _ => format!("{count} {what}{ending}"),
     }
 }
 

@@ -93,7 +93,7 @@ pub(super) fn node_of(pod: &Pod) -> Option<&str> {
 }
 
 /// Returns whether a container of a pod runs.
-fn runs(pod: &Pod) -> bool {
+pub(super) fn runs(pod: &Pod) -> bool {
     let statuses = pod
         .status
         .iter()

@@ -68,6 +68,9 @@ pub struct Volume {
     /// When the provider answered last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_success: Option<Timestamp>,
+    /// Since when refreshes fail.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stale_since: Option<Timestamp>,
     /// When the content changed last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_change: Option<Timestamp>,
@@ -176,6 +179,7 @@ impl Volume {
             mounted,
             mounted_since: since.map(|time| time.0).filter(|_| mounted == Some(true)),
             last_success: record.map(|record| record.last_success),
+            stale_since: record.and_then(|record| record.stale_since),
             last_change: record.map(|record| record.last_change).or(changed),
             contents: annotation(CONTENT_CHANGES).and_then(|count| count.parse().ok()),
             next_refresh,
@@ -190,12 +194,10 @@ impl Volume {
 
     fn write(&self, f: &mut fmt::Formatter<'_>, now: Timestamp) -> fmt::Result {
         let provider = self.provider.as_deref().unwrap_or("unknown");
-        let class = if self.class.is_empty() {
-            "no class"
-        } else {
-            &self.class
-        };
-        writeln!(f, "  {} (class {class}, provider {provider})", self.name)?;
+        match self.class.as_str() {
+            "" => writeln!(f, "  {} (no class)", self.name)?,
+            class => writeln!(f, "  {} (class {class}, provider {provider})", self.name)?,
+        }
         match (self.mounted, self.mounted_since) {
             (Some(true), Some(since)) => writeln!(f, "    mounted since {}", shown(since, now))?,
             (Some(true), None) => writeln!(f, "    mounted")?,
@@ -228,6 +230,9 @@ impl Volume {
         }
         if let Some(success) = self.last_success {
             let next = match (self.refreshes, self.next_refresh) {
+                _ if self.stale_since.is_some() => {
+                    "the driver tries again at each look of kubelet, less and less often".to_owned()
+                }
                 (_, Some(next)) if next <= now => "the next refresh is due now".to_owned(),
                 (_, Some(next)) => format!("the next refresh is due {}", shown(next, now)),
                 ("never", _) => "no further refresh, as it says `never`".to_owned(),
@@ -267,7 +272,13 @@ impl fmt::Display for Story {
             self.namespace, self.pod, self.state
         )?;
         match self.trouble.as_slice() {
-            [] => writeln!(f, "\nNothing is wrong with its volumes.")?,
+            [] if self.unknown.is_empty() => {
+                writeln!(f, "\nNothing is wrong with its volumes.")?;
+            }
+            [] => writeln!(
+                f,
+                "\nNothing is known to be wrong with its volumes; what could not be read is at the end."
+            )?,
             troubles => writeln!(
                 f,
                 "\nWrong{}:",
@@ -343,6 +354,7 @@ fn notes(facts: &Facts) -> Vec<String> {
             ));
         }
     }
+    notes.extend(failed_calls(facts));
     let node = facts.node.as_ref();
     if let Some(NodeSays::ExistingDriver) = node.and_then(|node| node.says.as_ref()) {
         notes.push("the node has the existing driver, which keeps no record: when a refresh is due, and when one failed, is not known".to_owned());
@@ -378,6 +390,34 @@ fn notes(facts: &Facts) -> Vec<String> {
         ));
     }
     notes
+}
+
+/// Returns how many calls of the node's driver to the providers of the pod failed: others may be in the same
+/// trouble.
+fn failed_calls(facts: &Facts) -> Vec<String> {
+    let providers: Vec<_> = facts
+        .volumes
+        .iter()
+        .filter_map(|volume| volume.class.found())
+        .map(|class| class.spec.provider.as_str())
+        .collect();
+    let calls = facts.status().into_iter().flat_map(|status| &status.calls);
+    let of_pod = calls.filter(|calls| providers.contains(&calls.provider.as_str()));
+    of_pod
+        .filter_map(|calls| {
+            let failed: u64 = calls.failed.values().sum();
+            let codes = calls.failed.iter().map(|(code, count)| format!("{count} with {code}"));
+            let codes: Vec<_> = codes.collect();
+            (failed > 0).then(|| {
+                format!(
+                    "of {} calls of this node's driver to provider {}, for all pods and since it started, {failed} failed: {}",
+                    calls.succeeded + failed,
+                    calls.provider,
+                    codes.join(", ")
+                )
+            })
+        })
+        .collect()
 }
 
 /// Returns what could not be read: once, however many objects it is about.

@@ -224,7 +224,7 @@ async fn a_large_body_is_refused_where_nothing_else_is() {
 
 #[tokio::test]
 async fn requests_by_a_kubeconfig_are_intercepted_disturbed_and_counted() {
-    let mut setup = Setup::new().await;
+    let setup = Setup::new().await;
     let kubeconfig = setup.server.kubeconfig().await.unwrap();
     let kubeconfig = Kubeconfig::from_yaml(&kubeconfig).unwrap();
     let options = KubeConfigOptions::default();

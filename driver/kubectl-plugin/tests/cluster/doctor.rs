@@ -1,14 +1,5 @@
 //! Runs `doctor` against an API server whose objects are those of clusters in trouble.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test"
-)]
-
-mod world;
-
 use std::{
     fmt::Write as _,
     time::{Duration, Instant},
@@ -16,7 +7,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use world::{World, ago};
+use crate::world::{World, ago};
 
 type Change = fn(&mut World);
 
@@ -52,6 +43,8 @@ const SITUATIONS: &[(&str, Change)] = &[
     ("a node in trouble", |world| {
         world.status["driver"] = json!({"path": "/csi/csi.sock", "answers": false, "error": "Connection refused (os error 111)"});
         world.status["providers"][0]["answers"] = json!(false);
+        world.status["calls"] =
+            json!([{"provider": "vault", "succeeded": 3, "failed": {"UNAVAILABLE": 30}}]);
         world.status["unseenBelow"] = json!("/var/lib/kubelet/pods");
         world.status["memory"]["used"] = json!(99_000_000);
         world.status["time"] = ago(7_230);

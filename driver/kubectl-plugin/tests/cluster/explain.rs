@@ -1,20 +1,11 @@
 //! Runs the plugin against an API server whose objects are those of clusters in trouble. The node's driver is
 //! played here; the scenarios of `e2e` have the real one.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test"
-)]
-
-mod world;
-
 use std::fmt::Write as _;
 
 use serde_json::json;
 
-use world::{World, ago};
+use crate::world::{World, ago};
 
 /// Compares stories with a snapshot, without times and how long ago they were.
 macro_rules! assert_stories {
@@ -148,6 +139,14 @@ const SITUATIONS: &[(&str, Change)] = &[
         world.pod["spec"]["containers"][0]["volumeMounts"][0]["subPath"] = json!("password");
         world.status["volumes"][0]["lastChange"] = ago(10);
     }),
+    ("calls of other pods fail as well", |world| {
+        world.status["volumes"][0]["staleSince"] = ago(300);
+        world.status["calls"] = json!([{"provider": "vault", "succeeded": 40,
+            "failed": {"PERMISSION_DENIED": 11, "UNAVAILABLE": 1}}]);
+        world.pod_status["metadata"]["annotations"]["secrets-store.csi.k8s.io/stale-reason"] =
+            json!("provider vault: permission denied");
+    }),
+    ("the class is gone", |world| world.class = json!(null)),
     ("the class says never", |world| {
         world.class["metadata"]["annotations"] =
             json!({"secrets-store.csi.k8s.io/rotation-poll-interval": "never"});
@@ -224,4 +223,42 @@ async fn what_cannot_be_explained_has_exit_code_2() {
     let said = nowhere.explain("web").await;
     assert_eq!(said.code, 2);
     assert!(said.stderr.contains("/no/such/file"), "{}", said.stderr);
+}
+
+/// A workload has the pod explained that is not ready.
+#[tokio::test]
+async fn a_workload_has_one_of_its_pods_explained() {
+    let mut world = World::in_order();
+    world.pod["metadata"]["labels"] = json!({"app": "web"});
+    let mut other = world.pod.clone();
+    other["metadata"]["name"] = json!("a-ready-one");
+    other["metadata"]["uid"] = json!("other");
+    other["status"]["conditions"] = json!([{"type": "Ready", "status": "True"}]);
+    let ready = "/api/v1/namespaces/shop/pods/a-ready-one".to_owned();
+    world.others.push((ready, other));
+    let deployment = json!({
+        "metadata": {"name": "web"},
+        "spec": {
+            "selector": {"matchLabels": {"app": "web"}},
+            "template": {"metadata": {"labels": {"app": "web"}}, "spec": {"containers": []}},
+        },
+    });
+    let path = "/apis/apps/v1/namespaces/shop/deployments/web".to_owned();
+    world.others.push((path, deployment));
+    let running = world.start().await;
+    for words in [&["deployment", "web"][..], &["deploy/web"]] {
+        let args = [&["explain", "-n", "shop"], words].concat();
+        let said = running.run(&args).await;
+        assert_eq!(said.stderr, "");
+        assert!(
+            said.stdout.starts_with("pod shop/web: Running"),
+            "{}",
+            said.stdout
+        );
+    }
+    let said = running.run(&["explain", "sts", "web", "-n", "shop"]).await;
+    assert_eq!(
+        (said.code, said.stderr.as_str()),
+        (2, "there is no StatefulSet shop/web\n")
+    );
 }

@@ -108,6 +108,7 @@ impl World {
                 "refreshes": true, "refreshIntervalSeconds": 600, "shortestRefreshIntervalSeconds": 30,
                 "providerDirectories": ["/var/run/secrets-store-csi-providers"],
                 "providers": [{"name": "vault", "path": "/var/run/secrets-store-csi-providers/vault.sock", "answers": true}],
+                "calls": [{"provider": "vault", "succeeded": 40, "failed": {}}],
                 "memory": {"limit": 209_715_200, "room": 100_000_000, "used": 16_384},
                 "volumes": [{
                     "id": "csi-1", "pod": {"name": "web", "namespace": "shop", "uid": UID},
@@ -247,6 +248,7 @@ impl World {
             object["metadata"]["resourceVersion"] = json!("1");
             api.put(&path, object).unwrap();
         }
+        api.stop_collector();
         let forbidden = self.forbidden;
         api.intercept(move |call| {
             let refuses = forbidden.iter().any(|piece| call.uri.contains(piece));
