@@ -132,7 +132,8 @@ impl Footprint {
             AT_REST.as_secs(),
             volumes = self.volumes,
         );
-        let rows: [(&str, fn(&Resident) -> f64); 8] = [
+        type Row = (&'static str, fn(&Resident) -> f64);
+        let rows: [Row; 8] = [
             ("code that has run lately, of program and libraries", |r| {
                 r.code
             }),

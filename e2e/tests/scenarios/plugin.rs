@@ -332,3 +332,55 @@ async fn the_story_of_a_broken_node() {
     );
     assert_stories!(text);
 }
+
+/// A cluster that is in order, and one with a class of a provider that no node has.
+#[tokio::test]
+async fn the_doctor_of_a_cluster() {
+    let s = scenario!(NEEDS);
+    let plugin = Plugin::new(&s).await;
+    s.apply(
+        class("db", OBJECT).secret_objects([SecretObject::new("creds", &[("pw", "password")])]),
+    )
+    .await;
+    s.apply(pod("web", &["db"])).await;
+    s.ready("web").await;
+    let doctor = async || {
+        let said = plugin.run(&s, &["doctor", "-o", "json"]).await;
+        let report: Value = serde_json::from_str(&said.text).unwrap();
+        (said.code, report)
+    };
+    let (_, report) = doctor().await;
+    assert_eq!(report["unknown"], json!([]), "{report:#}");
+    let all = |report: &Value| {
+        let all = report["findings"].as_array().unwrap().iter();
+        all.map(|finding| finding["check"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    // What pods of other scenarios leave behind on a shared cluster is not looked at.
+    for check in [
+        "kinds",
+        "csi-driver",
+        "rollout",
+        "rights",
+        "registration",
+        "driver-socket",
+        "mount-propagation",
+        "clock",
+    ] {
+        assert!(!all(&report).contains(&check.to_owned()), "{report:#}");
+    }
+    let nodes = s.cluster.nodes().len();
+    let looked = report["lookedAt"].to_string();
+    assert!(
+        looked.contains(&format!("of which {nodes} said what")),
+        "{report:#}"
+    );
+    s.apply(class("lonely", OBJECT).provider("nobody")).await;
+    let (code, report) = doctor().await;
+    assert_eq!(code, Some(1), "{report:#}");
+    let what = report["findings"].to_string();
+    assert!(
+        what.contains("no node that was asked has provider nobody"),
+        "{report:#}"
+    );
+}

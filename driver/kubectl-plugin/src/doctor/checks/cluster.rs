@@ -308,11 +308,11 @@ pub(super) fn driver_pods(facts: &Facts, found: &mut Found<'_>) {
 
 /// Returns why a pod is not ready, in words that are the same for pods with the same trouble.
 fn why_not_ready(pod: &Pod) -> String {
-    let statuses = pod
+    let mut statuses = pod
         .status
         .iter()
         .flat_map(|status| status.container_statuses.iter().flatten());
-    for status in statuses.into_iter().filter(|status| !status.ready) {
+    if let Some(status) = statuses.find(|status| !status.ready) {
         let waiting = status
             .state
             .as_ref()
