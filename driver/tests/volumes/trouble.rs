@@ -82,7 +82,7 @@ fn edit(world: &World, volume: &Volume, annotations: Value) {
 #[test]
 fn the_pod_status_says_that_refreshes_fail_for_as_long_as_they_do() {
     alone(async {
-        let flags = [&EAGER[..], &["--sync-interval=500ms"]].concat();
+        let flags = [&EAGER[..], &["--sync-interval=100ms"]].concat();
         let mut world = World::start(&flags).await;
         let kinds = [
             Step::Fail,
