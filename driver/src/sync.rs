@@ -18,6 +18,8 @@ mod content;
 mod desired;
 mod overtaken;
 mod parsing;
+#[doc(hidden)]
+pub mod pure;
 mod reconcile;
 mod report;
 mod resync;

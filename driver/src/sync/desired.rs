@@ -24,7 +24,8 @@ use crate::{
 pub(super) use batch::{Batch, Computed, compute};
 #[cfg(test)]
 use values::PARSED;
-use values::{Needs, Sources, key_of, values};
+pub(super) use values::Sources;
+use values::{Needs, key_of, values};
 
 /// The annotation of a class that says how the private keys of its TLS Secrets are written:
 /// `traditional` or `original`.
