@@ -54,6 +54,9 @@ pub async fn run(options: &Options) -> Result<()> {
     }
 }
 
+/// A row of the table: its name and its value in KiB.
+type Row = (&'static str, fn(&Resident) -> f64);
+
 /// The memory of a driver at three times.
 #[derive(Debug)]
 struct Footprint {
@@ -132,7 +135,6 @@ impl Footprint {
             AT_REST.as_secs(),
             volumes = self.volumes,
         );
-        type Row = (&'static str, fn(&Resident) -> f64);
         let rows: [Row; 8] = [
             ("code that has run lately, of program and libraries", |r| {
                 r.code
