@@ -49,8 +49,8 @@ pub(super) enum Entrance {
     Admin,
     /// Requests have the identity of a bearer token, are intercepted, disturbed and recorded.
     Pods,
-    /// Everyone without a bearer token is an administrator; requests are intercepted, disturbed and
-    /// recorded.
+    /// Everyone without the token of a service account is an administrator; requests are intercepted,
+    /// disturbed and recorded.
     Loopback,
 }
 
@@ -160,7 +160,9 @@ impl Server {
             Entrance::Loopback if !headers.contains_key(header::AUTHORIZATION) => {
                 Ok(Identity::Admin)
             }
-            Entrance::Loopback | Entrance::Pods => self.identify(headers),
+            // Tests give the driver tokens of their own.
+            Entrance::Loopback => Ok(self.identify(headers).unwrap_or(Identity::Admin)),
+            Entrance::Pods => self.identify(headers),
         }
     }
 
