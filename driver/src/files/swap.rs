@@ -19,7 +19,9 @@ use nix::{
     errno::Errno,
     fcntl::{AtFlags, renameat},
     sys::{
-        stat::{Mode, UtimensatFlags, fstatat, mkdirat, utimensat},
+        stat::{
+            FchmodatFlags, Mode, UtimensatFlags, fchmodat, fstat, fstatat, mkdirat, utimensat,
+        },
         time::TimeSpec,
     },
     unistd::{Gid, fchownat, linkat, symlinkat},
@@ -43,6 +45,9 @@ const ASIDE: &str = "..aside";
 /// The time for which the former content stays after a swap, for readers that have already followed
 /// `..data`.
 pub const GRACE: Duration = Duration::from_secs(2);
+
+/// The mode of a generation that was replaced. Its sticky bit means nothing to readers.
+const REPLACED: Mode = Mode::from_bits_retain(0o1755);
 
 /// New content that lies beside the old, where no reader looks. Dropping it removes it.
 #[must_use = "staged content is not the volume's content before it is committed"]
@@ -117,16 +122,16 @@ impl StagedContent {
         }
         self.committed = true;
         remove_leftovers(&self.root, |name| {
-            let name = name.to_bytes();
-            name == self.new.as_bytes() || self.old.as_ref().is_some_and(|o| name == o.as_bytes())
+            let is = |other: &String| name.to_bytes() == other.as_bytes();
+            // Several swaps may follow each other within the grace of the first.
+            is(&self.new)
+                || self.old.as_ref().is_some_and(is)
+                || was_replaced(&self.root, name) && is_in_grace(&self.root, name)
         });
         let Some(old) = self.old.take() else {
             return Ok(None);
         };
-        // From now on its age is the time since it was replaced.
-        let now = TimeSpec::UTIME_NOW;
-        let no_links = UtimensatFlags::NoFollowSymlink;
-        match utimensat(&self.root, old.as_str(), &now, &now, no_links) {
+        match mark_replaced(&self.root, &old) {
             Err(Errno::ENOENT) => Ok(None),
             Err(error) => {
                 tracing::warn!(%error, name = old, "replaced content may be removed while a reader still opens it");
@@ -231,6 +236,21 @@ fn replace_link(root: &OwnedFd, aside: &OwnedFd, target: &str, link: &str) -> io
         Err(errno) => return Err(errno).at(link),
     }
     renameat(root, LINK_TMP, root, link).at(link)
+}
+
+/// Marks a generation that was in use until now, unlike one that never was because its driver ended. From
+/// now on its age is the time since it was replaced.
+fn mark_replaced(root: &OwnedFd, old: &str) -> nix::Result<()> {
+    let now = TimeSpec::UTIME_NOW;
+    utimensat(root, old, &now, &now, UtimensatFlags::NoFollowSymlink)?;
+    fchmodat(root, old, REPLACED, FchmodatFlags::FollowSymlink)
+}
+
+/// Returns whether a generation has been in use.
+fn was_replaced(root: &OwnedFd, name: &CStr) -> bool {
+    let state = || fstat(open_directory(root.as_fd(), name)?).map_err(io::Error::from);
+    is_generation(name)
+        && state().is_ok_and(|is| Mode::from_bits_truncate(is.st_mode).contains(Mode::S_ISVTX))
 }
 
 /// Returns whether a generation that is not in use any more was in use a moment ago.
