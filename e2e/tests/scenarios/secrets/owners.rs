@@ -130,11 +130,8 @@ async fn fifty_pods_and_one_write() {
     tokio::time::sleep(Duration::from_secs(10)).await;
     assert_eq!(requests(WRITES, ""), 0, "at rest");
     let statuses = requests(&["get"], "secretproviderclasspodstatuses");
-    // Each pod status is read every four seconds.
-    assert!(
-        (50..=200).contains(&statuses),
-        "{statuses} reads in ten seconds"
-    );
+    // Each pod status is read every twenty seconds.
+    assert!(statuses <= 50, "{statuses} reads in ten seconds");
     let reads = requests(&["get"], "") - statuses;
     // Secret and class are read every second, as the flag sets it.
     assert!((10..=40).contains(&reads), "{reads} reads in ten seconds");
