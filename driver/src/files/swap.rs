@@ -19,9 +19,7 @@ use nix::{
     errno::Errno,
     fcntl::{AtFlags, renameat},
     sys::{
-        stat::{
-            FchmodatFlags, Mode, UtimensatFlags, fchmodat, fstat, fstatat, mkdirat, utimensat,
-        },
+        stat::{FchmodatFlags, Mode, UtimensatFlags, fchmodat, fstat, fstatat, mkdirat, utimensat},
         time::TimeSpec,
     },
     unistd::{Gid, fchownat, linkat, symlinkat},
