@@ -43,6 +43,19 @@ pub struct Scenario {
     earlier_pods: Vec<String>,
 }
 
+/// Returns what is at a path of a node, where kubelet may be removing files of pods that go.
+async fn tree_of(cluster: &Target, node: &str, path: &str) -> Option<Tree> {
+    let mut last = None;
+    for _ in 0..50 {
+        match cluster.node_tree(node, path.as_ref()).await {
+            Ok(tree) => return tree,
+            Err(error) => last = Some(error),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("{path} of {node} cannot be read: {}", last.unwrap());
+}
+
 impl Scenario {
     /// Starts a scenario on one node with the driver, as `deploy/` installs it, and the fake
     /// provider.
@@ -57,8 +70,7 @@ impl Scenario {
         let cluster = Target::find(needs).await?;
         let mut earlier_pods = Vec::new();
         for node in cluster.nodes() {
-            let pods = "/var/lib/kubelet/pods".as_ref();
-            let tree = cluster.node_tree(&node, pods).await.unwrap();
+            let tree = tree_of(&cluster, &node, "/var/lib/kubelet/pods").await;
             let entries = tree.into_iter().flat_map(|tree| tree.entries);
             earlier_pods.extend(entries.map(|entry| entry.path));
         }
@@ -238,7 +250,7 @@ impl Scenario {
         }
         for below in ["pods", "plugins/csi-secrets-store/records"] {
             let path = format!("/var/lib/kubelet/{below}");
-            if let Some(tree) = self.cluster.node_tree(node, path.as_ref()).await.unwrap() {
+            if let Some(tree) = tree_of(&self.cluster, node, &path).await {
                 for entry in tree.entries.iter().filter(|entry| entry.path != ".") {
                     if below != "pods" || self.is_of_a_volume(&entry.path) {
                         writeln!(text, "{below}/{}", entry.path).unwrap();
@@ -381,11 +393,8 @@ impl Scenario {
 
     /// Returns whether the node's one volume has its content.
     pub async fn written(&self) -> bool {
-        let pods = self
-            .cluster
-            .node_tree(&self.node(), "/var/lib/kubelet/pods".as_ref())
-            .await;
-        pods.unwrap().is_some_and(|tree| {
+        let pods = tree_of(&self.cluster, &self.node(), "/var/lib/kubelet/pods").await;
+        pods.is_some_and(|tree| {
             tree.entries
                 .iter()
                 .any(|entry| self.is_of_a_volume(&entry.path) && entry.path.ends_with("/..data"))

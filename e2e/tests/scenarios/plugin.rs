@@ -209,6 +209,7 @@ async fn the_story_of_a_pod() {
     s.apply(class("wrong", OBJECT).secret_objects(made("other", "passwort")))
         .await;
     s.apply(pod("wrong", &["wrong"])).await;
+    s.ready("wrong").await;
     tell(
         "a Secret of an object that is not there",
         plugin.explains(&s, "wrong", "as it says since").await,
@@ -217,6 +218,9 @@ async fn the_story_of_a_pod() {
     s.apply(pod("envy", &["mail"]).env("creds-of-others", "pw"))
         .await;
     s.apply(class("others", OBJECT).secret_objects(made("creds-of-others", "password")))
+        .await;
+    plugin
+        .explains(&s, "envy", "CreateContainerConfigError")
         .await;
     tell(
         "an environment of another class",
