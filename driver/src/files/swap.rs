@@ -19,7 +19,7 @@ use nix::{
     errno::Errno,
     fcntl::{AtFlags, renameat},
     sys::{
-        stat::{FchmodatFlags, Mode, UtimensatFlags, fchmodat, fstat, fstatat, mkdirat, utimensat},
+        stat::{Mode, fchmod, fstat, fstatat, futimens, mkdirat},
         time::TimeSpec,
     },
     unistd::{Gid, fchownat, linkat, symlinkat},
@@ -130,7 +130,7 @@ impl StagedContent {
             return Ok(None);
         };
         match mark_replaced(&self.root, &old) {
-            Err(Errno::ENOENT) => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => {
                 tracing::warn!(%error, name = old, "replaced content may be removed while a reader still opens it");
                 Ok(Some(Former(old)))
@@ -238,10 +238,11 @@ fn replace_link(root: &OwnedFd, aside: &OwnedFd, target: &str, link: &str) -> io
 
 /// Marks a generation that was in use until now, unlike one that never was because its driver ended. From
 /// now on its age is the time since it was replaced.
-fn mark_replaced(root: &OwnedFd, old: &str) -> nix::Result<()> {
+fn mark_replaced(root: &OwnedFd, old: &str) -> io::Result<()> {
+    let old = open_directory(root.as_fd(), old)?;
     let now = TimeSpec::UTIME_NOW;
-    utimensat(root, old, &now, &now, UtimensatFlags::NoFollowSymlink)?;
-    fchmodat(root, old, REPLACED, FchmodatFlags::FollowSymlink)
+    futimens(&old, &now, &now)?;
+    Ok(fchmod(&old, REPLACED)?)
 }
 
 /// Returns whether a generation has been in use.

@@ -232,6 +232,25 @@ fn each_former_content_stays_for_its_grace_however_many_follow() {
     assert_eq!(hidden(volume), 2);
 }
 
+/// A provider that writes to the volume itself may put a link in the place of the content.
+#[test]
+fn replaced_content_is_not_marked_through_a_link() {
+    let (volume, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    replace(volume.path(), &payload(&[("a", "1", 0)])).unwrap();
+    let staged = stage(volume.path(), payload(&[("a", "2", 0)])).unwrap();
+    let content = current(&open_root(volume.path()).unwrap())
+        .unwrap()
+        .unwrap();
+    let content = volume.path().join(content);
+    fs::rename(&content, volume.path().join("moved")).unwrap();
+    symlink(outside.path(), &content).unwrap();
+    let before = fs::metadata(outside.path()).unwrap();
+    staged.unwrap().commit().unwrap();
+    let after = fs::metadata(outside.path()).unwrap();
+    assert_eq!(after.mode(), before.mode());
+    assert_eq!(after.modified().unwrap(), before.modified().unwrap());
+}
+
 #[test]
 fn former_content_stays_for_those_who_read_it_and_goes_later() {
     let volume = tempfile::tempdir().unwrap();
