@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     cluster::{Listed, Read},
-    installation::{self, Installed, NodeSays},
+    installation::{self, Installed, NodeSays, is_ready},
 };
 
 /// The pods that are asked at the same time.
@@ -104,16 +104,6 @@ pub(super) fn runs(pod: &Pod) -> bool {
             .as_ref()
             .is_some_and(|state| state.running.is_some())
     })
-}
-
-pub(super) fn is_ready(pod: &Pod) -> bool {
-    let conditions = pod
-        .status
-        .iter()
-        .flat_map(|status| status.conditions.iter().flatten());
-    conditions
-        .into_iter()
-        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
 fn container_of<'a>(sets: &'a [Installed], pod: &Pod) -> &'a str {

@@ -10,7 +10,10 @@ use k8s_openapi::{
 };
 use kube::{Api, Client, ResourceExt as _, api::ListParams};
 
-use crate::cluster::{Read, list, read};
+use crate::{
+    cluster::{Read, list, read},
+    installation::is_ready,
+};
 
 /// The pods of a workload that are looked at.
 const MAX_PODS: usize = 1_000;
@@ -107,14 +110,4 @@ impl Workload {
             }
         }
     }
-}
-
-fn is_ready(pod: &Pod) -> bool {
-    let conditions = pod
-        .status
-        .iter()
-        .flat_map(|status| status.conditions.iter().flatten());
-    conditions
-        .into_iter()
-        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }

@@ -10,13 +10,13 @@ use serde_json::Value;
 use super::{
     super::{
         facts::{Facts, KINDS},
-        nodes::{Asked, is_ready, named, node_of},
+        nodes::{Asked, named, node_of},
     },
     Found,
 };
 use crate::{
     cluster::Read,
-    installation::{DRIVER, NodeSays},
+    installation::{DRIVER, NodeSays, is_ready},
 };
 
 /// The definitions that this version of the driver comes with, in the order of [`KINDS`].
