@@ -13,7 +13,7 @@ mod table;
 mod volume;
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use embedded::Options;
 use futures::{StreamExt as _, stream};
@@ -243,6 +243,26 @@ impl<'a> Bench<'a> {
             .count();
         let count = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
         (count(reads), count(requests.len() - reads))
+    }
+
+    /// Waits until the driver asks nothing of the API server any more: events, and writes that are tried
+    /// again after a conflict, come after the calls that caused them.
+    ///
+    /// # Errors
+    /// When it still asks after a minute.
+    pub(crate) async fn settled(&self) -> Result<()> {
+        let quiet = Duration::from_secs(2);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut seen = self.requests();
+        while Instant::now() < deadline {
+            tokio::time::sleep(quiet).await;
+            let now = self.requests();
+            if now == seen {
+                return Ok(());
+            }
+            seen = now;
+        }
+        Err(failed("the driver", &"it sends requests for ever"))
     }
 
     /// Returns the driver's process.

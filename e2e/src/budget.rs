@@ -210,6 +210,7 @@ async fn refreshes(bench: &Bench<'_>, pods: &[Volume], table: &mut Table) -> Res
         bench.cluster.api().reset_requests();
         let called_before = bench.provider_calls().await?;
         let latencies = bench.publish_all(pods, MANY).await?;
+        bench.settled().await?;
         let called = bench.provider_calls().await? - called_before;
         let (read, written) = bench.requests();
         table.note(
