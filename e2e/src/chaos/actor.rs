@@ -117,10 +117,18 @@ impl<'a, G: Ground> Actor<'a, G> {
             | What::ApiRefuses { .. }
             | What::ApiConflicts { .. }
             | What::ApiPast { .. }
+            | What::SecretsRefused { .. }
             | What::ApiGone { .. }
             | What::ApiHung { .. } => {
-                let struck = self.ground.strike_api(what).await?;
-                self.world.log.struck(&what.kind(), struck);
+                let lies = matches!(what, What::ApiPast { .. });
+                if lies {
+                    self.world.lies(true);
+                }
+                let struck = self.ground.strike_api(what).await;
+                if lies {
+                    self.world.lies(false);
+                }
+                self.world.log.struck(&what.kind(), struck?);
                 Ok(())
             }
             What::ProviderSlow { node, lasts, by } => {

@@ -7,6 +7,7 @@ mod leaks;
 mod secrets;
 mod volumes;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -23,7 +24,7 @@ use super::lock;
 use super::tenants::{classes_of, pod_name};
 use super::world::{LIST, Watched, World};
 pub(super) use calm::{lacking, untraced};
-pub(super) use leaks::{Usage, left, usage};
+pub(super) use leaks::{Usage, excess, left, usage};
 use volumes::Suspicion;
 
 /// The parts of the observer that run all the time. Dropping it ends them.
@@ -68,6 +69,7 @@ impl Drop for Observer {
 /// Keeps the list of pods, and checks the time that each takes until it is ready.
 async fn list_pods(world: Arc<World>, client: kube::Client) {
     let api = Api::<Pod>::namespaced(client, &world.namespace);
+    let mut ready = VecDeque::new();
     loop {
         if let Ok(list) = api.list(&ListParams::default()).await {
             let mut known = lock(&world.pods);
@@ -80,9 +82,19 @@ async fn list_pods(world: Arc<World>, client: kube::Client) {
                 let before = known.get(&uid).cloned();
                 if let Some(pod) = watched(&world, pod, before.as_ref()) {
                     check_waiting(&world, &pod, before.as_ref());
+                    if pod.ready && before.is_none_or(|before| !before.ready) {
+                        ready.push_back((Instant::now(), pod.clone()));
+                    }
                     known.insert(uid, pod);
                 }
             }
+        }
+        while let Some((seen, pod)) = ready.pop_front() {
+            if seen.elapsed() < secrets::LATER {
+                ready.push_front((seen, pod));
+                break;
+            }
+            secrets::judge_ready(&world, &pod);
         }
         world.listed();
         tokio::time::sleep(LIST).await;

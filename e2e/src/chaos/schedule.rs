@@ -97,6 +97,8 @@ pub(super) enum What {
     /// The API server answers half of the driver's reads with what was true at the beginning of the
     /// fault.
     ApiPast { lasts: u64 },
+    /// The API server refuses each write of a Secret, as a quota does.
+    SecretsRefused { lasts: u64 },
     /// The API server closes the driver's connections.
     ApiGone { lasts: u64 },
     /// The API server does not answer the driver.
@@ -111,6 +113,8 @@ pub(super) enum What {
     Reboot { node: usize },
     /// Somebody empties the directory of the providers' sockets.
     WipeProviders { node: usize },
+    /// Somebody empties the directory of kubelet's registration sockets, and kubelet starts anew.
+    WipeRegistry { node: usize },
     /// Somebody empties the driver's own directory: its socket and the records.
     WipePlugin { node: usize },
     /// The disk with the records is read-only.
@@ -167,6 +171,7 @@ impl What {
             | Self::Reboot { node }
             | Self::WipeProviders { node }
             | Self::WipePlugin { node }
+            | Self::WipeRegistry { node }
             | Self::DiskReadOnly { node, .. }
             | Self::DiskFull { node, .. }
             | Self::TearRecord { node }
@@ -319,7 +324,7 @@ fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize) -> Vec<St
         // A long fault leaves its node no time for another.
         if what
             .alone_on()
-            .is_some_and(|node| busy.get(node).is_some_and(|until| *until < end))
+            .is_none_or(|node| busy.get(node).is_some_and(|until| *until < end))
         {
             place(&mut steps, &mut busy, at, what);
         }
@@ -384,6 +389,9 @@ fn rare(random: &mut Random, kind: Kind, nodes: usize) -> Vec<What> {
                     .flatten(),
             );
             faults.extend((0..nodes).map(|node| repeat_calls(random, node, lasts)));
+            // Longer than a call of kubelet.
+            let lasts = 12_000 + random.below(4_000);
+            faults.push(What::SecretsRefused { lasts });
             faults
         }
         Kind::Long => (0..nodes).flat_map(clock_and_memory).collect(),
@@ -437,7 +445,7 @@ fn repeat_calls(random: &mut Random, node: usize, lasts: u64) -> What {
 fn fault(random: &mut Random, nodes: usize) -> What {
     let node = random.index(nodes);
     let lasts = 500 + random.below(LONGEST_FAULT - 500);
-    match random.below(32) {
+    match random.below(35) {
         0..4 => What::KillDriver { node },
         4 => What::TwoDrivers { node, lasts },
         5..7 => What::ProviderSlow {
@@ -483,6 +491,8 @@ fn fault(random: &mut Random, nodes: usize) -> What {
         },
         27 => What::MemoryNear { node, lasts },
         28..30 => repeat_calls(random, node, lasts),
+        30..32 => What::WipeRegistry { node },
+        32 => What::SecretsRefused { lasts },
         _ => hostile(random, nodes),
     }
 }
@@ -548,7 +558,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(kinds.len(), 36, "{kinds:?}");
+        assert_eq!(kinds.len(), 38, "{kinds:?}");
     }
 
     #[test]

@@ -82,6 +82,12 @@ pub(super) struct World {
     pub(super) failures: Mutex<BTreeMap<String, Failure>>,
     /// What the classes say, and said.
     pub(super) editions: Editions,
+    /// Whether a publish fails as long as its Secrets cannot be written.
+    pub(super) has_secrets_first: bool,
+    /// The time until which there was a Secret of a class; none for one that is there.
+    secrets: Mutex<BTreeMap<usize, Option<Instant>>>,
+    /// The number of faults in which the API server answers from the past, and when one has ended last.
+    lies: Mutex<(usize, Option<Instant>)>,
 }
 
 /// Something that did not work for a while.
@@ -114,7 +120,38 @@ impl World {
             writing: AtomicU64::new(0),
             failures: Mutex::default(),
             editions: Editions::start(),
+            has_secrets_first: false,
+            secrets: Mutex::default(),
+            lies: Mutex::default(),
         }
+    }
+
+    /// Notes whether the Secret of a class is there.
+    pub(super) fn secret_is_there(&self, class: usize, is_there: bool) {
+        let until = (!is_there).then(Instant::now);
+        lock(&self.secrets).insert(class, until);
+    }
+
+    /// Returns whether the Secret of a class was there at any time since `since`.
+    pub(super) fn secret_was_there_since(&self, class: usize, since: Instant) -> bool {
+        let until = lock(&self.secrets).get(&class).copied();
+        until.is_some_and(|until| until.is_none_or(|until| until >= since))
+    }
+
+    /// Notes that the API server begins or ends to answer from the past.
+    pub(super) fn lies(&self, begins: bool) {
+        let mut lies = lock(&self.lies);
+        if begins {
+            lies.0 += 1;
+        } else {
+            *lies = (lies.0.saturating_sub(1), Some(Instant::now()));
+        }
+    }
+
+    /// Returns whether it did so at any time since `since`.
+    pub(super) fn lied_since(&self, since: Instant) -> bool {
+        let lies = lock(&self.lies);
+        lies.0 > 0 || lies.1.is_some_and(|ended| ended >= since)
     }
 
     /// Returns the time by which bounds count. It goes on by [`LIST`] with each listing of the pods, and

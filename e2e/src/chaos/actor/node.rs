@@ -20,6 +20,9 @@ use super::{Actor, sleep};
 const NAMESPACE: &str = "kube-system";
 const DRIVER_SET: &str = "csi-secrets-store";
 const PROVIDERS: &str = "/var/run/secrets-store-csi-providers";
+const REGISTRY: &str = "/var/lib/kubelet/plugins_registry";
+/// The driver's socket in that directory, in the form without sidecars.
+const REGISTRATION: &str = "secrets-store.csi.k8s.io-reg.sock";
 const PLUGIN: &str = "/var/lib/kubelet/plugins/csi-secrets-store";
 /// The time in which a process ends after SIGTERM, or is killed.
 const GRACE: Duration = Duration::from_secs(40);
@@ -106,6 +109,11 @@ impl<G: Ground> Actor<'_, G> {
                 self.world.records_are_lost();
                 self.wipe(what, node, PLUGIN, "csi.sock").await?;
                 self.ground.cluster().driver(node).kill().await
+            }
+            What::WipeRegistry { node } => {
+                let node = self.node(node);
+                self.wipe(what, node, REGISTRY, REGISTRATION).await?;
+                self.ground.restart_kubelet(node).await
             }
             What::DiskReadOnly { node, lasts } => {
                 self.bad_disk(what, self.node(node), lasts, "read-only")

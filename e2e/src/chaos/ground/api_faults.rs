@@ -33,6 +33,7 @@ pub(super) enum ApiFault {
     Slow(Duration),
     Refuses(u16),
     Conflicts,
+    NoSecrets,
     Past(BTreeMap<String, Value>),
     Gone,
     Hung { until: Instant },
@@ -109,6 +110,9 @@ impl Active {
         let reaction = match &self.fault {
             ApiFault::Slow(by) => Some(Reaction::Delay(*by, Box::new(Reaction::Serve))),
             ApiFault::Refuses(status) => is_second.then(|| refusal(*status, "chaos")),
+            ApiFault::NoSecrets => {
+                (!is_read && writes_secret(call.uri)).then(|| refusal(403, "Forbidden"))
+            }
             ApiFault::Conflicts => (is_second && !is_read).then(|| refusal(409, "Conflict")),
             // As of several servers of which one lags behind.
             ApiFault::Past(then) if is_read && looks_random(self.requests) => past(then, call.uri),
@@ -128,6 +132,12 @@ impl Active {
 /// Returns a bit of a number that has no pattern, so that no kind of request always has the same one.
 fn looks_random(number: u64) -> bool {
     (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) & 1 == 1
+}
+
+fn writes_secret(uri: &str) -> bool {
+    let path = uri.split('?').next().unwrap_or(uri);
+    let mut parts = path.trim_start_matches('/').split('/');
+    parts.nth(4) == Some("secrets")
 }
 
 /// Returns the answer of a server that does not know yet what happened since.
@@ -171,5 +181,15 @@ mod tests {
         };
         assert_eq!(answer("/api/v1/namespaces/n/secrets"), None);
         assert_eq!(answer("/api"), None);
+    }
+
+    #[test]
+    fn writes_of_secrets_are_recognized() {
+        assert!(writes_secret("/api/v1/namespaces/n/secrets"));
+        assert!(writes_secret(
+            "/api/v1/namespaces/n/secrets/one?fieldManager=x"
+        ));
+        assert!(!writes_secret("/api/v1/namespaces/secrets/pods"));
+        assert!(!writes_secret("/api/v1/namespaces/secrets"));
     }
 }

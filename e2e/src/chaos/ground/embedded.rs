@@ -122,6 +122,7 @@ impl Ground for OnEmbedded {
             What::ApiSlow { by, .. } => ApiFault::Slow(Duration::from_millis(by)),
             What::ApiRefuses { status, .. } => ApiFault::Refuses(status),
             What::ApiConflicts { .. } => ApiFault::Conflicts,
+            What::SecretsRefused { .. } => ApiFault::NoSecrets,
             What::ApiPast { .. } => ApiFault::Past(snapshot(self.api())),
             What::ApiGone { .. } => ApiFault::Gone,
             What::ApiHung { .. } => ApiFault::Hung {

@@ -213,9 +213,10 @@ impl Ground for OnLocal {
     fn cannot(&self, what: What) -> Option<&'static str> {
         match what {
             What::Reboot { .. } => Some("the node is this machine, which is not rebooted"),
-            What::ApiRefuses { .. } | What::ApiConflicts { .. } | What::ApiPast { .. } => {
-                Some("a real API server answers what is true")
-            }
+            What::ApiRefuses { .. }
+            | What::ApiConflicts { .. }
+            | What::ApiPast { .. }
+            | What::SecretsRefused { .. } => Some("a real API server answers what is true"),
             _ => None,
         }
     }

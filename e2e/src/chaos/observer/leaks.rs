@@ -17,7 +17,7 @@ const PODS: &str = "/var/lib/kubelet/pods";
 /// Lists what is there; what vanishes meanwhile is not.
 const FIND: &str = "find \"$@\" 2>/dev/null || true";
 const PLUGIN: &str = "/var/lib/kubelet/plugins/csi-secrets-store";
-/// The descriptors, other than sockets, by which a driver without work may have more than it had at the
+/// The descriptors, other than sockets, by which a driver between two calls may have more than it had at the
 /// start.
 const MORE_FILES: usize = 3;
 /// The sockets by which it may have more: connections to the API server and to providers are kept for a
@@ -120,27 +120,41 @@ pub(in super::super) async fn left<G: Ground>(
                 .map(|found| format!("Secret {:?}", found.metadata.name)),
         );
     }
-    match usage(ground, node).await? {
-        None => left.push("no driver".to_owned()),
-        Some(now) => {
-            for (what, now, idle, more) in [
-                ("files", now.files, idle.files, MORE_FILES),
-                ("sockets", now.sockets, idle.sockets, MORE_SOCKETS),
-            ] {
-                if now > idle + more {
-                    left.push(format!("{now} open {what}, {idle} at the start"));
-                }
-            }
-            if now.memory > idle.memory + MORE_MEMORY {
-                left.push(format!(
-                    "{} bytes of memory, {} at the start",
-                    now.memory, idle.memory
-                ));
-            }
-        }
-    }
-    Ok(left
+    let mut left: Vec<String> = left
         .into_iter()
         .map(|what| format!("on {node}: {what}"))
-        .collect())
+        .collect();
+    left.extend(excess(ground, node, idle).await?);
+    Ok(left)
+}
+
+/// Returns by what a node's driver has more than at the start, whatever number of volumes is mounted: a
+/// driver holds nothing open for a volume.
+///
+/// # Errors
+/// When the node does not answer.
+pub(in super::super) async fn excess<G: Ground>(
+    ground: &G,
+    node: &str,
+    idle: Usage,
+) -> Result<Vec<String>> {
+    let Some(now) = usage(ground, node).await? else {
+        return Ok(vec![format!("on {node}: no driver")]);
+    };
+    let mut more = Vec::new();
+    for (what, now, idle, allowed) in [
+        ("files", now.files, idle.files, MORE_FILES),
+        ("sockets", now.sockets, idle.sockets, MORE_SOCKETS),
+    ] {
+        if now > idle + allowed {
+            more.push(format!("on {node}: {now} open {what}, {idle} at the start"));
+        }
+    }
+    if now.memory > idle.memory + MORE_MEMORY {
+        let (now, idle) = (now.memory, idle.memory);
+        more.push(format!(
+            "on {node}: {now} bytes of memory, {idle} at the start"
+        ));
+    }
+    Ok(more)
 }

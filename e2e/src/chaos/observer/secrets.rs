@@ -13,11 +13,11 @@ use serde_json::json;
 
 use super::super::store::{CLASSES, generation_of};
 use super::super::tenants::{EDITION, EDITION_KEY, EXTRA_KEY, KEYS};
-use super::super::world::World;
+use super::super::world::{Watched, World};
 
 /// The time after which a version is judged, and not while somebody writes by hand, who tells so after
-/// it.
-const LATER: Duration = Duration::from_millis(1_500);
+/// it. A pod that became ready is judged after the same time: this process may hear of its Secret later.
+pub(super) const LATER: Duration = Duration::from_millis(1_500);
 
 /// Watches until it is dropped.
 pub(super) async fn watch(world: Arc<World>, client: kube::Client) {
@@ -31,7 +31,15 @@ pub(super) async fn watch(world: Arc<World>, client: kube::Client) {
         tokio::select! {
             event = events.next() => match event {
                 Some(Ok(Event::Apply(secret) | Event::InitApply(secret))) => {
+                    if let Some(class) = class_of(&secret) {
+                        world.secret_is_there(class, true);
+                    }
                     waiting.push_back((Instant::now(), secret));
+                }
+                Some(Ok(Event::Delete(secret))) => {
+                    if let Some(class) = class_of(&secret) {
+                        world.secret_is_there(class, false);
+                    }
                 }
                 Some(_) => {}
                 None => return,
@@ -47,11 +55,38 @@ pub(super) async fn watch(world: Arc<World>, client: kube::Client) {
     }
 }
 
+/// Returns the class whose Secret it is.
+fn class_of(secret: &Secret) -> Option<usize> {
+    let name = secret.metadata.name.as_deref()?;
+    CLASSES.iter().position(|class| *class == name)
+}
+
+/// Checks that the Secrets of a pod that became ready have been there since it was created, where its
+/// publish had to fail without them.
+pub(super) fn judge_ready(world: &World, pod: &Watched) {
+    // Whoever is told of a Secret that is not there any more writes none.
+    if !world.has_secrets_first || world.lied_since(pod.created) {
+        return;
+    }
+    world
+        .log
+        .checked("pods that became ready, for their Secrets", 1);
+    for class in &pod.classes {
+        if !world.secret_was_there_since(*class, pod.created) {
+            let name = CLASSES.get(*class).copied().unwrap_or_default();
+            let text = format!("pod {} ({}) has had no Secret {name}", pod.name, pod.uid);
+            world
+                .log
+                .find("with --sync-errors=fail, a ready pod has its Secrets", text);
+        }
+    }
+}
+
 fn judge(world: &World, seen: Instant, secret: &Secret, last: &mut BTreeMap<String, u64>) {
-    let name = secret.metadata.name.as_deref().unwrap_or_default();
-    let Some(class) = CLASSES.iter().position(|class| *class == name) else {
+    let Some(class) = class_of(secret) else {
         return;
     };
+    let name = CLASSES.get(class).copied().unwrap_or_default();
     let data = secret.data.clone().unwrap_or_default();
     // It stays until the driver restores it; who adds an owner meanwhile writes it again.
     if world.is_by_hand(&json!(data)) {
