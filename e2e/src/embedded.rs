@@ -1,15 +1,16 @@
 //! The [`Cluster`] interface over the embedded cluster: an API server and a kubelet of our own,
 //! for tests without Kubernetes. Driver, provider and probe are the real executables.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use embedded::api::{ApiServer, Disturbance};
-use embedded::{Options, Status, target_path};
+use embedded::{Options, Status};
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::binaries::{Binaries, workspace};
 use crate::cluster::{Action, Cluster, Component, Error, HttpAnswer, Result, printed};
-use crate::host::mount_points_in;
+use crate::host::{copy_files, mount_points_in};
 use crate::install::{Form, Installation, read_manifests};
 use crate::manifest::change_object;
 use crate::namespace::Namespace;
@@ -19,6 +20,18 @@ use crate::user::User;
 /// The driver's ClusterRole, and how many of its rules, the first ones, the driver uses.
 const ROLE: &str = "secretproviderclasses-role";
 const USED: usize = 4;
+/// The kinds whose objects are kept of a failed scenario.
+const KEPT_KINDS: [&str; 9] = [
+    "nodes",
+    "csinodes.storage.k8s.io",
+    "csidrivers.storage.k8s.io",
+    "namespaces",
+    "pods",
+    "daemonsets.apps",
+    "events",
+    "secretproviderclasses.secrets-store.csi.x-k8s.io",
+    "secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io",
+];
 
 /// The manifests of a standard cluster: the lean form of `deploy/`, and the fake provider. The driver has
 /// only the rights that it uses, and none of those for the existing driver: so the scenarios show that
@@ -102,6 +115,24 @@ impl Embedded {
         Ok(self.0.process(node).await?)
     }
 
+    /// Writes the logs of all nodes, and the objects but no Secrets, into a directory.
+    ///
+    /// # Errors
+    /// When they cannot be read or written.
+    pub fn keep_logs(&self, dir: &Path) -> Result<()> {
+        let failed = |error: std::io::Error| Error::Start(format!("keep logs: {error}"));
+        for node in self.0.nodes() {
+            copy_files(&self.0.logs(&node), &dir.join("logs").join(node)).map_err(failed)?;
+        }
+        let objects: serde_json::Map<_, _> = KEPT_KINDS
+            .map(|kind| (kind.to_owned(), self.api().all(kind).into()))
+            .into_iter()
+            .collect();
+        let objects =
+            serde_json::to_string_pretty(&objects).map_err(|error| failed(error.into()))?;
+        fs::write(dir.join("objects.json"), objects).map_err(failed)
+    }
+
     /// Starts a node's kubelet anew; the containers go on.
     ///
     /// # Errors
@@ -153,7 +184,7 @@ impl Cluster for Embedded {
         let name = format!("pod {namespace}/{pod}");
         let found = Namespace::of(self.client(), namespace).pod(pod).await?;
         let found = found.ok_or_else(|| Error::Impossible(format!("there is no {name}")))?;
-        let (node, path) = volume_of(&found, mount_path).ok_or_else(|| {
+        let (node, path) = volume_of(&self.0, &found, mount_path).ok_or_else(|| {
             Error::Impossible(format!(
                 "{name} has no CSI volume at {mount_path} on a node"
             ))
@@ -208,7 +239,11 @@ impl Cluster for Embedded {
 }
 
 /// The node and the path of what a pod's containers see at a mount path.
-fn volume_of(pod: &Pod, mount_path: &str) -> Option<(String, PathBuf)> {
+fn volume_of(
+    cluster: &embedded::Cluster,
+    pod: &Pod,
+    mount_path: &str,
+) -> Option<(String, PathBuf)> {
     let spec = pod.spec.as_ref()?;
     let mounts = spec
         .containers
@@ -221,7 +256,7 @@ fn volume_of(pod: &Pod, mount_path: &str) -> Option<(String, PathBuf)> {
     let volume = volumes
         .into_iter()
         .find(|volume| volume.name == mount.name && volume.csi.is_some())?;
-    let mut path = target_path(pod.metadata.uid.as_deref()?, &volume.name);
+    let mut path = cluster.target_path(pod.metadata.uid.as_deref()?, &volume.name);
     if let Some(sub_path) = &mount.sub_path {
         path.push(sub_path);
     }

@@ -1,5 +1,6 @@
-//! Mount points of this process, or of another node.
+//! Mount points of this process, or of another node, and copies of logs.
 
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// # Errors
 /// When the kernel's table cannot be read.
 pub(crate) fn mount_points(below: &Path) -> io::Result<Vec<PathBuf>> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let table = fs::read_to_string("/proc/self/mountinfo")?;
     Ok(mount_points_in(&table, below))
 }
 
@@ -34,6 +35,23 @@ fn unescape(path: &str) -> String {
     .fold(path.to_owned(), |path, (code, character)| {
         path.replace(code, character)
     })
+}
+
+/// Copies all files below a directory, which may be absent. Leaves out files that vanish meanwhile.
+pub(crate) fn copy_files(from: &Path, to: &Path) -> io::Result<()> {
+    fs::create_dir_all(to)?;
+    let Ok(entries) = fs::read_dir(from) else {
+        return Ok(());
+    };
+    for entry in entries.flatten() {
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_files(&entry.path(), &target)?;
+        } else if entry.path().exists() {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

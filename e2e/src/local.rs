@@ -32,6 +32,7 @@ use std::time::Duration;
 use crate::binaries::logs_dir;
 use crate::cluster::{Cluster as _, Error, Result};
 use crate::guard::{self, Lock};
+use crate::host::copy_files;
 use crate::images;
 use crate::install::{Form, Installation, assets, install};
 use crate::real::{LOGGED_KINDS, not_started};
@@ -273,21 +274,4 @@ fn undone(error: Error) -> Error {
         Ok(()) => error,
         Err(left) => Error::Start(format!("{error}; {left}")),
     }
-}
-
-/// Copies all files below a directory, which may be absent. Leaves out files that vanish meanwhile.
-fn copy_files(from: &Path, to: &Path) -> std::io::Result<()> {
-    fs::create_dir_all(to)?;
-    let Ok(entries) = fs::read_dir(from) else {
-        return Ok(());
-    };
-    for entry in entries.flatten() {
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy_files(&entry.path(), &target)?;
-        } else if entry.path().exists() {
-            fs::copy(entry.path(), target)?;
-        }
-    }
-    Ok(())
 }

@@ -16,6 +16,7 @@ use embedded::Options;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use rstest::rstest;
 
 const NODE: &str = "node-1";
 const PODS: &str = "/var/lib/kubelet/pods";
@@ -213,4 +214,56 @@ async fn cleaned_up(cluster: &Embedded, pod: &Pod) {
         mounts.is_empty() && cluster.node_tree(node, &dir).await.unwrap().is_none()
     })
     .await;
+}
+
+/// Distributions keep kubelet in other directories: microk8s and k0s, for example. The manifests name it
+/// as the chart does with `linux.kubeletRootDir`.
+#[rstest]
+#[case::microk8s("/var/snap/microk8s/common/var/lib/kubelet")]
+#[case::k0s("/var/lib/k0s/kubelet")]
+#[case::short("/k")]
+#[tokio::test(flavor = "multi_thread")]
+async fn kubelet_may_have_another_root_directory(#[case] root: &str) {
+    let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {}))
+        .await
+        .unwrap()
+        .unwrap();
+    let mut options = Options {
+        kubelet_root: PathBuf::from(root),
+        ..standard(&binaries).unwrap()
+    };
+    for manifest in &mut options.manifests {
+        *manifest = manifest.replace(embedded::KUBELET_ROOT, root);
+    }
+    let cluster = Embedded::start(options).await.unwrap();
+    let ns = Namespace::create(&cluster).await.unwrap();
+    ns.apply(CLASS).await.unwrap();
+    ns.apply(POD).await.unwrap();
+    ns.wait_ready("pod", LIMIT).await.unwrap();
+    assert_eq!(secret(&cluster, ns.name()).await.as_deref(), Some("secret"));
+    let pods = Path::new(root).join("pods");
+    let mounts = cluster.mounts(NODE, &pods).await.unwrap();
+    assert_eq!(mounts.len(), 1, "{mounts:?}");
+
+    cluster.driver(NODE).kill().await.unwrap();
+    cluster.reboot(NODE).await.unwrap();
+    ns.wait_ready("pod", LIMIT).await.unwrap();
+    assert_eq!(secret(&cluster, ns.name()).await.as_deref(), Some("secret"));
+
+    ns.delete_pod("pod").await.unwrap();
+    ns.wait_gone("pod", LIMIT).await.unwrap();
+    let left = cluster
+        .exec(NODE, &["find", root, "-mindepth", "2", "-type", "f"])
+        .await
+        .unwrap();
+    assert!(!left.contains("/records/"), "{left}");
+    assert_eq!(cluster.mounts(NODE, &pods).await.unwrap().len(), 0);
+    assert!(
+        cluster
+            .exec(NODE, &["test", "-e", embedded::KUBELET_ROOT])
+            .await
+            .is_err(),
+        "somebody made {}",
+        embedded::KUBELET_ROOT
+    );
 }

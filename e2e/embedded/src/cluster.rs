@@ -18,7 +18,8 @@ use crate::api::{ApiServer, Exec, Output};
 use crate::control::{Command, Control};
 use crate::error::{Error, Result, api_error};
 use crate::exchange::HttpAnswer;
-use crate::kubelet::backoff;
+use crate::kubelet::{self, backoff};
+use crate::namespaces::KUBELET_ROOT;
 use crate::node::{self, Settings, node_dir};
 use crate::processes::{Container, Status};
 use crate::{apply, controllers};
@@ -49,6 +50,9 @@ pub struct Options {
     pub programs: BTreeMap<String, PathBuf>,
     /// A directory of this machine that every node has at [`SHARED`](crate::SHARED), if there is one.
     pub shared: Option<PathBuf>,
+    /// kubelet's root directory on every node, [`KUBELET_ROOT`](crate::KUBELET_ROOT) unless something
+    /// else is tried. The manifests have to name the same.
+    pub kubelet_root: PathBuf,
     /// An executable that calls [`take_over`](crate::take_over) first. It becomes the nodes.
     pub node_program: PathBuf,
 }
@@ -65,6 +69,7 @@ impl Options {
             path_authority: true,
             programs: BTreeMap::new(),
             shared: None,
+            kubelet_root: PathBuf::from(KUBELET_ROOT),
             node_program,
         }
     }
@@ -167,6 +172,11 @@ impl Cluster {
     /// The root directory of a node's disk, as this process sees it: without what is mounted there.
     pub fn disk(&self, node: &str) -> PathBuf {
         node_dir(self.state.path(), node).join("root")
+    }
+
+    /// The directory with the logs of a node and its containers.
+    pub fn logs(&self, node: &str) -> PathBuf {
+        node_dir(self.state.path(), node).join("logs")
     }
 
     /// Returns the state of every container of a node.
@@ -332,6 +342,11 @@ impl Cluster {
         Ok(())
     }
 
+    /// Returns the path at which a driver is told to mount a volume of a pod here.
+    pub fn target_path(&self, pod_uid: &str, volume: &str) -> PathBuf {
+        kubelet::target(&self.options.kubelet_root, pod_uid, volume)
+    }
+
     /// Waits until a node runs all that the DaemonSets want there.
     async fn wait_for_node(&self, name: &str) -> Result<()> {
         let deadline = tokio::time::Instant::now() + START_LIMIT;
@@ -387,7 +402,9 @@ impl Cluster {
                 }
             }
         }
-        let drivers = desired.iter().filter(|container| container.registers());
+        let drivers = desired
+            .iter()
+            .filter(|container| container.has(&self.options.kubelet_root.join("plugins_registry")));
         (csi_node.spec.drivers.len() < drivers.count())
             .then(|| "a driver in its CSINode".to_owned())
     }
@@ -426,6 +443,7 @@ fn spawn_node(state: &Path, name: &str, options: &Options) -> Result<Child> {
         name: name.to_owned(),
         programs: options.programs.clone(),
         shared: options.shared.clone(),
+        kubelet_root: options.kubelet_root.clone(),
         csi_timeout: options.csi_timeout,
         sync_period: options.sync_period,
         longest_pause: options.longest_pause,

@@ -403,5 +403,6 @@ pub(crate) fn containers_of(
     programs: &BTreeMap<String, PathBuf>,
 ) -> Vec<Container> {
     // Every node logs why a set cannot run there.
-    daemonsets::containers(set, node, programs, Path::new("/")).unwrap_or_default()
+    let nowhere = Path::new("/");
+    daemonsets::containers(set, node, programs, nowhere, nowhere).unwrap_or_default()
 }

@@ -24,7 +24,7 @@ pub(crate) const API_ADDRESS: (&str, u16) = ("127.0.0.1", 6443);
 
 /// Returns the containers of a DaemonSet on a node; none if its node selector excludes the node.
 ///
-/// `credentials` is the directory with the service account's token.
+/// `credentials` is the directory with the service account's token, `kubelet_root` kubelet's.
 ///
 /// # Errors
 /// Returns a sentence that names the part of the manifest that is not supported.
@@ -33,6 +33,7 @@ pub(crate) fn containers(
     node: &str,
     programs: &BTreeMap<String, PathBuf>,
     credentials: &Path,
+    kubelet_root: &Path,
 ) -> Result<Vec<Container>, String> {
     let Some(pod) = &set.spec.template.spec else {
         return Err("it has no pod template".to_owned());
@@ -48,7 +49,11 @@ pub(crate) fn containers(
         if !programs.contains_key(program_of(image)) {
             return Err(format!("there is no executable for image {image:?} here"));
         }
-        facts.container(container, program_of(image), credentials)
+        let made = facts.container(container, program_of(image), credentials)?;
+        Ok(Container {
+            kubelet_root: kubelet_root.to_owned(),
+            ..made
+        })
     };
     pod.containers.iter().map(container).collect()
 }
@@ -120,6 +125,7 @@ impl PodFacts<'_> {
             args,
             env,
             mounts,
+            kubelet_root: PathBuf::new(),
         })
     }
 
@@ -261,7 +267,8 @@ spec:
     fn run(yaml: &str) -> Result<Vec<Container>, String> {
         let set = serde_saphyr::from_str(yaml).unwrap();
         let programs = BTreeMap::from([("driver".to_owned(), "/built/driver".into())]);
-        containers(&set, "node-1", &programs, Path::new("/run/sa"))
+        let (credentials, root) = (Path::new("/run/sa"), Path::new("/var/lib/kubelet"));
+        containers(&set, "node-1", &programs, credentials, root)
     }
 
     #[test]
@@ -279,9 +286,9 @@ spec:
         let plugin = "/var/lib/kubelet/plugins/driver";
         let socket = Path::new(plugin).join("csi.sock");
         assert_eq!(driver.endpoint(), Some(socket));
-        assert!(driver.registers());
         let pods = "/var/lib/kubelet/pods";
         let registry = "/var/lib/kubelet/plugins_registry";
+        assert!(driver.has(Path::new(registry)));
         let expected = [
             (plugin, "/csi", Propagation::None),
             (pods, pods, Propagation::Bidirectional),

@@ -28,7 +28,7 @@ pub(crate) const PROGRAMS: &str = "/opt/embedded/bin";
 pub(crate) const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 /// The path of [`Options::shared`](crate::Options::shared) on every node.
 pub const SHARED: &str = "/srv/shared";
-/// The kubelet's root directory on every node.
+/// The kubelet's usual root directory.
 pub const KUBELET_ROOT: &str = "/var/lib/kubelet";
 
 /// The host's programs and their libraries: directories are bound read-only, links are created again.
@@ -49,16 +49,9 @@ const ETC: [&str; 8] = [
     "resolv.conf",
 ];
 /// Directories that a node has from the start, besides those that are bound. Manifests create others.
-const OWN: [&str; 8] = [
-    "etc",
-    "opt/embedded/bin",
-    "run",
-    "tmp",
-    "var/lib/kubelet/plugins",
-    "var/lib/kubelet/plugins_registry",
-    "var/lib/kubelet/pods",
-    "var/log",
-];
+const OWN: [&str; 5] = ["etc", "opt/embedded/bin", "run", "tmp", "var/log"];
+/// The directories that a kubelet has below its root.
+const OF_KUBELET: [&str; 3] = ["plugins", "plugins_registry", "pods"];
 
 /// The parts of a node's file system.
 #[derive(Debug)]
@@ -69,6 +62,8 @@ pub(crate) struct World<'a> {
     pub(crate) state: &'a Path,
     /// Bound to [`SHARED`], if there is one.
     pub(crate) shared: Option<&'a Path>,
+    /// The kubelet's root directory.
+    pub(crate) kubelet_root: &'a Path,
     /// Executables by name, bound into [`PROGRAMS`].
     pub(crate) programs: &'a BTreeMap<String, PathBuf>,
 }
@@ -106,16 +101,10 @@ pub(crate) fn enter(world: &World<'_>) -> Result<(), Error> {
     change_propagation(Path::new("/"), everything)?;
     build_root(world)?;
     change_root(world.root)?;
-    bind(
-        Path::new(KUBELET_ROOT),
-        Path::new(KUBELET_ROOT),
-        Access::Write,
-    )?;
+    bind(world.kubelet_root, world.kubelet_root, Access::Write)?;
     // The kubelet does so as well: the driver's mounts must reach every other namespace.
-    change_propagation(
-        Path::new(KUBELET_ROOT),
-        MsFlags::MS_REC | MsFlags::MS_SHARED,
-    )?;
+    let shared = MsFlags::MS_REC | MsFlags::MS_SHARED;
+    change_propagation(world.kubelet_root, shared)?;
     bring_loopback_up()
 }
 
@@ -159,6 +148,11 @@ fn build_root(world: &World<'_>) -> Result<(), Error> {
     bind(root, root, Access::Write)?;
     for name in OWN {
         make_dir(&root.join(name))?;
+    }
+    let kubelet = world.kubelet_root;
+    for name in OF_KUBELET {
+        let below = kubelet.strip_prefix("/").unwrap_or(kubelet);
+        make_dir(&root.join(below).join(name))?;
     }
     for name in HOST {
         let host = Path::new("/").join(name);

@@ -24,7 +24,7 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::Notify;
 
 use crate::control::Server;
-use crate::namespaces::{self, KUBELET_ROOT, STATE, World};
+use crate::namespaces::{self, STATE, World};
 use crate::processes::{self, CONTAINER, Container, ENTER, Entry, Processes};
 use crate::{api, daemonsets, kubelet};
 
@@ -42,6 +42,7 @@ pub(crate) struct Settings {
     pub(crate) state: PathBuf,
     pub(crate) name: String,
     pub(crate) shared: Option<PathBuf>,
+    pub(crate) kubelet_root: PathBuf,
     pub(crate) programs: BTreeMap<String, PathBuf>,
     pub(crate) csi_timeout: Duration,
     pub(crate) sync_period: Option<Duration>,
@@ -108,6 +109,7 @@ fn run(settings: &Settings) -> Result<(), Error> {
         root: &node_dir(&settings.state, &settings.name).join("root"),
         state: &settings.state,
         shared: settings.shared.as_deref(),
+        kubelet_root: &settings.kubelet_root,
         programs: &settings.programs,
     })?;
     // Not earlier: only the threads that this one starts from here on are in the namespaces.
@@ -134,7 +136,7 @@ async fn work(settings: &Settings) -> Result<(), Error> {
     };
     let config = kubelet::Config {
         node: settings.name.clone(),
-        root: PathBuf::from(KUBELET_ROOT),
+        root: settings.kubelet_root.clone(),
         csi_timeout: settings.csi_timeout,
         path_authority: settings.path_authority,
         sync_period: settings.sync_period,
@@ -144,6 +146,7 @@ async fn work(settings: &Settings) -> Result<(), Error> {
         client: client.clone(),
         node: settings.name.clone(),
         programs: settings.programs.clone(),
+        kubelet_root: settings.kubelet_root.clone(),
         processes,
     };
     let pods_socket = state.join("pods.sock");
@@ -202,6 +205,7 @@ struct DaemonSets {
     client: kube::Client,
     node: String,
     programs: BTreeMap<String, PathBuf>,
+    kubelet_root: PathBuf,
     processes: Processes,
 }
 
@@ -261,7 +265,13 @@ impl DaemonSets {
         let namespace = set.namespace().unwrap_or_default();
         // On a tmpfs, as kubelet's projected volumes are.
         let credentials = PathBuf::from(format!("/run/serviceaccounts/{namespace}/{account}"));
-        let containers = daemonsets::containers(set, &self.node, &self.programs, &credentials)?;
+        let containers = daemonsets::containers(
+            set,
+            &self.node,
+            &self.programs,
+            &credentials,
+            &self.kubelet_root,
+        )?;
         if !containers.is_empty() {
             self.write_credentials(&credentials, &namespace, account)
                 .await?;

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::api::Output;
-use crate::namespaces::{KUBELET_ROOT, PATH, PROGRAMS};
+use crate::namespaces::{PATH, PROGRAMS};
 
 /// The first pause between a container's exit and its restart; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -96,6 +96,8 @@ pub(crate) struct Container {
     pub(crate) args: Vec<String>,
     pub(crate) env: BTreeMap<String, String>,
     pub(crate) mounts: Vec<Mount>,
+    /// kubelet's root directory on the node.
+    pub(crate) kubelet_root: PathBuf,
 }
 
 impl Container {
@@ -104,10 +106,9 @@ impl Container {
         Path::new(PROGRAMS).join(&self.program)
     }
 
-    /// Whether it has kubelet's directory for the sockets of plugins.
-    pub(crate) fn registers(&self) -> bool {
-        let registry = Path::new(KUBELET_ROOT).join("plugins_registry");
-        self.mounts.iter().any(|mount| mount.from == registry)
+    /// Whether it has a directory of the node.
+    pub(crate) fn has(&self, directory: &Path) -> bool {
+        self.mounts.iter().any(|mount| mount.from == directory)
     }
 
     /// The path on the node of the Unix socket that its flag `--endpoint` names.
@@ -228,11 +229,12 @@ fn prepare(container: &Container, node: Pid) -> io::Result<()> {
 /// Restricts kubelet's directory to the container's own mounts, with their propagation. The rest of
 /// the node's disk, programs and libraries, is the same for all containers.
 fn restrict_kubelet_root(container: &Container) -> io::Result<()> {
-    let root = Path::new(KUBELET_ROOT);
+    let root = container.kubelet_root.as_path();
     if !root.exists() {
         return Ok(());
     }
-    let fail = |error: nix::Error| io::Error::other(format!("restrict {KUBELET_ROOT}: {error}"));
+    let fail =
+        |error: nix::Error| io::Error::other(format!("restrict {}: {error}", root.display()));
     let none = None::<&str>;
     let below = container
         .mounts

@@ -449,9 +449,13 @@ impl Scenario {
 }
 
 /// Waits until something holds.
-pub async fn until(what: &str, holds: impl AsyncFn() -> bool) {
-    let waited = wait_until(what, SOON, holds).await;
-    waited.unwrap_or_else(|error| panic!("{error}"));
+#[track_caller]
+pub fn until(what: &str, holds: impl AsyncFn() -> bool) -> impl Future<Output = ()> {
+    let caller = std::panic::Location::caller();
+    async move {
+        let waited = wait_until(what, SOON, holds).await;
+        waited.unwrap_or_else(|error| panic!("{caller}: {error}"));
+    }
 }
 
 /// Replaces UIDs and the names of timestamped directories. Each UID has a number, so that a

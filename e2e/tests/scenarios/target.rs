@@ -398,10 +398,10 @@ impl Drop for Target {
 }
 
 impl Target {
-    /// Returns `None` for an embedded cluster, whose errors contain its logs.
+    /// Returns `None` for a cluster that has not started.
     fn keep_logs(&self, dir: &Path) -> Option<Result<()>> {
         match self {
-            Self::Embedded(_) => None,
+            Self::Embedded(cluster) => Some(cluster.as_ref().keep_logs(dir)),
             Self::Local(..) => Some(LOCAL.get()?.as_ref().ok()?.keep_logs(dir)),
             Self::Kind(..) => {
                 let running = KIND.get()?.as_ref().ok()?;
