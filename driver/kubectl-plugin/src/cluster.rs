@@ -167,6 +167,29 @@ pub fn one_line(text: &str, most: usize) -> String {
     }
 }
 
+/// Returns a text in which what moves the cursor or cannot be seen is escaped, as `Debug` does it.
+pub fn visible(text: &str) -> String {
+    let mut seen = String::new();
+    for c in text.chars() {
+        match c {
+            '"' | '\'' | '\\' => seen.push(c),
+            _ => seen.extend(c.escape_debug()),
+        }
+    }
+    seen
+}
+
+/// Returns whether a text can be the name of an object. One that cannot must not get into an address: it would
+/// be that of something else, or of nothing.
+pub fn is_name(text: &str) -> bool {
+    let is_plain = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let (first, last) = (text.bytes().next(), text.bytes().next_back());
+    text.len() <= 253
+        && first.is_some_and(is_plain)
+        && last.is_some_and(is_plain)
+        && text.bytes().all(|c| is_plain(c) || c == b'-' || c == b'.')
+}
+
 /// Waits for a request, but not for ever.
 pub async fn read<T>(request: impl Future<Output = Result<T, kube::Error>>) -> Read<T> {
     match timeout(REQUEST, request).await {
@@ -261,4 +284,32 @@ pub async fn may(client: &Client, account: (&str, &str), what: ResourceAttribute
     let api: Api<SubjectAccessReview> = Api::all(client.clone());
     let answer = read(api.create(&PostParams::default(), &review)).await;
     answer.map(|review| review.status.is_some_and(|status| status.allowed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_seen_is_escaped() {
+        for (text, expected) in [
+            ("a \"b\" \\ 'c' \u{e9}", "a \"b\" \\ 'c' \u{e9}"),
+            ("shop\r", "shop\\r"),
+            ("\u{1b}[2J", "\\u{1b}[2J"),
+            ("a\u{202e}b", "a\\u{202e}b"),
+        ] {
+            assert_eq!(visible(text), expected);
+        }
+    }
+
+    #[test]
+    fn names_are_those_of_kubernetes() {
+        for name in ["a", "db", "shop-db.v1", "0"] {
+            assert!(is_name(name), "{name}");
+        }
+        let long = "a".repeat(254);
+        for name in ["", "shop\r", "Shop", "-a", "a-", "a/b", "..", "a b", &long] {
+            assert!(!is_name(name), "{name:?}");
+        }
+    }
 }

@@ -43,6 +43,8 @@ pub struct Report {
     pub findings: Vec<Finding>,
     /// What could not be found out, and why.
     pub unknown: Vec<String>,
+    /// Whether what the driver stands on could be read: without that, nothing wrong means nothing.
+    pub known: bool,
 }
 
 /// Something that is wrong.
@@ -69,7 +71,8 @@ pub async fn doctor(client: &Client, scope: &Scope) -> Result<Report, String> {
         time: facts.now,
         looked_at: facts.looked_at(),
         findings: checks::all(&facts),
-        unknown: facts.unknown(),
+        unknown: facts.unknown(scope),
+        known: facts.is_known(),
     })
 }
 
@@ -80,7 +83,11 @@ impl fmt::Display for Report {
             writeln!(f, "  - {line}")?;
         }
         match self.findings.as_slice() {
-            [] => writeln!(f, "\nNothing is wrong.")?,
+            [] if self.unknown.is_empty() => writeln!(f, "\nNothing is wrong.")?,
+            [] => writeln!(
+                f,
+                "\nNothing is known to be wrong, but not all could be read; what could not is at the end."
+            )?,
             _ => writeln!(f, "\nWrong:")?,
         }
         for finding in &self.findings {

@@ -19,6 +19,9 @@ use crate::cluster::{Listed, Read, list, one_line};
 /// The name of the driver, as in `spec.volumes[].csi.driver`.
 pub const DRIVER: &str = "secrets-store.csi.k8s.io";
 
+/// The next thing to do for someone who may not look at the driver; the finding follows.
+pub(crate) const TELL: &str = "give this to those who run the driver";
+
 /// The program of the images of this driver and of the existing one.
 const PROGRAM: &str = "/secrets-store-csi";
 

@@ -4,15 +4,22 @@
 //! the driver reports later.
 
 mod class;
+mod keys;
+mod names;
 mod pod;
+mod secrets;
 mod values;
 mod yaml;
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use serde::Serialize;
 
 use class::Class;
+use names::{check_fields, meant};
 use yaml::Node;
 
 /// A file with YAML documents.
@@ -37,8 +44,18 @@ pub struct Finding {
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}: {}", self.file, self.line, self.message)
+        let file = printable(&self.file);
+        write!(f, "{file}:{}: {}", self.line, printable(&self.message))
     }
+}
+
+/// Returns a text without control characters, which could make a terminal show something else.
+fn printable(text: &str) -> String {
+    let escaped = text.chars().map(|c| match c.is_control() {
+        true => c.escape_debug().to_string(),
+        false => c.to_string(),
+    });
+    escaped.collect()
 }
 
 /// The findings of one file.
@@ -60,8 +77,25 @@ impl Findings<'_> {
 /// The classes of all files, by namespace and name. A class without a namespace has the empty one.
 type Classes = BTreeMap<(String, String), Class>;
 
+/// What the files have that a pod can use.
+#[derive(Default)]
+struct Surroundings<'a> {
+    classes: Classes,
+    /// The names of Secrets that something other than a class makes.
+    others: BTreeSet<&'a str>,
+    /// The namespace that kubectl is told, or kustomize.
+    namespace: Option<&'a str>,
+    /// Whether Helm has rendered them, which gives objects without a namespace that of the release.
+    is_rendered: bool,
+}
+
 /// Finds the mistakes in some files, which belong together. They are in the order of files and lines.
 pub fn lint(files: &[File]) -> Vec<Finding> {
+    lint_in(files, None)
+}
+
+/// Finds the mistakes in some files, whose objects without a namespace go to one that is given.
+pub fn lint_in(files: &[File], namespace: Option<&str>) -> Vec<Finding> {
     let mut all = Vec::new();
     let mut documents: Vec<(&str, Node)> = Vec::new();
     for file in files {
@@ -74,32 +108,62 @@ pub fn lint(files: &[File]) -> Vec<Finding> {
             }),
         }
     }
-    let mut classes = Classes::new();
-    for (file, document) in &documents {
-        if document.text_of("kind") == Some("SecretProviderClass") {
-            let file = &mut Findings {
-                file,
-                all: &mut all,
-            };
-            let key = identity(document);
-            let class = class::check(document, file);
-            if classes.insert(key.clone(), class).is_some() && !key.1.is_empty() {
-                let line = document.get("metadata").map_or(document.line, |m| m.line);
-                file.add(line, format!("there is another class {} in these files; the last one that is applied counts", key.1));
-            }
-        }
-    }
+    let others = documents.iter().flat_map(|(_, d)| secrets::others(d));
+    let mut kustomized = documents.iter().filter_map(|(_, d)| kustomized(d));
+    let mut around = Surroundings {
+        classes: Classes::new(),
+        others: others.collect(),
+        namespace: namespace.or_else(|| kustomized.next()),
+        is_rendered: files.iter().any(is_rendered),
+    };
+    check_classes(&documents, &mut around.classes, &mut all);
     for (file, document) in &documents {
         let file = &mut Findings {
             file,
             all: &mut all,
         };
         match document.text_of("kind") {
-            Some("SecretProviderClass") => {}
-            Some(_) => pod::check(document, &classes, file),
+            Some(_) if class::is_class(document) => {}
+            Some(_) => pod::check(document, &around, file),
             None => values::check(document, file),
         }
     }
+    in_order(all, files)
+}
+
+/// Checks the classes, alone and with each other.
+fn check_classes(documents: &[(&str, Node)], classes: &mut Classes, all: &mut Vec<Finding>) {
+    let mut checked: Vec<secrets::Checked<'_>> = Vec::new();
+    for (name, document) in documents {
+        if !class::is_class(document) {
+            continue;
+        }
+        let file = &mut Findings { file: name, all };
+        let key = identity(document);
+        let class = class::check(document, file);
+        let line = document.get("metadata").map_or(document.line, |m| m.line);
+        let first = checked.iter().find(|other| other.key == key);
+        if let Some(first) = first.filter(|_| !key.1.is_empty()) {
+            file.add(line, format!("the class {} is there twice, also in {}:{}; the last one that is applied counts", key.1, first.file, first.line));
+        } else {
+            secrets::check_owners(document, &key, &class, &checked, file);
+        }
+        checked.push(secrets::Checked {
+            file: name,
+            line,
+            secrets: class
+                .secrets
+                .iter()
+                .map(|(n, s)| (n.clone(), s.line))
+                .collect(),
+            key: key.clone(),
+            document,
+        });
+        classes.insert(key, class);
+    }
+}
+
+fn in_order(mut all: Vec<Finding>, files: &[File]) -> Vec<Finding> {
     all.sort();
     all.dedup();
     let order: BTreeMap<_, _> = files
@@ -111,6 +175,45 @@ pub fn lint(files: &[File]) -> Vec<Finding> {
     all
 }
 
+/// Says that no file has anything to check, if so: a class, a pod, a workload or values.
+pub fn nothing_to_check(files: &[File]) -> Option<String> {
+    /// The most names that are listed.
+    const LISTED: usize = 5;
+    let has_something =
+        |node: &Node| class::is_class(node) || pod::is_pod(node) || values::are_values(node);
+    // A file that cannot be read as YAML has a finding.
+    let is_empty = |file: &File| match yaml::documents(&file.text) {
+        Ok(documents) => !documents.iter().any(has_something),
+        Err(_) => false,
+    };
+    if !files.iter().all(is_empty) {
+        return None;
+    }
+    let names = files.iter().take(LISTED).map(|f| printable(&f.name));
+    let mut names = names.collect::<Vec<_>>().join(", ");
+    if files.is_empty() {
+        names.push_str("no YAML file");
+    }
+    if files.len() > LISTED {
+        names.push_str(" and others");
+    }
+    Some(format!(
+        "nothing to check in {names}: no class, pod, workload or values of the chart"
+    ))
+}
+
+fn is_rendered(file: &File) -> bool {
+    let mut lines = file.text.lines();
+    lines.any(|line| line.starts_with("# Source: "))
+}
+
+/// Returns the namespace that a kustomization gives to all objects.
+fn kustomized(document: &Node) -> Option<&str> {
+    let is_it = document.text_of("kind") == Some("Kustomization")
+        || document.text_of("kind").is_none() && document.get("resources").is_some();
+    document.text_of("namespace").filter(|_| is_it)
+}
+
 /// Returns the namespace and the name of an object.
 fn identity(object: &Node) -> (String, String) {
     let metadata = object.get("metadata");
@@ -119,47 +222,4 @@ fn identity(object: &Node) -> (String, String) {
         value.unwrap_or_default().to_owned()
     };
     (field("namespace"), field("name"))
-}
-
-/// Returns the name that is meant by one that is not known, if it is only a little different.
-fn meant<'a>(wrong: &str, known: &[&'a str]) -> Option<&'a str> {
-    let plain = |text: &str| text.to_lowercase().replace(['-', '_', '.'], "");
-    let wrong = plain(wrong);
-    let close = known
-        .iter()
-        .map(|name| (distance(&wrong, &plain(name)), *name));
-    let (distance, name) = close.min()?;
-    (distance <= 2 && distance * 3 <= name.len()).then_some(name)
-}
-
-/// Returns the number of letters that have to be changed (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, x) in a.chars().take(64).enumerate() {
-        let mut corner = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.chars().enumerate() {
-            let changed = corner + usize::from(x != y);
-            corner = row[j + 1];
-            row[j + 1] = changed.min(corner + 1).min(row[j] + 1);
-        }
-    }
-    row.last().copied().unwrap_or_default()
-}
-
-/// Adds a finding for each field of a map that is not known. `what` is the map, in words.
-fn check_fields(map: &Node, what: &str, known: &[&str], file: &mut Findings<'_>) {
-    for (key, _) in map.fields() {
-        if known.contains(&key.text.as_str()) {
-            continue;
-        }
-        let instead = match meant(&key.text, known) {
-            Some(name) => format!("write {name}"),
-            None => format!("it has {}", known.join(", ")),
-        };
-        file.add(
-            key.line,
-            format!("{what} has no field {}; {instead}", key.text),
-        );
-    }
 }

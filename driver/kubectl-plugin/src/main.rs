@@ -10,8 +10,8 @@ use std::{
 
 use kubectl_secrets_store::{
     doctor::{Scope, doctor},
-    explain::{Workload, explain},
-    lint::lint,
+    explain::{Chosen, Explained, Workload, explain},
+    lint::{lint_in, nothing_to_check},
 };
 use serde::Serialize;
 
@@ -26,12 +26,17 @@ fn main() -> ExitCode {
     let parsed = match command.as_str() {
         "help" | "-h" | "--help" => return print(USAGE, 0),
         "lint" | "explain" | "doctor" => Arguments::parse(args),
-        _ => return complain(USAGE),
+        "" => return misused("name a command: explain, doctor or lint"),
+        other => {
+            return misused(&format!(
+                "{other:?} is not a command; they are explain, doctor and lint"
+            ));
+        }
     };
     let arguments = match parsed {
         Ok(arguments) if arguments.help => return print(USAGE, 0),
         Ok(arguments) => arguments,
-        Err(why) => return complain(&format!("{why}\n\n{USAGE}")),
+        Err(why) => return misused(&why),
     };
     match command.as_str() {
         "lint" => lint_files(&arguments),
@@ -42,56 +47,83 @@ fn main() -> ExitCode {
 
 fn lint_files(arguments: &Arguments) -> ExitCode {
     if arguments.words.is_empty() {
-        return complain(USAGE);
+        return misused("lint needs a file, a directory, or - for standard input");
     }
     let files = match files::read(&arguments.words) {
         Ok(files) => files,
         Err(why) => return complain(&why),
     };
-    let found = lint(&files);
+    if let Some(nothing) = nothing_to_check(&files) {
+        // Not on standard output, which may be read by a machine.
+        let _ = writeln!(io::stderr(), "{nothing}");
+    }
+    let found = lint_in(&files, arguments.place.namespace.as_deref());
     let lines: Vec<_> = found.iter().map(ToString::to_string).collect();
-    say(arguments, &found, &lines.join("\n"), found.is_empty())
+    let code = code(found.is_empty(), true);
+    say(arguments, &found, &lines.join("\n"), code)
 }
 
 fn explain_pod(arguments: &Arguments) -> ExitCode {
-    let split = arguments.words.iter().flat_map(|word| word.split('/'));
-    let words: Vec<_> = split.collect();
-    let (kind, name) = match words.as_slice() {
-        [name] => ("pod", *name),
-        [kind, name] => (*kind, *name),
-        _ => return complain(USAGE),
+    let (workload, name) = match subject(&arguments.words) {
+        Ok(subject) => subject,
+        Err(why) => return misused(&why),
     };
-    let workload = match (kind, Workload::named(kind)) {
-        ("pod" | "pods" | "po", _) => None,
-        (_, Some(workload)) => Some(workload),
-        _ => {
-            return complain(&format!(
-                "{kind} is not explained; a pod or its workload is\n\n{USAGE}"
-            ));
-        }
-    };
+    let name = name.as_str();
     let explained = arguments.run(async |client, namespace| {
         let driver = arguments.driver_namespace.as_deref();
         let pod = match workload {
-            Some(workload) => workload.pod(client, namespace, name).await?,
+            Some(workload) => match workload.pod(client, namespace, name).await? {
+                Chosen::Pod(pod) => pod,
+                Chosen::NoPods(none) => return Ok(Explained::NoPods(none)),
+            },
             None => name.to_owned(),
         };
-        explain(client, namespace, &pod, driver).await
+        let story = explain(client, namespace, &pod, driver).await?;
+        Ok(Explained::Pod(Box::new(story)))
     });
     match explained {
-        Ok(story) => say(
+        Ok(explained) => say(
             arguments,
-            &story,
-            story.to_string().trim_end(),
-            story.trouble.is_empty(),
+            &explained,
+            explained.to_string().trim_end(),
+            code(explained.trouble().is_empty(), explained.is_known()),
         ),
         Err(why) => complain(&why),
     }
 }
 
+/// Returns what `explain` is asked for: a workload, or a pod, and its name.
+fn subject(words: &[String]) -> Result<(Option<Workload>, String), String> {
+    let is_pod = |kind: &str| matches!(kind, "pod" | "pods" | "po");
+    let split: Vec<_> = words.iter().flat_map(|word| word.split('/')).collect();
+    let (kind, name) = match split.as_slice() {
+        [] | [""] => return Err("the pod's name is missing: explain pod NAME".to_owned()),
+        [kind] | [kind, ""] if is_pod(kind) || Workload::named(kind).is_some() => {
+            return Err(format!("the {kind}'s name is missing: explain {kind} NAME"));
+        }
+        [name] => ("pod", *name),
+        [kind, name] => (*kind, *name),
+        _ => {
+            return Err(format!(
+                "explain takes one kind and one name, and not {}",
+                words.join(" ")
+            ));
+        }
+    };
+    match Workload::named(kind) {
+        None if is_pod(kind) => Ok((None, name.to_owned())),
+        Some(workload) => Ok((Some(workload), name.to_owned())),
+        None => Err(format!(
+            "{kind:?} is not explained; a pod or its workload is"
+        )),
+    }
+}
+
 fn examine(arguments: &Arguments) -> ExitCode {
-    if !arguments.words.is_empty() {
-        return complain(USAGE);
+    if let Some(word) = arguments.words.first() {
+        return misused(&format!(
+            "doctor takes no {word:?}; it examines the whole cluster"
+        ));
     }
     let scope = Scope {
         driver_namespace: arguments.driver_namespace.clone(),
@@ -102,15 +134,23 @@ fn examine(arguments: &Arguments) -> ExitCode {
             arguments,
             &report,
             report.to_string().trim_end(),
-            report.findings.is_empty(),
+            code(report.findings.is_empty(), report.known),
         ),
         Err(why) => complain(&why),
     }
 }
 
+/// Returns the exit code of a command that found nothing, or something.
+fn code(is_fine: bool, is_known: bool) -> u8 {
+    match (is_fine, is_known) {
+        (false, _) => 1,
+        (true, true) => 0,
+        (true, false) => COULD_NOT,
+    }
+}
+
 /// Prints what was found, for people or for machines.
-fn say(arguments: &Arguments, found: &impl Serialize, text: &str, is_fine: bool) -> ExitCode {
-    let code = u8::from(!is_fine);
+fn say(arguments: &Arguments, found: &impl Serialize, text: &str, code: u8) -> ExitCode {
     if !arguments.json {
         return match text.is_empty() {
             true => ExitCode::from(code),
@@ -127,6 +167,11 @@ fn say(arguments: &Arguments, found: &impl Serialize, text: &str, is_fine: bool)
 fn print(text: &str, code: u8) -> ExitCode {
     let _ = writeln!(io::stdout(), "{text}");
     ExitCode::from(code)
+}
+
+/// Says why a command line is wrong, before all that it could be.
+fn misused(why: &str) -> ExitCode {
+    complain(&format!("{why}\n\n{USAGE}"))
 }
 
 fn complain(text: &str) -> ExitCode {

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kubectl_secrets_store::lint::{File, Finding, lint_in, nothing_to_check};
 use serde_json::Value;
 
 fn run(args: &[&str]) -> Output {
@@ -44,7 +45,7 @@ fn files(directory: &str) -> Vec<PathBuf> {
 #[test]
 fn each_mistake_is_found_at_its_line_with_its_fix() {
     let all = files("driver/kubectl-plugin/tests/mistakes");
-    assert!(all.len() >= 40, "{}", all.len());
+    assert!(all.len() >= 80, "{}", all.len());
     let mut wrong = Vec::new();
     let mut slowest = Duration::ZERO;
     for path in &all {
@@ -90,7 +91,7 @@ fn good_manifests_have_no_findings() {
         "kind",
     ];
     let mut all = files("driver/kubectl-plugin/tests/good");
-    assert!(all.len() >= 60, "{}", all.len());
+    assert!(all.len() >= 75, "{}", all.len());
     all.extend(own.into_iter().flat_map(files));
     let mut wrong = Vec::new();
     for path in &all {
@@ -128,4 +129,72 @@ fn findings_are_lines_for_people_and_codes_for_machines() {
     ] {
         assert_eq!(run(args).status.code(), Some(code), "{args:?}");
     }
+}
+
+fn named(name: &str) -> File {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests")
+        .join(name);
+    File {
+        name: name.to_owned(),
+        text: fs::read_to_string(path).unwrap(),
+    }
+}
+
+#[test]
+fn a_given_namespace_is_that_of_objects_without_one() {
+    for name in [
+        "mistakes/namespace-of-pod.yaml",
+        "mistakes/namespace-of-class.yaml",
+    ] {
+        let files = [named(name)];
+        assert!(lint_in(&files, Some("t25")).is_empty(), "{name}");
+        let found = lint_in(&files, Some("shop"));
+        let says = |f: &Finding| f.message.contains("goes to shop") && f.message.contains("t25");
+        assert!(found.len() == 1 && found.iter().all(says), "{found:?}");
+    }
+    // Of two classes of the name it is the one in that namespace.
+    let mut both = named("mistakes/namespace-of-class.yaml");
+    let other = both.text.replace("namespace: t25", "namespace: bank");
+    both.text.push_str(&format!("---\n{other}"));
+    assert_eq!(lint_in(&[both], Some("t25")), []);
+}
+
+#[test]
+fn files_without_anything_to_check_are_named() {
+    for (files, expected) in [
+        (
+            &["good/config-map.yaml", "good/empty.yaml"][..],
+            Some("good/config-map.yaml, good/empty.yaml:"),
+        ),
+        (&[], Some("no YAML file:")),
+        (&["good/config-map.yaml", "good/class-vault.yaml"], None),
+        (&["good/pod-plain.yaml"], None),
+        (&["good/values-parent.yaml"], None),
+        (&["mistakes/class-kind.yaml"], None),
+        (&["mistakes/template.yaml"], None),
+    ] {
+        let files: Vec<_> = files.iter().map(|name| named(name)).collect();
+        let said = nothing_to_check(&files);
+        match expected {
+            Some(piece) => assert!(said.unwrap().contains(piece), "{piece}"),
+            None => assert_eq!(said, None, "{files:?}"),
+        }
+    }
+}
+
+#[test]
+fn control_characters_are_shown_escaped() {
+    let finding = Finding {
+        file: "a\u{1b}[2J.yaml".to_owned(),
+        line: 1,
+        message: "there is no class a\r\u{7}".to_owned(),
+    };
+    assert_eq!(
+        finding.to_string(),
+        "a\\u{1b}[2J.yaml:1: there is no class a\\r\\u{7}"
+    );
+    let file = named("mistakes/class-carriage-return.yaml");
+    let found = lint_in(&[file], None);
+    assert!(!found[0].message.contains(char::is_control), "{found:?}");
 }

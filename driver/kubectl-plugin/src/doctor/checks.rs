@@ -13,6 +13,7 @@ use super::{
     facts::Facts,
     nodes::{Asked, named, node_of},
 };
+use crate::installation::TELL;
 
 /// A check of the cluster.
 type OfCluster = fn(&Facts, &mut Found<'_>);
@@ -121,6 +122,12 @@ pub(super) fn all(facts: &Facts) -> Vec<Finding> {
             let first = nodes.first().map_or("", String::as_str);
             let next = words.next.unwrap_or_else(|| facts.status_of(first));
             found.add_of_nodes(nodes, what, next);
+        }
+    }
+    // Who may not see the driver may not mend it either.
+    if facts.installed.unknown().is_some() {
+        for finding in &mut all {
+            finding.next = format!("{TELL}: {}", finding.what);
         }
     }
     all

@@ -182,8 +182,17 @@ impl Facts {
         lines
     }
 
+    /// Returns whether the kinds, the CSIDriver and the DaemonSet could be read: the rest stands on them.
+    pub(super) fn is_known(&self) -> bool {
+        self.definitions
+            .iter()
+            .all(|definition| definition.unknown().is_none())
+            && self.csi_driver.unknown().is_none()
+            && self.installed.unknown().is_none()
+    }
+
     /// Returns what could not be found out.
-    pub(super) fn unknown(&self) -> Vec<String> {
+    pub(super) fn unknown(&self, scope: &Scope) -> Vec<String> {
         let mut lines = Vec::new();
         let mut add = |what: &str, why: Option<&str>| {
             lines.extend(why.map(|why| format!("{what}: {why}")));
@@ -210,6 +219,10 @@ impl Facts {
             add("the driver's pods", self.pods.unknown());
         }
         add("pod statuses whose pods are gone", self.orphans.unknown());
+        let has_drivers = self.pods.found().is_some_and(|pods| !pods.items.is_empty());
+        if scope.nodes == 0 && has_drivers {
+            add("what is on the nodes", Some("none was asked (--nodes 0)"));
+        }
         // The same words of many nodes are said once.
         let mut silent: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for asked in &self.asked {

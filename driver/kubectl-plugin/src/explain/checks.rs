@@ -1,19 +1,23 @@
 //! What can be wrong, from the ground up: each check looks at one thing, and the first ones explain the others.
 
 mod ground;
+mod others;
 mod secrets;
 mod volume;
+
+use std::fmt;
 
 use k8s_openapi::api::core::v1::Event;
 use kube::ResourceExt as _;
 use serde::Serialize;
 
+pub(super) use secrets::outdated;
 pub(super) use volume::{Next, next_refresh};
 
 use super::facts::{Facts, VolumeFacts};
 use crate::{
-    cluster::one_line,
-    installation::{DRIVER, Installed},
+    cluster::{one_line, visible},
+    installation::{DRIVER, Installed, TELL},
 };
 
 /// The longest text of others in a story.
@@ -36,6 +40,17 @@ pub struct Trouble {
     pub next: String,
 }
 
+impl Trouble {
+    /// Writes it as the lines of a list.
+    pub(super) fn write(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "  - {}", self.what)?;
+        if let Some(said) = &self.said {
+            writeln!(f, "    it says: {said}")?;
+        }
+        writeln!(f, "    next:    {}", self.next)
+    }
+}
+
 /// A check of the pod and all below it.
 type OfPod = fn(&Facts) -> Option<Found>;
 /// A check of one volume.
@@ -45,11 +60,31 @@ type OfVolume = fn(&Facts, &VolumeFacts) -> Option<Found>;
 struct Found {
     what: String,
     said: Option<String>,
-    next: String,
+    next: Then,
+}
+
+/// What to do next.
+enum Then {
+    /// A command, or words where there is none.
+    Do(String),
+    /// To tell those who run the driver, because the person who asks may not look at it.
+    Tell,
+}
+
+impl From<String> for Then {
+    fn from(command: String) -> Self {
+        Self::Do(command)
+    }
+}
+
+impl From<&str> for Then {
+    fn from(command: &str) -> Self {
+        Self::Do(command.to_owned())
+    }
 }
 
 impl Found {
-    fn new(what: impl Into<String>, next: impl Into<String>) -> Self {
+    fn new(what: impl Into<String>, next: impl Into<Then>) -> Self {
         Self {
             what: what.into(),
             said: None,
@@ -103,30 +138,31 @@ const OF_MOUNTED: &[(&str, OfVolume)] = &[
     ("secret-missing", secrets::missing),
 ];
 
+/// A check of the pod, which is told whether something was found before.
+type OfRest = fn(&Facts, bool) -> Option<Found>;
+
 /// The checks of what else the pod waits for.
-const LAST: &[(&str, OfPod)] = &[
+const LAST: &[(&str, OfRest)] = &[
     ("env-secret", secrets::env_secret),
-    ("env-key", secrets::env_key),
-    ("termination", ground::termination),
+    ("env-key", |facts, _| secrets::env_key(facts)),
+    ("termination", |facts, _| ground::termination(facts)),
 ];
 
 /// Finds what is wrong with a pod's volumes; the reason comes first.
 pub(super) fn all(facts: &Facts) -> Vec<Trouble> {
     let mut troubles = Vec::new();
-    let trouble = |check, volume: Option<&VolumeFacts>, found: Found| Trouble {
-        check,
-        volume: volume.map(|volume| volume.name.clone()),
-        what: found.what,
-        said: found.said.map(|said| one_line(&said, MAX_SAID)),
-        next: found.next,
+    let trouble = |check, volume: Option<&VolumeFacts>, found| {
+        facts.trouble(check, volume.map(|volume| volume.name.as_str()), found)
     };
-    if !facts.volumes.is_empty() {
-        let ground = OF_POD
-            .iter()
-            .find_map(|(name, check)| Some((name, check(facts)?)));
-        troubles.extend(ground.map(|(name, found)| trouble(name, None, found)));
+    for (name, found) in others::misnamed(facts) {
+        troubles.push(facts.trouble("driver-name", Some(&name), found));
     }
-    let has_ground = troubles.is_empty();
+    let ground = OF_POD
+        .iter()
+        .filter(|(name, _)| !facts.volumes.is_empty() || *name == "unscheduled")
+        .find_map(|(name, check)| Some((name, check(facts)?)));
+    let has_ground = ground.is_none();
+    troubles.extend(ground.map(|(name, found)| trouble(name, None, found)));
     for volume in &facts.volumes {
         let is_mounted = facts.is_mounted(volume);
         if is_mounted != Some(true) && !facts.has_ended() {
@@ -141,13 +177,45 @@ pub(super) fn all(facts: &Facts) -> Vec<Trouble> {
             troubles.extend(found.map(|found| trouble(name, Some(volume), found)));
         }
     }
+    for (name, found) in others::failed(facts) {
+        troubles.push(facts.trouble("other-volume", name.as_deref(), found));
+    }
+    let has_reason = !troubles.is_empty();
     for (name, check) in LAST {
+        let check = |facts: &Facts| check(facts, has_reason);
         troubles.extend(check(facts).map(|found| trouble(name, None, found)));
     }
     troubles
 }
 
 impl Facts {
+    /// Makes a trouble of what a check found.
+    fn trouble(&self, check: &'static str, volume: Option<&str>, found: Found) -> Trouble {
+        let said = found.said.map(|said| one_line(&said, MAX_SAID));
+        let what = visible(&found.what);
+        let next = match found.next {
+            Then::Do(command) => visible(&command),
+            Then::Tell => {
+                let (namespace, pod) = (
+                    self.pod.namespace().unwrap_or_default(),
+                    self.pod.name_any(),
+                );
+                let node = self.node.as_ref();
+                let node = node.map_or_else(String::new, |node| format!(" on node {}", node.name));
+                let said = said.as_ref();
+                let said = said.map_or_else(String::new, |said| format!(": {said}"));
+                format!("{TELL}: pod {namespace}/{pod}{node}: {what}{said}")
+            }
+        };
+        Trouble {
+            check,
+            volume: volume.map(visible),
+            what,
+            said,
+            next,
+        }
+    }
+
     /// Returns the beginning of commands about the pod's namespace.
     fn kubectl(&self) -> String {
         format!("kubectl -n {}", self.pod.namespace().unwrap_or_default())
@@ -158,41 +226,88 @@ impl Facts {
         format!("{} describe pod {}", self.kubectl(), self.pod.name_any())
     }
 
+    /// Returns the command that shows the class of a volume; for someone who may not read it, what the pod says of
+    /// it.
+    fn show_class(&self, volume: &VolumeFacts) -> String {
+        if volume.class.unknown().is_some() {
+            return self.describe();
+        }
+        format!(
+            "{} get secretproviderclass {} -o yaml",
+            self.kubectl(),
+            volume.class_name
+        )
+    }
+
+    /// Returns how to get a pod like this one. A pod without a controller is not made again; `anew` says what to do
+    /// then.
+    fn new_pod(&self, anew: &str) -> String {
+        let mut owners = self.pod.owner_references().iter();
+        match owners.any(|owner| owner.controller == Some(true)) {
+            true => format!("{} delete pod {}", self.kubectl(), self.pod.name_any()),
+            false => format!("{anew}: nothing makes it again once it is deleted"),
+        }
+    }
+
     /// Returns the command that shows the log of the node's driver.
-    fn driver_log(&self) -> String {
+    fn driver_log(&self) -> Then {
         let driver = self.node.as_ref().and_then(|node| node.driver.found());
         match driver.and_then(Option::as_ref) {
-            Some((installed, pod)) => format!(
+            Some((installed, pod)) => Then::Do(format!(
                 "kubectl -n {} logs {} -c {} --since=15m",
                 installed.namespace(),
                 pod.name_any(),
                 installed.container
-            ),
+            )),
             None => self.driver_pods(),
         }
     }
 
+    /// Returns the command that shows what the node's driver logged as it started.
+    fn driver_start(&self) -> Then {
+        match self.driver_log() {
+            Then::Do(command) => Then::Do(command.replace(" --since=15m", " | head -50")),
+            Then::Tell => Then::Tell,
+        }
+    }
+
     /// Returns the command that shows the driver's pods.
-    fn driver_pods(&self) -> String {
+    fn driver_pods(&self) -> Then {
+        if self.may_not_see_the_driver() {
+            return Then::Tell;
+        }
         let node = self
             .node
             .as_ref()
             .map(|node| format!(" --field-selector spec.nodeName={}", node.name));
         let node = node.unwrap_or_default();
-        match self.installed.found().and_then(|all| all.first()) {
+        let command = match self.installed.found().and_then(|all| all.first()) {
             Some(installed) => format!(
                 "kubectl -n {} get pods -l {} -o wide{node}",
                 installed.namespace(),
                 installed.selector()
             ),
             None => "kubectl get daemonsets -A".to_owned(),
-        }
+        };
+        Then::Do(command)
+    }
+
+    /// Returns whether the driver's DaemonSet or its pods could not be read.
+    fn may_not_see_the_driver(&self) -> bool {
+        let node = self.node.as_ref();
+        self.installed.unknown().is_some()
+            || node.is_some_and(|node| node.driver.unknown().is_some())
     }
 
     /// Returns the command that shows all pods of the node, among them that of a provider.
-    fn pods_of_node(&self) -> String {
+    fn pods_of_node(&self) -> Then {
+        if self.may_not_see_the_driver() {
+            return Then::Tell;
+        }
         let node = self.node.as_ref().map_or("NODE", |node| node.name.as_str());
-        format!("kubectl get pods -A -o wide --field-selector spec.nodeName={node}")
+        Then::Do(format!(
+            "kubectl get pods -A -o wide --field-selector spec.nodeName={node}"
+        ))
     }
 
     /// Returns the DaemonSet and the pod of the node's driver.

@@ -8,14 +8,17 @@ use driver::{
 };
 use futures::{StreamExt as _, future::join_all, stream};
 use jiff::Timestamp;
-use k8s_openapi::api::{
-    core::v1::{CSIVolumeSource, Event, Node, Pod, Secret},
-    storage::v1::{CSIDriver, CSINode},
+use k8s_openapi::{
+    api::{
+        core::v1::{CSIVolumeSource, Event, Node, Pod, Secret},
+        storage::v1::{CSIDriver, CSINode},
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use kube::{Api, Client, ResourceExt as _, api::ListParams};
 
 use crate::{
-    cluster::{Read, list, list_metadata, read},
+    cluster::{Read, is_name, list, list_metadata, read},
     installation::{self, DRIVER, Installed, NodeSays},
 };
 
@@ -26,6 +29,9 @@ const MAX_CLASSES: usize = 2_000;
 const MAX_SECRETS: usize = 100;
 /// The requests about Secrets that run at the same time.
 const AT_ONCE: usize = 8;
+
+/// The names by which this driver and the existing one write Secrets.
+const MANAGERS: [&str; 2] = ["csi-secrets-store", "secrets-store-csi"];
 
 /// Everything that is known of a pod's volumes.
 pub(super) struct Facts {
@@ -41,7 +47,7 @@ pub(super) struct Facts {
     /// a Secret that no volume of the pod makes.
     pub classes: Option<Read<Vec<SecretProviderClass>>>,
     /// The Secrets that classes and containers name: the metadata only.
-    pub secrets: BTreeMap<String, Read<()>>,
+    pub secrets: BTreeMap<String, Read<Written>>,
     /// The object CSIDriver.
     pub csi_driver: Read<CSIDriver>,
     /// The DaemonSets of the driver.
@@ -91,6 +97,11 @@ impl Facts {
         name: &str,
         driver_namespace: Option<&str>,
     ) -> Result<Self, String> {
+        for (text, of) in [(name, "pod"), (namespace, "namespace")] {
+            if !is_name(text) {
+                return Err(format!("{text:?} cannot be the name of a {of}"));
+            }
+        }
         let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
         let pod = match read(pods.get(name)).await {
             Read::Is(pod) => pod,
@@ -144,8 +155,11 @@ impl Facts {
         let each = stream::iter(names.into_iter().take(MAX_SECRETS)).map(|name| {
             let secrets = secrets.clone();
             async move {
-                let found = read(secrets.get_metadata(&name)).await;
-                (name, found.map(drop))
+                let found = match is_name(&name) {
+                    true => read(secrets.get_metadata(&name)).await,
+                    false => Read::Missing,
+                };
+                (name, found.map(|found| Written::of(&found.metadata)))
             }
         });
         self.secrets = each.buffer_unordered(AT_ONCE).collect().await;
@@ -175,6 +189,7 @@ impl Facts {
             let mut take = |secret: &str, key: Option<&str>| {
                 let taken = all.entry(secret.to_owned()).or_default();
                 taken.container.clone_from(&container.name);
+                taken.containers.insert(container.name.clone());
                 taken.keys.extend(key.map(str::to_owned));
             };
             for source in container.env_from.iter().flatten() {
@@ -247,8 +262,35 @@ impl Facts {
 pub(super) struct Taken {
     /// The container's name.
     pub container: String,
+    /// The names of all containers that take it.
+    pub containers: BTreeSet<String>,
     /// The keys; none if it takes all.
     pub keys: BTreeSet<String>,
+}
+
+/// When a Secret was written, as its metadata says it.
+#[derive(Default)]
+pub(super) struct Written {
+    /// When it was created.
+    pub created: Option<Timestamp>,
+    /// When the driver changed it last: its content, or its owners.
+    pub by_driver: Option<Timestamp>,
+}
+
+impl Written {
+    fn of(metadata: &ObjectMeta) -> Self {
+        let managed = metadata.managed_fields.iter().flatten();
+        let by_driver = managed.filter(|entry| {
+            let manager = entry.manager.as_deref();
+            manager.is_some_and(|manager| MANAGERS.contains(&manager))
+        });
+        Self {
+            created: metadata.creation_timestamp.as_ref().map(|time| time.0),
+            by_driver: by_driver
+                .filter_map(|entry| Some(entry.time.as_ref()?.0))
+                .max(),
+        }
+    }
 }
 
 impl VolumeFacts {
@@ -359,11 +401,11 @@ async fn volume(
         .next_back()
         .unwrap_or_default();
     let classes: Api<SecretProviderClass> = Api::namespaced(client.clone(), &namespace);
-    let class = match class_name.is_empty() {
-        true => Read::Missing,
-        false => read(classes.get(&class_name)).await,
+    let class = match is_name(&class_name) {
+        false => Read::Missing,
+        true => read(classes.get(&class_name)).await,
     };
-    let elsewhere = match class.is_missing() && !class_name.is_empty() {
+    let elsewhere = match class.is_missing() && is_name(&class_name) {
         true => elsewhere(client, &class_name).await,
         false => Vec::new(),
     };

@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use driver::cluster::pod_status::{CONTENT_CHANGED, CONTENT_CHANGES};
+use driver::cluster::{
+    interval::INTERVAL,
+    pod_status::{CONTENT_CHANGED, CONTENT_CHANGES},
+};
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 use serde::Serialize;
@@ -12,9 +15,9 @@ use super::{
     facts::{Facts, VolumeFacts, time_of},
 };
 use crate::{
-    cluster::{Read, one_line},
-    explain::checks::{Next, next_refresh},
-    installation::{DRIVER, NodeSays},
+    cluster::{Read, one_line, visible},
+    explain::checks::{Next, next_refresh, outdated},
+    installation::{DRIVER, NodeSays, is_ready},
     time::{shown, span},
 };
 
@@ -46,6 +49,9 @@ pub struct Story {
     pub notes: Vec<String>,
     /// What could not be read, and why.
     pub unknown: Vec<String>,
+    /// Whether enough could be read to say that nothing is wrong: a pod that is not ready needs its classes and
+    /// pod statuses for that.
+    pub known: bool,
 }
 
 /// What there is to say of a volume.
@@ -111,22 +117,36 @@ impl Story {
     /// Tells it.
     pub(super) fn of(facts: &Facts) -> Self {
         let pod = &facts.pod;
+        let trouble = checks::all(facts);
         Self {
             time: facts.now,
             namespace: pod.namespace().unwrap_or_default(),
             pod: pod.name_any(),
             state: state(facts),
             node: facts.node.as_ref().map(|node| node.name.clone()),
-            trouble: checks::all(facts),
             volumes: facts
                 .volumes
                 .iter()
                 .map(|volume| Volume::of(facts, volume))
                 .collect(),
-            notes: notes(facts),
-            unknown: unknown(facts),
+            notes: lines(notes(facts, !trouble.is_empty())),
+            trouble,
+            unknown: lines(unknown(facts)),
+            known: is_known(facts),
         }
     }
+}
+
+fn lines(lines: Vec<String>) -> Vec<String> {
+    lines.iter().map(|line| visible(line)).collect()
+}
+
+fn is_known(facts: &Facts) -> bool {
+    let has_all = facts
+        .volumes
+        .iter()
+        .all(|volume| volume.class.unknown().is_none() && volume.pod_status.unknown().is_none());
+    has_all || is_ready(&facts.pod) || facts.has_ended()
 }
 
 impl Volume {
@@ -164,7 +184,7 @@ impl Volume {
         let secrets = made.map(|made| Secret {
             name: made.secret_name.clone(),
             exists: match facts.secrets.get(&made.secret_name) {
-                Some(Read::Is(())) => Some(true),
+                Some(Read::Is(_)) => Some(true),
                 Some(Read::Missing) => Some(false),
                 _ => None,
             },
@@ -196,7 +216,13 @@ impl Volume {
         let provider = self.provider.as_deref().unwrap_or("unknown");
         match self.class.as_str() {
             "" => writeln!(f, "  {} (no class)", self.name)?,
-            class => writeln!(f, "  {} (class {class}, provider {provider})", self.name)?,
+            class => writeln!(
+                f,
+                "  {} (class {}, provider {})",
+                self.name,
+                visible(class),
+                visible(provider)
+            )?,
         }
         match (self.mounted, self.mounted_since) {
             (Some(true), Some(since)) => writeln!(f, "    mounted since {}", shown(since, now))?,
@@ -243,9 +269,9 @@ impl Volume {
         }
         if !self.secrets.is_empty() {
             let state = |secret: &Secret| match secret.exists {
-                Some(true) => format!("{} (there)", secret.name),
-                Some(false) => format!("{} (missing)", secret.name),
-                None => format!("{} (not known)", secret.name),
+                Some(true) => format!("{} (there)", visible(&secret.name)),
+                Some(false) => format!("{} (missing)", visible(&secret.name)),
+                None => format!("{} (not known)", visible(&secret.name)),
             };
             let named: Vec<_> = self.secrets.iter().take(SHOWN).map(state).collect();
             let more = self.secrets.len().saturating_sub(SHOWN);
@@ -269,7 +295,9 @@ impl fmt::Display for Story {
         writeln!(
             f,
             "pod {}/{}: {}, on {node}",
-            self.namespace, self.pod, self.state
+            self.namespace,
+            self.pod,
+            visible(&self.state)
         )?;
         match self.trouble.as_slice() {
             [] if self.unknown.is_empty() => {
@@ -290,11 +318,7 @@ impl fmt::Display for Story {
             )?,
         }
         for trouble in &self.trouble {
-            writeln!(f, "  - {}", trouble.what)?;
-            if let Some(said) = &trouble.said {
-                writeln!(f, "    it says: {said}")?;
-            }
-            writeln!(f, "    next:    {}", trouble.next)?;
+            trouble.write(f)?;
         }
         if !self.volumes.is_empty() {
             writeln!(f, "\nVolumes:")?;
@@ -331,7 +355,7 @@ fn state(facts: &Facts) -> String {
         .unwrap_or_else(|| "Pending".to_owned())
 }
 
-fn notes(facts: &Facts) -> Vec<String> {
+fn notes(facts: &Facts, has_trouble: bool) -> Vec<String> {
     let mut notes = Vec::new();
     if facts.volumes.is_empty() {
         notes.push(format!("the pod has no volume of {DRIVER}"));
@@ -354,7 +378,15 @@ fn notes(facts: &Facts) -> Vec<String> {
             ));
         }
     }
-    notes.extend(failed_calls(facts));
+    if has_trouble {
+        notes.extend(failed_calls(facts));
+    }
+    notes.extend(idle_intervals(facts));
+    notes.extend(outdated(facts).into_iter().map(|(container, secret)| {
+        format!(
+            "container {container} started before Secret {secret} got its present content; it has the old values until it is restarted"
+        )
+    }));
     let node = facts.node.as_ref();
     if let Some(NodeSays::ExistingDriver) = node.and_then(|node| node.says.as_ref()) {
         notes.push("the node has the existing driver, which keeps no record: when a refresh is due, and when one failed, is not known".to_owned());
@@ -390,6 +422,26 @@ fn notes(facts: &Facts) -> Vec<String> {
         ));
     }
     notes
+}
+
+/// Returns which volumes ask for refreshes while rotation is off.
+fn idle_intervals(facts: &Facts) -> Vec<String> {
+    let is_off = |volume: &&VolumeFacts| next_refresh(facts, volume) == Next::Off;
+    let asking = facts.volumes.iter().filter(is_off).filter_map(|volume| {
+        let mut attributes = volume.source.volume_attributes.iter();
+        let class = volume.class.found();
+        if attributes.any(|all| all.contains_key(INTERVAL)) {
+            return Some(format!("volume {}", volume.name));
+        }
+        let is_asked = class.is_some_and(|class| class.annotations().contains_key(INTERVAL));
+        is_asked.then(|| format!("class {}", volume.class_name))
+    });
+    let note = |who| {
+        format!(
+            "{who} has {INTERVAL}, which has no effect while rotation is off: new content waits for a new pod"
+        )
+    };
+    asking.map(note).collect()
 }
 
 /// Returns how many calls of the node's driver to the providers of the pod failed: others may be in the same

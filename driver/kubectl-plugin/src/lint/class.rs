@@ -8,18 +8,31 @@ use driver::{
 };
 
 use super::{
-    Findings, check_fields, meant,
+    Findings, check_fields,
+    keys::{self, Keys},
+    meant,
+    names::slip,
+    pod::MODE,
     yaml::{self, Node},
 };
 
-const KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
-const PREFIX: &str = "secrets-store.csi.k8s.io/";
+pub(super) const KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
+pub(super) const PREFIX: &str = "secrets-store.csi.k8s.io/";
 
 /// What pods need to know of a class.
 #[derive(Debug, Default)]
 pub(super) struct Class {
-    /// The keys of the Secrets that it makes, by the Secret's name. `None` if they are not all known.
-    pub(super) secrets: BTreeMap<String, Option<BTreeSet<String>>>,
+    /// The Secrets that it makes, by name.
+    pub(super) secrets: BTreeMap<String, Made>,
+}
+
+/// A Secret that a class makes.
+#[derive(Debug)]
+pub(super) struct Made {
+    /// The line of its name.
+    pub(super) line: usize,
+    /// Its keys. `None` if they are not all known.
+    pub(super) keys: Option<BTreeSet<String>>,
 }
 
 /// The names of the files that a class mounts, and the names in the store of those with another one.
@@ -27,6 +40,15 @@ pub(super) struct Class {
 struct Mounted {
     files: BTreeSet<String>,
     aliased: BTreeMap<String, String>,
+}
+
+const KIND: &str = "SecretProviderClass";
+
+/// Returns whether an object is a class, or meant to be one.
+pub(super) fn is_class(object: &Node) -> bool {
+    let kind = object.text_of("kind").unwrap_or_default();
+    let version = object.text_of("apiVersion").unwrap_or_default();
+    kind == KIND || version.starts_with("secrets-store.csi.") && meant(kind, &[KIND]).is_some()
 }
 
 /// Checks a class.
@@ -52,6 +74,12 @@ pub(super) fn check(object: &Node, file: &mut Findings<'_>) -> Class {
 }
 
 fn check_head(object: &Node, file: &mut Findings<'_>) {
+    if let Some((kind, text)) = object.get("kind").and_then(|k| Some((k, k.text()?)))
+        && text != KIND
+    {
+        let how = format!("there is no kind {text} of a class; write kind: {KIND}");
+        file.add(kind.line, how);
+    }
     let at = object.get("apiVersion");
     let line = at.map_or(object.line, |at| at.line);
     match at.and_then(Node::text) {
@@ -119,6 +147,7 @@ fn check_annotations(object: &Node, file: &mut Findings<'_>) {
                 );
             }
             name if known.contains(&name) => {}
+            MODE => file.add(key.line, format!("{MODE} is no annotation of a class; write it into volumeAttributes of the pod's volume")),
             name => {
                 let instead = meant(name, &known).map_or_else(
                     || format!("there are {}", known.join(", ")),
@@ -188,15 +217,11 @@ fn check_parameters(spec: &Node, provider: &str, file: &mut Findings<'_>) -> Opt
     } else {
         "objects"
     };
-    if !["azure", "vault", "openbao", "aws", "gcp"].contains(&provider) {
-        return None;
-    }
+    let keys = keys::of(provider)?;
+    let is_misspelt = keys::check_parameters(parameters, provider, keys, file);
     let Some(objects) = parameters.get(name) else {
-        if parameters
-            .fields()
-            .iter()
-            .all(|(_, value)| value.text().is_some())
-        {
+        let mut values = parameters.fields().iter().map(|(_, value)| value);
+        if !is_misspelt && values.all(|value| value.text().is_some()) {
             file.add(
                 parameters.line,
                 format!(
@@ -210,7 +235,7 @@ fn check_parameters(spec: &Node, provider: &str, file: &mut Findings<'_>) -> Opt
     // A text of several lines has the line of its first one.
     let before = objects.line.saturating_sub(1);
     match yaml::document(text) {
-        Ok(Some(tree)) => check_objects(&tree, before, provider, file),
+        Ok(Some(tree)) => check_objects(&tree, before, provider, keys, file),
         Ok(None) => {
             file.add(objects.line, format!("parameter {name} is empty"));
             None
@@ -228,11 +253,25 @@ fn check_objects(
     tree: &Node,
     before: usize,
     provider: &str,
+    keys: &Keys,
     file: &mut Findings<'_>,
 ) -> Option<Mounted> {
     let mut mounted = Mounted::default();
-    for (line, object) in objects_of(tree, before, provider, file)? {
-        let field = |names: &[&str]| names.iter().find_map(|name| object.text_of(name));
+    let objects = objects_of(tree, before, provider, file)?;
+    for (before, object) in &objects {
+        keys::check_object(object, *before, provider, keys, file);
+    }
+    for (before, object) in objects {
+        let line = before + object.line;
+        let get = |name: &&str| {
+            let mut fields = object.fields().iter();
+            let field = fields.find(|(key, _)| key.text.eq_ignore_ascii_case(name));
+            match keys.any_case {
+                true => field.map(|(_, value)| value),
+                false => object.get(name),
+            }
+        };
+        let field = |names: &[&str]| names.iter().find_map(|name| get(name)?.text());
         let (alias, name) = match provider {
             "azure" | "aws" => (field(&["objectAlias"]), field(&["objectName"])),
             "gcp" => (field(&["path", "fileName"]), field(&["resourceName"])),
@@ -243,20 +282,25 @@ fn check_objects(
                 "gcp" => "resourceName",
                 _ => "objectName",
             };
-            let mut fields = object.fields().iter().map(|(key, _)| key.text.as_str());
-            let wrong = fields.find(|key| meant(key, &[field]).is_some());
-            let found = wrong.map_or_else(String::new, |wrong| format!(", not {wrong}"));
-            file.add(
-                line,
-                format!("an object of {provider} has no {field}{found}"),
-            );
+            let mut names = object.fields().iter().map(|(key, _)| key.text.as_str());
+            // A slip has a finding of its own.
+            if !names.clone().any(|name| slip(name, &[field]).is_some()) {
+                let wrong = names.find(|name| meant(name, &[field]).is_some());
+                file.add(
+                    line,
+                    match wrong {
+                        Some(wrong) => format!(
+                            "`{wrong}` is not a key of an object of {provider}; `{field}` is meant"
+                        ),
+                        None => format!("an object of {provider} has no {field}"),
+                    },
+                );
+            }
             return None;
         };
         // How AWS and Google make a file's name of these is theirs.
         let is_theirs = match provider {
-            "aws" => {
-                alias.is_none() && name.contains([':', '/']) || object.get("jmesPath").is_some()
-            }
+            "aws" => alias.is_none() && name.contains([':', '/']) || get(&"jmesPath").is_some(),
             "gcp" => alias.is_none(),
             _ => false,
         };
@@ -277,7 +321,7 @@ fn check_objects(
     Some(mounted)
 }
 
-/// Returns the objects of a known provider, each with its line.
+/// Returns the objects of a known provider, each with the number of lines before those that it has.
 fn objects_of(
     tree: &Node,
     before: usize,
@@ -291,7 +335,7 @@ fn objects_of(
             return None;
         }
         let items = tree.items().iter();
-        return Some(items.map(|i| (before + i.line, i.clone())).collect());
+        return Some(items.map(|item| (before, item.clone())).collect());
     }
     if tree.get("array").is_none() {
         file.add(
@@ -310,7 +354,7 @@ fn objects_of(
             );
             return None;
         }
-        objects.push((line, yaml::document(item.text()?).ok()??));
+        objects.push((line.saturating_sub(1), yaml::document(item.text()?).ok()??));
     }
     Some(objects)
 }
@@ -343,7 +387,12 @@ fn check_secrets(spec: &Node, mounted: Option<&Mounted>, file: &mut Findings<'_>
             file.add(name.line, format!("{text:?} cannot be the name of a Secret; use lower-case letters, digits, \"-\" and \".\""));
         }
         check_type(secret, keys.as_ref(), file);
-        if class.secrets.insert(text.to_owned(), keys).is_some() {
+        let line = name.line;
+        if class
+            .secrets
+            .insert(text.to_owned(), Made { line, keys })
+            .is_some()
+        {
             file.add(
                 name.line,
                 format!(
@@ -371,7 +420,8 @@ fn check_data(
         file.add(line, how);
     }
     let mut keys = BTreeSet::new();
-    let mut all_known = true;
+    // What follows from a missing key is not worth a finding of its own.
+    let mut all_known = !data.is_empty();
     for entry in data {
         check_fields(
             entry,
@@ -399,6 +449,7 @@ fn check_data(
                 Some(alias) => format!(
                     "the object {object} is mounted under its alias; write objectName: {alias}"
                 ),
+                None if there.is_empty() => "no object is mounted at all".to_owned(),
                 None => format!(
                     "no object is mounted as {object}; there are: {}",
                     there.join(", ")
@@ -409,6 +460,7 @@ fn check_data(
         }
         let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
         if key.is_empty() {
+            all_known = false;
             file.add(
                 entry.line,
                 format!("key is missing: the key of the Secret for object {object}"),

@@ -2,17 +2,27 @@
 
 use std::collections::BTreeSet;
 
-use driver::volume::policy::{Every, INTERVAL};
+use driver::{
+    record::{ASKED, NUMBER_VERSIONS, is_object_name},
+    volume::policy::{Every, INTERVAL, SEND_VERSIONS},
+};
 
-use super::{Classes, Findings, identity, meant, yaml::Node};
+use super::{
+    Findings, Surroundings,
+    class::{KEY_FORMAT, Made, PREFIX},
+    identity, meant,
+    names::{is_slip, slip},
+    yaml::{Key, Node, Value},
+};
 
 const DRIVER: &str = "secrets-store.csi.k8s.io";
 const CLASS: &str = "secretProviderClass";
-const MODE: &str = "secrets-store.csi.k8s.io/default-mode";
+pub(super) const MODE: &str = "secrets-store.csi.k8s.io/default-mode";
 
 /// Checks an object of any kind. Kinds without a pod have nothing to check.
-pub(super) fn check(object: &Node, classes: &Classes, file: &mut Findings<'_>) {
+pub(super) fn check(object: &Node, around: &Surroundings<'_>, file: &mut Findings<'_>) {
     let Some(spec) = pod_spec(object) else { return };
+    check_annotations(object, file);
     let namespace = identity(object).0;
     let containers: Vec<_> = ["initContainers", "containers"]
         .iter()
@@ -31,8 +41,8 @@ pub(super) fn check(object: &Node, classes: &Classes, file: &mut Findings<'_>) {
             continue;
         };
         let name = volume.text_of("name").unwrap_or_default();
-        let known = find(classes, &namespace, class, csi, file);
-        let secrets = known.map(|key| &classes[&key].secrets);
+        let known = find(around, &namespace, class, csi, file);
+        let secrets = known.map(|key| &around.classes[&key].secrets);
         if mounts(name).is_none() && !is_meant(&containers, name) {
             let makes = secrets.is_some_and(|secrets| !secrets.is_empty());
             let and = if makes {
@@ -52,22 +62,78 @@ pub(super) fn check(object: &Node, classes: &Classes, file: &mut Findings<'_>) {
             }
         }
     }
-    for (container, (name, key)) in containers
-        .iter()
-        .flat_map(|c| references(c).map(move |r| (c, r)))
-    {
-        let found = made
-            .iter()
-            .find(|(secret, _)| Some(secret.as_str()) == name.text());
-        if let Some((secret, Some(keys))) = found
-            && let Some(wrong) = key.filter(|key| !keys.contains(key.text().unwrap_or_default()))
-        {
-            let all: Vec<_> = keys.iter().map(String::as_str).collect();
-            let container = container.text_of("name").unwrap_or_default();
-            file.add(wrong.line, format!("container {container} takes the key {} of the Secret {secret}, which its class does not make; it makes {}", wrong.text().unwrap_or_default(), all.join(", ")));
+    for container in &containers {
+        for (secret, key) in references(container) {
+            check_reference(container, secret, key, &made, around, file);
         }
     }
     check_mounts(spec, &containers, file);
+}
+
+/// Checks a Secret from which a container takes environment variables. `made` are those that the pod's classes
+/// make.
+fn check_reference(
+    container: &Node,
+    secret: &Node,
+    key: Option<&Node>,
+    made: &[(&String, &Made)],
+    around: &Surroundings<'_>,
+    file: &mut Findings<'_>,
+) {
+    let Some((line, name)) = secret.get("name").and_then(|n| Some((n.line, n.text()?))) else {
+        return;
+    };
+    let in_container = container.text_of("name").unwrap_or_default();
+    if let Some((_, made)) = made.iter().find(|(secret, _)| *secret == name) {
+        let (Some(keys), Some(key)) = (&made.keys, key) else {
+            return;
+        };
+        let text = key.text().unwrap_or_default();
+        if !keys.contains(text) {
+            let all: Vec<_> = keys.iter().map(String::as_str).collect();
+            file.add(key.line, format!("container {in_container} takes the key {text} of the Secret {name}, which its class does not make; it makes {}", all.join(", ")));
+        }
+        return;
+    }
+    let mut classes = around.classes.values();
+    let is_made = around.others.contains(name) || classes.any(|c| c.secrets.contains_key(name));
+    let may_be_absent = matches!(secret.get("optional").map(|o| &o.value), Some(Value::Other(text)) if text == "true");
+    if is_made || may_be_absent {
+        return;
+    }
+    if let Some((right, _)) = made.iter().find(|(right, _)| is_slip(name, right)) {
+        file.add(line, format!("container {in_container} takes the Secret {name}, which no class in these files makes; is {right} meant?"));
+    }
+}
+
+/// Checks that no annotation of a class stands on a pod, where the driver does not read it.
+fn check_annotations(object: &Node, file: &mut Findings<'_>) {
+    let spec = object.get("spec");
+    let job = spec.and_then(|spec| spec.get("jobTemplate"));
+    let specs = [spec, job.and_then(|job| job.get("spec"))];
+    let templates = specs
+        .into_iter()
+        .flatten()
+        .filter_map(|spec| spec.get("template"));
+    let annotations = templates
+        .chain(job)
+        .chain([object])
+        .filter_map(|it| it.get("metadata")?.get("annotations"));
+    for (key, _) in annotations.flat_map(Node::fields) {
+        let place = match key.text.as_str() {
+            INTERVAL => "to the class, or to volumeAttributes of the volume",
+            MODE => "to volumeAttributes of the volume",
+            ASKED | SEND_VERSIONS | NUMBER_VERSIONS | KEY_FORMAT => "to the class, as annotation",
+            _ => continue,
+        };
+        file.add(
+            key.line,
+            format!(
+                "the driver does not read the annotation {} of a pod; it belongs {place}",
+                key.text
+            ),
+        );
+    }
 }
 
 /// Returns whether a container mounts a volume whose name is a little different, which is a finding of its own.
@@ -99,7 +165,7 @@ fn check_volume<'a>(csi: &'a Node, file: &mut Findings<'_>) -> Option<&'a str> {
         return None;
     }
     let read_only = csi.get("readOnly");
-    let is_true = matches!(read_only.map(|r| &r.value), Some(super::yaml::Value::Other(text)) if text == "true");
+    let is_true = matches!(read_only.map(|r| &r.value), Some(Value::Other(text)) if text == "true");
     if !is_true {
         let line = read_only.map_or(csi.line, |r| r.line);
         file.add(
@@ -119,14 +185,8 @@ fn check_volume<'a>(csi: &'a Node, file: &mut Findings<'_>) -> Option<&'a str> {
         file.add(csi.line, format!("volumeAttributes is missing; write volumeAttributes: and below it {CLASS}: and the name of a class"));
         return None;
     };
-    let known = [CLASS, INTERVAL, MODE];
     for (key, value) in attributes.fields() {
-        if let Some(name) = meant(&key.text, &known).filter(|name| *name != key.text) {
-            file.add(
-                key.line,
-                format!("volumeAttributes has {}; write {name}", key.text),
-            );
-        }
+        check_key(key, file);
         let Some(text) = value.text() else {
             file.add(
                 value.line,
@@ -145,8 +205,11 @@ fn check_volume<'a>(csi: &'a Node, file: &mut Findings<'_>) -> Option<&'a str> {
                 format!("the attribute {INTERVAL} is {text:?}: {why}"),
             );
         }
-        if key.text == MODE && u32::from_str_radix(text, 8).map_or(true, |mode| mode > 0o777) {
-            file.add(value.line, format!("the attribute {MODE} is {text:?}; it is an octal number up to 0777, such as \"0440\""));
+        if key.text == MODE
+            && let Err(why) = check_mode(text)
+        {
+            let attribute = format!("the attribute {MODE} is {text:?}");
+            file.add(value.line, format!("{attribute}{why}"));
         }
     }
     let class = attributes.text_of(CLASS);
@@ -160,26 +223,131 @@ fn check_volume<'a>(csi: &'a Node, file: &mut Findings<'_>) -> Option<&'a str> {
             format!("volumeAttributes has no {CLASS}: the name of a class in the pod's namespace"),
         );
     }
+    // What a placeholder stands for is not known here.
+    let name = class.filter(|name| !is_object_name(name) && !name.contains(['$', '{']));
+    if let Some(name) = name {
+        let line = attributes.get(CLASS).map_or(attributes.line, |c| c.line);
+        let how = match name.contains(',') {
+            true => "one volume has one class, so write a volume for each",
+            false => "use lower-case letters, digits, \"-\" and \".\"",
+        };
+        let what = name.escape_debug();
+        file.add(
+            line,
+            format!("\"{what}\" cannot be the name of a class; {how}"),
+        );
+        return None;
+    }
     class
+}
+
+/// Checks the key of an attribute: whether the driver reads it, if it looks like one of the driver's.
+fn check_key(key: &Key, file: &mut Findings<'_>) {
+    let text = key.text.as_str();
+    if [CLASS, INTERVAL, MODE].contains(&text) {
+        return;
+    }
+    if [ASKED, SEND_VERSIONS, NUMBER_VERSIONS, KEY_FORMAT].contains(&text) {
+        let how =
+            "is an annotation of the class; the driver does not read it from volumeAttributes";
+        file.add(key.line, format!("{text} {how}"));
+        return;
+    }
+    let rest = text.strip_prefix(PREFIX);
+    let name = meant(text, &[CLASS, INTERVAL, MODE]).or_else(|| {
+        let interval = ["rotationPollInterval", "rotationInterval", "pollInterval"];
+        let rest = rest.unwrap_or(text);
+        match slip(rest, &interval).is_some() {
+            true => Some(INTERVAL),
+            false => slip(rest, &["defaultMode"]).map(|_| MODE),
+        }
+    });
+    match name {
+        Some(name) => file.add(
+            key.line,
+            format!("volumeAttributes has {text}; write {name}"),
+        ),
+        None if rest.is_some() => file.add(
+            key.line,
+            format!(
+                "the driver does not know the attribute {text}; there are {INTERVAL} and {MODE}"
+            ),
+        ),
+        None => {}
+    }
+}
+
+/// Checks a mode: that it is one, and one that somebody can have meant.
+fn check_mode(text: &str) -> Result<(), String> {
+    /// The bits with which one can read and write.
+    const ACCESS: u32 = 0o6;
+    let digits = text.strip_prefix("0o").unwrap_or(text);
+    let mode = u32::from_str_radix(digits, 8).ok();
+    let mode = mode.filter(|_| !digits.starts_with('+'));
+    let Some(mode) = mode.filter(|mode| (1..=0o777).contains(mode)) else {
+        return Err("; it is an octal number up to 0777, such as \"0440\"".to_owned());
+    };
+    let odd = |mode: u32| {
+        let owner = mode >> 6;
+        let others = (mode >> 3 | mode) & ACCESS;
+        match owner & 0o4 == 0 {
+            true => Some("the owner cannot read"),
+            false => (others & !owner != 0).then_some("others may do more than the owner"),
+        }
+    };
+    let Some(oddity) = odd(mode) else {
+        return Ok(());
+    };
+    let letters: String = (0..9)
+        .map(|n| match mode & (0o400 >> n) {
+            0 => '-',
+            _ => ['r', 'w', 'x'][n % 3],
+        })
+        .collect();
+    let decimal = text.parse().ok().filter(|_| !text.starts_with('0'));
+    let how = match decimal.filter(|mode| *mode <= 0o777 && odd(*mode).is_none()) {
+        Some(meant) => {
+            format!("0{meant:o} is {text} in decimal: write \"0{meant:o}\"")
+        }
+        None => "write octal digits, such as \"0440\"".to_owned(),
+    };
+    Err(format!(
+        ", which is octal: it means {letters}, where {oddity}; {how}"
+    ))
 }
 
 /// Finds the class of a volume in the files. Without any class in them nothing is known.
 fn find(
-    classes: &Classes,
+    around: &Surroundings<'_>,
     namespace: &str,
     class: &str,
     csi: &Node,
     file: &mut Findings<'_>,
 ) -> Option<(String, String)> {
-    let same = |other: &str| other == namespace || other.is_empty() || namespace.is_empty();
-    let named = |key: &&(String, String)| key.1 == class;
-    if let Some(key) = classes.keys().find(|key| named(key) && same(&key.0)) {
-        return Some(key.clone());
-    }
+    let classes = &around.classes;
     let attributes = csi.get("volumeAttributes");
     let line = attributes
         .and_then(|a| a.get(CLASS))
         .map_or(csi.line, |c| c.line);
+    // An object without a namespace goes to the one that is given, if one is.
+    let given = around.namespace.unwrap_or_default();
+    let elsewhere = match namespace {
+        "" => given,
+        own if own == given => "",
+        own => own,
+    };
+    for namespace in [namespace, elsewhere] {
+        let exact = (namespace.to_owned(), class.to_owned());
+        if classes.contains_key(&exact) {
+            return Some(exact);
+        }
+    }
+    let same = |other: &str| other == namespace || other.is_empty() || namespace.is_empty();
+    let named = |key: &&(String, String)| key.1 == class;
+    if let Some(key) = classes.keys().find(|key| named(key) && same(&key.0)) {
+        check_namespaces(key, namespace, around, line, file);
+        return Some(key.clone());
+    }
     if let Some((other, _)) = classes.keys().find(named) {
         file.add(line, format!("the class {class} is in the namespace {other}; a class must be in the namespace of the pod, {namespace}"));
         return None;
@@ -198,14 +366,41 @@ fn find(
     None
 }
 
+/// Checks that a pod and its class meet, if only one of them has a namespace.
+fn check_namespaces(
+    (of_class, class): &(String, String),
+    of_pod: &str,
+    around: &Surroundings<'_>,
+    line: usize,
+    file: &mut Findings<'_>,
+) {
+    let given = if of_pod.is_empty() { of_class } else { of_pod };
+    if around.namespace == Some(given) || around.is_rendered {
+        return;
+    }
+    let goes = match around.namespace {
+        Some(namespace) => format!("goes to {namespace}"),
+        None => "goes where kubectl's context points".to_owned(),
+    };
+    let message = match of_class.is_empty() {
+        true => format!(
+            "the class {class} has no namespace and {goes}; the pod is in {of_pod}: write namespace: {of_pod} into the class, or give lint -n {of_pod} if it is applied there"
+        ),
+        false => format!(
+            "the pod has no namespace and {goes}; the class {class} is in {of_class}: write namespace: {of_class} into the pod, or give lint -n {of_class} if it is applied there"
+        ),
+    };
+    file.add(line, message);
+}
+
 /// Returns the Secrets from which a container takes environment variables, with the key if it is one.
 fn references(container: &Node) -> impl Iterator<Item = (&Node, Option<&Node>)> {
     let one = container.items_of("env").iter().filter_map(|env| {
         let secret = env.get("valueFrom")?.get("secretKeyRef")?;
-        Some((secret.get("name")?, secret.get("key")))
+        Some((secret, secret.get("key")))
     });
     let all = container.items_of("envFrom").iter();
-    let all = all.filter_map(|from| Some((from.get("secretRef")?.get("name")?, None)));
+    let all = all.filter_map(|from| Some((from.get("secretRef")?, None)));
     one.chain(all)
 }
 
@@ -234,6 +429,11 @@ fn check_mounts(spec: &Node, containers: &[&Node], file: &mut Findings<'_>) {
             );
         }
     }
+}
+
+/// Returns whether an object is a pod or has a template of one.
+pub(super) fn is_pod(object: &Node) -> bool {
+    pod_spec(object).is_some()
 }
 
 /// Returns the specification of the pod, or of the template of pods.

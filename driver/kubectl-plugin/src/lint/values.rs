@@ -41,14 +41,24 @@ pub(super) fn check(document: &Node, file: &mut Findings<'_>) {
             check_level(value, known, "", file);
         }
     }
+    if has_sign(document) {
+        check_level(document, known, "", file);
+    }
+}
+
+/// Returns whether a document has values of the chart.
+pub(super) fn are_values(document: &Node) -> bool {
+    let below_name = document.fields().iter().any(|(key, _)| key.text == CHART);
+    document.get("kind").is_none() && (below_name || has_sign(document))
+}
+
+fn has_sign(document: &Node) -> bool {
     let sign = |key: &str| {
         SIGNS
             .iter()
             .any(|sign| key == *sign || key.starts_with(&format!("{sign}.")))
     };
-    if document.fields().iter().any(|(key, _)| sign(&key.text)) {
-        check_level(document, known, "", file);
-    }
+    document.fields().iter().any(|(key, _)| sign(&key.text))
 }
 
 /// Checks the keys of a map of values, and those below it.

@@ -55,6 +55,16 @@ const SITUATIONS: &[(&str, Change)] = &[
     ("a pod status whose pod is gone", |world| {
         world.pod_status["metadata"]["ownerReferences"][0]["uid"] = json!("another");
     }),
+    ("nothing may be read", |world| {
+        world.forbidden = vec!["/apis/", "/api/v1"];
+    }),
+    (
+        "the CSIDriver is missing, and DaemonSets may not be read",
+        |world| {
+            world.csi_driver = json!(null);
+            world.forbidden = vec!["/daemonsets"];
+        },
+    ),
     ("only little may be read", |world| {
         world.forbidden = vec![
             "/exec?",
@@ -79,6 +89,23 @@ async fn each_situation_has_its_report() {
     insta::with_settings!({filters => vec![(r"\d{4}-\d\d-\d\dT[\d:]+Z( \([^)]*\))?", "[time]"), (r"version v[\d.]+", "version [version]")]}, {
         insta::assert_snapshot!(text);
     });
+}
+
+/// Of nodes that were not asked nothing is known.
+#[tokio::test]
+async fn nodes_that_are_not_asked_are_not_fine() {
+    let said = World::in_order()
+        .start()
+        .await
+        .run(&["doctor", "--nodes", "0"])
+        .await;
+    for expected in [
+        "\nNothing is known to be wrong, but not all could be read",
+        "\nNot known:\n  - what is on the nodes: none was asked (--nodes 0)",
+    ] {
+        assert!(said.stdout.contains(expected), "{}", said.stdout);
+    }
+    assert_eq!(said.code, 0);
 }
 
 /// The requests about a cluster do not grow with its nodes, beyond the pages of some lists.

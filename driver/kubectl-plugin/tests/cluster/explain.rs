@@ -170,6 +170,177 @@ const SITUATIONS: &[(&str, Change)] = &[
         world.pod["status"]["phase"] = json!("Succeeded");
         world.status["volumes"] = json!([]);
     }),
+    ("the driver's name is misspelt", |world| {
+        world.pod["spec"]["volumes"][0]["csi"]["driver"] = json!("secrets-store.csi.x-k8s.io");
+        world.not_started();
+        world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : kubernetes.io/csi: mounter.SetUpAt failed to get CSI client: driver name secrets-store.csi.x-k8s.io not found in the list of registered CSI drivers");
+    }),
+    ("another driver of a similar name is registered", |world| {
+        world.pod["spec"]["volumes"][0]["csi"]["driver"] = json!("my-secret-store.example.com");
+        world.csi_node["spec"]["drivers"] =
+            json!([{"name": "my-secret-store.example.com", "nodeID": "node-1"}]);
+        world.not_started();
+    }),
+    ("a ConfigMap is missing", |world| {
+        world.with_config_map();
+        let (pod_status, status) = (world.pod_status.clone(), world.status.clone());
+        world.not_started();
+        (world.pod_status, world.status) = (pod_status, status);
+        world.event(
+            "FailedMount",
+            "MountVolume.SetUp failed for volume \"config\" : configmap \"web-config\" not found",
+        );
+    }),
+    (
+        "a claim cannot be attached, and the driver's volume waits as well",
+        |world| {
+            world.with_config_map();
+            world.not_started();
+            world.event("FailedMount", "Unable to attach or mount volumes: unmounted volumes=[config secrets], unattached volumes=[]: timed out waiting for the condition");
+        },
+    ),
+    ("a ConfigMap was missing, and the pod is ready", |world| {
+        world.with_config_map();
+        world.event(
+            "FailedMount",
+            "MountVolume.SetUp failed for volume \"config\" : configmap \"web-config\" not found",
+        );
+    }),
+    (
+        "a pod without volumes of the driver waits for a claim",
+        |world| {
+            world.pod["spec"]["volumes"] = json!([]);
+            world.pod["spec"]["containers"][0]["volumeMounts"] = json!([]);
+            world.pod["spec"]
+                .as_object_mut()
+                .unwrap()
+                .remove("nodeName");
+            world.pod["status"] = json!({"phase": "Pending", "conditions": [{
+                "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+                "message": "pod has unbound immediate PersistentVolumeClaims",
+            }]});
+        },
+    ),
+    ("only the pod may be read, and it is not ready", |world| {
+        world.forbidden = vec![
+            "/events",
+            "/secrets/",
+            "/secretprovider",
+            "/apis/storage",
+            "/nodes",
+            "/daemonsets",
+        ];
+        world.not_started();
+    }),
+    (
+        "a mount fails, and the driver may not be looked at",
+        |world| {
+            world.forbidden = vec!["/daemonsets"];
+            world.not_started();
+            world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unavailable desc = the API server does not answer");
+        },
+    ),
+    ("the provider refuses what the class asks for", |world| {
+        world.not_started();
+        world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unavailable desc = failed to mount secrets store objects for pod shop/web: provider \"vault\" at /p/vault.sock answered INVALID_ARGUMENT: no role is given");
+    }),
+    ("the driver may not read classes", |world| {
+        world.not_started();
+        world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unavailable desc = failed to get secretproviderclass shop/db: secretproviderclasses.secrets-store.csi.x-k8s.io \"db\" is forbidden");
+    }),
+    ("the class is wrong, and may not be read", |world| {
+        world.forbidden = vec!["/secretproviderclasses"];
+        world.not_started();
+        world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = InvalidArgument desc = SecretProviderClass shop/db: spec.parameters.objects is no list");
+    }),
+    ("somebody has unmounted the volume of a bare pod", |world| {
+        world.status["volumes"][0]["mounted"] = json!(false);
+    }),
+    ("the provider's store is away", |world| {
+        world.not_started();
+        world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unavailable desc = failed to mount secrets store objects for pod shop/web: provider \"vault\" at /p/vault.sock answered UNAVAILABLE after 3 attempts: vault is sealed");
+    }),
+    (
+        "a Secret has new content since the container started",
+        |world| {
+            world.pod["spec"]["containers"][0]["env"] = json!([{"name": "PW", "valueFrom":
+            {"secretKeyRef": {"name": "creds", "key": "pw"}}}]);
+            world.secret["metadata"]["managedFields"] = json!([{"manager": "csi-secrets-store", "time": ago(1_799),
+            "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1", "fieldsV1": {"f:data": {}}}]);
+        },
+    ),
+    (
+        "a Secret has a new owner since the container started",
+        |world| {
+            world.pod["spec"]["containers"][0]["envFrom"] =
+                json!([{"secretRef": {"name": "creds"}}]);
+            world.secret["metadata"]["managedFields"] = json!([{"manager": "csi-secrets-store", "time": ago(60),
+            "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1", "fieldsV1": {"f:metadata": {}}}]);
+            world.status["volumes"][0]["lastChange"] = ago(3_595);
+        },
+    ),
+    (
+        "a Secret was made anew since the container started",
+        |world| {
+            world.pod["spec"]["containers"][0]["envFrom"] =
+                json!([{"secretRef": {"name": "creds"}}]);
+            world.secret["metadata"]["creationTimestamp"] = ago(60);
+        },
+    ),
+    (
+        "a container waits for a Secret of a mounted volume",
+        |world| {
+            world.pod["spec"]["containers"][0]["envFrom"] =
+                json!([{"secretRef": {"name": "creds"}}]);
+            world.pod["status"]["containerStatuses"][0]["state"] =
+                json!({"waiting": {"reason": "CreateContainerConfigError"}});
+            world.secret = json!(null);
+            world.event("FailedToCreateSecret", "Secret creds of SecretProviderClass db: The driver may write Secrets only when syncSecret.enabled is true");
+        },
+    ),
+    (
+        "a container waits for a Secret of a volume that was mounted just now",
+        |world| {
+            world.pod["spec"]["containers"][0]["envFrom"] =
+                json!([{"secretRef": {"name": "creds"}}]);
+            world.pod["status"]["containerStatuses"][0]["state"] =
+                json!({"waiting": {"reason": "CreateContainerConfigError"}});
+            world.pod_status["metadata"]["creationTimestamp"] = ago(1);
+            world.secret = json!(null);
+        },
+    ),
+    ("the class's name has a control character", |world| {
+        world.pod["spec"]["volumes"][0]["csi"]["volumeAttributes"]["secretProviderClass"] =
+            json!("db\r\u{1b}[2J");
+        world.not_started();
+    }),
+    ("the class's texts have control characters", |world| {
+        world.class["spec"]["provider"] = json!("vault\r");
+        world.class["spec"]["secretObjects"][0]["secretName"] = json!("creds\r");
+    }),
+    ("a class has an interval, and rotation is off", |world| {
+        world.status["refreshes"] = json!(false);
+        world.class["metadata"]["annotations"] =
+            json!({"secrets-store.csi.k8s.io/rotation-poll-interval": "5m"});
+    }),
+    ("a volume has an interval, and rotation is off", |world| {
+        world.status["refreshes"] = json!(false);
+        world.pod["spec"]["volumes"][0]["csi"]["volumeAttributes"]["secrets-store.csi.k8s.io/rotation-poll-interval"] =
+            json!("5m");
+    }),
+    (
+        "new content under a subPath, and a controller makes the pod again",
+        |world| {
+            world.pod["metadata"]["ownerReferences"] = json!([{"apiVersion": "apps/v1", "kind": "ReplicaSet",
+            "name": "web-5d", "uid": "rs", "controller": true}]);
+            world.pod["spec"]["containers"][0]["volumeMounts"][0]["subPath"] = json!("password");
+            world.status["volumes"][0]["lastChange"] = ago(10);
+        },
+    ),
+    ("calls of other pods fail, and this one is fine", |world| {
+        world.status["calls"] =
+            json!([{"provider": "vault", "succeeded": 44, "failed": {"UNAVAILABLE": 49}}]);
+    }),
 ];
 
 #[tokio::test]
@@ -230,6 +401,7 @@ async fn what_cannot_be_explained_has_exit_code_2() {
 async fn a_workload_has_one_of_its_pods_explained() {
     let mut world = World::in_order();
     world.pod["metadata"]["labels"] = json!({"app": "web"});
+    world.pod["status"]["conditions"] = json!([{"type": "Ready", "status": "False"}]);
     let mut other = world.pod.clone();
     other["metadata"]["name"] = json!("a-ready-one");
     other["metadata"]["uid"] = json!("other");
@@ -260,5 +432,161 @@ async fn a_workload_has_one_of_its_pods_explained() {
     assert_eq!(
         (said.code, said.stderr.as_str()),
         (2, "there is no StatefulSet shop/web\n")
+    );
+}
+
+/// Returns a workload that selects pods of a label.
+fn workload(name: &str, app: &str) -> serde_json::Value {
+    json!({
+        "metadata": {"name": name, "uid": name},
+        "spec": {
+            "serviceName": "", "schedule": "* * * * *",
+            "jobTemplate": {"spec": {"template": {}}},
+            "selector": {"matchLabels": {"app": app}},
+            "template": {"metadata": {"labels": {"app": app}}, "spec": {"containers": []}},
+        },
+    })
+}
+
+/// A workload without pods has the event that says why.
+#[tokio::test]
+async fn a_workload_without_pods_says_why() {
+    const WHY: &str = "pods \"web-5d-\" is forbidden: exceeded quota";
+    let mut world = World::in_order();
+    for (path, name) in [
+        ("deployments", "web"),
+        ("statefulsets", "db"),
+        ("deployments", "idle"),
+    ] {
+        let path = format!("/apis/apps/v1/namespaces/shop/{path}/{name}");
+        world.others.push((path, workload(name, "none")));
+    }
+    for (kind, name) in [
+        ("ReplicaSet", "web-5d"),
+        ("ReplicaSet", "web-other-5d"),
+        ("StatefulSet", "db"),
+    ] {
+        let object = json!({"kind": kind, "namespace": "shop", "name": name, "uid": name});
+        world.event_of(&object, "FailedCreate", WHY);
+    }
+    let running = world.start().await;
+    for (kind, name, maker) in [
+        ("deployment", "web", "ReplicaSet web-5d"),
+        ("sts", "db", "StatefulSet db"),
+    ] {
+        let said = running.run(&["explain", kind, name, "-n", "shop"]).await;
+        assert_eq!(
+            (said.code, said.stderr.as_str()),
+            (1, ""),
+            "{}",
+            said.stdout
+        );
+        let expected = format!(
+            "  - {maker} cannot make its pods\n    it says: {WHY}\n    next:    kubectl -n shop describe "
+        );
+        assert!(said.stdout.contains(&expected), "{}", said.stdout);
+    }
+    let said = running.run(&["explain", "deploy/idle", "-n", "shop"]).await;
+    assert_eq!(said.code, 2);
+    assert!(
+        said.stderr
+            .starts_with("Deployment shop/idle has no pods, and no event says"),
+        "{}",
+        said.stderr
+    );
+}
+
+/// A CronJob has the pod of its newest Job explained.
+#[tokio::test]
+async fn a_cron_job_has_its_newest_job_explained() {
+    let mut world = World::in_order();
+    world.pod["metadata"]["labels"] = json!({"app": "newest"});
+    let batch = "/apis/batch/v1/namespaces/shop";
+    for name in ["nightly", "weekly"] {
+        let path = format!("{batch}/cronjobs/{name}");
+        world.answers.push((path, workload(name, name)));
+    }
+    let mut jobs = Vec::new();
+    for (name, owner, age) in [
+        ("a", "nightly", 900),
+        ("newest", "nightly", 60),
+        ("z", "other", 1),
+    ] {
+        let mut job = workload(name, name);
+        job["metadata"]["creationTimestamp"] = ago(age);
+        job["metadata"]["ownerReferences"] =
+            json!([{"apiVersion": "batch/v1", "kind": "CronJob", "name": owner, "uid": owner}]);
+        let path = format!("{batch}/jobs/{name}");
+        world.answers.push((path, job.clone()));
+        jobs.push(job);
+    }
+    let all = json!({"metadata": {}, "items": jobs});
+    world.answers.push((format!("{batch}/jobs"), all));
+    let running = world.start().await;
+    let said = running
+        .run(&["explain", "cronjob", "nightly", "-n", "shop"])
+        .await;
+    assert_eq!(said.stderr, "");
+    assert!(
+        said.stdout.starts_with("pod shop/web: Running"),
+        "{}",
+        said.stdout
+    );
+    let said = running.run(&["explain", "cj/weekly", "-n", "shop"]).await;
+    assert_eq!(said.code, 2);
+    assert!(
+        said.stderr
+            .starts_with("CronJob shop/weekly has run no Job yet"),
+        "{}",
+        said.stderr
+    );
+}
+
+/// The first line says what is wrong with a command line; the usage follows.
+#[tokio::test]
+async fn a_wrong_command_line_has_its_reason_first() {
+    let running = World::in_order().start().await;
+    for (words, why) in [
+        (
+            &["explain", "pod", "-n", "t01"][..],
+            "the pod's name is missing: explain pod NAME",
+        ),
+        (
+            &["explain", "deploy/"],
+            "the deploy's name is missing: explain deploy NAME",
+        ),
+        (&["explain"], "the pod's name is missing: explain pod NAME"),
+        (
+            &["explain", "pod", "a", "b"],
+            "explain takes one kind and one name, and not pod a b",
+        ),
+        (
+            &["explain", "service", "a"],
+            "\"service\" is not explained; a pod or its workload is",
+        ),
+        (
+            &["doctor", "node-1"],
+            "doctor takes no \"node-1\"; it examines the whole cluster",
+        ),
+        (
+            &["lint"],
+            "lint needs a file, a directory, or - for standard input",
+        ),
+        (
+            &["explian", "pod"],
+            "\"explian\" is not a command; they are explain, doctor and lint",
+        ),
+        (&["explain", "--what"], "--what is not known"),
+    ] {
+        let said = running.run(words).await;
+        assert_eq!(said.code, 2, "{words:?}");
+        let mut lines = said.stderr.lines();
+        assert_eq!(lines.next(), Some(why), "{words:?}");
+        assert!(lines.any(|line| line == "usage:"), "{words:?}");
+    }
+    let said = running.explain("web\r").await;
+    assert_eq!(
+        (said.code, said.stderr.as_str()),
+        (2, "\"web\\r\" cannot be the name of a pod\n")
     );
 }

@@ -35,6 +35,8 @@ pub(crate) struct World {
     pub(crate) forbidden: Vec<&'static str>,
     /// Addresses and objects besides.
     pub(crate) others: Vec<(String, Value)>,
+    /// Addresses of kinds that the API server of the tests does not have, and what they answer.
+    pub(crate) answers: Vec<(String, Value)>,
     /// Roles of `deploy/` that are applied.
     pub(crate) roles: Vec<&'static str>,
     /// Drivers on further nodes.
@@ -60,6 +62,7 @@ impl World {
                 },
                 "status": {
                     "phase": "Running", "startTime": ago(3_600),
+                    "conditions": [{"type": "Ready", "status": "True"}],
                     "containerStatuses": [{"name": "main", "image": "shop", "imageID": "", "ready": true,
                         "restartCount": 0, "state": {"running": {"startedAt": ago(3_590)}}}],
                 },
@@ -121,6 +124,7 @@ impl World {
             existing_driver: false,
             forbidden: Vec::new(),
             others: Vec::new(),
+            answers: Vec::new(),
             roles: vec![
                 "rbac-secretproviderclass.yaml",
                 "optional/rbac-secretprovidersyncing.yaml",
@@ -148,12 +152,24 @@ impl World {
         self.has_kinds = false;
     }
 
+    /// Gives the pod a volume of a ConfigMap.
+    pub(crate) fn with_config_map(&mut self) {
+        let volumes = self.pod["spec"]["volumes"].as_array_mut().unwrap();
+        volumes.push(json!({"name": "config", "configMap": {"name": "web-config"}}));
+    }
+
     /// Adds an event of the pod.
     pub(crate) fn event(&mut self, reason: &str, message: &str) {
+        let pod = json!({"kind": "Pod", "namespace": "shop", "name": "web", "uid": UID});
+        self.event_of(&pod, reason, message);
+    }
+
+    /// Adds an event of an object.
+    pub(crate) fn event_of(&mut self, object: &Value, reason: &str, message: &str) {
         let name = format!("web.{}", self.others.len());
         let event = json!({
             "metadata": {"name": name},
-            "involvedObject": {"kind": "Pod", "namespace": "shop", "name": "web", "uid": UID},
+            "involvedObject": object,
             "reason": reason, "message": message, "type": "Warning",
             "firstTimestamp": ago(300), "lastTimestamp": ago(20), "count": 5,
         });
@@ -249,14 +265,17 @@ impl World {
             api.put(&path, object).unwrap();
         }
         api.stop_collector();
-        let forbidden = self.forbidden;
+        let (forbidden, answers) = (self.forbidden, self.answers);
         api.intercept(move |call| {
             let refuses = forbidden.iter().any(|piece| call.uri.contains(piece));
             let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
                 "reason": "Forbidden", "message": "you may not", "code": 403});
-            match refuses {
-                true => Reaction::Answer(403, status.to_string()),
-                false => Reaction::Serve,
+            let address = call.uri.split('?').next().unwrap_or_default();
+            let mut answers = answers.iter();
+            match answers.find(|(path, _)| address.ends_with(path)) {
+                _ if refuses => Reaction::Answer(403, status.to_string()),
+                Some((_, answer)) => Reaction::Answer(200, answer.to_string()),
+                None => Reaction::Serve,
             }
         });
         let (existing, status) = (self.existing_driver, self.status.to_string());

@@ -2,13 +2,15 @@
 
 use kube::ResourceExt as _;
 
-use super::Found;
+use jiff::Timestamp;
+
+use super::{Found, volume::started};
 use crate::{
     cluster::Read,
     explain::facts::{Facts, VolumeFacts},
     time::shown,
 };
-use driver::cluster::pod_status::Aspect;
+use driver::cluster::pod_status::{Aspect, CONTENT_CHANGED};
 
 /// The seconds after a mount in which a Secret may still be on its way.
 const ON_ITS_WAY: i64 = 15;
@@ -26,11 +28,7 @@ pub(super) fn out_of_step(facts: &Facts, volume: &VolumeFacts) -> Option<Found> 
         "Secrets of class {} are not as it says since {since}",
         volume.class_name
     );
-    let next = format!(
-        "{} get secretproviderclass {} -o yaml",
-        facts.kubectl(),
-        volume.class_name
-    );
+    let next = facts.show_class(volume);
     Some(Found::new(what, next).said(annotations.get(reason).cloned()))
 }
 
@@ -84,7 +82,7 @@ pub(super) fn missing(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
 }
 
 /// A container's environment takes a Secret that is not there.
-pub(super) fn env_secret(facts: &Facts) -> Option<Found> {
+pub(super) fn env_secret(facts: &Facts, has_reason: bool) -> Option<Found> {
     let taken = facts.taken_secrets();
     let (secret, taken) = taken
         .iter()
@@ -100,6 +98,14 @@ pub(super) fn env_secret(facts: &Facts) -> Option<Found> {
         .collect();
     let what = if let Some(volume) = classes_of_pod.first() {
         match facts.is_used(volume) {
+            true if facts.is_mounted(volume) == Some(true) && has_reason => format!(
+                "{begin}: class {} makes it, but could not: see above",
+                volume.class_name
+            ),
+            true if facts.is_mounted(volume) == Some(true) => format!(
+                "{begin}: class {} makes it, and the driver has not made it yet",
+                volume.class_name
+            ),
             true => format!(
                 "{begin}: class {} makes it once volume {} is mounted",
                 volume.class_name, volume.name
@@ -180,4 +186,38 @@ pub(super) fn env_key(facts: &Facts) -> Option<Found> {
             .is_some_and(|state| state.waiting.is_some())
     });
     wrong.next().filter(|_| waits)
+}
+
+/// Returns the containers that started before a Secret of their environment got its present content, with the
+/// Secret. The driver changes a Secret for a new owner, too: that counts only if the content of the volume has
+/// changed since, as well.
+pub(in crate::explain) fn outdated(facts: &Facts) -> Vec<(String, String)> {
+    let mut all = Vec::new();
+    for (secret, taken) in facts.taken_secrets() {
+        let written = facts.secrets.get(&secret).and_then(Read::found);
+        let maker = facts.volumes.iter().find(|volume| volume.makes(&secret));
+        let (Some(written), Some(volume)) = (written, maker) else {
+            continue;
+        };
+        let changed = changed(facts, volume);
+        for container in taken.containers {
+            let Some(started) = started(facts, &container) else {
+                continue;
+            };
+            let is_newer = |time: Option<Timestamp>| time.is_some_and(|time| time > started);
+            if is_newer(written.created) || is_newer(written.by_driver) && is_newer(changed) {
+                all.push((container, secret.clone()));
+            }
+        }
+    }
+    all
+}
+
+/// Returns when the content of a volume changed last.
+fn changed(facts: &Facts, volume: &VolumeFacts) -> Option<Timestamp> {
+    if let Some(record) = facts.record(volume) {
+        return Some(record.last_change);
+    }
+    let annotations = volume.pod_status.found()?.annotations();
+    annotations.get(CONTENT_CHANGED)?.parse().ok()
 }

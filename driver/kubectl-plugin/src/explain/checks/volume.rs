@@ -12,9 +12,9 @@ use driver::{
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 
-use super::Found;
+use super::{Found, Then};
 use crate::{
-    cluster::Read,
+    cluster::{Read, is_name},
     explain::facts::{Facts, VolumeFacts},
     installation::DRIVER,
     time::shown,
@@ -26,15 +26,16 @@ const MOUNTS_WITHIN: i64 = 30;
 const LOOKS_WITHIN: Duration = Duration::from_secs(5 * 60);
 
 pub(super) fn class_attribute(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    volume.class_name.is_empty().then(|| {
-        Found::new(
-            format!(
-                "volume {} names no class; set volumeAttributes.secretProviderClass",
-                volume.name
-            ),
-            format!("{} get secretproviderclasses", facts.kubectl()),
-        )
-    })
+    let (name, class) = (&volume.name, &volume.class_name);
+    let what = match class.as_str() {
+        "" => format!("volume {name} names no class; set volumeAttributes.secretProviderClass"),
+        _ if is_name(class) => return None,
+        _ => format!(
+            "volume {name} names the class {class:?}, which cannot be the name of an object; correct volumeAttributes.secretProviderClass"
+        ),
+    };
+    let next = format!("{} get secretproviderclasses", facts.kubectl());
+    Some(Found::new(what, next))
 }
 
 pub(super) fn read_only(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
@@ -220,13 +221,16 @@ pub(super) fn publish_secret(facts: &Facts, volume: &VolumeFacts) -> Option<Foun
 
 /// kubelet cannot mount it, for a reason that it says.
 pub(super) fn mount(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    if facts.is_mounted(volume).is_none() && runs(facts) {
+    if facts.is_mounted(volume).is_none() && runs(facts) || mount_gone(facts, volume).is_some() {
         return None;
     }
     if let Some(said) = facts.failed_mount(volume) {
         let what = format!("volume {} cannot be mounted", volume.name);
-        return Some(Found::new(what, facts.driver_log()).said(Some(said)));
+        let next = after_refusal(facts, volume, Some(&said));
+        return Some(Found::new(what, next).said(Some(said)));
     }
+    // A container may wait for something else.
+    facts.is_mounted(volume)?;
     facts.node.as_ref()?;
     let started = facts
         .pod
@@ -238,12 +242,45 @@ pub(super) fn mount(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     if facts.now.duration_since(since).as_secs() < MOUNTS_WITHIN {
         return None;
     }
+    let events = match facts.events.unknown() {
+        Some(_) => "the events, which may say why, cannot be read",
+        None => "no event says why",
+    };
     let what = format!(
-        "volume {} is not mounted, and no event says why; kubelet has the pod since {}",
+        "volume {} is not mounted, and {events}; kubelet has the pod since {}",
         volume.name,
         shown(since, facts.now)
     );
     Some(Found::new(what, facts.driver_log()))
+}
+
+/// Returns what to do about an error of a mount or a refresh. The driver's log has the same words once more, so
+/// it is for errors of the driver itself.
+fn after_refusal(facts: &Facts, volume: &VolumeFacts, said: Option<&str>) -> Then {
+    /// What the provider says when its store is away, and not when it refuses what the class asks for.
+    const AWAY: [&str; 3] = ["UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"];
+    let said = said.unwrap_or_default();
+    if said.contains("provider \"") || said.contains("provider's log") {
+        let answer = said.split_once(" answered ").map(|(_, answer)| answer);
+        let code = answer.and_then(|answer| answer.split([':', ' ']).next());
+        let is_refusal = code.is_some_and(|code| {
+            let is_code = code.bytes().all(|c| c.is_ascii_uppercase() || c == b'_');
+            is_code && !AWAY.contains(&code)
+        });
+        return match is_refusal {
+            true => facts.show_class(volume).into(),
+            false => facts.pods_of_node(),
+        };
+    }
+    let said = said.to_lowercase();
+    let of_class = ["secretproviderclass", "parameters", "attribute"];
+    // What the driver may not read is a matter of its rights.
+    let is_of_class =
+        of_class.iter().any(|words| said.contains(words)) && !said.contains("forbidden");
+    match is_of_class {
+        true => facts.show_class(volume).into(),
+        false => facts.driver_log(),
+    }
 }
 
 /// Returns whether all containers of the pod have been started.
@@ -268,7 +305,7 @@ pub(super) fn mount_gone(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
             volume.name,
             record.target_path.display()
         ),
-        format!("{} delete pod {}", facts.kubectl(), facts.pod.name_any()),
+        facts.new_pod("make the pod anew from its manifest"),
     ))
 }
 
@@ -299,7 +336,8 @@ pub(super) fn refresh(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
         shown(since, facts.now),
         content.unwrap_or_default()
     );
-    Some(Found::new(what, facts.driver_log()).said(said))
+    let next = after_refusal(facts, volume, said.as_deref());
+    Some(Found::new(what, next).said(said))
 }
 
 /// Rotation is on, and kubelet does not ask for it.
@@ -356,7 +394,7 @@ pub(super) fn asked(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
             "class {} asks for a refresh ({ASKED}), and rotation is off; install the chart with enableSecretRotation=true",
             volume.class_name
         ),
-        facts.driver_log().replace(" --since=15m", " | head -50"),
+        facts.driver_start(),
     ))
 }
 
@@ -387,12 +425,12 @@ pub(super) fn sub_path(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
             mount.mount_path,
             shown(record.last_change, facts.now)
         ),
-        format!("{} delete pod {}", facts.kubectl(), facts.pod.name_any()),
+        facts.new_pod("mount the whole volume in the pod's manifest, and make the pod anew"),
     ))
 }
 
 /// Returns when a container was started.
-fn started(facts: &Facts, container: &str) -> Option<Timestamp> {
+pub(super) fn started(facts: &Facts, container: &str) -> Option<Timestamp> {
     let statuses = facts.pod.status.as_ref()?.container_statuses.as_ref()?;
     let status = statuses.iter().find(|status| status.name == container)?;
     let running = status.state.as_ref()?.running.as_ref()?;

@@ -1,0 +1,154 @@
+//! Checks the volumes of the pod that are not the driver's: those that were meant to be, and those without which the
+//! pod does not start either.
+
+use k8s_openapi::api::core::v1::{CSIVolumeSource, Event};
+
+use super::Found;
+use crate::{
+    explain::facts::{Facts, time_of},
+    installation::{DRIVER, is_ready},
+};
+
+/// The seconds after which an event says nothing of the present. kubelet repeats itself every two minutes at least.
+const RECENT: i64 = 600;
+/// The reasons of events about volumes that cannot be mounted.
+const REASONS: [&str; 3] = ["FailedMount", "FailedAttachVolume", "FailedMapVolume"];
+
+/// Finds volumes whose driver has a name that looks like this driver's.
+pub(super) fn misnamed(facts: &Facts) -> Vec<(String, Found)> {
+    if is_ready(&facts.pod) || facts.has_ended() {
+        return Vec::new();
+    }
+    let wrong = wrong_names(facts);
+    let found = wrong.map(|(name, source)| {
+        let what = format!(
+            "volume {name} names the driver {}; it is called {DRIVER}",
+            source.driver
+        );
+        let of_it = |event: &&Event| {
+            let text = event.message.as_deref().unwrap_or_default();
+            is_failure(event) && text.contains(&source.driver)
+        };
+        let event = facts.events.found().and_then(|all| all.iter().find(of_it));
+        let said = event.and_then(|event| event.message.clone());
+        (
+            name.to_owned(),
+            Found::new(what, facts.describe()).said(said),
+        )
+    });
+    found.collect()
+}
+
+fn wrong_names(facts: &Facts) -> impl Iterator<Item = (&str, &CSIVolumeSource)> {
+    let spec = facts.pod.spec.iter();
+    let volumes = spec.flat_map(|spec| spec.volumes.iter().flatten());
+    let of_csi = volumes.filter_map(|volume| Some((volume.name.as_str(), volume.csi.as_ref()?)));
+    of_csi.filter(|(_, source)| looks_like_ours(facts, &source.driver))
+}
+
+/// Returns whether a driver's name was meant to be this driver's. Somebody may have one of a similar name, which
+/// the node knows then.
+fn looks_like_ours(facts: &Facts, driver: &str) -> bool {
+    let lower = driver.to_lowercase();
+    let csi_node = facts.node.as_ref().and_then(|node| node.csi_node.found());
+    let is_registered =
+        csi_node.map(|node| node.spec.drivers.iter().any(|found| found.name == driver));
+    let is_similar = lower.contains("secrets-store")
+        || lower.contains("secret") && lower.contains("store") && is_registered.is_some();
+    driver != DRIVER && is_similar && is_registered != Some(true)
+}
+
+/// Finds volumes of other kinds that kubelet cannot mount, while the pod waits for its volumes.
+pub(super) fn failed(facts: &Facts) -> Vec<(Option<String>, Found)> {
+    if !waits(facts) {
+        return Vec::new();
+    }
+    let mut found: Vec<(Option<String>, Found)> = Vec::new();
+    let events = facts.events.found().into_iter().flatten();
+    let recent = events.filter(|event| is_failure(event) && is_recent(facts, event));
+    let mut timeout = None;
+    for event in recent {
+        let text = event.message.as_deref().unwrap_or_default();
+        if text.contains("unmounted volumes=[") {
+            timeout = timeout.or(Some(text));
+            continue;
+        }
+        let name = between(text, "for volume \"", "\"").map(str::to_owned);
+        let is_known = found.iter().any(|(known, _)| *known == name);
+        let is_ours = match &name {
+            Some(name) => !is_other(facts, name),
+            None => text.contains(DRIVER),
+        };
+        if is_known || is_ours {
+            continue;
+        }
+        let which = name
+            .as_ref()
+            .map_or("a volume".to_owned(), |name| format!("volume {name}"));
+        let said = text.split_once("\" : ").map_or(text, |(_, said)| said);
+        found.push((name, cannot(facts, &which, said)));
+    }
+    if found.is_empty()
+        && let Some(text) = timeout
+    {
+        let names = between(text, "unmounted volumes=[", "]").unwrap_or_default();
+        let names = names
+            .split([' ', ','])
+            .filter(|name| !name.is_empty() && is_other(facts, name));
+        let names: Vec<_> = names.collect();
+        if !names.is_empty() {
+            let which = format!("volume {}", names.join(", "));
+            found.push((None, cannot(facts, &which, text)));
+        }
+    }
+    found
+}
+
+fn cannot(facts: &Facts, which: &str, said: &str) -> Found {
+    let what = format!(
+        "{which} cannot be mounted, and the pod does not start without it; it is not a volume of {DRIVER}"
+    );
+    Found::new(what, facts.describe()).said(Some(said.to_owned()))
+}
+
+/// Returns whether a volume is neither the driver's nor meant to be.
+fn is_other(facts: &Facts, name: &str) -> bool {
+    facts.volumes.iter().all(|volume| volume.name != name)
+        && wrong_names(facts).all(|(wrong, _)| wrong != name)
+}
+
+/// Returns whether kubelet still mounts the volumes of the pod: no container has been started yet.
+fn waits(facts: &Facts) -> bool {
+    if is_ready(&facts.pod) || facts.has_ended() {
+        return false;
+    }
+    let status = facts.pod.status.iter();
+    let mut statuses = status.flat_map(|status| {
+        let init = status.init_container_statuses.iter().flatten();
+        init.chain(status.container_statuses.iter().flatten())
+    });
+    statuses.all(|status| {
+        status.state.as_ref().is_none_or(|state| {
+            let reason = state
+                .waiting
+                .as_ref()
+                .and_then(|waiting| waiting.reason.as_deref());
+            let waits = matches!(reason, None | Some("ContainerCreating" | "PodInitializing"));
+            waits && state.running.is_none() && state.terminated.is_none()
+        })
+    })
+}
+
+fn is_failure(event: &Event) -> bool {
+    let reason = event.reason.as_deref().unwrap_or_default();
+    REASONS.contains(&reason)
+}
+
+fn is_recent(facts: &Facts, event: &Event) -> bool {
+    time_of(event).is_none_or(|time| facts.now.duration_since(time).as_secs() <= RECENT)
+}
+
+fn between<'a>(text: &'a str, begin: &str, end: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(begin)?;
+    Some(rest.split_once(end)?.0)
+}
