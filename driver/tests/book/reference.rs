@@ -1,5 +1,6 @@
 //! Writes the generated pages and tables of the book, and checks that the others are complete.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
@@ -184,4 +185,23 @@ fn the_book_has_every_annotation() {
     };
     let missing: Vec<&String> = names.iter().filter(|name| !is_there(name)).collect();
     assert!(missing.is_empty(), "docs/reference.md lacks {missing:?}");
+}
+
+/// The names of metrics are the literals of `driver/src/metrics` with one of these beginnings.
+#[test]
+fn the_book_has_every_metric() {
+    const BEGINNINGS: [&str; 5] = ["secrets_store_", "node_", "rotation_", "sync_", "total_"];
+    let texts = sources::texts_below("driver/src/metrics");
+    let is_name = |text: &&str| {
+        let is_of_a_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        BEGINNINGS.iter().any(|begin| text.starts_with(begin)) && text.chars().all(is_of_a_name)
+    };
+    let metrics: BTreeSet<&str> = texts.split('"').filter(is_name).collect();
+    assert!(metrics.len() >= 18, "{metrics:?}");
+    let book = fs::read_to_string(repository("docs/operating.md")).unwrap();
+    let missing: Vec<_> = metrics
+        .iter()
+        .filter(|name| !book.contains(**name))
+        .collect();
+    assert!(missing.is_empty(), "docs/operating.md lacks {missing:?}");
 }

@@ -21,8 +21,13 @@ fn rust_files(directory: &Path, files: &mut Vec<PathBuf>) {
 /// Returns the driver's code without its unit tests, as one text. Literals that are continued in the
 /// next line are joined, and quotes in them are as they are printed.
 pub(crate) fn texts() -> String {
+    texts_below("driver/src")
+}
+
+/// Returns the same of the files below one directory.
+pub(crate) fn texts_below(directory: &str) -> String {
     let mut files = Vec::new();
-    rust_files(&repository("driver/src"), &mut files);
+    rust_files(&repository(directory), &mut files);
     let mut texts = String::new();
     for file in files {
         let source = fs::read_to_string(&file).unwrap();
