@@ -95,6 +95,7 @@ const EMBEDDED: Modules = &[
             "error",
             "exchange",
             "kubelet",
+            "namespaces",
             "node",
             "processes",
         ],
