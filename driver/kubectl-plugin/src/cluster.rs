@@ -12,6 +12,8 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
+use crate::text::one_line;
+
 pub use k8s_openapi::api::authorization::v1::ResourceAttributes;
 
 /// The time that one request may take.
@@ -153,43 +155,6 @@ fn with_sources(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Returns a text as one line without control characters, which is cut after `most` characters.
-pub fn one_line(text: &str, most: usize) -> String {
-    let plain: String = text
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect();
-    let words: Vec<_> = plain.split_whitespace().collect();
-    let line = words.join(" ");
-    match line.char_indices().nth(most) {
-        Some((end, _)) => format!("{}...", &line[..end]),
-        None => line,
-    }
-}
-
-/// Returns a text in which what moves the cursor or cannot be seen is escaped, as `Debug` does it.
-pub fn visible(text: &str) -> String {
-    let mut seen = String::new();
-    for c in text.chars() {
-        match c {
-            '"' | '\'' | '\\' => seen.push(c),
-            _ => seen.extend(c.escape_debug()),
-        }
-    }
-    seen
-}
-
-/// Returns whether a text can be the name of an object. One that cannot must not get into an address: it would
-/// be that of something else, or of nothing.
-pub fn is_name(text: &str) -> bool {
-    let is_plain = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
-    let (first, last) = (text.bytes().next(), text.bytes().next_back());
-    text.len() <= 253
-        && first.is_some_and(is_plain)
-        && last.is_some_and(is_plain)
-        && text.bytes().all(|c| is_plain(c) || c == b'-' || c == b'.')
-}
-
 /// Waits for a request, but not for ever.
 pub async fn read<T>(request: impl Future<Output = Result<T, kube::Error>>) -> Read<T> {
     match timeout(REQUEST, request).await {
@@ -284,32 +249,4 @@ pub async fn may(client: &Client, account: (&str, &str), what: ResourceAttribute
     let api: Api<SubjectAccessReview> = Api::all(client.clone());
     let answer = read(api.create(&PostParams::default(), &review)).await;
     answer.map(|review| review.status.is_some_and(|status| status.allowed))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_cannot_be_seen_is_escaped() {
-        for (text, expected) in [
-            ("a \"b\" \\ 'c' \u{e9}", "a \"b\" \\ 'c' \u{e9}"),
-            ("shop\r", "shop\\r"),
-            ("\u{1b}[2J", "\\u{1b}[2J"),
-            ("a\u{202e}b", "a\\u{202e}b"),
-        ] {
-            assert_eq!(visible(text), expected);
-        }
-    }
-
-    #[test]
-    fn names_are_those_of_kubernetes() {
-        for name in ["a", "db", "shop-db.v1", "0"] {
-            assert!(is_name(name), "{name}");
-        }
-        let long = "a".repeat(254);
-        for name in ["", "shop\r", "Shop", "-a", "a-", "a/b", "..", "a b", &long] {
-            assert!(!is_name(name), "{name:?}");
-        }
-    }
 }

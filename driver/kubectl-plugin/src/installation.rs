@@ -14,7 +14,10 @@ use kube::{
 };
 use tokio::{io::AsyncReadExt as _, time::timeout};
 
-use crate::cluster::{Listed, Read, list, one_line};
+use crate::{
+    cluster::{Listed, Read, list},
+    text::one_line,
+};
 
 /// The name of the driver, as in `spec.volumes[].csi.driver`.
 pub const DRIVER: &str = "secrets-store.csi.k8s.io";

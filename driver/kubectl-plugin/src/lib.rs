@@ -6,6 +6,7 @@
 //! lint           finds mistakes in SecretProviderClasses, pods and Helm values, offline
 //! installation   where the driver is in the cluster, and what it says of a node
 //! time           times for people
+//! text           texts of others, as they may be shown
 //! cluster        requests to the API server, with the rights of the person who asks
 //! ```
 
@@ -14,4 +15,5 @@ pub mod doctor;
 pub mod explain;
 pub mod installation;
 pub mod lint;
+mod text;
 mod time;

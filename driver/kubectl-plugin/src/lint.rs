@@ -22,6 +22,8 @@ use class::Class;
 use names::{check_fields, meant};
 use yaml::Node;
 
+use crate::text::visible;
+
 /// A file with YAML documents.
 #[derive(Debug, Clone)]
 pub struct File {
@@ -44,18 +46,9 @@ pub struct Finding {
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let file = printable(&self.file);
-        write!(f, "{file}:{}: {}", self.line, printable(&self.message))
+        let file = visible(&self.file);
+        write!(f, "{file}:{}: {}", self.line, visible(&self.message))
     }
-}
-
-/// Returns a text without control characters, which could make a terminal show something else.
-fn printable(text: &str) -> String {
-    let escaped = text.chars().map(|c| match c.is_control() {
-        true => c.escape_debug().to_string(),
-        false => c.to_string(),
-    });
-    escaped.collect()
 }
 
 /// The findings of one file.
@@ -189,7 +182,7 @@ pub fn nothing_to_check(files: &[File]) -> Option<String> {
     if !files.iter().all(is_empty) {
         return None;
     }
-    let names = files.iter().take(LISTED).map(|f| printable(&f.name));
+    let names = files.iter().take(LISTED).map(|f| visible(&f.name));
     let mut names = names.collect::<Vec<_>>().join(", ");
     if files.is_empty() {
         names.push_str("no YAML file");

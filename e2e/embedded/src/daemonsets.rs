@@ -43,17 +43,18 @@ pub(crate) fn containers(
     if !selector.all(|(key, value)| labels.get(key) == Some(value)) {
         return Ok(Vec::new());
     }
-    let facts = PodFacts { set, pod, node };
+    let facts = PodFacts {
+        set,
+        pod,
+        node,
+        kubelet_root,
+    };
     let container = |container: &core::Container| {
         let image = container.image.as_deref().unwrap_or_default();
         if !programs.contains_key(program_of(image)) {
             return Err(format!("there is no executable for image {image:?} here"));
         }
-        let made = facts.container(container, program_of(image), credentials)?;
-        Ok(Container {
-            kubelet_root: kubelet_root.to_owned(),
-            ..made
-        })
+        facts.container(container, program_of(image), credentials)
     };
     pod.containers.iter().map(container).collect()
 }
@@ -96,6 +97,7 @@ struct PodFacts<'a> {
     set: &'a DaemonSet,
     pod: &'a core::PodSpec,
     node: &'a str,
+    kubelet_root: &'a Path,
 }
 
 impl PodFacts<'_> {
@@ -125,7 +127,7 @@ impl PodFacts<'_> {
             args,
             env,
             mounts,
-            kubelet_root: PathBuf::new(),
+            kubelet_root: self.kubelet_root.to_owned(),
         })
     }
 

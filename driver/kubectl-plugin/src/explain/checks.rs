@@ -16,8 +16,8 @@ pub(super) use volume::{Next, next_refresh};
 
 use super::facts::{Facts, VolumeFacts};
 use crate::{
-    cluster::{one_line, visible},
     installation::{DRIVER, Installed, TELL},
+    text::{one_line, visible},
 };
 
 /// The longest text of others in a story.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use driver::{
     cluster::resources::{SecretProviderClass, SecretProviderClassPodStatus},
+    record::is_object_name,
     status::{self, Status},
 };
 use futures::{StreamExt as _, future::join_all, stream};
@@ -18,7 +19,7 @@ use k8s_openapi::{
 use kube::{Api, Client, ResourceExt as _, api::ListParams};
 
 use crate::{
-    cluster::{Read, is_name, list, list_metadata, read},
+    cluster::{Read, list, list_metadata, read},
     installation::{self, DRIVER, Installed, NodeSays},
 };
 
@@ -98,7 +99,7 @@ impl Facts {
         driver_namespace: Option<&str>,
     ) -> Result<Self, String> {
         for (text, of) in [(name, "pod"), (namespace, "namespace")] {
-            if !is_name(text) {
+            if !is_object_name(text) {
                 return Err(format!("{text:?} cannot be the name of a {of}"));
             }
         }
@@ -155,7 +156,7 @@ impl Facts {
         let each = stream::iter(names.into_iter().take(MAX_SECRETS)).map(|name| {
             let secrets = secrets.clone();
             async move {
-                let found = match is_name(&name) {
+                let found = match is_object_name(&name) {
                     true => read(secrets.get_metadata(&name)).await,
                     false => Read::Missing,
                 };
@@ -401,11 +402,11 @@ async fn volume(
         .next_back()
         .unwrap_or_default();
     let classes: Api<SecretProviderClass> = Api::namespaced(client.clone(), &namespace);
-    let class = match is_name(&class_name) {
+    let class = match is_object_name(&class_name) {
         false => Read::Missing,
         true => read(classes.get(&class_name)).await,
     };
-    let elsewhere = match class.is_missing() && is_name(&class_name) {
+    let elsewhere = match class.is_missing() && is_object_name(&class_name) {
         true => elsewhere(client, &class_name).await,
         false => Vec::new(),
     };

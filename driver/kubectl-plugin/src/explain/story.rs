@@ -15,9 +15,10 @@ use super::{
     facts::{Facts, VolumeFacts, time_of},
 };
 use crate::{
-    cluster::{Read, one_line, visible},
+    cluster::Read,
     explain::checks::{Next, next_refresh, outdated},
     installation::{DRIVER, NodeSays, is_ready},
+    text::{one_line, visible},
     time::{shown, span},
 };
 

@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use driver::record::is_object_name;
 use k8s_openapi::{
     api::{
         apps::v1::{DaemonSet, Deployment, StatefulSet},
@@ -16,8 +17,9 @@ use serde::Serialize;
 
 use super::{checks::Trouble, facts::time_of};
 use crate::{
-    cluster::{Read, is_name, list, one_line, read},
+    cluster::{Read, list, read},
     installation::is_ready,
+    text::one_line,
 };
 
 /// The pods of a workload that are looked at.
@@ -92,7 +94,7 @@ impl Workload {
     /// # Errors
     /// When there is no such workload, it has no pods, or they may not be read.
     pub async fn pod(self, client: &Client, namespace: &str, name: &str) -> Result<Chosen, String> {
-        if !is_name(name) {
+        if !is_object_name(name) {
             return Err(format!("{name:?} cannot be the name of a {self:?}"));
         }
         if self == Self::CronJob {

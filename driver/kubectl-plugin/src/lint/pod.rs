@@ -231,10 +231,9 @@ fn check_volume<'a>(csi: &'a Node, file: &mut Findings<'_>) -> Option<&'a str> {
             true => "one volume has one class, so write a volume for each",
             false => "use lower-case letters, digits, \"-\" and \".\"",
         };
-        let what = name.escape_debug();
         file.add(
             line,
-            format!("\"{what}\" cannot be the name of a class; {how}"),
+            format!("{name:?} cannot be the name of a class; {how}"),
         );
         return None;
     }

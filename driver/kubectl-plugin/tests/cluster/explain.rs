@@ -18,6 +18,18 @@ macro_rules! assert_stories {
 
 type Change = fn(&mut World);
 
+/// Lets the scheduler refuse the pod, in its words.
+fn unscheduled(world: &mut World, message: &str) {
+    world.pod["spec"]
+        .as_object_mut()
+        .unwrap()
+        .remove("nodeName");
+    world.pod["status"] = json!({"phase": "Pending", "conditions": [{
+        "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+        "message": message,
+    }]});
+}
+
 /// The situations, each as a change of a pod whose volume is in order.
 const SITUATIONS: &[(&str, Change)] = &[
     ("all is well", |_| {}),
@@ -25,14 +37,7 @@ const SITUATIONS: &[(&str, Change)] = &[
         world.remove_kinds();
     }),
     ("the pod has no node", |world| {
-        world.pod["spec"]
-            .as_object_mut()
-            .unwrap()
-            .remove("nodeName");
-        world.pod["status"] = json!({"phase": "Pending", "conditions": [{
-            "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
-            "message": "0/3 nodes are available: 3 Insufficient memory.",
-        }]});
+        unscheduled(world, "0/3 nodes are available: 3 Insufficient memory.");
     }),
     ("the node is not ready", |world| {
         world.node["status"]["conditions"] = json!([{
@@ -211,14 +216,7 @@ const SITUATIONS: &[(&str, Change)] = &[
         |world| {
             world.pod["spec"]["volumes"] = json!([]);
             world.pod["spec"]["containers"][0]["volumeMounts"] = json!([]);
-            world.pod["spec"]
-                .as_object_mut()
-                .unwrap()
-                .remove("nodeName");
-            world.pod["status"] = json!({"phase": "Pending", "conditions": [{
-                "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
-                "message": "pod has unbound immediate PersistentVolumeClaims",
-            }]});
+            unscheduled(world, "pod has unbound immediate PersistentVolumeClaims");
         },
     ),
     ("only the pod may be read, and it is not ready", |world| {

@@ -7,14 +7,14 @@ use driver::{
         interval::{Every, INTERVAL},
         pod_status::Aspect,
     },
-    record::ASKED,
+    record::{ASKED, is_object_name},
 };
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 
 use super::{Found, Then};
 use crate::{
-    cluster::{Read, is_name},
+    cluster::Read,
     explain::facts::{Facts, VolumeFacts},
     installation::DRIVER,
     time::shown,
@@ -29,7 +29,7 @@ pub(super) fn class_attribute(facts: &Facts, volume: &VolumeFacts) -> Option<Fou
     let (name, class) = (&volume.name, &volume.class_name);
     let what = match class.as_str() {
         "" => format!("volume {name} names no class; set volumeAttributes.secretProviderClass"),
-        _ if is_name(class) => return None,
+        _ if is_object_name(class) => return None,
         _ => format!(
             "volume {name} names the class {class:?}, which cannot be the name of an object; correct volumeAttributes.secretProviderClass"
         ),
