@@ -332,13 +332,14 @@ impl Points {
         said
     }
 
-    /// Checks that nearly all points were reached: otherwise their names do not name them.
+    /// Checks that nearly all points were reached: otherwise their names do not name them. A request
+    /// that the driver makes at its own time may be in one run only; it is two points.
     fn check(&self) {
         let (all, missed) = (self.known.len(), self.missed());
         assert!(all > 0, "the driver has done nothing");
         assert!(all <= MOST, "there are always other steps: {missed:#?}");
         assert!(
-            missed.len() * 10 <= all,
+            missed.len() <= 2 + all / 10,
             "of {all}, not reached: {missed:#?}"
         );
     }

@@ -280,7 +280,8 @@ impl Run {
             }
             _ => self.publish_once().await?,
         }
-        self.ends().await
+        self.ends().await?;
+        self.class_is_checked().await
     }
 
     async fn publish_once(&self) -> Result<(), String> {
@@ -303,6 +304,21 @@ impl Run {
             until("the content from before has been removed", one).await?;
         }
         Ok(())
+    }
+
+    /// Waits for the check of the class, which the driver makes as often as that of the Secret: else it
+    /// would be among the steps now and then.
+    async fn class_is_checked(&self) -> Result<(), String> {
+        let Some(traced) = self.node.traced() else {
+            return Ok(());
+        };
+        if !self.operation.is_by_itself() {
+            return Ok(());
+        }
+        until("the driver has read the class", || {
+            traced.has_step("API server: GET secretproviderclasses/db answered")
+        })
+        .await
     }
 
     fn has_secrets(&self) -> bool {

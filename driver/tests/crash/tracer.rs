@@ -115,6 +115,12 @@ impl Traced {
         self.seen.lock().unwrap().arm(armed);
     }
 
+    /// Returns whether a step that begins like this has been noted.
+    pub(crate) fn has_step(&self, beginning: &str) -> bool {
+        let seen = self.seen.lock().unwrap();
+        seen.steps.iter().any(|step| step.starts_with(beginning))
+    }
+
     /// Notes no more steps. Returns those so far, and whether the program was killed.
     pub(crate) fn disarm(&self) -> (Vec<String>, bool) {
         let mut seen = self.seen.lock().unwrap();
