@@ -20,6 +20,7 @@ use tokio::{net::UnixStream, time::timeout};
 
 use crate::{
     config::{BUILD_VERSION, Config, Endpoint},
+    files,
     memory::{self, Memory},
     mount::{self, TargetState, Tmpfs},
     provider,
@@ -30,6 +31,9 @@ pub use calls::Calls;
 
 /// The time for which a socket may take to accept a connection.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
+
+/// The number of files of a volume that are named.
+const SHOWN_FILES: usize = 8;
 
 /// What a node's driver has on it. The fields are stable: others may be added. Those that an earlier version
 /// did not have are optional for a reader.
@@ -136,6 +140,12 @@ pub struct Volume {
     pub stale_since: Option<Timestamp>,
     /// The objects that it holds.
     pub objects: Vec<Object>,
+    /// The paths of its first eight files, in the order of their names.
+    #[serde(default)]
+    pub files: Vec<String>,
+    /// The number of its files; none if that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file_count: Option<usize>,
 }
 
 impl Status {
@@ -234,8 +244,15 @@ impl Socket {
 impl Volume {
     fn of(record: Record) -> Self {
         let state = mount::state(&record.target_path);
+        let mounted = matches!(state, Ok(TargetState::Mounted));
+        // A volume that goes away meanwhile has no files that anybody asks for.
+        let found = mounted.then(|| files::read::first_paths(&record.target_path, SHOWN_FILES));
+        let (files, file_count) = match found {
+            Some(Ok((files, count))) => (files, Some(count)),
+            Some(Err(_)) | None => (Vec::new(), None),
+        };
         Self {
-            mounted: matches!(state, Ok(TargetState::Mounted)),
+            mounted,
             error: state.err().map(|error| error.to_string()),
             id: record.volume_id,
             pod: record.pod,
@@ -247,6 +264,8 @@ impl Volume {
             last_change: record.last_change,
             stale_since: record.failing_since,
             objects: record.objects,
+            files,
+            file_count,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod checks;
 mod facts;
+mod state;
 mod story;
 mod workload;
 

@@ -82,12 +82,7 @@ pub fn all_names(volume: &Path) -> io::Result<(usize, String)> {
         let mut shown = names(root.as_fd())?;
         shown.retain(|name| !name.to_bytes().starts_with(b".."));
         shown.sort();
-        let found = RefCell::new(BTreeSet::new());
-        read(&root, u64::MAX, &|path: &str| {
-            found.borrow_mut().insert(path.to_owned());
-            false
-        })?;
-        let found = found.into_inner();
+        let found = paths(&root)?;
         let mut digest = Sha256::new();
         let paths = found.iter().map(|path| path.as_bytes());
         for name in shown
@@ -101,6 +96,27 @@ pub fn all_names(volume: &Path) -> io::Result<(usize, String)> {
         }
         Ok((found.len(), hex::digits(&digest.finalize())))
     })
+}
+
+/// Returns the paths of the first files of a volume in the order of their names, and how many files it
+/// has in all.
+///
+/// # Errors
+/// The same as for [`all_names`].
+pub fn first_paths(volume: &Path, most: usize) -> io::Result<(Vec<String>, usize)> {
+    let root = open_root(volume)?;
+    let all = unchanged(|| paths(&root))?;
+    let count = all.len();
+    Ok((all.into_iter().take(most).collect(), count))
+}
+
+fn paths(root: &OwnedFd) -> Result<BTreeSet<String>, Unread> {
+    let found = RefCell::new(BTreeSet::new());
+    read(root, u64::MAX, &|path: &str| {
+        found.borrow_mut().insert(path.to_owned());
+        false
+    })?;
+    Ok(found.into_inner())
 }
 
 /// Repeats `read` until nothing changes meanwhile.

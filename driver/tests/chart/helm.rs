@@ -150,7 +150,9 @@ impl Helm {
         }
         let output = command.arg(&chart.path).output().unwrap();
         if output.status.success() {
-            Ok(String::from_utf8(output.stdout).unwrap())
+            // Helm 4 ends each object with an empty line, Helm 3 does not.
+            let objects = String::from_utf8(output.stdout).unwrap();
+            Ok(objects.replace("\n\n---\n", "\n---\n"))
         } else {
             Err(String::from_utf8(output.stderr).unwrap())
         }

@@ -2,7 +2,7 @@
 
 use std::{os::unix::net::UnixListener, process::Output};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::process::Command;
 use tonic::Code;
 
@@ -71,6 +71,10 @@ fn the_status_of_a_node_has_its_volumes_and_providers() {
             assert_eq!(said["staleSince"].is_string(), is_stale, "{said}");
             assert_eq!(said["pod"]["uid"], volume.uid, "{said}");
             assert_eq!(said["objects"][0]["version"], "7", "{said}");
+            let files: &[&str] = if mounted { &["pw"] } else { &[] };
+            assert_eq!(said["files"], json!(files), "{said}");
+            let count = mounted.then_some(1);
+            assert_eq!(said["fileCount"].as_u64(), count, "{said}");
         }
         for wrong in [
             vec![],

@@ -11,7 +11,7 @@ use futures::{StreamExt as _, future::join_all, stream};
 use jiff::Timestamp;
 use k8s_openapi::{
     api::{
-        core::v1::{CSIVolumeSource, Event, Node, Pod, Secret},
+        core::v1::{CSIVolumeSource, Container, Event, Node, Pod, Secret},
         storage::v1::{CSIDriver, CSINode},
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
@@ -244,18 +244,29 @@ impl Facts {
 
     /// Returns whether a container of the pod mounts a volume. kubelet does not mount one that none does.
     pub(super) fn is_used(&self, volume: &VolumeFacts) -> bool {
+        self.containers().any(|container| mounts(container, volume))
+    }
+
+    /// Returns whether the container of this name mounts a volume.
+    pub(super) fn is_mounted_by(&self, volume: &VolumeFacts, container: &str) -> bool {
+        self.containers()
+            .any(|other| other.name == container && mounts(other, volume))
+    }
+
+    fn containers(&self) -> impl Iterator<Item = &Container> {
         let spec = self.pod.spec.iter();
-        let mut containers = spec.flat_map(|spec| {
+        spec.flat_map(|spec| {
             spec.init_containers
                 .iter()
                 .flatten()
                 .chain(&spec.containers)
-        });
-        containers.any(|container| {
-            let mut mounts = container.volume_mounts.iter().flatten();
-            mounts.any(|mount| mount.name == volume.name)
         })
     }
+}
+
+fn mounts(container: &Container, volume: &VolumeFacts) -> bool {
+    let mut mounts = container.volume_mounts.iter().flatten();
+    mounts.any(|mount| mount.name == volume.name)
 }
 
 /// A Secret that a container's environment takes.

@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::{
     checks::{self, Trouble},
     facts::{Facts, VolumeFacts, time_of},
+    state,
 };
 use crate::{
     cluster::Read,
@@ -91,6 +92,11 @@ pub struct Volume {
     pub refreshes: &'static str,
     /// The mounted objects with their versions.
     pub objects: Vec<Object>,
+    /// The paths of its first files, as the driver on the node sees them.
+    pub files: Vec<String>,
+    /// The number of its files, if that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_count: Option<usize>,
     /// The Secrets that the class makes.
     pub secrets: Vec<Secret>,
 }
@@ -123,7 +129,7 @@ impl Story {
             time: facts.now,
             namespace: pod.namespace().unwrap_or_default(),
             pod: pod.name_any(),
-            state: state(facts),
+            state: state::of(pod),
             node: facts.node.as_ref().map(|node| node.name.clone()),
             volumes: facts
                 .volumes
@@ -209,6 +215,8 @@ impl Volume {
                 .into_iter()
                 .map(|(id, version)| Object { id, version })
                 .collect(),
+            files: record.map_or_else(Vec::new, |record| record.files.clone()),
+            file_count: record.and_then(|record| record.file_count),
             secrets: secrets.collect(),
         }
     }
@@ -236,13 +244,15 @@ impl Volume {
             let named: Vec<_> = named
                 .map(|object| one_line(&format!("{} at {}", object.id, object.version), 120))
                 .collect();
-            let more = self.objects.len().saturating_sub(SHOWN);
-            let more = if more > 0 {
-                format!(" and {more} more")
-            } else {
-                String::new()
-            };
-            writeln!(f, "    holds {}{more}", named.join(", "))?;
+            writeln!(f, "    holds {}", list(&named, self.objects.len()))?;
+        }
+        match self.file_count {
+            Some(0) => writeln!(f, "    has no files")?,
+            Some(count) => {
+                let named: Vec<_> = self.files.iter().map(|file| one_line(file, 120)).collect();
+                writeln!(f, "    files: {}", list(&named, count))?;
+            }
+            None => {}
         }
         if let Some(changed) = self
             .last_change
@@ -275,15 +285,18 @@ impl Volume {
                 None => format!("{} (not known)", visible(&secret.name)),
             };
             let named: Vec<_> = self.secrets.iter().take(SHOWN).map(state).collect();
-            let more = self.secrets.len().saturating_sub(SHOWN);
-            let more = if more > 0 {
-                format!(" and {more} more")
-            } else {
-                String::new()
-            };
-            writeln!(f, "    Secrets: {}{more}", named.join(", "))?;
+            writeln!(f, "    Secrets: {}", list(&named, self.secrets.len()))?;
         }
         Ok(())
+    }
+}
+
+/// Returns the named ones of so many as a text.
+fn list(named: &[String], all: usize) -> String {
+    let named_all = named.join(", ");
+    match all.saturating_sub(named.len()) {
+        0 => named_all,
+        more => format!("{named_all} and {more} more"),
     }
 }
 
@@ -339,23 +352,6 @@ impl fmt::Display for Story {
     }
 }
 
-/// Returns what a pod does, as `kubectl get pod` shows it.
-fn state(facts: &Facts) -> String {
-    if facts.pod.metadata.deletion_timestamp.is_some() {
-        return "Terminating".to_owned();
-    }
-    let Some(status) = &facts.pod.status else {
-        return "Pending".to_owned();
-    };
-    let init = status.init_container_statuses.iter().flatten();
-    let mut containers = init.chain(status.container_statuses.iter().flatten());
-    let waiting =
-        containers.find_map(|container| container.state.as_ref()?.waiting.as_ref()?.reason.clone());
-    waiting
-        .or_else(|| status.phase.clone())
-        .unwrap_or_else(|| "Pending".to_owned())
-}
-
 fn notes(facts: &Facts, has_trouble: bool) -> Vec<String> {
     let mut notes = Vec::new();
     if facts.volumes.is_empty() {
@@ -392,25 +388,7 @@ fn notes(facts: &Facts, has_trouble: bool) -> Vec<String> {
     if let Some(NodeSays::ExistingDriver) = node.and_then(|node| node.says.as_ref()) {
         notes.push("the node has the existing driver, which keeps no record: when a refresh is due, and when one failed, is not known".to_owned());
     }
-    let crashes = facts
-        .pod
-        .status
-        .iter()
-        .flat_map(|status| status.container_statuses.iter().flatten());
-    for container in crashes {
-        let waiting = container
-            .state
-            .as_ref()
-            .and_then(|state| state.waiting.as_ref());
-        let reason = waiting.and_then(|waiting| waiting.reason.as_deref());
-        if reason == Some("CrashLoopBackOff") {
-            notes.push(format!(
-                "container {} starts and ends again: its volumes are mounted, so look at its log ({})",
-                container.name,
-                format_args!("kubectl -n {} logs {} -c {} --previous", facts.pod.namespace().unwrap_or_default(), facts.pod.name_any(), container.name)
-            ));
-        }
-    }
+    notes.extend(state::crashes(facts));
     if let Some(event) = facts.events.found().and_then(|events| {
         events
             .iter()

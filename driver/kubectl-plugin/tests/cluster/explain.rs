@@ -167,6 +167,42 @@ const SITUATIONS: &[(&str, Change)] = &[
         world.pod["status"]["containerStatuses"][0]["state"] =
             json!({"waiting": {"reason": "CrashLoopBackOff"}});
     }),
+    ("the container has just crashed", |world| {
+        let status = &mut world.pod["status"]["containerStatuses"][0];
+        status["ready"] = json!(false);
+        status["restartCount"] = json!(2);
+        status["state"] = json!({"terminated": {"exitCode": 1, "reason": "Error"}});
+    }),
+    (
+        "a container that mounts nothing crashes and runs again",
+        |world| {
+            let other = json!({"name": "other", "image": "shop"});
+            let containers = world.pod["spec"]["containers"].as_array_mut().unwrap();
+            containers.push(other);
+            let status = json!({"name": "other", "image": "shop", "imageID": "", "ready": false, "restartCount": 3,
+            "state": {"running": {}}, "lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}});
+            let statuses = world.pod["status"]["containerStatuses"]
+                .as_array_mut()
+                .unwrap();
+            statuses.push(status);
+        },
+    ),
+    ("an init container fails", |world| {
+        let init = json!([{"name": "proxy", "image": "shop", "restartPolicy": "Always"},
+            {"name": "migrate", "image": "shop"}]);
+        world.pod["spec"]["initContainers"] = init;
+        let statuses = json!([
+            {"name": "proxy", "image": "shop", "imageID": "", "ready": true, "restartCount": 0,
+                "started": true, "state": {"running": {}}},
+            {"name": "migrate", "image": "shop", "imageID": "", "ready": false, "restartCount": 3,
+                "state": {"waiting": {"reason": "CrashLoopBackOff"}}}]);
+        world.pod["status"]["initContainerStatuses"] = statuses;
+    }),
+    ("a volume with many files", |world| {
+        let volume = &mut world.status["volumes"][0];
+        volume["files"] = json!(["a", "b\u{202e}", "c/d"]);
+        volume["fileCount"] = json!(20);
+    }),
     ("a pod without volumes of the driver", |world| {
         world.pod["spec"]["volumes"] = json!([]);
         world.pod["spec"]["containers"][0]["volumeMounts"] = json!([]);

@@ -118,6 +118,7 @@ impl World {
                     "targetPath": target, "class": "db", "provider": "vault", "podStatus": "web-shop-db",
                     "mounted": true, "lastSuccess": ago(120), "lastChange": ago(1_800),
                     "objects": [{"id": "password", "version": "v2"}],
+                    "files": ["db/password"], "fileCount": 1,
                 }],
             }),
             driver_namespace: "kube-system",
