@@ -21,7 +21,7 @@ pub(super) fn of(pod: &Pod) -> String {
     if let Some(state) = initializing(pod, init) {
         return state;
     }
-    let reason = all.iter().find_map(|container| reason(container));
+    let reason = all.iter().find_map(reason);
     let phase = status.reason.as_ref().or(status.phase.as_ref()).cloned();
     let is_up = all.iter().any(|container| {
         let state = container.state.as_ref();
