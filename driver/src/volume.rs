@@ -10,6 +10,7 @@
 //! content and pod status as they were, and is repeated later.
 
 mod ask;
+mod class;
 mod content;
 mod failing;
 mod lasting;

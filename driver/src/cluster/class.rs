@@ -28,6 +28,9 @@ use crate::{
 /// The prefix of annotations that are addressed to this driver.
 const OUR_ANNOTATIONS: &str = "secrets-store.csi.k8s.io/";
 
+/// The time within which a caller that has time wants a class.
+const IN_TIME: Duration = Duration::from_secs(1);
+
 /// Limits for the annotations that are kept in memory: their number, and the length of a value.
 /// A longer value is replaced by its beginning and a hash, so that it still differs from others.
 const MAX_ANNOTATIONS: usize = 16;
@@ -176,6 +179,53 @@ impl Cluster {
         }
         let read = |source| self.read_class(namespace, name, source);
         self.classes.get(namespace, name, wanted, read).await
+    }
+
+    /// Returns a class as [`known_class`](Self::known_class) does, for a caller that has time: after a second
+    /// without an answer, and for a moment after a failure, it gets an error. A read that has begun goes on.
+    ///
+    /// # Errors
+    /// The same as for [`Cluster::class`], and UNAVAILABLE if there is no answer in time.
+    pub async fn class_in_time(
+        &self,
+        namespace: &str,
+        name: &str,
+        wanted: &Wanted<'_>,
+    ) -> Result<Arc<Class>> {
+        if let Some(class) = self.classes.enough(namespace, name, wanted) {
+            return class;
+        }
+        let late = || {
+            Error::unavailable(format!(
+                "failed to get secretproviderclass {namespace}/{}: the API server does not answer in time",
+                quoted(name, 100)
+            ))
+        };
+        if self.classes.is_in_trouble(namespace, name) {
+            return Err(late());
+        }
+        let reading = {
+            let (cluster, namespace, name) = (self.clone(), namespace.to_owned(), name.to_owned());
+            let (freshness, known) = (wanted.freshness, wanted.known.cloned());
+            let with_parameters = wanted.with_parameters;
+            async move {
+                let wanted = Wanted {
+                    freshness,
+                    known: known.as_ref(),
+                    with_parameters,
+                };
+                cluster.known_class(&namespace, &name, &wanted).await
+            }
+        };
+        // Given up with the caller, reads of a slow API server would never end.
+        match timeout(IN_TIME, tokio::spawn(reading)).await {
+            Ok(Ok(class)) => class,
+            Ok(Err(_)) => Err(late()),
+            Err(_) => {
+                self.classes.is_late(namespace, name);
+                Err(late())
+            }
+        }
     }
 
     /// Returns a class as the driver remembers it, and how long ago it was read. Sends no request.

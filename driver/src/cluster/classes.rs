@@ -4,8 +4,9 @@
 //! takes what is remembered, and callers that need a newer state at the same time send one request.
 //! There is no watch, so the cost does not grow with the cluster, and what is remembered is bounded.
 
+mod store;
+
 use std::{
-    collections::HashMap,
     future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -14,29 +15,16 @@ use std::{
 use tokio::time::Instant;
 use tonic::Code;
 
-use super::{Class, class::text_of};
+use super::Class;
 use crate::{
     error::Result,
     record::{Age, ClassState},
     turns::Turns,
 };
+use store::Store;
 
-/// The largest number of classes that are remembered. One more replaces the one that was needed last
-/// the longest time ago, and so does more text than [`MOST_TEXT`].
-const MOST: usize = 1024;
-
-/// The time after which a class that nobody needed is forgotten. kubelet looks at each volume within 90
-/// seconds.
-const UNUSED: Duration = Duration::from_secs(600);
-
-/// The bytes of the parameters of all remembered classes, and of one. A class of which the parameters
-/// are not remembered is read for each refresh.
-const MOST_PARAMETERS: usize = 1 << 20;
-const MOST_PARAMETERS_OF_ONE: usize = 64 << 10;
-
-/// The bytes of text in `secretObjects` of all remembered classes, each of which may have 128 KiB. Also
-/// a class of a volume that was never mounted is remembered.
-const MOST_TEXT: usize = 8 << 20;
+/// The time for which a read that failed, or took too long for a look, keeps other looks from waiting.
+const TROUBLE: Duration = Duration::from_secs(10);
 
 /// The age up to which a caller accepts a class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,32 +62,21 @@ pub(crate) enum Source {
 #[derive(Debug, Clone)]
 struct Answer {
     began: Instant,
+    ended: Instant,
     source: Source,
     class: Result<Arc<Class>>,
 }
 
-/// What is remembered of a class.
-#[derive(Debug)]
-struct Remembered {
-    /// The last answer that says something about the class, also that there is none.
-    lasting: Option<Answer>,
-    /// The last failure to get one. It is shared only by those who waited for it.
-    failed: Option<Answer>,
-    needed: Instant,
-    /// The bytes of text in `secretObjects`.
-    text: usize,
-}
-
-/// The classes that are remembered, by namespace and name, and the turns of those who read them.
+/// The classes that are remembered, and the turns of those who read them.
 pub(crate) struct Classes {
-    remembered: Mutex<HashMap<String, Remembered>>,
+    store: Mutex<Store>,
     reading: Turns<String>,
 }
 
 impl Default for Classes {
     fn default() -> Self {
         Self {
-            remembered: Mutex::default(),
+            store: Mutex::default(),
             reading: Turns::new(1),
         }
     }
@@ -126,6 +103,7 @@ impl Classes {
         if let Some(class) = self.find(&key, wanted, called) {
             return class;
         }
+        let _waiting = Waiting::new(self, &key, wanted.with_parameters);
         let _turn = self.reading.take(key.clone()).await;
         // Another caller may have read it meanwhile.
         if let Some(class) = self.find(&key, wanted, called) {
@@ -139,6 +117,7 @@ impl Classes {
                 let class = class.await.map(Arc::new);
                 Answer {
                     began,
+                    ended: Instant::now(),
                     source,
                     class,
                 }
@@ -156,16 +135,25 @@ impl Classes {
             None => answer(Source::Store).await,
         };
         let class = answered.class.clone();
-        self.remember(key, answered);
+        self.store().remember(&key, answered);
         class
+    }
+
+    /// Returns a class if what is remembered of it is as `wanted`. Sends no request.
+    pub(crate) fn enough(
+        &self,
+        namespace: &str,
+        name: &str,
+        wanted: &Wanted<'_>,
+    ) -> Option<Result<Arc<Class>>> {
+        self.find(&format!("{namespace}/{name}"), wanted, Instant::now())
     }
 
     /// Returns what is remembered of a class, and how long ago it was read.
     pub(crate) fn find_any(&self, namespace: &str, name: &str) -> Option<(Arc<Class>, Duration)> {
         let now = Instant::now();
-        let mut remembered = self.remembered();
-        let remembered = remembered.get_mut(&format!("{namespace}/{name}"))?;
-        remembered.needed = now;
+        let mut store = self.store();
+        let remembered = store.get(&format!("{namespace}/{name}"), now)?;
         let lasting = remembered.lasting.as_ref()?;
         let class = lasting.class.as_ref().ok()?;
         Some((Arc::clone(class), now.duration_since(lasting.began)))
@@ -173,69 +161,73 @@ impl Classes {
 
     /// Returns how long ago a class was read, as far as it is remembered.
     pub(crate) fn age(&self, namespace: &str, name: &str) -> Option<Duration> {
-        let remembered = self.remembered();
-        let lasting = remembered
-            .get(&format!("{namespace}/{name}"))?
+        let store = self.store();
+        let lasting = store
+            .look(&format!("{namespace}/{name}"))?
             .lasting
             .as_ref()?;
         Some(lasting.began.elapsed())
     }
 
-    fn remembered(&self) -> MutexGuard<'_, HashMap<String, Remembered>> {
-        // Each change is one assignment.
-        self.remembered
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// Notes that a read of a class takes too long for a look, which does not wait for its end.
+    pub(crate) fn is_late(&self, namespace: &str, name: &str) {
+        let now = Instant::now();
+        self.store().late(&format!("{namespace}/{name}"), now);
+    }
+
+    /// Returns whether a class could not be read a moment ago, so that another try is not worth waiting for.
+    pub(crate) fn is_in_trouble(&self, namespace: &str, name: &str) -> bool {
+        let store = self.store();
+        let Some(remembered) = store.look(&format!("{namespace}/{name}")) else {
+            return false;
+        };
+        let failed = remembered.failed.as_ref().map(|answer| answer.ended);
+        let times = failed.into_iter().chain(remembered.late);
+        times.max().is_some_and(|last| last.elapsed() < TROUBLE)
+    }
+
+    fn store(&self) -> MutexGuard<'_, Store> {
+        // Each change of it is whole before anything can panic.
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns what is remembered of a class, if it is enough for a call that began at this time.
     fn find(&self, key: &str, wanted: &Wanted, called: Instant) -> Option<Result<Arc<Class>>> {
-        let mut remembered = self.remembered();
-        let remembered = remembered.get_mut(key)?;
-        remembered.needed = called;
+        let mut store = self.store();
+        let remembered = store.get(key, called)?;
         let mut answers = remembered.lasting.iter().chain(&remembered.failed);
         let answer = answers.find(|answer| answer.is_enough(wanted, called))?;
         Some(answer.class.clone())
     }
 
     fn newest(&self, key: &str) -> Option<Arc<Class>> {
-        let remembered = self.remembered();
-        let lasting = remembered.get(key)?.lasting.as_ref()?;
+        let store = self.store();
+        let lasting = store.look(key)?.lasting.as_ref()?;
         lasting.class.as_ref().ok().cloned()
     }
+}
 
-    fn remember(&self, key: String, answer: Answer) {
-        let mut all = self.remembered();
-        let now = Instant::now();
-        all.retain(|_, remembered| now.duration_since(remembered.needed) < UNUSED);
-        let others: usize = all
-            .iter()
-            .filter(|(other, _)| **other != key)
-            .map(|(_, remembered)| remembered.parameters())
-            .sum();
-        let remembered = all.entry(key.clone()).or_insert(Remembered {
-            lasting: None,
-            failed: None,
-            needed: now,
-            text: 0,
-        });
-        if answer.is_lasting() {
-            let class = answer.class.as_ref();
-            remembered.text = class.map_or(0, |class| text_of(&class.secret_objects));
-            remembered.lasting =
-                Some(answer.without_more_than(MOST_PARAMETERS.saturating_sub(others)));
-            remembered.failed = None;
-        } else {
-            remembered.failed = Some(answer);
+/// A caller that waits for a class with its parameters. As long as there is one, they are kept, however
+/// large they are: otherwise each caller would read them for itself, one after the other.
+struct Waiting<'a> {
+    classes: &'a Classes,
+    key: Option<&'a str>,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(classes: &'a Classes, key: &'a str, with_parameters: bool) -> Self {
+        let key = with_parameters.then_some(key);
+        if let Some(key) = key {
+            classes.store().waits(key);
         }
-        let text = |all: &HashMap<_, Remembered>| all.values().map(|of| of.text).sum::<usize>();
-        while all.len() > MOST || text(&all) > MOST_TEXT {
-            let others = all.iter().filter(|(other, _)| **other != key);
-            let oldest = others.min_by_key(|(_, remembered)| remembered.needed);
-            let Some(oldest) = oldest.map(|(key, _)| key.clone()) else {
-                return;
-            };
-            all.remove(&oldest);
+        Self { classes, key }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(key) = self.key {
+            self.classes.store().waits_no_longer(key);
         }
     }
 }
@@ -273,30 +265,6 @@ impl Answer {
                 Err(error) => error.code() != Code::NotFound,
             }
     }
-
-    /// Removes the parameters from the answer if they are larger than this.
-    fn without_more_than(mut self, bytes: usize) -> Self {
-        if let Ok(class) = &self.class
-            && parameters(class) > bytes.min(MOST_PARAMETERS_OF_ONE)
-        {
-            self.class = Ok(Arc::new(class.without_parameters()));
-        }
-        self
-    }
-}
-
-impl Remembered {
-    fn parameters(&self) -> usize {
-        let lasting = self.lasting.as_ref();
-        let class = lasting.and_then(|answer| answer.class.as_ref().ok());
-        class.map_or(0, |class| parameters(class))
-    }
-}
-
-/// Returns the bytes of the parameters of a class.
-fn parameters(class: &Class) -> usize {
-    let parameters = class.parameters.iter();
-    parameters.map(|(key, value)| key.len() + value.len()).sum()
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     cluster::{
-        Class, Freshness, Wanted,
+        Class,
         events::Severity,
         pod_status::{Aspect, NewOrder, StatusOf},
     },
@@ -47,11 +47,8 @@ impl Volumes {
         }
         let known = self.failing.newest_class(&request.volume_id, &record.class);
         let freshness = freshness(since_last, self.between_reads(&known, request));
-        let class = unless(
-            cancelled,
-            self.class_since(request, &known, freshness, false),
-        )
-        .await;
+        let class = self.class_for_look(&record, request, &known, freshness);
+        let class = unless(cancelled, class).await;
         if class
             .as_ref()
             .is_ok_and(|class| class.identity.age(&known) == Age::OlderContent)
@@ -135,62 +132,6 @@ impl Volumes {
         let now = self.clock.now();
         let due = self.policy.due(record, class, request.every, now)?;
         Ok(due.is_some())
-    }
-
-    /// Returns the planned time between two reads of the class of a volume.
-    pub(super) fn between_reads(&self, known: &ClassState, request: &PublishRequest) -> Duration {
-        let intervals = &self.policy.intervals;
-        match request.every {
-            None => intervals.between_reads_of(Some(known)),
-            every => intervals.between_reads(every),
-        }
-    }
-
-    /// Returns the class, at least as new as the known state if the API server has that.
-    async fn class_since(
-        &self,
-        request: &PublishRequest,
-        known: &ClassState,
-        freshness: Freshness,
-        with_parameters: bool,
-    ) -> Result<Arc<Class>> {
-        let (namespace, name) = (&request.pod.namespace, &request.class);
-        let wanted = Wanted {
-            freshness,
-            known: Some(known),
-            with_parameters,
-        };
-        let class = self.cluster.known_class(namespace, name, &wanted).await?;
-        if class.identity.age(known) == Age::OlderMetadata {
-            // The content is the same, and the known annotations are newer.
-            return Ok(Arc::new(Class {
-                identity: known.clone(),
-                ..Class::clone(&class)
-            }));
-        }
-        Ok(class)
-    }
-
-    /// Returns a class with its parameters, which are not remembered if they are large.
-    async fn with_parameters(
-        &self,
-        class: Arc<Class>,
-        request: &PublishRequest,
-    ) -> Result<Arc<Class>> {
-        if !class.parameters.is_empty() {
-            return Ok(class);
-        }
-        let known = &class.identity;
-        let whole = self
-            .class_since(request, known, Freshness::Afresh, true)
-            .await?;
-        if whole.identity.age(known) == Age::OlderContent {
-            return Err(Error::unavailable(format!(
-                "the API server answers with an older state of SecretProviderClass {}/{} than a moment before; trying again",
-                request.pod.namespace, request.class
-            )));
-        }
-        Ok(whole)
     }
 
     /// Carries out the steps of a refresh, in their order. Until the staged files are committed,

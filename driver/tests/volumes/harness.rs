@@ -83,6 +83,10 @@ pub(crate) enum Class {
     Text(u16, &'static str),
     /// Something that is no class.
     Garbled,
+    /// No answer at all.
+    Held,
+    /// This object, that much later.
+    Late(Duration, Value),
 }
 
 /// A class in the state that it has at a generation.
@@ -260,6 +264,11 @@ impl ApiState {
                 }
                 Class::Text(code, text) => Reaction::Answer(code, text.to_owned()),
                 Class::Garbled => Reaction::Answer(200, json!({"spec": 7}).to_string()),
+                Class::Held => Reaction::Hang,
+                Class::Late(time, object) => {
+                    let answer = Reaction::Answer(200, object.to_string());
+                    Reaction::Delay(time, Box::new(answer))
+                }
             };
         }
         if call.method == "GET" {

@@ -1,9 +1,16 @@
 //! Checks what kubelet's looks at published volumes cost while nothing changes, and that a change is
 //! noticed all the same.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::TcpListener,
+    time::{Duration, Instant},
+};
 
 use driver::cluster::interval::Intervals;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 use crate::harness::{Answer, Class, Volume, World, alone, class};
 
@@ -84,6 +91,48 @@ fn all_volumes_of_a_class_share_its_reads_and_a_touched_pod_has_its_own() {
     });
 }
 
+/// Dashboards show calls that did something: a look is none, and a refresh is one.
+#[test]
+fn looks_are_not_counted() {
+    alone(async {
+        let address = {
+            let free = TcpListener::bind("127.0.0.1:0").unwrap();
+            free.local_addr().unwrap()
+        };
+        let metrics = format!("--metrics-addr={address}");
+        let mut world = World::start(&[&FLAGS[..], &[metrics.as_str()]].concat()).await;
+        let volume = world.volume_of_its_own();
+        world.publish_patiently(&volume).await.unwrap();
+        let counted = async || {
+            let mut page = String::new();
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            let request = format!("GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.unwrap();
+            stream.read_to_string(&mut page).await.unwrap();
+            let lines = page.lines().filter(|line| line.contains("publish"));
+            let counters = lines.filter(|line| !line.starts_with('#') && line.contains("_total"));
+            counters.map(str::to_owned).collect::<Vec<_>>()
+        };
+        let before = counted().await;
+        assert_eq!(before.len(), 1, "{before:?}");
+        assert!(before[0].starts_with("node_publish_total{"), "{before:?}");
+        assert!(before[0].ends_with(" 1"), "{before:?}");
+        for _ in 0..5 {
+            world.publish_patiently(&volume).await.unwrap();
+        }
+        assert_eq!(counted().await, before);
+        world.provider.asked();
+        let started = Instant::now();
+        while world.provider.asked().is_empty() {
+            assert!(started.elapsed() < BETWEEN_READS * 6, "it is not refreshed");
+            tokio::time::sleep(BETWEEN_READS / 10).await;
+            world.publish_patiently(&volume).await.unwrap();
+        }
+        let refreshed = before[0].replace(" 1", " 2");
+        assert_eq!(counted().await, [refreshed]);
+    });
+}
+
 /// A class that is deleted, or made anew, is noticed by looks that ask nobody, within the time between
 /// two reads.
 #[test]
@@ -114,4 +163,73 @@ fn a_class_that_is_deleted_or_made_anew_is_noticed() {
         }
         assert_eq!(volume.reads()["pw"], "two");
     });
+}
+
+/// What an API server does that is in trouble.
+#[derive(Debug, Clone, Copy)]
+enum Trouble {
+    Silent,
+    Refusing,
+    /// Longer than a look waits.
+    Slow(Duration),
+}
+
+#[test]
+fn looks_do_not_wait_for_an_api_server_in_trouble() {
+    alone(async {
+        tokio::join!(
+            do_not_wait(Trouble::Silent),
+            do_not_wait(Trouble::Refusing),
+            do_not_wait(Trouble::Slow(Duration::from_secs(3))),
+        );
+    });
+}
+
+/// Checks that kubelet's looks at volumes that are not due do not wait for an API server in trouble, and
+/// that an edit is noticed once it can be read.
+async fn do_not_wait(trouble: Trouble) {
+    // More than half of the seven intervals between two reads.
+    let between_looks = Duration::from_secs(4);
+    let flags = [
+        "--enable-secret-rotation",
+        "--rotation-poll-interval=1h",
+        "--sync-interval=1s",
+    ];
+    let mut world = World::start(&flags).await;
+    let edited = class("db", 2);
+    world.api.class_is("db", [Class::Is(class("db", 1))]);
+    world.provider.answers("db", Answer::file("pw", "one"));
+    let volumes: Vec<Volume> = (0..20).map(|_| world.volume("db")).collect();
+    look_at(&world, &volumes).await;
+
+    world.provider.answers("db", Answer::file("pw", "two"));
+    let answer = match trouble {
+        Trouble::Silent => Class::Held,
+        Trouble::Refusing => Class::Refused(503),
+        Trouble::Slow(time) => Class::Late(time, edited.clone()),
+    };
+    world.api.class_is("db", [answer]);
+    // Until what is remembered of the class is too old.
+    tokio::time::sleep(between_looks * 3).await;
+    for _ in 0..2 {
+        for volume in &volumes {
+            let started = Instant::now();
+            look_at(&world, std::slice::from_ref(volume)).await;
+            let took = started.elapsed();
+            assert!(took < Duration::from_secs(3), "{took:?}");
+        }
+        tokio::time::sleep(between_looks).await;
+    }
+    if !matches!(trouble, Trouble::Slow(_)) {
+        world.api.class_is("db", [Class::Is(edited)]);
+    }
+    let ended = Instant::now();
+    while volumes.iter().any(|volume| volume.reads()["pw"] == "one") {
+        assert!(
+            ended.elapsed() < Duration::from_secs(120),
+            "an edit is not noticed"
+        );
+        tokio::time::sleep(between_looks).await;
+        look_at(&world, &volumes).await;
+    }
 }

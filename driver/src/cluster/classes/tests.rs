@@ -1,5 +1,5 @@
 use super::*;
-use crate::{cluster::resources::SecretObject, error::Error};
+use crate::error::Error;
 use proptest::prelude::*;
 use tokio::{task::JoinSet, time::sleep};
 
@@ -241,74 +241,63 @@ fn a_read_that_is_given_up_holds_up_nobody() {
     });
 }
 
-/// Reads a class with a parameter of so many bytes.
-async fn needed(classes: &Classes, name: &str, bytes: usize) {
-    let wanted = Wanted {
-        freshness: Freshness::Within(Duration::from_secs(60)),
-        known: None,
-        with_parameters: false,
-    };
-    let read = async |_| {
-        Ok(Class {
-            parameters: [(String::new(), "x".repeat(bytes))].into(),
-            ..Class::with_secrets(Vec::new())
-        })
-    };
-    classes.get("shop", name, &wanted, read).await.unwrap();
-}
-
+/// Calls for a class of any size share a request, though its parameters are too large to be remembered.
 #[test]
-fn what_is_remembered_is_bounded() {
+fn callers_share_parameters_of_any_size() {
     paused(async {
-        let classes = Classes::default();
-        let remembered = |name: &str| classes.newest(&format!("shop/{name}"));
-        needed(&classes, "large", MOST_PARAMETERS_OF_ONE + 1).await;
-        assert!(remembered("large").unwrap().parameters.is_empty());
-        for number in 0..40 {
-            needed(&classes, &format!("{number}"), MOST_PARAMETERS_OF_ONE).await;
+        for bytes in [10, 70 << 10, 900 << 10] {
+            let (classes, reads) = (Arc::new(Classes::default()), Arc::new(Mutex::new(0)));
+            let mut running = JoinSet::new();
+            for number in 0..60 {
+                let (classes, reads) = (Arc::clone(&classes), Arc::clone(&reads));
+                running.spawn(async move {
+                    sleep(Duration::from_millis(number)).await;
+                    let read = async |_| {
+                        *reads.lock().unwrap() += 1;
+                        sleep(Duration::from_millis(100)).await;
+                        Ok(Class {
+                            parameters: [(String::new(), "x".repeat(bytes))].into(),
+                            ..Class::with_secrets(Vec::new())
+                        })
+                    };
+                    let wanted = Wanted {
+                        freshness: Freshness::Present,
+                        known: None,
+                        with_parameters: true,
+                    };
+                    let class = classes.get("shop", "db", &wanted, read).await.unwrap();
+                    assert_eq!(class.parameters[""].len(), bytes);
+                });
+            }
+            running.join_all().await;
+            assert_eq!(*reads.lock().unwrap(), 2);
+            let kept = !classes.newest("shop/db").unwrap().parameters.is_empty();
+            assert_eq!(kept, bytes <= store::MOST_PARAMETERS_OF_ONE);
         }
-        let all: usize = classes
-            .remembered()
-            .values()
-            .map(Remembered::parameters)
-            .sum();
-        assert_eq!(all, MOST_PARAMETERS);
-        for number in 0..2 * MOST {
-            sleep(Duration::from_millis(1)).await;
-            needed(&classes, "0", MOST_PARAMETERS_OF_ONE).await;
-            needed(&classes, &format!("small-{number}"), 1).await;
-        }
-        assert_eq!(classes.remembered().len(), MOST);
-        assert!(remembered("0").is_some(), "it is needed all the time");
-        assert!(remembered("1").is_none());
-        sleep(UNUSED).await;
-        needed(&classes, "0", 1).await;
-        assert_eq!(classes.remembered().len(), 1);
     });
 }
 
+/// A class is in trouble for a while after a read that failed or took too long, and until one succeeds.
 #[test]
-fn text_of_secrets_is_bounded() {
+fn trouble_is_known_for_a_while() {
     paused(async {
-        let classes = Classes::default();
-        let wanted = Wanted {
-            freshness: Freshness::Within(Duration::from_secs(60)),
-            known: None,
+        let (api, classes) = (Api::default(), Classes::default());
+        api.happens(&Step::Edit);
+        let call = Call {
+            after_milliseconds: 0,
+            freshness: Freshness::Afresh,
+            knows: false,
             with_parameters: false,
         };
-        let text = 100 << 10;
-        let object = SecretObject {
-            secret_name: "x".repeat(text),
-            ..SecretObject::default()
-        };
-        let read = async |_| Ok(Class::with_secrets(vec![object.clone()]));
-        for number in 0..200 {
-            sleep(Duration::from_millis(1)).await;
-            let name = number.to_string();
-            classes.get("shop", &name, &wanted, read).await.unwrap();
+        assert!(!classes.is_in_trouble("shop", "db"));
+        classes.is_late("shop", "db");
+        assert!(classes.is_in_trouble("shop", "db"));
+        sleep(TROUBLE).await;
+        assert!(!classes.is_in_trouble("shop", "db"));
+        for (fails, is_in_trouble) in [(false, false), (true, true), (true, true), (false, false)] {
+            api.happens(&Step::Fail(fails));
+            api.call(&classes, call).await;
+            assert_eq!(classes.is_in_trouble("shop", "db"), is_in_trouble);
         }
-        let remembered = classes.remembered();
-        assert_eq!(remembered.len(), MOST_TEXT / text);
-        assert!(remembered.contains_key("shop/199"));
     });
 }
