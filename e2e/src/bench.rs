@@ -32,7 +32,7 @@ use crate::manifest::add_arguments;
 use crate::namespace::Namespace;
 
 pub(crate) use control_plane::{ControlPlane, Requests};
-pub(crate) use document::{Page, Run, replace_section};
+pub(crate) use document::{Page, Run, check_docs, replace_section};
 pub(crate) use node::{Node, Provider, Settings, Stopped, publish, unpublish};
 pub(crate) use process::Process;
 pub(crate) use resident::Resident;

@@ -50,6 +50,9 @@ struct Subject {
 /// When a driver could not be measured to the end of each round, after the report was written; when one
 /// could not be measured at all, or the report cannot be written.
 pub async fn run(options: &Options) -> Result<()> {
+    if let Some(docs) = &options.docs {
+        Report::check(docs)?;
+    }
     let (report, broken) = measure(options, &built().await?).await?;
     println!("{}", report.markdown());
     if let Some(docs) = &options.docs {

@@ -9,12 +9,16 @@ use serde_json::json;
 use tokio::time::MissedTickBehavior;
 use tonic::transport::Endpoint;
 
-use crate::bench::{Bench, Resident, Run, built, class, failed, replace_section, rotating};
+use crate::bench::{
+    Bench, Resident, Run, built, check_docs, class, failed, replace_section, rotating,
+};
 use crate::binaries::Binaries;
 use crate::cluster::Result;
 use crate::embedded::Embedded;
 
 const COMMAND: &str = "e2e footprint";
+/// The page that has the table.
+const PAGE: &str = "sizing.md";
 const CLASS: &str = "footprint";
 /// The number of publishes under way at any time.
 const MANY: usize = 50;
@@ -40,8 +44,12 @@ pub struct Options {
 /// # Errors
 /// When the driver does not do what is measured, or the page cannot be written.
 pub async fn run(options: &Options) -> Result<()> {
-    let run = Run::now("the embedded API server".to_owned());
-    let footprint = measure(options.volumes, &built().await?).await?;
+    if let Some(docs) = &options.docs {
+        check_docs(docs, COMMAND, &[PAGE])?;
+    }
+    let binaries = built().await?;
+    let run = Run::now("the embedded API server".to_owned(), &binaries);
+    let footprint = measure(options.volumes, &binaries).await?;
     let text = format!(
         "{} Two objects of 4 KiB in each volume.\n\n{}",
         run.sentence(),
@@ -49,7 +57,7 @@ pub async fn run(options: &Options) -> Result<()> {
     );
     println!("{text}");
     match &options.docs {
-        Some(docs) => replace_section(&docs.join("sizing.md"), COMMAND, &text),
+        Some(docs) => replace_section(&docs.join(PAGE), COMMAND, &text),
         None => Ok(()),
     }
 }

@@ -46,6 +46,8 @@ use tools::Tools;
 
 /// The time in which everything installed has to run.
 const INSTALL_LIMIT: Duration = Duration::from_secs(120);
+/// The time for which a cluster that still runs is waited for without a word.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The settings of a local cluster.
 #[derive(Clone, Debug)]
@@ -243,15 +245,16 @@ impl Drop for Running {
 /// Names what could not be undone.
 pub fn guard() -> Result<()> {
     guard::wait_for_parent();
-    tear_down()
+    tear_down(|_| ())
 }
 
-/// Tears down what an earlier run left. Waits for the end of a cluster that still runs.
+/// Tears down what an earlier run left. Waits for the end of a cluster that still runs; when that takes
+/// longer than five seconds, calls `on_wait` with the process that runs it, as far as it is known.
 ///
 /// # Errors
 /// Names what could not be undone.
-pub fn tear_down() -> Result<()> {
-    let _lock = Lock::take(Path::new(LOCK), || ())?;
+pub fn tear_down(on_wait: impl FnMut(Option<u32>)) -> Result<()> {
+    let _lock = Lock::take_after(Path::new(LOCK), PATIENCE, on_wait)?;
     undo()
 }
 

@@ -1,16 +1,30 @@
 //! The command `e2e`: the demo and the budgets. The nodes of the embedded cluster run from the same
 //! executable.
 
+// Beside this file they would be modules of the library.
+#[path = "main/arguments.rs"]
+mod arguments;
+#[path = "main/interrupt.rs"]
+mod interrupt;
+
 use std::any::Any;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
+use arguments::{count, interval, is_real, minutes, seconds};
 use clap::{Parser, Subcommand};
 use e2e::binaries::Binaries;
 use e2e::providers::{self, Provider};
 use e2e::{budget, chaos, comparison, demo, footprint, isolated, load, local, scale, soak, stores};
 
 /// Run the Secrets Store CSI driver end to end. Without a command, run the demo.
+///
+/// The executables of this workspace are built first, with `cargo build`, where they are stale. With
+/// E2E_BIN_DIR=DIRECTORY those in the directory are used, and nothing is built, but for the images that
+/// `chaos` installs with E2E_CLUSTER=local.
+///
+/// Ctrl-C and SIGTERM end and remove what a command has started.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -28,7 +42,7 @@ enum Command {
     /// and after them.
     Footprint {
         /// The number of volumes.
-        #[arg(long, default_value_t = 1000)]
+        #[arg(long, default_value_t = 1000, value_parser = count())]
         volumes: usize,
         /// The directory whose sizing.md gets the table.
         #[arg(long)]
@@ -37,7 +51,7 @@ enum Command {
     /// Put load on the release build of the driver, and fail when time or memory exceeds its bound.
     Load {
         /// The number of rotations of 200 volumes.
-        #[arg(long, default_value_t = 200)]
+        #[arg(long, default_value_t = 200, value_parser = count())]
         rotations: usize,
     },
     /// Run for long, draw memory, descriptors, threads and latency over time, and fail when one grows.
@@ -53,13 +67,13 @@ enum Command {
     /// and the Kubernetes binaries, unless E2E_CLUSTER=embedded.
     Bench {
         /// The number of rounds; each measures both drivers.
-        #[arg(long, default_value_t = 5)]
+        #[arg(long, default_value_t = 5, value_parser = count())]
         rounds: usize,
         /// The seconds between the publish of volumes and the look at them.
-        #[arg(long, default_value_t = 62.0)]
-        rest: f64,
+        #[arg(long, default_value = "62", value_parser = seconds)]
+        rest: Duration,
         /// The number of volumes that are published one at a time, and at 110 at once.
-        #[arg(long, default_value_t = 110)]
+        #[arg(long, default_value_t = 110, value_parser = count())]
         volumes: usize,
         /// The directory into which benchmarks.md, .json and .svg are written.
         #[arg(long)]
@@ -80,7 +94,7 @@ enum Command {
         #[arg(long)]
         seed: Option<u64>,
         /// The minutes after which no further round begins.
-        #[arg(long, default_value_t = 1.0)]
+        #[arg(long, default_value = "1", value_parser = minutes)]
         minutes: f64,
         /// Run the schedule in this file, as a run printed it, instead of one of a seed.
         #[arg(long, value_name = "FILE")]
@@ -115,28 +129,31 @@ enum Command {
 #[derive(clap::Args)]
 struct Scale {
     /// The number of nodes, each of which is a process of the driver.
-    #[arg(long, default_value_t = 300)]
+    #[arg(long, default_value_t = 300, value_parser = count())]
     nodes: usize,
     /// The number of volumes of each node.
-    #[arg(long, default_value_t = 30)]
+    #[arg(long, default_value_t = 30, value_parser = count())]
     volumes: usize,
+    /// The number of classes among which the volumes of each node are divided; each node reads each of them.
+    #[arg(long, default_value_t = 1, value_parser = count())]
+    classes: usize,
     /// The seconds of the phases without disturbance.
-    #[arg(long, default_value_t = 180.0)]
-    rest: f64,
+    #[arg(long, default_value = "180", value_parser = seconds)]
+    rest: Duration,
     /// The seconds after a change or an outage.
-    #[arg(long, default_value_t = 120.0)]
-    after: f64,
+    #[arg(long, default_value = "120", value_parser = seconds)]
+    after: Duration,
     /// The seconds for which the API server, and then the provider, is away.
-    #[arg(long, default_value_t = 120.0)]
-    away: f64,
+    #[arg(long, default_value = "120", value_parser = seconds)]
+    away: Duration,
     /// The seconds between two looks of kubelet at a volume; at most half as much more.
-    #[arg(long, default_value_t = 60.0)]
-    look: f64,
+    #[arg(long, default_value = "60", value_parser = interval)]
+    look: Duration,
     /// The seconds of the interval of refreshes.
-    #[arg(long, default_value_t = 120.0)]
-    interval: f64,
+    #[arg(long, default_value = "120", value_parser = interval)]
+    interval: Duration,
     /// The number of nodes that a rolling update takes at a time; by default a tenth.
-    #[arg(long)]
+    #[arg(long, value_parser = count())]
     at_once: Option<usize>,
     /// The directory into which scale.md, .json and .svg are written.
     #[arg(long)]
@@ -144,26 +161,26 @@ struct Scale {
 }
 
 impl Scale {
-    fn into_options(self) -> scale::Options {
-        let seconds = |seconds: f64| std::time::Duration::from_secs_f64(seconds.clamp(0.0, 1e6));
-        scale::Options {
-            nodes: self.nodes.max(1),
-            volumes: self.volumes.max(1),
-            look: seconds(self.look),
-            interval: seconds(self.interval),
-            rest: seconds(self.rest),
-            after: seconds(self.after),
-            away: seconds(self.away),
-            at_once: self.at_once.unwrap_or(self.nodes / 10).max(1),
-            real: is_cluster("local"),
-            docs: self.docs,
+    fn into_options(self) -> e2e::cluster::Result<scale::Options> {
+        if self.classes > self.volumes {
+            let more =
+                "--classes may not be more than --volumes, or some class would have no volume";
+            return Err(e2e::cluster::Error::Impossible(more.to_owned()));
         }
+        Ok(scale::Options {
+            nodes: self.nodes,
+            volumes: self.volumes,
+            classes: self.classes,
+            look: self.look,
+            interval: self.interval,
+            rest: self.rest,
+            after: self.after,
+            away: self.away,
+            at_once: self.at_once.unwrap_or(self.nodes / 10).max(1),
+            real: is_real(false)?,
+            docs: self.docs,
+        })
     }
-}
-
-/// Returns whether `$E2E_CLUSTER` names a kind of cluster.
-fn is_cluster(name: &str) -> bool {
-    std::env::var("E2E_CLUSTER").is_ok_and(|asked| asked == name)
 }
 
 // Not `tokio::main`: a node enters its namespaces while it has one thread.
@@ -200,20 +217,20 @@ fn until_nobody_reads(work: fn() -> ExitCode) -> ExitCode {
 
 fn command() -> ExitCode {
     let outcome = match Cli::parse().command.unwrap_or(Command::Demo) {
-        Command::Demo => in_runtime(demo::run()),
-        Command::Budget => in_runtime(budget::run()),
+        Command::Demo => interrupt::run(demo::run()),
+        Command::Budget => interrupt::run(budget::run()),
         Command::Footprint { volumes, docs } => {
-            in_runtime(run_footprint(footprint::Options { volumes, docs }))
+            interrupt::run(run_footprint(footprint::Options { volumes, docs }))
         }
-        Command::Load { rotations } => in_runtime(load::run(rotations)),
-        Command::Soak { minutes, chart } => in_runtime(soak::run(minutes, &chart)),
+        Command::Load { rotations } => interrupt::run(load::run(rotations)),
+        Command::Soak { minutes, chart } => interrupt::run(soak::run(minutes, &chart)),
         Command::Bench {
             rounds,
             rest,
             volumes,
             docs,
-        } => in_runtime(bench(rounds, rest, volumes, docs)),
-        Command::Scale(options) => in_runtime(run_scale(options.into_options())),
+        } => interrupt::run(bench(rounds, rest, volumes, docs)),
+        Command::Scale(options) => interrupt::run(run_scale(options)),
         Command::Guard => local::guard().map_err(Into::into),
         Command::Chaos {
             seed,
@@ -227,37 +244,29 @@ fn command() -> ExitCode {
                 println!("{}", options.schedule);
                 Ok(())
             }
-            Ok((site, options)) => in_runtime(run_chaos(site, options)),
+            Ok((site, options)) => interrupt::run(run_chaos(site, options)),
             Err(error) => Err(error),
         },
-        Command::CheckProviders { names } => in_runtime(check_providers(names)),
-        Command::Stores { directory, send } => in_runtime(run_stores(directory, send)),
+        Command::CheckProviders { names } => interrupt::run(check_providers(names)),
+        Command::Stores { directory, send } => interrupt::run(run_stores(directory, send)),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error}");
-            ExitCode::FAILURE
+            interrupt::exit_code(&*error)
         }
     }
 }
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
-fn in_runtime<E>(work: impl Future<Output = Result<(), E>>) -> Outcome
-where
-    Box<dyn std::error::Error>: From<E>,
-{
-    let runtime = tokio::runtime::Runtime::new()?;
-    Ok(runtime.block_on(work)?)
-}
-
-async fn bench(rounds: usize, rest: f64, volumes: usize, docs: Option<PathBuf>) -> Outcome {
+async fn bench(rounds: usize, rest: Duration, volumes: usize, docs: Option<PathBuf>) -> Outcome {
     let options = comparison::Options {
-        rounds: rounds.max(1),
-        rest: std::time::Duration::from_secs_f64(rest.clamp(0.0, 1e6)),
-        volumes: volumes.max(1),
-        real: !is_cluster("embedded"),
+        rounds,
+        rest,
+        volumes,
+        real: is_real(true)?,
         existing: true,
         docs,
     };
@@ -268,8 +277,8 @@ async fn run_footprint(options: footprint::Options) -> Outcome {
     Ok(footprint::run(&options).await?)
 }
 
-async fn run_scale(options: scale::Options) -> Outcome {
-    Ok(scale::run(&options).await?)
+async fn run_scale(options: Scale) -> Outcome {
+    Ok(scale::run(&options.into_options()?).await?)
 }
 
 fn chaos_options(
@@ -293,7 +302,7 @@ fn chaos_options(
     };
     let options = chaos::Options {
         schedule,
-        limit: std::time::Duration::from_secs_f64((minutes * 60.0).clamp(0.0, 1e6)),
+        limit: Duration::from_secs_f64(minutes * 60.0),
         reductions,
         verbose,
     };

@@ -23,8 +23,6 @@ use report::Report;
 
 /// The annotation of a class that sets the interval of refreshes.
 const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
-/// The class that every pod mounts.
-const CLASS: &str = "scale";
 /// The file whose content changes.
 const FILE: &str = "one";
 
@@ -35,6 +33,8 @@ pub struct Options {
     pub nodes: usize,
     /// The number of volumes of each node.
     pub volumes: usize,
+    /// The number of classes, of which each node mounts all as far as it has volumes.
+    pub classes: usize,
     /// The shortest time between two looks of kubelet at a volume; the longest is half as much more.
     pub look: Duration,
     /// The interval of refreshes.
@@ -59,6 +59,9 @@ pub struct Options {
 /// When a driver does not start, a volume has not the newest content at the end of a phase in which it
 /// should, or the report cannot be written.
 pub async fn run(options: &Options) -> Result<()> {
+    if let Some(docs) = &options.docs {
+        Report::check(docs)?;
+    }
     let report = measure(options, &built().await?).await?;
     println!("{}", report.markdown());
     match &options.docs {
@@ -149,7 +152,7 @@ impl Scale<'_> {
         self.options.look * 3 / 2 + self.options.interval / 2
     }
 
-    /// Gives the class another content; returns when all volumes have it, and not before `after`.
+    /// Gives the classes another content; returns when all volumes have it, and not before `after`.
     async fn edit_and_wait(&mut self, what: &str) -> Result<()> {
         self.content += 1;
         let started = Instant::now();
@@ -166,10 +169,19 @@ impl Scale<'_> {
             "array:\n- {{objectName: {FILE}, content: \"{}\"}}\n- {{objectName: two, contentSize: 4096}}\n",
             self.content
         );
-        let class = class(CLASS, &json!({"objects": objects}), annotations);
+        let parameters = json!({"objects": objects});
         let namespace = self.fleet.plane().namespace();
-        namespace.apply(&class.to_string()).await.map(drop)
+        for number in 0..self.options.classes {
+            let class = class(&class_name(number), &parameters, annotations);
+            namespace.apply(&class.to_string()).await?;
+        }
+        Ok(())
     }
+}
+
+/// Returns the name of one of the classes.
+fn class_name(number: usize) -> String {
+    format!("scale-{number}")
 }
 
 /// Raises the limit of open files: this process has several for each node, and usually may have 1,024.

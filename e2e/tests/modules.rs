@@ -37,7 +37,7 @@ const DRIVER: Modules = &[
     ("registration", &["socket"]),
     (
         "status",
-        &["config", "memory", "mount", "provider", "record"],
+        &["config", "files", "memory", "mount", "provider", "record"],
     ),
     ("logging", &["config"]),
     ("hardening", &["config"]),

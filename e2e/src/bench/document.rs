@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::failed;
-use crate::binaries::workspace;
+use crate::binaries::{Binaries, workspace};
 use crate::cluster::Result;
 
 /// What was measured, where and when.
@@ -26,13 +26,16 @@ pub(crate) struct Run {
     load: String,
     /// `embedded`, or the version of Kubernetes.
     cluster: String,
-    /// The profile in which driver and harness were built.
+    /// The profile in which the driver was built, or [`PREBUILT`].
     build: &'static str,
 }
 
+/// Stands for executables of which this program does not know the profile.
+const PREBUILT: &str = "prebuilt";
+
 impl Run {
-    /// Describes a run that begins now, in front of this API server.
-    pub(crate) fn now(cluster: String) -> Self {
+    /// Describes a run of these executables that begins now, in front of this API server.
+    pub(crate) fn now(cluster: String, binaries: &Binaries) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let word = |text: &str| text.split_whitespace().next().unwrap_or("?").to_owned();
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
@@ -54,20 +57,31 @@ impl Run {
             machine: format!("{cores} cores of {processor}, {memory} GiB, Linux {kernel}"),
             load: word(&read("/proc/loadavg")),
             cluster,
-            build: if cfg!(debug_assertions) {
-                "debug"
-            } else {
-                "release"
-            },
+            build: profile(&binaries.driver),
         }
     }
 
     /// Returns a sentence for the head of a table.
     pub(crate) fn sentence(&self) -> String {
+        let build = match self.build {
+            PREBUILT => "prebuilt executables".to_owned(),
+            profile => format!("{profile} build"),
+        };
         format!(
-            "Measured on {} at commit {} ({} build): {}, {}, load before the run {}.",
-            self.date, self.commit, self.build, self.machine, self.cluster, self.load
+            "Measured on {} at commit {} ({build}): {}, {}, load before the run {}.",
+            self.date, self.commit, self.machine, self.cluster, self.load
         )
+    }
+}
+
+/// Returns the profile of an executable by the directory in which cargo puts it. This program may have
+/// another one.
+fn profile(executable: &Path) -> &'static str {
+    let directory = executable.parent().and_then(Path::file_name);
+    match directory.and_then(|name| name.to_str()) {
+        Some("debug") => "debug",
+        Some("release") => "release",
+        _ => PREBUILT,
     }
 }
 
@@ -115,19 +129,46 @@ impl Page {
         draw: impl FnOnce(&Path) -> std::result::Result<(), Box<dyn Error>>,
     ) -> Result<()> {
         let Self { name, picture, .. } = self;
-        let broken = |error: &dyn Display| failed(&format!("the page {name}"), error);
-        let values = serde_json::to_string_pretty(values).map_err(|error| broken(&error))?;
-        draw(&docs.join(format!("{name}.svg"))).map_err(|error| broken(&error))?;
-        fs::write(docs.join(format!("{name}.json")), values + "\n")
-            .map_err(|error| broken(&error))?;
+        let path = |ending: &str| docs.join(format!("{name}.{ending}"));
+        let broken =
+            |ending: &str, error: &dyn Display| failed(&path(ending).display().to_string(), error);
+        let values =
+            serde_json::to_string_pretty(values).map_err(|error| broken("json", &error))?;
+        draw(&path("svg")).map_err(|error| broken("svg", &error))?;
+        fs::write(path("json"), values + "\n").map_err(|error| broken("json", &error))?;
         // What is not written yet cannot be linked to.
         let text = format!(
             "![{picture}]({name}.svg)\n\n{}\n\n{} are in [{name}.json]({name}.json).",
             table.trim_end(),
             self.values,
         );
-        replace_section(&docs.join(format!("{name}.md")), self.command, &text)
+        replace_section(&path("md"), self.command, &text)
     }
+}
+
+/// Checks before a run that its report can be written after it: a file can be made in the directory, and
+/// each of these documents has a part that the command generates.
+///
+/// # Errors
+/// Names the directory or the document, and what to do.
+pub(crate) fn check_docs(docs: &Path, command: &str, documents: &[&str]) -> Result<()> {
+    let broken = |path: &Path, why: &dyn Display| {
+        let path = path.display();
+        let what = format!("{path}: {why}; --docs names the directory with the pages of the book");
+        crate::cluster::Error::Impossible(what)
+    };
+    tempfile::tempfile_in(docs).map_err(|error| broken(docs, &error))?;
+    for document in documents {
+        let path = docs.join(document);
+        let text = fs::read_to_string(&path).map_err(|error| broken(&path, &error))?;
+        if replaced(&text, command, "").is_none() {
+            let lacks = format!("has no part that {command} generates");
+            return Err(broken(&path, &lacks));
+        }
+        let opened = fs::File::options().append(true).open(&path);
+        opened.map_err(|error| broken(&path, &error))?;
+    }
+    Ok(())
 }
 
 /// Replaces the part of a document between `<!-- generated by COMMAND -->` and `<!-- end -->`.
@@ -169,5 +210,44 @@ mod tests {
             Some(expected)
         );
         assert_eq!(replaced(document, "e2e y", "new"), None);
+    }
+
+    #[test]
+    fn the_profile_is_that_of_the_measured_executable() {
+        for (path, expected) in [
+            ("/w/target/debug/secrets-store-csi", "debug"),
+            (
+                "/w/target/x86_64-unknown-linux-gnu/release/secrets-store-csi",
+                "release",
+            ),
+            ("/var/tmp/bin/secrets-store-csi", PREBUILT),
+        ] {
+            assert_eq!(profile(Path::new(path)), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_report_that_cannot_be_written_is_noticed_before_the_run() {
+        let root = tempfile::tempdir().unwrap();
+        let docs = root.path().join("docs");
+        let refused = |documents: &[&str]| {
+            let checked = check_docs(&docs, "e2e x", documents);
+            checked.unwrap_err().to_string()
+        };
+        let missing = refused(&["page.md"]);
+        assert!(missing.starts_with(&*docs.to_string_lossy()), "{missing}");
+        fs::create_dir(&docs).unwrap();
+        let page = docs.join("page.md");
+        let missing = refused(&["page.md"]);
+        assert!(missing.starts_with(&*page.to_string_lossy()), "{missing}");
+        fs::write(&page, "# Title\n").unwrap();
+        let lacking = refused(&["page.md"]);
+        assert!(
+            lacking.contains("no part that e2e x generates"),
+            "{lacking}"
+        );
+        fs::write(&page, "<!-- generated by e2e x -->\n<!-- end -->\n").unwrap();
+        check_docs(&docs, "e2e x", &["page.md"]).unwrap();
+        assert_eq!(fs::read_dir(&docs).unwrap().count(), 1);
     }
 }

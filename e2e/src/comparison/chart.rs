@@ -49,10 +49,10 @@ const PANELS: [(&str, &[&str]); 6] = [
         "Requests to the API server",
         &[
             "API reads for a publish",
-            "API writes for a publish",
+            "API writes, events aside, for a publish",
             "API reads for a look",
             "API reads for a refresh without change",
-            "API writes for a refresh without change",
+            "API writes, events aside, for a refresh without change",
         ],
     ),
     (

@@ -7,16 +7,19 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::chart;
-use crate::bench::{Page, Run, replace_section};
+use crate::bench::{Page, Run, check_docs, replace_section};
 use crate::cluster::Result;
 
 const COMMAND: &str = "e2e bench";
+/// The README, from the directory of the documentation.
+const README: &str = "../README.md";
 /// The rows of the README's table, and the figures whose medians they have.
-const SUMMARY: [(&str, &str); 12] = [
+const SUMMARY: [(&str, &str); 13] = [
     ("a publish, one at a time (p50)", "publish at 1, p50"),
     ("110 publishes at once (p50)", "publish at 110, p50"),
     ("publishes in a second, 50 at a time", "publish at 50, rate"),
     ("a look at a volume that is not due (p50)", "look at 1, p50"),
+    ("a look at a volume that is not due (p99)", "look at 1, p99"),
     ("looks, 50 at a time (p99)", "look at 50, p99"),
     (
         "refreshes with changed content, 50 at a time (p50)",
@@ -218,6 +221,14 @@ impl Report {
         rows
     }
 
+    /// Checks before a run that its report can be written.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub(super) fn check(docs: &Path) -> Result<()> {
+        check_docs(docs, COMMAND, &["benchmarks.md", README])
+    }
+
     /// Writes `benchmarks.md`, `benchmarks.json` and `benchmarks.svg`, and the table of the README beside
     /// the directory.
     ///
@@ -243,7 +254,7 @@ impl Report {
         page.write(docs, &self.markdown(), &values, |path| {
             chart::draw(path, self)
         })?;
-        replace_section(&docs.join("../README.md"), COMMAND, &self.summary())
+        replace_section(&docs.join(README), COMMAND, &self.summary())
     }
 }
 

@@ -23,9 +23,15 @@ fn report() -> Report {
             Figure::of("unpublish at 50, p50", "ms", 2.0),
         ]);
     }
+    let measured = Binaries {
+        driver: "target/release/secrets-store-csi".into(),
+        fake_provider: PathBuf::new(),
+        probe: PathBuf::new(),
+        e2e: PathBuf::new(),
+    };
     let subject = |name, figures| ((name, "v1".to_owned()), figures);
     Report {
-        run: Run::now("a cluster".to_owned()),
+        run: Run::now("a cluster".to_owned(), &measured),
         rounds: 3,
         subjects: vec![
             subject("this driver", ours),
@@ -59,14 +65,17 @@ fn the_report_is_written_as_table_data_and_chart() {
     let docs = root.path().join("docs");
     std::fs::create_dir(&docs).unwrap();
     assert!(report().write(&docs).is_err(), "there is no page");
+    assert!(Report::check(&docs).is_err(), "there is no page");
     std::fs::write(docs.join("benchmarks.md"), MARKS).unwrap();
     std::fs::write(root.path().join("README.md"), MARKS).unwrap();
+    Report::check(&docs).unwrap();
     report().write(&docs).unwrap();
     let read = |name: &str| std::fs::read_to_string(docs.join(name)).unwrap();
     assert!(
         read("../README.md").contains("| a publish, one at a time (p50) | 2.00 ms | 50.0 ms |")
     );
     let page = read("benchmarks.md");
+    assert!(page.contains("(release build)"), "{page}");
     assert!(
         page.contains("2.00 ms (1.00 to 3.00)") && page.contains("\n- round 2: it ended early")
     );
@@ -148,12 +157,22 @@ async fn every_figure_of_this_driver_is_measured() {
         (floor::SUM, 0.01, 60_000.0),
         (floor::RATIO, 0.01, 1000.0),
         ("failed calls, publish", 0.0, 0.0),
-        ("API writes for a publish", 1.0, 1.0),
+        ("API writes, events aside, for a publish", 1.0, 1.0),
         ("provider calls for a publish", 1.0, 1.0),
         ("failed calls, look", 0.0, 0.0),
         ("provider calls for a look", 0.0, 0.0),
         ("provider calls for a refresh with change", 1.0, 1.0),
-        ("API writes for a refresh without change", 0.0, 0.0),
+        (
+            "API writes, events aside, for a refresh without change",
+            0.0,
+            0.0,
+        ),
+        // The embedded API server counts the event about the change, too.
+        (
+            "API writes, events aside, for a refresh with change",
+            1.0,
+            1.0,
+        ),
         ("unpublish at 50, p99", 0.01, 60_000.0),
         ("failed calls, unpublish", 0.0, 0.0),
         ("failed calls, publish at boot", 0.0, 0.0),

@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use super::kubelet::{self, Socket};
 use super::record::{Phase, Record};
 use super::sampler::Sampler;
-use super::{CLASS, FILE, Options, seconds};
+use super::{FILE, Options, class_name, seconds};
 use crate::bench::{ControlPlane, Node, Process, Provider, Settings, Stopped, Volume, failed};
 use crate::binaries::Binaries;
 use crate::cluster::{Result, poll, wait_until};
@@ -82,7 +82,7 @@ impl Fleet {
                 providers: providers.clone(),
                 flags: flags.to_vec(),
             };
-            member(settings, &plane, options.volumes)
+            member(settings, &plane, options)
         });
         let members = members.buffered(4).try_collect().await?;
         let plane = Arc::new(plane);
@@ -307,13 +307,19 @@ impl Fleet {
     }
 }
 
-async fn member(settings: Settings, plane: &ControlPlane, volumes: usize) -> Result<Member> {
+async fn member(settings: Settings, plane: &ControlPlane, options: &Options) -> Result<Member> {
     plane.create_node(&settings.name).await?;
-    let run = settings.name.clone();
-    let made = Node::volumes(&settings, plane.namespace(), (CLASS, &run), volumes).await?;
+    let mut volumes = Vec::new();
+    for number in 0..options.classes {
+        let more = usize::from(number < options.volumes % options.classes);
+        let count = options.volumes / options.classes + more;
+        let (class, run) = (class_name(number), format!("{}-{number}", settings.name));
+        let made = Node::volumes(&settings, plane.namespace(), (&class, &run), count).await?;
+        volumes.extend(made.into_iter().map(Arc::new));
+    }
     Ok(Member {
         settings,
-        volumes: made.into_iter().map(Arc::new).collect(),
+        volumes,
         socket: Socket::default(),
         node: None,
     })

@@ -3,18 +3,25 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::json;
 
 use super::record::{Phase, Record, Sample};
 use super::{Options, chart};
-use crate::bench::{Page, Requests, Run, percentile};
+use crate::bench::{Page, Requests, Run, check_docs, percentile};
 use crate::cluster::Result;
 
 const COMMAND: &str = "e2e scale";
 /// The number of nodes for which the table extrapolates.
 const MANY_NODES: f64 = 10_000.0;
+/// The phase without disturbance, and what the names of all such phases begin with.
+const AT_REST: &str = "at rest";
+/// The number of classes of each node for which the text below the table extrapolates, and the driver's
+/// default of --sync-interval.
+const CLASSES: f64 = 30.0;
+const SYNC_INTERVAL: Duration = Duration::from_secs(45);
 /// The phases in which all nodes act, whose requests are told by volume.
 const BURSTS: [&str; 5] = [
     "first start of all nodes",
@@ -61,11 +68,35 @@ impl Row {
     }
 }
 
+impl Row {
+    /// Returns what a node's further classes and Secrets would add to a phase at rest; `many` multiplies
+    /// a rate for 10,000 nodes.
+    fn more_classes(&self, classes: usize, many: impl Fn(f64) -> f64) -> Option<String> {
+        let reads = many(*self.by_kind.get("get secretproviderclasses")?) / count(classes);
+        let mounted = match classes {
+            1 => "the pods of all nodes mount one class".to_owned(),
+            _ => format!("the pods of each node mount {classes} classes"),
+        };
+        let seconds = SYNC_INTERVAL.as_secs_f64();
+        Some(format!(
+            "{}: {mounted}, without `secretObjects`. Each node reads a class by itself, whatever the number of its \
+             pods, so that N classes on each node cost N times the {reads:.0} reads of one per second of 10,000 nodes: {CLASSES} classes about {:.0} per second, spread as these are. A Secret \
+             that a class makes is read once in each `--sync-interval` ({seconds:.0} s by default) by each node that \
+             has the class mounted: {CLASSES} Secrets on each of 10,000 nodes add about {:.0} reads per second. A \
+             longer `--sync-interval` divides that.",
+            self.name,
+            reads * CLASSES,
+            MANY_NODES * CLASSES / seconds,
+        ))
+    }
+}
+
 /// What a run measured.
 pub(super) struct Report {
     run: Run,
     nodes: usize,
     volumes: usize,
+    classes: usize,
     settings: String,
     notes: Vec<String>,
     pub(super) rows: Vec<Row>,
@@ -78,8 +109,12 @@ impl Report {
         let phases = record.phases();
         let nodes = count(options.nodes);
         let rows = phases.iter().map(|phase| row(phase, record, nodes));
+        let classes = match options.classes {
+            1 => String::new(),
+            classes => format!(" of {classes} classes"),
+        };
         let settings = format!(
-            "{} nodes with {} volumes each, a look at each volume after {} to {} s, interval of refreshes {} s; \
+            "{} nodes with {} volumes each{classes}, a look at each volume after {} to {} s, interval of refreshes {} s; \
              a rolling update takes {} nodes at a time; API server and provider are away for {} s",
             options.nodes,
             options.volumes,
@@ -93,6 +128,7 @@ impl Report {
             run,
             nodes: options.nodes,
             volumes: options.volumes,
+            classes: options.classes,
             settings,
             notes: record.notes(),
             rows: rows.collect(),
@@ -155,7 +191,7 @@ impl Report {
         let mut lines = Vec::new();
         for row in &self.rows {
             let many = |rate: f64| rate / nodes * MANY_NODES;
-            if row.name.starts_with("at rest") {
+            if row.name.starts_with(AT_REST) {
                 lines.push(format!(
                     "{}: {:.1} requests per second from {nodes} nodes are {:.3} from each. 10,000 such nodes send \
                      {:.0} per second, and make {:.0} calls of the provider. The busiest second had {:.1} times the mean{}.",
@@ -167,6 +203,9 @@ impl Report {
                     row.api_most / row.api,
                     if row.is_herd() { ": a herd" } else { ", so no herd" },
                 ));
+                if row.name == AT_REST {
+                    lines.extend(row.more_classes(self.classes, many));
+                }
             }
             if BURSTS.contains(&row.name) {
                 let requests = row.api * row.seconds;
@@ -190,6 +229,14 @@ impl Report {
         lines
     }
 
+    /// Checks before a run that its report can be written.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub(super) fn check(docs: &Path) -> Result<()> {
+        check_docs(docs, COMMAND, &["scale.md"])
+    }
+
     /// Writes `scale.md`, `scale.json` and `scale.svg`.
     ///
     /// # Errors
@@ -202,7 +249,7 @@ impl Report {
             values: "All numbers",
         };
         let values = json!({
-            "run": self.run, "nodes": self.nodes, "volumes": self.volumes, "phases": self.rows, "notes": self.notes,
+            "run": self.run, "nodes": self.nodes, "volumes": self.volumes, "classes": self.classes, "phases": self.rows, "notes": self.notes,
         });
         page.write(docs, &self.markdown(), &values, |path| {
             chart::draw(path, self)

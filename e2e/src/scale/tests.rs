@@ -13,6 +13,7 @@ async fn twenty_nodes_go_through_all_phases_and_have_the_newest_content() {
     let options = Options {
         nodes: 20,
         volumes: 5,
+        classes: 2,
         look: Duration::from_secs(2),
         interval: Duration::from_millis(1500),
         rest: Duration::from_secs(2),
@@ -54,7 +55,15 @@ async fn twenty_nodes_go_through_all_phases_and_have_the_newest_content() {
     .unwrap();
     report.write(docs.path()).unwrap();
     let page = std::fs::read_to_string(docs.path().join("scale.md")).unwrap();
-    assert!(page.contains("20 nodes with 5 volumes each"), "{page}");
+    assert!(
+        page.contains("20 nodes with 5 volumes each of 2 classes,"),
+        "{page}"
+    );
+    assert!(
+        page.contains("at rest: the pods of each node mount 2 classes"),
+        "{page}"
+    );
+    assert!(page.contains("add about 6667 reads per second"), "{page}");
     let svg = std::fs::read_to_string(docs.path().join("scale.svg")).unwrap();
     assert!(svg.contains("API server away"));
 }
