@@ -39,6 +39,7 @@ mod error;
 mod missing;
 mod object;
 mod owners;
+mod refusal;
 mod replace;
 
 use std::{collections::BTreeMap, sync::Arc};
@@ -62,6 +63,7 @@ use missing::Replacing;
 use object::{Existing, MergePatch, NewSecret};
 use owners::{MANAGER, without_owner};
 pub use owners::{Owner, PodOwners};
+use refusal::Subject;
 
 /// The label of every Secret that the driver keeps, as in the existing driver.
 pub const MANAGED: &str = "secrets-store.csi.k8s.io/managed";
@@ -180,6 +182,7 @@ impl Cluster {
             Decision::Unchanged => Ok(Some(Reconciled::Unchanged)),
             Decision::Overtaken { order } => Ok(Some(Reconciled::Overtaken { order })),
             Decision::Unmanaged => Err(unmanaged(desired)),
+            Decision::Immutable => Err(SyncError::immutable(namespace, name)),
             Decision::OtherClass(other) if self.makes(desired, &other).await? => {
                 Err(conflict(&other))
             }
@@ -260,7 +263,14 @@ impl Cluster {
         match self.ask::<IgnoredAny>(request).await {
             Ok(_) => Ok(Some(Reconciled::Created)),
             Err(Failure::Refused { code: 409, .. }) => Ok(None),
-            Err(failure) => Err(failure.into()),
+            Err(failure) => {
+                let subject = Subject {
+                    namespace: desired.namespace,
+                    name: desired.name,
+                    values: secret.values().collect(),
+                };
+                Err(SyncError::refused(failure, Some(&subject)))
+            }
         }
     }
 
@@ -283,6 +293,7 @@ impl Cluster {
             Decision::Unchanged => Ok(Some(Reconciled::Unchanged)),
             Decision::Overtaken { order } => Ok(Some(Reconciled::Overtaken { order })),
             Decision::Unmanaged => Err(unmanaged(desired)),
+            Decision::Immutable => Err(SyncError::immutable(desired.namespace, desired.name)),
             // Decided above.
             Decision::OtherClass(other) => Err(conflict(&other)),
             Decision::Write(change) => {
@@ -371,13 +382,20 @@ impl Cluster {
             field_manager: Some(MANAGER.to_owned()),
             ..PatchParams::default()
         };
-        let request = Request::new(path(namespace)).patch(name, &how, &Patch::Merge(change));
+        let request = Request::new(path(namespace)).patch(name, &how, &Patch::Merge(&change));
         match self.ask::<IgnoredAny>(request).await {
             Ok(_) => Ok(true),
             Err(Failure::Refused {
                 code: 404 | 409, ..
             }) => Ok(false),
-            Err(failure) => Err(failure.into()),
+            Err(failure) => {
+                let subject = Subject {
+                    namespace,
+                    name,
+                    values: change.values().collect(),
+                };
+                Err(SyncError::refused(failure, Some(&subject)))
+            }
         }
     }
 

@@ -25,6 +25,8 @@ pub(crate) enum What {
     Create,
     /// The creation of a Secret that was there before.
     PutBack,
+    /// A change of a Secret.
+    Patch,
     Delete,
     /// A read of a class.
     Class,
@@ -154,6 +156,7 @@ impl Behavior {
             "POST" if path.ends_with("/secrets") && is_put_back => Some(What::PutBack),
             "POST" if path.ends_with("/secrets") && is_trial => Some(What::Trial),
             "POST" if path.ends_with("/secrets") => Some(What::Create),
+            "PATCH" if path.contains("/secrets/") => Some(What::Patch),
             "DELETE" => Some(What::Delete),
             _ => None,
         };

@@ -9,6 +9,7 @@
 mod api;
 mod contents;
 mod costs;
+mod refused;
 mod replaced;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../api/server.rs"]

@@ -35,6 +35,8 @@ enum Make {
     ),
     /// The API server refuses the Secret.
     SecretRefused(u16, &'static str, &'static str),
+    /// A driver made the Secret from other content, and this is changed since.
+    SecretIsThere(fn(&mut Value)),
     /// The request of kubelet is changed, or what it has prepared.
     Request(fn(&World, &Volume, &mut proto::csi::NodePublishVolumeRequest)),
 }
@@ -43,7 +45,7 @@ const TLS: &str = "kubernetes.io/tls";
 const PAIR: &[(&str, &str)] = &[("tls.crt", "pw"), ("tls.key", "pw")];
 
 fn mistakes() -> Vec<Mistake> {
-    use Make::{Class as Changed, Read, Request, Secret, SecretRefused};
+    use Make::{Class as Changed, Read, Request, Secret, SecretIsThere, SecretRefused};
     vec![
         (
             "the CRDs are not installed",
@@ -138,7 +140,11 @@ fn mistakes() -> Vec<Mistake> {
                 "Forbidden",
                 "secrets \"creds\" is forbidden: exceeded quota: few, requested: secrets=1, used: secrets=3, limited: secrets=3",
             ),
-            &["the API server refuses it", "HTTP 403"],
+            &[
+                "the API server refuses it",
+                "ResourceQuota few is used up, HTTP 403",
+                "kubectl describe quota -n shop few",
+            ],
         ),
         (
             "a webhook refuses the Secret",
@@ -147,7 +153,52 @@ fn mistakes() -> Vec<Mistake> {
                 "Forbidden",
                 "admission webhook \"values.example.com\" denied the request: no",
             ),
-            &["admission webhook values.example.com denied it"],
+            &[
+                "admission webhook values.example.com denied it",
+                "kubectl create secret generic -n shop creds-",
+                "--dry-run=server",
+                "ask those who run the webhook",
+            ],
+        ),
+        (
+            "a webhook for the Secret is away",
+            SecretRefused(
+                500,
+                "InternalError",
+                "Internal error occurred: failed calling webhook \"values.example.com\": failed to call webhook: Post \"https://values.shop.svc\": no endpoints available for service",
+            ),
+            &["admission webhook values.example.com could not be called"],
+        ),
+        (
+            "a policy refuses the Secret",
+            SecretRefused(
+                422,
+                "Invalid",
+                "secrets \"creds\" is forbidden: ValidatingAdmissionPolicy 'no-weak-ones' with binding 'shop' denied request: no",
+            ),
+            &[
+                "ValidatingAdmissionPolicy no-weak-ones with binding shop denied it",
+                "--dry-run=server",
+                "ask those who run the policy",
+            ],
+        ),
+        (
+            "a label of the class is none",
+            SecretRefused(
+                422,
+                "Invalid",
+                "Secret \"creds\" is invalid: metadata.labels: Invalid value: \"it is\": a valid label must be an empty string or consist of alphanumeric characters",
+            ),
+            &["its field metadata.labels is not accepted", "secretObjects"],
+        ),
+        (
+            "the Secret is immutable",
+            SecretIsThere(|secret| secret["immutable"] = json!(true)),
+            &[
+                "the Secret is immutable",
+                "the driver makes it anew",
+                "kubectl delete secret -n shop creds-",
+            ],
         ),
         (
             "the driver may not write Secrets",
@@ -235,6 +286,18 @@ async fn made(world: &mut World, make: Make) -> String {
             object["spec"]["secretObjects"] = secret("Opaque", &[("pw", "pw")], &name);
             world.api.class_is(&volume.class, [Class::Is(object)]);
             world.api.refuse_secret(&name, (code, reason, message));
+        }
+        Make::SecretIsThere(change) => {
+            object["spec"]["secretObjects"] = secret("Opaque", &[("pw", "pw")], &name);
+            world.api.class_is(&volume.class, [Class::Is(object)]);
+            let labels = json!({"secrets-store.csi.k8s.io/managed": "true"});
+            let mut there = json!({
+                "metadata": {"name": name, "resourceVersion": "1", "labels": labels},
+                "type": "Opaque", "data": {"pw": "Zm9ybWVy"},
+            });
+            change(&mut there);
+            let path = format!("/api/v1/namespaces/shop/secrets/{name}");
+            world.api.put(&path, there);
         }
         Make::Request(change) => change(world, &volume, &mut request),
     }

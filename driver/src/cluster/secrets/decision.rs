@@ -26,6 +26,8 @@ pub(super) enum Decision<'a> {
     Overtaken { order: u64 },
     /// No action: it is not the driver's.
     Unmanaged,
+    /// No action: its content differs, and it is immutable.
+    Immutable,
     /// No action as long as the class of this name makes it.
     OtherClass(String),
     /// Write this change.
@@ -73,6 +75,9 @@ pub(super) fn decide<'a>(
     let replaces_data = !equal && !is_newer && (!is_empty || existing.data.is_empty());
     if replaces_data && existing.type_ != desired.type_ {
         return Decision::Replace;
+    }
+    if replaces_data && existing.is_immutable() {
+        return Decision::Immutable;
     }
     desired.change_metadata(existing, &mut change);
     if replaces_data {

@@ -2,15 +2,18 @@
 //!
 //! A text of the API server or of an admission webhook about a Secret may quote the Secret: cut,
 //! escaped, encoded or in pieces. No part of such a text is repeated, not in a log either. The error
-//! is made of the HTTP code, of a reason that Kubernetes itself defines, and of a webhook's name if
-//! the API server gives one.
+//! is made of the HTTP code, of a reason that Kubernetes itself defines, and of the name of what
+//! refuses the Secret, if the API server gives one (see [`refusal`](super::refusal)).
 
 use std::fmt;
 
 use tonic::Code;
 
-use super::super::request::Failure;
-use crate::{error::Error, record::is_object_name};
+use super::{
+    super::request::Failure,
+    refusal::{Subject, describe, forbidden},
+};
+use crate::error::Error;
 
 /// The `error_type` label of `sync_k8s_secret_error_total`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,6 +108,33 @@ impl SyncError {
         )
     }
 
+    /// Makes the error of a request that failed, about a Secret if it wrote one.
+    pub(super) fn refused(failure: Failure, subject: Option<&Subject<'_>>) -> Self {
+        let error_type = error_type(&failure);
+        // The permissions of others say nothing of the driver's.
+        let subject = subject.filter(|_| error_type != ErrorType::Forbidden);
+        let described = describe(&failure, subject);
+        let message = match (error_type, failure) {
+            (ErrorType::Forbidden, _) => format!(
+                "the API server answers {described}. The driver may write Secrets only when the chart's value syncSecret.enabled is true, or deploy/optional/rbac-secretprovidersyncing.yaml is applied"
+            ),
+            (ErrorType::Refused, _) => format!("the API server refuses it: {described}"),
+            (_, Failure::Refused { .. }) => described,
+            (_, failure) => failure.into_error().to_string(),
+        };
+        Self::new(error_type, message)
+    }
+
+    /// Makes the error of a Secret whose content cannot be changed.
+    pub(super) fn immutable(namespace: &str, name: &str) -> Self {
+        Self::new(
+            ErrorType::Refused,
+            format!(
+                "the Secret is immutable, so that its content cannot be changed, and immutable cannot be set back to false. Delete it, and the driver makes it anew: kubectl delete secret -n {namespace} {name}"
+            ),
+        )
+    }
+
     /// Returns the type of the error.
     pub fn error_type(&self) -> ErrorType {
         self.error_type
@@ -151,17 +181,9 @@ impl From<SyncError> for Error {
 }
 
 impl From<Failure> for SyncError {
+    /// Converts the failure of a request that has no Secret in it: a read.
     fn from(failure: Failure) -> Self {
-        let (error_type, described) = (error_type(&failure), describe(&failure));
-        let message = match (error_type, failure) {
-            (ErrorType::Forbidden, _) => format!(
-                "the API server answers {described}. The driver may write Secrets only when the chart's value syncSecret.enabled is true, or deploy/optional/rbac-secretprovidersyncing.yaml is applied"
-            ),
-            (ErrorType::Refused, _) => format!("the API server refuses it: {described}"),
-            (_, Failure::Refused { .. }) => described,
-            (_, failure) => failure.into_error().to_string(),
-        };
-        Self::new(error_type, message)
+        Self::refused(failure, None)
     }
 }
 
@@ -185,91 +207,16 @@ pub(super) fn error_type(failure: &Failure) -> ErrorType {
     }
 }
 
-/// The reasons that Kubernetes defines. Other reasons come from webhooks, and may be anything.
-const REASONS: [&str; 20] = [
-    "AlreadyExists",
-    "BadRequest",
-    "Conflict",
-    "Expired",
-    "Forbidden",
-    "Gone",
-    "InternalError",
-    "Invalid",
-    "MethodNotAllowed",
-    "NotAcceptable",
-    "NotFound",
-    "RequestEntityTooLarge",
-    "ServerTimeout",
-    "ServiceUnavailable",
-    "StorageReadError",
-    "StoreReadError",
-    "Timeout",
-    "TooManyRequests",
-    "Unauthorized",
-    "UnsupportedMediaType",
-];
-
-/// The length of the longest webhook name that is repeated.
-const MAX_WEBHOOK_NAME: usize = 253;
-
-/// Describes a failure without repeating what the API server says.
-pub(super) fn describe(failure: &Failure) -> String {
-    let Failure::Refused {
-        code,
-        reason,
-        message,
-        namespace_ends,
-        ..
-    } = failure
-    else {
-        return "the API server did not answer".to_owned();
-    };
-    if *namespace_ends {
-        return "the namespace is being deleted, and nothing can be created in it".to_owned();
-    }
-    let known = REASONS.iter().find(|known| *known == reason);
-    let answer = match known {
-        Some(reason) => format!("HTTP {code} {reason}"),
-        None => format!("HTTP {code}"),
-    };
-    let answer = match webhook(message) {
-        Some(name) => format!("admission webhook {name} denied it, {answer}"),
-        None => answer,
-    };
-    format!("{answer}; the message is not repeated because it may quote the content")
-}
-
 /// Returns whether a 403 says that the driver lacks a permission. Then the message begins with
-/// `secrets "creds" is forbidden: User "..." cannot create resource "secrets" in`. The message of a
-/// webhook begins with other words.
+/// `secrets "creds" is forbidden: User "..." cannot create resource "secrets" in`.
 fn is_about_permissions(message: &str) -> bool {
-    let about = message.strip_prefix("secrets ");
-    let told = about.and_then(|about| about.split_once("is forbidden: "));
-    told.is_some_and(|(object, told)| {
-        let names_one = object.is_empty() || object.starts_with('"') && object.ends_with("\" ");
-        let who = told.strip_prefix("User \"");
-        names_one
-            && who.is_some_and(|who| {
-                who.contains("\" cannot ") && who.contains(" resource \"secrets\"")
-            })
-    })
-}
-
-/// Returns the name of the webhook that denied a request, from the sentence that the API server
-/// itself writes before the message of the webhook.
-fn webhook(message: &str) -> Option<&str> {
-    let rest = message.strip_prefix("admission webhook \"")?;
-    let (name, rest) = rest.split_once('"')?;
-    let is_name = name.len() <= MAX_WEBHOOK_NAME && name.contains('.') && is_object_name(name);
-    (is_name && rest.starts_with(" denied the request")).then_some(name)
+    let who = forbidden(message).and_then(|told| told.strip_prefix("User \""));
+    who.is_some_and(|who| who.contains("\" cannot ") && who.contains(" resource \"secrets\""))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::secrets::tests::quoted;
-    use proptest::prelude::*;
-    use rstest::rstest;
 
     fn refused(code: u16, reason: &str, message: &str) -> Failure {
         Failure::Refused {
@@ -279,43 +226,6 @@ mod tests {
             object: "creds".to_owned(),
             namespace_ends: false,
         }
-    }
-
-    #[rstest]
-    #[case::a_rule_of_the_api(
-        422,
-        "Invalid",
-        "Secret \"creds\" is invalid: data: hunter2",
-        "HTTP 422 Invalid"
-    )]
-    #[case::a_webhook(
-        403,
-        "Forbidden",
-        "admission webhook \"values.policy.example.com\" denied the request: hunter2 is weak",
-        "admission webhook values.policy.example.com denied it, HTTP 403 Forbidden"
-    )]
-    #[case::a_reason_of_a_webhooks_own(418, "hunter2", "no", "HTTP 418")]
-    #[case::a_name_that_is_none(
-        400,
-        "BadRequest",
-        "admission webhook \"hunter2 x\" denied the request",
-        "HTTP 400 BadRequest"
-    )]
-    #[case::no_sentence_of_the_servers(
-        400,
-        "BadRequest",
-        "said: admission webhook \"hunter2.example\" denied the request",
-        "HTTP 400 BadRequest"
-    )]
-    fn what_is_said_instead(
-        #[case] code: u16,
-        #[case] reason: &str,
-        #[case] message: &str,
-        #[case] begins: &str,
-    ) {
-        let said = describe(&refused(code, reason, message));
-        let expected = format!("{begins}; the message is not repeated");
-        assert!(said.starts_with(&expected), "{said}");
     }
 
     /// Only a message of the API server itself about permissions gets a hint at them.
@@ -356,33 +266,5 @@ mod tests {
             namespace_ends: true,
         };
         assert_eq!(of(ends), ErrorType::Unavailable);
-    }
-
-    proptest! {
-        /// Whatever a value is and however a message quotes it, no six bytes of it come through.
-        #[test]
-        fn no_piece_of_a_value_is_repeated(
-            value in proptest::collection::vec(any::<u8>(), 6..60),
-            how in 0..8_usize,
-            around in "[ -~\\n]{0,40}",
-            code in prop::sample::select(vec![400_u16, 401, 403, 404, 409, 413, 422, 429, 500, 503, 504]),
-            in_reason in any::<bool>(),
-        ) {
-            let quoted = quoted(&value, how);
-            // The driver's own words, which a value might happen to contain.
-            let plain = format!("{:?}", SyncError::from(refused(code, "", "")));
-            let (reason, message) = if in_reason {
-                (quoted.clone(), around)
-            } else {
-                ("Invalid".to_owned(), format!("{around}{quoted}{around}"))
-            };
-            let error = SyncError::from(refused(code, &reason, &message));
-            let said = format!("{error:?}");
-            let pieces = quoted.as_bytes().windows(6);
-            for piece in pieces.filter_map(|piece| std::str::from_utf8(piece).ok()) {
-                let ours = plain.contains(piece) || "Invalid".contains(piece.trim());
-                prop_assert!(ours || !said.contains(piece), "{piece:?} is in {said:?}");
-            }
-        }
     }
 }

@@ -87,6 +87,16 @@ impl Existing {
             || self.annotation(CLASS_UID).is_some()
     }
 
+    /// Returns whether its data can never be changed.
+    pub(super) fn is_immutable(&self) -> bool {
+        self.immutable == Some(true)
+    }
+
+    /// Returns its values.
+    pub(super) fn values(&self) -> impl Iterator<Item = &Secret> {
+        self.data.values().map(|value| &value.0)
+    }
+
     /// Returns whether it has exactly this data.
     pub(super) fn has(&self, data: &Data<'_>) -> bool {
         match data {
@@ -167,6 +177,8 @@ pub(super) fn is_reserved(key: &str) -> bool {
 /// A merge patch (RFC 7396): absent fields stay, and null removes a field.
 #[derive(Serialize)]
 pub(super) struct MergePatch<'a> {
+    #[serde(skip)]
+    existing: &'a Existing,
     pub(super) metadata: PatchedMeta<'a>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) data: BTreeMap<&'a str, Option<Encoded<'a>>>,
@@ -189,6 +201,7 @@ impl<'a> MergePatch<'a> {
     /// Returns an empty change, which applies only to the version that was read.
     pub(super) fn of(existing: &'a Existing) -> Self {
         Self {
+            existing,
             metadata: PatchedMeta {
                 uid: existing.metadata.uid.as_deref(),
                 resource_version: existing.metadata.resource_version.as_deref(),
@@ -223,6 +236,12 @@ impl<'a> MergePatch<'a> {
                 self.data.insert(key, Some(Encoded(value)));
             }
         }
+    }
+
+    /// Returns the values that it writes, and those that are there.
+    pub(super) fn values(&self) -> impl Iterator<Item = &'a Secret> {
+        let written = self.data.values().flatten().map(|value| value.0);
+        written.chain(self.existing.values())
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -261,5 +280,10 @@ impl<'a> NewSecret<'a> {
             data: data.collect(),
             immutable: None,
         }
+    }
+
+    /// Returns its values.
+    pub(super) fn values(&self) -> impl Iterator<Item = &'a Secret> {
+        self.data.values().map(|value| value.0)
     }
 }

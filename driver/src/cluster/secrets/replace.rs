@@ -24,11 +24,12 @@ use zeroize::Zeroizing;
 use super::{
     super::request::Failure,
     Cluster, DesiredSecret, REFUSED_TYPE, Reconciled, SyncError,
-    error::{ErrorType, describe, error_type},
+    error::{ErrorType, error_type},
     missing::Replacing,
     object::Existing,
     owners::MANAGER,
     path,
+    refusal::{Subject, describe},
 };
 use crate::quoted::quoted;
 
@@ -122,7 +123,7 @@ impl Cluster {
             Created::Refused(failure) => {
                 return Err(replacement.type_stays(failure, "the dry run was refused"));
             }
-            Created::Unclear(failure) => return Err(failure.into()),
+            Created::Unclear(failure) => return Err(replacement.error(failure)),
         }
         let only_this = DeleteParams {
             preconditions: Some(Preconditions {
@@ -263,14 +264,14 @@ impl Replacement {
             Created::Yes => return Replaced::New,
             Created::Exists => return Replaced::Other,
             Created::Unclear(failure) => {
-                return Replaced::Missing(SyncError::from(failure).to_string());
+                return Replaced::Missing(self.error(failure).to_string());
             }
             Created::Refused(failure) => failure,
         };
         match self.create_at_last(&self.former).await {
             Created::Yes => Replaced::PutBack(refused),
             Created::Exists => Replaced::Other,
-            Created::Refused(_) | Created::Unclear(_) => Replaced::Missing(describe(&refused)),
+            Created::Refused(_) | Created::Unclear(_) => Replaced::Missing(self.describe(&refused)),
         }
     }
 
@@ -320,11 +321,35 @@ impl Replacement {
     /// failures that may pass say nothing about the type.
     fn type_stays(&self, failure: Failure, step: &str) -> SyncError {
         match error_type(&failure) {
-            ErrorType::Refused => {
-                SyncError::type_stays(&self.type_, format_args!("{step}: {}", describe(&failure)))
-            }
-            _ => failure.into(),
+            ErrorType::Refused => SyncError::type_stays(
+                &self.type_,
+                format_args!("{step}: {}", self.describe(&failure)),
+            ),
+            _ => self.error(failure),
         }
+    }
+
+    fn error(&self, failure: Failure) -> SyncError {
+        self.about_it(|subject| SyncError::refused(failure, subject))
+    }
+
+    fn describe(&self, failure: &Failure) -> String {
+        self.about_it(|subject| describe(failure, subject))
+    }
+
+    /// Calls a function with what a refusal is about: the values of the new Secret and of the former
+    /// one. They are read from the bodies, so that there are no copies until something is refused.
+    fn about_it<T>(&self, tell: impl FnOnce(Option<&Subject<'_>>) -> T) -> T {
+        let read = |body: &[u8]| serde_json::from_slice::<Existing>(body).ok();
+        let (Some(new), Some(former)) = (read(&self.new), read(&self.former)) else {
+            return tell(None);
+        };
+        let (namespace, name) = &self.key;
+        tell(Some(&Subject {
+            namespace,
+            name,
+            values: new.values().chain(former.values()).collect(),
+        }))
     }
 }
 

@@ -132,6 +132,7 @@ impl Fixture {
             Decision::Unchanged => json!("unchanged"),
             Decision::Overtaken { .. } => json!("overtaken"),
             Decision::Unmanaged => json!("unmanaged"),
+            Decision::Immutable => json!("immutable"),
             Decision::OtherClass(other) => json!({"of": other}),
             Decision::WriteData => json!("data"),
             Decision::Replace => json!("replace"),
@@ -555,6 +556,35 @@ fn a_secret_of_somebody_else_is_left_alone_until_it_may_be_adopted() {
     assert_eq!(written["metadata"]["annotations"][CLASS_UID], "class-1");
     stored["type"] = json!("kubernetes.io/basic-auth");
     assert_eq!(fixture.decides(&stored), "replace");
+}
+
+#[test]
+fn the_content_of_an_immutable_secret_is_not_written() {
+    let mut stored = Fixture::new().stored();
+    stored["immutable"] = json!(true);
+    assert_eq!(Fixture::new().decides(&stored), "unchanged");
+    let newer = Fixture::with("rotated", "2026-11-23T11:00:00Z", Some(4));
+    assert_eq!(newer.decides(&stored), "immutable");
+    let older = Fixture::with("old", "2026-11-23T09:00:00Z", Some(2));
+    assert_eq!(older.decides(&stored), "overtaken");
+    let labelled = Fixture {
+        labels: map(&[("environment", "prod")]),
+        ..Fixture::new()
+    };
+    let written = labelled.decides(&stored);
+    assert_eq!(
+        written,
+        json!({"metadata": {"labels": {"environment": "prod"}}})
+    );
+    // Another type takes a new Secret anyway.
+    let typed = Fixture {
+        type_: "kubernetes.io/basic-auth",
+        ..newer
+    };
+    assert_eq!(typed.decides(&stored), "replace");
+    stored["immutable"] = json!(false);
+    let newer = Fixture::with("rotated", "2026-11-23T11:00:00Z", Some(4));
+    assert_eq!(newer.decides(&stored)["data"]["password"], "cm90YXRlZA==");
 }
 
 /// The Secrets of the existing driver have its label and none of the annotations.
