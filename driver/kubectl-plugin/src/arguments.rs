@@ -8,8 +8,8 @@ Explains pods with volumes of the Secrets Store CSI driver, and finds mistakes i
 
 usage:
   kubectl secrets-store explain pod NAME   what is mounted, what is due, what is wrong, and what to do next;
-                                           a deployment, statefulset, daemonset, job or cronjob has one of its
-                                           pods explained
+                                           a deployment, replicaset, statefulset, daemonset, job or cronjob
+                                           has one of its pods explained
   kubectl secrets-store doctor             what the cluster and its nodes lack, and what to do about it
   kubectl secrets-store lint FILE...       mistakes in SecretProviderClasses, pods and Helm values, offline
 

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 pub use checks::Trouble;
 pub use story::Story;
-pub use workload::{Chosen, NoPods, Workload};
+pub use workload::{Chosen, Missing, NoPods, Workload};
 
 /// What came of a question.
 #[derive(Debug, Clone, Serialize)]

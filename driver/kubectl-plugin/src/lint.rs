@@ -5,7 +5,7 @@
 
 mod class;
 mod keys;
-mod names;
+pub(crate) mod names;
 mod pod;
 mod secrets;
 mod values;

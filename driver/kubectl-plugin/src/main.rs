@@ -10,7 +10,7 @@ use std::{
 
 use kubectl_secrets_store::{
     doctor::{Scope, doctor},
-    explain::{Chosen, Explained, Workload, explain},
+    explain::{Chosen, Explained, Missing, Workload, explain},
     lint::{lint_in, nothing_to_check},
 };
 use serde::Serialize;
@@ -71,15 +71,15 @@ fn explain_pod(arguments: &Arguments) -> ExitCode {
     let name = name.as_str();
     let explained = arguments.run(async |client, namespace| {
         let driver = arguments.driver_namespace.as_deref();
-        let pod = match workload {
+        let (pod, missing) = match workload {
             Some(workload) => match workload.pod(client, namespace, name).await? {
-                Chosen::Pod(pod) => pod,
+                Chosen::Pod(pod, missing) => (pod, missing),
                 Chosen::NoPods(none) => return Ok(Explained::NoPods(none)),
             },
-            None => name.to_owned(),
+            None => (name.to_owned(), Missing::default()),
         };
         let story = explain(client, namespace, &pod, driver).await?;
-        Ok(Explained::Pod(Box::new(story)))
+        Ok(Explained::Pod(Box::new(story.with(missing))))
     });
     match explained {
         Ok(explained) => say(

@@ -135,6 +135,7 @@ macro_rules! assert_stories {
         // How many calls of other pods failed before is not known.
         let filters = vec![
             (r"\d{4}-\d\d-\d\dT[\d:]+Z( \([^)]*\))?", "[time]"),
+            (r"\d+[smhd](\d+[smhd])? ago", "[span] ago"),
             (r"\nTo know:\n  - of \d+ calls [^\n]*\n", ""),
         ];
         insta::with_settings!({filters => filters}, {

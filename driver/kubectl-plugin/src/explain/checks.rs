@@ -1,12 +1,17 @@
 //! What can be wrong, from the ground up: each check looks at one thing, and the first ones explain the others.
 
 mod ground;
+mod mount;
 mod others;
+mod refusal;
+mod secret_volumes;
 mod secrets;
+mod sub_path;
 mod volume;
 
 use std::fmt;
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Event;
 use kube::ResourceExt as _;
 use serde::Serialize;
@@ -14,14 +19,26 @@ use serde::Serialize;
 pub(super) use secrets::outdated;
 pub(super) use volume::{Next, next_refresh};
 
-use super::facts::{Facts, VolumeFacts};
+use super::facts::{Facts, VolumeFacts, is_running, time_of};
 use crate::{
+    cluster::Read,
     installation::{DRIVER, Installed, TELL},
     text::{one_line, visible},
+    time::span,
 };
 
 /// The longest text of others in a story.
 const MAX_SAID: usize = 600;
+
+/// Returns a text of others as one line, with how long ago it was said: what was the cause then may have been mended
+/// since.
+pub(super) fn told(text: &str, at: Option<Timestamp>, now: Timestamp) -> String {
+    let line = one_line(text, MAX_SAID);
+    match at {
+        Some(at) => format!("{line} ({} ago)", span(now.duration_since(at))),
+        None => line,
+    }
+}
 
 /// Something that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -60,6 +77,8 @@ type OfVolume = fn(&Facts, &VolumeFacts) -> Option<Found>;
 struct Found {
     what: String,
     said: Option<String>,
+    /// When it was said, if that is not now.
+    at: Option<Timestamp>,
     next: Then,
 }
 
@@ -88,7 +107,16 @@ impl Found {
         Self {
             what: what.into(),
             said: None,
+            at: None,
             next: next.into(),
+        }
+    }
+
+    /// Adds what an event says.
+    fn said_by(self, event: Option<&Event>) -> Self {
+        Self {
+            at: event.and_then(time_of),
+            ..self.said(event.and_then(|event| event.message.clone()))
         }
     }
 
@@ -107,6 +135,7 @@ const OF_POD: &[(&str, OfPod)] = &[
     ("node", ground::node),
     ("driver-installed", ground::installed),
     ("driver-pod", ground::driver_pod),
+    ("driver-restarts", ground::restarts),
     ("registration", ground::registration),
     ("driver-socket", ground::socket),
     ("mount-propagation", ground::propagation),
@@ -121,19 +150,20 @@ const PREVENTS_MOUNT: &[(&str, OfVolume)] = &[
     ("class-fields", volume::class_fields),
     ("provider", volume::provider),
     ("publish-secret", volume::publish_secret),
-    ("mount", volume::mount),
+    ("mount", mount::mount),
 ];
 
 /// The checks of a volume that is mounted, or was.
 const OF_MOUNTED: &[(&str, OfVolume)] = &[
     ("mount-gone", volume::mount_gone),
+    ("sub-path-file", sub_path::without_file),
     ("class-gone", volume::class_gone),
     ("provider-socket", volume::provider_socket),
     ("refresh", volume::refresh),
     ("republish", volume::republish),
     ("overdue", volume::overdue),
     ("asked", volume::asked),
-    ("sub-path", volume::sub_path),
+    ("sub-path", sub_path::outdated),
     ("secrets", secrets::out_of_step),
     ("secret-missing", secrets::missing),
 ];
@@ -177,7 +207,14 @@ pub(super) fn all(facts: &Facts) -> Vec<Trouble> {
             troubles.extend(found.map(|found| trouble(name, Some(volume), found)));
         }
     }
-    for (name, found) in others::failed(facts) {
+    let of_secrets = secret_volumes::wrong(facts);
+    let names: Vec<_> = of_secrets.iter().map(|(name, _)| name.clone()).collect();
+    for (name, found) in of_secrets {
+        troubles.push(facts.trouble("volume-secret", Some(&name), found));
+    }
+    let is_told = |name: &Option<String>| name.as_ref().is_some_and(|name| names.contains(name));
+    let others = others::failed(facts).into_iter();
+    for (name, found) in others.filter(|(name, _)| !is_told(name)) {
         troubles.push(facts.trouble("other-volume", name.as_deref(), found));
     }
     let has_reason = !troubles.is_empty();
@@ -191,7 +228,7 @@ pub(super) fn all(facts: &Facts) -> Vec<Trouble> {
 impl Facts {
     /// Makes a trouble of what a check found.
     fn trouble(&self, check: &'static str, volume: Option<&str>, found: Found) -> Trouble {
-        let said = found.said.map(|said| one_line(&said, MAX_SAID));
+        let said = found.said.map(|said| told(&said, found.at, self.now));
         let what = visible(&found.what);
         let next = match found.next {
             Then::Do(command) => visible(&command),
@@ -239,14 +276,38 @@ impl Facts {
         )
     }
 
+    /// Returns the command that edits the class of a volume.
+    fn edit_class(&self, volume: &VolumeFacts) -> String {
+        format!(
+            "{} edit secretproviderclass {}",
+            self.kubectl(),
+            volume.class_name
+        )
+    }
+
+    /// Returns how to give the driver a right: a value of the chart, or a role of `deploy/`.
+    fn grant(&self, value: &str, role: &str) -> Then {
+        match self.may_not_see_the_driver() {
+            true => Then::Tell,
+            false => Then::Do(format!(
+                "kubectl apply -f deploy/{role}, or set {value}=true of the chart"
+            )),
+        }
+    }
+
     /// Returns how to get a pod like this one. A pod without a controller is not made again; `anew` says what to do
     /// then.
     fn new_pod(&self, anew: &str) -> String {
-        let mut owners = self.pod.owner_references().iter();
-        match owners.any(|owner| owner.controller == Some(true)) {
+        match self.has_controller() {
             true => format!("{} delete pod {}", self.kubectl(), self.pod.name_any()),
             false => format!("{anew}: nothing makes it again once it is deleted"),
         }
+    }
+
+    /// Returns whether something makes a pod like this one once it is deleted.
+    fn has_controller(&self) -> bool {
+        let mut owners = self.pod.owner_references().iter();
+        owners.any(|owner| owner.controller == Some(true))
     }
 
     /// Returns the command that shows the log of the node's driver.
@@ -292,6 +353,16 @@ impl Facts {
         Then::Do(command)
     }
 
+    /// Returns whether it is known that no driver runs on the pod's node.
+    pub(super) fn lacks_driver(&self) -> bool {
+        let node = self.node.as_ref();
+        node.is_some_and(|node| match &node.driver {
+            Read::Is(Some((installed, pod))) => !is_running(pod, &installed.container),
+            Read::Is(None) => true,
+            _ => false,
+        })
+    }
+
     /// Returns whether the driver's DaemonSet or its pods could not be read.
     fn may_not_see_the_driver(&self) -> bool {
         let node = self.node.as_ref();
@@ -333,8 +404,8 @@ impl Facts {
         matches!(phase, Some("Succeeded" | "Failed"))
     }
 
-    /// Returns kubelet's last words about a volume that it cannot mount.
-    fn failed_mount(&self, volume: &VolumeFacts) -> Option<String> {
+    /// Returns kubelet's last words about a volume that it cannot mount, and when it said them.
+    fn failed_mount(&self, volume: &VolumeFacts) -> Option<(String, Option<Timestamp>)> {
         let name = format!("volume \"{}\"", volume.name);
         let event = self.event(&["FailedMount"], |text| {
             text.contains(&name) || text.contains(DRIVER) && !text.contains("for volume \"")
@@ -346,6 +417,6 @@ impl Facts {
                 .split_once(&format!("{name} : "))
                 .map(|(_, text)| text)
         });
-        Some(one_line(end.unwrap_or(message), MAX_SAID))
+        Some((one_line(end.unwrap_or(message), MAX_SAID), time_of(event)))
     }
 }

@@ -1,5 +1,7 @@
 //! Reads all that belongs to a pod's volumes: objects of the API server, and what the node's driver says.
 
+mod taken;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use driver::{
@@ -17,6 +19,8 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use kube::{Api, Client, ResourceExt as _, api::ListParams};
+
+pub(super) use taken::SecretVolume;
 
 use crate::{
     cluster::{Read, list, list_metadata, read},
@@ -142,6 +146,11 @@ impl Facts {
     async fn read_secrets(&mut self, client: &Client, namespace: &str) {
         let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
         let mut names: BTreeSet<String> = self.taken_secrets().into_keys().collect();
+        names.extend(
+            self.secret_volumes()
+                .into_iter()
+                .map(|volume| volume.secret),
+        );
         for volume in &self.volumes {
             let reference = volume.source.node_publish_secret_ref.as_ref();
             names.extend(reference.map(|reference| reference.name.clone()));
@@ -168,48 +177,14 @@ impl Facts {
 
     fn needs_classes(&self) -> bool {
         let has_one_missing = self.volumes.iter().any(|volume| volume.class.is_missing());
-        let of_others = self.taken_secrets().into_keys().any(|secret| {
+        let of_volumes = self.secret_volumes().into_iter();
+        let of_volumes = of_volumes.map(|volume| volume.secret);
+        let mut taken = self.taken_secrets().into_keys().chain(of_volumes);
+        let of_others = taken.any(|secret| {
             let is_missing = self.secrets.get(&secret).is_some_and(Read::is_missing);
             is_missing && !self.volumes.iter().any(|volume| volume.makes(&secret))
         });
         has_one_missing || of_others
-    }
-
-    /// Returns the Secrets that the environment of the pod's containers needs, with the container and the keys.
-    pub(super) fn taken_secrets(&self) -> BTreeMap<String, Taken> {
-        let mut all: BTreeMap<String, Taken> = BTreeMap::new();
-        let Some(spec) = &self.pod.spec else {
-            return all;
-        };
-        for container in spec
-            .init_containers
-            .iter()
-            .flatten()
-            .chain(&spec.containers)
-        {
-            let mut take = |secret: &str, key: Option<&str>| {
-                let taken = all.entry(secret.to_owned()).or_default();
-                taken.container.clone_from(&container.name);
-                taken.containers.insert(container.name.clone());
-                taken.keys.extend(key.map(str::to_owned));
-            };
-            for source in container.env_from.iter().flatten() {
-                if let Some(secret) = &source.secret_ref
-                    && secret.optional != Some(true)
-                {
-                    take(&secret.name, None);
-                }
-            }
-            let from = container.env.iter().flatten();
-            for source in from.filter_map(|variable| variable.value_from.as_ref()) {
-                if let Some(key) = &source.secret_key_ref
-                    && key.optional != Some(true)
-                {
-                    take(&key.name, Some(&key.key));
-                }
-            }
-        }
-        all
     }
 
     /// Returns what the node's driver says, if it could be asked.
@@ -253,7 +228,7 @@ impl Facts {
             .any(|other| other.name == container && mounts(other, volume))
     }
 
-    fn containers(&self) -> impl Iterator<Item = &Container> {
+    pub(super) fn containers(&self) -> impl Iterator<Item = &Container> {
         let spec = self.pod.spec.iter();
         spec.flat_map(|spec| {
             spec.init_containers
@@ -267,17 +242,6 @@ impl Facts {
 fn mounts(container: &Container, volume: &VolumeFacts) -> bool {
     let mut mounts = container.volume_mounts.iter().flatten();
     mounts.any(|mount| mount.name == volume.name)
-}
-
-/// A Secret that a container's environment takes.
-#[derive(Default)]
-pub(super) struct Taken {
-    /// The container's name.
-    pub container: String,
-    /// The names of all containers that take it.
-    pub containers: BTreeSet<String>,
-    /// The keys; none if it takes all.
-    pub keys: BTreeSet<String>,
 }
 
 /// When a Secret was written, as its metadata says it.

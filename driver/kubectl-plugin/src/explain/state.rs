@@ -1,9 +1,15 @@
 //! What a pod does, in the words of `kubectl get pod`.
 
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
 use kube::ResourceExt as _;
 
 use super::facts::Facts;
+use crate::time::span;
+
+/// The seconds for which an end of a container says something of the present. kubelet waits five minutes at most
+/// until it starts one again.
+const LATELY: i64 = 600;
 
 /// Returns what `kubectl get pod` shows as the pod's status.
 pub(super) fn of(pod: &Pod) -> String {
@@ -79,22 +85,52 @@ pub(super) fn crashes(facts: &Facts) -> Vec<String> {
         init.chain(status.container_statuses.iter().flatten())
     });
     containers
-        .filter(|container| is_crashing(container))
-        .map(|container| crash(facts, &container.name))
+        .filter(|container| {
+            reason(container).as_deref() == Some("CrashLoopBackOff")
+                || ended_lately(container, facts.now).is_some()
+        })
+        .map(|container| crash(facts, container))
         .collect()
 }
 
-/// A container that crashes is started again and again, so that it runs in between.
-fn is_crashing(container: &ContainerStatus) -> bool {
-    if reason(container).as_deref() == Some("CrashLoopBackOff") {
-        return true;
+/// Returns the last end of a container that is started again and again, if it was lately. It runs in between, and
+/// one without a readiness probe is ready then.
+pub(super) fn ended_lately(
+    container: &ContainerStatus,
+    now: Timestamp,
+) -> Option<&ContainerStateTerminated> {
+    if container.restart_count == 0 {
+        return None;
     }
-    let ended = container.state.iter().chain(&container.last_state);
-    let mut ended = ended.filter_map(|state| state.terminated.as_ref());
-    !container.ready && container.restart_count > 0 && ended.any(|ended| ended.exit_code != 0)
+    last_end(container).filter(|ended| {
+        let is_failure =
+            ended.exit_code != 0 || !matches!(ended.reason.as_deref(), None | Some("Completed"));
+        let time = ended.finished_at.as_ref();
+        is_failure && time.is_none_or(|time| now.duration_since(time.0).as_secs() <= LATELY)
+    })
 }
 
-fn crash(facts: &Facts, container: &str) -> String {
+fn last_end(container: &ContainerStatus) -> Option<&ContainerStateTerminated> {
+    let mut states = container.state.iter().chain(&container.last_state);
+    states.find_map(|state| state.terminated.as_ref())
+}
+
+/// Returns how a container ended, and how long ago.
+pub(super) fn end(ended: &ContainerStateTerminated, now: Timestamp) -> String {
+    let reason = ended.reason.as_deref().unwrap_or("Error");
+    let time = ended.finished_at.as_ref();
+    let ago = time.map_or_else(String::new, |time| {
+        format!(", {} ago", span(now.duration_since(time.0)))
+    });
+    format!("{reason}, exit code {}{ago}", ended.exit_code)
+}
+
+fn crash(facts: &Facts, status: &ContainerStatus) -> String {
+    let container = status.name.as_str();
+    let ended = last_end(status);
+    let ended = ended.map_or_else(String::new, |ended| {
+        format!(", the last time with {}", end(ended, facts.now))
+    });
     let namespace = facts.pod.namespace().unwrap_or_default();
     let pod = facts.pod.name_any();
     let log = format!("kubectl -n {namespace} logs {pod} -c {container} --previous");
@@ -106,5 +142,5 @@ fn crash(facts: &Facts, container: &str) -> String {
     } else {
         " it mounts no volume of the driver and cannot read their files; if it should, add them to its volumeMounts; else"
     };
-    format!("container {container} starts and ends again:{why} look at its log ({log})")
+    format!("container {container} starts and ends again{ended}:{why} look at its log ({log})")
 }

@@ -1,32 +1,30 @@
 //! The story of a pod, for people and for machines.
 
+mod notes;
+
 use std::fmt;
 
-use driver::cluster::{
-    interval::INTERVAL,
-    pod_status::{CONTENT_CHANGED, CONTENT_CHANGES},
-};
+use driver::cluster::pod_status::{CONTENT_CHANGED, CONTENT_CHANGES};
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 use serde::Serialize;
 
 use super::{
     checks::{self, Trouble},
-    facts::{Facts, VolumeFacts, time_of},
+    facts::{Facts, VolumeFacts},
     state,
+    workload::Missing,
 };
 use crate::{
     cluster::Read,
-    explain::checks::{Next, next_refresh, outdated},
+    explain::checks::{Next, next_refresh},
     installation::{DRIVER, NodeSays, is_ready},
     text::{one_line, visible},
-    time::{shown, span},
+    time::shown,
 };
 
 /// The objects of a volume, and the Secrets of a class, that the text names.
 const SHOWN: usize = 8;
-/// The difference between two clocks that is worth a word, in seconds.
-const SKEW: i64 = 30;
 
 /// What there is to say of a pod.
 #[derive(Debug, Clone, Serialize)]
@@ -136,11 +134,20 @@ impl Story {
                 .iter()
                 .map(|volume| Volume::of(facts, volume))
                 .collect(),
-            notes: lines(notes(facts, !trouble.is_empty())),
+            notes: lines(notes::of(facts, !trouble.is_empty())),
             trouble,
             unknown: lines(unknown(facts)),
             known: is_known(facts),
         }
+    }
+
+    /// Adds what there is to say of the other pods of its workload.
+    #[must_use]
+    pub fn with(mut self, missing: Missing) -> Self {
+        self.trouble.extend(missing.trouble);
+        self.notes.extend(lines(missing.notes));
+        self.unknown.extend(lines(missing.unknown));
+        self
     }
 }
 
@@ -350,105 +357,6 @@ impl fmt::Display for Story {
         }
         Ok(())
     }
-}
-
-fn notes(facts: &Facts, has_trouble: bool) -> Vec<String> {
-    let mut notes = Vec::new();
-    if facts.volumes.is_empty() {
-        notes.push(format!("the pod has no volume of {DRIVER}"));
-    }
-    if facts.has_ended() {
-        notes.push("the pod has ended: its volumes are taken down".to_owned());
-    }
-    if let Some(status) = facts.status() {
-        let skew = status.time.duration_since(facts.now);
-        if skew.as_secs().abs() > SKEW {
-            let which = if skew.is_negative() {
-                "behind"
-            } else {
-                "before"
-            };
-            notes.push(format!(
-                "the clock of node {} is {} {which} this machine's; times of the node are by its own clock",
-                status.node,
-                span(skew.abs())
-            ));
-        }
-    }
-    if has_trouble {
-        notes.extend(failed_calls(facts));
-    }
-    notes.extend(idle_intervals(facts));
-    notes.extend(outdated(facts).into_iter().map(|(container, secret)| {
-        format!(
-            "container {container} started before Secret {secret} got its present content; it has the old values until it is restarted"
-        )
-    }));
-    let node = facts.node.as_ref();
-    if let Some(NodeSays::ExistingDriver) = node.and_then(|node| node.says.as_ref()) {
-        notes.push("the node has the existing driver, which keeps no record: when a refresh is due, and when one failed, is not known".to_owned());
-    }
-    notes.extend(state::crashes(facts));
-    if let Some(event) = facts.events.found().and_then(|events| {
-        events
-            .iter()
-            .find(|event| event.reason.as_deref() == Some("MountContentChanged"))
-    }) && let Some(time) = time_of(event)
-    {
-        notes.push(format!(
-            "the pod was told of new content at {}",
-            shown(time, facts.now)
-        ));
-    }
-    notes
-}
-
-/// Returns which volumes ask for refreshes while rotation is off.
-fn idle_intervals(facts: &Facts) -> Vec<String> {
-    let is_off = |volume: &&VolumeFacts| next_refresh(facts, volume) == Next::Off;
-    let asking = facts.volumes.iter().filter(is_off).filter_map(|volume| {
-        let mut attributes = volume.source.volume_attributes.iter();
-        let class = volume.class.found();
-        if attributes.any(|all| all.contains_key(INTERVAL)) {
-            return Some(format!("volume {}", volume.name));
-        }
-        let is_asked = class.is_some_and(|class| class.annotations().contains_key(INTERVAL));
-        is_asked.then(|| format!("class {}", volume.class_name))
-    });
-    let note = |who| {
-        format!(
-            "{who} has {INTERVAL}, which has no effect while rotation is off: new content waits for a new pod"
-        )
-    };
-    asking.map(note).collect()
-}
-
-/// Returns how many calls of the node's driver to the providers of the pod failed: others may be in the same
-/// trouble.
-fn failed_calls(facts: &Facts) -> Vec<String> {
-    let providers: Vec<_> = facts
-        .volumes
-        .iter()
-        .filter_map(|volume| volume.class.found())
-        .map(|class| class.spec.provider.as_str())
-        .collect();
-    let calls = facts.status().into_iter().flat_map(|status| &status.calls);
-    let of_pod = calls.filter(|calls| providers.contains(&calls.provider.as_str()));
-    of_pod
-        .filter_map(|calls| {
-            let failed: u64 = calls.failed.values().sum();
-            let codes = calls.failed.iter().map(|(code, count)| format!("{count} with {code}"));
-            let codes: Vec<_> = codes.collect();
-            (failed > 0).then(|| {
-                format!(
-                    "of {} calls of this node's driver to provider {}, for all pods and since it started, {failed} failed: {}",
-                    calls.succeeded + failed,
-                    calls.provider,
-                    codes.join(", ")
-                )
-            })
-        })
-        .collect()
 }
 
 /// Returns what could not be read: once, however many objects it is about.

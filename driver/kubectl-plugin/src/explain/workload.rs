@@ -1,40 +1,38 @@
 //! Chooses a pod of a workload: one that is in trouble, if there is one. Where there is none at all, an event of
 //! the workload says why.
 
+mod events;
+mod object;
+
 use std::fmt;
 
 use driver::record::is_object_name;
-use k8s_openapi::{
-    api::{
-        apps::v1::{DaemonSet, Deployment, StatefulSet},
-        batch::v1::{CronJob, Job},
-        core::v1::{Event, Pod},
-    },
-    apimachinery::pkg::apis::meta::v1::LabelSelector,
+use k8s_openapi::api::{
+    batch::v1::{CronJob, Job},
+    core::v1::Pod,
 };
 use kube::{Api, Client, ResourceExt as _, api::ListParams};
 use serde::Serialize;
 
-use super::{checks::Trouble, facts::time_of};
+use self::{events::Maker, object::Object};
+use super::checks::Trouble;
 use crate::{
     cluster::{Read, list, read},
     installation::is_ready,
-    text::one_line,
 };
 
 /// The pods of a workload that are looked at.
 const MAX_PODS: usize = 1_000;
-/// The events and the Jobs that are looked at.
-const MAX_EVENTS: usize = 2_000;
+/// The Jobs that are looked at.
 const MAX_JOBS: usize = 2_000;
-/// The longest text of an event that is shown.
-const MAX_SAID: usize = 600;
 
 /// A kind of workload, by the names that kubectl has for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Workload {
     /// A Deployment.
     Deployment,
+    /// A ReplicaSet.
+    ReplicaSet,
     /// A StatefulSet.
     StatefulSet,
     /// A DaemonSet.
@@ -48,10 +46,21 @@ pub enum Workload {
 /// What there is to explain of a workload.
 #[derive(Debug)]
 pub enum Chosen {
-    /// A pod of this name.
-    Pod(String),
+    /// A pod of this name, and what is wrong with those that are missing.
+    Pod(String, Missing),
     /// Nothing: it has no pods, and an event says why.
     NoPods(NoPods),
+}
+
+/// What there is to say of the pods of a workload that are missing.
+#[derive(Debug, Default)]
+pub struct Missing {
+    /// Why they cannot be made.
+    pub(super) trouble: Vec<Trouble>,
+    /// That they are missing, where nothing says why, and what else the workload says of itself.
+    pub(super) notes: Vec<String>,
+    /// What could not be read.
+    pub(super) unknown: Vec<String>,
 }
 
 /// A workload whose pods cannot be made.
@@ -81,6 +90,7 @@ impl Workload {
     pub fn named(name: &str) -> Option<Self> {
         match name {
             "deployment" | "deployments" | "deploy" => Some(Self::Deployment),
+            "replicaset" | "replicasets" | "rs" => Some(Self::ReplicaSet),
             "statefulset" | "statefulsets" | "sts" => Some(Self::StatefulSet),
             "daemonset" | "daemonsets" | "ds" => Some(Self::DaemonSet),
             "job" | "jobs" => Some(Self::Job),
@@ -106,23 +116,26 @@ impl Workload {
 
     async fn pod_of(self, client: &Client, namespace: &str, name: &str) -> Result<Chosen, String> {
         let what = format!("{self:?} {namespace}/{name}");
-        let selector = match self.selector(client, namespace, name).await {
-            Read::Is(selector) => selector.unwrap_or_default(),
+        let object = match Object::read(self, client, namespace, name).await {
+            Read::Is(object) => object,
             Read::Unknown(why) => return Err(format!("{what} cannot be read: {why}")),
             Read::Missing | Read::NoKind => return Err(format!("there is no {what}")),
         };
-        let labels = selector.match_labels.unwrap_or_default();
+        let labels = object.selector.as_ref();
+        let labels = labels.and_then(|selector| selector.match_labels.as_ref());
+        let labels: Vec<_> = labels
+            .into_iter()
+            .flatten()
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect();
         if labels.is_empty() {
             return Err(format!(
                 "{what} selects its pods by other than labels; name one of them"
             ));
         }
-        let labels: Vec<_> = labels
-            .iter()
-            .map(|(key, value)| format!("{key}={value}"))
-            .collect();
+        let labels = labels.join(",");
         let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
-        let params = ListParams::default().labels(&labels.join(","));
+        let params = ListParams::default().labels(&labels);
         let mut pods = match list(&pods, params, MAX_PODS).await {
             Read::Is(pods) => pods.items,
             other => {
@@ -130,108 +143,30 @@ impl Workload {
                 return Err(format!("the pods of {what} cannot be read: {why}"));
             }
         };
+        let maker = Maker {
+            kind: self,
+            namespace,
+            name,
+            object: &object,
+            labels: &labels,
+        };
         pods.sort_by_key(|pod| (is_ready(pod), pod.name_any()));
-        if let Some(pod) = pods.first() {
-            return Ok(Chosen::Pod(pod.name_any()));
-        }
-        match self.why_no_pods(client, namespace, name).await {
-            Read::Is(Some(trouble)) => Ok(Chosen::NoPods(NoPods {
-                namespace: namespace.to_owned(),
-                workload: format!("{self:?} {name}"),
-                trouble: vec![trouble],
-            })),
-            Read::Unknown(why) => Err(format!(
-                "{what} has no pods, and its events cannot be read: {why}"
-            )),
-            _ => Err(format!(
-                "{what} has no pods, and no event says that one could not be made; does it want any (kubectl -n {namespace} get {} {name})?",
-                format!("{self:?}").to_lowercase()
-            )),
+        match pods.first() {
+            Some(pod) => Ok(Chosen::Pod(pod.name_any(), maker.missing(client).await)),
+            None => {
+                let trouble = maker.no_pods(client).await?;
+                Ok(Chosen::NoPods(NoPods {
+                    namespace: namespace.to_owned(),
+                    workload: format!("{self:?} {name}"),
+                    trouble,
+                }))
+            }
         }
     }
 
-    /// Finds the last event that says why a pod could not be made. Pods of a Deployment are made by its
-    /// ReplicaSets, whose names are its own and a hash.
-    async fn why_no_pods(
-        self,
-        client: &Client,
-        namespace: &str,
-        name: &str,
-    ) -> Read<Option<Trouble>> {
-        let events: Api<Event> = Api::namespaced(client.clone(), namespace);
-        let params = ListParams::default().fields("reason=FailedCreate");
-        let maker = match self {
-            Self::Deployment => "ReplicaSet".to_owned(),
-            other => format!("{other:?}"),
-        };
-        let is_of_it = |event: &&Event| {
-            let object = &event.involved_object;
-            let of = object.name.as_deref().unwrap_or_default();
-            let is_named = match self {
-                Self::Deployment => of
-                    .strip_prefix(name)
-                    .and_then(|rest| rest.strip_prefix('-'))
-                    .is_some_and(|hash| !hash.is_empty() && !hash.contains('-')),
-                _ => of == name,
-            };
-            event.reason.as_deref() == Some("FailedCreate")
-                && object.kind.as_deref() == Some(maker.as_str())
-                && is_named
-        };
-        list(&events, params, MAX_EVENTS).await.map(|events| {
-            let last = events
-                .items
-                .iter()
-                .filter(is_of_it)
-                .max_by_key(|event| time_of(event))?;
-            let of = last.involved_object.name.as_deref().unwrap_or_default();
-            let message = last.message.as_deref();
-            Some(Trouble {
-                check: "no-pods",
-                volume: None,
-                what: format!("{maker} {of} cannot make its pods"),
-                said: message.map(|said| one_line(said, MAX_SAID)),
-                next: format!(
-                    "kubectl -n {namespace} describe {} {of}",
-                    maker.to_lowercase()
-                ),
-            })
-        })
-    }
-
-    async fn selector(
-        self,
-        client: &Client,
-        namespace: &str,
-        name: &str,
-    ) -> Read<Option<LabelSelector>> {
-        let client = client.clone();
-        match self {
-            Self::Deployment => {
-                let api: Api<Deployment> = Api::namespaced(client, namespace);
-                read(api.get(name))
-                    .await
-                    .map(|found| Some(found.spec.selector))
-            }
-            Self::StatefulSet => {
-                let api: Api<StatefulSet> = Api::namespaced(client, namespace);
-                read(api.get(name))
-                    .await
-                    .map(|found| Some(found.spec.selector))
-            }
-            Self::DaemonSet => {
-                let api: Api<DaemonSet> = Api::namespaced(client, namespace);
-                read(api.get(name))
-                    .await
-                    .map(|found| Some(found.spec.selector))
-            }
-            Self::Job => {
-                let api: Api<Job> = Api::namespaced(client, namespace);
-                read(api.get(name)).await.map(|found| found.spec?.selector)
-            }
-            // Its pods are those of its Jobs.
-            Self::CronJob => Read::Is(None),
-        }
+    /// Returns the name of the kind in commands.
+    fn word(self) -> String {
+        format!("{self:?}").to_lowercase()
     }
 }
 

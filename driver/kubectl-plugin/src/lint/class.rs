@@ -24,6 +24,8 @@ pub(super) const PREFIX: &str = "secrets-store.csi.k8s.io/";
 pub(super) struct Class {
     /// The Secrets that it makes, by name.
     pub(super) secrets: BTreeMap<String, Made>,
+    /// The files that it mounts. `None` if they are not all known.
+    pub(super) files: Option<BTreeSet<String>>,
 }
 
 /// A Secret that a class makes.
@@ -70,7 +72,11 @@ pub(super) fn check(object: &Node, file: &mut Findings<'_>) -> Class {
     );
     let provider = check_provider(spec, file);
     let mounted = check_parameters(spec, provider, file);
-    check_secrets(spec, mounted.as_ref(), file)
+    let class = check_secrets(spec, mounted.as_ref(), file);
+    Class {
+        files: mounted.map(|mounted| mounted.files),
+        ..class
+    }
 }
 
 fn check_head(object: &Node, file: &mut Findings<'_>) {
@@ -201,7 +207,12 @@ fn check_parameters(spec: &Node, provider: &str, file: &mut Findings<'_>) -> Opt
         return None;
     };
     for (key, value) in parameters.fields() {
-        if value.text().is_none() {
+        if key.text == "secretObjects" {
+            file.add(
+                key.line,
+                "secretObjects belongs under spec, beside parameters and not in it; indent it less",
+            );
+        } else if value.text().is_none() {
             let how = match value.fields().is_empty() && value.items().is_empty() {
                 true => "put it in quotes",
                 false => "write | behind the colon, which makes a text of what is below",

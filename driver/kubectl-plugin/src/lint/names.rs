@@ -13,6 +13,11 @@ pub(super) fn meant<'a>(wrong: &str, known: &[&'a str]) -> Option<&'a str> {
     (distance <= 2 && distance * 3 <= name.len()).then_some(name)
 }
 
+/// Returns the name that is meant by one of which it is known that it is wrong.
+pub(crate) fn closest<'a>(wrong: &str, known: &[&'a str]) -> Option<&'a str> {
+    slip(wrong, known).or_else(|| meant(wrong, known))
+}
+
 /// Returns the number of letters that have to be changed (Levenshtein).
 fn distance(a: &str, b: &str) -> usize {
     let mut row: Vec<usize> = (0..=b.chars().count()).collect();

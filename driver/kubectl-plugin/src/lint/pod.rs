@@ -42,7 +42,8 @@ pub(super) fn check(object: &Node, around: &Surroundings<'_>, file: &mut Finding
         };
         let name = volume.text_of("name").unwrap_or_default();
         let known = find(around, &namespace, class, csi, file);
-        let secrets = known.map(|key| &around.classes[&key].secrets);
+        let known = known.map(|key| &around.classes[&key]);
+        let secrets = known.map(|class| &class.secrets);
         if mounts(name).is_none() && !is_meant(&containers, name) {
             let makes = secrets.is_some_and(|secrets| !secrets.is_empty());
             let and = if makes {
@@ -58,7 +59,9 @@ pub(super) fn check(object: &Node, around: &Surroundings<'_>, file: &mut Finding
         for mount in containers.iter().flat_map(|c| c.items_of("volumeMounts")) {
             let sub = mount.get("subPath").or_else(|| mount.get("subPathExpr"));
             if let Some(sub) = sub.filter(|_| mount.text_of("name") == Some(name)) {
-                file.add(sub.line, format!("a mount with subPath keeps the content with which the container started, also when the volume {name} is refreshed; mount the whole volume and read the file in it"));
+                let wrong = known.and_then(|class| no_such_file(mount, class.files.as_ref()?));
+                let wrong = wrong.unwrap_or_default();
+                file.add(sub.line, format!("{wrong}a mount with subPath keeps the content with which the container started, also when the volume {name} is refreshed; mount the whole volume and read the file in it"));
             }
         }
     }
@@ -68,6 +71,25 @@ pub(super) fn check(object: &Node, around: &Surroundings<'_>, file: &mut Finding
         }
     }
     check_mounts(spec, &containers, file);
+}
+
+/// Says that a mount names a file that its class does not mount, if that is so.
+fn no_such_file(mount: &Node, files: &BTreeSet<String>) -> Option<String> {
+    let path = mount.text_of("subPath")?.trim_matches('/');
+    let mut paths = files.iter();
+    // It may be a directory.
+    let is_there = paths.any(|file| {
+        let rest = file.strip_prefix(path);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    });
+    if path.is_empty() || is_there {
+        return None;
+    }
+    let files: Vec<_> = files.iter().map(String::as_str).collect();
+    Some(format!(
+        "the class mounts no file {path}, but {}; and ",
+        files.join(", ")
+    ))
 }
 
 /// Checks a Secret from which a container takes environment variables. `made` are those that the pod's classes

@@ -26,6 +26,11 @@ const SITUATIONS: &[(&str, Change)] = &[
     ("the driver may do nothing", |world| {
         world.roles = Vec::new()
     }),
+    ("the DaemonSet fits no node", |world| {
+        world.driver = json!(null);
+        world.set_status = json!({"currentNumberScheduled": 0, "desiredNumberScheduled": 0,
+            "numberMisscheduled": 0, "numberReady": 0});
+    }),
     ("the driver's pod crashes", |world| {
         world.driver["status"] = json!({
             "phase": "Running", "conditions": [{"type": "Ready", "status": "False"}],

@@ -10,4 +10,6 @@
 
 mod doctor;
 mod explain;
+mod situations;
+mod workload;
 mod world;

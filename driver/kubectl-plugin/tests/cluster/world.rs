@@ -29,6 +29,8 @@ pub(crate) struct World {
     pub(crate) driver: Value,
     /// What the driver's `status --json` prints.
     pub(crate) status: Value,
+    /// The status of the driver's DaemonSet.
+    pub(crate) set_status: Value,
     pub(crate) driver_namespace: &'static str,
     pub(crate) existing_driver: bool,
     /// Pieces of addresses that may not be read.
@@ -121,6 +123,8 @@ impl World {
                     "files": ["db/password"], "fileCount": 1,
                 }],
             }),
+            set_status: json!({"currentNumberScheduled": 1, "desiredNumberScheduled": 1,
+                "numberMisscheduled": 0, "numberReady": 1}),
             driver_namespace: "kube-system",
             existing_driver: false,
             forbidden: Vec::new(),
@@ -210,7 +214,7 @@ impl World {
                     }]},
                 },
             },
-            "status": {"currentNumberScheduled": 1, "desiredNumberScheduled": 1, "numberMisscheduled": 0, "numberReady": 1},
+            "status": self.set_status,
         });
         let (ns, group) = (
             self.driver_namespace,

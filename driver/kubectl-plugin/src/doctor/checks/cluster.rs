@@ -233,6 +233,8 @@ pub(super) fn rollout(facts: &Facts, found: &mut Found<'_>) {
             set.name_any()
         );
         if wanted == 0 {
+            // A rollout to no node is finished, so its status says nothing.
+            let next = next.replace("rollout status", "describe");
             found.add(format!("DaemonSet {name} fits no node; compare its nodeSelector and affinity with the nodes' labels"), next);
         } else if status.number_ready < wanted {
             found.add(

@@ -1,10 +1,15 @@
 //! Checks what every volume of the driver stands on: the API, the node, the driver's pod there.
 
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
 use kube::ResourceExt as _;
 
 use super::Found;
-use crate::{cluster::Read, explain::facts::Facts, installation::DRIVER, time::shown};
+use crate::{
+    cluster::Read,
+    explain::{facts::Facts, state},
+    installation::DRIVER,
+    time::shown,
+};
 
 /// The group of the driver's kinds.
 const GROUP: &str = driver::cluster::resources::GROUP;
@@ -88,19 +93,7 @@ pub(super) fn node(facts: &Facts) -> Option<Found> {
     let node = facts.node.as_ref()?;
     let object = match &node.node {
         Read::Is(object) => object,
-        Read::Missing => {
-            return Some(Found::new(
-                format!(
-                    "node {} is gone; delete the pod, so that another node gets one like it",
-                    node.name
-                ),
-                format!(
-                    "{} delete pod {} --force --grace-period=0",
-                    facts.kubectl(),
-                    facts.pod.name_any()
-                ),
-            ));
-        }
+        Read::Missing => return Some(gone(facts, &node.name)),
         _ => return None,
     };
     let conditions = object
@@ -120,6 +113,35 @@ pub(super) fn node(facts: &Facts) -> Option<Found> {
     );
     let found = Found::new(what, format!("kubectl describe node {}", node.name));
     Some(found.said(not_ready.message.clone()))
+}
+
+/// Says what to do about a pod whose node does not exist. kubelet gives a pod that it has seen a start.
+fn gone(facts: &Facts, node: &str) -> Found {
+    let delete = format!(
+        "{} delete pod {} --force --grace-period=0",
+        facts.kubectl(),
+        facts.pod.name_any()
+    );
+    let status = facts.pod.status.as_ref();
+    let was_there = status.is_some_and(|status| status.start_time.is_some());
+    match (facts.has_controller(), was_there) {
+        (true, true) => Found::new(
+            format!("node {node} is gone; delete the pod, so that another node gets one like it"),
+            delete,
+        ),
+        (true, false) => Found::new(
+            format!(
+                "there is no node {node}; if the template of the workload names it (spec.nodeName), take that away, and else delete the pod, so that another node gets one like it"
+            ),
+            delete,
+        ),
+        (false, _) => Found::new(
+            format!(
+                "there is no node {node}, and nothing makes the pod again once it is deleted; if its manifest names the node (spec.nodeName), change that, and create the pod anew"
+            ),
+            format!("{delete}, and create it anew from its manifest"),
+        ),
+    }
 }
 
 /// There is no DaemonSet of the driver.
@@ -187,6 +209,42 @@ pub(super) fn driver_pod(facts: &Facts) -> Option<Found> {
     ))
 }
 
+/// The driver's container runs now, and ends again and again. Where kubelet knows the driver, one end is no reason
+/// yet.
+pub(super) fn restarts(facts: &Facts) -> Option<Found> {
+    let node = facts.node.as_ref()?;
+    let (installed, pod) = facts.driver()?;
+    let status = container_status(pod, &installed.container)?;
+    let ended = state::ended_lately(status, facts.now)?;
+    if status.restart_count < 2 && registration(facts).is_none() {
+        return None;
+    }
+    Some(Found::new(
+        format!(
+            "the driver's container on node {} ends again and again (pod {}/{}): it last ended with {}{}; its log says why",
+            node.name,
+            installed.namespace(),
+            pod.name_any(),
+            state::end(ended, facts.now),
+            advice(ended)
+        ),
+        format!(
+            "kubectl -n {} logs {} -c {} --previous",
+            installed.namespace(),
+            pod.name_any(),
+            installed.container
+        ),
+    ))
+}
+
+/// Returns what to do about a container that ended, if its end says so.
+fn advice(ended: &ContainerStateTerminated) -> &'static str {
+    match ended.reason.as_deref() {
+        Some("OOMKilled") => "; raise its memory limit (linux.driver.resources.limits.memory)",
+        _ => "",
+    }
+}
+
 fn container_status<'a>(pod: &'a Pod, container: &str) -> Option<&'a ContainerStatus> {
     let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
     statuses.iter().find(|status| status.name == container)
@@ -211,12 +269,10 @@ fn why_not_running(status: &ContainerStatus) -> (String, bool) {
     if let Some(ended) = ended {
         let reason = ended.reason.as_deref().unwrap_or("Error");
         why = format!(
-            "{why}; it last ended with {reason}, exit code {}",
-            ended.exit_code
+            "{why}; it last ended with {reason}, exit code {}{}",
+            ended.exit_code,
+            advice(ended)
         );
-        if reason == "OOMKilled" {
-            why += "; raise its memory limit (linux.driver.resources.limits.memory)";
-        }
     }
     (why, ended.is_some())
 }

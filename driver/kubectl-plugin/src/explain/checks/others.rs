@@ -30,10 +30,9 @@ pub(super) fn misnamed(facts: &Facts) -> Vec<(String, Found)> {
             is_failure(event) && text.contains(&source.driver)
         };
         let event = facts.events.found().and_then(|all| all.iter().find(of_it));
-        let said = event.and_then(|event| event.message.clone());
         (
             name.to_owned(),
-            Found::new(what, facts.describe()).said(said),
+            Found::new(what, facts.describe()).said_by(event),
         )
     });
     found.collect()
@@ -70,7 +69,7 @@ pub(super) fn failed(facts: &Facts) -> Vec<(Option<String>, Found)> {
     for event in recent {
         let text = event.message.as_deref().unwrap_or_default();
         if text.contains("unmounted volumes=[") {
-            timeout = timeout.or(Some(text));
+            timeout = timeout.or(Some(event));
             continue;
         }
         let name = between(text, "for volume \"", "\"").map(str::to_owned);
@@ -86,11 +85,12 @@ pub(super) fn failed(facts: &Facts) -> Vec<(Option<String>, Found)> {
             .as_ref()
             .map_or("a volume".to_owned(), |name| format!("volume {name}"));
         let said = text.split_once("\" : ").map_or(text, |(_, said)| said);
-        found.push((name, cannot(facts, &which, said)));
+        found.push((name, cannot(facts, &which, said, event)));
     }
     if found.is_empty()
-        && let Some(text) = timeout
+        && let Some(event) = timeout
     {
+        let text = event.message.as_deref().unwrap_or_default();
         let names = between(text, "unmounted volumes=[", "]").unwrap_or_default();
         let names = names
             .split([' ', ','])
@@ -98,17 +98,20 @@ pub(super) fn failed(facts: &Facts) -> Vec<(Option<String>, Found)> {
         let names: Vec<_> = names.collect();
         if !names.is_empty() {
             let which = format!("volume {}", names.join(", "));
-            found.push((None, cannot(facts, &which, text)));
+            found.push((None, cannot(facts, &which, text, event)));
         }
     }
     found
 }
 
-fn cannot(facts: &Facts, which: &str, said: &str) -> Found {
+fn cannot(facts: &Facts, which: &str, said: &str, event: &Event) -> Found {
     let what = format!(
         "{which} cannot be mounted, and the pod does not start without it; it is not a volume of {DRIVER}"
     );
-    Found::new(what, facts.describe()).said(Some(said.to_owned()))
+    Found {
+        at: time_of(event),
+        ..Found::new(what, facts.describe()).said(Some(said.to_owned()))
+    }
 }
 
 /// Returns whether a volume is neither the driver's nor meant to be.
@@ -118,7 +121,7 @@ fn is_other(facts: &Facts, name: &str) -> bool {
 }
 
 /// Returns whether kubelet still mounts the volumes of the pod: no container has been started yet.
-fn waits(facts: &Facts) -> bool {
+pub(super) fn waits(facts: &Facts) -> bool {
     if is_ready(&facts.pod) || facts.has_ended() {
         return false;
     }
@@ -136,6 +139,16 @@ fn waits(facts: &Facts) -> bool {
             let waits = matches!(reason, None | Some("ContainerCreating" | "PodInitializing"));
             waits && state.running.is_none() && state.terminated.is_none()
         })
+    })
+}
+
+/// Returns kubelet's last words about a volume that it cannot mount, if they are of the present.
+pub(super) fn latest_failure<'a>(facts: &'a Facts, volume: &str) -> Option<&'a Event> {
+    let mut events = facts.events.found()?.iter();
+    events.find(|event| {
+        let text = event.message.as_deref().unwrap_or_default();
+        let is_of_it = between(text, "for volume \"", "\"") == Some(volume);
+        is_of_it && is_failure(event) && is_recent(facts, event)
     })
 }
 

@@ -4,7 +4,7 @@ use kube::ResourceExt as _;
 
 use jiff::Timestamp;
 
-use super::{Found, volume::started};
+use super::{Found, Then, refusal::after_secret, volume::started};
 use crate::{
     cluster::Read,
     explain::facts::{Facts, VolumeFacts},
@@ -28,8 +28,9 @@ pub(super) fn out_of_step(facts: &Facts, volume: &VolumeFacts) -> Option<Found> 
         "Secrets of class {} are not as it says since {since}",
         volume.class_name
     );
-    let next = facts.show_class(volume);
-    Some(Found::new(what, next).said(annotations.get(reason).cloned()))
+    let said = annotations.get(reason);
+    let next = after_secret(facts, volume, said.map_or("", String::as_str));
+    Some(Found::new(what, next).said(said.cloned()))
 }
 
 /// A Secret of the class is not there, although the volume is mounted.
@@ -53,13 +54,12 @@ pub(super) fn missing(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let event = facts.event(&["FailedToCreateSecret"], |text| {
         text.contains(first.as_str())
     });
-    let said = event.and_then(|event| event.message.clone());
     let more = if names.len() > 1 {
         format!(" and {} more", names.len() - 1)
     } else {
         String::new()
     };
-    let what = match said {
+    let what = match event {
         Some(_) => format!(
             "Secret {first}{more} of class {} is missing",
             volume.class_name
@@ -69,16 +69,15 @@ pub(super) fn missing(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
             volume.class_name
         ),
     };
-    Some(
-        Found::new(
-            what,
-            format!(
-                "{} get events --field-selector reason=FailedToCreateSecret",
-                facts.kubectl()
-            ),
-        )
-        .said(said),
-    )
+    let message = event.and_then(|event| event.message.as_deref());
+    let next = match message {
+        Some(said) => after_secret(facts, volume, said),
+        None => Then::Do(format!(
+            "{} get events --field-selector reason=FailedToCreateSecret",
+            facts.kubectl()
+        )),
+    };
+    Some(Found::new(what, next).said_by(event))
 }
 
 /// A container's environment takes a Secret that is not there.
@@ -145,31 +144,14 @@ pub(super) fn env_key(facts: &Facts) -> Option<Found> {
     let taken = facts.taken_secrets();
     let mut wrong = taken.iter().filter_map(|(secret, taken)| {
         facts.secrets.get(secret)?.found()?;
-        let made = facts.volumes.iter().find_map(|volume| {
-            let class = volume.class.found()?;
-            let made = class
-                .spec
-                .secret_objects
-                .iter()
-                .find(|made| made.secret_name == *secret)?;
-            Some((class, made))
-        });
-        let (class, made) = made?;
-        // All objects, or a type of which the driver chooses the keys.
-        if made.data.iter().any(|data| data.object_name == "*")
-            || made.type_.starts_with("kubernetes.io/")
-        {
-            return None;
-        }
+        let (class, keys) = keys_of(facts, secret)?;
         let key = taken
             .keys
             .iter()
-            .find(|key| made.data.iter().all(|data| data.key != **key))?;
-        let keys: Vec<_> = made.data.iter().map(|data| data.key.as_str()).collect();
+            .find(|key| !keys.contains(&key.as_str()))?;
         let what = format!(
-            "container {} takes key {key} of Secret {secret}, and class {} writes {}",
+            "container {} takes key {key} of Secret {secret}, and class {class} writes {}",
             taken.container,
-            class.name_any(),
             keys.join(", ")
         );
         Some(Found::new(what, facts.describe()))
@@ -186,6 +168,19 @@ pub(super) fn env_key(facts: &Facts) -> Option<Found> {
             .is_some_and(|state| state.waiting.is_some())
     });
     wrong.next().filter(|_| waits)
+}
+
+/// Returns the class of the pod that makes a Secret, and the keys that it writes, if they are known: not of all
+/// objects, or of a type of which the driver chooses the keys.
+pub(super) fn keys_of<'a>(facts: &'a Facts, secret: &str) -> Option<(&'a str, Vec<&'a str>)> {
+    facts.volumes.iter().find_map(|volume| {
+        let made = &volume.class.found()?.spec.secret_objects;
+        let made = made.iter().find(|made| made.secret_name == secret)?;
+        let is_open = made.data.iter().any(|data| data.object_name == "*")
+            || made.type_.starts_with("kubernetes.io/");
+        let keys = made.data.iter().map(|data| data.key.as_str());
+        (!is_open).then(|| (volume.class_name.as_str(), keys.collect()))
+    })
 }
 
 /// Returns the containers that started before a Secret of their environment got its present content, with the

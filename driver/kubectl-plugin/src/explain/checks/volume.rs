@@ -12,16 +12,15 @@ use driver::{
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 
-use super::{Found, Then};
+use super::{Found, refusal::after_refusal};
 use crate::{
     cluster::Read,
-    explain::facts::{Facts, VolumeFacts},
+    explain::facts::{Facts, VolumeFacts, time_of},
     installation::DRIVER,
+    lint::names::closest,
     time::shown,
 };
 
-/// The time that a mount may take before it is worth a word.
-const MOUNTS_WITHIN: i64 = 30;
 /// The time by which kubelet's next look may be later than a due refresh.
 const LOOKS_WITHIN: Duration = Duration::from_secs(5 * 60);
 
@@ -131,11 +130,7 @@ pub(super) fn class_fields(facts: &Facts, volume: &VolumeFacts) -> Option<Found>
     };
     Some(Found::new(
         format!("class {} has no {lacks}", volume.class_name),
-        format!(
-            "{} edit secretproviderclass {}",
-            facts.kubectl(),
-            volume.class_name
-        ),
+        facts.edit_class(volume),
     ))
 }
 
@@ -162,6 +157,10 @@ pub(super) fn provider(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
             .iter()
             .map(|path| path.display().to_string())
             .collect();
+        let next = match closest(provider, &names) {
+            Some(_) => facts.edit_class(volume).into(),
+            None => facts.pods_of_node(),
+        };
         return Some(Found::new(
             format!(
                 "provider {provider} of class {} has no socket on node {} ({there}, in {}); install it there, or correct spec.provider",
@@ -169,7 +168,7 @@ pub(super) fn provider(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
                 status.node,
                 directories.join(" and ")
             ),
-            facts.pods_of_node(),
+            next,
         ));
     };
     silent(facts, volume, found)
@@ -219,72 +218,8 @@ pub(super) fn publish_secret(facts: &Facts, volume: &VolumeFacts) -> Option<Foun
     ))
 }
 
-/// kubelet cannot mount it, for a reason that it says.
-pub(super) fn mount(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    if facts.is_mounted(volume).is_none() && runs(facts) || mount_gone(facts, volume).is_some() {
-        return None;
-    }
-    if let Some(said) = facts.failed_mount(volume) {
-        let what = format!("volume {} cannot be mounted", volume.name);
-        let next = after_refusal(facts, volume, Some(&said));
-        return Some(Found::new(what, next).said(Some(said)));
-    }
-    // A container may wait for something else.
-    facts.is_mounted(volume)?;
-    facts.node.as_ref()?;
-    let started = facts
-        .pod
-        .status
-        .as_ref()
-        .and_then(|status| status.start_time.as_ref());
-    let created = facts.pod.metadata.creation_timestamp.as_ref();
-    let since = started.or(created)?.0;
-    if facts.now.duration_since(since).as_secs() < MOUNTS_WITHIN {
-        return None;
-    }
-    let events = match facts.events.unknown() {
-        Some(_) => "the events, which may say why, cannot be read",
-        None => "no event says why",
-    };
-    let what = format!(
-        "volume {} is not mounted, and {events}; kubelet has the pod since {}",
-        volume.name,
-        shown(since, facts.now)
-    );
-    Some(Found::new(what, facts.driver_log()))
-}
-
-/// Returns what to do about an error of a mount or a refresh. The driver's log has the same words once more, so
-/// it is for errors of the driver itself.
-fn after_refusal(facts: &Facts, volume: &VolumeFacts, said: Option<&str>) -> Then {
-    /// What the provider says when its store is away, and not when it refuses what the class asks for.
-    const AWAY: [&str; 3] = ["UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"];
-    let said = said.unwrap_or_default();
-    if said.contains("provider \"") || said.contains("provider's log") {
-        let answer = said.split_once(" answered ").map(|(_, answer)| answer);
-        let code = answer.and_then(|answer| answer.split([':', ' ']).next());
-        let is_refusal = code.is_some_and(|code| {
-            let is_code = code.bytes().all(|c| c.is_ascii_uppercase() || c == b'_');
-            is_code && !AWAY.contains(&code)
-        });
-        return match is_refusal {
-            true => facts.show_class(volume).into(),
-            false => facts.pods_of_node(),
-        };
-    }
-    let said = said.to_lowercase();
-    let of_class = ["secretproviderclass", "parameters", "attribute"];
-    // What the driver may not read is a matter of its rights.
-    let is_of_class =
-        of_class.iter().any(|words| said.contains(words)) && !said.contains("forbidden");
-    match is_of_class {
-        true => facts.show_class(volume).into(),
-        false => facts.driver_log(),
-    }
-}
-
 /// Returns whether all containers of the pod have been started.
-fn runs(facts: &Facts) -> bool {
+pub(super) fn runs(facts: &Facts) -> bool {
     let status = facts.pod.status.as_ref();
     status.is_some_and(|status| status.phase.as_deref() == Some("Running"))
 }
@@ -329,7 +264,9 @@ pub(super) fn refresh(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
             text.contains(&volume.class_name)
         })
     };
-    let said = annotation(reason).or_else(|| event()?.message.clone());
+    let noted = annotation(reason);
+    let event = event().filter(|_| noted.is_none());
+    let said = noted.or_else(|| event?.message.clone());
     let what = format!(
         "refreshes of volume {} fail since {}; its containers go on with the content{}",
         volume.name,
@@ -337,7 +274,10 @@ pub(super) fn refresh(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
         content.unwrap_or_default()
     );
     let next = after_refusal(facts, volume, said.as_deref());
-    Some(Found::new(what, next).said(said))
+    Some(Found {
+        at: event.and_then(time_of),
+        ..Found::new(what, next).said(said)
+    })
 }
 
 /// Rotation is on, and kubelet does not ask for it.
@@ -395,37 +335,6 @@ pub(super) fn asked(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
             volume.class_name
         ),
         facts.driver_start(),
-    ))
-}
-
-/// A container mounts one file of a volume that is refreshed.
-pub(super) fn sub_path(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    let record = facts.record(volume)?;
-    if !facts.status()?.refreshes || !record.mounted {
-        return None;
-    }
-    let containers = facts.pod.spec.iter().flat_map(|spec| &spec.containers);
-    let mut mounts = containers.flat_map(|container| {
-        let mounts = container.volume_mounts.iter().flatten();
-        mounts.map(move |mount| (container, mount))
-    });
-    let (container, mount) = mounts.find(|(_, mount)| {
-        let sub = mount.sub_path.as_ref().or(mount.sub_path_expr.as_ref());
-        mount.name == volume.name && sub.is_some_and(|sub| !sub.is_empty())
-    })?;
-    // Content that has never changed is not old.
-    if record.last_change <= started(facts, &container.name)? {
-        return None;
-    }
-    Some(Found::new(
-        format!(
-            "container {} mounts a part of volume {} at {} (subPath) and keeps the content with which it started, although the volume has new content since {}; mount the whole volume",
-            container.name,
-            volume.name,
-            mount.mount_path,
-            shown(record.last_change, facts.now)
-        ),
-        facts.new_pod("mount the whole volume in the pod's manifest, and make the pod anew"),
     ))
 }
 

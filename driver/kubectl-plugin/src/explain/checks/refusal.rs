@@ -1,0 +1,130 @@
+//! Says what to do about an error of a mount, a refresh or a Secret: the command depends on who can mend it.
+
+use super::Then;
+use crate::{
+    explain::facts::{Facts, VolumeFacts},
+    installation::DRIVER,
+    lint::names::closest,
+};
+
+/// What the provider says when its store is away, and not when it refuses what the class asks for.
+const AWAY: [&str; 3] = ["UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"];
+
+/// Who can mend an error.
+#[derive(Clone, Copy)]
+enum Mender {
+    /// Who writes the class.
+    Class,
+    /// The same: its provider is misspelt.
+    NameOfProvider,
+    /// Who writes the pod.
+    Pod,
+    /// Who sets the quota of the namespace.
+    Quota,
+    /// Who installs the driver: it lacks a right on classes.
+    Rights,
+    /// Who installs the driver: it may not write Secrets.
+    RightsOnSecrets,
+    /// Who installs the driver: the provider gets no token.
+    Tokens,
+    /// Whoever mends it, the provider's log says more.
+    Provider,
+    /// Nobody in particular.
+    Driver,
+}
+
+/// Pieces of messages of the driver, in lower case, and who can mend what they say. The first one that fits counts.
+const MENDERS: &[(&str, Mender)] = &[
+    ("no service account token was sent", Mender::Tokens),
+    // An object of a class may have the word in its name.
+    ("resourcequota ", Mender::Quota),
+    ("exceeded quota", Mender::Quota),
+    ("the driver may write secrets only", Mender::RightsOnSecrets),
+    ("lacks this right", Mender::Rights),
+    ("is forbidden", Mender::Rights),
+    ("volumeattributes is wrong", Mender::Pod),
+    ("resembles a key of kubelet", Mender::Pod),
+    ("is not a group id", Mender::Pod),
+    ("missing object versions", Mender::Class),
+    ("maxcallrecvmsgsize", Mender::Class),
+    ("is refused: the path", Mender::Class),
+    ("two files with this path", Mender::Class),
+];
+
+/// Returns what to do about an error of a mount or a refresh. The driver's log has the same words once more, so
+/// it is for errors of the driver itself.
+pub(super) fn after_refusal(facts: &Facts, volume: &VolumeFacts, said: Option<&str>) -> Then {
+    let said = said.unwrap_or_default();
+    match mender(facts, said) {
+        Mender::Class => facts.show_class(volume).into(),
+        Mender::NameOfProvider => facts.edit_class(volume).into(),
+        Mender::Pod => facts.describe().into(),
+        Mender::Quota => format!("{} describe quota", facts.kubectl()).into(),
+        Mender::Rights => facts.grant("rbac.install", "rbac-secretproviderclass.yaml"),
+        Mender::RightsOnSecrets => facts.grant(
+            "syncSecret.enabled",
+            "optional/rbac-secretprovidersyncing.yaml",
+        ),
+        Mender::Tokens => format!("kubectl get csidriver {DRIVER} -o yaml").into(),
+        Mender::Provider => facts.pods_of_node(),
+        Mender::Driver => facts.driver_log(),
+    }
+}
+
+/// Returns what to do about a Secret that could not be made.
+pub(super) fn after_secret(facts: &Facts, volume: &VolumeFacts, said: &str) -> Then {
+    match mender(facts, said) {
+        Mender::Driver => facts.show_class(volume).into(),
+        _ => after_refusal(facts, volume, Some(said)),
+    }
+}
+
+fn mender(facts: &Facts, said: &str) -> Mender {
+    let lower = said.to_lowercase();
+    // A provider may speak of its own rights and quotas.
+    let answer = said.split_once(" answered ").map(|(_, answer)| answer);
+    let of_driver = MENDERS.iter().find(|(piece, mender)| {
+        let may_be = answer.is_none() || matches!(mender, Mender::Tokens | Mender::Class);
+        may_be && lower.contains(piece)
+    });
+    if let Some((_, mender)) = of_driver {
+        return *mender;
+    }
+    if lower.contains("has no socket") {
+        return without_socket(facts, said);
+    }
+    if said.contains("provider \"") || said.contains("provider's log") {
+        let code = answer.and_then(|answer| answer.split([':', ' ']).next());
+        let is_refusal = code.is_some_and(|code| {
+            let is_code = code.bytes().all(|c| c.is_ascii_uppercase() || c == b'_');
+            is_code && !AWAY.contains(&code)
+        });
+        return match is_refusal {
+            true => Mender::Class,
+            false => Mender::Provider,
+        };
+    }
+    let of_class = ["secretproviderclass", "parameters", "attribute"];
+    match of_class.iter().any(|words| lower.contains(words)) {
+        true => Mender::Class,
+        false => Mender::Driver,
+    }
+}
+
+/// Returns who can mend that a provider has no socket. The message has the sockets that are there: for someone who
+/// may not look at the driver, one of them is what the class should name.
+fn without_socket(facts: &Facts, said: &str) -> Mender {
+    let name = said.split("provider \"").nth(1);
+    let name = name.and_then(|rest| rest.split('"').next());
+    let there = said.split_once("the sockets there are: ");
+    let names: Vec<_> = there
+        .into_iter()
+        .flat_map(|(_, rest)| rest.split([',', ' ']))
+        .filter_map(|name| name.trim_end_matches('.').strip_suffix(".sock"))
+        .collect();
+    let is_meant = name.is_some_and(|name| closest(name, &names).is_some());
+    match is_meant || facts.may_not_see_the_driver() && !names.is_empty() {
+        true => Mender::NameOfProvider,
+        false => Mender::Provider,
+    }
+}
