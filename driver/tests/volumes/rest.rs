@@ -216,7 +216,8 @@ async fn do_not_wait(trouble: Trouble) {
             let started = Instant::now();
             look_at(&world, std::slice::from_ref(volume)).await;
             let took = started.elapsed();
-            assert!(took < Duration::from_secs(3), "{took:?}");
+            // A read of the class takes up to 15 s.
+            assert!(took < Duration::from_secs(8), "{took:?}");
         }
         tokio::time::sleep(between_looks).await;
     }
