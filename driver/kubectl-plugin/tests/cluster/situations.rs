@@ -589,6 +589,15 @@ pub(crate) const SITUATIONS: &[(&str, Change)] = &[
         },
     ),
     (
+        "a class was labelled after the mount, and rotation is off",
+        |world| {
+            world.status["refreshes"] = json!(false);
+            world.class["metadata"]["managedFields"] = json!([{"manager": "kubectl", "time": ago(60),
+            "operation": "Update", "apiVersion": "secrets-store.csi.x-k8s.io/v1", "fieldsType": "FieldsV1",
+            "fieldsV1": {"f:metadata": {}}}]);
+        },
+    ),
+    (
         "a class was edited after the mount, and rotation is on",
         |world| {
             world.class["metadata"]["managedFields"] = json!([{"manager": "kubectl", "time": ago(60),

@@ -1,6 +1,6 @@
 //! What is worth knowing of a pod and not wrong.
 
-use driver::cluster::interval::INTERVAL;
+use driver::{cluster::interval::INTERVAL, record::ASKED};
 use kube::ResourceExt as _;
 
 use crate::{
@@ -111,8 +111,16 @@ fn edited_classes(facts: &Facts) -> Vec<String> {
         }
         let mounted = volume.pod_status.found()?.creation_timestamp()?.0;
         let class = volume.class.found()?;
+        // That is told as what is wrong.
+        if class.annotations().contains_key(ASKED) {
+            return None;
+        }
         let managed = class.metadata.managed_fields.iter().flatten();
-        let written = managed.filter_map(|entry| entry.time.as_ref());
+        let of_spec = managed.filter(|entry| {
+            let fields = entry.fields_v1.as_ref();
+            fields.is_none_or(|fields| fields.0.get("f:spec").is_some())
+        });
+        let written = of_spec.filter_map(|entry| entry.time.as_ref());
         let changed = written.chain(class.metadata.creation_timestamp.as_ref());
         let changed = changed.map(|time| time.0).max()?;
         (changed > mounted).then(|| {
