@@ -222,7 +222,7 @@ impl Cluster {
             Ok(Ok(class)) => class,
             Ok(Err(_)) => Err(late()),
             Err(_) => {
-                self.classes.is_late(namespace, name);
+                self.classes.note_late(namespace, name);
                 Err(late())
             }
         }

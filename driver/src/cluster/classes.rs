@@ -170,7 +170,7 @@ impl Classes {
     }
 
     /// Notes that a read of a class takes too long for a look, which does not wait for its end.
-    pub(crate) fn is_late(&self, namespace: &str, name: &str) {
+    pub(crate) fn note_late(&self, namespace: &str, name: &str) {
         let now = Instant::now();
         self.store().late(&format!("{namespace}/{name}"), now);
     }

@@ -160,7 +160,7 @@ impl Api {
     }
 }
 
-fn paused(test: impl Future<Output = ()>) {
+pub(super) fn paused(test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
@@ -290,7 +290,7 @@ fn trouble_is_known_for_a_while() {
             with_parameters: false,
         };
         assert!(!classes.is_in_trouble("shop", "db"));
-        classes.is_late("shop", "db");
+        classes.note_late("shop", "db");
         assert!(classes.is_in_trouble("shop", "db"));
         sleep(TROUBLE).await;
         assert!(!classes.is_in_trouble("shop", "db"));

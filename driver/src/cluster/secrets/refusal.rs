@@ -255,36 +255,39 @@ pub(super) fn forbidden(message: &str) -> Option<&str> {
 /// hexadecimal digits.
 fn is_quoted(name: &str, value: &Secret) -> bool {
     let value = value.expose();
+    // No byte above ASCII is in a name; as a character it has two bytes.
+    let as_it_is = || {
+        let mut text = Zeroizing::new(String::with_capacity(2 * value.len()));
+        text.extend(value.trim_ascii().iter().copied().map(char::from));
+        is_shared(name, text)
+    };
+    // Where the other alphabet differs from this one, it has what no name has.
     let encoded = |skip: usize| {
         let rest = value.get(skip..).unwrap_or_default();
-        // Where the other alphabet differs from this one, it has what no name has.
-        let text = Zeroizing::new(URL_SAFE_NO_PAD.encode(rest));
-        is_shared(name, text.as_bytes())
+        is_shared(name, Zeroizing::new(URL_SAFE_NO_PAD.encode(rest)))
     };
     let in_digits = || {
         let mut digits = Zeroizing::new(String::with_capacity(2 * value.len()));
         let written = value
             .iter()
             .all(|byte| write!(digits, "{byte:02x}").is_ok());
-        !written || is_shared(name, digits.as_bytes())
+        !written || is_shared(name, digits)
     };
-    is_shared(name, value.trim_ascii()) || (0..3).any(encoded) || in_digits()
+    as_it_is() || (0..3).any(encoded) || in_digits()
 }
 
-/// Returns whether a name and a text are equal, or one is in the other, in whatever case.
-fn is_shared(name: &str, text: &[u8]) -> bool {
-    let name = name.as_bytes();
+/// Returns whether a name and a text are equal, or one is in the other, in whatever case. Takes no longer for a
+/// text that is nearly the name again and again.
+fn is_shared(name: &str, mut text: Zeroizing<String>) -> bool {
+    text.make_ascii_lowercase();
+    let name = name.to_ascii_lowercase();
     let (short, long) = if name.len() < text.len() {
-        (name, text)
+        (name.as_str(), text.as_str())
     } else {
-        (text, name)
+        (text.as_str(), name.as_str())
     };
     let tells = short.len() >= PIECE || short.len() == long.len();
-    tells
-        && !short.is_empty()
-        && long
-            .windows(short.len())
-            .any(|part| part.eq_ignore_ascii_case(short))
+    tells && !short.is_empty() && long.contains(short)
 }
 
 #[cfg(test)]

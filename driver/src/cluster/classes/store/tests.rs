@@ -1,23 +1,14 @@
 use super::*;
 use crate::{
     cluster::{
-        classes::{Classes, Freshness, Wanted},
+        classes::{Classes, Freshness, Wanted, tests::paused},
         resources::SecretObject,
     },
     error::{Error, Result},
 };
 use proptest::prelude::*;
-use std::future::Future;
 use tokio::time::sleep;
 use tonic::Code;
-
-fn paused(test: impl Future<Output = ()>) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build();
-    runtime.unwrap().block_on(test);
-}
 
 /// What the API server says of a class.
 #[derive(Debug, Clone, Copy)]
