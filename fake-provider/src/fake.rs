@@ -50,6 +50,7 @@
 //! | `oversize` | adds a file `oversize` of this many bytes |
 //! | `missingVersions` | answers without `object_version` |
 //! | `writeFiles` | writes the files below the target path and answers without files |
+//! | `changedOnly` | leaves out the files of objects that the call says are mounted in the same version |
 //! | `describeDenied` | with AWS's manners: fails calls that bring mounted versions |
 //!
 //! # The class parameter `manners`

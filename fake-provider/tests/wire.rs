@@ -538,6 +538,31 @@ async fn files_can_be_written_the_old_way() {
     assert_eq!(written("c"), ("y".to_owned(), 0o600));
 }
 
+#[tokio::test]
+async fn changed_only_leaves_out_files_of_mounted_versions() {
+    let provider = Running::start().await;
+    let objects = "array: [{objectName: a, content: x}, {objectName: b, content: y, version: v2}]";
+    let mut sent = request(&[("objects", objects), ("faults", "[{changedOnly: true}]")]);
+    let paths = |response: &MountResponse| -> Vec<String> {
+        let files = response.files.iter();
+        files.map(|file| file.path.clone()).collect()
+    };
+    let first = provider.send(sent.clone()).await.unwrap();
+    assert_eq!(paths(&first), ["a", "b"]);
+    // The id of one and the version of another do not make a mounted version.
+    let version = |id: &str, version: &str| ObjectVersion {
+        id: id.to_owned(),
+        version: version.to_owned(),
+    };
+    sent.current_object_version = vec![version("secret/a", "v1"), version("secret/b", "v1")];
+    let changed = provider.send(sent.clone()).await.unwrap();
+    assert_eq!(paths(&changed), ["b"]);
+    assert_eq!(changed.object_version, first.object_version);
+    sent.current_object_version = first.object_version;
+    let none = provider.send(sent).await.unwrap();
+    assert!(none.files.is_empty());
+}
+
 // Manners.
 
 fn ids(response: &MountResponse) -> Vec<&str> {

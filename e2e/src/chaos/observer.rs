@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use embedded::is_ready;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::Api;
 use kube::api::ListParams;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -68,25 +68,17 @@ impl Drop for Observer {
 
 /// Keeps the list of pods, and checks the time that each takes until it is ready.
 async fn list_pods(world: Arc<World>, client: kube::Client) {
+    let secrets = Api::<Secret>::namespaced(client.clone(), &world.namespace);
     let api = Api::<Pod>::namespaced(client, &world.namespace);
     let mut ready = VecDeque::new();
     loop {
         if let Ok(list) = api.list(&ListParams::default()).await {
-            let mut known = lock(&world.pods);
-            known.retain(|uid, _| {
-                list.iter()
-                    .any(|pod| pod.metadata.uid.as_ref() == Some(uid))
-            });
-            for pod in &list {
-                let uid = pod.metadata.uid.clone().unwrap_or_default();
-                let before = known.get(&uid).cloned();
-                if let Some(pod) = watched(&world, pod, before.as_ref()) {
-                    check_waiting(&world, &pod, before.as_ref());
-                    if pod.ready && before.is_none_or(|before| !before.ready) {
-                        ready.push_back((Instant::now(), pod.clone()));
-                    }
-                    known.insert(uid, pod);
+            let now_ready = note_pods(&world, &list.items);
+            for (pod, is_undisturbed) in now_ready {
+                if is_undisturbed {
+                    secrets::judge_environment(&world, &secrets, &pod).await;
                 }
+                ready.push_back((Instant::now(), pod));
             }
         }
         while let Some((seen, pod)) = ready.pop_front() {
@@ -99,6 +91,35 @@ async fn list_pods(world: Arc<World>, client: kube::Client) {
         world.listed();
         tokio::time::sleep(LIST).await;
     }
+}
+
+/// Keeps the list of pods. Returns those that have become ready, and whether nothing disturbed them.
+fn note_pods(world: &World, list: &[Pod]) -> Vec<(Watched, bool)> {
+    let mut known = lock(&world.pods);
+    known.retain(|uid, _| {
+        list.iter()
+            .any(|pod| pod.metadata.uid.as_ref() == Some(uid))
+    });
+    let mut ready = Vec::new();
+    for pod in list {
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        let before = known.get(&uid).cloned();
+        let Some(pod) = watched(world, pod, before.as_ref()) else {
+            continue;
+        };
+        check_waiting(world, &pod, before.as_ref());
+        if pod.ready && before.as_ref().is_none_or(|before| !before.ready) {
+            ready.push((pod.clone(), is_undisturbed(world, before.as_ref())));
+        }
+        known.insert(uid, pod);
+    }
+    ready
+}
+
+/// Returns whether there was no fault but a hostile tenant since a pod that is ready now was created.
+fn is_undisturbed(world: &World, before: Option<&Watched>) -> bool {
+    let since = before.and_then(|before| before.waiting);
+    since.is_some_and(|since| world.is_calm_since(since))
 }
 
 /// Returns a well-behaved pod.
@@ -138,7 +159,7 @@ fn check_waiting(world: &World, pod: &Watched, before: Option<&Watched>) {
             && pod.ready
         {
             world.log.tell(format!("pod {} is ready", pod.name));
-            if lock(&world.calm).is_some_and(|calm| calm < since) {
+            if world.is_calm_since(since) {
                 world
                     .log
                     .took("publish without a fault", world.now() - since);

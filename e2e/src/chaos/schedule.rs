@@ -127,6 +127,8 @@ pub(super) enum What {
     StepClock { node: usize, by: i64 },
     /// The driver's memory limit is close to what is mounted.
     MemoryNear { node: usize, lasts: u64 },
+    /// A pod is deleted, and on each of its volumes there are so many mounts of somebody else.
+    BuryVolumes { pod: usize, mounts: usize },
     /// The hostile tenant runs pods.
     Hostile { node: usize, lasts: u64, how: usize },
 }
@@ -392,6 +394,7 @@ fn rare(random: &mut Random, kind: Kind, nodes: usize) -> Vec<What> {
             // Longer than a call of kubelet.
             let lasts = 12_000 + random.below(4_000);
             faults.push(What::SecretsRefused { lasts });
+            faults.push(bury(random));
             faults
         }
         Kind::Long => (0..nodes).flat_map(clock_and_memory).collect(),
@@ -437,6 +440,13 @@ fn edit(random: &mut Random) -> Edit {
     [Edit::Extra, Edit::Text, Edit::Text, Edit::Back][random.index(4)]
 }
 
+fn bury(random: &mut Random) -> What {
+    What::BuryVolumes {
+        pod: random.index(PODS),
+        mounts: 1 + random.index(60),
+    }
+}
+
 fn repeat_calls(random: &mut Random, node: usize, lasts: u64) -> What {
     let by = 100 + random.below(1_900);
     What::RepeatCalls { node, lasts, by }
@@ -445,7 +455,7 @@ fn repeat_calls(random: &mut Random, node: usize, lasts: u64) -> What {
 fn fault(random: &mut Random, nodes: usize) -> What {
     let node = random.index(nodes);
     let lasts = 500 + random.below(LONGEST_FAULT - 500);
-    match random.below(35) {
+    match random.below(36) {
         0..4 => What::KillDriver { node },
         4 => What::TwoDrivers { node, lasts },
         5..7 => What::ProviderSlow {
@@ -493,6 +503,7 @@ fn fault(random: &mut Random, nodes: usize) -> What {
         28..30 => repeat_calls(random, node, lasts),
         30..32 => What::WipeRegistry { node },
         32 => What::SecretsRefused { lasts },
+        33 => bury(random),
         _ => hostile(random, nodes),
     }
 }
@@ -558,7 +569,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(kinds.len(), 38, "{kinds:?}");
+        assert_eq!(kinds.len(), 39, "{kinds:?}");
     }
 
     #[test]
@@ -577,6 +588,7 @@ mod tests {
                     "repeat-calls",
                     "memory-near",
                     "step-clock",
+                    "bury-volumes",
                 ] {
                     assert!(
                         kinds.contains(kind),

@@ -18,6 +18,8 @@ use super::lock;
 pub(super) const CLASSES: [&str; 4] = ["alpha", "beta", "gamma", "delta"];
 /// The class whose volumes are refreshed only when it changes or asks for it.
 pub(super) const SELDOM: usize = 3;
+/// The class whose provider is told which versions are mounted, and leaves out the files of these.
+pub(super) const CHANGED_ONLY: usize = 2;
 /// The objects of each class that are files, with the number of words that each has. A large one
 /// takes more than one page.
 pub(super) const OBJECTS: [(&str, usize); 3] = [("a", 8), ("b", 2_000), ("c", 40)];

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::editions::Spec;
-use super::store::{CLASSES, EXTRA, OBJECTS, SELDOM, content};
+use super::store::{CHANGED_ONLY, CLASSES, EXTRA, OBJECTS, SELDOM, content};
 
 /// The name of the only volume of a pod that has one class; further ones are numbered.
 const VOLUME: &str = "secrets";
@@ -19,6 +19,8 @@ pub(super) const EDITION_KEY: &str = "key-e";
 pub(super) const ASK: &str = "secrets-store.csi.k8s.io/refresh";
 /// The annotation with the interval between refreshes.
 const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
+/// The annotation of a class whose provider is told which versions are mounted.
+const SEND_VERSIONS: &str = "secrets-store.csi.k8s.io/send-object-versions";
 /// The keys that each class declares, with their objects.
 pub(super) const KEYS: [(&str, &str); 2] = [("key-a", "a"), ("key-c", "c")];
 /// The key that a class declares only after an edit.
@@ -65,6 +67,11 @@ pub(super) fn class(class: usize, spec: Spec, seldom: &str) -> Value {
     if class == SELDOM {
         metadata["annotations"] = json!({INTERVAL: seldom});
     }
+    let mut parameters = json!({"objects": json!({"array": array}).to_string()});
+    if class == CHANGED_ONLY {
+        metadata["annotations"] = json!({SEND_VERSIONS: "true"});
+        parameters["faults"] = "[{changedOnly: true}]".into();
+    }
     let extra = spec.has_extra.then_some((EXTRA_KEY, EXTRA));
     let data: Vec<Value> = KEYS
         .into_iter()
@@ -78,7 +85,7 @@ pub(super) fn class(class: usize, spec: Spec, seldom: &str) -> Value {
         "metadata": metadata,
         "spec": {
             "provider": "e2e-provider",
-            "parameters": {"objects": json!({"array": array}).to_string()},
+            "parameters": parameters,
             "secretObjects": [{"secretName": name, "type": "Opaque", "data": data}],
         },
     })

@@ -32,6 +32,7 @@ pub(super) struct Fault {
     pub(super) missing_versions: bool,
     pub(super) write_files: bool,
     pub(super) describe_denied: bool,
+    pub(super) changed_only: bool,
 }
 
 #[derive(Clone, Deserialize)]

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use proto::provider::File;
+use proto::provider::{File, ObjectVersion};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -132,6 +132,9 @@ impl FakeProvider {
             asked.iter().map(|asked| asked.resolve(&material)).collect();
         let mut response = MountResponse::from_iter(objects.map_err(unknown)?);
         self.check_tokens(request)?;
+        if faults.iter().any(|fault| fault.changed_only) {
+            leave_out_unchanged(&mut response, request.mounted_versions());
+        }
         manners.echo(&mut response, request.mounted_versions());
         spoil(&mut response, &faults, &names)?;
         if manners.writes_files() || faults.iter().any(|fault| fault.write_files) {
@@ -233,6 +236,15 @@ async fn suffer(faults: &[Fault], number: u64, describes: bool) -> Result<(), Fa
         Some(code) => Err(Failure::ErrorCode(code)),
         None => Ok(()),
     }
+}
+
+/// Removes the files of objects that are mounted already in the same version.
+fn leave_out_unchanged(response: &mut MountResponse, mounted: &[ObjectVersion]) {
+    let mut versions = response.object_version.iter();
+    response.files.retain(|_| {
+        let version = versions.next();
+        version.is_none_or(|version| !mounted.contains(version))
+    });
 }
 
 /// Applies the faults of paths, sizes and versions. `names` are those of the objects in `response`.

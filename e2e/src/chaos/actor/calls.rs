@@ -240,7 +240,8 @@ fn unpublish(request: &NodePublishVolumeRequest) -> NodeUnpublishVolumeRequest {
     }
 }
 
-fn target(pod: &Watched, class: usize) -> String {
+/// Returns where kubelet has a volume published.
+pub(super) fn target(pod: &Watched, class: usize) -> String {
     let target = embedded::target_path(&pod.uid, &volume_name(class));
     target.to_string_lossy().into_owned()
 }

@@ -15,6 +15,8 @@ use crate::cluster::{Cluster as _, Component, Error, Result, api, poll};
 use super::super::ground::{Ground, PROVIDER};
 use super::super::lock;
 use super::super::schedule::What;
+use super::super::tenants::pod_name;
+use super::calls::target;
 use super::{Actor, sleep};
 
 const NAMESPACE: &str = "kube-system";
@@ -50,6 +52,18 @@ mount -o remount,rw "$2"; rm -f "$2/filler"
 rm -rf "$3"; mkdir -p "$3"; cp -a "$2/." "$3/"
 umount -l "$2"
 find "$2" -mindepth 1 -delete; cp -a "$3/." "$2/"; rm -rf "$3"
+"#;
+
+/// Mounts file systems on each of the volumes `$2`…, `$1` on each. Prints how many there are.
+const BURY: &str = r#"
+count=$1; shift; mounted=0
+for volume in "$@"; do
+    for _ in $(seq "$count"); do
+        mount -t tmpfs -o size=4k,mode=0700 buried "$volume" 2>/dev/null || break
+        mounted=$((mounted + 1))
+    done
+done
+echo "$mounted"
 "#;
 
 impl<G: Ground> Actor<'_, G> {
@@ -127,8 +141,30 @@ impl<G: Ground> Actor<'_, G> {
             What::MemoryNear { node, lasts } => {
                 self.memory_near(what, self.node(node), lasts).await
             }
+            What::BuryVolumes { pod, mounts } => self.bury(what, pod, mounts).await,
             _ => Ok(()),
         }
+    }
+
+    /// Deletes a pod, and mounts on its volumes before kubelet takes them down, as those have done that
+    /// mounted a volume anew with each of their starts. Its containers do not see it.
+    async fn bury(&self, what: What, number: usize, mounts: usize) -> Result<()> {
+        let name = pod_name(number);
+        let pod = {
+            let pods = lock(&self.world.pods);
+            pods.values().find(|pod| pod.name == name).cloned()
+        };
+        let Some(pod) = pod.filter(|pod| pod.ready) else {
+            return Ok(());
+        };
+        let volumes = pod.classes.iter().map(|class| target(&pod, *class));
+        let arguments: Vec<String> = [mounts.to_string()].into_iter().chain(volumes).collect();
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        self.delete(number, &DeleteParams::default()).await?;
+        let mounted = self.sh(&pod.node, BURY, &arguments).await?;
+        let mounted = mounted.trim().parse().unwrap_or_default();
+        self.world.log.struck(&what.kind(), mounted);
+        Ok(())
     }
 
     /// Runs a shell script on a node.

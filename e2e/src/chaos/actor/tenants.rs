@@ -60,7 +60,7 @@ impl<G: Ground> Actor<'_, G> {
         self.namespace.apply(&object).await.map(drop)
     }
 
-    async fn delete(&self, pod: usize, params: &DeleteParams) -> Result<()> {
+    pub(super) async fn delete(&self, pod: usize, params: &DeleteParams) -> Result<()> {
         let pods = self.namespace.api::<Pod>();
         let deleted = pods.delete(&tenants::pod_name(pod), params).await;
         unless_absent(deleted, "delete a pod")

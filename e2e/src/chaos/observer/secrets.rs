@@ -19,6 +19,9 @@ use super::super::world::{Watched, World};
 /// it. A pod that became ready is judged after the same time: this process may hear of its Secret later.
 pub(super) const LATER: Duration = Duration::from_millis(1_500);
 
+/// The time for which content that another call has read before may come after newer one, without a fault.
+const OVERTAKEN: Duration = Duration::from_secs(1);
+
 /// Watches until it is dropped.
 pub(super) async fn watch(world: Arc<World>, client: kube::Client) {
     let secrets = Api::<Secret>::namespaced(client, &world.namespace);
@@ -78,6 +81,42 @@ pub(super) fn judge_ready(world: &World, pod: &Watched) {
             world
                 .log
                 .find("with --sync-errors=fail, a ready pod has its Secrets", text);
+        }
+    }
+}
+
+/// Checks that a pod that has just become ready, without a fault since it was created, has an environment
+/// that is as new as the store then was: a publish writes the Secrets before it is answered.
+pub(super) async fn judge_environment(world: &World, secrets: &Api<Secret>, pod: &Watched) {
+    for class in &pod.classes {
+        let name = CLASSES.get(*class).copied().unwrap_or_default();
+        let Ok(Some(secret)) = secrets.get_opt(name).await else {
+            continue;
+        };
+        let data = secret.data.unwrap_or_default();
+        if world.is_writing_by_hand() || world.is_by_hand(&json!(data)) {
+            continue;
+        }
+        world.log.checked("environments of pods that began", 1);
+        let (key, object) = KEYS[0];
+        let Some(value) = data.get(key) else {
+            continue;
+        };
+        let generation = generation_of(name, object, &String::from_utf8_lossy(&value.0));
+        // A call for another pod may have read the store before, and its content may come after.
+        let before = pod.created.checked_sub(OVERTAKEN).unwrap_or(pod.created);
+        let expected = world.store.at(*class, before);
+        if let Ok(generation) = generation
+            && generation < expected
+        {
+            let text = format!(
+                "pod {} ({}) began with generation {generation} in Secret {name}, and the store had \
+                 {expected} before the pod was created",
+                pod.name, pod.uid
+            );
+            world
+                .log
+                .find("a pod begins with Secrets of its content", text);
         }
     }
 }
