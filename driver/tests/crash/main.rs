@@ -76,6 +76,8 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::publish_of_bare_pod(Operation::PublishOfBarePod)]
 #[case::refresh_of_bare_pod(Operation::RefreshOfBarePod)]
 #[case::unpublish_of_bare_pod(Operation::UnpublishOfBarePod)]
+#[case::publish_after_reboot(Operation::PublishAfterReboot)]
+#[case::unpublish_of_buried_volume(Operation::UnpublishOfBuriedVolume)]
 fn stopped_after_each_step(#[case] operation: Operation) {
     if std::env::var_os(ALONE).is_none() {
         return alone();

@@ -11,7 +11,7 @@ use std::{
 
 use embedded::api::{ApiServer, Reaction};
 use fake_provider::fake;
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use proto::csi::{
     NodePublishVolumeRequest, NodeUnpublishVolumeRequest, ProbeRequest, VolumeCapability,
     identity_client::IdentityClient, node_client::NodeClient,
@@ -37,6 +37,9 @@ use crate::{
 
 /// Longer than anything here takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// More mounts than the driver takes down in one call.
+const BURIED: usize = 34;
 
 const UID: &str = "7a6ab1a5-0d1d-4a5a-9a7c-3d6c1f3e0a11";
 const NAMESPACE: &str = "/api/v1/namespaces/shop";
@@ -418,10 +421,24 @@ impl Node {
 
     /// Does what a loss of power does to a node whose file system keeps names better than bytes.
     pub(crate) async fn reboot(&mut self) {
+        self.lose_mounts().await;
+        self.tear_records();
+    }
+
+    /// Does what a loss of power does to processes and mounts.
+    pub(crate) async fn lose_mounts(&mut self) {
         self.kill_driver().await;
         self.end_pod().await;
         while umount2(&self.target(), MntFlags::MNT_DETACH).is_ok() {}
-        self.tear_records();
+    }
+
+    /// Mounts on the volume, as somebody has done who mounted a volume anew with each of their starts.
+    pub(crate) fn bury(&self) -> io::Result<()> {
+        for _ in 0..BURIED {
+            let none = None::<&str>;
+            mount(none, &self.target(), Some("tmpfs"), MsFlags::empty(), none)?;
+        }
+        Ok(())
     }
 
     /// Leaves what a crash leaves among the records.

@@ -50,6 +50,10 @@ pub(crate) enum Operation {
     RefreshOfBarePod,
     /// The last unpublish of a volume whose class makes the Secret.
     UnpublishOfBarePod,
+    /// The publish of a volume that was mounted before the node lost its power.
+    PublishAfterReboot,
+    /// The unpublish of a volume on which somebody has mounted more often than one call takes down.
+    UnpublishOfBuriedVolume,
 }
 
 /// What follows once the driver has been stopped and started again.
@@ -95,12 +99,14 @@ impl Operation {
             | Self::Start
             | Self::PublishOfWrittenFiles
             | Self::RefreshOfWrittenFiles
-            | Self::PublishOfBarePod => &[Then::Again, Then::Unpublish],
+            | Self::PublishOfBarePod
+            | Self::PublishAfterReboot => &[Then::Again, Then::Unpublish],
             Self::RefreshWithoutChange | Self::RefusedRefresh => &[Then::Again, Then::Changed],
             Self::RefreshWithOtherType
             | Self::UnpublishOfWrittenFiles
             | Self::RefreshOfBarePod
             | Self::UnpublishOfBarePod
+            | Self::UnpublishOfBuriedVolume
             | Self::Unpublish
             | Self::DeletedSecret
             | Self::AlteredSecret
@@ -121,7 +127,10 @@ impl Operation {
     fn is_unpublish(self) -> bool {
         matches!(
             self,
-            Self::Unpublish | Self::UnpublishOfWrittenFiles | Self::UnpublishOfBarePod
+            Self::Unpublish
+                | Self::UnpublishOfWrittenFiles
+                | Self::UnpublishOfBarePod
+                | Self::UnpublishOfBuriedVolume
         )
     }
 
@@ -214,7 +223,17 @@ impl Run {
             self.start_pod()?;
         }
         match self.operation {
+            Operation::UnpublishOfBuriedVolume => {
+                self.node.end_pod().await;
+                self.node.bury().map_err(|error| error.to_string())?;
+            }
             operation if operation.is_unpublish() => self.node.end_pod().await,
+            Operation::PublishAfterReboot => {
+                self.node.lose_mounts().await;
+                let started = self.node.start_traced("10m");
+                started.map_err(|error| error.to_string())?;
+                self.node.is_ready().await?;
+            }
             Operation::Refresh | Operation::RefreshOfWrittenFiles | Operation::RefreshOfBarePod => {
                 self.put_store();
             }
@@ -256,6 +275,8 @@ impl Run {
     pub(crate) async fn act(&mut self) -> Result<(), String> {
         match self.operation {
             Operation::Start => return self.node.is_ready().await,
+            // One call does not take all down, and kubelet calls again.
+            Operation::UnpublishOfBuriedVolume => return self.unpublish().await,
             operation if operation.is_unpublish() => {
                 let unpublished = self.node.unpublish().await;
                 return unpublished.map_err(|status| status.to_string());
@@ -405,7 +426,7 @@ impl Run {
         }
     }
 
-    async fn unpublish(&mut self) -> Result<(), String> {
+    async fn unpublish(&self) -> Result<(), String> {
         let started = Instant::now();
         while let Err(status) = self.node.unpublish().await {
             if started.elapsed() > PATIENCE {
@@ -438,6 +459,13 @@ impl Run {
         }
     }
 
+    /// Returns what is on the node and would not be there without the volume.
+    fn left(&self) -> Vec<String> {
+        let is_right = |name: &String| name == "entry csi.sock" || name == REGISTRATION;
+        let left = node_state(&self.node).into_keys();
+        left.filter(|name| !is_right(name)).collect()
+    }
+
     /// Keeps of a state what has to be the same whether or not the driver was stopped.
     fn comparable(&self, mut state: State) -> State {
         if self.operation == Operation::RefusedPublish && self.then == Then::Again {
@@ -464,8 +492,14 @@ impl Run {
     /// Returns the state in the end, and then takes the volume down and looks that nothing is left.
     pub(crate) async fn end(&mut self) -> Result<State, String> {
         self.node.look_at_secret();
-        let is_gone = self.is_to_go();
-        let state = if is_gone {
+        let state = if self.is_to_go() {
+            // No further call comes once kubelet was told that the volume is gone.
+            let left = self.left();
+            if !left.is_empty() {
+                return Err(format!(
+                    "the volume is said to be gone, and there are {left:?}"
+                ));
+            }
             node_state(&self.node)
         } else {
             state(&self.node)
@@ -476,20 +510,13 @@ impl Run {
         if self.operation.is_bare() {
             self.see_secret_go().await?;
         }
-        let left = || {
-            let left = node_state(&self.node);
-            let is_right = |name: &String| name == "entry csi.sock" || name == REGISTRATION;
-            left.into_keys()
-                .filter(|name| !is_right(name))
-                .collect::<Vec<_>>()
-        };
         if self.operation == Operation::Start {
             // The driver is ready before it registers itself.
-            let nothing = || left().is_empty();
+            let nothing = || self.left().is_empty();
             let gone = until("nothing is left in the directory of registration", nothing).await;
-            gone.map_err(|why| format!("{why}; there are {:?}", left()))?;
+            gone.map_err(|why| format!("{why}; there are {:?}", self.left()))?;
         }
-        let left = left();
+        let left = self.left();
         if !left.is_empty() {
             return Err(format!("after the unpublish there are {left:?}"));
         }
