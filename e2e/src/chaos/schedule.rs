@@ -127,7 +127,7 @@ pub(super) enum What {
     StepClock { node: usize, by: i64 },
     /// The driver's memory limit is close to what is mounted.
     MemoryNear { node: usize, lasts: u64 },
-    /// A pod is deleted, and on each of its volumes there are so many mounts of somebody else.
+    /// Somebody mounts so many times on each volume of a pod, which is deleted then.
     BuryVolumes { pod: usize, mounts: usize },
     /// The hostile tenant runs pods.
     Hostile { node: usize, lasts: u64, how: usize },

@@ -70,6 +70,8 @@ pub(super) struct World {
     pub(super) roots: Mutex<BTreeMap<String, PathBuf>>,
     /// The last generation that was read in each volume, and what its class said.
     pub(super) read: Mutex<BTreeMap<VolumeId, (u64, Spec)>>,
+    /// The pods whose volumes lie below other mounts, so that only their containers see them.
+    pub(super) buried: Mutex<BTreeSet<String>>,
     /// The number of times that the pods were listed.
     lists: AtomicU64,
     /// Since when, by [`World::now`], there is no fault but the hostile tenant; none while there is one.
@@ -114,6 +116,7 @@ impl World {
             pods: Mutex::default(),
             roots: Mutex::default(),
             read: Mutex::default(),
+            buried: Mutex::default(),
             lists: AtomicU64::new(0),
             calm: Mutex::new(Some(Duration::ZERO)),
             by_hand: Mutex::default(),
@@ -170,10 +173,17 @@ impl World {
     pub(super) fn running(&self) -> Vec<(Watched, PathBuf)> {
         let roots = lock(&self.roots).clone();
         let pods = lock(&self.pods);
-        let running = pods.values().filter(|pod| pod.ready);
+        let running = pods
+            .values()
+            .filter(|pod| pod.ready && !self.is_buried(&pod.uid));
         running
             .filter_map(|pod| Some((pod.clone(), roots.get(&pod.node)?.clone())))
             .collect()
+    }
+
+    /// Returns whether the volumes of a pod lie below other mounts.
+    pub(super) fn is_buried(&self, uid: &str) -> bool {
+        lock(&self.buried).contains(uid)
     }
 
     /// Returns whether a node is up, with the same root.

@@ -54,15 +54,17 @@ umount -l "$2"
 find "$2" -mindepth 1 -delete; cp -a "$3/." "$2/"; rm -rf "$3"
 "#;
 
-/// Mounts file systems on each of the volumes `$2`…, `$1` on each. Prints how many there are.
+/// Puts `$2` mounts at once onto each of the volumes `$3`…, prepared in the directory `$1`. Prints how many.
 const BURY: &str = r#"
-count=$1; shift; mounted=0
+stage=$1; count=$2; shift 2; mounted=0
+mkdir -p "$stage"
+for _ in $(seq "$count"); do mount -t tmpfs -o size=4k,mode=0700 buried "$stage"; done
+mount --make-rprivate "$stage"
 for volume in "$@"; do
-    for _ in $(seq "$count"); do
-        mount -t tmpfs -o size=4k,mode=0700 buried "$volume" 2>/dev/null || break
-        mounted=$((mounted + 1))
-    done
+    if mount --rbind "$stage" "$volume" 2>/dev/null; then mounted=$((mounted + count)); fi
 done
+for _ in $(seq "$count"); do umount "$stage"; done
+rmdir "$stage"
 echo "$mounted"
 "#;
 
@@ -146,8 +148,8 @@ impl<G: Ground> Actor<'_, G> {
         }
     }
 
-    /// Deletes a pod, and mounts on its volumes before kubelet takes them down, as those have done that
-    /// mounted a volume anew with each of their starts. Its containers do not see it.
+    /// Mounts on the volumes of a pod, as those have done that mounted a volume anew with each of their
+    /// starts, and deletes the pod. Its containers do not see it.
     async fn bury(&self, what: What, number: usize, mounts: usize) -> Result<()> {
         let name = pod_name(number);
         let pod = {
@@ -157,12 +159,18 @@ impl<G: Ground> Actor<'_, G> {
         let Some(pod) = pod.filter(|pod| pod.ready) else {
             return Ok(());
         };
+        // From now on this process does not see what the containers see.
+        lock(&self.world.buried).insert(pod.uid.clone());
+        let stage = format!("{}/chaos-stage-{}", self.ground.scratch(), self.next());
         let volumes = pod.classes.iter().map(|class| target(&pod, *class));
-        let arguments: Vec<String> = [mounts.to_string()].into_iter().chain(volumes).collect();
+        let arguments: Vec<String> = [stage, mounts.to_string()]
+            .into_iter()
+            .chain(volumes)
+            .collect();
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let mounted = self.sh(&pod.node, BURY, &arguments).await;
         self.delete(number, &DeleteParams::default()).await?;
-        let mounted = self.sh(&pod.node, BURY, &arguments).await?;
-        let mounted = mounted.trim().parse().unwrap_or_default();
+        let mounted = mounted?.trim().parse().unwrap_or_default();
         self.world.log.struck(&what.kind(), mounted);
         Ok(())
     }
