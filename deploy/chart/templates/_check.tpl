@@ -39,6 +39,51 @@ do this: Helm's own message about an unknown key names no other key. "sscd.known
 {{- if $wrong -}}
 {{- fail (printf "this chart does not have all of these values:\n  %s" (join "\n  " $wrong)) -}}
 {{- end -}}
+{{- include "sscd.checkNeeded" . -}}
+{{- end -}}
+
+{{/*
+Refuses what the chart cannot do without and does not get, which Helm reports as a nil pointer or not at all.
+A null in the values takes the chart's own value away.
+*/}}
+{{- define "sscd.checkNeeded" -}}
+{{- $linux := .Values.linux | default dict -}}
+{{- $needed := list "linux" "rbac" -}}
+{{- $sidecars := list -}}
+{{- if include "sscd.on" $linux.enabled -}}
+{{- $needed = concat $needed (list "livenessProbe" "livenessProbe.port" "linux.driver" "linux.kubeletRootDir" "linux.providersDir" "linux.metricsAddr") -}}
+{{- if eq (include "sscd.sidecars" .) "external" -}}
+{{- $sidecars = list "linux.registrar" "linux.livenessProbe" -}}
+{{- end -}}
+{{- end -}}
+{{- $missing := list -}}
+{{- range $sidecars -}}
+{{- $needed = append $needed . -}}
+{{- $image := printf "%sImage" . -}}
+{{- $found := get $linux (trimPrefix "linux." $image) -}}
+{{- if not $found -}}
+{{- $missing = append $missing $image -}}
+{{- else if not $found.repository -}}
+{{- $missing = append $missing (printf "%s.repository" $image) -}}
+{{- else if not (or $found.tag $found.digest) -}}
+{{- $missing = append $missing (printf "%s.tag" $image) -}}
+{{- end -}}
+{{- end -}}
+{{- range $full := $needed -}}
+{{- $value := $.Values -}}
+{{- $parent := true -}}
+{{- range splitList "." $full -}}
+{{- $parent = kindIs "map" $value -}}
+{{- $value = ternary (index (ternary $value dict $parent) .) nil $parent -}}
+{{- end -}}
+{{- /* What is below something missing is not named as well. */ -}}
+{{- if and $parent (kindIs "invalid" $value) -}}
+{{- $missing = append $missing $full -}}
+{{- end -}}
+{{- end -}}
+{{- if $missing -}}
+{{- fail (printf "these values are null, empty or missing, and the chart cannot do without them: leave them out of your values to have the chart's own:\n  %s" (join "\n  " $missing)) -}}
+{{- end -}}
 {{- end -}}
 
 {{/* The line about one unknown value, empty if the value is none of this chart's business. */}}

@@ -1,12 +1,13 @@
 //! Reads the files that are to be linted.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::{self, Read as _},
     path::Path,
 };
 
-use kubectl_secrets_store::lint::File;
+use kubectl_secrets_store::lint::{CHART, File};
 
 /// The largest file, and the largest number of files, that are read.
 const MAX_FILE: u64 = 16 * 1024 * 1024;
@@ -21,7 +22,29 @@ pub(crate) fn read(names: &[String]) -> Result<Vec<File>, String> {
     for name in names {
         read_one(name, &mut files).map_err(|error| format!("{name}: {error}"))?;
     }
+    add_charts(&mut files);
     Ok(files)
+}
+
+/// Adds the `Chart.yaml` beside each file, if it names the driver's chart: it says below which name a parent chart
+/// has the values of that. One that cannot be read is as none, for nobody asked for it.
+fn add_charts(files: &mut Vec<File>) {
+    let mut charts = Vec::new();
+    let mut tried: BTreeSet<_> = files.iter().map(|file| file.name.clone()).collect();
+    for file in &*files {
+        let path = Path::new(&file.name).with_file_name("Chart.yaml");
+        let name = path.display().to_string();
+        // Standard input has no directory.
+        if !Path::new(&file.name).is_file() || !tried.insert(name.clone()) {
+            continue;
+        }
+        let mut found = Vec::new();
+        let read = fs::File::open(&path).and_then(|mut chart| add(&name, &mut chart, &mut found));
+        if read.is_ok() {
+            charts.extend(found.into_iter().filter(|chart| chart.text.contains(CHART)));
+        }
+    }
+    files.extend(charts);
 }
 
 fn read_one(name: &str, files: &mut Vec<File>) -> io::Result<()> {

@@ -3,10 +3,12 @@
 //! What a rule does not know for certain, it says nothing about: a false alarm costs more than a mistake that
 //! the driver reports later.
 
+pub(crate) mod annotations;
 mod class;
 mod keys;
 pub(crate) mod names;
 mod pod;
+mod provider;
 mod secrets;
 mod values;
 mod yaml;
@@ -20,9 +22,11 @@ use serde::Serialize;
 
 use class::Class;
 use names::{check_fields, meant};
-use yaml::Node;
+use yaml::{Node, Value};
 
 use crate::text::visible;
+
+pub use values::CHART;
 
 /// A file with YAML documents.
 #[derive(Debug, Clone)]
@@ -101,6 +105,7 @@ pub fn lint_in(files: &[File], namespace: Option<&str>) -> Vec<Finding> {
             }),
         }
     }
+    let parents = values::Parents::of(&documents);
     let others = documents.iter().flat_map(|(_, d)| secrets::others(d));
     let mut kustomized = documents.iter().filter_map(|(_, d)| kustomized(d));
     let mut around = Surroundings {
@@ -118,7 +123,7 @@ pub fn lint_in(files: &[File], namespace: Option<&str>) -> Vec<Finding> {
         match document.text_of("kind") {
             Some(_) if class::is_class(document) => {}
             Some(_) => pod::check(document, &around, file),
-            None => values::check(document, file),
+            None => values::check(document, &parents, file),
         }
     }
     in_order(all, files)
@@ -168,31 +173,58 @@ fn in_order(mut all: Vec<Finding>, files: &[File]) -> Vec<Finding> {
     all
 }
 
-/// Says that no file has anything to check, if so: a class, a pod, a workload or values.
+/// The most files that a note lists.
+const LISTED: usize = 5;
+
+/// Says which files have nothing to check: those that are neither manifests nor values of the chart, and all of them
+/// if none has a class, a pod, a workload or values.
 pub fn nothing_to_check(files: &[File]) -> Option<String> {
-    /// The most names that are listed.
-    const LISTED: usize = 5;
-    let has_something =
-        |node: &Node| class::is_class(node) || pod::is_pod(node) || values::are_values(node);
+    let mut documents: Vec<(&str, Node)> = Vec::new();
     // A file that cannot be read as YAML has a finding.
-    let is_empty = |file: &File| match yaml::documents(&file.text) {
-        Ok(documents) => !documents.iter().any(has_something),
-        Err(_) => false,
+    let mut has_something = false;
+    for file in files {
+        match yaml::documents(&file.text) {
+            Ok(read) => documents.extend(read.into_iter().map(|node| (file.name.as_str(), node))),
+            Err(_) => has_something = true,
+        }
+    }
+    let parents = values::Parents::of(&documents);
+    let is_values = |file: &str, node: &Node| values::are_values(node, file, &parents);
+    has_something |= documents
+        .iter()
+        .any(|(file, node)| class::is_class(node) || pod::is_pod(node) || is_values(file, node));
+    let is_strange = |file: &str, node: &Node| {
+        let is_known = node.get("kind").is_some() || is_kustomization(node);
+        !is_known && !values::is_chart(node) && !is_values(file, node)
     };
-    if !files.iter().all(is_empty) {
+    let strange = documents
+        .iter()
+        .filter(|(file, node)| is_strange(file, node));
+    let mut strange: Vec<_> = strange.map(|(file, _)| visible(file)).collect();
+    strange.dedup();
+    if has_something && strange.is_empty() {
         return None;
     }
-    let names = files.iter().take(LISTED).map(|f| visible(&f.name));
-    let mut names = names.collect::<Vec<_>>().join(", ");
-    if files.is_empty() {
-        names.push_str("no YAML file");
+    let all = files.iter().map(|file| visible(&file.name)).collect();
+    let (names, what) = match strange.is_empty() {
+        true => (all, "no class, pod, workload or values of the chart"),
+        false => (
+            strange,
+            "neither a manifest, for it has no kind, nor values of the chart, for it has no key of this chart alone",
+        ),
+    };
+    Some(format!("nothing to check in {}: {what}", some_of(names)))
+}
+
+/// Joins names, if they are not too many.
+fn some_of(mut names: Vec<String>) -> String {
+    let others = names.len() > LISTED;
+    names.truncate(LISTED);
+    match (names.is_empty(), others) {
+        (true, _) => "no YAML file".to_owned(),
+        (false, true) => format!("{} and others", names.join(", ")),
+        (false, false) => names.join(", "),
     }
-    if files.len() > LISTED {
-        names.push_str(" and others");
-    }
-    Some(format!(
-        "nothing to check in {names}: no class, pod, workload or values of the chart"
-    ))
 }
 
 fn is_rendered(file: &File) -> bool {
@@ -202,9 +234,14 @@ fn is_rendered(file: &File) -> bool {
 
 /// Returns the namespace that a kustomization gives to all objects.
 fn kustomized(document: &Node) -> Option<&str> {
-    let is_it = document.text_of("kind") == Some("Kustomization")
-        || document.text_of("kind").is_none() && document.get("resources").is_some();
+    let is_it = document.text_of("kind") == Some("Kustomization") || is_kustomization(document);
     document.text_of("namespace").filter(|_| is_it)
+}
+
+/// Returns whether a document is a kustomization that does not say so.
+fn is_kustomization(document: &Node) -> bool {
+    let resources = document.get("resources").map(|resources| &resources.value);
+    document.get("kind").is_none() && matches!(resources, Some(Value::List(_)))
 }
 
 /// Returns the namespace and the name of an object.

@@ -42,10 +42,27 @@ fn files(directory: &str) -> Vec<PathBuf> {
     files
 }
 
+/// Returns the files of the corpus: those of a directory, and the values below it that have a `Chart.yaml`.
+fn corpus(name: &str) -> Vec<PathBuf> {
+    let directory = format!("driver/kubectl-plugin/tests/{name}");
+    let mut all = files(&directory);
+    for chart in ["parent-alias", "parent-other-name"] {
+        let beside = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests")
+            .join(name);
+        all.extend(
+            [beside.join(chart).join("values.yaml")]
+                .into_iter()
+                .filter(|f| f.is_file()),
+        );
+    }
+    all
+}
+
 #[test]
 fn each_mistake_is_found_at_its_line_with_its_fix() {
-    let all = files("driver/kubectl-plugin/tests/mistakes");
-    assert!(all.len() >= 80, "{}", all.len());
+    let all = corpus("mistakes");
+    assert!(all.len() >= 125, "{}", all.len());
     let mut wrong = Vec::new();
     let mut slowest = Duration::ZERO;
     for path in &all {
@@ -90,7 +107,7 @@ fn good_manifests_have_no_findings() {
         "e2e/embedded/examples/greeting",
         "kind",
     ];
-    let mut all = files("driver/kubectl-plugin/tests/good");
+    let mut all = corpus("good");
     assert!(all.len() >= 75, "{}", all.len());
     all.extend(own.into_iter().flat_map(files));
     let mut wrong = Vec::new();
@@ -100,6 +117,36 @@ fn good_manifests_have_no_findings() {
             wrong.push(format!("{}: {found:#?}", path.display()));
         }
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Every piece of values in the book, as `yaml values` marks them.
+#[test]
+fn the_values_of_the_book_have_no_findings() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+    let mut directories = vec![docs];
+    let (mut count, mut wrong) = (0, Vec::new());
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+                continue;
+            }
+            let Ok(text) = fs::read_to_string(&path) else {
+                continue;
+            };
+            for block in text.split("```yaml values\n").skip(1) {
+                let text = block.split("```").next().unwrap().to_owned();
+                let name = path.display().to_string();
+                let file = [File { name, text }];
+                wrong.extend(lint_in(&file, None).iter().map(ToString::to_string));
+                wrong.extend(nothing_to_check(&file));
+                count += 1;
+            }
+        }
+    }
+    assert!(count >= 10, "{count}");
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
@@ -169,6 +216,22 @@ fn files_without_anything_to_check_are_named() {
         ),
         (&[], Some("no YAML file:")),
         (&["good/config-map.yaml", "good/class-vault.yaml"], None),
+        (
+            &["good/class-vault.yaml", "good/values-of-another-chart.yaml"],
+            Some("nothing to check in good/values-of-another-chart.yaml: neither a manifest"),
+        ),
+        (
+            &["good/real-values-prometheus.yaml", "good/config-map.yaml"],
+            Some("nothing to check in good/real-values-prometheus.yaml: neither a manifest"),
+        ),
+        (
+            &[
+                "good/parent-alias/Chart.yaml",
+                "good/parent-alias/values.yaml",
+            ],
+            None,
+        ),
+        (&["good/namespace-kustomized.yaml"], None),
         (&["good/pod-plain.yaml"], None),
         (&["good/values-parent.yaml"], None),
         (&["mistakes/class-kind.yaml"], None),

@@ -198,6 +198,75 @@ fn other_wrong_values_are_refused(#[case] values: &str, #[case] sentence: &str) 
     assert!(said.len() == 1 && said[0].starts_with(sentence), "{said:?}");
 }
 
+/// Returns the full keys of the schema.
+fn keys(schema: &Value, object: &str) -> Vec<String> {
+    let properties = schema["properties"].as_object().into_iter().flatten();
+    let of_key = properties.flat_map(|(key, inside)| {
+        let full = below(object, key);
+        let mut keys = keys(inside, &full);
+        keys.push(full);
+        keys
+    });
+    of_key.collect()
+}
+
+/// A null takes the chart's own value away. Each key as null renders, or is refused by name.
+#[test]
+fn a_null_renders_or_is_refused_by_name() {
+    let Some(helm) = Helm::find() else { return };
+    let keys = keys(&schema(), "");
+    assert!(keys.len() > 100, "{}", keys.len());
+    let render = |full: &String| {
+        let mut values = json!({});
+        let (object, key) = full.rsplit_once('.').unwrap_or(("", full));
+        set(&mut values, object, key, Value::Null);
+        let rendered = helm.render(&Chart::ours(), "1.34.2", &values.to_string());
+        match rendered {
+            Ok(objects) => {
+                let empty = ["<nil>", "<no value>", "containerPort: 0\n", "image: :"];
+                let found = empty.iter().find(|text| objects.contains(*text));
+                assert_eq!(found, None, "{full}");
+                None
+            }
+            // The image by hand is one of the values, which the null takes away.
+            Err(why) if full.starts_with("linux.image") => {
+                assert!(why.contains("names no registry to pull it from"), "{why}");
+                None
+            }
+            Err(why) => {
+                let sentence = "the chart cannot do without them";
+                let line = format!("\n  {full}\n");
+                assert!(why.contains(sentence) && why.contains(&line), "{why}");
+                Some(full.clone())
+            }
+        }
+    };
+    let refused: Vec<_> = std::thread::scope(|scope| {
+        let quarters = keys.chunks(keys.len().div_ceil(4));
+        let threads: Vec<_> = quarters
+            .map(|some| scope.spawn(|| some.iter().filter_map(render).collect::<Vec<_>>()))
+            .collect();
+        let ended = threads.into_iter().map(|thread| thread.join().unwrap());
+        ended.flatten().collect()
+    });
+    for full in ["linux", "rbac", "linux.driver", "linux.metricsAddr"] {
+        assert!(refused.iter().any(|name| name == full), "{refused:?}");
+    }
+    // The plugin's check of values has the same list: driver/kubectl-plugin/src/lint/values/refused.rs.
+    assert_eq!(refused.len(), 16, "{refused:?}");
+}
+
+#[rstest]
+#[case(
+    "sidecars: builtin\nlinux: {registrar: null, registrarImage: null, livenessProbeImage: {tag: ''}}"
+)]
+#[case("linux: {enabled: false, driver: null, kubeletRootDir: null}")]
+#[case("linux: {registrarImage: {tag: null, digest: 'sha256:0'}}")]
+fn what_an_installation_does_not_use_may_be_null(#[case] values: &str) {
+    let Some(helm) = Helm::find() else { return };
+    helm.render(&Chart::ours(), "1.34.2", values).unwrap();
+}
+
 #[test]
 fn a_parent_chart_may_add_what_charts_get() {
     let Some(helm) = Helm::find() else { return };

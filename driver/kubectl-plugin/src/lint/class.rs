@@ -2,22 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use driver::{
-    record::{ASKED, NUMBER_VERSIONS, is_object_name},
-    volume::policy::{Every, INTERVAL, SEND_VERSIONS},
-};
+use driver::record::is_object_name;
 
 use super::{
-    Findings, check_fields,
+    Findings, annotations, check_fields,
     keys::{self, Keys},
     meant,
     names::slip,
-    pod::MODE,
+    provider,
     yaml::{self, Node},
 };
-
-pub(super) const KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
-pub(super) const PREFIX: &str = "secrets-store.csi.k8s.io/";
 
 /// What pods need to know of a class.
 #[derive(Debug, Default)]
@@ -56,7 +50,7 @@ pub(super) fn is_class(object: &Node) -> bool {
 /// Checks a class.
 pub(super) fn check(object: &Node, file: &mut Findings<'_>) -> Class {
     check_head(object, file);
-    check_annotations(object, file);
+    annotations::check(object, file);
     let Some(spec) = object.get("spec") else {
         file.add(
             object.line,
@@ -70,7 +64,7 @@ pub(super) fn check(object: &Node, file: &mut Findings<'_>) -> Class {
         &["provider", "parameters", "secretObjects"],
         file,
     );
-    let provider = check_provider(spec, file);
+    let provider = provider::check(spec, file);
     let mounted = check_parameters(spec, provider, file);
     let class = check_secrets(spec, mounted.as_ref(), file);
     Class {
@@ -107,97 +101,6 @@ fn check_head(object: &Node, file: &mut Findings<'_>) {
         ),
         None => file.add(object.line, "the class has no metadata.name"),
     }
-}
-
-fn check_annotations(object: &Node, file: &mut Findings<'_>) {
-    let annotations = object.get("metadata").and_then(|m| m.get("annotations"));
-    let known = [INTERVAL, ASKED, SEND_VERSIONS, NUMBER_VERSIONS, KEY_FORMAT];
-    for (key, value) in annotations.map_or(&[][..], Node::fields) {
-        if !key.text.starts_with(PREFIX) {
-            continue;
-        }
-        let Some(text) = value.text() else {
-            file.add(
-                value.line,
-                format!(
-                    "the value of annotation {} must be a text; put it in quotes",
-                    key.text
-                ),
-            );
-            continue;
-        };
-        match key.text.as_str() {
-            INTERVAL => {
-                if let Err(why) = Every::parse(text) {
-                    file.add(
-                        value.line,
-                        format!("annotation {INTERVAL} is {text:?}: {why}"),
-                    );
-                }
-            }
-            SEND_VERSIONS | NUMBER_VERSIONS if !["true", "false"].contains(&text) => {
-                file.add(
-                    value.line,
-                    format!(
-                        "annotation {} is {text:?}; it must be \"true\" or \"false\"",
-                        key.text
-                    ),
-                );
-            }
-            KEY_FORMAT if !["traditional", "original"].contains(&text) => {
-                file.add(
-                    value.line,
-                    format!(
-                        "annotation {KEY_FORMAT} is {text:?}; it must be traditional or original"
-                    ),
-                );
-            }
-            name if known.contains(&name) => {}
-            MODE => file.add(key.line, format!("{MODE} is no annotation of a class; write it into volumeAttributes of the pod's volume")),
-            name => {
-                let instead = meant(name, &known).map_or_else(
-                    || format!("there are {}", known.join(", ")),
-                    |name| format!("write {name}"),
-                );
-                file.add(
-                    key.line,
-                    format!("the driver does not know the annotation {name}; {instead}"),
-                );
-            }
-        }
-    }
-}
-
-/// Checks the name of the provider, and returns it.
-fn check_provider<'a>(spec: &'a Node, file: &mut Findings<'_>) -> &'a str {
-    let Some(provider) = spec.get("provider") else {
-        file.add(
-            spec.line,
-            "spec.provider is missing: the name of the provider, such as azure, vault, aws or gcp",
-        );
-        return "";
-    };
-    let name = provider.text().unwrap_or_default();
-    let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
-    if name.is_empty() || name.len() > 30 || !name.chars().all(is_allowed) {
-        file.add(
-            provider.line,
-            format!(
-                "{name:?} is no name of a provider; it has 1 to 30 letters, digits, \"-\" or \"_\""
-            ),
-        );
-    } else if ["azure", "vault", "openbao", "aws", "gcp"].contains(&name.to_lowercase().as_str())
-        && name.to_lowercase() != name
-    {
-        file.add(
-            provider.line,
-            format!(
-                "the provider is called {}, in lower case",
-                name.to_lowercase()
-            ),
-        );
-    }
-    name
 }
 
 /// Checks the parameters. Returns the files that they mount, if these are known.

@@ -9,7 +9,8 @@ use driver::{
 
 use super::{
     Findings, Surroundings,
-    class::{KEY_FORMAT, Made, PREFIX},
+    annotations::{KEY_FORMAT, PREFIX},
+    class::Made,
     identity, meant,
     names::{is_slip, slip},
     yaml::{Key, Node, Value},

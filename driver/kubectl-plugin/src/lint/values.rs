@@ -1,131 +1,213 @@
 //! Checks values of the chart: of its own, or below its name in the values of a parent chart.
 
+mod parent;
+mod pattern;
+mod refused;
+mod schema;
+mod unknown;
+
 use super::{
-    Findings, meant,
-    yaml::{self, Node, Value},
+    Findings,
+    yaml::{Node, Value},
 };
 
-/// The values of the chart.
-const VALUES: &str = include_str!("../../../../deploy/chart/values.yaml");
+pub use parent::CHART;
+use parent::Parent;
+pub(super) use parent::{Parents, is_chart};
+use unknown::{Finder, Kind, Unknown};
 
-const CHART: &str = "secrets-store-csi-driver";
-
-/// Values at a wrong place, and the right one.
-const MOVED: [(&str, &str); 8] = [
-    ("linux.enableSecretRotation", "enableSecretRotation"),
-    ("linux.rotationPollInterval", "rotationPollInterval"),
-    ("linux.syncSecret", "syncSecret"),
-    ("syncSecret.enable", "syncSecret.enabled"),
-    ("linux.resources", "linux.driver.resources"),
-    ("linux.extraArgs", "linux.driver.extraArgs"),
-    ("linux.logVerbosity", "logVerbosity"),
-    ("enableRotation", "enableSecretRotation"),
-];
-
-/// Keys of which a document certainly has values of the chart.
-const SIGNS: [&str; 4] = [
+/// Keys, at the top level or below `linux`, of which a document certainly has values of the chart. Other charts
+/// have the rest of its keys, too.
+const SIGNS: [&str; 20] = [
     "syncSecret",
     "enableSecretRotation",
     "rotationPollInterval",
+    "minRotationPollInterval",
     "providerHealthCheck",
+    "providerHealthCheckInterval",
+    "providerMaxCalls",
+    "providerMaxBytes",
+    "providerUIDs",
+    "republishErrors",
+    "maxCallRecvMsgSize",
+    "tokenRequestsInSecrets",
+    "linux.additionalProvidersDirs",
+    "linux.crds",
+    "linux.daemonsetAnnotations",
+    "linux.driver",
+    "linux.livenessProbeImage",
+    "linux.metricsAddr",
+    "linux.registrar",
+    "linux.registrarImage",
 ];
 
+/// What the top level of a document is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Top {
+    /// Values of the chart, and nothing else.
+    Ours,
+    /// Values of the chart, with others among them.
+    Mixed,
+    /// Something else, which may have values of the chart below its name.
+    Other,
+}
+
+/// Values below the chart's name or alias, or at the top of a document.
+struct Section<'a> {
+    name: &'a str,
+    line: usize,
+    values: &'a Node,
+    /// The chart of which it is a part, if that is known.
+    parent: Option<&'a Parent>,
+}
+
 /// Checks a document without a kind. It is left alone if it does not look like values of the chart.
-pub(super) fn check(document: &Node, file: &mut Findings<'_>) {
-    let Ok(known) = yaml::documents(VALUES) else {
-        return;
+pub(super) fn check(document: &Node, parents: &Parents, file: &mut Findings<'_>) {
+    let schema = match schema::of_chart() {
+        Ok(schema) => schema,
+        Err(why) => {
+            let how = format!("the schema of the chart's values: {why}");
+            return file.add(document.line, how);
+        }
     };
-    let Some(known) = known.first() else { return };
-    for (key, value) in document.fields() {
-        if key.text == CHART {
-            check_level(value, known, "", file);
+    let finder = Finder::new(schema);
+    let parent = parents.of_file(file.file);
+    for section in sections(document, parent) {
+        check_section(&section, &finder, file);
+    }
+    let top = top(document, parent, &finder);
+    if top == Top::Other {
+        return;
+    }
+    for unknown in finder.find(document) {
+        let is_ours = top == Top::Ours || unknown.kind == Kind::Misspelt;
+        if is_ours && !is_section(&unknown.path, parent) {
+            file.add(unknown.line, unknown.message);
         }
     }
-    if has_sign(document) {
-        check_level(document, known, "", file);
-    }
+    check_values(document, schema, file);
 }
 
 /// Returns whether a document has values of the chart.
-pub(super) fn are_values(document: &Node) -> bool {
-    let below_name = document.fields().iter().any(|(key, _)| key.text == CHART);
-    document.get("kind").is_none() && (below_name || has_sign(document))
+pub(super) fn are_values(document: &Node, file: &str, parents: &Parents) -> bool {
+    let parent = parents.of_file(file);
+    let has_section = !sections(document, parent).is_empty();
+    let is_top = || {
+        let schema = schema::of_chart();
+        schema.is_ok_and(|schema| top(document, parent, &Finder::new(schema)) != Top::Other)
+    };
+    document.get("kind").is_none() && (has_section || is_top())
+}
+
+/// Returns the values below the names that the chart has in a parent chart, also below the names of other charts
+/// that the parent chart is a parent of.
+fn sections<'a>(document: &'a Node, parent: Option<&'a Parent>) -> Vec<Section<'a>> {
+    let mut found = Vec::new();
+    for (key, values) in document.fields() {
+        match is_section(&key.text, parent) {
+            true if values.is_map() => found.push(Section {
+                name: &key.text,
+                line: key.line,
+                values,
+                parent: parent.filter(|parent| parent.has_part()),
+            }),
+            true => {}
+            false => found.extend(sections(values, None)),
+        }
+    }
+    found
+}
+
+fn is_section(name: &str, parent: Option<&Parent>) -> bool {
+    name == CHART || parent.is_some_and(|parent| parent.has_name(name))
+}
+
+/// Checks the values below the chart's name.
+fn check_section(section: &Section<'_>, finder: &Finder, file: &mut Findings<'_>) {
+    let (name, values) = (section.name, section.values);
+    if let Some(parent) = section.parent.filter(|parent| !parent.has_name(name)) {
+        let names = parent.names.join(" or ");
+        let how = format!(
+            "Chart.yaml gives the chart {CHART} the alias {names}, so that Helm does not hand it the values below {name}; write them below {names}"
+        );
+        return file.add(section.line, how);
+    }
+    let unknown = finder.find(values);
+    let is_switch = |unknown: &Unknown| is_switch(values, unknown);
+    let is_foreign = |unknown: &&Unknown| unknown.kind == Kind::Foreign && !is_switch(unknown);
+    let at_top = unknown.iter().filter(|unknown| unknown.is_at_top());
+    // Something else than Helm may have keys of its own below the chart's name.
+    let foreign = at_top.clone().filter(is_foreign).count();
+    let known = values.fields().len() - at_top.count();
+    let is_mixed = section.parent.is_none() && foreign > known;
+    for unknown in unknown {
+        let parent = section.parent;
+        let is_condition = parent.is_some_and(|parent| parent.is_condition(name, &unknown.path));
+        if is_condition || is_mixed && unknown.kind != Kind::Misspelt {
+            continue;
+        }
+        let may_be_one = parent.is_none() && unknown.kind == Kind::Foreign && is_switch(&unknown);
+        let hint = match may_be_one {
+            true => format!(
+                "; if it is the condition of a parent chart, keep that chart's Chart.yaml beside the file, with condition: {name}.{}",
+                unknown.path
+            ),
+            false => String::new(),
+        };
+        file.add(unknown.line, unknown.message + &hint);
+    }
+    if let Ok(schema) = schema::of_chart() {
+        check_values(values, schema, file);
+    }
+}
+
+/// Returns whether a key at the top level is true or false.
+fn is_switch(values: &Node, unknown: &Unknown) -> bool {
+    let value = values.get(&unknown.path).map(|value| &value.value);
+    matches!(value, Some(Value::Text(text) | Value::Other(text)) if text == "true" || text == "false")
+}
+
+/// Checks the values of known keys.
+fn check_values(values: &Node, schema: &schema::Schema, file: &mut Findings<'_>) {
+    let mut add = |line, message: String| file.add(line, message);
+    schema.check("", values.line, values, &mut add);
+    refused::check(values, &mut add);
+}
+
+/// Tells what the top level of a document is.
+fn top(document: &Node, parent: Option<&Parent>, finder: &Finder) -> Top {
+    if parent.is_some_and(Parent::has_part) || document.fields().is_empty() {
+        return Top::Other;
+    }
+    let unknown = finder.find(document);
+    let count = |is_it: &dyn Fn(&Unknown) -> bool| unknown.iter().filter(|u| is_it(u)).count();
+    let has_section = !sections(document, parent).is_empty();
+    if has_sign(document) {
+        let foreign = count(&|u| u.is_at_top() && u.kind == Kind::Foreign);
+        let elsewhere = count(&|u| u.is_at_top() && u.kind == Kind::Elsewhere);
+        let others = foreign + elsewhere;
+        let is_mixed = foreign > 0 && others * 2 > document.fields().len();
+        return match has_section || is_mixed {
+            true => Top::Mixed,
+            false => Top::Ours,
+        };
+    }
+    let is_misspelt = |unknown: &Unknown| unknown.kind == Kind::Misspelt;
+    let knows_all = unknown.iter().all(is_misspelt);
+    let has_key = finder.has_key(document);
+    match knows_all && has_key && !has_section {
+        true => Top::Ours,
+        false => Top::Other,
+    }
 }
 
 fn has_sign(document: &Node) -> bool {
-    let sign = |key: &str| {
-        SIGNS
-            .iter()
-            .any(|sign| key == *sign || key.starts_with(&format!("{sign}.")))
+    let is_sign = |key: &str| {
+        let mut signs = SIGNS.iter();
+        signs.any(|sign| key == *sign || key.starts_with(&format!("{sign}.")))
     };
-    document.fields().iter().any(|(key, _)| sign(&key.text))
-}
-
-/// Checks the keys of a map of values, and those below it.
-fn check_level(values: &Node, known: &Node, path: &str, file: &mut Findings<'_>) {
-    let names: Vec<_> = known
-        .fields()
-        .iter()
-        .map(|(key, _)| key.text.as_str())
-        .collect();
-    for (key, value) in values.fields() {
-        let here = if path.is_empty() {
-            key.text.clone()
-        } else {
-            format!("{path}.{}", key.text)
-        };
-        if let Some((_, right)) = MOVED.iter().find(|(wrong, _)| *wrong == here) {
-            file.add(
-                key.line,
-                format!("the chart has no value {here}; it is {right}"),
-            );
-            continue;
-        }
-        if key.text.contains('.') && names.contains(&key.text.split('.').next().unwrap_or_default())
-        {
-            let parts: Vec<_> = key.text.split('.').collect();
-            file.add(
-                key.line,
-                format!(
-                    "{} is one key with dots in it, which Helm does not take apart; write {}",
-                    key.text,
-                    parts.join(": {") + ": ..." + &"}".repeat(parts.len() - 1)
-                ),
-            );
-            continue;
-        }
-        let field = known
-            .fields()
-            .iter()
-            .find(|(name, _)| name.text == key.text);
-        match field {
-            None => {
-                if let Some(name) = meant(&key.text, &names) {
-                    file.add(
-                        key.line,
-                        format!("the chart has no value {here}; write {name}"),
-                    );
-                }
-            }
-            Some((_, default)) => match (&default.value, &value.value) {
-                (Value::Map(fields), Value::Map(_)) if !fields.is_empty() => {
-                    // Windows has the values of Linux.
-                    check_level(value, default, &here, file);
-                }
-                (Value::Map(fields), Value::Text(_) | Value::Other(_)) if !fields.is_empty() => {
-                    let inside: Vec<_> = fields.iter().map(|(key, _)| key.text.as_str()).collect();
-                    file.add(
-                        value.line,
-                        format!("{here} has values below it: {}", inside.join(", ")),
-                    );
-                }
-                (Value::Other(text), Value::Text(said))
-                    if (text == "true" || text == "false") && said != "true" =>
-                {
-                    file.add(value.line, format!("{here} is true or false, without quotes: Helm takes the text {said:?} for true"));
-                }
-                _ => {}
-            },
-        }
-    }
+    let linux = document.get("linux").map_or(&[][..], Node::fields);
+    let below = linux.iter().map(|(key, _)| format!("linux.{}", key.text));
+    let mut keys = document.fields().iter().map(|(key, _)| key.text.clone());
+    keys.any(|key| is_sign(&key)) || below.into_iter().any(|key| is_sign(&key))
 }

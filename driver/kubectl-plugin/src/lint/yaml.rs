@@ -132,7 +132,7 @@ pub(super) fn document(text: &str) -> Result<Option<Node>, (usize, String)> {
         Err(error) => {
             let line = error.location().map_or(1, |at| at.line());
             let why = error.without_snippet().to_string();
-            let why = why.lines().next().unwrap_or_default().to_owned();
+            let why = said(why.lines().next().unwrap_or_default());
             let hint = if text.contains("{{") {
                 ". This is a template: lint what helm template prints"
             } else if text.contains("\n\t") {
@@ -144,6 +144,13 @@ pub(super) fn document(text: &str) -> Result<Option<Node>, (usize, String)> {
             Err((line, format!("this is not YAML: {why}{hint}")))
         }
     }
+}
+
+/// Returns what the parser says without the place, which counts from the beginning of the document and not from that
+/// of the file, and without its own options.
+fn said(why: &str) -> &str {
+    let why = why.rsplit_once(" at line ").map_or(why, |(why, _)| why);
+    why.split_once(", set ").map_or(why, |(why, _)| why)
 }
 
 impl From<Spanned<Tree>> for Node {

@@ -579,6 +579,14 @@ pub(crate) const SITUATIONS: &[(&str, Change)] = &[
         world.class["metadata"]["annotations"] =
             json!({"secrets-store.csi.k8s.io/rotation-poll-interval": "5m"});
     }),
+    ("annotations of a class are misspelt", |world| {
+        world.class["metadata"]["annotations"] = json!({
+            "secrets-store.csi.k8s.io/rotation-pol-interval": "5m",
+            "secrets-store.csi.x-k8s.io/refresh": "1",
+            "secrets-store.csi.x-k8s.io/note": "owned by team payments",
+            "secrets-store.csi.k8s.io/send-object-versions": "true",
+        });
+    }),
     (
         "a class was edited after the mount, and rotation is off",
         |world| {

@@ -1,5 +1,7 @@
 //! What is worth knowing of a pod and not wrong.
 
+use std::collections::BTreeSet;
+
 use driver::{cluster::interval::INTERVAL, record::ASKED};
 use kube::ResourceExt as _;
 
@@ -10,6 +12,7 @@ use crate::{
         state,
     },
     installation::{DRIVER, NodeSays},
+    lint::annotations,
     time::{shown, span},
 };
 
@@ -41,6 +44,7 @@ pub(super) fn of(facts: &Facts, has_trouble: bool) -> Vec<String> {
     if has_trouble {
         notes.extend(failed_calls(facts));
     }
+    notes.extend(misspelt_annotations(facts));
     notes.extend(idle_intervals(facts));
     notes.extend(edited_classes(facts));
     notes.extend(outdated(facts).into_iter().map(|(container, secret)| {
@@ -81,6 +85,22 @@ fn ended(facts: &Facts) -> Option<String> {
         _ => "the pod has ended: its volumes are taken down",
     };
     Some(text.to_owned())
+}
+
+/// Returns which annotations of classes are most likely meant for the driver, and not read by it.
+fn misspelt_annotations(facts: &Facts) -> BTreeSet<String> {
+    let classes = facts.volumes.iter().filter_map(|volume| {
+        let class = volume.class.found()?;
+        Some((volume.class_name.as_str(), class.annotations()))
+    });
+    let wrong = classes.flat_map(|(class, all)| {
+        all.keys().filter_map(move |name| {
+            let right = annotations::misspelt(name)?;
+            Some(format!("class {class} has the annotation {name}, which the driver does not know: {right} is probably meant"))
+        })
+    });
+    // Two volumes may have one class.
+    wrong.collect()
 }
 
 /// Returns which volumes ask for refreshes while rotation is off.
