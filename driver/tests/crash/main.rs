@@ -76,6 +76,7 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::publish_of_bare_pod(Operation::PublishOfBarePod)]
 #[case::refresh_of_bare_pod(Operation::RefreshOfBarePod)]
 #[case::unpublish_of_bare_pod(Operation::UnpublishOfBarePod)]
+#[case::unpublish_of_ended_pod(Operation::UnpublishOfEndedPod)]
 #[case::publish_after_reboot(Operation::PublishAfterReboot)]
 #[case::unpublish_of_buried_volume(Operation::UnpublishOfBuriedVolume)]
 fn stopped_after_each_step(#[case] operation: Operation) {
@@ -182,7 +183,12 @@ async fn try_all(operation: Operation) {
             failures.push(failure(operation, &point, &ended, why));
         }
     }
-    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+    assert!(
+        failures.is_empty(),
+        "{} points failed, first: {}",
+        failures.len(),
+        failures.join("\n\n")
+    );
     println!("{}", points.summary(operation, started.elapsed()));
     points.check();
 }

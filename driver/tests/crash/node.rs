@@ -118,7 +118,7 @@ impl Node {
             dir,
         };
         node.watch();
-        node.put_pod(has_controller);
+        node.put_pod(has_controller, "Pending");
         node
     }
 
@@ -131,7 +131,7 @@ impl Node {
         });
     }
 
-    fn put_pod(&self, has_controller: bool) {
+    pub(crate) fn put_pod(&self, has_controller: bool, phase: &str) {
         let owner = json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "rs", "controller": true});
         let owners = if has_controller {
             json!([owner])
@@ -140,7 +140,7 @@ impl Node {
         };
         let pod = json!({
             "metadata": {"name": "web", "uid": UID, "ownerReferences": owners},
-            "status": {"phase": "Pending"},
+            "status": {"phase": phase},
         });
         self.api.put(&format!("{NAMESPACE}/pods/web"), pod).unwrap();
         fs::create_dir_all(self.target().parent().unwrap()).unwrap();

@@ -50,6 +50,8 @@ pub(crate) enum Operation {
     RefreshOfBarePod,
     /// The last unpublish of a volume whose class makes the Secret.
     UnpublishOfBarePod,
+    /// The same for a pod that has ended and stays, as that of a Job does.
+    UnpublishOfEndedPod,
     /// The publish of a volume that was mounted before the node lost its power.
     PublishAfterReboot,
     /// The unpublish of a volume on which somebody has mounted more often than one call takes down.
@@ -106,6 +108,7 @@ impl Operation {
             | Self::UnpublishOfWrittenFiles
             | Self::RefreshOfBarePod
             | Self::UnpublishOfBarePod
+            | Self::UnpublishOfEndedPod
             | Self::UnpublishOfBuriedVolume
             | Self::Unpublish
             | Self::DeletedSecret
@@ -130,6 +133,7 @@ impl Operation {
             Self::Unpublish
                 | Self::UnpublishOfWrittenFiles
                 | Self::UnpublishOfBarePod
+                | Self::UnpublishOfEndedPod
                 | Self::UnpublishOfBuriedVolume
         )
     }
@@ -148,7 +152,10 @@ impl Operation {
     fn is_bare(self) -> bool {
         matches!(
             self,
-            Self::PublishOfBarePod | Self::RefreshOfBarePod | Self::UnpublishOfBarePod
+            Self::PublishOfBarePod
+                | Self::RefreshOfBarePod
+                | Self::UnpublishOfBarePod
+                | Self::UnpublishOfEndedPod
         )
     }
 
@@ -226,6 +233,10 @@ impl Run {
             Operation::UnpublishOfBuriedVolume => {
                 self.node.end_pod().await;
                 self.node.bury().map_err(|error| error.to_string())?;
+            }
+            Operation::UnpublishOfEndedPod => {
+                self.node.end_pod().await;
+                self.node.put_pod(false, "Succeeded");
             }
             operation if operation.is_unpublish() => self.node.end_pod().await,
             Operation::PublishAfterReboot => {

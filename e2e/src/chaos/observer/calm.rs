@@ -82,7 +82,8 @@ fn owners<'a>(
     statuses.iter().filter(is_of_these).collect()
 }
 
-fn status_name(world: &World, pod: &Watched, class: usize) -> String {
+/// Returns the name of the status of a pod's volume.
+pub(super) fn status_name(world: &World, pod: &Watched, class: usize) -> String {
     let class = CLASSES.get(class).copied().unwrap_or_default();
     format!("{}-{}-{class}", pod.name, world.namespace)
 }

@@ -1,7 +1,7 @@
 //! Watches the synced Secrets: each version that the API server has is judged by the history of the
 //! store.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,33 +11,58 @@ use kube::Api;
 use kube::runtime::watcher::{self, Event, watcher};
 use serde_json::json;
 
+use super::super::lock;
 use super::super::store::{CLASSES, generation_of};
 use super::super::tenants::{EDITION, EDITION_KEY, EXTRA_KEY, KEYS};
 use super::super::world::{Watched, World};
+use super::calm::status_name;
+use crate::install::pod_statuses;
 
 /// The time after which a version is judged, and not while somebody writes by hand, who tells so after
 /// it. A pod that became ready is judged after the same time: this process may hear of its Secret later.
 pub(super) const LATER: Duration = Duration::from_millis(1_500);
 
+/// The annotation with the order of the content: a higher one replaces a lower one (docs/secrets.md).
+const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
 /// The time for which content that another call has read before may come after newer one, without a fault.
 const OVERTAKEN: Duration = Duration::from_secs(1);
 
+/// A version of the Secret of a class.
+struct Version {
+    class: usize,
+    secret: Secret,
+    seen: Instant,
+    /// The pods that ran when it was seen.
+    running: BTreeMap<String, String>,
+}
+
+/// What the version before had.
+#[derive(Default)]
+struct Last {
+    generation: u64,
+    /// The order of the content; none after a change by hand.
+    order: Option<u64>,
+    /// The names and UIDs of the owners.
+    owners: BTreeSet<(String, String)>,
+}
+
 /// Watches until it is dropped.
 pub(super) async fn watch(world: Arc<World>, client: kube::Client) {
-    let secrets = Api::<Secret>::namespaced(client, &world.namespace);
+    let secrets = Api::<Secret>::namespaced(client.clone(), &world.namespace);
     let mut events = watcher(secrets, watcher::Config::default()).boxed();
-    let mut waiting: VecDeque<(Instant, Secret)> = VecDeque::new();
-    // The last generation of each Secret, by UID.
+    let mut waiting: VecDeque<Version> = VecDeque::new();
+    // The last version of each Secret, by UID.
     let mut last = BTreeMap::new();
     loop {
-        let first = waiting.front().map(|(seen, _)| *seen + LATER);
+        let first = waiting.front().map(|version| version.seen + LATER);
         tokio::select! {
             event = events.next() => match event {
                 Some(Ok(Event::Apply(secret) | Event::InitApply(secret))) => {
                     if let Some(class) = class_of(&secret) {
                         world.secret_is_there(class, true);
+                        let (seen, running) = (Instant::now(), running(&world, class));
+                        waiting.push_back(Version { class, secret, seen, running });
                     }
-                    waiting.push_back((Instant::now(), secret));
                 }
                 Some(Ok(Event::Delete(secret))) => {
                     if let Some(class) = class_of(&secret) {
@@ -50,10 +75,50 @@ pub(super) async fn watch(world: Arc<World>, client: kube::Client) {
             () = tokio::time::sleep_until(first.unwrap_or_else(Instant::now).into()), if first.is_some() => {
                 if world.is_writing_by_hand() {
                     tokio::time::sleep(Duration::from_millis(20)).await;
-                } else if let Some((seen, secret)) = waiting.pop_front() {
-                    judge(&world, seen, &secret, &mut last);
+                } else if let Some(version) = waiting.pop_front() {
+                    let uid = version.secret.metadata.uid.clone().unwrap_or_default();
+                    let last = last.entry(uid).or_default();
+                    judge_owners(&world, &client, &version, last).await;
+                    judge(&world, &version, last);
                 }
             }
+        }
+    }
+}
+
+/// Returns the UIDs of the pods that run with a class, by the names of their statuses.
+fn running(world: &World, class: usize) -> BTreeMap<String, String> {
+    let pods = lock(&world.pods);
+    let running = pods
+        .values()
+        .filter(|pod| pod.ready && pod.classes.contains(&class));
+    running
+        .map(|pod| (status_name(world, pod, class), pod.uid.clone()))
+        .collect()
+}
+
+/// Checks that no owner has gone whose pod runs: with the others the Secret would go.
+async fn judge_owners(world: &World, client: &kube::Client, version: &Version, last: &mut Last) {
+    let owners = version.secret.metadata.owner_references.iter().flatten();
+    let owners: BTreeSet<_> = owners
+        .map(|owner| (owner.name.clone(), owner.uid.clone()))
+        .collect();
+    let before = std::mem::replace(&mut last.owners, owners.clone());
+    let still = running(world, version.class);
+    for (name, uid) in before.difference(&owners) {
+        let runs = version.running.get(name);
+        if runs.is_none() || runs != still.get(name) {
+            continue;
+        }
+        // A status that somebody deleted is another one now.
+        let statuses = pod_statuses(client, &world.namespace);
+        let status = statuses.get_opt(name).await.ok().flatten();
+        if status.is_some_and(|status| status.metadata.uid.as_ref() == Some(uid)) {
+            let class = CLASSES.get(version.class).copied().unwrap_or_default();
+            let text = format!("Secret {class} has lost its owner {name} ({uid})");
+            world
+                .log
+                .find("a Secret keeps the owners whose pods run", text);
         }
     }
 }
@@ -121,17 +186,25 @@ pub(super) async fn judge_environment(world: &World, secrets: &Api<Secret>, pod:
     }
 }
 
-fn judge(world: &World, seen: Instant, secret: &Secret, last: &mut BTreeMap<String, u64>) {
-    let Some(class) = class_of(secret) else {
-        return;
-    };
+fn judge(world: &World, version: &Version, last: &mut Last) {
+    let (class, secret, seen) = (version.class, &version.secret, version.seen);
     let name = CLASSES.get(class).copied().unwrap_or_default();
     let data = secret.data.clone().unwrap_or_default();
     // It stays until the driver restores it; who adds an owner meanwhile writes it again.
     if world.is_by_hand(&json!(data)) {
+        last.order = None;
         return;
     }
     world.log.checked("versions of a Secret", 1);
+    let annotations = secret.metadata.annotations.as_ref();
+    let order = annotations.and_then(|all| all.get(ORDER)?.parse().ok());
+    if order < last.order {
+        let text = format!("Secret {name} has order {order:?} after {:?}", last.order);
+        world
+            .log
+            .find("no Secret goes back in the order of its contents", text);
+    }
+    last.order = order;
     let mut generations = BTreeMap::new();
     for (key, object) in KEYS
         .iter()
@@ -165,8 +238,7 @@ fn judge(world: &World, seen: Instant, secret: &Secret, last: &mut BTreeMap<Stri
     let Some((generation, _)) = generations.last_key_value() else {
         return;
     };
-    let uid = secret.metadata.uid.clone().unwrap_or_default();
-    let before = last.entry(uid).or_default();
+    let before = &mut last.generation;
     // Of two contents, the one whose pod status was written later counts as newer, even if it was
     // fetched earlier (docs/secrets.md). So a Secret may return to a content that a provider read
     // shortly before; a content that the store replaced long before may not come back.
