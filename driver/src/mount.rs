@@ -24,7 +24,7 @@ use nix::{
     mount::{MntFlags, umount2},
     sys::{
         stat::{Mode, SFlag, fstat},
-        statfs::{TMPFS_MAGIC, fstatfs},
+        statfs::fstatfs,
     },
 };
 
@@ -73,19 +73,19 @@ pub fn examine(target: &Path) -> io::Result<(TargetState, Option<Root>)> {
     let Some(here) = Here::open(target)? else {
         return Ok((TargetState::Absent, None));
     };
-    let is_directory = SFlag::from_bits_truncate(fstat(&here.file)?.st_mode & SFlag::S_IFMT.bits())
-        == SFlag::S_IFDIR;
-    match (here.is_mounted, is_directory) {
+    // Only a tmpfs is asked anything: another file system may never answer.
+    let is_usable = !here.is_mounted || here.is_tmpfs()?;
+    match (here.is_mounted, is_usable && here.is_directory()?) {
         (false, true) => Ok((TargetState::Directory, None)),
         (false, false) => Ok((TargetState::NotADirectory, None)),
-        (true, true) if here.is_tmpfs()? => {
+        (true, true) => {
             let root = Root {
                 directory: here.open_root()?,
                 id: Some(FileSystemId::of(&here)?).filter(FileSystemId::is_unique),
             };
             Ok((TargetState::Mounted, Some(root)))
         }
-        (true, _) => Err(io::Error::other(
+        (true, false) => Err(io::Error::other(
             "a file system other than tmpfs is mounted there; unmount it or replace the pod",
         )),
     }
@@ -133,8 +133,14 @@ impl Here {
         table::of(self.mount)?.ok_or_else(|| io::Error::other("the mount has gone meanwhile"))
     }
 
+    /// Returns whether the mount is of a tmpfs, without asking its file system.
     fn is_tmpfs(&self) -> io::Result<bool> {
-        Ok(fstatfs(&self.file)?.filesystem_type() == TMPFS_MAGIC)
+        Ok(self.entry()?.kind == "tmpfs")
+    }
+
+    fn is_directory(&self) -> io::Result<bool> {
+        let mode = fstat(&self.file)?.st_mode & SFlag::S_IFMT.bits();
+        Ok(SFlag::from_bits_truncate(mode) == SFlag::S_IFDIR)
     }
 
     /// Opens the root of the mount for use. It stays the same mount, whatever is mounted at the path
@@ -264,6 +270,47 @@ mod tests {
 
     pub(super) fn bind(from: &Path, to: &Path) {
         mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    }
+
+    /// Mounts a file system whose server never answers. `None` where that is not possible.
+    fn mount_silent(target: &Path) -> Option<fs::File> {
+        let server = fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .ok()?;
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0",
+            std::os::fd::AsRawFd::as_raw_fd(&server)
+        );
+        let (flags, options) = (MsFlags::empty(), Some(options.as_str()));
+        let mounted = mount(Some("silent"), target, Some("fuse"), flags, options);
+        mounted.is_ok().then_some(server)
+    }
+
+    #[test]
+    fn a_file_system_that_never_answers_is_not_asked() {
+        alone(Own::Mounts, || {
+            let (_root, target) = target();
+            let Some(server) = mount_silent(&target) else {
+                println!("skipped: no FUSE can be mounted here");
+                return;
+            };
+            let (out, done) = std::sync::mpsc::channel();
+            let asked = target.clone();
+            // It would wait in the kernel until the server goes.
+            std::thread::spawn(move || {
+                let found = (state(&asked), in_use(&asked), detach(&asked));
+                let _waited_too_long = out.send(found);
+            });
+            let found = done.recv_timeout(std::time::Duration::from_secs(10));
+            drop(server);
+            let (state, in_use, detached) = found.expect("it was asked");
+            let error = state.unwrap_err().to_string();
+            assert!(error.contains("other than tmpfs"), "{error}");
+            assert_eq!(in_use.unwrap(), None);
+            assert!(matches!(detached.unwrap(), Detached::Foreign));
+        });
     }
 
     #[test]

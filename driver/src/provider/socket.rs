@@ -94,9 +94,9 @@ impl Sockets {
         }
         for directory in &self.search {
             let path = directory.join(format!("{name}{ENDING}"));
-            match is_socket(&path) {
-                Ok(true) => return Ok(Some(path)),
-                Ok(false) => {}
+            match self.socket_at(&path) {
+                Ok(None) => {}
+                Ok(found) => return Ok(found),
                 Err(error) => {
                     return Err(lookup(format!(
                         "provider {name:?}: cannot look at {}: {error}",
@@ -106,6 +106,45 @@ impl Sockets {
             }
         }
         Ok(None)
+    }
+
+    /// Returns the socket that is at a path, if there is one. Any other file in its place is an error.
+    ///
+    /// A link is followed to a socket in one of the directories, and not beyond them: it could lead into a
+    /// file system that does not answer, and whoever looks there waits with all that the driver does.
+    fn socket_at(&self, path: &Path) -> io::Result<Option<PathBuf>> {
+        let Some(there) = unless_absent(fs::symlink_metadata(path))? else {
+            return Ok(None);
+        };
+        if !there.is_symlink() {
+            let is_socket = there.file_type().is_socket();
+            let found = is_socket.then(|| path.to_owned());
+            return found
+                .map(Some)
+                .ok_or_else(|| io::Error::other("it is not a socket"));
+        }
+        let to = fs::read_link(path)?;
+        let parent = path.parent().unwrap_or(path);
+        let to = parent.join(to);
+        // The directories themselves are the operator's, and may have another name behind a link.
+        let is_inside = to.parent().is_some_and(|parent| {
+            self.search.iter().any(|directory| {
+                directory == parent
+                    || fs::canonicalize(directory).is_ok_and(|directory| directory == parent)
+            })
+        });
+        if !is_inside || to.file_name().is_none() {
+            return Err(io::Error::other(
+                "it is a link that leads out of the directories of provider sockets; make the socket itself there, or a link to one beside it",
+            ));
+        }
+        match unless_absent(fs::symlink_metadata(&to))? {
+            Some(there) if there.file_type().is_socket() => Ok(Some(to)),
+            Some(_) => Err(io::Error::other(
+                "it is a link to something that is not a socket",
+            )),
+            None => Ok(None),
+        }
     }
 
     fn not_found(&self, name: &str) -> Error {
@@ -150,19 +189,66 @@ fn is_provider_name(name: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
 }
 
-/// Returns whether there is a socket. Any other file in its place is an error.
-fn is_socket(path: &Path) -> io::Result<bool> {
-    match fs::metadata(path) {
-        Ok(metadata) if metadata.file_type().is_socket() => Ok(true),
-        Ok(_) => Err(io::Error::other("it is not a socket")),
+/// Takes it that nothing is there, if the system says so.
+fn unless_absent<T>(looked: io::Result<T>) -> io::Result<Option<T>> {
+    match looked {
+        Ok(found) => Ok(Some(found)),
         Err(error)
             if matches!(
                 error.kind(),
                 io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
             ) =>
         {
-            Ok(false)
+            Ok(None)
         }
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::{fs::symlink, net::UnixListener};
+
+    use super::*;
+
+    #[test]
+    fn a_link_is_followed_to_a_socket_beside_it_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let [first, second, outside] = ["first", "second", "outside"].map(|name| {
+            let directory = dir.path().join(name);
+            fs::create_dir(&directory).unwrap();
+            directory
+        });
+        symlink(&second, dir.path().join("other-name")).unwrap();
+        let sockets = Sockets::new(vec![first.clone(), dir.path().join("other-name")]);
+        let _listeners = [&first, &second, &outside]
+            .map(|directory| UnixListener::bind(directory.join("there.sock")).unwrap());
+        let found = |to: &Path| {
+            let link = first.join("linked.sock");
+            let _absent = fs::remove_file(&link);
+            symlink(to, &link).unwrap();
+            sockets.find("linked").map_err(|error| error.to_string())
+        };
+        let there = first.join("there.sock");
+        assert_eq!(sockets.find("there").unwrap(), there);
+        assert_eq!(found(Path::new("there.sock")).unwrap(), there);
+        assert_eq!(found(&there).unwrap(), there);
+        let second = second.join("there.sock");
+        assert_eq!(found(&second).unwrap(), second);
+        for out in [
+            outside.join("there.sock"),
+            "../outside/there.sock".into(),
+            "../first/there.sock".into(),
+            "/".into(),
+            "..".into(),
+            ".".into(),
+        ] {
+            let error = found(&out).unwrap_err();
+            assert!(error.contains("leads out of the directories"), "{error}");
+        }
+        let error = found(Path::new("linked.sock")).unwrap_err();
+        assert!(error.contains("not a socket"), "{error}");
+        let error = found(Path::new("absent.sock")).unwrap_err();
+        assert!(error.contains("has no socket"), "{error}");
     }
 }

@@ -5,10 +5,11 @@
 //! socket costs a fraction of a millisecond.
 
 mod count;
+mod frames;
 mod metered;
 
 use std::{
-    fmt, mem,
+    fmt, io, mem,
     path::Path,
     sync::{Arc, Mutex, atomic::AtomicBool},
     time::Duration,
@@ -42,6 +43,7 @@ use super::{
 use crate::error::{Error, Result};
 pub(super) use count::TooLarge;
 use count::count;
+use frames::Bounded;
 use metered::{Meter, Metered};
 
 /// The time for a connection. A unix socket accepts at once, or has a full backlog.
@@ -84,7 +86,10 @@ pub(super) fn channel(socket: &Path, trusted: &Trusted) -> Result<Channel> {
     let (socket, trusted) = (socket.to_owned(), trusted.clone());
     let connector = service_fn(move |_: Uri| {
         let (socket, trusted) = (socket.clone(), trusted.clone());
-        async move { peer::connect(&socket, &trusted).await.map(TokioIo::new) }
+        async move {
+            let stream = peer::connect(&socket, &trusted).await?;
+            Ok::<_, io::Error>(TokioIo::new(Bounded::new(stream)))
+        }
     });
     Ok(endpoint
         // Upstream's client sends this authority (`WithAuthority` in
