@@ -77,6 +77,7 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::refresh_of_bare_pod(Operation::RefreshOfBarePod)]
 #[case::unpublish_of_bare_pod(Operation::UnpublishOfBarePod)]
 #[case::unpublish_of_ended_pod(Operation::UnpublishOfEndedPod)]
+#[case::publish_after_namesake(Operation::PublishAfterNamesake)]
 #[case::publish_after_reboot(Operation::PublishAfterReboot)]
 #[case::unpublish_of_buried_volume(Operation::UnpublishOfBuriedVolume)]
 fn stopped_after_each_step(#[case] operation: Operation) {

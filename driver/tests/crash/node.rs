@@ -42,6 +42,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 const BURIED: usize = 34;
 
 const UID: &str = "7a6ab1a5-0d1d-4a5a-9a7c-3d6c1f3e0a11";
+/// The earlier pod of the same name.
+const NAMESAKE: &str = "an-earlier-pod";
 const NAMESPACE: &str = "/api/v1/namespaces/shop";
 const CUSTOM: &str = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop";
 
@@ -146,6 +148,32 @@ impl Node {
         fs::create_dir_all(self.target().parent().unwrap()).unwrap();
     }
 
+    /// Puts the pod status that an earlier pod of the same name has left.
+    pub(crate) fn put_status_of_namesake(&self) {
+        let owner = json!({"apiVersion": "v1", "kind": "Pod", "name": "web", "uid": NAMESAKE});
+        let status = json!({
+            "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClassPodStatus",
+            "metadata": {
+                "name": "web-shop-db", "namespace": "shop", "uid": "status-of-an-earlier-pod",
+                "resourceVersion": "3",
+                "ownerReferences": [owner],
+                "labels": {"internal.secrets-store.csi.k8s.io/node-name": "node-1"},
+            },
+            "status": {
+                "podName": "web", "secretProviderClassName": "db", "mounted": true,
+                "targetPath": "/somewhere/else", "objects": [{"id": "pw", "version": "0"}],
+            },
+        });
+        let path = format!("{CUSTOM}/secretproviderclasspodstatuses/web-shop-db");
+        self.api.put(&path, status).unwrap();
+    }
+
+    /// Returns the pod status that still belongs to the earlier pod, if one does.
+    pub(crate) fn status_of_namesake(&self) -> Option<Value> {
+        let mut statuses = self.api.all(STATUSES).into_iter();
+        statuses.find(|status| status["metadata"]["ownerReferences"][0]["uid"] == NAMESAKE)
+    }
+
     pub(crate) fn put_class(&self, class: &Class) {
         let mut parameters = json!({"for": "the pod"});
         if let Some(objects) = &class.objects {
@@ -201,7 +229,8 @@ impl Node {
         };
         let mut statuses = Vec::new();
         for status in self.api.all(STATUSES) {
-            if !owned_by(&status, &json!(UID)) {
+            // The garbage collector also takes what an earlier pod has left.
+            if !owned_by(&status, &json!(UID)) && !owned_by(&status, &json!(NAMESAKE)) {
                 return Some(format!("a pod status stays: {status}"));
             }
             let name = status["metadata"]["name"].as_str().unwrap_or_default();

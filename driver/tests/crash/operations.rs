@@ -52,6 +52,8 @@ pub(crate) enum Operation {
     UnpublishOfBarePod,
     /// The same for a pod that has ended and stays, as that of a Job does.
     UnpublishOfEndedPod,
+    /// The first publish for a bare pod after one of the same name, whose pod status is still there.
+    PublishAfterNamesake,
     /// The publish of a volume that was mounted before the node lost its power.
     PublishAfterReboot,
     /// The unpublish of a volume on which somebody has mounted more often than one call takes down.
@@ -102,6 +104,7 @@ impl Operation {
             | Self::PublishOfWrittenFiles
             | Self::RefreshOfWrittenFiles
             | Self::PublishOfBarePod
+            | Self::PublishAfterNamesake
             | Self::PublishAfterReboot => &[Then::Again, Then::Unpublish],
             Self::RefreshWithoutChange | Self::RefusedRefresh => &[Then::Again, Then::Changed],
             Self::RefreshWithOtherType
@@ -124,6 +127,7 @@ impl Operation {
                 | Self::RefusedPublish
                 | Self::PublishOfWrittenFiles
                 | Self::PublishOfBarePod
+                | Self::PublishAfterNamesake
         )
     }
 
@@ -153,6 +157,7 @@ impl Operation {
         matches!(
             self,
             Self::PublishOfBarePod
+                | Self::PublishAfterNamesake
                 | Self::RefreshOfBarePod
                 | Self::UnpublishOfBarePod
                 | Self::UnpublishOfEndedPod
@@ -239,6 +244,7 @@ impl Run {
                 self.node.put_pod(false, "Succeeded");
             }
             operation if operation.is_unpublish() => self.node.end_pod().await,
+            Operation::PublishAfterNamesake => self.node.put_status_of_namesake(),
             Operation::PublishAfterReboot => {
                 self.node.lose_mounts().await;
                 let started = self.node.start_traced("10m");
@@ -290,7 +296,8 @@ impl Run {
             Operation::UnpublishOfBuriedVolume => return self.unpublish().await,
             operation if operation.is_unpublish() => {
                 let unpublished = self.node.unpublish().await;
-                return unpublished.map_err(|status| status.to_string());
+                unpublished.map_err(|status| status.to_string())?;
+                return self.owners_are_checked().await;
             }
             Operation::DeletedSecret => {
                 self.node.secret.lock().unwrap().add(None);
@@ -351,6 +358,24 @@ impl Run {
             traced.has_step("API server: GET secretproviderclasses/db answered")
         })
         .await
+    }
+
+    /// Waits for what the driver does with the owners of a pod that has ended, some seconds later.
+    async fn owners_are_checked(&self) -> Result<(), String> {
+        let Some(traced) = self.node.traced() else {
+            return Ok(());
+        };
+        if self.operation != Operation::UnpublishOfEndedPod {
+            return Ok(());
+        }
+        until(
+            "the driver has read the Secret of the pod that has ended",
+            || traced.has_step("API server: GET secrets/creds answered"),
+        )
+        .await?;
+        // It may write the Secret then.
+        sleep(Duration::from_millis(500)).await;
+        Ok(())
     }
 
     fn has_secrets(&self) -> bool {
@@ -454,6 +479,9 @@ impl Run {
             return Ok(());
         }
         self.start_pod()?;
+        if let Some(status) = self.node.status_of_namesake() {
+            return Err(format!("the status goes with the earlier pod: {status}"));
+        }
         until("the Secrets are as they should be", || self.has_secrets()).await?;
         let started = Instant::now();
         loop {

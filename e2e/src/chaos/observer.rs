@@ -5,6 +5,7 @@ mod calm;
 mod content;
 mod leaks;
 mod secrets;
+mod statuses;
 mod volumes;
 
 use std::collections::VecDeque;
@@ -23,6 +24,7 @@ use tokio::task::JoinSet;
 use super::lock;
 use super::tenants::{classes_of, pod_name};
 use super::world::{LIST, Watched, World};
+use crate::install::pod_statuses;
 pub(super) use calm::{lacking, untraced};
 pub(super) use leaks::{Usage, excess, left, usage};
 use volumes::Suspicion;
@@ -69,6 +71,7 @@ impl Drop for Observer {
 /// Keeps the list of pods, and checks the time that each takes until it is ready.
 async fn list_pods(world: Arc<World>, client: kube::Client) {
     let secrets = Api::<Secret>::namespaced(client.clone(), &world.namespace);
+    let statuses = pod_statuses(&client, &world.namespace);
     let api = Api::<Pod>::namespaced(client, &world.namespace);
     let mut ready = VecDeque::new();
     loop {
@@ -87,6 +90,7 @@ async fn list_pods(world: Arc<World>, client: kube::Client) {
                 break;
             }
             secrets::judge_ready(&world, &pod);
+            statuses::judge_owner(&world, &statuses, &pod).await;
         }
         world.listed();
         tokio::time::sleep(LIST).await;
