@@ -264,6 +264,42 @@ fn an_upgrade_can_reuse_the_values_of_the_existing_chart() {
     "'/syncSecret/enabled': value must be one of true, false, 'true', 'false'"
 )]
 #[case(
+    "syncSecret: {interval: 45 seconds}",
+    "'/syncSecret/interval': '45 seconds' does not match pattern"
+)]
+#[case(
+    "linux: {image: {digest: 'sha256:0123'}}",
+    "'/linux/image/digest': 'sha256:0123' does not match pattern"
+)]
+#[case(
+    "linux: {image: {repository: 'localhost:5000/driver:1'}}",
+    "linux.image.repository=localhost:5000/driver:1 has a tag or a digest in it"
+)]
+#[case(
+    "linux: {image: {repository: driver@sha256}}",
+    "and a digest in linux.image.digest"
+)]
+#[case(
+    "linux: {registrarImage: {repository: 'registrar:1'}}",
+    "linux.registrarImage.repository=registrar:1 has a tag"
+)]
+#[case(
+    "linux: {livenessProbeImage: {repository: 'probe:1'}}",
+    "linux.livenessProbeImage.repository=probe:1 has a tag"
+)]
+#[case(
+    "linux: {driver: {extraArgs: [sync-interval=1m]}}",
+    "linux.driver.extraArgs has \"sync-interval=1m\", which is neither a flag nor the value of the flag before it"
+)]
+#[case(
+    "linux: {driver: {extraArgs: [-v=5, '6']}}",
+    "linux.driver.extraArgs has \"6\""
+)]
+#[case(
+    "linux: {driver: {extraArgs: [-v, '5', '6']}}",
+    "linux.driver.extraArgs has \"6\""
+)]
+#[case(
     "podMonitor: {enable: true}",
     "podMonitor.enable: did you mean podMonitor.enabled?"
 )]

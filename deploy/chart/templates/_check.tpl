@@ -40,6 +40,28 @@ do this: Helm's own message about an unknown key names no other key. "sscd.known
 {{- fail (printf "this chart does not have all of these values:\n  %s" (join "\n  " $wrong)) -}}
 {{- end -}}
 {{- include "sscd.checkNeeded" . -}}
+{{- if include "sscd.on" .Values.linux.enabled -}}
+{{- include "sscd.checkArguments" .Values.linux.driver.extraArgs -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Refuses an argument of the driver that is no flag and no value of one: the driver would not start. */}}
+{{- define "sscd.checkArguments" -}}
+{{- $before := "" -}}
+{{- range . -}}
+{{- $isValue := and (hasPrefix "-" $before) (not (contains "=" $before)) -}}
+{{- if not (or $isValue (hasPrefix "-" .)) -}}
+{{- fail (printf "linux.driver.extraArgs has %q, which is neither a flag nor the value of the flag before it: write --flag=value" .) -}}
+{{- end -}}
+{{- $before = . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Refuses a repository with a tag or a digest in it, because the chart adds one. A port has a slash behind it. */}}
+{{- define "sscd.checkRepository" -}}
+{{- if regexMatch "@|:[^/]*$" .repository -}}
+{{- fail (printf "%s.repository=%s has a tag or a digest in it, and the chart adds one: write a tag in %s.tag, and a digest in %s.digest" .image .repository .image .image) -}}
+{{- end -}}
 {{- end -}}
 
 {{/*
@@ -65,8 +87,11 @@ A null in the values takes the chart's own value away.
 {{- $missing = append $missing $image -}}
 {{- else if not $found.repository -}}
 {{- $missing = append $missing (printf "%s.repository" $image) -}}
-{{- else if not (or $found.tag $found.digest) -}}
+{{- else -}}
+{{- include "sscd.checkRepository" (dict "image" $image "repository" $found.repository) -}}
+{{- if not (or $found.tag $found.digest) -}}
 {{- $missing = append $missing (printf "%s.tag" $image) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- range $full := $needed -}}
@@ -89,6 +114,18 @@ A null in the values takes the chart's own value away.
 {{/* The line about one unknown value, empty if the value is none of this chart's business. */}}
 {{- define "sscd.hint" -}}
 {{- $full := printf "%s.%s" .object .key | trimPrefix "." -}}
+{{- /* Other charts have values of these names, and the names alone say too little. */ -}}
+{{- $moved := dict
+  "podMonitor.interval" "podMonitor.endpoint.interval"
+  "podMonitor.scrapeTimeout" "podMonitor.endpoint.scrapeTimeout"
+  "serviceMonitor.interval" "serviceMonitor.endpoint.interval"
+  "serviceMonitor.scrapeTimeout" "serviceMonitor.endpoint.scrapeTimeout"
+  "linux.hostNetwork" "linux.podSpec.hostNetwork"
+  "linux.dnsPolicy" "linux.podSpec.dnsPolicy"
+  "linux.securityContext" "linux.podSpec.securityContext or linux.driver.container.securityContext"
+  "linux.extraVolumes" "linux.volumes"
+  "linux.extraVolumeMounts" "linux.volumeMounts"
+-}}
 {{- $name := splitList "." .key | last -}}
 {{- $same := default list (get .places $name) -}}
 {{- $similar := list -}}
@@ -122,7 +159,9 @@ A null in the values takes the chart's own value away.
 {{- else if and (ne $name .key) (or (has $full $same) (has .key $same)) -}}
 {{- $meant := ternary .key $full (has .key $same) -}}
 {{- printf "%q: the dot is part of this key's name; write %s as nested keys, %s" .key $meant (printf "%s: …%s" (replace "." ": {" $meant) (repeat (sub (len (splitList "." $meant)) 1 | int) "}")) -}}
-{{- else if $same -}}
+{{- else if hasKey $moved $full -}}
+{{- printf "%s: did you mean %s?" $full (get $moved $full) -}}
+{{- else if and $same (ne $full "csiDriver.annotations") -}}
 {{- printf "%s: did you mean %s?" $full (join " or " $same) -}}
 {{- else if $here -}}
 {{- printf "%s: did you mean %s?" $full (join " or " $here) -}}

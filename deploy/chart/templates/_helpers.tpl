@@ -60,6 +60,7 @@ a registry, because no node can pull it.
 {{- else if or (regexMatch "(^|[-_./])secrets?-store[-_./](csi[-_])?driver([-_](fips|rhel[0-9]*|linux|amd64|arm64))*([:@].*)?$" (lower $repository)) (regexMatch "(^|/)deislabs/secrets-store-csi([:@].*)?$" $repository) -}}
 {{- fail (printf "%s is a copy of the existing driver's image, which this chart cannot run: copy %s:%s to your registry, under a name that ends in secrets-store-csi, and set linux.image.repository, linux.image.tag and linux.image.digest to that copy" $named .Chart.Annotations.driverImage .Chart.AppVersion) -}}
 {{- end -}}
+{{- include "sscd.checkRepository" (dict "image" "linux.image" "repository" $repository) -}}
 {{- if and (regexMatch "^v(0[.]0|1[.][0-6])[.][0-9]+" (toString $ours.tag)) (not $ours.digest) -}}
 {{- fail (printf "linux.image.tag=%s is a version of the existing driver, which this chart cannot run: set linux.image.repository and linux.image.tag to your copy of %s:%s; without linux.image.tag, it is %s" $ours.tag .Chart.Annotations.driverImage .Chart.AppVersion .Chart.AppVersion) -}}
 {{- end -}}

@@ -105,7 +105,7 @@ pub fn lint_in(files: &[File], namespace: Option<&str>) -> Vec<Finding> {
             }),
         }
     }
-    let parents = values::Parents::of(&documents);
+    let together = values::Together::of(&documents);
     let others = documents.iter().flat_map(|(_, d)| secrets::others(d));
     let mut kustomized = documents.iter().filter_map(|(_, d)| kustomized(d));
     let mut around = Surroundings {
@@ -123,7 +123,7 @@ pub fn lint_in(files: &[File], namespace: Option<&str>) -> Vec<Finding> {
         match document.text_of("kind") {
             Some(_) if class::is_class(document) => {}
             Some(_) => pod::check(document, &around, file),
-            None => values::check(document, &parents, file),
+            None => values::check(document, &together, file),
         }
     }
     in_order(all, files)
@@ -188,8 +188,8 @@ pub fn nothing_to_check(files: &[File]) -> Option<String> {
             Err(_) => has_something = true,
         }
     }
-    let parents = values::Parents::of(&documents);
-    let is_values = |file: &str, node: &Node| values::are_values(node, file, &parents);
+    let together = values::Together::of(&documents);
+    let is_values = |file: &str, node: &Node| values::are_values(node, file, &together);
     has_something |= documents
         .iter()
         .any(|(file, node)| class::is_class(node) || pod::is_pod(node) || is_values(file, node));

@@ -89,6 +89,56 @@ fn said(helm: &Helm, values: &Value) -> Vec<String> {
     lines.map(str::to_owned).collect()
 }
 
+/// Values of other charts whose names alone say too little, and what is said of them.
+const ELSEWHERE: [(&str, &str); 10] = [
+    ("csiDriver.annotations", "csiDriver has labels"),
+    (
+        "podMonitor.interval",
+        "did you mean podMonitor.endpoint.interval?",
+    ),
+    (
+        "podMonitor.scrapeTimeout",
+        "did you mean podMonitor.endpoint.scrapeTimeout?",
+    ),
+    (
+        "serviceMonitor.interval",
+        "did you mean serviceMonitor.endpoint.interval?",
+    ),
+    (
+        "serviceMonitor.scrapeTimeout",
+        "did you mean serviceMonitor.endpoint.scrapeTimeout?",
+    ),
+    (
+        "linux.hostNetwork",
+        "did you mean linux.podSpec.hostNetwork?",
+    ),
+    ("linux.dnsPolicy", "did you mean linux.podSpec.dnsPolicy?"),
+    (
+        "linux.securityContext",
+        "did you mean linux.podSpec.securityContext or linux.driver.container.securityContext?",
+    ),
+    ("linux.extraVolumes", "did you mean linux.volumes?"),
+    (
+        "linux.extraVolumeMounts",
+        "did you mean linux.volumeMounts?",
+    ),
+];
+
+#[test]
+fn a_value_of_another_chart_is_refused_with_the_one_of_this() {
+    let Some(helm) = Helm::find() else { return };
+    let (mut values, mut expected) = (json!({}), Vec::new());
+    for (full, hint) in ELSEWHERE {
+        let (object, key) = full.rsplit_once('.').unwrap();
+        set(&mut values, object, key, json!(1));
+        expected.push(format!("{full}: {hint}"));
+    }
+    let mut said = said(&helm, &values);
+    said.sort();
+    expected.sort();
+    assert_eq!(said, expected);
+}
+
 /// Every value at every level where it is not.
 #[test]
 fn a_value_in_a_wrong_place_is_refused_with_the_right_one() {
@@ -99,11 +149,14 @@ fn a_value_in_a_wrong_place_is_refused_with_the_right_one() {
     for (object, keys) in &known {
         for (name, right) in &places {
             let for_parents = object.is_empty() && ["enabled", "install"].contains(name);
+            let full = below(object, name);
+            if ELSEWHERE.iter().any(|(key, _)| *key == full) {
+                continue;
+            }
             if keys.iter().any(|key| key == name) || for_parents {
                 continue;
             }
             set(&mut values, object, name, json!(1));
-            let full = below(object, name);
             expected.push(format!("{full}: did you mean {}?", right.join(" or ")));
         }
     }
@@ -261,7 +314,9 @@ fn a_null_renders_or_is_refused_by_name() {
     "sidecars: builtin\nlinux: {registrar: null, registrarImage: null, livenessProbeImage: {tag: ''}}"
 )]
 #[case("linux: {enabled: false, driver: null, kubeletRootDir: null}")]
-#[case("linux: {registrarImage: {tag: null, digest: 'sha256:0'}}")]
+#[case(
+    "linux: {registrarImage: {tag: null, digest: 'sha256:0000000000000000000000000000000000000000000000000000000000000000'}}"
+)]
 fn what_an_installation_does_not_use_may_be_null(#[case] values: &str) {
     let Some(helm) = Helm::find() else { return };
     helm.render(&Chart::ours(), "1.34.2", values).unwrap();
@@ -430,7 +485,7 @@ fn versions_of_the_existing_driver_are_refused(#[case] tag: &str, #[case] refuse
             }
         }
         // With a digest, the tag is not used.
-        render("sha256:0").unwrap();
+        render("sha256:0000000000000000000000000000000000000000000000000000000000000000").unwrap();
     }
 }
 
@@ -464,6 +519,8 @@ fn the_drivers_resources_hold_in_one_container(
 #[case("minimumProviderVersions: {azure: 0.0.14}", true)]
 #[case("linux: {metricsAddr: 8080}", false)]
 #[case("linux: {metricsAddr: 'node.example.org:8095'}", false)]
+#[case("linux: {metricsAddr: ':65536'}", false)]
+#[case("linux: {metricsAddr: ':65535'}", true)]
 #[case("linux: {metricsAddr: 0}", true)]
 #[case("linux: {metricsAddr: '[::]:8095'}", true)]
 #[case("linux: {metricsAddr: 'localhost:8095'}", true)]
@@ -509,8 +566,9 @@ fn images_of_this_driver_are_taken() {
 #[case("us.gcr.io/k8s-artifacts-prod/csi-secrets-store/driver")]
 fn the_existing_drivers_own_image_is_replaced(#[case] repository: &str) {
     let Some(helm) = Helm::find() else { return };
-    let values =
-        format!("linux: {{image: {{repository: {repository}, tag: v1.6.0, digest: 'sha256:0'}}}}");
+    let values = format!(
+        "linux: {{image: {{repository: {repository}, tag: v1.6.0, digest: 'sha256:0000000000000000000000000000000000000000000000000000000000000000'}}}}"
+    );
     let rendered = helm.render(&Chart::ours(), "1.34.2", &values).unwrap();
     assert!(
         rendered.contains("image: secrets-store-csi:0.1.0\n"),
@@ -527,7 +585,10 @@ fn the_existing_drivers_own_image_is_replaced(#[case] repository: &str) {
 #[rstest]
 #[case("", false)]
 #[case("linux: {image: {repository: team/secrets-store-csi}}", false)]
-#[case("linux: {image: {digest: 'sha256:0'}}", false)]
+#[case(
+    "linux: {image: {digest: 'sha256:0000000000000000000000000000000000000000000000000000000000000000'}}",
+    false
+)]
 #[case(
     "linux: {image: {repository: registry.k8s.io/csi-secrets-store/driver}}",
     false

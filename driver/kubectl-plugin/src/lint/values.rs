@@ -1,5 +1,7 @@
 //! Checks values of the chart: of its own, or below its name in the values of a parent chart.
 
+mod arguments;
+mod image;
 mod parent;
 mod pattern;
 mod refused;
@@ -12,8 +14,8 @@ use super::{
 };
 
 pub use parent::CHART;
-use parent::Parent;
-pub(super) use parent::{Parents, is_chart};
+pub(super) use parent::is_chart;
+use parent::{Parent, Parents};
 use unknown::{Finder, Kind, Unknown};
 
 /// Keys, at the top level or below `linux`, of which a document certainly has values of the chart. Other charts
@@ -41,6 +43,40 @@ const SIGNS: [&str; 20] = [
     "linux.registrarImage",
 ];
 
+/// Known keys below `linux` that few other charts have: with one of them, and without a key that is nothing like the
+/// chart's, a document has values of the chart.
+const HALF_SIGNS: [&str; 5] = [
+    "env",
+    "image",
+    "livenessProbe",
+    "minReadySeconds",
+    "podSpec",
+];
+
+/// What the documents that are given together say of values in one of them.
+pub(super) struct Together {
+    parents: Parents,
+    /// How many of them name an image of the driver.
+    with_image: usize,
+}
+
+impl Together {
+    /// Reads some documents, each with the name of its file.
+    pub(super) fn of(documents: &[(&str, Node)]) -> Self {
+        let parents = Parents::of(documents);
+        let name_image = documents.iter().filter(|(file, document)| {
+            let parent = parents.of_file(file);
+            let sections = sections(document, parent);
+            let mut values = sections.iter().map(|section| section.values);
+            has_image(document) || values.any(has_image)
+        });
+        Self {
+            with_image: name_image.count(),
+            parents,
+        }
+    }
+}
+
 /// What the top level of a document is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Top {
@@ -62,7 +98,7 @@ struct Section<'a> {
 }
 
 /// Checks a document without a kind. It is left alone if it does not look like values of the chart.
-pub(super) fn check(document: &Node, parents: &Parents, file: &mut Findings<'_>) {
+pub(super) fn check(document: &Node, together: &Together, file: &mut Findings<'_>) {
     let schema = match schema::of_chart() {
         Ok(schema) => schema,
         Err(why) => {
@@ -71,9 +107,11 @@ pub(super) fn check(document: &Node, parents: &Parents, file: &mut Findings<'_>)
         }
     };
     let finder = Finder::new(schema);
-    let parent = parents.of_file(file.file);
+    let parent = together.parents.of_file(file.file);
     for section in sections(document, parent) {
-        check_section(&section, &finder, file);
+        if check_section(&section, &finder, file) {
+            check_values(section.values, schema, together, file);
+        }
     }
     let top = top(document, parent, &finder);
     if top == Top::Other {
@@ -85,12 +123,12 @@ pub(super) fn check(document: &Node, parents: &Parents, file: &mut Findings<'_>)
             file.add(unknown.line, unknown.message);
         }
     }
-    check_values(document, schema, file);
+    check_values(document, schema, together, file);
 }
 
 /// Returns whether a document has values of the chart.
-pub(super) fn are_values(document: &Node, file: &str, parents: &Parents) -> bool {
-    let parent = parents.of_file(file);
+pub(super) fn are_values(document: &Node, file: &str, together: &Together) -> bool {
+    let parent = together.parents.of_file(file);
     let has_section = !sections(document, parent).is_empty();
     let is_top = || {
         let schema = schema::of_chart();
@@ -122,15 +160,16 @@ fn is_section(name: &str, parent: Option<&Parent>) -> bool {
     name == CHART || parent.is_some_and(|parent| parent.has_name(name))
 }
 
-/// Checks the values below the chart's name.
-fn check_section(section: &Section<'_>, finder: &Finder, file: &mut Findings<'_>) {
+/// Checks the keys below the chart's name. Returns whether the chart gets the values there.
+fn check_section(section: &Section<'_>, finder: &Finder, file: &mut Findings<'_>) -> bool {
     let (name, values) = (section.name, section.values);
     if let Some(parent) = section.parent.filter(|parent| !parent.has_name(name)) {
         let names = parent.names.join(" or ");
         let how = format!(
             "Chart.yaml gives the chart {CHART} the alias {names}, so that Helm does not hand it the values below {name}; write them below {names}"
         );
-        return file.add(section.line, how);
+        file.add(section.line, how);
+        return false;
     }
     let unknown = finder.find(values);
     let is_switch = |unknown: &Unknown| is_switch(values, unknown);
@@ -156,9 +195,7 @@ fn check_section(section: &Section<'_>, finder: &Finder, file: &mut Findings<'_>
         };
         file.add(unknown.line, unknown.message + &hint);
     }
-    if let Ok(schema) = schema::of_chart() {
-        check_values(values, schema, file);
-    }
+    true
 }
 
 /// Returns whether a key at the top level is true or false.
@@ -168,10 +205,24 @@ fn is_switch(values: &Node, unknown: &Unknown) -> bool {
 }
 
 /// Checks the values of known keys.
-fn check_values(values: &Node, schema: &schema::Schema, file: &mut Findings<'_>) {
+fn check_values(
+    values: &Node,
+    schema: &schema::Schema,
+    together: &Together,
+    file: &mut Findings<'_>,
+) {
+    let parent = together.parents.of_file(file.file);
+    let are_defaults = parent.is_some_and(Parent::is_this);
+    let others_name_image = are_defaults || together.with_image > usize::from(has_image(values));
     let mut add = |line, message: String| file.add(line, message);
     schema.check("", values.line, values, &mut add);
-    refused::check(values, &mut add);
+    refused::check(values, others_name_image, &mut add);
+}
+
+fn has_image(values: &Node) -> bool {
+    values
+        .get("linux")
+        .is_some_and(|linux| linux.get("image").is_some())
 }
 
 /// Tells what the top level of a document is.
@@ -182,7 +233,7 @@ fn top(document: &Node, parent: Option<&Parent>, finder: &Finder) -> Top {
     let unknown = finder.find(document);
     let count = |is_it: &dyn Fn(&Unknown) -> bool| unknown.iter().filter(|u| is_it(u)).count();
     let has_section = !sections(document, parent).is_empty();
-    if has_sign(document) {
+    if has_sign(document) || image::is_drivers(document) {
         let foreign = count(&|u| u.is_at_top() && u.kind == Kind::Foreign);
         let elsewhere = count(&|u| u.is_at_top() && u.kind == Kind::Elsewhere);
         let others = foreign + elsewhere;
@@ -192,13 +243,22 @@ fn top(document: &Node, parent: Option<&Parent>, finder: &Finder) -> Top {
             false => Top::Ours,
         };
     }
+    if image::is_providers(document) {
+        return Top::Other;
+    }
     let is_misspelt = |unknown: &Unknown| unknown.kind == Kind::Misspelt;
-    let knows_all = unknown.iter().all(is_misspelt);
-    let has_key = finder.has_key(document);
-    match knows_all && has_key && !has_section {
+    let knows_all = unknown.iter().all(is_misspelt) && finder.has_key(document);
+    let is_likely = has_half_sign(document) && count(&|u| u.kind == Kind::Foreign) == 0;
+    match (knows_all || is_likely) && !has_section {
         true => Top::Ours,
         false => Top::Other,
     }
+}
+
+fn has_half_sign(document: &Node) -> bool {
+    let linux = document.get("linux").map_or(&[][..], Node::fields);
+    let mut keys = linux.iter().map(|(key, _)| key.text.as_str());
+    keys.any(|key| HALF_SIGNS.contains(&key))
 }
 
 fn has_sign(document: &Node) -> bool {

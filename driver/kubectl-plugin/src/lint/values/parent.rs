@@ -17,6 +17,8 @@ pub(super) struct Parent {
     pub(super) names: Vec<String>,
     /// The keys that switch the part on, by those names.
     conditions: Vec<(String, String)>,
+    /// Whether it is this chart itself.
+    is_this: bool,
 }
 
 impl Parents {
@@ -35,7 +37,10 @@ impl Parents {
 
 impl Parent {
     fn of(chart: &Node) -> Self {
-        let mut parent = Self::default();
+        let mut parent = Self {
+            is_this: chart.text_of("name") == Some(CHART),
+            ..Self::default()
+        };
         for dependency in chart.items_of("dependencies") {
             if dependency.text_of("name") != Some(CHART) {
                 continue;
@@ -50,6 +55,11 @@ impl Parent {
             parent.names.push(name);
         }
         parent
+    }
+
+    /// Returns whether it is this chart itself, whose values are the defaults that others replace.
+    pub(super) fn is_this(&self) -> bool {
+        self.is_this
     }
 
     /// Returns whether the chart has this one as a part.

@@ -7,7 +7,7 @@ struct Pattern {
     fits: fn(&str) -> bool,
 }
 
-const KNOWN: [Pattern; 6] = [
+const KNOWN: [Pattern; 7] = [
     Pattern {
         pattern: "^[0-9]+$",
         words: None,
@@ -24,7 +24,7 @@ const KNOWN: [Pattern; 6] = [
         fits: |text| text.starts_with('/'),
     },
     Pattern {
-        pattern: r"^$|^0$|^(localhost|[0-9.]*|\[[0-9a-fA-F:.]+\]):[0-9]+$",
+        pattern: r"^$|^0$|^(localhost|[0-9.]*|\[[0-9a-fA-F:.]+\]):([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])$",
         words: Some("an address such as \":8095\", or 0 for no metrics"),
         fits: is_address,
     },
@@ -37,6 +37,11 @@ const KNOWN: [Pattern; 6] = [
         pattern: "^(any|[0-9, ]*)$",
         words: Some("any, or the numbers of users with commas between them, such as \"0,1000\""),
         fits: |text| text == "any" || text.chars().all(|c| c.is_ascii_digit() || ", ".contains(c)),
+    },
+    Pattern {
+        pattern: "^(sha256:[0-9a-f]{64})?$",
+        words: Some("a digest: sha256: and 64 hexadecimal digits in lower case"),
+        fits: is_digest,
     },
 ];
 
@@ -72,7 +77,14 @@ fn is_address(text: &str) -> bool {
         }
         None => host == "localhost" || host.chars().all(|c| c.is_ascii_digit() || c == '.'),
     };
-    is_host && is_digits(port)
+    let is_short = port.len() < 5 || !port.starts_with('0');
+    is_host && is_digits(port) && is_short && port.parse::<u16>().is_ok()
+}
+
+fn is_digest(text: &str) -> bool {
+    let is_hex = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
+    let digits = text.strip_prefix("sha256:");
+    text.is_empty() || digits.is_some_and(|digits| digits.len() == 64 && digits.bytes().all(is_hex))
 }
 
 fn is_duration(text: &str) -> bool {
@@ -101,7 +113,10 @@ mod tests {
 
     #[test]
     fn texts_fit_as_they_fit_the_regular_expressions() {
-        let [digits, signed, path, address, duration, users] = KNOWN.map(|known| known.pattern);
+        let [digits, signed, path, address, duration, users, digest] =
+            KNOWN.map(|known| known.pattern);
+        let sha = format!("sha256:{}", "09af".repeat(16));
+        let longer = format!("{sha}0");
         for (pattern, good, bad) in [
             (
                 digits,
@@ -120,9 +135,12 @@ mod tests {
                     "localhost:1",
                     "[::1]:80",
                     "[fe80::1.2]:80",
+                    ":65535",
+                    ":0080",
                 ],
                 &[
-                    "8095", ":", "1", "host:80", "[]:80", "[::1]", "[x]:80", "a:b:80", "[:80",
+                    ":65536", ":00080", "8095", ":", "1", "host:80", "[]:80", "[::1]", "[x]:80",
+                    "a:b:80", "[:80",
                 ],
             ),
             (
@@ -139,6 +157,17 @@ mod tests {
                 users,
                 &["any", "", "0,1000", "0, 1"],
                 &["root", "any,0", "-1"],
+            ),
+            (
+                digest,
+                &["", &sha],
+                &[
+                    "sha256:",
+                    "sha256:0123",
+                    &sha[1..],
+                    &sha.to_uppercase(),
+                    &longer,
+                ],
             ),
         ] {
             for text in good {

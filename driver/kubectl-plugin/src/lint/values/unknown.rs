@@ -18,6 +18,35 @@ const MOVED: [(&str, &str); 5] = [
     ("enableRotation", "enableSecretRotation"),
 ];
 
+/// Keys of other charts of which the names say too little, and this chart's for the same. The chart has the same list
+/// (`_check.tpl`).
+const OF_OTHER_CHARTS: [(&str, &str); 9] = [
+    ("podMonitor.interval", "podMonitor.endpoint.interval"),
+    (
+        "podMonitor.scrapeTimeout",
+        "podMonitor.endpoint.scrapeTimeout",
+    ),
+    (
+        "serviceMonitor.interval",
+        "serviceMonitor.endpoint.interval",
+    ),
+    (
+        "serviceMonitor.scrapeTimeout",
+        "serviceMonitor.endpoint.scrapeTimeout",
+    ),
+    ("linux.hostNetwork", "linux.podSpec.hostNetwork"),
+    ("linux.dnsPolicy", "linux.podSpec.dnsPolicy"),
+    (
+        "linux.securityContext",
+        "linux.podSpec.securityContext or linux.driver.container.securityContext",
+    ),
+    ("linux.extraVolumes", "linux.volumes"),
+    ("linux.extraVolumeMounts", "linux.volumeMounts"),
+];
+
+/// A key of which the name says nothing: what has annotations elsewhere is something else.
+const NOWHERE: &str = "csiDriver.annotations";
+
 /// Keys at the top level that are not for this chart: a parent chart gives them, or charts before 1.1 had them.
 const OTHERS: [&str; 6] = [
     "global",
@@ -129,7 +158,11 @@ impl Finder {
                 format!("{} {how}; write {nested}", key.text),
             );
         }
-        if let Some(places) = self.places.get(key.text.as_str()) {
+        if let Some((_, right)) = OF_OTHER_CHARTS.iter().find(|(other, _)| *other == path) {
+            return (Kind::Elsewhere, is(right));
+        }
+        let places = self.places.get(key.text.as_str());
+        if let Some(places) = places.filter(|_| path != NOWHERE) {
             return (Kind::Elsewhere, is(&listed(places)));
         }
         if let Some(name) = meant(&key.text, names).or_else(|| related(&key.text, names)) {
@@ -138,7 +171,8 @@ impl Finder {
         }
         let all: Vec<_> = self.places.keys().copied().collect();
         let far = meant(&key.text, &all).or_else(|| related(&key.text, &all));
-        if let Some(places) = far.and_then(|name| self.places.get(name)) {
+        let far = far.and_then(|name| self.places.get(name));
+        if let Some(places) = far.filter(|_| path != NOWHERE) {
             return (Kind::Elsewhere, is(&listed(places)));
         }
         let instead = match object.is_empty() {
@@ -259,6 +293,10 @@ mod tests {
                 if keys.contains(name) || object.is_empty() && is_for_others(name) {
                     continue;
                 }
+                let path = below(object, name);
+                if path == NOWHERE || OF_OTHER_CHARTS.iter().any(|(other, _)| *other == path) {
+                    continue;
+                }
                 let said = said(&finder, object, name);
                 let is_named = places.iter().any(|place| {
                     said.ends_with(place)
@@ -270,6 +308,26 @@ mod tests {
             }
         }
         assert!(count > 500, "{count}");
+    }
+
+    #[test]
+    fn a_key_of_another_chart_gets_this_charts() {
+        let finder = finder();
+        for (path, right) in OF_OTHER_CHARTS {
+            let (object, key) = path.split_once('.').unwrap();
+            let said = said(&finder, object, key);
+            assert_eq!(
+                said,
+                format!("the chart has no value {path}; it is {right}")
+            );
+            for right in right.split(" or ") {
+                let root = right.split('.').next().unwrap();
+                assert!(finder.root.properties.contains_key(root), "{right}");
+            }
+        }
+        let text = "{csiDriver: {annotations: 1}}";
+        let found = finder.find(&document(text).unwrap().unwrap());
+        assert!(found[0].message.ends_with("csiDriver has labels"));
     }
 
     /// Every key without its last letter, and with one more.
