@@ -42,7 +42,9 @@ pub async fn run() -> Result<()> {
     let binaries = binaries(&told).await?;
     told.done(started);
 
-    let moment = Instant::now();
+    // The first build takes minutes, and is no part of what the driver does.
+    let built = Instant::now();
+    let moment = built;
     told.step("Bring up a cluster: an API server, and a node with kubelet, driver and provider");
     let cluster = Embedded::start(options(&binaries)?).await?;
     let namespace = Namespace::create(&cluster).await?;
@@ -115,8 +117,8 @@ pub async fn run() -> Result<()> {
     told.done(moment);
 
     told.title(&format!(
-        "Done, in {:.1} s.",
-        started.elapsed().as_secs_f64()
+        "Done, in {:.1} s without the build.",
+        built.elapsed().as_secs_f64()
     ));
     Ok(())
 }

@@ -390,6 +390,35 @@ fn crates_are_used_by_the_modules_of_the_driver_that_are_listed_here() {
     }
 }
 
+/// The unit tests of a metric call the method that counts it. A method that nothing else calls counts nothing.
+#[test]
+fn the_driver_calls_each_method_that_counts() {
+    let mut modules = modules(&sources("driver"));
+    let metrics = modules.remove("metrics").unwrap();
+    modules.remove("fuzz");
+    let lib = fs::read_to_string(sources("driver").join("lib.rs")).unwrap();
+    modules.insert("lib".to_owned(), without_tests_and_comments(&lib));
+    // A call may be broken into lines anywhere.
+    let callers: String = modules
+        .values()
+        .flat_map(|code| code.split_whitespace())
+        .collect();
+    let blocks = metrics.split("\nimpl Metrics {\n").skip(1);
+    let lines = blocks.flat_map(|block| block.split("\n}\n").next().unwrap().lines());
+    let names = lines.filter_map(|line| line.strip_prefix("    pub fn ")?.split(['(', '<']).next());
+    // These count nothing.
+    let counting: Vec<_> = names
+        .filter(|name| !["new", "render"].contains(name))
+        .collect();
+    assert!(counting.len() >= 13, "{counting:?}");
+    let idle = |name: &&&str| !callers.contains(&format!("metrics.{name}("));
+    let idle: Vec<_> = counting.iter().filter(idle).collect();
+    assert!(
+        idle.is_empty(),
+        "nothing outside of driver/src/metrics calls metrics.NAME() of {idle:?}"
+    );
+}
+
 #[test]
 fn the_documentation_of_the_driver_lists_the_modules_in_their_order() {
     let text = fs::read_to_string(sources("driver").join("lib.rs")).unwrap();

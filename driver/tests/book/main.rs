@@ -99,6 +99,36 @@ fn every_alert_has_its_section() {
     assert_eq!(sections.collect::<Vec<_>>(), alerts);
 }
 
+/// Each check of the kubectl plugin is in the table of its command, and each name there is that of a check.
+#[test]
+fn the_page_about_the_plugin_has_every_check() {
+    let page = Page::read("docs/plugin.md");
+    for (section, command, at_least) in [("A pod", "explain", 30), ("A cluster", "doctor", 20)] {
+        let start = format!("\n## {section}\n");
+        let (_, text) = page
+            .text
+            .split_once(&start)
+            .unwrap_or_else(|| panic!("{start}"));
+        let (_, table) = text.split_once("\n| check | ").unwrap();
+        let rows = table
+            .lines()
+            .skip(2)
+            .take_while(|line| line.starts_with("| "));
+        let cells = rows.filter_map(|row| row.split(" | ").next());
+        let listed: Vec<&str> = cells.flat_map(pages::quoted).collect();
+        let once: BTreeSet<&str> = listed.iter().copied().collect();
+        assert_eq!(
+            once.len(),
+            listed.len(),
+            "{section}: a check is there twice"
+        );
+        let code = sources::texts_below(&format!("driver/kubectl-plugin/src/{command}"));
+        let checks = sources::checks(&code);
+        assert!(checks.len() >= at_least, "{command}: {checks:?}");
+        assert_eq!(once, checks, "docs/plugin.md, {section}");
+    }
+}
+
 /// The reader of pages reads what is written here.
 #[test]
 fn the_reader_of_pages_reads_what_is_written_here() {

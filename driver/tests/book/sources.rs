@@ -59,6 +59,26 @@ pub(crate) fn names_with(prefix: &str) -> BTreeSet<String> {
         .collect()
 }
 
+/// Returns the names of the checks in some code of the kubectl plugin: in the first column of its tables of checks,
+/// and where a check that is in none makes its trouble.
+pub(crate) fn checks(code: &str) -> BTreeSet<&str> {
+    fn names<'a>(code: &'a str, before: &str) -> Vec<&'a str> {
+        let rest = code.split(before).skip(1);
+        rest.filter_map(|rest| rest.split('"').next()).collect()
+    }
+    let mut checks = BTreeSet::new();
+    for kind in ["OfPod", "OfVolume", "OfRest", "OfCluster", "OfNode"] {
+        for table in code.split(&format!("{kind})] = &[\n")).skip(1) {
+            let (rows, _) = table.split_once("\n];\n").unwrap();
+            checks.extend(names(rows, "(\""));
+        }
+    }
+    for before in ["trouble(\"", "cannot(\"", "check: \""] {
+        checks.extend(names(code, before));
+    }
+    checks
+}
+
 /// Returns the names of all test functions of the workspace. A scenario of the known providers, which a
 /// macro makes, is a function with its name.
 pub(crate) fn tests() -> BTreeSet<String> {
