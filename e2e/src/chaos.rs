@@ -92,13 +92,17 @@ pub fn fresh_seed() -> u64 {
 /// whether the run was good.
 ///
 /// # Errors
-/// When the cluster does not start or breaks.
+/// When the cluster does not start or breaks, or the run itself fails.
 pub async fn run(site: Site, options: &Options) -> Result<bool> {
     let outcome = run_once(site, &options.schedule, options.limit).await?;
     if options.verbose || !outcome.is_good() {
         println!("{}", outcome.timeline());
     }
     println!("seed {}\n{outcome}", options.schedule.seed);
+    if let Some(why) = outcome.broken_off {
+        let text = format!("the run itself failed and says nothing about the driver: {why}");
+        return Err(Error::Impossible(text));
+    }
     let Some(first) = outcome.findings.first() else {
         println!("no promise was broken");
         return Ok(true);
@@ -107,13 +111,18 @@ pub async fn run(site: Site, options: &Options) -> Result<bool> {
     for finding in &outcome.findings {
         println!("{finding}");
     }
-    let smallest = reduce::reduce(
+    let reduced = reduce::reduce(
         &options.schedule,
         first.invariant,
         options.reductions,
         async |schedule| run_once(site, &schedule, Duration::MAX).await,
     )
-    .await?;
+    .await;
+    // The promise is broken all the same.
+    let smallest = reduced.unwrap_or_else(|error| {
+        eprintln!("the schedule does not become smaller, because a run failed: {error}");
+        options.schedule.clone()
+    });
     println!(
         "\nthe smallest schedule that breaks it, of {} steps; e2e chaos --schedule FILE runs it:\n{smallest}",
         smallest.len()
@@ -208,16 +217,17 @@ async fn run_rounds<G: Ground>(
     let world = &actor.world;
     let started = Instant::now();
     for (number, round) in schedule.rounds.iter().enumerate() {
-        if started.elapsed() > limit || world.log.has_found() {
+        // A run has one round at least.
+        if number > 0 && started.elapsed() > limit || world.log.is_over() {
             break;
         }
         world.log.tell(format!("round {} begins", number + 1));
         run_round(actor, round).await?;
-        if !world.log.has_found() {
+        if !world.log.is_over() {
             settle(world, ground, idle).await?;
         }
     }
-    if world.log.has_found() {
+    if world.log.is_over() {
         return Ok(());
     }
     end(actor, ground, idle).await
@@ -236,7 +246,7 @@ async fn run_round<G: Ground>(actor: &Actor<'_, G>, round: &[Step]) -> Result<()
                 Some(()) = running.next(), if !running.is_empty() => {}
             }
         }
-        if actor.world.log.has_found() {
+        if actor.world.log.is_over() {
             return Ok(());
         }
         running.push(actor.act(step.what));
@@ -260,7 +270,7 @@ async fn settle<G: Ground>(world: &World, ground: &G, idle: &[(String, Usage)]) 
             // A driver that is not killed at the end of the run has what it has not closed only now.
             lacking.extend(excess(ground, node, *idle).await?);
         }
-        if lacking.is_empty() || world.log.has_found() {
+        if lacking.is_empty() || world.log.is_over() {
             break;
         }
         if world.now() - begun > world.bounds.converge {

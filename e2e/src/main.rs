@@ -17,6 +17,7 @@ use clap::{Parser, Subcommand};
 use e2e::binaries::Binaries;
 use e2e::providers::{self, Provider};
 use e2e::{budget, chaos, comparison, demo, footprint, isolated, load, local, scale, soak, stores};
+use interrupt::NoVerdict;
 
 /// Run the Secrets Store CSI driver end to end. Without a command, run the demo.
 ///
@@ -88,7 +89,7 @@ enum Command {
     Guard,
     /// Let faults of all kinds strike an embedded cluster, or with E2E_CLUSTER=local real Kubernetes on
     /// this machine, and check all the time that the driver keeps its promises. Exits with 1 when it
-    /// does not.
+    /// does not, and with 2 when the run itself could not be made.
     Chaos {
         /// The seed that decides what happens when; by default one that no run had.
         #[arg(long)]
@@ -245,7 +246,7 @@ fn command() -> ExitCode {
                 Ok(())
             }
             Ok((site, options)) => interrupt::run(run_chaos(site, options)),
-            Err(error) => Err(error),
+            Err(error) => Err(NoVerdict(error).into()),
         },
         Command::CheckProviders { names } => interrupt::run(check_providers(names)),
         Command::Stores { directory, send } => interrupt::run(run_stores(directory, send)),
@@ -291,9 +292,8 @@ fn chaos_options(
     let site = chaos::Site::from_env()?;
     let schedule = match schedule {
         Some(path) => {
-            let text = std::fs::read_to_string(&path);
-            let text = text.map_err(|error| format!("{}: {error}", path.display()))?;
-            chaos::Schedule::parse(&text).map_err(|error| format!("{}: {error}", path.display()))?
+            let schedule = chaos::Schedule::read(&path);
+            schedule.map_err(|error| format!("{}: {error}", path.display()))?
         }
         None => {
             let seed = seed.unwrap_or_else(chaos::fresh_seed);
@@ -310,7 +310,8 @@ fn chaos_options(
 }
 
 async fn run_chaos(site: chaos::Site, options: chaos::Options) -> Outcome {
-    match chaos::run(site, &options).await? {
+    let is_good = chaos::run(site, &options).await;
+    match is_good.map_err(|error| NoVerdict(error.into()))? {
         true => Ok(()),
         false => Err("the driver broke a promise, see above".into()),
     }

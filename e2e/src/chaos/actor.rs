@@ -91,11 +91,23 @@ impl<'a, G: Ground> Actor<'a, G> {
             self.fault_ends();
         }
         match done {
-            Err(error) => self.world.log.tell(format!("{}: {error}", what.kind())),
+            Err(error) => {
+                self.world.log.tell(format!("{}: {error}", what.kind()));
+                let why = "it could not be made, see the timeline of --verbose";
+                self.world.log.leave_out(what.kind(), why);
+            }
             Ok(()) if begun.elapsed() > Duration::from_secs(1) => {
                 self.world.log.tell(format!("{} is over", what.kind()));
             }
             Ok(()) => {}
+        }
+    }
+
+    /// Takes note of whether a fault was undone. If not, what is seen after that is not the driver's.
+    fn undone(&self, what: What, undone: Result<()>) {
+        if let Err(error) = undone {
+            let text = format!("{}: it was not undone: {error}", what.kind());
+            self.world.log.break_off(text);
         }
     }
 

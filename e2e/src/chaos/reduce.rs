@@ -26,10 +26,12 @@ pub(super) async fn reduce(
             candidate.len()
         );
         let outcome = run(candidate.clone()).await?;
-        let is_same = outcome
-            .findings
-            .iter()
-            .any(|found| found.invariant == invariant);
+        // What a run saw that failed itself does not count.
+        let is_same = outcome.broken_off.is_none()
+            && outcome
+                .findings
+                .iter()
+                .any(|found| found.invariant == invariant);
         Result::Ok((is_same.then_some(candidate), left))
     };
     if runs == 0 {
@@ -132,6 +134,7 @@ mod tests {
             left_out: BTreeMap::new(),
             checks: BTreeMap::new(),
             longest: BTreeMap::new(),
+            broken_off: None,
         }
     }
 

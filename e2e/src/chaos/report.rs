@@ -25,6 +25,7 @@ struct Inner {
     left_out: BTreeMap<String, LeftOut>,
     checks: BTreeMap<&'static str, u64>,
     longest: BTreeMap<&'static str, Duration>,
+    broken_off: Option<String>,
 }
 
 /// The steps of a kind that a cluster cannot do.
@@ -64,6 +65,8 @@ pub struct Outcome {
     pub checks: BTreeMap<&'static str, u64>,
     /// The longest time of each kind that was measured.
     pub longest: BTreeMap<&'static str, Duration>,
+    /// Why the run itself failed, so that it says nothing about the driver.
+    pub broken_off: Option<String>,
 }
 
 impl Log {
@@ -98,9 +101,16 @@ impl Log {
         });
     }
 
-    /// Returns whether a promise was broken.
-    pub(super) fn has_found(&self) -> bool {
-        !lock(&self.inner).findings.is_empty()
+    /// Notes that the run itself failed; the first reason counts.
+    pub(super) fn break_off(&self, why: String) {
+        self.tell(format!("BROKEN OFF {why}"));
+        lock(&self.inner).broken_off.get_or_insert(why);
+    }
+
+    /// Returns whether the run ends: a promise was broken, or the run itself failed.
+    pub(super) fn is_over(&self) -> bool {
+        let inner = lock(&self.inner);
+        !inner.findings.is_empty() || inner.broken_off.is_some()
     }
 
     /// Counts a step.
@@ -146,14 +156,15 @@ impl Log {
             left_out: inner.left_out.clone(),
             checks: inner.checks.clone(),
             longest: inner.longest.clone(),
+            broken_off: inner.broken_off.clone(),
         }
     }
 }
 
 impl Outcome {
-    /// Returns whether no promise was broken.
+    /// Returns whether no promise was broken, by a run that did not fail itself.
     pub fn is_good(&self) -> bool {
-        self.findings.is_empty()
+        self.findings.is_empty() && self.broken_off.is_none()
     }
 
     /// Returns the timeline as text, one line for each event.
@@ -182,7 +193,7 @@ impl fmt::Display for Outcome {
             }
         }
         if !self.left_out.is_empty() {
-            writeln!(f, "left out, because this cluster cannot do it")?;
+            writeln!(f, "left out, because it could not be done")?;
         }
         for (kind, LeftOut { times, why }) in &self.left_out {
             writeln!(f, "  {kind:<20} {times:>8}  {why}")?;

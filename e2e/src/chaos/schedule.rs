@@ -1,6 +1,8 @@
 //! What a run does, and when: a pure list that a seed decides, and that can be printed, stored, cut
 //! and run again.
 
+mod check;
+
 use std::fmt;
 use std::time::Duration;
 
@@ -224,7 +226,7 @@ impl Schedule {
     /// object per line, and an empty line between rounds.
     ///
     /// # Errors
-    /// Names the line that is none.
+    /// Names the line that is none, or whose step is not possible; when there is no step.
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut lines = text.lines().enumerate();
         let first = lines.next().map(|(_, line)| line).unwrap_or_default();
@@ -237,12 +239,17 @@ impl Schedule {
                 continue;
             }
             let step = serde_json::from_str(line);
-            let step = step.map_err(|error| format!("line {}: {error}", number + 1))?;
+            let step: Step = step.map_err(|error| format!("line {}: {error}", number + 1))?;
+            let checked = check::check(&step);
+            checked.map_err(|error| format!("line {}: {error}", number + 1))?;
             if let Some(round) = rounds.last_mut() {
                 round.push(step);
             }
         }
         rounds.retain(|round| !round.is_empty());
+        if rounds.is_empty() {
+            return Err("it has no step, so nothing would be tried".to_owned());
+        }
         Ok(Self { seed, rounds })
     }
 

@@ -37,9 +37,12 @@ pub(crate) fn interval(text: &str) -> std::result::Result<Duration, String> {
 /// Parses a number of minutes.
 ///
 /// # Errors
-/// When it is no number, negative, or endless.
+/// When it is no number, zero, negative, or endless.
 pub(crate) fn minutes(text: &str) -> std::result::Result<f64, String> {
-    between(text, 0.0)
+    match between(text, 0.0) {
+        Ok(number) if number > 0.0 => Ok(number),
+        _ => Err(format!("has to be a number above 0, up to {LONGEST}")),
+    }
 }
 
 fn between(text: &str, least: f64) -> std::result::Result<f64, String> {
@@ -122,6 +125,24 @@ mod tests {
     )]
     fn an_interval_has_a_length(#[case] text: &str, #[case] expected: &str) {
         assert_eq!(parsed(interval, text), expected);
+    }
+
+    #[rstest]
+    #[case("0.1", "Some(0.1)")]
+    #[case(
+        "0",
+        "error: invalid value '0' for '--it <it>': has to be a number above 0, up to 1000000"
+    )]
+    #[case(
+        "-1",
+        "error: invalid value '-1' for '--it <it>': has to be a number above 0, up to 1000000"
+    )]
+    #[case(
+        "NaN",
+        "error: invalid value 'NaN' for '--it <it>': has to be a number above 0, up to 1000000"
+    )]
+    fn minutes_are_more_than_none(#[case] text: &str, #[case] expected: &str) {
+        assert_eq!(parsed(minutes, text), expected);
     }
 
     #[test]

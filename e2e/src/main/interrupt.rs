@@ -47,6 +47,23 @@ impl fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
+/// The error of a command that could not judge what it is there to judge.
+#[derive(Debug)]
+pub(crate) struct NoVerdict(pub(crate) Box<dyn std::error::Error>);
+
+impl NoVerdict {
+    /// The exit code, which is also that for arguments that make no sense.
+    const CODE: u8 = 2;
+}
+
+impl fmt::Display for NoVerdict {
+    fn fmt(&self, text: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(text)
+    }
+}
+
+impl std::error::Error for NoVerdict {}
+
 /// Runs work to its end, or until SIGINT or SIGTERM, which drop it. A second signal, a second later or
 /// more, ends this process at once.
 ///
@@ -85,6 +102,9 @@ fn is_interrupted(outcome: &Outcome) -> bool {
 
 /// Returns the exit code of a command that failed.
 pub(crate) fn exit_code(error: &(dyn std::error::Error + 'static)) -> ExitCode {
+    if error.is::<NoVerdict>() {
+        return NoVerdict::CODE.into();
+    }
     let interrupted = error.downcast_ref::<Interrupted>();
     interrupted.map_or(ExitCode::FAILURE, |signal| signal.code().into())
 }

@@ -32,39 +32,65 @@ const GRACE: Duration = Duration::from_secs(40);
 const TIMES: [&str; 3] = ["lastSuccess", "lastChange", "failingSince"];
 
 /// Replaces the disk with the records by a small one with the same files, while the driver is halted.
-/// `$1` is the driver, `$2` the directory, `$3` another one that is free, `$4` what to do then.
+/// `$1` is the driver, `$2` the directory, `$3` another one that is free, `$4` what to do then. Leaves
+/// all as it was if that fails.
+///
+/// A mount is made read-only by its name and directory: without the name, mount(8) would repeat the
+/// options that the mount has, among them an owner that a user namespace does not know.
 const SMALL_DISK: &str = r#"
+driver=$1 records=$2 copy=$3 mounted=
+undo() {
+    code=$?
+    if [ "$code" != 0 ] && [ -n "$mounted" ]; then umount -l "$records"; fi
+    rm -rf "$copy"
+    kill -CONT "$driver" || true
+    exit "$code"
+}
 set -e
-kill -STOP "$1"; trap 'kill -CONT "$1" || true' EXIT
-rm -rf "$3"; mkdir -p "$3"; cp -a "$2/." "$3/"
-mount -t tmpfs -o size=512k,mode=0700 chaos "$2"
-cp -a "$3/." "$2/"
+kill -STOP "$driver"; trap undo EXIT
+rm -rf "$copy"; mkdir -p "$copy"; cp -a "$records/." "$copy/"
+mount -t tmpfs -o size=512k,mode=0700 chaos "$records"; mounted=yes
+cp -a "$copy/." "$records/"
 case "$4" in
-full) dd if=/dev/zero of="$2/filler" bs=4k status=none 2>/dev/null || true ;;
-*) mount -o remount,ro "$2" ;;
+full) dd if=/dev/zero of="$records/filler" bs=4k status=none 2>/dev/null || true ;;
+*) mount -o remount,ro chaos "$records" ;;
 esac
 "#;
 /// Undoes that; the files are those that the small disk has by now.
 const LARGE_DISK: &str = r#"
 set -e
 if [ -n "$1" ]; then kill -STOP "$1" && trap 'kill -CONT "$1" || true' EXIT || true; fi
-mount -o remount,rw "$2"; rm -f "$2/filler"
+mount -o remount,rw chaos "$2"; rm -f "$2/filler"
 rm -rf "$3"; mkdir -p "$3"; cp -a "$2/." "$3/"
 umount -l "$2"
 find "$2" -mindepth 1 -delete; cp -a "$3/." "$2/"; rm -rf "$3"
 "#;
+/// Tries to write the file `$1`, and leaves none.
+const WRITE: &str = r#"echo 0123456789 > "$1"; code=$?; rm -f "$1"; exit "$code""#;
 
-/// Puts `$2` mounts at once onto each of the volumes `$3`…, prepared in the directory `$1`. Prints how many.
+/// Puts `$2` mounts at once onto each of the volumes `$3`…, prepared in the directory `$1`. Prints how
+/// many there are then.
+///
+/// The path of the directory leads to the last mount. The working directory is the root of the first,
+/// with all others above it.
 const BURY: &str = r#"
-stage=$1; count=$2; shift 2; mounted=0
-mkdir -p "$stage"
-for _ in $(seq "$count"); do mount -t tmpfs -o size=4k,mode=0700 buried "$stage"; done
-mount --make-rprivate "$stage"
-for volume in "$@"; do
-    if mount --rbind "$stage" "$volume" 2>/dev/null; then mounted=$((mounted + count)); fi
+stage=$1 count=$2 made=0 mounted=0
+shift 2
+undo() {
+    cd /
+    while [ "$made" -gt 0 ] && umount "$stage"; do made=$((made - 1)); done
+    rmdir "$stage"
+}
+set -e
+mkdir -p "$stage"; trap undo EXIT
+while [ "$made" -lt "$count" ]; do
+    mount -t tmpfs -o size=4k,mode=0700 buried "$stage"
+    made=$((made + 1))
+    if [ "$made" = 1 ]; then mount --make-rprivate "$stage"; cd "$stage"; fi
 done
-for _ in $(seq "$count"); do umount "$stage"; done
-rmdir "$stage"
+for volume in "$@"; do
+    if mount --no-canonicalize --rbind . "$volume" 2>/dev/null; then mounted=$((mounted + count)); fi
+done
 echo "$mounted"
 "#;
 
@@ -248,7 +274,8 @@ impl<G: Ground> Actor<'_, G> {
             .log
             .struck(&what.kind(), u64::from(answers.is_ok()));
         let deleted = sets.delete(&second, &DeleteParams::default()).await;
-        deleted.map_err(api(format!("delete DaemonSet {second}")))?;
+        let deleted = deleted.map_err(api(format!("delete DaemonSet {second}")));
+        self.undone(what, deleted.map(drop));
         // It has the time of a grace period to end.
         let pods = Api::<Pod>::namespaced(cluster.client(), NAMESPACE);
         let of_it = ListParams::default().labels(&format!("app={second}"));
@@ -271,15 +298,22 @@ impl<G: Ground> Actor<'_, G> {
         let provider = self.ground.cluster().provider(node, PROVIDER);
         provider.stop().await?;
         let path = format!("{PROVIDERS}/e2e-provider.sock");
-        if socket {
-            self.sh(node, "rm -f \"$1\" && probe dead-socket \"$1\"", &[&path])
-                .await?;
+        let is_dead = match socket {
+            true => {
+                let dead = "rm -f \"$1\" && probe dead-socket \"$1\"";
+                self.sh(node, dead, &[&path]).await.map(drop)
+            }
+            false => Ok(()),
+        };
+        if is_dead.is_ok() {
+            sleep(lasts).await;
+            let answers = self.control(node, "/calls").await.is_ok();
+            self.world.log.struck(&what.kind(), u64::from(!answers));
         }
-        sleep(lasts).await;
-        let answers = self.control(node, "/calls").await.is_ok();
-        self.world.log.struck(&what.kind(), u64::from(!answers));
-        self.sh(node, "rm -f \"$1\"", &[&path]).await?;
-        provider.start().await
+        let removed = self.sh(node, "rm -f \"$1\"", &[&path]).await;
+        self.undone(what, removed.map(drop));
+        self.undone(what, provider.start().await);
+        is_dead
     }
 
     async fn reboot(&self, node: &str) -> Result<()> {
@@ -311,17 +345,18 @@ impl<G: Ground> Actor<'_, G> {
         self.sh(node, SMALL_DISK, &[&driver, &records, &copy, how])
             .await?;
         let mark = format!("{records}/mark");
-        let writes = self.sh(node, "echo 0123456789 > \"$1\"", &[&mark]).await;
+        let writes = self.sh(node, WRITE, &[&mark]).await;
         self.world
             .log
             .struck(&what.kind(), u64::from(writes.is_err()));
         sleep(lasts).await;
         self.world.records_are_lost();
-        let driver = self.ground.driver_process(node).await?;
+        let driver = self.ground.driver_process(node).await.ok().flatten();
         let driver = driver.map(|driver| driver.to_string()).unwrap_or_default();
-        self.sh(node, LARGE_DISK, &[&driver, &records, &copy])
-            .await?;
-        self.sh(node, "rm -f \"$1\"", &[&mark]).await.map(drop)
+        let arguments = [&*driver, &records, &copy];
+        let large = self.sh(node, LARGE_DISK, &arguments).await;
+        self.undone(what, large.map(drop));
+        Ok(())
     }
 
     /// Returns the paths of a node's records, as this process sees them.
@@ -354,7 +389,14 @@ impl<G: Ground> Actor<'_, G> {
         let driver = self.running_driver(node).await?;
         self.sh(node, "kill -STOP \"$1\"", &[&driver]).await?;
         let shifted = self.shift_records(node, by).await;
-        self.ground.cluster().driver(node).kill().await?;
+        let killed = self.ground.cluster().driver(node).kill().await;
+        if killed.is_err() {
+            // It is gone, or goes on.
+            let goes_on = "kill -CONT \"$1\" 2>/dev/null || true";
+            let goes_on = self.sh(node, goes_on, &[&driver]).await;
+            self.undone(what, goes_on.map(drop));
+        }
+        killed?;
         self.world.log.struck(&what.kind(), shifted?);
         Ok(())
     }

@@ -68,9 +68,11 @@ impl<G: Ground> Actor<'_, G> {
 
     /// Gives the store new values, of which only the class that is refreshed seldom has to tell.
     pub(super) async fn rotate(&self, class: usize) -> Result<()> {
-        let generation = self.world.store.rotate(class);
-        let generation =
-            generation.map_err(|error| Error::Impossible(format!("write the store: {error}")))?;
+        let generation = self.world.store.rotate(class).map_err(|error| {
+            let text = format!("rotate: write the store: {error}");
+            self.world.log.break_off(text.clone());
+            Error::Impossible(text)
+        })?;
         let name = CLASSES.get(class).copied().unwrap_or_default();
         self.world
             .log

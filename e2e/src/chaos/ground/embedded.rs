@@ -141,8 +141,11 @@ impl Ground for OnEmbedded {
              mount --bind /run/chaos-meminfo /proc/meminfo"
         );
         self.run(node, &["sh", "-c", &set]).await?;
-        self.cluster.driver(node).kill().await?;
-        Ok(SMALL_MACHINE_KIB << 9)
+        let killed = self.cluster.driver(node).kill().await;
+        if killed.is_err() {
+            self.run(node, &["umount", "/proc/meminfo"]).await?;
+        }
+        killed.map(|()| SMALL_MACHINE_KIB << 9)
     }
 
     async fn restore_memory(&self, node: &str) -> Result<()> {
