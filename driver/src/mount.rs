@@ -130,12 +130,12 @@ impl Here {
 
     /// Returns the line of this mount in the table of mounts.
     fn entry(&self) -> io::Result<MountEntry> {
-        table::of(self.mount)?.ok_or_else(|| io::Error::other("the mount has gone meanwhile"))
+        table::of(self.mount)?.ok_or_else(table::gone)
     }
 
     /// Returns whether the mount is of a tmpfs, without asking its file system.
     fn is_tmpfs(&self) -> io::Result<bool> {
-        Ok(self.entry()?.kind == "tmpfs")
+        table::is_tmpfs(self.file.as_fd())
     }
 
     fn is_directory(&self) -> io::Result<bool> {
@@ -178,6 +178,7 @@ pub fn detach(target: &Path) -> io::Result<Detached> {
     } else {
         Detached::Foreign
     };
+    table::forget_tmpfs(here.file.as_fd());
     umount2(target, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH)?;
     Ok(detached)
 }
@@ -292,6 +293,10 @@ mod tests {
     fn a_file_system_that_never_answers_is_not_asked() {
         alone(Own::Mounts, || {
             let (_root, target) = target();
+            let tmpfs = Tmpfs::bounded_by(1);
+            let volume = tmpfs.mount(&target).unwrap();
+            // What is known of the volume says nothing about what covers it.
+            assert_eq!(state(&target).unwrap(), TargetState::Mounted);
             let Some(server) = mount_silent(&target) else {
                 println!("skipped: no FUSE can be mounted here");
                 return;
@@ -300,16 +305,43 @@ mod tests {
             let asked = target.clone();
             // It would wait in the kernel until the server goes.
             std::thread::spawn(move || {
-                let found = (state(&asked), in_use(&asked), detach(&asked));
-                let _waited_too_long = out.send(found);
+                let opened = volume.open_if_there().map(|root| root.is_some());
+                let refitted = tmpfs.refit(&asked).map(drop);
+                let found_there = tmpfs.volume(&asked).map(|volume| volume.is_some());
+                assert!(!opened.unwrap() && !found_there.unwrap());
+                assert!(tmpfs.fits(&asked).is_err());
+                let found = (state(&asked), in_use(&asked), refitted);
+                let _waited_too_long = out.send((found, detach(&asked)));
             });
             let found = done.recv_timeout(std::time::Duration::from_secs(10));
             drop(server);
-            let (state, in_use, detached) = found.expect("it was asked");
+            let ((state, in_use, refitted), detached) = found.expect("it was asked");
+            let error = refitted.unwrap_err().to_string();
+            assert!(error.contains("not a volume of this driver"), "{error}");
             let error = state.unwrap_err().to_string();
             assert!(error.contains("other than tmpfs"), "{error}");
             assert_eq!(in_use.unwrap(), None);
             assert!(matches!(detached.unwrap(), Detached::Foreign));
+        });
+    }
+
+    /// The kernel takes a moment for each mount of the node whenever somebody reads the table.
+    #[test]
+    fn the_table_is_read_for_no_volume_that_is_known() {
+        alone(Own::Mounts, || {
+            let (_root, target) = target();
+            let tmpfs = Tmpfs::bounded_by(1);
+            assert_eq!(state(&target).unwrap(), TargetState::Directory);
+            let volume = tmpfs.mount(&target).unwrap();
+            volume.check().unwrap();
+            for _ in 0..3 {
+                assert_eq!(state(&target).unwrap(), TargetState::Mounted);
+                assert!(in_use(&target).unwrap().is_some());
+                tmpfs.refit(&target).unwrap().check().unwrap();
+                assert!(tmpfs.volume(&target).unwrap().is_some());
+                assert!(tmpfs.fits(&target).unwrap());
+            }
+            assert_eq!(table::READS.get(), 0);
         });
     }
 

@@ -387,8 +387,13 @@ impl Volumes {
             let (state, root) = mount::examine(&target)?;
             let has_content = match (&root, record.as_ref().map(|record| record.writer)) {
                 (None, _) => false,
-                (Some(root), Some(Writer::Provider)) => !layout::is_empty(&root.directory)?,
-                (Some(root), Some(Writer::Driver)) => layout::is_complete(&root.directory)?,
+                (Some(Root { directory, .. }), Some(writer)) => {
+                    !layout::is_unfinished(directory)?
+                        && match writer {
+                            Writer::Provider => !layout::is_empty(directory)?,
+                            Writer::Driver => layout::is_linked(directory)?,
+                        }
+                }
                 // An earlier driver wrote it, or a publish that did not finish.
                 (Some(Root { directory, .. }), None) => {
                     layout::is_complete(directory)? || !layout::is_empty(directory)?
@@ -432,7 +437,9 @@ impl Volumes {
                 return Err(io::Error::new(io::ErrorKind::OutOfMemory, no_room));
             }
             mount::make_target(&target)?;
-            Ok(Ok((undo, Arc::new(tmpfs.mount(&target)?))))
+            let mount = tmpfs.mount(&target)?;
+            layout::begin(&mount.open()?)?;
+            Ok(Ok((undo, Arc::new(mount))))
         });
         mounted.await.map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => Error::precondition(format!(

@@ -11,19 +11,77 @@
 //!
 //! A directory that is named after a moment is a generation: the content of the volume from that
 //! moment on. Every name that starts with `..` is hidden: no path of a payload has one.
+//!
+//! A new volume has the hidden file [`UNFINISHED`] until its first content is whole. The record of an
+//! earlier mount, from before the node lost its power, says nothing about such a volume.
 
 use std::{
-    ffi::CStr,
+    ffi::{CStr, CString},
     io,
     os::fd::{AsFd as _, OwnedFd},
 };
 
-use nix::{errno::Errno, fcntl::readlinkat};
+use nix::{
+    errno::Errno,
+    fcntl::{AtFlags, OFlag, openat, readlinkat},
+    sys::stat::{Mode, fstatat},
+};
 
 use super::tree::{At as _, about, names, open_directory, remove_at};
 
 /// The link that leads to the current generation.
 pub(super) const DATA: &str = "..data";
+
+/// The file that says that the first content of a volume is not whole.
+const UNFINISHED: &str = "..unfinished";
+
+/// Marks a new volume, before anything is written into it.
+///
+/// # Errors
+/// The system's error.
+pub fn begin(root: &OwnedFd) -> io::Result<()> {
+    let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW;
+    let created = openat(root, UNFINISHED, flags | OFlag::O_CLOEXEC, Mode::empty());
+    created.map(drop).at(UNFINISHED)
+}
+
+/// Takes the mark off a volume whose content is whole. A volume without it stays as it is.
+///
+/// # Errors
+/// The system's error.
+pub fn finish(root: &OwnedFd) -> io::Result<()> {
+    remove_at(root.as_fd(), UNFINISHED).map_err(|error| about(error, UNFINISHED))
+}
+
+/// Returns whether the first content of a volume is not whole.
+///
+/// # Errors
+/// When the volume cannot be examined.
+pub fn is_unfinished(root: &OwnedFd) -> io::Result<bool> {
+    match fstatat(root, UNFINISHED, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(_) => Ok(true),
+        Err(Errno::ENOENT) => Ok(false),
+        Err(errno) => Err(errno).at(UNFINISHED),
+    }
+}
+
+/// Returns whether committed content has all its names at the root. A driver that is stopped in the
+/// middle of a swap leaves new ones out.
+///
+/// # Errors
+/// When the volume cannot be examined.
+pub fn is_linked(root: &OwnedFd) -> io::Result<bool> {
+    let Some(current) = current(root)? else {
+        return Ok(false);
+    };
+    let content = match open_directory(root.as_fd(), current.as_str()) {
+        Err(error) if is_no_directory(&error) => return Ok(false),
+        content => content.map_err(|error| about(error, DATA))?,
+    };
+    let names = names(content.as_fd())?;
+    let is_linked = |name: &CString| name.to_str().is_ok_and(|name| is_own_link(root, name));
+    Ok(names.iter().all(|name| is_hidden(name) || is_linked(name)))
+}
 
 /// Returns whether content has been committed: `..data` leads to a directory.
 ///

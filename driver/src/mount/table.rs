@@ -1,6 +1,7 @@
 //! Reads the kernel's table of mounts, `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
 
 use std::{
+    collections::BTreeSet,
     ffi::OsString,
     fs,
     io::{self, BufRead as _, BufReader},
@@ -10,6 +11,7 @@ use std::{
         unix::ffi::OsStringExt as _,
     },
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use nix::sys::stat::makedev;
@@ -67,6 +69,12 @@ pub(super) fn source_of(target: &Path) -> String {
     format!("secrets-store-csi:{}", hex::digits(&digest[..8]))
 }
 
+#[cfg(test)]
+thread_local! {
+    /// How often this thread has read the table.
+    pub(super) static READS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
 /// Returns all mounts, each after those that it is mounted upon.
 pub(super) fn all() -> io::Result<Vec<MountEntry>> {
     let mut entries = Vec::new();
@@ -93,6 +101,8 @@ pub(super) fn of(id: u64) -> io::Result<Option<MountEntry>> {
 
 /// Passes the lines to `go_on` until it returns false.
 fn each(mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
+    #[cfg(test)]
+    READS.set(READS.get() + 1);
     let mut table = BufReader::new(fs::File::open("/proc/self/mountinfo")?);
     let mut line = Vec::new();
     while table.read_until(b'\n', &mut line)? > 0 {
@@ -124,6 +134,78 @@ pub(super) fn cached_inode(file: BorrowedFd<'_>) -> Option<(u64, u64)> {
     let is = statx(file, libc::AT_STATX_DONT_SYNC, libc::STATX_INO)?;
     let device = makedev(is.stx_dev_major.into(), is.stx_dev_minor.into());
     Some((device, is.stx_ino))
+}
+
+/// The most mounts that are remembered to be of a tmpfs.
+const REMEMBERED: usize = 4096;
+
+/// The mounts that are known to be of a tmpfs, so that the table is read once for each.
+static TMPFS: Mutex<BTreeSet<Identity>> = Mutex::new(BTreeSet::new());
+
+/// What the kernel has in memory of the mount and the directory of an open file.
+///
+/// Its number of the mount is never used again on Linux 6.8 and later. Before, another mount may get
+/// it, but only after this one was taken off, and [`forget_tmpfs`] knows of those that the driver takes
+/// off itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Identity {
+    mount: u64,
+    device: u64,
+    inode: u64,
+}
+
+impl Identity {
+    fn of(file: BorrowedFd<'_>) -> Option<Self> {
+        let numbers = libc::STATX_MNT_ID | libc::STATX_MNT_ID_UNIQUE;
+        let wanted = numbers | libc::STATX_INO;
+        let is = statx(file, libc::AT_STATX_DONT_SYNC, wanted)?;
+        (is.stx_mask & numbers != 0).then(|| Self {
+            mount: is.stx_mnt_id,
+            device: makedev(is.stx_dev_major.into(), is.stx_dev_minor.into()),
+            inode: is.stx_ino,
+        })
+    }
+}
+
+fn remembered() -> MutexGuard<'static, BTreeSet<Identity>> {
+    TMPFS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Returns whether an open file is on a tmpfs, without asking its file system, which may not answer.
+pub(super) fn is_tmpfs(file: BorrowedFd<'_>) -> io::Result<bool> {
+    if Identity::of(file).is_some_and(|mount| remembered().contains(&mount)) {
+        return Ok(true);
+    }
+    let mount = of(id_of(file)?)?.ok_or_else(gone)?;
+    let is_tmpfs = mount.kind == "tmpfs";
+    if is_tmpfs {
+        remember_tmpfs(file);
+    }
+    Ok(is_tmpfs)
+}
+
+/// Remembers that an open file is on a tmpfs.
+pub(super) fn remember_tmpfs(file: BorrowedFd<'_>) {
+    let Some(mount) = Identity::of(file) else {
+        return;
+    };
+    let mut remembered = remembered();
+    if remembered.len() >= REMEMBERED {
+        remembered.clear();
+    }
+    remembered.insert(mount);
+}
+
+/// Forgets a mount that is about to be taken off.
+pub(super) fn forget_tmpfs(file: BorrowedFd<'_>) {
+    if let Some(mount) = Identity::of(file) {
+        remembered().remove(&mount);
+    }
+}
+
+/// Returns the error for a mount that is not in the table.
+pub(super) fn gone() -> io::Error {
+    io::Error::other("the mount has gone meanwhile")
 }
 
 #[allow(unsafe_code)]

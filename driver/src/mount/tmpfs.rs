@@ -116,7 +116,10 @@ impl Tmpfs {
         self.attach(target)?;
         // An empty tmpfs with these bounds is the one that was just mounted.
         let id = match Here::open_mount(target)? {
-            Some(here) if self.is_new(&here.file)? => Some(FileSystemId::of(&here)?),
+            Some(here) if self.is_new(&here.file)? => {
+                table::remember_tmpfs(here.file.as_fd());
+                Some(FileSystemId::of(&here)?)
+            }
             _ => None,
         };
         Ok(self.remembered(VolumeMount::at(target, id)?, target))
@@ -202,9 +205,15 @@ impl Tmpfs {
     /// Returns whether a volume has at least the present bounds.
     ///
     /// # Errors
-    /// The system's error.
+    /// When nothing is mounted there, or something other than a tmpfs.
     pub fn fits(&self, target: &Path) -> io::Result<bool> {
-        let is = nix::sys::statvfs::statvfs(target)?;
+        let here = Here::open_mount(target)?.ok_or_else(table::gone)?;
+        if !here.is_tmpfs()? {
+            return Err(io::Error::other(
+                "a file system other than tmpfs is mounted there",
+            ));
+        }
+        let is = fstatvfs(&here.file)?;
         let large = |has: u64, needed: u64| has == 0 || has >= needed;
         Ok(large(is.blocks(), self.blocks(&is)) && large(is.files(), self.max_inodes))
     }

@@ -28,7 +28,18 @@ pub struct FileSystemId {
 }
 
 impl FileSystemId {
+    /// Returns the identity of what is mounted. One that is not a tmpfs is not asked, as it may never
+    /// answer, and has no identity of its own.
     pub(super) fn of(here: &Here) -> io::Result<Self> {
+        if !here.is_tmpfs()? {
+            let (device, inode) = table::cached_inode(here.file.as_fd()).unwrap_or_default();
+            let random = 0;
+            return Ok(Self {
+                device,
+                inode,
+                random,
+            });
+        }
         let is = fstat(&here.file)?;
         Ok(Self {
             device: is.st_dev,

@@ -189,7 +189,7 @@ impl VolumeContent {
 fn is_complete(root: &OwnedFd, writer: Writer) -> io::Result<bool> {
     match writer {
         Writer::Driver => layout::is_complete(root),
-        Writer::Provider => Ok(!layout::is_empty(root)?),
+        Writer::Provider => Ok(!layout::is_unfinished(root)? && !layout::is_empty(root)?),
     }
 }
 

@@ -127,6 +127,7 @@ impl Volumes {
                 Err(error) => return Ok(Err(not_recorded(&records, &record, &error))),
             };
             let former = volume.commit(staged)?;
+            layout::finish(&volume.mount.open()?)?;
             let filled = Filled {
                 directory: volume.directory(record.writer)?,
                 record,

@@ -79,6 +79,7 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::unpublish_of_ended_pod(Operation::UnpublishOfEndedPod)]
 #[case::publish_after_namesake(Operation::PublishAfterNamesake)]
 #[case::publish_after_reboot(Operation::PublishAfterReboot)]
+#[case::publish_of_written_files_after_reboot(Operation::PublishOfWrittenFilesAfterReboot)]
 #[case::unpublish_of_buried_volume(Operation::UnpublishOfBuriedVolume)]
 fn stopped_after_each_step(#[case] operation: Operation) {
     if std::env::var_os(ALONE).is_none() {
@@ -229,7 +230,7 @@ async fn run(operation: Operation, then: Then, step: Option<&str>) -> io::Result
         } else {
             acted?;
         }
-        run.go_on(ended.is_hit).await?;
+        run.go_on(ended.is_hit, &ended.steps).await?;
         run.end().await
     };
     if let Ok(outcome) = timeout(LIMIT, all).await {

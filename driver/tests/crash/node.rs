@@ -273,10 +273,14 @@ impl Node {
     }
 }
 
+/// The interval after which each publish refreshes.
+const AT_ONCE: &str = "1ns";
+
 /// The driver's process.
 impl Node {
-    /// Returns the command of a driver that checks Secrets in this interval, and may register itself.
-    fn command(&self, sync_interval: &str, registers: bool) -> Vec<String> {
+    /// Returns the command of a driver that checks Secrets in this interval, refreshes volumes in that
+    /// one, and may register itself.
+    fn command(&self, sync_interval: &str, rotation: &str, registers: bool) -> Vec<String> {
         let dir = self.dir.path().display();
         let registration = format!("--registration-dir={dir}/registration");
         let mut command: Vec<String> = [
@@ -291,7 +295,7 @@ impl Node {
             "--metrics-addr=0".to_owned(),
             "--nodeid=node-1".to_owned(),
             "--enable-secret-rotation".to_owned(),
-            "--rotation-poll-interval=1ns".to_owned(),
+            format!("--rotation-poll-interval={rotation}"),
             "--rotation-backoff=1ns".to_owned(),
             "--rotation-backoff-max=1ns".to_owned(),
             "--republish-errors=surface".to_owned(),
@@ -306,7 +310,7 @@ impl Node {
     /// Starts a driver under a tracer, which checks Secrets in this interval. Fails if it cannot be
     /// traced.
     pub(crate) fn start_traced(&mut self, sync_interval: &str) -> io::Result<()> {
-        let command = self.command(sync_interval, false);
+        let command = self.command(sync_interval, AT_ONCE, false);
         let traced = Traced::start(&command, self.dir.path(), &self.servers, None)?;
         self.driver = Some(Driver::Traced(Arc::new(traced)));
         self.client = None;
@@ -315,7 +319,7 @@ impl Node {
 
     /// Starts a driver whose start is traced. It is killed after a step, if one is given.
     pub(crate) fn start_traced_from_the_start(&mut self, step: Option<&str>) -> io::Result<()> {
-        let (command, armed) = (self.command("10m", true), self.armed(step));
+        let (command, armed) = (self.command("10m", AT_ONCE, true), self.armed(step));
         let traced = Traced::start(&command, self.dir.path(), &self.servers, Some(armed))?;
         self.driver = Some(Driver::Traced(Arc::new(traced)));
         self.client = None;
@@ -332,9 +336,17 @@ impl Node {
         }
     }
 
-    /// Starts a driver as a node does.
+    /// Starts a driver as a node does. Each further publish of a volume refreshes it.
     pub(crate) fn start_driver(&mut self, registers: bool) {
-        let command = self.command("1s", registers);
+        self.spawn(&self.command("1s", AT_ONCE, registers));
+    }
+
+    /// The same, and no publish of a volume that is published refreshes it.
+    pub(crate) fn start_driver_without_refreshes(&mut self, registers: bool) {
+        self.spawn(&self.command("1s", "24h", registers));
+    }
+
+    fn spawn(&mut self, command: &[String]) {
         let log = fs::File::options()
             .append(true)
             .create(true)

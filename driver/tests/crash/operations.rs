@@ -1,6 +1,6 @@
 //! What is done to a volume and its Secrets while the driver is stopped, and what follows.
 
-use std::{collections::BTreeMap, fmt, sync::Arc, time::Instant};
+use std::{collections::BTreeMap, fmt, fs, sync::Arc, time::Instant};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
@@ -9,7 +9,7 @@ use tonic::Code;
 
 use crate::{
     node::{Class, Data, Node, PATIENCE, data, until},
-    reader::Tree,
+    reader::{Tree, read_all},
     state::{State, node_state, state},
     tracer::Traced,
 };
@@ -56,6 +56,8 @@ pub(crate) enum Operation {
     PublishAfterNamesake,
     /// The publish of a volume that was mounted before the node lost its power.
     PublishAfterReboot,
+    /// The same, with files that the provider writes.
+    PublishOfWrittenFilesAfterReboot,
     /// The unpublish of a volume on which somebody has mounted more often than one call takes down.
     UnpublishOfBuriedVolume,
 }
@@ -105,7 +107,8 @@ impl Operation {
             | Self::RefreshOfWrittenFiles
             | Self::PublishOfBarePod
             | Self::PublishAfterNamesake
-            | Self::PublishAfterReboot => &[Then::Again, Then::Unpublish],
+            | Self::PublishAfterReboot
+            | Self::PublishOfWrittenFilesAfterReboot => &[Then::Again, Then::Unpublish],
             Self::RefreshWithoutChange | Self::RefusedRefresh => &[Then::Again, Then::Changed],
             Self::RefreshWithOtherType
             | Self::UnpublishOfWrittenFiles
@@ -147,8 +150,17 @@ impl Operation {
         matches!(
             self,
             Self::PublishOfWrittenFiles
+                | Self::PublishOfWrittenFilesAfterReboot
                 | Self::RefreshOfWrittenFiles
                 | Self::UnpublishOfWrittenFiles
+        )
+    }
+
+    /// Whether the provider writes files itself into a volume without any.
+    fn is_first_of_written(self) -> bool {
+        matches!(
+            self,
+            Self::PublishOfWrittenFiles | Self::PublishOfWrittenFilesAfterReboot
         )
     }
 
@@ -245,7 +257,7 @@ impl Run {
             }
             operation if operation.is_unpublish() => self.node.end_pod().await,
             Operation::PublishAfterNamesake => self.node.put_status_of_namesake(),
-            Operation::PublishAfterReboot => {
+            Operation::PublishAfterReboot | Operation::PublishOfWrittenFilesAfterReboot => {
                 self.node.lose_mounts().await;
                 let started = self.node.start_traced("10m");
                 started.map_err(|error| error.to_string())?;
@@ -390,8 +402,13 @@ impl Run {
         })
     }
 
-    /// Starts a driver in the place of one that was killed, and does what follows.
-    pub(crate) async fn go_on(&mut self, was_killed: bool) -> Result<(), String> {
+    /// Starts a driver in the place of one that was killed, and does what follows. `steps` are those that
+    /// it came to.
+    pub(crate) async fn go_on(&mut self, was_killed: bool, steps: &[String]) -> Result<(), String> {
+        let was = |what: &str| steps.iter().any(|step| step.starts_with(what));
+        if was_killed && was("provider: request sent") && !was("provider: answer received") {
+            self.interrupt_provider();
+        }
         match self.then {
             Then::Again => {}
             Then::Changed => {
@@ -405,6 +422,9 @@ impl Run {
             }
             Then::Reboot => self.node.reboot().await,
         }
+        if was_killed && self.then == Then::Again && !self.is_to_go() && !self.is_refused() {
+            self.look().await?;
+        }
         if was_killed || matches!(self.then, Then::TornRecords | Then::Reboot) {
             self.node.start_driver(self.operation == Operation::Start);
             self.node.is_ready().await?;
@@ -414,6 +434,32 @@ impl Run {
         }
         self.publish().await?;
         self.settle().await
+    }
+
+    /// Has another driver publish before, one for which no refresh is due: what the stopped one left has
+    /// to do, or is seen to be unfinished. A refresh would hide it.
+    async fn look(&mut self) -> Result<(), String> {
+        let registers = self.operation == Operation::Start;
+        self.node.start_driver_without_refreshes(registers);
+        self.node.is_ready().await?;
+        self.publish().await?;
+        self.start_pod()?;
+        if self.operation.is_first_of_written() {
+            let files = read_all(&self.node.target()).map_err(|error| error.to_string())?;
+            if !self.node.files.lock().unwrap().all().contains(&files) {
+                let names: Vec<_> = files.keys().collect();
+                return Err(format!("it is published with the files {names:?}"));
+            }
+        }
+        self.node.kill_driver().await;
+        Ok(())
+    }
+
+    /// Takes back a file that the provider has written, as if it had not come to it yet.
+    fn interrupt_provider(&self) {
+        if self.operation.is_first_of_written() {
+            let _not_yet = fs::remove_file(self.node.target().join("pw"));
+        }
     }
 
     /// Starts a container that reads the volume, unless it runs. Nothing is promised to readers of files
@@ -511,7 +557,7 @@ impl Run {
             // A mount of an attempt that did not end stays until the next unpublish, because a
             // container might use it.
             state.retain(|name, _| {
-                !["mount", "entry mount", "volume"]
+                !["mount", "entry mount", "volume", "file /..unfinished"]
                     .iter()
                     .any(|of| name.starts_with(of))
             });

@@ -64,9 +64,7 @@ fn look_at_all(root: &Path, history: &Mutex<History<Tree>>) {
     let started = Instant::now();
     let tree = File::open(root.join("..data")).and_then(|data| {
         let path = PathBuf::from(format!("/proc/self/fd/{}", data.as_raw_fd()));
-        let mut tree = Tree::new();
-        read_below(&path, "", &mut tree)?;
-        Ok(tree)
+        read_all(&path)
     });
     if started.elapsed() > TOO_SLOW {
         return;
@@ -104,6 +102,13 @@ fn look_by_name(root: &Path, history: &Mutex<History<Tree>>) {
             Err(error) => history.problem(format!("{name} cannot be read: {error}")),
         }
     }
+}
+
+/// Reads all files below a directory.
+pub(crate) fn read_all(directory: &Path) -> io::Result<Tree> {
+    let mut tree = Tree::new();
+    read_below(directory, "", &mut tree)?;
+    Ok(tree)
 }
 
 fn read_below(directory: &Path, prefix: &str, tree: &mut Tree) -> io::Result<()> {

@@ -4,9 +4,9 @@
 //! by the pod status of a pod that has no controller; see [`Cluster::pod_owners`]. Kubernetes
 //! deletes the Secret with the last of its owners.
 //!
-//! The driver adds owners and removes only those that it has added itself. The API server records
-//! them in `metadata.managedFields`: they are the ones that belong to the driver's field manager
-//! alone. Any other owner stays, also if it is the very Job or ReplicaSet that the driver would
+//! The driver adds owners, and removes those of a pod that has ended while others remain, if it has
+//! added them itself. The API server records that in `metadata.managedFields`: they are the ones that
+//! belong to the driver's field manager alone. Any other owner stays, also if it is the very Job or ReplicaSet that the driver would
 //! have added, and so does an owner whose manager is unknown: it goes with the object that it names.
 //! Owners of others that the driver has carried over to a new Secret count as its own.
 
@@ -149,33 +149,18 @@ impl Cluster {
     }
 }
 
-/// Returns the owner references that a Secret should have, if they differ from those that it has:
-/// the existing ones and ours, without those of ours whose name another object has now.
+/// Returns the owner references that a Secret should have, if it lacks any of ours.
+///
+/// An owner of ours whose name another object has now stays: which of the two exists is known to the
+/// garbage collector alone, which removes owners that do not. On the node of an earlier pod of the same
+/// name, the owner that exists would be the one to look foreign.
 pub(super) fn owners(existing: &Existing, ours: &[Owner]) -> Option<Vec<OwnerReference>> {
-    let group = |api_version: &str| {
-        api_version
-            .split_once('/')
-            .map(|(group, _)| group.to_owned())
-    };
-    let added_by_us = added_by_us(existing);
-    let is_earlier = |there: &OwnerReference| {
-        added_by_us.contains(&there.uid)
-            && ours.iter().any(|owner| {
-                owner.uid != there.uid
-                    && owner.kind == there.kind
-                    && owner.name == there.name
-                    && group(&owner.api_version) == group(&there.api_version)
-            })
-            && !ours.iter().any(|owner| owner.uid == there.uid)
-    };
     let there = existing.owners();
-    let mut desired: Vec<_> = there.iter().filter(|o| !is_earlier(o)).cloned().collect();
-    for owner in ours {
-        if desired.iter().all(|there| there.uid != owner.uid) {
-            desired.push(owner.reference());
-        }
-    }
-    (desired != there).then_some(desired)
+    let missing = ours
+        .iter()
+        .filter(|owner| there.iter().all(|there| there.uid != owner.uid));
+    let missing: Vec<_> = missing.map(Owner::reference).collect();
+    (!missing.is_empty()).then(|| [there, &missing].concat())
 }
 
 /// Returns the owner references of a Secret and those that others have added to the former Secret in

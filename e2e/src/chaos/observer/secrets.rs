@@ -22,10 +22,6 @@ use crate::install::pod_statuses;
 /// it. A pod that became ready is judged after the same time: this process may hear of its Secret later.
 pub(super) const LATER: Duration = Duration::from_millis(1_500);
 
-/// The time after which no other node has a volume of an earlier pod of the same name any more. Until then
-/// that node's driver may take the new pod's status for the earlier one, and remove it from the owners until
-/// the next check of the new pod's node.
-const NAMESAKES: Duration = Duration::from_secs(30);
 /// The annotation with the order of the content: a higher one replaces a lower one (docs/secrets.md).
 const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
 /// The time for which content that another call has read before may come after newer one, without a fault.
@@ -90,12 +86,12 @@ pub(super) async fn watch(world: Arc<World>, client: kube::Client) {
     }
 }
 
-/// Returns the UIDs of the pods that have run with a class for a while, by the names of their statuses.
+/// Returns the UIDs of the pods that run with a class, by the names of their statuses.
 fn running(world: &World, class: usize) -> BTreeMap<String, String> {
     let pods = lock(&world.pods);
-    let running = pods.values().filter(|pod| {
-        pod.ready && pod.classes.contains(&class) && pod.created.elapsed() > NAMESAKES
-    });
+    let running = pods
+        .values()
+        .filter(|pod| pod.ready && pod.classes.contains(&class));
     running
         .map(|pod| (status_name(world, pod, class), pod.uid.clone()))
         .collect()
