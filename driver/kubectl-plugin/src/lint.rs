@@ -6,9 +6,13 @@
 pub(crate) mod annotations;
 mod class;
 mod keys;
+mod metadata;
 pub(crate) mod names;
+pub(crate) mod paths;
 mod pod;
 mod provider;
+mod references;
+mod secret_objects;
 mod secrets;
 mod values;
 mod yaml;

@@ -1,8 +1,13 @@
 //! What can be wrong, from the ground up: each check looks at one thing, and the first ones explain the others.
 
+mod containers;
+mod events;
 mod ground;
+mod mended;
 mod mount;
 mod others;
+mod paths;
+mod refresh;
 mod refusal;
 mod secret_volumes;
 mod secrets;
@@ -16,13 +21,13 @@ use k8s_openapi::api::core::v1::Event;
 use kube::ResourceExt as _;
 use serde::Serialize;
 
+pub(super) use refresh::{Next, interval, next_refresh, rotates};
 pub(super) use secrets::outdated;
-pub(super) use volume::{Next, next_refresh};
 
 use super::facts::{Facts, VolumeFacts, is_running, time_of};
 use crate::{
     cluster::Read,
-    installation::{DRIVER, Installed, TELL},
+    installation::{Installed, TELL},
     text::{one_line, visible},
     time::span,
 };
@@ -159,10 +164,10 @@ const OF_MOUNTED: &[(&str, OfVolume)] = &[
     ("sub-path-file", sub_path::without_file),
     ("class-gone", volume::class_gone),
     ("provider-socket", volume::provider_socket),
-    ("refresh", volume::refresh),
-    ("republish", volume::republish),
-    ("overdue", volume::overdue),
-    ("asked", volume::asked),
+    ("refresh", refresh::fails),
+    ("republish", refresh::republish),
+    ("overdue", refresh::overdue),
+    ("asked", refresh::asked),
     ("sub-path", sub_path::outdated),
     ("secrets", secrets::out_of_step),
     ("secret-missing", secrets::missing),
@@ -222,6 +227,9 @@ pub(super) fn all(facts: &Facts) -> Vec<Trouble> {
         let check = |facts: &Facts| check(facts, has_reason);
         troubles.extend(check(facts).map(|found| trouble(name, None, found)));
     }
+    let mut checks = troubles.iter().map(|trouble| trouble.check);
+    let is_told = checks.any(|check| ["env-secret", "env-key"].contains(&check));
+    troubles.extend(containers::wrong(facts, is_told));
     troubles
 }
 
@@ -290,17 +298,17 @@ impl Facts {
         match self.may_not_see_the_driver() {
             true => Then::Tell,
             false => Then::Do(format!(
-                "kubectl apply -f deploy/{role}, or set {value}=true of the chart"
+                "kubectl apply -f deploy/{role} # or, of the chart, {value}=true"
             )),
         }
     }
 
-    /// Returns how to get a pod like this one. A pod without a controller is not made again; `anew` says what to do
-    /// then.
-    fn new_pod(&self, anew: &str) -> String {
+    /// Returns the command that gets a pod like this one. A pod without a controller is not made again by itself.
+    fn new_pod(&self) -> String {
+        let (kubectl, pod) = (self.kubectl(), self.pod.name_any());
         match self.has_controller() {
-            true => format!("{} delete pod {}", self.kubectl(), self.pod.name_any()),
-            false => format!("{anew}: nothing makes it again once it is deleted"),
+            true => format!("{kubectl} delete pod {pod}"),
+            false => format!("{kubectl} get pod {pod} -o yaml | kubectl replace --force -f -"),
         }
     }
 
@@ -384,39 +392,5 @@ impl Facts {
     /// Returns the DaemonSet and the pod of the node's driver.
     fn driver(&self) -> Option<&(Installed, k8s_openapi::api::core::v1::Pod)> {
         self.node.as_ref()?.driver.found()?.as_ref()
-    }
-
-    /// Returns the last event of the pod of one of these reasons that fits.
-    fn event(&self, reasons: &[&str], fits: impl Fn(&str) -> bool) -> Option<&Event> {
-        self.events.found()?.iter().find(|event| {
-            let reason = event.reason.as_deref().unwrap_or_default();
-            reasons.contains(&reason) && fits(event.message.as_deref().unwrap_or_default())
-        })
-    }
-
-    /// Returns whether the pod has ended: its volumes are gone then.
-    pub(super) fn has_ended(&self) -> bool {
-        let phase = self
-            .pod
-            .status
-            .as_ref()
-            .and_then(|status| status.phase.as_deref());
-        matches!(phase, Some("Succeeded" | "Failed"))
-    }
-
-    /// Returns kubelet's last words about a volume that it cannot mount, and when it said them.
-    fn failed_mount(&self, volume: &VolumeFacts) -> Option<(String, Option<Timestamp>)> {
-        let name = format!("volume \"{}\"", volume.name);
-        let event = self.event(&["FailedMount"], |text| {
-            text.contains(&name) || text.contains(DRIVER) && !text.contains("for volume \"")
-        })?;
-        let message = event.message.as_deref().unwrap_or_default();
-        let end = message.split_once("desc = ").map(|(_, text)| text);
-        let end = end.or_else(|| {
-            message
-                .split_once(&format!("{name} : "))
-                .map(|(_, text)| text)
-        });
-        Some((one_line(end.unwrap_or(message), MAX_SAID), time_of(event)))
     }
 }

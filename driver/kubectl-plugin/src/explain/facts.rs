@@ -1,5 +1,6 @@
 //! Reads all that belongs to a pod's volumes: objects of the API server, and what the node's driver says.
 
+mod known;
 mod taken;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,13 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use driver::{
     cluster::resources::{SecretProviderClass, SecretProviderClassPodStatus},
     record::is_object_name,
-    status::{self, Status},
 };
 use futures::{StreamExt as _, future::join_all, stream};
 use jiff::Timestamp;
 use k8s_openapi::{
     api::{
-        core::v1::{CSIVolumeSource, Container, Event, Node, Pod, Secret},
+        core::v1::{CSIVolumeSource, Event, Node, Pod, Secret},
         storage::v1::{CSIDriver, CSINode},
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
@@ -186,62 +186,6 @@ impl Facts {
         });
         has_one_missing || of_others
     }
-
-    /// Returns what the node's driver says, if it could be asked.
-    pub(super) fn status(&self) -> Option<&Status> {
-        match self.node.as_ref()?.says.as_ref()? {
-            NodeSays::Status(status) => Some(status),
-            _ => None,
-        }
-    }
-
-    /// Returns what the node's driver has recorded of a volume.
-    pub(super) fn record(&self, volume: &VolumeFacts) -> Option<&status::Volume> {
-        let uid = self.pod.metadata.uid.as_deref()?;
-        let end = format!("/{}/mount", volume.name);
-        let mut volumes = self.status()?.volumes.iter();
-        volumes.find(|found| {
-            found.pod.uid == uid && found.target_path.to_string_lossy().ends_with(&end)
-        })
-    }
-
-    /// Returns whether a volume is mounted, if that is known.
-    pub(super) fn is_mounted(&self, volume: &VolumeFacts) -> Option<bool> {
-        if self.status().is_some() {
-            return Some(self.record(volume).is_some_and(|record| record.mounted));
-        }
-        match &volume.pod_status {
-            Read::Is(status) => Some(status.status.mounted),
-            Read::Missing => Some(false),
-            _ => None,
-        }
-    }
-
-    /// Returns whether a container of the pod mounts a volume. kubelet does not mount one that none does.
-    pub(super) fn is_used(&self, volume: &VolumeFacts) -> bool {
-        self.containers().any(|container| mounts(container, volume))
-    }
-
-    /// Returns whether the container of this name mounts a volume.
-    pub(super) fn is_mounted_by(&self, volume: &VolumeFacts, container: &str) -> bool {
-        self.containers()
-            .any(|other| other.name == container && mounts(other, volume))
-    }
-
-    pub(super) fn containers(&self) -> impl Iterator<Item = &Container> {
-        let spec = self.pod.spec.iter();
-        spec.flat_map(|spec| {
-            spec.init_containers
-                .iter()
-                .flatten()
-                .chain(&spec.containers)
-        })
-    }
-}
-
-fn mounts(container: &Container, volume: &VolumeFacts) -> bool {
-    let mut mounts = container.volume_mounts.iter().flatten();
-    mounts.any(|mount| mount.name == volume.name)
 }
 
 /// When a Secret was written, as its metadata says it.

@@ -1,7 +1,7 @@
 //! What a pod does, in the words of `kubectl get pod`.
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod, PodCondition};
 use kube::ResourceExt as _;
 
 use super::facts::Facts;
@@ -77,20 +77,80 @@ fn reason(container: &ContainerStatus) -> Option<String> {
     reason.or_else(|| Some(format!("ExitCode:{}", ended.exit_code)))
 }
 
-/// Returns what to do about the containers that start and end again.
-pub(super) fn crashes(facts: &Facts) -> Vec<String> {
-    let status = facts.pod.status.iter();
-    let containers = status.flat_map(|status| {
+/// Returns the states of the pod's containers, the init containers first, and whether it is one of those.
+pub(super) fn statuses(pod: &Pod) -> impl Iterator<Item = (bool, &ContainerStatus)> {
+    let status = pod.status.iter();
+    status.flat_map(|status| {
         let init = status.init_container_statuses.iter().flatten();
-        init.chain(status.container_statuses.iter().flatten())
-    });
-    containers
-        .filter(|container| {
-            reason(container).as_deref() == Some("CrashLoopBackOff")
-                || ended_lately(container, facts.now).is_some()
+        let others = status.container_statuses.iter().flatten();
+        let init = init.map(|status| (true, status));
+        init.chain(others.map(|status| (false, status)))
+    })
+}
+
+/// Returns the condition that the pod has a sandbox, which kubelet makes once all volumes are mounted. kubelet has
+/// it since Kubernetes 1.29.
+pub(super) fn sandbox(pod: &Pod) -> Option<&PodCondition> {
+    let status = pod.status.iter();
+    let mut conditions = status.flat_map(|status| status.conditions.iter().flatten());
+    conditions.find(|condition| {
+        condition.type_ == "PodReadyToStartContainers" && condition.status == "True"
+    })
+}
+
+/// Returns whether kubelet has gone on from mounting volumes to starting containers.
+pub(super) fn has_begun(pod: &Pod) -> bool {
+    sandbox(pod).is_some()
+        || statuses(pod).any(|(_, status)| {
+            let state = status.state.as_ref();
+            let waiting = state.and_then(|state| state.waiting.as_ref());
+            let reason = waiting.and_then(|waiting| waiting.reason.as_deref());
+            let waits = matches!(reason, None | Some("ContainerCreating" | "PodInitializing"));
+            !waits
+                || state.is_some_and(|state| state.running.is_some() || state.terminated.is_some())
         })
-        .map(|container| crash(facts, container))
+}
+
+/// Returns when a container was started last.
+pub(super) fn started(status: &ContainerStatus) -> Option<Timestamp> {
+    let states = status.state.iter().chain(&status.last_state);
+    let mut starts = states.filter_map(|state| {
+        let running = state.running.as_ref();
+        let running = running.and_then(|running| running.started_at.as_ref());
+        let ended = state.terminated.as_ref();
+        running.or_else(|| ended?.started_at.as_ref())
+    });
+    starts.next().map(|time| time.0)
+}
+
+/// Returns what to do about the containers that run, and have ended lately.
+pub(super) fn crashes(facts: &Facts) -> Vec<String> {
+    let containers = statuses(&facts.pod).map(|(_, status)| status);
+    let is_up = |status: &&ContainerStatus| {
+        let state = status.state.as_ref();
+        state.is_some_and(|state| state.running.is_some())
+    };
+    containers
+        .filter(is_up)
+        .filter(|container| ended_lately(container, facts.now).is_some())
+        .map(|container| {
+            let (what, log) = crash(facts, container);
+            format!("{what} ({log})")
+        })
         .collect()
+}
+
+/// Returns whether a container does not run because it ended with an error, or ends again and again.
+pub(super) fn is_down(status: &ContainerStatus) -> bool {
+    let state = status.state.as_ref();
+    let has_failed = state
+        .and_then(|state| state.terminated.as_ref())
+        .is_some_and(is_failure);
+    has_failed || reason(status).as_deref() == Some("CrashLoopBackOff")
+}
+
+fn is_failure(ended: &ContainerStateTerminated) -> bool {
+    ended.exit_code != 0 || !matches!(ended.reason.as_deref(), None | Some("Completed"))
 }
 
 /// Returns the last end of a container that is started again and again, if it was lately. It runs in between, and
@@ -103,14 +163,12 @@ pub(super) fn ended_lately(
         return None;
     }
     last_end(container).filter(|ended| {
-        let is_failure =
-            ended.exit_code != 0 || !matches!(ended.reason.as_deref(), None | Some("Completed"));
         let time = ended.finished_at.as_ref();
-        is_failure && time.is_none_or(|time| now.duration_since(time.0).as_secs() <= LATELY)
+        is_failure(ended) && time.is_none_or(|time| now.duration_since(time.0).as_secs() <= LATELY)
     })
 }
 
-fn last_end(container: &ContainerStatus) -> Option<&ContainerStateTerminated> {
+pub(super) fn last_end(container: &ContainerStatus) -> Option<&ContainerStateTerminated> {
     let mut states = container.state.iter().chain(&container.last_state);
     states.find_map(|state| state.terminated.as_ref())
 }
@@ -125,15 +183,14 @@ pub(super) fn end(ended: &ContainerStateTerminated, now: Timestamp) -> String {
     format!("{reason}, exit code {}{ago}", ended.exit_code)
 }
 
-fn crash(facts: &Facts, status: &ContainerStatus) -> String {
+/// Returns that a container ends, and the command that shows its log.
+pub(super) fn crash(facts: &Facts, status: &ContainerStatus) -> (String, String) {
     let container = status.name.as_str();
     let ended = last_end(status);
-    let ended = ended.map_or_else(String::new, |ended| {
-        format!(", the last time with {}", end(ended, facts.now))
-    });
-    let namespace = facts.pod.namespace().unwrap_or_default();
-    let pod = facts.pod.name_any();
-    let log = format!("kubectl -n {namespace} logs {pod} -c {container} --previous");
+    let has_ended = status
+        .state
+        .as_ref()
+        .and_then(|state| state.terminated.as_ref());
     let mut volumes = facts.volumes.iter();
     let why = if volumes.len() == 0 {
         ""
@@ -142,5 +199,25 @@ fn crash(facts: &Facts, status: &ContainerStatus) -> String {
     } else {
         " it mounts no volume of the driver and cannot read their files; if it should, add them to its volumeMounts; else"
     };
-    format!("container {container} starts and ends again{ended}:{why} look at its log ({log})")
+    let (verb, last) = match status.restart_count == 0 && has_ended.is_some() {
+        true => ("has ended", " with"),
+        false => ("starts and ends again", ", the last time with"),
+    };
+    let ended = ended.map_or_else(String::new, |ended| {
+        format!("{last} {}", end(ended, facts.now))
+    });
+    let what = format!("container {container} {verb}{ended}:{why} look at its log");
+    // The log of a container that has not been started again yet is the one of its end.
+    let previous = match has_ended {
+        Some(_) => "",
+        None => " --previous",
+    };
+    (what, log(facts, container, previous))
+}
+
+/// Returns the command that shows the log of a container.
+pub(super) fn log(facts: &Facts, container: &str, previous: &str) -> String {
+    let namespace = facts.pod.namespace().unwrap_or_default();
+    let pod = facts.pod.name_any();
+    format!("kubectl -n {namespace} logs {pod} -c {container}{previous}")
 }

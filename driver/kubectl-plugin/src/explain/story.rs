@@ -1,6 +1,8 @@
 //! The story of a pod, for people and for machines.
 
 mod notes;
+mod refreshes;
+mod unknown;
 
 use std::fmt;
 
@@ -18,7 +20,7 @@ use super::{
 use crate::{
     cluster::Read,
     explain::checks::{Next, next_refresh},
-    installation::{DRIVER, NodeSays, is_ready},
+    installation::is_ready,
     text::{one_line, visible},
     time::shown,
 };
@@ -88,6 +90,9 @@ pub struct Volume {
     pub next_refresh: Option<Timestamp>,
     /// `due`, `never` (as the volume or its class says), `off` (rotation is off) or `unknown`.
     pub refreshes: &'static str,
+    /// What is known of its refreshes where the node's driver could not be asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refreshes_note: Option<String>,
     /// The mounted objects with their versions.
     pub objects: Vec<Object>,
     /// The paths of its first files, as the driver on the node sees them.
@@ -136,7 +141,7 @@ impl Story {
                 .collect(),
             notes: lines(notes::of(facts, !trouble.is_empty())),
             trouble,
-            unknown: lines(unknown(facts)),
+            unknown: lines(unknown::of(facts)),
             known: is_known(facts),
         }
     }
@@ -218,6 +223,7 @@ impl Volume {
             contents: annotation(CONTENT_CHANGES).and_then(|count| count.parse().ok()),
             next_refresh,
             refreshes,
+            refreshes_note: refreshes::known(facts, volume),
             objects: objects
                 .into_iter()
                 .map(|(id, version)| Object { id, version })
@@ -284,6 +290,9 @@ impl Volume {
                 _ => "the next refresh is not known".to_owned(),
             };
             writeln!(f, "    asked for last {}; {next}", shown(success, now))?;
+        }
+        if let Some(known) = &self.refreshes_note {
+            writeln!(f, "    {}", visible(known))?;
         }
         if !self.secrets.is_empty() {
             let state = |secret: &Secret| match secret.exists {
@@ -357,53 +366,4 @@ impl fmt::Display for Story {
         }
         Ok(())
     }
-}
-
-/// Returns what could not be read: once, however many objects it is about.
-fn unknown(facts: &Facts) -> Vec<String> {
-    let mut lines = Vec::new();
-    let mut add = |what: &str, why: Option<&str>| {
-        let line = why.map(|why| format!("{what}: {why}"));
-        lines.extend(line.filter(|line| !lines.contains(line)));
-    };
-    add("the pod's events", facts.events.unknown());
-    for volume in &facts.volumes {
-        add(
-            &format!("class {}", volume.class_name),
-            volume.class.unknown(),
-        );
-        add(
-            "the pod statuses (SecretProviderClassPodStatus)",
-            volume.pod_status.unknown(),
-        );
-    }
-    for (name, read) in &facts.secrets {
-        add(&format!("whether Secret {name} exists"), read.unknown());
-    }
-    if let Some(classes) = &facts.classes {
-        add("the classes of the namespace", classes.unknown());
-    }
-    if facts.volumes.is_empty() {
-        return lines;
-    }
-    add(
-        &format!("the CSIDriver {DRIVER}"),
-        facts.csi_driver.unknown(),
-    );
-    let installed = "the driver's DaemonSet (name its namespace with --driver-namespace)";
-    add(installed, facts.installed.unknown());
-    if let Some(node) = &facts.node {
-        add(&format!("node {}", node.name), node.node.unknown());
-        add(
-            &format!("the drivers of node {} (CSINode)", node.name),
-            node.csi_node.unknown(),
-        );
-        if facts.installed.unknown().is_none() {
-            add("the driver's pod on the node", node.driver.unknown());
-        }
-        if let Some(NodeSays::Unknown(why)) = &node.says {
-            add("what the driver on the node has recorded", Some(why));
-        }
-    }
-    lines
 }

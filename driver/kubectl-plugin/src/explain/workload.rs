@@ -150,7 +150,10 @@ impl Workload {
             object: &object,
             labels: &labels,
         };
-        pods.sort_by_key(|pod| (is_ready(pod), pod.name_any()));
+        let is_complete = object
+            .condition(&["Complete", "SuccessCriteriaMet"])
+            .is_some();
+        pods.sort_by_key(|pod| (rank(pod, is_complete), pod.name_any()));
         match pods.first() {
             Some(pod) => Ok(Chosen::Pod(pod.name_any(), maker.missing(client).await)),
             None => {
@@ -167,6 +170,19 @@ impl Workload {
     /// Returns the name of the kind in commands.
     fn word(self) -> String {
         format!("{self:?}").to_lowercase()
+    }
+}
+
+/// Returns how late a pod of a workload is looked at. Pods that have ended are left over from before, unless they
+/// are all that there is; those that failed on the way to a Job that is complete do not matter any more.
+fn rank(pod: &Pod, is_complete: bool) -> u8 {
+    let status = pod.status.as_ref();
+    match status.and_then(|status| status.phase.as_deref()) {
+        Some("Succeeded") if is_complete => 0,
+        Some("Failed") => 3,
+        Some("Succeeded") => 4,
+        _ if is_ready(pod) => 2,
+        _ => 1,
     }
 }
 

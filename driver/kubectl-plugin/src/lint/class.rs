@@ -9,7 +9,8 @@ use super::{
     keys::{self, Keys},
     meant,
     names::slip,
-    provider,
+    paths::clash,
+    provider, secret_objects,
     yaml::{self, Node},
 };
 
@@ -33,9 +34,9 @@ pub(super) struct Made {
 
 /// The names of the files that a class mounts, and the names in the store of those with another one.
 #[derive(Default)]
-struct Mounted {
-    files: BTreeSet<String>,
-    aliased: BTreeMap<String, String>,
+pub(super) struct Mounted {
+    pub(super) files: BTreeSet<String>,
+    pub(super) aliased: BTreeMap<String, String>,
 }
 
 const KIND: &str = "SecretProviderClass";
@@ -66,10 +67,9 @@ pub(super) fn check(object: &Node, file: &mut Findings<'_>) -> Class {
     );
     let provider = provider::check(spec, file);
     let mounted = check_parameters(spec, provider, file);
-    let class = check_secrets(spec, mounted.as_ref(), file);
     Class {
+        secrets: secret_objects::check(spec, mounted.as_ref(), file),
         files: mounted.map(|mounted| mounted.files),
-        ..class
     }
 }
 
@@ -225,12 +225,22 @@ fn check_objects(
             mounted.aliased.insert(name.to_owned(), alias.to_owned());
         }
         let shown = alias.unwrap_or(name);
-        if !mounted.files.insert(shown.to_owned()) {
-            file.add(
+        // AWS writes its own sign for a slash, and Azure several files for the versions of an object.
+        let is_one_file = provider != "aws" && get(&"objectVersionHistory").is_none();
+        let mut others = mounted.files.iter();
+        let other = others.find(|other| clash(other, shown)).cloned();
+        match other {
+            Some(other) if other == shown => file.add(
                 line,
                 format!("two objects would both be the file {shown}; give one another name"),
-            );
+            ),
+            Some(other) if is_one_file => file.add(
+                line,
+                format!("one object would be the file {shown}, and another one {other}, so that one of them is a file and a directory; give one another name"),
+            ),
+            _ => {}
         }
+        mounted.files.insert(shown.to_owned());
     }
     Some(mounted)
 }
@@ -271,168 +281,4 @@ fn objects_of(
         objects.push((line.saturating_sub(1), yaml::document(item.text()?).ok()??));
     }
     Some(objects)
-}
-
-fn check_secrets(spec: &Node, mounted: Option<&Mounted>, file: &mut Findings<'_>) -> Class {
-    let mut class = Class::default();
-    let Some(list) = spec.get("secretObjects") else {
-        return class;
-    };
-    if list.items().is_empty() && !list.fields().is_empty() {
-        file.add(
-            list.line,
-            "secretObjects is a list; begin each Secret with a dash",
-        );
-    }
-    for secret in list.items() {
-        check_fields(
-            secret,
-            "an entry of secretObjects",
-            &["secretName", "type", "labels", "annotations", "data"],
-            file,
-        );
-        let keys = check_data(secret, mounted, file);
-        let Some(name) = secret.get("secretName") else {
-            file.add(secret.line, "an entry of secretObjects has no secretName");
-            continue;
-        };
-        let text = name.text().unwrap_or_default().trim();
-        if !is_object_name(text) {
-            file.add(name.line, format!("{text:?} cannot be the name of a Secret; use lower-case letters, digits, \"-\" and \".\""));
-        }
-        check_type(secret, keys.as_ref(), file);
-        let line = name.line;
-        if class
-            .secrets
-            .insert(text.to_owned(), Made { line, keys })
-            .is_some()
-        {
-            file.add(
-                name.line,
-                format!(
-                    "secretObjects has two entries for the Secret {text}; write all keys into one"
-                ),
-            );
-        }
-    }
-    class
-}
-
-/// Checks the keys of a Secret. Returns them, if all are known.
-fn check_data(
-    secret: &Node,
-    mounted: Option<&Mounted>,
-    file: &mut Findings<'_>,
-) -> Option<BTreeSet<String>> {
-    let data = secret.items_of("data");
-    if data.is_empty() {
-        let line = secret.get("data").map_or(secret.line, |data| data.line);
-        let how = match secret.get("data").is_some_and(Node::is_map) {
-            true => "data is a list: write - objectName: and key: for each",
-            false => "an entry of secretObjects needs data, with objectName and key for each key",
-        };
-        file.add(line, how);
-    }
-    let mut keys = BTreeSet::new();
-    // What follows from a missing key is not worth a finding of its own.
-    let mut all_known = !data.is_empty();
-    for entry in data {
-        check_fields(
-            entry,
-            "an entry of data",
-            &["objectName", "key", "jsonKey", "encoding"],
-            file,
-        );
-        let object = entry.text_of("objectName").unwrap_or_default().trim();
-        let key = entry.text_of("key").unwrap_or_default().trim();
-        if object == "*" {
-            all_known = false;
-            if !key.is_empty() {
-                file.add(entry.line, "key is given with objectName \"*\": leave it out, each object gets its own name as key");
-            }
-            continue;
-        }
-        if object.is_empty() {
-            file.add(
-                entry.line,
-                "objectName is missing: the name of the mounted file",
-            );
-        } else if let Some(mounted) = mounted.filter(|m| !m.files.contains(object)) {
-            let there: Vec<_> = mounted.files.iter().take(10).map(String::as_str).collect();
-            let what = match mounted.aliased.get(object) {
-                Some(alias) => format!(
-                    "the object {object} is mounted under its alias; write objectName: {alias}"
-                ),
-                None if there.is_empty() => "no object is mounted at all".to_owned(),
-                None => format!(
-                    "no object is mounted as {object}; there are: {}",
-                    there.join(", ")
-                ),
-            };
-            let line = entry.get("objectName").map_or(entry.line, |name| name.line);
-            file.add(line, what);
-        }
-        let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
-        if key.is_empty() {
-            all_known = false;
-            file.add(
-                entry.line,
-                format!("key is missing: the key of the Secret for object {object}"),
-            );
-        } else if !key.chars().all(is_allowed) {
-            file.add(entry.line, format!("{key:?} cannot be a key of a Secret: use letters, digits, \"-\", \"_\" and \".\""));
-        } else if !keys.insert(key.to_owned()) {
-            file.add(
-                entry.line,
-                format!("key {key} is there twice; the last one wins"),
-            );
-        }
-        if let Some(encoding) = entry
-            .text_of("encoding")
-            .filter(|e| !["", "base64"].contains(e))
-        {
-            file.add(
-                entry.line,
-                format!(
-                    "encoding {encoding} is not supported: write base64, or leave encoding out"
-                ),
-            );
-        }
-    }
-    all_known.then_some(keys)
-}
-
-fn check_type(secret: &Node, keys: Option<&BTreeSet<String>>, file: &mut Findings<'_>) {
-    let Some(type_) = secret.get("type") else {
-        return;
-    };
-    let text = type_.text().unwrap_or_default().trim();
-    let known = [
-        "Opaque",
-        "kubernetes.io/tls",
-        "kubernetes.io/dockerconfigjson",
-        "kubernetes.io/basic-auth",
-        "kubernetes.io/ssh-auth",
-    ];
-    if !known.contains(&text)
-        && let Some(name) = meant(text, &known)
-    {
-        file.add(
-            type_.line,
-            format!("the type {text} is usually written {name}"),
-        );
-    }
-    let needed: &[&str] = match text {
-        "kubernetes.io/tls" => &["tls.crt", "tls.key"],
-        "kubernetes.io/dockerconfigjson" => &[".dockerconfigjson"],
-        "kubernetes.io/ssh-auth" => &["ssh-privatekey"],
-        _ => &[],
-    };
-    let Some(keys) = keys else { return };
-    for key in needed.iter().filter(|key| !keys.contains(**key)) {
-        file.add(
-            type_.line,
-            format!("a Secret of type {text} needs the key {key}"),
-        );
-    }
 }

@@ -4,15 +4,18 @@ use std::collections::BTreeSet;
 
 use driver::{
     record::{ASKED, NUMBER_VERSIONS, is_object_name},
-    volume::policy::{Every, INTERVAL, SEND_VERSIONS},
+    volume::{
+        Origin,
+        policy::{Every, INTERVAL, SEND_VERSIONS},
+    },
 };
 
 use super::{
     Findings, Surroundings,
     annotations::{KEY_FORMAT, PREFIX},
-    class::Made,
     identity, meant,
-    names::{is_slip, slip},
+    names::slip,
+    references,
     yaml::{Key, Node, Value},
 };
 
@@ -66,11 +69,7 @@ pub(super) fn check(object: &Node, around: &Surroundings<'_>, file: &mut Finding
             }
         }
     }
-    for container in &containers {
-        for (secret, key) in references(container) {
-            check_reference(container, secret, key, &made, around, file);
-        }
-    }
+    references::check(spec, &containers, &made, around, file);
     check_mounts(spec, &containers, file);
 }
 
@@ -91,42 +90,6 @@ fn no_such_file(mount: &Node, files: &BTreeSet<String>) -> Option<String> {
         "the class mounts no file {path}, but {}; and ",
         files.join(", ")
     ))
-}
-
-/// Checks a Secret from which a container takes environment variables. `made` are those that the pod's classes
-/// make.
-fn check_reference(
-    container: &Node,
-    secret: &Node,
-    key: Option<&Node>,
-    made: &[(&String, &Made)],
-    around: &Surroundings<'_>,
-    file: &mut Findings<'_>,
-) {
-    let Some((line, name)) = secret.get("name").and_then(|n| Some((n.line, n.text()?))) else {
-        return;
-    };
-    let in_container = container.text_of("name").unwrap_or_default();
-    if let Some((_, made)) = made.iter().find(|(secret, _)| *secret == name) {
-        let (Some(keys), Some(key)) = (&made.keys, key) else {
-            return;
-        };
-        let text = key.text().unwrap_or_default();
-        if !keys.contains(text) {
-            let all: Vec<_> = keys.iter().map(String::as_str).collect();
-            file.add(key.line, format!("container {in_container} takes the key {text} of the Secret {name}, which its class does not make; it makes {}", all.join(", ")));
-        }
-        return;
-    }
-    let mut classes = around.classes.values();
-    let is_made = around.others.contains(name) || classes.any(|c| c.secrets.contains_key(name));
-    let may_be_absent = matches!(secret.get("optional").map(|o| &o.value), Some(Value::Other(text)) if text == "true");
-    if is_made || may_be_absent {
-        return;
-    }
-    if let Some((right, _)) = made.iter().find(|(right, _)| is_slip(name, right)) {
-        file.add(line, format!("container {in_container} takes the Secret {name}, which no class in these files makes; is {right} meant?"));
-    }
 }
 
 /// Checks that no annotation of a class stands on a pod, where the driver does not read it.
@@ -267,6 +230,11 @@ fn check_volume<'a>(csi: &'a Node, file: &mut Findings<'_>) -> Option<&'a str> {
 fn check_key(key: &Key, file: &mut Findings<'_>) {
     let text = key.text.as_str();
     if [CLASS, INTERVAL, MODE].contains(&text) {
+        return;
+    }
+    if Origin::of(text) != Origin::User {
+        let how = "only kubelet gives attributes that begin with csi.storage.k8s.io/; remove it";
+        file.add(key.line, format!("volumeAttributes has {text}: {how}"));
         return;
     }
     if [ASKED, SEND_VERSIONS, NUMBER_VERSIONS, KEY_FORMAT].contains(&text) {
@@ -413,17 +381,6 @@ fn check_namespaces(
         ),
     };
     file.add(line, message);
-}
-
-/// Returns the Secrets from which a container takes environment variables, with the key if it is one.
-fn references(container: &Node) -> impl Iterator<Item = (&Node, Option<&Node>)> {
-    let one = container.items_of("env").iter().filter_map(|env| {
-        let secret = env.get("valueFrom")?.get("secretKeyRef")?;
-        Some((secret, secret.get("key")))
-    });
-    let all = container.items_of("envFrom").iter();
-    let all = all.filter_map(|from| Some((from.get("secretRef")?, None)));
-    one.chain(all)
 }
 
 /// Checks that containers mount only volumes that there are, in pods with a volume of the driver.

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use crate::{
     situations::SITUATIONS,
+    waits::WAITS,
     world::{World, ago},
 };
 
@@ -26,7 +27,7 @@ macro_rules! assert_stories {
 #[tokio::test]
 async fn each_situation_has_its_story() {
     let mut text = String::new();
-    for (title, change) in SITUATIONS {
+    for (title, change) in SITUATIONS.iter().chain(WAITS) {
         let mut world = World::in_order();
         change(&mut world);
         let said = world.start().await.explain("web").await;

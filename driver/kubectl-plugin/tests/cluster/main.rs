@@ -11,5 +11,6 @@
 mod doctor;
 mod explain;
 mod situations;
+mod waits;
 mod workload;
 mod world;

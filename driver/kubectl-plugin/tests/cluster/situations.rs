@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::world::{World, ago};
 
-type Change = fn(&mut World);
+pub(crate) type Change = fn(&mut World);
 
 /// Lets the scheduler refuse the pod, in its words.
 fn unscheduled(world: &mut World, message: &str) {
@@ -34,7 +34,7 @@ fn taken_by_volume(world: &mut World, volume: serde_json::Value) {
 }
 
 /// Lets kubelet say that the volume cannot be mounted.
-fn refused(world: &mut World, said: &str) {
+pub(crate) fn refused(world: &mut World, said: &str) {
     world.not_started();
     let begin =
         "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unavailable desc = ";

@@ -169,6 +169,59 @@ async fn a_workload_says_why_pods_are_missing() {
     }
 }
 
+/// A pod that was evicted, or that failed before a Job was complete, says nothing of the present.
+#[tokio::test]
+async fn pods_that_have_ended_are_looked_at_last() {
+    let complete = json!({"conditions": [{"type": "Complete", "status": "True"}], "succeeded": 1});
+    for (kinds, status, other, expected) in [
+        (
+            "deployments",
+            json!({"replicas": 1, "updatedReplicas": 1}),
+            "Running",
+            "pod shop/web: Running",
+        ),
+        ("jobs", complete, "Succeeded", "pod shop/web: Succeeded"),
+        (
+            "jobs",
+            json!({"active": 1}),
+            "Running",
+            "pod shop/web: Running",
+        ),
+        (
+            "jobs",
+            json!({"failed": 2}),
+            "Failed",
+            "pod shop/a-failed-one: Failed",
+        ),
+    ] {
+        let mut world = World::in_order();
+        world.pod["metadata"]["labels"] = json!({"app": "web"});
+        world.pod["status"]["phase"] = json!(other);
+        world.pod["status"]["containerStatuses"] = json!([]);
+        let mut failed = world.pod.clone();
+        failed["metadata"]["name"] = json!("a-failed-one");
+        failed["metadata"]["uid"] = json!("other");
+        failed["status"] = json!({"phase": "Failed"});
+        let path = "/api/v1/namespaces/shop/pods/a-failed-one".to_owned();
+        world.others.push((path, failed));
+        let group = if kinds == "jobs" { "batch" } else { "apps" };
+        let object = json!({
+            "metadata": {"name": "web", "uid": "web"}, "status": status,
+            "spec": {"selector": {"matchLabels": {"app": "web"}}, "template": {"metadata": {}}},
+        });
+        let path = format!("/apis/{group}/v1/namespaces/shop/{kinds}/web");
+        world.answers.push((path, object));
+        let running = world.start().await;
+        let said = running.run(&["explain", kinds, "web", "-n", "shop"]).await;
+        assert!(
+            said.stdout.starts_with(expected),
+            "{kinds} {other}: {}{}",
+            said.stdout,
+            said.stderr
+        );
+    }
+}
+
 /// Someone who may not read events is told so.
 #[tokio::test]
 async fn missing_pods_without_events_are_named_as_not_known() {

@@ -139,7 +139,7 @@ fn gone(facts: &Facts, node: &str) -> Found {
             format!(
                 "there is no node {node}, and nothing makes the pod again once it is deleted; if its manifest names the node (spec.nodeName), change that, and create the pod anew"
             ),
-            format!("{delete}, and create it anew from its manifest"),
+            delete,
         ),
     }
 }

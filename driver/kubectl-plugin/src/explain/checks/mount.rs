@@ -2,12 +2,13 @@
 
 use super::{
     Found, Then,
+    mended::mended,
+    paths,
     refusal::after_refusal,
     volume::{mount_gone, runs},
 };
 use crate::{
     explain::facts::{Facts, VolumeFacts},
-    installation::DRIVER,
     time::shown,
 };
 
@@ -32,10 +33,14 @@ pub(super) fn mount(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
                 ),
                 facts.describe(),
             ),
-            None => Found::new(
-                format!("volume {} cannot be mounted", volume.name),
-                after_refusal(facts, volume, Some(&said)),
-            ),
+            None => {
+                let why = paths::clash(volume, &said);
+                let why = why.map_or_else(String::new, |why| format!(": {why}"));
+                Found::new(
+                    format!("volume {} cannot be mounted{why}", volume.name),
+                    after_refusal(facts, volume, Some(&said)),
+                )
+            }
         };
         return Some(Found {
             at,
@@ -46,25 +51,6 @@ pub(super) fn mount(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     facts.is_mounted(volume)?;
     facts.node.as_ref()?;
     nothing_said(facts, volume)
-}
-
-/// Returns what is there now, although kubelet says that it was not found.
-fn mended(facts: &Facts, volume: &VolumeFacts, said: &str) -> Option<String> {
-    let node = facts.node.as_ref();
-    if said.contains("not found in the list of registered CSI drivers") {
-        let drivers = &node?.csi_node.found()?.spec.drivers;
-        let is_registered = drivers.iter().any(|driver| driver.name == DRIVER);
-        return is_registered.then(|| "the driver is registered there now".to_owned());
-    }
-    let is_about_class = said.contains("correct secretProviderClass");
-    if is_about_class && said.contains("not found") {
-        volume.class.found()?;
-        return Some(format!("class {} exists now", volume.class_name));
-    }
-    let secret = &volume.source.node_publish_secret_ref.as_ref()?.name;
-    let is_about_secret = said.contains(secret.as_str()) && said.contains("not found");
-    (is_about_secret && facts.secrets.get(secret)?.found().is_some())
-        .then(|| format!("Secret {secret} exists now"))
 }
 
 /// Says that kubelet has said nothing for some time. A call that has begun takes two minutes at most.
@@ -97,7 +83,7 @@ fn nothing_said(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let provider = volume.class.found();
     let provider = provider.map_or_else(String::new, |class| format!(" {}", class.spec.provider));
     let next = match facts.pods_of_node() {
-        Then::Do(command) => format!("{command}; then look at the log of the provider's pod"),
+        Then::Do(command) => format!("{command} # then the log of the provider's pod"),
         Then::Tell => facts.describe(),
     };
     Some(Found::new(

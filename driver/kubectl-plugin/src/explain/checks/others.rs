@@ -3,16 +3,14 @@
 
 use k8s_openapi::api::core::v1::{CSIVolumeSource, Event};
 
-use super::Found;
+use super::{
+    Found,
+    events::{is_failure, recent_failures, text, unmounted, volume_of, waits},
+};
 use crate::{
     explain::facts::{Facts, time_of},
     installation::{DRIVER, is_ready},
 };
-
-/// The seconds after which an event says nothing of the present. kubelet repeats itself every two minutes at least.
-const RECENT: i64 = 600;
-/// The reasons of events about volumes that cannot be mounted.
-const REASONS: [&str; 3] = ["FailedMount", "FailedAttachVolume", "FailedMapVolume"];
 
 /// Finds volumes whose driver has a name that looks like this driver's.
 pub(super) fn misnamed(facts: &Facts) -> Vec<(String, Found)> {
@@ -25,10 +23,7 @@ pub(super) fn misnamed(facts: &Facts) -> Vec<(String, Found)> {
             "volume {name} names the driver {}; it is called {DRIVER}",
             source.driver
         );
-        let of_it = |event: &&Event| {
-            let text = event.message.as_deref().unwrap_or_default();
-            is_failure(event) && text.contains(&source.driver)
-        };
+        let of_it = |event: &&Event| is_failure(event) && text(event).contains(&source.driver);
         let event = facts.events.found().and_then(|all| all.iter().find(of_it));
         (
             name.to_owned(),
@@ -63,16 +58,14 @@ pub(super) fn failed(facts: &Facts) -> Vec<(Option<String>, Found)> {
         return Vec::new();
     }
     let mut found: Vec<(Option<String>, Found)> = Vec::new();
-    let events = facts.events.found().into_iter().flatten();
-    let recent = events.filter(|event| is_failure(event) && is_recent(facts, event));
     let mut timeout = None;
-    for event in recent {
-        let text = event.message.as_deref().unwrap_or_default();
-        if text.contains("unmounted volumes=[") {
-            timeout = timeout.or(Some(event));
+    for event in recent_failures(facts) {
+        if let Some(names) = unmounted(event) {
+            timeout = timeout.or(Some((event, names)));
             continue;
         }
-        let name = between(text, "for volume \"", "\"").map(str::to_owned);
+        let text = text(event);
+        let name = volume_of(event).map(str::to_owned);
         let is_known = found.iter().any(|(known, _)| *known == name);
         let is_ours = match &name {
             Some(name) => !is_other(facts, name),
@@ -88,17 +81,12 @@ pub(super) fn failed(facts: &Facts) -> Vec<(Option<String>, Found)> {
         found.push((name, cannot(facts, &which, said, event)));
     }
     if found.is_empty()
-        && let Some(event) = timeout
+        && let Some((event, mut names)) = timeout
     {
-        let text = event.message.as_deref().unwrap_or_default();
-        let names = between(text, "unmounted volumes=[", "]").unwrap_or_default();
-        let names = names
-            .split([' ', ','])
-            .filter(|name| !name.is_empty() && is_other(facts, name));
-        let names: Vec<_> = names.collect();
+        names.retain(|name| is_other(facts, name));
         if !names.is_empty() {
             let which = format!("volume {}", names.join(", "));
-            found.push((None, cannot(facts, &which, text, event)));
+            found.push((None, cannot(facts, &which, text(event), event)));
         }
     }
     found
@@ -118,50 +106,4 @@ fn cannot(facts: &Facts, which: &str, said: &str, event: &Event) -> Found {
 fn is_other(facts: &Facts, name: &str) -> bool {
     facts.volumes.iter().all(|volume| volume.name != name)
         && wrong_names(facts).all(|(wrong, _)| wrong != name)
-}
-
-/// Returns whether kubelet still mounts the volumes of the pod: no container has been started yet.
-pub(super) fn waits(facts: &Facts) -> bool {
-    if is_ready(&facts.pod) || facts.has_ended() {
-        return false;
-    }
-    let status = facts.pod.status.iter();
-    let mut statuses = status.flat_map(|status| {
-        let init = status.init_container_statuses.iter().flatten();
-        init.chain(status.container_statuses.iter().flatten())
-    });
-    statuses.all(|status| {
-        status.state.as_ref().is_none_or(|state| {
-            let reason = state
-                .waiting
-                .as_ref()
-                .and_then(|waiting| waiting.reason.as_deref());
-            let waits = matches!(reason, None | Some("ContainerCreating" | "PodInitializing"));
-            waits && state.running.is_none() && state.terminated.is_none()
-        })
-    })
-}
-
-/// Returns kubelet's last words about a volume that it cannot mount, if they are of the present.
-pub(super) fn latest_failure<'a>(facts: &'a Facts, volume: &str) -> Option<&'a Event> {
-    let mut events = facts.events.found()?.iter();
-    events.find(|event| {
-        let text = event.message.as_deref().unwrap_or_default();
-        let is_of_it = between(text, "for volume \"", "\"") == Some(volume);
-        is_of_it && is_failure(event) && is_recent(facts, event)
-    })
-}
-
-fn is_failure(event: &Event) -> bool {
-    let reason = event.reason.as_deref().unwrap_or_default();
-    REASONS.contains(&reason)
-}
-
-fn is_recent(facts: &Facts, event: &Event) -> bool {
-    time_of(event).is_none_or(|time| facts.now.duration_since(time).as_secs() <= RECENT)
-}
-
-fn between<'a>(text: &'a str, begin: &str, end: &str) -> Option<&'a str> {
-    let (_, rest) = text.split_once(begin)?;
-    Some(rest.split_once(end)?.0)
 }

@@ -1,6 +1,6 @@
 //! Says what to do about an error of a mount, a refresh or a Secret: the command depends on who can mend it.
 
-use super::Then;
+use super::{Then, paths::is_clash};
 use crate::{
     explain::facts::{Facts, VolumeFacts},
     installation::DRIVER,
@@ -15,6 +15,8 @@ const AWAY: [&str; 3] = ["UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED
 enum Mender {
     /// Who writes the class.
     Class,
+    /// The same: two of its objects want one path.
+    Paths,
     /// The same: its provider is misspelt.
     NameOfProvider,
     /// Who writes the pod.
@@ -48,7 +50,7 @@ const MENDERS: &[(&str, Mender)] = &[
     ("missing object versions", Mender::Class),
     ("maxcallrecvmsgsize", Mender::Class),
     ("is refused: the path", Mender::Class),
-    ("two files with this path", Mender::Class),
+    ("is refused: a name", Mender::Class),
 ];
 
 /// Returns what to do about an error of a mount or a refresh. The driver's log has the same words once more, so
@@ -57,7 +59,7 @@ pub(super) fn after_refusal(facts: &Facts, volume: &VolumeFacts, said: Option<&s
     let said = said.unwrap_or_default();
     match mender(facts, said) {
         Mender::Class => facts.show_class(volume).into(),
-        Mender::NameOfProvider => facts.edit_class(volume).into(),
+        Mender::NameOfProvider | Mender::Paths => facts.edit_class(volume).into(),
         Mender::Pod => facts.describe().into(),
         Mender::Quota => format!("{} describe quota", facts.kubectl()).into(),
         Mender::Rights => facts.grant("rbac.install", "rbac-secretproviderclass.yaml"),
@@ -80,6 +82,9 @@ pub(super) fn after_secret(facts: &Facts, volume: &VolumeFacts, said: &str) -> T
 }
 
 fn mender(facts: &Facts, said: &str) -> Mender {
+    if is_clash(said) {
+        return Mender::Paths;
+    }
     let lower = said.to_lowercase();
     // A provider may speak of its own rights and quotas.
     let answer = said.split_once(" answered ").map(|(_, answer)| answer);

@@ -4,7 +4,7 @@ use kube::ResourceExt as _;
 
 use super::{
     Found,
-    others::{latest_failure, waits},
+    events::{latest_failure, waits},
     secrets::keys_of,
 };
 use crate::{

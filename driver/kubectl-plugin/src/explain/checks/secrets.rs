@@ -4,7 +4,7 @@ use kube::ResourceExt as _;
 
 use jiff::Timestamp;
 
-use super::{Found, Then, refusal::after_secret, volume::started};
+use super::{Found, Then, events::has_name, refusal::after_secret, volume::started};
 use crate::{
     cluster::Read,
     explain::facts::{Facts, VolumeFacts},
@@ -51,9 +51,7 @@ pub(super) fn missing(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
         .filter(|name| is_missing(name))
         .collect();
     let first = *names.first()?;
-    let event = facts.event(&["FailedToCreateSecret"], |text| {
-        text.contains(first.as_str())
-    });
+    let event = facts.event(&["FailedToCreateSecret"], |text| has_name(text, first));
     let more = if names.len() > 1 {
         format!(" and {} more", names.len() - 1)
     } else {
@@ -82,6 +80,10 @@ pub(super) fn missing(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
 
 /// A container's environment takes a Secret that is not there.
 pub(super) fn env_secret(facts: &Facts, has_reason: bool) -> Option<Found> {
+    // The Secrets of a class go with the last pod that mounts it.
+    if facts.has_ended() {
+        return None;
+    }
     let taken = facts.taken_secrets();
     let (secret, taken) = taken
         .iter()

@@ -21,13 +21,13 @@ pub(super) fn outdated(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     })?;
     Some(Found::new(
         format!(
-            "container {} mounts a part of volume {} at {} (subPath) and keeps the content with which it started, although the volume has new content since {}; mount the whole volume",
+            "container {} mounts a part of volume {} at {} (subPath) and keeps the content with which it started, although the volume has new content since {}; mount the whole volume, and until then replace the pod",
             container.name,
             volume.name,
             mount.mount_path,
             shown(record.last_change, facts.now)
         ),
-        facts.new_pod("mount the whole volume in the pod's manifest, and make the pod anew"),
+        facts.new_pod(),
     ))
 }
 

@@ -1,28 +1,15 @@
-//! Checks one volume: why it is not mounted, and whether what is mounted is kept fresh.
+//! Checks one volume: why it is not mounted, and whether what it needs is still there.
 
-use std::time::Duration;
-
-use driver::{
-    cluster::{
-        interval::{Every, INTERVAL},
-        pod_status::Aspect,
-    },
-    record::{ASKED, is_object_name},
-};
+use driver::record::is_object_name;
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 
-use super::{Found, refusal::after_refusal};
+use super::Found;
 use crate::{
     cluster::Read,
-    explain::facts::{Facts, VolumeFacts, time_of},
-    installation::DRIVER,
+    explain::facts::{Facts, VolumeFacts},
     lint::names::closest,
-    time::shown,
 };
-
-/// The time by which kubelet's next look may be later than a due refresh.
-const LOOKS_WITHIN: Duration = Duration::from_secs(5 * 60);
 
 pub(super) fn class_attribute(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let (name, class) = (&volume.name, &volume.class_name);
@@ -134,15 +121,31 @@ pub(super) fn class_fields(facts: &Facts, volume: &VolumeFacts) -> Option<Found>
     ))
 }
 
-/// The provider has no socket on the node, or nobody answers there.
+/// The provider has no socket on the node, or nobody answers there. What kubelet said last may be something else.
 pub(super) fn provider(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
+    let found = without_provider(facts, volume)?;
+    Some(match facts.failed_mount(volume) {
+        Some((said, at)) => Found {
+            at,
+            ..found.said(Some(said))
+        },
+        None => found,
+    })
+}
+
+/// Returns a provider that has a socket on the node.
+pub(super) fn found_provider<'a>(
+    facts: &'a Facts,
+    name: &str,
+) -> Option<&'a driver::status::Provider> {
+    let mut providers = facts.status()?.providers.iter();
+    providers.find(|found| found.name == name)
+}
+
+fn without_provider(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let provider = &volume.class.found()?.spec.provider;
     let status = facts.status()?;
-    let Some(found) = status
-        .providers
-        .iter()
-        .find(|found| found.name == *provider)
-    else {
+    let Some(found) = found_provider(facts, provider) else {
         let names: Vec<_> = status
             .providers
             .iter()
@@ -199,10 +202,9 @@ pub(super) fn provider_socket(facts: &Facts, volume: &VolumeFacts) -> Option<Fou
     if !status.refreshes {
         return None;
     }
-    let mut providers = status.providers.iter();
-    match providers.find(|found| found.name == record.provider) {
+    match found_provider(facts, &record.provider) {
         Some(found) => silent(facts, volume, found),
-        None => provider(facts, volume),
+        None => without_provider(facts, volume),
     }
 }
 
@@ -236,105 +238,11 @@ pub(super) fn mount_gone(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
         .map_or_else(String::new, |why| format!(" ({why})"));
     Some(Found::new(
         format!(
-            "volume {} was mounted, and at {} there is no tmpfs any more{why}: somebody has unmounted it; delete the pod, so that a new one mounts it again",
+            "volume {} was mounted, and at {} there is no tmpfs any more{why}: somebody has unmounted it; replace the pod, so that a new one mounts it again",
             volume.name,
             record.target_path.display()
         ),
-        facts.new_pod("make the pod anew from its manifest"),
-    ))
-}
-
-/// Refreshes fail.
-pub(super) fn refresh(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    let (since, reason) = Aspect::Freshness.annotations();
-    let annotations = volume
-        .pod_status
-        .found()
-        .and_then(|status| status.metadata.annotations.as_ref());
-    let annotation = |key: &str| annotations.and_then(|all| all.get(key)).cloned();
-    let record = facts.record(volume);
-    // The record is newer than the annotation, where it can be read.
-    let since = match record {
-        Some(record) => record.stale_since?,
-        None => annotation(since)?.parse::<Timestamp>().ok()?,
-    };
-    let content = record.map(|record| format!(" of {}", shown(record.last_success, facts.now)));
-    let event = || {
-        facts.event(&["MountRotationFailed"], |text| {
-            text.contains(&volume.class_name)
-        })
-    };
-    let noted = annotation(reason);
-    let event = event().filter(|_| noted.is_none());
-    let said = noted.or_else(|| event?.message.clone());
-    let what = format!(
-        "refreshes of volume {} fail since {}; its containers go on with the content{}",
-        volume.name,
-        shown(since, facts.now),
-        content.unwrap_or_default()
-    );
-    let next = after_refusal(facts, volume, said.as_deref());
-    Some(Found {
-        at: event.and_then(time_of),
-        ..Found::new(what, next).said(said)
-    })
-}
-
-/// Rotation is on, and kubelet does not ask for it.
-pub(super) fn republish(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    facts.record(volume)?;
-    let is_asked = facts.csi_driver.found()?.spec.requires_republish == Some(true);
-    if is_asked || !facts.status()?.refreshes {
-        return None;
-    }
-    Some(Found::new(
-        format!(
-            "volume {} is never refreshed, although --enable-secret-rotation is set: the CSIDriver lacks requiresRepublish: true",
-            volume.name
-        ),
-        format!(
-            "kubectl patch csidriver {DRIVER} --type merge -p '{{\"spec\":{{\"requiresRepublish\":true}}}}'"
-        ),
-    ))
-}
-
-/// A refresh is due for longer than kubelet's rhythm explains.
-pub(super) fn overdue(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    let record = facts.record(volume)?;
-    let status = facts.status()?;
-    if !record.mounted || record.stale_since.is_some() || republish(facts, volume).is_some() {
-        return None;
-    }
-    let due = next_refresh(facts, volume).due()?;
-    let late = status.time.duration_since(due);
-    let most = i64::try_from(LOOKS_WITHIN.as_secs()).unwrap_or(i64::MAX);
-    if late.as_secs() <= most || facts.has_ended() {
-        return None;
-    }
-    Some(Found::new(
-        format!(
-            "volume {} was due for a refresh at {}: kubelet has not asked the driver since; is it busy with other pods, or does a call hang?",
-            volume.name,
-            shown(due, status.time)
-        ),
-        facts.driver_log(),
-    ))
-}
-
-/// Somebody asked for a refresh, and rotation is off.
-pub(super) fn asked(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    facts.record(volume)?;
-    let class = volume.class.found()?;
-    let is_asked = class.annotations().contains_key(ASKED);
-    if !is_asked || facts.status()?.refreshes {
-        return None;
-    }
-    Some(Found::new(
-        format!(
-            "class {} asks for a refresh ({ASKED}), and rotation is off; install the chart with enableSecretRotation=true",
-            volume.class_name
-        ),
-        facts.driver_start(),
+        facts.new_pod(),
     ))
 }
 
@@ -344,59 +252,4 @@ pub(super) fn started(facts: &Facts, container: &str) -> Option<Timestamp> {
     let status = statuses.iter().find(|status| status.name == container)?;
     let running = status.state.as_ref()?.running.as_ref()?;
     running.started_at.as_ref().map(|time| time.0)
-}
-
-/// When a volume is refreshed next.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::explain) enum Next {
-    /// From this time on, with kubelet's next look.
-    At(Timestamp),
-    /// Not at all, because it says so.
-    Never,
-    /// Not at all, because rotation is off.
-    Off,
-    /// It is not known.
-    Unknown,
-}
-
-impl Next {
-    fn due(&self) -> Option<Timestamp> {
-        match self {
-            Self::At(time) => Some(*time),
-            _ => None,
-        }
-    }
-}
-
-/// Returns when a volume is refreshed next. The driver adds up to a tenth of the interval.
-pub(in crate::explain) fn next_refresh(facts: &Facts, volume: &VolumeFacts) -> Next {
-    let (Some(status), Some(record)) = (facts.status(), facts.record(volume)) else {
-        return Next::Unknown;
-    };
-    if !status.refreshes {
-        return Next::Off;
-    }
-    let attributes = volume.source.volume_attributes.as_ref();
-    let of_volume = attributes.and_then(|all| all.get(INTERVAL));
-    let of_class = volume
-        .class
-        .found()
-        .and_then(|class| class.annotations().get(INTERVAL).cloned());
-    let seconds = match of_volume
-        .cloned()
-        .or(of_class)
-        .map(|text| Every::parse(&text))
-    {
-        Some(Ok(Every::Never)) => return Next::Never,
-        Some(Ok(Every::Interval(interval))) => interval
-            .as_secs()
-            .max(status.shortest_refresh_interval_seconds),
-        Some(Err(_)) => return Next::Unknown,
-        None => status.refresh_interval_seconds,
-    };
-    let interval = Duration::from_secs(seconds);
-    record
-        .last_success
-        .checked_add(interval)
-        .map_or(Next::Unknown, Next::At)
 }
