@@ -25,12 +25,15 @@ use std::{
     },
 };
 
+use http_body_util::Limited;
 use kube::{
     Client, Config,
+    client::ClientBuilder,
     config::{KubeConfigOptions, Kubeconfig},
 };
 use tokio::sync::{OnceCell, Semaphore};
 use tokio_util::task::TaskTracker;
+use tower::util::MapResponseLayer;
 
 use crate::error::{Error, Result};
 pub use class::Class;
@@ -42,7 +45,7 @@ pub(crate) use classes::Classes;
 pub use classes::{Freshness, Wanted};
 use events::Events;
 use pod_status::Troubles;
-use request::MAX_REQUESTS;
+use request::{LARGEST_ANSWER, MAX_REQUESTS};
 use secrets::Missing;
 
 /// A client of the API server. Clones share one connection pool.
@@ -142,6 +145,12 @@ impl Cluster {
             http::HeaderValue::from_str(&self.user_agent)
                 .map_err(|error| Error::internal(format!("user agent: {error}")))?,
         ));
-        Client::try_from(config).map_err(|error| failed(error.to_string()))
+        let client = ClientBuilder::try_from(config).map_err(|error| failed(error.to_string()))?;
+        Ok(client.with_layer(&MapResponseLayer::new(bounded)).build())
     }
+}
+
+/// Bounds what is read of an answer.
+fn bounded<B>(answer: http::Response<B>) -> http::Response<Limited<B>> {
+    answer.map(|body| Limited::new(body, LARGEST_ANSWER))
 }

@@ -7,49 +7,112 @@
 //! Other crates log from `WARN` on, and `kube_client` from `ERROR` on, at every verbosity:
 //! `kube_client` logs the body of an answer that it cannot decode, which may be a Secret.
 
-use std::fmt::{self, Write as _};
-use std::io::Write as _;
+mod fields;
+mod queue;
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::Serializer as _;
 use serde_json::Value;
-use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::SetGlobalDefaultError;
-use tracing::{Event, Level, Metadata, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::Targets;
-use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
 use tracing_subscriber::registry::{LookupSpan, Registry};
 
 use crate::config::Config;
+use fields::Fields;
+use queue::Queue;
 
 /// The crates whose lines follow the verbosity.
 const OURS: [&str; 3] = ["driver", "proto", "secrets_store_csi"];
 
-/// The number of bytes of a value that are logged. A provider's answer may name thousands of
-/// versions.
-const LONGEST_VALUE: usize = 8 * 1024;
+/// The longest time for which the end of the process waits for a reader of standard error.
+const FLUSH_WITHIN: Duration = Duration::from_secs(1);
+
+/// Makes a line of the time, the level, the place in the source, and the fields of an event.
+type Form = fn(Timestamp, Level, &str, &Fields) -> String;
+
+/// The log of the process.
+#[derive(Clone)]
+pub struct Log {
+    form: Form,
+    queue: Arc<Queue>,
+}
+
+impl Log {
+    /// Writes the lines on a thread of their own from now on, so that nobody waits for the reader of
+    /// standard error. Must be called after the process is hardened, which it is with a single thread.
+    pub fn start(&self) {
+        let Self { form, queue } = self.clone();
+        self.queue.has_writer(true);
+        let thread = thread::Builder::new().name("log".to_owned());
+        let started =
+            thread.spawn(move || queue.write_to(io::stderr(), |lost| about_lost(form, lost)));
+        if let Err(error) = started {
+            self.queue.has_writer(false);
+            tracing::warn!(%error, "there is no thread for the log: calls wait while standard error is not read");
+        }
+    }
+
+    /// Waits until the lines are written, but for no more than a second.
+    pub fn flush(&self) {
+        self.queue.flush(FLUSH_WITHIN);
+    }
+
+    fn write(&self, line: String) {
+        if let Some(line) = self.queue.add(line) {
+            // A failure to write to standard error cannot be reported.
+            let _ = io::stderr().write_all(line.as_bytes());
+        }
+    }
+}
+
+/// Returns the line that stands in the place of lost ones.
+fn about_lost(form: Form, lost: u64) -> String {
+    let fields = Fields {
+        message: "log lines were lost here, because standard error was not read in time".to_owned(),
+        named: vec![("lost", lost.into())],
+    };
+    let source = source(Some(file!()), Some(line!()));
+    form(Timestamp::now(), Level::WARN, &source, &fields)
+}
 
 /// Starts logging to standard error, for the whole process.
 ///
 /// # Errors
 /// Fails if the process already has a log.
-pub fn init(config: &Config) -> Result<(), SetGlobalDefaultError> {
-    tracing::subscriber::set_global_default(subscriber(config, std::io::stderr))
+pub fn init(config: &Config) -> Result<Log, SetGlobalDefaultError> {
+    let log = Log {
+        form: form(config),
+        queue: Arc::default(),
+    };
+    let own = log.clone();
+    tracing::subscriber::set_global_default(subscriber(config, move |line| own.write(line)))?;
+    Ok(log)
 }
 
-/// Returns the subscriber that [`init`] installs, which writes lines to `out`.
-fn subscriber<W>(config: &Config, out: W) -> impl Subscriber + Send + Sync + 'static
-where
-    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
-{
-    let form = if config.log_format_json {
+fn form(config: &Config) -> Form {
+    if config.log_format_json {
         json_line
     } else {
         klog_line
-    };
+    }
+}
+
+/// Returns the subscriber that [`init`] installs, which hands lines to `out`.
+fn subscriber<W>(config: &Config, out: W) -> impl Subscriber + Send + Sync + 'static
+where
+    W: Fn(String) + Send + Sync + 'static,
+{
+    let form = form(config);
     Registry::default().with(Lines { form, out }.with_filter(filter(config.verbosity)))
 }
 
@@ -69,14 +132,14 @@ fn filter(verbosity: u32) -> Targets {
 
 /// Writes one line for each event.
 struct Lines<W> {
-    form: fn(Timestamp, &Metadata<'_>, &Fields) -> String,
+    form: Form,
     out: W,
 }
 
 impl<S, W> Layer<S> for Lines<W>
 where
     S: Subscriber + for<'s> LookupSpan<'s>,
-    W: for<'w> MakeWriter<'w> + 'static,
+    W: Fn(String) + 'static,
 {
     fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
         if let Some(span) = context.span(id) {
@@ -102,115 +165,29 @@ where
                 fields.inherit(outer);
             }
         }
-        let line = (self.form)(Timestamp::now(), event.metadata(), &fields);
-        // A failure to write to standard error cannot be reported.
-        let _ = self.out.make_writer().write_all(line.as_bytes());
-    }
-}
-
-/// The fields of an event or a span, in the order of the source.
-#[derive(Default)]
-struct Fields {
-    message: String,
-    named: Vec<(&'static str, Value)>,
-}
-
-impl Fields {
-    fn set(&mut self, field: &Field, value: Value) {
-        match self
-            .named
-            .iter_mut()
-            .find(|(name, _)| *name == field.name())
-        {
-            Some((_, old)) => *old = value,
-            None => self.named.push((field.name(), value)),
-        }
-    }
-
-    /// Adds the fields of an enclosing span that are not set yet.
-    fn inherit(&mut self, outer: &Fields) {
-        for (name, value) in &outer.named {
-            if !self.named.iter().any(|(known, _)| known == name) {
-                self.named.push((name, value.clone()));
-            }
-        }
-    }
-}
-
-impl Visit for Fields {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        let text = beginning(format_args!("{value:?}"));
-        if field.name() == "message" {
-            self.message = text;
-        } else {
-            self.set(field, text.into());
-        }
-    }
-
-    fn record_str(&mut self, field: &Field, value: &str) {
-        let text = beginning(format_args!("{value}"));
-        if field.name() == "message" {
-            self.message = text;
-        } else {
-            self.set(field, text.into());
-        }
-    }
-
-    fn record_bool(&mut self, field: &Field, value: bool) {
-        self.set(field, value.into());
-    }
-
-    fn record_i64(&mut self, field: &Field, value: i64) {
-        self.set(field, value.into());
-    }
-
-    fn record_u64(&mut self, field: &Field, value: u64) {
-        self.set(field, value.into());
-    }
-
-    fn record_f64(&mut self, field: &Field, value: f64) {
-        self.set(field, value.into());
-    }
-}
-
-/// Formats a text up to the length that is logged. The rest is not even formatted.
-fn beginning(text: fmt::Arguments<'_>) -> String {
-    let mut bounded = BoundedText(String::new());
-    match bounded.write_fmt(text) {
-        Ok(()) => bounded.0,
-        Err(fmt::Error) => bounded.0 + "… (cut)",
-    }
-}
-
-/// A text of at most [`LONGEST_VALUE`] bytes.
-struct BoundedText(String);
-
-impl fmt::Write for BoundedText {
-    fn write_str(&mut self, part: &str) -> fmt::Result {
-        let room = LONGEST_VALUE - self.0.len();
-        let fits = &part[..part.floor_char_boundary(room)];
-        self.0.push_str(fits);
-        if fits.len() == part.len() {
-            Ok(())
-        } else {
-            Err(fmt::Error)
-        }
+        let metadata = event.metadata();
+        let source = source(metadata.file(), metadata.line());
+        (self.out)((self.form)(
+            Timestamp::now(),
+            *metadata.level(),
+            &source,
+            &fields,
+        ));
     }
 }
 
 /// Formats a line in klog's form: `I1123 16:19:05.123456       1 volume.rs:42] "message" key="value"`.
 /// The time is in UTC, and the process id follows it.
-fn klog_line(now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) -> String {
-    let severity = match *metadata.level() {
+fn klog_line(now: Timestamp, level: Level, source: &str, fields: &Fields) -> String {
+    let severity = match level {
         Level::ERROR => 'E',
         Level::WARN => 'W',
         Level::INFO | Level::DEBUG | Level::TRACE => 'I',
     };
     let mut line = format!(
-        "{severity}{} {:7} {}] {:?}",
+        "{severity}{} {:7} {source}] {:?}",
         now.strftime("%m%d %H:%M:%S.%6f"),
         std::process::id(),
-        source(metadata),
         fields.message,
     );
     for (name, value) in &fields.named {
@@ -225,17 +202,14 @@ fn klog_line(now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) -> String
 }
 
 /// Formats a line as one JSON object: `ts`, `level`, `caller`, `msg`, then the fields.
-fn json_line(now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) -> String {
+fn json_line(now: Timestamp, level: Level, source: &str, fields: &Fields) -> String {
     let head = [
         (
             "ts",
             Value::from(now.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string()),
         ),
-        (
-            "level",
-            metadata.level().as_str().to_ascii_lowercase().into(),
-        ),
-        ("caller", source(metadata).into()),
+        ("level", level.as_str().to_ascii_lowercase().into()),
+        ("caller", source.into()),
         ("msg", fields.message.as_str().into()),
     ];
     let mut line = Vec::new();
@@ -251,41 +225,28 @@ fn json_line(now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) -> String
 }
 
 /// Returns the file, without its directories, and the line that wrote the event.
-fn source(metadata: &Metadata<'_>) -> String {
-    let file = metadata.file().and_then(|path| path.rsplit('/').next());
-    format!(
-        "{}:{}",
-        file.unwrap_or("unknown"),
-        metadata.line().unwrap_or_default()
-    )
+fn source(file: Option<&str>, line: Option<u32>) -> String {
+    let file = file.and_then(|path| path.rsplit('/').next());
+    format!("{}:{}", file.unwrap_or("unknown"), line.unwrap_or_default())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::fields::LONGEST_VALUE;
     use super::*;
     use proptest::prelude::*;
     use rstest::rstest;
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
     use tracing::{debug, error, info, info_span, trace, warn};
 
     /// Runs `body` with the subscriber for `flags`, and returns the lines that it logs.
     fn logged(flags: &[&str], body: impl FnOnce()) -> Vec<String> {
-        #[derive(Clone, Default)]
-        struct Output(Arc<Mutex<Vec<u8>>>);
-        impl std::io::Write for Output {
-            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-                self.0.lock().unwrap().extend(bytes);
-                Ok(bytes.len())
-            }
-            fn flush(&mut self) -> std::io::Result<()> {
-                Ok(())
-            }
-        }
-        let lines = Output::default();
-        let out = lines.clone();
+        let text = Arc::new(Mutex::new(String::new()));
+        let out = Arc::clone(&text);
         let config = Config::parse(flags.iter().map(Into::into)).unwrap();
-        tracing::subscriber::with_default(subscriber(&config, move || out.clone()), body);
-        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        let subscriber = subscriber(&config, move |line| out.lock().unwrap().push_str(&line));
+        tracing::subscriber::with_default(subscriber, body);
+        let text = text.lock().unwrap();
         text.lines().map(str::to_owned).collect()
     }
 

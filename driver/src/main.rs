@@ -38,13 +38,17 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(exit) => return say(&exit),
     };
-    if let Err(error) = driver::logging::init(&config) {
-        return say(&Exit {
-            code: 1,
-            text: format!("cannot set up logging: {error}"),
-        });
-    }
-    std::panic::set_hook(Box::new(|panic| {
+    let log = match driver::logging::init(&config) {
+        Ok(log) => log,
+        Err(error) => {
+            return say(&Exit {
+                code: 1,
+                text: format!("cannot set up logging: {error}"),
+            });
+        }
+    };
+    let of_panics = log.clone();
+    std::panic::set_hook(Box::new(move |panic| {
         // Only the place is logged, because a panic's text may contain a secret.
         let place = panic
             .location()
@@ -54,22 +58,27 @@ fn main() -> ExitCode {
             place,
             "the driver panicked, which is a bug; please report it with this place"
         );
+        // A panic within another one ends the process at once.
+        of_panics.flush();
     }));
     one_arena();
     raise_descriptors();
     driver::hardening::harden(&config);
+    log.start();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
         .build();
     let ended = runtime.and_then(|runtime| runtime.block_on(serve(config)));
-    match ended {
+    let code = match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("the driver cannot run: {error}");
             ExitCode::FAILURE
         }
-    }
+    };
+    log.flush();
+    code
 }
 
 /// Returns what `status` says: JSON, or why it cannot be said. Without flags of its own, it uses those of

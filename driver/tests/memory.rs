@@ -287,3 +287,36 @@ async fn long_annotations_are_told_apart() {
     assert!(value.len() <= 256 && value.starts_with("xxx"), "{value}");
     assert!(!value.chars().all(|c| c == 'x'), "{value}");
 }
+
+/// An answer that is larger than any object is not read to its end, whatever its status is.
+#[rstest]
+#[case::an_object_of_7_mib(7, 200, None)]
+#[case::an_object_of_9_mib(9, 200, Some("has more than 8 MiB"))]
+#[case::a_refusal_of_9_mib(9, 500, Some("has more than 8 MiB"))]
+#[tokio::test]
+async fn large_answers_are_refused(
+    #[case] mib: usize,
+    #[case] status: u16,
+    #[case] refused: Option<&str>,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, cluster) = server::start(dir.path()).await;
+    server.intercept(move |_| {
+        let mut object = class("class-0", "one_parameter");
+        object["spec"]["ignored"] = "x".repeat(mib << 20).into();
+        Reaction::Answer(status, object.to_string())
+    });
+    let read = cluster.class("shop", "class-0").await.map(drop);
+    match refused {
+        None => read.unwrap(),
+        Some(why) => {
+            let error = read.unwrap_err().to_string();
+            assert!(
+                error.contains("secretproviderclass shop/class-0"),
+                "{error}"
+            );
+            assert!(error.contains(why), "{error}");
+        }
+    }
+    assert!(!cluster.is_away(), "it answers");
+}

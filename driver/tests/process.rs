@@ -1,5 +1,5 @@
 //! Checks the program as a process: which driver's socket is at the path when several start and
-//! end, and that strangers cannot stop it by TCP.
+//! end, and that neither strangers can stop it by TCP, nor who does not read its log.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
@@ -14,14 +14,17 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use proto::csi::{GetPluginInfoRequest, ProbeRequest, identity_client::IdentityClient};
+use proto::csi::{
+    GetPluginInfoRequest, NodePublishVolumeRequest, ProbeRequest, identity_client::IdentityClient,
+    node_client::NodeClient,
+};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::TcpStream,
     process::{Child, Command},
     time::timeout,
 };
-use tonic::transport::Endpoint;
+use tonic::{Code, transport::Endpoint};
 
 /// Longer than any step of these tests takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -38,6 +41,16 @@ impl Driver {
 
     /// Starts a driver with the limits that a shell command sets.
     fn start_with(dir: &Path, name: &'static str, limits: &str, flags: &[&str]) -> Self {
+        Self::start_logging_to(Stdio::null(), dir, name, limits, flags)
+    }
+
+    fn start_logging_to(
+        log: Stdio,
+        dir: &Path,
+        name: &'static str,
+        limits: &str,
+        flags: &[&str],
+    ) -> Self {
         let process = Command::new("sh")
             .args(["-c", "eval $0 && exec \"$@\"", limits])
             .arg(env!("CARGO_BIN_EXE_secrets-store-csi"))
@@ -47,7 +60,7 @@ impl Driver {
             .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(log)
             .kill_on_drop(true)
             .spawn()
             .unwrap();
@@ -421,4 +434,55 @@ async fn an_argument_that_is_no_flag_starts_nothing() {
         assert!(stderr.starts_with("unexpected argument"), "{stderr}");
         assert!(!records.exists() && !socket(dir.path()).exists());
     }
+}
+
+/// Makes calls that are refused, whose lines have some MiB together.
+async fn make_calls_that_log(dir: &Path) {
+    let uri = format!("unix://{}", socket(dir).display());
+    let channel = Endpoint::from_shared(uri).unwrap().connect().await.unwrap();
+    let mut node = NodeClient::new(channel);
+    for _ in 0..150 {
+        let request = NodePublishVolumeRequest {
+            volume_id: "v".repeat(10_000),
+            ..Default::default()
+        };
+        let answer = timeout(PATIENCE, node.node_publish_volume(request)).await;
+        // A call that waits for the log ends here.
+        let refused = answer.unwrap().unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+    }
+}
+
+/// A container runtime that does not read the log holds up neither calls nor the end of the driver.
+#[tokio::test]
+async fn a_log_that_nobody_reads_holds_nothing_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = ["--metrics-addr=", "-v=6"];
+    let name = "driver.a";
+    let mut driver = Driver::start_logging_to(Stdio::piped(), dir.path(), name, "true", &flags);
+    wait_for(dir.path(), name).await;
+    make_calls_that_log(dir.path()).await;
+    assert!(of_process(&driver, "VmHWM:") < 40 * 1024);
+
+    let mut log = BufReader::new(driver.process.stderr.take().unwrap()).lines();
+    let mut whole = 0;
+    let lost = loop {
+        let line = timeout(PATIENCE, log.next_line()).await.unwrap();
+        let line = line.unwrap().unwrap();
+        if line.contains("log lines were lost here") {
+            break line;
+        }
+        let is_whole = line.starts_with(['I', 'W', 'E']) && line.matches(".rs:").count() == 1;
+        assert!(is_whole, "{line}");
+        whole += 1;
+    };
+    // A call has two lines.
+    let (_, lost) = lost.split_once(" lost=").unwrap();
+    let lost: usize = lost.parse().unwrap();
+    assert!(whole > 20 && whole + lost >= 300, "{whole} and {lost}");
+
+    make_calls_that_log(dir.path()).await;
+    let since = Instant::now();
+    driver.end(Signal::SIGTERM).await;
+    assert!(since.elapsed() < PATIENCE / 2, "{:?}", since.elapsed());
 }

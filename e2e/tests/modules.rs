@@ -256,7 +256,7 @@ const CONFINED: [(&str, &[&str]); 10] = [
     ("procfs_core", &["metrics"]),
     ("tonic_types", &["provider"]),
     ("nix", &["files", "hardening", "metrics", "mount", "socket"]),
-    ("libc", &["hardening", "metrics", "mount"]),
+    ("libc", &["hardening", "metrics", "mount", "provider"]),
 ];
 
 /// Returns the code of each module of a crate, without tests and comments.

@@ -2,6 +2,7 @@
 
 use std::{error::Error as StdError, future::Future, sync::atomic::Ordering, time::Duration};
 
+use http_body_util::LengthLimitError;
 use kube::core::Status;
 use serde::de::DeserializeOwned;
 use tonic::Code;
@@ -19,6 +20,10 @@ pub(super) const MAX_REQUESTS: usize = 8;
 
 /// The longest time that a request waits for its turn. After that it runs beside the others.
 const MAX_TURN_WAIT: Duration = Duration::from_secs(1);
+
+/// The most bytes that are read of an answer. An object takes at most 1.5 MiB in etcd, and the largest
+/// answer that is asked for is a list of five classes.
+pub(super) const LARGEST_ANSWER: usize = 8 * 1024 * 1024;
 
 /// The reason why a request failed.
 pub(super) enum Failure {
@@ -38,6 +43,8 @@ pub(super) enum Failure {
     NoAnswer(String),
     /// The answer is not the object that was asked for.
     WrongObject,
+    /// The answer has more than [`LARGEST_ANSWER`] bytes.
+    TooLarge,
 }
 
 impl Failure {
@@ -57,6 +64,10 @@ impl Failure {
             Self::WrongObject => Error::unavailable(
                 "the answer of the API server is not the object that was asked for",
             ),
+            Self::TooLarge => Error::unavailable(format!(
+                "the answer of the API server has more than {} MiB, and no object is that large; is there a broken proxy or aggregated API server in between?",
+                LARGEST_ANSWER / 1024 / 1024
+            )),
             Self::Refused {
                 code,
                 message,
@@ -168,7 +179,14 @@ pub(super) fn limited<'a, T: 'a>(request: impl Request<T> + 'a) -> impl Answered
                 message: status.message,
             }),
             Ok(Err(kube::Error::SerdeError(_))) => Err(Failure::WrongObject),
-            Ok(Err(error)) => Err(Failure::NoAnswer(innermost(&error))),
+            Ok(Err(error)) => {
+                let innermost = innermost(&error);
+                Err(if innermost.is::<LengthLimitError>() {
+                    Failure::TooLarge
+                } else {
+                    Failure::NoAnswer(innermost.to_string())
+                })
+            }
             Err(_) => Err(Failure::NoAnswer(format!(
                 "no answer within {} seconds",
                 REQUEST_TIMEOUT.as_secs()
@@ -185,10 +203,10 @@ fn is_about_an_ending_namespace(status: &Status) -> bool {
 }
 
 /// Returns the error at the bottom of a chain: "connection refused" rather than "service error".
-fn innermost(error: &dyn StdError) -> String {
+fn innermost<'e>(error: &'e (dyn StdError + 'static)) -> &'e (dyn StdError + 'static) {
     let mut error = error;
     while let Some(source) = error.source() {
         error = source;
     }
-    error.to_string()
+    error
 }

@@ -30,7 +30,7 @@ use super::{
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Difference {
     path: String,
-    what: &'static str,
+    what: String,
 }
 
 impl fmt::Display for Difference {
@@ -41,20 +41,28 @@ impl fmt::Display for Difference {
 
 type Compared = Result<(), Difference>;
 
-fn differs<T>(path: &str, what: &'static str) -> Result<T, Difference> {
+fn differs<T>(path: &str, what: impl Into<String>) -> Result<T, Difference> {
     Err(Difference {
         path: quoted(path, 80).to_string(),
-        what,
+        what: what.into(),
     })
+}
+
+/// Says of an entry that cannot be examined, why: there may be nothing wrong with it, as where the process
+/// has too many open files.
+fn fails<T>(path: &str, what: &str, error: impl Into<io::Error>) -> Result<T, Difference> {
+    differs(path, format!("{what}: {}", error.into()))
 }
 
 /// Compares everything that a pod sees of a volume: names, contents, modes and the group. An entry
 /// that cannot be examined differs. Hidden names at the root, except for `..data`, are not compared.
 pub(super) fn compare(root: &OwnedFd, payload: &Payload) -> Compared {
-    let current = current(root).ok().flatten();
-    let Some(data) = current.and_then(|name| open_directory(root.as_fd(), name.as_str()).ok())
-    else {
-        return differs(DATA, "does not lead to a directory of content");
+    const NOWHERE: &str = "does not lead to a directory of content";
+    let open = |name: String| open_directory(root.as_fd(), name.as_str());
+    let data = match current(root).and_then(|name| name.map(open).transpose()) {
+        Ok(Some(data)) => data,
+        Ok(None) => return differs(DATA, NOWHERE),
+        Err(error) => return fails(DATA, NOWHERE, error),
     };
     same_names(root, payload)?;
     if let Some(group) = payload.group()
@@ -75,8 +83,9 @@ pub(super) fn compare(root: &OwnedFd, payload: &Payload) -> Compared {
 
 fn same_names(root: &OwnedFd, payload: &Payload) -> Compared {
     let roots = payload.roots();
-    let Ok(found) = names(root.as_fd()) else {
-        return differs("/", "cannot be listed");
+    let found = match names(root.as_fd()) {
+        Ok(found) => found,
+        Err(error) => return fails("/", "cannot be listed", error),
     };
     for name in &found {
         if is_hidden(name) {
@@ -100,10 +109,11 @@ fn same_file(root: &OwnedFd, path: &str, expected: &File, group: Option<u32>) ->
     let file = match open_as_a_pod_does(root, path) {
         Ok(file) => StdFile::from(file),
         Err(Errno::ENOENT) => return differs(path, "is missing"),
-        Err(_) => return differs(path, "cannot be opened"),
+        Err(errno) => return fails(path, "cannot be opened", errno),
     };
-    let Ok(metadata) = file.metadata() else {
-        return differs(path, "cannot be examined");
+    let metadata = match file.metadata() {
+        Ok(metadata) => metadata,
+        Err(error) => return fails(path, "cannot be examined", error),
     };
     if !metadata.is_file() {
         return differs(path, "is not a regular file");
@@ -117,7 +127,7 @@ fn same_file(root: &OwnedFd, path: &str, expected: &File, group: Option<u32>) ->
     match same_content(file, metadata.len(), expected.contents.expose()) {
         Ok(true) => Ok(()),
         Ok(false) => differs(path, "has another content"),
-        Err(_) => differs(path, "cannot be read"),
+        Err(error) => fails(path, "cannot be read", error),
     }
 }
 
@@ -164,14 +174,16 @@ impl Left {
         if depth > MAX_DEPTH {
             return differs(prefix, "is deeper than any path of the content");
         }
-        let Ok(stat) = fstat(directory) else {
-            return differs(prefix, "cannot be examined");
+        let stat = match fstat(directory) {
+            Ok(stat) => stat,
+            Err(errno) => return fails(prefix, "cannot be examined", errno),
         };
         if stat.st_mode & 0o7777 != 0o755 || self.group.is_some_and(|group| stat.st_gid != group) {
             return differs(prefix, "is a directory of another mode or group");
         }
-        let Ok(found) = names(directory.as_fd()) else {
-            return differs(prefix, "cannot be listed");
+        let found = match names(directory.as_fd()) {
+            Ok(found) => found,
+            Err(error) => return fails(prefix, "cannot be listed", error),
         };
         for name in found {
             let path = format!("{prefix}/{}", name.to_string_lossy());
@@ -192,7 +204,7 @@ impl Left {
             if kind == Ok(SFlag::S_IFDIR) {
                 match open_directory(directory.as_fd(), name.as_c_str()) {
                     Ok(below) => self.count(&below, path, depth + 1)?,
-                    Err(_) => return differs(path, "cannot be opened"),
+                    Err(error) => return fails(path, "cannot be opened", error),
                 }
             }
         }
@@ -202,4 +214,48 @@ impl Left {
 
 fn kind_of(stat: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        files::{swap::stage, tree::open_root},
+        mount::alone::{Own, alone},
+    };
+    use nix::sys::resource::{Resource, setrlimit};
+    use std::os::fd::AsRawFd as _;
+
+    /// A process with too many open files says so at each step, and not that the volume is wrong.
+    #[test]
+    fn a_lack_of_descriptors_is_named() {
+        alone(Own::Process, || {
+            let dir = tempfile::tempdir().unwrap();
+            let files = [("a", "x"), ("b/c", "y")];
+            let file = |(path, text): (&str, &str)| {
+                (path.to_owned(), File::new(0, text.as_bytes().to_vec()))
+            };
+            let payload = Payload::new(files.map(file)).unwrap();
+            let root = open_root(dir.path()).unwrap();
+            let staged = stage(open_root(dir.path()).unwrap(), payload.clone()).unwrap();
+            staged.unwrap().commit().unwrap();
+            let next = StdFile::open("/dev/null").unwrap().as_raw_fd();
+            let next = u64::try_from(next).unwrap();
+            let mut said = Vec::new();
+            for more in 0..4 {
+                setrlimit(Resource::RLIMIT_NOFILE, next + more, 4096).unwrap();
+                match compare(&root, &payload) {
+                    Ok(()) => break,
+                    Err(difference) => said.push(difference.to_string()),
+                }
+            }
+            let why = "Too many open files (os error 24)";
+            let expected = [
+                format!("\"..data\" does not lead to a directory of content: {why}"),
+                format!("\"/\" cannot be listed: {why}"),
+                format!("\"b\" cannot be listed: {why}"),
+            ];
+            assert_eq!(said, expected);
+        });
+    }
 }

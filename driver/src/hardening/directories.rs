@@ -14,8 +14,9 @@ use crate::config::{Config, Endpoint};
 /// The bits of a mode that let others than the owner make and replace files.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
-/// Checks the directories of the state and of all sockets, as far as they exist. Takes the rights of
-/// others on the state directory away, and warns of directories in which others can replace sockets.
+/// Checks the directories of the state and of all sockets, as far as they exist. Takes all rights of others
+/// on the state directory away if they can write to it, and warns of directories in which others can
+/// replace sockets.
 ///
 /// # Errors
 /// When the state directory is a file or a link, or belongs to somebody else: its records decide which

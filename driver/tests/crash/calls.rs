@@ -211,7 +211,14 @@ impl Peer {
         match i32::from(family) {
             libc::AF_UNIX => {
                 let path = read[2..].split(|byte| *byte == 0).next()?;
-                Some(Self(String::from_utf8_lossy(path).into_owned()))
+                let path = String::from_utf8_lossy(path);
+                // The driver connects to a provider's socket that it has opened.
+                let opened = path.strip_prefix("/proc/self/fd/");
+                let opened = opened.and_then(|fd| path_of(thread, fd.parse().ok()?));
+                Some(Self(opened.map_or_else(
+                    || path.into_owned(),
+                    |opened| opened.display().to_string(),
+                )))
             }
             libc::AF_INET => Some(Self(format!(
                 "port {}",

@@ -152,6 +152,8 @@ async fn try_all(operation: Operation) {
         let state = run.outcome.unwrap_or_else(|why| {
             panic!("{operation:?}, {then}, without a crash: {why}\n{}", run.log)
         });
+        let asks = run.steps.iter().any(|step| step.starts_with("provider: "));
+        assert_eq!(asks, operation.asks_provider(), "{:#?}", run.steps);
         undisturbed.insert(*then, state);
         points.add(*then, &run.steps);
     }

@@ -188,6 +188,13 @@ impl Operation {
         )
     }
 
+    /// Whether the provider is asked.
+    pub(crate) fn asks_provider(self) -> bool {
+        !self.is_unpublish()
+            && !self.is_by_itself()
+            && !matches!(self, Self::Start | Self::UnpublishOfBuriedVolume)
+    }
+
     /// Whether the content of the volume becomes another.
     fn changes_content(self) -> bool {
         matches!(

@@ -2,7 +2,8 @@
 //! when it started.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
     fs::{self, File},
     io,
     os::fd::AsRawFd as _,
@@ -41,9 +42,11 @@ impl Reader {
         let thread = thread::spawn(move || {
             let path = PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd()));
             let mut looks = 0;
+            let mut shown = Shown::default();
             while !stopped.load(Ordering::Relaxed) {
                 look_at_all(&path, &history);
                 look_by_name(&path, &history);
+                shown.look(&path, &history);
                 looks += 1;
                 thread::sleep(PAUSE);
             }
@@ -101,6 +104,48 @@ fn look_by_name(root: &Path, history: &Mutex<History<Tree>>) {
             }),
             Err(error) => history.problem(format!("{name} cannot be read: {error}")),
         }
+    }
+}
+
+/// The names that one content has shown at the root of the volume.
+#[derive(Default)]
+struct Shown {
+    /// What `..data` led to.
+    content: PathBuf,
+    names: BTreeSet<OsString>,
+}
+
+impl Shown {
+    /// Looks that no name goes while the content stays. New content shows its names a moment after it has
+    /// come, and takes others away only then.
+    fn look(&mut self, root: &Path, history: &Mutex<History<Tree>>) {
+        let leads = || fs::read_link(root.join("..data"));
+        let Ok(content) = leads() else {
+            return;
+        };
+        let names = fs::read_dir(root.join(&content)).and_then(|entries| {
+            let names = entries.map(|entry| Ok(entry?.file_name()));
+            names.collect::<io::Result<Vec<_>>>()
+        });
+        let shown = |name: &OsString| fs::metadata(root.join(name)).is_ok();
+        let names: BTreeSet<_> = names
+            .unwrap_or_default()
+            .into_iter()
+            .filter(shown)
+            .collect();
+        if leads().is_ok_and(|now| now != content) {
+            return;
+        }
+        if self.content == content
+            && let Some(gone) = self.names.difference(&names).next()
+        {
+            let gone = gone.to_string_lossy();
+            let mut history = history.lock().unwrap();
+            history.problem(format!(
+                "the name {gone} has gone, and its content is still there"
+            ));
+        }
+        (self.content, self.names) = (content, names);
     }
 }
 

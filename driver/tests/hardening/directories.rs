@@ -43,7 +43,7 @@ async fn a_directory_that_others_can_write_to_is_warned_of(#[case] name: &str, #
     fs::set_permissions(node.path(name), Permissions::from_mode(mode)).unwrap();
     let mut driver = node.driver(&[]);
     driver.connect().await;
-    let log = driver.log();
+    let log = driver.log_with(WARNING).await;
     let line = log.lines().find(|line| line.contains(WARNING)).unwrap();
     assert!(
         line.contains(&node.path(name).display().to_string()),
@@ -61,8 +61,7 @@ async fn others_lose_their_rights_on_the_state_directory() {
     let mut driver = node.driver(&[]);
     driver.connect().await;
     assert_eq!(fs::metadata(&state).unwrap().mode() & 0o7777, 0o700);
-    let log = driver.log();
-    assert!(log.contains("its mode is now 0700"), "{log}");
+    driver.log_with("its mode is now 0700").await;
 }
 
 #[tokio::test]

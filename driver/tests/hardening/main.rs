@@ -231,6 +231,19 @@ impl Driver {
         fs::read_to_string(&self.log).unwrap()
     }
 
+    /// Waits until the log has a text, which is written a moment after what it tells of.
+    async fn log_with(&self, text: &str) -> String {
+        let since = Instant::now();
+        loop {
+            let log = self.log();
+            if log.contains(text) {
+                return log;
+            }
+            assert!(since.elapsed() < PATIENCE, "no {text:?}: {log}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     fn proc(&self, name: &str) -> PathBuf {
         Path::new("/proc")
             .join(self.process.id().to_string())
