@@ -7,6 +7,8 @@
 // A test crate outside of its #[test] functions.
 #![allow(clippy::panic, clippy::unwrap_used)]
 
+#[path = "chart/alerts.rs"]
+mod alerts;
 #[path = "chart/helm.rs"]
 mod helm;
 #[path = "chart/monitoring.rs"]
@@ -302,6 +304,38 @@ fn an_upgrade_can_reuse_the_values_of_the_existing_chart() {
 #[case(
     "podMonitor: {enable: true}",
     "podMonitor.enable: did you mean podMonitor.enabled?"
+)]
+#[case(
+    "livenessProbe: {port: 8095}",
+    "livenessProbe.port and linux.metricsAddr have the same port, 8095"
+)]
+#[case(
+    "livenessProbe: {port: '9000'}\nlinux: {metricsAddr: 'localhost:9000'}",
+    "have the same port, 9000"
+)]
+#[case(
+    "commonLabels: {app: shop}",
+    "commonLabels.app=shop is not what the DaemonSet finds its pods by, app=secrets-store-csi-driver"
+)]
+#[case(
+    "linux: {podLabels: {app: shop}}\nnameOverride: csi",
+    "linux.podLabels.app=shop is not what the DaemonSet finds its pods by, app=csi"
+)]
+#[case(
+    "linux: {kubeletRootDir: /var/lib/kubelet/pods/}",
+    "write the directory above it, /var/lib/kubelet\n"
+)]
+#[case(
+    "linux: {driver: {resources: {limits: {memory: 32Mi}}}}",
+    "the memory limit of the driver is 32Mi, and it needs 64Mi or more"
+)]
+#[case(
+    "linux: {driver: {resources: {limits: {memory: 67108863}}}}",
+    "the memory limit of the driver is 67108863,"
+)]
+#[case(
+    "sidecars: builtin\nlinux: {driver: {builtinResources: {limits: {memory: 64M}}}}",
+    "the memory limit of the driver is 64M,"
 )]
 fn refuses_what_cannot_work(#[case] values: &str, #[case] sentence: &str) {
     let Some(helm) = Helm::find() else { return };

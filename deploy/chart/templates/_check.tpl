@@ -42,6 +42,49 @@ do this: Helm's own message about an unknown key names no other key. "sscd.known
 {{- include "sscd.checkNeeded" . -}}
 {{- if include "sscd.on" .Values.linux.enabled -}}
 {{- include "sscd.checkArguments" .Values.linux.driver.extraArgs -}}
+{{- include "sscd.checkPods" . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Refuses values with which the pods cannot start or nobody finds them. The plugin has the same (lint/values/pods.rs). */}}
+{{- define "sscd.checkPods" -}}
+{{- $linux := .Values.linux -}}
+{{- $metrics := include "sscd.metricsPort" . -}}
+{{- if and $metrics (eq (int $metrics) (int .Values.livenessProbe.port)) -}}
+{{- fail (printf "livenessProbe.port and linux.metricsAddr have the same port, %s, which only one of them can have: write another one" $metrics) -}}
+{{- end -}}
+{{- $name := include "sscd.name" . -}}
+{{- range $key, $labels := dict "commonLabels" .Values.commonLabels "linux.podLabels" $linux.podLabels -}}
+{{- $app := toString (default $name ($labels).app) -}}
+{{- if ne $app $name -}}
+{{- fail (printf "%s.app=%s is not what the DaemonSet finds its pods by, app=%s: leave it out, or write another label" $key $app $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if regexMatch "/pods/*$" $linux.kubeletRootDir -}}
+{{- fail (printf "linux.kubeletRootDir=%s is kubelet's directory of pods: write the directory above it, %s" $linux.kubeletRootDir (regexReplaceAll "/pods/*$" $linux.kubeletRootDir "")) -}}
+{{- end -}}
+{{- $resources := include "sscd.driverResources" . | fromYaml -}}
+{{- $limit := (((($linux.driver).container).resources).limits).memory | default (($resources).limits).memory -}}
+{{- with include "sscd.bytes" $limit -}}
+{{- if lt (float64 .) 67108864.0 -}}
+{{- $limit = ternary $limit . (kindIs "string" $limit) -}}
+{{- fail (printf "the memory limit of the driver is %s, and it needs 64Mi or more: raise limits.memory in linux.driver.resources, or in linux.driver.builtinResources with sidecars=builtin (docs/chart.md, Memory)" $limit) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A quantity of Kubernetes in bytes; empty if it is written in a way that is not known here. */}}
+{{- define "sscd.bytes" -}}
+{{- if kindIs "invalid" . -}}
+{{- else if kindIs "string" . -}}
+{{- $units := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- $number := regexFind "^[0-9]+([.][0-9]*)?" . -}}
+{{- $unit := trimPrefix $number . -}}
+{{- if and $number (hasKey $units $unit) -}}
+{{- mulf (float64 $number) (float64 (get $units $unit)) | printf "%.0f" -}}
+{{- end -}}
+{{- else -}}
+{{- float64 . | printf "%.0f" -}}
 {{- end -}}
 {{- end -}}
 
@@ -125,6 +168,11 @@ A null in the values takes the chart's own value away.
   "linux.securityContext" "linux.podSpec.securityContext or linux.driver.container.securityContext"
   "linux.extraVolumes" "linux.volumes"
   "linux.extraVolumeMounts" "linux.volumeMounts"
+  "logLevel" "logVerbosity"
+  "linux.logLevel" "logVerbosity"
+  "enableRotation" "enableSecretRotation"
+  "enabledSecretRotation" "enableSecretRotation"
+  "installCRDs" "linux.crds.enabled, which has no effect, as Helm installs the CRDs"
 -}}
 {{- $name := splitList "." .key | last -}}
 {{- $same := default list (get .places $name) -}}

@@ -67,7 +67,7 @@ a registry, because no node can pull it.
 {{- $parts := splitList "/" $ours.repository -}}
 {{- $registry := and (gt (len $parts) 1) (or (regexMatch "[.:]" (first $parts)) (eq (first $parts) "localhost")) -}}
 {{- if not (or $registry (eq $image.pullPolicy "Never")) -}}
-{{- fail (printf "the driver's image would be %s, which names no registry to pull it from: push the image to your registry and set linux.image.repository=REGISTRY/secrets-store-csi (Docker Hub is docker.io/NAME); or, if you have loaded it on every node by hand, set linux.image.pullPolicy=Never" (include "sscd.image" $ours)) -}}
+{{- fail (printf "the driver's image would be %s, which names no registry to pull it from: push the image to your registry and set linux.image.repository=REGISTRY/secrets-store-csi (Docker Hub is docker.io/NAME) and linux.image.tag; or, if you have loaded it on every node by hand, set linux.image.pullPolicy=Never" (include "sscd.image" $ours)) -}}
 {{- end -}}
 {{- include "sscd.image" $ours -}}
 {{- end -}}

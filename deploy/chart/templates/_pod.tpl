@@ -186,22 +186,9 @@ livenessProbe:
   timeoutSeconds: 10
   periodSeconds: 15
   failureThreshold: 5
-{{- if $builtin }}
+{{- with include "sscd.driverResources" . }}
 resources:
-  {{- /* Who has set resources for the container knows nothing of others for the same container. */}}
-  {{- $limits := dict "cpu" "200m" "memory" "200Mi" }}
-  {{- $usual := dict "limits" $limits "requests" (dict "cpu" "50m" "memory" "100Mi") }}
-  {{- $smaller := dict "limits" $limits "requests" (dict "cpu" "10m" "memory" "20Mi") }}
-  {{- $wanted := default $smaller $linux.driver.builtinResources }}
-  {{- if and (eq (toJson $wanted) (toJson $smaller)) $linux.driver.resources (ne (toJson $linux.driver.resources) (toJson $usual)) }}
-  {{- $wanted = $linux.driver.resources }}
-  {{- end }}
-  {{- toYaml $wanted | nindent 2 }}
-{{- else }}
-{{- with $linux.driver.resources }}
-resources:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
+  {{- . | nindent 2 }}
 {{- end }}
 # Pods see the mounts through Bidirectional, which Kubernetes allows only to privileged containers.
 securityContext:
@@ -228,6 +215,24 @@ volumeMounts:
   {{- with $linux.volumeMounts }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
+{{- end -}}
+
+{{/* Requests and limits of the driver; empty if there are none. */}}
+{{- define "sscd.driverResources" -}}
+{{- $driver := .Values.linux.driver -}}
+{{- $wanted := $driver.resources -}}
+{{- if eq (include "sscd.sidecars" .) "builtin" -}}
+{{- /* Who has set resources for the container knows nothing of others for the same container. */ -}}
+{{- $limits := dict "cpu" "200m" "memory" "200Mi" -}}
+{{- $usual := dict "limits" $limits "requests" (dict "cpu" "50m" "memory" "100Mi") -}}
+{{- $smaller := dict "limits" $limits "requests" (dict "cpu" "10m" "memory" "20Mi") -}}
+{{- $builtin := default $smaller $driver.builtinResources -}}
+{{- $isTheirs := and (eq (toJson $builtin) (toJson $smaller)) $wanted (ne (toJson $wanted) (toJson $usual)) -}}
+{{- $wanted = ternary $wanted $builtin (not (empty $isTheirs)) -}}
+{{- end -}}
+{{- with $wanted -}}
+{{- toYaml . -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Probes the driver, and answers kubelet's probe of it. */}}

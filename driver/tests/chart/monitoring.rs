@@ -1,5 +1,5 @@
 //! Checks the alerts and the board of `deploy/monitoring`, and what the chart makes of them. That the alerts
-//! fire is checked by `e2e/tests/scenarios/alerts.rs`.
+//! fire is checked by `alerts.rs` beside this, and by `e2e/tests/scenarios/alerts.rs`.
 
 use k8s_openapi::api::core::v1::ConfigMap;
 
@@ -52,8 +52,12 @@ fn the_chart_installs_rules_and_board_where_they_are_wanted() {
                   grafanaDashboard: {enabled: true, annotations: {folder: Storage}}";
     let rendered = helm.render(&Chart::ours(), "1.36.0", values).unwrap();
     let rule = of_kind(&rendered, "PrometheusRule").remove(0);
-    let jobs = ".*secrets-store.*|kube-system/csi-secrets-store-secrets-store-csi-driver|csi-secrets-store-secrets-store-csi-driver-metrics";
-    let expected = rules().replace(".*secrets-store.*", jobs);
+    let name = "csi-secrets-store-secrets-store-csi-driver";
+    let jobs = format!("(-metrics)?|kube-system/{name}|{name}-metrics\"");
+    let sets = format!("(-windows)?|{name}(-windows)?\"");
+    let expected = rules()
+        .replace("(-metrics)?\"", &jobs)
+        .replace("(-windows)?\"", &sets);
     let expected: Value = serde_saphyr::from_str(&expected).unwrap();
     assert_eq!(rule["spec"], expected);
     assert_eq!(rule["metadata"]["labels"]["release"], "prometheus");

@@ -90,7 +90,18 @@ fn said(helm: &Helm, values: &Value) -> Vec<String> {
 }
 
 /// Values of other charts whose names alone say too little, and what is said of them.
-const ELSEWHERE: [(&str, &str); 10] = [
+const ELSEWHERE: [(&str, &str); 15] = [
+    ("logLevel", "did you mean logVerbosity?"),
+    ("linux.logLevel", "did you mean logVerbosity?"),
+    ("enableRotation", "did you mean enableSecretRotation?"),
+    (
+        "enabledSecretRotation",
+        "did you mean enableSecretRotation?",
+    ),
+    (
+        "installCRDs",
+        "did you mean linux.crds.enabled, which has no effect, as Helm installs the CRDs?",
+    ),
     ("csiDriver.annotations", "csiDriver has labels"),
     (
         "podMonitor.interval",
@@ -129,7 +140,7 @@ fn a_value_of_another_chart_is_refused_with_the_one_of_this() {
     let Some(helm) = Helm::find() else { return };
     let (mut values, mut expected) = (json!({}), Vec::new());
     for (full, hint) in ELSEWHERE {
-        let (object, key) = full.rsplit_once('.').unwrap();
+        let (object, key) = full.rsplit_once('.').unwrap_or(("", full));
         set(&mut values, object, key, json!(1));
         expected.push(format!("{full}: {hint}"));
     }
@@ -517,6 +528,28 @@ fn the_drivers_resources_hold_in_one_container(
 #[case("_team: storage", true)]
 #[case("grpcSupportedProviders: gcp;azure", true)]
 #[case("minimumProviderVersions: {azure: 0.0.14}", true)]
+#[case("linux: {metricsAddr: 0}\nlivenessProbe: {port: 8095}", true)]
+#[case("linux: {metricsAddr: ':9808'}\nlivenessProbe: {port: 9809}", true)]
+#[case("commonLabels: {app: secrets-store-csi-driver, team: a}", true)]
+#[case("linux: {podLabels: {app: csi}}\nnameOverride: csi", true)]
+#[case("linux: {kubeletRootDir: /var/lib/pods/kubelet}", true)]
+#[case("linux: {driver: {resources: {limits: {memory: 64Mi}}}}", true)]
+#[case("linux: {driver: {resources: {limits: {memory: 67108864}}}}", true)]
+#[case("linux: {driver: {resources: {limits: {memory: '0.5Gi'}}}}", true)]
+#[case("linux: {driver: {resources: {limits: {memory: '128e6'}}}}", true)]
+#[case("linux: {driver: {resources: {limits: {cpu: 1}}}}", true)]
+#[case(
+    "linux: {driver: {resources: {limits: {memory: 1Mi}}, container: {resources: {limits: {memory: 1Gi}}}}}",
+    true
+)]
+#[case(
+    "sidecars: builtin\nlinux: {driver: {builtinResources: {limits: null}}}",
+    true
+)]
+#[case(
+    "linux: {enabled: false, podLabels: {app: x}, kubeletRootDir: /var/lib/kubelet/pods}",
+    true
+)]
 #[case("linux: {metricsAddr: 8080}", false)]
 #[case("linux: {metricsAddr: 'node.example.org:8095'}", false)]
 #[case("linux: {metricsAddr: ':65536'}", false)]
@@ -629,6 +662,18 @@ fn an_image_without_a_registry_must_be_loaded_by_hand(#[case] values: &str, #[ca
     false
 )]
 #[case("", "docs/troubleshooting.md", true)]
+#[case("", "--set=rbac.existingDriver=false", true)]
+#[case("", "the Secrets of all namespaces", false)]
+#[case(
+    "syncSecret: {enabled: true}",
+    "list, watch and update the Secrets of all namespaces.",
+    true
+)]
+#[case(
+    "syncSecret: {enabled: true}\nrbac: {existingDriver: false}",
+    "existing driver uses",
+    false
+)]
 #[case("", "sigs.k8s.io", false)]
 fn notes_say_what_to_do(#[case] values: &str, #[case] sentence: &str, #[case] said: bool) {
     let Some(helm) = Helm::find() else { return };

@@ -361,6 +361,9 @@ async fn each_trouble_has_its_alert() {
     };
     let mut known = history.names();
     known.insert("up".to_owned());
+    // These are of kube-state-metrics. A test of the chart (`driver/tests/chart/alerts.rs`) has their alert.
+    let of_sets = ["desired_number_scheduled", "number_ready"];
+    known.extend(of_sets.map(|name| format!("kube_daemonset_status_{name}")));
     // No trouble that can be made here keeps a driver from taking a volume down. A unit test of the driver
     // counts such a failure.
     let page =

@@ -4,6 +4,7 @@ mod arguments;
 mod image;
 mod parent;
 mod pattern;
+mod pods;
 mod refused;
 mod schema;
 mod unknown;
@@ -216,7 +217,7 @@ fn check_values(
     let others_name_image = are_defaults || together.with_image > usize::from(has_image(values));
     let mut add = |line, message: String| file.add(line, message);
     schema.check("", values.line, values, &mut add);
-    refused::check(values, others_name_image, &mut add);
+    refused::check(values, others_name_image, parent, &mut add);
 }
 
 fn has_image(values: &Node) -> bool {

@@ -1,7 +1,7 @@
 //! What the templates of the chart refuse, beyond its schema: values that are missing, Windows, images, arguments,
-//! and monitors without metrics.
+//! monitors without metrics, and what keeps pods from starting.
 
-use super::{arguments, image, schema::Add};
+use super::{arguments, image, parent::Parent, pods, schema::Add};
 use crate::lint::yaml::{Node, Value};
 
 /// What the chart needs, and which installations need it. `_check.tpl` has the same list.
@@ -43,7 +43,7 @@ const OF_METRICS: [&str; 5] = [
 ];
 
 /// Checks values for what the schema does not say. Other values that are given with them may name an image, too.
-pub(super) fn check(values: &Node, others_name_image: bool, add: Add<'_>) {
+pub(super) fn check(values: &Node, others_name_image: bool, parent: Option<&Parent>, add: Add<'_>) {
     check_needed(values, add);
     if let Some((line, _)) = at(values, "windows.enabled").filter(|(_, value)| is(value, "true")) {
         add(line, "windows.enabled is true, and this driver is for Linux only: write false; nodes with Windows keep the existing driver (docs/install.md, Windows nodes)".to_owned());
@@ -55,6 +55,7 @@ pub(super) fn check(values: &Node, others_name_image: bool, add: Add<'_>) {
         }
         arguments::check(values, add);
         check_metrics(values, add);
+        pods::check(values, parent, add);
     }
 }
 
@@ -135,7 +136,7 @@ fn is_off(values: &Node) -> bool {
     at(values, "linux.enabled").is_some_and(|(_, value)| is(value, "false"))
 }
 
-fn is_builtin(values: &Node) -> bool {
+pub(super) fn is_builtin(values: &Node) -> bool {
     at(values, "sidecars").is_some_and(|(_, value)| is(value, "builtin"))
 }
 

@@ -20,7 +20,7 @@ const MOVED: [(&str, &str); 5] = [
 
 /// Keys of other charts of which the names say too little, and this chart's for the same. The chart has the same list
 /// (`_check.tpl`).
-const OF_OTHER_CHARTS: [(&str, &str); 9] = [
+const OF_OTHER_CHARTS: [(&str, &str); 12] = [
     ("podMonitor.interval", "podMonitor.endpoint.interval"),
     (
         "podMonitor.scrapeTimeout",
@@ -42,6 +42,12 @@ const OF_OTHER_CHARTS: [(&str, &str); 9] = [
     ),
     ("linux.extraVolumes", "linux.volumes"),
     ("linux.extraVolumeMounts", "linux.volumeMounts"),
+    ("logLevel", "logVerbosity"),
+    ("linux.logLevel", "logVerbosity"),
+    (
+        "installCRDs",
+        "linux.crds.enabled, which has no effect, as Helm installs the CRDs",
+    ),
 ];
 
 /// A key of which the name says nothing: what has annotations elsewhere is something else.
@@ -314,7 +320,7 @@ mod tests {
     fn a_key_of_another_chart_gets_this_charts() {
         let finder = finder();
         for (path, right) in OF_OTHER_CHARTS {
-            let (object, key) = path.split_once('.').unwrap();
+            let (object, key) = path.split_once('.').unwrap_or(("", path));
             let said = said(&finder, object, key);
             assert_eq!(
                 said,
