@@ -284,6 +284,7 @@ impl Points {
             }
             let is_in_turn = match then {
                 Then::Again | Then::Changed => true,
+                Then::Replaced => index % 2 == 0,
                 Then::Unpublish => index % 3 == 0,
                 Then::TornRecords => index % 3 == 1,
                 Then::Reboot => index % 3 == 2,

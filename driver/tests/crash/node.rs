@@ -43,7 +43,7 @@ const BURIED: usize = 34;
 
 const UID: &str = "7a6ab1a5-0d1d-4a5a-9a7c-3d6c1f3e0a11";
 /// The earlier pod of the same name.
-const NAMESAKE: &str = "an-earlier-pod";
+const NAMESAKE: &str = "another-pod";
 const NAMESPACE: &str = "/api/v1/namespaces/shop";
 const CUSTOM: &str = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop";
 
@@ -148,13 +148,13 @@ impl Node {
         fs::create_dir_all(self.target().parent().unwrap()).unwrap();
     }
 
-    /// Puts the pod status that an earlier pod of the same name has left.
+    /// Puts the pod status of another pod of the same name.
     pub(crate) fn put_status_of_namesake(&self) {
         let owner = json!({"apiVersion": "v1", "kind": "Pod", "name": "web", "uid": NAMESAKE});
         let status = json!({
             "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClassPodStatus",
             "metadata": {
-                "name": "web-shop-db", "namespace": "shop", "uid": "status-of-an-earlier-pod",
+                "name": "web-shop-db", "namespace": "shop", "uid": "status-of-another-pod",
                 "resourceVersion": "3",
                 "ownerReferences": [owner],
                 "labels": {"internal.secrets-store.csi.k8s.io/node-name": "node-1"},
@@ -168,7 +168,24 @@ impl Node {
         self.api.put(&path, status).unwrap();
     }
 
-    /// Returns the pod status that still belongs to the earlier pod, if one does.
+    /// Replaces the pod, as somebody does who deletes it by force and makes it again: the pod of that name
+    /// runs on another node now, whose driver has written the pod status.
+    pub(crate) fn replace_pod(&self) {
+        let pod = json!({
+            "metadata": {"name": "web", "uid": NAMESAKE},
+            "status": {"phase": "Running"},
+        });
+        self.api.put(&format!("{NAMESPACE}/pods/web"), pod).unwrap();
+        self.put_status_of_namesake();
+    }
+
+    /// Returns what the status of the pod in place of this one says.
+    pub(crate) fn successor(&self) -> Option<Value> {
+        let status = self.status_of_namesake()?;
+        Some(json!([status["metadata"]["labels"], status["status"]]))
+    }
+
+    /// Returns the pod status that belongs to another pod of the same name, if one does.
     pub(crate) fn status_of_namesake(&self) -> Option<Value> {
         let mut statuses = self.api.all(STATUSES).into_iter();
         statuses.find(|status| status["metadata"]["ownerReferences"][0]["uid"] == NAMESAKE)

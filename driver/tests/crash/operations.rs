@@ -71,6 +71,8 @@ pub(crate) enum Then {
     Changed,
     /// The pod has gone meanwhile.
     Unpublish,
+    /// The pod has gone meanwhile, and one of the same name runs on another node.
+    Replaced,
     /// The records have been torn, and the pod runs on.
     TornRecords,
     /// The node has lost its power, which has torn the records too.
@@ -83,6 +85,7 @@ impl fmt::Display for Then {
             Self::Again => "again",
             Self::Changed => "changed",
             Self::Unpublish => "unpublish",
+            Self::Replaced => "replaced",
             Self::TornRecords => "torn records",
             Self::Reboot => "reboot",
         })
@@ -97,6 +100,7 @@ impl Operation {
                 Then::Again,
                 Then::Changed,
                 Then::Unpublish,
+                Then::Replaced,
                 Then::TornRecords,
                 Then::Reboot,
             ],
@@ -423,6 +427,10 @@ impl Run {
                 self.put_store();
             }
             Then::Unpublish => self.node.end_pod().await,
+            Then::Replaced => {
+                self.node.end_pod().await;
+                self.node.replace_pod();
+            }
             Then::TornRecords => {
                 self.node.kill_driver().await;
                 self.node.tear_records();
@@ -436,11 +444,30 @@ impl Run {
             self.node.start_driver(self.operation == Operation::Start);
             self.node.is_ready().await?;
         }
+        if self.then == Then::Replaced {
+            return self.leave_to_successor().await;
+        }
         if self.is_to_go() {
             return self.unpublish().await;
         }
         self.publish().await?;
         self.settle().await
+    }
+
+    /// Publishes once more, as a kubelet does that has not heard yet that its pod is gone, and unpublishes.
+    /// What is of the pod's successor stays as it is.
+    async fn leave_to_successor(&self) -> Result<(), String> {
+        let before = self.node.successor();
+        // Whether it is answered with an error does not matter any more.
+        let _answer = self.node.publish().await;
+        self.unpublish().await?;
+        let now = self.node.successor();
+        if now == before {
+            return Ok(());
+        }
+        Err(format!(
+            "the status of the new pod was {before:?} and is {now:?}"
+        ))
     }
 
     /// Has another driver publish before, one for which no refresh is due: what the stopped one left has
@@ -479,7 +506,7 @@ impl Run {
     }
 
     fn is_to_go(&self) -> bool {
-        self.then == Then::Unpublish || self.operation.is_unpublish()
+        matches!(self.then, Then::Unpublish | Then::Replaced) || self.operation.is_unpublish()
     }
 
     fn is_refused(&self) -> bool {

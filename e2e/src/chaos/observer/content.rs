@@ -11,7 +11,7 @@ use super::super::store::{EXTRA, OBJECTS};
 use super::super::tenants::{EDITION, WHO};
 use super::volumes::{Wrong, take};
 
-const DATA: &str = "..data";
+pub(super) const DATA: &str = "..data";
 /// The time for which a content that was replaced has to stay for those who have opened it. The driver
 /// keeps it for two seconds; this process may be late itself.
 const STAYS: Duration = Duration::from_secs(1);

@@ -12,10 +12,10 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::super::editions::Spec;
 use super::super::lock;
-use super::super::store::{CLASSES, OBJECTS, generation_of};
+use super::super::store::{CLASSES, EXTRA, OBJECTS, generation_of};
 use super::super::tenants::{WHO, volume_name};
 use super::super::world::{VolumeId, Watched, World};
-use super::content::Content;
+use super::content::{Content, DATA};
 
 /// The pause between two rounds over all volumes: the driver has two cores, too.
 const PAUSE: Duration = Duration::from_millis(4);
@@ -47,6 +47,8 @@ struct Known {
     follows: Option<(u64, Spec)>,
     /// Since when, by [`World::now`], the store has newer content.
     stale: Option<Duration>,
+    /// The content that has shown the name of an object which a class has only after an edit.
+    shows_extra: Option<PathBuf>,
 }
 
 /// The reason why a reading is not as it must be.
@@ -155,7 +157,11 @@ fn read_one(
     let floor = floor.max(world.store.at(class, pod.created));
     let edit = world.editions.settled(class);
     let changed = world.editions.changed(class);
-    let reading = read_volume(&volume, class, pod, floor);
+    let shows_extra = known.get(&id).and_then(|known| known.shows_extra.clone());
+    let reading = read_volume(&volume, class, pod, floor).and_then(|reading| {
+        let shows = extra_of(&volume, shows_extra.as_deref())?;
+        Ok(reading.map(|reading| (reading, shows)))
+    });
     world.log.checked("readings of a volume", 1);
     world.log.took("reading of a volume", begun.elapsed());
     let reading = match reading {
@@ -164,6 +170,7 @@ fn read_one(
         Ok(None) => return,
         Err(wrong) => return report(world, pod, root, class, wrong, out),
     };
+    let (reading, shows_extra) = reading;
     let Reading {
         device,
         generation,
@@ -219,6 +226,7 @@ fn read_one(
         edit,
         follows,
         stale: is_stale.then_some(since),
+        shows_extra,
     };
     known.insert(id.clone(), now);
     if let Some(before) = before
@@ -282,6 +290,24 @@ fn read_volume(
             has_extra: content.has_extra(),
         },
     }))
+}
+
+/// Returns the present content if a program finds by its name the object that a class has only after an
+/// edit. `before` is the content that has shown that name: while it stays, the name does, too. New content
+/// shows its names a moment after it has come.
+fn extra_of(volume: &Path, before: Option<&Path>) -> Result<Option<PathBuf>, Wrong> {
+    let content = || fs::read_link(volume.join(DATA)).ok();
+    let at_first = content();
+    if fs::metadata(volume.join(EXTRA)).is_ok() {
+        let stays = content() == at_first;
+        return Ok(at_first.filter(|_| stays));
+    }
+    if at_first.is_none() || at_first.as_deref() != before || content() != at_first {
+        return Ok(None);
+    }
+    Err(Wrong::Gap(format!(
+        "the name {EXTRA} has gone, and its content is still there"
+    )))
 }
 
 /// Checks a content; returns its generation.
