@@ -9,9 +9,11 @@ mod others;
 mod paths;
 mod refresh;
 mod refusal;
+mod restarts;
 mod secret_volumes;
 mod secrets;
 mod sub_path;
+mod termination;
 mod volume;
 
 use std::fmt;
@@ -22,6 +24,7 @@ use kube::ResourceExt as _;
 use serde::Serialize;
 
 pub(super) use refresh::{Next, interval, next_refresh, rotates};
+pub(super) use restarts::{ends_again, notes as of_containers};
 pub(super) use secrets::outdated;
 
 use super::facts::{Facts, VolumeFacts, is_running, time_of};
@@ -146,6 +149,17 @@ const OF_POD: &[(&str, OfPod)] = &[
     ("mount-propagation", ground::propagation),
 ];
 
+/// The checks of the pod that find that the driver is away or cut off.
+const OF_DRIVER: [&str; 7] = [
+    "csi-driver",
+    "driver-installed",
+    "driver-pod",
+    "driver-restarts",
+    "registration",
+    "driver-socket",
+    "mount-propagation",
+];
+
 /// The checks of a volume. Of those that prevent a mount, the first one is the reason.
 const PREVENTS_MOUNT: &[(&str, OfVolume)] = &[
     ("class-attribute", volume::class_attribute),
@@ -180,7 +194,7 @@ type OfRest = fn(&Facts, bool) -> Option<Found>;
 const LAST: &[(&str, OfRest)] = &[
     ("env-secret", secrets::env_secret),
     ("env-key", |facts, _| secrets::env_key(facts)),
-    ("termination", |facts, _| ground::termination(facts)),
+    ("termination", |facts, _| termination::termination(facts)),
 ];
 
 /// Finds what is wrong with a pod's volumes; the reason comes first.
@@ -189,6 +203,7 @@ pub(super) fn all(facts: &Facts) -> Vec<Trouble> {
     let trouble = |check, volume: Option<&VolumeFacts>, found| {
         facts.trouble(check, volume.map(|volume| volume.name.as_str()), found)
     };
+    troubles.extend(termination::finalizers(facts).map(|found| trouble("finalizers", None, found)));
     for (name, found) in others::misnamed(facts) {
         troubles.push(facts.trouble("driver-name", Some(&name), found));
     }
@@ -200,7 +215,8 @@ pub(super) fn all(facts: &Facts) -> Vec<Trouble> {
     troubles.extend(ground.map(|(name, found)| trouble(name, None, found)));
     for volume in &facts.volumes {
         let is_mounted = facts.is_mounted(volume);
-        if is_mounted != Some(true) && !facts.has_ended() {
+        let is_over = facts.has_ended() || facts.may_outlive_its_volumes();
+        if is_mounted != Some(true) && !is_over {
             let reason = PREVENTS_MOUNT
                 .iter()
                 .filter(|(name, _)| has_ground || *name != "mount")
@@ -229,8 +245,28 @@ pub(super) fn all(facts: &Facts) -> Vec<Trouble> {
     }
     let mut checks = troubles.iter().map(|trouble| trouble.check);
     let is_told = checks.any(|check| ["env-secret", "env-key"].contains(&check));
-    troubles.extend(containers::wrong(facts, is_told));
+    let of_containers = containers::wrong(facts, is_told);
+    add_of_containers(facts, &mut troubles, of_containers);
     troubles
+}
+
+/// Adds what keeps containers from running. Where the volumes are mounted, it is not for want of a driver: it comes
+/// before that, unless it is a Secret, which the driver makes.
+fn add_of_containers(facts: &Facts, troubles: &mut Vec<Trouble>, added: Vec<Trouble>) {
+    let mut used = facts.volumes.iter().filter(|volume| facts.is_used(volume));
+    let are_mounted = used.all(|volume| facts.is_mounted(volume) == Some(true));
+    let of_driver = troubles
+        .iter()
+        .position(|trouble| OF_DRIVER.contains(&trouble.check));
+    let (first, last) = added.into_iter().partition::<Vec<_>, _>(|trouble| {
+        let said = trouble.said.as_deref();
+        let is_sure = trouble.check != "container-config"
+            || said.is_some_and(|said| !containers::is_about_secret(said));
+        are_mounted && is_sure
+    });
+    let at = of_driver.unwrap_or(troubles.len());
+    troubles.splice(at..at, first);
+    troubles.extend(last);
 }
 
 impl Facts {

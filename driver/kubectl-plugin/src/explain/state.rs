@@ -4,12 +4,12 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod, PodCondition};
 use kube::ResourceExt as _;
 
-use super::facts::Facts;
+use super::{checks::ends_again, facts::Facts};
 use crate::time::span;
 
 /// The seconds for which an end of a container says something of the present. kubelet waits five minutes at most
 /// until it starts one again.
-const LATELY: i64 = 600;
+pub(super) const LATELY: i64 = 600;
 
 /// Returns what `kubectl get pod` shows as the pod's status.
 pub(super) fn of(pod: &Pod) -> String {
@@ -125,7 +125,10 @@ pub(super) fn started(status: &ContainerStatus) -> Option<Timestamp> {
 
 /// Returns what to do about the containers that run, and have ended lately.
 pub(super) fn crashes(facts: &Facts) -> Vec<String> {
-    let containers = statuses(&facts.pod).map(|(_, status)| status);
+    let containers = statuses(&facts.pod);
+    // That is told as what is wrong.
+    let containers = containers.filter(|(is_init, status)| !ends_again(facts, *is_init, status));
+    let containers = containers.map(|(_, status)| status);
     let is_up = |status: &&ContainerStatus| {
         let state = status.state.as_ref();
         state.is_some_and(|state| state.running.is_some())
@@ -149,7 +152,7 @@ pub(super) fn is_down(status: &ContainerStatus) -> bool {
     has_failed || reason(status).as_deref() == Some("CrashLoopBackOff")
 }
 
-fn is_failure(ended: &ContainerStateTerminated) -> bool {
+pub(super) fn is_failure(ended: &ContainerStateTerminated) -> bool {
     ended.exit_code != 0 || !matches!(ended.reason.as_deref(), None | Some("Completed"))
 }
 

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use serde_json::json;
 
 use crate::{
+    restarts::RESTARTS,
     situations::SITUATIONS,
     waits::WAITS,
     world::{World, ago},
@@ -27,7 +28,7 @@ macro_rules! assert_stories {
 #[tokio::test]
 async fn each_situation_has_its_story() {
     let mut text = String::new();
-    for (title, change) in SITUATIONS.iter().chain(WAITS) {
+    for (title, change) in SITUATIONS.iter().chain(WAITS).chain(RESTARTS) {
         let mut world = World::in_order();
         change(&mut world);
         let said = world.start().await.explain("web").await;

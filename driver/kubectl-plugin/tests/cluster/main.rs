@@ -10,6 +10,7 @@
 
 mod doctor;
 mod explain;
+mod restarts;
 mod situations;
 mod waits;
 mod workload;

@@ -14,14 +14,14 @@ const CACHE: &str = "MountVolume.SetUp failed for volume \"config\" : failed to 
 const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
 
 /// Gives the last event an age and a number.
-fn aged(world: &mut World, seconds: i64, count: i32) {
+pub(crate) fn aged(world: &mut World, seconds: i64, count: i32) {
     let event = &mut world.others.last_mut().unwrap().1;
     event["lastTimestamp"] = ago(seconds);
     event["count"] = json!(count);
 }
 
 /// Lets the last event be about a container.
-fn of_container(world: &mut World, field: &str) {
+pub(crate) fn of_container(world: &mut World, field: &str) {
     world.others.last_mut().unwrap().1["involvedObject"]["fieldPath"] = json!(field);
 }
 
@@ -34,7 +34,7 @@ fn waits_for_config(world: &mut World) {
 }
 
 /// Lets the container wait.
-fn waits(world: &mut World, reason: &str, message: &str) {
+pub(crate) fn waits(world: &mut World, reason: &str, message: &str) {
     world.pod["status"]["phase"] = json!("Pending");
     world.pod["status"]["conditions"] = json!([{"type": "Ready", "status": "False"}]);
     let status = &mut world.pod["status"]["containerStatuses"][0];
@@ -43,7 +43,7 @@ fn waits(world: &mut World, reason: &str, message: &str) {
 }
 
 /// Gives the pod an init container in a state.
-fn init(world: &mut World, restarts: i32, state: Value) {
+pub(crate) fn init(world: &mut World, restarts: i32, state: Value) {
     world.pod["spec"]["initContainers"] = json!([{"name": "migrate", "image": "migrate",
         "volumeMounts": [{"name": "secrets", "mountPath": "/mnt", "readOnly": true}]}]);
     waits(world, "PodInitializing", "");
@@ -52,7 +52,7 @@ fn init(world: &mut World, restarts: i32, state: Value) {
 }
 
 /// Lets the pod have failed.
-fn failed(world: &mut World, state: Value) {
+pub(crate) fn failed(world: &mut World, state: Value) {
     world.pod["status"]["phase"] = json!("Failed");
     world.pod["status"]["conditions"] = json!([]);
     let status = &mut world.pod["status"]["containerStatuses"][0];
@@ -71,7 +71,7 @@ fn stale(world: &mut World, class: &str, why: &str) {
 }
 
 /// Lets the person who asks see nothing of the driver's namespace.
-fn unseen(world: &mut World) {
+pub(crate) fn unseen(world: &mut World) {
     world.forbidden = vec!["/daemonsets", "/kube-system/"];
 }
 

@@ -471,13 +471,14 @@ pub(super) fn providers(facts: &Facts, found: &mut Found<'_>) {
         } else {
             String::new()
         };
+        let names = if classes.len() == 1 { "names" } else { "name" };
         let has = match there.is_empty() {
             true => "none".to_owned(),
             false => there.join(", "),
         };
         found.add(
             format!(
-                "no node that was asked has provider {provider}, which {}{more} name; the nodes have {has}",
+                "no node that was asked has provider {provider}, which {}{more} {names}; the nodes have {has}",
                 shown.join(", ")
             ),
             "kubectl get daemonsets -A".to_owned(),

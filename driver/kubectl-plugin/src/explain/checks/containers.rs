@@ -5,7 +5,8 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Event};
 
 use super::{
     Found, Trouble,
-    events::{text, waits},
+    events::{is_about, text, waits},
+    restarts,
 };
 use crate::{
     explain::{
@@ -29,11 +30,15 @@ const OF_IMAGE: [&str; 7] = [
     "SignatureValidationFailed",
 ];
 /// The reasons for which kubelet does not start a container.
-const OF_CONFIG: [&str; 3] = [
+const OF_CONFIG: [&str; 5] = [
     "CreateContainerConfigError",
     "CreateContainerError",
+    "PreCreateHookError",
+    "PreStartHookError",
     "RunContainerError",
 ];
+/// The reason for which a container waits whose hook fails.
+const OF_HOOK: &str = "PostStartHookError";
 
 /// Pieces of what a registry or kubelet says about an image, in lower case, and what to do. The first one that fits
 /// counts.
@@ -94,6 +99,10 @@ const CONFIGS: &[(&str, &str)] = &[
         "a volume mount has a subPath that cannot be used: correct it",
     ),
     (
+        "executable file not found",
+        "the image has no such program: correct command or args",
+    ),
+    (
         "configmap \"",
         "a variable takes a ConfigMap: create it, or correct the name",
     ),
@@ -128,17 +137,20 @@ fn of_container(
     status: &ContainerStatus,
     is_told: bool,
 ) -> Option<Trouble> {
-    if state::is_down(status) {
-        let found = crash(facts, is_init, status);
-        return Some(facts.trouble("container-crash", None, found));
+    let name = match is_init {
+        true => format!("init container {}", status.name),
+        false => format!("container {}", status.name),
+    };
+    if state::is_down(status) || restarts::ends_again(facts, is_init, status) {
+        return Some(match restarts::not_of_its_own(facts, &name, status) {
+            Some(found) => facts.trouble("container-config", None, found),
+            None => facts.trouble("container-crash", None, crash(facts, is_init, status)),
+        });
     }
     let waiting = status.state.as_ref()?.waiting.as_ref()?;
     let reason = waiting.reason.as_deref()?;
     let waits = Waits {
-        name: match is_init {
-            true => format!("init container {}", status.name),
-            false => format!("container {}", status.name),
-        },
+        name,
         status,
         reason,
         said: waiting.message.clone().filter(|said| !said.is_empty()),
@@ -146,11 +158,15 @@ fn of_container(
     if OF_IMAGE.contains(&reason) {
         return Some(facts.trouble("image", None, image(facts, waits)));
     }
+    if reason == OF_HOOK {
+        let found = restarts::of_hook(facts, &waits.name, &status.name).said(waits.said);
+        return Some(facts.trouble("container-config", None, found));
+    }
     if !OF_CONFIG.contains(&reason) {
         return None;
     }
     let found = config(facts, waits);
-    let is_new = !is_told || !is_about_secret(found.said.as_deref());
+    let is_new = !is_told || !found.said.as_deref().is_none_or(is_about_secret);
     is_new.then(|| facts.trouble("container-config", None, found))
 }
 
@@ -164,7 +180,7 @@ struct Waits<'a> {
 }
 
 /// Returns that the volumes are fine, where the pod has some.
-fn fine(facts: &Facts) -> &'static str {
+pub(super) fn fine(facts: &Facts) -> &'static str {
     let mut volumes = facts.volumes.iter().filter(|volume| facts.is_used(volume));
     let has_some = !facts.volumes.is_empty();
     match has_some && volumes.all(|volume| facts.is_mounted(volume) == Some(true)) {
@@ -222,26 +238,29 @@ fn config(facts: &Facts, waits: Waits<'_>) -> Found {
         .as_deref()
         .or_else(|| event.map(text))
         .unwrap_or_default();
-    let advice = advice(CONFIGS, words);
-    let advice = advice.map_or_else(String::new, |advice| format!("; {advice}"));
-    let what = format!(
-        "{}kubelet cannot start {name} ({reason}){advice}",
-        fine(facts)
-    );
-    let found = Found::new(what, facts.describe());
+    let found = not_started(facts, &name, reason, Some(words.to_owned()));
     match event {
         Some(event) => found.said_by(Some(event)),
         None => found.said(said),
     }
 }
 
-/// Returns whether kubelet speaks of a Secret, or says nothing.
-fn is_about_secret(said: Option<&str>) -> bool {
-    let pieces = ["secret \"", "in secret "];
-    said.is_none_or(|said| {
-        let said = said.to_lowercase();
-        pieces.iter().any(|piece| said.contains(piece))
-    })
+/// Says that kubelet cannot start a container, and what to do about what it says.
+pub(super) fn not_started(facts: &Facts, name: &str, reason: &str, said: Option<String>) -> Found {
+    let advice = advice(CONFIGS, said.as_deref().unwrap_or_default());
+    let advice = advice.map_or_else(String::new, |advice| format!("; {advice}"));
+    let what = format!(
+        "{}kubelet cannot start {name} ({reason}){advice}",
+        fine(facts)
+    );
+    Found::new(what, facts.describe()).said(said)
+}
+
+/// Returns whether kubelet speaks of a Secret.
+pub(super) fn is_about_secret(said: &str) -> bool {
+    let said = said.to_lowercase();
+    let mut pieces = ["secret \"", "in secret "].iter();
+    pieces.any(|piece| said.contains(piece))
 }
 
 fn advice(all: &[(&'static str, &'static str)], words: &str) -> Option<&'static str> {
@@ -253,27 +272,26 @@ fn advice(all: &[(&'static str, &'static str)], words: &str) -> Option<&'static 
 
 /// Returns kubelet's last event about a container that it could not start.
 fn failure_of<'a>(facts: &'a Facts, status: &ContainerStatus, piece: &str) -> Option<&'a Event> {
-    let name = format!("{{{}}}", status.name);
     let mut events = facts.events.found()?.iter();
     events.find(|event| {
-        let field = event.involved_object.field_path.as_deref();
         event.reason.as_deref() == Some("Failed")
-            && field.is_some_and(|field| field.ends_with(&name))
+            && is_about(event, &status.name)
             && text(event).contains(piece)
     })
 }
 
 fn crash(facts: &Facts, is_init: bool, status: &ContainerStatus) -> Found {
-    let (what, log) = state::crash(facts, status);
+    let found = restarts::crash(facts, status);
+    let what = &found.what;
     // A sidecar may end while the others run.
     let has_begun =
         |(is_init, other): (bool, &ContainerStatus)| !is_init && state::started(other).is_some();
     let what = match (is_init, state::statuses(&facts.pod).any(has_begun)) {
         (true, false) => format!("init {what}; the other containers wait for it"),
         (true, true) => format!("init {what}"),
-        (false, _) => what,
+        (false, _) => return found,
     };
-    Found::new(what, log)
+    Found { what, ..found }
 }
 
 /// kubelet cannot make the sandbox of the pod, which comes after the volumes.
@@ -309,6 +327,14 @@ fn failed(facts: &Facts) -> Option<Found> {
     if let Some((status, ended)) = ends.next()
         && ended.started_at.is_some()
     {
+        if restarts::never_ran(status).is_some() {
+            let what = format!(
+                "{begin}: container {} could not be started ({})",
+                status.name,
+                ended.reason.as_deref().unwrap_or_default()
+            );
+            return Some(Found::new(what, facts.describe()).said(ended.message.clone()));
+        }
         let mounted = match facts.volumes.is_empty() {
             true => "",
             false => "its volumes were mounted, so ",

@@ -48,6 +48,22 @@ impl Facts {
         })
     }
 
+    /// Returns the last event about a container of one of these reasons that fits, if it is of the present.
+    pub(super) fn recent_of_container(
+        &self,
+        container: &str,
+        reasons: &[&str],
+        fits: impl Fn(&str) -> bool,
+    ) -> Option<&Event> {
+        self.events.found()?.iter().find(|event| {
+            let reason = event.reason.as_deref().unwrap_or_default();
+            reasons.contains(&reason)
+                && is_about(event, container)
+                && fits(text(event))
+                && is_recent(self, event)
+        })
+    }
+
     /// Returns kubelet's last words about a volume that it cannot mount, and when it said them.
     pub(super) fn failed_mount(&self, volume: &VolumeFacts) -> Option<(String, Option<Timestamp>)> {
         let name = format!("volume \"{}\"", volume.name);
@@ -127,6 +143,12 @@ pub(super) fn is_failure(event: &Event) -> bool {
 /// Returns the message of an event.
 pub(super) fn text(event: &Event) -> &str {
     event.message.as_deref().unwrap_or_default()
+}
+
+/// Returns whether an event is about a container.
+pub(super) fn is_about(event: &Event, container: &str) -> bool {
+    let field = event.involved_object.field_path.as_deref();
+    field.is_some_and(|field| field.ends_with(&format!("{{{container}}}")))
 }
 
 /// Returns whether a text has the name of an object, and not as a part of another name.

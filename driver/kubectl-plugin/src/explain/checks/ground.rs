@@ -337,26 +337,3 @@ pub(super) fn propagation(facts: &Facts) -> Option<Found> {
         ),
     ))
 }
-
-/// The pod should have ended by now.
-pub(super) fn termination(facts: &Facts) -> Option<Found> {
-    let deadline = facts.pod.metadata.deletion_timestamp.as_ref()?.0;
-    let late = facts.now.duration_since(deadline);
-    if late.as_secs() < 60 || facts.volumes.is_empty() {
-        return None;
-    }
-    let mounted = facts
-        .volumes
-        .iter()
-        .filter(|volume| facts.is_mounted(volume) == Some(true));
-    let names: Vec<_> = mounted.map(|volume| volume.name.as_str()).collect();
-    if names.is_empty() {
-        return None;
-    }
-    let what = format!(
-        "the pod should have ended at {}, and volume {} is still mounted: the driver on the node takes it down",
-        shown(deadline, facts.now),
-        names.join(", ")
-    );
-    Some(Found::new(what, facts.driver_log()))
-}

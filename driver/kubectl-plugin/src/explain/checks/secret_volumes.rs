@@ -5,12 +5,11 @@ use kube::ResourceExt as _;
 use super::{
     Found,
     events::{latest_failure, waits},
-    secrets::keys_of,
+    secrets::{keys_of, similar},
 };
 use crate::{
     cluster::Read,
     explain::facts::{Facts, SecretVolume},
-    lint::names::closest,
 };
 
 /// Finds volumes of a Secret that is not there, or of a key that the class does not write, while the pod waits for
@@ -52,12 +51,7 @@ fn missing(facts: &Facts, volume: &SecretVolume) -> Option<String> {
             ),
         });
     }
-    let similar = facts.volumes.iter().find_map(|other| {
-        let made = &other.class.found()?.spec.secret_objects;
-        let names: Vec<_> = made.iter().map(|made| made.secret_name.as_str()).collect();
-        Some((&other.class_name, closest(secret, &names)?))
-    });
-    if let Some((class, right)) = similar {
+    if let Some((class, right)) = similar(facts, secret) {
         return Some(format!(
             "{begin}; class {class} makes {right}: is that meant?"
         ));

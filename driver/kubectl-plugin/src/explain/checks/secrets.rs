@@ -8,6 +8,7 @@ use super::{Found, Then, events::has_name, refusal::after_secret, volume::starte
 use crate::{
     cluster::Read,
     explain::facts::{Facts, VolumeFacts},
+    lint::names::closest,
     time::shown,
 };
 use driver::cluster::pod_status::{Aspect, CONTENT_CHANGED};
@@ -81,7 +82,7 @@ pub(super) fn missing(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
 /// A container's environment takes a Secret that is not there.
 pub(super) fn env_secret(facts: &Facts, has_reason: bool) -> Option<Found> {
     // The Secrets of a class go with the last pod that mounts it.
-    if facts.has_ended() {
+    if facts.has_ended() || facts.may_outlive_its_volumes() {
         return None;
     }
     let taken = facts.taken_secrets();
@@ -134,10 +135,24 @@ pub(super) fn env_secret(facts: &Facts, has_reason: bool) -> Option<Found> {
                 class.name_any()
             ),
             None if facts.volumes.is_empty() => return None,
-            None => format!("{begin}, and no class of this namespace makes it"),
+            None => match similar(facts, secret) {
+                Some((class, right)) => {
+                    format!("{begin}; class {class} makes {right}: is that meant?")
+                }
+                None => format!("{begin}, and no class of this namespace makes it"),
+            },
         }
     };
     Some(Found::new(what, facts.describe()))
+}
+
+/// Returns the class of the pod that makes a Secret of a similar name, and that name.
+pub(super) fn similar<'a>(facts: &'a Facts, secret: &str) -> Option<(&'a str, &'a str)> {
+    facts.volumes.iter().find_map(|volume| {
+        let made = &volume.class.found()?.spec.secret_objects;
+        let names: Vec<_> = made.iter().map(|made| made.secret_name.as_str()).collect();
+        Some((volume.class_name.as_str(), closest(secret, &names)?))
+    })
 }
 
 /// A container's environment takes a key that the class does not write. The keys of the Secret itself are not

@@ -2,6 +2,7 @@
 
 use driver::status::{self, Status};
 use k8s_openapi::api::core::v1::Container;
+use kube::ResourceExt as _;
 
 use super::{Facts, VolumeFacts};
 use crate::{cluster::Read, explain::state, installation::NodeSays};
@@ -32,6 +33,7 @@ impl Facts {
         }
         let has_begun = state::has_begun(&self.pod) && !self.has_ended();
         match &volume.pod_status {
+            Read::Is(status) if status.status.mounted && self.may_outlive_its_volumes() => None,
             Read::Is(status) if status.status.mounted => Some(true),
             // kubelet starts no container before all volumes are mounted.
             _ if has_begun && !self.is_deleted() && self.is_used(volume) => Some(true),
@@ -43,6 +45,24 @@ impl Facts {
     /// Returns whether somebody has deleted the pod.
     pub(in crate::explain) fn is_deleted(&self) -> bool {
         self.pod.metadata.deletion_timestamp.is_some()
+    }
+
+    /// Returns whether somebody wants the pod to stay until something is done.
+    pub(in crate::explain) fn has_finalizers(&self) -> bool {
+        !self.pod.finalizers().is_empty()
+    }
+
+    /// Returns whether the pod may be there only because something else than its volumes keeps it. Its pod statuses
+    /// stay as long as it does. Without a driver on the node, nothing has taken its volumes down.
+    pub(in crate::explain) fn may_outlive_its_volumes(&self) -> bool {
+        let mut statuses = state::statuses(&self.pod).peekable();
+        let have_ended = statuses.peek().is_some()
+            && statuses.all(|(_, status)| {
+                let state = status.state.as_ref();
+                state.is_some_and(|state| state.terminated.is_some())
+            });
+        let has_ended = have_ended && !self.lacks_driver();
+        self.is_deleted() && (self.has_finalizers() || has_ended)
     }
 
     /// Returns whether the pod has ended: its volumes are gone then.

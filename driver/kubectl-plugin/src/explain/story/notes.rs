@@ -7,7 +7,7 @@ use kube::ResourceExt as _;
 
 use crate::{
     explain::{
-        checks::{Next, next_refresh, outdated},
+        checks::{self, Next, next_refresh, outdated},
         facts::{Facts, VolumeFacts, time_of},
         state,
     },
@@ -57,6 +57,7 @@ pub(super) fn of(facts: &Facts, has_trouble: bool) -> Vec<String> {
         notes.push("the node has the existing driver, which keeps no record: when a refresh is due, and when one failed, is not known".to_owned());
     }
     notes.extend(state::crashes(facts));
+    notes.extend(checks::of_containers(facts));
     if let Some(event) = facts.events.found().and_then(|events| {
         events
             .iter()
