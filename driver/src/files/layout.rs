@@ -12,7 +12,7 @@
 //! A directory that is named after a moment is a generation: the content of the volume from that
 //! moment on. Every name that starts with `..` is hidden: no path of a payload has one.
 //!
-//! A new volume has the hidden file [`UNFINISHED`] until its first content is whole. The record of an
+//! A new volume has the hidden file `..unfinished` until its first content is whole. The record of an
 //! earlier mount, from before the node lost its power, says nothing about such a volume.
 
 use std::{
