@@ -197,7 +197,7 @@ async fn looks(
     );
     let cpu = cpu * 1000.0 / per(pods);
     table.note("CPU time of a look, ms", cpu);
-    // 20 is usual, on busy machines too.
+    // 12 to 20 is usual, on busy machines too.
     table.at_most(
         "CPU time of a publish, of that of a look",
         publish.cpu / cpu,

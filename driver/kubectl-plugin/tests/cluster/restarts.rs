@@ -123,6 +123,13 @@ pub(crate) const RESTARTS: &[(&str, Change)] = &[
         },
     ),
     (
+        "the hook of a container fails, and kubelet leaves out its later events",
+        |world| {
+            waits_again(world, end(137, 1, 20));
+            event(world, "FailedPostStartHook", "PostStartHook failed", 200);
+        },
+    ),
+    (
         "the hook of a container failed once, and its program ends by itself now",
         |world| {
             waits_again(world, end(2, 60, 20));

@@ -20,6 +20,8 @@ const OFTEN: i32 = 3;
 const STAYS: i64 = 60;
 /// The reasons of ends of containers that never ran, and have no log.
 const NEVER_RAN: [&str; 2] = ["StartError", "ContainerCannotRun"];
+/// The exit codes of a container that kubelet ends: by SIGKILL, by SIGTERM, and if its program heeds the latter.
+const OF_KUBELET: [i32; 3] = [137, 143, 0];
 /// The longest text of an event in a note.
 const MAX_NOTE: usize = 300;
 
@@ -104,7 +106,8 @@ fn probe<'a>(facts: &'a Facts, status: &ContainerStatus) -> Option<&'a Event> {
 }
 
 /// Returns the last event that the hook of a container fails without which it does not go on, if that was in its last
-/// run.
+/// run. kubelet leaves out events of one kind that are frequent, so that it may be of a run before: then it counts
+/// where kubelet has ended the last one, too, as it does because of the hook.
 fn hook<'a>(facts: &'a Facts, status: &ContainerStatus) -> Option<&'a Event> {
     let event = facts.recent_of_container(&status.name, &["FailedPostStartHook"], |_| true)?;
     let ended = state::last_end(status);
@@ -113,7 +116,8 @@ fn hook<'a>(facts: &'a Facts, status: &ContainerStatus) -> Option<&'a Event> {
         (Some(time), Some(started)) => time.as_second() >= started.0.as_second(),
         _ => true,
     };
-    is_of_run.then_some(event)
+    let is_ended_by_kubelet = ended.is_some_and(|ended| OF_KUBELET.contains(&ended.exit_code));
+    (is_of_run || is_ended_by_kubelet).then_some(event)
 }
 
 /// Returns why a container does not come to run, if it is no end of its program: its hook, or that it cannot be
