@@ -1,14 +1,13 @@
 //! Checks with promtool which jobs and DaemonSets the alerts on a missing driver take for a driver's. promtool is
 //! found in `$PROMTOOL`, on the search path or in `/var/cache/e2e-tools`.
 
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Once;
 
 use serde_json::json;
 
-use super::*;
+use super::{helm::tool, *};
 
 /// Jobs of drivers: of the chart's monitors, of monitors for the plain manifests, and of one's own configuration.
 const JOBS: [&str; 11] = [
@@ -56,20 +55,8 @@ const OTHER_SETS: [&str; 4] = [
 
 /// Finds promtool. Prints a line if there is none.
 fn promtool() -> Option<PathBuf> {
-    let named = std::env::var_os("PROMTOOL").map(PathBuf::from);
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = named
-        .into_iter()
-        .chain(std::env::split_paths(&path).map(|directory| directory.join("promtool")))
-        .chain(["/var/cache/e2e-tools/promtool".into()])
-        .find(|candidate| candidate.is_file());
     static ONCE: Once = Once::new();
-    if found.is_none() {
-        // The test harness would hide the output of eprintln! when the test passes.
-        let line = "skipped: the alerts need promtool in $PROMTOOL or $PATH\n";
-        ONCE.call_once(|| std::io::stderr().write_all(line.as_bytes()).unwrap());
-    }
-    found
+    tool("PROMTOOL", "promtool", "the alerts need", &ONCE)
 }
 
 /// Gives series to promtool, and fails unless exactly these alerts fire at a minute: each by the value of one label.

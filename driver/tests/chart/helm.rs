@@ -98,26 +98,32 @@ fn copy_tree(from: &Path, to: &Path) {
     }
 }
 
+/// Finds a program in a variable, on the search path or in `/var/cache/e2e-tools`. Prints once what is skipped if
+/// there is none.
+pub(crate) fn tool(variable: &str, name: &str, skipped: &str, said: &Once) -> Option<PathBuf> {
+    let named = std::env::var_os(variable).map(PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = named
+        .into_iter()
+        .chain(std::env::split_paths(&path).map(|directory| directory.join(name)))
+        .chain([Path::new("/var/cache/e2e-tools").join(name)])
+        .find(|candidate| candidate.is_file());
+    if found.is_none() {
+        // The test harness would hide the output of eprintln! when the test passes.
+        let line = format!("skipped: {skipped} {name} in ${variable} or $PATH\n");
+        said.call_once(|| std::io::stderr().write_all(line.as_bytes()).unwrap());
+    }
+    found
+}
+
 /// The `helm` program of this machine.
 pub(crate) struct Helm(PathBuf);
 
 impl Helm {
     /// Finds the program. Prints a line if there is none.
     pub(crate) fn find() -> Option<Self> {
-        let named = std::env::var_os("HELM").map(PathBuf::from);
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let found = named
-            .into_iter()
-            .chain(std::env::split_paths(&path).map(|dir| dir.join("helm")))
-            .chain(["/var/cache/e2e-tools/helm".into()])
-            .find(|candidate| candidate.is_file());
         static ONCE: Once = Once::new();
-        if found.is_none() {
-            // The test harness would hide the output of eprintln! when the test passes.
-            let line = "skipped: rendering the chart needs helm in $HELM or $PATH\n";
-            ONCE.call_once(|| std::io::stderr().write_all(line.as_bytes()).unwrap());
-        }
-        found.map(Self)
+        tool("HELM", "helm", "rendering the chart needs", &ONCE).map(Self)
     }
 
     /// Renders the objects of an installation `csi-secrets-store` in `kube-system`, without CRDs, for

@@ -133,7 +133,7 @@ impl Shown {
             .into_iter()
             .filter(shown)
             .collect();
-        if leads().is_ok_and(|now| now != content) {
+        if leads().ok().as_ref() != Some(&content) {
             return;
         }
         if self.content == content
