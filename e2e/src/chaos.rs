@@ -61,6 +61,9 @@ const FLAGS: [&str; 6] = [
 ];
 /// The calls in flight to a provider: the default, or fewer than the pods of a node can need at once.
 const MOST_CALLS: [&str; 2] = ["--provider-max-calls=16", "--provider-max-calls=3"];
+/// The intervals at which kubelet looks at a volume: shorter than half of the time for which the driver
+/// remembers a class, so that each look asks for the class anew, or longer, so that it answers from memory.
+const LOOKS_EVERY: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
 /// The flag of every second seed: a publish fails as long as its Secrets cannot be written.
 const SECRETS_FIRST: &str = "--sync-errors=fail";
 /// The interval at which the state is looked at.
@@ -143,7 +146,7 @@ async fn run_once(site: Site, schedule: &Schedule, limit: Duration) -> Result<Ou
     }
     match site {
         Site::Embedded => {
-            let ground = OnEmbedded::start(shared.path(), &flags).await?;
+            let ground = OnEmbedded::start(shared.path(), &flags, looks_every(schedule)).await?;
             run_on(&ground, store, schedule, limit).await
         }
         Site::Local => {
@@ -164,6 +167,11 @@ fn has_secrets_first(schedule: &Schedule) -> bool {
 /// Returns whether the driver of this run calls a provider only a few times at once.
 fn has_few_calls(schedule: &Schedule) -> bool {
     !(schedule.seed / 2).is_multiple_of(2)
+}
+
+/// Returns the interval at which kubelet looks at a volume in this run.
+fn looks_every(schedule: &Schedule) -> Duration {
+    LOOKS_EVERY[usize::from(!(schedule.seed / 4).is_multiple_of(2))]
 }
 
 /// Runs a schedule on a cluster that has only the driver and the provider.

@@ -236,21 +236,24 @@ fn update(
     pod: Pod,
 ) {
     let Some(uid) = pod.uid() else { return };
-    let desired = match pod.metadata.deletion_timestamp {
-        None => Desired::Run(Arc::new(pod)),
-        Some(_) => Desired::End(Arc::new(pod)),
-    };
+    let desired = Desired::of(pod);
+    let time_left = desired.time_left();
     match workers.get(&uid) {
-        // A pod that is being deleted does not run again.
-        Some(known) if known.borrow().is_run() => {
+        Some(known) if known.borrow().allows(&desired) => {
             known.send_replace(desired);
         }
         Some(_) => {}
         None => {
             let (set, desired) = watch::channel(desired);
             tasks.spawn(finished(context.clone(), uid.clone(), desired));
-            workers.insert(uid, set);
+            workers.insert(uid.clone(), set);
         }
+    }
+    if let (Some(time_left), Some(known)) = (time_left, workers.get(&uid).cloned()) {
+        tokio::spawn(async move {
+            tokio::time::sleep(time_left).await;
+            known.send_if_modified(Desired::expire);
+        });
     }
 }
 

@@ -87,6 +87,9 @@ impl<'a, G: Ground> Actor<'a, G> {
             true => self.act_as_tenant(what).await,
             false => self.strike(what).await,
         };
+        if let Some(node) = what.restarts_driver_of() {
+            self.world.driver_restarts(self.node(node));
+        }
         if is_fault {
             self.fault_ends();
         }
@@ -229,6 +232,7 @@ impl<'a, G: Ground> Actor<'a, G> {
                 if *failures >= MOST_FAILURES {
                     *failures = 0;
                     let killed = driver.kill().await;
+                    self.world.driver_restarts(node);
                     let how =
                         killed.map_or_else(|error| error.to_string(), |()| "killed".to_owned());
                     let text = format!("the liveness probe of the driver on {node} fails: {how}");

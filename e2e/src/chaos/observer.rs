@@ -131,7 +131,12 @@ fn watched(world: &World, pod: &Pod, before: Option<&Watched>) -> Option<Watched
     let name = pod.metadata.name.clone()?;
     let number = (0..super::schedule::PODS).find(|number| pod_name(*number) == name)?;
     let is_deleted = pod.metadata.deletion_timestamp.is_some();
-    let ready = is_ready(pod) && !is_deleted;
+    let phase = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref());
+    let ended = matches!(phase, Some("Failed" | "Succeeded"));
+    let ready = is_ready(pod) && !is_deleted && !ended;
     let waiting = before.and_then(|before| before.waiting);
     let waiting = waiting.or(Some(world.now()));
     let created = before.map(|before| before.created).unwrap_or_else(|| {
@@ -150,7 +155,8 @@ fn watched(world: &World, pod: &Pod, before: Option<&Watched>) -> Option<Watched
         classes: classes_of(number),
         ready,
         created,
-        waiting: waiting.filter(|_| !ready && !is_deleted),
+        ended,
+        waiting: waiting.filter(|_| !ready && !is_deleted && !ended),
         name,
     })
 }

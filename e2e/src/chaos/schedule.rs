@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::editions::Edit;
 use super::random::Random;
 use super::store::{CLASSES, SELDOM};
+use super::tenants::TRICKS;
 
 /// The number of well-behaved pods that can be there at the same time. Pods of the same number have
 /// the same name.
@@ -50,6 +51,8 @@ pub(super) enum What {
     Delete { pod: usize },
     /// A pod is deleted by force: it is gone from the API before its volumes are.
     ForceDelete { pod: usize },
+    /// A pod may run no longer than it has: it fails, and its object stays without its volumes.
+    Expire { pod: usize },
     /// A pod is deleted by force, and one of the same name comes at once on another node.
     Move { pod: usize, node: usize },
     /// The store gets new values of a class's objects.
@@ -149,6 +152,7 @@ impl What {
             Self::Create { .. }
                 | Self::Delete { .. }
                 | Self::ForceDelete { .. }
+                | Self::Expire { .. }
                 | Self::Move { .. }
                 | Self::Rotate { .. }
                 | Self::EditClass { .. }
@@ -158,6 +162,22 @@ impl What {
                 | Self::DeleteSecret { .. }
                 | Self::AlterSecret { .. }
         )
+    }
+
+    /// Returns the node whose driver starts anew because of this, at its beginning, meanwhile or at its end.
+    pub(super) fn restarts_driver_of(&self) -> Option<usize> {
+        match *self {
+            Self::KillDriver { node }
+            | Self::TwoDrivers { node, .. }
+            | Self::Reboot { node }
+            | Self::WipePlugin { node }
+            | Self::DiskReadOnly { node, .. }
+            | Self::DiskFull { node, .. }
+            | Self::TearRecord { node }
+            | Self::StepClock { node, .. }
+            | Self::MemoryNear { node, .. } => Some(node),
+            _ => None,
+        }
     }
 
     /// Returns the node of a fault that must not meet another one of that node: each changes the
@@ -413,7 +433,7 @@ fn action(random: &mut Random, nodes: usize) -> What {
     let pod = random.index(PODS);
     let class = random.index(CLASSES.len());
     let node = random.index(nodes);
-    match random.below(24) {
+    match random.below(25) {
         0..5 => What::Create { pod, node },
         5..7 => What::Delete { pod },
         7 => What::ForceDelete { pod },
@@ -436,6 +456,7 @@ fn action(random: &mut Random, nodes: usize) -> What {
         19 => What::DeleteStatus { pod },
         20 => What::AlterStatus { pod },
         21 => What::DeleteSecret { class },
+        22 => What::Expire { pod },
         _ => What::AlterSecret {
             class,
             remove: random.below(2) == 0,
@@ -537,7 +558,7 @@ fn hostile(random: &mut Random, nodes: usize) -> What {
     What::Hostile {
         node: random.index(nodes),
         lasts: 2_000 + random.below(LONGEST_FAULT - 2_000),
-        how: random.index(8),
+        how: random.index(TRICKS),
     }
 }
 
@@ -576,7 +597,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(kinds.len(), 39, "{kinds:?}");
+        assert_eq!(kinds.len(), 40, "{kinds:?}");
     }
 
     #[test]

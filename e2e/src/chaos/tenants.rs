@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::editions::Spec;
+use super::schedule::PODS;
 use super::store::{CHANGED_ONLY, CLASSES, EXTRA, OBJECTS, SELDOM, content};
 
 /// The name of the only volume of a pod that has one class; further ones are numbered.
@@ -21,6 +22,12 @@ pub(super) const ASK: &str = "secrets-store.csi.k8s.io/refresh";
 const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
 /// The annotation of a class whose provider is told which versions are mounted.
 const SEND_VERSIONS: &str = "secrets-store.csi.k8s.io/send-object-versions";
+/// The number of tricks that the hostile tenant has.
+pub(super) const TRICKS: usize = 9;
+/// The object to which each class gives a mode, and the mode.
+pub(super) const CLOSED: (&str, u32) = ("c", 0o600);
+/// The attribute of a volume with the mode of its other files.
+const DEFAULT_MODE: &str = "secrets-store.csi.k8s.io/default-mode";
 /// The keys that each class declares, with their objects.
 pub(super) const KEYS: [(&str, &str); 2] = [("key-a", "a"), ("key-c", "c")];
 /// The key that a class declares only after an edit.
@@ -39,6 +46,32 @@ pub(super) fn pod_name(pod: usize) -> String {
     format!("pod-{pod}")
 }
 
+/// Returns the attributes of a pod's volume of a class.
+pub(super) fn attributes_of(pod: &str, class: usize) -> Vec<(&'static str, &'static str)> {
+    let name = CLASSES.get(class).copied().unwrap_or_default();
+    let mut attributes = vec![("secretProviderClass", name)];
+    if mode_of(pod) != MODE {
+        attributes.push((DEFAULT_MODE, "0440"));
+    }
+    attributes
+}
+
+/// The mode of a file for which nobody sets one.
+const MODE: u32 = 0o644;
+
+/// Returns the mode of the files of a pod's volumes to which the class gives none: every second pod sets
+/// one.
+pub(super) fn mode_of(pod: &str) -> u32 {
+    let number = pod
+        .rsplit('-')
+        .next()
+        .and_then(|number| number.parse::<usize>().ok());
+    match number {
+        Some(number) if !number.is_multiple_of(2) => 0o440,
+        _ => MODE,
+    }
+}
+
 /// Returns the name of a pod's volume of a class.
 pub(super) fn volume_name(class: usize) -> String {
     format!(
@@ -53,7 +86,13 @@ pub(super) fn class(class: usize, spec: Spec, seldom: &str) -> Value {
     let extra = spec.has_extra.then_some(EXTRA);
     let objects = OBJECTS.iter().map(|(object, _)| *object).chain(extra);
     let mut array: Vec<Value> = objects
-        .map(|object| json!({"objectName": format!("{name}-{object}"), "path": object}))
+        .map(|object| {
+            let mut entry = json!({"objectName": format!("{name}-{object}"), "path": object});
+            if object == CLOSED.0 {
+                entry["mode"] = format!("{:04o}", CLOSED.1).into();
+            }
+            entry
+        })
         .collect();
     array.push(json!({
         "objectName": format!("{name}-{WHO}"), "path": WHO, "contentFrom": "attributes",
@@ -97,8 +136,11 @@ pub(super) fn pod(pod: usize, node: &str) -> Value {
     let volumes: Vec<Value> = classes
         .iter()
         .map(|class| {
-            let name = CLASSES.get(*class).copied().unwrap_or_default();
-            volume(&volume_name(*class), json!({"secretProviderClass": name}))
+            let attributes: serde_json::Map<String, Value> = attributes_of(&pod_name(pod), *class)
+                .into_iter()
+                .map(|(key, value)| (key.to_owned(), value.into()))
+                .collect();
+            volume(&volume_name(*class), attributes.into())
         })
         .collect();
     pod_of(&pod_name(pod), node, &volumes)
@@ -135,10 +177,18 @@ fn pod_of(name: &str, node: &str, volumes: &[Value]) -> Value {
     })
 }
 
+/// The trick of the hostile tenant that has no other name for anything than the well-behaved.
+const NAMESAKES: usize = 8;
+
 /// Returns the objects of the hostile tenant for one of its tricks: a class and pods that mount it.
 /// `victim` is the namespace of the well-behaved.
 pub(super) fn hostile(how: usize, number: usize, node: &str, victim: &str) -> Vec<Value> {
-    let name = format!("hostile-{number}");
+    // A class, pods and a Secret that have the names of somebody else's.
+    let is_namesake = how == NAMESAKES;
+    let name = match is_namesake {
+        true => CLASSES[number % CLASSES.len()].to_owned(),
+        false => format!("hostile-{number}"),
+    };
     let many = |count: usize, size: usize| -> Vec<Value> {
         (0..count)
             .map(|object| json!({"objectName": format!("o{object}"), "contentSize": size}))
@@ -192,6 +242,12 @@ pub(super) fn hostile(how: usize, number: usize, node: &str, victim: &str) -> Ve
             }
             one(json!({"objectName": "w", "path": WHO, "contentFrom": "attributes"}))
         }
+        NAMESAKES => {
+            let data = json!([{"key": KEYS[0].0, "objectName": KEYS[0].1}]);
+            secret_objects = json!([{"secretName": name, "type": "Opaque", "data": data}]);
+            let entry = |(object, _): &(&str, usize)| json!({"objectName": format!("{name}-{object}"), "path": object, "content": "of a namesake"});
+            OBJECTS.iter().map(entry).collect()
+        }
         _ => {
             // A class of another namespace.
             attributes["secretProviderClass"] = format!("../{victim}/alpha").into();
@@ -211,10 +267,18 @@ pub(super) fn hostile(how: usize, number: usize, node: &str, victim: &str) -> Ve
             "secretObjects": secret_objects,
         },
     });
+    let volume_of = match is_namesake {
+        true => format!("{VOLUME}-{name}"),
+        false => VOLUME.to_owned(),
+    };
     // More pods than a class may have calls in flight.
     let pods = (0..4).map(|pod| {
-        let volume = volume(VOLUME, attributes.clone());
-        pod_of(&format!("{name}-{pod}"), node, &[volume])
+        let volume = volume(&volume_of, attributes.clone());
+        let name = match is_namesake {
+            true => pod_name((number + pod) % PODS),
+            false => format!("{name}-{pod}"),
+        };
+        pod_of(&name, node, &[volume])
     });
     std::iter::once(class).chain(pods).collect()
 }

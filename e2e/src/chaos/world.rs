@@ -47,6 +47,8 @@ pub(super) struct Watched {
     pub(super) classes: Vec<usize>,
     /// Whether its containers run, and it is not being deleted.
     pub(super) ready: bool,
+    /// Whether its containers have ended and do not start again.
+    pub(super) ended: bool,
     /// The time at which it was created, or a moment before.
     pub(super) created: Instant,
     /// The time, by [`World::now`], since when it is not ready.
@@ -90,6 +92,8 @@ pub(super) struct World {
     secrets: Mutex<BTreeMap<usize, Option<Instant>>>,
     /// The number of faults in which the API server answers from the past, and when one has ended last.
     lies: Mutex<(usize, Option<Instant>)>,
+    /// The time, by [`World::now`], of the last start of a node's driver.
+    restarts: Mutex<BTreeMap<String, Duration>>,
 }
 
 /// Something that did not work for a while.
@@ -98,6 +102,8 @@ pub(super) struct Failure {
     pub(super) pod: String,
     pub(super) node: String,
     pub(super) what: String,
+    /// The time, by [`World::now`], at which it began.
+    pub(super) began: Duration,
 }
 
 impl World {
@@ -126,6 +132,7 @@ impl World {
             has_secrets_first: false,
             secrets: Mutex::default(),
             lies: Mutex::default(),
+            restarts: Mutex::default(),
         }
     }
 
@@ -236,12 +243,24 @@ impl World {
         lock(&self.calm).is_some_and(|calm| calm < time)
     }
 
+    /// Notes that the driver of a node starts anew: what it had not told yet is forgotten.
+    pub(super) fn driver_restarts(&self, node: &str) {
+        lock(&self.restarts).insert(node.to_owned(), self.now());
+    }
+
+    /// Returns whether the driver of a node ran all the time since a time by [`World::now`].
+    pub(super) fn driver_ran_since(&self, node: &str, time: Duration) -> bool {
+        let last = lock(&self.restarts).get(node).copied();
+        last.is_none_or(|last| last < time)
+    }
+
     /// Notes a failure of a pod.
     pub(super) fn fails(&self, pod: &Watched, what: &str) {
         let failure = || Failure {
             pod: pod.name.clone(),
             node: pod.node.clone(),
             what: what.to_owned(),
+            began: self.now().saturating_sub(self.bounds.silence),
         };
         let mut failures = lock(&self.failures);
         failures.entry(pod.uid.clone()).or_insert_with(failure);

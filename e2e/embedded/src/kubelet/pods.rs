@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{CSIVolumeSource, Pod, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
@@ -33,6 +33,8 @@ const API_RETRY: Duration = Duration::from_millis(500);
 pub(crate) enum Desired {
     /// It should run.
     Run(Arc<Pod>),
+    /// Its containers have ended, and do not start again. Its object stays, its volumes do not.
+    Done(Arc<Pod>),
     /// It should end; its object is removed after that.
     End(Arc<Pod>),
     /// It is not in the API any more.
@@ -40,8 +42,52 @@ pub(crate) enum Desired {
 }
 
 impl Desired {
+    /// Returns the desired state of a pod that the API has.
+    pub(crate) fn of(pod: Pod) -> Self {
+        let is_deleted = pod.metadata.deletion_timestamp.is_some();
+        let phase = pod
+            .status
+            .as_ref()
+            .and_then(|status| status.phase.as_deref());
+        let is_done = matches!(phase, Some("Failed" | "Succeeded"));
+        let pod = Arc::new(pod);
+        match (is_deleted, is_done) {
+            (true, _) => Self::End(pod),
+            (false, true) => Self::Done(pod),
+            (false, false) => Self::Run(pod),
+        }
+    }
+
     pub(crate) fn is_run(&self) -> bool {
         matches!(self, Self::Run(_))
+    }
+
+    /// Returns whether this may follow: a pod that has ended does not run again.
+    pub(crate) fn allows(&self, next: &Self) -> bool {
+        match self {
+            Self::Run(_) => true,
+            Self::Done(_) => matches!(next, Self::End(_)),
+            Self::End(_) | Self::Gone => false,
+        }
+    }
+
+    /// Returns the time until the pod has run as long as it may (`activeDeadlineSeconds`), if it is
+    /// limited.
+    pub(crate) fn time_left(&self) -> Option<Duration> {
+        let Self::Run(pod) = self else { return None };
+        let most = pod.spec.as_ref()?.active_deadline_seconds?;
+        let started = pod.status.as_ref()?.start_time.as_ref()?.0;
+        let end = started + SignedDuration::from_secs(most);
+        Some(Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default())
+    }
+
+    /// Ends a pod that has run as long as it may.
+    pub(crate) fn expire(&mut self) -> bool {
+        let is_over = self.time_left().is_some_and(|left| left.is_zero());
+        if is_over && let Self::Run(pod) = self {
+            *self = Self::Done(Arc::clone(pod));
+        }
+        is_over
     }
 }
 
@@ -61,7 +107,7 @@ pub(crate) struct Context {
 pub(crate) async fn run(context: Context, uid: String, mut desired: watch::Receiver<Desired>) {
     let root = &context.node.root;
     let pod = match &*desired.borrow() {
-        Desired::Run(pod) | Desired::End(pod) => Some(Arc::clone(pod)),
+        Desired::Run(pod) | Desired::Done(pod) | Desired::End(pod) => Some(Arc::clone(pod)),
         Desired::Gone => None,
     };
     let mut sources = pod.as_deref().map(csi_volumes).unwrap_or_default();
@@ -91,15 +137,23 @@ pub(crate) async fn run(context: Context, uid: String, mut desired: watch::Recei
     }
     if let Some(pod) = &pod {
         tokio::select! {
+            biased;
+            _ = desired.wait_for(|desired| !desired.is_run()) => {}
             () = start(&context, pod, states) => {
                 set_running.send_replace(true);
             }
-            _ = desired.wait_for(|desired| !desired.is_run()) => {}
         }
     }
     // An error means that the kubelet itself ends.
     if desired.wait_for(|desired| !desired.is_run()).await.is_err() {
         return;
+    }
+    let done = match &*desired.borrow() {
+        Desired::Done(pod) => Some(Arc::clone(pod)),
+        _ => None,
+    };
+    if let Some(pod) = done {
+        write_status(&context, &pod, &ended(&pod)).await;
     }
     while tasks.join_next().await.is_some() {}
     volumes::remove_pod_dirs(root, &uid);
@@ -218,7 +272,7 @@ async fn republish(
         };
         let news = |now: &Desired| match now {
             Desired::Run(now) => !is_same(&known, now),
-            Desired::End(_) | Desired::Gone => true,
+            Desired::Done(_) | Desired::End(_) | Desired::Gone => true,
         };
         tokio::select! {
             () = is_over() => {}
@@ -367,8 +421,33 @@ fn required_secrets(pod: &Pod) -> Vec<(String, Option<String>)> {
     required
 }
 
-/// Deletes the object of a pod that ended, unless it is gone.
+/// Returns the status of a pod that has run as long as it may, or the one that it has if it has ended
+/// before.
+fn ended(pod: &Pod) -> Value {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.clone());
+    if let Some("Failed" | "Succeeded") = phase.as_deref() {
+        return json!({"phase": phase});
+    }
+    let now = Time(Timestamp::now());
+    let containers = containers(pod, |status| {
+        status["state"] =
+            json!({"terminated": {"exitCode": 137, "reason": "Error", "finishedAt": now}});
+    });
+    let mut status = status(pod, "Failed", Timestamp::now(), None, containers);
+    if let Some(status) = status.as_object_mut() {
+        status.remove("startTime");
+    }
+    status["reason"] = json!("DeadlineExceeded");
+    status
+}
+
+/// Deletes the object of a pod that ended, once somebody wants it to be deleted, unless it is gone.
 async fn finish(context: &Context, pod: &Pod, mut desired: watch::Receiver<Desired>) {
+    let deleted = desired.wait_for(|desired| !matches!(desired, Desired::Done(_)));
+    // An error means that the kubelet itself ends.
+    if deleted.await.is_err() {
+        return;
+    }
     let pods = pods_beside(context, pod);
     let params = DeleteParams {
         grace_period_seconds: Some(0),

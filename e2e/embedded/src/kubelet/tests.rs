@@ -259,6 +259,33 @@ async fn a_pod_is_published_as_kubelet_does_and_leaves_nothing() {
     );
 }
 
+/// The pod of a Job that runs for too long fails, and its object stays without its volumes.
+#[tokio::test]
+async fn a_pod_that_has_run_as_long_as_it_may_loses_its_volumes_and_keeps_its_object() {
+    let fake = Fake::default();
+    let world = World::with_driver(&fake).await;
+    world.create_pod(|_| {}).await;
+    world.ready().await;
+    let deadline = Patch::Merge(json!({"spec": {"activeDeadlineSeconds": 1}}));
+    let pods = world.pods();
+    let patched = pods.patch("p", &PatchParams::default(), &deadline).await;
+    patched.unwrap();
+    eventually("the volume is gone", async || {
+        pods_on_disk(&world.root()).is_empty()
+    })
+    .await;
+    let status = pods.get("p").await.unwrap().status.unwrap();
+    assert_eq!(status.phase.as_deref(), Some("Failed"));
+    assert_eq!(status.reason.as_deref(), Some("DeadlineExceeded"));
+    assert!(status.start_time.is_some());
+    world.delete_pod().await;
+    world.gone().await;
+    assert_eq!(
+        *fake.log.lock().unwrap(),
+        ["publish", "published", "unpublish"]
+    );
+}
+
 #[tokio::test]
 async fn a_final_error_cleans_up_and_is_told_in_kubelets_words() {
     let fake = Fake::default();

@@ -1,7 +1,7 @@
 //! Calls as of a kubelet that starts anew again and again: a publish begins while the one before runs,
 //! some are given up early, and the unpublish of a pod that goes comes twice.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
@@ -21,8 +21,7 @@ use super::super::ground::Ground;
 use super::super::lock;
 use super::super::random::Random;
 use super::super::schedule::What;
-use super::super::store::CLASSES;
-use super::super::tenants::volume_name;
+use super::super::tenants::{attributes_of, volume_name};
 use super::super::world::{VolumeId, Watched};
 use super::{Actor, escaped, sleep};
 
@@ -163,15 +162,16 @@ impl<G: Ground> Actor<'_, G> {
 
     /// Returns the request that kubelet makes for a volume.
     fn publish_request(&self, pod: &Watched, class: usize) -> NodePublishVolumeRequest {
-        let class_name = CLASSES.get(class).copied().unwrap_or_default();
-        let attributes = [
-            ("secretProviderClass", class_name),
-            ("csi.storage.k8s.io/pod.name", &pod.name),
+        let of_kubelet = [
+            ("csi.storage.k8s.io/pod.name", pod.name.as_str()),
             ("csi.storage.k8s.io/pod.namespace", &self.world.namespace),
             ("csi.storage.k8s.io/pod.uid", &pod.uid),
             ("csi.storage.k8s.io/serviceAccount.name", "default"),
             ("csi.storage.k8s.io/ephemeral", "true"),
         ];
+        let attributes = attributes_of(&pod.name, class)
+            .into_iter()
+            .chain(of_kubelet);
         let attributes = attributes.map(|(key, value)| (key.to_owned(), value.to_owned()));
         let mount = MountVolume::default();
         NodePublishVolumeRequest {
@@ -184,7 +184,7 @@ impl<G: Ground> Actor<'_, G> {
                 }),
             }),
             readonly: true,
-            volume_context: HashMap::from(attributes),
+            volume_context: attributes.collect(),
             ..NodePublishVolumeRequest::default()
         }
     }
@@ -202,7 +202,7 @@ impl<G: Ground> Actor<'_, G> {
         }
         let pods = self.pods_of(node);
         for ((uid, class), target) in &called {
-            if pods.iter().any(|pod| pod.uid == *uid) {
+            if pods.iter().any(|pod| pod.uid == *uid && !pod.ended) {
                 continue;
             }
             let request = NodeUnpublishVolumeRequest {
@@ -230,7 +230,7 @@ fn volumes(pods: &[Watched]) -> impl Iterator<Item = (&Watched, &usize)> {
 }
 
 fn is_deleted(pod: &Watched) -> bool {
-    !pod.ready && pod.waiting.is_none()
+    !pod.ready && !pod.ended && pod.waiting.is_none()
 }
 
 fn unpublish(request: &NodePublishVolumeRequest) -> NodeUnpublishVolumeRequest {

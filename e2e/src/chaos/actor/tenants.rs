@@ -21,6 +21,7 @@ impl<G: Ground> Actor<'_, G> {
             What::Create { pod, node } => self.create(pod, self.node(node)).await,
             What::Delete { pod } => self.delete(pod, &DeleteParams::default()).await,
             What::ForceDelete { pod } => self.delete(pod, &force()).await,
+            What::Expire { pod } => self.expire(pod).await,
             What::Move { pod, node } => {
                 self.delete(pod, &force()).await?;
                 self.create(pod, self.node(node)).await
@@ -64,6 +65,15 @@ impl<G: Ground> Actor<'_, G> {
         let pods = self.namespace.api::<Pod>();
         let deleted = pods.delete(&tenants::pod_name(pod), params).await;
         unless_absent(deleted, "delete a pod")
+    }
+
+    /// Lets a pod run no longer than it has, as a Job does that takes too long.
+    async fn expire(&self, pod: usize) -> Result<()> {
+        let deadline = Patch::Merge(json!({"spec": {"activeDeadlineSeconds": 1}}));
+        let pods = self.namespace.api::<Pod>();
+        let name = tenants::pod_name(pod);
+        let patched = pods.patch(&name, &PatchParams::default(), &deadline).await;
+        unless_absent(patched, "limit the time of a pod")
     }
 
     /// Gives the store new values, of which only the class that is refreshed seldom has to tell.

@@ -14,15 +14,17 @@ use crate::cluster::{Cluster as _, Component, Error, Result};
 use crate::embedded::{Embedded, standard};
 use crate::manifest::add_arguments;
 
+/// The bounds of a kubelet that looks at volumes all the time.
+///
 /// One interval of rotation (4.4 s), the longest pause after a failure (3 s of the driver, 4 s of
-/// kubelet), kubelet's deadline (10 s) and its period (1 s) are 22 seconds; the rest is for a machine
-/// with other work. A refresh that begins an interval and a period after the last one may take until
-/// kubelet's deadline before it has failed.
+/// kubelet) and kubelet's deadline (10 s) are 21 seconds; the rest is for a machine with other work. A
+/// refresh that begins an interval after the last one may take until kubelet's deadline before it has
+/// failed.
 const BOUNDS: Bounds = Bounds {
-    converge: Duration::from_secs(45),
+    converge: Duration::from_secs(44),
     publish: Duration::from_secs(20),
-    fetch: Duration::from_secs(25),
-    follow: Duration::from_secs(20),
+    fetch: Duration::from_secs(24),
+    follow: Duration::from_secs(19),
     silence: Duration::from_secs(20),
     gone: Duration::from_secs(60),
 };
@@ -34,6 +36,8 @@ const SMALL_MACHINE_KIB: u64 = 64 << 10;
 pub(in super::super) struct OnEmbedded {
     cluster: Embedded,
     faults: ApiFaults,
+    /// The interval at which kubelet looks at each volume.
+    looks_every: Duration,
 }
 
 impl OnEmbedded {
@@ -41,14 +45,18 @@ impl OnEmbedded {
     ///
     /// # Errors
     /// When it does not start.
-    pub(in super::super) async fn start(shared: &Path, flags: &[&str]) -> Result<Self> {
+    pub(in super::super) async fn start(
+        shared: &Path,
+        flags: &[&str],
+        looks_every: Duration,
+    ) -> Result<Self> {
         let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {})).await;
         let binaries = binaries.map_err(|error| Error::Start(error.to_string()))?;
         let binaries = binaries.map_err(|error| Error::Start(error.to_string()))?;
         let mut options = embedded::Options {
             nodes: super::Site::Embedded.nodes(),
             csi_timeout: Duration::from_secs(10),
-            sync_period: Some(Duration::from_secs(1)),
+            sync_period: Some(looks_every),
             longest_pause: Duration::from_secs(4),
             shared: Some(shared.to_owned()),
             ..standard(&binaries)?
@@ -59,7 +67,11 @@ impl OnEmbedded {
         let cluster = Embedded::start(options).await?;
         let faults = ApiFaults::default();
         faults.install(cluster.api());
-        Ok(Self { cluster, faults })
+        Ok(Self {
+            cluster,
+            faults,
+            looks_every,
+        })
     }
 
     fn api(&self) -> &ApiServer {
@@ -75,7 +87,12 @@ impl Ground for OnEmbedded {
     }
 
     fn bounds(&self) -> Bounds {
-        BOUNDS
+        Bounds {
+            converge: BOUNDS.converge + self.looks_every,
+            fetch: BOUNDS.fetch + self.looks_every,
+            follow: BOUNDS.follow + self.looks_every,
+            ..BOUNDS
+        }
     }
 
     fn seldom(&self) -> &'static str {

@@ -2,12 +2,17 @@
 //! traces of what did not work.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Event, Pod, Secret};
 use kube::Api;
 use kube::api::{DynamicObject, ListParams};
 use serde_json::Value;
 
+use super::volumes::path_of;
 use crate::cluster::{Cluster as _, Component, Result, api};
 use crate::install::pod_statuses;
 
@@ -25,7 +30,9 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
     let mut lacking = Vec::new();
     let pods: Vec<Watched> = lock(&world.pods).values().cloned().collect();
     for pod in &pods {
-        if !pod.ready {
+        if pod.ended {
+            lacking.extend(mounted(world, pod));
+        } else if !pod.ready {
             lacking.push(format!("pod {} is not ready", pod.name));
         }
     }
@@ -61,6 +68,27 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
     lacking.extend(wrong_statuses(world, &pods, &statuses));
     world.log.checked("looks at the state after faults", 1);
     Ok(lacking)
+}
+
+/// Returns the volumes that a pod still has which has ended.
+fn mounted(world: &World, pod: &Watched) -> Vec<String> {
+    let root = lock(&world.roots).get(&pod.node).cloned();
+    let volumes = root.iter().flat_map(|root| {
+        let volumes = pod.classes.iter().map(|class| path_of(pod, root, *class));
+        volumes.filter(|volume| is_mount(volume))
+    });
+    let text = |volume: PathBuf| {
+        let volume = volume.display();
+        format!("pod {} has ended, and {volume} is mounted", pod.name)
+    };
+    volumes.map(text).collect()
+}
+
+/// Returns whether something is mounted on a directory.
+fn is_mount(directory: &Path) -> bool {
+    let device = |path: &Path| fs::metadata(path).map(|found| found.dev()).ok();
+    let parent = directory.parent().and_then(device);
+    parent.is_some() && device(directory).is_some_and(|own| Some(own) != parent)
 }
 
 /// Returns the statuses of the pods that run with a class: the owners of its Secret, because these
@@ -195,8 +223,13 @@ fn wrong_status(
     (!ids.any(|object| object["id"] == who.as_str())).then(|| format!("does not have {who}"))
 }
 
-/// Returns the failures of which a person can find no trace: neither a warning among the pod's events
-/// nor a line of the driver's log that names the pod. Forgets all failures so far.
+/// The time in which the driver posts an event that the API server has refused before. Its attempts at that
+/// are the longer apart the more there were.
+const TOLD: Duration = Duration::from_secs(80);
+
+/// Returns the failures of which a person can find no trace: no warning among the pod's events, or, if the
+/// driver has started anew since, neither that nor a line of its log that names the pod. Forgets all failures
+/// so far.
 ///
 /// # Errors
 /// When the API server or a node does not answer.
@@ -205,17 +238,27 @@ pub(in super::super) async fn untraced<G: Ground>(
     ground: &G,
 ) -> Result<Vec<String>> {
     let failures = std::mem::take(&mut *lock(&world.failures));
-    let events = Api::<Event>::namespaced(ground.cluster().client(), &world.namespace);
-    let events = events.list(&ListParams::default()).await;
-    let events = events.map_err(api("list events".to_owned()))?;
+    let begun = world.now();
+    let mut told = told(world, ground).await?;
     let mut untraced = Vec::new();
-    for (uid, Failure { pod, node, what }) in failures {
+    for (uid, failure) in failures {
         world.log.checked("failures with a trace", 1);
-        let is_told = events.iter().any(|event| {
-            event.involved_object.uid.as_ref() == Some(&uid)
-                && event.type_.as_deref() == Some("Warning")
-        });
-        if is_told {
+        let Failure {
+            pod,
+            node,
+            what,
+            began,
+        } = failure;
+        let has_to_tell = || world.driver_ran_since(&node, began) && !world.log.is_over();
+        while !told.contains(&uid) && has_to_tell() && world.now() - begun < TOLD {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            told = self::told(world, ground).await?;
+        }
+        if told.contains(&uid) {
+            continue;
+        }
+        if has_to_tell() && still_there(world, ground, &pod, &uid).await? {
+            untraced.push(format!("no event tells of pod {pod} ({uid}): {what}"));
             continue;
         }
         let log = ground.cluster().log(&node, &Component::Driver).await?;
@@ -227,6 +270,19 @@ pub(in super::super) async fn untraced<G: Ground>(
         }
     }
     Ok(untraced)
+}
+
+/// Returns the UIDs of the pods that have a warning among their events.
+async fn told<G: Ground>(world: &World, ground: &G) -> Result<BTreeSet<String>> {
+    let events = Api::<Event>::namespaced(ground.cluster().client(), &world.namespace);
+    let events = events.list(&ListParams::default()).await;
+    let events = events.map_err(api("list events".to_owned()))?.items;
+    let warnings = events
+        .into_iter()
+        .filter(|event| event.type_.as_deref() == Some("Warning"));
+    Ok(warnings
+        .filter_map(|event| event.involved_object.uid)
+        .collect())
 }
 
 /// Returns whether somebody could still ask for the trace: the pod is there.

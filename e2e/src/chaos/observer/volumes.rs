@@ -13,7 +13,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::super::editions::Spec;
 use super::super::lock;
 use super::super::store::{CLASSES, EXTRA, OBJECTS, generation_of};
-use super::super::tenants::{WHO, volume_name};
+use super::super::tenants::{CLOSED, WHO, mode_of, volume_name};
 use super::super::world::{VolumeId, Watched, World};
 use super::content::{Content, DATA};
 
@@ -102,7 +102,7 @@ pub(super) fn read_all_slowly(
 }
 
 /// Returns the path of a pod's volume, as this process has it.
-fn path_of(pod: &Watched, root: &Path, class: usize) -> PathBuf {
+pub(super) fn path_of(pod: &Watched, root: &Path, class: usize) -> PathBuf {
     let path = embedded::target_path(&pod.uid, &volume_name(class));
     root.join(path.strip_prefix("/").unwrap_or(&path))
 }
@@ -276,6 +276,14 @@ fn read_volume(
         let file = volume.join(object);
         let text = fs::read_to_string(&file).map_err(|error| gap(Path::new(object), error))?;
         last = take(class, object, &text, last)?;
+    }
+    for (object, mode) in [("a", mode_of(&pod.name)), CLOSED] {
+        let found = fs::metadata(volume.join(object));
+        let found = found.map_err(|error| gap(Path::new(object), error))?.mode() & 0o7777;
+        if found != mode {
+            let text = format!("{object} has mode {found:04o} instead of {mode:04o}");
+            return Err(Wrong::Content("each file has its mode", text));
+        }
     }
     let file = volume.join(WHO);
     let text = fs::read_to_string(&file).map_err(|error| gap(Path::new(WHO), error))?;

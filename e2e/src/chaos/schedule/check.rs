@@ -6,6 +6,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 
 use super::super::store::CLASSES;
+use super::super::tenants::TRICKS;
 use super::{PODS, Schedule, Step};
 
 /// The largest schedule that is read, in bytes.
@@ -14,8 +15,8 @@ const LARGEST: u64 = 1 << 20;
 const RANGES: [(&str, RangeInclusive<u64>); 7] = [
     ("pod", 0..=PODS as u64 - 1),
     ("class", 0..=CLASSES.len() as u64 - 1),
-    // The tricks of a hostile tenant, and the ways in which a provider is wrong.
-    ("how", 0..=7),
+    // The tricks of a hostile tenant. There are fewer ways in which a provider is wrong.
+    ("how", 0..=TRICKS as u64 - 1),
     ("status", 400..=599),
     ("mounts", 1..=1_000),
     // All steps of a round have to end some minutes after the last has begun.
@@ -80,8 +81,8 @@ mod tests {
         "line 2: class is 4, but has to be 0 to 3"
     )]
     #[case(
-        r#"{"at":0,"what":"hostile","node":0,"lasts":9,"how":8}"#,
-        "line 2: how is 8, but has to be 0 to 7"
+        r#"{"at":0,"what":"hostile","node":0,"lasts":9,"how":9}"#,
+        "line 2: how is 9, but has to be 0 to 8"
     )]
     #[case(
         r#"{"at":0,"what":"bury-volumes","pod":0,"mounts":0}"#,
