@@ -283,7 +283,7 @@ impl Points {
                 continue;
             }
             let is_in_turn = match then {
-                Then::Again | Then::Changed => true,
+                Then::Again | Then::Changed | Then::Elsewhere => true,
                 Then::Replaced => index % 2 == 0,
                 Then::Unpublish => index % 3 == 0,
                 Then::TornRecords => index % 3 == 1,

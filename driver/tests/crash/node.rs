@@ -11,6 +11,11 @@ use std::{
 
 use embedded::api::{ApiServer, Reaction};
 use fake_provider::fake;
+use k8s_openapi::api::core::v1::Secret;
+use kube::{
+    Api,
+    api::{Patch, PatchParams},
+};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use proto::csi::{
     NodePublishVolumeRequest, NodeUnpublishVolumeRequest, ProbeRequest, VolumeCapability,
@@ -230,6 +235,29 @@ impl Node {
     pub(crate) fn put_secret(&self, name: &str, secret: Value) {
         let path = format!("{NAMESPACE}/secrets/{name}");
         self.api.put(&path, secret).unwrap();
+    }
+
+    /// Returns a resource version that is later than those of all objects so far.
+    pub(crate) async fn later_version(&self) -> String {
+        let secret = json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "elsewhere"},
+        });
+        let client = self.api.client();
+        let applied = embedded::apply(&client, "default", &secret.to_string()).await;
+        applied.unwrap();
+        let written = self.api.get("/api/v1/namespaces/default/secrets/elsewhere");
+        let written = written.unwrap();
+        self.api
+            .remove("/api/v1/namespaces/default/secrets/elsewhere");
+        let version = written["metadata"]["resourceVersion"].as_str();
+        version.unwrap().to_owned()
+    }
+
+    /// Changes a Secret of the pod's namespace as any client does.
+    pub(crate) async fn patch_secret(&self, name: &str, change: &Value) {
+        let secrets: Api<Secret> = Api::namespaced(self.api.client(), "shop");
+        let (how, change) = (PatchParams::default(), Patch::Merge(change));
+        secrets.patch(name, &how, &change).await.unwrap();
     }
 
     pub(crate) fn remove_secret(&self, name: &str) {

@@ -73,6 +73,9 @@ pub(crate) enum Then {
     Unpublish,
     /// The pod has gone meanwhile, and one of the same name runs on another node.
     Replaced,
+    /// A node that has the new content, too, writes it to the Secret. It has refreshed its volume before this
+    /// one began to.
+    Elsewhere,
     /// The records have been torn, and the pod runs on.
     TornRecords,
     /// The node has lost its power, which has torn the records too.
@@ -86,6 +89,7 @@ impl fmt::Display for Then {
             Self::Changed => "changed",
             Self::Unpublish => "unpublish",
             Self::Replaced => "replaced",
+            Self::Elsewhere => "elsewhere",
             Self::TornRecords => "torn records",
             Self::Reboot => "reboot",
         })
@@ -96,11 +100,20 @@ impl Operation {
     /// Returns what may follow.
     pub(crate) fn follows(self) -> &'static [Then] {
         match self {
-            Self::Publish | Self::Refresh => &[
+            Self::Publish => &[
                 Then::Again,
                 Then::Changed,
                 Then::Unpublish,
                 Then::Replaced,
+                Then::TornRecords,
+                Then::Reboot,
+            ],
+            Self::Refresh => &[
+                Then::Again,
+                Then::Changed,
+                Then::Unpublish,
+                Then::Replaced,
+                Then::Elsewhere,
                 Then::TornRecords,
                 Then::Reboot,
             ],
@@ -216,6 +229,8 @@ pub(crate) struct Run {
     class: Class,
     /// The number of the values in the store.
     version: u32,
+    /// The order of the new content of another node.
+    elsewhere: Option<String>,
 }
 
 impl Run {
@@ -243,6 +258,7 @@ impl Run {
             then,
             class,
             version: 0,
+            elsewhere: None,
         };
         run.put_class();
         run.put_store();
@@ -295,6 +311,9 @@ impl Run {
                 self.edit_class();
             }
             _ => {}
+        }
+        if self.then == Then::Elsewhere {
+            self.elsewhere = Some(self.node.later_version().await);
         }
         Ok(())
     }
@@ -431,13 +450,15 @@ impl Run {
                 self.node.end_pod().await;
                 self.node.replace_pod();
             }
+            Then::Elsewhere => self.overtake().await,
             Then::TornRecords => {
                 self.node.kill_driver().await;
                 self.node.tear_records();
             }
             Then::Reboot => self.node.reboot().await,
         }
-        if was_killed && self.then == Then::Again && !self.is_to_go() && !self.is_refused() {
+        let looks = matches!(self.then, Then::Again | Then::Elsewhere);
+        if was_killed && looks && !self.is_to_go() && !self.is_refused() {
             self.look().await?;
         }
         if was_killed || matches!(self.then, Then::TornRecords | Then::Reboot) {
@@ -485,8 +506,31 @@ impl Run {
                 return Err(format!("it is published with the files {names:?}"));
             }
         }
+        if self.then == Then::Elsewhere {
+            // Longer than the interval in which it checks the Secret.
+            sleep(Duration::from_millis(1_300)).await;
+            self.node.look_at_secret();
+        }
         self.node.kill_driver().await;
         Ok(())
+    }
+
+    /// Has another node write the new content to the Secret, unless the Secret has it.
+    async fn overtake(&self) {
+        let (Some(secret), Some(order)) = (self.node.secret("creds"), &self.elsewhere) else {
+            return;
+        };
+        let now = secret["metadata"]["annotations"][ORDER].as_str();
+        let now: Option<u64> = now.and_then(|now| now.parse().ok());
+        if now >= order.parse().ok() {
+            return;
+        }
+        let annotations = json!({ORDER: order});
+        let change = json!({
+            "metadata": {"annotations": annotations}, "data": self.secret_data("creds"),
+        });
+        self.node.patch_secret("creds", &change).await;
+        self.node.look_at_secret();
     }
 
     /// Takes back a file that the provider has written, as if it had not come to it yet.
@@ -650,6 +694,8 @@ impl Run {
     }
 }
 
+/// The annotation of a Secret with the order of its content (docs/secrets.md).
+const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
 /// The socket by which a driver registers itself.
 const REGISTRATION: &str = "entry secrets-store.csi.k8s.io-reg.sock";
 

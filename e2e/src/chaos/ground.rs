@@ -87,6 +87,10 @@ pub(super) trait Ground {
     /// it was seen to strike.
     async fn strike_api(&self, fault: What) -> Result<u64>;
 
+    /// Leaves the driver's writes to objects of a namespace without an answer for a while, as an admission
+    /// webhook of that namespace does.
+    async fn hang_writes(&self, namespace: &str, lasts: u64);
+
     /// Makes the driver's memory limit so small that its share is nearly taken. Returns the limit.
     async fn shrink_memory(&self, node: &str) -> Result<u64>;
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::editions::Edit;
 use super::random::Random;
 use super::store::{CLASSES, SELDOM};
-use super::tenants::TRICKS;
+use super::tenants::{TRICKS, WEBHOOK};
 
 /// The number of well-behaved pods that can be there at the same time. Pods of the same number have
 /// the same name.
@@ -71,8 +71,13 @@ pub(super) enum What {
     AlterStatus { pod: usize },
     /// Somebody deletes a synced Secret.
     DeleteSecret { class: usize },
-    /// Somebody changes a value of a synced Secret, or removes a key.
-    AlterSecret { class: usize, remove: bool },
+    /// Somebody changes a value of a synced Secret, or removes a key. If `order`, the Secret also has the
+    /// order of content from another cluster, as one that was restored from a backup.
+    AlterSecret {
+        class: usize,
+        remove: bool,
+        order: bool,
+    },
     /// The driver is killed.
     KillDriver { node: usize },
     /// A second driver serves at the socket of the first.
@@ -460,6 +465,7 @@ fn action(random: &mut Random, nodes: usize) -> What {
         _ => What::AlterSecret {
             class,
             remove: random.below(2) == 0,
+            order: random.below(2) == 0,
         },
     }
 }
@@ -555,11 +561,13 @@ fn long_fault(random: &mut Random, nodes: usize) -> What {
 }
 
 fn hostile(random: &mut Random, nodes: usize) -> What {
-    What::Hostile {
-        node: random.index(nodes),
-        lasts: 2_000 + random.below(LONGEST_FAULT - 2_000),
-        how: random.index(TRICKS),
-    }
+    let (node, how) = (random.index(nodes), random.index(TRICKS));
+    let lasts = match how {
+        // Some rounds of requests that have no answer.
+        WEBHOOK => 20_000 + random.below(8_000),
+        _ => 2_000 + random.below(LONGEST_FAULT - 2_000),
+    };
+    What::Hostile { node, lasts, how }
 }
 
 #[cfg(test)]

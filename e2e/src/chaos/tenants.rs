@@ -23,11 +23,14 @@ const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
 /// The annotation of a class whose provider is told which versions are mounted.
 const SEND_VERSIONS: &str = "secrets-store.csi.k8s.io/send-object-versions";
 /// The number of tricks that the hostile tenant has.
-pub(super) const TRICKS: usize = 9;
+pub(super) const TRICKS: usize = 10;
 /// The object to which each class gives a mode, and the mode.
 pub(super) const CLOSED: (&str, u32) = ("c", 0o600);
 /// The attribute of a volume with the mode of its other files.
 const DEFAULT_MODE: &str = "secrets-store.csi.k8s.io/default-mode";
+/// The annotation of a Secret with the order of its content: a higher one replaces a lower one
+/// (docs/secrets.md).
+pub(super) const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
 /// The keys that each class declares, with their objects.
 pub(super) const KEYS: [(&str, &str); 2] = [("key-a", "a"), ("key-c", "c")];
 /// The key that a class declares only after an edit.
@@ -180,6 +183,9 @@ fn pod_of(name: &str, node: &str, volumes: &[Value]) -> Value {
 /// The trick of the hostile tenant that has no other name for anything than the well-behaved.
 const NAMESAKES: usize = 8;
 
+/// The trick of the hostile tenant whose admission webhook does not answer.
+pub(super) const WEBHOOK: usize = 9;
+
 /// Returns the objects of the hostile tenant for one of its tricks: a class and pods that mount it.
 /// `victim` is the namespace of the well-behaved.
 pub(super) fn hostile(how: usize, number: usize, node: &str, victim: &str) -> Vec<Value> {
@@ -242,6 +248,11 @@ pub(super) fn hostile(how: usize, number: usize, node: &str, victim: &str) -> Ve
             }
             one(json!({"objectName": "w", "path": WHO, "contentFrom": "attributes"}))
         }
+        WEBHOOK => {
+            let data = json!([{"key": "k", "objectName": "o0"}]);
+            secret_objects = json!([{"secretName": name, "type": "Opaque", "data": data}]);
+            many(2, 10)
+        }
         NAMESAKES => {
             let data = json!([{"key": KEYS[0].0, "objectName": KEYS[0].1}]);
             secret_objects = json!([{"secretName": name, "type": "Opaque", "data": data}]);
@@ -271,8 +282,9 @@ pub(super) fn hostile(how: usize, number: usize, node: &str, victim: &str) -> Ve
         true => format!("{VOLUME}-{name}"),
         false => VOLUME.to_owned(),
     };
-    // More pods than a class may have calls in flight.
-    let pods = (0..4).map(|pod| {
+    // More pods than a class may have calls in flight, or than the driver has requests.
+    let count = if how == WEBHOOK { 12 } else { 4 };
+    let pods = (0..count).map(|pod| {
         let volume = volume(&volume_of, attributes.clone());
         let name = match is_namesake {
             true => pod_name((number + pod) % PODS),

@@ -47,7 +47,11 @@ impl<G: Ground> Actor<'_, G> {
                 let deleted = self.secrets().delete(name, &DeleteParams::default()).await;
                 unless_absent(deleted, "delete a Secret")
             }
-            What::AlterSecret { class, remove } => self.alter_secret(class, remove).await,
+            What::AlterSecret {
+                class,
+                remove,
+                order,
+            } => self.alter_secret(class, remove, order).await,
             _ => Ok(()),
         }
     }
@@ -176,7 +180,7 @@ impl<G: Ground> Actor<'_, G> {
         self.namespace.api()
     }
 
-    async fn alter_secret(&self, class: usize, remove: bool) -> Result<()> {
+    async fn alter_secret(&self, class: usize, remove: bool, order: bool) -> Result<()> {
         let name = CLASSES.get(class).copied().unwrap_or_default();
         // "by hand" in base64.
         let value = if remove {
@@ -184,7 +188,12 @@ impl<G: Ground> Actor<'_, G> {
         } else {
             "YnkgaGFuZA==".into()
         };
-        let patch = Patch::Merge(json!({"data": {"key-a": value}}));
+        let mut altered = json!({"data": {"key-a": value}});
+        if order {
+            // Of a cluster in which more was written.
+            altered["metadata"] = json!({"annotations": {tenants::ORDER: "4000000000000"}});
+        }
+        let patch = Patch::Merge(altered);
         let secrets = self.secrets();
         self.world.writes_by_hand();
         let written = secrets.patch(name, &PatchParams::default(), &patch).await;
@@ -207,7 +216,13 @@ impl<G: Ground> Actor<'_, G> {
                 self.world.log.tell(format!("hostile {how}: {text}"));
             }
         }
-        sleep(lasts).await;
+        match how {
+            tenants::WEBHOOK => {
+                let namespace = self.hostile.name();
+                self.ground.hang_writes(namespace, lasts).await;
+            }
+            _ => sleep(lasts).await,
+        }
         let pods = self.hostile.api::<Pod>();
         let (mut ready, client) = (0, self.ground.cluster().client());
         for object in &objects {

@@ -36,7 +36,14 @@ pub(super) enum ApiFault {
     NoSecrets,
     Past(BTreeMap<String, Value>),
     Gone,
-    Hung { until: Instant },
+    Hung {
+        until: Instant,
+    },
+    /// Writes of a namespace wait for its webhook.
+    Webhook {
+        namespace: String,
+        until: Instant,
+    },
 }
 
 /// The faults that are active, and how often each has struck.
@@ -123,6 +130,11 @@ impl Active {
                 until.saturating_duration_since(Instant::now()),
                 Box::new(Reaction::Close),
             )),
+            ApiFault::Webhook { namespace, until } => (!is_read && is_in(call.uri, namespace))
+                .then(|| {
+                    let left = until.saturating_duration_since(Instant::now());
+                    Reaction::Delay(left, Box::new(refusal(500, "InternalError")))
+                }),
         };
         self.struck += u64::from(reaction.is_some());
         reaction
@@ -138,6 +150,12 @@ fn writes_secret(uri: &str) -> bool {
     let path = uri.split('?').next().unwrap_or(uri);
     let mut parts = path.trim_start_matches('/').split('/');
     parts.nth(4) == Some("secrets")
+}
+
+fn is_in(uri: &str, namespace: &str) -> bool {
+    let path = uri.split('?').next().unwrap_or(uri);
+    let mut parts = path.split('/').skip_while(|part| *part != "namespaces");
+    parts.nth(1) == Some(namespace)
 }
 
 /// Returns the answer of a server that does not know yet what happened since.
@@ -181,6 +199,15 @@ mod tests {
         };
         assert_eq!(answer("/api/v1/namespaces/n/secrets"), None);
         assert_eq!(answer("/api"), None);
+    }
+
+    #[test]
+    fn the_namespace_of_a_write_is_recognized() {
+        let group = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces";
+        assert!(is_in(&format!("{group}/n/secretproviderclasses/c"), "n"));
+        assert!(is_in("/api/v1/namespaces/n/events?fieldManager=x", "n"));
+        assert!(!is_in("/api/v1/namespaces/other/secrets/n", "n"));
+        assert!(!is_in("/api/v1/nodes/n", "n"));
     }
 
     #[test]

@@ -152,6 +152,16 @@ impl Ground for OnEmbedded {
         Ok(self.faults.end(number))
     }
 
+    async fn hang_writes(&self, namespace: &str, lasts: u64) {
+        let lasts = Duration::from_millis(lasts);
+        let number = self.faults.begin(ApiFault::Webhook {
+            namespace: namespace.to_owned(),
+            until: Instant::now() + lasts,
+        });
+        tokio::time::sleep(lasts).await;
+        self.faults.end(number);
+    }
+
     async fn shrink_memory(&self, node: &str) -> Result<u64> {
         let set = format!(
             "sed 's/^MemTotal: .*/MemTotal: {SMALL_MACHINE_KIB} kB/' /proc/meminfo > /run/chaos-meminfo && \

@@ -217,6 +217,10 @@ impl Ground for OnLocal {
             | What::ApiConflicts { .. }
             | What::ApiPast { .. }
             | What::SecretsRefused { .. } => Some("a real API server answers what is true"),
+            What::Hostile {
+                how: super::super::tenants::WEBHOOK,
+                ..
+            } => Some("a webhook is not set up there"),
             _ => None,
         }
     }
@@ -233,6 +237,9 @@ impl Ground for OnLocal {
             other => Err(Error::Impossible(format!("{other} is not possible here"))),
         }
     }
+
+    /// Does nothing: see [`cannot`](Self::cannot).
+    async fn hang_writes(&self, _: &str, _: u64) {}
 
     async fn shrink_memory(&self, node: &str) -> Result<u64> {
         let driver = self.driver_process(node).await?;

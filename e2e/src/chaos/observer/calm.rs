@@ -12,6 +12,7 @@ use kube::Api;
 use kube::api::{DynamicObject, ListParams};
 use serde_json::Value;
 
+use super::content::DATA;
 use super::volumes::path_of;
 use crate::cluster::{Cluster as _, Component, Result, api};
 use crate::install::pod_statuses;
@@ -38,6 +39,7 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
     }
     let mut used = BTreeSet::new();
     for pod in pods.iter().filter(|pod| pod.ready) {
+        lacking.extend(remains(world, pod));
         for class in &pod.classes {
             used.insert(*class);
             let name = CLASSES.get(*class).copied().unwrap_or_default();
@@ -68,6 +70,34 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
     lacking.extend(wrong_statuses(world, &pods, &statuses));
     world.log.checked("looks at the state after faults", 1);
     Ok(lacking)
+}
+
+/// The annotations of a pod status that tell of trouble while it lasts (docs/operating.md).
+const TROUBLE: [&str; 2] = [
+    "secrets-store.csi.k8s.io/stale-since",
+    "secrets-store.csi.k8s.io/secrets-out-of-step-since",
+];
+
+/// Returns what lies in the volumes of a pod besides the present content: each content takes memory.
+fn remains(world: &World, pod: &Watched) -> Vec<String> {
+    if world.is_buried(&pod.uid) {
+        return Vec::new();
+    }
+    let root = lock(&world.roots).get(&pod.node).cloned();
+    let mut remains = Vec::new();
+    for (class, root) in pod.classes.iter().zip(root.iter().cycle()) {
+        let volume = path_of(pod, root, *class);
+        let present = fs::read_link(volume.join(DATA)).unwrap_or_default();
+        for entry in fs::read_dir(&volume).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let is_own = name.to_string_lossy().starts_with("..");
+            if is_own && name != DATA && Path::new(&name) != present {
+                let name = name.display();
+                remains.push(format!("a volume of pod {} has {name}", pod.name));
+            }
+        }
+    }
+    remains
 }
 
 /// Returns the volumes that a pod still has which has ended.
@@ -202,6 +232,13 @@ fn wrong_status(
     let state = &status.data["status"];
     if state["mounted"] != true {
         return Some("does not say that it is mounted".to_owned());
+    }
+    let annotations = status.metadata.annotations.iter().flatten();
+    if let Some((trouble, since)) = annotations
+        .into_iter()
+        .find(|(name, _)| TROUBLE.contains(&name.as_str()))
+    {
+        return Some(format!("still has {trouble}: {since}"));
     }
     let class_name = CLASSES.get(class).copied().unwrap_or_default();
     let latest = format!("g{}", world.store.latest(class));

@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::super::lock;
 use super::super::store::{CLASSES, generation_of};
-use super::super::tenants::{EDITION, EDITION_KEY, EXTRA_KEY, KEYS};
+use super::super::tenants::{EDITION, EDITION_KEY, EXTRA_KEY, KEYS, ORDER};
 use super::super::world::{Watched, World};
 use super::calm::status_name;
 use crate::install::pod_statuses;
@@ -22,8 +22,6 @@ use crate::install::pod_statuses;
 /// it. A pod that became ready is judged after the same time: this process may hear of its Secret later.
 pub(super) const LATER: Duration = Duration::from_millis(1_500);
 
-/// The annotation with the order of the content: a higher one replaces a lower one (docs/secrets.md).
-const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
 /// The time for which content that another call has read before may come after newer one, without a fault.
 const OVERTAKEN: Duration = Duration::from_secs(1);
 

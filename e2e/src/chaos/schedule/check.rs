@@ -81,8 +81,8 @@ mod tests {
         "line 2: class is 4, but has to be 0 to 3"
     )]
     #[case(
-        r#"{"at":0,"what":"hostile","node":0,"lasts":9,"how":9}"#,
-        "line 2: how is 9, but has to be 0 to 8"
+        r#"{"at":0,"what":"hostile","node":0,"lasts":9,"how":10}"#,
+        "line 2: how is 10, but has to be 0 to 9"
     )]
     #[case(
         r#"{"at":0,"what":"bury-volumes","pod":0,"mounts":0}"#,
