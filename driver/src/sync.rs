@@ -213,6 +213,18 @@ impl SecretSync {
         self.cache.take_overtaken(&ClassKey::new(namespace, class))
     }
 
+    /// Returns whether a check has written the pod status of a volume, perhaps from a record that a refresh
+    /// has replaced since, since the last call. Sends no request.
+    pub fn take_status_written(&self, volume_id: &str) -> bool {
+        self.cache.set_status_written(volume_id, false)
+    }
+
+    /// Notes that the pod status of a volume may have versions of before its last refresh, so that the next
+    /// one writes it. Sends no request.
+    pub fn status_may_be_old(&self, volume_id: &str) {
+        self.cache.set_status_written(volume_id, true);
+    }
+
     /// Notes that the pod status of a volume was written again. It is a new object, which owns the
     /// Secrets of a pod without a controller from now on. Sends no request.
     pub fn pod_status_is_new(&self, pod: &Pod, volume_id: &str) {

@@ -29,6 +29,7 @@ mod undo;
 use std::{
     collections::BTreeMap,
     io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -42,7 +43,10 @@ use crate::{
     cluster::{Class, Cluster, pod_status::NewOrder},
     config::Config,
     error::{Error, Reason, Result},
-    files::{Stamp, layout},
+    files::{
+        Stamp, layout,
+        swap::{self, Leftovers},
+    },
     memory::Memory,
     metrics::{Metrics, PublishGuard},
     mount::{self, Root, TargetState, Tmpfs, VolumeMount},
@@ -371,9 +375,10 @@ impl Volumes {
         })
     }
 
-    /// Examines the three things that decide whether a volume is published.
+    /// Examines the three things that decide whether a volume is published. Removes what an earlier driver
+    /// has left beside the content: a volume that is refreshed seldom would keep former content for long.
     async fn find(&self, request: &PublishRequest) -> Result<Found> {
-        let records = self.records.clone();
+        let (records, memory) = (self.records.clone(), Arc::clone(&self.memory));
         let (volume_id, target, uid) = (
             request.volume_id.clone(),
             request.target.as_path().to_owned(),
@@ -399,7 +404,17 @@ impl Volumes {
                     layout::is_complete(directory)? || !layout::is_empty(directory)?
                 }
             };
-            let mount = root.and_then(|root| root.id);
+            let leftovers = match (&root, &record) {
+                (Some(root), Some(record)) if has_content && record.writer == Writer::Driver => {
+                    tidy(&root.directory)
+                }
+                _ => Leftovers::default(),
+            };
+            if leftovers.removed {
+                memory.changed(&target);
+            }
+            // The next look comes back to what is left.
+            let mount = root.and_then(|root| root.id).filter(|_| !leftovers.left);
             Ok(Found {
                 record,
                 state,
@@ -453,6 +468,17 @@ impl Volumes {
             _ => Error::internal(format!("failed to mount tmpfs at {} for pod {}: {error}", request.target, request.pod)),
         })?
     }
+}
+
+/// Removes what lies beside the content of a volume. The content is whole all the same if that fails.
+fn tidy(root: &OwnedFd) -> Leftovers {
+    swap::tidy(root).unwrap_or_else(|error| {
+        tracing::warn!(%error, "former content could not be removed and stays until the next look");
+        Leftovers {
+            left: true,
+            ..Leftovers::default()
+        }
+    })
 }
 
 /// The three things that decide whether a volume is published.

@@ -263,6 +263,41 @@ async fn the_trouble_of_some_namespaces(#[case] temper: Temper, #[case] count: u
     stop.cancel();
 }
 
+/// A refresh writes the pod status before its record. A check that finds the pod status missing in between
+/// writes the versions of the record from before, so the refresh has to learn of it.
+#[tokio::test]
+async fn a_refresh_learns_that_its_pod_status_was_written_meanwhile() {
+    if !volumes::is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let sync = sync(dir.path(), &cluster);
+    mount(&api, &sync, &cluster, dir.path(), "shop").await;
+    let record = volume(dir.path(), "shop");
+    assert!(!sync.take_status_written(&record.volume_id));
+    let stop = run(&sync);
+    let path = format!(
+        "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/{}",
+        record.pod_status
+    );
+    for _ in 0..2 {
+        let written = async {
+            while api.server.get(&path).is_none() {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        assert!(timeout(SOON, written).await.is_ok(), "{path} stays away");
+        assert!(sync.take_status_written(&record.volume_id));
+        assert!(!sync.take_status_written(&record.volume_id));
+        api.server.remove(&path);
+    }
+    // What could not be corrected is tried again.
+    sync.status_may_be_old(&record.volume_id);
+    assert!(sync.take_status_written(&record.volume_id));
+    stop.cancel();
+}
+
 /// The driver sends few requests for a while, and restores everything soon after the API server is back.
 #[tokio::test]
 async fn an_api_server_that_is_away_is_left_alone() {

@@ -37,16 +37,17 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
+use jiff::Timestamp;
 
 use crate::cluster::{Cluster as _, Error, Result};
 use crate::namespace::Namespace;
 use actor::Actor;
 pub use ground::Site;
 use ground::{Ground, OnEmbedded, OnLocal};
-use observer::{Observer, Usage, excess, lacking, left, untraced, usage};
+use observer::{Observer, Usage, excess, lacking, left, untraced, usage, warned};
 pub use report::{Finding, Outcome};
 pub use schedule::Schedule;
-use schedule::Step;
+use schedule::{Step, What};
 use store::Store;
 use world::World;
 
@@ -88,7 +89,7 @@ pub struct Options {
 /// Returns a seed that no run had.
 pub fn fresh_seed() -> u64 {
     // Short enough to be typed.
-    jiff::Timestamp::now().as_millisecond().unsigned_abs() % 1_000_000_000
+    Timestamp::now().as_millisecond().unsigned_abs() % 1_000_000_000
 }
 
 /// Runs a schedule on a cluster of its own, and on failure shorter ones. Prints what happened. Returns
@@ -230,15 +231,35 @@ async fn run_rounds<G: Ground>(
             break;
         }
         world.log.tell(format!("round {} begins", number + 1));
+        let begun = Timestamp::now();
         run_round(actor, round).await?;
         if !world.log.is_over() {
             settle(world, ground, idle).await?;
+        }
+        if is_hostile(round) && !world.log.is_over() {
+            let warned = warned(world, &ground.cluster().client(), begun).await?;
+            for what in warned {
+                world
+                    .log
+                    .find("a hostile tenant lets nothing of another fail", what);
+            }
         }
     }
     if world.log.is_over() {
         return Ok(());
     }
     end(actor, ground, idle).await
+}
+
+/// Returns whether nobody disturbs in a round but the hostile tenant.
+fn is_hostile(round: &[Step]) -> bool {
+    let mut steps = round.iter().map(|step| step.what);
+    // No volume is refreshed while its class is away.
+    steps.all(|what| match what {
+        What::RemakeClass { .. } => false,
+        What::Hostile { .. } => true,
+        what => what.is_action(),
+    })
 }
 
 /// Carries out the steps of a round at their times; returns when all are over, or soon after a promise

@@ -90,6 +90,16 @@ impl Cluster {
         written.await.map_err(|error| desired.failed(error))
     }
 
+    /// Returns whether the pod status of a volume exists and is complete, in the API server's cache.
+    ///
+    /// # Errors
+    /// Fails if the API server does not answer.
+    pub async fn has_pod_status(&self, desired: &DesiredPodStatus<'_>, name: &str) -> Result<bool> {
+        let found = self.look_at_pod_status(desired, name).await;
+        let missing = found.map_err(|error| desired.failed(error))?;
+        Ok(missing.is_none())
+    }
+
     /// Checks that the pod status of a volume exists and is complete, in the API server's cache, and
     /// writes it again if it is not and the pod is alive. Returns whether it was written.
     ///
@@ -104,15 +114,8 @@ impl Cluster {
         name: &str,
     ) -> Result<bool> {
         let kept = async {
-            let api = self.pod_statuses(desired.pod).await?;
-            let first = match self.read(api.get_with(name, &GetParams::any())).await {
-                Ok(existing) if desired.is_complete(&existing) => {
-                    self.compare_troubles(desired.named(name), &existing.metadata);
-                    return Ok(false);
-                }
-                Ok(_) => First::Read,
-                Err(Failure::Refused { code: 404, .. }) => First::Create,
-                Err(failure) => return Err(failure.into_error()),
+            let Some(first) = self.look_at_pod_status(desired, name).await? else {
+                return Ok(false);
             };
             if !self.is_alive(desired.pod).await? {
                 return Ok(false);
@@ -122,6 +125,25 @@ impl Cluster {
             Ok(!written.await?.resource_version.is_empty())
         };
         kept.await.map_err(|error| desired.failed(error))
+    }
+
+    /// Looks at a pod status in the API server's cache. Returns the first request that writes it, or nothing
+    /// if it is complete.
+    async fn look_at_pod_status(
+        &self,
+        desired: &DesiredPodStatus<'_>,
+        name: &str,
+    ) -> Result<Option<First>> {
+        let api = self.pod_statuses(desired.pod).await?;
+        match self.read(api.get_with(name, &GetParams::any())).await {
+            Ok(existing) if desired.is_complete(&existing) => {
+                self.compare_troubles(desired.named(name), &existing.metadata);
+                Ok(None)
+            }
+            Ok(_) => Ok(Some(First::Read)),
+            Err(Failure::Refused { code: 404, .. }) => Ok(Some(First::Create)),
+            Err(failure) => Err(failure.into_error()),
+        }
     }
 
     async fn put_pod_status(

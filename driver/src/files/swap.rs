@@ -218,6 +218,47 @@ pub fn remove(root: &OwnedFd, former: &Former) -> io::Result<()> {
     remove_at(root.as_fd(), former.0.as_str())
 }
 
+/// What [`tidy`] has found beside the content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Leftovers {
+    /// Whether something was removed.
+    pub removed: bool,
+    /// Whether something is left, because it was in use a moment ago or could not be removed.
+    pub left: bool,
+}
+
+/// Removes what a driver has left in a volume that ended between a swap and the removal of the former
+/// content, or before a swap. The caller sees to it that nothing is being staged there.
+///
+/// # Errors
+/// The system's error.
+pub fn tidy(root: &OwnedFd) -> io::Result<Leftovers> {
+    let mut found = Leftovers::default();
+    let Some(present) = current(root)? else {
+        return Ok(found);
+    };
+    let is_leftover = |name: &CStr| {
+        let name = name.to_bytes();
+        name != DATA.as_bytes() && name != present.as_bytes()
+    };
+    let leftovers = || -> io::Result<usize> {
+        let names = names(root.as_fd())?.into_iter();
+        Ok(names
+            .filter(|name| is_hidden(name) && is_leftover(name))
+            .count())
+    };
+    let before = leftovers()?;
+    if before > 0 {
+        remove_leftovers(root, |name| {
+            name.to_bytes() == present.as_bytes() || is_in_grace(root, name)
+        });
+        let after = leftovers()?;
+        found.removed = after < before;
+        found.left = after > 0;
+    }
+    Ok(found)
+}
+
 fn holds_name(directory: &OwnedFd, name: &str) -> bool {
     fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok()
 }

@@ -69,6 +69,8 @@ pub(super) struct CachedVolume {
     pub(super) class: ClassKey,
     /// The owners that its pod gives its Secrets, once they are known.
     pub(super) owners: Option<PodOwners>,
+    /// Whether a check has written its pod status, since a refresh has asked last.
+    status_written: bool,
 }
 
 impl CachedVolume {
@@ -147,6 +149,7 @@ impl Cache {
                 volume: volume.clone(),
                 class: key.clone(),
                 owners: None,
+                status_written: false,
             });
             let check = Check::PodStatus(cached.key());
             if let Some(before) = entries.volumes.insert(volume.id.clone(), cached) {
@@ -180,6 +183,7 @@ impl Cache {
             class: ClassKey::new(&volume.pod.namespace, &class.name),
             volume,
             owners: None,
+            status_written: false,
         };
         for check in [
             Check::Class(cached.class.clone()),
@@ -247,6 +251,13 @@ impl Cache {
         if let Some(cached) = self.entries().volumes.get_mut(volume_id) {
             cached.owners = owners;
         }
+    }
+
+    /// Sets whether a check has written the pod status of a volume. Returns what was set before.
+    pub(super) fn set_status_written(&self, volume_id: &str, is_written: bool) -> bool {
+        let mut entries = self.entries();
+        let cached = entries.volumes.get_mut(volume_id);
+        cached.is_some_and(|cached| std::mem::replace(&mut cached.status_written, is_written))
     }
 
     /// Schedules the next check of a volume's pod status.

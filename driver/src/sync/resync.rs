@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     cluster::{Class, Freshness, Wanted, pod_status::DesiredPodStatus, secrets::Owner},
+    error::Result,
     record::{Record, is_object_name},
 };
 
@@ -43,6 +44,15 @@ const MAX_RUN: Duration = Duration::from_secs(5);
 const MAX_PAUSE: Duration = Duration::from_millis(100);
 /// The longest wait for an API server that is away.
 const MAX_AWAY: Duration = Duration::from_secs(20);
+
+/// What makes a pod status one that is kept.
+#[derive(Clone, Copy)]
+enum Kept {
+    /// It is there.
+    Found,
+    /// It was missing, and is written.
+    Written,
+}
 
 /// The checks that run, and the namespaces in which checks fail.
 #[derive(Default)]
@@ -240,7 +250,23 @@ impl SecretSync {
     }
 
     /// Writes the pod status of a recorded volume if it is missing. Returns whether it was.
-    async fn keep_pod_status(&self, record: &Record) -> crate::error::Result<bool> {
+    ///
+    /// A refresh writes the pod status before the record. So that a pod status that was missing meanwhile
+    /// does not keep the versions of the record from before, the refresh learns that it was written here.
+    async fn keep_pod_status(&self, record: &Record) -> Result<bool> {
+        if self.with_pod_status(record, Kept::Found).await? {
+            return Ok(false);
+        }
+        self.cache.set_status_written(&record.volume_id, true);
+        let (records, id) = (self.records.clone(), record.volume_id.clone());
+        match blocking(move || records.get(&id)).await {
+            Some(record) => self.with_pod_status(&record, Kept::Written).await,
+            None => Ok(false),
+        }
+    }
+
+    /// Returns whether the pod status of a recorded volume was found, or was written because it was missing.
+    async fn with_pod_status(&self, record: &Record, kept: Kept) -> Result<bool> {
         let desired = DesiredPodStatus {
             volume_id: &record.volume_id,
             pod: &record.pod,
@@ -250,9 +276,11 @@ impl SecretSync {
             objects: &record.told_objects(),
             new_order: None,
         };
-        self.cluster
-            .keep_pod_status(&desired, &record.pod_status)
-            .await
+        let name = &record.pod_status;
+        match kept {
+            Kept::Found => self.cluster.has_pod_status(&desired, name).await,
+            Kept::Written => self.cluster.keep_pod_status(&desired, name).await,
+        }
     }
 
     /// Checks a Secret, and others of its class that had to be computed with it.

@@ -221,6 +221,7 @@ impl Volumes {
         }
         fresh.files = self.names(request, sends_versions).await;
         self.record_refresh(staged_record, &fresh).await;
+        self.correct_pod_status(request, &fresh).await;
         if changed || renews || class.identity != record.class {
             // The refresh has succeeded. Sync has told the pod of a Secret that could not be written,
             // and writes it again without the provider.
@@ -229,6 +230,21 @@ impl Volumes {
             }
         }
         Ok(fresh)
+    }
+
+    /// Writes the pod status again if it was missing during the refresh and a check has written it, with the
+    /// versions of the record from before.
+    async fn correct_pod_status(&self, request: &PublishRequest, fresh: &Record) {
+        if !self.sync.take_status_written(&request.volume_id) {
+            return;
+        }
+        let before = Some(fresh.pod_status.as_str());
+        let objects = fresh.told_objects();
+        let written = self.write_pod_status(request, &objects, None, before).await;
+        if let Err(error) = written {
+            tracing::debug!(%error, "the next refresh tries again");
+            self.sync.status_may_be_old(&request.volume_id);
+        }
     }
 
     /// Records a refresh whose content is in place. If the record cannot be written, the volume is

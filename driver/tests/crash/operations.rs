@@ -506,6 +506,7 @@ impl Run {
                 return Err(format!("it is published with the files {names:?}"));
             }
         }
+        self.former_content_goes().await?;
         if self.then == Then::Elsewhere {
             // Longer than the interval in which it checks the Secret.
             sleep(Duration::from_millis(1_300)).await;
@@ -607,6 +608,11 @@ impl Run {
             return Err(format!("the status goes with the earlier pod: {status}"));
         }
         until("the Secrets are as they should be", || self.has_secrets()).await?;
+        self.former_content_goes().await
+    }
+
+    /// Waits until nothing but the present content is left in the volume, with further looks of kubelet.
+    async fn former_content_goes(&self) -> Result<(), String> {
         let started = Instant::now();
         loop {
             self.node.age_content();

@@ -7,6 +7,7 @@ mod leaks;
 mod secrets;
 mod statuses;
 mod volumes;
+mod warnings;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use crate::install::pod_statuses;
 pub(super) use calm::{lacking, untraced};
 pub(super) use leaks::{Usage, excess, left, usage};
 use volumes::Suspicion;
+pub(super) use warnings::warned;
 
 /// The parts of the observer that run all the time. Dropping it ends them.
 pub(super) struct Observer {

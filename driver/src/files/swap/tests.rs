@@ -204,6 +204,38 @@ fn let_the_grace_pass(volume: &Path) {
     }
 }
 
+/// What a driver has left that ended goes without another swap, and what a reader may still open stays.
+#[test]
+fn what_an_earlier_driver_left_goes_and_the_content_stays() {
+    let volume = tempfile::tempdir().unwrap();
+    let volume = volume.path();
+    let tidy = || super::tidy(&open_root(volume).unwrap()).unwrap();
+    // A volume without content is not looked at.
+    fs::create_dir(volume.join(ASIDE)).unwrap();
+    assert_eq!(tidy(), Leftovers::default());
+    let [old, new] =
+        ["old", "new"].map(|text| payload(&[("a", text, 0o600), ("d/b", text, 0o644)]));
+    replace(volume, &old).unwrap();
+    assert_eq!(tidy(), Leftovers::default());
+    let staged = stage(volume, new.clone()).unwrap().unwrap();
+    let _former = staged.commit().unwrap().unwrap();
+    let in_grace = Leftovers {
+        removed: false,
+        left: true,
+    };
+    assert_eq!((tidy(), hidden(volume)), (in_grace, 3));
+    let_the_grace_pass(volume);
+    fs::create_dir_all(volume.join(ASIDE).join("deep")).unwrap();
+    symlink("..2020", volume.join(LINK_TMP)).unwrap();
+    let gone = Leftovers {
+        removed: true,
+        left: false,
+    };
+    assert_eq!((tidy(), hidden(volume)), (gone, 2));
+    assert_eq!(tidy(), Leftovers::default());
+    assert_eq!(seen(volume), expected(&new));
+}
+
 /// Contents follow each other faster than slow programs read.
 #[test]
 fn each_former_content_stays_for_its_grace_however_many_follow() {
