@@ -1,17 +1,23 @@
 //! What can be wrong, from the ground up: each check looks at one thing, and the first ones explain the others.
 
+mod commands;
 mod containers;
+mod environment;
 mod events;
 mod ground;
 mod mended;
 mod mount;
+mod order;
 mod others;
+mod over;
 mod paths;
 mod refresh;
 mod refusal;
 mod restarts;
+mod sandbox;
 mod secret_volumes;
 mod secrets;
+mod start;
 mod sub_path;
 mod termination;
 mod volume;
@@ -24,13 +30,14 @@ use kube::ResourceExt as _;
 use serde::Serialize;
 
 pub(super) use refresh::{Next, interval, next_refresh, rotates};
-pub(super) use restarts::{ends_again, notes as of_containers};
+pub(super) use restarts::{ends_again, notes as of_hooks};
 pub(super) use secrets::outdated;
+pub(super) use volume::shown_name;
 
-use super::facts::{Facts, VolumeFacts, is_running, time_of};
+use self::order::{Place, Stage};
+use super::facts::{Facts, VolumeFacts, time_of};
 use crate::{
-    cluster::Read,
-    installation::{Installed, TELL},
+    installation::TELL,
     text::{one_line, visible},
     time::span,
 };
@@ -149,17 +156,6 @@ const OF_POD: &[(&str, OfPod)] = &[
     ("mount-propagation", ground::propagation),
 ];
 
-/// The checks of the pod that find that the driver is away or cut off.
-const OF_DRIVER: [&str; 7] = [
-    "csi-driver",
-    "driver-installed",
-    "driver-pod",
-    "driver-restarts",
-    "registration",
-    "driver-socket",
-    "mount-propagation",
-];
-
 /// The checks of a volume. Of those that prevent a mount, the first one is the reason.
 const PREVENTS_MOUNT: &[(&str, OfVolume)] = &[
     ("class-attribute", volume::class_attribute),
@@ -187,32 +183,49 @@ const OF_MOUNTED: &[(&str, OfVolume)] = &[
     ("secret-missing", secrets::missing),
 ];
 
-/// A check of the pod, which is told whether something was found before.
-type OfRest = fn(&Facts, bool) -> Option<Found>;
+/// Finds what is wrong with a pod's volumes, the reason first, and what its start waits for besides.
+pub(super) fn all(facts: &Facts) -> (Vec<Trouble>, Vec<Trouble>) {
+    let mut all = of_ground(facts);
+    let others = of_containers(facts, &all);
+    all.extend(others);
+    let steps = start::steps(facts);
+    // A deleted pod does not start any more.
+    if !facts.is_deleted() {
+        order::sort(&mut all, &steps);
+    }
+    let waits = order::untold(steps, &all).into_iter();
+    let waits = waits.map(|step| facts.trouble("start", None, step.found));
+    let waits = waits.collect();
+    (all.into_iter().map(|(_, trouble)| trouble).collect(), waits)
+}
 
-/// The checks of what else the pod waits for.
-const LAST: &[(&str, OfRest)] = &[
-    ("env-secret", secrets::env_secret),
-    ("env-key", |facts, _| secrets::env_key(facts)),
-    ("termination", |facts, _| termination::termination(facts)),
-];
-
-/// Finds what is wrong with a pod's volumes; the reason comes first.
-pub(super) fn all(facts: &Facts) -> Vec<Trouble> {
-    let mut troubles = Vec::new();
-    let trouble = |check, volume: Option<&VolumeFacts>, found| {
-        facts.trouble(check, volume.map(|volume| volume.name.as_str()), found)
+/// Finds what is wrong with the pod, and with its volumes.
+fn of_ground(facts: &Facts) -> Vec<(Place, Trouble)> {
+    let mut all = Vec::new();
+    let mut add = |place: Place, check, volume: Option<&str>, found| {
+        all.push((place, facts.trouble(check, volume, found)));
     };
-    troubles.extend(termination::finalizers(facts).map(|found| trouble("finalizers", None, found)));
+    if let Some(found) = termination::finalizers(facts) {
+        add(Place::of_check("finalizers"), "finalizers", None, found);
+    }
     for (name, found) in others::misnamed(facts) {
-        troubles.push(facts.trouble("driver-name", Some(&name), found));
+        let place = Place::of_check("driver-name");
+        add(place, "driver-name", Some(&name), found);
     }
     let ground = OF_POD
         .iter()
         .filter(|(name, _)| !facts.volumes.is_empty() || *name == "unscheduled")
         .find_map(|(name, check)| Some((name, check(facts)?)));
     let has_ground = ground.is_none();
-    troubles.extend(ground.map(|(name, found)| trouble(name, None, found)));
+    if let Some((name, found)) = ground {
+        let place = Place::of_check(name);
+        // A driver that is away keeps nothing from starting whose volumes are mounted.
+        let place = match place.stage == Some(Stage::Volumes) && facts.has_volumes() {
+            true => Place::at(Stage::Mounted),
+            false => place,
+        };
+        add(place, name, None, found);
+    }
     for volume in &facts.volumes {
         let is_mounted = facts.is_mounted(volume);
         let is_over = facts.has_ended() || facts.may_outlive_its_volumes();
@@ -221,52 +234,59 @@ pub(super) fn all(facts: &Facts) -> Vec<Trouble> {
                 .iter()
                 .filter(|(name, _)| has_ground || *name != "mount")
                 .find_map(|(name, check)| Some((name, check(facts, volume)?)));
-            troubles.extend(reason.map(|(name, found)| trouble(name, Some(volume), found)));
+            if let Some((name, found)) = reason {
+                // kubelet goes on without a volume that no container mounts.
+                let stage = match *name {
+                    "unused" => Stage::Mounted,
+                    _ => Stage::Volumes,
+                };
+                add(Place::at(stage), name, Some(&volume.name), found);
+            }
         }
         for (name, check) in OF_MOUNTED {
-            let found = check(facts, volume);
-            troubles.extend(found.map(|found| trouble(name, Some(volume), found)));
+            if let Some(found) = check(facts, volume) {
+                add(Place::at(Stage::Mounted), name, Some(&volume.name), found);
+            }
         }
     }
     let of_secrets = secret_volumes::wrong(facts);
-    let names: Vec<_> = of_secrets.iter().map(|(name, _)| name.clone()).collect();
-    for (name, found) in of_secrets {
-        troubles.push(facts.trouble("volume-secret", Some(&name), found));
+    let names: Vec<_> = of_secrets
+        .iter()
+        .map(|(volume, _)| volume.name.clone())
+        .collect();
+    for (volume, found) in of_secrets {
+        let place = Place {
+            needs_driver: secrets::awaits_driver(facts, &volume.secret),
+            ..Place::at(Stage::Volumes)
+        };
+        add(place, "volume-secret", Some(&volume.name), found);
     }
     let is_told = |name: &Option<String>| name.as_ref().is_some_and(|name| names.contains(name));
     let others = others::failed(facts).into_iter();
     for (name, found) in others.filter(|(name, _)| !is_told(name)) {
-        troubles.push(facts.trouble("other-volume", name.as_deref(), found));
+        let place = Place::at(Stage::Volumes);
+        add(place, "other-volume", name.as_deref(), found);
     }
-    let has_reason = !troubles.is_empty();
-    for (name, check) in LAST {
-        let check = |facts: &Facts| check(facts, has_reason);
-        troubles.extend(check(facts).map(|found| trouble(name, None, found)));
-    }
-    let mut checks = troubles.iter().map(|trouble| trouble.check);
-    let is_told = checks.any(|check| ["env-secret", "env-key"].contains(&check));
-    let of_containers = containers::wrong(facts, is_told);
-    add_of_containers(facts, &mut troubles, of_containers);
-    troubles
+    all
 }
 
-/// Adds what keeps containers from running. Where the volumes are mounted, it is not for want of a driver: it comes
-/// before that, unless it is a Secret, which the driver makes.
-fn add_of_containers(facts: &Facts, troubles: &mut Vec<Trouble>, added: Vec<Trouble>) {
-    let mut used = facts.volumes.iter().filter(|volume| facts.is_used(volume));
-    let are_mounted = used.all(|volume| facts.is_mounted(volume) == Some(true));
-    let of_driver = troubles
+/// Finds what is wrong with the containers, and what keeps a deleted pod. `before` was found before.
+fn of_containers(facts: &Facts, before: &[(Place, Trouble)]) -> Vec<(Place, Trouble)> {
+    let trouble = |(place, check, found)| (place, facts.trouble(check, None, found));
+    let environment = environment::wrong(facts, !before.is_empty());
+    let told: Vec<_> = environment
         .iter()
-        .position(|trouble| OF_DRIVER.contains(&trouble.check));
-    let (first, last) = added.into_iter().partition::<Vec<_>, _>(|trouble| {
-        let said = trouble.said.as_deref();
-        let is_sure = trouble.check != "container-config"
-            || said.is_some_and(|said| !containers::is_about_secret(said));
-        are_mounted && is_sure
-    });
-    let at = of_driver.unwrap_or(troubles.len());
-    troubles.splice(at..at, first);
-    troubles.extend(last);
+        .filter_map(|(place, ..)| place.container.clone())
+        .collect();
+    let mut all: Vec<_> = environment.into_iter().map(trouble).collect();
+    all.extend(termination::termination(facts).map(|found| {
+        let check = "termination";
+        trouble((Place::of_check(check), check, found))
+    }));
+    let of_containers = containers::wrong(facts, |name| told.iter().any(|told| told == name));
+    let of_images = environment::of_images(facts);
+    all.extend(of_containers.into_iter().chain(of_images).map(trouble));
+    all
 }
 
 impl Facts {
@@ -295,138 +315,5 @@ impl Facts {
             said,
             next,
         }
-    }
-
-    /// Returns the beginning of commands about the pod's namespace.
-    fn kubectl(&self) -> String {
-        format!("kubectl -n {}", self.pod.namespace().unwrap_or_default())
-    }
-
-    /// Returns the command that shows the pod.
-    fn describe(&self) -> String {
-        format!("{} describe pod {}", self.kubectl(), self.pod.name_any())
-    }
-
-    /// Returns the command that shows the class of a volume; for someone who may not read it, what the pod says of
-    /// it.
-    fn show_class(&self, volume: &VolumeFacts) -> String {
-        if volume.class.unknown().is_some() {
-            return self.describe();
-        }
-        format!(
-            "{} get secretproviderclass {} -o yaml",
-            self.kubectl(),
-            volume.class_name
-        )
-    }
-
-    /// Returns the command that edits the class of a volume.
-    fn edit_class(&self, volume: &VolumeFacts) -> String {
-        format!(
-            "{} edit secretproviderclass {}",
-            self.kubectl(),
-            volume.class_name
-        )
-    }
-
-    /// Returns how to give the driver a right: a value of the chart, or a role of `deploy/`.
-    fn grant(&self, value: &str, role: &str) -> Then {
-        match self.may_not_see_the_driver() {
-            true => Then::Tell,
-            false => Then::Do(format!(
-                "kubectl apply -f deploy/{role} # or, of the chart, {value}=true"
-            )),
-        }
-    }
-
-    /// Returns the command that gets a pod like this one. A pod without a controller is not made again by itself.
-    fn new_pod(&self) -> String {
-        let (kubectl, pod) = (self.kubectl(), self.pod.name_any());
-        match self.has_controller() {
-            true => format!("{kubectl} delete pod {pod}"),
-            false => format!("{kubectl} get pod {pod} -o yaml | kubectl replace --force -f -"),
-        }
-    }
-
-    /// Returns whether something makes a pod like this one once it is deleted.
-    fn has_controller(&self) -> bool {
-        let mut owners = self.pod.owner_references().iter();
-        owners.any(|owner| owner.controller == Some(true))
-    }
-
-    /// Returns the command that shows the log of the node's driver.
-    fn driver_log(&self) -> Then {
-        let driver = self.node.as_ref().and_then(|node| node.driver.found());
-        match driver.and_then(Option::as_ref) {
-            Some((installed, pod)) => Then::Do(format!(
-                "kubectl -n {} logs {} -c {} --since=15m",
-                installed.namespace(),
-                pod.name_any(),
-                installed.container
-            )),
-            None => self.driver_pods(),
-        }
-    }
-
-    /// Returns the command that shows what the node's driver logged as it started.
-    fn driver_start(&self) -> Then {
-        match self.driver_log() {
-            Then::Do(command) => Then::Do(command.replace(" --since=15m", " | head -50")),
-            Then::Tell => Then::Tell,
-        }
-    }
-
-    /// Returns the command that shows the driver's pods.
-    fn driver_pods(&self) -> Then {
-        if self.may_not_see_the_driver() {
-            return Then::Tell;
-        }
-        let node = self
-            .node
-            .as_ref()
-            .map(|node| format!(" --field-selector spec.nodeName={}", node.name));
-        let node = node.unwrap_or_default();
-        let command = match self.installed.found().and_then(|all| all.first()) {
-            Some(installed) => format!(
-                "kubectl -n {} get pods -l {} -o wide{node}",
-                installed.namespace(),
-                installed.selector()
-            ),
-            None => "kubectl get daemonsets -A".to_owned(),
-        };
-        Then::Do(command)
-    }
-
-    /// Returns whether it is known that no driver runs on the pod's node.
-    pub(super) fn lacks_driver(&self) -> bool {
-        let node = self.node.as_ref();
-        node.is_some_and(|node| match &node.driver {
-            Read::Is(Some((installed, pod))) => !is_running(pod, &installed.container),
-            Read::Is(None) => true,
-            _ => false,
-        })
-    }
-
-    /// Returns whether the driver's DaemonSet or its pods could not be read.
-    fn may_not_see_the_driver(&self) -> bool {
-        let node = self.node.as_ref();
-        self.installed.unknown().is_some()
-            || node.is_some_and(|node| node.driver.unknown().is_some())
-    }
-
-    /// Returns the command that shows all pods of the node, among them that of a provider.
-    fn pods_of_node(&self) -> Then {
-        if self.may_not_see_the_driver() {
-            return Then::Tell;
-        }
-        let node = self.node.as_ref().map_or("NODE", |node| node.name.as_str());
-        Then::Do(format!(
-            "kubectl get pods -A -o wide --field-selector spec.nodeName={node}"
-        ))
-    }
-
-    /// Returns the DaemonSet and the pod of the node's driver.
-    fn driver(&self) -> Option<&(Installed, k8s_openapi::api::core::v1::Pod)> {
-        self.node.as_ref()?.driver.found()?.as_ref()
     }
 }

@@ -20,7 +20,7 @@ use k8s_openapi::{
 };
 use kube::{Api, Client, ResourceExt as _, api::ListParams};
 
-pub(super) use taken::SecretVolume;
+pub(super) use taken::{SecretVolume, Take};
 
 use crate::{
     cluster::{Read, list, list_metadata, read},
@@ -145,12 +145,7 @@ impl Facts {
 
     async fn read_secrets(&mut self, client: &Client, namespace: &str) {
         let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
-        let mut names: BTreeSet<String> = self.taken_secrets().into_keys().collect();
-        names.extend(
-            self.secret_volumes()
-                .into_iter()
-                .map(|volume| volume.secret),
-        );
+        let mut names: BTreeSet<String> = self.named_secrets();
         for volume in &self.volumes {
             let reference = volume.source.node_publish_secret_ref.as_ref();
             names.extend(reference.map(|reference| reference.name.clone()));
@@ -175,11 +170,20 @@ impl Facts {
         self.secrets = each.buffer_unordered(AT_ONCE).collect().await;
     }
 
-    fn needs_classes(&self) -> bool {
-        let has_one_missing = self.volumes.iter().any(|volume| volume.class.is_missing());
+    /// Returns the Secrets that the pod names: for its environment, as volumes, and for its images.
+    fn named_secrets(&self) -> BTreeSet<String> {
+        let of_environment = self.takes().into_iter().map(|take| take.secret.to_owned());
         let of_volumes = self.secret_volumes().into_iter();
         let of_volumes = of_volumes.map(|volume| volume.secret);
-        let mut taken = self.taken_secrets().into_keys().chain(of_volumes);
+        let of_images = self.pull_secrets().map(str::to_owned);
+        // Those of the images of a pod without volumes of the driver are nobody's business here.
+        let of_images = of_images.filter(|_| !self.volumes.is_empty());
+        of_environment.chain(of_volumes).chain(of_images).collect()
+    }
+
+    fn needs_classes(&self) -> bool {
+        let has_one_missing = self.volumes.iter().any(|volume| volume.class.is_missing());
+        let mut taken = self.named_secrets().into_iter();
         let of_others = taken.any(|secret| {
             let is_missing = self.secrets.get(&secret).is_some_and(Read::is_missing);
             is_missing && !self.volumes.iter().any(|volume| volume.makes(&secret))

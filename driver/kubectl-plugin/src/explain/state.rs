@@ -11,6 +11,9 @@ use crate::time::span;
 /// until it starts one again.
 pub(super) const LATELY: i64 = 600;
 
+/// The reason of an end because of the memory that a container took.
+const OUT_OF_MEMORY: &str = "OOMKilled";
+
 /// Returns what `kubectl get pod` shows as the pod's status.
 pub(super) fn of(pod: &Pod) -> String {
     if pod.metadata.deletion_timestamp.is_some() {
@@ -45,17 +48,10 @@ pub(super) fn of(pod: &Pod) -> String {
 /// Returns the state of the first init container that has not done its work; a sidecar has, once it has
 /// started.
 fn initializing(pod: &Pod, init: &[ContainerStatus]) -> Option<String> {
-    let spec = pod.spec.iter();
-    let sidecars: Vec<_> = spec
-        .flat_map(|spec| spec.init_containers.iter().flatten())
-        .filter(|container| container.restart_policy.as_deref() == Some("Always"))
-        .map(|container| container.name.as_str())
-        .collect();
     init.iter().enumerate().find_map(|(index, container)| {
         let state = container.state.as_ref();
         let ended = state.and_then(|state| state.terminated.as_ref());
-        let has_started =
-            container.started == Some(true) && sidecars.contains(&container.name.as_str());
+        let has_started = container.started == Some(true) && is_sidecar(pod, &container.name);
         if has_started || ended.is_some_and(|ended| ended.exit_code == 0) {
             return None;
         }
@@ -63,6 +59,33 @@ fn initializing(pod: &Pod, init: &[ContainerStatus]) -> Option<String> {
             None | Some("PodInitializing") => format!("Init:{index}/{}", init.len()),
             Some(reason) => format!("Init:{reason}"),
         })
+    })
+}
+
+/// Returns whether a container is an init container that goes on beside the others.
+pub(super) fn is_sidecar(pod: &Pod, name: &str) -> bool {
+    let spec = pod.spec.iter();
+    let mut init = spec.flat_map(|spec| spec.init_containers.iter().flatten());
+    init.any(|init| init.name == name && init.restart_policy.as_deref() == Some("Always"))
+}
+
+/// Returns a condition of the pod.
+pub(super) fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<&'a PodCondition> {
+    let status = pod.status.iter();
+    let mut conditions = status.flat_map(|status| status.conditions.iter().flatten());
+    conditions.find(|condition| condition.type_ == kind)
+}
+
+/// Returns whether all init containers are through. kubelet starts no other container before.
+pub(super) fn is_initialized(pod: &Pod) -> bool {
+    if let Some(condition) = condition(pod, "Initialized") {
+        return condition.status == "True";
+    }
+    let status = pod.status.iter();
+    let mut others = status.flat_map(|status| status.container_statuses.iter().flatten());
+    others.any(|status| {
+        let state = status.state.as_ref();
+        state.is_some_and(|state| state.running.is_some() || state.terminated.is_some())
     })
 }
 
@@ -91,11 +114,7 @@ pub(super) fn statuses(pod: &Pod) -> impl Iterator<Item = (bool, &ContainerStatu
 /// Returns the condition that the pod has a sandbox, which kubelet makes once all volumes are mounted. kubelet has
 /// it since Kubernetes 1.29.
 pub(super) fn sandbox(pod: &Pod) -> Option<&PodCondition> {
-    let status = pod.status.iter();
-    let mut conditions = status.flat_map(|status| status.conditions.iter().flatten());
-    conditions.find(|condition| {
-        condition.type_ == "PodReadyToStartContainers" && condition.status == "True"
-    })
+    condition(pod, "PodReadyToStartContainers").filter(|condition| condition.status == "True")
 }
 
 /// Returns whether kubelet has gone on from mounting volumes to starting containers.
@@ -209,6 +228,13 @@ pub(super) fn crash(facts: &Facts, status: &ContainerStatus) -> (String, String)
     let ended = ended.map_or_else(String::new, |ended| {
         format!("{last} {}", end(ended, facts.now))
     });
+    if last_end(status).is_some_and(|ended| ended.reason.as_deref() == Some(OUT_OF_MEMORY)) {
+        let what = format!(
+            "container {container} {verb}{ended}: {}",
+            memory(facts, container)
+        );
+        return (what, facts.describe());
+    }
     let what = format!("container {container} {verb}{ended}:{why} look at its log");
     // The log of a container that has not been started again yet is the one of its end.
     let previous = match has_ended {
@@ -216,6 +242,20 @@ pub(super) fn crash(facts: &Facts, status: &ContainerStatus) -> (String, String)
         None => " --previous",
     };
     (what, log(facts, container, previous))
+}
+
+/// Returns what to do about a container that the node has ended because of its memory.
+fn memory(facts: &Facts, container: &str) -> String {
+    let mut containers = facts.containers();
+    let found = containers.find(|found| found.name == container);
+    let limits = found.and_then(|found| found.resources.as_ref()?.limits.as_ref());
+    match limits.and_then(|limits| limits.get("memory")) {
+        Some(limit) => format!(
+            "it took more memory than its limit of {}; raise resources.limits.memory, or let its program take less",
+            limit.0
+        ),
+        None => "the node has ended it because of the memory that it took".to_owned(),
+    }
 }
 
 /// Returns the command that shows the log of a container.

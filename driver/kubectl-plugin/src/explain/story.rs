@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     cluster::Read,
-    explain::checks::{Next, next_refresh},
+    explain::checks::{Next, next_refresh, shown_name},
     installation::is_ready,
     text::{one_line, visible},
     time::shown,
@@ -45,6 +45,8 @@ pub struct Story {
     pub node: Option<String>,
     /// What is wrong; the reason first.
     pub trouble: Vec<Trouble>,
+    /// What a pod waits for that is not ready, as far as it is not told as what is wrong.
+    pub waits: Vec<Trouble>,
     /// The volumes of the driver.
     pub volumes: Vec<Volume>,
     /// What is worth knowing and not wrong.
@@ -127,7 +129,7 @@ impl Story {
     /// Tells it.
     pub(super) fn of(facts: &Facts) -> Self {
         let pod = &facts.pod;
-        let trouble = checks::all(facts);
+        let (trouble, waits) = checks::all(facts);
         Self {
             time: facts.now,
             namespace: pod.namespace().unwrap_or_default(),
@@ -139,8 +141,9 @@ impl Story {
                 .iter()
                 .map(|volume| Volume::of(facts, volume))
                 .collect(),
-            notes: lines(notes::of(facts, !trouble.is_empty())),
+            notes: lines(notes::of(facts, &trouble)),
             trouble,
+            waits,
             unknown: lines(unknown::of(facts)),
             known: is_known(facts),
         }
@@ -243,7 +246,7 @@ impl Volume {
                 "  {} (class {}, provider {})",
                 self.name,
                 visible(class),
-                visible(provider)
+                visible(&shown_name(provider))
             )?,
         }
         match (self.mounted, self.mounted_since) {
@@ -329,23 +332,25 @@ impl fmt::Display for Story {
             self.pod,
             visible(&self.state)
         )?;
-        match self.trouble.as_slice() {
-            [] if self.unknown.is_empty() => {
-                writeln!(f, "\nNothing is wrong with its volumes.")?;
-            }
-            [] => writeln!(
-                f,
-                "\nNothing is known to be wrong with its volumes; what could not be read is at the end."
-            )?,
-            troubles => writeln!(
-                f,
-                "\nWrong{}:",
-                if troubles.len() > 1 {
-                    ", the reason first"
-                } else {
-                    ""
+        if self.trouble.is_empty() {
+            let nothing = match self.unknown.is_empty() {
+                true => "Nothing is wrong with its volumes.",
+                false => {
+                    "Nothing is known to be wrong with its volumes; what could not be read is at the end."
                 }
-            )?,
+            };
+            writeln!(f, "\n{nothing}")?;
+        }
+        if !self.waits.is_empty() {
+            writeln!(f, "\nIt waits for:")?;
+        }
+        for waits in &self.waits {
+            waits.write(f)?;
+        }
+        match self.trouble.len() {
+            0 => {}
+            1 => writeln!(f, "\nWrong:")?,
+            _ => writeln!(f, "\nWrong, the reason first:")?,
         }
         for trouble in &self.trouble {
             trouble.write(f)?;

@@ -1,4 +1,4 @@
-//! Checks the Secrets that a pod takes: into the environment of its containers, and as volumes.
+//! Checks the Secrets that a pod takes: into the environment of its containers, as volumes, and for its images.
 
 use super::{
     Findings, Surroundings,
@@ -34,7 +34,11 @@ pub(super) fn check(
         .iter()
         .flat_map(|container| of_container(container));
     let volumes = spec.items_of("volumes").iter();
-    for reference in of_containers.chain(volumes.flat_map(of_volume)) {
+    let of_images = spec.items_of("imagePullSecrets").iter();
+    let of_images = of_images
+        .filter_map(|secret| Reference::of("imagePullSecrets", secret, "name", Vec::new()));
+    let all = of_containers.chain(volumes.flat_map(of_volume));
+    for reference in all.chain(of_images) {
         check_one(&reference, made, around, file);
     }
 }

@@ -6,8 +6,10 @@ use std::fmt::Write as _;
 use serde_json::json;
 
 use crate::{
+    drivers::DRIVERS,
     restarts::RESTARTS,
     situations::SITUATIONS,
+    starts::STARTS,
     waits::WAITS,
     world::{World, ago},
 };
@@ -28,7 +30,9 @@ macro_rules! assert_stories {
 #[tokio::test]
 async fn each_situation_has_its_story() {
     let mut text = String::new();
-    for (title, change) in SITUATIONS.iter().chain(WAITS).chain(RESTARTS) {
+    let all = SITUATIONS.iter().chain(WAITS).chain(RESTARTS);
+    let all = all.chain(STARTS).chain(DRIVERS);
+    for (title, change) in all {
         let mut world = World::in_order();
         change(&mut world);
         let said = world.start().await.explain("web").await;

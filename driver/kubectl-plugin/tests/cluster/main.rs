@@ -9,9 +9,12 @@
 )]
 
 mod doctor;
+mod drivers;
 mod explain;
+mod net;
 mod restarts;
 mod situations;
+mod starts;
 mod waits;
 mod workload;
 mod world;

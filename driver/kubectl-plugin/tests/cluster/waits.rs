@@ -223,6 +223,7 @@ pub(crate) const WAITS: &[(&str, Change)] = &[
     ("the image is pulled for the first time", |world| {
         waits(world, "ContainerCreating", "");
         world.event("Pulling", "Pulling image \"shop\"");
+        of_container(world, "spec.containers{main}");
     }),
     ("the image runs as root, and may not", |world| {
         waits(

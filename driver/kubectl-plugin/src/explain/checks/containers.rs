@@ -1,23 +1,18 @@
-//! Checks what containers wait for that is not a volume: their image, a field or an object that kubelet refuses, their
-//! own program, and the sandbox of the pod.
+//! Checks what containers wait for that is not a volume: their image, a field or an object that kubelet refuses, and
+//! their own program.
 
-use k8s_openapi::api::core::v1::{ContainerStatus, Event};
+use k8s_openapi::api::core::v1::{
+    ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, Event,
+};
 
 use super::{
-    Found, Trouble,
-    events::{is_about, text, waits},
-    restarts,
+    Found,
+    events::{has_name, is_about, text},
+    order::Place,
+    over, restarts,
+    sandbox::sandbox,
 };
-use crate::{
-    explain::{
-        facts::{Facts, time_of},
-        state,
-    },
-    installation::is_ready,
-};
-
-/// The seconds for which an event about the sandbox says something of the present.
-const RECENT: i64 = 600;
+use crate::explain::{facts::Facts, state};
 
 /// The reasons for which a container waits for its image.
 const OF_IMAGE: [&str; 7] = [
@@ -100,7 +95,7 @@ const CONFIGS: &[(&str, &str)] = &[
     ),
     (
         "executable file not found",
-        "the image has no such program: correct command or args",
+        "the container has no such program in its PATH: correct command or args",
     ),
     (
         "configmap \"",
@@ -112,23 +107,71 @@ const CONFIGS: &[(&str, &str)] = &[
     ),
 ];
 
-/// Finds what keeps the containers of a pod from running. `is_told` is whether it has been told of a Secret of the
-/// environment.
-pub(super) fn wrong(facts: &Facts, is_told: bool) -> Vec<Trouble> {
+/// Finds what keeps the containers of a pod from running. `is_told` says of a container whether it has been told of a
+/// Secret of its environment.
+pub(super) fn wrong(
+    facts: &Facts,
+    is_told: impl Fn(&str) -> bool,
+) -> Vec<(Place, &'static str, Found)> {
+    let of_pod = |check, found: Option<Found>| {
+        let found = found.map(|found| (Place::of_check(check), check, found));
+        found.into_iter().collect::<Vec<_>>()
+    };
     if facts.is_deleted() {
         return Vec::new();
     }
     if facts.has_ended() {
-        let failed = failed(facts).map(|found| facts.trouble("pod-failed", None, found));
-        return failed.into_iter().collect();
+        return of_pod("pod-failed", failed(facts));
     }
-    if let Some(found) = sandbox(facts) {
-        return vec![facts.trouble("sandbox", None, found)];
+    let sandbox = of_pod("sandbox", sandbox(facts));
+    if !sandbox.is_empty() {
+        return sandbox;
     }
-    let statuses = state::statuses(&facts.pod);
-    let found =
-        statuses.filter_map(|(is_init, status)| of_container(facts, is_init, status, is_told));
+    let found = state::statuses(&facts.pod).filter_map(|(is_init, status)| {
+        let (check, found) = of_container(facts, is_init, status, is_told(&status.name))?;
+        let said = found.said.as_deref().unwrap_or_default();
+        let place = Place {
+            needs_driver: check == "container-config" && may_await_driver(facts, said),
+            ..Place::of_container(facts, &status.name)
+        };
+        Some((place, check, found))
+    });
     found.collect()
+}
+
+/// Returns whether kubelet speaks of a Secret that a class of the pod makes, or may make.
+fn may_await_driver(facts: &Facts, said: &str) -> bool {
+    let mut volumes = facts.volumes.iter();
+    is_about_secret(said)
+        && volumes.any(|volume| {
+            let class = volume.class.found();
+            class.is_none_or(|class| {
+                let mut made = class.spec.secret_objects.iter();
+                made.any(|made| has_name(said, &made.secret_name))
+            })
+        })
+}
+
+/// Returns how a container waits, if it does.
+pub(super) fn waiting<'a>(facts: &'a Facts, container: &str) -> Option<&'a ContainerStateWaiting> {
+    let mut statuses = state::statuses(&facts.pod);
+    let (_, status) = statuses.find(|(_, status)| status.name == container)?;
+    status.state.as_ref()?.waiting.as_ref()
+}
+
+/// Returns the first container that waits for an image that cannot be pulled.
+pub(super) fn without_image(facts: &Facts) -> Option<&str> {
+    let mut statuses = state::statuses(&facts.pod);
+    let found = statuses.find(|(_, status)| {
+        let state = status.state.as_ref();
+        let waiting = state.and_then(|state| state.waiting.as_ref());
+        let reason = waiting.and_then(|waiting| waiting.reason.as_deref());
+        reason.is_some_and(|reason| OF_IMAGE.contains(&reason))
+    });
+    let is_of_now = !facts.is_deleted() && !facts.has_ended();
+    found
+        .filter(|_| is_of_now)
+        .map(|(_, status)| status.name.as_str())
 }
 
 fn of_container(
@@ -136,15 +179,15 @@ fn of_container(
     is_init: bool,
     status: &ContainerStatus,
     is_told: bool,
-) -> Option<Trouble> {
+) -> Option<(&'static str, Found)> {
     let name = match is_init {
         true => format!("init container {}", status.name),
         false => format!("container {}", status.name),
     };
     if state::is_down(status) || restarts::ends_again(facts, is_init, status) {
         return Some(match restarts::not_of_its_own(facts, &name, status) {
-            Some(found) => facts.trouble("container-config", None, found),
-            None => facts.trouble("container-crash", None, crash(facts, is_init, status)),
+            Some(found) => ("container-config", found),
+            None => ("container-crash", crash(facts, is_init, status)),
         });
     }
     let waiting = status.state.as_ref()?.waiting.as_ref()?;
@@ -156,18 +199,18 @@ fn of_container(
         said: waiting.message.clone().filter(|said| !said.is_empty()),
     };
     if OF_IMAGE.contains(&reason) {
-        return Some(facts.trouble("image", None, image(facts, waits)));
+        return Some(("image", image(facts, waits)));
     }
     if reason == OF_HOOK {
         let found = restarts::of_hook(facts, &waits.name, &status.name).said(waits.said);
-        return Some(facts.trouble("container-config", None, found));
+        return Some(("container-config", found));
     }
     if !OF_CONFIG.contains(&reason) {
         return None;
     }
     let found = config(facts, waits);
     let is_new = !is_told || !found.said.as_deref().is_none_or(is_about_secret);
-    is_new.then(|| facts.trouble("container-config", None, found))
+    is_new.then_some(("container-config", found))
 }
 
 /// A container that waits.
@@ -181,9 +224,7 @@ struct Waits<'a> {
 
 /// Returns that the volumes are fine, where the pod has some.
 pub(super) fn fine(facts: &Facts) -> &'static str {
-    let mut volumes = facts.volumes.iter().filter(|volume| facts.is_used(volume));
-    let has_some = !facts.volumes.is_empty();
-    match has_some && volumes.all(|volume| facts.is_mounted(volume) == Some(true)) {
+    match !facts.volumes.is_empty() && facts.has_volumes() {
         true => "the volumes are mounted; ",
         false => "",
     }
@@ -238,16 +279,24 @@ fn config(facts: &Facts, waits: Waits<'_>) -> Found {
         .as_deref()
         .or_else(|| event.map(text))
         .unwrap_or_default();
-    let found = not_started(facts, &name, reason, Some(words.to_owned()));
+    let found = not_started(facts, &name, &status.name, reason, Some(words.to_owned()));
     match event {
         Some(event) => found.said_by(Some(event)),
         None => found.said(said),
     }
 }
 
-/// Says that kubelet cannot start a container, and what to do about what it says.
-pub(super) fn not_started(facts: &Facts, name: &str, reason: &str, said: Option<String>) -> Found {
-    let advice = advice(CONFIGS, said.as_deref().unwrap_or_default());
+/// Says that kubelet cannot start a container, and what to do about what it says. `name` has its kind, too.
+pub(super) fn not_started(
+    facts: &Facts,
+    name: &str,
+    container: &str,
+    reason: &str,
+    said: Option<String>,
+) -> Found {
+    let words = said.as_deref().unwrap_or_default();
+    let over = over::mount(facts, container, words);
+    let advice = over.or_else(|| advice(CONFIGS, words).map(str::to_owned));
     let advice = advice.map_or_else(String::new, |advice| format!("; {advice}"));
     let what = format!(
         "{}kubelet cannot start {name} ({reason}){advice}",
@@ -294,38 +343,18 @@ fn crash(facts: &Facts, is_init: bool, status: &ContainerStatus) -> Found {
     Found { what, ..found }
 }
 
-/// kubelet cannot make the sandbox of the pod, which comes after the volumes.
-fn sandbox(facts: &Facts) -> Option<Found> {
-    if is_ready(&facts.pod) || !waits(facts) {
-        return None;
-    }
-    let event = facts.event(&["FailedCreatePodSandBox"], |_| true)?;
-    let age = time_of(event).map(|time| facts.now.duration_since(time).as_secs());
-    if age.is_some_and(|age| age > RECENT) {
-        return None;
-    }
-    let what = format!(
-        "{}kubelet cannot make the sandbox of the pod, without which no container starts; this is for the network of the node, and not about the volume",
-        fine(facts)
-    );
-    Some(Found::new(what, facts.describe()).said_by(Some(event)))
-}
-
 /// The pod has failed, and is not started again.
 fn failed(facts: &Facts) -> Option<Found> {
     let status = facts.pod.status.as_ref()?;
     if status.phase.as_deref() != Some("Failed") {
         return None;
     }
-    let reason = status.reason.as_ref();
+    let reason = status_reason(facts);
     let reason = reason.map_or_else(String::new, |reason| format!(" ({reason})"));
     let begin = format!("the pod has failed{reason}");
-    let mut ends = state::statuses(&facts.pod).filter_map(|(_, status)| {
-        let ended = status.state.as_ref()?.terminated.as_ref()?;
-        state::is_down(status).then_some((status, ended))
-    });
-    if let Some((status, ended)) = ends.next()
+    if let Some((status, ended)) = ends_of(facts).next()
         && ended.started_at.is_some()
+        && status_reason(facts).is_none()
     {
         if restarts::never_ran(status).is_some() {
             let what = format!(
@@ -347,6 +376,15 @@ fn failed(facts: &Facts) -> Option<Found> {
         let next = state::log(facts, &status.name, "");
         return Some(Found::new(what, next).said(status_message(facts)));
     }
+    // The reason is the pod's own: its containers were ended for it.
+    if let Some((status, ended)) = ends_of(facts).find(|(_, ended)| ended.started_at.is_some()) {
+        let what = format!(
+            "{begin}; container {} ended with {}",
+            status.name,
+            state::end(ended, facts.now)
+        );
+        return Some(Found::new(what, facts.describe()).said(status_message(facts)));
+    }
     let has_started =
         state::statuses(&facts.pod).any(|(_, status)| state::started(status).is_some());
     let mut volumes = facts.volumes.iter();
@@ -365,6 +403,20 @@ fn failed(facts: &Facts) -> Option<Found> {
         }),
         None => Some(Found::new(begin, facts.describe()).said(status_message(facts))),
     }
+}
+
+/// Returns the containers that ended with an error.
+fn ends_of(facts: &Facts) -> impl Iterator<Item = (&ContainerStatus, &ContainerStateTerminated)> {
+    state::statuses(&facts.pod).filter_map(|(_, status)| {
+        let ended = status.state.as_ref()?.terminated.as_ref()?;
+        state::is_down(status).then_some((status, ended))
+    })
+}
+
+/// Returns why the pod as a whole has failed, if that is no end of a container.
+fn status_reason(facts: &Facts) -> Option<&str> {
+    let reason = facts.pod.status.as_ref()?.reason.as_deref();
+    reason.filter(|reason| !reason.is_empty())
 }
 
 fn status_message(facts: &Facts) -> Option<String> {

@@ -123,6 +123,14 @@ pub(super) fn recent_failures(facts: &Facts) -> impl Iterator<Item = &Event> {
     })
 }
 
+/// Returns kubelet's last words that it does not know the driver, if they are of the present.
+pub(super) fn unregistered(facts: &Facts) -> Option<&Event> {
+    let mut events = facts.events.found()?.iter();
+    let last = events.find(|event| is_failure(event) && text(event).contains(DRIVER))?;
+    let is_it = text(last).contains("not found in the list of registered CSI drivers");
+    (is_it && is_recent(facts, last) && !is_over(facts, last, None)).then_some(last)
+}
+
 /// Returns the name of the volume that an event is about. That of a claim is the name of what it is bound to.
 pub(super) fn volume_of(event: &Event) -> Option<&str> {
     between(text(event), "for volume \"", "\"")
@@ -138,6 +146,23 @@ pub(super) fn unmounted(event: &Event) -> Option<Vec<&str>> {
 pub(super) fn is_failure(event: &Event) -> bool {
     let reason = event.reason.as_deref().unwrap_or_default();
     REASONS.contains(&reason)
+}
+
+/// Returns whether an event is a warning.
+pub(super) fn is_warning(event: &Event) -> bool {
+    event.type_.as_deref() == Some("Warning")
+}
+
+/// Returns whether an event is kubelet's, as far as it says whose it is. Tools that watch a cluster have events of pods
+/// as well.
+pub(super) fn is_of_kubelet(event: &Event) -> bool {
+    let source = event.source.as_ref();
+    let component = source.and_then(|source| source.component.as_deref());
+    let components = component
+        .into_iter()
+        .chain(event.reporting_component.as_deref());
+    let mut named = components.filter(|name| !name.is_empty());
+    named.all(|name| name == "kubelet")
 }
 
 /// Returns the message of an event.
@@ -158,7 +183,7 @@ pub(super) fn has_name(text: &str, name: &str) -> bool {
     words.any(|word| word.trim_end_matches('.') == name)
 }
 
-fn is_recent(facts: &Facts, event: &Event) -> bool {
+pub(super) fn is_recent(facts: &Facts, event: &Event) -> bool {
     time_of(event).is_none_or(|time| facts.now.duration_since(time).as_secs() <= RECENT)
 }
 

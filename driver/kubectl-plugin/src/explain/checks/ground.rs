@@ -1,15 +1,27 @@
 //! Checks what every volume of the driver stands on: the API, the node, the driver's pod there.
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
 use kube::ResourceExt as _;
 
-use super::Found;
+use super::{
+    Found,
+    commands::describe,
+    events::{is_recent, is_warning},
+};
 use crate::{
     cluster::Read,
     explain::{facts::Facts, state},
     installation::DRIVER,
     time::shown,
 };
+
+/// The scheduler of a pod that names none.
+const DEFAULT_SCHEDULER: &str = "default-scheduler";
+/// The reason of an event that a claim of the pod could not be made.
+const NO_CLAIM: &str = "FailedResourceClaimCreation";
+/// The seconds in which a driver that has just been started makes itself known to kubelet.
+const REGISTERS_WITHIN: i64 = 60;
 
 /// The group of the driver's kinds.
 const GROUP: &str = driver::cluster::resources::GROUP;
@@ -24,16 +36,45 @@ pub(super) fn unscheduled(facts: &Facts) -> Option<Found> {
     if has_node || facts.has_ended() {
         return None;
     }
-    let conditions = facts
-        .pod
-        .status
+    let condition = state::condition(&facts.pod, "PodScheduled");
+    let condition = condition.filter(|condition| condition.status != "True");
+    let said = condition.and_then(|condition| condition.message.clone());
+    let said = said.filter(|said| !said.is_empty());
+    let spec = facts.pod.spec.as_ref();
+    let gates = spec.and_then(|spec| spec.scheduling_gates.as_deref());
+    let gates: Vec<_> = gates
+        .unwrap_or_default()
         .iter()
-        .flat_map(|status| status.conditions.iter().flatten());
-    let said = conditions
-        .filter(|condition| condition.type_ == "PodScheduled" && condition.status != "True")
-        .find_map(|condition| condition.message.clone());
-    let what = "the pod has no node yet, so nothing is mounted: this is for the scheduler, and not about the volume";
-    Some(Found::new(what, facts.describe()).said(said))
+        .map(|gate| gate.name.as_str())
+        .collect();
+    let scheduler = spec.and_then(|spec| spec.scheduler_name.as_deref());
+    let scheduler = scheduler.filter(|name| *name != DEFAULT_SCHEDULER && condition.is_none());
+    // The scheduler does not look at a pod before its claims have been made.
+    let of_claims = facts.event(&[NO_CLAIM], |_| true);
+    let of_claims = of_claims.filter(|event| is_recent(facts, event));
+    let who = match (gates.as_slice(), scheduler) {
+        ([], _) if of_claims.is_some() => "one of its resource claims could not be made".to_owned(),
+        ([], None) => "this is for the scheduler, and not about the volume".to_owned(),
+        ([], Some(name)) => format!(
+            "no scheduler has said anything of it, and its schedulerName is {name}: only a scheduler of that name looks at it"
+        ),
+        (gates, _) => format!(
+            "its scheduling gates ({}) keep it from the scheduler until those who set them take them away",
+            gates.join(", ")
+        ),
+    };
+    let found = Found::new(
+        format!("the pod has no node yet, so nothing is mounted: {who}"),
+        facts.describe(),
+    );
+    Some(match (of_claims, said) {
+        (None, Some(said)) => found.said(Some(said)),
+        (Some(event), _) => found.said_by(Some(event)),
+        (None, None) => {
+            let mut events = facts.events.found().into_iter().flatten();
+            found.said_by(events.find(|event| is_warning(event)))
+        }
+    })
 }
 
 /// The kinds of the driver are not installed.
@@ -164,6 +205,9 @@ pub(super) fn driver_pod(facts: &Facts) -> Option<Found> {
     };
     let Some((installed, pod)) = driver else {
         let set = sets.first()?;
+        if is_replaced(facts) {
+            return replaced(facts, &node.name);
+        }
         return Some(Found::new(
             format!(
                 "node {} has no pod of the driver (DaemonSet {}/{}); compare the node's labels and taints with its nodeSelector, affinity and tolerations",
@@ -188,6 +232,9 @@ pub(super) fn driver_pod(facts: &Facts) -> Option<Found> {
     if is_running {
         return None;
     }
+    if is_replaced(facts) {
+        return replaced(facts, &node.name);
+    }
     let (why, previous) = status.map_or(
         ("it has not been started".to_owned(), false),
         why_not_running,
@@ -199,14 +246,72 @@ pub(super) fn driver_pod(facts: &Facts) -> Option<Found> {
             installed.namespace(),
             pod.name_any()
         ),
-        format!(
-            "kubectl -n {} logs {} -c {}{}",
-            installed.namespace(),
-            pod.name_any(),
-            installed.container,
-            if previous { " --previous" } else { "" }
-        ),
+        match has_log(pod, &installed.container) {
+            true => format!(
+                "kubectl -n {} logs {} -c {}{}",
+                installed.namespace(),
+                pod.name_any(),
+                installed.container,
+                if previous { " --previous" } else { "" }
+            ),
+            false => describe(installed, pod),
+        },
     ))
+}
+
+/// Returns whether the pod of the node's driver is being replaced, or has just been: kubelet does not know the driver
+/// for some seconds then.
+fn is_replaced(facts: &Facts) -> bool {
+    let is_young = |time: Option<Timestamp>| {
+        time.is_some_and(|time| facts.now.duration_since(time).as_secs() < REGISTERS_WITHIN)
+    };
+    let Some((installed, pod)) = facts.driver() else {
+        let node = facts.node.as_ref().map(|node| &node.driver);
+        let sets = facts.installed.found().into_iter().flatten();
+        let mut rolling = sets.filter_map(|set| set.set.status.as_ref());
+        return matches!(node, Some(Read::Is(None)))
+            && rolling.any(|status| {
+                let desired = status.desired_number_scheduled;
+                // The API server leaves out a number that is 0.
+                let updated = status.updated_number_scheduled.unwrap_or(0);
+                updated < desired && status.current_number_scheduled < desired
+            });
+    };
+    let status = container_status(pod, &installed.container);
+    let waiting = status.and_then(|status| status.state.as_ref()?.waiting.as_ref());
+    let reason = waiting.and_then(|waiting| waiting.reason.as_deref());
+    let is_new = is_young(pod.creation_timestamp().map(|time| time.0))
+        && matches!(reason, None | Some("ContainerCreating" | "PodInitializing"));
+    pod.metadata.deletion_timestamp.is_some() || is_new || is_young(driver_started(facts))
+}
+
+/// Says that the driver is being replaced, to a pod that waits for it.
+fn replaced(facts: &Facts, node: &str) -> Option<Found> {
+    if facts.has_volumes() {
+        return None;
+    }
+    let what = format!(
+        "the driver's pod on node {node} is being replaced, or has just been started: volumes are mounted once kubelet knows it; look again in a minute"
+    );
+    Some(Found::new(what, facts.driver_pods()))
+}
+
+/// Returns when the container of the node's driver was started that runs now.
+pub(super) fn driver_started(facts: &Facts) -> Option<Timestamp> {
+    let (installed, pod) = facts.driver()?;
+    let status = container_status(pod, &installed.container)?;
+    let running = status.state.as_ref()?.running.as_ref()?;
+    running.started_at.as_ref().map(|time| time.0)
+}
+
+/// Returns whether a container has been started, so that it has a log.
+pub(super) fn has_log(pod: &Pod, container: &str) -> bool {
+    let status = container_status(pod, container);
+    status.is_some_and(|status| {
+        let state = status.state.as_ref();
+        let is_running = state.is_some_and(|state| state.running.is_some());
+        is_running || state::last_end(status).is_some() || status.restart_count > 0
+    })
 }
 
 /// The driver's container runs now, and ends again and again. Where kubelet knows the driver, one end is no reason
@@ -293,6 +398,9 @@ pub(super) fn registration(facts: &Facts) -> Option<Found> {
         return None;
     }
     let (installed, pod) = facts.driver()?;
+    if is_replaced(facts) {
+        return replaced(facts, &node.name);
+    }
     let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
     let registrar = containers
         .map(|container| &container.name)

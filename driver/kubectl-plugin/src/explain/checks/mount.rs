@@ -5,6 +5,7 @@ use super::{
     mended::mended,
     paths,
     refusal::after_refusal,
+    start,
     volume::{mount_gone, runs},
 };
 use crate::{
@@ -56,12 +57,11 @@ pub(super) fn mount(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
 /// Says that kubelet has said nothing for some time. A call that has begun takes two minutes at most.
 fn nothing_said(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let status = facts.pod.status.as_ref();
-    let started = status.and_then(|status| status.start_time.as_ref());
-    let since = started
-        .or(facts.pod.metadata.creation_timestamp.as_ref())?
-        .0;
+    // A pod that kubelet has not taken up waits for that.
+    let since = status.and_then(|status| status.start_time.as_ref())?.0;
     let passed = facts.now.duration_since(since).as_secs();
-    if passed < MOUNTS_WITHIN {
+    // What else kubelet says is what the pod waits for.
+    if passed < MOUNTS_WITHIN || start::other_warning(facts).is_some() {
         return None;
     }
     let what = format!("volume {} is not mounted", volume.name);

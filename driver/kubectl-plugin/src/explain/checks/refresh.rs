@@ -12,7 +12,7 @@ use driver::{
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 
-use super::{Found, mended::mended, refusal::after_refusal};
+use super::{Found, ground::driver_started, mended::mended, refusal::after_refusal, start};
 use crate::{
     explain::facts::{Facts, VolumeFacts, time_of},
     installation::{DRIVER, NodeSays},
@@ -100,8 +100,15 @@ pub(super) fn overdue(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     if !record.mounted || record.stale_since.is_some() || republish(facts, volume).is_some() {
         return None;
     }
+    // kubelet looks at the volumes of a pod again once its hook has ended.
+    if start::hook(facts).is_some() {
+        return None;
+    }
     let due = next_refresh(facts, volume).due()?;
-    let late = status.time.duration_since(due);
+    // A driver that has just been started cannot have been asked before.
+    let late = status
+        .time
+        .duration_since(due.max(driver_started(facts).unwrap_or(due)));
     let most = i64::try_from(LOOKS_WITHIN.as_secs()).unwrap_or(i64::MAX);
     if late.as_secs() <= most || facts.has_ended() {
         return None;

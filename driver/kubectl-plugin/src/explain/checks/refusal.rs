@@ -57,6 +57,10 @@ const MENDERS: &[(&str, Mender)] = &[
 /// it is for errors of the driver itself.
 pub(super) fn after_refusal(facts: &Facts, volume: &VolumeFacts, said: Option<&str>) -> Then {
     let said = said.unwrap_or_default();
+    // Whoever says so: the class lacks what each needs.
+    if super::volume::class_fields(facts, volume).is_some() {
+        return facts.edit_class(volume).into();
+    }
     match mender(facts, said) {
         Mender::Class => facts.show_class(volume).into(),
         Mender::NameOfProvider | Mender::Paths => facts.edit_class(volume).into(),

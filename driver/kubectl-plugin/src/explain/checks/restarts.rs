@@ -2,9 +2,8 @@
 //! and that run in between.
 
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Event};
-use kube::ResourceExt as _;
 
-use super::{Found, events::text};
+use super::{Found, events::text, start::hook_command};
 use crate::{
     explain::{
         facts::{Facts, time_of},
@@ -56,7 +55,7 @@ fn is_between(facts: &Facts, is_init: bool, status: &ContainerStatus) -> bool {
 }
 
 /// Returns whether kubelet starts a container again after an end without an error.
-fn restarts_always(facts: &Facts, is_init: bool, name: &str) -> bool {
+pub(super) fn restarts_always(facts: &Facts, is_init: bool, name: &str) -> bool {
     let mut containers = facts.containers();
     let own = containers
         .find(|container| container.name == name)
@@ -130,7 +129,13 @@ pub(super) fn not_of_its_own(facts: &Facts, name: &str, status: &ContainerStatus
     let ended = never_ran(status)?;
     let reason = ended.reason.as_deref().unwrap_or_default();
     let message = ended.message.clone().filter(|message| !message.is_empty());
-    Some(super::containers::not_started(facts, name, reason, message))
+    Some(super::containers::not_started(
+        facts,
+        name,
+        &status.name,
+        reason,
+        message,
+    ))
 }
 
 /// Returns the end of a container that could not be started.
@@ -141,25 +146,16 @@ pub(super) fn never_ran(status: &ContainerStatus) -> Option<&ContainerStateTermi
     })
 }
 
-/// Says that the hook of a container fails. `kubectl describe` does not show hooks.
+/// Says that the hook of a container fails.
 pub(super) fn of_hook(facts: &Facts, name: &str, container: &str) -> Found {
     let what = format!(
         "{}the postStart hook of {name} fails, so kubelet ends the container and starts it again: correct lifecycle.postStart; the log of the container has nothing of the hook",
         super::containers::fine(facts)
     );
-    let spec = facts.pod.spec.as_ref();
-    let mut init = spec
-        .into_iter()
-        .flat_map(|spec| spec.init_containers.iter().flatten());
-    let list = match init.any(|init| init.name == container) {
-        true => "initContainers",
-        false => "containers",
-    };
-    let next = format!(
-        "{} get pod {} -o jsonpath='{{.spec.{list}[?(@.name==\"{container}\")].lifecycle.postStart}}'",
-        facts.kubectl(),
-        facts.pod.name_any()
-    );
+    let spec = facts.pod.spec.iter();
+    let mut init = spec.flat_map(|spec| spec.init_containers.iter().flatten());
+    let is_init = init.any(|init| init.name == container);
+    let next = hook_command(facts, container, is_init);
     Found::new(what, next)
 }
 
@@ -188,36 +184,20 @@ pub(super) fn crash(facts: &Facts, status: &ContainerStatus) -> Found {
     Found::new(what, log).said_by(Some(event))
 }
 
-/// Returns what probes and hooks say of containers that run: nothing of it ends them.
+/// Returns what hooks say of containers that run: nothing of it ends them.
 pub(in crate::explain) fn notes(facts: &Facts) -> Vec<String> {
-    let note = |event: &Event, begin: String| {
+    let note = |event: &Event, name: &str| {
         let ago = time_of(event).map_or_else(String::new, |time| {
             format!(" ({} ago)", span(facts.now.duration_since(time)))
         });
-        format!("{begin}: {}{ago}", one_line(text(event), MAX_NOTE))
+        let said = one_line(text(event), MAX_NOTE);
+        format!("the preStop hook of container {name} failed: {said}{ago}")
     };
-    let mut notes = Vec::new();
-    for (is_init, status) in state::statuses(&facts.pod) {
+    let statuses = state::statuses(&facts.pod);
+    let notes = statuses.filter_map(|(_, status)| {
         let name = &status.name;
-        let is_up = status
-            .state
-            .as_ref()
-            .is_some_and(|state| state.running.is_some());
-        let probe = facts.recent_of_container(name, &["Unhealthy"], |text| text.contains("probe"));
-        let is_told = ends_again(facts, is_init, status);
-        if let Some(event) = probe.filter(|_| is_up && !status.ready && !is_told && !is_init) {
-            notes.push(note(
-                event,
-                format!("container {name} runs and is not ready"),
-            ));
-        }
-        let hook = facts.recent_of_container(name, &["FailedPreStopHook"], |_| true);
-        if let Some(event) = hook {
-            notes.push(note(
-                event,
-                format!("the preStop hook of container {name} failed"),
-            ));
-        }
-    }
-    notes
+        let hook = facts.recent_of_container(name, &["FailedPreStopHook"], |_| true)?;
+        Some(note(hook, name))
+    });
+    notes.collect()
 }

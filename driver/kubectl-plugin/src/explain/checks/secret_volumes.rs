@@ -5,7 +5,7 @@ use kube::ResourceExt as _;
 use super::{
     Found,
     events::{latest_failure, waits},
-    secrets::{keys_of, similar},
+    secrets::{could_not, keys_of, maker_elsewhere, similar},
 };
 use crate::{
     cluster::Read,
@@ -14,11 +14,11 @@ use crate::{
 
 /// Finds volumes of a Secret that is not there, or of a key that the class does not write, while the pod waits for
 /// its volumes. A Secret that has nothing to do with a class is as any other volume.
-pub(super) fn wrong(facts: &Facts) -> Vec<(String, Found)> {
+pub(super) fn wrong(facts: &Facts) -> Vec<(SecretVolume, Found)> {
     if facts.volumes.is_empty() || !waits(facts) {
         return Vec::new();
     }
-    let mut all: Vec<(String, Found)> = Vec::new();
+    let mut all: Vec<(SecretVolume, Found)> = Vec::new();
     for volume in facts.secret_volumes() {
         let is_missing = facts.secrets.get(&volume.secret).map(Read::is_missing);
         let what = match is_missing {
@@ -26,11 +26,12 @@ pub(super) fn wrong(facts: &Facts) -> Vec<(String, Found)> {
             Some(false) => without_key(facts, &volume),
             None => None,
         };
-        let is_known = all.iter().any(|(name, _)| *name == volume.name);
+        let is_known = all.iter().any(|(known, _)| known.name == volume.name);
         if let Some(what) = what.filter(|_| !is_known) {
             let found = Found::new(what, facts.describe());
             let event = latest_failure(facts, &volume.name);
-            all.push((volume.name, found.said_by(event)));
+            let found = found.said_by(event);
+            all.push((volume, found));
         }
     }
     all
@@ -42,6 +43,9 @@ fn missing(facts: &Facts, volume: &SecretVolume) -> Option<String> {
     if let Some(maker) = facts.volumes.iter().find(|other| other.makes(secret)) {
         let (class, volume) = (&maker.class_name, &maker.name);
         return Some(match facts.is_used(maker) {
+            true if could_not(facts, maker, secret) => {
+                format!("{begin}: class {class} makes it, but could not: see above")
+            }
             true if facts.is_mounted(maker) == Some(true) => {
                 format!("{begin}: class {class} makes it, and the driver has not made it yet")
             }
@@ -56,11 +60,7 @@ fn missing(facts: &Facts, volume: &SecretVolume) -> Option<String> {
             "{begin}; class {class} makes {right}: is that meant?"
         ));
     }
-    let classes = facts.classes.as_ref()?.found()?;
-    let maker = classes.iter().find(|class| {
-        let mut made = class.spec.secret_objects.iter();
-        made.any(|made| made.secret_name == *secret)
-    })?;
+    let maker = maker_elsewhere(facts, secret)?;
     Some(format!(
         "{begin}: class {} makes it, but only while a pod mounts that class; add a volume of it to this pod",
         maker.name_any()

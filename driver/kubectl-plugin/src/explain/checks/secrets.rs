@@ -1,8 +1,9 @@
 //! Checks the Secrets that classes make and that containers take.
 
-use kube::ResourceExt as _;
+use std::collections::BTreeSet;
 
 use jiff::Timestamp;
+use kube::ResourceExt as _;
 
 use super::{Found, Then, events::has_name, refusal::after_secret, volume::started};
 use crate::{
@@ -11,7 +12,10 @@ use crate::{
     lint::names::closest,
     time::shown,
 };
-use driver::cluster::pod_status::{Aspect, CONTENT_CHANGED};
+use driver::cluster::{
+    pod_status::{Aspect, CONTENT_CHANGED},
+    resources::SecretProviderClass,
+};
 
 /// The seconds after a mount in which a Secret may still be on its way.
 const ON_ITS_WAY: i64 = 15;
@@ -79,71 +83,31 @@ pub(super) fn missing(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     Some(Found::new(what, next).said_by(event))
 }
 
-/// A container's environment takes a Secret that is not there.
-pub(super) fn env_secret(facts: &Facts, has_reason: bool) -> Option<Found> {
-    // The Secrets of a class go with the last pod that mounts it.
-    if facts.has_ended() || facts.may_outlive_its_volumes() {
-        return None;
-    }
-    let taken = facts.taken_secrets();
-    let (secret, taken) = taken
-        .iter()
-        .find(|(secret, _)| facts.secrets.get(*secret).is_some_and(Read::is_missing))?;
-    let begin = format!(
-        "container {} takes its environment from Secret {secret}, which does not exist",
-        taken.container
-    );
-    let classes_of_pod: Vec<_> = facts
-        .volumes
-        .iter()
-        .filter(|volume| volume.makes(secret))
-        .collect();
-    let what = if let Some(volume) = classes_of_pod.first() {
-        match facts.is_used(volume) {
-            true if facts.is_mounted(volume) == Some(true) && has_reason => format!(
-                "{begin}: class {} makes it, but could not: see above",
-                volume.class_name
-            ),
-            true if facts.is_mounted(volume) == Some(true) => format!(
-                "{begin}: class {} makes it, and the driver has not made it yet",
-                volume.class_name
-            ),
-            true => format!(
-                "{begin}: class {} makes it once volume {} is mounted",
-                volume.class_name, volume.name
-            ),
-            false => format!(
-                "{begin}: class {} makes it, but no container mounts volume {}, and kubelet mounts only what a container mounts; add it to volumeMounts",
-                volume.class_name, volume.name
-            ),
-        }
-    } else {
-        let classes = facts.classes.as_ref().and_then(Read::found);
-        let maker = classes.and_then(|classes| {
-            let makes = |name: &String| name == secret;
-            classes.iter().find(|class| {
-                class
-                    .spec
-                    .secret_objects
-                    .iter()
-                    .any(|made| makes(&made.secret_name))
-            })
-        });
-        match maker {
-            Some(class) => format!(
-                "{begin}: class {} makes it, but only while a pod mounts that class; add a volume of it to this pod",
-                class.name_any()
-            ),
-            None if facts.volumes.is_empty() => return None,
-            None => match similar(facts, secret) {
-                Some((class, right)) => {
-                    format!("{begin}; class {class} makes {right}: is that meant?")
-                }
-                None => format!("{begin}, and no class of this namespace makes it"),
-            },
-        }
-    };
-    Some(Found::new(what, facts.describe()))
+/// Returns whether it is known that the driver could not make the Secrets of a volume.
+pub(super) fn could_not(facts: &Facts, volume: &VolumeFacts, secret: &str) -> bool {
+    let event = facts.event(&["FailedToCreateSecret"], |text| has_name(text, secret));
+    out_of_step(facts, volume).is_some() || event.is_some()
+}
+
+/// Returns the class of the namespace that makes a Secret, for a pod that does not mount it.
+pub(super) fn maker_elsewhere<'a>(
+    facts: &'a Facts,
+    secret: &str,
+) -> Option<&'a SecretProviderClass> {
+    let mut classes = facts.classes.as_ref()?.found()?.iter();
+    classes.find(|class| {
+        let mut made = class.spec.secret_objects.iter();
+        made.any(|made| made.secret_name == secret)
+    })
+}
+
+/// Returns whether a Secret is not there, as far as is known, and is for the driver to make: a class of the pod makes
+/// it, or may do so.
+pub(super) fn awaits_driver(facts: &Facts, secret: &str) -> bool {
+    let read = facts.secrets.get(secret);
+    let mut volumes = facts.volumes.iter();
+    read.is_none_or(|read| read.found().is_none())
+        && volumes.any(|volume| volume.makes(secret) || volume.class.unknown().is_some())
 }
 
 /// Returns the class of the pod that makes a Secret of a similar name, and that name.
@@ -155,46 +119,14 @@ pub(super) fn similar<'a>(facts: &'a Facts, secret: &str) -> Option<(&'a str, &'
     })
 }
 
-/// A container's environment takes a key that the class does not write. The keys of the Secret itself are not
-/// read: only its content has them.
-pub(super) fn env_key(facts: &Facts) -> Option<Found> {
-    let taken = facts.taken_secrets();
-    let mut wrong = taken.iter().filter_map(|(secret, taken)| {
-        facts.secrets.get(secret)?.found()?;
-        let (class, keys) = keys_of(facts, secret)?;
-        let key = taken
-            .keys
-            .iter()
-            .find(|key| !keys.contains(&key.as_str()))?;
-        let what = format!(
-            "container {} takes key {key} of Secret {secret}, and class {class} writes {}",
-            taken.container,
-            keys.join(", ")
-        );
-        Some(Found::new(what, facts.describe()))
-    });
-    let not_started = facts
-        .pod
-        .status
-        .iter()
-        .flat_map(|status| status.container_statuses.iter().flatten());
-    let waits = not_started.into_iter().any(|status| {
-        status
-            .state
-            .as_ref()
-            .is_some_and(|state| state.waiting.is_some())
-    });
-    wrong.next().filter(|_| waits)
-}
-
 /// Returns the class of the pod that makes a Secret, and the keys that it writes, if they are known: not of all
-/// objects, or of a type of which the driver chooses the keys.
+/// objects, or of the type of which the driver chooses the keys.
 pub(super) fn keys_of<'a>(facts: &'a Facts, secret: &str) -> Option<(&'a str, Vec<&'a str>)> {
     facts.volumes.iter().find_map(|volume| {
         let made = &volume.class.found()?.spec.secret_objects;
         let made = made.iter().find(|made| made.secret_name == secret)?;
         let is_open = made.data.iter().any(|data| data.object_name == "*")
-            || made.type_.starts_with("kubernetes.io/");
+            || made.type_ == "kubernetes.io/tls";
         let keys = made.data.iter().map(|data| data.key.as_str());
         (!is_open).then(|| (volume.class_name.as_str(), keys.collect()))
     })
@@ -204,22 +136,25 @@ pub(super) fn keys_of<'a>(facts: &'a Facts, secret: &str) -> Option<(&'a str, Ve
 /// Secret. The driver changes a Secret for a new owner, too: that counts only if the content of the volume has
 /// changed since, as well.
 pub(in crate::explain) fn outdated(facts: &Facts) -> Vec<(String, String)> {
-    let mut all = Vec::new();
-    for (secret, taken) in facts.taken_secrets() {
-        let written = facts.secrets.get(&secret).and_then(Read::found);
-        let maker = facts.volumes.iter().find(|volume| volume.makes(&secret));
+    let mut all: Vec<(String, String)> = Vec::new();
+    let takes = facts.takes();
+    let pairs: BTreeSet<_> = takes
+        .iter()
+        .map(|take| (take.secret, take.container.name.as_str()))
+        .collect();
+    for (secret, container) in pairs {
+        let written = facts.secrets.get(secret).and_then(Read::found);
+        let maker = facts.volumes.iter().find(|volume| volume.makes(secret));
         let (Some(written), Some(volume)) = (written, maker) else {
             continue;
         };
+        let Some(started) = started(facts, container) else {
+            continue;
+        };
+        let is_newer = |time: Option<Timestamp>| time.is_some_and(|time| time > started);
         let changed = changed(facts, volume);
-        for container in taken.containers {
-            let Some(started) = started(facts, &container) else {
-                continue;
-            };
-            let is_newer = |time: Option<Timestamp>| time.is_some_and(|time| time > started);
-            if is_newer(written.created) || is_newer(written.by_driver) && is_newer(changed) {
-                all.push((container, secret.clone()));
-            }
+        if is_newer(written.created) || is_newer(written.by_driver) && is_newer(changed) {
+            all.push((container.to_owned(), secret.to_owned()));
         }
     }
     all

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 
-use super::Found;
+use super::{Found, events::unregistered};
 use crate::{explain::facts::Facts, time::shown};
 
 /// The seconds after its deadline in which a pod may still end.
@@ -40,11 +40,16 @@ pub(super) fn termination(facts: &Facts) -> Option<Found> {
     let deadline = shown(passed(facts)?, facts.now);
     let mounted = volumes(facts, Some(true));
     if !mounted.is_empty() {
+        let event = unregistered(facts);
+        let who = match event {
+            Some(_) => "the driver takes it down, and kubelet there does not know it",
+            None => "the driver on the node takes it down",
+        };
         let what = format!(
-            "the pod should have ended at {deadline}, and volume {} is still mounted: the driver on the node takes it down",
+            "the pod should have ended at {deadline}, and volume {} is still mounted: {who}",
             mounted.join(", ")
         );
-        return Some(Found::new(what, facts.driver_log()));
+        return Some(Found::new(what, facts.driver_log()).said_by(event));
     }
     let unknown = volumes(facts, None);
     // That has been said of a pod with finalizers.

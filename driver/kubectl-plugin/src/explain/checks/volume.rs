@@ -35,12 +35,20 @@ pub(super) fn read_only(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
 
 /// kubelet does not mount what no container mounts.
 pub(super) fn unused(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    (!facts.is_used(volume)).then(|| {
-        Found::new(
-            format!("no container mounts volume {}, so kubelet does not mount it either, and its Secrets are not made; add it to volumeMounts", volume.name),
-            facts.describe(),
-        )
-    })
+    if facts.is_used(volume) {
+        return None;
+    }
+    let name = &volume.name;
+    let what = match volume.class.is_missing() {
+        true => format!(
+            "no container mounts volume {name}, so kubelet does not mount it either, and there is no class {}: take the volume away, or create the class and add the volume to volumeMounts",
+            volume.class_name
+        ),
+        false => format!(
+            "no container mounts volume {name}, so kubelet does not mount it either, and its Secrets are not made; add it to volumeMounts"
+        ),
+    };
+    Some(Found::new(what, facts.describe()))
 }
 
 pub(super) fn class(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
@@ -133,6 +141,14 @@ pub(super) fn provider(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     })
 }
 
+/// Returns a name, in quotes if it has spaces, which would not be seen.
+pub(in crate::explain) fn shown_name(name: &str) -> String {
+    match name.contains(' ') {
+        true => format!("\"{name}\""),
+        false => name.to_owned(),
+    }
+}
+
 /// Returns a provider that has a socket on the node.
 pub(super) fn found_provider<'a>(
     facts: &'a Facts,
@@ -166,7 +182,8 @@ fn without_provider(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
         };
         return Some(Found::new(
             format!(
-                "provider {provider} of class {} has no socket on node {} ({there}, in {}); install it there, or correct spec.provider",
+                "provider {} of class {} has no socket on node {} ({there}, in {}); install it there, or correct spec.provider",
+                shown_name(provider),
                 volume.class_name,
                 status.node,
                 directories.join(" and ")
@@ -216,7 +233,7 @@ pub(super) fn publish_secret(facts: &Facts, volume: &VolumeFacts) -> Option<Foun
             "volume {} needs Secret {name} (nodePublishSecretRef), which does not exist in the pod's namespace",
             volume.name
         ),
-        format!("{} get secret {name}", facts.kubectl()),
+        format!("{} get secrets", facts.kubectl()),
     ))
 }
 

@@ -42,6 +42,12 @@ impl Facts {
         }
     }
 
+    /// Returns whether all volumes of the driver are known to be mounted that containers mount.
+    pub(in crate::explain) fn has_volumes(&self) -> bool {
+        let mut used = self.volumes.iter().filter(|volume| self.is_used(volume));
+        used.all(|volume| self.is_mounted(volume) == Some(true))
+    }
+
     /// Returns whether somebody has deleted the pod.
     pub(in crate::explain) fn is_deleted(&self) -> bool {
         self.pod.metadata.deletion_timestamp.is_some()

@@ -1,20 +1,17 @@
 //! The Secrets that a pod takes: into the environment of its containers, and as volumes.
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use k8s_openapi::api::core::v1::KeyToPath;
+use k8s_openapi::api::core::v1::{Container, KeyToPath};
 
 use super::Facts;
 
 /// A Secret that a container's environment takes.
-#[derive(Default)]
-pub(in crate::explain) struct Taken {
-    /// The container's name.
-    pub container: String,
-    /// The names of all containers that take it.
-    pub containers: BTreeSet<String>,
-    /// The keys; none if it takes all.
-    pub keys: BTreeSet<String>,
+pub(in crate::explain) struct Take<'a> {
+    /// The container.
+    pub container: &'a Container,
+    /// The Secret's name.
+    pub secret: &'a str,
+    /// The key; none if it takes all.
+    pub key: Option<&'a str>,
 }
 
 /// A Secret that a volume of the pod takes.
@@ -28,41 +25,39 @@ pub(in crate::explain) struct SecretVolume {
 }
 
 impl Facts {
-    /// Returns the Secrets that the environment of the pod's containers needs, with the container and the keys.
-    pub(in crate::explain) fn taken_secrets(&self) -> BTreeMap<String, Taken> {
-        let mut all: BTreeMap<String, Taken> = BTreeMap::new();
-        let Some(spec) = &self.pod.spec else {
-            return all;
-        };
-        for container in spec
-            .init_containers
-            .iter()
-            .flatten()
-            .chain(&spec.containers)
-        {
-            let mut take = |secret: &str, key: Option<&str>| {
-                let taken = all.entry(secret.to_owned()).or_default();
-                taken.container.clone_from(&container.name);
-                taken.containers.insert(container.name.clone());
-                taken.keys.extend(key.map(str::to_owned));
-            };
-            for source in container.env_from.iter().flatten() {
-                if let Some(secret) = &source.secret_ref
-                    && secret.optional != Some(true)
-                {
-                    take(&secret.name, None);
-                }
-            }
+    /// Returns the Secrets and keys that the environment of the pod's containers needs, in the order in which they
+    /// start.
+    pub(in crate::explain) fn takes(&self) -> Vec<Take<'_>> {
+        let mut all = Vec::new();
+        for container in self.containers() {
+            let of_all = container.env_from.iter().flatten();
+            let of_all = of_all.filter_map(|source| source.secret_ref.as_ref());
+            let of_all = of_all.filter(|secret| secret.optional != Some(true));
+            all.extend(of_all.map(|secret| Take {
+                container,
+                secret: &secret.name,
+                key: None,
+            }));
             let from = container.env.iter().flatten();
-            for source in from.filter_map(|variable| variable.value_from.as_ref()) {
-                if let Some(key) = &source.secret_key_ref
-                    && key.optional != Some(true)
-                {
-                    take(&key.name, Some(&key.key));
-                }
-            }
+            let keys = from.filter_map(|variable| {
+                let source = variable.value_from.as_ref()?;
+                source.secret_key_ref.as_ref()
+            });
+            let keys = keys.filter(|key| key.optional != Some(true));
+            all.extend(keys.map(|key| Take {
+                container,
+                secret: &key.name,
+                key: Some(&key.key),
+            }));
         }
         all
+    }
+
+    /// Returns the names of the Secrets with which the pod's images are pulled.
+    pub(in crate::explain) fn pull_secrets(&self) -> impl Iterator<Item = &str> {
+        let spec = self.pod.spec.iter();
+        let all = spec.flat_map(|spec| spec.image_pull_secrets.iter().flatten());
+        all.map(|secret| secret.name.as_str())
     }
 
     /// Returns the volumes of Secrets, of a pod that has volumes of the driver.

@@ -7,7 +7,7 @@ use kube::ResourceExt as _;
 
 use crate::{
     explain::{
-        checks::{self, Next, next_refresh, outdated},
+        checks::{self, Next, Trouble, next_refresh, outdated},
         facts::{Facts, VolumeFacts, time_of},
         state,
     },
@@ -19,8 +19,11 @@ use crate::{
 /// The difference between two clocks that is worth a word, in seconds.
 const SKEW: i64 = 30;
 
-/// Returns them. Where something is wrong, calls that failed belong to it.
-pub(super) fn of(facts: &Facts, has_trouble: bool) -> Vec<String> {
+/// The checks that find that calls to a provider fail.
+const OF_CALLS: [&str; 4] = ["mount", "refresh", "provider", "provider-socket"];
+
+/// Returns them. Where calls of the pod fail, those of others belong to it.
+pub(super) fn of(facts: &Facts, troubles: &[Trouble]) -> Vec<String> {
     let mut notes = Vec::new();
     if facts.volumes.is_empty() {
         notes.push(format!("the pod has no volume of {DRIVER}"));
@@ -41,7 +44,8 @@ pub(super) fn of(facts: &Facts, has_trouble: bool) -> Vec<String> {
             ));
         }
     }
-    if has_trouble {
+    let mut checks = troubles.iter().map(|trouble| trouble.check);
+    if checks.any(|check| OF_CALLS.contains(&check)) {
         notes.extend(failed_calls(facts));
     }
     notes.extend(misspelt_annotations(facts));
@@ -57,7 +61,7 @@ pub(super) fn of(facts: &Facts, has_trouble: bool) -> Vec<String> {
         notes.push("the node has the existing driver, which keeps no record: when a refresh is due, and when one failed, is not known".to_owned());
     }
     notes.extend(state::crashes(facts));
-    notes.extend(checks::of_containers(facts));
+    notes.extend(checks::of_hooks(facts));
     if let Some(event) = facts.events.found().and_then(|events| {
         events
             .iter()

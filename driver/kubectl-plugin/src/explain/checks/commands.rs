@@ -1,0 +1,159 @@
+//! The commands that a story ends with: what the person who asks types next, as far as they may.
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
+
+use super::{Then, events::unregistered, ground};
+use crate::{
+    cluster::Read,
+    explain::facts::{Facts, VolumeFacts, is_running},
+    installation::Installed,
+};
+
+/// Returns the command that shows a pod of the driver.
+pub(super) fn describe(installed: &Installed, pod: &Pod) -> String {
+    let (namespace, pod) = (installed.namespace(), pod.name_any());
+    format!("kubectl -n {namespace} describe pod {pod}")
+}
+
+impl Facts {
+    /// Returns the beginning of commands about the pod's namespace.
+    pub(super) fn kubectl(&self) -> String {
+        format!("kubectl -n {}", self.pod.namespace().unwrap_or_default())
+    }
+
+    /// Returns the command that shows the pod.
+    pub(in crate::explain) fn describe(&self) -> String {
+        format!("{} describe pod {}", self.kubectl(), self.pod.name_any())
+    }
+
+    /// Returns the command that shows the class of a volume; for someone who may not read it, what the pod says of
+    /// it.
+    pub(super) fn show_class(&self, volume: &VolumeFacts) -> String {
+        if volume.class.unknown().is_some() {
+            return self.describe();
+        }
+        if volume.class.is_missing() {
+            return format!("{} get secretproviderclasses", self.kubectl());
+        }
+        format!(
+            "{} get secretproviderclass {} -o yaml",
+            self.kubectl(),
+            volume.class_name
+        )
+    }
+
+    /// Returns the command that edits the class of a volume.
+    pub(super) fn edit_class(&self, volume: &VolumeFacts) -> String {
+        format!(
+            "{} edit secretproviderclass {}",
+            self.kubectl(),
+            volume.class_name
+        )
+    }
+
+    /// Returns how to give the driver a right: a value of the chart, or a role of `deploy/`.
+    pub(super) fn grant(&self, value: &str, role: &str) -> Then {
+        match self.may_not_see_the_driver() {
+            true => Then::Tell,
+            false => Then::Do(format!(
+                "kubectl apply -f deploy/{role} # or, of the chart, {value}=true"
+            )),
+        }
+    }
+
+    /// Returns the command that gets a pod like this one. A pod without a controller is not made again by itself.
+    pub(super) fn new_pod(&self) -> String {
+        let (kubectl, pod) = (self.kubectl(), self.pod.name_any());
+        match self.has_controller() {
+            true => format!("{kubectl} delete pod {pod}"),
+            false => format!("{kubectl} get pod {pod} -o yaml | kubectl replace --force -f -"),
+        }
+    }
+
+    /// Returns whether something makes a pod like this one once it is deleted.
+    pub(super) fn has_controller(&self) -> bool {
+        let mut owners = self.pod.owner_references().iter();
+        owners.any(|owner| owner.controller == Some(true))
+    }
+
+    /// Returns the command that shows the log of the node's driver.
+    pub(super) fn driver_log(&self) -> Then {
+        let driver = self.node.as_ref().and_then(|node| node.driver.found());
+        match driver.and_then(Option::as_ref) {
+            // A container that was never started has no log.
+            Some((installed, pod)) if !ground::has_log(pod, &installed.container) => {
+                Then::Do(describe(installed, pod))
+            }
+            Some((installed, pod)) => Then::Do(format!(
+                "kubectl -n {} logs {} -c {} --since=15m",
+                installed.namespace(),
+                pod.name_any(),
+                installed.container
+            )),
+            None => self.driver_pods(),
+        }
+    }
+
+    /// Returns the command that shows what the node's driver logged as it started.
+    pub(super) fn driver_start(&self) -> Then {
+        match self.driver_log() {
+            Then::Do(command) => Then::Do(command.replace(" --since=15m", " | head -50")),
+            Then::Tell => Then::Tell,
+        }
+    }
+
+    /// Returns the command that shows the driver's pods.
+    pub(super) fn driver_pods(&self) -> Then {
+        if self.may_not_see_the_driver() {
+            return Then::Tell;
+        }
+        let node = self
+            .node
+            .as_ref()
+            .map(|node| format!(" --field-selector spec.nodeName={}", node.name));
+        let node = node.unwrap_or_default();
+        let command = match self.installed.found().and_then(|all| all.first()) {
+            Some(installed) => format!(
+                "kubectl -n {} get pods -l {} -o wide{node}",
+                installed.namespace(),
+                installed.selector()
+            ),
+            None => "kubectl get daemonsets -A".to_owned(),
+        };
+        Then::Do(command)
+    }
+
+    /// Returns whether it is known that no driver runs on the pod's node, or that kubelet does not know it.
+    pub(in crate::explain) fn lacks_driver(&self) -> bool {
+        let node = self.node.as_ref();
+        node.is_some_and(|node| match &node.driver {
+            Read::Is(Some((installed, pod))) => !is_running(pod, &installed.container),
+            Read::Is(None) => true,
+            _ => unregistered(self).is_some(),
+        })
+    }
+
+    /// Returns whether the driver's DaemonSet or its pods could not be read.
+    pub(super) fn may_not_see_the_driver(&self) -> bool {
+        let node = self.node.as_ref();
+        self.installed.unknown().is_some()
+            || node.is_some_and(|node| node.driver.unknown().is_some())
+    }
+
+    /// Returns the command that shows all pods of the node, among them that of a provider.
+    pub(super) fn pods_of_node(&self) -> Then {
+        if self.may_not_see_the_driver() {
+            return Then::Tell;
+        }
+        let node = self.node.as_ref().map_or("NODE", |node| node.name.as_str());
+        Then::Do(format!(
+            "kubectl get pods -A -o wide --field-selector spec.nodeName={node}"
+        ))
+    }
+
+    /// Returns the DaemonSet and the pod of the node's driver.
+    pub(super) fn driver(&self) -> Option<&(Installed, Pod)> {
+        self.node.as_ref()?.driver.found()?.as_ref()
+    }
+}

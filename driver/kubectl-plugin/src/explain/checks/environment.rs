@@ -1,0 +1,163 @@
+//! Checks the Secrets and the keys that the environment of containers takes, in the order in which they start, and the
+//! Secrets with which their images are pulled.
+
+use std::collections::BTreeSet;
+
+use k8s_openapi::api::core::v1::Container;
+use kube::ResourceExt as _;
+
+use super::{
+    Found,
+    containers::waiting,
+    order::Place,
+    secrets::{awaits_driver, could_not, keys_of, maker_elsewhere, similar},
+};
+use crate::{
+    cluster::Read,
+    explain::facts::{Facts, Take},
+};
+
+/// Finds Secrets and keys that are not there: each Secret at the first container that takes it, and of each container
+/// one key. `has_reason` is whether something was found before.
+pub(super) fn wrong(facts: &Facts, has_reason: bool) -> Vec<(Place, &'static str, Found)> {
+    let (mut told, mut wrong_keys) = (BTreeSet::new(), BTreeSet::new());
+    let mut all = Vec::new();
+    for take in facts.takes() {
+        let name = take.container.name.as_str();
+        let place = Place::of_container(facts, name);
+        if let Some(found) = secret(facts, &take, has_reason).filter(|_| told.insert(take.secret)) {
+            let place = Place {
+                needs_driver: awaits_driver(facts, take.secret),
+                ..place
+            };
+            all.push((place, "env-secret", found));
+        } else if let Some(found) = key(facts, &take).filter(|_| wrong_keys.insert(name)) {
+            all.push((place, "env-key", found));
+        }
+    }
+    all
+}
+
+/// A container's environment takes a Secret that is not there.
+fn secret(facts: &Facts, take: &Take<'_>, has_reason: bool) -> Option<Found> {
+    // The Secrets of a class go with the last pod that mounts it.
+    let is_over = facts.has_ended() || facts.may_outlive_its_volumes();
+    let secret = take.secret;
+    if is_over || !facts.secrets.get(secret).is_some_and(Read::is_missing) {
+        return None;
+    }
+    let begin = format!(
+        "container {} takes its environment from Secret {secret}, which does not exist",
+        take.container.name
+    );
+    let mut makers = facts.volumes.iter().filter(|volume| volume.makes(secret));
+    let what = if let Some(volume) = makers.next() {
+        let class = &volume.class_name;
+        match facts.is_used(volume) {
+            true if facts.is_mounted(volume) == Some(true)
+                && (has_reason || could_not(facts, volume, secret)) =>
+            {
+                format!("{begin}: class {class} makes it, but could not: see above")
+            }
+            true if facts.is_mounted(volume) == Some(true) => {
+                format!("{begin}: class {class} makes it, and the driver has not made it yet")
+            }
+            true => format!(
+                "{begin}: class {class} makes it once volume {} is mounted",
+                volume.name
+            ),
+            false => format!(
+                "{begin}: class {class} makes it, but no container mounts volume {}, and kubelet mounts only what a container mounts; add it to volumeMounts",
+                volume.name
+            ),
+        }
+    } else {
+        match maker_elsewhere(facts, secret) {
+            Some(class) => format!(
+                "{begin}: class {} makes it, but only while a pod mounts that class; add a volume of it to this pod",
+                class.name_any()
+            ),
+            None if facts.volumes.is_empty() => return None,
+            None => match similar(facts, secret) {
+                Some((class, right)) => {
+                    format!("{begin}; class {class} makes {right}: is that meant?")
+                }
+                None => format!("{begin}, and no class of this namespace makes it"),
+            },
+        }
+    };
+    Some(Found::new(what, facts.describe()))
+}
+
+/// A container that waits takes a key that the class does not write. The keys of the Secret itself are not read: only
+/// its content has them.
+fn key(facts: &Facts, take: &Take<'_>) -> Option<Found> {
+    facts.secrets.get(take.secret)?.found()?;
+    let key = take.key.filter(|_| waits(facts, take.container))?;
+    let (class, keys) = keys_of(facts, take.secret)?;
+    if keys.contains(&key) {
+        return None;
+    }
+    let what = format!(
+        "container {} takes key {key} of Secret {}, and class {class} writes {}",
+        take.container.name,
+        take.secret,
+        keys.join(", ")
+    );
+    Some(Found::new(what, facts.describe()))
+}
+
+/// Returns whether a container has not been started for now. One that runs has had all keys that it takes.
+fn waits(facts: &Facts, container: &Container) -> bool {
+    waiting(facts, &container.name).is_some()
+}
+
+/// Finds Secrets with which images are to be pulled and that are not there, while a container waits for its image.
+pub(super) fn of_images(facts: &Facts) -> Vec<(Place, &'static str, Found)> {
+    let Some(container) = super::containers::without_image(facts) else {
+        return Vec::new();
+    };
+    let event = facts.event(&["FailedToRetrieveImagePullSecret"], |_| true);
+    let missing = facts.pull_secrets().filter(|secret| {
+        let read = facts.secrets.get(*secret);
+        read.is_some_and(Read::is_missing)
+    });
+    let found = missing.map(|secret| {
+        let begin = format!(
+            "the images of the pod are pulled with Secret {secret} (imagePullSecrets), which does not exist"
+        );
+        let maker = facts.volumes.iter().find(|volume| volume.makes(secret));
+        let what = match (maker, similar(facts, secret)) {
+            (Some(volume), _) => format!("{begin}: class {} makes it", volume.class_name),
+            (None, Some((class, right))) => {
+                format!("{begin}; class {class} makes {right}: is that meant?")
+            }
+            (None, None) => begin,
+        };
+        let place = Place {
+            needs_driver: awaits_driver(facts, secret),
+            ..Place::of_container(facts, container)
+        };
+        let found = Found::new(what, facts.describe()).said_by(event);
+        (place, "image-pull-secret", found)
+    });
+    let found: Vec<_> = found.collect();
+    match event.filter(|_| found.is_empty() && has_unknown(facts)) {
+        Some(event) => {
+            let what = "kubelet does not find all Secrets with which the images of the pod are pulled (imagePullSecrets)";
+            let found = Found::new(what, facts.describe()).said_by(Some(event));
+            let place = Place::of_container(facts, container);
+            vec![(place, "image-pull-secret", found)]
+        }
+        None => found,
+    }
+}
+
+/// Returns whether it is not known of a Secret for the images whether it exists.
+fn has_unknown(facts: &Facts) -> bool {
+    let mut names = facts.pull_secrets();
+    names.any(|secret| {
+        let read = facts.secrets.get(secret);
+        read.is_none_or(|read| read.unknown().is_some())
+    })
+}
