@@ -282,7 +282,7 @@ impl Volumes {
                 let (undo, mount) = self.mount(request).await?;
                 (Some(undo), mount)
             }
-            Start::InPlace => (None, self.refit(request).await?),
+            Start::InPlace => (None, self.begin_in_place(request).await?),
         };
         let reply = self.ask_first(&class, request, cancelled).await?;
         let present = match start {

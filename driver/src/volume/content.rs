@@ -80,6 +80,27 @@ impl Volumes {
             .map_err(|error| failed_to_write(request, explained(request, &error)))
     }
 
+    /// Does the same for a volume that has no content yet, or none any more, which counts as unfinished from
+    /// now on: a provider that writes files itself writes one after the other.
+    pub(super) async fn begin_in_place(
+        &self,
+        request: &PublishRequest,
+    ) -> Result<Arc<VolumeMount>> {
+        let mount = self.refit(request).await?;
+        let there = Arc::clone(&mount);
+        let begun = blocking(move || {
+            let root = there.open()?;
+            if layout::is_empty(&root)? && !layout::is_unfinished(&root)? {
+                layout::begin(&root)?;
+            }
+            Ok(())
+        });
+        begun
+            .await
+            .map_err(|error| failed_to_write(request, explained(request, &error)))?;
+        Ok(mount)
+    }
+
     /// Checks the provider's files and writes them where no reader looks, if there is memory for
     /// them. Files that the provider wrote itself get their mode and group. `present` says who wrote
     /// the present content. Fails if `mount` is not what is mounted at the target any more.

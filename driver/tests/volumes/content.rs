@@ -1,7 +1,7 @@
 //! Checks that the record tells who wrote the content of a volume, whatever the provider does next,
 //! and that no pod status names objects that are not there.
 
-use std::{fs, os::unix::fs::PermissionsExt as _};
+use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
 
 use driver::record::Writer;
 use proptest::{
@@ -220,5 +220,47 @@ fn content_that_never_stays_the_same_is_told_once() {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
         assert_eq!(told(), [restless.id.as_str()]);
+    });
+}
+
+/// Of files that a provider writes one after the other, some are no content: neither for a driver that starts
+/// meanwhile, nor for the Secrets.
+#[test]
+fn a_mount_without_content_is_unfinished_until_the_provider_has_written_all() {
+    alone(async {
+        let mut world = World::start(&EAGER).await;
+        let volume = world.volume_of_its_own();
+        let written = Answer {
+            writes: ["a", "b"]
+                .map(|name| (name.to_owned(), b"x".to_vec()))
+                .into(),
+            version: Some("1".to_owned()),
+            ..Answer::default()
+        };
+        world.provider.answers(&volume.class, written.clone());
+        world.publish_patiently(&volume).await.unwrap();
+        let reads = volume.reads();
+        // A crash between mount and mark leaves the same.
+        for name in ["a", "b"] {
+            fs::remove_file(volume.target.join(name)).unwrap();
+        }
+        let hangs = Answer {
+            hangs: true,
+            ..Answer::default()
+        };
+        world.provider.answers(&volume.class, hangs);
+        let mark = volume.target.join("..unfinished");
+        let seen = async {
+            while world.provider.waits() == 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            mark.exists()
+        };
+        let (published, is_marked) = tokio::join!(world.publish(volume.request()), seen);
+        assert!(published.is_err() && is_marked);
+        world.provider.answers(&volume.class, written);
+        world.publish_patiently(&volume).await.unwrap();
+        assert!(!mark.exists());
+        assert_eq!(volume.reads(), reads);
     });
 }
