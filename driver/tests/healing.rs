@@ -501,4 +501,16 @@ async fn requests_of_one_namespace_that_hang_hold_up_no_other() {
         assert!(class.expect("it waits for the others").is_ok());
         assert!(!cluster.is_away());
     }
+    // Once they hang, none of them makes a request wait for even a moment.
+    while api.behavior.lock().unwrap().requests < 100 {
+        assert!(since.elapsed() < SOON);
+        sleep(Duration::from_millis(10)).await;
+    }
+    sleep(Duration::from_millis(1_500)).await;
+    let begun = Instant::now();
+    for _ in 0..20 {
+        cluster.class("good", "db").await.unwrap();
+    }
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(5), "twenty reads took {took:?}");
 }

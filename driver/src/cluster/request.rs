@@ -18,8 +18,9 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 /// which is reused and takes some 70 KB.
 pub(super) const MAX_REQUESTS: usize = 8;
 
-/// The longest time that a request waits for its turn. After that it runs beside the others.
-const MAX_TURN_WAIT: Duration = Duration::from_secs(1);
+/// The longest time that a request waits for its turn, and that its turn lasts. After that it runs beside
+/// the others.
+const TURN: Duration = Duration::from_secs(1);
 
 /// The most bytes that are read of an answer. An object takes at most 1.5 MiB in etcd, and the largest
 /// answer that is asked for is a list of five classes.
@@ -136,15 +137,21 @@ impl Cluster {
     }
 
     /// Runs a request as [`limited`] does, after those that run already. It waits for them for a
-    /// moment only, so that requests that hang, because of one namespace's webhook for example,
-    /// hold up no others. The time limit begins when the request is sent.
+    /// moment only, and those that hang, because of one namespace's webhook for example, have no turn any
+    /// more after a moment: many of them would make each request of the others wait. The time limit begins
+    /// when the request is sent.
     pub(super) fn in_turn<'a, T: 'a>(
         &'a self,
         request: impl Request<T> + 'a,
     ) -> impl Answered<T> + 'a {
         let request = limited(request);
         async move {
-            let _turn = tokio::time::timeout(MAX_TURN_WAIT, self.requests.acquire()).await;
+            let turn = tokio::time::timeout(TURN, self.requests.acquire()).await;
+            let mut request = std::pin::pin!(request);
+            if let Ok(answer) = tokio::time::timeout(TURN, &mut request).await {
+                return answer;
+            }
+            drop(turn);
             request.await
         }
     }

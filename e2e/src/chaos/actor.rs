@@ -18,9 +18,10 @@ use super::world::World;
 
 /// The port of the provider's control.
 const CONTROL: u16 = 8080;
-/// The port of the driver's health check, and the number of failures after which it is restarted.
+/// The port of the driver's health check, and the number of failures in as many seconds after which it is
+/// restarted: a driver that has lost its socket makes it again within fifteen seconds.
 const HEALTHZ: u16 = 9808;
-const MOST_FAILURES: u32 = 3;
+const MOST_FAILURES: u32 = 25;
 /// The answers of a provider that is wrong: each must not reach a volume.
 const WRONG: [&str; 8] = [
     "[{status: {code: UNAVAILABLE, message: a fault of the run}}]",
@@ -217,7 +218,8 @@ impl<'a, G: Ground> Actor<'a, G> {
             .sum()
     }
 
-    /// Kills drivers whose health check has failed for a while, as kubelet does. Does not return.
+    /// Kills drivers whose health check has failed for a while, as kubelet does. No fault of a run needs
+    /// that. Does not return.
     pub(super) async fn probe_liveness(&self) {
         if self.ground.has_liveness_probes() {
             return std::future::pending().await;
@@ -233,10 +235,15 @@ impl<'a, G: Ground> Actor<'a, G> {
                     *failures = 0;
                     let killed = driver.kill().await;
                     self.world.driver_restarts(node);
-                    let how =
-                        killed.map_or_else(|error| error.to_string(), |()| "killed".to_owned());
-                    let text = format!("the liveness probe of the driver on {node} fails: {how}");
-                    self.world.log.tell(text);
+                    let text = format!("the liveness probe of the driver on {node} fails");
+                    match killed {
+                        Ok(()) => {
+                            let promise = "a driver recovers without its liveness probe";
+                            self.world.log.find(promise, text);
+                        }
+                        // It is about to start.
+                        Err(error) => self.world.log.tell(format!("{text}: {error}")),
+                    }
                 }
             }
             sleep(1_000).await;

@@ -80,8 +80,12 @@ pub(super) enum What {
     },
     /// The driver is killed.
     KillDriver { node: usize },
-    /// A second driver serves at the socket of the first.
-    TwoDrivers { node: usize, lasts: u64 },
+    /// A second driver serves at the socket of the first. It ends, or it is killed and leaves its socket.
+    TwoDrivers {
+        node: usize,
+        lasts: u64,
+        killed: bool,
+    },
     /// The provider answers late.
     ProviderSlow { node: usize, lasts: u64, by: u64 },
     /// The provider does not answer, and is killed after that.
@@ -491,7 +495,11 @@ fn fault(random: &mut Random, nodes: usize) -> What {
     let lasts = 500 + random.below(LONGEST_FAULT - 500);
     match random.below(36) {
         0..4 => What::KillDriver { node },
-        4 => What::TwoDrivers { node, lasts },
+        4 => What::TwoDrivers {
+            node,
+            lasts,
+            killed: random.below(2) == 0,
+        },
         5..7 => What::ProviderSlow {
             node,
             lasts,

@@ -102,8 +102,13 @@ impl<G: Ground> Actor<'_, G> {
                 self.world.log.struck(&what.kind(), 1);
                 Ok(())
             }
-            What::TwoDrivers { node, lasts } => {
-                self.two_drivers(what, self.node(node), lasts).await
+            What::TwoDrivers {
+                node,
+                lasts,
+                killed,
+            } => {
+                self.two_drivers(what, self.node(node), (lasts, killed))
+                    .await
             }
             What::ProviderGone {
                 node,
@@ -125,7 +130,7 @@ impl<G: Ground> Actor<'_, G> {
             What::ReplaceProvider { node, lasts } => {
                 let node = self.node(node);
                 let arguments = ["--http-addr=:18080"];
-                self.second(what, PROVIDER, node, (&arguments, 18080), lasts)
+                self.second(what, PROVIDER, node, (&arguments, 18080), (lasts, false))
                     .await?;
                 // The second took its socket away with it.
                 self.ground.cluster().provider(node, PROVIDER).kill().await
@@ -220,21 +225,23 @@ impl<G: Ground> Actor<'_, G> {
         Ok(())
     }
 
-    async fn two_drivers(&self, what: What, node: &str, lasts: u64) -> Result<()> {
+    async fn two_drivers(&self, what: What, node: &str, lasts: (u64, bool)) -> Result<()> {
         let arguments = ["--metrics-addr=:18095", "--healthz-addr=:19808"];
-        // The second takes the socket away with it. The liveness probe of the first fails then.
+        // The second takes the socket away with it, or leaves one at which nobody listens. The first makes
+        // its own again.
         self.second(what, DRIVER_SET, node, (&arguments, 18095), lasts)
             .await
     }
 
-    /// Runs the pods of a DaemonSet a second time on a node, with more arguments, for a while.
+    /// Runs the pods of a DaemonSet a second time on a node, with more arguments, for a while. Kills its
+    /// process then if `killed`.
     async fn second(
         &self,
         what: What,
         name: &str,
         node: &str,
         (arguments, port): (&[&str], u16),
-        lasts: u64,
+        (lasts, killed): (u64, bool),
     ) -> Result<()> {
         let sets = Api::<DaemonSet>::namespaced(self.ground.cluster().client(), NAMESPACE);
         let first = sets.get(name).await;
@@ -273,6 +280,9 @@ impl<G: Ground> Actor<'_, G> {
         self.world
             .log
             .struck(&what.kind(), u64::from(answers.is_ok()));
+        if killed && let Component::Provider(container) = &component {
+            cluster.provider(node, container).kill().await?;
+        }
         let deleted = sets.delete(&second, &DeleteParams::default()).await;
         let deleted = deleted.map_err(api(format!("delete DaemonSet {second}")));
         self.undone(what, deleted.map(drop));

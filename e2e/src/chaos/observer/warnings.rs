@@ -10,8 +10,9 @@ use crate::cluster::{Result, api};
 use super::super::lock;
 use super::super::world::World;
 
-/// The reasons of events about something that failed. What tenants change by hand is not among them.
-const FAILURES: [&str; 3] = ["FailedMount", "FailedToCreateSecret", "MountRotationFailed"];
+/// The reasons of events about something that failed. A Secret of which a tenant has just added a key has
+/// no value for it yet, so that failures of Secrets are not among them.
+const FAILURES: [&str; 2] = ["FailedMount", "MountRotationFailed"];
 /// The precision of the times in events.
 const PRECISION: SignedDuration = SignedDuration::from_secs(1);
 
