@@ -137,6 +137,11 @@ fn why(error: &kube::Error) -> String {
             "the API server does not know you (Unauthorized)".to_owned()
         }
         kube::Error::Api(status) if !status.message.is_empty() => one_line(&status.message, 200),
+        // A proxy answers without a body, of which the client makes an object that has nothing to show.
+        kube::Error::Api(status) => format!(
+            "the API server, or a proxy before it, answered with HTTP status {} and without words",
+            status.code
+        ),
         other => one_line(&with_sources(other), 200),
     }
 }
@@ -249,4 +254,26 @@ pub async fn may(client: &Client, account: (&str, &str), what: ResourceAttribute
     let api: Api<SubjectAccessReview> = Api::all(client.clone());
     let answer = read(api.create(&PostParams::default(), &review)).await;
     answer.map(|review| review.status.is_some_and(|status| status.allowed))
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    /// A proxy that answers without a body has no object of the client shown.
+    #[test]
+    fn an_answer_without_words_has_its_code() {
+        for (said, expected) in [
+            ("bad gateway", "bad gateway"),
+            (
+                "",
+                "the API server, or a proxy before it, answered with HTTP status 502 and without words",
+            ),
+        ] {
+            let status = Status::failure(said, "Failed to parse error data").with_code(502);
+            assert_eq!(why(&kube::Error::Api(status.boxed())), expected);
+        }
+    }
 }

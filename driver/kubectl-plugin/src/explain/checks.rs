@@ -5,6 +5,8 @@ mod containers;
 mod environment;
 mod events;
 mod ground;
+mod hooks;
+mod looks;
 mod mended;
 mod mount;
 mod order;
@@ -29,9 +31,12 @@ use k8s_openapi::api::core::v1::Event;
 use kube::ResourceExt as _;
 use serde::Serialize;
 
+pub(super) use environment::unset;
+pub(super) use looks::are_failing as looks_fail;
 pub(super) use refresh::{Next, interval, next_refresh, rotates};
 pub(super) use restarts::{ends_again, notes as of_hooks};
 pub(super) use secrets::outdated;
+pub(super) use sub_path::unknown_files;
 pub(super) use volume::shown_name;
 
 use self::order::{Place, Stage};
@@ -171,16 +176,27 @@ const PREVENTS_MOUNT: &[(&str, OfVolume)] = &[
 /// The checks of a volume that is mounted, or was.
 const OF_MOUNTED: &[(&str, OfVolume)] = &[
     ("mount-gone", volume::mount_gone),
+    ("publish-secret", looks::publish_secret),
     ("sub-path-file", sub_path::without_file),
     ("class-gone", volume::class_gone),
     ("provider-socket", volume::provider_socket),
     ("refresh", refresh::fails),
     ("republish", refresh::republish),
+    ("look", looks::fail),
     ("overdue", refresh::overdue),
     ("asked", refresh::asked),
     ("sub-path", sub_path::outdated),
     ("secrets", secrets::out_of_step),
     ("secret-missing", secrets::missing),
+];
+
+/// The checks of a mounted volume that tell why kubelet's looks fail, or why it does not look.
+const OF_LOOKS: [&str; 5] = [
+    "mount-gone",
+    "publish-secret",
+    "class-gone",
+    "refresh",
+    "republish",
 ];
 
 /// Finds what is wrong with a pod's volumes, the reason first, and what its start waits for besides.
@@ -243,10 +259,8 @@ fn of_ground(facts: &Facts) -> Vec<(Place, Trouble)> {
                 add(Place::at(stage), name, Some(&volume.name), found);
             }
         }
-        for (name, check) in OF_MOUNTED {
-            if let Some(found) = check(facts, volume) {
-                add(Place::at(Stage::Mounted), name, Some(&volume.name), found);
-            }
+        for (name, place, found) in of_mounted(facts, volume, has_ground) {
+            add(place, name, Some(&volume.name), found);
         }
     }
     let of_secrets = secret_volumes::wrong(facts);
@@ -266,6 +280,39 @@ fn of_ground(facts: &Facts) -> Vec<(Place, Trouble)> {
     for (name, found) in others.filter(|(name, _)| !is_told(name)) {
         let place = Place::at(Stage::Volumes);
         add(place, "other-volume", name.as_deref(), found);
+    }
+    all
+}
+
+/// Finds what is wrong with a volume that is mounted. That kubelet's looks fail, or that it does not look, is said where
+/// nothing else tells why. `has_ground` is whether the driver and its node are in order.
+fn of_mounted(
+    facts: &Facts,
+    volume: &VolumeFacts,
+    has_ground: bool,
+) -> Vec<(&'static str, Place, Found)> {
+    let mut all: Vec<(&'static str, Place, Found)> = Vec::new();
+    for (name, check) in OF_MOUNTED {
+        let is_told = match *name {
+            "look" => !has_ground || all.iter().any(|(name, ..)| OF_LOOKS.contains(name)),
+            "overdue" => all
+                .iter()
+                .any(|(name, ..)| OF_LOOKS.contains(name) || *name == "look"),
+            _ => false,
+        };
+        let Some(found) = check(facts, volume).filter(|_| !is_told) else {
+            continue;
+        };
+        // A container that ends for it waits for nothing else.
+        let container = match *name {
+            "sub-path-file" => sub_path::missing_file(facts, volume),
+            _ => None,
+        };
+        let place = match container {
+            Some((container, _)) => Place::of_container(facts, &container.name),
+            None => Place::at(Stage::Mounted),
+        };
+        all.push((name, place, found));
     }
     all
 }

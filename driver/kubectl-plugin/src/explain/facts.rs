@@ -2,6 +2,7 @@
 
 mod known;
 mod taken;
+mod written;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,16 +12,14 @@ use driver::{
 };
 use futures::{StreamExt as _, future::join_all, stream};
 use jiff::Timestamp;
-use k8s_openapi::{
-    api::{
-        core::v1::{CSIVolumeSource, Event, Node, Pod, Secret},
-        storage::v1::{CSIDriver, CSINode},
-    },
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+use k8s_openapi::api::{
+    core::v1::{CSIVolumeSource, Event, Node, Pod, Secret},
+    storage::v1::{CSIDriver, CSINode},
 };
 use kube::{Api, Client, ResourceExt as _, api::ListParams};
 
 pub(super) use taken::{SecretVolume, Take};
+use written::Written;
 
 use crate::{
     cluster::{Read, list, list_metadata, read},
@@ -34,9 +33,6 @@ const MAX_CLASSES: usize = 2_000;
 const MAX_SECRETS: usize = 100;
 /// The requests about Secrets that run at the same time.
 const AT_ONCE: usize = 8;
-
-/// The names by which this driver and the existing one write Secrets.
-const MANAGERS: [&str; 2] = ["csi-secrets-store", "secrets-store-csi"];
 
 /// Everything that is known of a pod's volumes.
 pub(super) struct Facts {
@@ -189,31 +185,6 @@ impl Facts {
             is_missing && !self.volumes.iter().any(|volume| volume.makes(&secret))
         });
         has_one_missing || of_others
-    }
-}
-
-/// When a Secret was written, as its metadata says it.
-#[derive(Default)]
-pub(super) struct Written {
-    /// When it was created.
-    pub created: Option<Timestamp>,
-    /// When the driver changed it last: its content, or its owners.
-    pub by_driver: Option<Timestamp>,
-}
-
-impl Written {
-    fn of(metadata: &ObjectMeta) -> Self {
-        let managed = metadata.managed_fields.iter().flatten();
-        let by_driver = managed.filter(|entry| {
-            let manager = entry.manager.as_deref();
-            manager.is_some_and(|manager| MANAGERS.contains(&manager))
-        });
-        Self {
-            created: metadata.creation_timestamp.as_ref().map(|time| time.0),
-            by_driver: by_driver
-                .filter_map(|entry| Some(entry.time.as_ref()?.0))
-                .max(),
-        }
     }
 }
 

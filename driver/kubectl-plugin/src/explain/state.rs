@@ -221,9 +221,14 @@ pub(super) fn crash(facts: &Facts, status: &ContainerStatus) -> (String, String)
     } else {
         " it mounts no volume of the driver and cannot read their files; if it should, add them to its volumeMounts; else"
     };
-    let (verb, last) = match status.restart_count == 0 && has_ended.is_some() {
-        true => ("has ended", " with"),
-        false => ("starts and ends again", ", the last time with"),
+    let runs = status
+        .state
+        .as_ref()
+        .is_some_and(|state| state.running.is_some());
+    let (verb, last) = match (status.restart_count, has_ended.is_some(), runs) {
+        (0, true, _) => ("has ended", " with"),
+        (1, _, true) => ("has ended once", ", with"),
+        _ => ("starts and ends again", ", the last time with"),
     };
     let ended = ended.map_or_else(String::new, |ended| {
         format!("{last} {}", end(ended, facts.now))

@@ -25,6 +25,8 @@ use crate::{
     time::shown,
 };
 
+/// The seconds for which a refresh is due now: kubelet's next look is within them.
+const DUE_NOW: i64 = 90;
 /// The objects of a volume, and the Secrets of a class, that the text names.
 const SHOWN: usize = 8;
 
@@ -286,6 +288,9 @@ impl Volume {
                 _ if self.stale_since.is_some() => {
                     "the driver tries again at each look of kubelet, less and less often".to_owned()
                 }
+                (_, Some(next)) if now.duration_since(next).as_secs() > DUE_NOW => {
+                    format!("the next refresh was due {}", shown(next, now))
+                }
                 (_, Some(next)) if next <= now => "the next refresh is due now".to_owned(),
                 (_, Some(next)) => format!("the next refresh is due {}", shown(next, now)),
                 ("never", _) => "no further refresh, as it says `never`".to_owned(),
@@ -341,12 +346,6 @@ impl fmt::Display for Story {
             };
             writeln!(f, "\n{nothing}")?;
         }
-        if !self.waits.is_empty() {
-            writeln!(f, "\nIt waits for:")?;
-        }
-        for waits in &self.waits {
-            waits.write(f)?;
-        }
         match self.trouble.len() {
             0 => {}
             1 => writeln!(f, "\nWrong:")?,
@@ -354,6 +353,12 @@ impl fmt::Display for Story {
         }
         for trouble in &self.trouble {
             trouble.write(f)?;
+        }
+        if !self.waits.is_empty() {
+            writeln!(f, "\nIt waits for:")?;
+        }
+        for waits in &self.waits {
+            waits.write(f)?;
         }
         if !self.volumes.is_empty() {
             writeln!(f, "\nVolumes:")?;

@@ -1,5 +1,7 @@
 //! Checks the Secrets that a pod takes: into the environment of its containers, as volumes, and for its images.
 
+use driver::record::is_object_name;
+
 use super::{
     Findings, Surroundings,
     class::Made,
@@ -68,7 +70,9 @@ fn check_one(
     if around.others.contains(name) || classes.any(|c| c.secrets.contains_key(name)) {
         return;
     }
-    if let Some((right, _)) = made.iter().find(|(right, _)| is_slip(name, right)) {
+    // One whose name cannot be that of a Secret is not meant; the class has that as a finding of its own.
+    let mut possible = made.iter().filter(|(right, _)| is_object_name(right));
+    if let Some((right, _)) = possible.find(|(right, _)| is_slip(name, right)) {
         file.add(reference.name.line, format!("{who} takes the Secret {name}, which no class in these files makes; is {right} meant?"));
     }
 }

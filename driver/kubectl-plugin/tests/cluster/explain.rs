@@ -7,6 +7,7 @@ use serde_json::json;
 
 use crate::{
     drivers::DRIVERS,
+    looks::LOOKS,
     restarts::RESTARTS,
     situations::SITUATIONS,
     starts::STARTS,
@@ -31,7 +32,7 @@ macro_rules! assert_stories {
 async fn each_situation_has_its_story() {
     let mut text = String::new();
     let all = SITUATIONS.iter().chain(WAITS).chain(RESTARTS);
-    let all = all.chain(STARTS).chain(DRIVERS);
+    let all = all.chain(STARTS).chain(DRIVERS).chain(LOOKS);
     for (title, change) in all {
         let mut world = World::in_order();
         change(&mut world);

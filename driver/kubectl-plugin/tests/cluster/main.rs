@@ -11,6 +11,7 @@
 mod doctor;
 mod drivers;
 mod explain;
+mod looks;
 mod net;
 mod restarts;
 mod situations;

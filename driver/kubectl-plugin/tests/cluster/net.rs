@@ -233,9 +233,14 @@ fn held_up(block: &Block, kind: Kind, events: Events, has_mistake: bool) -> (Wor
     (world, name)
 }
 
-/// Returns the first line of what is wrong, or waited for.
+/// Returns the first line of what is waited for, or else of what is wrong: mistakes that come later stand before what is
+/// waited for.
 fn first(said: &Said) -> &str {
-    let mut lines = said.stdout.lines();
+    let (_, rest) = said
+        .stdout
+        .split_once("\nIt waits for:\n")
+        .unwrap_or(("", &said.stdout));
+    let mut lines = rest.lines();
     lines
         .find_map(|line| line.strip_prefix("  - "))
         .unwrap_or_default()
@@ -393,6 +398,14 @@ const OF_POD: &[OfPod] = &[
             world.pod["status"]["conditions"] = json!([{"type": "Ready", "status": "False"}]);
             let status = &mut world.pod["status"]["containerStatuses"][0];
             (status["ready"], status["state"]) = (json!(false), ended(0));
+            // Without another one, the pod has ended as soon as kubelet reports it.
+            let containers = world.pod["spec"]["containers"].as_array_mut().unwrap();
+            containers.push(json!({"name": "other", "image": "shop"}));
+            let statuses = &mut world.pod["status"]["containerStatuses"];
+            statuses.as_array_mut().unwrap().push(
+                json!({"name": "other", "image": "shop", "imageID": "", "ready": true,
+                "restartCount": 0, "state": {"running": {"startedAt": ago(60)}}}),
+            );
         },
         "nothing more: container main has done its work",
     ),

@@ -371,6 +371,7 @@ pub(crate) const SITUATIONS: &[(&str, Change)] = &[
     }),
     ("a ConfigMap was missing, and the pod is ready", |world| {
         world.with_config_map();
+        world.pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"] = ago(10);
         world.event(
             "FailedMount",
             "MountVolume.SetUp failed for volume \"config\" : configmap \"web-config\" not found",

@@ -8,9 +8,11 @@ use k8s_openapi::api::core::v1::{
 use super::{
     Found,
     events::{has_name, is_about, text},
+    hooks,
     order::Place,
     over, restarts,
     sandbox::sandbox,
+    secrets::keys_of,
 };
 use crate::explain::{facts::Facts, state};
 
@@ -202,8 +204,15 @@ fn of_container(
         return Some(("image", image(facts, waits)));
     }
     if reason == OF_HOOK {
-        let found = restarts::of_hook(facts, &waits.name, &status.name).said(waits.said);
-        return Some(("container-config", found));
+        let said = waits.said.clone().unwrap_or_default();
+        return Some(match hooks::of_hook(facts, &waits.name, status, &said) {
+            Some(found) => ("container-config", found.said(waits.said)),
+            None => {
+                let found = crash(facts, is_init, status);
+                let what = format!("{}{}", found.what, hooks::ENDED_FIRST);
+                ("container-crash", Found { what, ..found }.said(waits.said))
+            }
+        });
     }
     if !OF_CONFIG.contains(&reason) {
         return None;
@@ -296,6 +305,7 @@ pub(super) fn not_started(
 ) -> Found {
     let words = said.as_deref().unwrap_or_default();
     let over = over::mount(facts, container, words);
+    let over = over.or_else(|| awaited_key(facts, words));
     let advice = over.or_else(|| advice(CONFIGS, words).map(str::to_owned));
     let advice = advice.map_or_else(String::new, |advice| format!("; {advice}"));
     let what = format!(
@@ -303,6 +313,20 @@ pub(super) fn not_started(
         fine(facts)
     );
     Found::new(what, facts.describe()).said(said)
+}
+
+/// Returns advice about a key that kubelet does not find, and that the class writes by now.
+fn awaited_key(facts: &Facts, said: &str) -> Option<String> {
+    let (_, rest) = said.split_once("find key ")?;
+    let (key, rest) = rest.split_once(" in Secret ")?;
+    let (_, rest) = rest.split_once('/')?;
+    let secret = rest.split_whitespace().next()?;
+    let (class, keys) = keys_of(facts, secret)?;
+    keys.contains(&key).then(|| {
+        format!(
+            "class {class} writes key {key}: if that was corrected just now, wait a minute until the driver has written it and kubelet tries again"
+        )
+    })
 }
 
 /// Returns whether kubelet speaks of a Secret.

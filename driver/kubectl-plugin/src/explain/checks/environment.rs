@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use driver::record::is_object_name;
 use k8s_openapi::api::core::v1::Container;
 use kube::ResourceExt as _;
 
@@ -10,11 +11,14 @@ use super::{
     Found,
     containers::waiting,
     order::Place,
-    secrets::{awaits_driver, could_not, keys_of, maker_elsewhere, similar},
+    secrets::{awaits_driver, could_not, impossible, keys_of, maker_elsewhere, similar},
 };
 use crate::{
     cluster::Read,
-    explain::facts::{Facts, Take},
+    explain::{
+        facts::{Facts, Take},
+        state,
+    },
 };
 
 /// Finds Secrets and keys that are not there: each Secret at the first container that takes it, and of each container
@@ -27,7 +31,8 @@ pub(super) fn wrong(facts: &Facts, has_reason: bool) -> Vec<(Place, &'static str
         let place = Place::of_container(facts, name);
         if let Some(found) = secret(facts, &take, has_reason).filter(|_| told.insert(take.secret)) {
             let place = Place {
-                needs_driver: awaits_driver(facts, take.secret),
+                // The driver makes none of an impossible name.
+                needs_driver: is_object_name(take.secret) && awaits_driver(facts, take.secret),
                 ..place
             };
             all.push((place, "env-secret", found));
@@ -46,10 +51,20 @@ fn secret(facts: &Facts, take: &Take<'_>, has_reason: bool) -> Option<Found> {
     if is_over || !facts.secrets.get(secret).is_some_and(Read::is_missing) {
         return None;
     }
-    let begin = format!(
-        "container {} takes its environment from Secret {secret}, which does not exist",
-        take.container.name
-    );
+    let container = &take.container.name;
+    let begin = format!("container {container} takes its environment from Secret");
+    if !is_object_name(secret) {
+        let makers = facts.volumes.iter().filter(|volume| volume.makes(secret));
+        let classes: BTreeSet<_> = makers.map(|volume| volume.class_name.as_str()).collect();
+        let classes: Vec<_> = classes.into_iter().collect();
+        let where_to = match classes.as_slice() {
+            [] => "correct it".to_owned(),
+            classes => format!("correct it here and in class {}", classes.join(", ")),
+        };
+        let what = format!("{begin} {}; {where_to}", impossible(secret));
+        return Some(Found::new(what, facts.describe()));
+    }
+    let begin = format!("{begin} {secret}, which does not exist");
     let mut makers = facts.volumes.iter().filter(|volume| volume.makes(secret));
     let what = if let Some(volume) = makers.next() {
         let class = &volume.class_name;
@@ -79,9 +94,7 @@ fn secret(facts: &Facts, take: &Take<'_>, has_reason: bool) -> Option<Found> {
             ),
             None if facts.volumes.is_empty() => return None,
             None => match similar(facts, secret) {
-                Some((class, right)) => {
-                    format!("{begin}; class {class} makes {right}: is that meant?")
-                }
+                Some(similar) => format!("{begin}; {similar}"),
                 None => format!("{begin}, and no class of this namespace makes it"),
             },
         }
@@ -107,6 +120,35 @@ fn key(facts: &Facts, take: &Take<'_>) -> Option<Found> {
     Some(Found::new(what, facts.describe()))
 }
 
+/// Returns which optional keys containers that end do not get, since the class does not write them.
+pub(in crate::explain) fn unset(facts: &Facts) -> Vec<String> {
+    let down = state::statuses(&facts.pod).filter(|(_, status)| state::is_down(status));
+    let names: Vec<_> = down.map(|(_, status)| status.name.as_str()).collect();
+    let down = facts.containers();
+    let down = down.filter(|container| names.contains(&container.name.as_str()));
+    let unset = down.flat_map(|container| {
+        let sources = container.env.iter().flatten();
+        let sources = sources.filter_map(|variable| Some((variable, variable.value_from.as_ref()?)));
+        let keys = sources.filter_map(|(variable, source)| {
+            let key = source.secret_key_ref.as_ref()?;
+            let (class, keys) = keys_of(facts, &key.name)?;
+            let is_unset = key.optional == Some(true) && !keys.contains(&key.key.as_str());
+            is_unset.then(|| {
+                format!(
+                    "container {} has no variable {}: it takes key {} of Secret {} with optional: true, and class {class} writes {}",
+                    container.name,
+                    variable.name,
+                    key.key,
+                    key.name,
+                    keys.join(", ")
+                )
+            })
+        });
+        keys.collect::<Vec<_>>()
+    });
+    unset.collect()
+}
+
 /// Returns whether a container has not been started for now. One that runs has had all keys that it takes.
 fn waits(facts: &Facts, container: &Container) -> bool {
     waiting(facts, &container.name).is_some()
@@ -129,9 +171,7 @@ pub(super) fn of_images(facts: &Facts) -> Vec<(Place, &'static str, Found)> {
         let maker = facts.volumes.iter().find(|volume| volume.makes(secret));
         let what = match (maker, similar(facts, secret)) {
             (Some(volume), _) => format!("{begin}: class {} makes it", volume.class_name),
-            (None, Some((class, right))) => {
-                format!("{begin}; class {class} makes {right}: is that meant?")
-            }
+            (None, Some(similar)) => format!("{begin}; {similar}"),
             (None, None) => begin,
         };
         let place = Place {

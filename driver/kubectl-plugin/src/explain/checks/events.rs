@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Event;
 
-use super::MAX_SAID;
+use super::{MAX_SAID, looks};
 use crate::{
     explain::{
         facts::{Facts, VolumeFacts, time_of},
@@ -128,7 +128,10 @@ pub(super) fn unregistered(facts: &Facts) -> Option<&Event> {
     let mut events = facts.events.found()?.iter();
     let last = events.find(|event| is_failure(event) && text(event).contains(DRIVER))?;
     let is_it = text(last).contains("not found in the list of registered CSI drivers");
-    (is_it && is_recent(facts, last) && !is_over(facts, last, None)).then_some(last)
+    // What comes later of the containers of a pod that had its volumes before says nothing of the driver.
+    let is_later = |mounted: Timestamp| time_of(last).is_some_and(|time| time > mounted);
+    let is_open = looks::mounted_by(facts).is_some_and(is_later) || !is_over(facts, last, None);
+    (is_it && is_recent(facts, last) && is_open).then_some(last)
 }
 
 /// Returns the name of the volume that an event is about. That of a claim is the name of what it is bound to.
@@ -146,6 +149,11 @@ pub(super) fn unmounted(event: &Event) -> Option<Vec<&str>> {
 pub(super) fn is_failure(event: &Event) -> bool {
     let reason = event.reason.as_deref().unwrap_or_default();
     REASONS.contains(&reason)
+}
+
+/// Returns whether an event is about an error that kubelet gets over by itself.
+pub(super) fn is_passing(event: &Event) -> bool {
+    PASSING.iter().any(|piece| text(event).contains(piece))
 }
 
 /// Returns whether an event is a warning.
@@ -219,9 +227,8 @@ fn was_tried_again(facts: &Facts, event: &Event, time: Timestamp) -> bool {
     const SLACK: i64 = 10;
     let series = event.series.as_ref().and_then(|series| series.count);
     let count = event.count.or(series).unwrap_or(1).max(1);
-    let is_passing = PASSING.iter().any(|piece| text(event).contains(piece));
     let passed = facts.now.duration_since(time).as_secs();
-    is_passing && count <= REPORTED && passed > (1 << count) + SLACK
+    is_passing(event) && count <= REPORTED && passed > (1 << count) + SLACK
 }
 
 fn between<'a>(text: &'a str, begin: &str, end: &str) -> Option<&'a str> {

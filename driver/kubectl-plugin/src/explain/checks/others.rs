@@ -6,6 +6,7 @@ use k8s_openapi::api::core::v1::{CSIVolumeSource, Event};
 use super::{
     Found,
     events::{is_failure, recent_failures, text, unmounted, volume_of, waits},
+    looks,
 };
 use crate::{
     explain::facts::{Facts, time_of},
@@ -52,10 +53,11 @@ fn looks_like_ours(facts: &Facts, driver: &str) -> bool {
     driver != DRIVER && is_similar && is_registered != Some(true)
 }
 
-/// Finds volumes of other kinds that kubelet cannot mount, while the pod waits for its volumes.
+/// Finds volumes of other kinds that kubelet cannot mount while the pod waits for its volumes, or that it cannot look at
+/// again while the pod runs.
 pub(super) fn failed(facts: &Facts) -> Vec<(Option<String>, Found)> {
     if !waits(facts) {
-        return Vec::new();
+        return looked_at(facts);
     }
     let mut found: Vec<(Option<String>, Found)> = Vec::new();
     let mut timeout = None;
@@ -88,6 +90,33 @@ pub(super) fn failed(facts: &Facts) -> Vec<(Option<String>, Found)> {
             let which = format!("volume {}", names.join(", "));
             found.push((None, cannot(facts, &which, text(event), event)));
         }
+    }
+    found
+}
+
+/// Finds volumes of other kinds that kubelet cannot look at again.
+fn looked_at(facts: &Facts) -> Vec<(Option<String>, Found)> {
+    let mut found: Vec<(Option<String>, Found)> = Vec::new();
+    for event in looks::failures(facts) {
+        let text = text(event);
+        let Some(name) = volume_of(event).filter(|name| is_other(facts, name)) else {
+            continue;
+        };
+        if found
+            .iter()
+            .any(|(known, _)| known.as_deref() == Some(name))
+        {
+            continue;
+        }
+        let said = text.split_once("\" : ").map_or(text, |(_, said)| said);
+        let what = format!(
+            "kubelet cannot look at volume {name} any more: the containers go on with the content that it has, and a new pod does not start; it is not a volume of {DRIVER}"
+        );
+        let words = Found {
+            at: time_of(event),
+            ..Found::new(what, facts.describe()).said(Some(said.to_owned()))
+        };
+        found.push((Some(name.to_owned()), words));
     }
     found
 }

@@ -19,8 +19,10 @@ use crate::{
     time::shown,
 };
 
-/// The time by which kubelet's next look may be later than a due refresh.
-const LOOKS_WITHIN: Duration = Duration::from_secs(5 * 60);
+/// The seconds by which kubelet's next look may be later than a due refresh. It looks every 60 to 90 seconds.
+const LOOKS_WITHIN: i64 = 120;
+/// The part of the interval that the driver adds to it at most, so that not all volumes are refreshed at once.
+const ADDED: i64 = 10;
 
 /// Refreshes fail.
 pub(super) fn fails(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
@@ -109,8 +111,9 @@ pub(super) fn overdue(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let late = status
         .time
         .duration_since(due.max(driver_started(facts).unwrap_or(due)));
-    let most = i64::try_from(LOOKS_WITHIN.as_secs()).unwrap_or(i64::MAX);
-    if late.as_secs() <= most || facts.has_ended() {
+    let most = LOOKS_WITHIN + due.duration_since(record.last_success).as_secs() / ADDED;
+    // kubelet does not look at the volumes of a pod that ends.
+    if late.as_secs() <= most || facts.is_deleted() || facts.has_ended() {
         return None;
     }
     Some(Found::new(

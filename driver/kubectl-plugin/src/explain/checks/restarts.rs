@@ -3,7 +3,7 @@
 
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Event};
 
-use super::{Found, events::text, start::hook_command};
+use super::{Found, events::text, hooks};
 use crate::{
     explain::{
         facts::{Facts, time_of},
@@ -20,7 +20,7 @@ const STAYS: i64 = 60;
 /// The reasons of ends of containers that never ran, and have no log.
 const NEVER_RAN: [&str; 2] = ["StartError", "ContainerCannotRun"];
 /// The exit codes of a container that kubelet ends: by SIGKILL, by SIGTERM, and if its program heeds the latter.
-const OF_KUBELET: [i32; 3] = [137, 143, 0];
+pub(super) const OF_KUBELET: [i32; 3] = [137, 143, 0];
 /// The longest text of an event in a note.
 const MAX_NOTE: usize = 300;
 
@@ -123,7 +123,7 @@ fn hook<'a>(facts: &'a Facts, status: &ContainerStatus) -> Option<&'a Event> {
 /// started.
 pub(super) fn not_of_its_own(facts: &Facts, name: &str, status: &ContainerStatus) -> Option<Found> {
     if let Some(event) = hook(facts, status) {
-        let found = of_hook(facts, name, &status.name);
+        let found = hooks::of_hook(facts, name, status, text(event))?;
         return Some(found.said_by(Some(event)));
     }
     let ended = never_ran(status)?;
@@ -144,19 +144,6 @@ pub(super) fn never_ran(status: &ContainerStatus) -> Option<&ContainerStateTermi
         let reason = ended.reason.as_deref();
         reason.is_some_and(|reason| NEVER_RAN.contains(&reason))
     })
-}
-
-/// Says that the hook of a container fails.
-pub(super) fn of_hook(facts: &Facts, name: &str, container: &str) -> Found {
-    let what = format!(
-        "{}the postStart hook of {name} fails, so kubelet ends the container and starts it again: correct lifecycle.postStart; the log of the container has nothing of the hook",
-        super::containers::fine(facts)
-    );
-    let spec = facts.pod.spec.iter();
-    let mut init = spec.flat_map(|spec| spec.init_containers.iter().flatten());
-    let is_init = init.any(|init| init.name == container);
-    let next = hook_command(facts, container, is_init);
-    Found::new(what, next)
 }
 
 /// Says that a container ends again and again, and that a probe of it fails, if one does.

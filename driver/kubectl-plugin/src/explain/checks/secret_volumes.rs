@@ -55,10 +55,8 @@ fn missing(facts: &Facts, volume: &SecretVolume) -> Option<String> {
             ),
         });
     }
-    if let Some((class, right)) = similar(facts, secret) {
-        return Some(format!(
-            "{begin}; class {class} makes {right}: is that meant?"
-        ));
+    if let Some(similar) = similar(facts, secret) {
+        return Some(format!("{begin}; {similar}"));
     }
     let maker = maker_elsewhere(facts, secret)?;
     Some(format!(

@@ -12,9 +12,12 @@ use crate::{
     lint::names::closest,
     time::shown,
 };
-use driver::cluster::{
-    pod_status::{Aspect, CONTENT_CHANGED},
-    resources::SecretProviderClass,
+use driver::{
+    cluster::{
+        pod_status::{Aspect, CONTENT_CHANGED},
+        resources::SecretProviderClass,
+    },
+    record::is_object_name,
 };
 
 /// The seconds after a mount in which a Secret may still be on its way.
@@ -57,6 +60,14 @@ pub(super) fn missing(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
         .collect();
     let first = *names.first()?;
     let event = facts.event(&["FailedToCreateSecret"], |text| has_name(text, first));
+    if !is_object_name(first) {
+        let what = format!(
+            "class {} is to make {}; correct its secretName",
+            volume.class_name,
+            impossible(first)
+        );
+        return Some(Found::new(what, facts.edit_class(volume)));
+    }
     let more = if names.len() > 1 {
         format!(" and {} more", names.len() - 1)
     } else {
@@ -110,13 +121,35 @@ pub(super) fn awaits_driver(facts: &Facts, secret: &str) -> bool {
         && volumes.any(|volume| volume.makes(secret) || volume.class.unknown().is_some())
 }
 
-/// Returns the class of the pod that makes a Secret of a similar name, and that name.
-pub(super) fn similar<'a>(facts: &'a Facts, secret: &str) -> Option<(&'a str, &'a str)> {
-    facts.volumes.iter().find_map(|volume| {
+/// Returns words for the Secret of a similar name that a class of the pod makes. One whose name cannot be that of a Secret
+/// is never made, and nothing can take it.
+pub(super) fn similar(facts: &Facts, secret: &str) -> Option<String> {
+    let of_volume = |volume: &VolumeFacts| {
         let made = &volume.class.found()?.spec.secret_objects;
-        let names: Vec<_> = made.iter().map(|made| made.secret_name.as_str()).collect();
-        Some((volume.class_name.as_str(), closest(secret, &names)?))
-    })
+        let names = made.iter().map(|made| made.secret_name.as_str());
+        let (possible, others): (Vec<_>, Vec<_>) = names.partition(|name| is_object_name(name));
+        let class = &volume.class_name;
+        if secret == class && !possible.is_empty() {
+            let names = possible.join(", ");
+            return Some(format!(
+                "{secret} is the name of the class, which makes {names}: is that meant?"
+            ));
+        }
+        if let Some(right) = closest(secret, &possible) {
+            return Some(format!("class {class} makes {right}: is that meant?"));
+        }
+        let wrong = closest(secret, &others)?;
+        let what = format!("{}; correct secretName in the class", impossible(wrong));
+        Some(format!("class {class} is to make {what}"))
+    };
+    facts.volumes.iter().find_map(of_volume)
+}
+
+/// Says that a name cannot be that of a Secret.
+pub(super) fn impossible(name: &str) -> String {
+    format!(
+        "{name}, which cannot be the name of a Secret: it takes lower-case letters, digits, \"-\" and \".\""
+    )
 }
 
 /// Returns the class of the pod that makes a Secret, and the keys that it writes, if they are known: not of all
@@ -153,7 +186,11 @@ pub(in crate::explain) fn outdated(facts: &Facts) -> Vec<(String, String)> {
         };
         let is_newer = |time: Option<Timestamp>| time.is_some_and(|time| time > started);
         let changed = changed(facts, volume);
-        if is_newer(written.created) || is_newer(written.by_driver) && is_newer(changed) {
+        let is_outdated = match written.content_since {
+            Some(since) => since > started,
+            None => is_newer(written.created) || is_newer(written.by_driver) && is_newer(changed),
+        };
+        if is_outdated {
             all.push((container.to_owned(), secret.to_owned()));
         }
     }

@@ -105,6 +105,9 @@ pub(super) fn steps(facts: &Facts) -> Vec<Step> {
         return vec![step];
     }
     let steps = container::others(facts);
+    if steps.is_empty() && has_done_its_work(facts) {
+        return Vec::new();
+    }
     match steps.is_empty() {
         true => vec![Step::new(Stage::Gates, gates(facts))],
         false => steps,
@@ -206,6 +209,15 @@ pub(super) fn other_warning(facts: &Facts) -> Option<&Event> {
         let time = time_of(event).map(|time| time.as_second());
         let is_of_now = is_of_kubelet(event) && time >= taken;
         is_of_now && !is_failure(event) && !OF_OTHER_TIMES.contains(&reason)
+    })
+}
+
+/// Returns whether all containers have done their work, of a pod that kubelet does not report as ended yet.
+fn has_done_its_work(facts: &Facts) -> bool {
+    let mut others = state::statuses(&facts.pod).filter(|(is_init, _)| !is_init);
+    others.all(|(_, status)| {
+        let state = status.state.as_ref();
+        state.is_some_and(|state| state.terminated.is_some())
     })
 }
 

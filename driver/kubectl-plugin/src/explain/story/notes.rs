@@ -61,6 +61,7 @@ pub(super) fn of(facts: &Facts, troubles: &[Trouble]) -> Vec<String> {
         notes.push("the node has the existing driver, which keeps no record: when a refresh is due, and when one failed, is not known".to_owned());
     }
     notes.extend(state::crashes(facts));
+    notes.extend(checks::unset(facts));
     notes.extend(checks::of_hooks(facts));
     if let Some(event) = facts.events.found().and_then(|events| {
         events
@@ -83,9 +84,14 @@ fn ended(facts: &Facts) -> Option<String> {
     }
     let mut volumes = facts.volumes.iter();
     let is_mounted = volumes.any(|volume| facts.is_mounted(volume) != Some(false));
+    let mut volumes = facts.volumes.iter();
+    let is_unknown = volumes.any(|volume| facts.is_mounted(volume).is_none());
     let text = match facts.lacks_driver() {
         true if is_mounted => {
             "the pod has ended, and its volumes are taken down once a driver runs on its node again; until then, a deleted pod stays in Terminating"
+        }
+        _ if facts.is_deleted() && is_unknown => {
+            "the pod has ended; whether its volumes are taken down is not known"
         }
         _ => "the pod has ended: its volumes are taken down",
     };

@@ -5,7 +5,7 @@ use kube::ResourceExt as _;
 
 use crate::{
     explain::{
-        checks::{Next, interval, next_refresh, rotates},
+        checks::{Next, interval, looks_fail, next_refresh, rotates},
         facts::{Facts, VolumeFacts},
     },
     installation::NodeSays,
@@ -49,11 +49,17 @@ pub(super) fn known(facts: &Facts, volume: &VolumeFacts) -> Option<String> {
         Some(true) => "; rotation is on",
         _ => ", if rotation is on",
     };
-    Some(format!("refreshes: {asks}; {every}{on}{}", failing(volume)))
+    Some(format!(
+        "refreshes: {asks}; {every}{on}{}",
+        failing(facts, volume)
+    ))
 }
 
-/// Returns whether refreshes fail, as the pod status says it.
-fn failing(volume: &VolumeFacts) -> &'static str {
+/// Returns whether refreshes fail, as kubelet or the pod status says it.
+fn failing(facts: &Facts, volume: &VolumeFacts) -> &'static str {
+    if looks_fail(facts, volume) {
+        return "; they have stopped, as kubelet's looks fail";
+    }
     let (since, _) = Aspect::Freshness.annotations();
     let status = volume.pod_status.found();
     match status.map(|status| status.annotations().contains_key(since)) {

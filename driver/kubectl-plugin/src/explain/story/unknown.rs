@@ -4,7 +4,7 @@ use kube::ResourceExt as _;
 
 use crate::{
     explain::{
-        checks::{Next, next_refresh, rotates},
+        checks::{Next, next_refresh, rotates, unknown_files},
         facts::Facts,
     },
     installation::{DRIVER, NodeSays},
@@ -91,6 +91,7 @@ pub(super) fn of(facts: &Facts) -> Vec<String> {
             add("what the driver on the node has recorded", Some(why), "");
         }
     }
+    lines.extend(unknown_files(facts));
     lines.extend(of_node(facts));
     lines
 }
