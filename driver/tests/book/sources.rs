@@ -60,14 +60,18 @@ pub(crate) fn names_with(prefix: &str) -> BTreeSet<String> {
 }
 
 /// Returns the names of the checks in some code of the kubectl plugin: in the first column of its tables of checks,
-/// and where a check that is in none makes its trouble.
+/// in its list of others, and where a check that is in none makes its trouble.
 pub(crate) fn checks(code: &str) -> BTreeSet<&str> {
     fn names<'a>(code: &'a str, before: &str) -> Vec<&'a str> {
         let rest = code.split(before).skip(1);
         rest.filter_map(|rest| rest.split('"').next()).collect()
     }
     let mut checks = BTreeSet::new();
-    for kind in ["OfPod", "OfVolume", "OfRest", "OfCluster", "OfNode"] {
+    for list in code.split("const OTHERS: [&str; ").skip(1) {
+        let (list, _) = list.split_once("];").unwrap();
+        checks.extend(list.split('"').skip(1).step_by(2));
+    }
+    for kind in ["OfPod", "OfVolume", "OfCluster", "OfNode"] {
         for table in code.split(&format!("{kind})] = &[\n")).skip(1) {
             let (rows, _) = table.split_once("\n];\n").unwrap();
             checks.extend(names(rows, "(\""));

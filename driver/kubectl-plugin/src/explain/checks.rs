@@ -199,6 +199,33 @@ const OF_LOOKS: [&str; 5] = [
     "republish",
 ];
 
+/// The checks that are in no table.
+const OTHERS: [&str; 14] = [
+    "container-config",
+    "container-crash",
+    "driver-name",
+    "env-key",
+    "env-secret",
+    "finalizers",
+    "image",
+    "image-pull-secret",
+    "other-volume",
+    "pod-failed",
+    "sandbox",
+    "start",
+    "termination",
+    "volume-secret",
+];
+
+/// Returns whether a check has this name. docs/plugin.md lists all.
+fn is_named(check: &str) -> bool {
+    let of_pod = OF_POD.iter().map(|(name, _)| *name);
+    let of_volume = PREVENTS_MOUNT.iter().chain(OF_MOUNTED);
+    let of_volume = of_volume.map(|(name, _)| *name);
+    let mut all = of_pod.chain(of_volume).chain(OTHERS);
+    all.any(|name| name == check)
+}
+
 /// Finds what is wrong with a pod's volumes, the reason first, and what its start waits for besides.
 pub(super) fn all(facts: &Facts) -> (Vec<Trouble>, Vec<Trouble>) {
     let mut all = of_ground(facts);
@@ -339,6 +366,7 @@ fn of_containers(facts: &Facts, before: &[(Place, Trouble)]) -> Vec<(Place, Trou
 impl Facts {
     /// Makes a trouble of what a check found.
     fn trouble(&self, check: &'static str, volume: Option<&str>, found: Found) -> Trouble {
+        debug_assert!(is_named(check), "{check} is in no list of checks");
         let said = found.said.map(|said| told(&said, found.at, self.now));
         let what = visible(&found.what);
         let next = match found.next {
