@@ -305,12 +305,12 @@ fn is_in_grace(root: &OwnedFd, name: &CStr) -> bool {
 }
 
 /// Removes hidden names at the root: former generations and what a crash left. A failure is only
-/// logged, because the content is whole all the same and the next refresh tries again.
+/// logged, because the content is whole all the same and the next look tries again.
 fn remove_leftovers(root: &OwnedFd, stays: impl Fn(&CStr) -> bool) {
     let found = match names(root.as_fd()) {
         Ok(found) => found,
         Err(error) => {
-            tracing::warn!(%error, "former content could not be removed and stays until the next refresh");
+            tracing::warn!(%error, "former content could not be removed and stays until kubelet's next look");
             return;
         }
     };
@@ -320,7 +320,7 @@ fn remove_leftovers(root: &OwnedFd, stays: impl Fn(&CStr) -> bool) {
         }
         if let Err(error) = remove_at(root.as_fd(), name.as_c_str()) {
             let name = name.to_string_lossy();
-            tracing::warn!(%error, %name, "former content could not be removed and stays until the next refresh");
+            tracing::warn!(%error, %name, "former content could not be removed and stays until kubelet's next look");
         }
     }
 }

@@ -247,7 +247,7 @@ impl Volumes {
                 removed
             });
             if let Err(error) = removed.await {
-                tracing::warn!(%error, "replaced content could not be removed and stays until the next refresh");
+                tracing::warn!(%error, "replaced content could not be removed and stays until kubelet's next look");
             }
         }
     }
