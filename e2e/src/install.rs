@@ -6,8 +6,6 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::storage::v1::CSINode;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::ResourceExt;
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, ListParams};
@@ -17,6 +15,10 @@ use crate::cluster::{Error, Result, api, poll};
 use crate::images::{self, Image, Images};
 use crate::manifest::{change_container, containers_mut, parse};
 use crate::namespace::Namespace;
+
+pub(crate) use rollout::{missing, wait_rolled_out};
+
+mod rollout;
 
 /// Names the folder with the Kubernetes binaries.
 pub const ASSETS_VARIABLE: &str = "KUBE_ASSETS";
@@ -212,75 +214,6 @@ async fn wait_established(client: &kube::Client, limit: Duration) -> Result<()> 
         })
     })
     .await
-}
-
-/// Waits until the pods of every DaemonSet run its current template, and kubelet has registered the
-/// driver.
-///
-/// # Errors
-/// When something is missing after `limit`.
-pub(crate) async fn wait_rolled_out(client: &kube::Client, limit: Duration) -> Result<()> {
-    poll("what is installed to run", limit, async || {
-        Ok(match missing(client).await? {
-            Some(missing) => ControlFlow::Continue(format!("missing: {missing}")),
-            None => ControlFlow::Break(()),
-        })
-    })
-    .await
-}
-
-/// Returns what [`wait_rolled_out`] waits for, if anything.
-///
-/// # Errors
-/// When the API server does not answer.
-pub(crate) async fn missing(client: &kube::Client) -> Result<Option<String>> {
-    let sets = Api::<DaemonSet>::namespaced(client.clone(), NAMESPACE);
-    let sets = sets
-        .list(&ListParams::default())
-        .await
-        .map_err(api("list DaemonSets".to_owned()))?;
-    for set in &sets {
-        if !is_rolled_out(set) {
-            return Ok(Some(format!("pods of DaemonSet {}", set.name_any())));
-        }
-    }
-    if sets.iter().all(|set| set.name_any() != DRIVER) {
-        return Ok(None);
-    }
-    let nodes = Api::<CSINode>::all(client.clone())
-        .list(&ListParams::default())
-        .await
-        .map_err(api("list CSINodes".to_owned()))?;
-    let unregistered = |node: &&CSINode| {
-        let mut drivers = node.spec.drivers.iter();
-        drivers.all(|driver| driver.name != DRIVER_NAME)
-    };
-    Ok(nodes
-        .iter()
-        .find(unregistered)
-        .map(|node| format!("registration of {DRIVER_NAME} on {}", node.name_any())))
-}
-
-fn is_rolled_out(set: &DaemonSet) -> bool {
-    let Some(status) = &set.status else {
-        return false;
-    };
-    let desired = status.desired_number_scheduled;
-    if is_stopped(set) {
-        return status.observed_generation == set.metadata.generation && desired == 0;
-    }
-    status.observed_generation == set.metadata.generation
-        && desired > 0
-        && status.updated_number_scheduled == Some(desired)
-        && status.number_ready == desired
-        && status.number_available == Some(desired)
-}
-
-/// Returns whether a scenario has taken it off all nodes.
-fn is_stopped(set: &DaemonSet) -> bool {
-    let spec = set.spec.template.spec.as_ref();
-    let selector = spec.and_then(|spec| spec.node_selector.as_ref());
-    selector.is_some_and(|labels| labels.contains_key(STOPPED))
 }
 
 /// Returns the lean form of a manifest: for the driver's, the file in `lean/`, with which the driver
