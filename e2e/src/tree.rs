@@ -8,6 +8,8 @@ use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -17,9 +19,12 @@ use sha2::{Digest, Sha256};
 /// The maximum size of contents that are shown. Larger ones are shown as size and digest.
 const SHOWN_BYTES: u64 = 4096;
 
-/// The number of attempts to read a tree from which entries vanish meanwhile, as the swap of `..data`
-/// makes them.
-const ATTEMPTS: usize = 5;
+/// The time in which a tree is read again from which entries vanish meanwhile, as the swap of `..data`
+/// makes them. A writer that has swapped may wait for a processor before it removes the links to
+/// former files.
+const SWAPPED_WITHIN: Duration = Duration::from_secs(5);
+/// The pause before a tree is read again.
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// The way in which a directory is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,7 +115,7 @@ impl Tree {
     /// # Errors
     /// An error of the file system, with the path.
     pub fn read(root: &Path, view: View) -> io::Result<Self> {
-        let mut attempt = 1;
+        let started = Instant::now();
         loop {
             let mut entries = Vec::new();
             match visit(root, ".", view, &mut entries) {
@@ -121,10 +126,10 @@ impl Tree {
                 // Only the root may be absent; if another entry is, a swap is in progress.
                 Err(error)
                     if error.kind() == io::ErrorKind::NotFound
-                        && attempt < ATTEMPTS
+                        && started.elapsed() < SWAPPED_WITHIN
                         && root.exists() =>
                 {
-                    attempt += 1;
+                    thread::sleep(PAUSE);
                 }
                 Err(error) => return Err(error),
             }
@@ -315,6 +320,22 @@ mod tests {
         };
         assert_eq!(*size, 4097);
         assert_eq!(*sha256, hex(&Sha256::digest(vec![b'x'; 4097])));
+    }
+
+    /// A writer removes the links to former files when it has swapped.
+    #[test]
+    fn a_link_that_is_about_to_go_is_waited_for() {
+        let volume = volume();
+        let former = volume.path().join("former");
+        symlink("..data/former", &former).unwrap();
+        let writer = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(200));
+            fs::remove_file(former).unwrap();
+        });
+        let tree = Tree::read(volume.path(), View::Reader).unwrap();
+        writer.join().unwrap();
+        assert_eq!(tree.get("former"), None);
+        assert!(tree.get("key").is_some());
     }
 
     #[test]
