@@ -384,7 +384,10 @@ async fn trouble_is_told_though_its_event_is_refused_for_a_while(
         secret_objects: serde_json::from_value::<Vec<_>>(entries).unwrap().into(),
         ..Class::clone(&*cluster.class("shop", "db").await.unwrap())
     };
-    let volume = volume(dir.path(), "shop");
+    let volume = Record {
+        class: class.identity.clone(),
+        ..volume(dir.path(), "shop")
+    };
     api.set("shop", Temper::Refuses(code));
     let told = async {
         while api.events("shop").is_empty() {
@@ -428,6 +431,7 @@ async fn what_is_not_told_now_is_told_later() {
     for number in 0..PODS {
         let volume = Record {
             volume_id: format!("csi-{number}"),
+            class: class.identity.clone(),
             ..volume(dir.path(), "shop")
         };
         sync.volume_mounted(&volume, &class).await.unwrap();
@@ -437,6 +441,7 @@ async fn what_is_not_told_now_is_told_later() {
             for number in 0..PODS {
                 let volume = Record {
                     volume_id: format!("csi-{number}"),
+                    class: class.identity.clone(),
                     ..volume(dir.path(), "shop")
                 };
                 sync.volume_mounted(&volume, &class).await.unwrap();

@@ -86,6 +86,8 @@ impl CachedVolume {
 struct CachedClass {
     /// The class as it was last read; `None` if it is gone or has not been read yet.
     class: Option<Arc<Class>>,
+    /// The time at which its content was found to be another one.
+    changed: Option<Instant>,
     /// The newest state that a volume was mounted with before this process ran. An answer that is
     /// older than this one is stale.
     recorded: Option<record::ClassState>,
@@ -287,6 +289,12 @@ impl Cache {
         read.or_else(|| known.recorded.clone())
     }
 
+    /// Returns how long the content of a class has been known.
+    pub(super) fn class_age(&self, key: &ClassKey) -> Option<Duration> {
+        let changed = self.entries().classes.get(key)?.changed;
+        changed.map(|changed| changed.elapsed())
+    }
+
     /// Sets a class that was read this time ago; `None` if it is gone. Returns the Secrets that it made
     /// before and does not any more.
     pub(super) fn set_class(
@@ -431,6 +439,9 @@ impl Entries {
         };
         let before = known.class.as_deref().map(names).unwrap_or_default();
         let now = class.map(names).unwrap_or_default();
+        if known.has_other_content(class) {
+            known.changed = Some(Instant::now());
+        }
         known.class = class.map(|class| Arc::new(class.without_parameters()));
         let is_gone = |secret: &SecretKey| secret.class == *key && !now.contains(&secret.name);
         self.secrets.retain(|secret, _| !is_gone(secret));
@@ -452,6 +463,14 @@ impl Entries {
 }
 
 impl CachedClass {
+    /// Returns whether the content of a class that was read differs from the known one.
+    fn has_other_content(&self, read: Option<&Class>) -> bool {
+        let known = self.class.as_ref().map(|class| &class.identity);
+        let read = read.map(|class| &class.identity);
+        !matches!((known, read), (Some(known), Some(read))
+            if known.uid == read.uid && known.age(read) != Age::OlderContent)
+    }
+
     /// Returns whether the known state is as new as one that has been read.
     fn is_current(&self, read: Option<&Class>) -> bool {
         match (&self.class, read) {

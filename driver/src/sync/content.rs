@@ -24,7 +24,7 @@ use crate::{
         read::{self, ContentId},
     },
     mount::{Tmpfs, VolumeMount},
-    record::{Record, Records, Writer},
+    record::{Age, ClassState, Record, Records, Writer},
 };
 
 /// The age of a content, which decides which of several is the newest.
@@ -52,6 +52,10 @@ pub(super) struct VolumeContent {
     writer: Writer,
     id: ContentId,
     orders: BTreeMap<String, String>,
+    /// The state of the class that the content was mounted or refreshed with.
+    class: ClassState,
+    /// Whether refreshes of the volume fail.
+    is_failing: bool,
     /// Whether the record has not been written to disk yet.
     is_pending: bool,
 }
@@ -127,6 +131,8 @@ impl VolumeContent {
             volume: volume.clone(),
             writer: record.writer,
             orders: record.orders,
+            class: record.class,
+            is_failing: record.failing_since.is_some(),
             is_pending: pending.is_some(),
         }))
     }
@@ -167,6 +173,14 @@ impl VolumeContent {
             content: self.id.clone(),
             class: (class.uid.clone(), class.resource_version.clone()),
         }
+    }
+
+    /// Returns whether the next refresh of the volume is the first one with this state of its class, and
+    /// nothing is known that keeps it from being made.
+    pub(super) fn awaits(&self, class: &Class) -> bool {
+        let (mounted, class) = (&self.class, &class.identity);
+        let is_earlier = mounted.uid != class.uid || mounted.age(class) == Age::OlderContent;
+        is_earlier && !self.is_failing
     }
 
     /// Returns whether different content always has a different identity. A provider that writes its

@@ -3,7 +3,7 @@
 //! The desired data comes from the newest content of the class's volumes on this node. A digest of
 //! it is remembered, so that a check reads no volume while nothing has changed.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
@@ -28,6 +28,9 @@ use crate::{
 
 /// The number of attempts to read a volume whose content is replaced at the same time.
 const ATTEMPTS: usize = 3;
+/// The time from a change of a class on within which its volumes are refreshed: kubelet looks at each every
+/// 60 to 90 seconds, and two minutes after a failure; the provider may be busy.
+const REFRESHED_WITHIN: Duration = Duration::from_secs(300);
 
 /// A Secret of a class that is being reconciled.
 #[derive(Clone, Copy)]
@@ -40,7 +43,8 @@ pub(super) struct Target<'a> {
 impl SecretSync {
     /// Reconciles a Secret whose volume has changed, by writing at once. `record` is the record of
     /// the volume's publish, which is at its last step. Returns `None` if no volume has content, or
-    /// if the Secret is left to other nodes. The caller has the Secret's turn.
+    /// if the Secret is left to other nodes, or a refresh is about to bring an object of it. The caller
+    /// has the Secret's turn.
     pub(super) async fn write(
         &self,
         target: Target<'_>,
@@ -50,7 +54,11 @@ impl SecretSync {
         let entry = Entry::new(target.class, target.object)?;
         let volumes = self.cache.volumes_of(&target.key.class);
         let reconciled = self.write_from(target, &volumes, Some(record), batch);
-        reconciled.await.map_err(|error| entry.error(error))
+        match reconciled.await {
+            // A publish that needs its Secrets must not end without.
+            Err(error) if error.is_awaited() && !self.errors_fail_publish => Ok(None),
+            reconciled => reconciled.map_err(|error| entry.error(error)),
+        }
     }
 
     /// Checks a Secret, and writes it if anything differs. Returns `None` as [`Self::write`] does.
@@ -75,7 +83,10 @@ impl SecretSync {
             let volumes = self.with_owners(volumes).await?;
             self.write_from(target, &volumes, None, batch).await
         };
-        reconciled.await.map_err(|error| entry.error(error))
+        match reconciled.await {
+            Err(error) if error.is_awaited() => Ok(None),
+            reconciled => reconciled.map_err(|error| entry.error(error)),
+        }
     }
 
     /// Compares a Secret with the content of some volumes, which are not read again if neither they
@@ -188,8 +199,11 @@ impl SecretSync {
                 return Ok(None);
             };
             let (stamp, origin) = (content.stamp(), content.origin(target.class));
+            let awaits = self.awaits(target, &content);
             if let Some(computed) = batch.take(name, &origin) {
-                return computed.map(|data| Some((data, stamp)));
+                return computed
+                    .map(|data| Some((data, stamp)))
+                    .map_err(|error| awaited(error, awaits));
             }
             let is_versioned = content.is_versioned();
             let (class, first) = (Arc::clone(target.class), name.to_owned());
@@ -212,7 +226,9 @@ impl SecretSync {
                         "its data was not computed, which is a bug in the driver",
                     ))
                 });
-                return computed.map(|data| Some((data, stamp)));
+                return computed
+                    .map(|data| Some((data, stamp)))
+                    .map_err(|error| awaited(error, awaits));
             }
         }
         Err(SyncError::unavailable(
@@ -234,8 +250,22 @@ impl SecretSync {
         let computed = self
             .cache
             .computed(target.key, &newest.origin(target.class));
-        let digest = computed.transpose()?;
+        let digest = computed
+            .transpose()
+            .map_err(|error| awaited(error, self.awaits(target, &newest)))?;
         Ok(digest.map(|digest| (digest, newest.stamp())))
+    }
+
+    /// Returns whether a refresh with the present state of the class is on its way to a volume: kubelet's
+    /// next look makes it.
+    fn awaits(&self, target: Target<'_>, content: &VolumeContent) -> bool {
+        let is_recent = |age: Duration| age < REFRESHED_WITHIN;
+        self.refreshes
+            && content.awaits(target.class)
+            && self
+                .cache
+                .class_age(&target.key.class)
+                .is_some_and(is_recent)
     }
 
     fn remember(&self, target: Target<'_>, origin: &Origin, computed: &Computed) {
@@ -264,6 +294,14 @@ impl SecretSync {
             VolumeContent::newest(&records, &tmpfs, &volumes, pending.as_ref())
         });
         newest.await.map_err(SyncError::unavailable)
+    }
+}
+
+/// Marks the error about a missing object that a refresh is about to bring.
+fn awaited(error: SyncError, awaits: bool) -> SyncError {
+    match error.error_type() {
+        ErrorType::ObjectNotFound if awaits => error.awaited(),
+        _ => error,
     }
 }
 

@@ -162,7 +162,8 @@ impl SecretSync {
     ) {
         match result {
             Err(error) => self.report_error(class, secret, volumes, error),
-            // No volume has content, or the Secret is left to other nodes: nothing was compared.
+            // No volume has content, or the Secret is left to other nodes or to a refresh: nothing was
+            // compared.
             Ok(None) => {}
             Ok(Some(reconciled)) => {
                 if let (Reconciled::Recreated, Some(first)) = (reconciled, volumes.first()) {

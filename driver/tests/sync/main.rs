@@ -9,6 +9,7 @@
 mod api;
 mod contents;
 mod costs;
+mod edited;
 mod refused;
 mod replaced;
 #[allow(dead_code, reason = "other tests use the rest")]
@@ -77,23 +78,30 @@ fn sync_with(
     every: Duration,
     errors_fail_publish: bool,
 ) -> Arc<SecretSync> {
+    let options = Options {
+        errors_fail_publish,
+        ..options(every)
+    };
+    sync_of(dir, cluster, options)
+}
+
+fn options(every: Duration) -> Options {
+    Options {
+        refreshes: true,
+        errors_fail_publish: false,
+        intervals: Intervals {
+            refresh: every,
+            least: Duration::ZERO,
+            sync: every,
+        },
+    }
+}
+
+fn sync_of(dir: &Path, cluster: &Cluster, options: Options) -> Arc<SecretSync> {
     let (cluster, records) = (cluster.clone(), records(dir));
     let tmpfs = Arc::new(Tmpfs::bounded_by(1));
-    Arc::new(SecretSync::new(
-        cluster,
-        records,
-        tmpfs,
-        Metrics::new(),
-        Options {
-            refreshes: true,
-            errors_fail_publish,
-            intervals: Intervals {
-                refresh: every,
-                least: Duration::ZERO,
-                sync: every,
-            },
-        },
-    ))
+    let metrics = Metrics::new();
+    Arc::new(SecretSync::new(cluster, records, tmpfs, metrics, options))
 }
 
 fn run(sync: &Arc<SecretSync>) -> CancellationToken {

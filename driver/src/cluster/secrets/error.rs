@@ -69,6 +69,7 @@ impl ErrorType {
 pub struct SyncError {
     error_type: ErrorType,
     message: String,
+    is_awaited: bool,
 }
 
 impl SyncError {
@@ -78,6 +79,7 @@ impl SyncError {
         Self {
             error_type,
             message: message.into(),
+            is_awaited: false,
         }
     }
 
@@ -152,6 +154,18 @@ impl SyncError {
     pub fn and(mut self, words: impl fmt::Display) -> Self {
         self.message = format!("{}; {words}", self.message);
         self
+    }
+
+    /// Marks an error whose end is awaited without anybody's doing.
+    #[must_use]
+    pub fn awaited(mut self) -> Self {
+        self.is_awaited = true;
+        self
+    }
+
+    /// Returns whether the error is marked so, and no pod need be told of it yet.
+    pub fn is_awaited(&self) -> bool {
+        self.is_awaited
     }
 
     /// Returns a text that is equal for errors that are the same to the pod's owner. The ways in

@@ -1,0 +1,156 @@
+//! Checks when a pod is told that an edited class names an object which its volume does not have: not while
+//! the refresh is on its way that may bring the object.
+
+use driver::sync::Options;
+use jiff::Timestamp;
+use rstest::rstest;
+use serde_json::{Value, json};
+
+use crate::{
+    Api, Duration, EVERY, SECRET, class, creds, is_alone, options, put_status, record, records,
+    run, sync_of, until, volume, write,
+};
+
+/// What becomes of the volume after its class was edited.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Then {
+    /// A refresh brings the object.
+    Brought,
+    /// A refresh does not bring the object.
+    NotBrought,
+    /// The driver refreshes nothing.
+    NoRotation,
+    /// Refreshes fail.
+    Fails,
+    /// kubelet does not look at the volume for a long time.
+    NoLook,
+}
+
+fn edited(secret: &str) -> Value {
+    let new = json!({"objectName": "new", "key": "new"});
+    match secret {
+        "creds" => json!([{"secretName": "creds", "type": "Opaque",
+            "data": [{"objectName": "pw", "key": "pw"}, new]}]),
+        other => json!([creds()[0], {"secretName": other, "type": "Opaque", "data": [new]}]),
+    }
+}
+
+/// Lets time pass, also the time in which many checks are due.
+async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
+}
+
+/// A class gets a key, or a Secret, of an object that its volume does not have yet.
+#[rstest]
+#[tokio::test]
+async fn an_object_that_an_edit_adds(
+    #[values("creds", "other")] secret: &str,
+    #[values(
+        Then::Brought,
+        Then::NotBrought,
+        Then::NoRotation,
+        Then::Fails,
+        Then::NoLook
+    )]
+    then: Then,
+) {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let before = class(&api, &cluster, creds()).await;
+    let options = Options {
+        refreshes: then != Then::NoRotation,
+        ..options(EVERY)
+    };
+    let sync = sync_of(dir.path(), &cluster, options);
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    let web = volume(dir.path(), "web");
+    put_status(&api, &web);
+    sync.volume_mounted(&web, &before).await.unwrap();
+    if then == Then::Fails {
+        let mut failing = record(dir.path(), "web", "0");
+        failing.failing_since = Some(Timestamp::now());
+        records(dir.path()).put(&failing).unwrap();
+    }
+    let stop = run(&sync);
+    api.put_class(&edited(secret), "2");
+    let told = || {
+        let events = api.events().into_iter();
+        let failures = events.filter(|event| event.contains("FailedToCreateSecret"));
+        failures.collect::<Vec<_>>().concat()
+    };
+    if !matches!(then, Then::NoRotation | Then::Fails) {
+        api.requests();
+        let is_read = || api.count("secretproviderclasses/db") > 2;
+        until("the class is read", is_read).await;
+        tokio::time::sleep(EVERY * 5).await;
+        assert_eq!(told(), "");
+        // Its content is not replaced by less.
+        assert!(api.get(SECRET).unwrap()["data"]["pw"].is_string());
+    }
+    let after = cluster.class("shop", "db").await.unwrap();
+    let refreshed = || {
+        let mut fresh = record(dir.path(), "web", "3");
+        fresh.class = after.identity.clone();
+        records(dir.path()).put(&fresh).unwrap();
+        fresh
+    };
+    match then {
+        Then::Brought => {
+            write(&web.target_path, &[("pw", "hunter2"), ("new", "x")]);
+            sync.volume_mounted(&refreshed(), &after).await.unwrap();
+            let path = SECRET.replace("creds", secret);
+            assert!(api.get(&path).unwrap()["data"]["new"].is_string());
+            tokio::time::sleep(EVERY * 5).await;
+            assert_eq!(told(), "");
+        }
+        Then::NotBrought => sync.volume_mounted(&refreshed(), &after).await.unwrap(),
+        Then::NoLook => pass(Duration::from_secs(301)).await,
+        Then::NoRotation | Then::Fails => {}
+    }
+    if then != Then::Brought {
+        until("the pod is told", || told().contains("new")).await;
+        assert!(told().contains(secret) && !told().contains("hunter2"));
+    }
+    stop.cancel();
+}
+
+/// A pod starts with the class of before the edit, which the driver knows by then. Its refresh is on its way as
+/// well; but a publish that needs its Secrets begins anew, with the edited class.
+#[rstest]
+#[tokio::test]
+async fn a_mount_with_the_class_of_before(#[values(false, true)] errors_fail_publish: bool) {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let before = class(&api, &cluster, creds()).await;
+    let options = Options {
+        errors_fail_publish,
+        ..options(EVERY)
+    };
+    let sync = sync_of(dir.path(), &cluster, options);
+    let [web, other] = ["web", "other"].map(|name| {
+        api.pod(name, Some(("ReplicaSet", "rs")), "Running");
+        let volume = volume(dir.path(), name);
+        put_status(&api, &volume);
+        volume
+    });
+    sync.volume_mounted(&web, &before).await.unwrap();
+    api.put_class(&edited("creds"), "2");
+    let stop = run(&sync);
+    api.requests();
+    let is_read = || api.count("secretproviderclasses/db") > 2;
+    until("the class is read", is_read).await;
+    let mounted = sync.volume_mounted(&other, &before).await;
+    assert_eq!(mounted.is_err(), errors_fail_publish, "{mounted:?}");
+    tokio::time::sleep(EVERY * 5).await;
+    let told = api.events().concat();
+    assert_eq!(told.contains("FailedToCreateSecret"), errors_fail_publish);
+    stop.cancel();
+}
