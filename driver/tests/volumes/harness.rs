@@ -113,6 +113,8 @@ pub(crate) struct ApiState {
     pub(crate) statuses: BTreeMap<String, u16>,
     /// The code with which events are refused, if they are, and their number.
     pub(crate) events_refused: (Option<u16>, usize),
+    /// The classes of which the next update of a pod status is served at once and answered that much later.
+    late_answers: BTreeMap<String, Duration>,
     /// The status, reason and message with which Secrets of a name are refused.
     pub(crate) secrets: BTreeMap<String, (u16, &'static str, &'static str)>,
     /// The act of another program at a target when this is written next: the pod status of a class,
@@ -125,6 +127,25 @@ pub(crate) struct Running {
     kubeconfig: String,
     state: Mutex<ApiState>,
     _dir: tempfile::TempDir,
+}
+
+impl Running {
+    /// Serves an update of a pod status at once, if its answer is to come late.
+    fn late_answer(&self, call: &Call<'_>) -> Option<Reaction> {
+        let is_update =
+            call.method == "PUT" && call.uri.contains("/secretproviderclasspodstatuses/");
+        let mut object: Value = serde_json::from_slice(call.body)
+            .ok()
+            .filter(|_| is_update)?;
+        let class = object["status"]["secretProviderClassName"].as_str()?;
+        let time = self.state.lock().unwrap().late_answers.remove(class)?;
+        // A later state than any that the server has given.
+        object["metadata"]["resourceVersion"] = json!("1000000");
+        let path = call.uri.split('?').next()?;
+        self.server.put(path, object.clone()).unwrap();
+        let answer = Reaction::Answer(200, object.to_string());
+        Some(Reaction::Delay(time, Box::new(answer)))
+    }
 }
 
 /// An API server that answers some requests as a test says.
@@ -143,7 +164,10 @@ impl Api {
         });
         let weak: Weak<Running> = Arc::downgrade(&running);
         running.server.intercept(move |call| match weak.upgrade() {
-            Some(running) => running.state.lock().unwrap().react(call),
+            Some(running) => match running.late_answer(call) {
+                Some(late) => late,
+                None => running.state.lock().unwrap().react(call),
+            },
             None => Reaction::Close,
         });
         Self(running)
@@ -167,6 +191,12 @@ impl Api {
             Some(code) => state.statuses.insert(class.to_owned(), code),
             None => state.statuses.remove(class),
         };
+    }
+
+    /// Serves the next update of a pod status of a class at once, and answers it that much later.
+    pub(crate) fn answer_status_late(&self, class: &str, time: Duration) {
+        let mut state = self.0.state.lock().unwrap();
+        state.late_answers.insert(class.to_owned(), time);
     }
 
     /// Refuses a Secret, as the API server does with this status, reason and message.

@@ -9,6 +9,7 @@
 )]
 
 mod acts;
+mod checks;
 mod classes;
 mod content;
 mod errors;
