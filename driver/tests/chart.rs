@@ -11,6 +11,10 @@
 mod alerts;
 #[path = "chart/helm.rs"]
 mod helm;
+#[path = "chart/images.rs"]
+mod images;
+#[path = "chart/installations.rs"]
+mod installations;
 #[path = "chart/monitoring.rs"]
 mod monitoring;
 #[path = "manifests/objects.rs"]
