@@ -6,6 +6,7 @@
 mod checks;
 mod facts;
 mod nodes;
+mod overdue;
 
 use std::fmt;
 

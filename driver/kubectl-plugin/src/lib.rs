@@ -5,6 +5,7 @@
 //! doctor         the cluster and its nodes: what the driver needs and has not
 //! lint           finds mistakes in SecretProviderClasses, pods and Helm values, offline
 //! installation   where the driver is in the cluster, and what it says of a node
+//! due            when a volume is refreshed next, and whether that is late
 //! time           times for people
 //! text           texts of others, as they may be shown
 //! cluster        requests to the API server, with the rights of the person who asks
@@ -12,6 +13,7 @@
 
 pub mod cluster;
 pub mod doctor;
+mod due;
 pub mod explain;
 pub mod installation;
 pub mod lint;

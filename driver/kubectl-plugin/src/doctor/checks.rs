@@ -1,6 +1,7 @@
 //! What can be wrong with a cluster and its nodes.
 
 mod cluster;
+mod looks;
 mod node;
 
 use std::collections::BTreeMap;
@@ -59,6 +60,7 @@ const OF_CLUSTER: &[(&str, OfCluster)] = &[
     ("audiences", cluster::audiences),
     ("providers", cluster::providers),
     ("pod-statuses", cluster::pod_statuses),
+    ("overdue", looks::overdue),
 ];
 
 const OF_NODE: &[(&str, OfNode)] = &[

@@ -17,6 +17,7 @@ use kube::{Api, Client, ResourceExt as _, api::ListParams};
 use super::{
     Scope,
     nodes::{self, Asked},
+    overdue::{self, Late},
 };
 use crate::{
     cluster::{Listed, Read, ResourceAttributes, list, list_metadata, may, read},
@@ -69,6 +70,8 @@ pub(super) struct Facts {
     pub(super) pods: Read<Listed<Pod>>,
     /// What the drivers that were asked say.
     pub(super) asked: Vec<Asked>,
+    /// The volumes of these nodes that kubelet has not looked at since their refresh was due.
+    pub(super) overdue: Late,
     /// Pod statuses whose pods are gone, as namespace and name.
     pub(super) orphans: Read<Listed<String>>,
     pub(super) statuses: usize,
@@ -113,6 +116,7 @@ impl Facts {
             rights(client, &installed, syncs),
             nodes::ask(client, &installed, &pods, scope.nodes),
         );
+        let overdue = overdue::find(client, &asked, &classes).await;
         Ok(Self {
             now: Timestamp::now(),
             version,
@@ -124,6 +128,7 @@ impl Facts {
             registered,
             pods,
             asked,
+            overdue,
             orphans,
             statuses,
         })
@@ -218,6 +223,10 @@ impl Facts {
         if self.installed.unknown().is_none() {
             add("the driver's pods", self.pods.unknown());
         }
+        add(
+            "whether kubelet looks at the volumes in time",
+            self.overdue.unknown.as_deref(),
+        );
         add("pod statuses whose pods are gone", self.orphans.unknown());
         let has_drivers = self.pods.found().is_some_and(|pods| !pods.items.is_empty());
         if scope.nodes == 0 && has_drivers {

@@ -29,6 +29,8 @@ pub(super) struct Asked {
     pub(super) at: Timestamp,
     /// The time that it took to answer.
     pub(super) took: Duration,
+    /// The time at which the driver's container was started.
+    pub(super) started: Option<Timestamp>,
 }
 
 impl Asked {
@@ -69,6 +71,7 @@ pub(super) async fn ask(
             says,
             at: Timestamp::now(),
             took: began.elapsed(),
+            started: started(pod, container),
         }
     });
     let mut asked: Vec<_> = each.buffer_unordered(AT_ONCE).collect().await;
@@ -104,6 +107,13 @@ pub(super) fn runs(pod: &Pod) -> bool {
             .as_ref()
             .is_some_and(|state| state.running.is_some())
     })
+}
+
+fn started(pod: &Pod, container: &str) -> Option<Timestamp> {
+    let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
+    let status = statuses.iter().find(|status| status.name == container)?;
+    let running = status.state.as_ref()?.running.as_ref()?;
+    running.started_at.as_ref().map(|time| time.0)
 }
 
 fn container_of<'a>(sets: &'a [Installed], pod: &Pod) -> &'a str {

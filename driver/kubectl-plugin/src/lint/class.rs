@@ -9,7 +9,7 @@ use super::{
     keys::{self, Keys},
     meant,
     names::slip,
-    paths::clash,
+    paths::{clash, why_no_path},
     provider, secret_objects,
     yaml::{self, Node},
 };
@@ -186,9 +186,14 @@ fn check_objects(
             }
         };
         let field = |names: &[&str]| names.iter().find_map(|name| get(name)?.text());
+        // A provider takes an empty one for none.
+        let alias_of = |names: &[&str]| {
+            let mut fields = names.iter().filter_map(|name| get(name)?.text());
+            fields.find(|text| !text.is_empty())
+        };
         let (alias, name) = match provider {
-            "azure" | "aws" => (field(&["objectAlias"]), field(&["objectName"])),
-            "gcp" => (field(&["path", "fileName"]), field(&["resourceName"])),
+            "azure" | "aws" => (alias_of(&["objectAlias"]), field(&["objectName"])),
+            "gcp" => (alias_of(&["path", "fileName"]), field(&["resourceName"])),
             _ => (None, field(&["objectName"])),
         };
         let Some(name) = name else {
@@ -225,6 +230,12 @@ fn check_objects(
             mounted.aliased.insert(name.to_owned(), alias.to_owned());
         }
         let shown = alias.unwrap_or(name);
+        if let Some(why) = why_no_path(shown, provider) {
+            let mut values = object.fields().iter().map(|(_, value)| value);
+            let value = values.find(|value| value.text() == Some(shown));
+            let line = value.map_or(line, |value| before + value.line);
+            file.add(line, why);
+        }
         // AWS writes its own sign for a slash, and Azure several files for the versions of an object.
         let is_one_file = provider != "aws" && get(&"objectVersionHistory").is_none();
         let mut others = mounted.files.iter();

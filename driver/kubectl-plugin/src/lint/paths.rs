@@ -1,5 +1,7 @@
 //! The paths of a class's objects, as far as its text says them.
 
+use driver::files::FilePath;
+
 use super::yaml::{self, Node};
 
 /// The fields that name the file of an object, over all providers: the first one that is there counts.
@@ -55,6 +57,28 @@ fn of_object(object: &Node) -> Option<Placed> {
         field: name,
         path: path.to_owned(),
     })
+}
+
+/// Returns what is wrong with the path of an object's file, which the driver refuses, and what to do.
+pub(super) fn why_no_path(path: &str, provider: &str) -> Option<String> {
+    // A placeholder is not known here.
+    if path.contains(['$', '{']) {
+        return None;
+    }
+    let path = match provider {
+        // It writes its own sign for a slash.
+        "aws" => path.replace('/', "_"),
+        _ => path.to_owned(),
+    };
+    let refused = FilePath::try_from(path).err()?;
+    let field = match provider {
+        "azure" | "aws" => "objectAlias",
+        "gcp" => "path",
+        _ => "objectName",
+    };
+    Some(format!(
+        "the driver does not mount an object with this path: {refused}; write a path below the volume as {field}, such as db/password"
+    ))
 }
 
 /// Returns whether two files cannot both be there: they have one path, or one would have to be a directory.

@@ -160,18 +160,29 @@ fn why_no_key(key: &str) -> Option<&'static str> {
 }
 
 /// The types of which the driver and the API server want some keys.
-const TYPES: [(&str, &[&str]); 7] = [
+const TYPES: [(&str, &[&str]); 8] = [
     ("Opaque", &[]),
     ("kubernetes.io/tls", &["tls.crt", "tls.key"]),
     ("kubernetes.io/dockerconfigjson", &[".dockerconfigjson"]),
     ("kubernetes.io/dockercfg", &[".dockercfg"]),
     ("kubernetes.io/basic-auth", &["username", "password"]),
     ("kubernetes.io/ssh-auth", &["ssh-privatekey"]),
+    (SERVICE_ACCOUNT_TOKEN, &[]),
     (
         "bootstrap.kubernetes.io/token",
         &["token-id", "token-secret"],
     ),
 ];
+
+/// The type of which the driver and the API server want an annotation.
+const SERVICE_ACCOUNT_TOKEN: &str = "kubernetes.io/service-account-token";
+const ACCOUNT: &str = "kubernetes.io/service-account.name";
+
+fn has_account(secret: &Node) -> bool {
+    let annotations = secret.get("annotations");
+    let account = annotations.and_then(|annotations| annotations.text_of(ACCOUNT));
+    account.is_some_and(|account| !account.is_empty())
+}
 
 fn check_type(secret: &Node, keys: Option<&BTreeSet<String>>, file: &mut Findings<'_>) {
     let type_ = secret.get("type");
@@ -195,6 +206,12 @@ fn check_type(secret: &Node, keys: Option<&BTreeSet<String>>, file: &mut Finding
         file.add(
             type_.line,
             format!("the type {text} is usually written {name}"),
+        );
+    }
+    if text == SERVICE_ACCOUNT_TOKEN && !has_account(secret) {
+        file.add(
+            type_.line,
+            format!("a Secret of type {text} needs the annotation {ACCOUNT}, under annotations of the entry"),
         );
     }
     let needed = TYPES.iter().find(|(name, _)| *name == text);

@@ -56,6 +56,51 @@ const SITUATIONS: &[(&str, Change)] = &[
         world.status["volumes"][0]["staleSince"] = ago(600);
         world.status["volumes"][0]["mounted"] = json!(false);
     }),
+    ("kubelet looks at no volume of a node", |world| {
+        world.status["volumes"][0]["lastSuccess"] = ago(600 + 60 + 190);
+    }),
+    (
+        "kubelet looks at no volume, and pods may not be read",
+        |world| {
+            world.status["volumes"][0]["lastSuccess"] = ago(600 + 60 + 190);
+            world.forbidden = vec!["/namespaces/shop/pods"];
+        },
+    ),
+    ("a volume is due, and kubelet is about to look", |world| {
+        world.status["volumes"][0]["lastSuccess"] = ago(600 + 100);
+    }),
+    ("a volume that is never refreshed", |world| {
+        world.status["volumes"][0]["lastSuccess"] = ago(9_000);
+        world.pod["spec"]["volumes"][0]["csi"]["volumeAttributes"]["secrets-store.csi.k8s.io/rotation-poll-interval"] =
+            json!("never");
+    }),
+    ("a class that is seldom refreshed", |world| {
+        world.status["volumes"][0]["lastSuccess"] = ago(9_000);
+        world.class["metadata"]["annotations"] =
+            json!({"secrets-store.csi.k8s.io/rotation-poll-interval": "24h"});
+    }),
+    ("a volume is due, and its pod ends", |world| {
+        world.status["volumes"][0]["lastSuccess"] = ago(9_000);
+        world.pod["metadata"]["deletionTimestamp"] = ago(9_000);
+    }),
+    (
+        "a volume is due, and the hook of its container runs",
+        |world| {
+            world.status["volumes"][0]["lastSuccess"] = ago(9_000);
+            world.pod["spec"]["containers"][0]["lifecycle"] =
+                json!({"postStart": {"exec": {"command": ["sleep", "inf"]}}});
+            world.pod["status"]["containerStatuses"][0]["state"] =
+                json!({"waiting": {"reason": "ContainerCreating"}});
+        },
+    ),
+    (
+        "a volume is due, and the driver has just been started",
+        |world| {
+            world.status["volumes"][0]["lastSuccess"] = ago(9_000);
+            world.driver["status"]["containerStatuses"][0]["state"]["running"]["startedAt"] =
+                ago(60);
+        },
+    ),
     ("the existing driver", |world| world.existing_driver = true),
     ("a pod status whose pod is gone", |world| {
         world.pod_status["metadata"]["ownerReferences"][0]["uid"] = json!("another");

@@ -9,7 +9,7 @@ use crate::{
     drivers::DRIVERS,
     looks::LOOKS,
     restarts::RESTARTS,
-    situations::SITUATIONS,
+    situations::situations,
     starts::STARTS,
     waits::WAITS,
     world::{World, ago},
@@ -31,7 +31,7 @@ macro_rules! assert_stories {
 #[tokio::test]
 async fn each_situation_has_its_story() {
     let mut text = String::new();
-    let all = SITUATIONS.iter().chain(WAITS).chain(RESTARTS);
+    let all = situations().chain(WAITS).chain(RESTARTS);
     let all = all.chain(STARTS).chain(DRIVERS).chain(LOOKS);
     for (title, change) in all {
         let mut world = World::in_order();

@@ -1,7 +1,5 @@
 //! Checks whether a mounted volume is kept fresh: refreshes that fail, that kubelet does not ask for, or that are off.
 
-use std::time::Duration;
-
 use driver::{
     cluster::{
         interval::{Every, INTERVAL},
@@ -13,16 +11,13 @@ use jiff::Timestamp;
 use kube::ResourceExt as _;
 
 use super::{Found, ground::driver_started, mended::mended, refusal::after_refusal, start};
+pub(in crate::explain) use crate::due::Next;
 use crate::{
+    due,
     explain::facts::{Facts, VolumeFacts, time_of},
     installation::{DRIVER, NodeSays},
     time::shown,
 };
-
-/// The seconds by which kubelet's next look may be later than a due refresh. It looks every 60 to 90 seconds.
-const LOOKS_WITHIN: i64 = 120;
-/// The part of the interval that the driver adds to it at most, so that not all volumes are refreshed at once.
-const ADDED: i64 = 10;
 
 /// Refreshes fail.
 pub(super) fn fails(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
@@ -107,13 +102,9 @@ pub(super) fn overdue(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
         return None;
     }
     let due = next_refresh(facts, volume).due()?;
-    // A driver that has just been started cannot have been asked before.
-    let late = status
-        .time
-        .duration_since(due.max(driver_started(facts).unwrap_or(due)));
-    let most = LOOKS_WITHIN + due.duration_since(record.last_success).as_secs() / ADDED;
     // kubelet does not look at the volumes of a pod that ends.
-    if late.as_secs() <= most || facts.is_deleted() || facts.has_ended() {
+    let is_late = due::is_late(status, record, due, driver_started(facts));
+    if !is_late || facts.is_deleted() || facts.has_ended() {
         return None;
     }
     Some(Found::new(
@@ -143,49 +134,13 @@ pub(super) fn asked(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     ))
 }
 
-/// When a volume is refreshed next.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::explain) enum Next {
-    /// From this time on, with kubelet's next look.
-    At(Timestamp),
-    /// Not at all, because it says so.
-    Never,
-    /// Not at all, because rotation is off.
-    Off,
-    /// It is not known.
-    Unknown,
-}
-
-impl Next {
-    fn due(&self) -> Option<Timestamp> {
-        match self {
-            Self::At(time) => Some(*time),
-            _ => None,
-        }
-    }
-}
-
 /// Returns when a volume is refreshed next. The driver adds up to a tenth of the interval.
 pub(in crate::explain) fn next_refresh(facts: &Facts, volume: &VolumeFacts) -> Next {
     let (Some(status), Some(record)) = (facts.status(), facts.record(volume)) else {
         return without_record(facts, volume);
     };
-    if !status.refreshes {
-        return Next::Off;
-    }
-    let seconds = match interval(volume).map(|(text, _)| Every::parse(&text)) {
-        Some(Ok(Every::Never)) => return Next::Never,
-        Some(Ok(Every::Interval(interval))) => interval
-            .as_secs()
-            .max(status.shortest_refresh_interval_seconds),
-        Some(Err(_)) => return Next::Unknown,
-        None => status.refresh_interval_seconds,
-    };
-    let interval = Duration::from_secs(seconds);
-    record
-        .last_success
-        .checked_add(interval)
-        .map_or(Next::Unknown, Next::At)
+    let interval = interval(volume).map(|(text, _)| text);
+    due::next(status, record, interval.as_deref())
 }
 
 /// Returns what is known of the next refresh where the node's driver could not be asked.

@@ -201,7 +201,7 @@ fn is_of_existing(tag: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// The chart's tests have more of them (`driver/tests/chart/values.rs`).
+    /// The chart's tests have more of them (`driver/tests/chart/images.rs`).
     #[test]
     fn copies_of_the_existing_driver_are_known() {
         for name in [

@@ -1,0 +1,146 @@
+//! The situations of volumes that are not mounted, or with difficulty: the volume, its class and its provider.
+
+use serde_json::json;
+
+use super::{Change, refused};
+
+pub(super) const MOUNTS: &[(&str, Change)] = &[
+    ("the volume names no class", |world| {
+        world.pod["spec"]["volumes"][0]["csi"]["volumeAttributes"] = json!({});
+        world.not_started();
+    }),
+    ("the volume is not read-only", |world| {
+        world.pod["spec"]["volumes"][0]["csi"]["readOnly"] = json!(false);
+        world.not_started();
+    }),
+    ("the class has no parameters", |world| {
+        world.class["spec"]["parameters"] = json!({});
+        world.not_started();
+    }),
+    ("the Secret of nodePublishSecretRef is missing", |world| {
+        world.pod["spec"]["volumes"][0]["csi"]["nodePublishSecretRef"] = json!({"name": "login"});
+        world.not_started();
+    }),
+    ("the provider's socket is dead", |world| {
+        world.status["providers"][0]["answers"] = json!(false);
+        world.status["providers"][0]["error"] = json!("Connection refused (os error 111)");
+    }),
+    ("the class is gone", |world| world.class = json!(null)),
+    ("a volume with many files", |world| {
+        let volume = &mut world.status["volumes"][0];
+        volume["files"] = json!(["a", "b\u{202e}", "c/d"]);
+        volume["fileCount"] = json!(20);
+    }),
+    (
+        "a mount fails, and the driver may not be looked at",
+        |world| {
+            world.forbidden = vec!["/daemonsets"];
+            world.not_started();
+            world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unavailable desc = the API server does not answer");
+        },
+    ),
+    ("the provider refuses what the class asks for", |world| {
+        world.not_started();
+        world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unavailable desc = failed to mount secrets store objects for pod shop/web: provider \"vault\" at /p/vault.sock answered INVALID_ARGUMENT: no role is given");
+    }),
+    ("the class was missing, and exists now", |world| {
+        refused(
+            world,
+            "failed to get secretproviderclass shop/db: secretproviderclasses.secrets-store.csi.x-k8s.io \"db\" not found; create it in the pod's namespace, or correct secretProviderClass in the pod's volumeAttributes",
+        );
+    }),
+    (
+        "the Secret of nodePublishSecretRef was missing, and exists now",
+        |world| {
+            world.not_started();
+            world.pod["spec"]["volumes"][0]["csi"]["nodePublishSecretRef"] =
+                json!({"name": "creds"});
+            world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : fetching NodePublishSecretRef shop/creds failed: kubernetes.io/csi: failed to find the secret creds in the namespace shop with error: secrets \"creds\" not found");
+        },
+    ),
+    ("the answer of the provider is too large", |world| {
+        refused(
+            world,
+            "failed to mount secrets store objects for pod shop/web: provider \"vault\" at /p/vault.sock answered with more than 4194304 bytes; raise --max-call-recv-msg-size of the driver (chart value maxCallRecvMsgSize), or split the SecretProviderClass",
+        );
+    }),
+    ("the provider names no object", |world| {
+        refused(
+            world,
+            "failed to mount secrets store objects for pod shop/web: provider \"vault\": missing object versions: it answered without naming any object. Does the SecretProviderClass list at least one object?",
+        );
+    }),
+    ("two files have one path", |world| {
+        refused(
+            world,
+            "failed to mount secrets store objects for pod shop/web: provider \"vault\": file a is refused: the provider sent two files with this path",
+        );
+    }),
+    ("a file would be outside of the volume", |world| {
+        refused(
+            world,
+            "failed to mount secrets store objects for pod shop/web: provider \"vault\": file ../a is refused: the path has a \"..\" component",
+        );
+    }),
+    ("an attribute of the volume is wrong", |world| {
+        refused(
+            world,
+            "attribute mode in the pod's spec.volumes[].csi.volumeAttributes is wrong: it is not octal",
+        );
+    }),
+    ("the provider needs a token", |world| {
+        refused(
+            world,
+            "failed to mount secrets store objects for pod shop/web: provider \"aws\" at /p/aws.sock answered UNKNOWN: no token. No service account token was sent, because the CSIDriver asks for none; if this provider needs one, name its audience in spec.tokenRequests of the CSIDriver (chart value tokenRequests)",
+        );
+    }),
+    (
+        "a provider of a misspelt name has no socket, and the driver may not be looked at",
+        |world| {
+            world.forbidden = vec!["/daemonsets"];
+            refused(
+                world,
+                "failed to mount secrets store objects for pod shop/web: provider not found: provider \"valut\" has no socket valut.sock in /p; the sockets there are: aws.sock, vault.sock. Is the provider running on this node, and is spec.provider of the SecretProviderClass right?",
+            );
+        },
+    ),
+    ("a provider has no socket", |world| {
+        world.class["spec"]["provider"] = json!("valut");
+        world.not_started();
+    }),
+    (
+        "the driver may not read classes, and may not be looked at",
+        |world| {
+            world.forbidden = vec!["/daemonsets"];
+            refused(
+                world,
+                "failed to get secretproviderclass shop/db: secretproviderclasses.secrets-store.csi.x-k8s.io \"db\" is forbidden: User \"x\" cannot get it; the driver's ClusterRole lacks this right: set the chart's value rbac.install to true, or apply deploy/rbac-secretproviderclass.yaml",
+            );
+        },
+    ),
+    ("the driver may not read classes", |world| {
+        world.not_started();
+        world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unavailable desc = failed to get secretproviderclass shop/db: secretproviderclasses.secrets-store.csi.x-k8s.io \"db\" is forbidden");
+    }),
+    ("the class is wrong, and may not be read", |world| {
+        world.forbidden = vec!["/secretproviderclasses"];
+        world.not_started();
+        world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = InvalidArgument desc = SecretProviderClass shop/db: spec.parameters.objects is no list");
+    }),
+    ("somebody has unmounted the volume of a bare pod", |world| {
+        world.status["volumes"][0]["mounted"] = json!(false);
+    }),
+    ("the provider's store is away", |world| {
+        world.not_started();
+        world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unavailable desc = failed to mount secrets store objects for pod shop/web: provider \"vault\" at /p/vault.sock answered UNAVAILABLE after 3 attempts: vault is sealed");
+    }),
+    ("the class's name has a control character", |world| {
+        world.pod["spec"]["volumes"][0]["csi"]["volumeAttributes"]["secretProviderClass"] =
+            json!("db\r\u{1b}[2J");
+        world.not_started();
+    }),
+    ("the class's texts have control characters", |world| {
+        world.class["spec"]["provider"] = json!("vault\r");
+        world.class["spec"]["secretObjects"][0]["secretName"] = json!("creds\r");
+    }),
+];
