@@ -9,6 +9,7 @@
 //! observer     checks volumes, Secrets, pods, traces and leaks
 //! editions     what the classes say, and their history
 //! store        the contents of the external store, and their history
+//! good         minutes in which only single requests fail, and their bounds
 //! world        what these share: bounds, the pods that are there
 //! report       timeline, numbers, findings
 //! reduce       makes a schedule that fails smaller
@@ -22,6 +23,7 @@
 
 mod actor;
 mod editions;
+mod good;
 mod ground;
 mod observer;
 mod random;
@@ -61,7 +63,7 @@ const FLAGS: [&str; 6] = [
     "--sync-interval=1s",
 ];
 /// The calls in flight to a provider: the default, or fewer than the pods of a node can need at once.
-const MOST_CALLS: [&str; 2] = ["--provider-max-calls=16", "--provider-max-calls=3"];
+const MOST_CALLS: [u64; 2] = [16, 3];
 /// The intervals at which kubelet looks at a volume: shorter than half of the time for which the driver
 /// remembers a class, so that each look asks for the class anew, or longer, so that it answers from memory.
 const LOOKS_EVERY: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
@@ -144,7 +146,8 @@ async fn run_once(site: Site, schedule: &Schedule, limit: Duration) -> Result<Ou
     let file = shared.path().join("objects.json");
     let store = Store::create(file).map_err(|error| failed("write the store", error))?;
     let mut flags = FLAGS.to_vec();
-    flags.push(MOST_CALLS[usize::from(has_few_calls(schedule))]);
+    let most_calls = format!("--provider-max-calls={}", most_calls(schedule));
+    flags.push(&most_calls);
     if has_secrets_first(schedule) {
         flags.push(SECRETS_FIRST);
     }
@@ -168,9 +171,9 @@ fn has_secrets_first(schedule: &Schedule) -> bool {
     !schedule.seed.is_multiple_of(2)
 }
 
-/// Returns whether the driver of this run calls a provider only a few times at once.
-fn has_few_calls(schedule: &Schedule) -> bool {
-    !(schedule.seed / 2).is_multiple_of(2)
+/// Returns how often the driver of this run calls a provider at once.
+fn most_calls(schedule: &Schedule) -> u64 {
+    MOST_CALLS[usize::from(!(schedule.seed / 2).is_multiple_of(2))]
 }
 
 /// Returns the interval at which kubelet looks at a volume in this run.
@@ -193,6 +196,7 @@ async fn run_on<G: Ground>(
     let (name, bounds) = (namespace.name().to_owned(), ground.bounds());
     let mut world = World::new(store, name, bounds, ground.seldom());
     world.has_secrets_first = has_secrets_first(schedule);
+    world.most_calls = most_calls(schedule);
     let world = Arc::new(world);
     let mut idle = Vec::new();
     for node in ground.cluster().nodes() {
@@ -235,21 +239,26 @@ async fn run_rounds<G: Ground>(
         }
         world.log.tell(format!("round {} begins", number + 1));
         let (begun, counted) = (Timestamp::now(), (Instant::now(), world.now()));
+        world.good.set(is_good(round));
         run_round(actor, round).await?;
         if !world.log.is_over() {
             settle(world, ground, idle).await?;
         }
+        world.good.set(false);
         let share = (world.now() - counted.1).div_duration_f64(counted.0.elapsed());
         world.log.tell(format!(
             "the time of the run was {share:.2} of that of the clock"
         ));
         // The deadlines of kubelet's calls do not wait for a machine with too much other work.
-        if is_hostile(round) && share > QUIET && !world.log.is_over() {
+        let promise = match (is_good(round), is_hostile(round)) {
+            (true, _) => "nobody is told of a single failure for longer than it lasts",
+            (_, true) => "a hostile tenant lets nothing of another fail",
+            _ => continue,
+        };
+        if share > QUIET && !world.log.is_over() {
             let warned = warned(world, &ground.cluster().client(), begun).await?;
             for what in warned {
-                world
-                    .log
-                    .find("a hostile tenant lets nothing of another fail", what);
+                world.log.find(promise, what);
             }
         }
     }
@@ -257,6 +266,16 @@ async fn run_rounds<G: Ground>(
         return Ok(());
     }
     end(actor, ground, idle).await
+}
+
+/// Returns whether nothing disturbs in a round but single failures.
+fn is_good(round: &[Step]) -> bool {
+    let mut steps = round.iter().map(|step| step.what);
+    // No volume is refreshed while its class is away.
+    steps.all(|what| match what {
+        What::RemakeClass { .. } => false,
+        what => what.is_action() || what.is_single(),
+    })
 }
 
 /// Returns whether nobody disturbs in a round but the hostile tenant.
@@ -310,7 +329,7 @@ async fn settle<G: Ground>(world: &World, ground: &G, idle: &[(String, Usage)]) 
         if lacking.is_empty() || world.log.is_over() {
             break;
         }
-        if world.now() - begun > world.bounds.converge {
+        if world.now() - begun > world.bounds_since(begun).converge {
             let invariant = "after the last fault all converges";
             world.log.find(invariant, lacking.join("; "));
             return Ok(());

@@ -149,6 +149,15 @@ impl Embedded {
         Ok(self.0.exec(node, command).await?)
     }
 
+    /// Decides whether the mounts of a component's next processes stay in its container.
+    ///
+    /// # Errors
+    /// When the node does not run it.
+    pub async fn isolate(&self, node: &str, component: &Component, isolated: bool) -> Result<()> {
+        let container = component.container();
+        Ok(self.0.isolate(node, container, isolated).await?)
+    }
+
     async fn probe_on(&self, node: &str, arguments: &[String], path: &Path) -> Result<String> {
         let path = path.to_string_lossy();
         let arguments = arguments.iter().map(String::as_str);

@@ -226,6 +226,20 @@ impl Cluster {
         self.send(node, Command::Start { container }).await
     }
 
+    /// Decides whether the mounts of a container's next processes stay within it, as those of a container
+    /// without `mountPropagation: Bidirectional`. The process that runs keeps those that it has.
+    ///
+    /// # Errors
+    /// When there is no such container.
+    pub async fn isolate(&self, node: &str, container: &str, isolated: bool) -> Result<()> {
+        let container = container.to_owned();
+        let command = Command::Isolate {
+            container,
+            isolated,
+        };
+        self.send(node, command).await
+    }
+
     /// Returns all that a container has printed.
     ///
     /// # Errors

@@ -42,6 +42,8 @@ pub(crate) enum Command {
     Stop { container: String },
     /// Undoes a stop.
     Start { container: String },
+    /// Decides whether the mounts of a container's next processes stay within it.
+    Isolate { container: String, isolated: bool },
     /// Reads all that a container has printed since the node was made.
     Log { container: String },
     /// Starts the kubelet anew; the containers go on.
@@ -141,6 +143,10 @@ impl Server {
             Command::Kill { container } => done(processes.kill(&container).await),
             Command::Stop { container } => done(processes.stop(&container).await),
             Command::Start { container } => done(processes.start(&container).await),
+            Command::Isolate {
+                container,
+                isolated,
+            } => done(processes.isolate(&container, isolated)),
             Command::RestartKubelet => {
                 self.restart_kubelet.notify_one();
                 Ok(serde_json::Value::Null)

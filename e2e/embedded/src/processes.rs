@@ -11,6 +11,7 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -109,6 +110,16 @@ impl Container {
     /// Whether it has a directory of the node.
     pub(crate) fn has(&self, directory: &Path) -> bool {
         self.mounts.iter().any(|mount| mount.from == directory)
+    }
+
+    /// Returns it with mounts that do not reach the node.
+    fn isolated(&self) -> Self {
+        let mut isolated = self.clone();
+        for mount in &mut isolated.mounts {
+            // The node's mounts still come, as the disk of the state directory does.
+            mount.propagation = mount.propagation.min(Propagation::HostToContainer);
+        }
+        isolated
     }
 
     /// The path on the node of the Unix socket that its flag `--endpoint` names.
@@ -260,6 +271,8 @@ pub(crate) struct Processes {
 #[derive(Debug)]
 struct Supervised {
     container: Container,
+    /// Whether its next process has mounts that do not reach the node.
+    isolated: Arc<AtomicBool>,
     desired: watch::Sender<Desired>,
     status: watch::Receiver<Status>,
 }
@@ -311,11 +324,18 @@ impl Processes {
         };
         let (status_set, status) = watch::channel(first);
         let log = self.log(&name);
-        tokio::spawn(supervise(container.clone(), log, desired_seen, status_set));
+        let isolated = Arc::new(AtomicBool::new(false));
+        let start = Start {
+            container: container.clone(),
+            isolated: Arc::clone(&isolated),
+            log,
+        };
+        tokio::spawn(supervise(start, desired_seen, status_set));
         self.lock().insert(
             name,
             Supervised {
                 container,
+                isolated,
                 desired,
                 status,
             },
@@ -358,6 +378,16 @@ impl Processes {
             .wait_for(|status| status.pid != Some(pid))
             .await
             .map_err(|error| system(name, &error))?;
+        Ok(())
+    }
+
+    /// Decides whether the mounts of a container's next processes reach the node, as far as its manifest
+    /// says so.
+    pub(crate) fn isolate(&self, name: &str, isolated: bool) -> Result<(), Error> {
+        self.find(name)?;
+        if let Some(supervised) = self.lock().get(name) {
+            supervised.isolated.store(isolated, Ordering::Relaxed);
+        }
         Ok(())
     }
 
@@ -453,12 +483,19 @@ fn system(name: &str, reason: &dyn std::fmt::Display) -> Error {
     }
 }
 
-async fn supervise(
+/// All that the start of a container needs.
+struct Start {
     container: Container,
+    isolated: Arc<AtomicBool>,
     log: PathBuf,
+}
+
+async fn supervise(
+    start: Start,
     mut desired: watch::Receiver<Desired>,
     status: watch::Sender<Status>,
 ) {
+    let name = start.container.name.clone();
     let mut pause = FIRST_PAUSE;
     loop {
         // An error here and below means that the other end is gone: the node ends.
@@ -471,17 +508,17 @@ async fn supervise(
             _ => return,
         }
         let started = tokio::time::Instant::now();
-        match spawn(&container, &log) {
+        match spawn(&start) {
             Ok(mut child) => {
                 let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
                 status.send_modify(|status| status.pid = pid);
                 tokio::select! {
-                    exit = child.wait() => tracing::info!(container = container.name, ?exit, "exited"),
+                    exit = child.wait() => tracing::info!(container = name, ?exit, "exited"),
                     () = no_longer_desired(&mut desired) => terminate(&mut child, pid).await,
                 }
                 status.send_modify(|status| status.pid = None);
             }
-            Err(error) => tracing::error!(container = container.name, %error, "does not start"),
+            Err(error) => tracing::error!(container = name, %error, "does not start"),
         }
         if *desired.borrow() != Desired::Running {
             pause = FIRST_PAUSE;
@@ -518,18 +555,57 @@ async fn terminate(child: &mut tokio::process::Child, pid: Option<i32>) {
     }
 }
 
-fn spawn(container: &Container, log: &Path) -> io::Result<tokio::process::Child> {
+fn spawn(start: &Start) -> io::Result<tokio::process::Child> {
+    let (container, log) = match start.isolated.load(Ordering::Relaxed) {
+        true => (start.container.isolated(), &start.log),
+        false => (start.container.clone(), &start.log),
+    };
     if let Some(dir) = log.parent() {
         fs::create_dir_all(dir)?;
     }
     let output = OpenOptions::new().create(true).append(true).open(log)?;
     tokio::process::Command::new("/proc/self/exe")
         .arg(CONTAINER)
-        .arg(serde_json::to_string(container)?)
+        .arg(serde_json::to_string(&container)?)
         .arg(std::process::id().to_string())
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
         .kill_on_drop(true)
         .spawn()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_mount_of_an_isolated_container_reaches_the_node() {
+        let mount = |propagation| Mount {
+            from: "/a".into(),
+            to: "/b".into(),
+            propagation,
+        };
+        let all = [
+            Propagation::None,
+            Propagation::HostToContainer,
+            Propagation::Bidirectional,
+        ];
+        let container = Container {
+            name: "driver".to_owned(),
+            program: "driver".to_owned(),
+            args: Vec::new(),
+            env: BTreeMap::new(),
+            mounts: all.map(mount).into(),
+            kubelet_root: "/k".into(),
+        };
+        let isolated = container.isolated();
+        let propagations: Vec<_> = isolated.mounts.iter().map(|m| m.propagation).collect();
+        let expected = [
+            Propagation::None,
+            Propagation::HostToContainer,
+            Propagation::HostToContainer,
+        ];
+        assert_eq!(propagations, expected);
+    }
 }

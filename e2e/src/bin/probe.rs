@@ -5,26 +5,31 @@
 //!   milliseconds, until one contains the last number, and prints its findings as JSON;
 //! - `probe sleep` waits for SIGTERM or SIGINT: the main process of a test's pod;
 //! - `probe dead-socket <path>` leaves a socket that no process listens on, as a crash does;
+//! - `probe hung-disk <directory> <milliseconds>` lays a file system over a directory that answers nobody
+//!   for so long;
 //! - under the names `mount` and `umount` it stands in for these programs, for a driver that runs
 //!   them: `mount -t <type> <source> <target>`, `umount <target>`.
 //!
 //! With `--as <uid>,<gid>[,<group>...]`, `tree` and `read` run as that user. The directory is entered
 //! before: in a container its user can reach the mount, on the node only root can.
 
+use std::fs::File;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use e2e::reader::Reader;
 use e2e::tree::{Tree, View};
 use e2e::user::User;
 use nix::errno::Errno;
-use nix::mount::{MsFlags, mount, umount};
+use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use nix::sys::signal::{SigSet, Signal};
 
 const USAGE: &str = "usage: probe [--as <uid>,<gid>[,<group>...]] tree [--reader] <directory> \
      | probe [--as ...] read <last> <seconds> <pause> <file>... <directory> | probe sleep \
-     | probe dead-socket <path>";
+     | probe dead-socket <path> | probe hung-disk <directory> <milliseconds>";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -42,6 +47,7 @@ fn main() -> ExitCode {
         ["dead-socket", path] => UnixListener::bind(path)
             .map(drop)
             .map_err(|error| format!("{path}: {error}")),
+        ["hung-disk", directory, milliseconds] => hung_disk(directory, milliseconds),
         [ref args @ .., directory] => read(args, Path::new(directory)),
         [] => Err(USAGE.to_owned()),
     })
@@ -95,6 +101,35 @@ fn mount_or_unmount(args: &[&str]) -> Result<(), String> {
         [target] => umount(target).map_err(|error| failed(target, error)),
         _ => Err(format!("{args:?} is not what a driver asks for")),
     }
+}
+
+/// Mounts a FUSE file system whose requests nobody reads. Whoever waits for it then is told that it is not
+/// connected.
+fn hung_disk(directory: &str, milliseconds: &str) -> Result<(), String> {
+    let lasts = milliseconds
+        .parse()
+        .map_err(|error| format!("{milliseconds}: {error}"))?;
+    let device = File::options().read(true).write(true).open("/dev/fuse");
+    let device = device.map_err(|error| format!("/dev/fuse: {error}"))?;
+    let failed = |error: Errno| format!("{directory}: {error}");
+    let options = format!(
+        "fd={},rootmode=40000,user_id=0,group_id=0",
+        device.as_raw_fd()
+    );
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(
+        Some("hung"),
+        directory,
+        Some("fuse"),
+        flags,
+        Some(options.as_str()),
+    )
+    .map_err(failed)?;
+    std::thread::sleep(Duration::from_millis(lasts));
+    // Nobody begins to wait between the two steps.
+    let unmounted = umount2(directory, MntFlags::MNT_DETACH).map_err(failed);
+    drop(device);
+    unmounted
 }
 
 /// Waits for a signal: process 1 of a container gets only those that it asks for.

@@ -1,7 +1,12 @@
 //! Carries out the steps of a schedule on a cluster.
 
 mod calls;
+mod compete;
+mod disk;
+mod liveness;
+mod mounts;
 mod node;
+mod once;
 mod tenants;
 
 use std::cell::Cell;
@@ -15,13 +20,10 @@ use super::ground::{Ground, PROVIDER};
 use super::lock;
 use super::schedule::What;
 use super::world::World;
+use liveness::Liveness;
 
 /// The port of the provider's control.
 const CONTROL: u16 = 8080;
-/// The port of the driver's health check, and the number of failures in as many seconds after which it is
-/// restarted: a driver that has lost its socket makes it again within fifteen seconds.
-const HEALTHZ: u16 = 9808;
-const MOST_FAILURES: u32 = 25;
 /// The answers of a provider that is wrong: each must not reach a volume.
 const WRONG: [&str; 8] = [
     "[{status: {code: UNAVAILABLE, message: a fault of the run}}]",
@@ -48,6 +50,8 @@ pub(super) struct Actor<'a, G> {
     active: Cell<usize>,
     /// The number of things that need names of their own.
     count: Cell<usize>,
+    /// What health checks say.
+    liveness: Liveness,
 }
 
 impl<'a, G: Ground> Actor<'a, G> {
@@ -66,6 +70,7 @@ impl<'a, G: Ground> Actor<'a, G> {
             edits: tokio::sync::Mutex::default(),
             active: Cell::new(0),
             count: Cell::new(0),
+            liveness: Liveness::default(),
         }
     }
 
@@ -80,7 +85,12 @@ impl<'a, G: Ground> Actor<'a, G> {
         // No pod can be ready without its class.
         let is_remade = matches!(what, What::RemakeClass { .. });
         let is_hostile = matches!(what, What::Hostile { .. });
-        let is_fault = is_remade || !what.is_action() && !is_hostile;
+        // A single failure keeps nobody waiting for long, see the bounds of good minutes.
+        let is_single = what.is_single();
+        let is_fault = is_remade || !what.is_action() && !is_hostile && !is_single;
+        if let What::AnswersCompete { .. } = what {
+            self.alone().await;
+        }
         if is_fault {
             self.fault_begins();
         }
@@ -127,6 +137,13 @@ impl<'a, G: Ground> Actor<'a, G> {
         }
     }
 
+    /// Waits until no fault is active.
+    async fn alone(&self) {
+        while self.active.get() > 0 && !self.world.log.is_over() {
+            sleep(100).await;
+        }
+    }
+
     async fn strike(&self, what: What) -> Result<()> {
         match what {
             What::ApiSlow { .. }
@@ -163,6 +180,10 @@ impl<'a, G: Ground> Actor<'a, G> {
                     .await?;
                 // As its liveness probe does; the calls that hang break off.
                 self.ground.cluster().provider(node, PROVIDER).kill().await
+            }
+            What::ApiFailsOnce { kind, how } => self.api_fails_once(what, kind, how).await,
+            What::ProviderFailsOnce { node, hangs } => {
+                self.provider_fails_once(what, self.node(node), hangs).await
             }
             What::RepeatCalls { node, lasts, by } => {
                 self.repeat_calls(what, self.node(node), lasts, by).await
@@ -216,38 +237,6 @@ impl<'a, G: Ground> Actor<'a, G> {
             .flatten()
             .filter_map(|(_, calls)| calls.as_u64())
             .sum()
-    }
-
-    /// Kills drivers whose health check has failed for a while, as kubelet does. No fault of a run needs
-    /// that. Does not return.
-    pub(super) async fn probe_liveness(&self) {
-        if self.ground.has_liveness_probes() {
-            return std::future::pending().await;
-        }
-        let mut failures = vec![0; self.nodes.len()];
-        loop {
-            for (node, failures) in self.nodes.iter().zip(&mut failures) {
-                let driver = self.ground.cluster().driver(node);
-                let answer = driver.get(HEALTHZ, "/healthz").await;
-                let is_alive = answer.is_ok_and(|answer| answer.status == 200);
-                *failures = if is_alive { 0 } else { *failures + 1 };
-                if *failures >= MOST_FAILURES {
-                    *failures = 0;
-                    let killed = driver.kill().await;
-                    self.world.driver_restarts(node);
-                    let text = format!("the liveness probe of the driver on {node} fails");
-                    match killed {
-                        Ok(()) => {
-                            let promise = "a driver recovers without its liveness probe";
-                            self.world.log.find(promise, text);
-                        }
-                        // It is about to start.
-                        Err(error) => self.world.log.tell(format!("{text}: {error}")),
-                    }
-                }
-            }
-            sleep(1_000).await;
-        }
     }
 
     fn node(&self, number: usize) -> &str {

@@ -3,6 +3,7 @@
 mod api_faults;
 mod embedded;
 mod local;
+mod once;
 
 use std::path::PathBuf;
 
@@ -91,8 +92,16 @@ pub(super) trait Ground {
     /// webhook of that namespace does.
     async fn hang_writes(&self, namespace: &str, lasts: u64);
 
-    /// Makes the driver's memory limit so small that its share is nearly taken. Returns the limit.
-    async fn shrink_memory(&self, node: &str) -> Result<u64>;
+    /// Starts a node's driver anew in a container whose mounts do not reach the node, or do so again.
+    async fn isolate_driver(&self, node: &str, isolated: bool) -> Result<()>;
+
+    /// Lets the next request of a kind fail that the driver sends to the API server, and only that. `kind`
+    /// counts modulo the kinds that it has sent so far, `how` modulo the failures that there are. Returns what
+    /// has failed, and whether it had no answer for long; none if no request of the kind has come in time.
+    async fn fail_once(&self, kind: usize, how: usize) -> Result<Option<(String, bool)>>;
+
+    /// Gives the driver the memory limit that it would have on a machine with so many MiB. Returns the limit.
+    async fn shrink_memory(&self, node: &str, machine: u64) -> Result<u64>;
 
     /// Undoes that.
     async fn restore_memory(&self, node: &str) -> Result<()>;

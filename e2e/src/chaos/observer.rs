@@ -3,6 +3,7 @@
 
 mod calm;
 mod content;
+mod fresh;
 mod leaks;
 mod secrets;
 mod statuses;
@@ -29,6 +30,7 @@ use crate::install::pod_statuses;
 pub(super) use calm::{lacking, untraced};
 pub(super) use leaks::{Usage, excess, left, usage};
 use volumes::Suspicion;
+pub(super) use volumes::path_of;
 pub(super) use warnings::warned;
 
 /// The parts of the observer that run all the time. Dropping it ends them.
@@ -51,6 +53,7 @@ impl Observer {
         tasks.spawn(list_pods(Arc::clone(world), client.clone()));
         tasks.spawn(confirm(Arc::clone(world), client.clone(), suspicions));
         tasks.spawn(secrets::watch(Arc::clone(world), client.clone()));
+        tasks.spawn(fresh::watch(Arc::clone(world), client.clone()));
         Self {
             stop,
             readers: readers.into(),
@@ -122,10 +125,12 @@ fn note_pods(world: &World, list: &[Pod]) -> Vec<(Watched, bool)> {
     ready
 }
 
-/// Returns whether there was no fault but a hostile tenant since a pod that is ready now was created.
+/// Returns whether there was no fault but a hostile tenant, and no single failure, since a pod that is ready now was created.
 fn is_undisturbed(world: &World, before: Option<&Watched>) -> bool {
     let since = before.and_then(|before| before.waiting);
-    since.is_some_and(|since| world.is_calm_since(since))
+    since.is_some_and(|since| {
+        world.is_calm_since(since) && world.good.allowance(since) == Duration::ZERO
+    })
 }
 
 /// Returns a well-behaved pod.
@@ -187,7 +192,7 @@ fn check_waiting(world: &World, pod: &Watched, before: Option<&Watched>) {
         return;
     };
     // A pod that waited during a fault has the time to converge.
-    if calm < since && waits > world.bounds.publish {
+    if calm < since && waits > world.bounds_since(since).publish {
         let text = format!("pod {} ({}) waits", pod.name, pod.uid);
         world.log.find("a pod is ready within its bound", text);
     }

@@ -1,6 +1,10 @@
 //! The objects that tenants apply: classes, pods, and those of a hostile tenant.
 
+mod competing;
+
 use serde_json::{Value, json};
+
+pub(super) use competing::{of_the_greedy, of_the_modest};
 
 use super::editions::Spec;
 use super::schedule::PODS;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::editions::{Editions, Spec};
+use super::good::{Good, GoodBounds};
 use super::lock;
 use super::report::Log;
 use super::store::{CLASSES, Store};
@@ -36,6 +37,8 @@ pub(super) struct Bounds {
     pub(super) silence: Duration,
     /// From the deletion of all pods until nothing is left.
     pub(super) gone: Duration,
+    /// The times of good minutes; none where they are not judged.
+    pub(super) good: Option<GoodBounds>,
 }
 
 /// A well-behaved pod, as the API has it.
@@ -84,10 +87,14 @@ pub(super) struct World {
     writing: AtomicU64,
     /// Failures of which there has to be a trace: the pod's UID and name, its node, and what fails.
     pub(super) failures: Mutex<BTreeMap<String, Failure>>,
+    /// Whether these are good minutes.
+    pub(super) good: Good,
     /// What the classes say, and said.
     pub(super) editions: Editions,
     /// Whether a publish fails as long as its Secrets cannot be written.
     pub(super) has_secrets_first: bool,
+    /// The most calls that a driver makes to a provider at once.
+    pub(super) most_calls: u64,
     /// The time until which there was a Secret of a class; none for one that is there.
     secrets: Mutex<BTreeMap<usize, Option<Instant>>>,
     /// The number of faults in which the API server answers from the past, and when one has ended last.
@@ -128,8 +135,10 @@ impl World {
             by_hand: Mutex::default(),
             writing: AtomicU64::new(0),
             failures: Mutex::default(),
+            good: Good::default(),
             editions: Editions::start(),
             has_secrets_first: false,
+            most_calls: u64::MAX,
             secrets: Mutex::default(),
             lies: Mutex::default(),
             restarts: Mutex::default(),
@@ -196,6 +205,24 @@ impl World {
     /// Returns whether a node is up, with the same root.
     pub(super) fn is_up(&self, node: &str, root: &PathBuf) -> bool {
         lock(&self.roots).get(node) == Some(root)
+    }
+
+    /// Returns the bounds of now for what began at a time by [`World::now`]: those of good minutes with what
+    /// single failures add to them, or those of any time.
+    pub(super) fn bounds_since(&self, since: Duration) -> Bounds {
+        let bounds = self.bounds;
+        match bounds.good.filter(|_| self.good.is_now()) {
+            None => bounds,
+            Some(good) => {
+                let more = self.good.allowance(since);
+                Bounds {
+                    publish: good.publish + more,
+                    follow: good.follow + more,
+                    converge: good.converge + more,
+                    ..bounds
+                }
+            }
+        }
     }
 
     /// Notes that somebody is about to write a Secret by hand.

@@ -598,7 +598,13 @@ fn failure(status: &Status) -> Answer {
 }
 
 fn json_answer(code: u16, body: Vec<u8>) -> Answer {
-    with_type(code, "application/json", body)
+    let mut answer = with_type(code, "application/json", body);
+    if answer.status() == http::StatusCode::TOO_MANY_REQUESTS {
+        // As a real server does that has too many requests.
+        let headers = answer.headers_mut();
+        headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    answer
 }
 
 fn text(code: u16, body: &'static str) -> Answer {
@@ -614,4 +620,18 @@ fn with_type(code: u16, kind: &'static str, body: Vec<u8>) -> Answer {
         .headers_mut()
         .insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_with_too_many_requests_says_when_to_come_back() {
+        for (code, expected) in [(200, None), (429, Some("1")), (503, None)] {
+            let answer = json_answer(code, Vec::new());
+            let after = answer.headers().get(header::RETRY_AFTER);
+            assert_eq!(after.and_then(|after| after.to_str().ok()), expected);
+        }
+    }
 }

@@ -115,7 +115,7 @@ impl<G: Ground> Actor<'_, G> {
         Some(NodeClient::new(channel))
     }
 
-    fn pods_of(&self, node: &str) -> Vec<Watched> {
+    pub(super) fn pods_of(&self, node: &str) -> Vec<Watched> {
         let pods = lock(&self.world.pods);
         let here = pods.values().filter(|pod| pod.node == node);
         here.cloned().collect()

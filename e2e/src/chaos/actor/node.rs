@@ -15,8 +15,6 @@ use crate::cluster::{Cluster as _, Component, Error, Result, api, poll};
 use super::super::ground::{Ground, PROVIDER};
 use super::super::lock;
 use super::super::schedule::What;
-use super::super::tenants::pod_name;
-use super::calls::target;
 use super::{Actor, sleep};
 
 const NAMESPACE: &str = "kube-system";
@@ -25,74 +23,13 @@ const PROVIDERS: &str = "/var/run/secrets-store-csi-providers";
 const REGISTRY: &str = "/var/lib/kubelet/plugins_registry";
 /// The driver's socket in that directory, in the form without sidecars.
 const REGISTRATION: &str = "secrets-store.csi.k8s.io-reg.sock";
-const PLUGIN: &str = "/var/lib/kubelet/plugins/csi-secrets-store";
+pub(super) const PLUGIN: &str = "/var/lib/kubelet/plugins/csi-secrets-store";
 /// The time in which a process ends after SIGTERM, or is killed.
 const GRACE: Duration = Duration::from_secs(40);
+/// The memory of a machine on which content nearly takes all of the driver's share, in MiB.
+const SMALL_MACHINE: u64 = 64;
 /// The fields of a record that a clock has written.
 const TIMES: [&str; 3] = ["lastSuccess", "lastChange", "failingSince"];
-
-/// Replaces the disk with the records by a small one with the same files, while the driver is halted.
-/// `$1` is the driver, `$2` the directory, `$3` another one that is free, `$4` what to do then. Leaves
-/// all as it was if that fails.
-///
-/// A mount is made read-only by its name and directory: without the name, mount(8) would repeat the
-/// options that the mount has, among them an owner that a user namespace does not know.
-const SMALL_DISK: &str = r#"
-driver=$1 records=$2 copy=$3 mounted=
-undo() {
-    code=$?
-    if [ "$code" != 0 ] && [ -n "$mounted" ]; then umount -l "$records"; fi
-    rm -rf "$copy"
-    kill -CONT "$driver" || true
-    exit "$code"
-}
-set -e
-kill -STOP "$driver"; trap undo EXIT
-rm -rf "$copy"; mkdir -p "$copy"; cp -a "$records/." "$copy/"
-mount -t tmpfs -o size=512k,mode=0700 chaos "$records"; mounted=yes
-cp -a "$copy/." "$records/"
-case "$4" in
-full) dd if=/dev/zero of="$records/filler" bs=4k status=none 2>/dev/null || true ;;
-*) mount -o remount,ro chaos "$records" ;;
-esac
-"#;
-/// Undoes that; the files are those that the small disk has by now.
-const LARGE_DISK: &str = r#"
-set -e
-if [ -n "$1" ]; then kill -STOP "$1" && trap 'kill -CONT "$1" || true' EXIT || true; fi
-mount -o remount,rw chaos "$2"; rm -f "$2/filler"
-rm -rf "$3"; mkdir -p "$3"; cp -a "$2/." "$3/"
-umount -l "$2"
-find "$2" -mindepth 1 -delete; cp -a "$3/." "$2/"; rm -rf "$3"
-"#;
-/// Tries to write the file `$1`, and leaves none.
-const WRITE: &str = r#"echo 0123456789 > "$1"; code=$?; rm -f "$1"; exit "$code""#;
-
-/// Puts `$2` mounts at once onto each of the volumes `$3`…, prepared in the directory `$1`. Prints how
-/// many there are then.
-///
-/// The path of the directory leads to the last mount. The working directory is the root of the first,
-/// with all others above it.
-const BURY: &str = r#"
-stage=$1 count=$2 made=0 mounted=0
-shift 2
-undo() {
-    cd /
-    while [ "$made" -gt 0 ] && umount "$stage"; do made=$((made - 1)); done
-    rmdir "$stage"
-}
-set -e
-mkdir -p "$stage"; trap undo EXIT
-while [ "$made" -lt "$count" ]; do
-    mount -t tmpfs -o size=4k,mode=0700 buried "$stage"
-    made=$((made + 1))
-    if [ "$made" = 1 ]; then mount --make-rprivate "$stage"; cd "$stage"; fi
-done
-for volume in "$@"; do
-    if mount --no-canonicalize --rbind . "$volume" 2>/dev/null; then mounted=$((mounted + count)); fi
-done
-echo "$mounted"
-"#;
 
 impl<G: Ground> Actor<'_, G> {
     pub(super) async fn strike_node(&self, what: What) -> Result<()> {
@@ -175,35 +112,19 @@ impl<G: Ground> Actor<'_, G> {
                 self.memory_near(what, self.node(node), lasts).await
             }
             What::BuryVolumes { pod, mounts } => self.bury(what, pod, mounts).await,
+            What::DiskHung { node, lasts } => self.disk_hung(what, self.node(node), lasts).await,
+            What::PropagationLost { node, pod, lasts } => {
+                self.propagation_lost(what, self.node(node), pod, lasts)
+                    .await
+            }
+            What::DriverPaused { node, lasts } => {
+                self.driver_paused(what, self.node(node), lasts).await
+            }
+            What::UnmountVolumes { pod } => self.unmount_volumes(what, pod).await,
+            What::VolumesReadOnly { pod, lasts } => self.volumes_read_only(what, pod, lasts).await,
+            What::AnswersCompete { node } => self.answers_compete(what, self.node(node)).await,
             _ => Ok(()),
         }
-    }
-
-    /// Mounts on the volumes of a pod, as those have done that mounted a volume anew with each of their
-    /// starts, and deletes the pod. Its containers do not see it.
-    async fn bury(&self, what: What, number: usize, mounts: usize) -> Result<()> {
-        let name = pod_name(number);
-        let pod = {
-            let pods = lock(&self.world.pods);
-            pods.values().find(|pod| pod.name == name).cloned()
-        };
-        let Some(pod) = pod.filter(|pod| pod.ready) else {
-            return Ok(());
-        };
-        // From now on this process does not see what the containers see.
-        lock(&self.world.buried).insert(pod.uid.clone());
-        let stage = format!("{}/chaos-stage-{}", self.ground.scratch(), self.next());
-        let volumes = pod.classes.iter().map(|class| target(&pod, *class));
-        let arguments: Vec<String> = [stage, mounts.to_string()]
-            .into_iter()
-            .chain(volumes)
-            .collect();
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let mounted = self.sh(&pod.node, BURY, &arguments).await;
-        self.delete(number, &DeleteParams::default()).await?;
-        let mounted = mounted?.trim().parse().unwrap_or_default();
-        self.world.log.struck(&what.kind(), mounted);
-        Ok(())
     }
 
     /// Runs a shell script on a node.
@@ -335,7 +256,7 @@ impl<G: Ground> Actor<'_, G> {
     }
 
     /// Returns the driver's process, which may be about to start after another fault.
-    async fn running_driver(&self, node: &str) -> Result<String> {
+    pub(super) async fn running_driver(&self, node: &str) -> Result<String> {
         poll("the driver to run", GRACE, async || {
             let process = self.ground.driver_process(node).await?;
             Ok(match process {
@@ -344,29 +265,6 @@ impl<G: Ground> Actor<'_, G> {
             })
         })
         .await
-    }
-
-    async fn bad_disk(&self, what: What, node: &str, lasts: u64, how: &str) -> Result<()> {
-        let records = format!("{PLUGIN}/records");
-        let driver = self.running_driver(node).await?;
-        let copy = format!("{}/chaos-records", self.ground.scratch());
-        // A driver that is killed meanwhile has records from before.
-        self.world.records_are_lost();
-        self.sh(node, SMALL_DISK, &[&driver, &records, &copy, how])
-            .await?;
-        let mark = format!("{records}/mark");
-        let writes = self.sh(node, WRITE, &[&mark]).await;
-        self.world
-            .log
-            .struck(&what.kind(), u64::from(writes.is_err()));
-        sleep(lasts).await;
-        self.world.records_are_lost();
-        let driver = self.ground.driver_process(node).await.ok().flatten();
-        let driver = driver.map(|driver| driver.to_string()).unwrap_or_default();
-        let arguments = [&*driver, &records, &copy];
-        let large = self.sh(node, LARGE_DISK, &arguments).await;
-        self.undone(what, large.map(drop));
-        Ok(())
     }
 
     /// Returns the paths of a node's records, as this process sees them.
@@ -435,7 +333,7 @@ impl<G: Ground> Actor<'_, G> {
     /// Keeps the driver's memory limit small for a while.
     async fn memory_near(&self, what: What, node: &str, lasts: u64) -> Result<()> {
         self.running_driver(node).await?;
-        let limit = self.ground.shrink_memory(node).await?;
+        let limit = self.ground.shrink_memory(node, SMALL_MACHINE).await?;
         sleep(lasts).await;
         let metrics = self.ground.cluster().driver(node).metrics().await;
         let value = format!(" {limit}");

@@ -56,7 +56,7 @@ impl<G: Ground> Actor<'_, G> {
         }
     }
 
-    async fn create(&self, pod: usize, node: &str) -> Result<()> {
+    pub(super) async fn create(&self, pod: usize, node: &str) -> Result<()> {
         let there = self.namespace.pod(&tenants::pod_name(pod)).await?;
         if there.is_some() {
             return Ok(());
@@ -274,7 +274,7 @@ fn force() -> DeleteParams {
 }
 
 /// Takes it as done when the object does not exist.
-fn unless_absent<T>(outcome: kube::Result<T>, what: &str) -> Result<()> {
+pub(super) fn unless_absent<T>(outcome: kube::Result<T>, what: &str) -> Result<()> {
     match outcome {
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         outcome => outcome.map(drop).map_err(api(what.to_owned())),

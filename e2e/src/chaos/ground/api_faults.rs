@@ -10,6 +10,7 @@ use embedded::api::{ApiServer, Call, Reaction};
 use serde_json::{Value, json};
 
 use super::super::lock;
+use super::once::Once;
 
 /// The kinds of which a driver may be told the past, with the paths of their groups.
 const KINDS: [(&str, &str, &str); 4] = [
@@ -48,7 +49,10 @@ pub(super) enum ApiFault {
 
 /// The faults that are active, and how often each has struck.
 #[derive(Clone, Default)]
-pub(super) struct ApiFaults(Arc<Mutex<BTreeMap<u64, Active>>>);
+pub(super) struct ApiFaults {
+    active: Arc<Mutex<BTreeMap<u64, Active>>>,
+    once: Arc<Mutex<Once>>,
+}
 
 struct Active {
     fault: ApiFault,
@@ -59,8 +63,11 @@ struct Active {
 impl ApiFaults {
     /// Lets the faults strike the requests of the pods to an API server.
     pub(super) fn install(&self, api: &ApiServer) {
-        let active = Arc::clone(&self.0);
+        let Self { active, once } = self.clone();
         api.intercept(move |call| {
+            if let Some(reaction) = lock(&once).strike(call) {
+                return reaction;
+            }
             let mut active = lock(&active);
             let reactions = active.values_mut().filter_map(|active| active.strike(call));
             // A delay is followed by what another fault does.
@@ -72,6 +79,21 @@ impl ApiFaults {
         });
     }
 
+    /// Lets a single request fail, see [`Once::arm`].
+    pub(super) fn arm(&self, kind: usize, how: usize) -> Option<(String, bool)> {
+        lock(&self.once).arm(kind, how)
+    }
+
+    /// Returns whether it has not come yet.
+    pub(super) fn is_armed(&self) -> bool {
+        lock(&self.once).is_armed()
+    }
+
+    /// Returns whether it has failed; if not, none does any more.
+    pub(super) fn disarm(&self) -> bool {
+        lock(&self.once).disarm()
+    }
+
     /// Begins a fault; returns its number.
     pub(super) fn begin(&self, fault: ApiFault) -> u64 {
         static COUNT: AtomicU64 = AtomicU64::new(0);
@@ -81,13 +103,13 @@ impl ApiFaults {
             requests: 0,
             struck: 0,
         };
-        lock(&self.0).insert(number, active);
+        lock(&self.active).insert(number, active);
         number
     }
 
     /// Ends a fault; returns how often it has struck.
     pub(super) fn end(&self, number: u64) -> u64 {
-        lock(&self.0)
+        lock(&self.active)
             .remove(&number)
             .map_or(0, |active| active.struck)
     }
@@ -172,7 +194,7 @@ fn past(then: &BTreeMap<String, Value>, uri: &str) -> Option<Reaction> {
     is_object.then(|| refusal(404, "NotFound"))
 }
 
-fn refusal(status: u16, reason: &str) -> Reaction {
+pub(super) fn refusal(status: u16, reason: &str) -> Reaction {
     let body = json!({
         "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
         "reason": reason, "message": "a fault of the run", "code": status,

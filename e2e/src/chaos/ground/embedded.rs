@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use embedded::api::ApiServer;
 
+use super::super::good::GoodBounds;
 use super::super::schedule::What;
 use super::super::world::Bounds;
 use super::Ground;
@@ -27,10 +28,22 @@ const BOUNDS: Bounds = Bounds {
     follow: Duration::from_secs(19),
     silence: Duration::from_secs(20),
     gone: Duration::from_secs(60),
+    good: Some(GOOD),
 };
-/// The memory that a machine seems to have. The driver takes half of a machine's memory where no
-/// control group limits it.
-const SMALL_MACHINE_KIB: u64 = 64 << 10;
+/// The bounds of good minutes.
+///
+/// A volume follows within an interval of rotation (4.4 s) and one look of kubelet. A failure at once is tried
+/// again after a pause (up to 3 s of the driver, 1 s of kubelet), and one without an answer after kubelet's
+/// deadline (10 s) or that of a request (15 s). The rest is for a machine with other work.
+const GOOD: GoodBounds = GoodBounds {
+    publish: Duration::from_secs(6),
+    follow: Duration::from_secs(8),
+    converge: Duration::from_secs(10),
+    quick: Duration::from_secs(5),
+    silent: Duration::from_secs(18),
+};
+/// The time in which a request of a kind comes that is to fail.
+const PATIENCE: Duration = Duration::from_millis(4_500);
 
 /// An embedded cluster with two nodes.
 pub(in super::super) struct OnEmbedded {
@@ -91,6 +104,13 @@ impl Ground for OnEmbedded {
             converge: BOUNDS.converge + self.looks_every,
             fetch: BOUNDS.fetch + self.looks_every,
             follow: BOUNDS.follow + self.looks_every,
+            good: Some(GoodBounds {
+                follow: GOOD.follow + self.looks_every,
+                converge: GOOD.converge + self.looks_every,
+                quick: GOOD.quick + self.looks_every,
+                silent: GOOD.silent + self.looks_every,
+                ..GOOD
+            }),
             ..BOUNDS
         }
     }
@@ -162,9 +182,33 @@ impl Ground for OnEmbedded {
         self.faults.end(number);
     }
 
-    async fn shrink_memory(&self, node: &str) -> Result<u64> {
+    async fn isolate_driver(&self, node: &str, isolated: bool) -> Result<()> {
+        let driver = Component::Driver;
+        self.cluster.isolate(node, &driver, isolated).await?;
+        match self.cluster.driver(node).kill().await {
+            // Its next process is about to start, with these mounts.
+            Err(_) if self.driver_process(node).await?.is_none() => Ok(()),
+            killed => killed,
+        }
+    }
+
+    async fn fail_once(&self, kind: usize, how: usize) -> Result<Option<(String, bool)>> {
+        let Some((request, is_silent)) = self.faults.arm(kind, how) else {
+            return Ok(None);
+        };
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE && self.faults.is_armed() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let struck = self.faults.disarm();
+        Ok(struck.then_some((request, is_silent)))
+    }
+
+    /// The driver takes half of a machine's memory where no control group limits it.
+    async fn shrink_memory(&self, node: &str, machine: u64) -> Result<u64> {
+        let machine = machine << 10;
         let set = format!(
-            "sed 's/^MemTotal: .*/MemTotal: {SMALL_MACHINE_KIB} kB/' /proc/meminfo > /run/chaos-meminfo && \
+            "sed 's/^MemTotal: .*/MemTotal: {machine} kB/' /proc/meminfo > /run/chaos-meminfo && \
              mount --bind /run/chaos-meminfo /proc/meminfo"
         );
         self.run(node, &["sh", "-c", &set]).await?;
@@ -172,7 +216,7 @@ impl Ground for OnEmbedded {
         if killed.is_err() {
             self.run(node, &["umount", "/proc/meminfo"]).await?;
         }
-        killed.map(|()| SMALL_MACHINE_KIB << 9)
+        killed.map(|()| machine << 9)
     }
 
     async fn restore_memory(&self, node: &str) -> Result<()> {

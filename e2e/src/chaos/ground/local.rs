@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::super::schedule::What;
+use super::super::schedule::{HUNG_FOR_LONG, What};
 use super::super::world::Bounds;
 use super::{Ground, PROVIDER};
 use crate::binaries::{Binaries, logs_dir};
@@ -23,11 +23,10 @@ const BOUNDS: Bounds = Bounds {
     follow: Duration::from_secs(120),
     silence: Duration::from_secs(45),
     gone: Duration::from_secs(180),
+    good: None,
 };
 /// The directory of the objects in the provider's container.
 const OBJECTS: &str = "/chaos";
-/// The driver's memory limit while memory is near.
-const SMALL_LIMIT: u64 = 64 << 20;
 /// The time in which the driver notices another memory limit.
 const MEASURED: Duration = Duration::from_secs(11);
 /// The time in which a slow API server answers before it halts again.
@@ -216,7 +215,17 @@ impl Ground for OnLocal {
             What::ApiRefuses { .. }
             | What::ApiConflicts { .. }
             | What::ApiPast { .. }
+            | What::ApiFailsOnce { .. }
             | What::SecretsRefused { .. } => Some("a real API server answers what is true"),
+            What::DiskHung { lasts, .. } if lasts >= HUNG_FOR_LONG => {
+                Some("kubelet's own liveness probe takes minutes")
+            }
+            What::PropagationLost { .. } => {
+                Some("a container starts with the mounts of its manifest")
+            }
+            What::AnswersCompete { .. } => {
+                Some("kubelet's pauses are longer than the bound that a pod has")
+            }
             What::Hostile {
                 how: super::super::tenants::WEBHOOK,
                 ..
@@ -241,14 +250,25 @@ impl Ground for OnLocal {
     /// Does nothing: see [`cannot`](Self::cannot).
     async fn hang_writes(&self, _: &str, _: u64) {}
 
-    async fn shrink_memory(&self, node: &str) -> Result<u64> {
+    async fn isolate_driver(&self, _: &str, _: bool) -> Result<()> {
+        let text = "a container of Kubernetes has the mounts of its manifest".to_owned();
+        Err(Error::Impossible(text))
+    }
+
+    async fn fail_once(&self, _: usize, _: usize) -> Result<Option<(String, bool)>> {
+        let text = "no request of a real API server fails at will".to_owned();
+        Err(Error::Impossible(text))
+    }
+
+    async fn shrink_memory(&self, node: &str, machine: u64) -> Result<u64> {
+        let limit = machine << 20;
         let driver = self.driver_process(node).await?;
         let driver = driver.ok_or_else(|| Error::Impossible("no driver runs".to_owned()))?;
-        let (driver, limit) = (driver.to_string(), SMALL_LIMIT.to_string());
-        self.run(node, &["sh", "-c", LIMIT_MEMORY, "sh", &driver, &limit])
+        let (driver, text) = (driver.to_string(), limit.to_string());
+        self.run(node, &["sh", "-c", LIMIT_MEMORY, "sh", &driver, &text])
             .await?;
         tokio::time::sleep(MEASURED).await;
-        Ok(SMALL_LIMIT)
+        Ok(limit)
     }
 
     /// Another container has another control group.

@@ -102,7 +102,7 @@ pub(super) fn read_all_slowly(
 }
 
 /// Returns the path of a pod's volume, as this process has it.
-pub(super) fn path_of(pod: &Watched, root: &Path, class: usize) -> PathBuf {
+pub(in super::super) fn path_of(pod: &Watched, root: &Path, class: usize) -> PathBuf {
     let path = embedded::target_path(&pod.uid, &volume_name(class));
     root.join(path.strip_prefix("/").unwrap_or(&path))
 }
@@ -193,8 +193,9 @@ fn read_one(
     if is_stale && world.now() - since > world.bounds.silence {
         world.fails(pod, "its volume is not refreshed");
     }
-    let is_late =
-        |since: Duration| world.is_calm_since(since) && world.now() - since > world.bounds.follow;
+    let is_late = |since: Duration| {
+        world.is_calm_since(since) && world.now() - since > world.bounds_since(since).follow
+    };
     const IN_TIME: &str = "a volume follows its store and its class within its bound";
     if is_stale && is_late(since) {
         let text = format!("generation {generation} is not the last one of the store");

@@ -1,4 +1,4 @@
-//! What the pods are told while nobody disturbs them but a hostile tenant.
+//! What the pods are told while nobody disturbs them but a hostile tenant or a single failure.
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Event;
@@ -16,7 +16,8 @@ const FAILURES: [&str; 2] = ["FailedMount", "MountRotationFailed"];
 /// The precision of the times in events.
 const PRECISION: SignedDuration = SignedDuration::from_secs(1);
 
-/// Returns the failures of which well-behaved pods that run were told since a time.
+/// Returns the failures of which well-behaved pods that run were told since a time, and that no single failure
+/// explains.
 ///
 /// # Errors
 /// When the API server does not answer.
@@ -40,6 +41,7 @@ pub(in super::super) async fn warned(
             && is_late
             && let Some(pod) = pods.get(&uid)
             && pod.ready
+            && !last.is_some_and(|last| world.good.explains(last))
         {
             let message = event.message.unwrap_or_default();
             warned.push(format!("pod {} ({uid}): {reason}: {message}", pod.name));

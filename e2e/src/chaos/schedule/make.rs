@@ -1,0 +1,365 @@
+//! Makes the rounds of a seed.
+
+use super::super::editions::Edit;
+use super::super::random::Random;
+use super::super::store::{CLASSES, SELDOM};
+use super::super::tenants::{TRICKS, WEBHOOK};
+use super::kinds::HUNG_FOR_LONG;
+use super::{PODS, STORM, Step, What};
+
+/// The longest time that a fault lasts.
+const LONGEST_FAULT: u64 = 8_000;
+/// The time between two single failures: each has an effect for as long as one attempt lasts.
+const BETWEEN_SINGLES: u64 = 5_500;
+/// The way in which a request fails that has none.
+const SILENT: usize = 3;
+
+/// The kind of a round. Seeds begin with one of the first three.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Faults of all kinds.
+    Mixed,
+    /// The same, and one of the provider that lasts so long that somebody has to be told.
+    Long,
+    /// No fault but the hostile tenant, so that the time of each publish counts.
+    Hostile,
+    /// Good minutes in which single requests and calls fail.
+    Single,
+}
+
+impl Kind {
+    pub(super) fn of(seed: u64, number: usize) -> Self {
+        match (seed % 3 + number as u64) % 4 {
+            0 => Self::Mixed,
+            1 => Self::Long,
+            2 => Self::Hostile,
+            _ => Self::Single,
+        }
+    }
+
+    /// Returns whether nothing disturbs for which a pod could have to wait long.
+    fn is_calm(self) -> bool {
+        matches!(self, Self::Hostile | Self::Single)
+    }
+}
+
+/// Makes a round. The first one begins with all pods.
+pub(super) fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize) -> Vec<Step> {
+    let mut steps = Vec::new();
+    if number == 0 {
+        for pod in 0..PODS {
+            let at = 100 * pod as u64;
+            let node = pod % nodes;
+            let what = What::Create { pod, node };
+            steps.push(Step { at, what });
+        }
+    }
+    let end = STORM.as_millis() as u64;
+    let mut at = 1_500;
+    while at < end {
+        let what = action(random, nodes);
+        // No pod can be ready without its class.
+        let counts = kind.is_calm() && matches!(what, What::RemakeClass { .. });
+        if !counts {
+            steps.push(Step { at, what });
+        }
+        at += 200 + random.below(800);
+    }
+    if kind == Kind::Single {
+        singles(random, &mut steps, nodes);
+        steps.sort_by_key(|step| step.at);
+        return steps;
+    }
+    let mut busy = vec![0; nodes];
+    let mut at = 1_000 + random.below(2_000);
+    if kind == Kind::Long {
+        let what = long_fault(random, number, nodes);
+        place(&mut steps, &mut busy, at, what);
+    }
+    for what in rare(random, kind, nodes) {
+        // A long fault leaves its node no time for another.
+        if what
+            .alone_on()
+            .is_none_or(|node| busy.get(node).is_some_and(|until| *until < end))
+        {
+            place(&mut steps, &mut busy, at, what);
+        }
+    }
+    while at < end {
+        let what = match kind {
+            Kind::Hostile | Kind::Single => hostile(random, nodes),
+            Kind::Mixed | Kind::Long => fault(random, nodes),
+        };
+        at += 400 + random.below(2_400);
+        if what
+            .alone_on()
+            .is_some_and(|node| busy.get(node).is_some_and(|until| *until >= at))
+        {
+            continue;
+        }
+        place(&mut steps, &mut busy, at, what);
+        if let What::ApiPast { .. } = what {
+            // Without a change, the past is the present.
+            let class = random.index(CLASSES.len());
+            let edit = edit(random);
+            let what = What::EditClass { class, edit };
+            steps.push(Step { at: at + 300, what });
+        }
+    }
+    // It waits for the others to end, and so makes a round longer: not the first one of a run.
+    if number > 0 && !kind.is_calm() {
+        let node = random.index(nodes);
+        place(&mut steps, &mut busy, end, What::AnswersCompete { node });
+    }
+    steps.sort_by_key(|step| step.at);
+    steps
+}
+
+/// Adds the single failures of a round: of the API server and of a provider. The last one has no answer; any
+/// after it would meet its effect.
+fn singles(random: &mut Random, steps: &mut Vec<Step>, nodes: usize) {
+    let provider = |random: &mut Random, hangs| What::ProviderFailsOnce {
+        node: random.index(nodes),
+        hangs,
+    };
+    let api = |random: &mut Random, how| What::ApiFailsOnce {
+        kind: random.index(1_000),
+        how,
+    };
+    let (first, second) = (random.index(SILENT), random.index(SILENT));
+    let failures = [
+        api(random, first),
+        provider(random, false),
+        api(random, second),
+        match random.below(2) {
+            0 => provider(random, true),
+            _ => api(random, SILENT),
+        },
+    ];
+    let mut at = 2_000;
+    for what in failures {
+        steps.push(Step { at, what });
+        at += BETWEEN_SINGLES;
+    }
+}
+
+/// Adds a fault as soon as the faults before it on the same node are over.
+fn place(steps: &mut Vec<Step>, busy: &mut [u64], at: u64, what: What) {
+    let mut at = at;
+    if let Some(until) = what.alone_on().and_then(|node| busy.get_mut(node)) {
+        at = at.max(*until + 1);
+        // A fault also takes a moment to end.
+        *until = at + what.lasts() + 1_500;
+    }
+    steps.push(Step { at, what });
+}
+
+/// Returns the faults with which a round begins so that a short run has each of them: they would seldom
+/// come by chance.
+fn rare(random: &mut Random, kind: Kind, nodes: usize) -> Vec<What> {
+    let node = random.index(nodes);
+    let other = (node + 1) % nodes;
+    let lasts = 3_000 + random.below(LONGEST_FAULT - 3_000);
+    let by = [-86_400, -3_600, 3_600, 86_400][random.index(4)];
+    let clock_and_memory = |node| {
+        [
+            What::StepClock { node, by },
+            What::MemoryNear { node, lasts },
+        ]
+    };
+    match kind {
+        Kind::Mixed => {
+            let mut faults = vec![What::Reboot { node }, What::WipePlugin { node: other }];
+            // A single node has no time for them.
+            if nodes > 1 {
+                let lasts = 2_000 + random.below(3_000);
+                faults.push(What::DriverPaused { node, lasts });
+                faults.push(What::DiskHung { node: other, lasts });
+            }
+            // A long fault leaves a single node no time.
+            faults.extend(
+                (nodes == 1)
+                    .then(|| clock_and_memory(node))
+                    .into_iter()
+                    .flatten(),
+            );
+            faults.extend((0..nodes).map(|node| repeat_calls(random, node, lasts)));
+            // Longer than a call of kubelet.
+            let lasts = 12_000 + random.below(4_000);
+            faults.push(What::SecretsRefused { lasts });
+            faults.push(bury(random));
+            faults
+        }
+        Kind::Long => {
+            let by_propagation = (0..nodes).map(|node| propagation_lost(random, node));
+            let by_propagation: Vec<What> = by_propagation.collect();
+            let others = (0..nodes).flat_map(clock_and_memory);
+            others.chain(by_propagation).collect()
+        }
+        Kind::Hostile | Kind::Single => Vec::new(),
+    }
+}
+
+fn action(random: &mut Random, nodes: usize) -> What {
+    let pod = random.index(PODS);
+    let class = random.index(CLASSES.len());
+    let node = random.index(nodes);
+    match random.below(25) {
+        0..5 => What::Create { pod, node },
+        5..7 => What::Delete { pod },
+        7 => What::ForceDelete { pod },
+        8..10 => What::Move { pod, node },
+        // A rotation of this class would hide whether it follows its edits.
+        10..15 if class == SELDOM => What::EditClass {
+            class,
+            edit: edit(random),
+        },
+        10..17 => What::Rotate { class },
+        17 => What::EditClass {
+            class,
+            edit: edit(random),
+        },
+        18 => What::RemakeClass {
+            class,
+            lasts: 100 + random.below(3_000),
+            anew: random.below(2) == 0,
+        },
+        19 => What::DeleteStatus { pod },
+        20 => What::AlterStatus { pod },
+        21 => What::DeleteSecret { class },
+        22 => What::Expire { pod },
+        _ => What::AlterSecret {
+            class,
+            remove: random.below(2) == 0,
+            order: random.below(2) == 0,
+        },
+    }
+}
+
+fn edit(random: &mut Random) -> Edit {
+    [Edit::Extra, Edit::Text, Edit::Text, Edit::Back][random.index(4)]
+}
+
+fn bury(random: &mut Random) -> What {
+    What::BuryVolumes {
+        pod: random.index(PODS),
+        mounts: 1 + random.index(60),
+    }
+}
+
+fn propagation_lost(random: &mut Random, node: usize) -> What {
+    What::PropagationLost {
+        node,
+        pod: random.index(PODS),
+        lasts: 4_000 + random.below(3_000),
+    }
+}
+
+fn repeat_calls(random: &mut Random, node: usize, lasts: u64) -> What {
+    let by = 100 + random.below(1_900);
+    What::RepeatCalls { node, lasts, by }
+}
+
+fn fault(random: &mut Random, nodes: usize) -> What {
+    let node = random.index(nodes);
+    let lasts = 500 + random.below(LONGEST_FAULT - 500);
+    match random.below(42) {
+        0..4 => What::KillDriver { node },
+        4 => What::TwoDrivers {
+            node,
+            lasts,
+            killed: random.below(2) == 0,
+        },
+        5..7 => What::ProviderSlow {
+            node,
+            lasts,
+            by: 200 + random.below(3_000),
+        },
+        7 => What::ProviderHung { node, lasts },
+        8 => What::ProviderGone {
+            node,
+            lasts,
+            socket: random.below(2) == 0,
+        },
+        9 => What::ProviderWrong {
+            node,
+            lasts,
+            how: random.index(8),
+        },
+        10 => What::KillProvider { node },
+        11 => What::ReplaceProvider { node, lasts },
+        12 => What::ApiSlow {
+            lasts,
+            by: 50 + random.below(1_500),
+        },
+        13 => What::ApiRefuses {
+            lasts,
+            status: [403, 429, 500, 503][random.index(4)],
+        },
+        14 => What::ApiConflicts { lasts },
+        15..17 => What::ApiPast { lasts },
+        17 => What::ApiGone { lasts },
+        18 => What::ApiHung { lasts },
+        19 => What::RestartKubelet { node },
+        20 => What::Reboot { node },
+        21 => What::WipeProviders { node },
+        22 => What::WipePlugin { node },
+        23 => What::DiskReadOnly { node, lasts },
+        24 => What::DiskFull { node, lasts },
+        25 => What::TearRecord { node },
+        26 => What::StepClock {
+            node,
+            by: [-86_400, -3_600, -40, 40, 3_600, 86_400][random.index(6)],
+        },
+        27 => What::MemoryNear { node, lasts },
+        28..30 => repeat_calls(random, node, lasts),
+        30..32 => What::WipeRegistry { node },
+        32 => What::SecretsRefused { lasts },
+        33 => bury(random),
+        34 => What::DiskHung { node, lasts },
+        35 => What::DriverPaused { node, lasts },
+        36 => propagation_lost(random, node),
+        37 => What::UnmountVolumes {
+            pod: random.index(PODS),
+        },
+        38 | 39 => What::VolumesReadOnly {
+            pod: random.index(PODS),
+            lasts,
+        },
+        _ => hostile(random, nodes),
+    }
+}
+
+/// Returns a fault that lasts for most of a round. A disk that hangs for so long makes a round longer: not the
+/// first one of a run.
+fn long_fault(random: &mut Random, number: usize, nodes: usize) -> What {
+    let node = random.index(nodes);
+    if number > 0 && random.below(2) == 0 {
+        let lasts = HUNG_FOR_LONG + random.below(5_000);
+        return What::DiskHung { node, lasts };
+    }
+    let lasts = 24_000 + random.below(4_000);
+    match random.below(3) {
+        0 => What::ProviderGone {
+            node,
+            lasts,
+            socket: random.below(2) == 0,
+        },
+        1 => What::ProviderHung { node, lasts },
+        _ => What::ProviderWrong {
+            node,
+            lasts,
+            how: random.index(8),
+        },
+    }
+}
+
+fn hostile(random: &mut Random, nodes: usize) -> What {
+    let (node, how) = (random.index(nodes), random.index(TRICKS));
+    let lasts = match how {
+        // Some rounds of requests that have no answer.
+        WEBHOOK => 20_000 + random.below(8_000),
+        _ => 2_000 + random.below(LONGEST_FAULT - 2_000),
+    };
+    What::Hostile { node, lasts, how }
+}
