@@ -35,12 +35,12 @@ pub(crate) struct Arguments {
     pub(crate) nodes: Option<usize>,
     pub(crate) json: bool,
     pub(crate) help: bool,
-    /// What is no flag.
+    /// What is no flag: the command, and its words.
     pub(crate) words: Vec<String>,
 }
 
 impl Arguments {
-    /// Parses the arguments after the command.
+    /// Parses the arguments; the command is the first word.
     ///
     /// # Errors
     /// Names the flag that is wrong.

@@ -4,9 +4,10 @@
 use std::time::Duration;
 
 use driver::status::Status;
+use jiff::Timestamp;
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
-    core::v1::{Container, Pod, PodSpec},
+    core::v1::{Container, ContainerStateTerminated, ContainerStatus, Pod, PodSpec},
 };
 use kube::{
     Api, Client, ResourceExt as _,
@@ -278,6 +279,21 @@ async fn run_now(
         ended.message = status.message.unwrap_or_default();
     }
     Ok(ended)
+}
+
+/// Returns the last end of a container of the driver that crashes: it failed in the last minutes, and not only because
+/// somebody or the node ended it once.
+pub(crate) fn crash(status: &ContainerStatus, now: Timestamp) -> Option<&ContainerStateTerminated> {
+    const LATELY: i64 = 600;
+    /// What the exit code of a container is at least that a signal ended.
+    const SIGNAL: i32 = 128;
+    let mut states = status.state.iter().chain(&status.last_state);
+    let ended = states.find_map(|state| state.terminated.as_ref())?;
+    let time = ended.finished_at.as_ref();
+    let is_of_now = time.is_none_or(|time| now.duration_since(time.0).as_secs() <= LATELY);
+    let is_own = ended.exit_code < SIGNAL || ended.reason.as_deref() == Some("OOMKilled");
+    let is_crash = is_own || status.restart_count >= 2;
+    (ended.exit_code != 0 && is_of_now && is_crash).then_some(ended)
 }
 
 /// Returns whether a pod is ready.

@@ -21,27 +21,26 @@ use arguments::{Arguments, USAGE};
 const COULD_NOT: u8 = 2;
 
 fn main() -> ExitCode {
-    let mut args = std::env::args().skip(1);
-    let command = args.next().unwrap_or_default();
-    let parsed = match command.as_str() {
-        "help" | "-h" | "--help" => return print(USAGE, 0),
-        "lint" | "explain" | "doctor" => Arguments::parse(args),
-        "" => return misused("name a command: explain, doctor or lint"),
-        other => {
-            return misused(&format!(
-                "{other:?} is not a command; they are explain, doctor and lint"
-            ));
-        }
-    };
-    let arguments = match parsed {
-        Ok(arguments) if arguments.help => return print(USAGE, 0),
+    let mut arguments = match Arguments::parse(std::env::args().skip(1)) {
         Ok(arguments) => arguments,
         Err(why) => return misused(&why),
     };
+    if arguments.help {
+        return print(USAGE, 0);
+    }
+    // Flags may stand before the command, as with kubectl.
+    if arguments.words.is_empty() {
+        return misused("name a command: explain, doctor or lint");
+    }
+    let command = arguments.words.remove(0);
     match command.as_str() {
         "lint" => lint_files(&arguments),
+        "explain" => explain_pod(&arguments),
         "doctor" => examine(&arguments),
-        _ => explain_pod(&arguments),
+        "help" => print(USAGE, 0),
+        other => misused(&format!(
+            "{other:?} is not a command; they are explain, doctor and lint"
+        )),
     }
 }
 

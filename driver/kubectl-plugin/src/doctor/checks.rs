@@ -3,6 +3,7 @@
 mod cluster;
 mod looks;
 mod node;
+mod pods;
 
 use std::collections::BTreeMap;
 
@@ -53,7 +54,7 @@ const OF_CLUSTER: &[(&str, OfCluster)] = &[
     ("two-drivers", cluster::two_drivers),
     ("rollout", cluster::rollout),
     ("rights", cluster::rights),
-    ("driver-pods", cluster::driver_pods),
+    ("driver-pods", pods::driver_pods),
     ("registration", cluster::registration),
     ("versions", cluster::versions),
     ("republish", cluster::republish),

@@ -4,6 +4,7 @@ mod commands;
 mod containers;
 mod environment;
 mod events;
+mod failures;
 mod ground;
 mod hooks;
 mod looks;
@@ -15,6 +16,8 @@ mod over;
 mod paths;
 mod refresh;
 mod refusal;
+mod refuser;
+mod remedy;
 mod restarts;
 mod sandbox;
 mod secret_volumes;
@@ -108,6 +111,8 @@ enum Then {
     Do(String),
     /// To tell those who run the driver, because the person who asks may not look at it.
     Tell,
+    /// To tell those who run this, who are others than those who run the driver.
+    Ask(String),
 }
 
 impl From<String> for Then {
@@ -161,15 +166,16 @@ const OF_POD: &[(&str, OfPod)] = &[
     ("mount-propagation", ground::propagation),
 ];
 
-/// The checks of a volume. Of those that prevent a mount, the first one is the reason.
+/// The checks of a volume that find what prevents a mount, in the order in which kubelet and the driver come to it. Each
+/// is a mistake of its own; only what kubelet says of the mount counts where no other one finds anything.
 const PREVENTS_MOUNT: &[(&str, OfVolume)] = &[
-    ("class-attribute", volume::class_attribute),
-    ("read-only", volume::read_only),
     ("unused", volume::unused),
+    ("publish-secret", volume::publish_secret),
+    ("read-only", volume::read_only),
+    ("class-attribute", volume::class_attribute),
     ("class", volume::class),
     ("class-fields", volume::class_fields),
     ("provider", volume::provider),
-    ("publish-secret", volume::publish_secret),
     ("mount", mount::mount),
 ];
 
@@ -186,8 +192,6 @@ const OF_MOUNTED: &[(&str, OfVolume)] = &[
     ("overdue", refresh::overdue),
     ("asked", refresh::asked),
     ("sub-path", sub_path::outdated),
-    ("secrets", secrets::out_of_step),
-    ("secret-missing", secrets::missing),
 ];
 
 /// The checks of a mounted volume that tell why kubelet's looks fail, or why it does not look.
@@ -200,7 +204,7 @@ const OF_LOOKS: [&str; 5] = [
 ];
 
 /// The checks that are in no table.
-const OTHERS: [&str; 14] = [
+const OTHERS: [&str; 16] = [
     "container-config",
     "container-crash",
     "driver-name",
@@ -212,6 +216,8 @@ const OTHERS: [&str; 14] = [
     "other-volume",
     "pod-failed",
     "sandbox",
+    "secret-missing",
+    "secrets",
     "start",
     "termination",
     "volume-secret",
@@ -229,7 +235,7 @@ fn is_named(check: &str) -> bool {
 /// Finds what is wrong with a pod's volumes, the reason first, and what its start waits for besides.
 pub(super) fn all(facts: &Facts) -> (Vec<Trouble>, Vec<Trouble>) {
     let mut all = of_ground(facts);
-    let others = of_containers(facts, &all);
+    let others = of_containers(facts);
     all.extend(others);
     let steps = start::steps(facts);
     // A deleted pod does not start any more.
@@ -273,16 +279,12 @@ fn of_ground(facts: &Facts) -> Vec<(Place, Trouble)> {
         let is_mounted = facts.is_mounted(volume);
         let is_over = facts.has_ended() || facts.may_outlive_its_volumes();
         if is_mounted != Some(true) && !is_over {
-            let reason = PREVENTS_MOUNT
-                .iter()
-                .filter(|(name, _)| has_ground || *name != "mount")
-                .find_map(|(name, check)| Some((name, check(facts, volume)?)));
-            if let Some((name, found)) = reason {
-                // kubelet goes on without a volume that no container mounts.
-                let stage = match *name {
-                    "unused" => Stage::Mounted,
-                    _ => Stage::Volumes,
-                };
+            // kubelet goes on without a volume that no container mounts.
+            let stage = match facts.is_used(volume) {
+                true => Stage::Volumes,
+                false => Stage::Mounted,
+            };
+            for (name, found) in prevents_mount(facts, volume, has_ground) {
                 add(Place::at(stage), name, Some(&volume.name), found);
             }
         }
@@ -307,6 +309,22 @@ fn of_ground(facts: &Facts) -> Vec<(Place, Trouble)> {
     for (name, found) in others.filter(|(name, _)| !is_told(name)) {
         let place = Place::at(Stage::Volumes);
         add(place, "other-volume", name.as_deref(), found);
+    }
+    all
+}
+
+/// Finds what prevents the mount of a volume. `has_ground` is whether the driver and its node are in order.
+fn prevents_mount(
+    facts: &Facts,
+    volume: &VolumeFacts,
+    has_ground: bool,
+) -> Vec<(&'static str, Found)> {
+    let mut all = Vec::new();
+    for (name, check) in PREVENTS_MOUNT {
+        let is_told = *name == "mount" && (!has_ground || !all.is_empty());
+        if !is_told && let Some(found) = check(facts, volume) {
+            all.push((*name, found));
+        }
     }
     all
 }
@@ -336,18 +354,20 @@ fn of_mounted(
             _ => None,
         };
         let place = match container {
-            Some((container, _)) => Place::of_container(facts, &container.name),
+            Some(container) => Place::of_container(facts, &container.name),
             None => Place::at(Stage::Mounted),
         };
         all.push((name, place, found));
     }
+    let of_secrets = secrets::wrong(facts, volume).into_iter();
+    all.extend(of_secrets.map(|(name, found)| (name, Place::at(Stage::Mounted), found)));
     all
 }
 
-/// Finds what is wrong with the containers, and what keeps a deleted pod. `before` was found before.
-fn of_containers(facts: &Facts, before: &[(Place, Trouble)]) -> Vec<(Place, Trouble)> {
+/// Finds what is wrong with the containers, and what keeps a deleted pod.
+fn of_containers(facts: &Facts) -> Vec<(Place, Trouble)> {
     let trouble = |(place, check, found)| (place, facts.trouble(check, None, found));
-    let environment = environment::wrong(facts, !before.is_empty());
+    let environment = environment::wrong(facts);
     let told: Vec<_> = environment
         .iter()
         .filter_map(|(place, ..)| place.container.clone())
@@ -371,17 +391,12 @@ impl Facts {
         let what = visible(&found.what);
         let next = match found.next {
             Then::Do(command) => visible(&command),
-            Then::Tell => {
-                let (namespace, pod) = (
-                    self.pod.namespace().unwrap_or_default(),
-                    self.pod.name_any(),
-                );
-                let node = self.node.as_ref();
-                let node = node.map_or_else(String::new, |node| format!(" on node {}", node.name));
-                let said = said.as_ref();
-                let said = said.map_or_else(String::new, |said| format!(": {said}"));
-                format!("{TELL}: pod {namespace}/{pod}{node}: {what}{said}")
-            }
+            Then::Tell => format!("{TELL}: {}", self.report(&what, said.as_deref())),
+            Then::Ask(who) => format!(
+                "give this to those who run {}: {}",
+                visible(&who),
+                self.report(&what, said.as_deref())
+            ),
         };
         Trouble {
             check,
@@ -390,5 +405,17 @@ impl Facts {
             said,
             next,
         }
+    }
+
+    /// Returns a trouble of the pod as one line for somebody else.
+    fn report(&self, what: &str, said: Option<&str>) -> String {
+        let (namespace, pod) = (
+            self.pod.namespace().unwrap_or_default(),
+            self.pod.name_any(),
+        );
+        let node = self.node.as_ref();
+        let node = node.map_or_else(String::new, |node| format!(" on node {}", node.name));
+        let said = said.map_or_else(String::new, |said| format!(": {said}"));
+        format!("pod {namespace}/{pod}{node}: {what}{said}")
     }
 }

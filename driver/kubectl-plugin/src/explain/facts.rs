@@ -1,5 +1,6 @@
 //! Reads all that belongs to a pod's volumes: objects of the API server, and what the node's driver says.
 
+mod expanded;
 mod known;
 mod taken;
 mod written;

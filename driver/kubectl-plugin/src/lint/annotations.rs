@@ -21,6 +21,12 @@ pub(crate) fn misspelt(name: &str) -> Option<&'static str> {
     }
 }
 
+/// Returns the annotation of a class that one of another object is, or is meant to be.
+pub(crate) fn meant_for_driver(name: &str) -> Option<&'static str> {
+    let known = KNOWN.iter().find(|known| **known == name);
+    known.copied().or_else(|| meant(name, &KNOWN))
+}
+
 /// Checks the driver's annotations of a class.
 pub(super) fn check(object: &Node, file: &mut Findings<'_>) {
     let annotations = object.get("metadata").and_then(|m| m.get("annotations"));

@@ -39,6 +39,33 @@ const SITUATIONS: &[(&str, Change)] = &[
                 "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}],
         });
     }),
+    ("the driver's pod crashes in its first minute", |world| {
+        let status = &mut world.driver["status"]["containerStatuses"][0];
+        (status["ready"], status["restartCount"]) = (json!(false), json!(10));
+        status["state"] = json!({"running": {"startedAt": ago(1)}});
+        status["lastState"] =
+            json!({"terminated": {"reason": "Error", "exitCode": 2, "finishedAt": ago(4)}});
+        world.driver["status"]["conditions"] = json!([{"type": "Ready", "status": "False"}]);
+    }),
+    (
+        "the driver's pod crashes, and is ready in between",
+        |world| {
+            let status = &mut world.driver["status"]["containerStatuses"][0];
+            status["restartCount"] = json!(3);
+            status["lastState"] =
+                json!({"terminated": {"reason": "Error", "exitCode": 2, "finishedAt": ago(4)}});
+        },
+    ),
+    (
+        "the driver's pod has ended with an error for the first time",
+        |world| {
+            let status = &mut world.driver["status"]["containerStatuses"][0];
+            status["ready"] = json!(false);
+            status["state"] =
+                json!({"terminated": {"reason": "Error", "exitCode": 2, "finishedAt": ago(4)}});
+            world.driver["status"]["conditions"] = json!([{"type": "Ready", "status": "False"}]);
+        },
+    ),
     ("kubelet does not know the driver", |world| {
         world.csi_node["spec"]["drivers"] = json!([])
     }),

@@ -22,6 +22,15 @@ fn end(code: i32, reason: &str) -> Value {
     json!({"terminated": {"exitCode": code, "reason": reason, "startedAt": ago(40), "finishedAt": ago(30)}})
 }
 
+/// Lets the driver's pod be new, and its container end with this code so often.
+fn crashed(world: &mut World, times: i32, code: i32, state: Value) {
+    unregistered(world);
+    world.driver["metadata"]["creationTimestamp"] = ago(40);
+    let status = &mut world.driver["status"]["containerStatuses"][0];
+    status["restartCount"] = json!(times);
+    (status["state"], status["lastState"]) = (state, end(code, "Error"));
+}
+
 /// The situations, each as a change of a pod whose volume is in order.
 pub(crate) const DRIVERS: &[(&str, Change)] = &[
     (
@@ -55,6 +64,29 @@ pub(crate) const DRIVERS: &[(&str, Change)] = &[
                 ago(11);
         },
     ),
+    (
+        "the driver has crashed twice in its first minute, and runs now",
+        |world| crashed(world, 2, 2, json!({"running": {"startedAt": ago(2)}})),
+    ),
+    ("the driver has crashed once, and runs now", |world| {
+        crashed(world, 1, 2, json!({"running": {"startedAt": ago(2)}}));
+    }),
+    (
+        "the driver has been killed once, and has just been started",
+        |world| crashed(world, 1, 143, json!({"running": {"startedAt": ago(2)}})),
+    ),
+    (
+        "the driver has crashed in its first minute, and waits",
+        |world| {
+            let waiting = json!({"waiting": {"reason": "CrashLoopBackOff"}});
+            crashed(world, 3, 2, waiting);
+        },
+    ),
+    ("the driver has just crashed for the first time", |world| {
+        crashed(world, 0, 2, end(2, "Error"));
+        let status = &mut world.driver["status"]["containerStatuses"][0];
+        status["lastState"] = json!({});
+    }),
     (
         "the driver is being rolled out, and the node has none for now",
         |world| {

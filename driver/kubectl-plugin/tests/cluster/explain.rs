@@ -70,6 +70,13 @@ async fn texts_of_others_are_one_line() {
 #[tokio::test]
 async fn what_cannot_be_explained_has_exit_code_2() {
     let running = World::in_order().start().await;
+    let before = ["-n", "shop", "--output=json", "explain", "pod", "web"];
+    let said = running.run(&before).await;
+    assert_eq!(
+        (said.code, said.stderr.as_str()),
+        (0, ""),
+        "flags before the command"
+    );
     let said = running.explain("we").await;
     assert_eq!(said.code, 2);
     assert_eq!(

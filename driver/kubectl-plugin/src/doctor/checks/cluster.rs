@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use driver::cluster::resources::{GROUP, VERSION};
-use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use serde_json::Value;
 
@@ -284,62 +283,6 @@ pub(super) fn rights(facts: &Facts, found: &mut Found<'_>) {
             );
         }
     }
-}
-
-pub(super) fn driver_pods(facts: &Facts, found: &mut Found<'_>) {
-    let mut nodes_by_why: BTreeMap<String, Vec<(String, String, String)>> = BTreeMap::new();
-    for pod in facts.pods().filter(|pod| !is_ready(pod)) {
-        let node = node_of(pod).unwrap_or("no node").to_owned();
-        let entry = (node, pod.namespace().unwrap_or_default(), pod.name_any());
-        nodes_by_why
-            .entry(why_not_ready(pod))
-            .or_default()
-            .push(entry);
-    }
-    for (why, pods) in nodes_by_why {
-        let nodes: Vec<_> = pods.iter().map(|(node, ..)| node.clone()).collect();
-        let next = pods
-            .first()
-            .map_or_else(String::new, |(_, namespace, name)| {
-                format!("kubectl -n {namespace} describe pod {name}")
-            });
-        let what = format!("on {}: the driver's pod is not ready: {why}", named(&nodes));
-        found.add_of_nodes(nodes, what, next);
-    }
-}
-
-/// Returns why a pod is not ready, in words that are the same for pods with the same trouble.
-fn why_not_ready(pod: &Pod) -> String {
-    let mut statuses = pod
-        .status
-        .iter()
-        .flat_map(|status| status.container_statuses.iter().flatten());
-    if let Some(status) = statuses.find(|status| !status.ready) {
-        let waiting = status
-            .state
-            .as_ref()
-            .and_then(|state| state.waiting.as_ref());
-        let last = status
-            .last_state
-            .as_ref()
-            .and_then(|last| last.terminated.as_ref());
-        let reason = waiting
-            .and_then(|waiting| waiting.reason.as_deref())
-            .unwrap_or("it does not answer its probes");
-        let ended = last.map_or_else(String::new, |last| {
-            format!(
-                " after {}, exit code {}",
-                last.reason.as_deref().unwrap_or("Error"),
-                last.exit_code
-            )
-        });
-        return format!("container {}: {reason}{ended}", status.name);
-    }
-    let phase = pod
-        .status
-        .as_ref()
-        .and_then(|status| status.phase.as_deref());
-    format!("it is {}", phase.unwrap_or("Pending"))
 }
 
 pub(super) fn registration(facts: &Facts, found: &mut Found<'_>) {

@@ -62,6 +62,14 @@ impl Facts {
         }
     }
 
+    /// Returns what to do about somebody who refuses a request: to ask those who run it, whom the command shows.
+    pub(super) fn ask(&self, who: &str, command: &str) -> Then {
+        match self.may_not_see_the_driver() {
+            true => Then::Ask(who.to_owned()),
+            false => Then::Do(format!("{command} # then ask those who run {who}")),
+        }
+    }
+
     /// Returns the command that gets a pod like this one. A pod without a controller is not made again by itself.
     pub(super) fn new_pod(&self) -> String {
         let (kubectl, pod) = (self.kubectl(), self.pod.name_any());
@@ -99,7 +107,7 @@ impl Facts {
     pub(super) fn driver_start(&self) -> Then {
         match self.driver_log() {
             Then::Do(command) => Then::Do(command.replace(" --since=15m", " | head -50")),
-            Then::Tell => Then::Tell,
+            other => other,
         }
     }
 

@@ -12,7 +12,7 @@ use super::{
     order::Place,
     over, restarts,
     sandbox::sandbox,
-    secrets::keys_of,
+    secrets::{could_not, keys_of},
 };
 use crate::explain::{facts::Facts, state};
 
@@ -322,6 +322,12 @@ fn awaited_key(facts: &Facts, said: &str) -> Option<String> {
     let (_, rest) = rest.split_once('/')?;
     let secret = rest.split_whitespace().next()?;
     let (class, keys) = keys_of(facts, secret)?;
+    let mut makers = facts.volumes.iter().filter(|volume| volume.makes(secret));
+    if makers.any(|volume| could_not(facts, volume, secret)) {
+        return Some(format!(
+            "class {class} is to write the keys of Secret {secret}, but could not: see above"
+        ));
+    }
     keys.contains(&key).then(|| {
         format!(
             "class {class} writes key {key}: if that was corrected just now, wait a minute until the driver has written it and kubelet tries again"

@@ -22,14 +22,14 @@ use crate::{
 };
 
 /// Finds Secrets and keys that are not there: each Secret at the first container that takes it, and of each container
-/// one key. `has_reason` is whether something was found before.
-pub(super) fn wrong(facts: &Facts, has_reason: bool) -> Vec<(Place, &'static str, Found)> {
+/// one key.
+pub(super) fn wrong(facts: &Facts) -> Vec<(Place, &'static str, Found)> {
     let (mut told, mut wrong_keys) = (BTreeSet::new(), BTreeSet::new());
     let mut all = Vec::new();
     for take in facts.takes() {
         let name = take.container.name.as_str();
         let place = Place::of_container(facts, name);
-        if let Some(found) = secret(facts, &take, has_reason).filter(|_| told.insert(take.secret)) {
+        if let Some(found) = secret(facts, &take).filter(|_| told.insert(take.secret)) {
             let place = Place {
                 // The driver makes none of an impossible name.
                 needs_driver: is_object_name(take.secret) && awaits_driver(facts, take.secret),
@@ -44,7 +44,7 @@ pub(super) fn wrong(facts: &Facts, has_reason: bool) -> Vec<(Place, &'static str
 }
 
 /// A container's environment takes a Secret that is not there.
-fn secret(facts: &Facts, take: &Take<'_>, has_reason: bool) -> Option<Found> {
+fn secret(facts: &Facts, take: &Take<'_>) -> Option<Found> {
     // The Secrets of a class go with the last pod that mounts it.
     let is_over = facts.has_ended() || facts.may_outlive_its_volumes();
     let secret = take.secret;
@@ -69,9 +69,7 @@ fn secret(facts: &Facts, take: &Take<'_>, has_reason: bool) -> Option<Found> {
     let what = if let Some(volume) = makers.next() {
         let class = &volume.class_name;
         match facts.is_used(volume) {
-            true if facts.is_mounted(volume) == Some(true)
-                && (has_reason || could_not(facts, volume, secret)) =>
-            {
+            true if facts.is_mounted(volume) == Some(true) && could_not(facts, volume, secret) => {
                 format!("{begin}: class {class} makes it, but could not: see above")
             }
             true if facts.is_mounted(volume) == Some(true) => {

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The seconds after which an event says nothing of the present. kubelet repeats itself every two minutes at least.
-const RECENT: i64 = 600;
+pub(super) const RECENT: i64 = 600;
 /// The reasons of events about volumes that cannot be mounted.
 const REASONS: [&str; 3] = ["FailedMount", "FailedAttachVolume", "FailedMapVolume"];
 /// The reasons of events of a time at which all volumes were mounted: kubelet makes no sandbox, pulls no image and

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     cluster::Read,
     explain::{facts::Facts, state},
-    installation::DRIVER,
+    installation::{DRIVER, crash},
     time::shown,
 };
 
@@ -278,11 +278,16 @@ fn is_replaced(facts: &Facts) -> bool {
             });
     };
     let status = container_status(pod, &installed.container);
+    let is_ending = pod.metadata.deletion_timestamp.is_some();
+    // A driver that crashes is always young.
+    if !is_ending && status.is_some_and(|status| crash(status, facts.now).is_some()) {
+        return false;
+    }
     let waiting = status.and_then(|status| status.state.as_ref()?.waiting.as_ref());
     let reason = waiting.and_then(|waiting| waiting.reason.as_deref());
     let is_new = is_young(pod.creation_timestamp().map(|time| time.0))
         && matches!(reason, None | Some("ContainerCreating" | "PodInitializing"));
-    pod.metadata.deletion_timestamp.is_some() || is_new || is_young(driver_started(facts))
+    is_ending || is_new || is_young(driver_started(facts))
 }
 
 /// Says that the driver is being replaced, to a pod that waits for it.
@@ -320,13 +325,17 @@ pub(super) fn restarts(facts: &Facts) -> Option<Found> {
     let node = facts.node.as_ref()?;
     let (installed, pod) = facts.driver()?;
     let status = container_status(pod, &installed.container)?;
-    let ended = state::ended_lately(status, facts.now)?;
+    let ended = crash(status, facts.now)?;
     if status.restart_count < 2 && registration(facts).is_none() {
         return None;
     }
+    let often = match status.restart_count {
+        0 | 1 => "has ended and was started again",
+        _ => "ends again and again",
+    };
     Some(Found::new(
         format!(
-            "the driver's container on node {} ends again and again (pod {}/{}): it last ended with {}{}; its log says why",
+            "the driver's container on node {} {often} (pod {}/{}): it last ended with {}{}; its log says why",
             node.name,
             installed.namespace(),
             pod.name_any(),
@@ -379,7 +388,12 @@ fn why_not_running(status: &ContainerStatus) -> (String, bool) {
             advice(ended)
         );
     }
-    (why, ended.is_some())
+    // One that has ended for the first time has no log of a former run.
+    let has_ended = now.is_some_and(|state| state.terminated.is_some());
+    (
+        why,
+        ended.is_some() && (!has_ended || status.restart_count > 0),
+    )
 }
 
 /// kubelet does not know the driver.

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::Event;
 use super::{
     Found,
     events::{is_failure, is_passing, text, volume_of},
-    mended::mended,
+    mended::{changed, mended},
     refusal::after_refusal,
 };
 use crate::{
@@ -21,6 +21,9 @@ use crate::{
 
 /// The seconds for which a failed look is of the present. After some failures kubelet waits two minutes.
 const STILL: i64 = 180;
+/// The seconds for which a failed look is of the present that the driver's absence explains: kubelet tries again within
+/// little more than two minutes.
+const STILL_AWAY: i64 = 130;
 /// The number of failures from which on one is not by chance.
 const OFTEN: i32 = 2;
 /// Pieces of errors that kubelet has while the driver's pod is being replaced.
@@ -55,10 +58,19 @@ pub(super) fn failures(facts: &Facts) -> impl Iterator<Item = &Event> {
         let (Some(since), Some(time)) = (since, time_of(event)) else {
             return false;
         };
-        let is_of_now = facts.now.duration_since(time).as_secs() <= STILL;
+        let still = match is_of_rollout(text(event)) {
+            true => STILL_AWAY,
+            false => STILL,
+        };
+        let is_of_now = facts.now.duration_since(time).as_secs() <= still;
         let is_look = is_of_now && time.as_second() > since.as_second();
         is_look && is_failure(event) && count(event) >= OFTEN && !is_passing(event)
     })
+}
+
+/// Returns whether an error is one that kubelet has while the driver's pod is being replaced.
+fn is_of_rollout(said: &str) -> bool {
+    OF_ROLLOUT.iter().any(|piece| said.contains(piece))
 }
 
 fn count(event: &Event) -> i32 {
@@ -87,9 +99,10 @@ pub(super) fn fail(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let said = message
         .split_once("\" : ")
         .map_or(message, |(_, said)| said);
-    let is_of_rollout = OF_ROLLOUT.iter().any(|piece| said.contains(piece));
+    let is_of_rollout = is_of_rollout(said);
     let is_up = facts.status().is_some_and(|status| status.driver.answers);
     let now = mended(facts, volume, said);
+    let now = now.or_else(|| changed(facts, volume, said, time_of(event)));
     if is_of_rollout && (is_up || now.is_some()) {
         return None;
     }

@@ -1,10 +1,16 @@
 //! Finds out whether what a volume failed for is there now.
 
-use super::volume::found_provider;
+use jiff::Timestamp;
+
+use super::{refusal::may_be_of_class, volume::found_provider};
 use crate::{
     explain::facts::{Facts, VolumeFacts},
     installation::DRIVER,
+    time::span,
 };
+
+/// The seconds within which kubelet tries again at the latest, and says so if it fails.
+const TRIES_WITHIN: i64 = 180;
 
 /// Returns what is there now, although kubelet or the driver says that it was not found.
 pub(super) fn mended(facts: &Facts, volume: &VolumeFacts, said: &str) -> Option<String> {
@@ -30,6 +36,27 @@ pub(super) fn mended(facts: &Facts, volume: &VolumeFacts, said: &str) -> Option<
     let is_about_secret = said.contains(secret.as_str()) && said.contains("not found");
     (is_about_secret && facts.secrets.get(secret)?.found().is_some())
         .then(|| format!("Secret {secret} exists now"))
+}
+
+/// Returns that the class was changed after something was said at `at` that a change of it may mend, while kubelet has not
+/// tried again.
+pub(super) fn changed(
+    facts: &Facts,
+    volume: &VolumeFacts,
+    said: &str,
+    at: Option<Timestamp>,
+) -> Option<String> {
+    let changed = volume.changed_at()?;
+    let ago = facts.now.duration_since(changed);
+    let is_of_now = at.is_some_and(|at| changed.as_second() > at.as_second());
+    let is_open = is_of_now && ago.as_secs() <= TRIES_WITHIN;
+    (is_open && may_be_of_class(facts, said)).then(|| {
+        format!(
+            "class {} was changed after that, {} ago",
+            volume.class_name,
+            span(ago)
+        )
+    })
 }
 
 /// Returns that the provider of the class accepts connections on the node.

@@ -2,7 +2,7 @@
 
 use super::{
     Found, Then,
-    mended::mended,
+    mended::{changed, mended},
     paths,
     refusal::after_refusal,
     start,
@@ -17,6 +17,8 @@ use crate::{
 const MOUNTS_WITHIN: i64 = 30;
 /// The time after which kubelet says how a call ended at the latest.
 const SAYS_WITHIN: i64 = 120;
+/// What the driver says of a call whose caller did not wait for its end.
+const CANCELLED: &str = "the publish was cancelled";
 /// What kubelet does once the reason is gone.
 const AGAIN: &str = "kubelet tries again within about two minutes";
 
@@ -26,7 +28,8 @@ pub(super) fn mount(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
         return None;
     }
     if let Some((said, at)) = facts.failed_mount(volume) {
-        let found = match mended(facts, volume, &said) {
+        let now = mended(facts, volume, &said);
+        let found = match now.or_else(|| changed(facts, volume, &said, at)) {
             Some(now) => Found::new(
                 format!(
                     "volume {} could not be mounted; {now}, and {AGAIN}",
@@ -34,6 +37,7 @@ pub(super) fn mount(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
                 ),
                 facts.describe(),
             ),
+            None if said.contains(CANCELLED) => cancelled(facts, volume),
             None => {
                 let why = paths::clash(volume, &said);
                 let why = why.map_or_else(String::new, |why| format!(": {why}"));
@@ -52,6 +56,20 @@ pub(super) fn mount(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     facts.is_mounted(volume)?;
     facts.node.as_ref()?;
     nothing_said(facts, volume)
+}
+
+/// Says which provider had not answered when the caller of a publish went away.
+fn cancelled(facts: &Facts, volume: &VolumeFacts) -> Found {
+    let class = volume.class.found();
+    let provider = class.map_or_else(
+        || "the provider".to_owned(),
+        |class| format!("provider {}", class.spec.provider),
+    );
+    let what = format!(
+        "volume {} cannot be mounted: {provider} had most likely not answered when the call ended; the log of its pod on the node says what it waits for",
+        volume.name
+    );
+    Found::new(what, facts.pods_of_node())
 }
 
 /// Says that kubelet has said nothing for some time. A call that has begun takes two minutes at most.
@@ -84,7 +102,7 @@ fn nothing_said(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let provider = provider.map_or_else(String::new, |class| format!(" {}", class.spec.provider));
     let next = match facts.pods_of_node() {
         Then::Do(command) => format!("{command} # then the log of the provider's pod"),
-        Then::Tell => facts.describe(),
+        Then::Tell | Then::Ask(_) => facts.describe(),
     };
     Some(Found::new(
         format!(

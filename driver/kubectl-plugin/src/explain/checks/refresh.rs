@@ -10,7 +10,13 @@ use driver::{
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 
-use super::{Found, ground::driver_started, mended::mended, refusal::after_refusal, start};
+use super::{
+    Found,
+    ground::driver_started,
+    mended::{changed, mended},
+    refusal::after_refusal,
+    start,
+};
 pub(in crate::explain) use crate::due::Next;
 use crate::{
     due,
@@ -38,7 +44,10 @@ pub(super) fn fails(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
         Some(noted) => (Some(noted), None),
         None => told(facts, volume, since),
     };
-    let now = said.as_deref().and_then(|said| mended(facts, volume, said));
+    let now = said.as_deref().and_then(|said| {
+        let mended = mended(facts, volume, said);
+        mended.or_else(|| changed(facts, volume, said, at))
+    });
     let now = now.map_or_else(String::new, |now| {
         format!("; {now}, and the driver tries again with one of kubelet's next looks")
     });

@@ -1,6 +1,8 @@
 //! Says what to do about an error of a mount, a refresh or a Secret: the command depends on who can mend it.
 
-use super::{Then, paths::is_clash};
+use kube::ResourceExt as _;
+
+use super::{Then, paths::is_clash, refuser::Refuser};
 use crate::{
     explain::facts::{Facts, VolumeFacts},
     installation::DRIVER,
@@ -21,12 +23,6 @@ enum Mender {
     NameOfProvider,
     /// Who writes the pod.
     Pod,
-    /// Who sets the quota of the namespace.
-    Quota,
-    /// Who installs the driver: it lacks a right on classes.
-    Rights,
-    /// Who installs the driver: it may not write Secrets.
-    RightsOnSecrets,
     /// Who installs the driver: the provider gets no token.
     Tokens,
     /// Whoever mends it, the provider's log says more.
@@ -38,15 +34,10 @@ enum Mender {
 /// Pieces of messages of the driver, in lower case, and who can mend what they say. The first one that fits counts.
 const MENDERS: &[(&str, Mender)] = &[
     ("no service account token was sent", Mender::Tokens),
-    // An object of a class may have the word in its name.
-    ("resourcequota ", Mender::Quota),
-    ("exceeded quota", Mender::Quota),
-    ("the driver may write secrets only", Mender::RightsOnSecrets),
-    ("lacks this right", Mender::Rights),
-    ("is forbidden", Mender::Rights),
     ("volumeattributes is wrong", Mender::Pod),
     ("resembles a key of kubelet", Mender::Pod),
     ("is not a group id", Mender::Pod),
+    ("parameters not set", Mender::Class),
     ("missing object versions", Mender::Class),
     ("maxcallrecvmsgsize", Mender::Class),
     ("is refused: the path", Mender::Class),
@@ -57,6 +48,9 @@ const MENDERS: &[(&str, Mender)] = &[
 /// it is for errors of the driver itself.
 pub(super) fn after_refusal(facts: &Facts, volume: &VolumeFacts, said: Option<&str>) -> Then {
     let said = said.unwrap_or_default();
+    if let Some(refuser) = refuser(said) {
+        return after_denial(facts, refuser, said);
+    }
     // Whoever says so: the class lacks what each needs.
     if super::volume::class_fields(facts, volume).is_some() {
         return facts.edit_class(volume).into();
@@ -65,23 +59,66 @@ pub(super) fn after_refusal(facts: &Facts, volume: &VolumeFacts, said: Option<&s
         Mender::Class => facts.show_class(volume).into(),
         Mender::NameOfProvider | Mender::Paths => facts.edit_class(volume).into(),
         Mender::Pod => facts.describe().into(),
-        Mender::Quota => format!("{} describe quota", facts.kubectl()).into(),
-        Mender::Rights => facts.grant("rbac.install", "rbac-secretproviderclass.yaml"),
-        Mender::RightsOnSecrets => facts.grant(
-            "syncSecret.enabled",
-            "optional/rbac-secretprovidersyncing.yaml",
-        ),
         Mender::Tokens => format!("kubectl get csidriver {DRIVER} -o yaml").into(),
         Mender::Provider => facts.pods_of_node(),
         Mender::Driver => facts.driver_log(),
     }
 }
 
-/// Returns what to do about a Secret that could not be made.
-pub(super) fn after_secret(facts: &Facts, volume: &VolumeFacts, said: &str) -> Then {
-    match mender(facts, said) {
-        Mender::Driver => facts.show_class(volume).into(),
-        _ => after_refusal(facts, volume, Some(said)),
+/// Returns whether what the driver says of a Secret is for those who write the class: nobody refuses it, and its own
+/// words are about what the class asks for.
+pub(super) fn is_of_class(facts: &Facts, said: &str) -> bool {
+    refuser(said).is_none() && matches!(mender(facts, said), Mender::Driver | Mender::Class)
+}
+
+/// Returns whether a change of the class may mend an error of a mount.
+pub(super) fn may_be_of_class(facts: &Facts, said: &str) -> bool {
+    let mender = mender(facts, said);
+    refuser(said).is_none()
+        && matches!(
+            mender,
+            Mender::Class | Mender::Paths | Mender::NameOfProvider
+        )
+}
+
+/// Returns who refused what the driver asked for. A provider may speak of its own rights and quotas.
+fn refuser(said: &str) -> Option<Refuser<'_>> {
+    Refuser::of(said).filter(|_| !said.contains(" answered "))
+}
+
+/// Returns what to do about a request that was refused: the one who refuses it knows why.
+fn after_denial(facts: &Facts, refuser: Refuser<'_>, said: &str) -> Then {
+    const HOOKS: &str = "validatingwebhookconfigurations,mutatingwebhookconfigurations";
+    let is_of_secrets = said.contains("resource \"secrets\"") || said.contains("may write Secrets");
+    match refuser {
+        // kubelet asks for the pod's tokens and the Secret of nodePublishSecretRef itself.
+        Refuser::Rights if said.contains("User \"system:node:") => facts.describe().into(),
+        Refuser::Rights if is_of_secrets => facts.grant(
+            "syncSecret.enabled",
+            "optional/rbac-secretprovidersyncing.yaml",
+        ),
+        Refuser::Rights => facts.grant("rbac.install", "rbac-secretproviderclass.yaml"),
+        Refuser::Quota(name) => {
+            format!("{} describe quota {name}", facts.kubectl()).trim_end().into()
+        }
+        Refuser::Namespace => {
+            let namespace = facts.pod.namespace().unwrap_or_default();
+            format!("kubectl get namespace {namespace} -o yaml").into()
+        }
+        Refuser::Policy(resource, kind, name) => facts.ask(
+            &format!("{kind} {name}"),
+            &format!("kubectl get {resource} {name} -o yaml"),
+        ),
+        Refuser::Webhook(name, _) => facts.ask(
+            &format!("admission webhook {name}"),
+            &format!(
+                "kubectl get {HOOKS} -o custom-columns='KIND:.kind,NAME:.metadata.name,WEBHOOKS:.webhooks[*].name,SERVICES:.webhooks[*].clientConfig.service.name' | grep {name}"
+            ),
+        ),
+        Refuser::Other => facts.ask(
+            "the admission of this cluster",
+            &format!("kubectl get validatingadmissionpolicies,{HOOKS}"),
+        ),
     }
 }
 

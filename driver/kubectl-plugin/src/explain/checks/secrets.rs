@@ -5,7 +5,12 @@ use std::collections::BTreeSet;
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 
-use super::{Found, Then, events::has_name, refusal::after_secret, volume::started};
+use super::{
+    Found,
+    failures::{FAILED, Failure, Failures},
+    remedy::Remedy,
+    volume::started,
+};
 use crate::{
     cluster::Read,
     explain::facts::{Facts, VolumeFacts},
@@ -13,91 +18,164 @@ use crate::{
     time::shown,
 };
 use driver::{
-    cluster::{
-        pod_status::{Aspect, CONTENT_CHANGED},
-        resources::SecretProviderClass,
-    },
+    cluster::{pod_status::CONTENT_CHANGED, resources::SecretProviderClass},
     record::is_object_name,
 };
 
 /// The seconds after a mount in which a Secret may still be on its way.
 const ON_ITS_WAY: i64 = 15;
 
-/// The pod status says that Secrets are not as the class says.
-pub(super) fn out_of_step(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    let (since, reason) = Aspect::Secrets.annotations();
-    let annotations = volume.pod_status.found()?.metadata.annotations.as_ref()?;
-    let since = annotations.get(since)?;
-    let since = match since.parse() {
-        Ok(time) => shown(time, facts.now),
-        Err(_) => since.clone(),
-    };
-    let what = format!(
-        "Secrets of class {} are not as it says since {since}",
-        volume.class_name
-    );
-    let said = annotations.get(reason);
-    let next = after_secret(facts, volume, said.map_or("", String::as_str));
-    Some(Found::new(what, next).said(said.cloned()))
-}
-
-/// A Secret of the class is not there, although the volume is mounted.
-pub(super) fn missing(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    if out_of_step(facts, volume).is_some() || facts.is_mounted(volume) != Some(true) {
-        return None;
-    }
-    let status = volume.pod_status.found()?;
-    let mounted = status.metadata.creation_timestamp.as_ref()?.0;
-    if facts.now.duration_since(mounted).as_secs() < ON_ITS_WAY {
-        return None;
-    }
-    let made = &volume.class.found()?.spec.secret_objects;
-    let is_missing = |name: &String| facts.secrets.get(name).is_some_and(Read::is_missing);
-    let names: Vec<_> = made
+/// Finds Secrets of a volume's class that are not as it says: first those that the pod waits for, in the order in which
+/// it takes them, and each with its own cause.
+pub(super) fn wrong(facts: &Facts, volume: &VolumeFacts) -> Vec<(&'static str, Found)> {
+    let failures = Failures::of(facts, volume);
+    let mut all: Vec<_> = failures
+        .all
         .iter()
-        .map(|made| &made.secret_name)
-        .filter(|name| is_missing(name))
+        .map(|failure| {
+            let found = failed(facts, volume, &failures, failure);
+            (turn(facts, failure.secret.as_deref()), found)
+        })
         .collect();
-    let first = *names.first()?;
-    let event = facts.event(&["FailedToCreateSecret"], |text| has_name(text, first));
-    if !is_object_name(first) {
+    let silent = missing(facts, volume, &failures);
+    all.extend(
+        silent.map(|(secret, found)| (turn(facts, Some(secret)), ("secret-missing", found))),
+    );
+    all.sort_by_key(|(turn, _)| *turn);
+    let mut all: Vec<_> = all.into_iter().map(|(_, found)| found).collect();
+    if failures.untold > 0 {
         let what = format!(
-            "class {} is to make {}; correct its secretName",
-            volume.class_name,
-            impossible(first)
+            "{} more Secrets of class {} are not as it says",
+            failures.untold, volume.class_name
         );
-        return Some(Found::new(what, facts.edit_class(volume)));
+        all.push(("secrets", Found::new(what, events_of(facts))));
     }
-    let more = if names.len() > 1 {
-        format!(" and {} more", names.len() - 1)
-    } else {
-        String::new()
-    };
-    let what = match event {
-        Some(_) => format!(
-            "Secret {first}{more} of class {} is missing",
-            volume.class_name
-        ),
-        None => format!(
-            "Secret {first}{more} of class {} is missing, and no event says why: the driver makes it at its next check, within a minute, if it may write Secrets (syncSecret.enabled)",
-            volume.class_name
-        ),
-    };
-    let message = event.and_then(|event| event.message.as_deref());
-    let next = match message {
-        Some(said) => after_secret(facts, volume, said),
-        None => Then::Do(format!(
-            "{} get events --field-selector reason=FailedToCreateSecret",
-            facts.kubectl()
-        )),
-    };
-    Some(Found::new(what, next).said_by(event))
+    all
 }
 
-/// Returns whether it is known that the driver could not make the Secrets of a volume.
+/// Returns the turn at which the pod takes a Secret: first its volumes, then its containers in the order of their start,
+/// and what it does not take last.
+fn turn(facts: &Facts, secret: Option<&str>) -> usize {
+    let Some(secret) = secret else {
+        return 0;
+    };
+    let of_volumes = facts.secret_volumes().into_iter();
+    let of_volumes = of_volumes.map(|volume| volume.secret);
+    let of_images = facts.pull_secrets().map(str::to_owned);
+    let takes = facts.takes().into_iter();
+    let takes = takes.map(|take| take.secret.to_owned());
+    let mut all = of_volumes.chain(of_images).chain(takes);
+    all.position(|taken| taken == secret)
+        .map_or(usize::MAX, |at| at + 1)
+}
+
+/// Says what the driver says of a Secret.
+fn failed(
+    facts: &Facts,
+    volume: &VolumeFacts,
+    failures: &Failures,
+    failure: &Failure,
+) -> (&'static str, Found) {
+    let class = &volume.class_name;
+    let since = failures.since.as_ref();
+    let since = since.filter(|_| failure.at.is_none());
+    let since = since.map_or_else(String::new, |since| match since.parse() {
+        Ok(time) => format!(" since {}", shown(time, facts.now)),
+        Err(_) => format!(" since {since}"),
+    });
+    let (check, what) = match &failure.secret {
+        Some(secret) if !is_object_name(secret) => {
+            let what = format!(
+                "class {class} is to make {}; correct its secretName",
+                impossible(secret)
+            );
+            return (
+                "secrets",
+                said_by(Found::new(what, facts.edit_class(volume)), failure),
+            );
+        }
+        Some(secret) if failure.is_missing(facts) => (
+            "secret-missing",
+            format!("Secret {secret} of class {class} is missing"),
+        ),
+        // The time is that of the first one that failed.
+        Some(secret) if failures.all.len() > 1 => (
+            "secrets",
+            format!("Secret {secret} is not as class {class} says"),
+        ),
+        Some(secret) => (
+            "secrets",
+            format!("Secret {secret} is not as class {class} says{since}"),
+        ),
+        None => (
+            "secrets",
+            format!("Secrets of class {class} are not as it says{since}"),
+        ),
+    };
+    let remedy = Remedy::of(facts, volume, failure);
+    let what = match &remedy.hint {
+        Some(hint) => format!("{what}: {hint}"),
+        None => what,
+    };
+    (check, said_by(Found::new(what, remedy.next), failure))
+}
+
+fn said_by(found: Found, failure: &Failure) -> Found {
+    Found {
+        at: failure.at,
+        ..found.said(Some(failure.said.clone()))
+    }
+}
+
+/// Finds Secrets of the class that are not there, although the volume is mounted, and of which nothing is said.
+fn missing<'a>(
+    facts: &'a Facts,
+    volume: &'a VolumeFacts,
+    failures: &'a Failures,
+) -> impl Iterator<Item = (&'a str, Found)> {
+    let status = volume.pod_status.found();
+    let status = status.filter(|_| facts.is_mounted(volume) == Some(true));
+    let mounted = status.and_then(|status| status.metadata.creation_timestamp.as_ref());
+    let is_due =
+        mounted.is_some_and(|mounted| facts.now.duration_since(mounted.0).as_secs() >= ON_ITS_WAY);
+    let class = volume.class.found().filter(|_| is_due);
+    let made = class
+        .into_iter()
+        .flat_map(|class| &class.spec.secret_objects);
+    let names = made.map(|made| made.secret_name.as_str());
+    // Those of which more fail than are named may be among them.
+    let names = names.filter(|name| {
+        let read = facts.secrets.get(*name);
+        let is_told = failures.tell_of(name) || failures.untold > 0;
+        read.is_some_and(Read::is_missing) && !is_told
+    });
+    names.map(move |name| {
+        let class = &volume.class_name;
+        if !is_object_name(name) {
+            let what = format!(
+                "class {class} is to make {}; correct its secretName",
+                impossible(name)
+            );
+            return (name, Found::new(what, facts.edit_class(volume)));
+        }
+        let what = format!(
+            "Secret {name} of class {class} is missing, and no event says why: the driver makes it at its next check, within a minute, if it may write Secrets (syncSecret.enabled)"
+        );
+        (name, Found::new(what, events_of(facts)))
+    })
+}
+
+/// Returns the command that shows the events about Secrets.
+fn events_of(facts: &Facts) -> String {
+    format!(
+        "{} get events --field-selector reason={FAILED}",
+        facts.kubectl()
+    )
+}
+
+/// Returns whether what is wrong with a Secret of a volume is told.
 pub(super) fn could_not(facts: &Facts, volume: &VolumeFacts, secret: &str) -> bool {
-    let event = facts.event(&["FailedToCreateSecret"], |text| has_name(text, secret));
-    out_of_step(facts, volume).is_some() || event.is_some()
+    Failures::of(facts, volume).tell_of(secret)
 }
 
 /// Returns the class of the namespace that makes a Secret, for a pod that does not mount it.

@@ -1,5 +1,6 @@
 //! Checks containers that mount a part of a volume (subPath).
 
+use driver::status::Volume;
 use k8s_openapi::api::core::v1::{Container, VolumeMount};
 
 use super::{Found, volume::started};
@@ -14,21 +15,35 @@ use crate::{
 /// A container mounts one file of a volume that is refreshed.
 pub(super) fn outdated(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let record = facts.record(volume)?;
-    if !facts.status()?.refreshes || !record.mounted || without_file(facts, volume).is_some() {
+    if !facts.status()?.refreshes || !record.mounted {
         return None;
     }
-    // Content that has never changed is not old.
-    let (container, mount) = parts(facts, volume).find(|(container, _)| {
-        let started = started(facts, &container.name);
-        started.is_some_and(|started| record.last_change > started)
+    // Content that has never changed is not old, and what was never there has no content.
+    let part = parts(facts, volume).find(|part| {
+        let started = started(facts, &part.container.name);
+        let is_changed = started.is_some_and(|started| record.last_change > started);
+        is_changed && part.is_there(record) != Some(false)
     })?;
+    let (container, at) = (&part.container.name, &part.mount.mount_path);
+    let since = shown(record.last_change, facts.now);
+    let Some(path) = &part.path else {
+        let expression = part.mount.sub_path_expr.as_deref().unwrap_or_default();
+        let what = format!(
+            "container {container} mounts {expression} of volume {} at {at} (subPathExpr); the value of a variable in it is not known here, and the volume has {}: if it names none of these, correct it, and else the container keeps the content with which it started, although the volume has new content since {since}: mount the whole volume then",
+            volume.name,
+            files(record)
+        );
+        return Some(Found::new(what, facts.describe()));
+    };
+    let field = part.field();
+    let part = match path.is_empty() {
+        true => "a part",
+        false => path,
+    };
     Some(Found::new(
         format!(
-            "container {} mounts a part of volume {} at {} (subPath) and keeps the content with which it started, although the volume has new content since {}; mount the whole volume, and until then replace the pod",
-            container.name,
-            volume.name,
-            mount.mount_path,
-            shown(record.last_change, facts.now)
+            "container {container} mounts {part} of volume {} at {at} ({field}) and keeps the content with which it started, although the volume has new content since {since}; mount the whole volume, and until then replace the pod",
+            volume.name
         ),
         facts.new_pod(),
     ))
@@ -36,39 +51,45 @@ pub(super) fn outdated(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
 
 /// A container mounts a file that the volume does not have, if all of its files are known.
 pub(super) fn without_file(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
-    let (container, path) = missing_file(facts, volume)?;
-    let files = &facts.record(volume)?.files;
+    let part = missing(facts, volume)?;
+    let record = facts.record(volume)?;
+    let field = part.field();
+    let expression = part.mount.sub_path_expr.as_ref();
+    let field = expression.map_or_else(
+        || field.to_owned(),
+        |expression| format!("{field} {expression}"),
+    );
     Some(Found::new(
         format!(
-            "container {} mounts {path} of volume {} (subPath), and the volume has no such file; it has {}",
-            container.name,
+            "container {} mounts {} of volume {} ({field}), and the volume has no such file; it has {}",
+            part.container.name,
+            part.path.as_deref().unwrap_or_default(),
             volume.name,
-            match files.is_empty() {
-                true => "none".to_owned(),
-                false => files.join(", "),
-            }
+            files(record)
         ),
         facts.describe(),
     ))
 }
 
-/// Returns the first container that mounts a file which the volume does not have, and its path.
-pub(super) fn missing_file<'a>(
-    facts: &'a Facts,
-    volume: &'a VolumeFacts,
-) -> Option<(&'a Container, &'a str)> {
+/// Returns the first container that mounts a file which the volume does not have.
+pub(super) fn missing_file<'a>(facts: &'a Facts, volume: &'a VolumeFacts) -> Option<&'a Container> {
+    missing(facts, volume).map(|part| part.container)
+}
+
+fn missing<'a>(facts: &'a Facts, volume: &'a VolumeFacts) -> Option<Part<'a>> {
     let record = facts.record(volume).filter(|record| record.mounted)?;
-    if record.file_count? > record.files.len() {
-        return None;
+    parts(facts, volume).find(|part| part.is_there(record) == Some(false))
+}
+
+/// Returns the files of a volume in words.
+fn files(record: &Volume) -> String {
+    let names = record.files.join(", ");
+    let count = record.file_count.unwrap_or(record.files.len());
+    match (record.files.is_empty(), count > record.files.len()) {
+        (true, _) => "none".to_owned(),
+        (false, true) => format!("{names} and others"),
+        (false, false) => names,
     }
-    let is_there = |path: &str| {
-        let mut files = record.files.iter();
-        files.any(|file| {
-            let rest = file.strip_prefix(path);
-            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        })
-    };
-    paths(facts, volume).find(|(_, path)| !is_there(path))
 }
 
 /// Returns the files that containers mount which end again and again, where the node's driver cannot be asked for those
@@ -105,30 +126,69 @@ fn is_down(facts: &Facts, container: &str) -> bool {
     statuses.any(|(_, status)| status.name == container && state::is_down(status))
 }
 
-/// Returns the paths that containers mount of a volume, with the containers.
+/// Returns the paths that containers mount of a volume, with the containers, as far as they are known.
 fn paths<'a>(
     facts: &'a Facts,
     volume: &'a VolumeFacts,
-) -> impl Iterator<Item = (&'a Container, &'a str)> {
+) -> impl Iterator<Item = (&'a Container, String)> {
     let parts = parts(facts, volume);
-    let paths =
-        parts.filter_map(|(container, mount)| Some((container, mount.sub_path.as_deref()?)));
-    paths
-        .map(|(container, path)| (container, path.trim_matches('/')))
-        .filter(|(_, path)| !path.is_empty())
+    let paths = parts.filter_map(|part| Some((part.container, part.path?)));
+    paths.filter(|(_, path)| !path.is_empty())
 }
 
-/// Returns the mounts of a part of a volume, with their containers.
-fn parts<'a>(
-    facts: &'a Facts,
-    volume: &'a VolumeFacts,
-) -> impl Iterator<Item = (&'a Container, &'a VolumeMount)> {
-    let containers = facts.containers().flat_map(|container| {
+/// A mount of a part of a volume.
+struct Part<'a> {
+    container: &'a Container,
+    mount: &'a VolumeMount,
+    /// The path in the volume; none if it names a variable whose value is not known.
+    path: Option<String>,
+}
+
+impl Part<'_> {
+    /// Returns whether the volume has the path, if it is known, and all files are.
+    fn is_there(&self, record: &Volume) -> Option<bool> {
+        let path = self.path.as_deref()?;
+        if path.is_empty() {
+            return Some(true);
+        }
+        let mut files = record.files.iter();
+        let is_there = files.any(|file| {
+            let rest = file.strip_prefix(path);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        });
+        let are_all = record.file_count? <= record.files.len();
+        (is_there || are_all).then_some(is_there)
+    }
+
+    fn field(&self) -> &'static str {
+        match self.mount.sub_path_expr {
+            Some(_) => "subPathExpr",
+            None => "subPath",
+        }
+    }
+}
+
+/// Returns the mounts of a part of a volume.
+fn parts<'a>(facts: &'a Facts, volume: &'a VolumeFacts) -> impl Iterator<Item = Part<'a>> {
+    let mounts = facts.containers().flat_map(|container| {
         let mounts = container.volume_mounts.iter().flatten();
         mounts.map(move |mount| (container, mount))
     });
-    containers.filter(|(_, mount)| {
-        let sub = mount.sub_path.as_ref().or(mount.sub_path_expr.as_ref());
-        mount.name == volume.name && sub.is_some_and(|sub| !sub.is_empty())
+    let mounts = mounts.filter(|(_, mount)| mount.name == volume.name);
+    mounts.filter_map(|(container, mount)| {
+        let not_empty = |path: &&String| !path.is_empty();
+        let plain = mount.sub_path.as_ref().filter(not_empty).cloned();
+        let expression = mount.sub_path_expr.as_ref().filter(not_empty);
+        let path = match (plain, expression) {
+            (Some(plain), _) => Some(plain),
+            (None, Some(expression)) => facts.expanded(container, expression),
+            (None, None) => return None,
+        };
+        let path = path.map(|path| path.trim_matches('/').to_owned());
+        Some(Part {
+            container,
+            mount,
+            path,
+        })
     })
 }

@@ -4,17 +4,28 @@ use driver::record::is_object_name;
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 
-use super::Found;
+use super::{Found, events::has_name};
 use crate::{
     cluster::Read,
     explain::facts::{Facts, VolumeFacts},
     lint::names::closest,
 };
 
+/// The attribute of a volume that names its class.
+const ATTRIBUTE: &str = "secretProviderClass";
+
 pub(super) fn class_attribute(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let (name, class) = (&volume.name, &volume.class_name);
+    let attributes = volume.source.volume_attributes.iter().flatten();
+    let mut keys = attributes.map(|(key, _)| key.as_str());
+    let misspelt = keys.find(|key| closest(key, &[ATTRIBUTE]).is_some());
     let what = match class.as_str() {
-        "" => format!("volume {name} names no class; set volumeAttributes.secretProviderClass"),
+        "" => match misspelt {
+            Some(key) => format!(
+                "volume {name} names no class: the driver does not read its attribute {key}; write {ATTRIBUTE}"
+            ),
+            None => format!("volume {name} names no class; set volumeAttributes.{ATTRIBUTE}"),
+        },
         _ if is_object_name(class) => return None,
         _ => format!(
             "volume {name} names the class {class:?}, which cannot be the name of an object; correct volumeAttributes.secretProviderClass"
@@ -53,7 +64,9 @@ pub(super) fn unused(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
 
 pub(super) fn class(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     const SHOWN: usize = 10;
-    if !volume.class.is_missing() {
+    // What cannot be a name, and a volume that nothing mounts, are told with their class.
+    let is_told = !is_object_name(&volume.class_name) || !facts.is_used(volume);
+    if !volume.class.is_missing() || is_told {
         return None;
     }
     let namespace = facts.pod.namespace().unwrap_or_default();
@@ -132,7 +145,10 @@ pub(super) fn class_fields(facts: &Facts, volume: &VolumeFacts) -> Option<Found>
 /// The provider has no socket on the node, or nobody answers there. What kubelet said last may be something else.
 pub(super) fn provider(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let found = without_provider(facts, volume)?;
-    Some(match facts.failed_mount(volume) {
+    // kubelet may have come no farther than to something else.
+    let said = facts.failed_mount(volume);
+    let said = said.filter(|(said, _)| said.contains("provider"));
+    Some(match said {
         Some((said, at)) => Found {
             at,
             ..found.said(Some(said))
@@ -159,8 +175,9 @@ pub(super) fn found_provider<'a>(
 }
 
 fn without_provider(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
+    // A class that names none is told as such.
     let provider = &volume.class.found()?.spec.provider;
-    let status = facts.status()?;
+    let status = facts.status().filter(|_| !provider.is_empty())?;
     let Some(found) = found_provider(facts, provider) else {
         let names: Vec<_> = status
             .providers
@@ -228,13 +245,21 @@ pub(super) fn provider_socket(facts: &Facts, volume: &VolumeFacts) -> Option<Fou
 pub(super) fn publish_secret(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let name = &volume.source.node_publish_secret_ref.as_ref()?.name;
     facts.secrets.get(name).filter(|read| read.is_missing())?;
-    Some(Found::new(
+    let found = Found::new(
         format!(
             "volume {} needs Secret {name} (nodePublishSecretRef), which does not exist in the pod's namespace",
             volume.name
         ),
         format!("{} get secrets", facts.kubectl()),
-    ))
+    );
+    let said = facts.failed_mount(volume);
+    Some(match said.filter(|(said, _)| has_name(said, name)) {
+        Some((said, at)) => Found {
+            at,
+            ..found.said(Some(said))
+        },
+        None => found,
+    })
 }
 
 /// Returns whether all containers of the pod have been started.

@@ -1,11 +1,23 @@
 //! What follows from the facts of a pod: whether its volumes are mounted, and what the node's driver says of them.
 
 use driver::status::{self, Status};
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Container;
 use kube::ResourceExt as _;
 
 use super::{Facts, VolumeFacts};
 use crate::{cluster::Read, explain::state, installation::NodeSays};
+
+impl VolumeFacts {
+    /// Returns when its class was changed last, as far as its metadata says so: what it asks for, or its annotations.
+    pub(in crate::explain) fn changed_at(&self) -> Option<Timestamp> {
+        let class = self.class.found()?;
+        let managed = class.metadata.managed_fields.iter().flatten();
+        let written = managed.filter_map(|entry| entry.time.as_ref());
+        let all = written.chain(class.metadata.creation_timestamp.as_ref());
+        all.map(|time| time.0).max()
+    }
+}
 
 impl Facts {
     /// Returns what the node's driver says, if it could be asked.

@@ -1,13 +1,15 @@
-//! When a Secret was written.
+//! When a Secret was written, and whose it is.
 
-use driver::cluster::secrets::SINCE;
+use std::collections::BTreeSet;
+
+use driver::cluster::secrets::{CLASS_UID, MANAGED, SINCE};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 /// The names by which this driver and the existing one write Secrets.
 const MANAGERS: [&str; 2] = ["csi-secrets-store", "secrets-store-csi"];
 
-/// When a Secret was written, as its metadata says it.
+/// When a Secret was written and whose it is, as its metadata says it.
 #[derive(Default)]
 pub(in crate::explain) struct Written {
     /// When it was created.
@@ -17,6 +19,14 @@ pub(in crate::explain) struct Written {
     /// Since when a volume has held its content, which the existing driver does not say. A Secret that was made again
     /// may have the content of the former one.
     pub content_since: Option<Timestamp>,
+    /// Whether it is the driver's.
+    pub is_managed: bool,
+    /// Whether somebody has deleted it.
+    pub is_deleted: bool,
+    /// What has to be done before it goes.
+    pub finalizers: Vec<String>,
+    /// The keys that it has, if its metadata names them.
+    pub keys: Option<BTreeSet<String>>,
 }
 
 impl Written {
@@ -35,6 +45,30 @@ impl Written {
                 .annotations
                 .as_ref()
                 .and_then(|all| all.get(SINCE)?.parse().ok()),
+            is_managed: is_managed(metadata),
+            is_deleted: metadata.deletion_timestamp.is_some(),
+            finalizers: metadata.finalizers.clone().unwrap_or_default(),
+            keys: keys(metadata),
         }
     }
+}
+
+/// Returns whether the driver takes a Secret for its own.
+fn is_managed(metadata: &ObjectMeta) -> bool {
+    let label = metadata.labels.as_ref().and_then(|all| all.get(MANAGED));
+    let annotations = metadata.annotations.as_ref();
+    label.is_some_and(|value| value == "true")
+        || annotations.is_some_and(|all| all.contains_key(CLASS_UID))
+}
+
+/// Returns the keys of a Secret, whose names are in the fields of those who have written it.
+fn keys(metadata: &ObjectMeta) -> Option<BTreeSet<String>> {
+    let managed = metadata.managed_fields.as_ref()?.iter();
+    let of_data =
+        managed.filter_map(|entry| entry.fields_v1.as_ref()?.0.get("f:data")?.as_object());
+    let mut of_data = of_data.peekable();
+    of_data.peek()?;
+    let names = of_data.flat_map(|fields| fields.keys());
+    let names = names.filter_map(|name| Some(name.strip_prefix("f:")?.to_owned()));
+    Some(names.collect())
 }

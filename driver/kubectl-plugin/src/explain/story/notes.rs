@@ -49,6 +49,8 @@ pub(super) fn of(facts: &Facts, troubles: &[Trouble]) -> Vec<String> {
         notes.extend(failed_calls(facts));
     }
     notes.extend(misspelt_annotations(facts));
+    notes.extend(annotations_of_pod(facts));
+    notes.extend(ending_classes(facts));
     notes.extend(idle_intervals(facts));
     notes.extend(edited_classes(facts));
     notes.extend(outdated(facts).into_iter().map(|(container, secret)| {
@@ -112,6 +114,43 @@ fn misspelt_annotations(facts: &Facts) -> BTreeSet<String> {
     });
     // Two volumes may have one class.
     wrong.collect()
+}
+
+/// Returns which annotations of the pod are meant for the driver, which reads none of a pod.
+fn annotations_of_pod(facts: &Facts) -> Vec<String> {
+    if facts.volumes.is_empty() {
+        return Vec::new();
+    }
+    let names = facts.pod.annotations().keys();
+    let meant = names.filter_map(|name| {
+        let right = annotations::meant_for_driver(name)?;
+        let place = match right {
+            INTERVAL => "the class, or in volumeAttributes of the volume",
+            _ => "the class",
+        };
+        Some(format!(
+            "the pod has the annotation {name}, and the driver reads none of a pod: {right} belongs to {place}"
+        ))
+    });
+    meant.collect()
+}
+
+/// Returns which classes somebody has deleted, and what keeps them.
+fn ending_classes(facts: &Facts) -> BTreeSet<String> {
+    let classes = facts
+        .volumes
+        .iter()
+        .filter_map(|volume| volume.class.found());
+    let ending = classes.filter_map(|class| {
+        let deleted = class.metadata.deletion_timestamp.as_ref()?;
+        Some(format!(
+            "class {} was deleted at {}, and finalizer {} keeps it: once it is gone, no new pod can mount it, and its volumes are not refreshed any more",
+            class.name_any(),
+            shown(deleted.0, facts.now),
+            class.finalizers().join(", ")
+        ))
+    });
+    ending.collect()
 }
 
 /// Returns which volumes ask for refreshes while rotation is off.

@@ -1,8 +1,19 @@
 //! The situations of volumes that are not mounted, or with difficulty: the volume, its class and its provider.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Change, refused};
+use crate::world::{World, ago};
+
+const OF_INTERVAL: &str = "SecretProviderClass shop/db: annotation secrets-store.csi.k8s.io/rotation-poll-interval is \"60\": it lacks a unit";
+const NO_PARAMETERS: &str = "parameters not set in shop/db: set spec.parameters of the SecretProviderClass to what provider \"vault\" needs";
+
+/// Lets somebody have changed fields of the class so many seconds ago.
+fn edited(world: &mut World, seconds: i64, fields: Value) {
+    world.class["metadata"]["managedFields"] = json!([{"manager": "kubectl-edit", "time": ago(seconds),
+        "operation": "Update", "apiVersion": "secrets-store.csi.x-k8s.io/v1", "fieldsType": "FieldsV1",
+        "fieldsV1": fields}]);
+}
 
 pub(super) const MOUNTS: &[(&str, Change)] = &[
     ("the volume names no class", |world| {
@@ -120,12 +131,46 @@ pub(super) const MOUNTS: &[(&str, Change)] = &[
     ),
     ("the driver may not read classes", |world| {
         world.not_started();
-        world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unavailable desc = failed to get secretproviderclass shop/db: secretproviderclasses.secrets-store.csi.x-k8s.io \"db\" is forbidden");
+        world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = Unavailable desc = failed to get secretproviderclass shop/db: secretproviderclasses.secrets-store.csi.x-k8s.io \"db\" is forbidden: User \"system:serviceaccount:kube-system:driver\" cannot get resource \"secretproviderclasses\" in API group \"secrets-store.csi.x-k8s.io\" in the namespace \"shop\"");
     }),
     ("the class is wrong, and may not be read", |world| {
         world.forbidden = vec!["/secretproviderclasses"];
         world.not_started();
         world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : rpc error: code = InvalidArgument desc = SecretProviderClass shop/db: spec.parameters.objects is no list");
+    }),
+    ("a policy refuses the pod status", |world| {
+        refused(
+            world,
+            "failed to write the pod status: secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io \"web-shop-db\" is forbidden: ValidatingAdmissionPolicy 'no-status' with binding 'no-status' denied request: no pod statuses here",
+        );
+    }),
+    (
+        "a policy refuses the pod status, and the driver may not be looked at",
+        |world| {
+            world.forbidden = vec!["/daemonsets"];
+            refused(
+                world,
+                "failed to write the pod status: secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io \"web-shop-db\" is forbidden: ValidatingAdmissionPolicy 'no-status' with binding 'no-status' denied request: no pod statuses here",
+            );
+        },
+    ),
+    ("a webhook on pod statuses does not answer", |world| {
+        refused(
+            world,
+            "failed to write the pod status: Internal error occurred: failed calling webhook \"status.example.com\": failed to call webhook: Post \"https://hook.audit.svc:443/?timeout=10s\": dial tcp 10.0.0.9:443: connect: connection refused",
+        );
+    }),
+    ("a webhook refuses the pod status", |world| {
+        refused(
+            world,
+            "failed to write the pod status: admission webhook \"status.example.com\" denied the request: User \"x\" cannot create resource \"secretproviderclasspodstatuses\"",
+        );
+    }),
+    ("a quota refuses the pod status", |world| {
+        refused(
+            world,
+            "failed to write the pod status: secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io \"web-shop-db\" is forbidden: exceeded quota: few, requested: count/secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io=1, used: 3, limited: 3",
+        );
     }),
     ("somebody has unmounted the volume of a bare pod", |world| {
         world.status["volumes"][0]["mounted"] = json!(false);
@@ -143,4 +188,106 @@ pub(super) const MOUNTS: &[(&str, Change)] = &[
         world.class["spec"]["provider"] = json!("vault\r");
         world.class["spec"]["secretObjects"][0]["secretName"] = json!("creds\r");
     }),
+    ("a publish was cancelled by its caller", |world| {
+        refused(
+            world,
+            "failed to mount secrets store objects for pod shop/web: the publish was cancelled: its caller went away, its pod is being deleted, or the volume is being unpublished",
+        );
+    }),
+    (
+        "the class was wrong, and its annotation is corrected",
+        |world| {
+            refused(world, OF_INTERVAL);
+            edited(world, 10, json!({"f:metadata": {"f:annotations": {}}}));
+        },
+    ),
+    ("the class was edited before the last attempt", |world| {
+        refused(world, OF_INTERVAL);
+        edited(world, 100, json!({"f:spec": {}}));
+    }),
+    ("the class had no parameters, and is made anew", |world| {
+        refused(world, NO_PARAMETERS);
+        world.class["metadata"]["creationTimestamp"] = ago(10);
+    }),
+    (
+        "the provider refuses, and the class was edited since",
+        |world| {
+            refused(
+                world,
+                "failed to mount secrets store objects for pod shop/web: provider \"vault\" at /p/vault.sock answered INVALID_ARGUMENT: no role is given",
+            );
+            edited(world, 10, json!({"f:spec": {}}));
+        },
+    ),
+    (
+        "a policy refuses the pod status, and the class was edited since",
+        |world| {
+            refused(
+                world,
+                "failed to write the pod status: secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io is forbidden: ValidatingAdmissionPolicy 'no-status' with binding 'no-status' denied request: no",
+            );
+            edited(world, 10, json!({"f:spec": {}}));
+        },
+    ),
+    (
+        "the volume is not read-only, and its class is not there",
+        |world| {
+            refused(
+                world,
+                "Readonly is not true in request: set `readOnly: true` in the pod's spec.volumes[].csi of this volume",
+            );
+            world.pod["spec"]["volumes"][0]["csi"]["readOnly"] = json!(false);
+            world.class = json!(null);
+        },
+    ),
+    (
+        "the provider is misspelt, and the Secret of nodePublishSecretRef is missing",
+        |world| {
+            world.not_started();
+            world.pod["spec"]["volumes"][0]["csi"]["nodePublishSecretRef"] =
+                json!({"name": "login"});
+            world.class["spec"]["provider"] = json!("valut");
+            world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : fetching NodePublishSecretRef shop/login failed: kubernetes.io/csi: failed to find the secret login in the namespace shop with error: secrets \"login\" not found");
+        },
+    ),
+    (
+        "no container mounts the volume, which is not read-only either",
+        |world| {
+            world.not_started();
+            world.pod["spec"]["containers"][0]["volumeMounts"] = json!([]);
+            world.pod["spec"]["volumes"][0]["csi"]["readOnly"] = json!(false);
+        },
+    ),
+    ("the attribute of the class is misspelt", |world| {
+        world.pod["spec"]["volumes"][0]["csi"]["volumeAttributes"] =
+            json!({"secretproviderclass": "db"});
+        world.not_started();
+    }),
+    ("annotations of the driver are on the pod", |world| {
+        world.pod["metadata"]["annotations"] = json!({
+            "secrets-store.csi.k8s.io/rotation-poll-interval": "5m",
+            "secrets-store.csi.k8s.io/refresh": "1",
+            "example.com/refresh": "1",
+        });
+    }),
+    (
+        "the class is being deleted, and a finalizer keeps it",
+        |world| {
+            world.class["metadata"]["deletionTimestamp"] = ago(100);
+            world.class["metadata"]["finalizers"] = json!(["example.com/keep"]);
+        },
+    ),
+    ("the class names no provider", |world| {
+        world.class["spec"]["provider"] = json!("");
+        world.not_started();
+    }),
+    (
+        "kubelet may not read the Secret of nodePublishSecretRef",
+        |world| {
+            world.pod["spec"]["volumes"][0]["csi"]["nodePublishSecretRef"] =
+                json!({"name": "creds"});
+            world.not_started();
+            world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : fetching NodePublishSecretRef shop/creds failed: kubernetes.io/csi: failed to find the secret creds in the namespace shop with error: secrets \"creds\" is forbidden: User \"system:node:node-1\" cannot get resource \"secrets\" in API group \"\" in the namespace \"shop\": no relationship found between node 'node-1' and this object");
+        },
+    ),
 ];

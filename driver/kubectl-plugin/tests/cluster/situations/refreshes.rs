@@ -1,9 +1,20 @@
 //! The situations of mounted volumes whose content changes, or should.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Change, controlled};
-use crate::world::ago;
+use crate::world::{World, ago};
+
+/// Lets the container mount what an expression names, whose variable is of this source, of a volume that has content
+/// since then.
+fn expression(world: &mut World, expression: &str, variable: &Value) {
+    let container = &mut world.pod["spec"]["containers"][0];
+    container["volumeMounts"][0]["subPathExpr"] = json!(expression);
+    container["env"] = json!([variable]);
+    container["env"][0]["name"] = json!("POD");
+    world.status["volumes"][0]["lastChange"] = ago(10);
+    world.status["volumes"][0]["files"] = json!(["web.key"]);
+}
 
 pub(super) const REFRESHES: &[(&str, Change)] = &[
     ("kubelet is not asked to publish again", |world| {
@@ -96,4 +107,38 @@ pub(super) const REFRESHES: &[(&str, Change)] = &[
         world.status["calls"] =
             json!([{"provider": "vault", "succeeded": 44, "failed": {"UNAVAILABLE": 49}}]);
     }),
+    ("a subPathExpr names no file", |world| {
+        let name = json!({"valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}});
+        expression(world, "$(POD).kye", &name);
+    }),
+    ("a subPathExpr of a label names no file", |world| {
+        world.pod["metadata"]["labels"] = json!({"app": "shop"});
+        let label = json!({"valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['app']"}}});
+        expression(world, "$(POD).key", &label);
+    }),
+    ("a subPathExpr of a literal names no file", |world| {
+        expression(world, "$(POD).key", &json!({"value": "wbe"}));
+    }),
+    ("a subPathExpr names a file with new content", |world| {
+        let name = json!({"valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}});
+        expression(world, "$(POD).key", &name);
+    }),
+    ("a subPathExpr of a ConfigMap cannot be resolved", |world| {
+        let key = json!({"valueFrom": {"configMapKeyRef": {"name": "web", "key": "pod"}}});
+        expression(world, "$(POD).key", &key);
+    }),
+    ("a subPath names no file, and the content is new", |world| {
+        world.pod["spec"]["containers"][0]["volumeMounts"][0]["subPath"] = json!("password");
+        world.status["volumes"][0]["lastChange"] = ago(10);
+    }),
+    (
+        "a subPathExpr of a variable of a variable names no file",
+        |world| {
+            expression(world, "$(FILE)", &json!({"value": "wbe"}));
+            let env = world.pod["spec"]["containers"][0]["env"]
+                .as_array_mut()
+                .unwrap();
+            env.push(json!({"name": "FILE", "value": "$(POD).key"}));
+        },
+    ),
 ];

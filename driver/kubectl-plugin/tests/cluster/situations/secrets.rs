@@ -14,6 +14,64 @@ fn taken_by_volume(world: &mut World, volume: serde_json::Value) {
     volumes.push(volume);
 }
 
+/// Gives the class two more Secrets, and lets the container wait for the last one. The pod status says why they are not
+/// made.
+fn several(world: &mut World, reason: &str) {
+    let class = world.class["spec"]["secretObjects"].as_array_mut().unwrap();
+    for name in ["a-first", "login"] {
+        class.push(json!({"secretName": name, "type": "Opaque",
+            "data": [{"objectName": "fo", "key": "pw"}]}));
+    }
+    world.pod["spec"]["containers"][0]["env"] = json!([{"name": "PW", "valueFrom":
+        {"secretKeyRef": {"name": "login", "key": "pw"}}}]);
+    waits(world);
+    out_of_step(world, reason);
+}
+
+/// Lets the container wait for what its environment takes.
+fn waits(world: &mut World) {
+    world.pod["status"]["containerStatuses"][0]["state"] =
+        json!({"waiting": {"reason": "CreateContainerConfigError"}});
+    world.pod["status"]["conditions"] = json!([{"type": "Ready", "status": "False"}]);
+}
+
+/// Lets the pod status say why Secrets are not as the class says.
+fn out_of_step(world: &mut World, reason: &str) {
+    let annotations = &mut world.pod_status["metadata"]["annotations"];
+    annotations["secrets-store.csi.k8s.io/secrets-out-of-step-since"] = ago(400);
+    annotations["secrets-store.csi.k8s.io/secrets-out-of-step-reason"] = json!(reason);
+}
+
+/// Puts a Secret into the cluster.
+fn secret(world: &mut World, name: &str, metadata: serde_json::Value) {
+    let mut secret = json!({"metadata": metadata, "type": "Opaque"});
+    secret["metadata"]["name"] = json!(name);
+    let path = format!("/api/v1/namespaces/shop/secrets/{name}");
+    world.others.push((path, secret));
+}
+
+/// Returns the metadata of a Secret of the driver with these keys, written so many seconds ago.
+fn of_driver(seconds: i64, keys: &[&str]) -> serde_json::Value {
+    let keys = keys.iter().map(|key| (format!("f:{key}"), json!({})));
+    let keys: serde_json::Map<_, _> = keys.collect();
+    json!({
+        "labels": {"secrets-store.csi.k8s.io/managed": "true"},
+        "managedFields": [{"manager": "csi-secrets-store", "time": ago(seconds), "operation": "Update",
+            "apiVersion": "v1", "fieldsType": "FieldsV1", "fieldsV1": {"f:data": keys}}],
+    })
+}
+
+/// Lets the driver say of the Secret of the class, which exists, that it is not as the class says.
+fn said_of_creds(world: &mut World, cause: &str) {
+    out_of_step(
+        world,
+        &format!("SecretProviderClass db, Secret creds: {cause}"),
+    );
+}
+
+const FIRST: &str = "SecretProviderClass db, Secret a-first: a Secret of this name exists that the driver did not make; it stays as it is. To hand it to the driver, which then replaces its data: kubectl annotate secret -n shop a-first secrets-store.csi.k8s.io/adopt=true";
+const LOGIN: &str = "SecretProviderClass db, Secret login: there is no object fo in the volume";
+
 pub(super) const SECRETS: &[(&str, Change)] = &[
     (
         "a container takes a Secret, and none mounts the volume",
@@ -146,6 +204,218 @@ pub(super) const SECRETS: &[(&str, Change)] = &[
                 json!({"waiting": {"reason": "CreateContainerConfigError"}});
             world.pod_status["metadata"]["creationTimestamp"] = ago(1);
             world.secret = json!(null);
+        },
+    ),
+    (
+        "two Secrets fail, and the pod waits for the second",
+        |world| {
+            several(world, &format!("{FIRST}\n{LOGIN}"));
+            secret(world, "a-first", json!({}));
+        },
+    ),
+    (
+        "two Secrets fail, and a driver of a former version names the first",
+        |world| {
+            several(world, &format!("2 Secrets. {FIRST}"));
+            secret(world, "a-first", json!({}));
+            world.event("FailedToCreateSecret", FIRST);
+            world.event("FailedToCreateSecret", LOGIN);
+        },
+    ),
+    (
+        "two Secrets fail, and a volume of the pod takes the second",
+        |world| {
+            several(world, &format!("{FIRST}\n{LOGIN}"));
+            secret(world, "a-first", json!({}));
+            world.pod["spec"]["containers"][0]["env"] = json!([]);
+            taken_by_volume(
+                world,
+                json!({"name": "tls", "secret": {"secretName": "login"}}),
+            );
+            world.event(
+                "FailedMount",
+                "MountVolume.SetUp failed for volume \"tls\" : secret \"login\" not found",
+            );
+        },
+    ),
+    (
+        "another Secret fails than the one that the pod waits for",
+        |world| {
+            several(world, FIRST);
+            secret(world, "a-first", json!({}));
+        },
+    ),
+    (
+        "the first Secret has been adopted, and the reason of it stays",
+        |world| {
+            several(world, FIRST);
+            secret(world, "a-first", of_driver(100, &["pw"]));
+            world.event("FailedToCreateSecret", FIRST);
+            world.event("FailedToCreateSecret", LOGIN);
+        },
+    ),
+    (
+        "a Secret has been written since, and the reason of it stays",
+        |world| {
+            said_of_creds(world, "there is no object password in the volume");
+            world.secret["metadata"] = of_driver(100, &["pw"]);
+            world.secret["metadata"]["name"] = json!("creds");
+        },
+    ),
+    (
+        "a Secret has been written before, and lacks a key",
+        |world| {
+            said_of_creds(world, "there is no object password in the volume");
+            world.secret["metadata"] = of_driver(100, &["old"]);
+            world.secret["metadata"]["name"] = json!("creds");
+        },
+    ),
+    ("an impossible name has been corrected since", |world| {
+        let of_name = "SecretProviderClass db: secretName \"my_db\" cannot be the name of a Secret: use lower case letters, digits, \"-\" and \".\"";
+        several(world, &format!("2 Secrets. {of_name}"));
+        world.event("FailedToCreateSecret", LOGIN);
+        secret(world, "a-first", of_driver(100, &["pw"]));
+    }),
+    ("an impossible name, and another Secret fails", |world| {
+        world.class["spec"]["secretObjects"][0]["secretName"] = json!("my_db");
+        let of_name = "SecretProviderClass db: secretName \"my_db\" cannot be the name of a Secret: use lower case letters, digits, \"-\" and \".\"";
+        several(world, &format!("{of_name}\n{LOGIN}"));
+        secret(world, "a-first", of_driver(100, &["pw"]));
+    }),
+    ("more Secrets fail than are named", |world| {
+        several(world, &format!("{FIRST}\n{LOGIN}\nand 3 more"));
+        secret(world, "a-first", json!({}));
+    }),
+    ("all Secrets of the class fail", |world| {
+        several(
+            world,
+            "SecretProviderClass db: a file of the volume cannot be read",
+        );
+        secret(world, "a-first", of_driver(1_000, &["pw"]));
+    }),
+    ("a Secret is somebody else's", |world| {
+        said_of_creds(
+            world,
+            "a Secret of this name exists that the driver did not make; it stays as it is. To hand it to the driver, which then replaces its data: kubectl annotate secret -n shop creds secrets-store.csi.k8s.io/adopt=true",
+        );
+    }),
+    ("a Secret is held by a finalizer", |world| {
+        said_of_creds(
+            world,
+            "it is being deleted; it is made again when it is gone",
+        );
+        world.secret["metadata"]["deletionTimestamp"] = ago(300);
+        world.secret["metadata"]["finalizers"] = json!(["example.com/keep"]);
+    }),
+    ("a Secret is immutable", |world| {
+        said_of_creds(
+            world,
+            "the Secret is immutable, so that its content cannot be changed, and immutable cannot be set back to false. Delete it, and the driver makes it anew: kubectl delete secret -n shop creds",
+        );
+    }),
+    ("a Secret has another type, and a finalizer", |world| {
+        said_of_creds(
+            world,
+            "its type cannot be changed to kubernetes.io/tls, and the existing Secret is kept: finalizer \"example.com/keep\" keeps the Secret from being deleted",
+        );
+        world.secret["metadata"]["finalizers"] = json!(["example.com/keep"]);
+    }),
+    (
+        "a Secret has another type, and a policy refuses it",
+        |world| {
+            said_of_creds(
+                world,
+                "its type cannot be changed to kubernetes.io/tls, and the existing Secret is kept: the dry run was refused: ValidatingAdmissionPolicy no-tls with binding no-tls denied it, HTTP 422 Invalid; the rest of the message is not repeated because it may quote the content",
+            );
+        },
+    ),
+    ("a type was refused before", |world| {
+        said_of_creds(
+            world,
+            "its type cannot be changed to kubernetes.io/tls, and the existing Secret is kept: a new Secret of that type has been refused before, and the former one was put back. To try again: kubectl annotate secret -n shop creds secrets-store.csi.k8s.io/refused-type-",
+        );
+    }),
+    ("another class makes the Secret", |world| {
+        said_of_creds(
+            world,
+            "SecretProviderClass other makes other content of this Secret, and it is left as it is; give one of the two another secretName",
+        );
+    }),
+    ("a policy refuses the Secret", |world| {
+        world.secret = json!(null);
+        said_of_creds(
+            world,
+            "the API server refuses it: ValidatingAdmissionPolicy no-secrets with binding no-secrets denied it, HTTP 422 Invalid; the rest of the message is not repeated because it may quote the content. To read it, try other content: kubectl create secret generic -n shop creds --from-literal=KEY=x --dry-run=server. Or ask those who run the policy",
+        );
+    }),
+    (
+        "a webhook refuses the Secret, and the driver may not be looked at",
+        |world| {
+            world.forbidden = vec!["/daemonsets"];
+            world.secret = json!(null);
+            said_of_creds(
+                world,
+                "the API server refuses it: admission webhook no.example.com denied it, HTTP 403 Forbidden; the rest of the message is not repeated because it may quote the content",
+            );
+        },
+    ),
+    ("a webhook on Secrets does not answer", |world| {
+        world.secret = json!(null);
+        said_of_creds(
+            world,
+            "admission webhook no.example.com could not be called, HTTP 500 InternalError; the rest of the message is not repeated because it may quote the content. Look at the webhook's pods",
+        );
+    }),
+    (
+        "a key is not in somebody else's Secret, for which the container waits",
+        |world| {
+            said_of_creds(
+                world,
+                "a Secret of this name exists that the driver did not make; it stays as it is. To hand it to the driver, which then replaces its data: kubectl annotate secret -n shop creds secrets-store.csi.k8s.io/adopt=true",
+            );
+            world.pod["spec"]["containers"][0]["env"] = json!([{"name": "PW", "valueFrom":
+                {"secretKeyRef": {"name": "creds", "key": "pw"}}}]);
+            waits(world);
+            world.pod["status"]["containerStatuses"][0]["state"]["waiting"]["message"] =
+                json!("couldn't find key pw in Secret shop/creds");
+        },
+    ),
+    (
+        "a Secret could not be made, and only events may be read of it",
+        |world| {
+            world.forbidden = vec!["/secrets/", "/secretproviderclass", "/daemonsets"];
+            several(world, LOGIN);
+            world.pod["status"]["containerStatuses"][0]["state"]["waiting"]["message"] =
+                json!("secret \"login\" not found");
+            world.event("FailedToCreateSecret", LOGIN);
+        },
+    ),
+    (
+        "two Secrets fail, and pod statuses may not be read",
+        |world| {
+            world.forbidden = vec!["/secretproviderclasspodstatuses"];
+            several(world, FIRST);
+            secret(world, "a-first", json!({}));
+            world.event("FailedToCreateSecret", FIRST);
+            world.event("FailedToCreateSecret", LOGIN);
+        },
+    ),
+    ("a reason was cut, and the event has all of it", |world| {
+        let cut = LOGIN.get(..LOGIN.len() - 10).unwrap();
+        several(world, &format!("{FIRST}\n{cut}…"));
+        secret(world, "a-first", json!({}));
+        world.event("FailedToCreateSecret", LOGIN);
+    }),
+    (
+        "a reason is newer than what the driver wrote last",
+        |world| {
+            said_of_creds(world, "there is no object password in the volume");
+            world.secret["metadata"] = of_driver(100, &["pw"]);
+            world.secret["metadata"]["name"] = json!("creds");
+            world.pod_status["metadata"]["managedFields"] = json!([{"manager": "csi-secrets-store",
+            "time": ago(50), "operation": "Update", "apiVersion": "secrets-store.csi.x-k8s.io/v1",
+            "fieldsType": "FieldsV1", "fieldsV1": {"f:metadata": {"f:annotations":
+                {"f:secrets-store.csi.k8s.io/secrets-out-of-step-reason": {}}}}}]);
         },
     ),
 ];
