@@ -2,6 +2,8 @@
 //! the links at the root.
 
 use std::{
+    collections::BTreeSet,
+    ffi::CStr,
     fmt,
     fs::File as StdFile,
     io::{self, Read as _},
@@ -22,7 +24,7 @@ use crate::quoted::quoted;
 
 use super::{
     File, MAX_DEPTH, Payload,
-    layout::{DATA, current, is_hidden, is_own_link},
+    layout::{DATA, current, is_bare, is_hidden, is_own_link},
     tree::{names, open_directory},
 };
 
@@ -54,9 +56,19 @@ fn fails<T>(path: &str, what: &str, error: impl Into<io::Error>) -> Result<T, Di
     differs(path, format!("{what}: {}", error.into()))
 }
 
+/// The entries at the root that are no part of the content, besides the directories that kubelet makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Strangers {
+    /// They differ.
+    Differ,
+    /// They are not compared.
+    MayBe,
+}
+
 /// Compares everything that a pod sees of a volume: names, contents, modes and the group. An entry
-/// that cannot be examined differs. Hidden names at the root, except for `..data`, are not compared.
-pub(super) fn compare(root: &OwnedFd, payload: &Payload) -> Compared {
+/// that cannot be examined differs. Hidden names at the root, except for `..data`, are not compared, and
+/// neither are directories without a file ([`is_bare`]).
+pub(super) fn compare(root: &OwnedFd, payload: &Payload, strangers: Strangers) -> Compared {
     const NOWHERE: &str = "does not lead to a directory of content";
     let open = |name: String| open_directory(root.as_fd(), name.as_str());
     let data = match current(root).and_then(|name| name.map(open).transpose()) {
@@ -64,7 +76,7 @@ pub(super) fn compare(root: &OwnedFd, payload: &Payload) -> Compared {
         Ok(None) => return differs(DATA, NOWHERE),
         Err(error) => return fails(DATA, NOWHERE, error),
     };
-    same_names(root, payload)?;
+    same_names(root, payload, strangers)?;
     if let Some(group) = payload.group()
         && !fstat(root).is_ok_and(|root| root.st_gid == group)
     {
@@ -81,25 +93,30 @@ pub(super) fn compare(root: &OwnedFd, payload: &Payload) -> Compared {
     left.count(&data, "", 0)
 }
 
-fn same_names(root: &OwnedFd, payload: &Payload) -> Compared {
+/// Returns whether an entry at the root is neither the driver's, of whose names `roots` are those of the
+/// content, nor a directory that kubelet has made.
+pub(super) fn is_stranger(root: &OwnedFd, roots: &BTreeSet<&str>, name: &CStr) -> bool {
+    let is_of_content = name.to_str().is_ok_and(|name| roots.contains(name));
+    !is_hidden(name) && !is_of_content && !is_bare(root.as_fd(), name)
+}
+
+fn same_names(root: &OwnedFd, payload: &Payload, strangers: Strangers) -> Compared {
     let roots = payload.roots();
     let found = match names(root.as_fd()) {
         Ok(found) => found,
         Err(error) => return fails("/", "cannot be listed", error),
     };
     for name in &found {
-        if is_hidden(name) {
-            continue;
-        }
-        match name.to_str() {
-            Ok(name) if !roots.contains(name) => {
-                return differs(name, "is there and is not part of the content");
-            }
-            Ok(name) if !is_own_link(root, name) => {
+        let of_payload = name.to_str().ok().filter(|name| roots.contains(name));
+        match of_payload {
+            Some(name) if !is_own_link(root, name) => {
                 return differs(name, "is not the link that leads to the content");
             }
-            Ok(_) => {}
-            Err(_) => return differs("/", "has a name that is not UTF-8"),
+            None if strangers == Strangers::Differ && is_stranger(root, &roots, name) => {
+                let name = name.to_string_lossy();
+                return differs(&name, "is there and is not part of the content");
+            }
+            _ => {}
         }
     }
     Ok(())
@@ -188,6 +205,9 @@ impl Left {
         for name in found {
             let path = format!("{prefix}/{}", name.to_string_lossy());
             let path = path.trim_start_matches('/');
+            if is_bare(directory.as_fd(), &name) {
+                continue;
+            }
             let kind = fstatat(directory, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
                 .map(|stat| kind_of(&stat));
             let one_less = match kind {
@@ -244,7 +264,7 @@ mod tests {
             let mut said = Vec::new();
             for more in 0..4 {
                 setrlimit(Resource::RLIMIT_NOFILE, next + more, 4096).unwrap();
-                match compare(&root, &payload) {
+                match compare(&root, &payload, Strangers::Differ) {
                     Ok(()) => break,
                     Err(difference) => said.push(difference.to_string()),
                 }

@@ -12,28 +12,37 @@
 //! A directory that is named after a moment is a generation: the content of the volume from that
 //! moment on. Every name that starts with `..` is hidden: no path of a payload has one.
 //!
+//! Kubelet itself makes directories in a volume: where a container mounts a `subPath` that is not there
+//! ([`is_bare`]). They are no content, and stay, because they are bound into the container.
+//!
 //! A new volume has the hidden file `..unfinished` until its first content is whole. The record of an
 //! earlier mount, from before the node lost its power, says nothing about such a volume.
 
 use std::{
     ffi::{CStr, CString},
     io,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
 };
 
 use nix::{
     errno::Errno,
     fcntl::{AtFlags, OFlag, openat, readlinkat},
-    sys::stat::{Mode, fstatat},
+    sys::stat::{Mode, SFlag, fstat, fstatat},
 };
 
-use super::tree::{At as _, about, names, open_directory, remove_at};
+use super::{
+    MAX_DEPTH,
+    tree::{At as _, about, first_names, names, open_directory, remove_at},
+};
 
 /// The link that leads to the current generation.
 pub(super) const DATA: &str = "..data";
 
 /// The file that says that the first content of a volume is not whole.
 const UNFINISHED: &str = "..unfinished";
+
+/// The most entries of a directory that nobody fills: one for each `subPath` of a pod below it.
+const MOST_BARE: usize = 1000;
 
 /// Marks a new volume, before anything is written into it.
 ///
@@ -80,7 +89,9 @@ pub fn is_linked(root: &OwnedFd) -> io::Result<bool> {
     };
     let names = names(content.as_fd())?;
     let is_linked = |name: &CString| name.to_str().is_ok_and(|name| is_own_link(root, name));
-    Ok(names.iter().all(|name| is_hidden(name) || is_linked(name)))
+    let is_in_order =
+        |name: &CString| is_hidden(name) || is_linked(name) || is_bare(content.as_fd(), name);
+    Ok(names.iter().all(is_in_order))
 }
 
 /// Returns whether content has been committed: `..data` leads to a directory.
@@ -120,14 +131,50 @@ fn all_hidden(directory: &OwnedFd) -> io::Result<bool> {
     Ok(names(directory.as_fd())?.iter().all(|name| is_hidden(name)))
 }
 
-/// Returns whether something at the root was not written by the driver: files of a provider that
-/// writes them itself.
+/// Returns whether something at the root was written neither by the driver nor by kubelet: files of a
+/// provider that writes them itself.
 ///
 /// # Errors
 /// When the volume cannot be listed.
 pub fn has_foreign_entries(root: &OwnedFd) -> io::Result<bool> {
     let names = names(root.as_fd())?;
-    Ok(names.iter().any(|name| !is_own(root, name)))
+    let is_foreign = |name: &CString| !is_own(root, name) && !is_bare(root.as_fd(), name);
+    Ok(names.iter().any(is_foreign))
+}
+
+/// Returns whether an entry is a directory with nothing but directories below it, and none of them a
+/// mount. Kubelet makes one where a container mounts a `subPath` that is not there. No payload has one,
+/// and a container cannot write into it.
+pub(super) fn is_bare(parent: BorrowedFd<'_>, name: &CStr) -> bool {
+    let bare = || {
+        let device = fstat(parent)?.st_dev;
+        let mut left = MOST_BARE;
+        is_bare_below(parent, name, device, &mut left, 0)
+    };
+    // What cannot be examined is taken for something else.
+    bare().unwrap_or(false)
+}
+
+fn is_bare_below(
+    parent: BorrowedFd<'_>,
+    name: &CStr,
+    device: u64,
+    left: &mut usize,
+    depth: usize,
+) -> io::Result<bool> {
+    let stat = fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    let kind = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
+    if kind != SFlag::S_IFDIR || stat.st_dev != device || *left == 0 || depth > MAX_DEPTH {
+        return Ok(false);
+    }
+    *left -= 1;
+    let directory = open_directory(parent, name)?;
+    for below in first_names(directory.as_fd(), *left + 1)? {
+        if !is_bare_below(directory.as_fd(), &below, device, left, depth + 1)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Removes what the driver wrote, and leaves what a provider wrote beside it.

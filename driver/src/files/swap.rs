@@ -28,11 +28,12 @@ use nix::{
 pub use super::write::Full;
 use super::{
     Payload,
-    compare::compare,
+    compare::{Strangers, compare, is_stranger},
     layout::{DATA, current, fresh_name, is_generation, is_hidden, is_own_link},
     tree::{At as _, about, names, open_directory, remove_at},
     write::{check_room, give_to, write_tree},
 };
+use crate::quoted::quoted;
 
 /// The link that becomes another link by being renamed over it.
 const LINK_TMP: &str = "..link_tmp";
@@ -62,7 +63,8 @@ pub struct StagedContent {
 pub struct Former(String);
 
 /// Writes new content beside the old, in a volume whose root is open. Returns nothing if the volume
-/// has exactly this content already; then nothing that a reader sees was touched.
+/// has exactly this content already; then nothing of it was touched, and what others have put beside it
+/// is removed, except for the directories that kubelet makes.
 ///
 /// # Errors
 /// The system's error, with the path. The volume then holds what it held before.
@@ -71,6 +73,7 @@ pub fn stage(root: OwnedFd, payload: Payload) -> io::Result<Option<StagedContent
     if let Some(old) = &old
         && holds(&root, &payload)
     {
+        remove_strangers(&root, &payload)?;
         remove_leftovers(&root, |name| {
             name.to_bytes() == old.as_bytes() || is_in_grace(&root, name)
         });
@@ -89,9 +92,9 @@ pub fn stage(root: OwnedFd, payload: Payload) -> io::Result<Option<StagedContent
     Ok(Some(staged))
 }
 
-/// Returns whether a volume has exactly this content.
+/// Returns whether a volume has exactly this content. What others have put beside it does not count.
 pub fn holds(root: &OwnedFd, payload: &Payload) -> bool {
-    compare(root, payload).is_ok()
+    compare(root, payload, Strangers::MayBe).is_ok()
 }
 
 impl StagedContent {
@@ -152,8 +155,7 @@ impl StagedContent {
             }
         }
         for name in names(self.root.as_fd())? {
-            let stays = is_hidden(&name) || name.to_str().is_ok_and(|name| roots.contains(name));
-            if !stays {
+            if is_stranger(&self.root, &roots, &name) {
                 renameat(&self.root, name.as_c_str(), &aside, name.as_c_str())
                     .at(name.to_string_lossy())?;
             }
@@ -164,7 +166,7 @@ impl StagedContent {
                 fchownat(&self.root, name, None, group, AtFlags::AT_SYMLINK_NOFOLLOW).at(name)?;
             }
         }
-        compare(&self.root, &self.payload).map_err(|difference| {
+        compare(&self.root, &self.payload, Strangers::Differ).map_err(|difference| {
             io::Error::other(format!(
                 "the volume does not hold what was written: {difference}"
             ))
@@ -257,6 +259,20 @@ pub fn tidy(root: &OwnedFd) -> io::Result<Leftovers> {
         found.left = after > 0;
     }
     Ok(found)
+}
+
+/// Removes what others have put beside the content.
+fn remove_strangers(root: &OwnedFd, payload: &Payload) -> io::Result<()> {
+    let roots = payload.roots();
+    for name in names(root.as_fd())? {
+        if is_stranger(root, &roots, &name) {
+            let shown = name.to_string_lossy();
+            remove_at(root.as_fd(), name.as_c_str()).map_err(|error| about(error, &shown))?;
+            let name = quoted(&shown, 80);
+            tracing::info!(%name, "removed from a volume, of whose content it is no part");
+        }
+    }
+    Ok(())
 }
 
 fn holds_name(directory: &OwnedFd, name: &str) -> bool {

@@ -27,6 +27,7 @@ mod server;
 mod state_dir;
 mod states;
 mod status;
+mod sub_paths;
 mod trouble;
 mod unchanged;
 mod versions;

@@ -17,7 +17,7 @@ use crate::{
     files::{
         Access, File,
         generated::{self, Files},
-        layout::is_complete,
+        layout::{self, is_complete},
         tree::open_root,
     },
     mount::alone::{Own, alone},
@@ -166,7 +166,7 @@ fn a_damaged_volume_is_made_whole() {
         make(&path);
     };
     let pipe = |path: &Path| nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap();
-    let damages: [&dyn Fn(PathBuf); 11] = [
+    let damages: [&dyn Fn(PathBuf); 10] = [
         &|v| put(v.join("..data/a"), pipe),
         &|v| put(v.join("..data/b/c"), pipe),
         &|v| put(v.join("a"), pipe),
@@ -178,7 +178,6 @@ fn a_damaged_volume_is_made_whole() {
         },
         &|v| put(v.join("..data/a"), |path| symlink("b/c", path).unwrap()),
         &|v| fs::remove_file(v.join("a")).unwrap(),
-        &|v| fs::write(v.join("stranger"), "x").unwrap(),
         &|v| fs::write(v.join("..data/b/stranger"), "x").unwrap(),
         &|v| fs::write(v.join("..data/a"), "9").unwrap(),
         &|v| fs::remove_dir_all(v.join(fs::read_link(v.join(DATA)).unwrap())).unwrap(),
@@ -189,6 +188,85 @@ fn a_damaged_volume_is_made_whole() {
         assert_eq!(replace(volume.path(), &tree).unwrap(), Change::Replaced);
         assert_eq!(seen(volume.path()), expected(&tree));
     }
+}
+
+/// What others put beside the content is no change of it, and goes, with anything in it that is no
+/// directory.
+#[test]
+fn strangers_go_and_the_content_is_the_same() {
+    let volume = tempfile::tempdir().unwrap();
+    let volume = volume.path();
+    let tree = payload(&[("a", "1", 0), ("b/c", "2", 0)]);
+    replace(volume, &tree).unwrap();
+    let data = fs::read_link(volume.join(DATA)).unwrap();
+    let strangers: [&dyn Fn(&Path); 5] = [
+        &|at| fs::write(at, "x").unwrap(),
+        &|at| symlink("a", at).unwrap(),
+        &|at| nix::unistd::mkfifo(at, Mode::S_IRWXU).unwrap(),
+        &|at| symlink("..data/stranger", at).unwrap(),
+        &|at| {
+            fs::create_dir_all(at.join("deep/er")).unwrap();
+            fs::write(at.join("deep/file"), "x").unwrap();
+        },
+    ];
+    for stranger in strangers {
+        stranger(&volume.join("stranger"));
+        assert_eq!(replace(volume, &tree).unwrap(), Change::Unchanged);
+        assert_eq!(seen(volume), expected(&tree));
+        assert!(fs::symlink_metadata(volume.join("stranger")).is_err());
+        assert_eq!(fs::read_link(volume.join(DATA)).unwrap(), data);
+    }
+}
+
+/// Kubelet makes directories where a `subPath` is not there, at the root and below directories of the
+/// content, and binds them into the container.
+#[test]
+fn the_directories_that_kubelet_makes_are_no_content_and_stay() {
+    let volume = tempfile::tempdir().unwrap();
+    let volume = volume.path();
+    let make = |path: &str| {
+        let made = volume.join(path);
+        fs::create_dir_all(&made).unwrap();
+        fs::set_permissions(&made, fs::Permissions::from_mode(0o750)).unwrap();
+        fs::metadata(made).unwrap().ino()
+    };
+    let is_there = |path: &str, inode: u64| {
+        let metadata = fs::symlink_metadata(volume.join(path));
+        metadata.is_ok_and(|metadata| metadata.is_dir() && metadata.ino() == inode)
+    };
+    let [one, two] = ["1", "2"].map(|text| payload(&[("a", text, 0), ("b/c", text, 0)]));
+    replace(volume, &one).unwrap();
+    let (plain, deep) = (make("web.kye"), make("x/y/z"));
+    for nested in ["b/d", "b/e/f", "..data/g"] {
+        make(nested);
+        assert!(
+            layout::is_linked(&open_root(volume).unwrap()).unwrap(),
+            "{nested}"
+        );
+        assert_eq!(
+            replace(volume, &one).unwrap(),
+            Change::Unchanged,
+            "{nested}"
+        );
+    }
+    assert!(!layout::has_foreign_entries(&open_root(volume).unwrap()).unwrap());
+    // A change of the content is one, and leaves those at the root alone.
+    assert_eq!(replace(volume, &two).unwrap(), Change::Replaced);
+    for (path, inode) in [("web.kye", plain), ("x/y/z", deep)] {
+        assert!(is_there(path, inode), "{path}");
+    }
+    for (path, file) in two.files() {
+        let read = fs::read(volume.join(path.as_str())).unwrap();
+        assert_eq!(read, file.contents.expose());
+    }
+    assert_eq!(replace(volume, &two).unwrap(), Change::Unchanged);
+    // A file of that very name takes its place, and a process that has the directory keeps it.
+    let bound = open_root(&volume.join("web.kye")).unwrap();
+    let three = payload(&[("a", "2", 0), ("b/c", "2", 0), ("web.kye", "3", 0)]);
+    assert_eq!(replace(volume, &three).unwrap(), Change::Replaced);
+    assert_eq!(fs::read_to_string(volume.join("web.kye")).unwrap(), "3");
+    assert!(names(bound.as_fd()).unwrap().is_empty());
+    assert!(is_there("x/y/z", deep));
 }
 
 /// Makes former contents as old as if they had been replaced long ago.
