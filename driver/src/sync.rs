@@ -202,7 +202,7 @@ impl SecretSync {
 
     /// Adds a mounted volume, of which the pod and the pod status can be told something.
     fn add_told(&self, volume_id: &str) {
-        self.cluster.add_volume(volume_id);
+        self.cluster.add_volume(volume_id, self.interval);
         self.told.add(volume_id);
     }
 

@@ -328,7 +328,7 @@ impl Volumes {
         }
         self.metrics
             .success(&class.provider, &request.volume_id, now);
-        self.metrics.volume_fresh(&request.volume_id, true);
+        self.publish_succeeded(request, earlier, &pod_status).await;
         Ok(())
     }
 

@@ -9,10 +9,14 @@ mod server;
 use std::{
     path::Path,
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 
 use driver::{
-    cluster::{Cluster, pod_status::DesiredPodStatus},
+    cluster::{
+        Cluster,
+        pod_status::{Aspect, Cause, DesiredPodStatus, StatusOf, Trouble},
+    },
     record::{Object, Pod},
 };
 use embedded::api::{ApiServer, Reaction};
@@ -392,4 +396,47 @@ async fn a_name_of_its_own_stays(
     let again = cluster.write_pod_status(&mounted, Some(&first.name)).await;
     assert_eq!(again.unwrap().name, first.name);
     assert_eq!(api.writes(), Vec::<String>::new());
+}
+
+/// Trouble that changes all the time is written a few times at once, and then once in an interval; the
+/// last of it is told, too.
+#[tokio::test]
+async fn trouble_that_changes_all_the_time_is_written_now_and_then() {
+    const EVERY: Duration = Duration::from_secs(4);
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = world(dir.path(), There::Ours, Known::Ours).await;
+    let pod = our_pod();
+    cluster.add_volume("csi-1", EVERY);
+    let tell = |why: Option<&str>| {
+        let status = StatusOf {
+            volume_id: "csi-1",
+            pod: &pod,
+            name: "web-shop-db",
+        };
+        let now = jiff::Timestamp::now();
+        let trouble = why.map(|why| Trouble::new(now, [&Cause::new(why, why)]));
+        cluster.set_trouble(status, Aspect::Secrets, trouble);
+    };
+    let started = Instant::now();
+    for number in 0_u32.. {
+        if started.elapsed() > 4 * EVERY {
+            break;
+        }
+        let why = number.to_string();
+        tell((number % 3 > 0).then_some(why.as_str()));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let writes = api.writes().len();
+    assert!((4..=8).contains(&writes), "{writes}");
+    tell(Some("the last one"));
+    let (_, reason) = Aspect::Secrets.annotations();
+    let is_told = || {
+        let status = api.get(&format!("{STATUSES}/web-shop-db")).unwrap();
+        status["metadata"]["annotations"][reason] == "the last one"
+    };
+    let told = Instant::now();
+    while !is_told() {
+        assert!(told.elapsed() < 10 * EVERY, "it is not told");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }

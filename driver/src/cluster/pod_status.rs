@@ -19,7 +19,7 @@ use crate::{
 pub use desired::{CONTENT_CHANGED, CONTENT_CHANGES, DesiredPodStatus, NewOrder};
 use desired::{is_owned_by, merged};
 pub(super) use trouble::Troubles;
-pub use trouble::{Aspect, StatusOf};
+pub use trouble::{Aspect, Cause, StatusOf, Trouble};
 
 /// The number of attempts to write an object that others write or delete at the same time.
 const ATTEMPTS: usize = 5;

@@ -13,7 +13,7 @@ use crate::{
     cluster::{
         Class,
         events::{REPEAT_EVERY, Series, Severity},
-        pod_status::{Aspect, StatusOf},
+        pod_status::{Aspect, Cause, StatusOf, Trouble},
         secrets::{Reconciled, SyncError},
     },
     record::{ASKED, ClassState},
@@ -34,8 +34,8 @@ pub(super) struct Told(Mutex<HashMap<String, OfVolume>>);
 struct OfVolume {
     /// The errors that the pod has been told, by Secret, so that it is told of each once.
     errors: BTreeMap<String, ToldError>,
-    /// The Secrets that are not as desired, with the reason.
-    wrong: BTreeMap<String, String>,
+    /// The Secrets that are not as desired, with the cause.
+    wrong: BTreeMap<String, Cause>,
     /// The time since when one of them is not.
     since: Option<Timestamp>,
     /// The Secrets that have been found in order. `None` once all of the class have been checked.
@@ -103,7 +103,9 @@ impl OfVolume {
     fn note(&mut self, class: &Class, secret: &str, error: Option<&SyncError>) {
         match error {
             Some(error) => {
-                self.wrong.insert(secret.to_owned(), error.to_string());
+                let identity = format!("{secret}\n{}", error.identity());
+                let cause = Cause::new(&identity, &error.to_string());
+                self.wrong.insert(secret.to_owned(), cause);
             }
             None => {
                 self.wrong.remove(secret);
@@ -125,16 +127,27 @@ impl OfVolume {
     }
 
     /// Returns what is wrong, or `None` if not everything has been checked yet.
-    fn trouble(&self) -> Option<Option<(Timestamp, String)>> {
-        let Some(since) = self.since else {
-            return self.checked.is_none().then_some(None);
-        };
-        let first = self.wrong.values().next().cloned().unwrap_or_default();
-        let why = match self.wrong.len() {
-            0 | 1 => first,
-            wrong => format!("{wrong} Secrets. {first}"),
-        };
-        Some(Some((since, why)))
+    fn trouble(&self, class: &Class) -> Option<Option<Trouble>> {
+        match self.since {
+            Some(since) => Some(Some(Trouble::new(since, self.causes(class)))),
+            None => self.checked.is_none().then_some(None),
+        }
+    }
+
+    /// Returns the causes of all that is wrong: of the whole class, and then of its Secrets in its order.
+    fn causes(&self, class: &Class) -> Vec<&Cause> {
+        let made = class.secret_objects.iter();
+        let made = made.map(|object| object.secret_name.as_str());
+        // A check with an earlier state of the class may have ended after a later one.
+        let others = self.wrong.keys().map(String::as_str);
+        let mut named = BTreeSet::new();
+        [WHOLE_CLASS]
+            .into_iter()
+            .chain(made)
+            .chain(others)
+            .filter(|secret| named.insert(*secret))
+            .filter_map(|secret| self.wrong.get(secret))
+            .collect()
     }
 }
 
@@ -252,8 +265,11 @@ impl SecretSync {
             let is_made = |secret: &str| !are_all(class, |name| name != secret);
             of_volume.errors.retain(|secret, _| is_made(secret));
             of_volume.wrong.retain(|secret, _| is_made(secret));
-            of_volume.note(class, WHOLE_CLASS, None);
-            self.show(volume, of_volume);
+            // An entry without a name reports under this one.
+            if !is_made(WHOLE_CLASS) {
+                of_volume.note(class, WHOLE_CLASS, None);
+            }
+            self.show(volume, of_volume, class);
         }
     }
 
@@ -266,7 +282,7 @@ impl SecretSync {
             return;
         };
         told.note(class, secret, error);
-        self.show(volume, told);
+        self.show(volume, told, class);
         let identity = error.map(SyncError::identity);
         if told.error(secret) == identity {
             if let Some(error) = error {
@@ -323,8 +339,8 @@ impl SecretSync {
     }
 
     /// Shows on the pod status and in the metrics whether the Secrets of a volume are in step.
-    fn show(&self, volume: &Volume, told: &OfVolume) {
-        let Some(trouble) = told.trouble() else {
+    fn show(&self, volume: &Volume, told: &OfVolume, class: &Class) {
+        let Some(trouble) = told.trouble(class) else {
             return;
         };
         let status = StatusOf {
@@ -333,7 +349,6 @@ impl SecretSync {
             name: &volume.pod_status,
         };
         self.metrics.volume_in_step(&volume.id, trouble.is_none());
-        let trouble = trouble.as_ref().map(|(since, why)| (*since, why.as_str()));
         self.cluster.set_trouble(status, Aspect::Secrets, trouble);
     }
 }

@@ -21,7 +21,7 @@ use crate::{
     cluster::{
         Class,
         events::Severity,
-        pod_status::{Aspect, NewOrder, StatusOf},
+        pod_status::{Aspect, Cause, NewOrder, StatusOf, Trouble},
     },
     config::RepublishErrors,
     error::{Error, Result},
@@ -276,6 +276,30 @@ impl Volumes {
         }
     }
 
+    /// Ends the trouble that refreshes of a volume had before it was published anew, after a reboot for
+    /// example. Nothing else would end it before the next refresh, which a class may want an hour later.
+    pub(super) async fn publish_succeeded(
+        &self,
+        request: &PublishRequest,
+        earlier: Option<&Record>,
+        pod_status: &str,
+    ) {
+        let volume_id = &request.volume_id;
+        self.failing.succeeded(volume_id);
+        self.lasting.over(volume_id, FAILED);
+        self.metrics.volume_fresh(volume_id, true);
+        let status = StatusOf {
+            volume_id,
+            pod: &request.pod,
+            name: pod_status,
+        };
+        self.cluster.set_trouble(status, Aspect::Freshness, None);
+        let told = self.failing.notices().failing_since(volume_id);
+        if let Some(since) = told.or(earlier.and_then(|earlier| earlier.failing_since)) {
+            self.announce_recovery(request, since).await;
+        }
+    }
+
     /// Announces on the pod that each refresh changes the content of its volume.
     fn announce_changes(&self, request: &PublishRequest, times: u32) {
         let restless = self.restless.clone();
@@ -352,9 +376,9 @@ impl Volumes {
             .or(record.failing_since)
             .unwrap_or_else(|| self.clock.now());
         self.metrics.volume_fresh(&request.volume_id, false);
-        let (status, why) = (status_of(&record), error.to_string());
+        let trouble = Trouble::new(since, [&cause(error)]);
         self.cluster
-            .set_trouble(status, Aspect::Freshness, Some((since, &why)));
+            .set_trouble(status_of(&record), Aspect::Freshness, Some(trouble));
         if told.is_some() {
             self.repeat_failure(&record, request, error);
         } else {
@@ -395,6 +419,13 @@ fn failure_message(record: &Record, request: &PublishRequest, error: &Error) -> 
         "the volume of SecretProviderClass {} could not be refreshed and keeps the content of its last refresh or mount, {:.0}: {error}",
         request.class, record.last_success
     )
+}
+
+/// Returns the cause of trouble for the pod status. A provider may say the same in other words each time, as
+/// with the ID of a request.
+fn cause(error: &Error) -> Cause {
+    let identity = format!("{} {:?}", error.reason().label(), error.code());
+    Cause::new(&identity, &error.to_string())
 }
 
 fn status_of(record: &Record) -> StatusOf<'_> {

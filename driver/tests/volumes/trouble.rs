@@ -151,6 +151,61 @@ fn the_pod_status_says_that_refreshes_fail_for_as_long_as_they_do() {
     });
 }
 
+/// A volume whose refreshes failed is published anew, and has its next refresh an hour later. Its mount is
+/// gone, or its content; the driver has started again, or it has seen the failure itself.
+#[test]
+fn a_publish_ends_the_trouble_of_refreshes() {
+    alone(async {
+        const SELDOM: [&str; 3] = [
+            "--enable-secret-rotation",
+            "--rotation-poll-interval=1h",
+            "--republish-errors=surface",
+        ];
+        let mut world = World::start(&SELDOM).await;
+        for (restarts, empties) in [(true, false), (false, false), (true, true), (false, true)] {
+            let case = format!("restarts: {restarts}, empties: {empties}");
+            let volume = world.volume_of_its_own();
+            world.publish_patiently(&volume).await.unwrap();
+            let answer = Answer {
+                status: Some(Code::PermissionDenied),
+                ..Answer::default()
+            };
+            world.provider.answers(&volume.class, answer);
+            pass(2 * 60 * MINUTE).await;
+            until(&world, &volume, &case, |status| {
+                annotation(status, "stale-since").is_some()
+            })
+            .await;
+            let answer = Answer::file("pw", "one");
+            world.provider.answers(&volume.class, answer);
+            if restarts {
+                world.stop_driver().await;
+            }
+            if empties {
+                let link = volume.target.join("..data");
+                std::fs::remove_file(link).unwrap();
+            } else {
+                volume.unmount();
+            }
+            if restarts {
+                world.start_driver().await;
+            }
+            until(&world, &volume, &case, |status| {
+                annotation(status, "stale-since").is_none()
+                    && annotation(status, "stale-reason").is_none()
+            })
+            .await;
+            let recovered = || world.api.events_of(&volume, "MountRotationComplete");
+            let started = Instant::now();
+            while recovered() == 0 {
+                assert!(started.elapsed() < SOON, "{case}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            world.unpublish(&volume).await.unwrap();
+        }
+    });
+}
+
 /// In three hours of failures there is one event, which counts on often enough to be there still.
 #[test]
 fn an_event_is_repeated_for_as_long_as_refreshes_fail() {

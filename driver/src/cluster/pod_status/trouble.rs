@@ -1,31 +1,41 @@
 //! Tells on the pod status of a volume what is wrong with it for as long as that lasts: since when, and
-//! why. Nothing is written while nothing changes.
+//! why. Nothing is written while nothing changes, and a trouble that changes all the time is written
+//! about once in the time between two checks.
 //!
 //! The schema of the CRD has no conditions, so these are annotations. Others may change them: the
 //! driver compares them whenever it reads the pod status anyway, and puts them right.
 
+mod pace;
+mod reason;
+
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use jiff::Timestamp;
 use kube::{Api, api::PostParams, core::ObjectMeta};
-use tokio::time::Instant;
+use tokio::time::sleep;
 
 use super::{
     super::{
-        Cluster,
-        events::{REPEAT_EVERY, clipped},
-        request::Failure,
-        resources::SecretProviderClassPodStatus,
+        Cluster, events::REPEAT_EVERY, request::Failure, resources::SecretProviderClassPodStatus,
     },
     ATTEMPTS, is_owned_by,
 };
 use crate::{error::Result, record::Pod};
+use pace::Pace;
+pub use reason::{Cause, Trouble};
 
-/// The longest reason in bytes.
-const MAX_REASON: usize = 512;
+/// The time before a write in which more may change: a check finds one Secret after the other.
+const GATHER: Duration = Duration::from_millis(200);
+/// How often a pod status that was at rest may be written at once, for somebody who mends one thing after
+/// the other.
+const WRITES_AT_ONCE: u32 = 4;
+/// How often the words of a cause that stays the same may change at once; from then on it is once in
+/// [`REPEAT_EVERY`].
+const WORDS_AT_ONCE: u32 = 3;
 
 /// A side of a volume that can be in trouble.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,14 +101,27 @@ impl Said {
 }
 
 /// What is known of one aspect of a volume.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 struct State {
     /// What the pod status should say; `None` until that is known.
     wanted: Option<Said>,
     /// What it said when it was read or written last, if that was since the driver started.
     found: Option<Said>,
-    /// The time at which the reason changed last.
-    reasoned: Option<Instant>,
+    /// The digest of the causes that the pod status should say.
+    causes: u64,
+    /// How often the words changed while the causes were the same.
+    rewordings: Pace,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            wanted: None,
+            found: None,
+            causes: 0,
+            rewordings: Pace::new(WORDS_AT_ONCE, REPEAT_EVERY),
+        }
+    }
 }
 
 impl State {
@@ -112,27 +135,25 @@ impl State {
         }
     }
 
-    /// Sets what the pod status should say. Trouble that lasts keeps its beginning; its reason
-    /// changes at most once in [`REPEAT_EVERY`].
-    fn set(&mut self, trouble: Option<(Timestamp, &str)>) {
-        let Some((since, reason)) = trouble else {
+    /// Sets what the pod status should say. Trouble that lasts keeps its beginning. Its reason follows
+    /// when its causes change; if only the words of one do, for a few times and then once in
+    /// [`REPEAT_EVERY`].
+    fn set(&mut self, trouble: Option<Trouble>) {
+        let Some(trouble) = trouble else {
             self.wanted = Some(Said::default());
-            self.reasoned = None;
             return;
         };
-        let reason = clipped(reason, MAX_REASON).to_owned();
+        let Trouble { since, reason, .. } = trouble;
+        let is_other = std::mem::replace(&mut self.causes, trouble.identity) != trouble.identity;
         match &mut self.wanted {
             Some(lasts) if !lasts.since.is_empty() => {
-                let is_recent = |at: Instant| at.elapsed() < REPEAT_EVERY;
-                if lasts.reason != reason && !self.reasoned.is_some_and(is_recent) {
+                if lasts.reason != reason && (is_other || self.rewordings.take()) {
                     lasts.reason = reason;
-                    self.reasoned = Some(Instant::now());
                 }
             }
             wanted => {
                 let since = format!("{since:.0}");
                 *wanted = Some(Said { since, reason });
-                self.reasoned = Some(Instant::now());
                 self.keep_beginning();
             }
         }
@@ -161,14 +182,22 @@ impl State {
     }
 }
 
-#[derive(Default)]
 struct Volume {
     aspects: [State; 2],
     /// Whether a task writes the pod status.
     is_writing: bool,
+    writes: Pace,
 }
 
 impl Volume {
+    fn new(every: Duration) -> Self {
+        Self {
+            aspects: Default::default(),
+            is_writing: false,
+            writes: Pace::new(WRITES_AT_ONCE, every),
+        }
+    }
+
     /// Returns whether a task has to be started that writes the pod status.
     fn begins_to_write(&mut self) -> bool {
         let begins = !self.is_writing && self.aspects.iter().any(State::differs);
@@ -216,6 +245,19 @@ impl Troubles {
         Some(change).filter(|change| !change.is_empty())
     }
 
+    /// Returns how long a task has to wait before it writes; `None` if the volume is gone.
+    fn wait(&self, volume_id: &str) -> Option<Duration> {
+        let volumes = self.volumes();
+        Some(volumes.get(volume_id)?.writes.wait().max(GATHER))
+    }
+
+    /// Notes that a pod status is being written.
+    fn writes(&self, volume_id: &str) {
+        if let Some(volume) = self.volumes().get_mut(volume_id) {
+            volume.writes.done();
+        }
+    }
+
     /// Notes that a task has ended. Returns whether it has to go on, because something has changed.
     fn ended(&self, volume_id: &str, succeeded: bool) -> bool {
         let mut volumes = self.volumes();
@@ -228,10 +270,12 @@ impl Troubles {
 }
 
 impl Cluster {
-    /// Adds a mounted volume, whose pod status can tell of trouble.
-    pub fn add_volume(&self, volume_id: &str) {
+    /// Adds a mounted volume, whose pod status can tell of trouble. If that changes all the time, it is
+    /// written once in `every`.
+    pub fn add_volume(&self, volume_id: &str, every: Duration) {
         let mut volumes = self.troubles.volumes();
-        volumes.entry(volume_id.to_owned()).or_default();
+        let volume = volumes.entry(volume_id.to_owned());
+        volume.or_insert_with(|| Volume::new(every));
     }
 
     /// Removes a volume that is gone.
@@ -241,13 +285,8 @@ impl Cluster {
 
     /// Tells on the pod status of a volume, in the background, since when an aspect of it is in
     /// trouble and why, or that it is not. Sends nothing if the pod status says so already. What
-    /// cannot be written now is written with the next call. `reason` contains no secret.
-    pub fn set_trouble(
-        &self,
-        status: StatusOf<'_>,
-        aspect: Aspect,
-        trouble: Option<(Timestamp, &str)>,
-    ) {
+    /// cannot be written now is written with the next call.
+    pub fn set_trouble(&self, status: StatusOf<'_>, aspect: Aspect, trouble: Option<Trouble>) {
         let begins = {
             let mut volumes = self.troubles.volumes();
             let Some(volume) = volumes.get_mut(status.volume_id) else {
@@ -277,7 +316,8 @@ impl Cluster {
         let (cluster, pod) = (self.clone(), status.pod.clone());
         let (volume_id, name) = (status.volume_id.to_owned(), status.name.to_owned());
         tokio::spawn(async move {
-            loop {
+            while let Some(wait) = cluster.troubles.wait(&volume_id) {
+                sleep(wait).await;
                 let written = cluster.replace_troubles(&volume_id, &pod, &name).await;
                 if let Err(error) = &written {
                     tracing::debug!(pod = %pod, %error, "the trouble of the volume could not be written to its pod status; trying again");
@@ -315,6 +355,7 @@ impl Cluster {
                     None => annotations.remove(key),
                 };
             }
+            self.troubles.writes(volume_id);
             // A right to patch is not needed; the resource version keeps what others write meanwhile.
             let how = PostParams::default();
             match self.in_turn(api.replace(name, &how, &update)).await {
