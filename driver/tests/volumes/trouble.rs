@@ -206,6 +206,42 @@ fn a_publish_ends_the_trouble_of_refreshes() {
     });
 }
 
+/// Refreshes fail for one cause after another: the pod status names the present one, and the beginning of
+/// the whole.
+#[test]
+fn the_reason_of_a_stale_volume_follows_its_cause() {
+    alone(async {
+        let flags = [&EAGER[..], &["--sync-interval=1s"]].concat();
+        let mut world = World::start(&flags).await;
+        let volume = world.volume_of_its_own();
+        world.publish_patiently(&volume).await.unwrap();
+        let mut since = None;
+        let causes = [
+            (Code::PermissionDenied, "PERMISSION_DENIED"),
+            (Code::NotFound, "NOT_FOUND"),
+            (Code::PermissionDenied, "PERMISSION_DENIED"),
+            (Code::Unauthenticated, "UNAUTHENTICATED"),
+            (Code::FailedPrecondition, "FAILED_PRECONDITION"),
+            (Code::NotFound, "NOT_FOUND"),
+        ];
+        for (code, name) in causes {
+            let answer = Answer {
+                status: Some(code),
+                ..Answer::default()
+            };
+            world.provider.answers(&volume.class, answer);
+            until(&world, &volume, name, |status| {
+                let why = annotation(status, "stale-reason").unwrap_or_default();
+                why.contains(name)
+            })
+            .await;
+            let told = annotation(&status(&world, &volume), "stale-since");
+            assert!(told.is_some(), "{name}");
+            assert_eq!(*since.get_or_insert(told.clone()), told, "{name}");
+        }
+    });
+}
+
 /// In three hours of failures there is one event, which counts on often enough to be there still.
 #[test]
 fn an_event_is_repeated_for_as_long_as_refreshes_fail() {
