@@ -28,7 +28,7 @@ use crate::{error::Result, record::Pod};
 use pace::Pace;
 pub use reason::{Cause, Trouble};
 
-/// The time before a write in which more may change: a check finds one Secret after the other.
+/// The time before a write about Secrets in which more may change: a check finds one after the other.
 const GATHER: Duration = Duration::from_millis(200);
 /// How often a pod status that was at rest may be written at once, for somebody who mends one thing after
 /// the other.
@@ -248,7 +248,10 @@ impl Troubles {
     /// Returns how long a task has to wait before it writes; `None` if the volume is gone.
     fn wait(&self, volume_id: &str) -> Option<Duration> {
         let volumes = self.volumes();
-        Some(volumes.get(volume_id)?.writes.wait().max(GATHER))
+        let volume = volumes.get(volume_id)?;
+        let gathers = volume.aspects[Aspect::Secrets.index()].differs();
+        let gather = if gathers { GATHER } else { Duration::ZERO };
+        Some(volume.writes.wait().max(gather))
     }
 
     /// Notes that a pod status is being written.
