@@ -8,7 +8,7 @@ use tokio::time::{Duration, sleep};
 use tonic::Code;
 
 use crate::{
-    node::{Class, Data, Node, PATIENCE, data, until},
+    node::{Class, Data, Node, PATIENCE, STATUSES, data, until},
     reader::{Tree, read_all},
     state::{State, node_state, state},
     tracer::Traced,
@@ -608,7 +608,26 @@ impl Run {
             return Err(format!("the status goes with the earlier pod: {status}"));
         }
         until("the Secrets are as they should be", || self.has_secrets()).await?;
-        self.former_content_goes().await
+        self.former_content_goes().await?;
+        if self.operation == Operation::RefusedRefresh {
+            until("the pod is told whether refreshes fail", || self.is_told()).await?;
+        }
+        Ok(())
+    }
+
+    /// Returns whether event and pod status say that refreshes fail, as long as they do. The driver writes
+    /// both in the background.
+    fn is_told(&self) -> bool {
+        let api = self.node.api();
+        let annotations = "/metadata/annotations/secrets-store.csi.k8s.io~1stale-since";
+        let is_stale = |status: &Value| status.pointer(annotations).is_some();
+        let is_stale = api.all(STATUSES).iter().any(is_stale);
+        let mut events = api.all("events").into_iter();
+        if self.is_refused() {
+            is_stale && events.any(|event| event["reason"] == "MountRotationFailed")
+        } else {
+            !is_stale
+        }
     }
 
     /// Waits until nothing but the present content is left in the volume, with further looks of kubelet.

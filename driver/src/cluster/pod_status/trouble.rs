@@ -320,7 +320,9 @@ impl Cluster {
         let (volume_id, name) = (status.volume_id.to_owned(), status.name.to_owned());
         tokio::spawn(async move {
             while let Some(wait) = cluster.troubles.wait(&volume_id) {
-                sleep(wait).await;
+                if !wait.is_zero() {
+                    sleep(wait).await;
+                }
                 let written = cluster.replace_troubles(&volume_id, &pod, &name).await;
                 if let Err(error) = &written {
                     tracing::debug!(pod = %pod, %error, "the trouble of the volume could not be written to its pod status; trying again");
