@@ -213,7 +213,7 @@ async fn the_story_of_a_pod() {
     s.ready("wrong").await;
     tell(
         "a Secret of an object that is not there",
-        plugin.explains(&s, "wrong", "as it says since").await,
+        plugin.explains(&s, "wrong", "Secret other").await,
     );
 
     s.apply(pod("envy", &["mail"]).env("creds-of-others", "pw"))
