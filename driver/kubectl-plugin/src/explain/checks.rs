@@ -17,6 +17,7 @@ mod paths;
 mod refresh;
 mod refusal;
 mod refuser;
+mod released;
 mod remedy;
 mod restarts;
 mod sandbox;
@@ -204,7 +205,7 @@ const OF_LOOKS: [&str; 5] = [
 ];
 
 /// The checks that are in no table.
-const OTHERS: [&str; 16] = [
+const OTHERS: [&str; 17] = [
     "container-config",
     "container-crash",
     "driver-name",
@@ -217,6 +218,7 @@ const OTHERS: [&str; 16] = [
     "pod-failed",
     "sandbox",
     "secret-missing",
+    "secret-released",
     "secrets",
     "start",
     "termination",
@@ -303,6 +305,9 @@ fn of_ground(facts: &Facts) -> Vec<(Place, Trouble)> {
             ..Place::at(Stage::Volumes)
         };
         add(place, "volume-secret", Some(&volume.name), found);
+    }
+    for found in released::wrong(facts) {
+        add(Place::at(Stage::Mounted), "secret-released", None, found);
     }
     let is_told = |name: &Option<String>| name.as_ref().is_some_and(|name| names.contains(name));
     let others = others::failed(facts).into_iter();

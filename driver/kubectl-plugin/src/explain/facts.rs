@@ -45,9 +45,12 @@ pub(super) struct Facts {
     pub events: Read<Vec<Event>>,
     /// Its volumes of the driver.
     pub volumes: Vec<VolumeFacts>,
-    /// The classes of the namespace, if they are needed: a class is missing, or an environment variable takes
-    /// a Secret that no volume of the pod makes.
+    /// The classes of the namespace, if they are needed: a class is missing, or the pod takes a Secret that does not exist
+    /// or is the driver's, and that no volume of the pod makes.
     pub classes: Option<Read<Vec<SecretProviderClass>>>,
+    /// The classes of the namespace that pods mount, if one of them makes a Secret that the pod takes and that none of its
+    /// own makes.
+    pub mounted: Option<Read<BTreeSet<String>>>,
     /// The Secrets that classes and containers name: the metadata only.
     pub secrets: BTreeMap<String, Read<Written>>,
     /// The object CSIDriver.
@@ -126,6 +129,7 @@ impl Facts {
             events,
             volumes,
             classes: None,
+            mounted: None,
             secrets: BTreeMap::new(),
             csi_driver,
             installed,
@@ -136,8 +140,60 @@ impl Facts {
             let classes: Api<SecretProviderClass> = Api::namespaced(client.clone(), namespace);
             let classes = list(&classes, ListParams::default(), MAX_CLASSES).await;
             facts.classes = Some(classes.map(|classes| classes.items));
+            facts.read_mounted(client, namespace).await;
         }
         Ok(facts)
+    }
+
+    /// Reads which classes of the namespace pods mount, if that matters: a Secret that the pod takes is made by one that it
+    /// does not mount itself.
+    async fn read_mounted(&mut self, client: &Client, namespace: &str) {
+        let classes = self.classes.as_ref().and_then(Read::found);
+        let mut made = classes
+            .into_iter()
+            .flatten()
+            .flat_map(|class| &class.spec.secret_objects);
+        let left = self.left_over();
+        if !made.any(|made| left.contains(&made.secret_name.as_str())) {
+            return;
+        }
+        let api: Api<SecretProviderClassPodStatus> = Api::namespaced(client.clone(), namespace);
+        let statuses = list(&api, ListParams::default(), MAX_STATUSES).await;
+        self.mounted = Some(match statuses {
+            Read::Is(statuses) if statuses.is_cut => {
+                Read::Unknown(format!("there are more than {MAX_STATUSES} pod statuses"))
+            }
+            statuses => statuses.map(|statuses| {
+                let mounted = statuses.items.into_iter().map(|found| found.status);
+                let mounted = mounted.filter(|status| status.mounted);
+                mounted
+                    .map(|status| status.secret_provider_class_name)
+                    .collect()
+            }),
+        });
+    }
+
+    /// Returns the Secrets of the driver that the pod takes and that no class of it makes, in the order in which the pod
+    /// takes them.
+    pub(super) fn left_over(&self) -> Vec<&str> {
+        let mut all: Vec<&str> = Vec::new();
+        let of_volumes = self.secret_volumes().into_iter();
+        let of_volumes = of_volumes.map(|volume| volume.secret);
+        let of_images = self.pull_secrets().filter(|_| !self.volumes.is_empty());
+        let of_images = of_images.map(str::to_owned);
+        let of_environment = self.takes().into_iter().map(|take| take.secret.to_owned());
+        for name in of_volumes.chain(of_images).chain(of_environment) {
+            let Some((name, Read::Is(written))) = self.secrets.get_key_value(&name) else {
+                continue;
+            };
+            let is_made = self.volumes.iter().any(|volume| volume.makes(name));
+            let is_left = written.is_managed && !written.is_of_others;
+            let is_left = is_left && !written.is_deleted && !is_made;
+            if is_left && !all.contains(&name.as_str()) {
+                all.push(name);
+            }
+        }
+        all
     }
 
     async fn read_secrets(&mut self, client: &Client, namespace: &str) {
@@ -185,7 +241,7 @@ impl Facts {
             let is_missing = self.secrets.get(&secret).is_some_and(Read::is_missing);
             is_missing && !self.volumes.iter().any(|volume| volume.makes(&secret))
         });
-        has_one_missing || of_others
+        has_one_missing || of_others || !self.left_over().is_empty()
     }
 }
 

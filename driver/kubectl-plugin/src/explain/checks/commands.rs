@@ -70,6 +70,23 @@ impl Facts {
         }
     }
 
+    /// Returns the command that changes what the pod is made of. Most fields of a pod itself cannot be changed.
+    pub(super) fn edit_workload(&self) -> String {
+        let (kubectl, pod) = (self.kubectl(), self.pod.name_any());
+        let mut owners = self.pod.owner_references().iter();
+        let Some(owner) = owners.find(|owner| owner.controller == Some(true)) else {
+            return format!(
+                "{kubectl} get pod {pod} -o yaml > {pod}.yaml # change it there, then kubectl replace --force -f {pod}.yaml"
+            );
+        };
+        let hash = self.pod.labels().get("pod-template-hash");
+        let deployment = hash.and_then(|hash| owner.name.strip_suffix(&format!("-{hash}")));
+        match (owner.kind.as_str(), deployment) {
+            ("ReplicaSet", Some(deployment)) => format!("{kubectl} edit deployment {deployment}"),
+            (kind, _) => format!("{kubectl} edit {} {}", kind.to_lowercase(), owner.name),
+        }
+    }
+
     /// Returns the command that gets a pod like this one. A pod without a controller is not made again by itself.
     pub(super) fn new_pod(&self) -> String {
         let (kubectl, pod) = (self.kubectl(), self.pod.name_any());

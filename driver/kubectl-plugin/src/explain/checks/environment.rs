@@ -12,6 +12,7 @@ use super::{
     containers::waiting,
     order::Place,
     secrets::{awaits_driver, could_not, impossible, keys_of, maker_elsewhere, similar},
+    volume::started,
 };
 use crate::{
     cluster::Read,
@@ -100,14 +101,28 @@ fn secret(facts: &Facts, take: &Take<'_>) -> Option<Found> {
     Some(Found::new(what, facts.describe()))
 }
 
-/// A container that waits takes a key that the class does not write. The keys of the Secret itself are not read: only
+/// A container that waits takes a key that the class does not write, or one that runs cannot be started again. The keys of the Secret itself are not read: only
 /// its content has them.
 fn key(facts: &Facts, take: &Take<'_>) -> Option<Found> {
-    facts.secrets.get(take.secret)?.found()?;
-    let key = take.key.filter(|_| waits(facts, take.container))?;
+    let written = facts.secrets.get(take.secret)?.found()?;
+    let key = take.key?;
     let (class, keys) = keys_of(facts, take.secret)?;
     if keys.contains(&key) {
         return None;
+    }
+    if !waits(facts, take.container) {
+        // It had the key: the class has been changed since, and the driver takes a key away that it does not write.
+        let is_over = facts.has_ended() || facts.may_outlive_its_volumes();
+        let has_begun = started(facts, &take.container.name).is_some();
+        return (has_begun && !is_over && written.is_managed).then(|| {
+            let what = format!(
+                "container {} has been started with key {key} of Secret {}, which class {class} does not write any more: it writes {}, and the container cannot be started again",
+                take.container.name,
+                take.secret,
+                keys.join(", ")
+            );
+            Found::new(what, facts.edit_workload())
+        });
     }
     let what = format!(
         "container {} takes key {key} of Secret {}, and class {class} writes {}",

@@ -1,6 +1,6 @@
 //! Says what to do about a Secret that is not as its class says: what fits the cause, which is not often the class.
 
-use driver::cluster::secrets::ADOPT;
+use driver::cluster::secrets::{ADOPT, MANAGED};
 
 use super::{
     Then,
@@ -75,6 +75,15 @@ impl From<Then> for Remedy {
 fn of_others(ill: &Ill<'_>) -> Remedy {
     let Ill { facts, name, .. } = ill;
     let kubectl = facts.kubectl();
+    let written = facts.secrets.get(*name).and_then(Read::found);
+    if written.is_some_and(|written| written.is_of_driver && !written.is_of_others) {
+        return Remedy {
+            hint: Some(format!(
+                "the driver made it, and its label {MANAGED} and its annotations were taken away since, by hand or by a policy or a tool that has to leave them: until they are back, it keeps its old content. This gives it back to the driver, which replaces its data"
+            )),
+            next: format!("{kubectl} annotate secret {name} {ADOPT}=true").into(),
+        };
+    }
     Remedy {
         hint: Some(format!(
             "somebody else made it, and something may use it. Give the entry of secretObjects another secretName, and take that in the pod; only if nobody needs the data of {name} any more, let the driver REPLACE it: {kubectl} annotate secret {name} {ADOPT}=true"

@@ -69,6 +69,22 @@ fn said_of_creds(world: &mut World, cause: &str) {
     );
 }
 
+/// Lets the container take the key `pw` of a Secret into its environment.
+fn takes(world: &mut World, secret: &str) {
+    world.pod["spec"]["containers"][0]["env"] = json!([{"name": "PW", "valueFrom":
+        {"secretKeyRef": {"name": secret, "key": "pw"}}}]);
+}
+
+/// Adds a class that makes Secret db.
+fn other_class(world: &mut World) {
+    let mut class = world.class.clone();
+    class["metadata"]["name"] = json!("jobs");
+    class["spec"]["secretObjects"][0]["secretName"] = json!("db");
+    let path = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasses/jobs";
+    world.others.push((path.to_owned(), class));
+}
+
+const NOT_MADE: &str = "a Secret of this name exists that the driver did not make; it stays as it is. To hand it to the driver, which then replaces its data: kubectl annotate secret -n shop creds secrets-store.csi.k8s.io/adopt=true";
 const FIRST: &str = "SecretProviderClass db, Secret a-first: a Secret of this name exists that the driver did not make; it stays as it is. To hand it to the driver, which then replaces its data: kubectl annotate secret -n shop a-first secrets-store.csi.k8s.io/adopt=true";
 const LOGIN: &str = "SecretProviderClass db, Secret login: there is no object fo in the volume";
 
@@ -416,6 +432,140 @@ pub(super) const SECRETS: &[(&str, Change)] = &[
             "time": ago(50), "operation": "Update", "apiVersion": "secrets-store.csi.x-k8s.io/v1",
             "fieldsType": "FieldsV1", "fieldsV1": {"f:metadata": {"f:annotations":
                 {"f:secrets-store.csi.k8s.io/secrets-out-of-step-reason": {}}}}}]);
+        },
+    ),
+    (
+        "a container takes a Secret that the class does not make any more",
+        |world| {
+            takes(world, "db");
+            secret(world, "db", of_driver(1_000, &["pw"]));
+        },
+    ),
+    (
+        "a container of a Deployment takes a Secret that the class does not make any more, and Deployments and nodes may not be read",
+        |world| {
+            takes(world, "db");
+            secret(world, "db", of_driver(1_000, &["pw"]));
+            world.forbidden = vec!["/daemonsets", "/nodes", "/csinodes", "/csidrivers"];
+            world.pod["metadata"]["labels"] = json!({"pod-template-hash": "5d"});
+            super::controlled(world);
+        },
+    ),
+    (
+        "a volume and the images take Secrets that no class makes any more, and the class makes none",
+        |world| {
+            world.class["spec"]["secretObjects"] = json!([]);
+            let volumes = world.pod["spec"]["volumes"].as_array_mut().unwrap();
+            volumes.push(json!({"name": "tls", "secret": {"secretName": "web-tls"}}));
+            world.pod["spec"]["imagePullSecrets"] = json!([{"name": "pull"}]);
+            for name in ["web-tls", "pull"] {
+                secret(world, name, of_driver(1_000, &["pw"]));
+            }
+        },
+    ),
+    (
+        "a container takes a Secret of a class that another pod mounts",
+        |world| {
+            takes(world, "db");
+            secret(world, "db", of_driver(1_000, &["pw"]));
+            other_class(world);
+            let mut status = world.pod_status.clone();
+            status["metadata"]["name"] = json!("job-shop-jobs");
+            status["metadata"]["ownerReferences"][0]["uid"] = json!("job");
+            status["status"]["podName"] = json!("job");
+            status["status"]["secretProviderClassName"] = json!("jobs");
+            let path = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/job-shop-jobs";
+            world.others.push((path.to_owned(), status));
+        },
+    ),
+    (
+        "a container takes a Secret of a class that no pod mounts",
+        |world| {
+            takes(world, "db");
+            secret(world, "db", of_driver(1_000, &["pw"]));
+            other_class(world);
+        },
+    ),
+    (
+        "a container takes a Secret that somebody else made",
+        |world| {
+            takes(world, "db");
+            secret(world, "db", json!({}));
+        },
+    ),
+    (
+        "a container takes a Secret that somebody else writes now",
+        |world| {
+            takes(world, "db");
+            let mut metadata = of_driver(1_000, &["pw"]);
+            metadata["managedFields"][0]["manager"] = json!("external-secrets");
+            secret(world, "db", metadata);
+        },
+    ),
+    (
+        "a pod without volumes takes a Secret that no class makes any more",
+        |world| {
+            takes(world, "db");
+            secret(world, "db", of_driver(1_000, &["pw"]));
+            world.pod["spec"]["volumes"] = json!([]);
+            world.pod["spec"]["containers"][0]["volumeMounts"] = json!([]);
+        },
+    ),
+    (
+        "a container takes a Secret of a class that is gone",
+        |world| {
+            takes(world, "creds");
+            world.secret["metadata"] = of_driver(1_000, &["pw"]);
+            world.secret["metadata"]["name"] = json!("creds");
+            world.secret["metadata"]["annotations"] =
+                json!({"secrets-store.csi.k8s.io/class": "db"});
+            world.class = json!(null);
+        },
+    ),
+    (
+        "classes may not be listed, and the class does not make the Secret any more",
+        |world| {
+            takes(world, "db");
+            secret(world, "db", of_driver(1_000, &["pw"]));
+            world.forbidden = vec!["/secretproviderclasses?"];
+        },
+    ),
+    (
+        "a container runs with a key that the class does not write any more",
+        |world| {
+            takes(world, "creds");
+            world.secret["metadata"] = of_driver(100, &["password"]);
+            world.secret["metadata"]["name"] = json!("creds");
+            world.class["spec"]["secretObjects"][0]["data"][0]["key"] = json!("password");
+        },
+    ),
+    (
+        "a Secret of the driver has lost its label and its annotations",
+        |world| {
+            said_of_creds(world, NOT_MADE);
+            world.secret["metadata"] = of_driver(1_000, &["pw"]);
+            world.secret["metadata"]["name"] = json!("creds");
+            world.secret["metadata"]["labels"] = json!({});
+        },
+    ),
+    (
+        "a Secret of the driver has lost its label, and only its owner tells",
+        |world| {
+            said_of_creds(world, NOT_MADE);
+            world.secret["metadata"]["ownerReferences"] = json!([{"kind": "SecretProviderClassPodStatus",
+                "apiVersion": "secrets-store.csi.x-k8s.io/v1", "name": "web-shop-db", "uid": "s"}]);
+        },
+    ),
+    (
+        "a Secret of the driver has lost its label, and somebody else writes it",
+        |world| {
+            said_of_creds(world, NOT_MADE);
+            world.secret["metadata"] = of_driver(1_000, &["pw"]);
+            world.secret["metadata"]["name"] = json!("creds");
+            world.secret["metadata"]["labels"] = json!({});
+            world.secret["metadata"]["managedFields"][0]["manager"] = json!("kubectl-replace");
+            world.secret["metadata"]["ownerReferences"] = json!([{"kind": "SecretProviderClassPodStatus",
+                "apiVersion": "secrets-store.csi.x-k8s.io/v1", "name": "web-shop-db", "uid": "s"}]);
         },
     ),
 ];
