@@ -3,6 +3,7 @@
 //! A large cluster is not read as a whole: lists have a limit, and of the nodes only some are asked, those first
 //! that look ill. The report says how many.
 
+mod access;
 mod checks;
 mod facts;
 mod nodes;

@@ -11,6 +11,8 @@ use std::fmt;
 use kube::Client;
 use serde::Serialize;
 
+pub(crate) use facts::time_of;
+
 pub use checks::Trouble;
 pub use story::Story;
 pub use workload::{Chosen, Missing, NoPods, Workload};

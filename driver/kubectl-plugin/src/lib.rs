@@ -7,10 +7,12 @@
 //! installation   where the driver is in the cluster, and what it says of a node
 //! due            when a volume is refreshed next, and whether that is late
 //! time           times for people
+//! api_access     why the driver cannot ask the API server
 //! text           texts of others, as they may be shown
 //! cluster        requests to the API server, with the rights of the person who asks
 //! ```
 
+mod api_access;
 pub mod cluster;
 pub mod doctor;
 mod due;

@@ -1,5 +1,6 @@
 //! What can be wrong with a cluster and its nodes.
 
+mod access;
 mod cluster;
 mod looks;
 mod node;
@@ -55,6 +56,7 @@ const OF_CLUSTER: &[(&str, OfCluster)] = &[
     ("rollout", cluster::rollout),
     ("rights", cluster::rights),
     ("driver-pods", pods::driver_pods),
+    ("api-access", access::api_access),
     ("registration", cluster::registration),
     ("versions", cluster::versions),
     ("republish", cluster::republish),

@@ -16,6 +16,7 @@ use kube::{Api, Client, ResourceExt as _, api::ListParams};
 
 use super::{
     Scope,
+    access::Access,
     nodes::{self, Asked},
     overdue::{self, Late},
 };
@@ -72,6 +73,8 @@ pub(super) struct Facts {
     pub(super) asked: Vec<Asked>,
     /// The volumes of these nodes that kubelet has not looked at since their refresh was due.
     pub(super) overdue: Late,
+    /// Whether the drivers can ask the API server.
+    pub(super) access: Access,
     /// Pod statuses whose pods are gone, as namespace and name.
     pub(super) orphans: Read<Listed<String>>,
     pub(super) statuses: usize,
@@ -112,9 +115,10 @@ impl Facts {
                 .iter()
                 .any(|class| !class.spec.secret_objects.is_empty())
         });
-        let (rights, asked) = tokio::join!(
+        let (rights, asked, access) = tokio::join!(
             rights(client, &installed, syncs),
             nodes::ask(client, &installed, &pods, scope.nodes),
+            Access::read(client, &installed),
         );
         let overdue = overdue::find(client, &asked, &classes).await;
         Ok(Self {
@@ -129,6 +133,7 @@ impl Facts {
             pods,
             asked,
             overdue,
+            access,
             orphans,
             statuses,
         })
@@ -226,6 +231,10 @@ impl Facts {
         add(
             "whether kubelet looks at the volumes in time",
             self.overdue.unknown.as_deref(),
+        );
+        add(
+            "whether pods wait for a driver that cannot ask the API server (their events)",
+            self.access.silent.unknown(),
         );
         add("pod statuses whose pods are gone", self.orphans.unknown());
         let has_drivers = self.pods.found().is_some_and(|pods| !pods.items.is_empty());

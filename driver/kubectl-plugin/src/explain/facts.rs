@@ -302,7 +302,7 @@ async fn events(client: &Client, pod: &Pod) -> Read<Vec<Event>> {
 }
 
 /// Returns the last time of an event.
-pub(super) fn time_of(event: &Event) -> Option<Timestamp> {
+pub(crate) fn time_of(event: &Event) -> Option<Timestamp> {
     let series = event
         .series
         .as_ref()

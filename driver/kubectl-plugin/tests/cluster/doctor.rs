@@ -7,9 +7,24 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::world::{World, ago};
+use crate::{
+    situations::refused,
+    world::{World, ago},
+};
 
 type Change = fn(&mut World);
+
+/// Lets the pod wait for its volume, of which the driver says this.
+fn waits(world: &mut World, said: &str) {
+    refused(world, said);
+}
+
+/// Makes a service account of the driver whose pods get no token.
+fn no_token_of_account(world: &mut World) {
+    let account = json!({"metadata": {"name": "secrets-store-csi-driver"}, "automountServiceAccountToken": false});
+    let path = "/api/v1/namespaces/kube-system/serviceaccounts/secrets-store-csi-driver";
+    world.others.push((path.to_owned(), account));
+}
 
 const SITUATIONS: &[(&str, Change)] = &[
     ("all is well", |_| {}),
@@ -64,6 +79,94 @@ const SITUATIONS: &[(&str, Change)] = &[
             status["state"] =
                 json!({"terminated": {"reason": "Error", "exitCode": 2, "finishedAt": ago(4)}});
             world.driver["status"]["conditions"] = json!([{"type": "Ready", "status": "False"}]);
+        },
+    ),
+    ("the driver's pod gets no token", |world| {
+        world.driver["spec"]["automountServiceAccountToken"] = json!(false);
+    }),
+    ("the driver's service account gives no token", |world| {
+        no_token_of_account(world);
+    }),
+    (
+        "the service account gives no token, and the pod asks for one",
+        |world| {
+            no_token_of_account(world);
+            world.driver["spec"]["automountServiceAccountToken"] = json!(true);
+        },
+    ),
+    ("the pod gets no token, and has one of its own", |world| {
+        world.driver["spec"]["automountServiceAccountToken"] = json!(false);
+        world.driver["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "own",
+                "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"}]);
+    }),
+    ("the driver has no token, says a pod that waits", |world| {
+        waits(
+            world,
+            "cannot connect to the API server: failed to infer config: failed to read an incluster token; run in a cluster with a service account token, or give --kubeconfig",
+        );
+    }),
+    ("the driver's token has expired", |world| {
+        waits(
+            world,
+            "Unauthorized; the API server does not accept the driver's credentials. Restart the driver's pod, which gives it a new service account token; with --kubeconfig, renew the credentials in that file",
+        );
+    }),
+    ("the driver does not trust the API server", |world| {
+        waits(
+            world,
+            "the API server did not answer: client error (Connect): invalid peer certificate: UnknownIssuer",
+        );
+    }),
+    ("the driver does not resolve the API server", |world| {
+        waits(
+            world,
+            "the API server did not answer: client error (Connect): dns error: failed to lookup address information: Try again",
+        );
+    }),
+    (
+        "a network policy keeps the driver from the API server",
+        |world| {
+            waits(
+                world,
+                "the API server did not answer: no answer within 10 s",
+            );
+        },
+    ),
+    ("a pod waited for a driver, and is ready", |world| {
+        let status = world.pod["status"].clone();
+        waits(
+            world,
+            "the API server did not answer: no answer within 10 s",
+        );
+        world.pod["status"] = status;
+    }),
+    ("a pod waited for a driver some minutes ago", |world| {
+        waits(
+            world,
+            "the API server did not answer: no answer within 10 s",
+        );
+        world.others[0].1["lastTimestamp"] = ago(200);
+    }),
+    (
+        "a pod waits for a driver, and DaemonSets may not be read",
+        |world| {
+            waits(
+                world,
+                "the API server did not answer: no answer within 10 s",
+            );
+            world.event("FailedMount", "Unable to attach or mount volumes: unmounted volumes=[secrets], unattached volumes=[secrets]: timed out waiting for the condition");
+            world.others[1].1["lastTimestamp"] = ago(5);
+            world.forbidden = vec!["/daemonsets"];
+        },
+    ),
+    (
+        "a pod waits for a driver, and events may not be read",
+        |world| {
+            waits(
+                world,
+                "the API server did not answer: no answer within 10 s",
+            );
+            world.forbidden = vec!["/v1/events"];
         },
     ),
     ("kubelet does not know the driver", |world| {

@@ -5,6 +5,7 @@ use kube::ResourceExt as _;
 
 use super::{Then, events::unregistered, ground};
 use crate::{
+    api_access::Cause,
     cluster::Read,
     explain::facts::{Facts, VolumeFacts, is_running},
     installation::Installed,
@@ -59,6 +60,17 @@ impl Facts {
             false => Then::Do(format!(
                 "kubectl apply -f deploy/{role} # or, of the chart, {value}=true"
             )),
+        }
+    }
+
+    /// Returns what to do about a driver that cannot ask the API server.
+    pub(super) fn access(&self, cause: Cause) -> Then {
+        let Some((installed, pod)) = self.driver() else {
+            return self.driver_pods();
+        };
+        match self.may_not_see_the_driver() {
+            true => Then::Tell,
+            false => Then::Do(cause.command(installed, Some(&pod.name_any()))),
         }
     }
 

@@ -9,6 +9,7 @@ use super::{
     volume::{mount_gone, runs},
 };
 use crate::{
+    api_access::Cause,
     explain::facts::{Facts, VolumeFacts},
     time::shown,
 };
@@ -39,7 +40,8 @@ pub(super) fn mount(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
             ),
             None if said.contains(CANCELLED) => cancelled(facts, volume),
             None => {
-                let why = paths::clash(volume, &said);
+                let access = Cause::of(&said).map(|cause| cause.words().to_owned());
+                let why = paths::clash(volume, &said).or(access);
                 let why = why.map_or_else(String::new, |why| format!(": {why}"));
                 Found::new(
                     format!("volume {} cannot be mounted{why}", volume.name),

@@ -4,6 +4,7 @@ use kube::ResourceExt as _;
 
 use super::{Then, paths::is_clash, refuser::Refuser};
 use crate::{
+    api_access::Cause,
     explain::facts::{Facts, VolumeFacts},
     installation::DRIVER,
     lint::names::closest,
@@ -27,6 +28,8 @@ enum Mender {
     Tokens,
     /// Whoever mends it, the provider's log says more.
     Provider,
+    /// Who runs the driver: it cannot ask the API server.
+    Access(Cause),
     /// Nobody in particular.
     Driver,
 }
@@ -61,6 +64,7 @@ pub(super) fn after_refusal(facts: &Facts, volume: &VolumeFacts, said: Option<&s
         Mender::Pod => facts.describe().into(),
         Mender::Tokens => format!("kubectl get csidriver {DRIVER} -o yaml").into(),
         Mender::Provider => facts.pods_of_node(),
+        Mender::Access(cause) => facts.access(cause),
         Mender::Driver => facts.driver_log(),
     }
 }
@@ -125,6 +129,10 @@ fn after_denial(facts: &Facts, refuser: Refuser<'_>, said: &str) -> Then {
 fn mender(facts: &Facts, said: &str) -> Mender {
     if is_clash(said) {
         return Mender::Paths;
+    }
+    // Whether nothing answers may be over soon, and the driver's log says more.
+    if let Some(cause) = Cause::of(said).filter(|cause| *cause != Cause::Network) {
+        return Mender::Access(cause);
     }
     let lower = said.to_lowercase();
     // A provider may speak of its own rights and quotas.

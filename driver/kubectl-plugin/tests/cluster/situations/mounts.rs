@@ -15,6 +15,8 @@ fn edited(world: &mut World, seconds: i64, fields: Value) {
         "fieldsV1": fields}]);
 }
 
+const NO_TOKEN: &str = "cannot connect to the API server: failed to infer config: failed to read an incluster token; run in a cluster with a service account token, or give --kubeconfig";
+
 pub(super) const MOUNTS: &[(&str, Change)] = &[
     ("the volume names no class", |world| {
         world.pod["spec"]["volumes"][0]["csi"]["volumeAttributes"] = json!({});
@@ -290,4 +292,26 @@ pub(super) const MOUNTS: &[(&str, Change)] = &[
             world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : fetching NodePublishSecretRef shop/creds failed: kubernetes.io/csi: failed to find the secret creds in the namespace shop with error: secrets \"creds\" is forbidden: User \"system:node:node-1\" cannot get resource \"secrets\" in API group \"\" in the namespace \"shop\": no relationship found between node 'node-1' and this object");
         },
     ),
+    ("the driver has no token", |world| {
+        refused(world, NO_TOKEN);
+    }),
+    (
+        "the driver has no token, and may not be looked at",
+        |world| {
+            refused(world, NO_TOKEN);
+            world.forbidden = vec!["/daemonsets"];
+        },
+    ),
+    ("the driver's token has expired", |world| {
+        refused(
+            world,
+            "Unauthorized; the API server does not accept the driver's credentials. Restart the driver's pod, which gives it a new service account token; with --kubeconfig, renew the credentials in that file",
+        );
+    }),
+    ("the driver does not trust the API server", |world| {
+        refused(
+            world,
+            "the API server did not answer: client error (Connect): invalid peer certificate: UnknownIssuer",
+        );
+    }),
 ];
