@@ -2,6 +2,7 @@
 
 use driver::status::Volume;
 use k8s_openapi::api::core::v1::{Container, VolumeMount};
+use kube::ResourceExt as _;
 
 use super::{Found, volume::started};
 use crate::{
@@ -92,8 +93,8 @@ fn files(record: &Volume) -> String {
     }
 }
 
-/// Returns the files that containers mount which end again and again, where the node's driver cannot be asked for those
-/// of the volume, and its pod status names no such object: one of them may be no file of the volume.
+/// Returns the files that containers mount, where the node's driver cannot be asked for those of the volume, and its pod
+/// status names no such object: one of them may be no file of the volume, and nothing else says so.
 pub(in crate::explain) fn unknown_files(facts: &Facts) -> Vec<String> {
     let volumes = facts.volumes.iter();
     let volumes = volumes.filter(|volume| facts.record(volume).is_none());
@@ -109,31 +110,15 @@ pub(in crate::explain) fn unknown_files(facts: &Facts) -> Vec<String> {
             [] => String::new(),
             ids => format!("; its pod status names the objects {}", ids.join(", ")),
         };
-        let down = paths(facts, volume).filter(|(container, _)| is_down(facts, &container.name));
-        let open: Vec<_> = down.filter(|(_, path)| !is_named(path)).collect();
-        open.into_iter().map(move |(container, path)| {
-            format!(
-                "whether volume {} has the file {path}, which container {} mounts (subPath){ids}",
-                volume.name, container.name
-            )
-        })
+        let open = parts(facts, volume).filter(|part| {
+            let path = part.path.as_deref();
+            path.is_none_or(|path| !path.is_empty() && !is_named(path))
+        });
+        let open: Vec<_> = open.collect();
+        open.into_iter()
+            .filter_map(move |part| part.unknown(facts, volume, &ids))
     });
     lines.collect()
-}
-
-fn is_down(facts: &Facts, container: &str) -> bool {
-    let mut statuses = state::statuses(&facts.pod);
-    statuses.any(|(_, status)| status.name == container && state::is_down(status))
-}
-
-/// Returns the paths that containers mount of a volume, with the containers, as far as they are known.
-fn paths<'a>(
-    facts: &'a Facts,
-    volume: &'a VolumeFacts,
-) -> impl Iterator<Item = (&'a Container, String)> {
-    let parts = parts(facts, volume);
-    let paths = parts.filter_map(|part| Some((part.container, part.path?)));
-    paths.filter(|(_, path)| !path.is_empty())
 }
 
 /// A mount of a part of a volume.
@@ -158,6 +143,36 @@ impl Part<'_> {
         });
         let are_all = record.file_count? <= record.files.len();
         (is_there || are_all).then_some(is_there)
+    }
+
+    /// Says that it is not known whether the volume has the path, and how somebody may see that who may not ask the
+    /// driver. Nothing is mounted yet where the container has not begun.
+    fn unknown(&self, facts: &Facts, volume: &VolumeFacts, ids: &str) -> Option<String> {
+        let name = &self.container.name;
+        let field = self.field();
+        let what = match (&self.path, &self.mount.sub_path_expr) {
+            (Some(path), None) => {
+                format!("the file {path}, which container {name} mounts ({field})")
+            }
+            (Some(path), Some(expression)) => {
+                format!("the file {path}, which container {name} mounts ({field} {expression})")
+            }
+            (None, expression) => format!(
+                "what {} stands for, which container {name} mounts ({field})",
+                expression.as_deref().unwrap_or_default()
+            ),
+        };
+        let begin = format!("whether volume {} has {what}{ids}", volume.name);
+        if started(facts, name).is_some() {
+            let at = &self.mount.mount_path;
+            let (kubectl, pod) = (facts.kubectl(), facts.pod.name_any());
+            return Some(format!(
+                "{begin}: {kubectl} exec {pod} -c {name} -- ls -la {at} shows it; an empty directory there means that there is no such file (sub-path-file)"
+            ));
+        }
+        let mut statuses = state::statuses(&facts.pod);
+        let is_down = statuses.any(|(_, status)| status.name == *name && state::is_down(status));
+        is_down.then(|| format!("{begin} (sub-path-file)"))
     }
 
     fn field(&self) -> &'static str {

@@ -141,4 +141,29 @@ pub(super) const REFRESHES: &[(&str, Change)] = &[
             env.push(json!({"name": "FILE", "value": "$(POD).key"}));
         },
     ),
+    (
+        "a container runs with a subPath that may name no file, and the driver may not be looked at",
+        |world| {
+            world.pod["spec"]["containers"][0]["volumeMounts"][0]["subPath"] = json!("fooo");
+            world.forbidden = vec!["/daemonsets"];
+        },
+    ),
+    (
+        "a container runs with a subPathExpr that may name no file, and the driver may not be looked at",
+        |world| {
+            let label =
+                json!({"valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['team']"}}});
+            expression(world, "$(POD).key", &label);
+            world.pod["metadata"]["labels"] = json!({"team": "shop"});
+            world.forbidden = vec!["/exec?"];
+        },
+    ),
+    (
+        "a container runs with a subPathExpr of a ConfigMap, and the driver may not be looked at",
+        |world| {
+            let key = json!({"valueFrom": {"configMapKeyRef": {"name": "web", "key": "pod"}}});
+            expression(world, "$(POD).key", &key);
+            world.forbidden = vec!["/exec?"];
+        },
+    ),
 ];
