@@ -37,6 +37,7 @@ use serde::Serialize;
 
 pub(super) use environment::unset;
 pub(super) use looks::are_failing as looks_fail;
+pub(super) use others::has_persistent;
 pub(super) use refresh::{Next, interval, next_refresh, rotates};
 pub(super) use restarts::{ends_again, notes as of_hooks};
 pub(super) use secrets::outdated;

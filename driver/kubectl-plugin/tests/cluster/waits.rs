@@ -264,6 +264,16 @@ pub(crate) const WAITS: &[(&str, Change)] = &[
             "configmap \"web-env\" not found",
         );
     }),
+    (
+        "a variable takes a ConfigMap of the name of a Secret of the class",
+        |world| {
+            waits(
+                world,
+                "CreateContainerConfigError",
+                "configmap \"creds\" not found",
+            );
+        },
+    ),
     ("a subPath of the volume cannot be used", |world| {
         waits(
             world,

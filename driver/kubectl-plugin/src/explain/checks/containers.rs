@@ -12,7 +12,7 @@ use super::{
     order::Place,
     over, restarts,
     sandbox::sandbox,
-    secrets::{could_not, keys_of},
+    secrets::{could_not, keys_of, not_config_map},
 };
 use crate::explain::{facts::Facts, state};
 
@@ -306,13 +306,19 @@ pub(super) fn not_started(
     let words = said.as_deref().unwrap_or_default();
     let over = over::mount(facts, container, words);
     let over = over.or_else(|| awaited_key(facts, words));
-    let advice = over.or_else(|| advice(CONFIGS, words).map(str::to_owned));
+    let is_secret = not_config_map(facts, words);
+    let next = match is_secret.is_some() {
+        true => facts.edit_workload(),
+        false => facts.describe(),
+    };
+    let known = over.or(is_secret);
+    let advice = known.or_else(|| advice(CONFIGS, words).map(str::to_owned));
     let advice = advice.map_or_else(String::new, |advice| format!("; {advice}"));
     let what = format!(
         "{}kubelet cannot start {name} ({reason}){advice}",
         fine(facts)
     );
-    Found::new(what, facts.describe()).said(said)
+    Found::new(what, next).said(said)
 }
 
 /// Returns advice about a key that kubelet does not find, and that the class writes by now.

@@ -7,6 +7,7 @@ use super::{
     Found,
     events::{is_failure, recent_failures, text, unmounted, volume_of, waits},
     looks,
+    secrets::not_config_map,
 };
 use crate::{
     explain::facts::{Facts, time_of},
@@ -122,13 +123,37 @@ fn looked_at(facts: &Facts) -> Vec<(Option<String>, Found)> {
 }
 
 fn cannot(facts: &Facts, which: &str, said: &str, event: &Event) -> Found {
-    let what = format!(
-        "{which} cannot be mounted, and the pod does not start without it; it is not a volume of {DRIVER}"
-    );
+    let (what, next) = if is_persistent(said) {
+        let what = format!(
+            "{which} is a PersistentVolume of {DRIVER}, and the driver mounts only inline volumes: in spec.volumes of the pod, write csi with driver: {DRIVER}, readOnly: true and volumeAttributes.secretProviderClass in place of the claim"
+        );
+        (what, facts.edit_workload())
+    } else if let Some(is_secret) = not_config_map(facts, said) {
+        let what = format!(
+            "{which} cannot be mounted, and the pod does not start without it: {is_secret}"
+        );
+        (what, facts.edit_workload())
+    } else {
+        let what = format!(
+            "{which} cannot be mounted, and the pod does not start without it; it is not a volume of {DRIVER}"
+        );
+        (what, facts.describe())
+    };
     Found {
         at: time_of(event),
-        ..Found::new(what, facts.describe()).said(Some(said.to_owned()))
+        ..Found::new(what, next).said(Some(said.to_owned()))
     }
+}
+
+/// Returns whether kubelet says that the driver has no PersistentVolumes.
+fn is_persistent(said: &str) -> bool {
+    said.contains(DRIVER) && said.contains("Persistent") && said.contains("not supported")
+}
+
+/// Returns whether a claim of the pod is bound to a PersistentVolume of the driver, as kubelet says it.
+pub(in crate::explain) fn has_persistent(facts: &Facts) -> bool {
+    let mut events = facts.events.found().into_iter().flatten();
+    events.any(|event| is_failure(event) && is_persistent(text(event)))
 }
 
 /// Returns whether a volume is neither the driver's nor meant to be.

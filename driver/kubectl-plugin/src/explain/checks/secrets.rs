@@ -223,6 +223,19 @@ pub(super) fn similar(facts: &Facts, secret: &str) -> Option<String> {
     facts.volumes.iter().find_map(of_volume)
 }
 
+/// Says that a class makes a Secret of the name of a ConfigMap that kubelet does not find.
+pub(super) fn not_config_map(facts: &Facts, said: &str) -> Option<String> {
+    let (_, rest) = said.split_once("configmap \"")?;
+    let name = rest.split_once("\" not found")?.0;
+    let mut volumes = facts.volumes.iter();
+    let own = volumes.find(|volume| volume.makes(name));
+    let own = own.map(|volume| volume.class_name.clone());
+    let class = own.or_else(|| Some(maker_elsewhere(facts, name)?.name_any()))?;
+    Some(format!(
+        "there is no ConfigMap {name}, but class {class} makes a Secret of this name: if that is meant, write secretRef for configMapRef, secretKeyRef for configMapKeyRef, and secret for configMap in a volume"
+    ))
+}
+
 /// Says that a name cannot be that of a Secret.
 pub(super) fn impossible(name: &str) -> String {
     format!(

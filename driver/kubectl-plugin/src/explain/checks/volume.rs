@@ -245,13 +245,31 @@ pub(super) fn provider_socket(facts: &Facts, volume: &VolumeFacts) -> Option<Fou
 pub(super) fn publish_secret(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
     let name = &volume.source.node_publish_secret_ref.as_ref()?.name;
     facts.secrets.get(name).filter(|read| read.is_missing())?;
-    let found = Found::new(
-        format!(
-            "volume {} needs Secret {name} (nodePublishSecretRef), which does not exist in the pod's namespace",
-            volume.name
-        ),
-        format!("{} get secrets", facts.kubectl()),
+    let begin = format!(
+        "volume {} needs Secret {name} (nodePublishSecretRef), which does not exist in the pod's namespace",
+        volume.name
     );
+    let own = facts.volumes.iter().find(|other| other.makes(name));
+    let own = own.filter(|other| other.class_name == volume.class_name || waits_for(other, volume));
+    let found = match own {
+        Some(other) => Found::new(
+            format!(
+                "{begin}: class {} makes it only once this volume is mounted, so that the volume waits for itself. Create a Secret with the provider's credentials under a name that no class makes, and name that in nodePublishSecretRef",
+                other.class_name
+            ),
+            facts.edit_workload(),
+        ),
+        None => match facts.volumes.iter().find(|other| other.makes(name)) {
+            Some(other) => Found::new(
+                format!(
+                    "{begin}: class {} makes it once volume {} is mounted",
+                    other.class_name, other.name
+                ),
+                facts.describe(),
+            ),
+            None => Found::new(begin, format!("{} get secrets", facts.kubectl())),
+        },
+    };
     let said = facts.failed_mount(volume);
     Some(match said.filter(|(said, _)| has_name(said, name)) {
         Some((said, at)) => Found {
@@ -260,6 +278,12 @@ pub(super) fn publish_secret(facts: &Facts, volume: &VolumeFacts) -> Option<Foun
         },
         None => found,
     })
+}
+
+/// Returns whether a volume needs a Secret that the class of another one makes.
+fn waits_for(volume: &VolumeFacts, other: &VolumeFacts) -> bool {
+    let secret = volume.source.node_publish_secret_ref.as_ref();
+    secret.is_some_and(|secret| other.makes(&secret.name))
 }
 
 /// Returns whether all containers of the pod have been started.

@@ -11,7 +11,7 @@ use crate::{
         facts::{Facts, VolumeFacts, time_of},
         state,
     },
-    installation::{DRIVER, NodeSays},
+    installation::{DRIVER, NodeSays, TELL},
     lint::annotations,
     time::{shown, span},
 };
@@ -26,7 +26,12 @@ const OF_CALLS: [&str; 4] = ["mount", "refresh", "provider", "provider-socket"];
 pub(super) fn of(facts: &Facts, troubles: &[Trouble]) -> Vec<String> {
     let mut notes = Vec::new();
     if facts.volumes.is_empty() {
-        notes.push(format!("the pod has no volume of {DRIVER}"));
+        notes.push(match checks::has_persistent(facts) {
+            true => {
+                format!("the pod has no inline volume of {DRIVER}, and the driver mounts no others")
+            }
+            false => format!("the pod has no volume of {DRIVER}"),
+        });
     }
     notes.extend(ended(facts));
     if let Some(status) = facts.status() {
@@ -47,6 +52,11 @@ pub(super) fn of(facts: &Facts, troubles: &[Trouble]) -> Vec<String> {
     let mut checks = troubles.iter().map(|trouble| trouble.check);
     if checks.any(|check| OF_CALLS.contains(&check)) {
         notes.extend(failed_calls(facts));
+    }
+    // Who may not ask the driver does not see that somebody has mended it.
+    let is_theirs = |trouble: &Trouble| trouble.check == "mount" && trouble.next.starts_with(TELL);
+    if troubles.iter().any(is_theirs) {
+        notes.push("kubelet tries to mount again within about two minutes: if somebody has just mended it, look again then".to_owned());
     }
     notes.extend(misspelt_annotations(facts));
     notes.extend(annotations_of_pod(facts));

@@ -94,6 +94,20 @@ pub(super) const CONTAINERS: &[(&str, Change)] = &[
             world.event("FailedMount", "Unable to attach or mount volumes: unmounted volumes=[config secrets], unattached volumes=[]: timed out waiting for the condition");
         },
     ),
+    (
+        "a volume takes a ConfigMap of the name of a Secret of the class",
+        |world| {
+            world.with_config_map();
+            let (pod_status, status) = (world.pod_status.clone(), world.status.clone());
+            world.not_started();
+            (world.pod_status, world.status) = (pod_status, status);
+            world.pod["spec"]["volumes"][1]["configMap"]["name"] = json!("creds");
+            world.event(
+                "FailedMount",
+                "MountVolume.SetUp failed for volume \"config\" : configmap \"creds\" not found",
+            );
+        },
+    ),
     ("a ConfigMap was missing, and the pod is ready", |world| {
         world.with_config_map();
         world.pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"] = ago(10);

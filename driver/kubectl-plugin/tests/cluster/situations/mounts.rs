@@ -34,6 +34,50 @@ pub(super) const MOUNTS: &[(&str, Change)] = &[
         world.pod["spec"]["volumes"][0]["csi"]["nodePublishSecretRef"] = json!({"name": "login"});
         world.not_started();
     }),
+    (
+        "the Secret of nodePublishSecretRef is what the class of the volume makes",
+        |world| {
+            world.pod["spec"]["volumes"][0]["csi"]["nodePublishSecretRef"] =
+                json!({"name": "creds"});
+            world.secret = json!(null);
+            world.not_started();
+            world.event("FailedMount", "MountVolume.SetUp failed for volume \"secrets\" : fetching NodePublishSecretRef shop/creds failed: kubernetes.io/csi: failed to find the secret creds in the namespace shop with error: secrets \"creds\" not found");
+        },
+    ),
+    (
+        "the Secret of nodePublishSecretRef is what the class of another volume makes",
+        |world| {
+            let mut class = world.class.clone();
+            class["metadata"]["name"] = json!("login");
+            class["spec"]["secretObjects"][0]["secretName"] = json!("login");
+            let path =
+                "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasses/login";
+            world.others.push((path.to_owned(), class));
+            let mut volume = world.pod["spec"]["volumes"][0].clone();
+            volume["name"] = json!("first");
+            volume["csi"]["volumeAttributes"]["secretProviderClass"] = json!("login");
+            world.pod["spec"]["volumes"]
+                .as_array_mut()
+                .unwrap()
+                .push(volume);
+            let mounts = world.pod["spec"]["containers"][0]["volumeMounts"]
+                .as_array_mut()
+                .unwrap();
+            mounts.push(json!({"name": "first", "mountPath": "/first", "readOnly": true}));
+            world.pod["spec"]["volumes"][0]["csi"]["nodePublishSecretRef"] =
+                json!({"name": "login"});
+            world.not_started();
+        },
+    ),
+    (
+        "the pod's claim is bound to a PersistentVolume of the driver",
+        |world| {
+            world.pod["spec"]["volumes"] =
+                json!([{"name": "secrets", "persistentVolumeClaim": {"claimName": "sec"}}]);
+            world.not_started();
+            world.event("FailedMount", "MountVolume.SetUp failed for volume \"shop-pv\" : kubernetes.io/csi: mounter.SetUpAt failed to check volume lifecycle mode: volume mode \"Persistent\" not supported by driver secrets-store.csi.k8s.io (only supports [\"Ephemeral\"])");
+        },
+    ),
     ("the provider's socket is dead", |world| {
         world.status["providers"][0]["answers"] = json!(false);
         world.status["providers"][0]["error"] = json!("Connection refused (os error 111)");
