@@ -1,7 +1,7 @@
 //! Finds the driver in a cluster, whatever it was called and wherever it was installed, and asks a driver's pod
 //! what is on its node.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use driver::status::Status;
 use jiff::Timestamp;
@@ -80,6 +80,29 @@ impl Installed {
         let spec = self.set.spec.template.spec.as_ref();
         let account = spec.and_then(|spec| spec.service_account_name.clone());
         account.unwrap_or_else(|| "default".to_owned())
+    }
+
+    /// Returns the directories of the node that its pods have at these paths.
+    pub fn host_paths(&self, paths: &[PathBuf]) -> Vec<String> {
+        let Some(spec) = self.set.spec.template.spec.as_ref() else {
+            return Vec::new();
+        };
+        let mut containers = spec.containers.iter();
+        let container = containers.find(|container| container.name == self.container);
+        let mounts = container
+            .into_iter()
+            .flat_map(|c| c.volume_mounts.iter().flatten());
+        let mounts = mounts.filter(|mount| {
+            paths
+                .iter()
+                .any(|path| path.as_os_str() == mount.mount_path.as_str())
+        });
+        let found = mounts.filter_map(|mount| {
+            let mut volumes = spec.volumes.iter().flatten();
+            let volume = volumes.find(|volume| volume.name == mount.name)?;
+            Some(volume.host_path.as_ref()?.path.clone())
+        });
+        found.collect()
     }
 
     /// Reads its pod on a node.

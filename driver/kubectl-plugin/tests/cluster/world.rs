@@ -31,6 +31,8 @@ pub(crate) struct World {
     pub(crate) status: Value,
     /// The status of the driver's DaemonSet.
     pub(crate) set_status: Value,
+    /// The directory of the node in which the driver's DaemonSet looks for providers.
+    pub(crate) providers_on_node: Option<&'static str>,
     pub(crate) driver_namespace: &'static str,
     pub(crate) existing_driver: bool,
     /// Pieces of addresses that may not be read.
@@ -125,6 +127,7 @@ impl World {
             }),
             set_status: json!({"currentNumberScheduled": 1, "desiredNumberScheduled": 1,
                 "numberMisscheduled": 0, "numberReady": 1}),
+            providers_on_node: None,
             driver_namespace: "kube-system",
             existing_driver: false,
             forbidden: Vec::new(),
@@ -202,7 +205,7 @@ impl World {
                 .await
                 .unwrap();
         }
-        let set = json!({
+        let mut set = json!({
             "metadata": {"name": "csi-secrets-store", "uid": "set-1"},
             "spec": {
                 "selector": {"matchLabels": {"app": "csi-secrets-store"}},
@@ -216,6 +219,12 @@ impl World {
             },
             "status": self.set_status,
         });
+        if let Some(path) = self.providers_on_node {
+            let spec = &mut set["spec"]["template"]["spec"];
+            spec["volumes"] = json!([{"name": "providers", "hostPath": {"path": path}}]);
+            spec["containers"][0]["volumeMounts"] = json!([{"name": "providers",
+                "mountPath": "/var/run/secrets-store-csi-providers"}]);
+        }
         let (ns, group) = (
             self.driver_namespace,
             "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop",

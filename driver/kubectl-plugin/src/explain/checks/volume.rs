@@ -193,13 +193,25 @@ fn without_provider(facts: &Facts, volume: &VolumeFacts) -> Option<Found> {
             .iter()
             .map(|path| path.display().to_string())
             .collect();
+        // One that runs has its socket elsewhere, if the driver looks at another directory of the node.
+        let driver = facts.driver().filter(|_| names.is_empty());
+        let on_node = driver.map(|(set, _)| (set, set.host_paths(&status.provider_directories)));
+        let on_node = on_node.filter(|(_, paths)| !paths.is_empty());
+        let compare = on_node.map_or_else(String::new, |(set, paths)| {
+            format!(
+                "; if it runs there, compare its hostPath with {}, which DaemonSet {}/{} takes for that",
+                paths.join(" and "),
+                set.namespace(),
+                set.set.name_any()
+            )
+        });
         let next = match closest(provider, &names) {
             Some(_) => facts.edit_class(volume).into(),
             None => facts.pods_of_node(),
         };
         return Some(Found::new(
             format!(
-                "provider {} of class {} has no socket on node {} ({there}, in {}); install it there, or correct spec.provider",
+                "provider {} of class {} has no socket on node {} ({there}, in {}); install it there, or correct spec.provider{compare}",
                 shown_name(provider),
                 volume.class_name,
                 status.node,

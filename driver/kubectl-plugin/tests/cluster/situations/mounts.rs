@@ -78,6 +78,14 @@ pub(super) const MOUNTS: &[(&str, Change)] = &[
             world.event("FailedMount", "MountVolume.SetUp failed for volume \"shop-pv\" : kubernetes.io/csi: mounter.SetUpAt failed to check volume lifecycle mode: volume mode \"Persistent\" not supported by driver secrets-store.csi.k8s.io (only supports [\"Ephemeral\"])");
         },
     ),
+    (
+        "no provider has a socket where the driver looks for it",
+        |world| {
+            world.providers_on_node = Some("/var/run/secrets-store-csi-provders");
+            world.status["providers"] = json!([]);
+            world.not_started();
+        },
+    ),
     ("the provider's socket is dead", |world| {
         world.status["providers"][0]["answers"] = json!(false);
         world.status["providers"][0]["error"] = json!("Connection refused (os error 111)");
