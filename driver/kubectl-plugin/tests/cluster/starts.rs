@@ -346,6 +346,14 @@ pub(crate) const STARTS: &[(&str, Change)] = &[
         world.pod["status"]["conditions"] = json!([{"type": "Ready", "status": "False"}]);
         world.pod["status"]["containerStatuses"][0]["ready"] = json!(false);
     }),
+    (
+        "a deleted pod should have ended some seconds ago",
+        |world| {
+            world.pod["metadata"]["deletionTimestamp"] = ago(5);
+            world.pod["status"]["conditions"] = json!([{"type": "Ready", "status": "False"}]);
+            world.pod["status"]["containerStatuses"][0]["ready"] = json!(false);
+        },
+    ),
     ("a pod was evicted while it ran", |world| {
         failed(world, end(137, "Error"));
         world.pod["status"]["reason"] = json!("Evicted");

@@ -118,8 +118,12 @@ pub(super) fn steps(facts: &Facts) -> Vec<Step> {
 fn end(facts: &Facts) -> Found {
     let deadline = facts.pod.metadata.deletion_timestamp.as_ref();
     let deadline = deadline.map_or_else(String::new, |time| {
+        let have = match time.0 < facts.now {
+            true => "had",
+            false => "have",
+        };
         format!(
-            ", and its containers have until {}",
+            ", and its containers {have} until {}",
             shown(time.0, facts.now)
         )
     });
