@@ -12,8 +12,8 @@
 //! A directory that is named after a moment is a generation: the content of the volume from that
 //! moment on. Every name that starts with `..` is hidden: no path of a payload has one.
 //!
-//! Kubelet itself makes directories in a volume: where a container mounts a `subPath` that is not there
-//! ([`is_bare`]). They are no content, and stay, because they are bound into the container.
+//! Kubelet itself makes directories in a volume: where a container mounts a `subPath` that is not there.
+//! They are no content, and stay, because they are bound into the container.
 //!
 //! A new volume has the hidden file `..unfinished` until its first content is whole. The record of an
 //! earlier mount, from before the node lost its power, says nothing about such a volume.
