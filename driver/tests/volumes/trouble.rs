@@ -93,7 +93,7 @@ fn the_pod_status_says_that_refreshes_fail_for_as_long_as_they_do() {
             Step::Delete,
         ];
         let histories = prop::collection::vec(prop::sample::select(kinds.to_vec()), 1..7);
-        let mut runner = TestRunner::new(Config::with_cases(16));
+        let mut runner = TestRunner::new(Config::with_cases(10));
         for _ in 0..runner.config().cases {
             let history = histories.new_tree(&mut runner).unwrap().current();
             let volume = world.volume_of_its_own();
