@@ -205,11 +205,11 @@ impl Left {
         for name in found {
             let path = format!("{prefix}/{}", name.to_string_lossy());
             let path = path.trim_start_matches('/');
-            if is_bare(directory.as_fd(), &name) {
-                continue;
-            }
             let kind = fstatat(directory, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
                 .map(|stat| kind_of(&stat));
+            if kind == Ok(SFlag::S_IFDIR) && is_bare(directory.as_fd(), &name) {
+                continue;
+            }
             let one_less = match kind {
                 Ok(SFlag::S_IFREG) => self.files.checked_sub(1).map(|left| self.files = left),
                 Ok(SFlag::S_IFDIR) => self

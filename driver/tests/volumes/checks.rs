@@ -13,13 +13,6 @@ const NOT_CHECKED: Duration = Duration::from_secs(14);
 /// The time that a refresh waits for the answer to the write of its pod status. The check comes meanwhile.
 const HELD: Duration = Duration::from_secs(12);
 
-fn path_of(volume: &Volume) -> String {
-    format!(
-        "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/{}-shop-{}",
-        volume.id, volume.class
-    )
-}
-
 /// Waits until the pod status of a volume names this version of its object, for as long as a refresh waits
 /// for its answer.
 async fn until_said(world: &World, volume: &Volume, version: &str) {
@@ -52,7 +45,7 @@ fn a_check_during_a_refresh_does_not_leave_the_versions_of_before() {
         world.api.answer_status_late(&volume.class, HELD);
         let meanwhile = async {
             until_said(&world, &volume, "two").await;
-            world.api.remove(&path_of(&volume));
+            world.api.remove(&volume.pod_status());
             until_said(&world, &volume, "one").await;
             assert_eq!(volume.reads()["pw"], "one", "the refresh was not held");
         };

@@ -252,6 +252,15 @@ impl Api {
         self.0.server.remove(path);
     }
 
+    /// Gives the pod of a volume another specification.
+    pub(crate) fn pod_is(&self, volume: &Volume, spec: Value) {
+        let mut pod = self.get(&volume.pod()).unwrap();
+        let metadata = pod["metadata"].as_object_mut().unwrap();
+        metadata.remove("resourceVersion");
+        pod["spec"] = spec;
+        self.put(&volume.pod(), pod);
+    }
+
     /// The objects and versions that the pod status of a volume names, if there is one.
     pub(crate) fn status_of(&self, volume: &Volume) -> Option<Vec<(String, String)>> {
         let kind = "secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io";
@@ -492,6 +501,14 @@ impl Volume {
     /// The path of its pod at the API server.
     pub(crate) fn pod(&self) -> String {
         format!("/api/v1/namespaces/shop/pods/{}", self.id)
+    }
+
+    /// The path of its pod status at the API server.
+    pub(crate) fn pod_status(&self) -> String {
+        format!(
+            "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/{}-shop-{}",
+            self.id, self.class
+        )
     }
 
     pub(crate) fn state(&self) -> mount::TargetState {

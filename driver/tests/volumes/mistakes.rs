@@ -403,15 +403,10 @@ fn a_mount_with_sub_path_under_rotation() {
     alone(async {
         let mut world = World::start(&EAGER).await;
         let volume = world.volume_of_its_own();
-        let mut pod = world.api.get(&volume.pod()).unwrap();
-        pod["metadata"]
-            .as_object_mut()
-            .unwrap()
-            .remove("resourceVersion");
-        pod["spec"] = json!({"containers": [{
+        let spec = json!({"containers": [{
             "name": "app", "volumeMounts": [{"name": "secrets", "mountPath": "/pw", "subPath": "pw"}],
         }]});
-        world.api.put(&volume.pod(), pod);
+        world.api.pod_is(&volume, spec);
         world.publish_patiently(&volume).await.unwrap();
         world
             .provider

@@ -95,10 +95,7 @@ impl Case {
     /// Returns the resource versions of the pod statuses of its volumes.
     fn versions(&self, nodes: &[World; 2]) -> BTreeMap<String, Value> {
         let version = |volume: &Volume| {
-            let path = format!(
-                "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/{}-shop-{}",
-                volume.id, self.name
-            );
+            let path = volume.pod_status();
             let status = nodes[0].api.get(&path).unwrap();
             (path, status["metadata"]["resourceVersion"].clone())
         };

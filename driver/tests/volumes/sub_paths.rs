@@ -21,15 +21,10 @@ fn a_directory_that_kubelet_made_is_no_new_content() {
     alone(async {
         let mut world = World::start(&EAGER).await;
         let volume = world.volume_of_its_own();
-        let mut pod = world.api.get(&volume.pod()).unwrap();
-        pod["metadata"]
-            .as_object_mut()
-            .unwrap()
-            .remove("resourceVersion");
-        pod["spec"] = json!({"containers": [{
+        let spec = json!({"containers": [{
             "name": "app", "volumeMounts": [{"name": "secrets", "mountPath": "/k", "subPath": "web.kye"}],
         }]});
-        world.api.put(&volume.pod(), pod);
+        world.api.pod_is(&volume, spec);
         let answers = |text: &str| {
             let answer = Answer {
                 version: Some("v1".to_owned()),
@@ -44,11 +39,8 @@ fn a_directory_that_kubelet_made_is_no_new_content() {
         answers("one");
         world.publish_patiently(&volume).await.unwrap();
         let status = || {
-            let path = format!(
-                "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/{}-shop-{}",
-                volume.id, volume.class
-            );
-            let annotations = world.api.get(&path).unwrap()["metadata"]["annotations"].clone();
+            let annotations =
+                world.api.get(&volume.pod_status()).unwrap()["metadata"]["annotations"].clone();
             ["content-changed", "content-changes"]
                 .map(|name| annotations[format!("secrets-store.csi.k8s.io/{name}")].clone())
         };

@@ -38,15 +38,8 @@ enum Step {
     Delete,
 }
 
-fn path_of(volume: &Volume) -> String {
-    format!(
-        "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop/secretproviderclasspodstatuses/{}-shop-{}",
-        volume.id, volume.class
-    )
-}
-
 fn status(world: &World, volume: &Volume) -> Value {
-    world.api.get(&path_of(volume)).unwrap_or_default()
+    world.api.get(&volume.pod_status()).unwrap_or_default()
 }
 
 fn annotation(status: &Value, name: &str) -> Option<String> {
@@ -74,7 +67,7 @@ fn edit(world: &World, volume: &Volume, annotations: Value) {
         return;
     }
     object["metadata"]["annotations"] = annotations;
-    world.api.put(&path_of(volume), object);
+    world.api.put(&volume.pod_status(), object);
 }
 
 /// Whatever happens to a volume, to its pod status and to the driver: the pod status says that the
@@ -123,7 +116,7 @@ fn the_pod_status_says_that_refreshes_fail_for_as_long_as_they_do() {
                             format!("{OURS}secrets-out-of-step-since"): "2026-01-01T00:00:00Z",
                         }),
                     ),
-                    Step::Delete => world.api.remove(&path_of(&volume)),
+                    Step::Delete => world.api.remove(&volume.pod_status()),
                 }
                 let case = format!("{step:?} of {history:?}");
                 until(&world, &volume, &case, |status| {

@@ -125,7 +125,8 @@ fn note_pods(world: &World, list: &[Pod]) -> Vec<(Watched, bool)> {
     ready
 }
 
-/// Returns whether there was no fault but a hostile tenant, and no single failure, since a pod that is ready now was created.
+/// Returns whether there was no fault but a hostile tenant, and no single failure, since a pod that is ready
+/// now was created.
 fn is_undisturbed(world: &World, before: Option<&Watched>) -> bool {
     let since = before.and_then(|before| before.waiting);
     since.is_some_and(|since| {

@@ -27,6 +27,8 @@ pub(super) struct Silent {
     pub(super) cause: Cause,
     /// The pod that waits.
     pub(super) pod: record::Pod,
+    /// When kubelet told it.
+    pub(super) at: Timestamp,
 }
 
 /// What is known of it.
@@ -87,10 +89,10 @@ async fn silent(client: &Client) -> Read<Vec<Silent>> {
     let recent = last.into_iter().filter_map(|(pod, event)| {
         let time = time_of(&event)?;
         let cause = Cause::of(event.message.as_deref()?)?;
-        (now.duration_since(time).as_secs() <= STILL).then_some((pod, event, cause))
+        (now.duration_since(time).as_secs() <= STILL).then_some((pod, event, cause, time))
     });
     let mut all = Vec::new();
-    for ((namespace, name), event, cause) in recent.take(MAX_PODS) {
+    for ((namespace, name), event, cause, at) in recent.take(MAX_PODS) {
         let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
         let Read::Is(pod) = read(pods.get(&name)).await else {
             continue;
@@ -107,6 +109,7 @@ async fn silent(client: &Client) -> Read<Vec<Silent>> {
                     namespace,
                     uid,
                 },
+                at,
             });
         }
     }

@@ -109,21 +109,26 @@ pub(super) fn runs(pod: &Pod) -> bool {
     })
 }
 
-fn started(pod: &Pod, container: &str) -> Option<Timestamp> {
+/// Returns when a container of a pod was started that runs.
+pub(super) fn started(pod: &Pod, container: &str) -> Option<Timestamp> {
     let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
     let status = statuses.iter().find(|status| status.name == container)?;
     let running = status.state.as_ref()?.running.as_ref()?;
     running.started_at.as_ref().map(|time| time.0)
 }
 
-fn container_of<'a>(sets: &'a [Installed], pod: &Pod) -> &'a str {
+/// Returns the DaemonSet of a driver's pod.
+pub(super) fn set_of<'a>(sets: &'a [Installed], pod: &Pod) -> Option<&'a Installed> {
     let owners = pod.owner_references();
     let is_of = |set: &&Installed| {
         let uid = set.set.uid();
         owners.iter().any(|owner| Some(&owner.uid) == uid.as_ref())
     };
-    let set = sets.iter().find(is_of).or(sets.first());
-    set.map_or("secrets-store", |set| set.container.as_str())
+    sets.iter().find(is_of).or(sets.first())
+}
+
+fn container_of<'a>(sets: &'a [Installed], pod: &Pod) -> &'a str {
+    set_of(sets, pod).map_or("secrets-store", |set| set.container.as_str())
 }
 
 /// Names nodes: the first ones, and how many there are.

@@ -14,11 +14,6 @@ use crate::{
 
 type Change = fn(&mut World);
 
-/// Lets the pod wait for its volume, of which the driver says this.
-fn waits(world: &mut World, said: &str) {
-    refused(world, said);
-}
-
 /// Makes a service account of the driver whose pods get no token.
 fn no_token_of_account(world: &mut World) {
     let account = json!({"metadata": {"name": "secrets-store-csi-driver"}, "automountServiceAccountToken": false});
@@ -100,25 +95,25 @@ const SITUATIONS: &[(&str, Change)] = &[
                 "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"}]);
     }),
     ("the driver has no token, says a pod that waits", |world| {
-        waits(
+        refused(
             world,
             "cannot connect to the API server: failed to infer config: failed to read an incluster token; run in a cluster with a service account token, or give --kubeconfig",
         );
     }),
     ("the driver's token has expired", |world| {
-        waits(
+        refused(
             world,
             "Unauthorized; the API server does not accept the driver's credentials. Restart the driver's pod, which gives it a new service account token; with --kubeconfig, renew the credentials in that file",
         );
     }),
     ("the driver does not trust the API server", |world| {
-        waits(
+        refused(
             world,
             "the API server did not answer: client error (Connect): invalid peer certificate: UnknownIssuer",
         );
     }),
     ("the driver does not resolve the API server", |world| {
-        waits(
+        refused(
             world,
             "the API server did not answer: client error (Connect): dns error: failed to lookup address information: Try again",
         );
@@ -126,7 +121,7 @@ const SITUATIONS: &[(&str, Change)] = &[
     (
         "a network policy keeps the driver from the API server",
         |world| {
-            waits(
+            refused(
                 world,
                 "the API server did not answer: no answer within 10 s",
             );
@@ -134,23 +129,35 @@ const SITUATIONS: &[(&str, Change)] = &[
     ),
     ("a pod waited for a driver, and is ready", |world| {
         let status = world.pod["status"].clone();
-        waits(
+        refused(
             world,
             "the API server did not answer: no answer within 10 s",
         );
         world.pod["status"] = status;
     }),
     ("a pod waited for a driver some minutes ago", |world| {
-        waits(
+        refused(
             world,
             "the API server did not answer: no answer within 10 s",
         );
         world.others[0].1["lastTimestamp"] = ago(200);
     }),
     (
+        "a pod waited for a driver that was started anew since",
+        |world| {
+            refused(
+                world,
+                "cannot connect to the API server: failed to infer config: failed to read an incluster token; run in a cluster with a service account token, or give --kubeconfig",
+            );
+            // kubelet told it 20 seconds ago.
+            world.driver["status"]["containerStatuses"][0]["state"]["running"]["startedAt"] =
+                ago(2);
+        },
+    ),
+    (
         "a pod waits for a driver, and DaemonSets may not be read",
         |world| {
-            waits(
+            refused(
                 world,
                 "the API server did not answer: no answer within 10 s",
             );
@@ -162,7 +169,7 @@ const SITUATIONS: &[(&str, Change)] = &[
     (
         "a pod waits for a driver, and events may not be read",
         |world| {
-            waits(
+            refused(
                 world,
                 "the API server did not answer: no answer within 10 s",
             );

@@ -599,7 +599,7 @@ fn failure(status: &Status) -> Answer {
 
 fn json_answer(code: u16, body: Vec<u8>) -> Answer {
     let mut answer = with_type(code, "application/json", body);
-    if answer.status() == http::StatusCode::TOO_MANY_REQUESTS {
+    if code == 429 {
         // As a real server does that has too many requests.
         let headers = answer.headers_mut();
         headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));

@@ -30,9 +30,10 @@ impl<G: Ground> Actor<'_, G> {
         let number = self.next();
         self.running_driver(node).await?;
         self.ground.shrink_memory(node, MACHINE).await?;
-        self.control(node, "/calls/reset").await?;
         let (greedy, waves) = (of_the_greedy(number, node), of_the_modest(number, node));
+        // The memory has to be restored whatever fails in this.
         let competed = async {
+            self.control(node, "/calls/reset").await?;
             self.running_driver(node).await?;
             self.apply_all(&self.hostile, &greedy).await?;
             for modest in &waves {

@@ -153,12 +153,11 @@ impl<G: Ground> Actor<'_, G> {
             return Ok(0);
         };
         let events = self.namespace.api::<Event>();
-        let of_it = ListParams::default();
-        let events = events.list(&of_it).await;
+        let events = events.list(&ListParams::default()).await;
         let events = events.map_err(api("list events".to_owned()))?;
         let of_it = events.iter().filter(|event| {
             event.involved_object.uid.as_deref() == Some(&pod.uid)
-                && event.type_.as_deref() == Some("Warning")
+                && event.reason.as_deref() == Some("FailedMount")
         });
         self.world
             .log

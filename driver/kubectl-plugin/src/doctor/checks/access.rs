@@ -7,8 +7,9 @@ use kube::ResourceExt as _;
 
 use super::{
     super::{
+        access::Silent,
         facts::Facts,
-        nodes::{named, node_of},
+        nodes::{named, node_of, set_of, started},
     },
     Found,
 };
@@ -27,7 +28,8 @@ pub(super) fn api_access(facts: &Facts, found: &mut Found<'_>) {
             .or_default()
             .push((node, None));
     }
-    for silent in facts.access.silent.found().into_iter().flatten() {
+    let silent = facts.access.silent.found().into_iter().flatten();
+    for silent in silent.filter(|silent| !is_over(facts, silent)) {
         let of_cause = by_cause.entry(silent.cause).or_default();
         if !of_cause.iter().any(|(node, _)| *node == silent.node) {
             of_cause.push((silent.node.clone(), Some(silent.pod.to_string())));
@@ -55,22 +57,29 @@ pub(super) fn api_access(facts: &Facts, found: &mut Found<'_>) {
     }
 }
 
+/// Returns whether the driver of the node has been started since: it has not said so.
+fn is_over(facts: &Facts, silent: &Silent) -> bool {
+    let on_node = |pod: &&Pod| node_of(pod) == Some(&silent.node);
+    let mut pods = facts.pods().filter(on_node);
+    pods.any(|pod| {
+        let set = facts.set_of(pod);
+        let started = set.and_then(|set| started(pod, &set.container));
+        started.is_some_and(|started| started > silent.at)
+    })
+}
+
 /// Returns whether a driver's pod has no token, and no other way to the API server. Where kubelet mounts one, the API
 /// server has added the mount to the pod.
 fn lacks_token(facts: &Facts, pod: &Pod) -> bool {
-    let Some(spec) = pod.spec.as_ref() else {
+    let (Some(spec), Some(set)) = (pod.spec.as_ref(), facts.set_of(pod)) else {
         return false;
     };
     let account = spec.service_account_name.clone();
-    let account = account.or_else(|| Some(facts.set_of(pod)?.service_account()));
-    let namespace = pod.namespace().unwrap_or_default();
-    let account = (namespace, account.unwrap_or_default());
+    let account = account.unwrap_or_else(|| set.service_account());
+    let account = (pod.namespace().unwrap_or_default(), account);
     let gets_one = spec
         .automount_service_account_token
         .unwrap_or_else(|| !facts.access.without_token.contains(&account));
-    let Some(set) = facts.set_of(pod) else {
-        return false;
-    };
     let mut containers = spec.containers.iter();
     let container = containers.find(|container| container.name == set.container);
     let has_other = container.is_none_or(|container| {
@@ -86,12 +95,6 @@ fn lacks_token(facts: &Facts, pod: &Pod) -> bool {
 impl Facts {
     /// Returns the DaemonSet of a driver's pod.
     fn set_of(&self, pod: &Pod) -> Option<&Installed> {
-        let sets = self.installed.found()?;
-        let owners = pod.owner_references();
-        let is_of = |set: &&Installed| {
-            let uid = set.set.uid();
-            owners.iter().any(|owner| Some(&owner.uid) == uid.as_ref())
-        };
-        sets.iter().find(is_of).or(sets.first())
+        set_of(self.installed.found()?, pod)
     }
 }

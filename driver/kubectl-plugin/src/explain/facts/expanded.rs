@@ -1,12 +1,15 @@
 //! Resolves the references to variables in a `subPathExpr`, as kubelet does, as far as the pod says their values.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::core::v1::{Container, EnvVar};
 use kube::ResourceExt as _;
 
 use super::Facts;
 
-/// The references to references that are followed.
-const MAX_DEPTH: usize = 8;
+/// The longest path of Linux in bytes. What is longer is not resolved: a value that names others many times grows with
+/// each of them.
+const LONGEST: usize = 4096;
 
 impl Facts {
     /// Returns the path that an expression of a container names, if the values of all its variables are known.
@@ -16,19 +19,7 @@ impl Facts {
         expression: &str,
     ) -> Option<String> {
         let all = container.env.as_deref().unwrap_or_default();
-        expand(expression, &|name| self.value(all, name, MAX_DEPTH))
-    }
-
-    /// Returns the value of a variable. It may name those that are defined before it. The last one of a name counts.
-    fn value(&self, all: &[EnvVar], name: &str, depth: usize) -> Option<String> {
-        let at = all.iter().rposition(|variable| variable.name == name)?;
-        let (variable, before) = (&all[at], &all[..at]);
-        let Some(source) = &variable.value_from else {
-            let value = variable.value.as_deref().unwrap_or_default();
-            let depth = depth.checked_sub(1)?;
-            return expand(value, &|name| self.value(before, name, depth));
-        };
-        self.field(&source.field_ref.as_ref()?.field_path)
+        expand(expression, &values(all, |path| self.field(path)))
     }
 
     /// Returns a field of the pod by the path of the downward API.
@@ -53,8 +44,28 @@ impl Facts {
     }
 }
 
+/// The values of variables; none for one whose value is not known.
+type Values<'a> = BTreeMap<&'a str, Option<String>>;
+
+/// Returns the values of a container's variables. `field` returns a field of the pod.
+fn values(all: &[EnvVar], field: impl Fn(&str) -> Option<String>) -> Values<'_> {
+    let mut values = Values::new();
+    // A value may name the variables that are defined before it. The last one of a name counts.
+    for variable in all {
+        let value = match &variable.value_from {
+            Some(source) => {
+                let of_pod = source.field_ref.as_ref();
+                of_pod.and_then(|of_pod| field(&of_pod.field_path))
+            }
+            None => expand(variable.value.as_deref().unwrap_or_default(), &values),
+        };
+        values.insert(variable.name.as_str(), value);
+    }
+    values
+}
+
 /// Replaces `$(NAME)` by values. `$$` stands for a dollar sign.
-fn expand(text: &str, value: &dyn Fn(&str) -> Option<String>) -> Option<String> {
+fn expand(text: &str, values: &Values<'_>) -> Option<String> {
     let mut expanded = String::new();
     let mut rest = text;
     while let Some((before, after)) = rest.split_once('$') {
@@ -69,7 +80,10 @@ fn expand(text: &str, value: &dyn Fn(&str) -> Option<String>) -> Option<String> 
             .and_then(|name| name.split_once(')'))
         {
             Some((name, after)) => {
-                expanded.push_str(&value(name)?);
+                expanded.push_str(values.get(name)?.as_ref()?);
+                if expanded.len() > LONGEST {
+                    return None;
+                }
                 rest = after;
             }
             None => {
@@ -88,7 +102,7 @@ mod tests {
 
     #[test]
     fn references_are_replaced_as_kubelet_does_it() {
-        let value = |name: &str| (name == "POD").then(|| "web".to_owned());
+        let values = Values::from([("POD", Some("web".to_owned())), ("UNKNOWN", None)]);
         for (text, expected) in [
             ("$(POD).key", Some("web.key")),
             ("a/$(POD)/$(POD)", Some("a/web/web")),
@@ -97,8 +111,28 @@ mod tests {
             ("$(POD", Some("$(POD")),
             ("a$", Some("a$")),
             ("$(OTHER)/$(POD)", None),
+            ("$(UNKNOWN)", None),
         ] {
-            assert_eq!(expand(text, &value).as_deref(), expected, "{text}");
+            assert_eq!(expand(text, &values).as_deref(), expected, "{text}");
+        }
+    }
+
+    /// Each variable names the one before it a thousand times: what is resolved once each is a little work, and a
+    /// text that grows with each is not resolved at all.
+    #[test]
+    fn variables_that_name_each_other_cost_no_more_than_their_text() {
+        for (first, last) in [("", Some("")), ("x", None)] {
+            let variable = |number: usize| EnvVar {
+                name: format!("V{number}"),
+                value: Some(match number {
+                    0 => first.to_owned(),
+                    _ => format!("$(V{})", number - 1).repeat(1000),
+                }),
+                ..EnvVar::default()
+            };
+            let all: Vec<_> = (0..10).map(variable).collect();
+            let values = values(&all, |_| None);
+            assert_eq!(expand("$(V9)", &values).as_deref(), last, "{first:?}");
         }
     }
 }

@@ -54,7 +54,7 @@ pub(super) const GROUND: &[(&str, Change)] = &[
         world.csi_node["spec"]["drivers"] = json!([]);
         world.not_started();
         let status = &mut world.driver["status"]["containerStatuses"][0];
-        status["restartCount"] = json!(1);
+        status["restartCount"] = json!(2);
         status["lastState"] =
             json!({"terminated": {"reason": "Error", "exitCode": 2, "finishedAt": ago(20)}});
     }),
