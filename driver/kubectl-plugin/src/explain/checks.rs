@@ -25,6 +25,7 @@ mod secret_volumes;
 mod secrets;
 mod start;
 mod sub_path;
+mod template;
 mod termination;
 mod volume;
 
@@ -206,10 +207,11 @@ const OF_LOOKS: [&str; 5] = [
 ];
 
 /// The checks that are in no table.
-const OTHERS: [&str; 17] = [
+const OTHERS: [&str; 18] = [
     "container-config",
     "container-crash",
     "driver-name",
+    "earlier-template",
     "env-key",
     "env-secret",
     "finalizers",
@@ -259,6 +261,10 @@ fn of_ground(facts: &Facts) -> Vec<(Place, Trouble)> {
     };
     if let Some(found) = termination::finalizers(facts) {
         add(Place::of_check("finalizers"), "finalizers", None, found);
+    }
+    if let Some(found) = template::earlier(facts) {
+        let check = "earlier-template";
+        add(Place::of_check(check), check, None, found);
     }
     for (name, found) in others::misnamed(facts) {
         let place = Place::of_check("driver-name");

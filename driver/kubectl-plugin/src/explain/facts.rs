@@ -14,6 +14,7 @@ use driver::{
 use futures::{StreamExt as _, future::join_all, stream};
 use jiff::Timestamp;
 use k8s_openapi::api::{
+    apps::v1::StatefulSet,
     core::v1::{CSIVolumeSource, Event, Node, Pod, Secret},
     storage::v1::{CSIDriver, CSINode},
 };
@@ -59,6 +60,8 @@ pub(super) struct Facts {
     pub installed: Read<Vec<Installed>>,
     /// The pod's node, if it has one.
     pub node: Option<NodeFacts>,
+    /// The StatefulSet that makes the pod, if one does.
+    pub stateful_set: Option<Read<StatefulSet>>,
 }
 
 /// What is known of one volume.
@@ -117,11 +120,12 @@ impl Facts {
             }
         };
         let csi_drivers: Api<CSIDriver> = Api::all(client.clone());
-        let (events, volumes, csi_driver, (installed, node)) = tokio::join!(
+        let (events, volumes, csi_driver, (installed, node), stateful_set) = tokio::join!(
             events(client, &pod),
             volumes(client, &pod),
             read(csi_drivers.get(DRIVER)),
             node(client, &pod, driver_namespace),
+            stateful_set(client, &pod),
         );
         let mut facts = Self {
             now: Timestamp::now(),
@@ -134,6 +138,7 @@ impl Facts {
             csi_driver,
             installed,
             node,
+            stateful_set,
         };
         facts.read_secrets(client, namespace).await;
         if facts.needs_classes() {
@@ -199,6 +204,8 @@ impl Facts {
     async fn read_secrets(&mut self, client: &Client, namespace: &str) {
         let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
         let mut names: BTreeSet<String> = self.named_secrets();
+        let optional = self.takes_if_there().into_iter();
+        names.extend(optional.map(|take| take.secret.to_owned()));
         for volume in &self.volumes {
             let reference = volume.source.node_publish_secret_ref.as_ref();
             names.extend(reference.map(|reference| reference.name.clone()));
@@ -286,6 +293,22 @@ async fn no_pod(pods: &Api<Pod>, namespace: &str, name: &str) -> String {
             "there is no pod {name} in namespace {namespace}; name another namespace with -n"
         ),
     }
+}
+
+async fn stateful_set(client: &Client, pod: &Pod) -> Option<Read<StatefulSet>> {
+    let mut owners = pod.owner_references().iter();
+    let set = owners.find(|owner| owner.controller == Some(true))?;
+    if set.kind != "StatefulSet" {
+        return None;
+    }
+    let sets: Api<StatefulSet> =
+        Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
+    let found = read(sets.get(&set.name)).await;
+    // One of the same name made later has nothing to do with the pod.
+    let is_other = found
+        .found()
+        .is_some_and(|found| found.uid().as_ref() != Some(&set.uid));
+    Some(if is_other { Read::Missing } else { found })
 }
 
 async fn events(client: &Client, pod: &Pod) -> Read<Vec<Event>> {

@@ -56,6 +56,12 @@ fn secret_names(world: &mut World, made: &str, taken: &str) {
     waits(world, "CreateContainerConfigError", &said);
 }
 
+/// Lets the container run, and take a key of a Secret for its environment, with `optional: true`.
+fn optional(world: &mut World, secret: &str, key: &str) {
+    world.pod["spec"]["containers"][0]["env"] = json!([{"name": "PW", "valueFrom":
+        {"secretKeyRef": {"name": secret, "key": key, "optional": true}}}]);
+}
+
 /// Lets the Secret of the container's environment be made again, with content since so many seconds.
 fn made_again(world: &mut World, since: i64) {
     world.pod["spec"]["containers"][0]["env"] =
@@ -271,6 +277,30 @@ pub(crate) const LOOKS: &[(&str, Change)] = &[
         world.pod["spec"]["containers"][0]["volumeMounts"][0]["subPath"] = json!("");
         world.pod["spec"]["containers"][0]["env"] = json!([{"name": "PW", "valueFrom":
             {"secretKeyRef": {"name": "creds", "key": "password", "optional": true}}}]);
+    }),
+    ("a container runs without its optional key", |world| {
+        optional(world, "creds", "password");
+    }),
+    (
+        "a container runs without an optional Secret of a similar name",
+        |world| {
+            optional(world, "cerds", "pw");
+            world.pod["spec"]["containers"][0]["envFrom"] =
+                json!([{"secretRef": {"name": "cerds", "optional": true}}]);
+        },
+    ),
+    (
+        "a container runs without an optional Secret of another name",
+        |world| {
+            optional(world, "sentry", "dsn");
+        },
+    ),
+    ("a container runs with its optional key", |world| {
+        optional(world, "creds", "pw");
+    }),
+    ("a container waits that takes an optional key", |world| {
+        optional(world, "creds", "password");
+        waits(world, "ContainerCreating", "");
     }),
     ("the program of a Job has just done its work", |world| {
         world.pod["spec"]["restartPolicy"] = json!("Never");

@@ -8,13 +8,20 @@ use crate::{
     api_access::Cause,
     cluster::Read,
     explain::facts::{Facts, VolumeFacts, is_running},
-    installation::Installed,
+    installation::{Installed, is_ready},
 };
 
 /// Returns the command that shows a pod of the driver.
 pub(super) fn describe(installed: &Installed, pod: &Pod) -> String {
     let (namespace, pod) = (installed.namespace(), pod.name_any());
     format!("kubectl -n {namespace} describe pod {pod}")
+}
+
+/// Returns the name of the CronJob that made a Job, whose name ends with the minute for which it was made.
+fn cron_job(job: &str) -> Option<&str> {
+    let (name, minute) = job.rsplit_once('-')?;
+    let is_minute = minute.len() >= 8 && minute.bytes().all(|digit| digit.is_ascii_digit());
+    is_minute.then_some(name)
 }
 
 impl Facts {
@@ -95,6 +102,22 @@ impl Facts {
         let deployment = hash.and_then(|hash| owner.name.strip_suffix(&format!("-{hash}")));
         match (owner.kind.as_str(), deployment) {
             ("ReplicaSet", Some(deployment)) => format!("{kubectl} edit deployment {deployment}"),
+            // The API server accepts no other template of a Job.
+            ("Job", _) => match cron_job(&owner.name) {
+                Some(cron_job) => format!(
+                    "{kubectl} edit cronjob {cron_job} # its next Job has it; this one: {kubectl} delete job {}",
+                    owner.name
+                ),
+                None => format!(
+                    "{kubectl} delete job {} # then create it from its changed manifest: the template of a Job cannot be changed",
+                    owner.name
+                ),
+            },
+            ("StatefulSet", _) if !is_ready(&self.pod) => format!(
+                "{kubectl} edit statefulset {} # then {}: it replaces no pod that is not ready",
+                owner.name,
+                self.new_pod()
+            ),
             (kind, _) => format!("{kubectl} edit {} {}", kind.to_lowercase(), owner.name),
         }
     }

@@ -101,8 +101,8 @@ fn secret(facts: &Facts, take: &Take<'_>) -> Option<Found> {
     Some(Found::new(what, facts.describe()))
 }
 
-/// A container that waits takes a key that the class does not write, or one that runs cannot be started again. The keys of the Secret itself are not read: only
-/// its content has them.
+/// A container that waits takes a key that the class does not write, or one that runs cannot be started again. The keys of
+/// the Secret itself are not read: only its content has them.
 fn key(facts: &Facts, take: &Take<'_>) -> Option<Found> {
     let written = facts.secrets.get(take.secret)?.found()?;
     let key = take.key?;
@@ -133,33 +133,49 @@ fn key(facts: &Facts, take: &Take<'_>) -> Option<Found> {
     Some(Found::new(what, facts.describe()))
 }
 
-/// Returns which optional keys containers that end do not get, since the class does not write them.
+/// Returns what containers that have been started do not get of what they take with `optional: true`: nothing fails, and
+/// what they do without it may not be what is meant.
 pub(in crate::explain) fn unset(facts: &Facts) -> Vec<String> {
-    let down = state::statuses(&facts.pod).filter(|(_, status)| state::is_down(status));
-    let names: Vec<_> = down.map(|(_, status)| status.name.as_str()).collect();
-    let down = facts.containers();
-    let down = down.filter(|container| names.contains(&container.name.as_str()));
-    let unset = down.flat_map(|container| {
-        let sources = container.env.iter().flatten();
-        let sources = sources.filter_map(|variable| Some((variable, variable.value_from.as_ref()?)));
-        let keys = sources.filter_map(|(variable, source)| {
-            let key = source.secret_key_ref.as_ref()?;
-            let (class, keys) = keys_of(facts, &key.name)?;
-            let is_unset = key.optional == Some(true) && !keys.contains(&key.key.as_str());
-            is_unset.then(|| {
-                format!(
-                    "container {} has no variable {}: it takes key {} of Secret {} with optional: true, and class {class} writes {}",
-                    container.name,
-                    variable.name,
-                    key.key,
-                    key.name,
-                    keys.join(", ")
-                )
-            })
-        });
-        keys.collect::<Vec<_>>()
+    if facts.has_ended() {
+        return Vec::new();
+    }
+    let taken = facts.takes_if_there().into_iter();
+    let optional = taken.filter(|take| take.is_optional);
+    let notes = optional.filter_map(|take| {
+        let container = &take.container.name;
+        let mut statuses = state::statuses(&facts.pod);
+        let (_, status) = statuses.find(|(_, status)| status.name == *container)?;
+        // One that waits gets what there is at its start.
+        if !state::is_down(status) && started(facts, container).is_none() {
+            return None;
+        }
+        let why = why_unset(facts, &take)?;
+        let lacks = match take.variable {
+            Some(variable) => format!("has no variable {variable}"),
+            None => "lacks the variables of a Secret".to_owned(),
+        };
+        let key = take
+            .key
+            .map_or_else(String::new, |key| format!("key {key} of "));
+        Some(format!(
+            "container {container} {lacks}: it takes {key}Secret {} with optional: true, {why}",
+            take.secret
+        ))
     });
-    unset.collect()
+    notes.collect()
+}
+
+/// Returns why a container did not get what it takes. Who says `optional` may mean a Secret that is not there.
+fn why_unset(facts: &Facts, take: &Take<'_>) -> Option<String> {
+    if let Some((class, keys)) = keys_of(facts, take.secret)
+        && let Some(key) = take.key
+        && !keys.contains(&key)
+    {
+        return Some(format!("and class {class} writes {}", keys.join(", ")));
+    }
+    let secret = facts.secrets.get(take.secret)?;
+    let similar = similar(facts, take.secret).filter(|_| secret.is_missing())?;
+    Some(format!("which does not exist; {similar}"))
 }
 
 /// Returns whether a container has not been started for now. One that runs has had all keys that it takes.

@@ -38,7 +38,7 @@ impl Place {
     /// Returns the place of what a check of the pod or of a volume found.
     pub(super) fn of_check(check: &str) -> Self {
         let stage = match check {
-            "node" | "finalizers" | "termination" | "pod-failed" => None,
+            "node" | "finalizers" | "termination" | "pod-failed" | "earlier-template" => None,
             "unscheduled" => Some(Stage::Scheduling),
             "sandbox" => Some(Stage::Sandbox),
             _ => Some(Stage::Volumes),

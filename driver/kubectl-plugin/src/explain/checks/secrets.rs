@@ -261,7 +261,7 @@ pub(super) fn keys_of<'a>(facts: &'a Facts, secret: &str) -> Option<(&'a str, Ve
 /// changed since, as well.
 pub(in crate::explain) fn outdated(facts: &Facts) -> Vec<(String, String)> {
     let mut all: Vec<(String, String)> = Vec::new();
-    let takes = facts.takes();
+    let takes = facts.takes_if_there();
     let pairs: BTreeSet<_> = takes
         .iter()
         .map(|take| (take.secret, take.container.name.as_str()))

@@ -12,6 +12,10 @@ pub(in crate::explain) struct Take<'a> {
     pub secret: &'a str,
     /// The key; none if it takes all.
     pub key: Option<&'a str>,
+    /// The variable that gets it; none if it takes all.
+    pub variable: Option<&'a str>,
+    /// Whether the container starts without it, too.
+    pub is_optional: bool,
 }
 
 /// A Secret that a volume of the pod takes.
@@ -28,26 +32,34 @@ impl Facts {
     /// Returns the Secrets and keys that the environment of the pod's containers needs, in the order in which they
     /// start.
     pub(in crate::explain) fn takes(&self) -> Vec<Take<'_>> {
+        let all = self.takes_if_there().into_iter();
+        all.filter(|take| !take.is_optional).collect()
+    }
+
+    /// Returns what [`Facts::takes`] does, and what containers take with `optional: true`.
+    pub(in crate::explain) fn takes_if_there(&self) -> Vec<Take<'_>> {
         let mut all = Vec::new();
         for container in self.containers() {
             let of_all = container.env_from.iter().flatten();
             let of_all = of_all.filter_map(|source| source.secret_ref.as_ref());
-            let of_all = of_all.filter(|secret| secret.optional != Some(true));
             all.extend(of_all.map(|secret| Take {
                 container,
                 secret: &secret.name,
                 key: None,
+                variable: None,
+                is_optional: secret.optional == Some(true),
             }));
             let from = container.env.iter().flatten();
-            let keys = from.filter_map(|variable| {
+            all.extend(from.filter_map(|variable| {
                 let source = variable.value_from.as_ref()?;
-                source.secret_key_ref.as_ref()
-            });
-            let keys = keys.filter(|key| key.optional != Some(true));
-            all.extend(keys.map(|key| Take {
-                container,
-                secret: &key.name,
-                key: Some(&key.key),
+                let key = source.secret_key_ref.as_ref()?;
+                Some(Take {
+                    container,
+                    secret: &key.name,
+                    key: Some(&key.key),
+                    variable: Some(&variable.name),
+                    is_optional: key.optional == Some(true),
+                })
             }));
         }
         all

@@ -1,9 +1,34 @@
 //! The situations of containers and other volumes, which the driver has no part in.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Change, unscheduled};
-use crate::world::ago;
+use crate::world::{World, ago};
+
+/// Lets a StatefulSet of these fields make the pod, whose revision is `own`, and have another template by now.
+fn of_stateful_set(world: &mut World, spec: &Value, own: &str) {
+    world.pod["metadata"]["labels"] = json!({"controller-revision-hash": own});
+    world.pod["metadata"]["ownerReferences"] = json!([{"apiVersion": "apps/v1", "kind": "StatefulSet",
+        "name": "web", "uid": "set", "controller": true}]);
+    let mut set = json!({
+        "metadata": {"name": "web", "uid": "set"},
+        "status": {"replicas": 2, "updateRevision": "web-7f"},
+        "spec": {"serviceName": "", "selector": {}, "template": {}},
+    });
+    let fields = set["spec"].as_object_mut().unwrap();
+    fields.extend(spec.as_object().unwrap().clone());
+    let path = "/apis/apps/v1/namespaces/shop/statefulsets/web".to_owned();
+    world.answers.push((path, set));
+}
+
+/// Lets the volume need a Secret that its own class makes, and a workload make the pod.
+fn waits_for_itself(world: &mut World, kind: &str, name: &str) {
+    world.not_started();
+    world.secret = Value::Null;
+    world.pod["spec"]["volumes"][0]["csi"]["nodePublishSecretRef"] = json!({"name": "creds"});
+    world.pod["metadata"]["ownerReferences"] =
+        json!([{"apiVersion": "v1", "kind": kind, "name": name, "uid": name, "controller": true}]);
+}
 
 pub(super) const CONTAINERS: &[(&str, Change)] = &[
     ("the pod should have ended", |world| {
@@ -124,4 +149,52 @@ pub(super) const CONTAINERS: &[(&str, Change)] = &[
             unscheduled(world, "pod has unbound immediate PersistentVolumeClaims");
         },
     ),
+    (
+        "a pod that is not ready is of an earlier template of its StatefulSet",
+        |world| {
+            world.not_started();
+            of_stateful_set(world, &json!({}), "web-5d");
+            world.class = Value::Null;
+        },
+    ),
+    (
+        "a pod is of an earlier template of a StatefulSet that replaces none by itself",
+        |world| {
+            world.not_started();
+            let spec = json!({"updateStrategy": {"type": "OnDelete"}});
+            of_stateful_set(world, &spec, "web-5d");
+        },
+    ),
+    (
+        "a StatefulSet replaces pods of an earlier template that are not ready",
+        |world| {
+            world.not_started();
+            let spec = json!({"podManagementPolicy": "Parallel"});
+            of_stateful_set(world, &spec, "web-5d");
+        },
+    ),
+    (
+        "a pod is of the present template of its StatefulSet",
+        |world| {
+            of_stateful_set(world, &json!({}), "web-7f");
+        },
+    ),
+    (
+        "a pod that is ready is of an earlier template of its StatefulSet",
+        |world| {
+            of_stateful_set(world, &json!({}), "web-5d");
+        },
+    ),
+    ("the pod of a Job cannot start as it is", |world| {
+        waits_for_itself(world, "Job", "migrate-2026");
+    }),
+    ("the pod of a CronJob cannot start as it is", |world| {
+        waits_for_itself(world, "Job", "nightly-29871240");
+    }),
+    ("the pod of a StatefulSet cannot start as it is", |world| {
+        waits_for_itself(world, "StatefulSet", "web");
+    }),
+    ("the pod of a DaemonSet cannot start as it is", |world| {
+        waits_for_itself(world, "DaemonSet", "agent");
+    }),
 ];
