@@ -111,7 +111,17 @@ impl Api {
     }
 
     pub(crate) fn put_class(&self, secret_objects: &Value, resource_version: &str) {
-        let object = json!({
+        self.put_class_with(secret_objects, resource_version, &json!({}));
+    }
+
+    /// Puts the class with further metadata.
+    pub(crate) fn put_class_with(
+        &self,
+        secret_objects: &Value,
+        resource_version: &str,
+        metadata: &Value,
+    ) {
+        let mut object = json!({
             "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
             "metadata": {
                 "name": "db", "namespace": "shop", "uid": "class",
@@ -119,6 +129,8 @@ impl Api {
             },
             "spec": {"provider": "test", "parameters": {"a": "b"}, "secretObjects": secret_objects},
         });
+        let fields = object["metadata"].as_object_mut().unwrap();
+        fields.extend(metadata.as_object().unwrap().clone());
         self.put(CLASS, object);
     }
 

@@ -1,6 +1,7 @@
-//! Checks when a pod is told that an edited class names an object which its volume does not have: not while
-//! the refresh is on its way that may bring the object.
+//! Edits of classes: that Secrets follow each kind of them, and when a pod is told that an edited class names an
+//! object which its volume does not have: not while the refresh is on its way that may bring the object.
 
+use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
 use driver::sync::Options;
 use jiff::Timestamp;
 use rstest::rstest;
@@ -152,5 +153,82 @@ async fn a_mount_with_the_class_of_before(#[values(false, true)] errors_fail_pub
     tokio::time::sleep(EVERY * 5).await;
     let told = api.events().concat();
     assert_eq!(told.contains("FailedToCreateSecret"), errors_fail_publish);
+    stop.cancel();
+}
+
+/// An edit of a class whose Secret has a key and a certificate.
+#[derive(Debug, Clone, Copy)]
+enum Edit {
+    /// An annotation gets another value. The API server counts it as no new generation.
+    Annotation,
+    /// The annotation goes.
+    NoAnnotation,
+    /// The Secret gets one more key.
+    Key,
+    /// The class is deleted and made again, and begins with the first generation.
+    Anew,
+}
+
+/// Whatever is edited, and whatever was before: the Secret is as the class says.
+#[rstest]
+#[case(&[Edit::Annotation, Edit::NoAnnotation, Edit::Annotation])]
+#[case(&[Edit::Key, Edit::Annotation, Edit::Key])]
+#[case(&[Edit::Annotation, Edit::Anew, Edit::Annotation, Edit::Anew])]
+#[tokio::test]
+async fn secrets_follow_each_edit_of_a_class(#[case] edits: &[Edit]) {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let (mut annotated, mut has_ca, mut uid, mut generation, mut version) = (false, false, 1, 1, 1);
+    let put = |annotated, has_ca, uid, generation, version: i32| {
+        let mut data = vec![
+            json!({"objectName": "bundle", "key": "tls.crt"}),
+            json!({"objectName": "bundle", "key": "tls.key"}),
+        ];
+        if has_ca {
+            data.push(json!({"objectName": "ca", "key": "ca.crt"}));
+        }
+        let objects = json!([{"secretName": "creds", "type": "kubernetes.io/tls", "data": data}]);
+        let mut metadata = json!({"uid": format!("class-{uid}"), "generation": generation});
+        if annotated {
+            metadata["annotations"] =
+                json!({"secrets-store.csi.k8s.io/tls-key-format": "original"});
+        }
+        api.put_class_with(&objects, &version.to_string(), &metadata);
+    };
+    put(annotated, has_ca, uid, generation, version);
+    let sync = sync_of(dir.path(), &cluster, options(EVERY));
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    let web = volume(dir.path(), "web");
+    put_status(&api, &web);
+    let bundle = concat!(
+        include_str!("../../src/sync/tls/fixtures/rsa.key.pem"),
+        include_str!("../../src/sync/tls/fixtures/rsa.crt.pem")
+    );
+    write(&web.target_path, &[("bundle", bundle), ("ca", "as it is")]);
+    let class = cluster.class("shop", "db").await.unwrap();
+    sync.volume_mounted(&web, &class).await.unwrap();
+    let stop = run(&sync);
+    for edit in edits {
+        match edit {
+            Edit::Annotation => annotated = true,
+            Edit::NoAnnotation => annotated = false,
+            Edit::Key => (has_ca, generation) = (!has_ca, generation + 1),
+            Edit::Anew => (annotated, uid, generation) = (!annotated, uid + 1, 1),
+        }
+        version += 1;
+        put(annotated, has_ca, uid, generation, version);
+        let follows = || {
+            let data = &api.get(SECRET).unwrap()["data"];
+            let key = data["tls.key"].as_str().unwrap_or_default();
+            let key = String::from_utf8(BASE64.decode(key).unwrap()).unwrap();
+            // RSA keys are rewritten to the older form, unless the class asks for the original.
+            key.starts_with("-----BEGIN PRIVATE KEY") == annotated
+                && data["ca.crt"].is_string() == has_ca
+        };
+        until(&format!("{edit:?} of {edits:?} is followed"), follows).await;
+    }
     stop.cancel();
 }

@@ -479,7 +479,7 @@ impl Provider {
         let mut objects = objects;
         if self.flaw == Flaw::MixesClasses {
             *self.latest.lock().await = objects.unwrap_or_default().to_owned();
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
             mixed = self.latest.lock().await.clone();
             objects = Some(&mixed);
         }
@@ -492,6 +492,8 @@ impl Provider {
         self.mode.store(permission, Ordering::SeqCst);
         let takes = match self.flaw {
             Flaw::SuffersFromCancelledCalls => 50,
+            // Calls have to overlap, also on a busy machine.
+            Flaw::OneCall | Flaw::MixesContents | Flaw::GlobalMode => 20,
             _ => 2,
         };
         tokio::time::sleep(Duration::from_millis(takes)).await;
