@@ -1,7 +1,8 @@
 //! The external store of a run: what each object of a class contains, and since when.
 //!
-//! All objects of a class change together, and each content names its class, its object and the
-//! generation of the class. So a reader can tell what it reads, and when the store had it.
+//! All objects of a class change together, and each content names its class, its object and a number: that of
+//! the generation of the class, or of an earlier one to which the store went back. So a reader can tell what it
+//! reads, and when the store had it.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -33,12 +34,13 @@ pub(super) struct Store {
     history: Mutex<Vec<Vec<Written>>>,
 }
 
-/// The time of the write of a generation. A provider may have read it from `begun` on, and reads it
-/// from `done` on.
+/// A generation. A provider may have read it from `begun` on, and reads it from `done` on.
 #[derive(Clone, Copy, Debug)]
 struct Written {
     begun: Instant,
     done: Instant,
+    /// The number in its contents.
+    number: u64,
 }
 
 impl Store {
@@ -57,32 +59,90 @@ impl Store {
         Ok(store)
     }
 
-    /// Writes the next generation of a class; returns its number.
+    /// Writes the next generation of a class, with contents that the store never had; returns the generation.
     ///
     /// # Errors
     /// When it cannot be written.
     pub(super) fn rotate(&self, class: usize) -> io::Result<u64> {
+        self.write(class, |generations| generations.len() as u64 + 1)
+    }
+
+    /// Writes the contents of the generation before the last one again, as the next generation; returns it.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(super) fn roll_back(&self, class: usize) -> io::Result<u64> {
+        self.write(class, |generations| {
+            let before = generations.iter().rev().nth(1);
+            before.map_or(generations.len() as u64 + 1, |before| before.number)
+        })
+    }
+
+    /// Writes the next generation of a class, whose contents have the number that `of` returns.
+    fn write(&self, class: usize, of: impl Fn(&[Written]) -> u64) -> io::Result<u64> {
         let mut history = lock(&self.history);
         let begun = Instant::now();
         if let Some(generations) = history.get_mut(class) {
+            let number = of(generations);
             let done = begun + Duration::from_secs(3600);
-            generations.push(Written { begun, done });
+            generations.push(Written {
+                begun,
+                done,
+                number,
+            });
         }
-        let generations: Vec<u64> = history.iter().map(|of| of.len() as u64).collect();
-        let text = objects(&generations);
+        let numbers = history
+            .iter()
+            .map(|of| of.last().map_or(0, |last| last.number));
+        let text = objects(&numbers.collect::<Vec<_>>());
         let new = self.file.with_extension("new");
         fs::write(&new, text)?;
         fs::rename(&new, &self.file)?;
-        if let Some(written) = history.get_mut(class).and_then(|of| of.last_mut()) {
+        let written = history.get_mut(class);
+        let generation = written.as_ref().map_or(0, |of| of.len() as u64);
+        if let Some(written) = written.and_then(|of| of.last_mut()) {
             written.done = Instant::now();
         }
-        Ok(generations.get(class).copied().unwrap_or_default())
+        Ok(generation)
     }
 
     /// Returns the last generation of a class.
     pub(super) fn latest(&self, class: usize) -> u64 {
         let history = lock(&self.history);
         history.get(class).map_or(0, |of| of.len() as u64)
+    }
+
+    /// Returns the number in the contents of a generation; 0 if there is none.
+    pub(super) fn number(&self, class: usize, generation: u64) -> u64 {
+        let history = lock(&self.history);
+        let of = history.get(class).map(Vec::as_slice).unwrap_or_default();
+        let index = generation.checked_sub(1).map(|index| index as usize);
+        let found = index.and_then(|index| of.get(index));
+        found.map_or(0, |written| written.number)
+    }
+
+    /// Returns the number in the last contents of a class.
+    pub(super) fn latest_number(&self, class: usize) -> u64 {
+        self.number(class, self.latest(class))
+    }
+
+    /// Returns the generation that contents of a number are of, for somebody who has seen `floor`: the first one
+    /// from that on. Where there is none, it is the last one before, or one that the store does not have yet.
+    pub(super) fn generation(&self, class: usize, number: u64, floor: u64) -> u64 {
+        let history = lock(&self.history);
+        let of = history.get(class).map(Vec::as_slice).unwrap_or_default();
+        let numbered = of
+            .iter()
+            .zip(1..)
+            .filter(|(written, _)| written.number == number);
+        let mut before = None;
+        for (_, generation) in numbered {
+            if generation >= floor {
+                return generation;
+            }
+            before = Some(generation);
+        }
+        before.unwrap_or(of.len() as u64 + 1)
     }
 
     /// Returns the oldest generation that a provider may have read at a time.
@@ -103,15 +163,15 @@ impl Store {
 }
 
 /// Returns the objects of all classes, as the provider reads them.
-fn objects(generations: &[u64]) -> String {
+fn objects(numbers: &[u64]) -> String {
     let mut all = Vec::new();
-    for (class, generation) in CLASSES.iter().zip(generations) {
+    for (class, number) in CLASSES.iter().zip(numbers) {
         let extra = (EXTRA, 8);
         for (object, _) in OBJECTS.iter().chain([&extra]) {
             all.push(json!({
                 "name": format!("{class}-{object}"),
-                "content": content(class, object, *generation),
-                "version": format!("g{generation}"),
+                "content": content(class, object, *number),
+                "version": format!("g{number}"),
             }));
         }
     }
@@ -119,22 +179,22 @@ fn objects(generations: &[u64]) -> String {
 }
 
 /// Returns the content of an object.
-pub(super) fn content(class: &str, object: &str, generation: u64) -> String {
+pub(super) fn content(class: &str, object: &str, number: u64) -> String {
     let words = OBJECTS.iter().find(|(name, _)| *name == object);
     let words = words.map_or(8, |(_, words)| *words);
     let mut text = format!("{class}/{object}");
     for _ in 0..words {
         // Writing to a string does not fail.
-        let _written = write!(text, " {generation}");
+        let _written = write!(text, " {number}");
     }
     text + " end"
 }
 
-/// Returns the generation of a content that is whole.
+/// Returns the number in a content that is whole.
 ///
 /// # Errors
 /// The end of a sentence: what it is instead. It quotes no more than its beginning.
-pub(super) fn generation_of(class: &str, object: &str, text: &str) -> Result<u64, String> {
+pub(super) fn number_of(class: &str, object: &str, text: &str) -> Result<u64, String> {
     let beginning = || text.chars().take(40).collect::<String>();
     let own = format!("{class}/{object} ");
     let Some(rest) = text.strip_prefix(&own) else {
@@ -159,9 +219,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_content_tells_its_generation_and_nothing_else_passes() {
+    fn a_content_tells_its_number_and_nothing_else_passes() {
         let whole = content("alpha", "a", 12);
-        assert_eq!(generation_of("alpha", "a", &whole), Ok(12));
+        assert_eq!(number_of("alpha", "a", &whole), Ok(12));
         let spoilt = [
             String::new(),
             whole[..whole.len() - 1].to_owned(),
@@ -171,7 +231,7 @@ mod tests {
             content("beta", "a", 12),
         ];
         for text in spoilt {
-            assert!(generation_of("alpha", "a", &text).is_err(), "{text}");
+            assert!(number_of("alpha", "a", &text).is_err(), "{text}");
         }
     }
 
@@ -188,5 +248,36 @@ mod tests {
         assert_eq!(store.replaced_for(1, 2), Duration::ZERO);
         let text = fs::read_to_string(dir.path().join("objects")).unwrap();
         assert!(text.contains(&content("beta", "a", 2)) && text.contains("gamma-d"));
+    }
+
+    #[test]
+    fn contents_that_the_store_has_again_are_of_the_first_generation_that_a_reader_can_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(dir.path().join("objects")).unwrap();
+        assert_eq!(store.rotate(1).unwrap(), 2);
+        assert_eq!(store.roll_back(1).unwrap(), 3);
+        assert_eq!(store.roll_back(1).unwrap(), 4);
+        assert_eq!(store.rotate(1).unwrap(), 5);
+        let numbers: Vec<_> = (0..=6)
+            .map(|generation| store.number(1, generation))
+            .collect();
+        assert_eq!(numbers, [0, 1, 2, 1, 2, 5, 0]);
+        assert_eq!(store.latest_number(1), 5);
+        for (number, floor, expected) in [
+            (1, 0, 1),
+            (1, 2, 3),
+            (1, 4, 3),
+            (2, 3, 4),
+            (5, 1, 5),
+            (7, 1, 6),
+        ] {
+            assert_eq!(
+                store.generation(1, number, floor),
+                expected,
+                "{number} {floor}"
+            );
+        }
+        let text = fs::read_to_string(dir.path().join("objects")).unwrap();
+        assert!(text.contains(&content("beta", "a", 5)));
     }
 }

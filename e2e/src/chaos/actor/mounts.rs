@@ -203,7 +203,7 @@ impl<G: Ground> Actor<'_, G> {
             let file = path_of(pod, &root, *class).join(object);
             let text = std::fs::read_to_string(file).unwrap_or_default();
             !(1..=self.world.store.latest(*class))
-                .any(|generation| content(name, object, generation) == text)
+                .any(|number| content(name, object, number) == text)
         };
         let since = self.world.now();
         let pods = self.namespace.api::<Pod>();

@@ -1,5 +1,7 @@
 //! What tenants and administrators do: pods, classes, rotations, and changes by hand.
 
+use std::io;
+
 use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
@@ -27,6 +29,10 @@ impl<G: Ground> Actor<'_, G> {
                 self.create(pod, self.node(node)).await
             }
             What::Rotate { class } => self.rotate(class).await,
+            What::RollBack { class } => {
+                let generation = self.world.store.roll_back(class);
+                self.changed(class, generation).await
+            }
             What::EditClass { class, edit } => {
                 let _turn = self.edits.lock().await;
                 self.world.edit_begins(class);
@@ -80,17 +86,23 @@ impl<G: Ground> Actor<'_, G> {
         unless_absent(patched, "limit the time of a pod")
     }
 
-    /// Gives the store new values, of which only the class that is refreshed seldom has to tell.
+    /// Gives the store new values.
     pub(super) async fn rotate(&self, class: usize) -> Result<()> {
-        let generation = self.world.store.rotate(class).map_err(|error| {
-            let text = format!("rotate: write the store: {error}");
+        self.changed(class, self.world.store.rotate(class)).await
+    }
+
+    /// Tells that the store has other values, of which only the class that is refreshed seldom has to tell.
+    async fn changed(&self, class: usize, generation: io::Result<u64>) -> Result<()> {
+        let generation = generation.map_err(|error| {
+            let text = format!("write the store: {error}");
             self.world.log.break_off(text.clone());
             Error::Impossible(text)
         })?;
         let name = CLASSES.get(class).copied().unwrap_or_default();
-        self.world
-            .log
-            .tell(format!("{name} has generation {generation}"));
+        let number = self.world.store.number(class, generation);
+        self.world.log.tell(format!(
+            "{name} has generation {generation}, with contents number {number}"
+        ));
         if class == SELDOM {
             return self.ask(class).await;
         }

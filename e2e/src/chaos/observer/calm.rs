@@ -44,7 +44,9 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
             used.insert(*class);
             let name = CLASSES.get(*class).copied().unwrap_or_default();
             let read = lock(&world.read).get(&(pod.uid.clone(), *class)).copied();
-            let latest = world.store.latest(*class);
+            let read =
+                read.map(|(generation, spec)| (world.store.number(*class, generation), spec));
+            let latest = world.store.latest_number(*class);
             let expected = world.editions.now(*class).map(|spec| (latest, spec));
             if read != expected {
                 lacking.push(format!(
@@ -172,7 +174,7 @@ fn wrong_secret(
         }
     }
     let name = CLASSES.get(class).copied().unwrap_or_default();
-    let latest = world.store.latest(class);
+    let latest = world.store.latest_number(class);
     let spec = world.editions.now(class)?;
     let extra = spec.has_extra.then_some((EXTRA_KEY, EXTRA));
     let values = KEYS.into_iter().chain(extra);
@@ -182,7 +184,9 @@ fn wrong_secret(
     for (key, expected) in values.chain([edition]) {
         let value = data.remove(key);
         if value.is_none_or(|value| value.0 != expected.into_bytes()) {
-            return Some(format!("has not generation {latest} and {spec:?} in {key}"));
+            return Some(format!(
+                "has not contents number {latest} and {spec:?} in {key}"
+            ));
         }
     }
     let more: Vec<&String> = data.keys().collect();
@@ -241,7 +245,7 @@ fn wrong_status(
         return Some(format!("still has {trouble}: {since}"));
     }
     let class_name = CLASSES.get(class).copied().unwrap_or_default();
-    let latest = format!("g{}", world.store.latest(class));
+    let latest = format!("g{}", world.store.latest_number(class));
     for (object, _) in OBJECTS {
         let id = format!("secret/{class_name}-{object}");
         let objects = state["objects"].as_array();

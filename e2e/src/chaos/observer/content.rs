@@ -7,9 +7,9 @@ use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::super::store::{EXTRA, OBJECTS};
+use super::super::store::{EXTRA, OBJECTS, Store};
 use super::super::tenants::{EDITION, WHO};
-use super::volumes::{Wrong, take};
+use super::volumes::{Wrong, number, take};
 
 pub(super) const DATA: &str = "..data";
 /// The time for which a content that was replaced has to stay for those who have opened it. The driver
@@ -49,14 +49,19 @@ impl Content {
 
     /// Reads all files; returns their generation, and the edition of their class. Returns `None` if this
     /// process was too slow to tell.
-    pub(super) fn read(&self, class: usize, floor: u64) -> Result<Option<(u64, u64)>, Wrong> {
-        match self.read_all(class, floor) {
+    pub(super) fn read(
+        &self,
+        store: &Store,
+        class: usize,
+        floor: u64,
+    ) -> Result<Option<(u64, u64)>, Wrong> {
+        match self.read_all(store, class, floor) {
             Err(Wrong::Gap(_)) if self.at.elapsed() > STAYS => Ok(None),
             read => read.map(Some),
         }
     }
 
-    fn read_all(&self, class: usize, floor: u64) -> Result<(u64, u64), Wrong> {
+    fn read_all(&self, store: &Store, class: usize, floor: u64) -> Result<(u64, u64), Wrong> {
         let mut edition = 0;
         let mut first: Option<(&str, u64)> = None;
         let expected = OBJECTS
@@ -80,10 +85,10 @@ impl Content {
                 continue;
             }
             if object == EDITION {
-                edition = take(class, object, &text, 0)?;
+                edition = number(class, object, &text)?;
                 continue;
             }
-            let generation = take(class, object, &text, floor)?;
+            let generation = take(store, class, object, &text, floor)?;
             let (name, expected) = *first.get_or_insert((object, generation));
             if generation != expected {
                 return Err(Wrong::Content(

@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 
 use super::super::lock;
-use super::super::store::{CLASSES, generation_of};
+use super::super::store::{CLASSES, number_of};
 use super::super::tenants::KEYS;
 use super::super::world::World;
 
@@ -29,7 +29,7 @@ pub(super) async fn watch(world: Arc<World>, client: kube::Client) {
                 continue;
             };
             world.log.checked("looks at a Secret", 1);
-            let is_fresh = secret.is_some_and(|secret| has(&secret, class, latest));
+            let is_fresh = secret.is_some_and(|secret| has(&world, &secret, class, latest));
             if is_fresh || !is_used(&world, class) {
                 stale.remove(&class);
                 continue;
@@ -56,13 +56,17 @@ fn is_used(world: &World, class: usize) -> bool {
 }
 
 /// Returns whether a Secret has a generation of its class, or a later one.
-fn has(secret: &Secret, class: usize, latest: u64) -> bool {
+fn has(world: &World, secret: &Secret, class: usize, latest: u64) -> bool {
     let name = CLASSES.get(class).copied().unwrap_or_default();
     KEYS.iter().all(|(key, object)| {
         let value = secret.data.as_ref().and_then(|data| data.get(*key));
         value.is_some_and(|value| {
             let text = String::from_utf8_lossy(&value.0);
-            generation_of(name, object, &text).is_ok_and(|generation| generation >= latest)
+            let number = number_of(name, object, &text);
+            number.is_ok_and(|number| {
+                let generation = world.store.generation(class, number, latest);
+                (latest..=world.store.latest(class)).contains(&generation)
+            })
         })
     })
 }

@@ -12,7 +12,7 @@ use kube::runtime::watcher::{self, Event, watcher};
 use serde_json::json;
 
 use super::super::lock;
-use super::super::store::{CLASSES, generation_of};
+use super::super::store::{CLASSES, number_of};
 use super::super::tenants::{EDITION, EDITION_KEY, EXTRA_KEY, KEYS, ORDER};
 use super::super::world::{Watched, World};
 use super::calm::status_name;
@@ -165,11 +165,12 @@ pub(super) async fn judge_environment(world: &World, secrets: &Api<Secret>, pod:
         let Some(value) = data.get(key) else {
             continue;
         };
-        let generation = generation_of(name, object, &String::from_utf8_lossy(&value.0));
+        let number = number_of(name, object, &String::from_utf8_lossy(&value.0));
         // A call for another pod may have read the store before, and its content may come after.
         let before = pod.created.checked_sub(OVERTAKEN).unwrap_or(pod.created);
         let expected = world.store.at(*class, before);
-        if let Ok(generation) = generation
+        if let Ok(number) = number
+            && let generation = world.store.generation(*class, number, expected)
             && generation < expected
         {
             let text = format!(
@@ -203,7 +204,7 @@ fn judge(world: &World, version: &Version, last: &mut Last) {
             .find("no Secret goes back in the order of its contents", text);
     }
     last.order = order;
-    let mut generations = BTreeMap::new();
+    let mut numbers = BTreeMap::new();
     for (key, object) in KEYS
         .iter()
         .chain(&[(EXTRA_KEY, super::super::store::EXTRA)])
@@ -217,11 +218,11 @@ fn judge(world: &World, version: &Version, last: &mut Last) {
             }
             continue;
         };
-        match generation_of(name, object, &String::from_utf8_lossy(&value.0)) {
+        match number_of(name, object, &String::from_utf8_lossy(&value.0)) {
             // It is of the class, not of the store.
             Ok(_) if *key == EDITION_KEY => {}
-            Ok(generation) => {
-                generations.insert(generation, *key);
+            Ok(number) => {
+                numbers.insert(number, *key);
             }
             Err(what) => {
                 let text = format!("Secret {name}: {key} {what}");
@@ -229,25 +230,26 @@ fn judge(world: &World, version: &Version, last: &mut Last) {
             }
         }
     }
-    if generations.len() > 1 {
-        let text = format!("Secret {name} has generations {generations:?}");
+    if numbers.len() > 1 {
+        let text = format!("Secret {name} has contents of numbers {numbers:?}");
         world.log.find("no Secret is mixed", text);
     }
-    let Some((generation, _)) = generations.last_key_value() else {
+    let Some((number, _)) = numbers.last_key_value() else {
         return;
     };
     let before = &mut last.generation;
+    let generation = world.store.generation(class, *number, *before);
     // Of two contents, the one whose pod status was written later counts as newer, even if it was
     // fetched earlier (docs/secrets.md). So a Secret may return to a content that a provider read
     // shortly before; a content that the store replaced long before may not come back.
-    let replaced = world.store.replaced_for(class, *generation);
+    let replaced = world.store.replaced_for(class, generation);
     let replaced = replaced.saturating_sub(seen.elapsed());
-    if *generation < *before && replaced > world.bounds.fetch {
+    if generation < *before && replaced > world.bounds.fetch {
         let text = format!(
             "Secret {name} has generation {generation} after {before}, which the store replaced \
              {replaced:.1?} before"
         );
         world.log.find("no Secret goes back in time", text);
     }
-    *before = *generation;
+    *before = generation;
 }

@@ -12,7 +12,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::super::editions::Spec;
 use super::super::lock;
-use super::super::store::{CLASSES, EXTRA, OBJECTS, generation_of};
+use super::super::store::{CLASSES, EXTRA, OBJECTS, Store, number_of};
 use super::super::tenants::{CLOSED, WHO, mode_of, volume_name};
 use super::super::world::{VolumeId, Watched, World};
 use super::content::{Content, DATA};
@@ -94,7 +94,7 @@ pub(super) fn read_all_slowly(
         std::thread::sleep(SLOW);
         for (pod, root, class, content) in opened {
             world.log.checked("slow readings of a volume", 1);
-            if let Err(wrong) = content.read(class, 0) {
+            if let Err(wrong) = content.read(&world.store, class, 0) {
                 report(world, &pod, &root, class, wrong, out);
             }
         }
@@ -158,7 +158,7 @@ fn read_one(
     let edit = world.editions.settled(class);
     let changed = world.editions.changed(class);
     let shows_extra = known.get(&id).and_then(|known| known.shows_extra.clone());
-    let reading = read_volume(&volume, class, pod, floor).and_then(|reading| {
+    let reading = read_volume(&world.store, &volume, class, pod, floor).and_then(|reading| {
         let shows = extra_of(&volume, shows_extra.as_deref())?;
         Ok(reading.map(|reading| (reading, shows)))
     });
@@ -185,7 +185,8 @@ fn read_one(
         broken("no pod reads a mixed volume", text);
     }
     let before = known.remove(&id);
-    let is_stale = generation < world.store.latest(class);
+    let number = world.store.number(class, generation);
+    let is_stale = number != world.store.latest_number(class);
     let still = before
         .as_ref()
         .filter(|before| before.generation == generation);
@@ -198,7 +199,7 @@ fn read_one(
     };
     const IN_TIME: &str = "a volume follows its store and its class within its bound";
     if is_stale && is_late(since) {
-        let text = format!("generation {generation} is not the last one of the store");
+        let text = format!("contents number {number} are not the last ones of the store");
         broken(IN_TIME, text);
     }
     if let Some((expected, since)) = changed
@@ -259,6 +260,7 @@ struct Reading {
 /// Reads a volume twice: file by file, as a program does that does not know of `..data`, and all
 /// files of one `..data`. Returns `None` if this process was too slow for that.
 fn read_volume(
+    store: &Store,
     volume: &Path,
     class: usize,
     pod: &Watched,
@@ -276,7 +278,7 @@ fn read_volume(
     for (object, _) in OBJECTS {
         let file = volume.join(object);
         let text = fs::read_to_string(&file).map_err(|error| gap(Path::new(object), error))?;
-        last = take(class, object, &text, last)?;
+        last = take(store, class, object, &text, last)?;
     }
     for (object, mode) in [("a", mode_of(&pod.name)), CLOSED] {
         let found = fs::metadata(volume.join(object));
@@ -290,7 +292,7 @@ fn read_volume(
     let text = fs::read_to_string(&file).map_err(|error| gap(Path::new(WHO), error))?;
     check_owner(&text, pod)?;
     let content = Content::open(volume)?;
-    let read = content.read(class, last)?;
+    let read = content.read(store, class, last)?;
     Ok(read.map(|(generation, edition)| Reading {
         device: device.dev(),
         generation,
@@ -319,12 +321,24 @@ fn extra_of(volume: &Path, before: Option<&Path>) -> Result<Option<PathBuf>, Wro
     )))
 }
 
-/// Checks a content; returns its generation.
-pub(super) fn take(class: usize, object: &str, text: &str, floor: u64) -> Result<u64, Wrong> {
+/// Checks a content; returns the number in it.
+pub(super) fn number(class: usize, object: &str, text: &str) -> Result<u64, Wrong> {
     let name = CLASSES.get(class).copied().unwrap_or_default();
-    let generation = generation_of(name, object, text)
-        .map_err(|what| Wrong::Content("each file is whole", format!("{name}: {object} {what}")))?;
+    number_of(name, object, text)
+        .map_err(|what| Wrong::Content("each file is whole", format!("{name}: {object} {what}")))
+}
+
+/// Checks a content; returns its generation for somebody who has read `floor`.
+pub(super) fn take(
+    store: &Store,
+    class: usize,
+    object: &str,
+    text: &str,
+    floor: u64,
+) -> Result<u64, Wrong> {
+    let generation = store.generation(class, number(class, object, text)?, floor);
     if generation < floor {
+        let name = CLASSES.get(class).copied().unwrap_or_default();
         return Err(Wrong::Content(
             "no pod reads older content than before",
             format!("{name}: {object} is of generation {generation} after {floor}"),

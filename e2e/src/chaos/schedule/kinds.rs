@@ -28,6 +28,8 @@ pub(in super::super) enum What {
     Move { pod: usize, node: usize },
     /// The store gets new values of a class's objects.
     Rotate { class: usize },
+    /// The store gets the values of a class's objects again that it had before the last change.
+    RollBack { class: usize },
     /// A class changes.
     EditClass { class: usize, edit: Edit },
     /// A class is deleted, and made anew after a while, as it was or with another text.
@@ -155,6 +157,7 @@ impl What {
                 | Self::Expire { .. }
                 | Self::Move { .. }
                 | Self::Rotate { .. }
+                | Self::RollBack { .. }
                 | Self::EditClass { .. }
                 | Self::RemakeClass { .. }
                 | Self::DeleteStatus { .. }

@@ -214,7 +214,8 @@ fn action(random: &mut Random, nodes: usize) -> What {
             class,
             edit: edit(random),
         },
-        10..17 => What::Rotate { class },
+        10..14 | 16 => What::Rotate { class },
+        14 | 15 => What::RollBack { class },
         17 => What::EditClass {
             class,
             edit: edit(random),
