@@ -240,12 +240,29 @@ async fn fifty_volumes_at_once_and_at_rest() {
     assert_eq!((count("GET"), count("POST"), count("PATCH")), (100, 1, 0));
     assert_eq!(api.owners(), ["rs"]);
     let stop = run(&sync);
-    tokio::time::sleep(EVERY * 2 * 40).await;
-    let (statuses, requests) = without_statuses(api.requests());
-    // At most 40 intervals: one read of each pod status in twenty of them, and two other reads in each.
-    // On a busy machine there are fewer.
-    assert!((1..=100).contains(&statuses), "{statuses}");
-    assert!((8..=90).contains(&requests.len()), "{requests:?}");
+    // At most one read of each pod status in twenty intervals, and two other reads in each. On a busy machine
+    // there are fewer, and the first ones come late.
+    let began = Instant::now();
+    let (mut statuses, mut requests) = (0, Vec::new());
+    while began.elapsed() < EVERY * 2 * 40 || statuses == 0 || requests.len() < 8 {
+        assert!(
+            began.elapsed() < Duration::from_secs(120),
+            "{statuses} {requests:?}"
+        );
+        tokio::time::sleep(EVERY).await;
+        let (more, others) = without_statuses(api.requests());
+        statuses += more;
+        requests.extend(others);
+    }
+    let intervals = began.elapsed().as_millis() / (EVERY * 2).as_millis() + 1;
+    assert!(
+        statuses as u128 <= 50 * (intervals / 20 + 1),
+        "{statuses} in {intervals} intervals"
+    );
+    assert!(
+        requests.len() as u128 <= 2 * intervals + 10,
+        "{intervals} intervals: {requests:?}"
+    );
     for request in requests {
         assert!(
             request.starts_with("GET") && request.ends_with("resourceVersion=0"),
