@@ -336,8 +336,8 @@ impl Volumes {
     /// server nor a provider, and succeeds if nothing is there.
     ///
     /// A record that cannot be removed, because the node's disk is read-only for example, does
-    /// not keep a pod from going: without its mount it says nothing, and it is removed when the
-    /// driver starts.
+    /// not keep a pod from going: without its mount it says nothing, and it is removed with the next change
+    /// of a record, or when the driver starts.
     ///
     /// # Errors
     /// ABORTED if a publish of this target, which is cancelled, goes on for seconds; otherwise the
@@ -363,7 +363,7 @@ impl Volumes {
             taken_down?;
             tmpfs.forget(&path);
             if let Err(error) = removed {
-                tracing::warn!(%error, "the volume is gone; its record could not be removed and stays until the driver starts again");
+                tracing::warn!(%error, "the volume is gone; its record could not be removed and stays until another record changes, or the driver starts again");
             }
             Ok(())
         })

@@ -4,6 +4,7 @@
 //! or the next start of the driver removes it.
 
 use std::{
+    collections::BTreeSet,
     fmt, fs,
     io::{self, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _},
@@ -77,10 +78,10 @@ pub struct Records {
     changing: Arc<Mutex<Leftovers>>,
 }
 
-/// The files of staged records that could not be removed, because the disk was read-only. They are
-/// removed with the next change.
+/// The files that could not be removed, because the disk was read-only or did not answer: staged records, and
+/// those of volumes that are gone. They are removed with the next change.
 #[derive(Debug, Default)]
-struct Leftovers(Vec<PathBuf>);
+struct Leftovers(BTreeSet<PathBuf>);
 
 /// A record that has its room on the disk, but is not valid yet. Dropping it frees the room.
 #[derive(Debug)]
@@ -202,11 +203,16 @@ impl Records {
     /// Removes the record of a volume. Succeeds if there is none.
     ///
     /// # Errors
-    /// The system's error.
+    /// The system's error. It is removed with the next change of any record then.
     pub fn remove(&self, volume_id: &str) -> io::Result<()> {
         let mut changing = held(&self.changing);
         changing.clear();
-        clear_away(&self.path(volume_id))
+        let path = self.path(volume_id);
+        let removed = clear_away(&path);
+        if removed.is_err() {
+            changing.0.insert(path);
+        }
+        removed
     }
 
     /// Removes the records of volumes whose pod's directory is gone, because kubelet tore them
@@ -303,13 +309,15 @@ impl StagedRecord {
         self.file.write_all_at(&bytes, 0)?;
         self.file.set_len(bytes.len() as u64)?;
         let changing = Arc::clone(&self.changing);
-        let _changing = held(&changing);
+        let mut changing = held(&changing);
         if fs::rename(&self.tmp, &self.path).is_err() {
             // A directory is there, which no rename replaces.
             clear_away(&self.path)?;
             fs::rename(&self.tmp, &self.path)?;
         }
         self.committed = true;
+        // The volume is there again.
+        changing.0.remove(&self.path);
         Ok(())
     }
 }
@@ -319,7 +327,7 @@ impl Drop for StagedRecord {
         // The caller has an error to report already. What stays is removed later.
         if !self.committed && clear_away(&self.tmp).is_err() {
             let tmp = std::mem::take(&mut self.tmp);
-            held(&self.changing).0.push(tmp);
+            held(&self.changing).0.insert(tmp);
         }
     }
 }
