@@ -132,8 +132,12 @@ pub async fn run(site: Site, options: &Options) -> Result<bool> {
         eprintln!("the schedule does not become smaller, because a run failed: {error}");
         options.schedule.clone()
     });
+    let which = match options.reductions {
+        0 => "the schedule that breaks it, which was not reduced",
+        _ => "the smallest schedule that was found to break it",
+    };
     println!(
-        "\nthe smallest schedule that breaks it, of {} steps; e2e chaos --schedule FILE runs it:\n{smallest}",
+        "\n{which}, of {} steps; e2e chaos --schedule FILE runs it:\n{smallest}",
         smallest.len()
     );
     Ok(false)

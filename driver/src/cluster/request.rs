@@ -26,6 +26,10 @@ const TURN: Duration = Duration::from_secs(1);
 /// answer that is asked for is a list of five classes.
 pub(super) const LARGEST_ANSWER: usize = 8 * 1024 * 1024;
 
+/// The number of characters of a message of the API server that are kept. kubelet reads no status of a call that is
+/// longer than a few KiB, and an event has room for 1,024 bytes.
+const LONGEST_MESSAGE: usize = 2_000;
+
 /// The reason why a request failed.
 pub(super) enum Failure {
     /// The API server answered with an error.
@@ -181,9 +185,9 @@ pub(super) fn limited<'a, T: 'a>(request: impl Request<T> + 'a) -> impl Answered
             Ok(Err(kube::Error::Api(status))) => Err(Failure::Refused {
                 code: status.code,
                 namespace_ends: is_about_an_ending_namespace(&status),
-                object: status.details.map(|about| about.name).unwrap_or_default(),
+                object: bounded(status.details.map(|about| about.name).unwrap_or_default()),
                 reason: status.reason,
-                message: status.message,
+                message: bounded(status.message),
             }),
             Ok(Err(kube::Error::SerdeError(_))) => Err(Failure::WrongObject),
             Ok(Err(error)) => {
@@ -202,6 +206,14 @@ pub(super) fn limited<'a, T: 'a>(request: impl Request<T> + 'a) -> impl Answered
     }
 }
 
+/// Returns a text of the API server, cut after [`LONGEST_MESSAGE`] characters.
+fn bounded(text: String) -> String {
+    match text.char_indices().nth(LONGEST_MESSAGE) {
+        None => text,
+        Some((end, _)) => format!("{}... ({} bytes)", &text[..end], text.len()),
+    }
+}
+
 fn is_about_an_ending_namespace(status: &Status) -> bool {
     let causes = status.details.iter().flat_map(|details| &details.causes);
     causes
@@ -216,4 +228,25 @@ fn innermost<'e>(error: &'e (dyn StdError + 'static)) -> &'e (dyn StdError + 'st
         error = source;
     }
     error
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_message_of_the_api_server_is_bounded() {
+        for (text, expected) in [
+            ("no".to_owned(), "no".to_owned()),
+            (
+                "é".repeat(100_000),
+                format!("{}... (200000 bytes)", "é".repeat(LONGEST_MESSAGE)),
+            ),
+        ] {
+            let status = Status::failure(&text, "Forbidden").with_code(403);
+            let answer: kube::Result<()> = Err(kube::Error::Api(status.boxed()));
+            let failure = limited(std::future::ready(answer)).await.unwrap_err();
+            assert_eq!(failure.into_error().to_string(), expected);
+        }
+    }
 }

@@ -74,7 +74,7 @@ impl Schedule {
             }
             let step = serde_json::from_str(line);
             let step: Step = step.map_err(|error| format!("line {}: {error}", number + 1))?;
-            let checked = check::check(&step);
+            let checked = check::fields(line, &step).and_then(|()| check::check(&step));
             checked.map_err(|error| format!("line {}: {error}", number + 1))?;
             if let Some(round) = rounds.last_mut() {
                 round.push(step);

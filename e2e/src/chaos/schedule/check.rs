@@ -1,9 +1,12 @@
 //! Checks a schedule that somebody wrote: what it names exists, and its numbers make sense.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read as _;
 use std::ops::RangeInclusive;
 use std::path::Path;
+
+use serde::de::IgnoredAny;
 
 use super::super::store::CLASSES;
 use super::super::tenants::TRICKS;
@@ -40,6 +43,20 @@ impl Schedule {
         }
         read.map_err(|error| error.to_string())?;
         Self::parse(&text)
+    }
+}
+
+/// Checks that a line has no fields but those of its step.
+///
+/// # Errors
+/// Names one that it has besides.
+pub(super) fn fields(line: &str, step: &Step) -> Result<(), String> {
+    let own = serde_json::to_value(step).map_err(|error| error.to_string())?;
+    let written: BTreeMap<String, IgnoredAny> =
+        serde_json::from_str(line).map_err(|error| error.to_string())?;
+    match written.keys().find(|name| own.get(name).is_none()) {
+        Some(name) => Err(format!("{name:?} is no field of {}", step.what.kind())),
+        None => Ok(()),
     }
 }
 
@@ -91,6 +108,10 @@ mod tests {
     #[case(
         r#"{"at":0,"what":"repeat-calls","node":0,"lasts":9,"by":0}"#,
         "line 2: by is 0, but has to be 1 to 60000"
+    )]
+    #[case(
+        r#"{"at":0,"what":"kill-driver","node":0,"lasts":9}"#,
+        "line 2: \"lasts\" is no field of kill-driver"
     )]
     #[case(
         r#"{"at":18446744073709551615,"what":"kill-driver","node":0}"#,
