@@ -47,15 +47,20 @@ impl Liveness {
         self.0.borrow_mut().remove(node)?.told
     }
 
-    /// Notes a failure of the health check. Returns the number of failures that are allowed; none without
-    /// limit.
-    fn failed(&self, node: &str) -> Option<u32> {
+    /// Notes a failure of the health check, after so many in a row. Returns how many there are now that count,
+    /// and whether these are too many.
+    fn failed(&self, node: &str, failures: u32) -> (u32, bool) {
         let mut hangs = self.0.borrow_mut();
-        let Some(hang) = hangs.get_mut(node) else {
-            return Some(MOST_FAILURES);
+        let (failures, most) = match hangs.get_mut(node) {
+            None => (failures + 1, MOST_FAILURES),
+            Some(hang) => {
+                hang.told.get_or_insert(hang.since.elapsed());
+                // A second restart would not help. The driver has its time from the end of the hang on.
+                let counted = if hang.restarted { 0 } else { failures + 1 };
+                (counted, MOST_WHILE_HUNG)
+            }
         };
-        hang.told.get_or_insert(hang.since.elapsed());
-        (!hang.restarted).then_some(MOST_WHILE_HUNG)
+        (failures, failures >= most)
     }
 
     /// Returns whether a disk hangs, and notes that the driver is restarted if so.
@@ -82,13 +87,12 @@ impl<G: Ground> Actor<'_, G> {
             let driver = self.ground.cluster().driver(node);
             let answer = driver.get(HEALTHZ, "/healthz").await;
             let is_alive = answer.is_ok_and(|answer| answer.status == 200);
-            failures = if is_alive { 0 } else { failures + 1 };
-            let most = if is_alive {
-                None
-            } else {
-                self.liveness.failed(node)
+            let (counted, is_dead) = match is_alive {
+                true => (0, false),
+                false => self.liveness.failed(node, failures),
             };
-            if most.is_some_and(|most| failures >= most) {
+            failures = counted;
+            if is_dead {
                 failures = 0;
                 self.restart_dead(node).await;
             }
@@ -121,13 +125,17 @@ mod tests {
     #[test]
     fn only_a_disk_that_hangs_explains_a_restart_and_it_explains_one() {
         let liveness = Liveness::default();
-        assert_eq!(liveness.failed("one"), Some(MOST_FAILURES));
+        let last = MOST_FAILURES - 1;
+        assert_eq!(liveness.failed("one", 0), (1, false));
+        assert_eq!(liveness.failed("one", last), (MOST_FAILURES, true));
         assert!(!liveness.restarts("one"));
         liveness.hang_begins("one");
-        assert_eq!(liveness.failed("two"), Some(MOST_FAILURES));
-        assert_eq!(liveness.failed("one"), Some(MOST_WHILE_HUNG));
+        assert_eq!(liveness.failed("two", last), (MOST_FAILURES, true));
+        let last = MOST_WHILE_HUNG - 1;
+        assert_eq!(liveness.failed("one", last), (MOST_WHILE_HUNG, true));
         assert!(liveness.restarts("one"));
-        assert_eq!(liveness.failed("one"), None);
+        // However long it hangs, nothing of that counts when it has ended.
+        assert_eq!(liveness.failed("one", 0), (0, false));
         assert!(liveness.hang_ends("one").is_some());
         liveness.hang_begins("one");
         assert_eq!(liveness.hang_ends("one"), None);
