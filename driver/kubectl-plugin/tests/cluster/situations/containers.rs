@@ -176,6 +176,7 @@ pub(super) const CONTAINERS: &[(&str, Change)] = &[
     (
         "a pod is of the present template of its StatefulSet",
         |world| {
+            world.not_started();
             of_stateful_set(world, &json!({}), "web-7f");
         },
     ),
