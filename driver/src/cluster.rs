@@ -8,6 +8,7 @@
 
 mod class;
 mod classes;
+mod connection;
 pub mod events;
 pub mod interval;
 pub mod pod_status;
@@ -25,15 +26,12 @@ use std::{
     },
 };
 
-use http_body_util::Limited;
 use kube::{
     Client, Config,
-    client::ClientBuilder,
     config::{KubeConfigOptions, Kubeconfig},
 };
 use tokio::sync::{OnceCell, Semaphore};
 use tokio_util::task::TaskTracker;
-use tower::util::MapResponseLayer;
 
 use crate::error::{Error, Result};
 pub use class::Class;
@@ -45,7 +43,7 @@ pub(crate) use classes::Classes;
 pub use classes::{Freshness, Wanted};
 use events::Events;
 use pod_status::Troubles;
-use request::{LARGEST_ANSWER, MAX_REQUESTS};
+use request::MAX_REQUESTS;
 use secrets::Missing;
 
 /// A client of the API server. Clones share one connection pool.
@@ -145,12 +143,6 @@ impl Cluster {
             http::HeaderValue::from_str(&self.user_agent)
                 .map_err(|error| Error::internal(format!("user agent: {error}")))?,
         ));
-        let client = ClientBuilder::try_from(config).map_err(|error| failed(error.to_string()))?;
-        Ok(client.with_layer(&MapResponseLayer::new(bounded)).build())
+        connection::connect(&config).map_err(|error| failed(error.to_string()))
     }
-}
-
-/// Bounds what is read of an answer.
-fn bounded<B>(answer: http::Response<B>) -> http::Response<Limited<B>> {
-    answer.map(|body| Limited::new(body, LARGEST_ANSWER))
 }

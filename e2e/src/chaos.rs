@@ -34,6 +34,8 @@ mod store;
 mod tenants;
 mod world;
 
+use std::fmt;
+use std::io::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -69,6 +71,9 @@ const MOST_CALLS: [u64; 2] = [16, 3];
 const LOOKS_EVERY: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
 /// The flag of every second seed: a publish fails as long as its Secrets cannot be written.
 const SECRETS_FIRST: &str = "--sync-errors=fail";
+/// A time longer than the interval of rotation, and how often a volume may be refreshed in it.
+const REST: Duration = Duration::from_secs(5);
+const MOST_REFRESHES: u64 = 2;
 /// The interval at which the state is looked at.
 const LOOK: Duration = Duration::from_millis(250);
 /// The share of the clock's time by which the time of a run goes on, on a machine that is not too slow for
@@ -105,20 +110,20 @@ pub fn fresh_seed() -> u64 {
 pub async fn run(site: Site, options: &Options) -> Result<bool> {
     let outcome = run_once(site, &options.schedule, options.limit).await?;
     if options.verbose || !outcome.is_good() {
-        println!("{}", outcome.timeline());
+        print(outcome.timeline())?;
     }
-    println!("seed {}\n{outcome}", options.schedule.seed);
+    print(format_args!("seed {}\n{outcome}", options.schedule.seed))?;
     if let Some(why) = outcome.broken_off {
         let text = format!("the run itself failed and says nothing about the driver: {why}");
         return Err(Error::Impossible(text));
     }
     let Some(first) = outcome.findings.first() else {
-        println!("no promise was broken");
+        print("no promise was broken")?;
         return Ok(true);
     };
-    println!("broken promises");
+    print("broken promises")?;
     for finding in &outcome.findings {
-        println!("{finding}");
+        print(finding)?;
     }
     let reduced = reduce::reduce(
         &options.schedule,
@@ -136,11 +141,17 @@ pub async fn run(site: Site, options: &Options) -> Result<bool> {
         0 => "the schedule that breaks it, which was not reduced",
         _ => "the smallest schedule that was found to break it",
     };
-    println!(
+    print(format_args!(
         "\n{which}, of {} steps; e2e chaos --schedule FILE runs it:\n{smallest}",
         smallest.len()
-    );
+    ))?;
     Ok(false)
+}
+
+/// Prints a line. A full disk is no fault of the driver's, and no reason to panic.
+fn print(line: impl fmt::Display) -> Result<()> {
+    let failed = |error| Error::Impossible(format!("print what happened: {error}"));
+    writeln!(std::io::stdout().lock(), "{line}").map_err(failed)
 }
 
 /// Runs a schedule once, on a cluster of its own.
@@ -248,6 +259,9 @@ async fn run_rounds<G: Ground>(
         if !world.log.is_over() {
             settle(world, ground, idle).await?;
         }
+        if !world.log.is_over() {
+            rest(actor).await;
+        }
         world.good.set(false);
         let share = (world.now() - counted.1).div_duration_f64(counted.0.elapsed());
         world.log.tell(format!(
@@ -348,6 +362,33 @@ async fn settle<G: Ground>(world: &World, ground: &G, idle: &[(String, Usage)]) 
         world.log.find("each failure leaves a trace", failure);
     }
     Ok(())
+}
+
+/// Waits until the driver has been at rest for longer than the interval of rotation: it writes nothing as long as
+/// nothing changes, and calls providers no more often than that interval says.
+async fn rest<G: Ground>(actor: &Actor<'_, G>) {
+    let world = &actor.world;
+    let begun = world.now();
+    let mut since = (Instant::now(), actor.work().await);
+    while since.0.elapsed() < REST {
+        if world.now() - begun > world.bounds_since(begun).converge + REST {
+            let text = format!("{} since {:.1?}", actor.work().await, since.0.elapsed());
+            let invariant = "a driver is at rest when nothing changes";
+            return world
+                .log
+                .find(invariant, format!("{text}, after {}", since.1));
+        }
+        tokio::time::sleep(LOOK).await;
+        let work = actor.work().await;
+        let calls = work.calls.saturating_sub(since.1.calls);
+        if work.writes != since.1.writes || calls > MOST_REFRESHES * world.refreshed() {
+            since = (Instant::now(), work);
+        }
+    }
+    world.log.checked("times of rest", 1);
+    world
+        .log
+        .took("until the driver was at rest", world.now() - begun);
 }
 
 /// Deletes all pods, and waits until nothing is left.

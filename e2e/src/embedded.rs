@@ -158,6 +158,20 @@ impl Embedded {
         Ok(self.0.isolate(node, container, isolated).await?)
     }
 
+    /// Gives a component's next processes these arguments besides those of its manifest.
+    ///
+    /// # Errors
+    /// When the node does not run it.
+    pub async fn add_arguments(
+        &self,
+        node: &str,
+        component: &Component,
+        arguments: &[&str],
+    ) -> Result<()> {
+        let container = component.container();
+        Ok(self.0.add_arguments(node, container, arguments).await?)
+    }
+
     async fn probe_on(&self, node: &str, arguments: &[String], path: &Path) -> Result<String> {
         let path = path.to_string_lossy();
         let arguments = arguments.iter().map(String::as_str);

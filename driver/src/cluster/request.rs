@@ -2,12 +2,11 @@
 
 use std::{error::Error as StdError, future::Future, sync::atomic::Ordering, time::Duration};
 
-use http_body_util::LengthLimitError;
 use kube::core::Status;
 use serde::de::DeserializeOwned;
 use tonic::Code;
 
-use super::Cluster;
+use super::{Cluster, connection::is_too_long};
 use crate::error::{Error, Result};
 
 /// The time limit of one request. It is short against kubelet's two minutes, so that a publish can
@@ -192,7 +191,7 @@ pub(super) fn limited<'a, T: 'a>(request: impl Request<T> + 'a) -> impl Answered
             Ok(Err(kube::Error::SerdeError(_))) => Err(Failure::WrongObject),
             Ok(Err(error)) => {
                 let innermost = innermost(&error);
-                Err(if innermost.is::<LengthLimitError>() {
+                Err(if is_too_long(innermost) {
                     Failure::TooLarge
                 } else {
                     Failure::NoAnswer(innermost.to_string())

@@ -240,6 +240,27 @@ impl Cluster {
         self.send(node, command).await
     }
 
+    /// Gives a container's next processes these arguments besides those of its manifest. The process that
+    /// runs keeps those that it has.
+    ///
+    /// # Errors
+    /// When there is no such container.
+    pub async fn add_arguments(
+        &self,
+        node: &str,
+        container: &str,
+        arguments: &[&str],
+    ) -> Result<()> {
+        let command = Command::AddArgs {
+            container: container.to_owned(),
+            arguments: arguments
+                .iter()
+                .map(|&argument| argument.to_owned())
+                .collect(),
+        };
+        self.send(node, command).await
+    }
+
     /// Returns all that a container has printed.
     ///
     /// # Errors

@@ -44,6 +44,11 @@ pub(crate) enum Command {
     Start { container: String },
     /// Decides whether the mounts of a container's next processes stay within it.
     Isolate { container: String, isolated: bool },
+    /// Gives a container's next processes these arguments besides those of its manifest.
+    AddArgs {
+        container: String,
+        arguments: Vec<String>,
+    },
     /// Reads all that a container has printed since the node was made.
     Log { container: String },
     /// Starts the kubelet anew; the containers go on.
@@ -147,6 +152,10 @@ impl Server {
                 container,
                 isolated,
             } => done(processes.isolate(&container, isolated)),
+            Command::AddArgs {
+                container,
+                arguments,
+            } => done(processes.add_args(&container, arguments)),
             Command::RestartKubelet => {
                 self.restart_kubelet.notify_one();
                 Ok(serde_json::Value::Null)

@@ -11,7 +11,6 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -112,14 +111,15 @@ impl Container {
         self.mounts.iter().any(|mount| mount.from == directory)
     }
 
-    /// Returns it with mounts that do not reach the node.
-    fn isolated(&self) -> Self {
-        let mut isolated = self.clone();
-        for mount in &mut isolated.mounts {
+    /// Returns it as its next process is to be.
+    fn changed(&self, changes: &Changes) -> Self {
+        let mut changed = self.clone();
+        for mount in changed.mounts.iter_mut().filter(|_| changes.isolated) {
             // The node's mounts still come, as the disk of the state directory does.
             mount.propagation = mount.propagation.min(Propagation::HostToContainer);
         }
-        isolated
+        changed.args.extend(changes.more_args.iter().cloned());
+        changed
     }
 
     /// The path on the node of the Unix socket that its flag `--endpoint` names.
@@ -271,10 +271,17 @@ pub(crate) struct Processes {
 #[derive(Debug)]
 struct Supervised {
     container: Container,
-    /// Whether its next process has mounts that do not reach the node.
-    isolated: Arc<AtomicBool>,
+    changes: Arc<Mutex<Changes>>,
     desired: watch::Sender<Desired>,
     status: watch::Receiver<Status>,
+}
+
+/// How the next process of a container differs from its manifest.
+#[derive(Debug, Default)]
+struct Changes {
+    /// Whether no mount of it reaches the node.
+    isolated: bool,
+    more_args: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -324,10 +331,10 @@ impl Processes {
         };
         let (status_set, status) = watch::channel(first);
         let log = self.log(&name);
-        let isolated = Arc::new(AtomicBool::new(false));
+        let changes = Arc::default();
         let start = Start {
             container: container.clone(),
-            isolated: Arc::clone(&isolated),
+            changes: Arc::clone(&changes),
             log,
         };
         tokio::spawn(supervise(start, desired_seen, status_set));
@@ -335,7 +342,7 @@ impl Processes {
             name,
             Supervised {
                 container,
-                isolated,
+                changes,
                 desired,
                 status,
             },
@@ -384,9 +391,18 @@ impl Processes {
     /// Decides whether the mounts of a container's next processes reach the node, as far as its manifest
     /// says so.
     pub(crate) fn isolate(&self, name: &str, isolated: bool) -> Result<(), Error> {
+        self.change(name, |changes| changes.isolated = isolated)
+    }
+
+    /// Gives a container's next processes these arguments besides those of its manifest.
+    pub(crate) fn add_args(&self, name: &str, more_args: Vec<String>) -> Result<(), Error> {
+        self.change(name, |changes| changes.more_args = more_args)
+    }
+
+    fn change(&self, name: &str, change: impl FnOnce(&mut Changes)) -> Result<(), Error> {
         self.find(name)?;
         if let Some(supervised) = self.lock().get(name) {
-            supervised.isolated.store(isolated, Ordering::Relaxed);
+            change(&mut crate::lock(&supervised.changes));
         }
         Ok(())
     }
@@ -486,7 +502,7 @@ fn system(name: &str, reason: &dyn std::fmt::Display) -> Error {
 /// All that the start of a container needs.
 struct Start {
     container: Container,
-    isolated: Arc<AtomicBool>,
+    changes: Arc<Mutex<Changes>>,
     log: PathBuf,
 }
 
@@ -556,10 +572,8 @@ async fn terminate(child: &mut tokio::process::Child, pid: Option<i32>) {
 }
 
 fn spawn(start: &Start) -> io::Result<tokio::process::Child> {
-    let (container, log) = match start.isolated.load(Ordering::Relaxed) {
-        true => (start.container.isolated(), &start.log),
-        false => (start.container.clone(), &start.log),
-    };
+    let container = start.container.changed(&crate::lock(&start.changes));
+    let log = &start.log;
     if let Some(dir) = log.parent() {
         fs::create_dir_all(dir)?;
     }
@@ -599,7 +613,10 @@ mod tests {
             mounts: all.map(mount).into(),
             kubelet_root: "/k".into(),
         };
-        let isolated = container.isolated();
+        let isolated = container.changed(&Changes {
+            isolated: true,
+            ..Changes::default()
+        });
         let propagations: Vec<_> = isolated.mounts.iter().map(|m| m.propagation).collect();
         let expected = [
             Propagation::None,

@@ -10,6 +10,7 @@ mod once;
 mod tenants;
 
 use std::cell::Cell;
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,20 @@ const WRONG: [&str; 8] = [
     "[{oversize: 20000000}]",
     "[{status: {code: UNKNOWN}}]",
 ];
+
+/// What the drivers have done since a run began, as far as it is counted: writes of objects, and calls to providers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Work {
+    pub(super) writes: u64,
+    pub(super) calls: u64,
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { writes, calls } = self;
+        write!(f, "{writes} writes and {calls} calls to providers")
+    }
+}
 
 /// Acts on a cluster.
 pub(super) struct Actor<'a, G> {
@@ -237,6 +252,16 @@ impl<'a, G: Ground> Actor<'a, G> {
             .flatten()
             .filter_map(|(_, calls)| calls.as_u64())
             .sum()
+    }
+
+    /// Returns what the drivers have done.
+    pub(super) async fn work(&self) -> Work {
+        let mut calls = 0;
+        for node in &self.nodes {
+            calls += self.provider_calls(node).await;
+        }
+        let writes = self.ground.writes().unwrap_or_default();
+        Work { writes, calls }
     }
 
     fn node(&self, number: usize) -> &str {

@@ -17,9 +17,14 @@ pub(super) struct GoodBounds {
     pub(super) follow: Duration,
     /// From the last step until everything is as it should be.
     pub(super) converge: Duration,
-    /// By what one failure makes each of them longer: an attempt that fails at once, and a pause.
+}
+
+/// For how long a single failure keeps somebody waiting, and for how long pods may be told of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SingleBounds {
+    /// An attempt that fails at once, and a pause.
     pub(super) quick: Duration,
-    /// The same for an attempt that has no answer.
+    /// An attempt that has no answer.
     pub(super) silent: Duration,
 }
 

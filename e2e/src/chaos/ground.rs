@@ -95,6 +95,13 @@ pub(super) trait Ground {
     /// Starts a node's driver anew in a container whose mounts do not reach the node, or do so again.
     async fn isolate_driver(&self, node: &str, isolated: bool) -> Result<()>;
 
+    /// Gives the driver's next processes on a node these arguments besides those of its manifest.
+    async fn add_arguments(&self, node: &str, arguments: &[&str]) -> Result<()>;
+
+    /// Returns the number of writes of the driver, of objects other than events, that the API server has got
+    /// since the run began; none where nobody counts them.
+    fn writes(&self) -> Option<u64>;
+
     /// Lets the next request of a kind fail that the driver sends to the API server, and only that. `kind`
     /// counts modulo the kinds that it has sent so far, `how` modulo the failures that there are. Returns what
     /// has failed, and whether it had no answer for long; none if no request of the kind has come in time.

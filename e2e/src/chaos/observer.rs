@@ -4,6 +4,7 @@
 mod calm;
 mod content;
 mod fresh;
+mod kept;
 mod leaks;
 mod secrets;
 mod statuses;

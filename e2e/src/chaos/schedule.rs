@@ -149,7 +149,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(kinds.len(), 49, "{kinds:?}");
+        assert_eq!(kinds.len(), 51, "{kinds:?}");
     }
 
     #[test]

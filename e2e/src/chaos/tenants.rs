@@ -35,6 +35,9 @@ const DEFAULT_MODE: &str = "secrets-store.csi.k8s.io/default-mode";
 /// The annotation of a Secret with the order of its content: a higher one replaces a lower one
 /// (docs/secrets.md).
 pub(super) const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
+/// The Secret that somebody makes an owner of synced Secrets, and the label that they get.
+pub(super) const OWNER: &str = "by-hand";
+pub(super) const LABEL: (&str, &str) = ("added-by", "hand");
 /// The keys that each class declares, with their objects.
 pub(super) const KEYS: [(&str, &str); 2] = [("key-a", "a"), ("key-c", "c")];
 /// The key that a class declares only after an edit.
@@ -77,6 +80,12 @@ pub(super) fn mode_of(pod: &str) -> u32 {
         Some(number) if !number.is_multiple_of(2) => 0o440,
         _ => MODE,
     }
+}
+
+/// Returns the group of a pod's files: some pods have one.
+pub(super) fn group_of(pod: &str) -> Option<u32> {
+    let number = pod.rsplit('-').next()?.parse::<u32>().ok()?;
+    (number % 4 == 3).then_some(3_000 + number)
 }
 
 /// Returns the name of a pod's volume of a class.
@@ -150,7 +159,11 @@ pub(super) fn pod(pod: usize, node: &str) -> Value {
             volume(&volume_name(*class), attributes.into())
         })
         .collect();
-    pod_of(&pod_name(pod), node, &volumes)
+    let mut object = pod_of(&pod_name(pod), node, &volumes);
+    if let Some(group) = group_of(&pod_name(pod)) {
+        object["spec"]["securityContext"] = json!({"fsGroup": group});
+    }
+    object
 }
 
 fn volume(name: &str, attributes: Value) -> Value {

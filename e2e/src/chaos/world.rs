@@ -7,13 +7,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use k8s_openapi::api::core::v1::Secret;
 use serde_json::Value;
 
 use super::editions::{Editions, Spec};
-use super::good::{Good, GoodBounds};
+use super::good::{Good, GoodBounds, SingleBounds};
 use super::lock;
 use super::report::Log;
-use super::store::{CLASSES, Store};
+use super::store::{CLASSES, SELDOM, Store};
 
 /// The interval at which the pods are listed.
 pub(super) const LIST: Duration = Duration::from_millis(100);
@@ -39,6 +40,8 @@ pub(super) struct Bounds {
     pub(super) gone: Duration,
     /// The times of good minutes; none where they are not judged.
     pub(super) good: Option<GoodBounds>,
+    /// What a single failure explains, in good minutes and in others.
+    pub(super) single: SingleBounds,
 }
 
 /// A well-behaved pod, as the API has it.
@@ -83,6 +86,8 @@ pub(super) struct World {
     pub(super) calm: Mutex<Option<Duration>>,
     /// Data of Secrets that somebody wrote by hand.
     pub(super) by_hand: Mutex<BTreeSet<String>>,
+    /// The Secrets that somebody has adorned, by UID, with the versions that they had then.
+    adorned: Mutex<BTreeMap<String, u64>>,
     /// The number of writes by hand whose result is not known yet.
     writing: AtomicU64,
     /// Failures of which there has to be a trace: the pod's UID and name, its node, and what fails.
@@ -113,6 +118,12 @@ pub(super) struct Failure {
     pub(super) began: Duration,
 }
 
+/// Returns the UID of a Secret, and its version: later ones are greater.
+fn identity(secret: &Secret) -> Option<(String, u64)> {
+    let version = secret.metadata.resource_version.as_ref()?.parse().ok()?;
+    Some((secret.metadata.uid.clone()?, version))
+}
+
 impl World {
     pub(super) fn new(
         store: Store,
@@ -133,6 +144,7 @@ impl World {
             lists: AtomicU64::new(0),
             calm: Mutex::new(Some(Duration::ZERO)),
             by_hand: Mutex::default(),
+            adorned: Mutex::default(),
             writing: AtomicU64::new(0),
             failures: Mutex::default(),
             good: Good::default(),
@@ -197,6 +209,14 @@ impl World {
             .collect()
     }
 
+    /// Returns the number of volumes of the pods that run, without those of the class that is refreshed seldom.
+    pub(super) fn refreshed(&self) -> u64 {
+        let pods = lock(&self.pods);
+        let running = pods.values().filter(|pod| pod.ready);
+        let classes = running.flat_map(|pod| &pod.classes);
+        classes.filter(|class| **class != SELDOM).count() as u64
+    }
+
     /// Returns whether the volumes of a pod lie below other mounts.
     pub(super) fn is_buried(&self, uid: &str) -> bool {
         lock(&self.buried).contains(uid)
@@ -236,6 +256,21 @@ impl World {
             lock(&self.by_hand).insert(data.to_string());
         }
         self.writing.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Notes a Secret to which somebody has added a label and an owner.
+    pub(super) fn adorned(&self, secret: &Secret) {
+        if let Some((uid, version)) = identity(secret) {
+            lock(&self.adorned).entry(uid).or_insert(version);
+        }
+    }
+
+    /// Returns whether a Secret was adorned before it was as it is.
+    pub(super) fn is_adorned(&self, secret: &Secret) -> bool {
+        identity(secret).is_some_and(|(uid, version)| {
+            let since = lock(&self.adorned).get(&uid).copied();
+            since.is_some_and(|since| since <= version)
+        })
     }
 
     /// Returns whether somebody may have written a Secret by hand without having told what.

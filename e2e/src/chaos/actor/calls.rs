@@ -21,7 +21,7 @@ use super::super::ground::Ground;
 use super::super::lock;
 use super::super::random::Random;
 use super::super::schedule::What;
-use super::super::tenants::{attributes_of, volume_name};
+use super::super::tenants::{attributes_of, group_of, volume_name};
 use super::super::world::{VolumeId, Watched};
 use super::{Actor, escaped, sleep};
 
@@ -173,7 +173,11 @@ impl<G: Ground> Actor<'_, G> {
             .into_iter()
             .chain(of_kubelet);
         let attributes = attributes.map(|(key, value)| (key.to_owned(), value.to_owned()));
-        let mount = MountVolume::default();
+        let group = group_of(&pod.name).map(|group| group.to_string());
+        let mount = MountVolume {
+            volume_mount_group: group.unwrap_or_default(),
+            ..MountVolume::default()
+        };
         NodePublishVolumeRequest {
             volume_id: handle(&pod.uid, class),
             target_path: target(pod, class),

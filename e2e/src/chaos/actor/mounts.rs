@@ -26,18 +26,18 @@ const GOES_ON: &str = "kill -CONT \"$1\" 2>/dev/null || true";
 
 /// Makes the volumes `$@` read-only; prints how many.
 ///
-/// Nothing is said of other options: mount(8) would repeat those that the mount has.
+/// The other flags are those of the mount: a remount that does not repeat them removes them.
 const READ_ONLY: &str = r#"
 struck=0
 for volume in "$@"; do
-    if mount -o remount,ro tmpfs "$volume"; then struck=$((struck + 1)); fi
+    if mount -o remount,ro,nosuid,nodev,noexec tmpfs "$volume"; then struck=$((struck + 1)); fi
 done
 echo "$struck"
 "#;
 /// Undoes that, where there is such a volume.
 const WRITABLE: &str = r#"
 for volume in "$@"; do
-    if grep -q " $volume tmpfs ro" /proc/self/mounts; then mount -o remount,rw tmpfs "$volume"; fi
+    if grep -q " $volume tmpfs ro" /proc/self/mounts; then mount -o remount,rw,nosuid,nodev,noexec tmpfs "$volume"; fi
 done
 "#;
 

@@ -117,6 +117,9 @@ impl<G: Ground> Actor<'_, G> {
                 self.propagation_lost(what, self.node(node), pod, lasts)
                     .await
             }
+            What::OtherBound { node, lasts, bytes } => {
+                self.other_bound(what, self.node(node), lasts, bytes).await
+            }
             What::DriverPaused { node, lasts } => {
                 self.driver_paused(what, self.node(node), lasts).await
             }
@@ -278,6 +281,29 @@ impl<G: Ground> Actor<'_, G> {
             .collect();
         records.sort();
         Ok(records)
+    }
+
+    /// Starts a driver with another bound of answers, and after a while with that of its manifest.
+    async fn other_bound(&self, what: What, node: &str, lasts: u64, bytes: u64) -> Result<()> {
+        let argument = format!("--max-call-recv-msg-size={bytes}");
+        self.running_driver(node).await?;
+        self.ground.add_arguments(node, &[&argument]).await?;
+        let killed = self.ground.cluster().driver(node).kill().await;
+        if killed.is_ok() {
+            sleep(lasts).await;
+        }
+        let has_it = self.running_driver(node).await;
+        let line = has_it.map(|driver| fs::read(format!("/proc/{driver}/cmdline")));
+        let ended = self.ground.add_arguments(node, &[]).await;
+        self.undone(what, ended);
+        let again = self.ground.cluster().driver(node).kill().await;
+        self.undone(what, again);
+        let line = line?.unwrap_or_default();
+        let has_it = line
+            .split(|byte| *byte == 0)
+            .any(|word| word == argument.as_bytes());
+        self.world.log.struck(&what.kind(), u64::from(has_it));
+        killed
     }
 
     async fn tear_record(&self, node: &str) -> Result<()> {

@@ -1,9 +1,8 @@
 //! Single failures in good minutes.
 
-use std::time::Duration;
-
 use crate::cluster::Result;
 
+use super::super::good::SingleBounds;
 use super::super::ground::Ground;
 use super::super::schedule::What;
 use super::super::store::CLASSES;
@@ -54,6 +53,8 @@ impl<G: Ground> Actor<'_, G> {
         }
         let ended = self.control(node, "/faults?set=").await;
         self.undone(what, ended.map(drop));
+        // A call may have come at the last moment.
+        calls = calls.max(self.provider_calls(node).await.saturating_sub(before));
         if calls > 0 {
             self.fails_once(hangs);
         }
@@ -71,13 +72,10 @@ impl<G: Ground> Actor<'_, G> {
 
     /// Notes that a request or a call has failed, or has no answer.
     fn fails_once(&self, is_silent: bool) {
-        let Some(good) = self.world.bounds.good else {
-            return;
-        };
-        let lasts = if is_silent { good.silent } else { good.quick };
+        let SingleBounds { quick, silent } = self.world.bounds.single;
+        let lasts = if is_silent { silent } else { quick };
         let now = self.world.now();
         self.world.good.fails(now, lasts);
-        let lasts: Duration = lasts;
         self.world
             .log
             .tell(format!("a single failure counts for {lasts:?}"));

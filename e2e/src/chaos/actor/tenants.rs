@@ -3,8 +3,9 @@
 use std::io;
 
 use k8s_openapi::api::core::v1::{Pod, Secret};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Api;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
 use crate::cluster::{Cluster as _, Error, Result, api};
@@ -16,6 +17,9 @@ use super::super::schedule::What;
 use super::super::store::{CLASSES, SELDOM};
 use super::super::tenants;
 use super::{Actor, sleep};
+
+/// The number of attempts at a write that others overtake.
+const WRITES: usize = 5;
 
 impl<G: Ground> Actor<'_, G> {
     pub(super) async fn act_as_tenant(&self, what: What) -> Result<()> {
@@ -58,6 +62,7 @@ impl<G: Ground> Actor<'_, G> {
                 remove,
                 order,
             } => self.alter_secret(class, remove, order).await,
+            What::AdornSecret { class } => self.adorn_secret(class).await,
             _ => Ok(()),
         }
     }
@@ -195,12 +200,10 @@ impl<G: Ground> Actor<'_, G> {
     async fn alter_secret(&self, class: usize, remove: bool, order: bool) -> Result<()> {
         let name = CLASSES.get(class).copied().unwrap_or_default();
         // "by hand" in base64.
-        let value = if remove {
-            Value::Null
-        } else {
-            "YnkgaGFuZA==".into()
+        let mut altered = match remove {
+            true => json!({"data": {"key-a": Value::Null}}),
+            false => json!({"data": {"key-a": "YnkgaGFuZA==", "stray": "YnkgaGFuZA=="}}),
         };
-        let mut altered = json!({"data": {"key-a": value}});
         if order {
             // Of a cluster in which more was written.
             altered["metadata"] = json!({"annotations": {tenants::ORDER: "4000000000000"}});
@@ -215,6 +218,55 @@ impl<G: Ground> Actor<'_, G> {
             .map(|secret| json!(secret.data.clone().unwrap_or_default()));
         self.world.wrote_by_hand(data.as_ref());
         unless_absent(written, "alter a Secret")
+    }
+
+    /// Adds a label and an owner to a Secret. Leaves it alone if others write it all the time.
+    async fn adorn_secret(&self, class: usize) -> Result<()> {
+        let owner = json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": tenants::OWNER},
+        });
+        self.namespace.apply(&owner.to_string()).await?;
+        let (secrets, name) = (
+            self.secrets(),
+            CLASSES.get(class).copied().unwrap_or_default(),
+        );
+        let get = async |name| {
+            secrets
+                .get_opt(name)
+                .await
+                .map_err(api(format!("get Secret {name}")))
+        };
+        let uid = get(tenants::OWNER)
+            .await?
+            .and_then(|owner| owner.metadata.uid);
+        let owner = OwnerReference {
+            api_version: "v1".to_owned(),
+            kind: "Secret".to_owned(),
+            name: tenants::OWNER.to_owned(),
+            uid: uid.unwrap_or_default(),
+            ..OwnerReference::default()
+        };
+        for _ in 0..WRITES {
+            let Some(mut secret) = get(name).await? else {
+                return Ok(());
+            };
+            let (label, value) = tenants::LABEL;
+            let labels = secret.metadata.labels.get_or_insert_default();
+            labels.insert(label.to_owned(), value.to_owned());
+            let owners = secret.metadata.owner_references.get_or_insert_default();
+            if !owners.contains(&owner) {
+                owners.push(owner.clone());
+            }
+            match secrets.replace(name, &PostParams::default(), &secret).await {
+                Ok(written) => {
+                    self.world.adorned(&written);
+                    return Ok(());
+                }
+                Err(kube::Error::Api(status)) if status.code == 409 => {}
+                Err(error) => return unless_absent::<()>(Err(error), "adorn a Secret"),
+            }
+        }
+        Ok(())
     }
 
     /// Lets the hostile tenant run pods for a while.
@@ -261,6 +313,11 @@ impl<G: Ground> Actor<'_, G> {
 
     /// Deletes all pods and classes.
     pub(in super::super) async fn delete_all(&self) -> Result<()> {
+        let secrets = self.secrets();
+        let deleted = secrets
+            .delete(tenants::OWNER, &DeleteParams::default())
+            .await;
+        unless_absent(deleted, "delete an owner")?;
         for namespace in [&self.namespace, &self.hostile] {
             let pods = namespace.api::<Pod>();
             let list = pods.list(&ListParams::default()).await;

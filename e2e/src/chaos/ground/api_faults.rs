@@ -52,6 +52,7 @@ pub(super) enum ApiFault {
 pub(super) struct ApiFaults {
     active: Arc<Mutex<BTreeMap<u64, Active>>>,
     once: Arc<Mutex<Once>>,
+    writes: Arc<AtomicU64>,
 }
 
 struct Active {
@@ -63,8 +64,15 @@ struct Active {
 impl ApiFaults {
     /// Lets the faults strike the requests of the pods to an API server.
     pub(super) fn install(&self, api: &ApiServer) {
-        let Self { active, once } = self.clone();
+        let Self {
+            active,
+            once,
+            writes,
+        } = self.clone();
         api.intercept(move |call| {
+            if call.method != "GET" && !is_event(call.uri) {
+                writes.fetch_add(1, Ordering::Relaxed);
+            }
             if let Some(reaction) = lock(&once).strike(call) {
                 return reaction;
             }
@@ -77,6 +85,11 @@ impl ApiFaults {
                 other => other,
             })
         });
+    }
+
+    /// Returns the number of writes so far, without those of events.
+    pub(super) fn writes(&self) -> u64 {
+        self.writes.load(Ordering::Relaxed)
     }
 
     /// Lets a single request fail, see [`Once::arm`].
@@ -172,6 +185,11 @@ fn writes_secret(uri: &str) -> bool {
     let path = uri.split('?').next().unwrap_or(uri);
     let mut parts = path.trim_start_matches('/').split('/');
     parts.nth(4) == Some("secrets")
+}
+
+fn is_event(uri: &str) -> bool {
+    let path = uri.split('?').next().unwrap_or(uri);
+    path.split('/').any(|part| part == "events")
 }
 
 fn is_in(uri: &str, namespace: &str) -> bool {

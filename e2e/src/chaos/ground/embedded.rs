@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use embedded::api::ApiServer;
 
-use super::super::good::GoodBounds;
+use super::super::good::{GoodBounds, SingleBounds};
 use super::super::schedule::What;
 use super::super::world::Bounds;
 use super::Ground;
@@ -29,16 +29,20 @@ const BOUNDS: Bounds = Bounds {
     silence: Duration::from_secs(20),
     gone: Duration::from_secs(60),
     good: Some(GOOD),
+    single: SINGLE,
 };
 /// The bounds of good minutes.
 ///
-/// A volume follows within an interval of rotation (4.4 s) and one look of kubelet. A failure at once is tried
-/// again after a pause (up to 3 s of the driver, 1 s of kubelet), and one without an answer after kubelet's
-/// deadline (10 s) or that of a request (15 s). The rest is for a machine with other work.
+/// A volume follows within an interval of rotation (4.4 s) and one look of kubelet. The rest is for a machine
+/// with other work.
 const GOOD: GoodBounds = GoodBounds {
     publish: Duration::from_secs(6),
     follow: Duration::from_secs(8),
     converge: Duration::from_secs(10),
+};
+/// What failed at once is tried again after a pause (up to 3 s of the driver, 1 s of kubelet), and what had no
+/// answer after kubelet's deadline (10 s) or that of a request (15 s). The rest is for a machine with other work.
+const SINGLE: SingleBounds = SingleBounds {
     quick: Duration::from_secs(5),
     silent: Duration::from_secs(18),
 };
@@ -107,10 +111,12 @@ impl Ground for OnEmbedded {
             good: Some(GoodBounds {
                 follow: GOOD.follow + self.looks_every,
                 converge: GOOD.converge + self.looks_every,
-                quick: GOOD.quick + self.looks_every,
-                silent: GOOD.silent + self.looks_every,
                 ..GOOD
             }),
+            single: SingleBounds {
+                quick: SINGLE.quick + self.looks_every,
+                silent: SINGLE.silent + self.looks_every,
+            },
             ..BOUNDS
         }
     }
@@ -190,6 +196,15 @@ impl Ground for OnEmbedded {
             Err(_) if self.driver_process(node).await?.is_none() => Ok(()),
             killed => killed,
         }
+    }
+
+    async fn add_arguments(&self, node: &str, arguments: &[&str]) -> Result<()> {
+        let driver = Component::Driver;
+        self.cluster.add_arguments(node, &driver, arguments).await
+    }
+
+    fn writes(&self) -> Option<u64> {
+        Some(self.faults.writes())
     }
 
     async fn fail_once(&self, kind: usize, how: usize) -> Result<Option<(String, bool)>> {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use super::super::good::SingleBounds;
 use super::super::schedule::{HUNG_FOR_LONG, What};
 use super::super::world::Bounds;
 use super::{Ground, PROVIDER};
@@ -24,6 +25,10 @@ const BOUNDS: Bounds = Bounds {
     silence: Duration::from_secs(45),
     gone: Duration::from_secs(180),
     good: None,
+    single: SingleBounds {
+        quick: Duration::from_secs(10),
+        silent: Duration::from_secs(130),
+    },
 };
 /// The directory of the objects in the provider's container.
 const OBJECTS: &str = "/chaos";
@@ -220,6 +225,7 @@ impl Ground for OnLocal {
             What::DiskHung { lasts, .. } if lasts >= HUNG_FOR_LONG => {
                 Some("kubelet's own liveness probe takes minutes")
             }
+            What::OtherBound { .. } => Some("scenarios upgrade the driver there"),
             What::PropagationLost { .. } => {
                 Some("a container starts with the mounts of its manifest")
             }
@@ -253,6 +259,15 @@ impl Ground for OnLocal {
     async fn isolate_driver(&self, _: &str, _: bool) -> Result<()> {
         let text = "a container of Kubernetes has the mounts of its manifest".to_owned();
         Err(Error::Impossible(text))
+    }
+
+    async fn add_arguments(&self, _: &str, _: &[&str]) -> Result<()> {
+        let text = "a container of Kubernetes has the arguments of its manifest".to_owned();
+        Err(Error::Impossible(text))
+    }
+
+    fn writes(&self) -> Option<u64> {
+        None
     }
 
     async fn fail_once(&self, _: usize, _: usize) -> Result<Option<(String, bool)>> {

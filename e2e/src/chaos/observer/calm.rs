@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use kube::api::{DynamicObject, ListParams};
 use serde_json::Value;
 
 use super::content::DATA;
-use super::volumes::path_of;
+use super::volumes::{is_mount, path_of};
 use crate::cluster::{Cluster as _, Component, Result, api};
 use crate::install::pod_statuses;
 
@@ -114,13 +113,6 @@ fn mounted(world: &World, pod: &Watched) -> Vec<String> {
         format!("pod {} has ended, and {volume} is mounted", pod.name)
     };
     volumes.map(text).collect()
-}
-
-/// Returns whether something is mounted on a directory.
-fn is_mount(directory: &Path) -> bool {
-    let device = |path: &Path| fs::metadata(path).map(|found| found.dev()).ok();
-    let parent = directory.parent().and_then(device);
-    parent.is_some() && device(directory).is_some_and(|own| Some(own) != parent)
 }
 
 /// Returns the statuses of the pods that run with a class: the owners of its Secret, because these

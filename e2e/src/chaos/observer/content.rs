@@ -7,6 +7,8 @@ use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::sys::statvfs::{FsFlags, fstatvfs};
+
 use super::super::store::{EXTRA, OBJECTS, Store};
 use super::super::tenants::{EDITION, WHO};
 use super::volumes::{Wrong, number, take};
@@ -45,6 +47,20 @@ impl Content {
     /// Returns whether it has the object that a class has only after an edit.
     pub(super) fn has_extra(&self) -> bool {
         self.names.iter().any(|name| name == EXTRA)
+    }
+
+    /// Returns whether it lies on a file system that nobody can write to.
+    pub(super) fn is_read_only(&self) -> bool {
+        let flags = fstatvfs(&self.data).map(|found| found.flags());
+        flags.is_ok_and(|flags| flags.contains(FsFlags::ST_RDONLY))
+    }
+
+    /// Returns a file that can still be read.
+    pub(super) fn readable(&self) -> Option<&str> {
+        let directory = path_of(&self.data);
+        let mut names = self.names.iter();
+        let name = names.find(|name| fs::read(directory.join(name)).is_ok())?;
+        Some(name)
     }
 
     /// Reads all files; returns their generation, and the edition of their class. Returns `None` if this

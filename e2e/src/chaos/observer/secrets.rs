@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::super::lock;
 use super::super::store::{CLASSES, number_of};
-use super::super::tenants::{EDITION, EDITION_KEY, EXTRA_KEY, KEYS, ORDER};
+use super::super::tenants::{EDITION, EDITION_KEY, EXTRA_KEY, KEYS, LABEL, ORDER, OWNER};
 use super::super::world::{Watched, World};
 use super::calm::status_name;
 use crate::install::pod_statuses;
@@ -185,10 +185,31 @@ pub(super) async fn judge_environment(world: &World, secrets: &Api<Secret>, pod:
     }
 }
 
+/// Returns what a Secret has no more that somebody has added.
+fn lost_addition(secret: &Secret) -> Option<&'static str> {
+    let (label, value) = LABEL;
+    let labels = secret.metadata.labels.as_ref();
+    let has_label = labels.is_some_and(|all| all.get(label).is_some_and(|found| found == value));
+    let mut owners = secret.metadata.owner_references.iter().flatten();
+    let has_owner = owners.any(|owner| owner.name == OWNER);
+    let lost = [(has_label, "its label"), (has_owner, "its owner")];
+    lost.into_iter()
+        .find_map(|(has, what)| (!has).then_some(what))
+}
+
 fn judge(world: &World, version: &Version, last: &mut Last) {
     let (class, secret, seen) = (version.class, &version.secret, version.seen);
     let name = CLASSES.get(class).copied().unwrap_or_default();
     let data = secret.data.clone().unwrap_or_default();
+    if world.is_adorned(secret) {
+        world
+            .log
+            .checked("versions of a Secret with additions of others", 1);
+        if let Some(lost) = lost_addition(secret) {
+            let text = format!("Secret {name} has lost {lost}");
+            world.log.find("a Secret keeps what others add to it", text);
+        }
+    }
     // It stays until the driver restores it; who adds an owner meanwhile writes it again.
     if world.is_by_hand(&json!(data)) {
         last.order = None;

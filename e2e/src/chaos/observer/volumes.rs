@@ -8,14 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::sys::statvfs::{FsFlags, statvfs};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::super::editions::Spec;
 use super::super::lock;
 use super::super::store::{CLASSES, EXTRA, OBJECTS, Store, number_of};
-use super::super::tenants::{CLOSED, WHO, mode_of, volume_name};
+use super::super::tenants::{CLOSED, WHO, group_of, mode_of, volume_name};
 use super::super::world::{VolumeId, Watched, World};
 use super::content::{Content, DATA};
+use super::kept::Kept;
 
 /// The pause between two rounds over all volumes: the driver has two cores, too.
 const PAUSE: Duration = Duration::from_millis(4);
@@ -81,7 +83,9 @@ pub(super) fn read_all_slowly(
     stop: &Arc<AtomicBool>,
     out: &UnboundedSender<Suspicion>,
 ) {
+    let mut kept = Kept::default();
     while !stop.load(Ordering::Relaxed) {
+        kept.judge(world);
         let mut opened = Vec::new();
         for (pod, root) in world.running() {
             for class in &pod.classes {
@@ -97,6 +101,7 @@ pub(super) fn read_all_slowly(
             if let Err(wrong) = content.read(&world.store, class, 0) {
                 report(world, &pod, &root, class, wrong, out);
             }
+            kept.keep(world, (pod, root, class, content));
         }
     }
 }
@@ -105,6 +110,13 @@ pub(super) fn read_all_slowly(
 pub(in super::super) fn path_of(pod: &Watched, root: &Path, class: usize) -> PathBuf {
     let path = embedded::target_path(&pod.uid, &volume_name(class));
     root.join(path.strip_prefix("/").unwrap_or(&path))
+}
+
+/// Returns whether something is mounted on a directory.
+pub(super) fn is_mount(directory: &Path) -> bool {
+    let device = |path: &Path| fs::metadata(path).map(|found| found.dev()).ok();
+    let parent = directory.parent().and_then(device);
+    parent.is_some() && device(directory).is_some_and(|own| Some(own) != parent)
 }
 
 /// Tells what is wrong with a volume. What is absent is to be confirmed.
@@ -288,6 +300,7 @@ fn read_volume(
             return Err(Wrong::Content("each file has its mode", text));
         }
     }
+    check_mount(volume, group_of(&pod.name))?;
     let file = volume.join(WHO);
     let text = fs::read_to_string(&file).map_err(|error| gap(Path::new(WHO), error))?;
     check_owner(&text, pod)?;
@@ -301,6 +314,26 @@ fn read_volume(
             has_extra: content.has_extra(),
         },
     }))
+}
+
+/// Checks that nothing in a volume can be run, that it has no devices, and that its files are of the pod's group.
+fn check_mount(volume: &Path, group: Option<u32>) -> Result<(), Wrong> {
+    let gap = |error: std::io::Error| Wrong::Gap(format!("{}: {error}", volume.display()));
+    let flags = statvfs(volume).map_err(|error| gap(error.into()))?.flags();
+    let needed = FsFlags::ST_NOSUID | FsFlags::ST_NODEV | FsFlags::ST_NOEXEC;
+    if !flags.contains(needed) {
+        let text = format!("it has {flags:?}");
+        return Err(Wrong::Content("each volume keeps its mount flags", text));
+    }
+    for (object, _) in OBJECTS {
+        let found = fs::metadata(volume.join(object)).map_err(gap)?;
+        if (found.uid(), found.gid()) != (0, group.unwrap_or_default()) {
+            let (user, found) = (found.uid(), found.gid());
+            let text = format!("{object} is of user {user} and group {found}, not {group:?}");
+            return Err(Wrong::Content("each file has its owner and group", text));
+        }
+    }
+    Ok(())
 }
 
 /// Returns the present content if a program finds by its name the object that a class has only after an

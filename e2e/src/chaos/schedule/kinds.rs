@@ -44,13 +44,15 @@ pub(in super::super) enum What {
     AlterStatus { pod: usize },
     /// Somebody deletes a synced Secret.
     DeleteSecret { class: usize },
-    /// Somebody changes a value of a synced Secret, or removes a key. If `order`, the Secret also has the
-    /// order of content from another cluster, as one that was restored from a backup.
+    /// Somebody changes a value of a synced Secret and adds a key, or removes a key. If `order`, the Secret
+    /// also has the order of content from another cluster, as one that was restored from a backup.
     AlterSecret {
         class: usize,
         remove: bool,
         order: bool,
     },
+    /// Somebody adds a label and an owner to a synced Secret, which has to keep them.
+    AdornSecret { class: usize },
     /// The driver is killed.
     KillDriver { node: usize },
     /// A second driver serves at the socket of the first. It ends, or it is killed and leaves its socket.
@@ -114,6 +116,9 @@ pub(in super::super) enum What {
     /// What the driver mounts stays in its container, as without `mountPropagation: Bidirectional`. A pod comes
     /// meanwhile.
     PropagationLost { node: usize, pod: usize, lasts: u64 },
+    /// The driver starts anew with another bound of a provider's answers, and so of its volumes, as one does
+    /// whose chart was upgraded, and after a while as before.
+    OtherBound { node: usize, lasts: u64, bytes: u64 },
     /// The driver stands still for a while, as on a virtual machine that is suspended.
     DriverPaused { node: usize, lasts: u64 },
     /// A single request of the driver to the API server fails. `kind` counts modulo the kinds of requests that
@@ -164,6 +169,7 @@ impl What {
                 | Self::AlterStatus { .. }
                 | Self::DeleteSecret { .. }
                 | Self::AlterSecret { .. }
+                | Self::AdornSecret { .. }
         )
     }
 
@@ -177,6 +183,7 @@ impl What {
             | Self::DiskReadOnly { node, .. }
             | Self::DiskFull { node, .. }
             | Self::PropagationLost { node, .. }
+            | Self::OtherBound { node, .. }
             | Self::AnswersCompete { node }
             | Self::TearRecord { node }
             | Self::StepClock { node, .. }
@@ -214,6 +221,7 @@ impl What {
             | Self::DiskFull { node, .. }
             | Self::DiskHung { node, .. }
             | Self::PropagationLost { node, .. }
+            | Self::OtherBound { node, .. }
             | Self::DriverPaused { node, .. }
             | Self::ProviderFailsOnce { node, .. }
             | Self::AnswersCompete { node }

@@ -194,7 +194,9 @@ fn rare(random: &mut Random, kind: Kind, nodes: usize) -> Vec<What> {
             let by_propagation = (0..nodes).map(|node| propagation_lost(random, node));
             let by_propagation: Vec<What> = by_propagation.collect();
             let others = (0..nodes).flat_map(clock_and_memory);
-            others.chain(by_propagation).collect()
+            let bounds = (0..nodes).map(|node| other_bound(random, node, lasts));
+            let bounds: Vec<What> = bounds.collect();
+            others.chain(by_propagation).chain(bounds).collect()
         }
         Kind::Hostile | Kind::Single => Vec::new(),
     }
@@ -204,7 +206,7 @@ fn action(random: &mut Random, nodes: usize) -> What {
     let pod = random.index(PODS);
     let class = random.index(CLASSES.len());
     let node = random.index(nodes);
-    match random.below(25) {
+    match random.below(26) {
         0..5 => What::Create { pod, node },
         5..7 => What::Delete { pod },
         7 => What::ForceDelete { pod },
@@ -229,6 +231,7 @@ fn action(random: &mut Random, nodes: usize) -> What {
         20 => What::AlterStatus { pod },
         21 => What::DeleteSecret { class },
         22 => What::Expire { pod },
+        23 => What::AdornSecret { class },
         _ => What::AlterSecret {
             class,
             remove: random.below(2) == 0,
@@ -256,6 +259,11 @@ fn propagation_lost(random: &mut Random, node: usize) -> What {
     }
 }
 
+fn other_bound(random: &mut Random, node: usize, lasts: u64) -> What {
+    let bytes = [1 << 20, 16 << 20][random.index(2)];
+    What::OtherBound { node, lasts, bytes }
+}
+
 fn repeat_calls(random: &mut Random, node: usize, lasts: u64) -> What {
     let by = 100 + random.below(1_900);
     What::RepeatCalls { node, lasts, by }
@@ -264,7 +272,7 @@ fn repeat_calls(random: &mut Random, node: usize, lasts: u64) -> What {
 fn fault(random: &mut Random, nodes: usize) -> What {
     let node = random.index(nodes);
     let lasts = 500 + random.below(LONGEST_FAULT - 500);
-    match random.below(42) {
+    match random.below(43) {
         0..4 => What::KillDriver { node },
         4 => What::TwoDrivers {
             node,
@@ -323,6 +331,7 @@ fn fault(random: &mut Random, nodes: usize) -> What {
         37 => What::UnmountVolumes {
             pod: random.index(PODS),
         },
+        40 => other_bound(random, node, lasts),
         38 | 39 => What::VolumesReadOnly {
             pod: random.index(PODS),
             lasts,
