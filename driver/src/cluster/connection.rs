@@ -32,7 +32,7 @@ use tower::{
 
 use zeroize::Zeroizing;
 
-use super::request::LARGEST_ANSWER;
+use super::request::{LARGEST_ANSWER, MAX_REQUESTS};
 
 /// The most bytes that are read after a request: an answer with its heads, and the sizes of its chunks.
 const LARGEST_EXCHANGE: usize = LARGEST_ANSWER + LARGEST_ANSWER / 4;
@@ -72,8 +72,10 @@ pub(super) fn connect(config: &Config) -> Result<Client, BoxError> {
         return Err(format!("proxy-url: proxies ({scheme}) are not supported").into());
     }
     let connector = BoundedConnector(config.rustls_https_connector()?);
-    let client: legacy::Client<_, Body> =
-        legacy::Client::builder(TokioExecutor::new()).build(connector);
+    // More requests run at a time only while some hang, and each connection takes memory.
+    let client: legacy::Client<_, Body> = legacy::Client::builder(TokioExecutor::new())
+        .pool_max_idle_per_host(MAX_REQUESTS)
+        .build(connector);
     let service = config
         .extra_headers_layer()?
         .layer(client.map_err(BoxError::from));

@@ -19,6 +19,17 @@ pub(super) struct GoodBounds {
     pub(super) converge: Duration,
 }
 
+/// How a single request or call fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum How {
+    /// Another write was first, which is no failure to be told.
+    Overtaken,
+    /// With an error.
+    AtOnce,
+    /// There is no answer.
+    Silently,
+}
+
 /// For how long a single failure keeps somebody waiting, and for how long pods may be told of it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SingleBounds {
@@ -56,7 +67,7 @@ impl Good {
         self.is_now.load(Ordering::Relaxed)
     }
 
-    /// Notes a failure.
+    /// Notes a failure that keeps somebody waiting for so long.
     pub(super) fn fails(&self, now: Duration, lasts: Duration) {
         let clock = Timestamp::now();
         let single = Single {

@@ -7,6 +7,7 @@ mod once;
 
 use std::path::PathBuf;
 
+use super::good::How;
 use super::schedule::What;
 use super::world::Bounds;
 use crate::cluster::{Cluster, Error, Result};
@@ -104,8 +105,8 @@ pub(super) trait Ground {
 
     /// Lets the next request of a kind fail that the driver sends to the API server, and only that. `kind`
     /// counts modulo the kinds that it has sent so far, `how` modulo the failures that there are. Returns what
-    /// has failed, and whether it had no answer for long; none if no request of the kind has come in time.
-    async fn fail_once(&self, kind: usize, how: usize) -> Result<Option<(String, bool)>>;
+    /// has failed; none if no request of the kind has come in time.
+    async fn fail_once(&self, kind: usize, how: usize) -> Result<Option<(String, How)>>;
 
     /// Gives the driver the memory limit that it would have on a machine with so many MiB. Returns the limit.
     async fn shrink_memory(&self, node: &str, machine: u64) -> Result<u64>;

@@ -31,7 +31,7 @@ use crate::install::pod_statuses;
 pub(super) use calm::{lacking, untraced};
 pub(super) use leaks::{Usage, excess, left, usage};
 use volumes::Suspicion;
-pub(super) use volumes::path_of;
+pub(super) use volumes::{is_mount, path_of};
 pub(super) use warnings::warned;
 
 /// The parts of the observer that run all the time. Dropping it ends them.

@@ -21,6 +21,8 @@ pub(super) const CLASSES: [&str; 4] = ["alpha", "beta", "gamma", "delta"];
 pub(super) const SELDOM: usize = 3;
 /// The class whose provider is told which versions are mounted, and leaves out the files of these.
 pub(super) const CHANGED_ONLY: usize = 2;
+/// The class with more parameters than a driver remembers of one (64 KiB), and how many bytes they have.
+pub(super) const LARGE: (usize, usize) = (1, 70 << 10);
 /// The objects of each class that are files, with the number of words that each has. A large one
 /// takes more than one page.
 pub(super) const OBJECTS: [(&str, usize); 3] = [("a", 8), ("b", 2_000), ("c", 40)];

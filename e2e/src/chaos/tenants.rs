@@ -8,7 +8,7 @@ pub(super) use competing::{of_the_greedy, of_the_modest};
 
 use super::editions::Spec;
 use super::schedule::PODS;
-use super::store::{CHANGED_ONLY, CLASSES, EXTRA, OBJECTS, SELDOM, content};
+use super::store::{CHANGED_ONLY, CLASSES, EXTRA, LARGE, OBJECTS, SELDOM, content};
 
 /// The name of the only volume of a pod that has one class; further ones are numbered.
 const VOLUME: &str = "secrets";
@@ -23,7 +23,7 @@ pub(super) const EDITION_KEY: &str = "key-e";
 /// The annotation of a class whose new values ask for refreshes.
 pub(super) const ASK: &str = "secrets-store.csi.k8s.io/refresh";
 /// The annotation with the interval between refreshes.
-const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
+pub(super) const INTERVAL: &str = "secrets-store.csi.k8s.io/rotation-poll-interval";
 /// The annotation of a class whose provider is told which versions are mounted.
 const SEND_VERSIONS: &str = "secrets-store.csi.k8s.io/send-object-versions";
 /// The number of tricks that the hostile tenant has.
@@ -126,6 +126,9 @@ pub(super) fn class(class: usize, spec: Spec, seldom: &str) -> Value {
     if class == CHANGED_ONLY {
         metadata["annotations"] = json!({SEND_VERSIONS: "true"});
         parameters["faults"] = "[{changedOnly: true}]".into();
+    }
+    if class == LARGE.0 {
+        parameters["padding"] = "x".repeat(LARGE.1).into();
     }
     let extra = spec.has_extra.then_some((EXTRA_KEY, EXTRA));
     let data: Vec<Value> = KEYS

@@ -14,7 +14,7 @@ use super::editions::{Editions, Spec};
 use super::good::{Good, GoodBounds, SingleBounds};
 use super::lock;
 use super::report::Log;
-use super::store::{CLASSES, SELDOM, Store};
+use super::store::{CLASSES, Store};
 
 /// The interval at which the pods are listed.
 pub(super) const LIST: Duration = Duration::from_millis(100);
@@ -209,12 +209,11 @@ impl World {
             .collect()
     }
 
-    /// Returns the number of volumes of the pods that run, without those of the class that is refreshed seldom.
+    /// Returns the number of volumes of the pods that run.
     pub(super) fn refreshed(&self) -> u64 {
         let pods = lock(&self.pods);
         let running = pods.values().filter(|pod| pod.ready);
-        let classes = running.flat_map(|pod| &pod.classes);
-        classes.filter(|class| **class != SELDOM).count() as u64
+        running.map(|pod| pod.classes.len() as u64).sum()
     }
 
     /// Returns whether the volumes of a pod lie below other mounts.

@@ -9,7 +9,7 @@ use crate::cluster::{Result, api};
 
 use super::super::ground::Ground;
 use super::super::lock;
-use super::super::observer::path_of;
+use super::super::observer::{is_mount, path_of};
 use super::super::schedule::What;
 use super::super::store::{CLASSES, OBJECTS, content};
 use super::super::tenants::pod_name;
@@ -42,7 +42,7 @@ done
 "#;
 
 /// Puts `$2` mounts at once onto each of the volumes `$3`…, prepared in the directory `$1`. Prints how
-/// many there are then.
+/// many there are then. A file of the lowest one stays in the directory `$1-kept`.
 ///
 /// The path of the directory leads to the last mount. The working directory is the root of the first,
 /// with all others above it.
@@ -59,13 +59,28 @@ mkdir -p "$stage"; trap undo EXIT
 while [ "$made" -lt "$count" ]; do
     mount -t tmpfs -o size=4k,mode=0700 buried "$stage"
     made=$((made + 1))
-    if [ "$made" = 1 ]; then mount --make-rprivate "$stage"; cd "$stage"; fi
+    if [ "$made" = 1 ]; then
+        mount --make-rprivate "$stage"; cd "$stage"
+        mkdir "$stage-kept"; mount --bind . "$stage-kept"; echo kept > "$stage-kept/kept"
+    fi
 done
 for volume in "$@"; do
     if mount --no-canonicalize --rbind . "$volume" 2>/dev/null; then mounted=$((mounted + count)); fi
 done
 echo "$mounted"
 "#;
+
+/// Prints the file that [`BURY`] has left in the directory `$1`, and removes the directory.
+const KEPT: &str = r#"
+cat "$1/kept" 2>&1 || true
+umount "$1"
+rmdir "$1"
+"#;
+/// Unmounts the volumes `$@`.
+const UNMOUNT: &str = r#"for volume in "$@"; do umount -l "$volume"; done"#;
+/// The time in which the volumes of a pod that is deleted are unmounted, and the pause between two looks.
+const UNMOUNTED: Duration = Duration::from_secs(20);
+const PAUSE: u64 = 250;
 
 impl<G: Ground> Actor<'_, G> {
     /// Mounts on the volumes of a pod, as those have done that mounted a volume anew with each of their
@@ -83,7 +98,7 @@ impl<G: Ground> Actor<'_, G> {
         lock(&self.world.buried).insert(pod.uid.clone());
         let stage = format!("{}/chaos-stage-{}", self.ground.scratch(), self.next());
         let volumes = pod.classes.iter().map(|class| target(&pod, *class));
-        let arguments: Vec<String> = [stage, mounts.to_string()]
+        let arguments: Vec<String> = [stage.clone(), mounts.to_string()]
             .into_iter()
             .chain(volumes)
             .collect();
@@ -92,6 +107,29 @@ impl<G: Ground> Actor<'_, G> {
         self.delete(number, &DeleteParams::default()).await?;
         let mounted = mounted?.trim().parse().unwrap_or_default();
         self.world.log.struck(&what.kind(), mounted);
+        self.others_keep_files(&pod, &format!("{stage}-kept")).await
+    }
+
+    /// Checks that the driver removes no file of another file system from a volume of a pod that goes.
+    async fn others_keep_files(&self, pod: &Watched, kept: &str) -> Result<()> {
+        let root = self.ground.root(&pod.node).await?;
+        let begun = self.world.now();
+        let is_there = |class: &usize| is_mount(&path_of(pod, &root, *class));
+        while pod.classes.iter().any(is_there) && self.world.now() - begun < UNMOUNTED {
+            sleep(PAUSE).await;
+        }
+        let text = self.sh(&pod.node, KEPT, &[kept]).await;
+        // With the power, a node has lost what was mounted.
+        if !self.world.is_up(&pod.node, &root) {
+            return Ok(());
+        }
+        let text = text?;
+        self.world.log.checked("file systems of others", 1);
+        if text.trim() != "kept" {
+            let text = format!("pod {} ({}): {}", pod.name, pod.uid, text.trim());
+            let invariant = "what others have mounted keeps its files";
+            self.world.log.find(invariant, text);
+        }
         Ok(())
     }
 
@@ -185,8 +223,7 @@ impl<G: Ground> Actor<'_, G> {
             .map(|class| target(&pod, *class))
             .collect();
         let targets: Vec<&str> = targets.iter().map(String::as_str).collect();
-        let unmount = "for volume in \"$@\"; do umount -l \"$volume\"; done";
-        let unmounted = self.sh(&pod.node, unmount, &targets).await;
+        let unmounted = self.sh(&pod.node, UNMOUNT, &targets).await;
         let come_back = self.come_back(&pod).await;
         self.delete(number, &DeleteParams::default()).await?;
         unmounted?;

@@ -2,7 +2,7 @@
 
 use crate::cluster::Result;
 
-use super::super::good::SingleBounds;
+use super::super::good::{How, SingleBounds};
 use super::super::ground::Ground;
 use super::super::schedule::What;
 use super::super::store::CLASSES;
@@ -20,8 +20,8 @@ impl<G: Ground> Actor<'_, G> {
         self.world
             .log
             .struck(&what.kind(), u64::from(struck.is_some()));
-        if let Some((request, is_silent)) = struck {
-            self.fails_once(is_silent);
+        if let Some((request, how)) = struck {
+            self.fails_once(how);
             self.world.log.tell(format!("it has struck: {request}"));
         }
         Ok(())
@@ -56,7 +56,10 @@ impl<G: Ground> Actor<'_, G> {
         // A call may have come at the last moment.
         calls = calls.max(self.provider_calls(node).await.saturating_sub(before));
         if calls > 0 {
-            self.fails_once(hangs);
+            self.fails_once(match hangs {
+                true => How::Silently,
+                false => How::AtOnce,
+            });
         }
         self.world.log.struck(&what.kind(), u64::from(calls > 0));
         Ok(())
@@ -71,9 +74,13 @@ impl<G: Ground> Actor<'_, G> {
     }
 
     /// Notes that a request or a call has failed, or has no answer.
-    fn fails_once(&self, is_silent: bool) {
+    fn fails_once(&self, how: How) {
         let SingleBounds { quick, silent } = self.world.bounds.single;
-        let lasts = if is_silent { silent } else { quick };
+        let lasts = match how {
+            How::Overtaken => return,
+            How::AtOnce => quick,
+            How::Silently => silent,
+        };
         let now = self.world.now();
         self.world.good.fails(now, lasts);
         self.world

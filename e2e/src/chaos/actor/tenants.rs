@@ -18,6 +18,8 @@ use super::super::store::{CLASSES, SELDOM};
 use super::super::tenants;
 use super::{Actor, sleep};
 
+/// The interval between refreshes of a class that is refreshed seldom otherwise.
+const SHORT: &str = "3s";
 /// The number of attempts at a write that others overtake.
 const WRITES: usize = 5;
 
@@ -108,21 +110,35 @@ impl<G: Ground> Actor<'_, G> {
         self.world.log.tell(format!(
             "{name} has generation {generation}, with contents number {number}"
         ));
-        if class == SELDOM {
-            return self.ask(class).await;
+        if class != SELDOM {
+            return Ok(());
         }
-        Ok(())
+        // The next change that asks ends it.
+        match generation.is_multiple_of(2) {
+            true => self.ask(class).await,
+            false => {
+                self.annotate(class, json!({tenants::INTERVAL: SHORT}))
+                    .await
+            }
+        }
     }
 
     /// Asks for a refresh of all volumes of a class.
     pub(super) async fn ask(&self, class: usize) -> Result<()> {
+        let mut asked = json!({tenants::ASK: self.next().to_string()});
+        if class == SELDOM {
+            asked[tenants::INTERVAL] = self.world.seldom.into();
+        }
+        self.annotate(class, asked).await
+    }
+
+    async fn annotate(&self, class: usize, annotations: Value) -> Result<()> {
         let name = CLASSES.get(class).copied().unwrap_or_default();
-        let asked = json!({tenants::ASK: self.next().to_string()});
-        let patch = Patch::Merge(json!({"metadata": {"annotations": asked}}));
+        let patch = Patch::Merge(json!({"metadata": {"annotations": annotations}}));
         let api = classes(&self.ground.cluster().client(), &self.world.namespace);
         let patched = api.patch(name, &PatchParams::default(), &patch).await;
         // Without it, it is being made anew.
-        unless_absent(patched, "ask for a refresh")
+        unless_absent(patched, "annotate a class")
     }
 
     async fn edit(&self, class: usize, edit: Edit) -> Result<()> {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use embedded::api::{ApiServer, Call, Reaction};
 use serde_json::{Value, json};
 
+use super::super::good::How;
 use super::super::lock;
 use super::once::Once;
 
@@ -93,7 +94,7 @@ impl ApiFaults {
     }
 
     /// Lets a single request fail, see [`Once::arm`].
-    pub(super) fn arm(&self, kind: usize, how: usize) -> Option<(String, bool)> {
+    pub(super) fn arm(&self, kind: usize, how: usize) -> Option<(String, How)> {
         lock(&self.once).arm(kind, how)
     }
 

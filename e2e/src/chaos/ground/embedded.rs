@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use embedded::api::ApiServer;
 
-use super::super::good::{GoodBounds, SingleBounds};
+use super::super::good::{GoodBounds, How, SingleBounds};
 use super::super::schedule::What;
 use super::super::world::Bounds;
 use super::Ground;
@@ -207,8 +207,8 @@ impl Ground for OnEmbedded {
         Some(self.faults.writes())
     }
 
-    async fn fail_once(&self, kind: usize, how: usize) -> Result<Option<(String, bool)>> {
-        let Some((request, is_silent)) = self.faults.arm(kind, how) else {
+    async fn fail_once(&self, kind: usize, how: usize) -> Result<Option<(String, How)>> {
+        let Some(failure) = self.faults.arm(kind, how) else {
             return Ok(None);
         };
         let begun = Instant::now();
@@ -216,7 +216,7 @@ impl Ground for OnEmbedded {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         let struck = self.faults.disarm();
-        Ok(struck.then_some((request, is_silent)))
+        Ok(struck.then_some(failure))
     }
 
     /// The driver takes half of a machine's memory where no control group limits it.

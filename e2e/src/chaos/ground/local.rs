@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::super::good::SingleBounds;
+use super::super::good::{How, SingleBounds};
 use super::super::schedule::{HUNG_FOR_LONG, What};
 use super::super::world::Bounds;
 use super::{Ground, PROVIDER};
@@ -270,7 +270,7 @@ impl Ground for OnLocal {
         None
     }
 
-    async fn fail_once(&self, _: usize, _: usize) -> Result<Option<(String, bool)>> {
+    async fn fail_once(&self, _: usize, _: usize) -> Result<Option<(String, How)>> {
         let text = "no request of a real API server fails at will".to_owned();
         Err(Error::Impossible(text))
     }

@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use embedded::api::{Call, Reaction};
 
+use super::super::good::How;
 use super::api_faults::refusal;
 
 /// The time without an answer, as long as the driver waits for one.
 const SILENCE: Duration = Duration::from_secs(15);
-/// The ways in which a request fails: an error, a request for patience, a connection that breaks, and no
-/// answer.
-const FAILURES: [&str; 4] = ["500", "429", "cut", "silence"];
+/// The ways in which a request fails: an error, a request for patience, a connection that breaks, a change that
+/// another one has overtaken, and no answer.
+const FAILURES: [&str; 5] = ["500", "429", "cut", "conflict", "silence"];
+const CONFLICT: usize = 3;
 
 /// The kinds of requests that there were, and the one of which the next request fails.
 #[derive(Default)]
@@ -22,16 +24,25 @@ pub(super) struct Once {
 }
 
 impl Once {
-    /// Lets the next request of a kind fail. Returns what that is, and whether it has no answer; none before
-    /// the first request.
-    pub(super) fn arm(&mut self, kind: usize, how: usize) -> Option<(String, bool)> {
-        let number = kind % self.kinds.len().max(1);
-        let kind = self.kinds.iter().nth(number)?.clone();
+    /// Lets the next request of a kind fail. Returns what that is; none before the first request.
+    pub(super) fn arm(&mut self, kind: usize, how: usize) -> Option<(String, How)> {
         let how = how % FAILURES.len();
+        // Nothing overtakes what changes nothing that is there.
+        let changes = |kind: &&String| kind.starts_with("put ") || kind.starts_with("patch ");
+        let kinds = self.kinds.iter();
+        let kinds: Vec<&String> = kinds
+            .filter(|kind| how != CONFLICT || changes(kind))
+            .collect();
+        let kind = (*kinds.get(kind % kinds.len().max(1))?).clone();
         let name = FAILURES.get(how).copied().unwrap_or_default();
         let text = format!("{kind}, {name}");
         self.armed = Some((kind, how));
-        Some((text, how == FAILURES.len() - 1))
+        let how = match how {
+            CONFLICT => How::Overtaken,
+            how if how == FAILURES.len() - 1 => How::Silently,
+            _ => How::AtOnce,
+        };
+        Some((text, how))
     }
 
     /// Returns whether the request has not come yet.
@@ -53,6 +64,7 @@ impl Once {
             0 => refusal(500, "InternalError"),
             1 => refusal(429, "TooManyRequests"),
             2 => Reaction::Close,
+            CONFLICT => refusal(409, "Conflict"),
             _ => Reaction::Delay(SILENCE, Box::new(Reaction::Close)),
         })
     }
@@ -120,15 +132,26 @@ mod tests {
             "put secretproviderclasspodstatuses/status",
         ];
         assert_eq!(kinds, expected);
-        let armed = once.arm(7, 6);
-        assert_eq!(armed, Some(("patch secrets, cut".to_owned(), false)));
+        let armed = once.arm(7, 7);
+        assert_eq!(armed, Some(("patch secrets, cut".to_owned(), How::AtOnce)));
         assert_eq!(once.strike(&call("GET", class)), None);
         assert!(once.is_armed());
         let patch = call("PATCH", "/api/v1/namespaces/other/secrets/s");
         assert_eq!(once.strike(&patch), Some(Reaction::Close));
         assert_eq!(once.strike(&patch), None);
         assert!(once.disarm());
-        assert_eq!(once.arm(0, 3).map(|(_, is_silent)| is_silent), Some(true));
+        for (kind, how, expected) in [(0, 4, How::Silently), (0, 0, How::AtOnce)] {
+            assert_eq!(once.arm(kind, how).map(|(_, how)| how), Some(expected));
+        }
+        let conflicts = [0, 1].map(|kind| once.arm(kind, CONFLICT));
+        let expected = [
+            "patch secrets, conflict",
+            "put secretproviderclasspodstatuses/status, conflict",
+        ];
+        assert_eq!(
+            conflicts,
+            expected.map(|text| Some((text.to_owned(), How::Overtaken)))
+        );
         assert!(!once.disarm());
     }
 }
