@@ -251,7 +251,7 @@ const CONFINED: [(&str, &[&str]); 10] = [
     ("prost", &["provider"]),
     ("kube", &["cluster"]),
     ("k8s_openapi", &["cluster"]),
-    ("hyper", &["metrics", "provider"]),
+    ("hyper", &["cluster", "metrics", "provider"]),
     ("prometheus_client", &["metrics"]),
     ("procfs_core", &["metrics"]),
     ("tonic_types", &["provider"]),
