@@ -30,7 +30,8 @@
 //! - on a Secret that an earlier driver wrote. It gets an order with its next content, or at once if
 //!   its content is that of the volume;
 //! - on a Secret that was restored into another cluster: its order is not below its own resource
-//!   version, although its pod status must have been written before it;
+//!   version, although its pod status must have been written before it. If the API server says that somebody
+//!   other than the driver has written that order, the volume's content counts as newer;
 //! - where resource versions are not numbers.
 
 mod decision;

@@ -9,7 +9,7 @@ use super::{
     ADOPT, ANNOTATIONS, CLASS, CLASS_UID, Data, DesiredSecret, LABELS, MANAGED, ORDER, Owner,
     REFUSED_TYPE, SINCE, SyncError,
     object::{Encoded, Existing, MergePatch, NewSecret, is_reserved},
-    owners::{owners, owners_with_foreign_of},
+    owners::{is_set_by_others, owners, owners_with_foreign_of},
     without_values,
 };
 
@@ -127,6 +127,11 @@ fn is_newer(existing: &Existing, desired: &DesiredSecret<'_>) -> bool {
     if let Some(there) = order(existing) {
         // Content without an order gets one with the next refresh of its volume.
         return desired.order.is_none_or(|ours| there > ours);
+    }
+    // The content is from elsewhere, and the time may be that of a pod here which is gone. After this, the order
+    // is the driver's own.
+    if desired.order.is_some() && is_set_by_others(existing, ORDER) {
+        return false;
     }
     let latest = Timestamp::now().saturating_add(MAX_CLOCK_DIFFERENCE.seconds());
     let since = existing.annotation(SINCE);

@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ManagedFieldsEntry, OwnerReference};
 use kube::{
     api::GetParams,
     core::{ObjectMeta, Request, Resource as _},
@@ -219,6 +219,23 @@ fn added_by_us(existing: &Existing) -> BTreeSet<String> {
         }
     }
     &ours - &theirs
+}
+
+/// Returns whether somebody other than the driver has set an annotation to its present value, as far as the API
+/// server has recorded that.
+pub(super) fn is_set_by_others(existing: &Existing, annotation: &str) -> bool {
+    let key = format!("f:{annotation}");
+    let sets = |entry: &&ManagedFieldsEntry| {
+        let fields = entry.fields_v1.as_ref().map(|fields| &fields.0);
+        let annotations = fields.and_then(|fields| fields.get("f:metadata")?.get("f:annotations"));
+        annotations.is_some_and(|annotations| annotations.get(&key).is_some())
+    };
+    let managers = existing.metadata.managed_fields.iter().flatten();
+    let mut who = managers
+        .filter(sets)
+        .map(|entry| entry.manager.as_deref())
+        .peekable();
+    who.peek().is_some() && who.all(|manager| manager != Some(MANAGER))
 }
 
 /// Returns the UID in a key of `managedFields`: `k:{"uid":"..."}`.

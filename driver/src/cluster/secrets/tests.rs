@@ -300,6 +300,21 @@ fn an_order_that_cannot_be_true(#[case] order: &str, #[case] since: &str, #[case
     let fixture = Fixture::with("rotated", "2026-11-23T10:00:00Z", Some(4));
     let decided = fixture.decides(&stored);
     assert_eq!(decided.get("data").is_some(), written, "{decided}");
+    // Where the driver has not written the order, the time may be that of other content, too.
+    let annotations = json!({"f:metadata": {"f:annotations": {format!("f:{ORDER}"): {}}}});
+    for (manager, written) in [(MANAGER, written), ("kubectl-edit", true)] {
+        let mut stored = stored.clone();
+        let managed = json!({"manager": manager, "operation": "Update", "fieldsV1": annotations});
+        let all = stored["metadata"]["managedFields"].as_array_mut().unwrap();
+        all.push(managed);
+        let decided = fixture.decides(&stored);
+        assert_eq!(
+            decided.get("data").is_some(),
+            written,
+            "{manager}: {decided}"
+        );
+        assert_eq!(Fixture::new().decides(&stored), "unchanged");
+    }
     // Equal content is not written because of it, whichever node checks.
     assert_eq!(Fixture::new().decides(&stored), "unchanged");
 }
