@@ -10,6 +10,7 @@ use std::{
     fmt, io,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use http::Uri;
@@ -29,13 +30,15 @@ use kube::{
 use tower::{
     BoxError, Layer as _, Service, ServiceExt as _, retry::RetryLayer, util::option_layer,
 };
-
 use zeroize::Zeroizing;
 
 use super::request::{LARGEST_ANSWER, MAX_REQUESTS};
 
 /// The most bytes that are read after a request: an answer with its heads, and the sizes of its chunks.
 const LARGEST_EXCHANGE: usize = LARGEST_ANSWER + LARGEST_ANSWER / 4;
+
+/// The time limit of a connection and its TLS handshake.
+const CONNECTED_WITHIN: Duration = Duration::from_secs(30);
 
 /// The bytes that are read at once before others have their turn.
 const LARGEST_RUN: usize = 256 * 1024;
@@ -94,11 +97,11 @@ struct BoundedConnector<C>(C);
 
 impl<C> Service<Uri> for BoundedConnector<C>
 where
-    C: Service<Uri>,
+    C: Service<Uri, Error = BoxError>,
     C::Future: Send + 'static,
 {
     type Response = Bounded<C::Response>;
-    type Error = C::Error;
+    type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
@@ -107,7 +110,9 @@ where
 
     fn call(&mut self, uri: Uri) -> Self::Future {
         let connecting = self.0.call(uri);
-        Box::pin(async move { connecting.await.map(Bounded::new) })
+        // The library goes on with a connection that no request waits for any more.
+        let connecting = tokio::time::timeout(CONNECTED_WITHIN, connecting);
+        Box::pin(async move { Ok(Bounded::new(connecting.await??)) })
     }
 }
 
