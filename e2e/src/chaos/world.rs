@@ -264,6 +264,11 @@ impl World {
         }
     }
 
+    /// Notes that the owner of the Secrets goes, and Kubernetes takes it off them.
+    pub(super) fn forget_adorned(&self) {
+        lock(&self.adorned).clear();
+    }
+
     /// Returns whether a Secret was adorned before it was as it is.
     pub(super) fn is_adorned(&self, secret: &Secret) -> bool {
         identity(secret).is_some_and(|(uid, version)| {

@@ -329,6 +329,7 @@ impl<G: Ground> Actor<'_, G> {
 
     /// Deletes all pods and classes.
     pub(in super::super) async fn delete_all(&self) -> Result<()> {
+        self.world.forget_adorned();
         let secrets = self.secrets();
         let deleted = secrets
             .delete(tenants::OWNER, &DeleteParams::default())
