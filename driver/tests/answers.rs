@@ -26,7 +26,7 @@ const AT_ONCE: usize = 4;
 const CHUNKED: &str =
     "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
 
-/// Answers each request with a beginning, and then with the same over and over. Returns a kubeconfig for it.
+/// Answers each request with a beginning, and then with the same over and over. Returns a client of it.
 fn answers_without_end(dir: &Path, beginning: &str, unit: &str) -> Cluster {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -90,7 +90,7 @@ async fn without_an_end_are_given_up(#[case] beginning: &str, #[case] unit: &str
     let mut longest = Duration::ZERO;
     let mut ticks = interval(Duration::from_millis(10));
     let mut last = Instant::now();
-    while !asks.iter().all(|ask| ask.is_finished()) {
+    while !asks.iter().all(|ask| ask.is_finished()) && begun.elapsed() < 2 * DEADLINE {
         ticks.tick().await;
         longest = longest.max(last.elapsed());
         last = Instant::now();
@@ -102,4 +102,17 @@ async fn without_an_end_are_given_up(#[case] beginning: &str, #[case] unit: &str
     }
     assert!(longest < PAUSE, "others waited for {longest:?}");
     assert!(took < DEADLINE, "given up after {took:?}");
+}
+
+/// A single one is not read until the deadline of the request: its bytes are counted.
+#[rstest]
+#[case::continue_("HTTP/1.1 100 Continue\r\n\r\n")]
+#[case::early_hints("HTTP/1.1 103 Early Hints\r\nlink: </a>; rel=preload\r\n\r\n")]
+#[tokio::test]
+async fn interim_answers_are_bounded(#[case] unit: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let cluster = answers_without_end(dir.path(), "", unit);
+    let error = cluster.class("shop", "class-0").await.map(drop);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("has more than 8 MiB"), "{error}");
 }

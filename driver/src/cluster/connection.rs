@@ -1,7 +1,7 @@
 //! The connections to the API server. Whoever answers there does not decide how much of this process's time
 //! an answer takes.
 //!
-//! The HTTP library reads interim answers (`100 Continue`), extensions of chunks and trailers for as long as there
+//! The HTTP library reads interim answers (`100 Continue`) and the digits of a chunk's size for as long as there
 //! are any, and does nothing else meanwhile. So what is read after each request is bounded, and a connection
 //! without a pause lets others have their turn.
 

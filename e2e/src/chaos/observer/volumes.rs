@@ -382,12 +382,15 @@ pub(super) fn take(
 
 /// Checks that the provider was called for this pod.
 fn check_owner(text: &str, pod: &Watched) -> Result<(), Wrong> {
-    // Nothing else has it, and some texts are long.
-    if text.contains(&pod.uid) {
+    // Some texts are long.
+    if text.contains(&format!("\"csi.storage.k8s.io/pod.uid\":\"{}\"", pod.uid)) {
         return Ok(());
     }
     let attributes: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
     let uid = attributes["csi.storage.k8s.io/pod.uid"].as_str();
+    if uid == Some(pod.uid.as_str()) {
+        return Ok(());
+    }
     Err(Wrong::Content(
         "no pod reads another pod's volume",
         format!("the volume is of pod {uid:?}"),
