@@ -4,10 +4,12 @@
 //! opens paths sees all of the old content or all of the new. The old content stays for a moment
 //! ([`GRACE`]): a reader may have followed `..data` and not yet opened the file. After the rename
 //! the new content is read back by name and compared with the payload; if it differs, the volume
-//! gets the old content back. Everything happens relative to an open directory and never through a
+//! gets the old content back. Nothing else takes back what a reader may have seen by then: all that needs room is
+//! made before the rename, and if a name cannot be made after it, the next look makes it. Everything happens relative to an open directory and never through a
 //! link: even a path that slipped past [`FilePath`](super::FilePath) could not leave the volume.
 
 use std::{
+    collections::BTreeSet,
     ffi::CStr,
     fs::File as StdFile,
     io,
@@ -35,8 +37,8 @@ use super::{
 };
 use crate::quoted::quoted;
 
-/// The link that becomes another link by being renamed over it.
-const LINK_TMP: &str = "..link_tmp";
+/// The directory of the links that become others by being renamed over them.
+const LINKS: &str = "..links";
 /// The directory that holds what a commit takes away from the root, until the new content has been
 /// read back.
 const ASIDE: &str = "..aside";
@@ -61,6 +63,41 @@ pub struct StagedContent {
 /// The content that a volume had before a swap.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Former(String);
+
+/// Why a swap did not come to its end.
+enum Broken {
+    /// The volume holds what it held before.
+    Before(io::Error),
+    /// It holds the new content, and may lack some of its names.
+    Midway(io::Error),
+    /// It does not hold what was written.
+    Differs(io::Error),
+}
+
+/// The links that are about to replace what has their names at the root.
+struct Prepared<'a> {
+    /// The directory that holds what they replace.
+    aside: OwnedFd,
+    /// The directory in which they are made.
+    made: OwnedFd,
+    links: Vec<Link<'a>>,
+}
+
+struct Link<'a> {
+    name: &'a str,
+    kept: Kept,
+}
+
+impl Prepared<'_> {
+    /// Puts a link at the root, atomically unless a directory is there.
+    fn put(&self, root: &OwnedFd, link: &Link<'_>) -> io::Result<()> {
+        let name = link.name;
+        if link.kept == Kept::Not {
+            renameat(root, name, &self.aside, name).at(name)?;
+        }
+        renameat(&self.made, name, root, name).at(name)
+    }
+}
 
 /// Writes new content beside the old, in a volume whose root is open. Returns nothing if the volume
 /// has exactly this content already; then nothing of it was touched, and what others have put beside it
@@ -113,15 +150,29 @@ impl StagedContent {
     ///
     /// # Errors
     /// The system's error, or how the volume differs from the payload, with the path. The volume
-    /// then holds what it held before.
+    /// then holds what it held before, or the new content without some of its names.
     pub fn commit(mut self) -> io::Result<Option<Former>> {
-        if let Err(error) = self.put_in_place() {
-            if let Err(error) = self.put_back() {
-                tracing::error!(%error, "a swap failed, and the content from before could not be restored");
+        match self.put_in_place() {
+            Ok(()) => {}
+            Err(Broken::Midway(error)) if self.old.is_some() => {
+                self.committed = true;
+                self.remove_former();
+                return Err(error);
             }
-            return Err(error);
+            Err(Broken::Before(error) | Broken::Midway(error) | Broken::Differs(error)) => {
+                if let Err(error) = self.put_back() {
+                    tracing::error!(%error, "a swap failed, and the content from before could not be restored");
+                }
+                return Err(error);
+            }
         }
         self.committed = true;
+        Ok(self.remove_former())
+    }
+
+    /// Removes all content but the new one and those that may still have readers. Returns the one that was
+    /// replaced now.
+    fn remove_former(&mut self) -> Option<Former> {
         remove_leftovers(&self.root, |name| {
             let is = |other: &String| name.to_bytes() == other.as_bytes();
             // Several swaps may follow each other within the grace of the first.
@@ -129,52 +180,91 @@ impl StagedContent {
                 || self.old.as_ref().is_some_and(is)
                 || was_replaced(&self.root, name) && is_in_grace(&self.root, name)
         });
-        let Some(old) = self.old.take() else {
-            return Ok(None);
-        };
+        let old = self.old.take()?;
         match mark_replaced(&self.root, &old) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
             Err(error) => {
                 tracing::warn!(%error, name = old, "replaced content may be removed while a reader still opens it");
-                Ok(Some(Former(old)))
             }
-            Ok(()) => Ok(Some(Former(old))),
+            Ok(()) => {}
         }
+        Some(Former(old))
     }
 
-    fn put_in_place(&self) -> io::Result<()> {
-        remove_at(self.root.as_fd(), ASIDE).map_err(|e| about(e, ASIDE))?;
-        mkdirat(&self.root, ASIDE, Mode::S_IRWXU).at(ASIDE)?;
-        let aside = open_directory(self.root.as_fd(), ASIDE)?;
-        replace_link(&self.root, &aside, &self.new, DATA)?;
+    fn put_in_place(&self) -> Result<(), Broken> {
         let roots = self.payload.roots();
-        for name in &roots {
-            if !is_own_link(&self.root, name) {
-                let target = format!("{DATA}/{name}");
-                replace_link(&self.root, &aside, &target, name)?;
-            }
+        let prepared = self.prepare(&roots).map_err(Broken::Before)?;
+        // From here on nothing needs room.
+        let mut links = prepared.links.iter();
+        for link in links.by_ref().take(1) {
+            prepared.put(&self.root, link).map_err(Broken::Before)?;
         }
+        let named = links.try_for_each(|link| prepared.put(&self.root, link));
+        let strangers = named
+            .and_then(|()| self.put_aside_strangers(&roots, &prepared.aside))
+            .and_then(|strangers| self.give_links(&roots).map(|()| strangers))
+            .map_err(Broken::Midway)?;
+        compare(&self.root, &self.payload, strangers).map_err(|difference| {
+            Broken::Differs(io::Error::other(format!(
+                "the volume does not hold what was written: {difference}"
+            )))
+        })
+    }
+
+    /// Makes the links that the root lacks, `..data` first, where no reader looks.
+    fn prepare<'a>(&self, roots: &BTreeSet<&'a str>) -> io::Result<Prepared<'a>> {
+        let [aside, made] = [ASIDE, LINKS].map(|name| empty_directory(&self.root, name));
+        let (aside, made) = (aside?, made?);
+        let lacking = roots.iter().filter(|name| !is_own_link(&self.root, name));
+        let lacking = lacking.map(|name| (*name, format!("{DATA}/{name}")));
+        let mut links = Vec::new();
+        for (name, target) in std::iter::once((DATA, self.new.clone())).chain(lacking) {
+            symlinkat(target.as_str(), &made, name).at(name)?;
+            let kept = keep(&self.root, &aside, name)?;
+            links.push(Link { name, kept });
+        }
+        Ok(Prepared { aside, made, links })
+    }
+
+    /// Puts aside what others have put beside the content. Returns whether some of it may be left.
+    fn put_aside_strangers(
+        &self,
+        roots: &BTreeSet<&str>,
+        aside: &OwnedFd,
+    ) -> io::Result<Strangers> {
+        let mut strangers = Strangers::Differ;
         for name in names(self.root.as_fd())? {
-            if is_stranger(&self.root, &roots, &name) {
-                renameat(&self.root, name.as_c_str(), &aside, name.as_c_str())
-                    .at(name.to_string_lossy())?;
+            if !is_stranger(&self.root, roots, &name) {
+                continue;
+            }
+            let moved = renameat(&self.root, name.as_c_str(), aside, name.as_c_str());
+            match moved.at(name.to_string_lossy()) {
+                Ok(()) => {}
+                Err(error) if self.old.is_none() => return Err(error),
+                // The content is whole, and the pod has it.
+                Err(error) => {
+                    tracing::warn!(%error, "what is no part of a volume's content could not be removed from it and stays until kubelet's next look");
+                    strangers = Strangers::MayBe;
+                }
             }
         }
+        Ok(strangers)
+    }
+
+    /// Gives the links at the root to the group of the files.
+    fn give_links(&self, roots: &BTreeSet<&str>) -> io::Result<()> {
         if let Some(group) = self.payload.group() {
             let group = Some(Gid::from_raw(group));
-            for name in roots.into_iter().chain([DATA]) {
+            for name in roots.iter().copied().chain([DATA]) {
                 fchownat(&self.root, name, None, group, AtFlags::AT_SYMLINK_NOFOLLOW).at(name)?;
             }
         }
-        compare(&self.root, &self.payload, Strangers::Differ).map_err(|difference| {
-            io::Error::other(format!(
-                "the volume does not hold what was written: {difference}"
-            ))
-        })
+        Ok(())
     }
 
     /// Restores the former content. Needs no room in the volume, because there may be none.
     fn put_back(&self) -> io::Result<()> {
+        remove_at(self.root.as_fd(), LINKS)?;
         let aside = match open_directory(self.root.as_fd(), ASIDE) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             aside => aside?,
@@ -279,18 +369,29 @@ fn holds_name(directory: &OwnedFd, name: &str) -> bool {
     fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok()
 }
 
-/// Makes `link` at the root lead to `target`, atomically unless a directory was there. Moves what
-/// was there into the directory `aside`.
-fn replace_link(root: &OwnedFd, aside: &OwnedFd, target: &str, link: &str) -> io::Result<()> {
-    remove_at(root.as_fd(), LINK_TMP)?;
-    symlinkat(target, root, LINK_TMP).at(LINK_TMP)?;
-    match linkat(root, link, aside, link, AtFlags::empty()) {
-        Ok(()) | Err(Errno::ENOENT) => {}
-        // A directory cannot have a second name.
-        Err(Errno::EPERM) => renameat(root, link, aside, link).at(link)?,
-        Err(errno) => return Err(errno).at(link),
+/// Makes an empty directory at the root, in place of what is there.
+fn empty_directory(root: &OwnedFd, name: &str) -> io::Result<OwnedFd> {
+    remove_at(root.as_fd(), name).map_err(|error| about(error, name))?;
+    mkdirat(root, name, Mode::S_IRWXU).at(name)?;
+    open_directory(root.as_fd(), name)
+}
+
+/// Whether a name that is about to be replaced has a second one.
+#[derive(PartialEq, Eq)]
+enum Kept {
+    /// It has, or there is nothing of that name.
+    Is,
+    /// It is a directory, which cannot have two.
+    Not,
+}
+
+/// Gives what has a name at the root a second one in the directory `aside`.
+fn keep(root: &OwnedFd, aside: &OwnedFd, name: &str) -> io::Result<Kept> {
+    match linkat(root, name, aside, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::ENOENT) => Ok(Kept::Is),
+        Err(Errno::EPERM) => Ok(Kept::Not),
+        Err(errno) => Err(errno).at(name),
     }
-    renameat(root, LINK_TMP, root, link).at(link)
 }
 
 /// Marks a generation that was in use until now, unlike one that never was because its driver ended. From

@@ -217,7 +217,7 @@ impl Records {
 
     /// Removes the records of volumes whose pod's directory is gone, because kubelet tore them
     /// down while the driver was away, and files that a crash left or that are no valid records.
-    /// Returns the number of removed files. A file that cannot be removed is skipped.
+    /// Returns the number of removed files. A file that cannot be removed now goes with the next change.
     ///
     /// # Errors
     /// When the directory cannot be listed.
@@ -243,7 +243,8 @@ impl Records {
             match clear_away(&path) {
                 Ok(()) => removed += 1,
                 Err(error) => {
-                    tracing::warn!(path = %path.display(), %error, "this record belongs to no volume and cannot be removed");
+                    tracing::warn!(path = %path.display(), %error, "this record belongs to no volume and cannot be removed now; the next change of a record removes it");
+                    held(&self.changing).0.insert(path);
                 }
             }
         }
@@ -310,8 +311,12 @@ impl StagedRecord {
         self.file.set_len(bytes.len() as u64)?;
         let changing = Arc::clone(&self.changing);
         let mut changing = held(&changing);
-        if fs::rename(&self.tmp, &self.path).is_err() {
-            // A directory is there, which no rename replaces.
+        if let Err(error) = fs::rename(&self.tmp, &self.path) {
+            let is_directory = |found: fs::Metadata| found.is_dir();
+            if !fs::symlink_metadata(&self.path).is_ok_and(is_directory) {
+                return Err(error);
+            }
+            // No rename replaces it.
             clear_away(&self.path)?;
             fs::rename(&self.tmp, &self.path)?;
         }

@@ -11,6 +11,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     libc,
     sys::{
         ptrace,
@@ -54,6 +55,31 @@ impl Registers {
         })
     }
 }
+
+/// Has a thread that begins a call not carry it out.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn skip(thread: Pid) {
+    if let Ok(mut regs) = ptrace::getregs(thread) {
+        regs.orig_rax = u64::MAX;
+        let _gone = ptrace::setregs(thread, regs);
+    }
+}
+
+/// Has a thread that ends a call find an error.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn fail(thread: Pid, error: Errno) {
+    if let Ok(mut regs) = ptrace::getregs(thread) {
+        regs.rax = (-i64::from(error as i32)).cast_unsigned();
+        let _gone = ptrace::setregs(thread, regs);
+    }
+}
+
+/// Another kernel interface changes a call on this machine, which no test uses yet.
+#[cfg(target_arch = "aarch64")]
+pub(crate) fn skip(_: Pid) {}
+
+#[cfg(target_arch = "aarch64")]
+pub(crate) fn fail(_: Pid, _: Errno) {}
 
 #[cfg(target_arch = "aarch64")]
 impl Registers {
@@ -134,6 +160,22 @@ impl Call {
     #[cfg(not(target_arch = "x86_64"))]
     fn open_flags(self) -> Option<u64> {
         None
+    }
+
+    /// Returns the error with which the call fails on a machine that has no room, or a broken disk.
+    pub(crate) fn error(self) -> Errno {
+        let known = NAMES.iter().chain(NAMES_HERE);
+        let name = known
+            .filter(|(number, ..)| *number == self.number)
+            .map(|(_, name, _)| *name);
+        match name.last() {
+            None if self.is(OUTPUT) => Errno::ENOSPC,
+            Some("open" | "mkdir" | "symlink" | "link" | "truncate" | "fallocate") => Errno::ENOSPC,
+            Some("umount") => Errno::EBUSY,
+            Some("fsync") => Errno::EIO,
+            Some(name) if name.contains("mount") || name.starts_with("fs") => Errno::ENOMEM,
+            _ => Errno::EIO,
+        }
     }
 
     /// Returns the descriptor that the call uses first.

@@ -1,5 +1,5 @@
 //! Stops the driver after each step that changes something outside of it, starts it again, and has
-//! kubelet try again.
+//! kubelet try again. Or has each step on the node fail once, and kubelet tries again, too.
 //!
 //! The steps are those that a traced run of the driver makes: system calls on files and mounts, requests
 //! to the API server and to the provider and their answers. Nothing here lists them, so a step that is
@@ -38,10 +38,15 @@ use std::{
 
 use nix::errno::Errno;
 use rstest::rstest;
-use tokio::{task::JoinSet, time::timeout};
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 
 use operations::{Operation, Run, Then};
 use state::{State, difference};
+use steps::is_of_node;
+use tracer::{How, Traced};
 
 /// Says to a process that it is the one that a test has started for itself.
 const ALONE: &str = "ALONE_WITH_ITS_MOUNTS";
@@ -82,12 +87,37 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::publish_of_written_files_after_reboot(Operation::PublishOfWrittenFilesAfterReboot)]
 #[case::unpublish_of_buried_volume(Operation::UnpublishOfBuriedVolume)]
 fn stopped_after_each_step(#[case] operation: Operation) {
+    try_alone(operation, How::Stopped);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[rstest]
+#[case::publish(Operation::Publish)]
+#[case::refresh(Operation::Refresh)]
+#[case::refresh_without_change(Operation::RefreshWithoutChange)]
+#[case::refresh_of_edited_class(Operation::RefreshOfEditedClass)]
+#[case::unpublish(Operation::Unpublish)]
+#[case::start(Operation::Start)]
+#[case::publish_of_written_files(Operation::PublishOfWrittenFiles)]
+#[case::refresh_of_written_files(Operation::RefreshOfWrittenFiles)]
+#[case::unpublish_of_written_files(Operation::UnpublishOfWrittenFiles)]
+#[case::publish_after_reboot(Operation::PublishAfterReboot)]
+#[case::unpublish_of_buried_volume(Operation::UnpublishOfBuriedVolume)]
+#[case::refused_publish(Operation::RefusedPublish)]
+#[case::refused_refresh(Operation::RefusedRefresh)]
+#[case::unpublish_of_ended_pod(Operation::UnpublishOfEndedPod)]
+#[case::publish_of_written_files_after_reboot(Operation::PublishOfWrittenFilesAfterReboot)]
+fn each_step_fails(#[case] operation: Operation) {
+    try_alone(operation, How::Failed);
+}
+
+fn try_alone(operation: Operation, how: How) {
     if std::env::var_os(ALONE).is_none() {
         return alone();
     }
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(2).enable_all().build().unwrap();
-    runtime.block_on(try_all(operation));
+    runtime.block_on(try_all(operation, how));
 }
 
 /// Runs this test in a process that has its own mounts. An ordinary user needs user namespaces for it.
@@ -139,12 +169,16 @@ struct Ended {
     log: String,
 }
 
-/// Stops the driver at all points of an operation.
-async fn try_all(operation: Operation) {
+/// Stops the driver at all points of an operation, or has them fail.
+async fn try_all(operation: Operation, how: How) {
     let started = Instant::now();
     let mut undisturbed = BTreeMap::new();
-    let mut points = Points::default();
-    for then in operation.follows() {
+    let mut points = Points::of(how);
+    let follows = match how {
+        How::Stopped => operation.follows(),
+        How::Failed => &[Then::Again],
+    };
+    for then in follows {
         let run = match run(operation, *then, None).await {
             Ok(run) => run,
             Err(error) => return untraceable(operation, &error),
@@ -169,7 +203,8 @@ async fn try_all(operation: Operation) {
             && let Some(point) = points.queue.pop_front()
         {
             running.spawn(async move {
-                let ended = run(operation, point.then, Some(point.step.as_str())).await;
+                let at = Some((point.step.as_str(), how));
+                let ended = run(operation, point.then, at).await;
                 (point, ended.unwrap())
             });
         }
@@ -184,7 +219,7 @@ async fn try_all(operation: Operation) {
             ended.outcome = Err(difference);
         }
         if let Err(why) = &ended.outcome {
-            failures.push(failure(operation, &point, &ended, why));
+            failures.push(failure(operation, &point, how, &ended, why));
         }
     }
     assert!(
@@ -209,9 +244,9 @@ fn untraceable(operation: Operation, error: &io::Error) {
     );
 }
 
-/// Does an operation on a node of its own, and what follows. Stops the driver after a step, if one is
-/// given. Fails only if nothing can be traced.
-async fn run(operation: Operation, then: Then, step: Option<&str>) -> io::Result<Ended> {
+/// Does an operation on a node of its own, and what follows. Stops the driver after a step or has it fail, if
+/// one is given. Fails only if nothing can be traced.
+async fn run(operation: Operation, then: Then, at: Option<(&str, How)>) -> io::Result<Ended> {
     let mut run = Run::start(operation, then).await?;
     let mut ended = Ended {
         is_hit: false,
@@ -221,18 +256,30 @@ async fn run(operation: Operation, then: Then, step: Option<&str>) -> io::Result
     };
     let all = async {
         run.set_up().await?;
-        let traced = run.arm(step)?;
+        let traced = run.arm(at)?;
+        let mut is_gone = false;
         let acted = tokio::select! {
             acted = run.act() => acted,
-            () = traced.ended() => Ok(()),
+            () = traced.ended() => {
+                is_gone = true;
+                Ok(())
+            }
+            // What failed may be what the end of the operation waits for.
+            () = failed_for_a_while(&traced) => Ok(()),
         };
         (ended.steps, ended.is_hit) = traced.disarm();
-        if ended.is_hit {
+        let has_failed = ended.is_hit && matches!(at, Some((_, How::Failed)));
+        if has_failed && is_gone && operation != Operation::Start {
+            return Err("the driver has ended".to_owned());
+        }
+        let is_stopped = ended.is_hit && !has_failed || is_gone;
+        if is_stopped {
             run.node.kill_driver().await;
-        } else {
+        } else if !has_failed {
             acted?;
         }
-        run.go_on(ended.is_hit, &ended.steps).await?;
+        run.has_failed = has_failed;
+        run.go_on(is_stopped, &ended.steps).await?;
         run.end().await
     };
     if let Ok(outcome) = timeout(LIMIT, all).await {
@@ -243,11 +290,23 @@ async fn run(operation: Operation, then: Then, step: Option<&str>) -> io::Result
     Ok(ended)
 }
 
-fn failure(operation: Operation, point: &Point, ended: &Ended, why: &str) -> String {
+/// Waits until a step has failed, and then for longer than an operation takes.
+async fn failed_for_a_while(traced: &Traced) {
+    while !traced.has_failed() {
+        sleep(Duration::from_millis(20)).await;
+    }
+    sleep(Duration::from_millis(1_500)).await;
+}
+
+fn failure(operation: Operation, point: &Point, how: How, ended: &Ended, why: &str) -> String {
     let test = format!("{operation:?}");
     let steps = ended.steps.join("\n  ");
+    let at = match how {
+        How::Stopped => "stopped after a step",
+        How::Failed => "a step fails",
+    };
     format!(
-        "{test}, stopped after a step, then {}:\n  {}\n{why}\nThe steps until then:\n  {steps}\nThe driver's last words:\n{}\nTo stop it there again:\n  {POINT}='{point}' cargo test --workspace --test crash -- {}",
+        "{test}, {at}, then {}:\n  {}\n{why}\nThe steps until then:\n  {steps}\nThe driver's last words:\n{}\nTo try it there again:\n  {POINT}='{point}' cargo test --workspace --test crash -- {}",
         point.then,
         point.step,
         ended.log,
@@ -261,8 +320,8 @@ fn test_name() -> String {
 }
 
 /// The points of an operation.
-#[derive(Default)]
 struct Points {
+    how: How,
     queue: VecDeque<Point>,
     /// How often each was tried, or `None` once the driver was stopped there.
     known: BTreeMap<Point, Option<usize>>,
@@ -272,6 +331,16 @@ struct Points {
 }
 
 impl Points {
+    fn of(how: How) -> Self {
+        Self {
+            how,
+            queue: VecDeque::new(),
+            known: BTreeMap::new(),
+            left_out: BTreeSet::new(),
+            runs: 0,
+        }
+    }
+
     /// Adds the steps of a run that are not known. After each step kubelet tries again, with and
     /// without a change in the store. Of the rest one follows in turn, which saves time.
     fn add(&mut self, then: Then, steps: &[String]) {
@@ -279,7 +348,9 @@ impl Points {
             let step = step.clone();
             let point = Point { then, step };
             let is_known = self.known.contains_key(&point) || self.left_out.contains(&point);
-            if is_known || self.known.len() > MOST {
+            // What fails between the driver and a server is not a step of the node.
+            let is_out = self.how == How::Failed && !is_of_node(&point.step);
+            if is_known || is_out || self.known.len() > MOST {
                 continue;
             }
             let is_in_turn = match then {
@@ -333,7 +404,8 @@ impl Points {
     fn summary(&self, operation: Operation, took: Duration) -> String {
         let missed = self.missed();
         let mut said = format!(
-            "crash points of {operation:?}: {} reached, {} not, in {} runs and {:.1} s",
+            "crash points of {operation:?}, {:?}: {} reached, {} not, in {} runs and {:.1} s",
+            self.how,
             self.known.len() - missed.len(),
             missed.len(),
             self.runs,

@@ -37,7 +37,7 @@ use crate::{
     reader::{Reader, Tree},
     server,
     steps::Names,
-    tracer::{Armed, Servers, Traced},
+    tracer::{Armed, How, Servers, Traced},
 };
 
 /// Longer than anything here takes on a busy machine.
@@ -362,22 +362,25 @@ impl Node {
         Ok(())
     }
 
-    /// Starts a driver whose start is traced. It is killed after a step, if one is given.
-    pub(crate) fn start_traced_from_the_start(&mut self, step: Option<&str>) -> io::Result<()> {
-        let (command, armed) = (self.command("10m", AT_ONCE, true), self.armed(step));
+    /// Starts a driver whose start is traced, and something happens at a step, if one is given.
+    pub(crate) fn start_traced_from_the_start(
+        &mut self,
+        at: Option<(&str, How)>,
+    ) -> io::Result<()> {
+        let (command, armed) = (self.command("10m", AT_ONCE, true), self.armed(at));
         let traced = Traced::start(&command, self.dir.path(), &self.servers, Some(armed))?;
         self.driver = Some(Driver::Traced(Arc::new(traced)));
         self.client = None;
         Ok(())
     }
 
-    /// Returns how the steps of a driver on this node are named, and after which it is killed.
-    pub(crate) fn armed<'a>(&self, kill_after: Option<&'a str>) -> Armed<'a> {
+    /// Returns how the steps of a driver on this node are named, and at which one what happens.
+    pub(crate) fn armed<'a>(&self, at: Option<(&'a str, How)>) -> Armed<'a> {
         let [root, volume] =
             [self.dir.path(), &self.target()].map(|path| path.display().to_string());
         Armed {
             names: Names::new(root, volume),
-            kill_after,
+            at,
         }
     }
 

@@ -11,7 +11,7 @@ use crate::{
     node::{Class, Data, Node, PATIENCE, STATUSES, data, until},
     reader::{Tree, read_all},
     state::{State, node_state, state},
-    tracer::Traced,
+    tracer::{How, Traced},
 };
 
 /// What the driver does when it is stopped.
@@ -231,6 +231,8 @@ pub(crate) struct Run {
     version: u32,
     /// The order of the new content of another node.
     elsewhere: Option<String>,
+    /// Whether a step of the operation has failed.
+    pub(crate) has_failed: bool,
 }
 
 impl Run {
@@ -259,6 +261,7 @@ impl Run {
             class,
             version: 0,
             elsewhere: None,
+            has_failed: false,
         };
         run.put_class();
         run.put_store();
@@ -318,15 +321,15 @@ impl Run {
         Ok(())
     }
 
-    /// Has the tracer note the steps of the operation, and stop the driver after one of them.
-    pub(crate) fn arm(&mut self, step: Option<&str>) -> Result<Arc<Traced>, String> {
+    /// Has the tracer note the steps of the operation, and stop the driver after one of them or have that fail.
+    pub(crate) fn arm(&mut self, at: Option<(&str, How)>) -> Result<Arc<Traced>, String> {
         if self.operation == Operation::Start {
-            let started = self.node.start_traced_from_the_start(step);
+            let started = self.node.start_traced_from_the_start(at);
             started.map_err(|error| error.to_string())?;
             return self.node.traced().ok_or("it is not traced".to_owned());
         }
         let traced = self.node.traced().ok_or("it is not traced")?;
-        traced.arm(self.node.armed(step));
+        traced.arm(self.node.armed(at));
         Ok(traced)
     }
 
@@ -671,6 +674,10 @@ impl Run {
         }
         if self.operation == Operation::RefreshWithOtherType {
             state.remove("event SecretRecreated");
+        }
+        if self.has_failed && !self.operation.is_refused() {
+            // The failure is announced.
+            state.retain(|name, _| !name.starts_with("event MountRotation"));
         }
         // The driver is ready before it registers itself.
         state.remove(REGISTRATION);

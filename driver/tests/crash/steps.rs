@@ -17,7 +17,7 @@ pub(crate) enum Server {
 }
 
 /// The names of one run.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Names {
     /// The directory of the run, and the volume in it, which have other names in other runs.
     root: String,
@@ -28,6 +28,13 @@ pub(crate) struct Names {
     counts: HashMap<String, usize>,
     /// The request that was sent last by a connection.
     asked: HashMap<i32, String>,
+}
+
+/// Returns whether a step of this name is one of the node alone, and not a part of a conversation with a server.
+pub(crate) fn is_of_node(name: &str) -> bool {
+    !["API server: ", "provider: "]
+        .iter()
+        .any(|with| name.starts_with(with))
 }
 
 impl Names {

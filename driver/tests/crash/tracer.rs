@@ -1,8 +1,9 @@
 //! Runs a program under ptrace(2), notes each step by which it changes something outside of itself,
-//! and kills it right after a given one.
+//! and kills it right after a given one, or has a given one fail.
 //!
 //! A step is noted when its system call has succeeded, and the program is killed before it learns of
-//! that. So the end of each step is also the beginning of the next one.
+//! that. So the end of each step is also the beginning of the next one. A step that is to fail is not taken: the
+//! program gets an error in its place.
 
 use std::{
     collections::HashMap,
@@ -26,7 +27,7 @@ use nix::{
 use tokio::sync::watch;
 
 use crate::{
-    calls::{Call, Effect, Peer, Registers, path_of},
+    calls::{Call, Effect, Peer, Registers, fail, path_of, skip},
     steps::{Names, Server},
 };
 
@@ -49,20 +50,43 @@ pub(crate) struct Traced {
 struct Seen {
     names: Option<Names>,
     steps: Vec<String>,
-    kill_after: Option<String>,
+    at: Option<(String, How)>,
     is_hit: bool,
 }
 
-/// How steps are named, and after which one the program is killed.
+/// What happens at a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    /// The program is killed right after it.
+    Stopped,
+    /// It fails.
+    Failed,
+}
+
+/// How steps are named, and at which one what happens.
 pub(crate) struct Armed<'a> {
     pub(crate) names: Names,
-    pub(crate) kill_after: Option<&'a str>,
+    pub(crate) at: Option<(&'a str, How)>,
 }
 
 impl Seen {
     fn arm(&mut self, armed: Armed<'_>) {
         self.names = Some(armed.names);
-        self.kill_after = armed.kill_after.map(str::to_owned);
+        self.at = armed.at.map(|(step, how)| (step.to_owned(), how));
+    }
+
+    /// Returns whether the step that is described by these words is to fail, and notes it then.
+    fn fails(&mut self, described: &str) -> bool {
+        let (Some(names), Some((step, How::Failed)), false) = (&self.names, &self.at, self.is_hit)
+        else {
+            return false;
+        };
+        let name = names.clone().name(described);
+        self.is_hit = name == *step;
+        if self.is_hit {
+            self.steps.push(name);
+        }
+        self.is_hit
     }
 }
 
@@ -121,11 +145,17 @@ impl Traced {
         seen.steps.iter().any(|step| step.starts_with(beginning))
     }
 
-    /// Notes no more steps. Returns those so far, and whether the program was killed.
+    /// Notes no more steps. Returns those so far, and whether the program came to the given one.
     pub(crate) fn disarm(&self) -> (Vec<String>, bool) {
         let mut seen = self.seen.lock().unwrap();
         seen.names = None;
         (seen.steps.clone(), seen.is_hit)
+    }
+
+    /// Returns whether the step that was to fail has failed.
+    pub(crate) fn has_failed(&self) -> bool {
+        let seen = self.seen.lock().unwrap();
+        seen.is_hit && matches!(&seen.at, Some((_, How::Failed)))
     }
 
     /// Waits until the program has ended.
@@ -191,6 +221,8 @@ struct Begun {
     call: Call,
     effect: Effect,
     described: String,
+    /// Whether it is not carried out, and fails.
+    fails: bool,
 }
 
 impl Tracer {
@@ -242,14 +274,34 @@ impl Tracer {
         let described = match effect {
             // Before a rename, for example, the descriptors still have the old names.
             Effect::Changes if is_armed() => call.describe(thread),
+            Effect::Moves { out: true } if is_armed() => {
+                self.written(thread, call).unwrap_or_default()
+            }
             Effect::Connects => Peer::at(thread, call.args[1]).map_or_else(String::new, |p| p.0),
             _ => String::new(),
         };
+        let may_fail = !described.is_empty() && !matches!(effect, Effect::Connects);
+        let fails = may_fail && self.seen.lock().unwrap().fails(&described);
+        if fails {
+            skip(thread);
+        }
         Begun {
             call,
             effect,
             described,
+            fails,
         }
+    }
+
+    /// Describes a call that writes into a file, other than the log.
+    fn written(&self, thread: Pid, call: Call) -> Option<String> {
+        let descriptor = call.descriptor();
+        if self.connections.contains_key(&descriptor) {
+            return None;
+        }
+        let path = path_of(thread, descriptor)?;
+        let is_it = path.starts_with(&self.root) && path != Path::new(&self.root).join("log");
+        is_it.then(|| format!("write {}", path.display()))
     }
 
     fn ends(&mut self, thread: Pid, begun: Begun, result: i64) {
@@ -257,7 +309,11 @@ impl Tracer {
             call,
             effect,
             described,
+            fails,
         } = begun;
+        if fails {
+            return fail(thread, call.error());
+        }
         let descriptor = call.descriptor();
         match effect {
             Effect::Connects => {
@@ -298,12 +354,8 @@ impl Tracer {
                 true => names.sent(*server, descriptor, &bytes),
                 false => names.received(*server, descriptor, &bytes),
             });
-        } else if out
-            && let Some(path) = path_of(thread, descriptor)
-            && path.starts_with(&self.root)
-            && path != Path::new(&self.root).join("log")
-        {
-            self.step(|names| Some(names.name(&format!("write {}", path.display()))));
+        } else if out && let Some(written) = self.written(thread, call) {
+            self.step(|names| Some(names.name(&written)));
         }
     }
 
@@ -316,7 +368,7 @@ impl Tracer {
         let Some(name) = seen.names.as_mut().and_then(name) else {
             return;
         };
-        let is_it = seen.kill_after.as_ref() == Some(&name);
+        let is_it = matches!(&seen.at, Some((step, How::Stopped)) if *step == name);
         seen.steps.push(name);
         if is_it {
             seen.is_hit = true;
