@@ -48,7 +48,7 @@ use crate::namespace::Namespace;
 use actor::Actor;
 pub use ground::Site;
 use ground::{Ground, OnEmbedded, OnLocal};
-use observer::{Observer, Usage, excess, lacking, left, untraced, usage, warned};
+use observer::{Observer, Usage, excess, lacking, left, untraced, untrue, usage, warned};
 pub use report::{Finding, Outcome};
 pub use schedule::Schedule;
 use schedule::{Step, What};
@@ -71,9 +71,10 @@ const MOST_CALLS: [u64; 2] = [16, 3];
 const LOOKS_EVERY: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
 /// The flag of every second seed: a publish fails as long as its Secrets cannot be written.
 const SECRETS_FIRST: &str = "--sync-errors=fail";
-/// A time longer than the interval of rotation, and how often a volume may be refreshed in it.
+/// A time longer than the interval of rotation, and how often a provider may be asked for a volume in it: a
+/// refresh of two calls, and another one.
 const REST: Duration = Duration::from_secs(5);
-const MOST_REFRESHES: u64 = 2;
+const MOST_CALLS_IN_REST: u64 = 3;
 /// The interval at which the state is looked at.
 const LOOK: Duration = Duration::from_millis(250);
 /// The share of the clock's time by which the time of a run goes on, on a machine that is not too slow for
@@ -212,6 +213,13 @@ async fn run_on<G: Ground>(
     let mut world = World::new(store, name, bounds, ground.seldom());
     world.has_secrets_first = has_secrets_first(schedule);
     world.most_calls = most_calls(schedule);
+    for object in [tenants::set(), tenants::credentials(1)] {
+        let made = namespace.apply(&object.to_string()).await?;
+        if object["metadata"]["name"] == tenants::SET {
+            let uid = made.into_iter().find_map(|made| made.metadata.uid);
+            world.set = uid.unwrap_or_default();
+        }
+    }
     let world = Arc::new(world);
     let mut idle = Vec::new();
     for node in ground.cluster().nodes() {
@@ -257,7 +265,7 @@ async fn run_rounds<G: Ground>(
         world.good.set(is_good(round));
         run_round(actor, round).await?;
         if !world.log.is_over() {
-            settle(world, ground, idle).await?;
+            settle(actor, ground, idle).await?;
         }
         if !world.log.is_over() {
             rest(actor).await;
@@ -335,7 +343,13 @@ async fn run_round<G: Ground>(actor: &Actor<'_, G>, round: &[Step]) -> Result<()
 }
 
 /// Waits until everything is as it should be after the faults.
-async fn settle<G: Ground>(world: &World, ground: &G, idle: &[(String, Usage)]) -> Result<()> {
+async fn settle<G: Ground>(
+    actor: &Actor<'_, G>,
+    ground: &G,
+    idle: &[(String, Usage)],
+) -> Result<()> {
+    let world = &actor.world;
+    let namespaces = [actor.namespace.name(), actor.hostile.name()];
     let begun = world.now();
     world.log.tell("the last fault is over");
     loop {
@@ -343,6 +357,7 @@ async fn settle<G: Ground>(world: &World, ground: &G, idle: &[(String, Usage)]) 
         for (node, idle) in idle {
             // A driver that is not killed at the end of the run has what it has not closed only now.
             lacking.extend(excess(ground, node, *idle).await?);
+            lacking.extend(untrue(world, ground, node, &namespaces).await?);
         }
         if lacking.is_empty() || world.log.is_over() {
             break;
@@ -381,7 +396,7 @@ async fn rest<G: Ground>(actor: &Actor<'_, G>) {
         tokio::time::sleep(LOOK).await;
         let work = actor.work().await;
         let calls = work.calls.saturating_sub(since.1.calls);
-        if work.writes != since.1.writes || calls > MOST_REFRESHES * world.refreshed() {
+        if work.writes != since.1.writes || calls > MOST_CALLS_IN_REST * world.refreshed() {
             since = (Instant::now(), work);
         }
     }
@@ -402,6 +417,7 @@ async fn end<G: Ground>(actor: &Actor<'_, G>, ground: &G, idle: &[(String, Usage
         let mut all = Vec::new();
         for (node, idle) in idle {
             all.extend(left(world, ground, node, *idle, &namespaces).await?);
+            all.extend(untrue(world, ground, node, &namespaces).await?);
         }
         if all.is_empty() {
             break;

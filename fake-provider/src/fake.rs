@@ -46,6 +46,8 @@
 //! | `hang` | never answers |
 //! | `status` | fails with `{code: UNAVAILABLE, message: "..."}` |
 //! | `errorCode` | answers with `MountResponse.error.code` and nothing else |
+//! | `errorCodeBeside` | adds `MountResponse.error.code` to an answer that has all else |
+//! | `spoilt` | gives each file the content `spoilt` |
 //! | `badPath` | gives this path to the file of `object`, or to an additional file |
 //! | `oversize` | adds a file `oversize` of this many bytes |
 //! | `missingVersions` | answers without `object_version` |

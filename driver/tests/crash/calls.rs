@@ -164,11 +164,9 @@ impl Call {
 
     /// Returns the error with which the call fails on a machine that has no room, or a broken disk.
     pub(crate) fn error(self) -> Errno {
-        let known = NAMES.iter().chain(NAMES_HERE);
-        let name = known
-            .filter(|(number, ..)| *number == self.number)
-            .map(|(_, name, _)| *name);
-        match name.last() {
+        let mut known = NAMES.iter().chain(NAMES_HERE);
+        let name = known.find(|(number, ..)| *number == self.number);
+        match name.map(|(_, name, _)| *name) {
             None if self.is(OUTPUT) => Errno::ENOSPC,
             Some("open" | "mkdir" | "symlink" | "link" | "truncate" | "fallocate") => Errno::ENOSPC,
             Some("umount") => Errno::EBUSY,

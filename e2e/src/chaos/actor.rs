@@ -22,18 +22,22 @@ use super::lock;
 use super::schedule::What;
 use super::world::World;
 use liveness::Liveness;
+pub(super) use mounts::ALTERATIONS;
 
 /// The port of the provider's control.
 const CONTROL: u16 = 8080;
 /// The answers of a provider that is wrong: each must not reach a volume.
-const WRONG: [&str; 8] = [
+pub(super) const WRONG: [&str; 11] = [
     "[{status: {code: UNAVAILABLE, message: a fault of the run}}]",
     "[{status: {code: PERMISSION_DENIED, message: a fault of the run}}]",
     "[{status: {code: DATA_LOSS, message: a fault of the run}}]",
     "[{errorCode: ChaosError}]",
-    "[{missingVersions: true}]",
-    "[{badPath: ../../../../etc/chaos}]",
-    "[{oversize: 20000000}]",
+    "[{missingVersions: true, spoilt: true}]",
+    "[{badPath: ../../../../etc/chaos, spoilt: true}]",
+    "[{oversize: 20000000, spoilt: true}]",
+    "[{errorCodeBeside: ChaosError, spoilt: true}]",
+    "[{badPath: who, spoilt: true}]",
+    "[{badPath: who/is, spoilt: true}]",
     "[{status: {code: UNKNOWN}}]",
 ];
 

@@ -6,8 +6,10 @@ mod content;
 mod fresh;
 mod kept;
 mod leaks;
+mod nodes;
 mod secrets;
 mod statuses;
+mod traces;
 mod volumes;
 mod warnings;
 
@@ -28,8 +30,10 @@ use super::lock;
 use super::tenants::{classes_of, pod_name};
 use super::world::{LIST, Watched, World};
 use crate::install::pod_statuses;
-pub(super) use calm::{lacking, untraced};
+pub(super) use calm::lacking;
 pub(super) use leaks::{Usage, excess, left, usage};
+pub(super) use nodes::untrue;
+pub(super) use traces::untraced;
 use volumes::Suspicion;
 pub(super) use volumes::{is_mount, path_of};
 pub(super) use warnings::warned;
@@ -187,8 +191,8 @@ fn check_waiting(world: &World, pod: &Watched, before: Option<&Watched>) {
         return;
     };
     let waits = world.now().saturating_sub(since);
-    if waits > world.bounds.silence {
-        world.fails(pod, "it is not ready");
+    if waits > world.bounds_since(since).silence {
+        world.fails(pod, "it is not ready", since);
     }
     let Some(calm) = *lock(&world.calm) else {
         return;

@@ -21,11 +21,22 @@ pub(super) const CLASSES: [&str; 4] = ["alpha", "beta", "gamma", "delta"];
 pub(super) const SELDOM: usize = 3;
 /// The class whose provider is told which versions are mounted, and leaves out the files of these.
 pub(super) const CHANGED_ONLY: usize = 2;
+/// The class whose provider is given a credential of the pod (`nodePublishSecretRef`), which changes with the store,
+/// and the object that has it.
+pub(super) const WITH_CREDENTIAL: usize = 0;
+pub(super) const CREDENTIAL: &str = "credential";
 /// The class with more parameters than a driver remembers of one (64 KiB), and how many bytes they have.
 pub(super) const LARGE: (usize, usize) = (1, 70 << 10);
-/// The objects of each class that are files, with the number of words that each has. A large one
-/// takes more than one page.
-pub(super) const OBJECTS: [(&str, usize); 3] = [("a", 8), ("b", 2_000), ("c", 40)];
+/// The objects of each class, with their files.
+pub(super) const OBJECTS: [(&str, &str); 3] = [("a", "a"), ("b", "deep/er/b"), ("c", "c")];
+/// The words of the largest object for its numbers: the sizes of a page, more and less. Two numbers in a row often
+/// have the same one.
+const WORDS: [usize; 7] = [2_000, 1, 1_024, 4_500, 30, 1_025, 9_000];
+/// The class with a certificate and its key, and their object.
+pub(super) const WITH_CERTIFICATE: usize = 2;
+pub(super) const CERTIFICATE: &str = "tls.pem";
+/// The number of certificates: each number in the contents has one of them.
+const CERTIFICATES: u64 = 3;
 /// The object that a class has only after an edit.
 pub(super) const EXTRA: &str = "d";
 
@@ -34,6 +45,23 @@ pub(super) struct Store {
     file: PathBuf,
     /// For each class, the times of its generations. Index 0 is generation 1.
     history: Mutex<Vec<Vec<Written>>>,
+    certificates: Vec<Certificate>,
+}
+
+/// A certificate and its key, in PEM.
+pub(super) struct Certificate {
+    pub(super) chain: String,
+    pub(super) key: String,
+}
+
+impl Certificate {
+    fn of(number: u64) -> Result<Self, rcgen::Error> {
+        let made = rcgen::generate_simple_self_signed(vec![format!("{number}.chaos.test")])?;
+        Ok(Self {
+            chain: made.cert.pem(),
+            key: made.signing_key.serialize_pem(),
+        })
+    }
 }
 
 /// A generation. A provider may have read it from `begun` on, and reads it from `done` on.
@@ -51,8 +79,12 @@ impl Store {
     /// # Errors
     /// When it cannot be written.
     pub(super) fn create(file: PathBuf) -> io::Result<Self> {
+        let certificates = (0..CERTIFICATES).map(Certificate::of);
         let store = Self {
             file,
+            certificates: certificates
+                .collect::<Result<_, _>>()
+                .map_err(io::Error::other)?,
             history: Mutex::new(vec![Vec::new(); CLASSES.len()]),
         };
         for class in 0..CLASSES.len() {
@@ -96,7 +128,7 @@ impl Store {
         let numbers = history
             .iter()
             .map(|of| of.last().map_or(0, |last| last.number));
-        let text = objects(&numbers.collect::<Vec<_>>());
+        let text = self.objects(&numbers.collect::<Vec<_>>());
         let new = self.file.with_extension("new");
         fs::write(&new, text)?;
         fs::rename(&new, &self.file)?;
@@ -106,6 +138,36 @@ impl Store {
             written.done = Instant::now();
         }
         Ok(generation)
+    }
+
+    /// Returns the objects of all classes, as the provider reads them.
+    fn objects(&self, numbers: &[u64]) -> String {
+        let mut all = Vec::new();
+        for (class, number) in CLASSES.iter().zip(numbers) {
+            let extra = (EXTRA, EXTRA);
+            for (object, _) in OBJECTS.iter().chain([&extra]) {
+                all.push(json!({
+                    "name": format!("{class}-{object}"),
+                    "content": content(class, object, *number),
+                    "version": format!("g{number}"),
+                }));
+            }
+            if *class == CLASSES[WITH_CERTIFICATE]
+                && let Some(Certificate { chain, key }) = self.certificate(*number)
+            {
+                all.push(json!({
+                    "name": format!("{class}-{CERTIFICATE}"),
+                    "content": format!("{key}{chain}"),
+                    "version": format!("g{number}"),
+                }));
+            }
+        }
+        serde_json::Value::from(all).to_string()
+    }
+
+    /// Returns the certificate that belongs to contents of a number.
+    pub(super) fn certificate(&self, number: u64) -> Option<&Certificate> {
+        self.certificates.get((number % CERTIFICATES) as usize)
     }
 
     /// Returns the last generation of a class.
@@ -164,27 +226,18 @@ impl Store {
     }
 }
 
-/// Returns the objects of all classes, as the provider reads them.
-fn objects(numbers: &[u64]) -> String {
-    let mut all = Vec::new();
-    for (class, number) in CLASSES.iter().zip(numbers) {
-        let extra = (EXTRA, 8);
-        for (object, _) in OBJECTS.iter().chain([&extra]) {
-            all.push(json!({
-                "name": format!("{class}-{object}"),
-                "content": content(class, object, *number),
-                "version": format!("g{number}"),
-            }));
-        }
-    }
-    serde_json::Value::from(all).to_string()
-}
-
-/// Returns the content of an object.
+/// Returns the content of an object. The largest one says its number only at its end, and the others
+/// everywhere.
 pub(super) fn content(class: &str, object: &str, number: u64) -> String {
-    let words = OBJECTS.iter().find(|(name, _)| *name == object);
-    let words = words.map_or(8, |(_, words)| *words);
     let mut text = format!("{class}/{object}");
+    let words = match object {
+        "b" => {
+            text.push_str(&" ....".repeat(WORDS[number as usize / 2 % WORDS.len()]));
+            1
+        }
+        "c" => 20 + 300 * (number as usize % 3),
+        _ => 8,
+    };
     for _ in 0..words {
         // Writing to a string does not fail.
         let _written = write!(text, " {number}");
@@ -205,7 +258,8 @@ pub(super) fn number_of(class: &str, object: &str, text: &str) -> Result<u64, St
             _ => format!("is not its content: {:?}", beginning()),
         });
     };
-    let number = rest.split(' ').next().and_then(|word| word.parse().ok());
+    let mut words = rest.rsplit(' ').skip(1);
+    let number = words.next().and_then(|word| word.parse().ok());
     match number {
         Some(number) if content(class, object, number) == text => Ok(number),
         _ => Err(format!(
@@ -224,8 +278,12 @@ mod tests {
     fn a_content_tells_its_number_and_nothing_else_passes() {
         let whole = content("alpha", "a", 12);
         assert_eq!(number_of("alpha", "a", &whole), Ok(12));
+        let large = content("alpha", "b", 12);
+        assert_eq!(number_of("alpha", "b", &large), Ok(12));
         let spoilt = [
             String::new(),
+            "alpha/a ".to_owned(),
+            "alpha/a end".to_owned(),
             whole[..whole.len() - 1].to_owned(),
             whole.replacen(" 12", " 13", 1),
             whole.replacen("12 12 12", "12 12 11", 1),

@@ -8,7 +8,10 @@ pub(super) use competing::{of_the_greedy, of_the_modest};
 
 use super::editions::Spec;
 use super::schedule::PODS;
-use super::store::{CHANGED_ONLY, CLASSES, EXTRA, LARGE, OBJECTS, SELDOM, content};
+use super::store::{
+    CERTIFICATE, CHANGED_ONLY, CLASSES, CREDENTIAL, EXTRA, LARGE, OBJECTS, SELDOM,
+    WITH_CERTIFICATE, WITH_CREDENTIAL, content,
+};
 
 /// The name of the only volume of a pod that has one class; further ones are numbered.
 const VOLUME: &str = "secrets";
@@ -38,6 +41,21 @@ pub(super) const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
 /// The Secret that somebody makes an owner of synced Secrets, and the label that they get.
 pub(super) const OWNER: &str = "by-hand";
 pub(super) const LABEL: (&str, &str) = ("added-by", "hand");
+/// The object that controls each third pod.
+pub(super) const SET: &str = "set";
+/// The Secret with the credential for the provider, and its key.
+pub(super) const CREDENTIALS: (&str, &str) = ("credentials", "token");
+/// The label, and the annotation, of a class's first Secret that say what the class says.
+pub(super) const SAYS: &str = "example.com/edition";
+/// The keys of the other Secret of a class, with their objects, and its type.
+pub(super) const OTHER_KEYS: [(&str, &str); 2] = [("username", "a"), ("password", "c")];
+const OTHER_TYPE: &str = "kubernetes.io/basic-auth";
+/// The Secret with the certificate of a class, and its type and keys.
+pub(super) const TLS_SECRET: &str = "certificate";
+const TLS_TYPE: &str = "kubernetes.io/tls";
+/// The annotation of a class whose keys are written as they come.
+const KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
+pub(super) const TLS_KEYS: [&str; 2] = ["tls.crt", "tls.key"];
 /// The keys that each class declares, with their objects.
 pub(super) const KEYS: [(&str, &str); 2] = [("key-a", "a"), ("key-c", "c")];
 /// The key that a class declares only after an edit.
@@ -88,6 +106,37 @@ pub(super) fn group_of(pod: &str) -> Option<u32> {
     (number % 4 == 3).then_some(3_000 + number)
 }
 
+/// Returns whether something controls a pod, which then owns its Secrets.
+pub(super) fn is_of_set(pod: &str) -> bool {
+    let number = pod.rsplit('-').next().and_then(|n| n.parse::<u32>().ok());
+    number.is_some_and(|number| number % 3 == 1)
+}
+
+/// Returns the name of the other Secret of a class.
+pub(super) fn other_secret(class: usize) -> String {
+    let name = CLASSES.get(class).copied().unwrap_or_default();
+    format!("{name}-other")
+}
+
+/// Returns what a provider is given as a credential while the store of its class has the contents of a number.
+pub(super) fn credential(number: u64) -> String {
+    content(CLASSES[WITH_CREDENTIAL], CREDENTIAL, number)
+}
+
+/// Returns the Secret with the credential.
+pub(super) fn credentials(number: u64) -> Value {
+    let (name, key) = CREDENTIALS;
+    json!({
+        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": name},
+        "stringData": {key: credential(number)},
+    })
+}
+
+/// Returns the object that controls pods.
+pub(super) fn set() -> Value {
+    json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": SET}})
+}
+
 /// Returns the name of a pod's volume of a class.
 pub(super) fn volume_name(class: usize) -> String {
     format!(
@@ -100,10 +149,10 @@ pub(super) fn volume_name(class: usize) -> String {
 pub(super) fn class(class: usize, spec: Spec, seldom: &str) -> Value {
     let name = CLASSES.get(class).copied().unwrap_or_default();
     let extra = spec.has_extra.then_some(EXTRA);
-    let objects = OBJECTS.iter().map(|(object, _)| *object).chain(extra);
+    let objects = OBJECTS.into_iter().chain(extra.map(|extra| (extra, extra)));
     let mut array: Vec<Value> = objects
-        .map(|object| {
-            let mut entry = json!({"objectName": format!("{name}-{object}"), "path": object});
+        .map(|(object, file)| {
+            let mut entry = json!({"objectName": format!("{name}-{object}"), "path": file});
             if object == CLOSED.0 {
                 entry["mode"] = format!("{:04o}", CLOSED.1).into();
             }
@@ -113,6 +162,15 @@ pub(super) fn class(class: usize, spec: Spec, seldom: &str) -> Value {
     array.push(json!({
         "objectName": format!("{name}-{WHO}"), "path": WHO, "contentFrom": "attributes",
     }));
+    if class == WITH_CERTIFICATE {
+        let object = format!("{name}-{CERTIFICATE}");
+        array.push(json!({"objectName": object, "path": CERTIFICATE}));
+    }
+    if class == WITH_CREDENTIAL {
+        array.push(json!({
+            "objectName": format!("{name}-{CREDENTIAL}"), "path": CREDENTIAL, "contentFrom": "secrets",
+        }));
+    }
     // It has the version of an object for which none is given.
     array.push(json!({
         "objectName": format!("{name}-{EDITION}"), "path": EDITION,
@@ -124,8 +182,10 @@ pub(super) fn class(class: usize, spec: Spec, seldom: &str) -> Value {
     }
     let mut parameters = json!({"objects": json!({"array": array}).to_string()});
     if class == CHANGED_ONLY {
-        metadata["annotations"] = json!({SEND_VERSIONS: "true"});
-        parameters["faults"] = "[{changedOnly: true}]".into();
+        metadata["annotations"] = json!({SEND_VERSIONS: "true", KEY_FORMAT: "original"});
+        // A provider may lack the right to compare versions.
+        let denied = spec.edition.is_multiple_of(2);
+        parameters["faults"] = format!("[{{changedOnly: true, describeDenied: {denied}}}]").into();
     }
     if class == LARGE.0 {
         parameters["padding"] = "x".repeat(LARGE.1).into();
@@ -137,6 +197,24 @@ pub(super) fn class(class: usize, spec: Spec, seldom: &str) -> Value {
         .chain([(EDITION_KEY, EDITION)])
         .map(|(key, object)| json!({"key": key, "objectName": object}))
         .collect();
+    let other_data: Vec<Value> = OTHER_KEYS
+        .into_iter()
+        .map(|(key, object)| json!({"key": key, "objectName": object}))
+        .collect();
+    let says = json!({SAYS: spec.edition.to_string()});
+    let mut secrets = json!([
+        {
+            "secretName": name, "type": "Opaque", "data": data,
+            "labels": says, "annotations": says,
+        },
+        {"secretName": other_secret(class), "type": OTHER_TYPE, "data": other_data},
+    ]);
+    if let Some(secrets) = secrets.as_array_mut()
+        && class == WITH_CERTIFICATE
+    {
+        let data = TLS_KEYS.map(|key| json!({"key": key, "objectName": CERTIFICATE}));
+        secrets.push(json!({"secretName": TLS_SECRET, "type": TLS_TYPE, "data": data}));
+    }
     json!({
         "apiVersion": "secrets-store.csi.x-k8s.io/v1",
         "kind": "SecretProviderClass",
@@ -144,13 +222,13 @@ pub(super) fn class(class: usize, spec: Spec, seldom: &str) -> Value {
         "spec": {
             "provider": "e2e-provider",
             "parameters": parameters,
-            "secretObjects": [{"secretName": name, "type": "Opaque", "data": data}],
+            "secretObjects": secrets,
         },
     })
 }
 
-/// Returns a well-behaved pod on a node.
-pub(super) fn pod(pod: usize, node: &str) -> Value {
+/// Returns a well-behaved pod on a node. `set` is the UID of what controls some of them.
+pub(super) fn pod(pod: usize, node: &str, set: &str) -> Value {
     let classes = classes_of(pod);
     let volumes: Vec<Value> = classes
         .iter()
@@ -159,10 +237,19 @@ pub(super) fn pod(pod: usize, node: &str) -> Value {
                 .into_iter()
                 .map(|(key, value)| (key.to_owned(), value.into()))
                 .collect();
-            volume(&volume_name(*class), attributes.into())
+            let mut volume = volume(&volume_name(*class), attributes.into());
+            if *class == WITH_CREDENTIAL {
+                volume["csi"]["nodePublishSecretRef"] = json!({"name": CREDENTIALS.0});
+            }
+            volume
         })
         .collect();
     let mut object = pod_of(&pod_name(pod), node, &volumes);
+    if is_of_set(&pod_name(pod)) {
+        object["metadata"]["ownerReferences"] = json!([{
+            "apiVersion": "v1", "kind": "ConfigMap", "name": SET, "uid": set, "controller": true,
+        }]);
+    }
     if let Some(group) = group_of(&pod_name(pod)) {
         object["spec"]["securityContext"] = json!({"fsGroup": group});
     }
@@ -276,7 +363,7 @@ pub(super) fn hostile(how: usize, number: usize, node: &str, victim: &str) -> Ve
         NAMESAKES => {
             let data = json!([{"key": KEYS[0].0, "objectName": KEYS[0].1}]);
             secret_objects = json!([{"secretName": name, "type": "Opaque", "data": data}]);
-            let entry = |(object, _): &(&str, usize)| json!({"objectName": format!("{name}-{object}"), "path": object, "content": "of a namesake"});
+            let entry = |(object, file): &(&str, &str)| json!({"objectName": format!("{name}-{object}"), "path": file, "content": "of a namesake"});
             OBJECTS.iter().map(entry).collect()
         }
         _ => {

@@ -72,6 +72,10 @@ pub(super) struct World {
     pub(super) bounds: Bounds,
     /// The interval of the class that is refreshed seldom.
     pub(super) seldom: &'static str,
+    /// The UID of what controls some of the pods.
+    pub(super) set: String,
+    /// The number of the credential that providers are given.
+    pub(super) credential: AtomicU64,
     /// The pods by UID.
     pub(super) pods: Mutex<BTreeMap<String, Watched>>,
     /// The roots of the nodes that are up.
@@ -137,6 +141,8 @@ impl World {
             namespace,
             bounds,
             seldom,
+            set: String::new(),
+            credential: AtomicU64::new(1),
             pods: Mutex::default(),
             roots: Mutex::default(),
             read: Mutex::default(),
@@ -226,21 +232,22 @@ impl World {
         lock(&self.roots).get(node) == Some(root)
     }
 
-    /// Returns the bounds of now for what began at a time by [`World::now`]: those of good minutes with what
-    /// single failures add to them, or those of any time.
+    /// Returns the bounds of now for what began at a time by [`World::now`]: those of good minutes or those of
+    /// any time, with what single failures add to them. A single call without an answer may take longer than it
+    /// takes until a failure needs a trace: it has not failed yet.
     pub(super) fn bounds_since(&self, since: Duration) -> Bounds {
-        let bounds = self.bounds;
-        match bounds.good.filter(|_| self.good.is_now()) {
-            None => bounds,
-            Some(good) => {
-                let more = self.good.allowance(since);
-                Bounds {
-                    publish: good.publish + more,
-                    follow: good.follow + more,
-                    converge: good.converge + more,
-                    ..bounds
-                }
-            }
+        let (mut bounds, more) = (self.bounds, self.good.allowance(since));
+        if let Some(good) = bounds.good.filter(|_| self.good.is_now()) {
+            bounds.publish = good.publish;
+            bounds.follow = good.follow;
+            bounds.converge = good.converge;
+        }
+        Bounds {
+            publish: bounds.publish + more,
+            follow: bounds.follow + more,
+            converge: bounds.converge + more,
+            silence: bounds.silence.max(more),
+            ..bounds
         }
     }
 
@@ -320,13 +327,13 @@ impl World {
         last.is_none_or(|last| last < time)
     }
 
-    /// Notes a failure of a pod.
-    pub(super) fn fails(&self, pod: &Watched, what: &str) {
+    /// Notes a failure of a pod that began at a time by [`World::now`].
+    pub(super) fn fails(&self, pod: &Watched, what: &str, began: Duration) {
         let failure = || Failure {
             pod: pod.name.clone(),
             node: pod.node.clone(),
             what: what.to_owned(),
-            began: self.now().saturating_sub(self.bounds.silence),
+            began,
         };
         let mut failures = lock(&self.failures);
         failures.entry(pod.uid.clone()).or_insert_with(failure);

@@ -27,6 +27,8 @@ pub(super) struct Fault {
     pub(super) hang: bool,
     status: Option<FaultStatus>,
     pub(super) error_code: Option<String>,
+    pub(super) error_code_beside: Option<String>,
+    pub(super) spoilt: bool,
     bad_path: Option<String>,
     pub(super) oversize: Option<usize>,
     pub(super) missing_versions: bool,

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use proto::provider::{File, ObjectVersion};
+use proto::provider::{Error, File, ObjectVersion};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -24,6 +24,8 @@ use crate::server::{
 /// The exit code of the process after the fault `crash`: the one that a shell reports for an abort,
 /// which would also write a core file.
 const CRASH_EXIT_CODE: i32 = 134;
+/// The content that the fault `spoilt` gives to files.
+const SPOILT: &[u8] = b"spoilt";
 
 /// The fake provider and everything that it remembers until it stops.
 pub(super) struct FakeProvider {
@@ -247,10 +249,18 @@ fn leave_out_unchanged(response: &mut MountResponse, mounted: &[ObjectVersion]) 
     });
 }
 
-/// Applies the faults of paths, sizes and versions. `names` are those of the objects in `response`.
+/// Applies the faults of contents, paths, sizes, versions and errors. `names` are those of the objects in `response`.
 fn spoil(response: &mut MountResponse, faults: &[Fault], names: &[&str]) -> Result<(), Failure> {
     for fault in faults {
+        if fault.spoilt {
+            for file in &mut response.files {
+                file.contents = SPOILT.to_vec();
+            }
+        }
         fault.spoil_path(&mut response.files, names);
+        if let Some(code) = &fault.error_code_beside {
+            response.error = Some(Error { code: code.clone() });
+        }
         if let Some(size) = fault.oversize {
             let contents =
                 pattern(size).map_err(|reason| unknown(format!("fault oversize: {reason}")))?;

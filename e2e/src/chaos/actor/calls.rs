@@ -1,7 +1,8 @@
 //! Calls as of a kubelet that starts anew again and again: a publish begins while the one before runs,
 //! some are given up early, and the unpublish of a pod that goes comes twice.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
@@ -21,7 +22,8 @@ use super::super::ground::Ground;
 use super::super::lock;
 use super::super::random::Random;
 use super::super::schedule::What;
-use super::super::tenants::{attributes_of, group_of, volume_name};
+use super::super::store::WITH_CREDENTIAL;
+use super::super::tenants::{CREDENTIALS, attributes_of, credential, group_of, volume_name};
 use super::super::world::{VolumeId, Watched};
 use super::{Actor, escaped, sleep};
 
@@ -189,8 +191,17 @@ impl<G: Ground> Actor<'_, G> {
             }),
             readonly: true,
             volume_context: attributes.collect(),
+            secrets: self.credentials(class),
             ..NodePublishVolumeRequest::default()
         }
+    }
+
+    /// Returns the Secret that kubelet has for a volume.
+    fn credentials(&self, class: usize) -> HashMap<String, String> {
+        let number = self.world.credential.load(Ordering::SeqCst);
+        let credential = || (CREDENTIALS.1.to_owned(), credential(number));
+        let has_one = class == WITH_CREDENTIAL;
+        has_one.then(credential).into_iter().collect()
     }
 
     /// Unpublishes the volumes of pods that are gone by now: a publish may have begun between kubelet's

@@ -1,5 +1,8 @@
 //! Faults of mounts: those of pods' volumes, and their way out of the driver's container.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Event, Pod};
@@ -11,8 +14,8 @@ use super::super::ground::Ground;
 use super::super::lock;
 use super::super::observer::{is_mount, path_of};
 use super::super::schedule::What;
-use super::super::store::{CLASSES, OBJECTS, content};
-use super::super::tenants::pod_name;
+use super::super::store::{CHANGED_ONLY, CLASSES, OBJECTS, SELDOM, number_of};
+use super::super::tenants::{CLOSED, pod_name};
 use super::super::world::Watched;
 use super::calls::target;
 use super::{Actor, sleep};
@@ -78,6 +81,14 @@ rmdir "$1"
 "#;
 /// Unmounts the volumes `$@`.
 const UNMOUNT: &str = r#"for volume in "$@"; do umount -l "$volume"; done"#;
+/// Each alters the volume `$1`.
+pub(in super::super) const ALTERATIONS: [&str; 5] = [
+    r#"printf altered > "$1/a""#,
+    r#"chmod 0666 "$1/c""#,
+    r#"rm "$1/c""#,
+    r#"rm -r "$1/..data/deep""#,
+    r#"touch "$1/stray" && mkdir "$1/strays" && touch "$1/strays/one""#,
+];
 /// The time in which the volumes of a pod that is deleted are unmounted, and the pause between two looks.
 const UNMOUNTED: Duration = Duration::from_secs(20);
 const PAUSE: u64 = 250;
@@ -209,6 +220,34 @@ impl<G: Ground> Actor<'_, G> {
         Ok(1)
     }
 
+    /// Alters files in the volumes of a pod, as an administrator does by mistake. The next refresh puts them in
+    /// order. The pod is deleted then.
+    pub(super) async fn alter_files(&self, what: What, number: usize, how: usize) -> Result<()> {
+        let Some(pod) = self.running_pod(number) else {
+            return Ok(());
+        };
+        // Until then the pod reads what was altered.
+        lock(&self.world.buried).insert(pod.uid.clone());
+        let how = ALTERATIONS[how % ALTERATIONS.len()];
+        let mut altered = Ok(String::new());
+        for class in &pod.classes {
+            let volume = target(&pod, *class);
+            let done = self.sh(&pod.node, how, &[&volume]).await;
+            altered = altered.and(done);
+            match *class {
+                SELDOM => self.ask(*class).await?,
+                // What its provider leaves out counts as it is.
+                CHANGED_ONLY => self.rotate(*class).await?,
+                _ => {}
+            }
+        }
+        let come_back = self.come_back(&pod).await;
+        self.delete(number, &DeleteParams::default()).await?;
+        altered?;
+        self.world.log.struck(&what.kind(), 1);
+        come_back
+    }
+
     /// Unmounts the volumes of a pod on the node, where its containers do not see it. They are mounted
     /// again for the next container, with what the store has. The pod is deleted then.
     pub(super) async fn unmount_volumes(&self, what: What, number: usize) -> Result<()> {
@@ -231,17 +270,10 @@ impl<G: Ground> Actor<'_, G> {
         come_back
     }
 
-    /// Waits until the volumes of a pod are mounted on its node.
+    /// Waits until the volumes of a pod are whole on its node.
     async fn come_back(&self, pod: &Watched) -> Result<()> {
         let root = self.ground.root(&pod.node).await?;
-        let lacks = |class: &usize| {
-            let name = CLASSES.get(*class).copied().unwrap_or_default();
-            let (object, _) = OBJECTS[0];
-            let file = path_of(pod, &root, *class).join(object);
-            let text = std::fs::read_to_string(file).unwrap_or_default();
-            !(1..=self.world.store.latest(*class))
-                .any(|number| content(name, object, number) == text)
-        };
+        let lacks = |class: &usize| !is_whole(&path_of(pod, &root, *class), *class);
         let since = self.world.now();
         let pods = self.namespace.api::<Pod>();
         while pod.classes.iter().any(lacks) {
@@ -258,7 +290,7 @@ impl<G: Ground> Actor<'_, G> {
                 let text = format!("pod {} ({}) on {}", pod.name, pod.uid, pod.node);
                 self.world
                     .log
-                    .find("a volume that was unmounted is mounted again", text);
+                    .find("a volume that somebody has altered is put in order", text);
                 return Ok(());
             }
             sleep(250).await;
@@ -300,4 +332,17 @@ impl<G: Ground> Actor<'_, G> {
         self.world.log.struck(&what.kind(), struck);
         Ok(())
     }
+}
+
+/// Returns whether a volume of a class has whole files with their modes, and nothing that a program has put there.
+fn is_whole(volume: &Path, class: usize) -> bool {
+    let name = CLASSES.get(class).copied().unwrap_or_default();
+    let is = |(object, file): (&str, &str)| {
+        let text = fs::read_to_string(volume.join(file)).unwrap_or_default();
+        number_of(name, object, &text).is_ok()
+    };
+    let (closed, mode) = CLOSED;
+    let found = fs::metadata(volume.join(closed)).map(|found| found.mode() & 0o7777);
+    let has_stray = || volume.join("stray").exists() || volume.join("strays").exists();
+    OBJECTS.into_iter().all(is) && found.is_ok_and(|found| found == mode) && !has_stray()
 }

@@ -123,6 +123,7 @@ impl<G: Ground> Actor<'_, G> {
             What::DriverPaused { node, lasts } => {
                 self.driver_paused(what, self.node(node), lasts).await
             }
+            What::AlterFiles { pod, how } => self.alter_files(what, pod, how).await,
             What::UnmountVolumes { pod } => self.unmount_volumes(what, pod).await,
             What::VolumesReadOnly { pod, lasts } => self.volumes_read_only(what, pod, lasts).await,
             What::AnswersCompete { node } => self.answers_compete(what, self.node(node)).await,

@@ -1,8 +1,9 @@
 //! What tenants and administrators do: pods, classes, rotations, and changes by hand.
 
 use std::io;
+use std::sync::atomic::Ordering;
 
-use k8s_openapi::api::core::v1::{Pod, Secret};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
@@ -14,7 +15,7 @@ use crate::install::{classes, pod_statuses};
 use super::super::editions::Edit;
 use super::super::ground::Ground;
 use super::super::schedule::What;
-use super::super::store::{CLASSES, SELDOM};
+use super::super::store::{CLASSES, SELDOM, WITH_CREDENTIAL};
 use super::super::tenants;
 use super::{Actor, sleep};
 
@@ -56,8 +57,11 @@ impl<G: Ground> Actor<'_, G> {
             What::AlterStatus { pod } => self.alter_statuses(pod).await,
             What::DeleteSecret { class } => {
                 let name = CLASSES.get(class).copied().unwrap_or_default();
-                let deleted = self.secrets().delete(name, &DeleteParams::default()).await;
-                unless_absent(deleted, "delete a Secret")
+                for name in [name, &tenants::other_secret(class)] {
+                    let deleted = self.secrets().delete(name, &DeleteParams::default()).await;
+                    unless_absent(deleted, "delete a Secret")?;
+                }
+                Ok(())
             }
             What::AlterSecret {
                 class,
@@ -74,7 +78,7 @@ impl<G: Ground> Actor<'_, G> {
         if there.is_some() {
             return Ok(());
         }
-        let object = tenants::pod(pod, node).to_string();
+        let object = tenants::pod(pod, node, &self.world.set).to_string();
         self.namespace.apply(&object).await.map(drop)
     }
 
@@ -110,6 +114,13 @@ impl<G: Ground> Actor<'_, G> {
         self.world.log.tell(format!(
             "{name} has generation {generation}, with contents number {number}"
         ));
+        if class == WITH_CREDENTIAL {
+            let _turn = self.edits.lock().await;
+            let number = self.world.store.latest_number(class);
+            self.world.credential.store(number, Ordering::SeqCst);
+            let credentials = tenants::credentials(number).to_string();
+            self.namespace.apply(&credentials).await?;
+        }
         if class != SELDOM {
             return Ok(());
         }
@@ -330,11 +341,13 @@ impl<G: Ground> Actor<'_, G> {
     /// Deletes all pods and classes.
     pub(in super::super) async fn delete_all(&self) -> Result<()> {
         self.world.forget_adorned();
-        let secrets = self.secrets();
-        let deleted = secrets
-            .delete(tenants::OWNER, &DeleteParams::default())
-            .await;
-        unless_absent(deleted, "delete an owner")?;
+        let (secrets, sets) = (self.secrets(), self.namespace.api::<ConfigMap>());
+        for name in [tenants::OWNER, tenants::CREDENTIALS.0] {
+            let deleted = secrets.delete(name, &DeleteParams::default()).await;
+            unless_absent(deleted, "delete a Secret")?;
+        }
+        let deleted = sets.delete(tenants::SET, &DeleteParams::default()).await;
+        unless_absent(deleted, "delete what controls pods")?;
         for namespace in [&self.namespace, &self.hostile] {
             let pods = namespace.api::<Pod>();
             let list = pods.list(&ListParams::default()).await;

@@ -80,16 +80,15 @@ impl Content {
     fn read_all(&self, store: &Store, class: usize, floor: u64) -> Result<(u64, u64), Wrong> {
         let mut edition = 0;
         let mut first: Option<(&str, u64)> = None;
-        let expected = OBJECTS
-            .iter()
-            .map(|(object, _)| *object)
-            .chain([WHO, EDITION]);
-        for object in expected.chain(self.has_extra().then_some(EXTRA)) {
-            if !self.names.iter().any(|name| name == object) {
+        let own = |object| (object, object);
+        let expected = OBJECTS.into_iter().chain([WHO, EDITION].map(own));
+        for (object, file) in expected.chain(self.has_extra().then_some(own(EXTRA))) {
+            let is_listed = |name: &String| file.split('/').next() == Some(name);
+            if !self.names.iter().any(is_listed) {
                 return Err(Wrong::Gap(format!("one {DATA} has no {object}")));
             }
             let mut text = String::new();
-            let read = File::open(path_of(&self.data).join(object))
+            let read = File::open(path_of(&self.data).join(file))
                 .and_then(|mut file| file.read_to_string(&mut text));
             read.map_err(|error| {
                 let age = self.at.elapsed();

@@ -13,10 +13,10 @@ use crate::install::pod_statuses;
 use super::super::ground::Ground;
 use super::super::world::World;
 
-const PODS: &str = "/var/lib/kubelet/pods";
+pub(super) const PODS: &str = "/var/lib/kubelet/pods";
 /// Lists what is there; what vanishes meanwhile is not.
-const FIND: &str = "find \"$@\" 2>/dev/null || true";
-const PLUGIN: &str = "/var/lib/kubelet/plugins/csi-secrets-store";
+pub(super) const FIND: &str = "find \"$@\" 2>/dev/null || true";
+pub(super) const PLUGIN: &str = "/var/lib/kubelet/plugins/csi-secrets-store";
 /// The descriptors, other than sockets, by which a driver between two calls may have more than it had at the
 /// start.
 const MORE_FILES: usize = 3;

@@ -13,7 +13,9 @@ use serde_json::json;
 
 use super::super::lock;
 use super::super::store::{CLASSES, number_of};
-use super::super::tenants::{EDITION, EDITION_KEY, EXTRA_KEY, KEYS, LABEL, ORDER, OWNER};
+use super::super::tenants::{
+    EDITION, EDITION_KEY, EXTRA_KEY, KEYS, LABEL, ORDER, OWNER, SET, is_of_set,
+};
 use super::super::world::{Watched, World};
 use super::calm::status_name;
 use crate::install::pod_statuses;
@@ -84,14 +86,18 @@ pub(super) async fn watch(world: Arc<World>, client: kube::Client) {
     }
 }
 
-/// Returns the UIDs of the pods that run with a class, by the names of their statuses.
+/// Returns the UIDs of the pods that run with a class, by the names of the owners that they give its Secrets: their
+/// statuses, or what controls them.
 fn running(world: &World, class: usize) -> BTreeMap<String, String> {
     let pods = lock(&world.pods);
     let running = pods
         .values()
         .filter(|pod| pod.ready && pod.classes.contains(&class));
     running
-        .map(|pod| (status_name(world, pod, class), pod.uid.clone()))
+        .map(|pod| match is_of_set(&pod.name) {
+            true => (SET.to_owned(), world.set.clone()),
+            false => (status_name(world, pod, class), pod.uid.clone()),
+        })
         .collect()
 }
 
@@ -111,7 +117,8 @@ async fn judge_owners(world: &World, client: &kube::Client, version: &Version, l
         // A status that somebody deleted is another one now.
         let statuses = pod_statuses(client, &world.namespace);
         let status = statuses.get_opt(name).await.ok().flatten();
-        if status.is_some_and(|status| status.metadata.uid.as_ref() == Some(uid)) {
+        let is_there = status.is_some_and(|status| status.metadata.uid.as_ref() == Some(uid));
+        if is_there || *uid == world.set {
             let class = CLASSES.get(version.class).copied().unwrap_or_default();
             let text = format!("Secret {class} has lost its owner {name} ({uid})");
             world

@@ -203,8 +203,8 @@ fn read_one(
         .as_ref()
         .filter(|before| before.generation == generation);
     let since = still.and_then(|before| before.stale).unwrap_or(world.now());
-    if is_stale && world.now() - since > world.bounds.silence {
-        world.fails(pod, "its volume is not refreshed");
+    if is_stale && world.now() - since > world.bounds_since(since).silence {
+        world.fails(pod, "its volume is not refreshed", since);
     }
     let is_late = |since: Duration| {
         world.is_calm_since(since) && world.now() - since > world.bounds_since(since).follow
@@ -287,8 +287,8 @@ fn read_volume(
         return Err(Wrong::Gap("nothing is mounted".to_owned()));
     }
     let mut last = floor;
-    for (object, _) in OBJECTS {
-        let file = volume.join(object);
+    for (object, file) in OBJECTS {
+        let file = volume.join(file);
         let text = fs::read_to_string(&file).map_err(|error| gap(Path::new(object), error))?;
         last = take(store, class, object, &text, last)?;
     }
@@ -325,8 +325,8 @@ fn check_mount(volume: &Path, group: Option<u32>) -> Result<(), Wrong> {
         let text = format!("it has {flags:?}");
         return Err(Wrong::Content("each volume keeps its mount flags", text));
     }
-    for (object, _) in OBJECTS {
-        let found = fs::metadata(volume.join(object)).map_err(gap)?;
+    for (object, file) in OBJECTS {
+        let found = fs::metadata(volume.join(file)).map_err(gap)?;
         if (found.uid(), found.gid()) != (0, group.unwrap_or_default()) {
             let (user, found) = (found.uid(), found.gid());
             let text = format!("{object} is of user {user} and group {found}, not {group:?}");

@@ -8,18 +8,18 @@ use std::path::Path;
 
 use serde::de::IgnoredAny;
 
+use super::super::actor::{ALTERATIONS, WRONG};
 use super::super::store::CLASSES;
 use super::super::tenants::TRICKS;
-use super::{PODS, Schedule, Step};
+use super::make::WAYS;
+use super::{PODS, Schedule, Step, What};
 
 /// The largest schedule that is read, in bytes.
 const LARGEST: u64 = 1 << 20;
 /// The fields of steps, with the numbers that they may have. Nodes count modulo those that there are.
-const RANGES: [(&str, RangeInclusive<u64>); 7] = [
+const RANGES: [(&str, RangeInclusive<u64>); 6] = [
     ("pod", 0..=PODS as u64 - 1),
     ("class", 0..=CLASSES.len() as u64 - 1),
-    // The tricks of a hostile tenant. There are fewer ways in which a provider is wrong.
-    ("how", 0..=TRICKS as u64 - 1),
     ("status", 400..=599),
     ("mounts", 1..=1_000),
     // All steps of a round have to end some minutes after the last has begun.
@@ -67,7 +67,14 @@ pub(super) fn fields(line: &str, step: &Step) -> Result<(), String> {
 pub(super) fn check(step: &Step) -> Result<(), String> {
     let value = serde_json::to_value(step).map_err(|error| error.to_string())?;
     let late = (value["what"] != "step-clock").then_some(("by", LATE));
-    for (name, range) in RANGES.into_iter().chain(late) {
+    let ways = match &step.what {
+        What::ProviderWrong { .. } => WRONG.len(),
+        What::AlterFiles { .. } => ALTERATIONS.len(),
+        What::Hostile { .. } => TRICKS,
+        _ => WAYS,
+    };
+    let how = [("how", 0..=ways as u64 - 1)];
+    for (name, range) in RANGES.into_iter().chain(how).chain(late) {
         let number = value[name].as_u64();
         if number.is_some_and(|number| !range.contains(&number)) {
             let (first, last) = range.into_inner();

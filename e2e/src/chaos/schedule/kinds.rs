@@ -129,6 +129,9 @@ pub(in super::super) enum What {
     /// Large and small answers for one tenant and middle-sized ones for another come at once, and there is
     /// little memory.
     AnswersCompete { node: usize },
+    /// Somebody alters files in the volumes of a pod, which is deleted after they were put in order. `how` counts
+    /// modulo the ways.
+    AlterFiles { pod: usize, how: usize },
     /// Somebody unmounts the volumes of a pod, which is deleted after they were mounted again.
     UnmountVolumes { pod: usize },
     /// Somebody makes the volumes of a pod read-only for a while.

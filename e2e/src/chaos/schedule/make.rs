@@ -1,8 +1,9 @@
 //! Makes the rounds of a seed.
 
+use super::super::actor::{ALTERATIONS, WRONG};
 use super::super::editions::Edit;
 use super::super::random::Random;
-use super::super::store::{CLASSES, SELDOM};
+use super::super::store::{CLASSES, LARGE, SELDOM};
 use super::super::tenants::{TRICKS, WEBHOOK};
 use super::kinds::HUNG_FOR_LONG;
 use super::{PODS, STORM, Step, What};
@@ -13,6 +14,8 @@ const LONGEST_FAULT: u64 = 8_000;
 const BETWEEN_SINGLES: u64 = 5_500;
 /// The way in which a request fails that has none.
 const SILENT: usize = 4;
+/// The number of ways in which a request fails.
+pub(super) const WAYS: usize = SILENT + 1;
 /// The way in which another write is first, which nobody may notice.
 const CONFLICT: usize = 3;
 
@@ -101,8 +104,11 @@ pub(super) fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize
         }
         place(&mut steps, &mut busy, at, what);
         if let What::ApiPast { .. } = what {
-            // Without a change, the past is the present.
-            let class = random.index(CLASSES.len());
+            // Without a change, the past is the present. A class that is not remembered is read twice.
+            let class = match random.below(3) {
+                0 => random.index(CLASSES.len()),
+                _ => LARGE.0,
+            };
             let edit = edit(random);
             let what = What::EditClass { class, edit };
             steps.push(Step { at: at + 300, what });
@@ -278,7 +284,7 @@ fn repeat_calls(random: &mut Random, node: usize, lasts: u64) -> What {
 fn fault(random: &mut Random, nodes: usize) -> What {
     let node = random.index(nodes);
     let lasts = 500 + random.below(LONGEST_FAULT - 500);
-    match random.below(43) {
+    match random.below(45) {
         0..4 => What::KillDriver { node },
         4 => What::TwoDrivers {
             node,
@@ -299,7 +305,7 @@ fn fault(random: &mut Random, nodes: usize) -> What {
         9 => What::ProviderWrong {
             node,
             lasts,
-            how: random.index(8),
+            how: random.index(WRONG.len()),
         },
         10 => What::KillProvider { node },
         11 => What::ReplaceProvider { node, lasts },
@@ -338,6 +344,10 @@ fn fault(random: &mut Random, nodes: usize) -> What {
             pod: random.index(PODS),
         },
         40 => other_bound(random, node, lasts),
+        43 | 44 => What::AlterFiles {
+            pod: random.index(PODS),
+            how: random.index(ALTERATIONS.len()),
+        },
         38 | 39 => What::VolumesReadOnly {
             pod: random.index(PODS),
             lasts,
@@ -365,7 +375,7 @@ fn long_fault(random: &mut Random, number: usize, nodes: usize) -> What {
         _ => What::ProviderWrong {
             node,
             lasts,
-            how: random.index(8),
+            how: random.index(WRONG.len()),
         },
     }
 }
