@@ -243,6 +243,11 @@ impl<G: Ground> Actor<'_, G> {
         }
         let come_back = self.come_back(&pod).await;
         self.delete(number, &DeleteParams::default()).await?;
+        if pod.classes.contains(&SELDOM) {
+            // What this pod had last may be of a call from before an edit of the class, and its Secret has that
+            // until another volume is refreshed (docs/secrets.md).
+            self.ask(SELDOM).await?;
+        }
         altered?;
         self.world.log.struck(&what.kind(), 1);
         come_back
