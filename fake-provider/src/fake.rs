@@ -53,7 +53,7 @@
 //! | `missingVersions` | answers without `object_version` |
 //! | `writeFiles` | writes the files below the target path and answers without files |
 //! | `changedOnly` | leaves out the files of objects that the call says are mounted in the same version |
-//! | `describeDenied` | with AWS's manners: fails calls that bring mounted versions |
+//! | `describeDenied` | without manners, or with AWS's: fails calls that bring mounted versions |
 //!
 //! # The class parameter `manners`
 //!

@@ -61,10 +61,10 @@ impl Manners {
         self == Self::Aws
     }
 
-    /// Returns whether the provider asks the store for versions before it gets content, if it was
-    /// sent any.
+    /// Returns whether the provider may ask the store for versions before it gets content, if it was
+    /// sent any: AWS's does, and one without manners does if a fault is about that.
     pub(super) fn describes(self) -> bool {
-        self == Self::Aws
+        matches!(self, Self::Aws | Self::Common)
     }
 
     /// Returns whether an object that is stored nowhere fails the call. Without manners, it is empty.
