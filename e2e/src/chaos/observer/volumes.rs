@@ -128,6 +128,10 @@ fn report(
     wrong: Wrong,
     out: &UnboundedSender<Suspicion>,
 ) {
+    // Somebody is about to change the volume, who has told so before.
+    if world.is_buried(&pod.uid) {
+        return;
+    }
     let name = CLASSES.get(class).copied().unwrap_or_default();
     let text = |seen: String| format!("pod {} ({}), volume of {name}: {seen}", pod.name, pod.uid);
     match wrong {
