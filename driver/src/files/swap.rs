@@ -4,9 +4,10 @@
 //! opens paths sees all of the old content or all of the new. The old content stays for a moment
 //! ([`GRACE`]): a reader may have followed `..data` and not yet opened the file. After the rename
 //! the new content is read back by name and compared with the payload; if it differs, the volume
-//! gets the old content back. Nothing else takes back what a reader may have seen by then: all that needs room is
-//! made before the rename, and if a name cannot be made after it, the next look makes it. Everything happens relative to an open directory and never through a
-//! link: even a path that slipped past [`FilePath`](super::FilePath) could not leave the volume.
+//! gets the old content back. Nothing else takes back what a reader may have seen by then: all that
+//! needs room is made before the rename, and if a name cannot be made after it, the next look makes it.
+//! Everything happens relative to an open directory and never through a link: even a path that slipped
+//! past [`FilePath`](super::FilePath) could not leave the volume.
 
 use std::{
     collections::BTreeSet,

@@ -269,10 +269,13 @@ async fn run(operation: Operation, then: Then, at: Option<(&str, How)>) -> io::R
         };
         (ended.steps, ended.is_hit) = traced.disarm();
         let has_failed = ended.is_hit && matches!(at, Some((_, How::Failed)));
-        if has_failed && is_gone && operation != Operation::Start {
-            return Err("the driver has ended".to_owned());
+        let is_killed = ended.is_hit && !has_failed;
+        // A start that fails may end it, and it is started again.
+        let may_end = is_killed || has_failed && operation == Operation::Start;
+        if is_gone && !may_end {
+            return Err("the driver has ended by itself".to_owned());
         }
-        let is_stopped = ended.is_hit && !has_failed || is_gone;
+        let is_stopped = is_killed || is_gone;
         if is_stopped {
             run.node.kill_driver().await;
         } else if !has_failed {
