@@ -81,19 +81,23 @@ struct Prepared<'a> {
     aside: OwnedFd,
     /// The directory in which they are made.
     made: OwnedFd,
-    links: Vec<Link<'a>>,
+    /// `..data`.
+    data: Link<'a>,
+    /// The others.
+    names: Vec<Link<'a>>,
 }
 
 struct Link<'a> {
     name: &'a str,
-    kept: Kept,
+    /// Whether it replaces a directory, which cannot have a second name.
+    replaces_directory: bool,
 }
 
 impl Prepared<'_> {
     /// Puts a link at the root, atomically unless a directory is there.
     fn put(&self, root: &OwnedFd, link: &Link<'_>) -> io::Result<()> {
         let name = link.name;
-        if link.kept == Kept::Not {
+        if link.replaces_directory {
             renameat(root, name, &self.aside, name).at(name)?;
         }
         renameat(&self.made, name, root, name).at(name)
@@ -196,11 +200,9 @@ impl StagedContent {
         let roots = self.payload.roots();
         let prepared = self.prepare(&roots).map_err(Broken::Before)?;
         // From here on nothing needs room.
-        let mut links = prepared.links.iter();
-        for link in links.by_ref().take(1) {
-            prepared.put(&self.root, link).map_err(Broken::Before)?;
-        }
-        let named = links.try_for_each(|link| prepared.put(&self.root, link));
+        let put = |link| prepared.put(&self.root, link);
+        put(&prepared.data).map_err(Broken::Before)?;
+        let named = prepared.names.iter().try_for_each(put);
         let strangers = named
             .and_then(|()| self.put_aside_strangers(&roots, &prepared.aside))
             .and_then(|strangers| self.give_links(&roots).map(|()| strangers))
@@ -212,19 +214,29 @@ impl StagedContent {
         })
     }
 
-    /// Makes the links that the root lacks, `..data` first, where no reader looks.
+    /// Makes `..data` and the links that the root lacks where no reader looks, and gives what they replace a second
+    /// name.
     fn prepare<'a>(&self, roots: &BTreeSet<&'a str>) -> io::Result<Prepared<'a>> {
         let [aside, made] = [ASIDE, LINKS].map(|name| empty_directory(&self.root, name));
         let (aside, made) = (aside?, made?);
         let lacking = roots.iter().filter(|name| !is_own_link(&self.root, name));
-        let lacking = lacking.map(|name| (*name, format!("{DATA}/{name}")));
-        let mut links = Vec::new();
-        for (name, target) in std::iter::once((DATA, self.new.clone())).chain(lacking) {
-            symlinkat(target.as_str(), &made, name).at(name)?;
-            let kept = keep(&self.root, &aside, name)?;
-            links.push(Link { name, kept });
-        }
-        Ok(Prepared { aside, made, links })
+        let link = |name, target: &str| {
+            symlinkat(target, &made, name).at(name)?;
+            let replaces_directory = !is_kept(&self.root, &aside, name)?;
+            Ok(Link {
+                name,
+                replaces_directory,
+            })
+        };
+        let data = link(DATA, &self.new)?;
+        let names = lacking.map(|name| link(name, &format!("{DATA}/{name}")));
+        let names = names.collect::<io::Result<_>>()?;
+        Ok(Prepared {
+            aside,
+            made,
+            data,
+            names,
+        })
     }
 
     /// Puts aside what others have put beside the content. Returns whether some of it may be left.
@@ -377,20 +389,12 @@ fn empty_directory(root: &OwnedFd, name: &str) -> io::Result<OwnedFd> {
     open_directory(root.as_fd(), name)
 }
 
-/// Whether a name that is about to be replaced has a second one.
-#[derive(PartialEq, Eq)]
-enum Kept {
-    /// It has, or there is nothing of that name.
-    Is,
-    /// It is a directory, which cannot have two.
-    Not,
-}
-
-/// Gives what has a name at the root a second one in the directory `aside`.
-fn keep(root: &OwnedFd, aside: &OwnedFd, name: &str) -> io::Result<Kept> {
+/// Gives what has a name at the root a second one in the directory `aside`. Returns whether that is possible, or
+/// nothing is there: a directory cannot have two.
+fn is_kept(root: &OwnedFd, aside: &OwnedFd, name: &str) -> io::Result<bool> {
     match linkat(root, name, aside, name, AtFlags::empty()) {
-        Ok(()) | Err(Errno::ENOENT) => Ok(Kept::Is),
-        Err(Errno::EPERM) => Ok(Kept::Not),
+        Ok(()) | Err(Errno::ENOENT) => Ok(true),
+        Err(Errno::EPERM) => Ok(false),
         Err(errno) => Err(errno).at(name),
     }
 }

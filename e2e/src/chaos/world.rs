@@ -232,22 +232,26 @@ impl World {
         lock(&self.roots).get(node) == Some(root)
     }
 
-    /// Returns the bounds of now for what began at a time by [`World::now`]: those of good minutes or those of
-    /// any time, with what single failures add to them. A single call without an answer may take longer than it
-    /// takes until a failure needs a trace: it has not failed yet.
+    /// Returns the bounds of now for what began at a time by [`World::now`], with what single failures add to
+    /// them: those of good minutes, or those of any time where good minutes are not judged. There a call without
+    /// an answer takes longer than it takes until a failure needs a trace, and has not failed until its end.
     pub(super) fn bounds_since(&self, since: Duration) -> Bounds {
-        let (mut bounds, more) = (self.bounds, self.good.allowance(since));
-        if let Some(good) = bounds.good.filter(|_| self.good.is_now()) {
-            bounds.publish = good.publish;
-            bounds.follow = good.follow;
-            bounds.converge = good.converge;
-        }
-        Bounds {
-            publish: bounds.publish + more,
-            follow: bounds.follow + more,
-            converge: bounds.converge + more,
-            silence: bounds.silence.max(more),
-            ..bounds
+        let (bounds, more) = (self.bounds, self.good.allowance(since));
+        match bounds.good {
+            Some(_) if !self.good.is_now() => bounds,
+            Some(good) => Bounds {
+                publish: good.publish + more,
+                follow: good.follow + more,
+                converge: good.converge + more,
+                ..bounds
+            },
+            None => Bounds {
+                publish: bounds.publish + more,
+                follow: bounds.follow + more,
+                converge: bounds.converge + more,
+                silence: bounds.silence.max(more),
+                ..bounds
+            },
         }
     }
 

@@ -81,13 +81,13 @@ rmdir "$1"
 "#;
 /// Unmounts the volumes `$@`.
 const UNMOUNT: &str = r#"for volume in "$@"; do umount -l "$volume"; done"#;
-/// Each alters the volume `$1`.
+/// Each alters the volume `$1`, and never the directory below it once that is unmounted.
 pub(in super::super) const ALTERATIONS: [&str; 5] = [
-    r#"printf altered > "$1/a""#,
+    r#"cd "$1/..data" && printf altered > a"#,
     r#"chmod 0666 "$1/c""#,
     r#"rm "$1/c""#,
     r#"rm -r "$1/..data/deep""#,
-    r#"touch "$1/stray" && mkdir "$1/strays" && touch "$1/strays/one""#,
+    r#"cd "$1/..data" && cd -P .. && touch stray && mkdir strays && touch strays/one"#,
 ];
 /// The time in which the volumes of a pod that is deleted are unmounted, and the pause between two looks.
 const UNMOUNTED: Duration = Duration::from_secs(20);
