@@ -54,7 +54,7 @@ pub(in super::super) async fn untraced<G: Ground>(
         let log = ground.cluster().log(&node, &Component::Driver).await?;
         let is_logged = log
             .lines()
-            .any(|line| (line.contains("WARN") || line.contains("ERROR")) && line.contains(&pod));
+            .any(|line| is_warning(line) && line.contains(&pod));
         if !is_logged && still_there(world, ground, &pod, &uid).await? {
             untraced.push(format!("pod {pod} ({uid}): {what}"));
         }
@@ -73,6 +73,13 @@ async fn told<G: Ground>(world: &World, ground: &G) -> Result<BTreeSet<String>> 
     Ok(warnings
         .filter_map(|event| event.involved_object.uid)
         .collect())
+}
+
+/// Returns whether a line of the driver's log is a warning or an error: it begins with the letter of one and
+/// the date (docs/operating.md).
+fn is_warning(line: &str) -> bool {
+    let mut chars = line.chars();
+    matches!(chars.next(), Some('W' | 'E')) && chars.next().is_some_and(|c| c.is_ascii_digit())
 }
 
 /// Returns whether somebody could still ask for the trace: the pod is there.
