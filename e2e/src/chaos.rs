@@ -8,6 +8,7 @@
 //!   tenants    the objects of well-behaved and hostile tenants
 //! observer     checks volumes, Secrets, pods, traces and leaks
 //! editions     what the classes say, and their history
+//! features     what two pods ask for besides, and its exact outcome
 //! store        the contents of the external store, and their history
 //! good         minutes in which only single requests fail, and their bounds
 //! world        what these share: bounds, the pods that are there
@@ -23,6 +24,7 @@
 
 mod actor;
 mod editions;
+mod features;
 mod good;
 mod ground;
 mod observer;
@@ -46,6 +48,7 @@ use jiff::Timestamp;
 use crate::cluster::{Cluster as _, Error, Result};
 use crate::namespace::Namespace;
 use actor::Actor;
+use features::Features;
 pub use ground::Site;
 use ground::{Ground, OnEmbedded, OnLocal};
 use observer::{Observer, Usage, excess, lacking, left, untraced, untrue, usage, warned};
@@ -212,6 +215,7 @@ async fn run_on<G: Ground>(
     let (name, bounds) = (namespace.name().to_owned(), ground.bounds());
     let mut world = World::new(store, name, bounds, ground.seldom());
     world.has_secrets_first = has_secrets_first(schedule);
+    world.features = Features::start(world.has_secrets_first);
     world.most_calls = most_calls(schedule);
     for object in [tenants::set(), tenants::credentials(1)] {
         let made = namespace.apply(&object.to_string()).await?;
@@ -236,6 +240,7 @@ async fn run_on<G: Ground>(
             actor.namespace.apply(&object.to_string()).await?;
         }
     }
+    actor.begin_features().await?;
     let observer = Observer::start(&world, &ground.cluster().client());
     tokio::select! {
         done = run_rounds(&actor, ground, schedule, limit, &idle) => done?,
@@ -352,8 +357,11 @@ async fn settle<G: Ground>(
     let namespaces = [actor.namespace.name(), actor.hostile.name()];
     let begun = world.now();
     world.log.tell("the last fault is over");
+    actor.touch_features().await?;
     loop {
-        let mut lacking = lacking(world, &ground.cluster().client()).await?;
+        let client = ground.cluster().client();
+        let mut lacking = lacking(world, &client).await?;
+        lacking.extend(features::lacking(world, &client).await?);
         for (node, idle) in idle {
             // A driver that is not killed at the end of the run has what it has not closed only now.
             lacking.extend(excess(ground, node, *idle).await?);
@@ -372,6 +380,7 @@ async fn settle<G: Ground>(
     world
         .log
         .took("convergence after the last fault", world.now() - begun);
+    world.features.settles();
     world.log.tell("all has converged");
     for failure in untraced(world, ground).await? {
         world.log.find("each failure leaves a trace", failure);

@@ -3,6 +3,7 @@
 mod calls;
 mod compete;
 mod disk;
+mod features;
 mod liveness;
 mod mounts;
 mod node;
@@ -22,7 +23,7 @@ use super::lock;
 use super::schedule::What;
 use super::world::World;
 use liveness::Liveness;
-pub(super) use mounts::ALTERATIONS;
+pub(super) use mounts::{ALTERATIONS, ALTERED};
 
 /// The port of the provider's control.
 const CONTROL: u16 = 8080;

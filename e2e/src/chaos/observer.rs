@@ -26,6 +26,7 @@ use kube::api::ListParams;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinSet;
 
+use super::features;
 use super::lock;
 use super::tenants::{classes_of, pod_name};
 use super::world::{LIST, Watched, World};
@@ -59,6 +60,7 @@ impl Observer {
         tasks.spawn(confirm(Arc::clone(world), client.clone(), suspicions));
         tasks.spawn(secrets::watch(Arc::clone(world), client.clone()));
         tasks.spawn(fresh::watch(Arc::clone(world), client.clone()));
+        tasks.spawn(features::watch(Arc::clone(world), client.clone()));
         Self {
             stop,
             readers: readers.into(),

@@ -149,7 +149,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(kinds.len(), 52, "{kinds:?}");
+        assert_eq!(kinds.len(), 53, "{kinds:?}");
     }
 
     #[test]

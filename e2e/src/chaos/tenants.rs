@@ -256,13 +256,15 @@ pub(super) fn pod(pod: usize, node: &str, set: &str) -> Value {
     object
 }
 
-fn volume(name: &str, attributes: Value) -> Value {
+/// Returns a volume of a pod.
+pub(super) fn volume(name: &str, attributes: Value) -> Value {
     json!({"name": name, "csi": {
         "driver": "secrets-store.csi.k8s.io", "readOnly": true, "volumeAttributes": attributes,
     }})
 }
 
-fn pod_of(name: &str, node: &str, volumes: &[Value]) -> Value {
+/// Returns a pod with volumes.
+pub(super) fn pod_of(name: &str, node: &str, volumes: &[Value]) -> Value {
     let mounts: Vec<Value> = volumes
         .iter()
         .enumerate()

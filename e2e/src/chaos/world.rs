@@ -11,6 +11,7 @@ use k8s_openapi::api::core::v1::Secret;
 use serde_json::Value;
 
 use super::editions::{Editions, Spec};
+use super::features::Features;
 use super::good::{Good, GoodBounds, SingleBounds};
 use super::lock;
 use super::report::Log;
@@ -100,14 +101,18 @@ pub(super) struct World {
     pub(super) good: Good,
     /// What the classes say, and said.
     pub(super) editions: Editions,
+    /// What the classes of two pods ask for besides.
+    pub(super) features: Features,
     /// Whether a publish fails as long as its Secrets cannot be written.
     pub(super) has_secrets_first: bool,
     /// The most calls that a driver makes to a provider at once.
     pub(super) most_calls: u64,
     /// The time until which there was a Secret of a class; none for one that is there.
     secrets: Mutex<BTreeMap<usize, Option<Instant>>>,
-    /// The number of faults in which the API server answers from the past, and when one has ended last.
-    lies: Mutex<(usize, Option<Instant>)>,
+    /// The faults in which the API server answers from the past.
+    lies: Mutex<Spell>,
+    /// The times in which somebody has altered the files of a pod.
+    altered: Mutex<Spell>,
     /// The time, by [`World::now`], of the last start of a node's driver.
     restarts: Mutex<BTreeMap<String, Duration>>,
 }
@@ -120,6 +125,29 @@ pub(super) struct Failure {
     pub(super) what: String,
     /// The time, by [`World::now`], at which it began.
     pub(super) began: Duration,
+}
+
+/// Something that lasts for a while, also several times at once.
+#[derive(Debug, Default)]
+struct Spell {
+    /// The number of times that it lasts now, and when it has ended last.
+    now: usize,
+    ended: Option<Instant>,
+}
+
+impl Spell {
+    fn becomes(&mut self, begins: bool) {
+        if begins {
+            self.now += 1;
+        } else {
+            self.now = self.now.saturating_sub(1);
+            self.ended = Some(Instant::now());
+        }
+    }
+
+    fn was_since(&self, since: Instant) -> bool {
+        self.now > 0 || self.ended.is_some_and(|ended| ended >= since)
+    }
 }
 
 /// Returns the UID of a Secret, and its version: later ones are greater.
@@ -155,10 +183,12 @@ impl World {
             failures: Mutex::default(),
             good: Good::default(),
             editions: Editions::start(),
+            features: Features::start(false),
             has_secrets_first: false,
             most_calls: u64::MAX,
             secrets: Mutex::default(),
             lies: Mutex::default(),
+            altered: Mutex::default(),
             restarts: Mutex::default(),
         }
     }
@@ -177,18 +207,22 @@ impl World {
 
     /// Notes that the API server begins or ends to answer from the past.
     pub(super) fn lies(&self, begins: bool) {
-        let mut lies = lock(&self.lies);
-        if begins {
-            lies.0 += 1;
-        } else {
-            *lies = (lies.0.saturating_sub(1), Some(Instant::now()));
-        }
+        lock(&self.lies).becomes(begins);
     }
 
     /// Returns whether it did so at any time since `since`.
     pub(super) fn lied_since(&self, since: Instant) -> bool {
-        let lies = lock(&self.lies);
-        lies.0 > 0 || lies.1.is_some_and(|ended| ended >= since)
+        lock(&self.lies).was_since(since)
+    }
+
+    /// Notes that somebody alters files, or that they are in order again.
+    pub(super) fn files_are_altered(&self, begins: bool) {
+        lock(&self.altered).becomes(begins);
+    }
+
+    /// Returns whether files were not in order at any time since `since`.
+    pub(super) fn files_were_altered_since(&self, since: Instant) -> bool {
+        lock(&self.altered).was_since(since)
     }
 
     /// Returns the time by which bounds count. It goes on by [`LIST`] with each listing of the pods, and
@@ -219,7 +253,13 @@ impl World {
     pub(super) fn refreshed(&self) -> u64 {
         let pods = lock(&self.pods);
         let running = pods.values().filter(|pod| pod.ready);
-        running.map(|pod| pod.classes.len() as u64).sum()
+        let running: u64 = running.map(|pod| pod.classes.len() as u64).sum();
+        let features = self.features.there();
+        running
+            + features
+                .iter()
+                .map(|(_, _, of)| of.len() as u64)
+                .sum::<u64>()
     }
 
     /// Returns whether the volumes of a pod lie below other mounts.

@@ -81,6 +81,8 @@ rmdir "$1"
 "#;
 /// Unmounts the volumes `$@`.
 const UNMOUNT: &str = r#"for volume in "$@"; do umount -l "$volume"; done"#;
+/// The content that a file gets which somebody alters.
+pub(in super::super) const ALTERED: &str = "altered";
 /// Each alters the volume `$1`, and never the directory below it once that is unmounted.
 pub(in super::super) const ALTERATIONS: [&str; 5] = [
     r#"cd "$1/..data" && printf altered > a"#,
@@ -226,12 +228,25 @@ impl<G: Ground> Actor<'_, G> {
         let Some(pod) = self.running_pod(number) else {
             return Ok(());
         };
-        // Until then the pod reads what was altered.
+        // Until then the pod reads what was altered, and Secrets are made of it.
         lock(&self.world.buried).insert(pod.uid.clone());
+        self.world.files_are_altered(true);
+        let done = self.alter_files_of(what, &pod, number, how).await;
+        self.world.files_are_altered(false);
+        done
+    }
+
+    async fn alter_files_of(
+        &self,
+        what: What,
+        pod: &Watched,
+        number: usize,
+        how: usize,
+    ) -> Result<()> {
         let how = ALTERATIONS[how % ALTERATIONS.len()];
         let mut altered = Ok(String::new());
         for class in &pod.classes {
-            let volume = target(&pod, *class);
+            let volume = target(pod, *class);
             let done = self.sh(&pod.node, how, &[&volume]).await;
             altered = altered.and(done);
             match *class {
@@ -241,7 +256,7 @@ impl<G: Ground> Actor<'_, G> {
                 _ => {}
             }
         }
-        let come_back = self.come_back(&pod).await;
+        let come_back = self.come_back(pod).await;
         self.delete(number, &DeleteParams::default()).await?;
         if pod.classes.contains(&SELDOM) {
             // What this pod had last may be of a call from before an edit of the class, and its Secret has that

@@ -13,6 +13,7 @@ use crate::cluster::{Cluster as _, Error, Result, api};
 use crate::install::{classes, pod_statuses};
 
 use super::super::editions::Edit;
+use super::super::features;
 use super::super::ground::Ground;
 use super::super::schedule::What;
 use super::super::store::{CLASSES, SELDOM, WITH_CREDENTIAL};
@@ -53,6 +54,7 @@ impl<G: Ground> Actor<'_, G> {
                 self.world.edit_ends(class);
                 made
             }
+            What::ChangeFeature { feature, number } => self.change_feature(feature, number).await,
             What::DeleteStatus { pod } => self.delete_statuses(pod).await,
             What::AlterStatus { pod } => self.alter_statuses(pod).await,
             What::DeleteSecret { class } => {
@@ -341,8 +343,9 @@ impl<G: Ground> Actor<'_, G> {
     /// Deletes all pods and classes.
     pub(in super::super) async fn delete_all(&self) -> Result<()> {
         self.world.forget_adorned();
+        self.world.features.end();
         let (secrets, sets) = (self.secrets(), self.namespace.api::<ConfigMap>());
-        for name in [tenants::OWNER, tenants::CREDENTIALS.0] {
+        for name in [tenants::OWNER, tenants::CREDENTIALS.0, features::TAKEN] {
             let deleted = secrets.delete(name, &DeleteParams::default()).await;
             unless_absent(deleted, "delete a Secret")?;
         }

@@ -21,10 +21,11 @@ use super::volumes::path_of;
 const METRICS: u16 = 8095;
 /// The most memory that a file takes besides its content.
 const MOST_OF_A_FILE: u64 = 4 << 10;
+/// The series of volumes of which a Secret fails.
+const OUT_OF_STEP: &str = "secrets_store_volumes_out_of_step";
 /// The series that say what is wrong now, or what is not over. Each is zero on a node at rest.
-const NOTHING: [&str; 4] = [
+const NOTHING: [&str; 3] = [
     "secrets_store_volumes{state=\"stale\"}",
-    "secrets_store_volumes_out_of_step",
     "secrets_store_provider_calls_in_flight",
     "secrets_store_provider_calls_waiting",
 ];
@@ -80,8 +81,10 @@ pub(in super::super) async fn untrue<G: Ground>(
     let exactly = volumes as f64;
     let blocks = bytes as f64;
     let files = (files * MOST_OF_A_FILE) as f64;
+    let failing = world.features.out_of_step(node) as f64;
     for (name, least, most) in [
         ("secrets_store_volumes{", exactly, exactly),
+        (OUT_OF_STEP, failing, failing),
         ("secrets_store_mounted_bytes{", blocks, blocks + files),
     ] {
         if !(least..=most).contains(&sum(name)) {
@@ -98,17 +101,19 @@ fn mounted(world: &World, node: &str) -> (usize, u64, u64) {
     let root = lock(&world.roots).get(node).cloned();
     let pods = lock(&world.pods).clone();
     let of_node = pods.values().filter(|pod| pod.ready && pod.node == node);
-    let (mut volumes, mut bytes, mut files) = (0, 0, 0);
+    let mut paths = Vec::new();
     for (pod, root) in of_node.zip(root.iter().cycle()) {
-        for class in &pod.classes {
-            volumes += 1;
-            if let Ok(found) = statvfs(&path_of(pod, root, *class)) {
-                bytes += (found.blocks() - found.blocks_free()) * found.fragment_size();
-                files += found.files() - found.files_free();
-            }
-        }
+        paths.extend(pod.classes.iter().map(|class| path_of(pod, root, *class)));
     }
-    (volumes, bytes, files)
+    for root in root.iter() {
+        paths.extend(world.features.volumes(node, root));
+    }
+    let (mut bytes, mut files) = (0, 0);
+    for found in paths.iter().filter_map(|path| statvfs(path).ok()) {
+        bytes += (found.blocks() - found.blocks_free()) * found.fragment_size();
+        files += found.files() - found.files_free();
+    }
+    (paths.len(), bytes, files)
 }
 
 /// Returns the values of a page of metrics, by the series with its labels.

@@ -11,6 +11,7 @@ use kube::Api;
 use kube::runtime::watcher::{self, Event, watcher};
 use serde_json::json;
 
+use super::super::actor::ALTERED;
 use super::super::lock;
 use super::super::store::{CLASSES, number_of};
 use super::super::tenants::{
@@ -26,6 +27,9 @@ pub(super) const LATER: Duration = Duration::from_millis(1_500);
 
 /// The time for which content that another call has read before may come after newer one, without a fault.
 const OVERTAKEN: Duration = Duration::from_secs(1);
+
+/// The time from the reading of files until their content is in a Secret.
+const FROM_FILES: Duration = Duration::from_secs(10);
 
 /// A version of the Secret of a class.
 struct Version {
@@ -246,7 +250,13 @@ fn judge(world: &World, version: &Version, last: &mut Last) {
             }
             continue;
         };
-        match number_of(name, object, &String::from_utf8_lossy(&value.0)) {
+        let text = String::from_utf8_lossy(&value.0);
+        // A Secret has what the files have, and the refresh that puts these in order changes it, too.
+        let lately = seen.checked_sub(FROM_FILES).unwrap_or(seen);
+        if text == ALTERED && world.files_were_altered_since(lately) {
+            continue;
+        }
+        match number_of(name, object, &text) {
             // It is of the class, not of the store.
             Ok(_) if *key == EDITION_KEY => {}
             Ok(number) => {

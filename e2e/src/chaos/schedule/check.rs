@@ -9,6 +9,7 @@ use std::path::Path;
 use serde::de::IgnoredAny;
 
 use super::super::actor::{ALTERATIONS, WRONG};
+use super::super::features;
 use super::super::store::CLASSES;
 use super::super::tenants::TRICKS;
 use super::make::WAYS;
@@ -17,9 +18,11 @@ use super::{PODS, Schedule, Step, What};
 /// The largest schedule that is read, in bytes.
 const LARGEST: u64 = 1 << 20;
 /// The fields of steps, with the numbers that they may have. Nodes count modulo those that there are.
-const RANGES: [(&str, RangeInclusive<u64>); 6] = [
+const RANGES: [(&str, RangeInclusive<u64>); 8] = [
     ("pod", 0..=PODS as u64 - 1),
     ("class", 0..=CLASSES.len() as u64 - 1),
+    ("feature", 0..=features::CLASSES as u64 - 1),
+    ("number", 0..=u32::MAX as u64),
     ("status", 400..=599),
     ("mounts", 1..=1_000),
     // All steps of a round have to end some minutes after the last has begun.

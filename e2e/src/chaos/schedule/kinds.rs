@@ -38,6 +38,8 @@ pub(in super::super) enum What {
         lasts: u64,
         anew: bool,
     },
+    /// A class of those that ask for more says what a number decides, see [`features`](super::super::features).
+    ChangeFeature { feature: usize, number: u64 },
     /// Somebody deletes the statuses of a pod.
     DeleteStatus { pod: usize },
     /// Somebody changes the versions in the statuses of a pod.
@@ -168,6 +170,7 @@ impl What {
                 | Self::RollBack { .. }
                 | Self::EditClass { .. }
                 | Self::RemakeClass { .. }
+                | Self::ChangeFeature { .. }
                 | Self::DeleteStatus { .. }
                 | Self::AlterStatus { .. }
                 | Self::DeleteSecret { .. }

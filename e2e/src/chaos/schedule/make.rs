@@ -2,6 +2,7 @@
 
 use super::super::actor::{ALTERATIONS, WRONG};
 use super::super::editions::Edit;
+use super::super::features;
 use super::super::random::Random;
 use super::super::store::{CLASSES, LARGE, SELDOM};
 use super::super::tenants::{TRICKS, WEBHOOK};
@@ -69,6 +70,12 @@ pub(super) fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize
             steps.push(Step { at, what });
         }
         at += 200 + random.below(800);
+    }
+    for feature in 0..features::CLASSES {
+        let number = random.below(1 << 32);
+        let what = What::ChangeFeature { feature, number };
+        let at = 1_500 + random.below(end - 1_500);
+        steps.push(Step { at, what });
     }
     if kind == Kind::Single {
         singles(random, &mut steps, nodes);
@@ -360,7 +367,8 @@ fn fault(random: &mut Random, nodes: usize) -> What {
 /// first one of a run.
 fn long_fault(random: &mut Random, number: usize, nodes: usize) -> What {
     let node = random.index(nodes);
-    if number > 0 && random.below(2) == 0 {
+    // A short run has it, too.
+    if number > 0 && ((number - 1) / 4).is_multiple_of(2) {
         let lasts = HUNG_FOR_LONG + random.below(5_000);
         return What::DiskHung { node, lasts };
     }

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use kube::api::DynamicObject;
 use serde_json::{Value, json};
 
+use super::super::super::features;
 use super::super::super::store::{CLASSES, OBJECTS};
 use super::super::super::tenants::{WHO, volume_name};
 use super::super::super::world::{Watched, World};
@@ -26,7 +27,7 @@ pub(super) fn wrong_statuses(
     statuses: &[DynamicObject],
 ) -> Vec<String> {
     let mut wrong = Vec::new();
-    let mut expected = BTreeSet::new();
+    let mut expected = BTreeSet::from_iter(features::status_names(&world.namespace));
     for pod in pods {
         for class in &pod.classes {
             let name = status_name(world, pod, *class);
