@@ -56,6 +56,14 @@ struct State {
     seen: Seen,
 }
 
+impl State {
+    /// Returns whether a class lists Secrets.
+    fn lists_any(&self, class: usize) -> bool {
+        let number = self.numbers.get(class).copied().unwrap_or_default();
+        !outcome::lists(class, number, self.waits).secrets.is_empty()
+    }
+}
+
 /// What was seen at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Seen {
@@ -107,11 +115,14 @@ impl Features {
     /// Returns whether a class lists the Secret of two, and did so when everything had converged.
     fn lists_since_settled(&self, class: usize) -> bool {
         let state = lock(&self.0);
-        let number = state.numbers.get(class).copied().unwrap_or_default();
-        let lists = !outcome::lists(class, number, state.waits)
-            .secrets
-            .is_empty();
-        lists && !state.changed.contains(&class)
+        state.lists_any(class) && !state.changed.contains(&class)
+    }
+
+    /// Returns whether another class lists the Secret of a class, too.
+    pub(super) fn is_contested(&self, class: usize) -> bool {
+        let state = lock(&self.0);
+        let mut others = SHARED.iter().filter(|other| **other != class);
+        SHARED.contains(&class) && others.any(|other| state.lists_any(*other))
     }
 
     /// Notes that a class says something else.

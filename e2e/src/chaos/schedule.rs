@@ -173,7 +173,7 @@ mod tests {
         ];
         for nodes in [1, 2] {
             for seed in 0..60 {
-                let rounds = Schedule::of_seed(seed, 4, nodes).rounds;
+                let rounds = Schedule::of_seed(seed, 8, nodes).rounds;
                 let kinds: BTreeSet<String> = rounds
                     .iter()
                     .flatten()

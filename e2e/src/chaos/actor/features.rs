@@ -71,6 +71,11 @@ impl<G: Ground> Actor<'_, G> {
 
     async fn write_feature(&self, class: usize, number: u64) -> Result<()> {
         let features = &self.world.features;
+        // Whoever else lists its Secret may take it while a class is absent.
+        let number = match features.is_contested(class) {
+            true => number & !ANEW,
+            false => number,
+        };
         // Its Secrets and its versions go on from what there was, whatever happens meanwhile.
         features.becomes(class, number);
         let name = features::name_of(class);

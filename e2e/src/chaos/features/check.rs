@@ -19,7 +19,7 @@ use super::super::tenants::ORDER;
 use super::super::world::World;
 use super::classes::{name_of, status_name};
 use super::outcome::{Expected, NAMES, OF_TWO, outcome};
-use super::{CLASSES, NUMBERED, PODS, SHARED, Seen, TAKEN, files, path_of};
+use super::{CLASSES, NUMBERED, PODS, SHARED, Seen, TAKEN, WRITTEN, files, path_of};
 
 /// The annotation of a pod status with the beginning of trouble with Secrets.
 const TROUBLE: &str = "secrets-store.csi.k8s.io/secrets-out-of-step-since";
@@ -68,7 +68,7 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
             let volume = path_of(uid, *class, &root);
             let number = numbers.get(*class).copied().unwrap_or_default();
             let expected = files(*class, number, &world.store);
-            lacking.extend(wrong_files(&volume, &expected, name_of(*class)));
+            lacking.extend(wrong_files(&volume, &expected, *class));
         }
     }
     let statuses = pod_statuses(client, &world.namespace);
@@ -112,8 +112,8 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
 }
 
 /// Returns how the files of a volume differ.
-fn wrong_files(volume: &Path, expected: &[(&str, String)], name: &str) -> Vec<String> {
-    let mut wrong = Vec::new();
+fn wrong_files(volume: &Path, expected: &[(&str, String)], class: usize) -> Vec<String> {
+    let (name, mut wrong) = (name_of(class), Vec::new());
     for (file, content) in expected {
         let found = fs::read_to_string(volume.join(file)).unwrap_or_default();
         if found != *content {
@@ -123,6 +123,10 @@ fn wrong_files(volume: &Path, expected: &[(&str, String)], name: &str) -> Vec<St
                 "{name} has {found:?} in {file} instead of {content:?}"
             ));
         }
+    }
+    // What a provider writes itself, it removes itself, or not.
+    if class == WRITTEN {
+        return wrong;
     }
     let names: BTreeSet<&str> = expected
         .iter()

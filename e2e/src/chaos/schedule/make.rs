@@ -13,6 +13,8 @@ use super::{PODS, STORM, Step, What};
 const LONGEST_FAULT: u64 = 8_000;
 /// The time between two single failures: each has an effect for as long as one attempt lasts.
 const BETWEEN_SINGLES: u64 = 5_500;
+/// The number of faults that are drawn for a moment until one can strike then.
+const DRAWS: usize = 3;
 /// The way in which a request fails that has none.
 const SILENT: usize = 4;
 /// The number of ways in which a request fails.
@@ -88,7 +90,7 @@ pub(super) fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize
         let what = long_fault(random, number, nodes);
         place(&mut steps, &mut busy, at, what);
     }
-    for what in rare(random, kind, nodes) {
+    for what in rare(random, number, kind, nodes) {
         // A long fault leaves its node no time for another.
         if what
             .alone_on()
@@ -98,17 +100,19 @@ pub(super) fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize
         }
     }
     while at < end {
-        let what = match kind {
+        at += 400 + random.below(2_400);
+        let mut draw = || match kind {
             Kind::Hostile | Kind::Single => hostile(random, nodes),
             Kind::Mixed | Kind::Long => fault(random, nodes),
         };
-        at += 400 + random.below(2_400);
-        if what
-            .alone_on()
-            .is_some_and(|node| busy.get(node).is_some_and(|until| *until >= at))
-        {
+        let is_free = |what: &What| {
+            let node = what.alone_on().and_then(|node| busy.get(node));
+            node.is_none_or(|until| *until < at)
+        };
+        let what = (0..DRAWS).map(|_| draw()).find(is_free);
+        let Some(what) = what else {
             continue;
-        }
+        };
         place(&mut steps, &mut busy, at, what);
         if let What::ApiPast { .. } = what {
             // Without a change, the past is the present. A class that is not remembered is read twice.
@@ -174,49 +178,49 @@ fn place(steps: &mut Vec<Step>, busy: &mut [u64], at: u64, what: What) {
 }
 
 /// Returns the faults with which a round begins so that a short run has each of them: they would seldom
-/// come by chance.
-fn rare(random: &mut Random, kind: Kind, nodes: usize) -> Vec<What> {
+/// come by chance. Of two rounds of a kind each has a part of them, which leaves the nodes time for others.
+fn rare(random: &mut Random, number: usize, kind: Kind, nodes: usize) -> Vec<What> {
     let node = random.index(nodes);
     let other = (node + 1) % nodes;
     let lasts = 3_000 + random.below(LONGEST_FAULT - 3_000);
+    let short = 2_000 + random.below(3_000);
     let by = [-86_400, -3_600, 3_600, 86_400][random.index(4)];
-    let clock_and_memory = |node| {
-        [
-            What::StepClock { node, by },
-            What::MemoryNear { node, lasts },
-        ]
+    // A long fault leaves a single node no time, and a short one not for all of them.
+    let (is_first, is_single) = ((number / 4).is_multiple_of(2), nodes == 1);
+    let clock = |node| What::StepClock { node, by };
+    let memory = |node| What::MemoryNear { node, lasts };
+    // Longer than a call of kubelet.
+    let refused = What::SecretsRefused {
+        lasts: 12_000 + random.below(4_000),
     };
     match kind {
-        Kind::Mixed => {
-            let mut faults = vec![What::Reboot { node }, What::WipePlugin { node: other }];
-            // A single node has no time for them.
-            if nodes > 1 {
-                let lasts = 2_000 + random.below(3_000);
-                faults.push(What::DriverPaused { node, lasts });
-                faults.push(What::DiskHung { node: other, lasts });
-            }
-            // A long fault leaves a single node no time.
-            faults.extend(
-                (nodes == 1)
-                    .then(|| clock_and_memory(node))
-                    .into_iter()
-                    .flatten(),
-            );
-            faults.extend((0..nodes).map(|node| repeat_calls(random, node, lasts)));
-            // Longer than a call of kubelet.
-            let lasts = 12_000 + random.below(4_000);
-            faults.push(What::SecretsRefused { lasts });
-            faults.push(bury(random));
+        Kind::Mixed if is_first => {
+            let mut faults = vec![What::Reboot { node }];
+            faults.push(match is_single {
+                true => clock(node),
+                false => What::DriverPaused {
+                    node: other,
+                    lasts: short,
+                },
+            });
+            faults.extend([repeat_calls(random, other, lasts), refused]);
             faults
         }
-        Kind::Long => {
-            let by_propagation = (0..nodes).map(|node| propagation_lost(random, node));
-            let by_propagation: Vec<What> = by_propagation.collect();
-            let others = (0..nodes).flat_map(clock_and_memory);
-            let bounds = (0..nodes).map(|node| other_bound(random, node, lasts));
-            let bounds: Vec<What> = bounds.collect();
-            others.chain(by_propagation).chain(bounds).collect()
+        Kind::Mixed => {
+            let mut faults = vec![What::WipePlugin { node: other }];
+            faults.push(match is_single {
+                true => memory(node),
+                false => What::DiskHung { node, lasts: short },
+            });
+            faults.extend([repeat_calls(random, node, lasts), bury(random)]);
+            faults
         }
+        Kind::Long if is_first => (0..nodes)
+            .flat_map(|node| [clock(node), propagation_lost(random, node)])
+            .collect(),
+        Kind::Long => (0..nodes)
+            .flat_map(|node| [memory(node), other_bound(random, node, lasts)])
+            .collect(),
         Kind::Hostile | Kind::Single => Vec::new(),
     }
 }
@@ -291,9 +295,9 @@ fn repeat_calls(random: &mut Random, node: usize, lasts: u64) -> What {
 fn fault(random: &mut Random, nodes: usize) -> What {
     let node = random.index(nodes);
     let lasts = 500 + random.below(LONGEST_FAULT - 500);
-    match random.below(45) {
+    match random.below(51) {
         0..4 => What::KillDriver { node },
-        4 => What::TwoDrivers {
+        4 | 45 => What::TwoDrivers {
             node,
             lasts,
             killed: random.below(2) == 0,
@@ -309,7 +313,7 @@ fn fault(random: &mut Random, nodes: usize) -> What {
             lasts,
             socket: random.below(2) == 0,
         },
-        9 => What::ProviderWrong {
+        9 | 46 | 47 => What::ProviderWrong {
             node,
             lasts,
             how: random.index(WRONG.len()),
@@ -330,11 +334,11 @@ fn fault(random: &mut Random, nodes: usize) -> What {
         18 => What::ApiHung { lasts },
         19 => What::RestartKubelet { node },
         20 => What::Reboot { node },
-        21 => What::WipeProviders { node },
+        21 | 50 => What::WipeProviders { node },
         22 => What::WipePlugin { node },
         23 => What::DiskReadOnly { node, lasts },
-        24 => What::DiskFull { node, lasts },
-        25 => What::TearRecord { node },
+        24 | 48 => What::DiskFull { node, lasts },
+        25 | 49 => What::TearRecord { node },
         26 => What::StepClock {
             node,
             by: [-86_400, -3_600, -40, 40, 3_600, 86_400][random.index(6)],
