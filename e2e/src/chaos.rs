@@ -74,10 +74,8 @@ const MOST_CALLS: [u64; 2] = [16, 3];
 const LOOKS_EVERY: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
 /// The flag of every second seed: a publish fails as long as its Secrets cannot be written.
 const SECRETS_FIRST: &str = "--sync-errors=fail";
-/// A time longer than the interval of rotation, and how often a provider may be asked for a volume in it: a
-/// refresh of two calls, and another one.
+/// A time longer than the interval of rotation.
 const REST: Duration = Duration::from_secs(5);
-const MOST_CALLS_IN_REST: u64 = 3;
 /// The interval at which the state is looked at.
 const LOOK: Duration = Duration::from_millis(250);
 /// The share of the clock's time by which the time of a run goes on, on a machine that is not too slow for
@@ -388,8 +386,7 @@ async fn settle<G: Ground>(
     Ok(())
 }
 
-/// Waits until the driver has been at rest for longer than the interval of rotation: it writes nothing as long as
-/// nothing changes, and calls providers no more often than that interval says.
+/// Waits until the drivers have been at rest for longer than the interval of rotation, see [`Work`](actor::Work).
 async fn rest<G: Ground>(actor: &Actor<'_, G>) {
     let world = &actor.world;
     let begun = world.now();
@@ -404,8 +401,7 @@ async fn rest<G: Ground>(actor: &Actor<'_, G>) {
         }
         tokio::time::sleep(LOOK).await;
         let work = actor.work().await;
-        let calls = work.calls.saturating_sub(since.1.calls);
-        if work.writes != since.1.writes || calls > MOST_CALLS_IN_REST * world.refreshed() {
+        if !since.1.is_rest_until(&work, world.refreshed()) {
             since = (Instant::now(), work);
         }
     }

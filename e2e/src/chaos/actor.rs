@@ -12,6 +12,7 @@ mod tenants;
 
 use std::cell::Cell;
 use std::fmt;
+use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,17 +43,51 @@ pub(super) const WRONG: [&str; 11] = [
     "[{status: {code: UNKNOWN}}]",
 ];
 
-/// What the drivers have done since a run began, as far as it is counted: writes of objects, and calls to providers.
+/// What the drivers have done since a run began, as far as it is counted: writes and reads of objects, calls to
+/// providers, and time of the processor.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Work {
-    pub(super) writes: u64,
-    pub(super) calls: u64,
+    writes: u64,
+    reads: u64,
+    calls: u64,
+    cpu: Duration,
+}
+
+/// How often a provider may be asked for a volume in a time of rest: a refresh of two calls, and another one.
+const MOST_CALLS: u64 = 3;
+/// The reads of objects in it, for a volume and for what there is besides: kubelet's looks and the checks of Secrets
+/// need up to nine.
+const MOST_READS: u64 = 30;
+const MORE_READS: u64 = 60;
+/// The time that the drivers may need in it, which the build of the tests needs a quarter of.
+const MOST_CPU: Duration = Duration::from_secs(3);
+
+impl Work {
+    /// Returns whether the drivers have been at rest since: they write nothing as long as nothing changes, call
+    /// providers no more often than the interval of rotation says, and ask the API server no more often than those
+    /// do who want to know what is new.
+    pub(super) fn is_rest_until(&self, now: &Self, volumes: u64) -> bool {
+        let calls = now.calls.saturating_sub(self.calls);
+        let reads = now.reads.saturating_sub(self.reads);
+        now.writes == self.writes
+            && calls <= MOST_CALLS * volumes
+            && reads <= MOST_READS * volumes + MORE_READS
+            && now.cpu.saturating_sub(self.cpu) <= MOST_CPU
+    }
 }
 
 impl fmt::Display for Work {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { writes, calls } = self;
-        write!(f, "{writes} writes and {calls} calls to providers")
+        let Self {
+            writes,
+            reads,
+            calls,
+            cpu,
+        } = self;
+        write!(
+            f,
+            "{writes} writes, {reads} reads, {calls} calls to providers and {cpu:.1?} of the processor"
+        )
     }
 }
 
@@ -262,11 +297,19 @@ impl<'a, G: Ground> Actor<'a, G> {
     /// Returns what the drivers have done.
     pub(super) async fn work(&self) -> Work {
         let mut calls = 0;
+        let mut cpu = Duration::ZERO;
         for node in &self.nodes {
             calls += self.provider_calls(node).await;
+            let process = self.ground.driver_process(node).await.ok().flatten();
+            cpu += process.map(cpu_of).unwrap_or_default();
         }
-        let writes = self.ground.writes().unwrap_or_default();
-        Work { writes, calls }
+        let (writes, reads) = self.ground.requests().unwrap_or_default();
+        Work {
+            writes,
+            reads,
+            calls,
+            cpu,
+        }
     }
 
     fn node(&self, number: usize) -> &str {
@@ -278,6 +321,18 @@ impl<'a, G: Ground> Actor<'a, G> {
         self.count.set(self.count.get() + 1);
         self.count.get()
     }
+}
+
+/// Returns the time of the processor that a process has needed (proc_pid_stat(5)); zero if it does not run.
+fn cpu_of(process: i32) -> Duration {
+    /// The ticks of a second on Linux (`USER_HZ`).
+    const TICKS: u32 = 100;
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    // The name of the program may have spaces.
+    let fields = stat.rsplit(") ").next().unwrap_or_default();
+    let times = fields.split(' ').skip(11).take(2);
+    let ticks: u32 = times.filter_map(|ticks| ticks.parse::<u32>().ok()).sum();
+    Duration::from_secs(1) * ticks / TICKS
 }
 
 /// Waits for so many milliseconds.

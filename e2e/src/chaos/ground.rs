@@ -99,9 +99,9 @@ pub(super) trait Ground {
     /// Gives the driver's next processes on a node these arguments besides those of its manifest.
     async fn add_arguments(&self, node: &str, arguments: &[&str]) -> Result<()>;
 
-    /// Returns the number of writes of the driver, of objects other than events, that the API server has got
-    /// since the run began; none where nobody counts them.
-    fn writes(&self) -> Option<u64>;
+    /// Returns the number of writes of the driver, of objects other than events, and of its reads, that the API
+    /// server has got since the run began; none where nobody counts them.
+    fn requests(&self) -> Option<(u64, u64)>;
 
     /// Lets the next request of a kind fail that the driver sends to the API server, and only that. `kind`
     /// counts modulo the kinds that it has sent so far, `how` modulo the failures that there are. Returns what

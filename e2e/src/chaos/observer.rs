@@ -141,16 +141,19 @@ fn is_undisturbed(world: &World, before: Option<&Watched>) -> bool {
     })
 }
 
+/// Returns whether the containers of a pod have ended and do not start again.
+pub(super) fn has_ended(pod: &Pod) -> bool {
+    let status = pod.status.as_ref();
+    let phase = status.and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Failed" | "Succeeded"))
+}
+
 /// Returns a well-behaved pod.
 fn watched(world: &World, pod: &Pod, before: Option<&Watched>) -> Option<Watched> {
     let name = pod.metadata.name.clone()?;
     let number = (0..super::schedule::PODS).find(|number| pod_name(*number) == name)?;
     let is_deleted = pod.metadata.deletion_timestamp.is_some();
-    let phase = pod
-        .status
-        .as_ref()
-        .and_then(|status| status.phase.as_deref());
-    let ended = matches!(phase, Some("Failed" | "Succeeded"));
+    let ended = has_ended(pod);
     let ready = is_ready(pod) && !is_deleted && !ended;
     let waiting = before.and_then(|before| before.waiting);
     let waiting = waiting.or(Some(world.now()));

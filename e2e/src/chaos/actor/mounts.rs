@@ -12,7 +12,7 @@ use crate::cluster::{Result, api};
 
 use super::super::ground::Ground;
 use super::super::lock;
-use super::super::observer::{is_mount, path_of};
+use super::super::observer::{has_ended, is_mount, path_of};
 use super::super::schedule::What;
 use super::super::store::{CHANGED_ONLY, CLASSES, OBJECTS, SELDOM, number_of};
 use super::super::tenants::{CLOSED, pod_name};
@@ -299,11 +299,12 @@ impl<G: Ground> Actor<'_, G> {
         while pod.classes.iter().any(lacks) {
             let there = pods.get_opt(&pod.name).await;
             let there = there.map_err(api(format!("get pod {}", pod.name)))?;
-            let is_same = there.is_some_and(|there| {
+            let runs = there.is_some_and(|there| {
                 there.metadata.uid.as_ref() == Some(&pod.uid)
                     && there.metadata.deletion_timestamp.is_none()
+                    && !has_ended(&there)
             });
-            if !is_same {
+            if !runs {
                 return Ok(());
             }
             if self.world.now() - since > self.world.bounds.converge + LONGEST {

@@ -54,6 +54,7 @@ pub(super) struct ApiFaults {
     active: Arc<Mutex<BTreeMap<u64, Active>>>,
     once: Arc<Mutex<Once>>,
     writes: Arc<AtomicU64>,
+    reads: Arc<AtomicU64>,
 }
 
 struct Active {
@@ -69,11 +70,14 @@ impl ApiFaults {
             active,
             once,
             writes,
+            reads,
         } = self.clone();
         api.intercept(move |call| {
-            if call.method != "GET" && !is_event(call.uri) {
-                writes.fetch_add(1, Ordering::Relaxed);
-            }
+            match call.method {
+                "GET" => reads.fetch_add(1, Ordering::Relaxed),
+                _ if is_event(call.uri) => 0,
+                _ => writes.fetch_add(1, Ordering::Relaxed),
+            };
             if let Some(reaction) = lock(&once).strike(call) {
                 return reaction;
             }
@@ -91,6 +95,11 @@ impl ApiFaults {
     /// Returns the number of writes so far, without those of events.
     pub(super) fn writes(&self) -> u64 {
         self.writes.load(Ordering::Relaxed)
+    }
+
+    /// Returns the number of reads so far.
+    pub(super) fn reads(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
     }
 
     /// Lets a single request fail, see [`Once::arm`].

@@ -203,8 +203,8 @@ impl Ground for OnEmbedded {
         self.cluster.add_arguments(node, &driver, arguments).await
     }
 
-    fn writes(&self) -> Option<u64> {
-        Some(self.faults.writes())
+    fn requests(&self) -> Option<(u64, u64)> {
+        Some((self.faults.writes(), self.faults.reads()))
     }
 
     async fn fail_once(&self, kind: usize, how: usize) -> Result<Option<(String, How)>> {

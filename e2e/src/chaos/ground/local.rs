@@ -266,7 +266,7 @@ impl Ground for OnLocal {
         Err(Error::Impossible(text))
     }
 
-    fn writes(&self) -> Option<u64> {
+    fn requests(&self) -> Option<(u64, u64)> {
         None
     }
 

@@ -23,6 +23,8 @@ const MORE_FILES: usize = 3;
 /// The sockets by which it may have more: connections to the API server and to providers are kept for a
 /// minute and a half after they were used.
 const MORE_SOCKETS: usize = 32;
+/// The threads by which it may have more: checks that never end use one after another.
+const MORE_THREADS: usize = 4;
 /// The memory by which a driver without work may have more than at the start. The allocator keeps
 /// some, and the build of the tests more than that of a release.
 const MORE_MEMORY: u64 = 48 << 20;
@@ -33,6 +35,7 @@ pub(in super::super) struct Usage {
     pub(in super::super) files: usize,
     pub(in super::super) sockets: usize,
     pub(in super::super) memory: u64,
+    pub(in super::super) threads: usize,
 }
 
 /// Returns the resources of the driver on a node; none while it does not run.
@@ -53,12 +56,15 @@ pub(in super::super) async fn usage<G: Ground>(ground: &G, node: &str) -> Result
     let (sockets, files): (Vec<_>, Vec<_>) =
         targets.partition(|target| target.to_string_lossy().starts_with("socket:"));
     let status = fs::read_to_string(Path::new(&process).join("status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    Ok(kib.map(|kib| Usage {
+    let number = |name: &str| -> Option<u64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().trim_end_matches(" kB").parse().ok()
+    };
+    Ok(number("VmRSS:").map(|kib| Usage {
         files: files.len(),
         sockets: sockets.len(),
         memory: kib << 10,
+        threads: number("Threads:").unwrap_or_default() as usize,
     }))
 }
 
@@ -125,6 +131,12 @@ pub(in super::super) async fn left<G: Ground>(
         .map(|what| format!("on {node}: {what}"))
         .collect();
     left.extend(excess(ground, node, idle).await?);
+    // A thread ends a while after its last work.
+    let threads = usage(ground, node).await?.map_or(0, |now| now.threads);
+    if threads > idle.threads + MORE_THREADS {
+        let idle = idle.threads;
+        left.push(format!("on {node}: {threads} threads, {idle} at the start"));
+    }
     Ok(left)
 }
 

@@ -1,7 +1,7 @@
 //! What a node has, and says of itself, for the pods that are there: no mount or record of another, and metrics
 //! that count what is mounted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use k8s_openapi::api::core::v1::Pod;
@@ -49,16 +49,27 @@ pub(in super::super) async fn untrue<G: Ground>(
         uids.extend(pods.into_iter().filter_map(|pod| pod.metadata.uid));
     }
     let mut untrue = Vec::new();
+    let mut seen = BTreeSet::new();
     for mount in ground.cluster().mounts(node, Path::new(PODS)).await? {
-        let path = mount.to_string_lossy();
+        let path = mount.to_string_lossy().into_owned();
         let is_known = uids.iter().any(|uid| path.contains(uid.as_str()));
-        if path.contains("kubernetes.io~csi") && !is_known {
+        if !path.contains("kubernetes.io~csi") {
+            continue;
+        }
+        if !is_known {
             untrue.push(format!("mount {path} of a pod that is gone"));
+        } else if !seen.insert(path.clone()) {
+            untrue.push(format!("more than one mount on {path}"));
         }
     }
     let (volumes, bytes, files) = mounted(world, node);
-    let find = ["sh", "-c", FIND, "sh", PLUGIN, "-name", "*.json"];
-    let records = ground.run(node, &find).await?.lines().count();
+    let find = ["sh", "-c", FIND, "sh", PLUGIN, "-type", "f"];
+    let found = ground.run(node, &find).await?;
+    // A lock holds nothing.
+    let kept = found.lines().filter(|path| !path.ends_with(".lock"));
+    let (records, others): (Vec<&str>, Vec<&str>) = kept.partition(|path| path.ends_with(".json"));
+    untrue.extend(others.iter().map(|path| format!("file {path}")));
+    let records = records.len();
     if records != volumes {
         untrue.push(format!("{records} records of {volumes} volumes"));
     }
