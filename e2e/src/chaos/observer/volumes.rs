@@ -1,14 +1,14 @@
 //! Reads all volumes all the time, as the programs in the pods do, and notes what no program may see.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::super::editions::Spec;
@@ -304,7 +304,7 @@ fn read_volume(
             return Err(Wrong::Content("each file has its mode", text));
         }
     }
-    check_mount(volume, group_of(&pod.name))?;
+    check_mount(volume, device.dev(), group_of(&pod.name))?;
     let file = volume.join(WHO);
     let text = fs::read_to_string(&file).map_err(|error| gap(Path::new(WHO), error))?;
     check_owner(&text, pod)?;
@@ -321,9 +321,14 @@ fn read_volume(
 }
 
 /// Checks that nothing in a volume can be run, that it has no devices, and that its files are of the pod's group.
-fn check_mount(volume: &Path, group: Option<u32>) -> Result<(), Wrong> {
+fn check_mount(volume: &Path, device: u64, group: Option<u32>) -> Result<(), Wrong> {
     let gap = |error: std::io::Error| Wrong::Gap(format!("{}: {error}", volume.display()));
-    let flags = statvfs(volume).map_err(|error| gap(error.into()))?.flags();
+    // It may have been unmounted since its files were read.
+    let root = File::open(volume).map_err(gap)?;
+    if root.metadata().map_err(gap)?.dev() != device {
+        return Err(Wrong::Gap("nothing is mounted any more".to_owned()));
+    }
+    let flags = fstatvfs(&root).map_err(|error| gap(error.into()))?.flags();
     let needed = FsFlags::ST_NOSUID | FsFlags::ST_NODEV | FsFlags::ST_NOEXEC;
     if !flags.contains(needed) {
         let text = format!("it has {flags:?}");
