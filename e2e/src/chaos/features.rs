@@ -191,8 +191,7 @@ fn path_of(uid: &str, class: usize, root: &Path) -> PathBuf {
 
 /// Returns the files that a volume of a class has.
 fn files(class: usize, number: u64, store: &Store) -> Vec<(&'static str, String)> {
-    match class {
-        INTERVAL => classes::from_store(store),
-        class => classes::files(class, number),
-    }
+    let mut files = classes::files(class, number);
+    files.extend((class == INTERVAL).then(|| classes::from_store(store)));
+    files
 }

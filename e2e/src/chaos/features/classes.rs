@@ -5,7 +5,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
 use super::super::store::{self, Store};
-use super::super::tenants;
+use super::super::tenants::{self, WHO};
 use super::outcome::{Listed, lists};
 use super::{CLASSES, INTERVAL, LISTS, NUMBERED, PODS, TAKEN, WRITTEN};
 
@@ -69,9 +69,11 @@ pub(super) fn field(number: u64) -> String {
     format!("user-{number}")
 }
 
-/// Returns the files of a class that gives their contents itself.
+/// Returns the files of a class of which it gives the contents itself. One has the name that a provider which is wrong
+/// gives to another file.
 pub(super) fn files(class: usize, number: u64) -> Vec<(&'static str, String)> {
-    match class {
+    let mut files = match class {
+        INTERVAL => Vec::new(),
         LISTS => vec![
             (TEXT, content(class, TEXT, number)),
             (
@@ -82,30 +84,31 @@ pub(super) fn files(class: usize, number: u64) -> Vec<(&'static str, String)> {
             (DEEP, content(class, DEEP, number)),
         ],
         _ => vec![(VALUE, content(class, VALUE, number))],
-    }
+    };
+    files.push((WHO, content(class, WHO, number)));
+    files
 }
 
-/// Returns the files of the class whose content the store has: the first object of the first class there.
-pub(super) fn from_store(store: &Store) -> Vec<(&'static str, String)> {
+/// Returns the file whose content the store has, which is the first object of the first class there.
+pub(super) fn from_store(store: &Store) -> (&'static str, String) {
     let (class, object) = (store::CLASSES[0], store::OBJECTS[0].0);
     let content = store::content(class, object, store.latest_number(0));
-    vec![(VALUE, content)]
+    (VALUE, content)
 }
 
 /// Returns a class that says what a number decides. `waits` says whether a pod waits for its Secrets.
 pub(in super::super) fn class(class: usize, number: u64, waits: bool) -> Value {
     let name = name_of(class);
-    let objects: Vec<Value> = match class {
-        INTERVAL => {
-            let object = format!("{}-{}", store::CLASSES[0], store::OBJECTS[0].0);
-            vec![json!({"objectName": object, "path": VALUE})]
-        }
-        _ => {
-            let files = files(class, number).into_iter();
-            let entry = |(file, content)| json!({"objectName": format!("{name}-{file}"), "path": file, "content": content});
-            files.map(entry).collect()
-        }
-    };
+    let files = files(class, number).into_iter();
+    let mut objects: Vec<Value> = files
+        .map(|(file, content)| {
+            json!({"objectName": format!("{name}-{file}"), "path": file, "content": content})
+        })
+        .collect();
+    if class == INTERVAL {
+        let object = format!("{}-{}", store::CLASSES[0], store::OBJECTS[0].0);
+        objects.push(json!({"objectName": object, "path": VALUE}));
+    }
     let mut metadata = json!({"name": name});
     let mut parameters = json!({"objects": json!({"array": objects}).to_string()});
     match class {
