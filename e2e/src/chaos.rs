@@ -171,7 +171,11 @@ async fn run_once(site: Site, schedule: &Schedule, limit: Duration) -> Result<Ou
     match site {
         Site::Embedded => {
             let ground = OnEmbedded::start(shared.path(), &flags, looks_every(schedule)).await?;
-            run_on(&ground, store, schedule, limit).await
+            let outcome = run_on(&ground, store, schedule, limit).await;
+            if !outcome.as_ref().is_ok_and(Outcome::is_good) {
+                ground.keep_logs()?;
+            }
+            outcome
         }
         Site::Local => {
             let ground = OnLocal::start(shared.path(), &flags).await?;

@@ -159,7 +159,8 @@ impl Tmpfs {
 
     /// Makes sure that the tmpfs at a target is a volume, gives it the present bounds, which differ
     /// from those that it was mounted with if the flags have changed since, and returns it. No bound
-    /// becomes smaller than what the volume holds.
+    /// becomes smaller than what the volume holds. A volume that another program has made read-only keeps its
+    /// bounds until it is writable.
     ///
     /// # Errors
     /// When nothing is mounted there, or something that is neither this driver's nor an earlier
@@ -169,7 +170,10 @@ impl Tmpfs {
         let volume = self.remembered(VolumeMount::at(target, known)?, target);
         let is = fstatvfs(&volume.file)?;
         let options = self.other_bounds(&is).join(",");
-        if options.is_empty() {
+        // To mount it again as it is would make the driver's own mount read-only, beside the file system. Whoever
+        // makes the file system writable on the node would not change that.
+        let is_read_only = is.flags().contains(FsFlags::ST_RDONLY);
+        if options.is_empty() || is_read_only {
             return Ok(volume);
         }
         let (flags, none) = (MsFlags::MS_REMOUNT | kept(is.flags()), None::<&str>);
@@ -239,10 +243,9 @@ impl Tmpfs {
     }
 }
 
-/// Returns the flags that a mount keeps when it is mounted again.
+/// Returns the flags that a writable mount keeps when it is mounted again.
 fn kept(flags: FsFlags) -> MsFlags {
     let pairs = [
-        (FsFlags::ST_RDONLY, MsFlags::MS_RDONLY),
         (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
         (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
         (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
@@ -292,6 +295,49 @@ mod tests {
             assert_eq!(bounds(), (large.max_bytes, small.max_inodes));
             assert_eq!(fs::read(target.join("large")).unwrap().len(), too_much);
             assert_eq!(fs::read(target.join("kept")).unwrap(), b"x");
+        });
+    }
+
+    /// The driver's mount and that on the node are two of one file system, in its container.
+    #[test]
+    fn what_somebody_makes_read_only_is_writable_when_he_makes_it_so() {
+        const STEPS: u32 = 5;
+        alone(Own::Mounts, || {
+            let (root, target) = target();
+            let on_node = root.path().join("on-node");
+            fs::create_dir(&on_node).unwrap();
+            let (small, large) = (Tmpfs::bounded_by(1 << 16), Tmpfs::bounded_by(1 << 24));
+            small.mount(&target).unwrap();
+            bind(&target, &on_node);
+            let kept = FsFlags::ST_NOSUID | FsFlags::ST_NODEV | FsFlags::ST_NOEXEC;
+            let becomes = |flags: MsFlags| {
+                let none = None::<&str>;
+                let flags = flags
+                    | MsFlags::MS_REMOUNT
+                    | MsFlags::MS_NOSUID
+                    | MsFlags::MS_NODEV
+                    | MsFlags::MS_NOEXEC;
+                mount(none, &on_node, none, flags, none).unwrap();
+            };
+            for history in 0..4_u32.pow(STEPS) {
+                for step in 0..STEPS {
+                    match history / 4_u32.pow(step) % 4 {
+                        0 => becomes(MsFlags::MS_RDONLY),
+                        1 => becomes(MsFlags::empty()),
+                        2 => drop(small.refit(&target).unwrap()),
+                        _ => drop(large.refit(&target).unwrap()),
+                    }
+                }
+                becomes(MsFlags::empty());
+                for tmpfs in [&small, &large] {
+                    tmpfs.refit(&target).unwrap();
+                    let is = statvfs(&target).unwrap();
+                    assert_eq!(is.blocks() * is.fragment_size(), tmpfs.max_bytes);
+                    assert!(is.flags().contains(kept), "{history}: {is:?}");
+                }
+                let written = fs::write(target.join("file"), history.to_string());
+                assert!(written.is_ok(), "{history}: {written:?}");
+            }
         });
     }
 

@@ -228,7 +228,7 @@ async fn confirm(
             continue;
         };
         let is_same = now.metadata.uid.as_ref() == Some(&pod.uid);
-        let runs = is_ready(&now) && now.metadata.deletion_timestamp.is_none();
+        let runs = is_ready(&now) && now.metadata.deletion_timestamp.is_none() && !has_ended(&now);
         if is_same && runs && world.is_up(&pod.node, &root) && !world.is_buried(&pod.uid) {
             world.log.find(invariant, seen);
         }

@@ -147,7 +147,7 @@ impl<G: Ground> Actor<'_, G> {
     }
 
     /// Returns the well-behaved pod of a number, if it runs.
-    fn running_pod(&self, number: usize) -> Option<Watched> {
+    pub(super) fn running_pod(&self, number: usize) -> Option<Watched> {
         let name = pod_name(number);
         let pods = lock(&self.world.pods);
         let pod = pods.values().find(|pod| pod.name == name).cloned();

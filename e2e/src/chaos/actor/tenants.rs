@@ -15,6 +15,7 @@ use crate::install::{classes, pod_statuses};
 use super::super::editions::Edit;
 use super::super::features;
 use super::super::ground::Ground;
+use super::super::lock;
 use super::super::schedule::What;
 use super::super::store::{CLASSES, SELDOM, WITH_CREDENTIAL};
 use super::super::tenants;
@@ -95,6 +96,10 @@ impl<G: Ground> Actor<'_, G> {
         let deadline = Patch::Merge(json!({"spec": {"activeDeadlineSeconds": 1}}));
         let pods = self.namespace.api::<Pod>();
         let name = tenants::pod_name(pod);
+        if let Some(pod) = self.running_pod(pod) {
+            // Its volumes go when its containers have ended, perhaps before its object says so.
+            lock(&self.world.buried).insert(pod.uid);
+        }
         let patched = pods.patch(&name, &PatchParams::default(), &deadline).await;
         unless_absent(patched, "limit the time of a pod")
     }

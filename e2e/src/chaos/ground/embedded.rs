@@ -10,7 +10,7 @@ use super::super::schedule::What;
 use super::super::world::Bounds;
 use super::Ground;
 use super::api_faults::{ApiFault, ApiFaults, snapshot};
-use crate::binaries::Binaries;
+use crate::binaries::{Binaries, logs_dir};
 use crate::cluster::{Cluster as _, Component, Error, Result};
 use crate::embedded::{Embedded, standard};
 use crate::manifest::add_arguments;
@@ -89,6 +89,16 @@ impl OnEmbedded {
             faults,
             looks_every,
         })
+    }
+
+    /// Keeps the logs and objects of a run that has found something.
+    ///
+    /// # Errors
+    /// When they cannot be kept.
+    pub(in super::super) fn keep_logs(&self) -> Result<()> {
+        let dir = logs_dir("chaos");
+        println!("logs and objects are in {}", dir.display());
+        self.cluster.keep_logs(&dir)
     }
 
     fn api(&self) -> &ApiServer {
