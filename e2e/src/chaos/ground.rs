@@ -82,6 +82,9 @@ pub(super) trait Ground {
     /// Returns why something cannot be done here, if it cannot.
     fn cannot(&self, what: What) -> Option<&'static str>;
 
+    /// Returns whether a process stops and starts at once. Real Kubernetes takes its time.
+    fn stops_at_once(&self) -> bool;
+
     /// Returns whether kubelet runs liveness probes.
     fn has_liveness_probes(&self) -> bool;
 

@@ -27,7 +27,8 @@ use super::super::tenants::{CREDENTIALS, attributes_of, credential, group_of, vo
 use super::super::world::{VolumeId, Watched};
 use super::{Actor, escaped, sleep};
 
-const SOCKET: &str = "var/lib/kubelet/plugins/csi-secrets-store/csi.sock";
+/// The driver's socket below the root of a node.
+pub(super) const SOCKET: &str = "var/lib/kubelet/plugins/csi-secrets-store/csi.sock";
 /// The number of calls of a volume that overlap.
 const CALLS: usize = 3;
 /// The deadline of a call that is not given up early, in milliseconds.

@@ -2,12 +2,16 @@
 
 use std::fs;
 use std::ops::ControlFlow;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, PostParams};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use serde_json::{Value, json};
 
 use crate::cluster::{Cluster as _, Component, Error, Result, api, poll};
@@ -15,6 +19,7 @@ use crate::cluster::{Cluster as _, Component, Error, Result, api, poll};
 use super::super::ground::{Ground, PROVIDER};
 use super::super::lock;
 use super::super::schedule::What;
+use super::calls::SOCKET;
 use super::{Actor, sleep};
 
 const NAMESPACE: &str = "kube-system";
@@ -30,6 +35,13 @@ const GRACE: Duration = Duration::from_secs(40);
 const SMALL_MACHINE: u64 = 64;
 /// The fields of a record that a clock has written.
 const TIMES: [&str; 3] = ["lastSuccess", "lastChange", "failingSince"];
+
+/// Returns the process that listens at a socket, as this process has it.
+fn listener(socket: &Path) -> Option<i32> {
+    let connection = UnixStream::connect(socket).ok()?;
+    let peer = getsockopt(&connection, PeerCredentials).ok()?;
+    Some(peer.pid())
+}
 
 impl<G: Ground> Actor<'_, G> {
     pub(super) async fn strike_node(&self, what: What) -> Result<()> {
@@ -67,8 +79,16 @@ impl<G: Ground> Actor<'_, G> {
             What::ReplaceProvider { node, lasts } => {
                 let node = self.node(node);
                 let arguments = ["--http-addr=:18080"];
-                self.second(what, PROVIDER, node, (&arguments, 18080), (lasts, false))
-                    .await?;
+                let second = (&arguments[..], 18080);
+                self.second(
+                    what,
+                    PROVIDER,
+                    node,
+                    second,
+                    (lasts, false),
+                    async || Ok(()),
+                )
+                .await?;
                 // The second took its socket away with it.
                 self.ground.cluster().provider(node, PROVIDER).kill().await
             }
@@ -154,12 +174,46 @@ impl<G: Ground> Actor<'_, G> {
         let arguments = ["--metrics-addr=:18095", "--healthz-addr=:19808"];
         // The second takes the socket away with it, or leaves one at which nobody listens. The first makes
         // its own again.
-        self.second(what, DRIVER_SET, node, (&arguments, 18095), lasts)
-            .await
+        let first_ends = async || match self.ground.stops_at_once() {
+            true => self.first_ends(node).await,
+            false => Ok(()),
+        };
+        self.second(
+            what,
+            DRIVER_SET,
+            node,
+            (&arguments, 18095),
+            lasts,
+            first_ends,
+        )
+        .await
     }
 
-    /// Runs the pods of a DaemonSet a second time on a node, with more arguments, for a while. Kills its
-    /// process then if `killed`.
+    /// Ends the driver of a node while another one serves at its socket, as an update does that starts the new driver
+    /// first. The socket has to stay.
+    async fn first_ends(&self, node: &str) -> Result<()> {
+        let socket = self.ground.root(node).await?.join(SOCKET);
+        let serving = listener(&socket);
+        // The first may have it, or have it again.
+        if serving.is_none() || serving == self.ground.driver_process(node).await? {
+            return Ok(());
+        }
+        let driver = self.ground.cluster().driver(node);
+        driver.stop().await?;
+        let after = listener(&socket);
+        self.world
+            .log
+            .checked("drivers that end beside another one", 1);
+        if after != serving {
+            let text = format!("on {node}, process {after:?} serves instead of {serving:?}");
+            let promise = "a driver that ends leaves the socket of another";
+            self.world.log.find(promise, text);
+        }
+        driver.start().await
+    }
+
+    /// Runs the pods of a DaemonSet a second time on a node, with more arguments, for a while, in the middle of
+    /// which something happens. Kills its process then if `killed`.
     async fn second(
         &self,
         what: What,
@@ -167,6 +221,7 @@ impl<G: Ground> Actor<'_, G> {
         node: &str,
         (arguments, port): (&[&str], u16),
         (lasts, killed): (u64, bool),
+        meanwhile: impl AsyncFnOnce() -> Result<()>,
     ) -> Result<()> {
         let sets = Api::<DaemonSet>::namespaced(self.ground.cluster().client(), NAMESPACE);
         let first = sets.get(name).await;
@@ -199,7 +254,10 @@ impl<G: Ground> Actor<'_, G> {
         let set = serde_json::from_value(set).map_err(failed)?;
         let created = sets.create(&PostParams::default(), &set).await;
         created.map_err(api(format!("create DaemonSet {second}")))?;
-        sleep(lasts).await;
+        sleep(lasts / 2).await;
+        let happened = meanwhile().await;
+        sleep(lasts / 2).await;
+        self.undone(what, happened);
         let cluster = self.ground.cluster();
         let answers = cluster.get(node, &component, port, "/").await;
         self.world

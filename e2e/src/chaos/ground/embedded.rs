@@ -165,6 +165,10 @@ impl Ground for OnEmbedded {
         None
     }
 
+    fn stops_at_once(&self) -> bool {
+        true
+    }
+
     fn has_liveness_probes(&self) -> bool {
         false
     }

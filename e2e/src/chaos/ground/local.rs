@@ -240,6 +240,10 @@ impl Ground for OnLocal {
         }
     }
 
+    fn stops_at_once(&self) -> bool {
+        false
+    }
+
     fn has_liveness_probes(&self) -> bool {
         true
     }
