@@ -15,6 +15,7 @@
 //! logging        the log and its redaction
 //! hardening      gives up the rights that the process does not need
 //! volume         the life of a volume: what is due, the steps, their undo
+//! adopted        the volumes that another driver has published beside this one
 //! sync           the Secrets that a class declares, made and kept
 //! memory         what mounted content takes of the driver's memory limit, and what fits
 //! provider       the calls to providers: sockets, bounds, turns, the wire
@@ -51,6 +52,7 @@
 //! - A secret is a [`secret::Secret`]. Errors never contain the content of a secret, a token or a
 //!   Secret.
 
+pub mod adopted;
 pub mod cluster;
 pub mod config;
 pub mod csi;
@@ -80,6 +82,7 @@ use std::{future::Future, io, net::SocketAddr, path::Path, sync::Arc, time::Dura
 use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
+use adopted::Adoption;
 use cluster::{Cluster, interval::Intervals};
 use config::{BUILD_VERSION, Config, SyncErrors};
 use csi::{Csi, Listener};
@@ -113,6 +116,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     let parts = parts(&config)?;
     let (cluster, metrics) = (parts.cluster.clone(), parts.metrics.clone());
     let (memory, sync) = (Arc::clone(&parts.memory), Arc::clone(&parts.sync));
+    let adoption = Adoption {
+        records: parts.records.clone(),
+        sync: Arc::clone(&sync),
+        memory: Arc::clone(&memory),
+        metrics: metrics.clone(),
+    };
+    let interval = Intervals::from(&config).sync;
     let volumes = Arc::new(Volumes::new(&config, parts));
     let csi = Csi {
         driver_name: config.driver_name.clone(),
@@ -156,6 +166,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
     }
     tasks.start(async move |stop| {
         sync.run(stop).await;
+        Ok(())
+    });
+    tasks.start(async move |stop| {
+        adoption.run(interval, stop).await;
         Ok(())
     });
     let stopped = tasks.stop.clone();

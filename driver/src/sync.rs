@@ -192,6 +192,20 @@ impl SecretSync {
         }
     }
 
+    /// Returns whether the Secrets of a volume are kept.
+    pub fn knows(&self, volume_id: &str) -> bool {
+        self.cache.volume(volume_id).is_some()
+    }
+
+    /// Adds a mounted volume that another driver has published. Its class and its Secrets are checked within one
+    /// interval. Sends no request.
+    pub fn volume_found(&self, record: &Record) {
+        self.add_told(&record.volume_id);
+        self.cache
+            .add_recorded(Volume::of(record), record.class.clone());
+        self.cache.sooner.notify_one();
+    }
+
     /// Removes a volume that is being unpublished: no Secret is made of it any more. Sends no request.
     pub fn forget(&self, volume_id: &str) {
         self.cache.remove(volume_id);

@@ -48,6 +48,7 @@ const DRIVER: Modules = &[
             "quoted", "record", "secret", "sync",
         ],
     ),
+    ("adopted", &["memory", "metrics", "record", "sync"]),
     (
         "sync",
         &[

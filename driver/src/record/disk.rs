@@ -151,11 +151,27 @@ impl Records {
     ///
     /// # Errors
     /// When the directory cannot be listed.
-    pub fn each(&self, mut take: impl FnMut(Record)) -> io::Result<()> {
+    pub fn each(&self, take: impl FnMut(Record)) -> io::Result<()> {
+        self.each_other(|_| false, take)
+    }
+
+    /// Does the same without the volumes that `is_known` knows, of most of which it reads no record.
+    ///
+    /// # Errors
+    /// When the directory cannot be listed.
+    pub fn each_other(
+        &self,
+        is_known: impl Fn(&str) -> bool,
+        mut take: impl FnMut(Record),
+    ) -> io::Result<()> {
         for entry in fs::read_dir(&self.directory)? {
             let path = entry?.path();
+            // Most files have the name of their volume.
+            let name = path.file_stem().and_then(|name| name.to_str());
             if has_extension(&path, "json")
+                && !name.is_some_and(&is_known)
                 && let Ok(record) = self.read(&path)
+                && !is_known(&record.volume_id)
             {
                 take(record);
             }

@@ -174,7 +174,7 @@ impl<G: Ground> Actor<'_, G> {
         let arguments = ["--metrics-addr=:18095", "--healthz-addr=:19808"];
         // The second takes the socket away with it, or leaves one at which nobody listens. The first makes
         // its own again.
-        let first_ends = async || match self.ground.stops_at_once() {
+        let first_ends = async || match lasts.1 && self.ground.stops_at_once() {
             true => self.first_ends(node).await,
             false => Ok(()),
         };

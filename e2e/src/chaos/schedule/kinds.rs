@@ -57,7 +57,8 @@ pub(in super::super) enum What {
     AdornSecret { class: usize },
     /// The driver is killed.
     KillDriver { node: usize },
-    /// A second driver serves at the socket of the first. It ends, or it is killed and leaves its socket.
+    /// A second driver serves at the socket of the first. It ends, or the first ends and starts anew meanwhile, and
+    /// the second is killed and leaves its socket.
     TwoDrivers {
         node: usize,
         lasts: u64,
