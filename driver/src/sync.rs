@@ -244,6 +244,8 @@ impl SecretSync {
     pub fn pod_status_is_new(&self, pod: &Pod, volume_id: &str) {
         tracing::info!(pod = %pod, "the pod status of this volume was missing or emptied, and is written again");
         self.cache.set_owners(volume_id, None);
+        // With the former one, Kubernetes may have deleted them.
+        self.cache.expedite_secrets(volume_id);
     }
 
     /// Waits until no other task reconciles a Secret.

@@ -216,13 +216,15 @@ pub(super) fn is_hidden(name: &CStr) -> bool {
     name.to_bytes().starts_with(b"..")
 }
 
-/// Returns the name that `..data` leads to, if it is one beside it.
+/// Returns the name that `..data` leads to, if it is that of a generation beside it. Anything else is not of a
+/// driver, and is no content.
 pub(super) fn current(root: &OwnedFd) -> io::Result<Option<String>> {
     match readlinkat(root, DATA) {
         Ok(target) => Ok(target
             .into_string()
             .ok()
-            .filter(|name| name.starts_with("..") && name.len() > 2 && !name.contains('/'))),
+            .filter(|name| !name.contains('/'))
+            .filter(|name| CString::new(name.as_str()).is_ok_and(|name| is_generation(&name)))),
         Err(Errno::ENOENT | Errno::EINVAL) => Ok(None),
         Err(errno) => Err(errno).at(DATA),
     }

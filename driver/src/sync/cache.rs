@@ -275,6 +275,24 @@ impl Cache {
         self.entries().schedule.expedite(&check);
     }
 
+    /// Makes the checks of the Secrets of a volume's class due at once.
+    pub(super) fn expedite_secrets(&self, volume_id: &str) {
+        let mut entries = self.entries();
+        let Some(class) = entries
+            .volumes
+            .get(volume_id)
+            .map(|cached| cached.class.clone())
+        else {
+            return;
+        };
+        let of_class = entries.secrets.keys().filter(|key| key.class == class);
+        for check in of_class.cloned().map(Check::Secret).collect::<Vec<_>>() {
+            entries.schedule.expedite(&check);
+        }
+        drop(entries);
+        self.sooner.notify_one();
+    }
+
     /// Returns a class as it was last read.
     pub(super) fn class(&self, key: &ClassKey) -> Option<Arc<Class>> {
         self.entries().classes.get(key)?.class.clone()

@@ -283,6 +283,29 @@ fn let_the_grace_pass(volume: &Path) {
     }
 }
 
+/// Wherever somebody lets `..data` lead, new content takes its place and stays.
+#[test]
+fn what_data_leads_to_is_removed_only_if_it_was_content() {
+    let long = format!("..{}", "x".repeat(253));
+    for target in [
+        "..data", "..aside", "..links", "..x", "..", ".", "a", "d", "/", "../x", "..1/x", "..2026",
+        "absent", &long,
+    ] {
+        let volume = tempfile::tempdir().unwrap();
+        let volume = volume.path();
+        let [old, new] =
+            ["old", "new"].map(|text| payload(&[("a", text, 0o600), ("d/b", text, 0o644)]));
+        replace(volume, &old).unwrap();
+        std::os::unix::fs::symlink(target, volume.join("..t")).unwrap();
+        fs::rename(volume.join("..t"), volume.join(DATA)).unwrap();
+        replace(volume, &new).unwrap();
+        for file in ["a", "d/b"] {
+            let text = fs::read_to_string(volume.join(file));
+            assert_eq!(text.unwrap(), "new", "{file}, ..data led to {target}");
+        }
+    }
+}
+
 /// What a driver has left that ended goes without another swap, and what a reader may still open stays.
 #[test]
 fn what_an_earlier_driver_left_goes_and_the_content_stays() {
