@@ -52,6 +52,8 @@ struct State {
     is_followed: bool,
     /// Whether a pod waits for its Secrets, so that none may fail.
     waits: bool,
+    /// Whether records were lost since everything had converged: a driver counts changes anew then.
+    is_unrecorded: bool,
     settled: Seen,
     seen: Seen,
 }
@@ -85,6 +87,7 @@ impl Features {
             changed: BTreeSet::new(),
             is_followed: false,
             waits,
+            is_unrecorded: false,
             settled: Seen::default(),
             seen: Seen::default(),
         }))
@@ -180,6 +183,12 @@ impl Features {
         let mut state = lock(&self.0);
         state.settled = state.seen.clone();
         state.changed.clear();
+        state.is_unrecorded = false;
+    }
+
+    /// Notes that a driver does not know any more how often content has changed.
+    pub(super) fn records_are_lost(&self) {
+        lock(&self.0).is_unrecorded = true;
     }
 }
 

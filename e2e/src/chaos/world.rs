@@ -349,6 +349,7 @@ impl World {
 
     /// Notes that a driver does not know any more which state of a class a volume has.
     pub(super) fn records_are_lost(&self) {
+        self.features.records_are_lost();
         for class in 0..CLASSES.len() {
             self.edit_begins(class);
             self.edit_ends(class);

@@ -39,14 +39,14 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
     if there.is_empty() {
         return Ok(Vec::new());
     }
-    let (numbers, settled, changed, is_followed, waits) = {
+    let (settled, changed, is_followed, is_unrecorded, numbers, waits) = {
         let state = lock(&world.features.0);
-        let (changed, settled) = (state.changed.clone(), state.settled.clone());
         (
-            state.numbers,
-            settled,
-            changed,
+            state.settled.clone(),
+            state.changed.clone(),
             state.is_followed,
+            state.is_unrecorded,
+            state.numbers,
             state.waits,
         )
     };
@@ -99,7 +99,9 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
         }
     }
     lacking.extend(wrong_since(&settled, &seen, &changed));
-    lacking.extend(wrong_version(&settled, &seen, &changed));
+    if !is_unrecorded {
+        lacking.extend(wrong_version(&settled, &seen, &changed));
+    }
     lacking.extend(wrong_secrets(world, client, &seen, &statuses).await?);
     if is_followed {
         lacking.extend(untold(world, client, &there).await?);
