@@ -106,6 +106,9 @@ const IN_A_POD: &str = "KUBERNETES_SERVICE_HOST";
 /// The time between two measurements of the mounted volumes for the metrics, and of the memory limit.
 const MEASURE_EVERY: Duration = Duration::from_secs(10);
 
+/// The least time between two looks for volumes that another driver has published.
+const ADOPT_EVERY: Duration = Duration::from_secs(1);
+
 /// Runs the driver until `stop`, then finishes the running calls.
 ///
 /// # Errors
@@ -122,7 +125,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> io::Result<()> {
         memory: Arc::clone(&memory),
         metrics: metrics.clone(),
     };
-    let interval = Intervals::from(&config).sync;
+    let interval = config.sync_interval.max(ADOPT_EVERY);
     let volumes = Arc::new(Volumes::new(&config, parts));
     let csi = Csi {
         driver_name: config.driver_name.clone(),

@@ -218,6 +218,7 @@ async fn wrong_secrets(
         let secret = secrets.get_opt(name).await;
         let secret = secret.map_err(api(format!("get Secret {name}")))?;
         let what = match (secret, seen.secrets.get(name)) {
+            (None, None) if name == TAKEN => Some("of somebody else is gone".to_owned()),
             (None, None) => None,
             (Some(secret), None) if name == TAKEN => is_touched(&secret),
             (Some(_), None) => Some("is there, and no class has listed it".to_owned()),

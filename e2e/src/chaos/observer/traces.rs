@@ -75,8 +75,8 @@ async fn told<G: Ground>(world: &World, ground: &G) -> Result<BTreeSet<String>> 
         .collect())
 }
 
-/// Returns whether a line of the driver's log is a warning or an error: it begins with the letter of one and
-/// the date (docs/operating.md).
+/// Returns whether a line of the driver's log is a warning or an error: it begins with klog's letter for
+/// one, and the date.
 fn is_warning(line: &str) -> bool {
     let mut chars = line.chars();
     matches!(chars.next(), Some('W' | 'E')) && chars.next().is_some_and(|c| c.is_ascii_digit())
