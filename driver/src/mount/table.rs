@@ -35,6 +35,8 @@ pub(super) struct MountEntry {
     pub(super) kind: String,
     /// The name of the file system.
     pub(super) source: String,
+    /// Whether the file system can be written to, whatever this mount of it allows.
+    pub(super) is_writable: bool,
 }
 
 impl MountEntry {
@@ -259,6 +261,7 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
         shared,
         kind: text()?,
         source: text().unwrap_or_default(),
+        is_writable: text().is_some_and(|options| options.split(',').any(|option| option == "rw")),
     })
 }
 
@@ -324,6 +327,7 @@ mod tests {
         };
         let (at, own) = (target.to_str().unwrap(), source_of(target));
         assert!(line(at, "/", "tmpfs", &own).is_own(target));
+        assert!(line(at, "/", "tmpfs", &own).is_writable);
         assert!(!line(at, "/", "tmpfs", "tmpfs").is_own(target));
         assert!(!line(at, "/..data", "tmpfs", &own).is_own(target));
         assert!(!line(at, "/", "ext4", &own).is_own(target));

@@ -169,11 +169,13 @@ impl Tmpfs {
         let known = self.known().get(target).copied();
         let volume = self.remembered(VolumeMount::at(target, known)?, target);
         let is = fstatvfs(&volume.file)?;
-        let options = self.other_bounds(&is).join(",");
         // To mount it again as it is would make the driver's own mount read-only, beside the file system. Whoever
         // makes the file system writable on the node would not change that.
-        let is_read_only = is.flags().contains(FsFlags::ST_RDONLY);
-        if options.is_empty() || is_read_only {
+        if is.flags().contains(FsFlags::ST_RDONLY) && !made_writable(&volume, &is)? {
+            return Ok(volume);
+        }
+        let options = self.other_bounds(&is).join(",");
+        if options.is_empty() {
             return Ok(volume);
         }
         let (flags, none) = (MsFlags::MS_REMOUNT | kept(is.flags()), None::<&str>);
@@ -243,6 +245,30 @@ impl Tmpfs {
     }
 }
 
+/// Makes the driver's own mount of a volume writable if its file system is, and returns whether it is writable now.
+///
+/// A driver whose container starts while the volume is read-only on the node gets a mount that is read-only by
+/// itself. Whoever makes the volume writable on the node changes the file system and the node's mount, not this one.
+fn made_writable(volume: &VolumeMount, is: &Statvfs) -> io::Result<bool> {
+    let entry = table::of(table::id_of(volume.file.as_fd())?)?;
+    if !entry.is_some_and(|entry| entry.is_writable) {
+        return Ok(false);
+    }
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | kept(is.flags());
+    let (at, none) = (volume.target.as_path(), None::<&str>);
+    match mount(none, at, none, flags, none) {
+        Ok(()) => {
+            tracing::info!(target_path = %at.display(), "the volume is writable again for the driver, as it is on the node");
+            Ok(true)
+        }
+        // What is written next fails and says what to do.
+        Err(error) => {
+            tracing::warn!(target_path = %at.display(), %error, "the driver's own mount of the volume could not be made writable");
+            Ok(false)
+        }
+    }
+}
+
 /// Returns the flags that a writable mount keeps when it is mounted again.
 fn kept(flags: FsFlags) -> MsFlags {
     let pairs = [
@@ -263,7 +289,7 @@ mod tests {
         detach, state,
         tests::{bind, target},
     };
-    use nix::sys::statvfs::statvfs;
+    use nix::{mount::umount, sys::statvfs::statvfs};
     use std::fs;
 
     #[test]
@@ -302,6 +328,7 @@ mod tests {
     #[test]
     fn what_somebody_makes_read_only_is_writable_when_he_makes_it_so() {
         const STEPS: u32 = 5;
+        const KINDS: u32 = 5;
         alone(Own::Mounts, || {
             let (root, target) = target();
             let on_node = root.path().join("on-node");
@@ -319,13 +346,18 @@ mod tests {
                     | MsFlags::MS_NOEXEC;
                 mount(none, &on_node, none, flags, none).unwrap();
             };
-            for history in 0..4_u32.pow(STEPS) {
+            for history in 0..KINDS.pow(STEPS) {
                 for step in 0..STEPS {
-                    match history / 4_u32.pow(step) % 4 {
+                    match history / KINDS.pow(step) % KINDS {
                         0 => becomes(MsFlags::MS_RDONLY),
                         1 => becomes(MsFlags::empty()),
                         2 => drop(small.refit(&target).unwrap()),
-                        _ => drop(large.refit(&target).unwrap()),
+                        3 => drop(large.refit(&target).unwrap()),
+                        // The driver's container starts: it gets the mounts as they are on the node.
+                        _ => {
+                            umount(&target).unwrap();
+                            bind(&on_node, &target);
+                        }
                     }
                 }
                 becomes(MsFlags::empty());

@@ -72,7 +72,7 @@ impl FileSystemId {
 /// no other.
 #[derive(Debug)]
 pub struct VolumeMount {
-    target: PathBuf,
+    pub(super) target: PathBuf,
     pub(super) id: FileSystemId,
     /// Opened without being used.
     pub(super) file: OwnedFd,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::api::{DeleteParams, ListParams};
 
-use crate::cluster::{Cluster as _, Result, api};
+use crate::cluster::{Result, api};
 
 use super::super::ground::Ground;
 use super::super::lock;
@@ -338,7 +338,6 @@ impl<G: Ground> Actor<'_, G> {
             .map(|class| target(&pod, *class))
             .collect();
         let targets: Vec<&str> = targets.iter().map(String::as_str).collect();
-        let began = self.world.now();
         let struck = self.sh(&pod.node, READ_ONLY, &targets).await?;
         for class in &pod.classes {
             self.rotate(*class).await?;
@@ -349,12 +348,6 @@ impl<G: Ground> Actor<'_, G> {
         let is_up = lock(&self.world.roots).contains_key(&pod.node);
         if is_up {
             self.undone(what, writable.map(drop));
-        }
-        // The container of a driver that has started meanwhile has the mounts as they were then, and its own stay
-        // read-only. Known, and not mended yet: until then it takes another start.
-        if !self.world.driver_ran_since(&pod.node, began) {
-            self.ground.cluster().driver(&pod.node).kill().await?;
-            self.world.driver_restarts(&pod.node);
         }
         let struck = struck.trim().parse().unwrap_or_default();
         self.world.log.struck(&what.kind(), struck);
