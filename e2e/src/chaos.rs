@@ -54,7 +54,7 @@ use ground::{Ground, OnEmbedded, OnLocal};
 use observer::{Observer, Usage, excess, lacking, left, untraced, untrue, usage, warned};
 pub use report::{Finding, Outcome};
 pub use schedule::Schedule;
-use schedule::{Step, What};
+use schedule::{Step, What, is_patient};
 use store::Store;
 use world::World;
 
@@ -72,6 +72,9 @@ const MOST_CALLS: [u64; 2] = [16, 3];
 /// The intervals at which kubelet looks at a volume: shorter than half of the time for which the driver
 /// remembers a class, so that each look asks for the class anew, or longer, so that it answers from memory.
 const LOOKS_EVERY: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
+/// The times for which kubelet waits for an answer: shorter than the driver waits for that of a provider to a
+/// refresh, so that a run sees many deadlines, or longer, as a real one does.
+const KUBELET_WAITS: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(60)];
 /// The flag of every second seed: a publish fails as long as its Secrets cannot be written.
 const SECRETS_FIRST: &str = "--sync-errors=fail";
 /// A time longer than the interval of rotation.
@@ -170,7 +173,8 @@ async fn run_once(site: Site, schedule: &Schedule, limit: Duration) -> Result<Ou
     }
     match site {
         Site::Embedded => {
-            let ground = OnEmbedded::start(shared.path(), &flags, looks_every(schedule)).await?;
+            let (looks_every, waits) = (looks_every(schedule), kubelet_waits(schedule));
+            let ground = OnEmbedded::start(shared.path(), &flags, looks_every, waits).await?;
             let outcome = run_on(&ground, store, schedule, limit).await;
             if !outcome.as_ref().is_ok_and(Outcome::is_good) {
                 ground.keep_logs()?;
@@ -200,6 +204,11 @@ fn most_calls(schedule: &Schedule) -> u64 {
 /// Returns the interval at which kubelet looks at a volume in this run.
 fn looks_every(schedule: &Schedule) -> Duration {
     LOOKS_EVERY[usize::from(!(schedule.seed / 4).is_multiple_of(2))]
+}
+
+/// Returns the time for which kubelet waits for an answer in this run.
+fn kubelet_waits(schedule: &Schedule) -> Duration {
+    KUBELET_WAITS[usize::from(is_patient(schedule.seed))]
 }
 
 /// Runs a schedule on a cluster that has only the driver and the provider.

@@ -8,6 +8,7 @@ mod liveness;
 mod mounts;
 mod node;
 mod once;
+mod provider;
 mod tenants;
 
 use std::cell::Cell;
@@ -16,10 +17,10 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::cluster::{Cluster as _, Component, Error, Result};
+use crate::cluster::{Cluster as _, Result};
 use crate::namespace::Namespace;
 
-use super::ground::{Ground, PROVIDER};
+use super::ground::Ground;
 use super::lock;
 use super::schedule::What;
 use super::world::World;
@@ -216,6 +217,7 @@ impl<'a, G: Ground> Actor<'a, G> {
                 if lies {
                     self.world.lies(false);
                 }
+                self.world.api_answers();
                 self.world.log.struck(&what.kind(), struck?);
                 Ok(())
             }
@@ -230,11 +232,7 @@ impl<'a, G: Ground> Actor<'a, G> {
                     .await
             }
             What::ProviderHung { node, lasts } => {
-                let node = self.node(node);
-                self.provider_faults(what, node, lasts, "[{hang: true}]")
-                    .await?;
-                // As its liveness probe does; the calls that hang break off.
-                self.ground.cluster().provider(node, PROVIDER).kill().await
+                self.provider_hung(what, self.node(node), lasts).await
             }
             What::ApiFailsOnce { kind, how } => self.api_fails_once(what, kind, how).await,
             What::ProviderFailsOnce { node, hangs } => {
@@ -246,52 +244,6 @@ impl<'a, G: Ground> Actor<'a, G> {
             What::Hostile { node, lasts, how } => self.hostile(self.node(node), lasts, how).await,
             _ => self.strike_node(what).await,
         }
-    }
-
-    /// Lets a node's provider fail for a while.
-    async fn provider_faults(
-        &self,
-        what: What,
-        node: &str,
-        lasts: u64,
-        faults: &str,
-    ) -> Result<()> {
-        let before = self.provider_calls(node).await;
-        self.control(node, &format!("/faults?set={}", escaped(faults)))
-            .await?;
-        sleep(lasts).await;
-        let calls = self.provider_calls(node).await.saturating_sub(before);
-        self.world.log.struck(&what.kind(), calls);
-        if matches!(what, What::ProviderHung { .. }) {
-            return Ok(());
-        }
-        self.control(node, "/faults?set=").await.map(drop)
-    }
-
-    /// Sends a request to the control of a node's provider; returns the answer.
-    async fn control(&self, node: &str, path: &str) -> Result<String> {
-        let provider = Component::Provider(PROVIDER.to_owned());
-        let answer = self
-            .ground
-            .cluster()
-            .get(node, &provider, CONTROL, path)
-            .await?;
-        match answer.status {
-            200 => Ok(answer.body),
-            _ => Err(Error::Impossible(answer.body)),
-        }
-    }
-
-    /// Returns the number of calls that the provider of a node had; zero if it does not answer.
-    async fn provider_calls(&self, node: &str) -> u64 {
-        let body = self.control(node, "/calls").await.unwrap_or_default();
-        let counts: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
-        let by_pod = counts["mountCallsByPod"].as_object();
-        by_pod
-            .into_iter()
-            .flatten()
-            .filter_map(|(_, calls)| calls.as_u64())
-            .sum()
     }
 
     /// Returns what the drivers have done.

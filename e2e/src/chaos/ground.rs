@@ -85,6 +85,10 @@ pub(super) trait Ground {
     /// Returns whether a process stops and starts at once. Real Kubernetes takes its time.
     fn stops_at_once(&self) -> bool;
 
+    /// Returns whether kubelet looks at volumes all the time, and waits for an answer longer than the driver waits
+    /// for that of a provider.
+    fn leaves_deadlines_to_the_driver(&self) -> bool;
+
     /// Returns whether kubelet runs liveness probes.
     fn has_liveness_probes(&self) -> bool;
 

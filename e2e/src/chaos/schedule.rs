@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::random::Random;
 pub(super) use kinds::{HUNG_FOR_LONG, What};
-use make::{Kind, round};
+pub(super) use make::is_patient;
+use make::round;
 
 /// The number of well-behaved pods that can be there at the same time. Pods of the same number have
 /// the same name.
@@ -44,7 +45,7 @@ impl Schedule {
     pub fn of_seed(seed: u64, rounds: usize, nodes: usize) -> Self {
         let mut random = Random(seed);
         let rounds = (0..rounds)
-            .map(|number| round(&mut random, number, Kind::of(seed, number), nodes))
+            .map(|number| round(&mut random, seed, number, nodes))
             .collect();
         Self { seed, rounds }
     }

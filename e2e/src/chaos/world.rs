@@ -97,6 +97,8 @@ pub(super) struct World {
     writing: AtomicU64,
     /// Failures of which there has to be a trace: the pod's UID and name, its node, and what fails.
     pub(super) failures: Mutex<BTreeMap<String, Failure>>,
+    /// When, by [`World::now`], the last fault of the API server was over.
+    api_away: Mutex<Option<Duration>>,
     /// Whether these are good minutes.
     pub(super) good: Good,
     /// What the classes say, and said.
@@ -181,6 +183,7 @@ impl World {
             adorned: Mutex::default(),
             writing: AtomicU64::new(0),
             failures: Mutex::default(),
+            api_away: Mutex::default(),
             good: Good::default(),
             editions: Editions::start(),
             features: Features::start(false),
@@ -370,6 +373,16 @@ impl World {
     pub(super) fn driver_ran_since(&self, node: &str, time: Duration) -> bool {
         let last = lock(&self.restarts).get(node).copied();
         last.is_none_or(|last| last < time)
+    }
+
+    /// Notes that a fault of the API server is over.
+    pub(super) fn api_answers(&self) {
+        *lock(&self.api_away) = Some(self.now());
+    }
+
+    /// Returns whether a fault of the API server was over only after a time by [`World::now`].
+    pub(super) fn api_was_away_since(&self, time: Duration) -> bool {
+        lock(&self.api_away).is_some_and(|last| last > time)
     }
 
     /// Notes a failure of a pod that began at a time by [`World::now`].

@@ -46,6 +46,10 @@ const SINGLE: SingleBounds = SingleBounds {
     quick: Duration::from_secs(5),
     silent: Duration::from_secs(18),
 };
+/// kubelet's deadline in these bounds.
+const IMPATIENT: Duration = Duration::from_secs(10);
+/// By how much the driver waits longer for the answer to a refresh, if kubelet does.
+const REFRESH_WAITS: Duration = Duration::from_secs(20);
 /// The time in which a request of a kind comes that is to fail.
 const PATIENCE: Duration = Duration::from_millis(4_500);
 
@@ -55,6 +59,8 @@ pub(in super::super) struct OnEmbedded {
     faults: ApiFaults,
     /// The interval at which kubelet looks at each volume.
     looks_every: Duration,
+    /// The time for which kubelet waits for an answer.
+    kubelet_waits: Duration,
 }
 
 impl OnEmbedded {
@@ -66,13 +72,14 @@ impl OnEmbedded {
         shared: &Path,
         flags: &[&str],
         looks_every: Duration,
+        kubelet_waits: Duration,
     ) -> Result<Self> {
         let binaries = tokio::task::spawn_blocking(|| Binaries::find(|_| {})).await;
         let binaries = binaries.map_err(|error| Error::Start(error.to_string()))?;
         let binaries = binaries.map_err(|error| Error::Start(error.to_string()))?;
         let mut options = embedded::Options {
             nodes: super::Site::Embedded.nodes(),
-            csi_timeout: Duration::from_secs(10),
+            csi_timeout: kubelet_waits,
             sync_period: Some(looks_every),
             longest_pause: Duration::from_secs(4),
             shared: Some(shared.to_owned()),
@@ -88,6 +95,7 @@ impl OnEmbedded {
             cluster,
             faults,
             looks_every,
+            kubelet_waits,
         })
     }
 
@@ -114,8 +122,10 @@ impl Ground for OnEmbedded {
     }
 
     fn bounds(&self) -> Bounds {
+        let longer = self.kubelet_waits.saturating_sub(IMPATIENT);
         Bounds {
-            converge: BOUNDS.converge + self.looks_every,
+            converge: BOUNDS.converge + self.looks_every + longer.min(REFRESH_WAITS),
+            silence: BOUNDS.silence + longer,
             fetch: BOUNDS.fetch + self.looks_every,
             follow: BOUNDS.follow + self.looks_every,
             good: Some(GoodBounds {
@@ -125,7 +135,7 @@ impl Ground for OnEmbedded {
             }),
             single: SingleBounds {
                 quick: SINGLE.quick + self.looks_every,
-                silent: SINGLE.silent + self.looks_every,
+                silent: SINGLE.silent + self.looks_every + longer,
             },
             ..BOUNDS
         }
@@ -167,6 +177,10 @@ impl Ground for OnEmbedded {
 
     fn stops_at_once(&self) -> bool {
         true
+    }
+
+    fn leaves_deadlines_to_the_driver(&self) -> bool {
+        self.kubelet_waits > IMPATIENT
     }
 
     fn has_liveness_probes(&self) -> bool {

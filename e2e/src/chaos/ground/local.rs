@@ -244,6 +244,11 @@ impl Ground for OnLocal {
         false
     }
 
+    /// kubelet looks after 90 seconds.
+    fn leaves_deadlines_to_the_driver(&self) -> bool {
+        false
+    }
+
     fn has_liveness_probes(&self) -> bool {
         true
     }

@@ -51,8 +51,34 @@ impl Kind {
     }
 }
 
-/// Makes a round. The first one begins with all pods.
-pub(super) fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize) -> Vec<Step> {
+/// What hangs in a round with a long fault for longer than the round lasts.
+#[derive(Clone, Copy, Debug)]
+enum Hangs {
+    Disk,
+    Provider,
+    Nothing,
+}
+
+impl Hangs {
+    /// Each run has the disk or the provider in its first round of the kind that has time for that. Where kubelet
+    /// is not patient, its deadline is over before that of the driver.
+    fn of(seed: u64, number: usize) -> Self {
+        match (is_patient(seed), number.saturating_sub(1) / 4 % 3) {
+            (true, 0) => Self::Provider,
+            (true, 1) | (false, 0 | 2) => Self::Disk,
+            _ => Self::Nothing,
+        }
+    }
+}
+
+/// Returns whether kubelet waits for answers longer than the driver waits for that of a provider to a refresh.
+pub(in super::super) fn is_patient(seed: u64) -> bool {
+    !(seed / 8).is_multiple_of(2)
+}
+
+/// Makes a round of a seed. The first one begins with all pods.
+pub(super) fn round(random: &mut Random, seed: u64, number: usize, nodes: usize) -> Vec<Step> {
+    let kind = Kind::of(seed, number);
     let mut steps = Vec::new();
     if number == 0 {
         for pod in 0..PODS {
@@ -87,7 +113,7 @@ pub(super) fn round(random: &mut Random, number: usize, kind: Kind, nodes: usize
     let mut busy = vec![0; nodes];
     let mut at = 1_000 + random.below(2_000);
     if kind == Kind::Long {
-        let what = long_fault(random, number, nodes);
+        let what = long_fault(random, number, Hangs::of(seed, number), nodes);
         place(&mut steps, &mut busy, at, what);
     }
     for what in rare(random, number, kind, nodes) {
@@ -369,12 +395,17 @@ fn fault(random: &mut Random, nodes: usize) -> What {
 
 /// Returns a fault that lasts for most of a round. A disk that hangs for so long makes a round longer: not the
 /// first one of a run.
-fn long_fault(random: &mut Random, number: usize, nodes: usize) -> What {
+/// So does a provider that does not answer until the driver has given up. One of the two comes early in each run.
+fn long_fault(random: &mut Random, number: usize, hangs: Hangs, nodes: usize) -> What {
     let node = random.index(nodes);
-    // A short run has it, too.
-    if number > 0 && ((number - 1) / 4).is_multiple_of(2) {
-        let lasts = HUNG_FOR_LONG + random.below(5_000);
-        return What::DiskHung { node, lasts };
+    let lasts = HUNG_FOR_LONG + random.below(5_000);
+    match hangs {
+        Hangs::Disk if number > 0 => return What::DiskHung { node, lasts },
+        Hangs::Provider if number > 0 => {
+            let lasts = lasts + 5_000;
+            return What::ProviderHung { node, lasts };
+        }
+        _ => {}
     }
     let lasts = 24_000 + random.below(4_000);
     match random.below(3) {
