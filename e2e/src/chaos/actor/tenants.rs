@@ -96,12 +96,18 @@ impl<G: Ground> Actor<'_, G> {
         let deadline = Patch::Merge(json!({"spec": {"activeDeadlineSeconds": 1}}));
         let pods = self.namespace.api::<Pod>();
         let name = tenants::pod_name(pod);
-        if let Some(pod) = self.running_pod(pod) {
-            // Its volumes go when its containers have ended, perhaps before its object says so.
-            lock(&self.world.buried).insert(pod.uid);
+        // Its volumes go when its containers have ended, perhaps before its object says so.
+        let bury = |pod: &Pod| lock(&self.world.buried).extend(pod.metadata.uid.clone());
+        let found = pods.get_opt(&name).await;
+        if let Some(found) = found.map_err(api(format!("get pod {name}")))? {
+            bury(&found);
         }
         let patched = pods.patch(&name, &PatchParams::default(), &deadline).await;
-        unless_absent(patched, "limit the time of a pod")
+        // Another pod may have got the name since.
+        unless_absent(
+            patched.map(|patched| bury(&patched)),
+            "limit the time of a pod",
+        )
     }
 
     /// Gives the store new values.
