@@ -208,14 +208,23 @@ impl Volumes {
                     orders: fresh.orders.clone(),
                     ..record.clone()
                 };
-                self.commit_record(staged_before, before).await?;
+                if let Err(error) = self.commit_record(staged_before, before).await {
+                    self.tell_former(request, record, &fresh.pod_status).await;
+                    return Err(error);
+                }
             } else if renews && !written.resource_version.is_empty() {
                 let name = self.directory(request, &mount, fresh.writer).await?;
                 fresh.orders = BTreeMap::from([(name, written.resource_version)]);
             }
         }
         let new = staged.new_directory();
-        self.commit_content(request, &mount, staged).await?;
+        if let Err(error) = self.commit_content(request, &mount, staged).await {
+            let present = self.directory(request, &mount, fresh.writer).await;
+            if new.is_some() && present.ok() != new {
+                self.tell_former(request, record, &fresh.pod_status).await;
+            }
+            return Err(error);
+        }
         if let Some(new) = new {
             fresh.orders.retain(|other, _| *other == new);
         }
@@ -230,6 +239,17 @@ impl Volumes {
             }
         }
         Ok(fresh)
+    }
+
+    /// Writes the objects of the record into the pod status again, because the volume has kept its former content.
+    async fn tell_former(&self, request: &PublishRequest, record: &Record, name: &str) {
+        let objects = record.told_objects();
+        let written = self
+            .write_pod_status(request, &objects, None, Some(name))
+            .await;
+        if let Err(error) = written {
+            tracing::debug!(%error, "the pod status names objects that are not mounted until the next refresh that succeeds");
+        }
     }
 
     /// Writes the pod status again if it was missing during the refresh and a check has written it, with the

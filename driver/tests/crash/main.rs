@@ -257,6 +257,7 @@ async fn run(operation: Operation, then: Then, at: Option<(&str, How)>) -> io::R
     let all = async {
         run.set_up().await?;
         let traced = run.arm(at)?;
+        let before = run.told();
         let mut is_gone = false;
         let acted = tokio::select! {
             acted = run.act() => acted,
@@ -280,6 +281,8 @@ async fn run(operation: Operation, then: Then, at: Option<(&str, How)>) -> io::R
             run.node.kill_driver().await;
         } else if !has_failed {
             acted?;
+        } else {
+            run.check_told(&before)?;
         }
         run.has_failed = has_failed;
         run.go_on(is_stopped, &ended.steps).await?;

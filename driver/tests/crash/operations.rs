@@ -1,6 +1,6 @@
 //! What is done to a volume and its Secrets while the driver is stopped, and what follows.
 
-use std::{collections::BTreeMap, fmt, fs, sync::Arc, time::Instant};
+use std::{collections::BTreeMap, fmt, fs, path::PathBuf, sync::Arc, time::Instant};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
@@ -366,6 +366,33 @@ impl Run {
         }
         self.ends().await?;
         self.class_is_checked().await
+    }
+
+    /// Returns the directory of the present content and the objects that the pod status names.
+    pub(crate) fn told(&self) -> (Option<PathBuf>, Vec<Value>) {
+        let statuses = self.node.api().all(STATUSES);
+        let objects = statuses
+            .into_iter()
+            .map(|status| status["status"]["objects"].clone());
+        let content = fs::read_link(self.node.target().join("..data")).ok();
+        (content, objects.collect())
+    }
+
+    /// Checks that the pod status names other objects than before if and only if the content is another.
+    pub(crate) fn check_told(&self, before: &(Option<PathBuf>, Vec<Value>)) -> Result<(), String> {
+        if !matches!(
+            self.operation,
+            Operation::Refresh | Operation::RefreshOfEditedClass
+        ) {
+            return Ok(());
+        }
+        let now = self.told();
+        match (now.0 == before.0) == (now.1 == before.1) {
+            true => Ok(()),
+            false => Err(format!(
+                "content and objects were {before:?} and are {now:?}"
+            )),
+        }
     }
 
     async fn publish_once(&self) -> Result<(), String> {
