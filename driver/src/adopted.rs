@@ -70,8 +70,7 @@ impl Adoption {
         tracing::info!(volume_id, pod = %record.pod, "another driver has published this volume; it is kept here from now on");
         self.metrics
             .success(&record.provider, volume_id, record.last_success);
-        self.metrics
-            .volume_fresh(volume_id, record.failing_since.is_none());
+        self.metrics.volume_fresh(volume_id, record.is_fresh());
         let is_charged = record.writer == Writer::Driver;
         self.memory
             .found(&record.target_path, &record.pod.namespace, is_charged);

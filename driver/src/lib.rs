@@ -315,7 +315,7 @@ fn find_volumes(config: &Config, records: &Records, metrics: &Metrics) -> Arc<Me
     );
     let read = records.each(|record| {
         metrics.success(&record.provider, &record.volume_id, record.last_success);
-        metrics.volume_fresh(&record.volume_id, record.failing_since.is_none());
+        metrics.volume_fresh(&record.volume_id, record.is_fresh());
         let is_charged = record.writer == Writer::Driver;
         memory.found(&record.target_path, &record.pod.namespace, is_charged);
     });

@@ -87,6 +87,11 @@ impl Record {
         Cow::Owned(numbered.collect())
     }
 
+    /// Returns whether the last refresh of the volume has succeeded.
+    pub fn is_fresh(&self) -> bool {
+        self.failing_since.is_none()
+    }
+
     /// Checks that its names can be names of objects in the API.
     ///
     /// # Errors

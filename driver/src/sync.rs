@@ -34,12 +34,13 @@ use crate::{
     cluster::{
         Class, Cluster,
         interval::Intervals,
+        pod_status::{Aspect, StatusOf},
         secrets::{ErrorType, SyncError},
     },
     error::{Error, Result},
     metrics::Metrics,
     mount::Tmpfs,
-    record::{Pod, Record, Records},
+    record::{ClassState, Pod, Record, Records},
     turns::{Turn, Turns},
 };
 use cache::{Cache, ClassKey, SecretKey};
@@ -76,6 +77,14 @@ impl Volume {
             pod: record.pod.clone(),
             target: record.target_path.clone(),
             pod_status: record.pod_status.clone(),
+        }
+    }
+
+    fn status(&self) -> StatusOf<'_> {
+        StatusOf {
+            volume_id: &self.id,
+            pod: &self.pod,
+            name: &self.pod_status,
         }
     }
 }
@@ -200,10 +209,20 @@ impl SecretSync {
     /// Adds a mounted volume that another driver has published. Its class and its Secrets are checked within one
     /// interval. Sends no request.
     pub fn volume_found(&self, record: &Record) {
-        self.add_told(&record.volume_id);
-        self.cache
-            .add_recorded(Volume::of(record), record.class.clone());
+        self.add_recorded(Volume::of(record), record.class.clone(), record.is_fresh());
         self.cache.sooner.notify_one();
+    }
+
+    /// Adds a volume that was mounted by another process: this driver before it was started anew, or another one.
+    /// It may have ended between a refresh that succeeded and the pod status, which then tells of failures until
+    /// somebody takes that back.
+    fn add_recorded(&self, volume: Volume, class: ClassState, is_fresh: bool) {
+        self.add_told(&volume.id);
+        if is_fresh {
+            self.cluster
+                .set_trouble(volume.status(), Aspect::Freshness, None);
+        }
+        self.cache.add_recorded(volume, class);
     }
 
     /// Removes a volume that is being unpublished: no Secret is made of it any more. Sends no request.

@@ -13,7 +13,7 @@ use crate::{
     cluster::{
         Class,
         events::{REPEAT_EVERY, Series, Severity},
-        pod_status::{Aspect, Cause, StatusOf, Trouble},
+        pod_status::{Aspect, Cause, Trouble},
         secrets::{Reconciled, SyncError},
     },
     record::{ASKED, ClassState},
@@ -343,12 +343,8 @@ impl SecretSync {
         let Some(trouble) = told.trouble(class) else {
             return;
         };
-        let status = StatusOf {
-            volume_id: &volume.id,
-            pod: &volume.pod,
-            name: &volume.pod_status,
-        };
         self.metrics.volume_in_step(&volume.id, trouble.is_none());
-        self.cluster.set_trouble(status, Aspect::Secrets, trouble);
+        self.cluster
+            .set_trouble(volume.status(), Aspect::Secrets, trouble);
     }
 }

@@ -117,7 +117,7 @@ impl SecretSync {
     /// Runs checks until `stop`. Begins with the volumes that were mounted before this process ran,
     /// which the records name.
     pub async fn run(self: &Arc<Self>, stop: CancellationToken) {
-        self.add_recorded().await;
+        self.add_all_recorded().await;
         let mut checks = Checks::default();
         let mut away = 0_u32;
         let mut not_before = Instant::now();
@@ -156,19 +156,21 @@ impl SecretSync {
         }
     }
 
-    async fn add_recorded(&self) {
+    async fn add_all_recorded(&self) {
         let records = self.records.clone();
         // Without the objects, of which there may be many.
         let recorded = blocking(move || {
             let mut recorded = Vec::new();
-            records.each(|record| recorded.push((Volume::of(&record), record.class)))?;
+            records.each(|record| {
+                let (volume, is_fresh) = (Volume::of(&record), record.is_fresh());
+                recorded.push((volume, record.class, is_fresh));
+            })?;
             Ok::<_, std::io::Error>(recorded)
         });
         match recorded.await {
             Ok(recorded) => {
-                for (volume, class) in recorded {
-                    self.add_told(&volume.id);
-                    self.cache.add_recorded(volume, class);
+                for (volume, class, is_fresh) in recorded {
+                    self.add_recorded(volume, class, is_fresh);
                 }
             }
             Err(error) => {

@@ -547,6 +547,15 @@ impl Node {
         }
     }
 
+    /// Returns whether a record says that refreshes fail.
+    pub(crate) fn has_failing_record(&self) -> bool {
+        let entries = fs::read_dir(self.dir.path().join("state")).unwrap();
+        let texts = entries.filter_map(|entry| fs::read(entry.unwrap().path()).ok());
+        let records = texts.filter_map(|text| serde_json::from_slice::<Value>(&text).ok());
+        let mut records = records.map(|record| record["failingSince"].clone());
+        records.any(|since| !since.is_null())
+    }
+
     /// Has a minute pass for content that was replaced.
     pub(crate) fn age_content(&self) {
         let past = SystemTime::now() - Duration::from_secs(60);

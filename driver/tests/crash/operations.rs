@@ -27,6 +27,8 @@ pub(crate) enum Operation {
     RefreshWithoutChange,
     /// A refresh that the provider refuses.
     RefusedRefresh,
+    /// A refresh that succeeds after another has failed.
+    RecoveredRefresh,
     /// A refresh after an edit of the class: other files, and one more key of the Secret.
     RefreshOfEditedClass,
     /// A refresh after an edit of the class that gives its Secret another type.
@@ -130,6 +132,7 @@ impl Operation {
             Self::RefreshWithOtherType
             | Self::UnpublishOfWrittenFiles
             | Self::RefreshOfBarePod
+            | Self::RecoveredRefresh
             | Self::UnpublishOfBarePod
             | Self::UnpublishOfEndedPod
             | Self::UnpublishOfBuriedVolume
@@ -216,7 +219,10 @@ impl Operation {
     fn changes_content(self) -> bool {
         matches!(
             self,
-            Self::Refresh | Self::RefreshOfEditedClass | Self::RefreshOfBarePod
+            Self::Refresh
+                | Self::RefreshOfEditedClass
+                | Self::RefreshOfBarePod
+                | Self::RecoveredRefresh
         )
     }
 }
@@ -301,6 +307,16 @@ impl Run {
                 self.node.leave_records();
             }
             Operation::RefusedPublish | Operation::RefusedRefresh => self.refuse(),
+            Operation::RecoveredRefresh => {
+                self.refuse();
+                match self.node.publish().await {
+                    Err(status) if status.message().contains("refused by the test") => {}
+                    answer => return Err(format!("the first refresh is answered with {answer:?}")),
+                }
+                until("the pod is told that refreshes fail", || self.is_stale()).await?;
+                self.put_store();
+                self.admit();
+            }
             Operation::RefreshOfEditedClass => {
                 self.class.objects = Some(vec!["pw", "db/password", "token"]);
                 let keys = [("pw", "pw"), ("db/password", "db")];
@@ -382,7 +398,7 @@ impl Run {
     pub(crate) fn check_told(&self, before: &(Option<PathBuf>, Vec<Value>)) -> Result<(), String> {
         if !matches!(
             self.operation,
-            Operation::Refresh | Operation::RefreshOfEditedClass
+            Operation::Refresh | Operation::RefreshOfEditedClass | Operation::RecoveredRefresh
         ) {
             return Ok(());
         }
@@ -537,6 +553,9 @@ impl Run {
             }
         }
         self.former_content_goes().await?;
+        if !self.node.has_failing_record() {
+            until("the pod status tells of no failure", || !self.is_stale()).await?;
+        }
         if self.then == Then::Elsewhere {
             // Longer than the interval in which it checks the Secret.
             sleep(Duration::from_millis(1_300)).await;
@@ -639,7 +658,10 @@ impl Run {
         }
         until("the Secrets are as they should be", || self.has_secrets()).await?;
         self.former_content_goes().await?;
-        if self.operation == Operation::RefusedRefresh {
+        if matches!(
+            self.operation,
+            Operation::RefusedRefresh | Operation::RecoveredRefresh
+        ) {
             until("the pod is told whether refreshes fail", || self.is_told()).await?;
         }
         Ok(())
@@ -648,16 +670,19 @@ impl Run {
     /// Returns whether event and pod status say that refreshes fail, as long as they do. The driver writes
     /// both in the background.
     fn is_told(&self) -> bool {
-        let api = self.node.api();
-        let annotations = "/metadata/annotations/secrets-store.csi.k8s.io~1stale-since";
-        let is_stale = |status: &Value| status.pointer(annotations).is_some();
-        let is_stale = api.all(STATUSES).iter().any(is_stale);
-        let mut events = api.all("events").into_iter();
+        let mut events = self.node.api().all("events").into_iter();
         if self.is_refused() {
-            is_stale && events.any(|event| event["reason"] == "MountRotationFailed")
+            self.is_stale() && events.any(|event| event["reason"] == "MountRotationFailed")
         } else {
-            !is_stale
+            !self.is_stale()
         }
+    }
+
+    /// Returns whether the pod status says that refreshes fail.
+    fn is_stale(&self) -> bool {
+        let annotation = "/metadata/annotations/secrets-store.csi.k8s.io~1stale-since";
+        let is_stale = |status: &Value| status.pointer(annotation).is_some();
+        self.node.api().all(STATUSES).iter().any(is_stale)
     }
 
     /// Waits until nothing but the present content is left in the volume, with further looks of kubelet.
@@ -695,7 +720,11 @@ impl Run {
                     .any(|of| name.starts_with(of))
             });
         }
-        if self.operation == Operation::RefusedRefresh && self.then == Then::Changed {
+        let recovers = match self.operation {
+            Operation::RefusedRefresh => self.then == Then::Changed,
+            operation => operation == Operation::RecoveredRefresh,
+        };
+        if recovers {
             // What the driver did not live to see is not announced.
             state.retain(|name, _| !name.starts_with("event MountRotation"));
         }
@@ -813,9 +842,12 @@ impl Run {
     }
 
     fn heal(&mut self) {
-        if !self.operation.is_refused() {
-            return;
+        if self.operation.is_refused() {
+            self.admit();
         }
+    }
+
+    fn admit(&mut self) {
         if self.class.faults.take().is_some() {
             self.class.generation += 1;
             self.put_class();
