@@ -1,7 +1,7 @@
 //! Faults of a node's provider.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Event;
@@ -17,6 +17,8 @@ use super::{Actor, CONTROL, escaped, sleep};
 /// The time from the beginning of a hang, which lasts longer, until an event tells of a refresh: an interval of rotation, the driver's
 /// deadline for a refresh (30 s), and the rest for a machine with other work.
 const TOLD: Duration = Duration::from_secs(42);
+/// The time in which a provider that was killed is there again.
+const STARTS: Duration = Duration::from_secs(10);
 /// The reason of the event about a refresh that failed.
 const ROTATION_FAILED: &str = "MountRotationFailed";
 /// The time from the beginning of a hang after which the API server has to be there, so that it gets the event.
@@ -58,6 +60,14 @@ impl<G: Ground> Actor<'_, G> {
         let (hung, told) = tokio::join!(hang, told);
         // As its liveness probe does; the calls that hang break off.
         let killed = self.ground.cluster().provider(node, PROVIDER).kill().await;
+        // What waits for the end of this fault may need the provider.
+        let begun = Instant::now();
+        while killed.is_ok()
+            && begun.elapsed() < STARTS
+            && self.control(node, "/calls").await.is_err()
+        {
+            sleep(100).await;
+        }
         hung.and(told).and(killed)
     }
 

@@ -352,7 +352,7 @@ fn fault(random: &mut Random, nodes: usize) -> What {
         },
         13 => What::ApiRefuses {
             lasts,
-            status: [403, 429, 500, 503][random.index(4)],
+            status: [403, 404, 429, 500, 503][random.index(5)],
         },
         14 => What::ApiConflicts { lasts },
         15..17 => What::ApiPast { lasts },
