@@ -84,9 +84,9 @@ const LOOK: Duration = Duration::from_millis(250);
 /// The share of the clock's time by which the time of a run goes on, on a machine that is not too slow for
 /// the deadlines of calls.
 const QUIET: f64 = 0.7;
-/// The time in which all steps end after the last has begun. A stop and a reboot take half a minute
-/// at most each.
-const STEPS_END: Duration = Duration::from_secs(180);
+/// The time in which all steps end after the last has begun. A stop and a reboot take half a minute at most each,
+/// and volumes that somebody has altered have a minute and a half, on a machine without other work.
+const STEPS_END: Duration = Duration::from_secs(300);
 
 /// The settings of a run.
 #[derive(Clone, Debug)]

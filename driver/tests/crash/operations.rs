@@ -560,9 +560,27 @@ impl Run {
             // Longer than the interval in which it checks the Secret.
             sleep(Duration::from_millis(1_300)).await;
             self.node.look_at_secret();
+        } else {
+            let is_so = || self.has_secret_of_volume();
+            until("the Secret has what is mounted", is_so).await?;
         }
         self.node.kill_driver().await;
         Ok(())
+    }
+
+    /// Returns whether the Secret has the contents of the files that are mounted now, whichever these are.
+    fn has_secret_of_volume(&self) -> bool {
+        let Some(secret) = self.node.secret("creds") else {
+            return false;
+        };
+        let objects = [("pw", "pw"), ("db", "db/password")];
+        data(&secret).into_iter().all(|(key, value)| {
+            let object = objects.iter().find(|(of, _)| *of == key);
+            let file = object.map(|(_, object)| fs::read(self.node.target().join(object)));
+            // A class may take a file away whose key goes at the next refresh.
+            let file = file.and_then(Result::ok);
+            file.is_none_or(|file| BASE64_STANDARD.encode(file) == value)
+        })
     }
 
     /// Has another node write the new content to the Secret, unless the Secret has it.

@@ -304,7 +304,8 @@ impl<G: Ground> Actor<'_, G> {
                     && there.metadata.deletion_timestamp.is_none()
                     && !has_ended(&there)
             });
-            if !runs {
+            // After a reboot the node has other mounts.
+            if !runs || !self.world.is_up(&pod.node, &root) {
                 return Ok(());
             }
             if self.world.now() - since > self.world.bounds.converge + LONGEST {
