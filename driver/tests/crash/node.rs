@@ -278,11 +278,9 @@ impl Node {
             if !owned_by(&status, &json!(UID)) && !owned_by(&status, &json!(NAMESAKE)) {
                 return Some(format!("a pod status stays: {status}"));
             }
-            let name = status["metadata"]["name"].as_str().unwrap_or_default();
-            self.api
-                .remove(&format!("{CUSTOM}/secretproviderclasspodstatuses/{name}"));
             statuses.push(status["metadata"]["uid"].clone());
         }
+        self.remove_pod_statuses();
         for secret in self.api.all("secrets") {
             if !statuses.iter().any(|status| owned_by(&secret, status)) {
                 return Some(format!("the Secret stays: {}", secret["metadata"]));
@@ -291,6 +289,40 @@ impl Node {
             self.remove_secret(name);
         }
         None
+    }
+
+    pub(crate) fn remove_pod_statuses(&self) {
+        for status in self.api.all(STATUSES) {
+            let name = status["metadata"]["name"].as_str().unwrap_or_default();
+            self.api
+                .remove(&format!("{CUSTOM}/secretproviderclasspodstatuses/{name}"));
+        }
+    }
+
+    /// Takes the owners off the Secret that are gone, as the garbage collector does while there is another one.
+    pub(crate) fn remove_absent_owners(&self) {
+        let statuses = self.api.all(STATUSES);
+        let is_there = |owner: &Value| {
+            let mut uids = statuses.iter().map(|status| &status["metadata"]["uid"]);
+            uids.any(|uid| *uid == owner["uid"])
+        };
+        if let Some(mut secret) = self.secret("creds")
+            && let Some(owners) = secret["metadata"]["ownerReferences"].as_array_mut()
+        {
+            owners.retain(is_there);
+            self.put_secret("creds", secret);
+        }
+    }
+
+    /// Returns whether the Secret lives with the pod status that is there.
+    pub(crate) fn secret_lives_with_status(&self) -> bool {
+        let owners = self
+            .secret("creds")
+            .map(|secret| secret["metadata"]["ownerReferences"].clone());
+        let owners = owners.as_ref().and_then(Value::as_array);
+        let statuses = self.api.all(STATUSES);
+        let mut statuses = statuses.iter().map(|status| &status["metadata"]["uid"]);
+        statuses.any(|uid| owners.is_some_and(|all| all.iter().any(|owner| owner["uid"] == *uid)))
     }
 
     pub(crate) fn look_at_secret(&self) {

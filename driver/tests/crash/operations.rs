@@ -36,6 +36,8 @@ pub(crate) enum Operation {
     Unpublish,
     /// Somebody has deleted the Secret.
     DeletedSecret,
+    /// Somebody has deleted the pod status of a pod without a controller, with which the Secret would go.
+    DeletedPodStatus,
     /// Somebody has changed the Secret.
     AlteredSecret,
     /// An edit of the class that asks for another Secret, which nobody publishes.
@@ -138,6 +140,7 @@ impl Operation {
             | Self::UnpublishOfBuriedVolume
             | Self::Unpublish
             | Self::DeletedSecret
+            | Self::DeletedPodStatus
             | Self::AlteredSecret
             | Self::ClassWithAnotherSecret => &[Then::Again],
         }
@@ -193,6 +196,7 @@ impl Operation {
                 | Self::RefreshOfBarePod
                 | Self::UnpublishOfBarePod
                 | Self::UnpublishOfEndedPod
+                | Self::DeletedPodStatus
         )
     }
 
@@ -204,7 +208,10 @@ impl Operation {
     fn is_by_itself(self) -> bool {
         matches!(
             self,
-            Self::DeletedSecret | Self::AlteredSecret | Self::ClassWithAnotherSecret
+            Self::DeletedSecret
+                | Self::DeletedPodStatus
+                | Self::AlteredSecret
+                | Self::ClassWithAnotherSecret
         )
     }
 
@@ -365,6 +372,7 @@ impl Run {
                 self.expect_secret();
                 self.node.remove_secret("creds");
             }
+            Operation::DeletedPodStatus => self.node.remove_pod_statuses(),
             Operation::AlteredSecret => {
                 let mut altered = self.node.secret("creds").ok_or("there is no Secret")?;
                 altered["data"]["pw"] = json!("YWx0ZXJlZA==");
@@ -424,6 +432,10 @@ impl Run {
         if self.operation.is_by_itself() {
             let node = &self.node;
             until("the Secrets are as they should be", || self.has_secrets()).await?;
+            if self.operation.is_bare() {
+                let lives = || node.secret_lives_with_status();
+                until("the Secret lives with the pod status", lives).await?;
+            }
             node.look_at_secret();
         }
         if self.operation.changes_content() {
@@ -761,6 +773,11 @@ impl Run {
     /// Returns the state in the end, and then takes the volume down and looks that nothing is left.
     pub(crate) async fn end(&mut self) -> Result<State, String> {
         self.node.look_at_secret();
+        if self.operation == Operation::DeletedPodStatus {
+            let lives = || self.node.secret_lives_with_status();
+            until("the Secret lives with the pod status", lives).await?;
+            self.node.remove_absent_owners();
+        }
         let state = if self.is_to_go() {
             // No further call comes once kubelet was told that the volume is gone.
             let left = self.left();
