@@ -275,6 +275,13 @@ impl Cache {
         self.entries().schedule.expedite(&check);
     }
 
+    /// Makes the check of a class due at once.
+    pub(super) fn expedite_class(&self, class: &ClassKey) {
+        let check = Check::Class(class.clone());
+        self.entries().schedule.expedite(&check);
+        self.sooner.notify_one();
+    }
+
     /// Makes the checks of the Secrets of a volume's class due at once.
     pub(super) fn expedite_secrets(&self, volume_id: &str) {
         let mut entries = self.entries();

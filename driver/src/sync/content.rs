@@ -183,6 +183,13 @@ impl VolumeContent {
         is_earlier && !self.is_failing
     }
 
+    /// Returns whether this content is of a later state of its class than the one that is known here: another driver
+    /// beside this one has refreshed the volume, or this one is about to remember what it has read.
+    pub(super) fn is_ahead_of(&self, class: &Class) -> bool {
+        let age = class.identity.age(&self.class);
+        matches!(age, Age::OlderContent | Age::Unsure)
+    }
+
     /// Returns whether different content always has a different identity. A provider that writes its
     /// files itself may change them in place.
     pub(super) fn is_versioned(&self) -> bool {

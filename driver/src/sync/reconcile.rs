@@ -244,6 +244,15 @@ impl SecretSync {
         volumes: &[CachedVolume],
     ) -> Result<Option<(Digest, Stamp)>, SyncError> {
         let newest = self.newest(volumes, None).await?;
+        if newest
+            .as_ref()
+            .is_some_and(|newest| newest.is_ahead_of(target.class))
+        {
+            // The Secret may be one that the class lists no more.
+            self.cache.expedite_class(&target.key.class);
+            let later = "the volume has content of a later state of the class, which is read now";
+            return Err(SyncError::unavailable(later).awaited());
+        }
         let Some(newest) = newest.filter(VolumeContent::is_versioned) else {
             return Ok(None);
         };
