@@ -396,6 +396,9 @@ async fn settle<G: Ground>(
     for failure in untraced(world, ground).await? {
         world.log.find("each failure leaves a trace", failure);
     }
+    if let Some(untold) = features::untold(world, &ground.cluster().client()).await? {
+        world.log.find("a pod is told what does not follow", untold);
+    }
     Ok(())
 }
 

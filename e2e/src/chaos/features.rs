@@ -19,7 +19,7 @@ use std::sync::Mutex;
 
 use super::lock;
 use super::store::Store;
-pub(super) use check::{lacking, watch};
+pub(super) use check::{lacking, untold, watch};
 pub(super) use classes::{class, name_of, of_somebody_else, pods, status_names, volumes_of};
 use outcome::Secrets;
 

@@ -34,7 +34,7 @@ use crate::install::pod_statuses;
 pub(super) use calm::lacking;
 pub(super) use leaks::{Usage, excess, left, usage};
 pub(super) use nodes::untrue;
-pub(super) use traces::untraced;
+pub(super) use traces::{TOLD, untraced};
 use volumes::Suspicion;
 pub(super) use volumes::{is_mount, path_of};
 pub(super) use warnings::warned;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{Event, Pod, Secret};
@@ -15,6 +16,7 @@ use crate::cluster::{Result, api};
 use crate::install::pod_statuses;
 
 use super::super::lock;
+use super::super::observer::TOLD;
 use super::super::tenants::ORDER;
 use super::super::world::World;
 use super::classes::{name_of, status_name};
@@ -27,6 +29,8 @@ const TROUBLE: &str = "secrets-store.csi.k8s.io/secrets-out-of-step-since";
 const STALE: &str = "secrets-store.csi.k8s.io/stale-since";
 /// The annotation of a Secret with the class that holds it (docs/secrets.md).
 const HOLDER: &str = "secrets-store.csi.k8s.io/class";
+/// The pause between two looks at events.
+const PAUSE: Duration = Duration::from_secs(1);
 /// The reason of the event about a mount with `subPath`.
 const SUB_PATH: &str = "MountSubPathNotRefreshed";
 
@@ -103,9 +107,7 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
         lacking.extend(wrong_version(&settled, &seen, &changed));
     }
     lacking.extend(wrong_secrets(world, client, &seen, &statuses).await?);
-    if is_followed {
-        lacking.extend(untold(world, client, &there).await?);
-    }
+    if is_followed {}
     lock(&world.features.0).seen = seen;
     world
         .log
@@ -325,21 +327,38 @@ pub(in super::super) async fn watch(world: Arc<World>, client: kube::Client) {
     }
 }
 
-/// Returns whether the pod has not been told of its mount with `subPath`, although its content has changed since.
-async fn untold(
+/// Waits until the pod has been told of its mount with `subPath`, as its content has changed. Returns that it has not,
+/// if the driver ran all the time in which it had to.
+pub(in super::super) async fn untold(
     world: &World,
     client: &kube::Client,
-    there: &[(String, String, Vec<usize>)],
 ) -> Result<Option<String>> {
+    let begun = world.now();
+    let there = world.features.there();
+    let Some((uid, node, classes)) = there.first() else {
+        return Ok(None);
+    };
+    if !classes.contains(&NUMBERED) {
+        return Ok(None);
+    }
+    loop {
+        if is_told(world, client, uid).await? || !world.driver_ran_since(node, begun) {
+            return Ok(None);
+        }
+        if world.now() - begun > TOLD {
+            let text = format!("pod {} is not told of its mount with subPath", PODS[0]);
+            return Ok(Some(text));
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+async fn is_told(world: &World, client: &kube::Client, uid: &str) -> Result<bool> {
     let events = Api::<Event>::namespaced(client.clone(), &world.namespace);
     let events = events.list(&ListParams::default()).await;
     let events = events.map_err(api("list events".to_owned()))?.items;
-    let uid = there
-        .first()
-        .filter(|(_, _, classes)| classes.contains(&NUMBERED))
-        .map(|(uid, ..)| uid);
-    let is_told = events.iter().any(|event| {
-        event.reason.as_deref() == Some(SUB_PATH) && event.involved_object.uid.as_ref() == uid
-    });
-    Ok((!is_told).then(|| format!("pod {} is not told of its mount with subPath", PODS[0])))
+    Ok(events.iter().any(|event| {
+        event.reason.as_deref() == Some(SUB_PATH)
+            && event.involved_object.uid.as_deref() == Some(uid)
+    }))
 }

@@ -15,7 +15,7 @@ use super::super::world::{Failure, World};
 
 /// The time in which the driver posts an event that the API server has refused before. Its attempts at that
 /// are the longer apart the more there were.
-const TOLD: Duration = Duration::from_secs(80);
+pub(in super::super) const TOLD: Duration = Duration::from_secs(80);
 
 /// Returns the failures of which a person can find no trace: no warning among the pod's events, or, if the
 /// driver has started anew since, neither that nor a line of its log that names the pod. Forgets all failures
