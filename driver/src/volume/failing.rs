@@ -115,6 +115,11 @@ impl Failing {
         (is_same && Instant::now() < failures.until).then(|| failures.error.clone())
     }
 
+    /// Returns whether the last refresh of a volume here has failed.
+    pub(super) fn has_failed(&self, volume_id: &str) -> bool {
+        self.failures().contains_key(volume_id)
+    }
+
     /// Remembers that a refresh has failed. Returns how long the volume is left alone.
     pub(super) fn failed(
         &self,

@@ -62,6 +62,7 @@ impl Volumes {
         let due = self.is_due(&record, &class, request);
         if let Ok(false) = due {
             if let Ok(class) = &class {
+                self.end_failures(&record, request).await;
                 self.remember_look(request, &record, evidence, Some(&class.identity));
             }
             return Ok(Outcome::AlreadyPublished);
@@ -317,6 +318,16 @@ impl Volumes {
         let told = self.failing.notices().failing_since(volume_id);
         if let Some(since) = told.or(earlier.and_then(|earlier| earlier.failing_since)) {
             self.announce_recovery(request, since).await;
+        }
+    }
+
+    /// Ends the trouble of a volume that needs no refresh although the last one here has failed: another driver beside
+    /// this one has refreshed it since. Nothing else would end it before the next refresh.
+    async fn end_failures(&self, record: &Record, request: &PublishRequest) {
+        if record.is_fresh() && self.failing.has_failed(&request.volume_id) {
+            self.cluster
+                .set_trouble(status_of(record), Aspect::Freshness, None);
+            self.refresh_succeeded(record, request, false).await;
         }
     }
 
