@@ -43,12 +43,11 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
     if there.is_empty() {
         return Ok(Vec::new());
     }
-    let (settled, changed, is_followed, is_unrecorded, numbers, waits) = {
+    let (settled, changed, is_unrecorded, numbers, waits) = {
         let state = lock(&world.features.0);
         (
             state.settled.clone(),
             state.changed.clone(),
-            state.is_followed,
             state.is_unrecorded,
             state.numbers,
             state.waits,
@@ -107,7 +106,6 @@ pub(in super::super) async fn lacking(world: &World, client: &kube::Client) -> R
         lacking.extend(wrong_version(&settled, &seen, &changed));
     }
     lacking.extend(wrong_secrets(world, client, &seen, &statuses).await?);
-    if is_followed {}
     lock(&world.features.0).seen = seen;
     world
         .log
@@ -338,7 +336,7 @@ pub(in super::super) async fn untold(
     let Some((uid, node, classes)) = there.first() else {
         return Ok(None);
     };
-    if !classes.contains(&NUMBERED) {
+    if !lock(&world.features.0).is_followed || !classes.contains(&NUMBERED) {
         return Ok(None);
     }
     loop {
