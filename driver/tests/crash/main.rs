@@ -177,6 +177,7 @@ async fn try_all(operation: Operation, how: How) {
     let started = Instant::now();
     let mut undisturbed = BTreeMap::new();
     let mut points = Points::of(how);
+    points.waits = operation == Operation::DeletedPodStatus;
     let follows = match how {
         How::Stopped => operation.follows(),
         How::Failed => &[Then::Again],
@@ -337,6 +338,8 @@ fn test_name() -> String {
 /// The points of an operation.
 struct Points {
     how: How,
+    /// Whether the driver comes to the operation only some intervals later.
+    waits: bool,
     queue: VecDeque<Point>,
     /// How often each was tried, or `None` once the driver was stopped there.
     known: BTreeMap<Point, Option<usize>>,
@@ -349,6 +352,7 @@ impl Points {
     fn of(how: How) -> Self {
         Self {
             how,
+            waits: false,
             queue: VecDeque::new(),
             known: BTreeMap::new(),
             left_out: BTreeSet::new(),
@@ -365,7 +369,7 @@ impl Points {
             let is_known = self.known.contains_key(&point) || self.left_out.contains(&point);
             // What fails between the driver and a server is not a step of the node.
             let is_out = self.how == How::Failed && !is_of_node(&point.step);
-            let is_out = is_out || is_read_again(&point.step);
+            let is_out = is_out || self.waits && is_read_again(&point.step);
             if is_known || is_out || self.known.len() > MOST {
                 continue;
             }

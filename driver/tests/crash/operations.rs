@@ -586,13 +586,15 @@ impl Run {
             return false;
         };
         let objects = [("pw", "pw"), ("db", "db/password")];
-        data(&secret).into_iter().all(|(key, value)| {
-            let object = objects.iter().find(|(of, _)| *of == key);
-            let file = object.map(|(_, object)| fs::read(self.node.target().join(object)));
-            // A class may take a file away whose key goes at the next refresh.
-            let file = file.and_then(Result::ok);
-            file.is_none_or(|file| BASE64_STANDARD.encode(file) == value)
-        })
+        let data = data(&secret);
+        !data.is_empty()
+            && data.into_iter().all(|(key, value)| {
+                let object = objects.iter().find(|(of, _)| *of == key);
+                let file = object.map(|(_, object)| fs::read(self.node.target().join(object)));
+                // A class may take a file away whose key goes at the next refresh.
+                let file = file.and_then(Result::ok);
+                file.is_none_or(|file| BASE64_STANDARD.encode(file) == value)
+            })
     }
 
     /// Has another node write the new content to the Secret, unless the Secret has it.

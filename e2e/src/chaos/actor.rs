@@ -213,11 +213,12 @@ impl<'a, G: Ground> Actor<'a, G> {
                 if lies {
                     self.world.lies(true);
                 }
+                self.world.api_is_struck();
                 let struck = self.ground.strike_api(what).await;
                 if lies {
                     self.world.lies(false);
                 }
-                self.world.api_answers();
+                self.world.api_is_struck();
                 self.world.log.struck(&what.kind(), struck?);
                 Ok(())
             }

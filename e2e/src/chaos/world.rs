@@ -97,7 +97,7 @@ pub(super) struct World {
     writing: AtomicU64,
     /// Failures of which there has to be a trace: the pod's UID and name, its node, and what fails.
     pub(super) failures: Mutex<BTreeMap<String, Failure>>,
-    /// When, by [`World::now`], the last fault of the API server was over.
+    /// When, by [`World::now`], a fault of the API server has begun or was over last.
     api_away: Mutex<Option<Duration>>,
     /// Whether these are good minutes.
     pub(super) good: Good,
@@ -375,12 +375,12 @@ impl World {
         last.is_none_or(|last| last < time)
     }
 
-    /// Notes that a fault of the API server is over.
-    pub(super) fn api_answers(&self) {
+    /// Notes that a fault of the API server begins, or is over.
+    pub(super) fn api_is_struck(&self) {
         *lock(&self.api_away) = Some(self.now());
     }
 
-    /// Returns whether a fault of the API server was over only after a time by [`World::now`].
+    /// Returns whether a fault of the API server has begun, or was over, only after a time by [`World::now`].
     pub(super) fn api_was_away_since(&self, time: Duration) -> bool {
         lock(&self.api_away).is_some_and(|last| last > time)
     }

@@ -14,8 +14,8 @@ use super::super::ground::{Ground, PROVIDER};
 use super::super::schedule::{HUNG_FOR_LONG, What};
 use super::{Actor, CONTROL, escaped, sleep};
 
-/// The time from the beginning of a hang, which lasts longer, until an event tells of a refresh: an interval of rotation, the driver's
-/// deadline for a refresh (30 s), and the rest for a machine with other work.
+/// The time from the beginning of a hang, which lasts longer, until an event tells of a refresh: an interval of
+/// rotation, the driver's deadline for a refresh (30 s), and the rest for a machine with other work.
 const TOLD: Duration = Duration::from_secs(42);
 /// The time in which a provider that was killed is there again.
 const STARTS: Duration = Duration::from_secs(10);

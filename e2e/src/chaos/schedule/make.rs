@@ -393,9 +393,8 @@ fn fault(random: &mut Random, nodes: usize) -> What {
     }
 }
 
-/// Returns a fault that lasts for most of a round. A disk that hangs for so long makes a round longer: not the
-/// first one of a run.
-/// So does a provider that does not answer until the driver has given up. One of the two comes early in each run.
+/// Returns a fault that lasts for most of a round. A disk that hangs for long makes a round longer, and so does a
+/// provider that does not answer until the driver has given up: not the first one of a run, but an early one.
 fn long_fault(random: &mut Random, number: usize, hangs: Hangs, nodes: usize) -> What {
     let node = random.index(nodes);
     let lasts = HUNG_FOR_LONG + random.below(5_000);
