@@ -58,6 +58,9 @@ pub(crate) use tls::fuzz as fuzz_tls;
 /// is not written fails the publish, it waits longer if its caller does.
 const PUBLISH_WAIT: Duration = Duration::from_secs(20);
 
+/// Says why the Secrets of a pod without an owner are not written.
+const NO_OWNER: &str = "the pod is gone, or somebody has deleted its SecretProviderClassPodStatus, with which these Secrets live; the driver writes both again for a pod that is there";
+
 /// A mounted volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Volume {
@@ -299,7 +302,7 @@ impl SecretSync {
         match owners.await {
             Ok(Some(owners)) if owners.pod_ended => return Ok(()),
             Ok(Some(owners)) => self.cache.set_owners(&volume.id, Some(owners)),
-            Ok(None) => return Err(self.not_written(volume, key, class, "the pod is gone")),
+            Ok(None) => return Err(self.not_written(volume, key, class, NO_OWNER)),
             Err(error) => return Err(self.not_written(volume, key, class, error)),
         }
         let class = &Arc::new(class.without_parameters());

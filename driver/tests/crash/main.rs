@@ -1,5 +1,6 @@
 //! Stops the driver after each step that changes something outside of it, starts it again, and has
-//! kubelet try again. Or has each step on the node fail once, and kubelet tries again, too.
+//! kubelet try again. Or holds the thread there while something else happens. Or has each step on the node fail once,
+//! and kubelet tries again, too.
 //!
 //! The steps are those that a traced run of the driver makes: system calls on files and mounts, requests
 //! to the API server and to the provider and their answers. Nothing here lists them, so a step that is
@@ -55,6 +56,8 @@ const POINT: &str = "CRASH_POINT";
 
 /// The number of nodes at a time.
 const NODES: usize = 6;
+/// The same while drivers are held, which wait most of the time.
+const WAITING_NODES: usize = 16;
 /// How often a step is waited for that a traced run had and others have not.
 const TRIES: usize = 4;
 /// The most points of an operation. There are more only if the same step has other names in other runs.
@@ -90,6 +93,22 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::unpublish_of_buried_volume(Operation::UnpublishOfBuriedVolume)]
 fn stopped_after_each_step(#[case] operation: Operation) {
     try_alone(operation, How::Stopped);
+}
+
+#[rstest]
+#[case::publish(Operation::Publish)]
+#[case::refresh(Operation::Refresh)]
+#[case::refresh_of_edited_class(Operation::RefreshOfEditedClass)]
+#[case::publish_of_bare_pod(Operation::PublishOfBarePod)]
+#[case::refresh_of_bare_pod(Operation::RefreshOfBarePod)]
+#[case::publish_of_written_files(Operation::PublishOfWrittenFiles)]
+#[case::refresh_of_written_files(Operation::RefreshOfWrittenFiles)]
+#[case::unpublish(Operation::Unpublish)]
+#[case::unpublish_of_bare_pod(Operation::UnpublishOfBarePod)]
+#[case::deleted_secret(Operation::DeletedSecret)]
+#[case::altered_secret(Operation::AlteredSecret)]
+fn held_after_each_step(#[case] operation: Operation) {
+    try_alone(operation, How::Held);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -180,6 +199,7 @@ async fn try_all(operation: Operation, how: How) {
     points.waits = operation == Operation::DeletedPodStatus;
     let follows = match how {
         How::Stopped => operation.follows(),
+        How::Held => operation.meanwhile(),
         How::Failed => &[Then::Again],
     };
     for then in follows {
@@ -193,7 +213,7 @@ async fn try_all(operation: Operation, how: How) {
         let asks = run.steps.iter().any(|step| step.starts_with("provider: "));
         assert_eq!(asks, operation.asks_provider(), "{:#?}", run.steps);
         undisturbed.insert(*then, state);
-        points.add(*then, &run.steps);
+        points.add(*then, &run.steps, place(follows, *then));
     }
     if let Ok(wanted) = std::env::var(POINT) {
         points.keep_only(&wanted);
@@ -201,8 +221,12 @@ async fn try_all(operation: Operation, how: How) {
     let undisturbed = Arc::new(undisturbed);
     let mut running = JoinSet::new();
     let mut failures = Vec::new();
+    let nodes = match how {
+        How::Held => WAITING_NODES,
+        How::Stopped | How::Failed => NODES,
+    };
     loop {
-        while running.len() < NODES
+        while running.len() < nodes
             && failures.len() < 3
             && let Some(point) = points.queue.pop_front()
         {
@@ -216,7 +240,7 @@ async fn try_all(operation: Operation, how: How) {
             break;
         };
         let (point, mut ended) = ended.unwrap();
-        points.ended(&point, &ended);
+        points.ended(&point, &ended, place(follows, point.then));
         if let Ok(state) = &ended.outcome
             && let Some(difference) = difference(&undisturbed[&point.then], state)
         {
@@ -234,6 +258,12 @@ async fn try_all(operation: Operation, how: How) {
     );
     println!("{}", points.summary(operation, started.elapsed()));
     points.check();
+}
+
+/// Returns the place of something among all that may follow, and their number.
+fn place(follows: &[Then], then: Then) -> (usize, usize) {
+    let place = follows.iter().position(|one| *one == then);
+    (place.unwrap_or_default(), follows.len())
 }
 
 /// Returns whether a driver that waits for something has read an object more than twice: it does so again and again.
@@ -267,6 +297,12 @@ async fn run(operation: Operation, then: Then, at: Option<(&str, How)>) -> io::R
     let all = async {
         run.set_up().await?;
         let traced = run.arm(at)?;
+        if let Then::Meanwhile(meanwhile) = then {
+            run.disturb(meanwhile, &traced, at.is_some()).await?;
+            (ended.steps, ended.is_hit) = traced.disarm();
+            run.go_on(false, &ended.steps).await?;
+            return run.end().await;
+        }
         let before = run.told();
         let mut is_gone = false;
         let acted = tokio::select! {
@@ -276,7 +312,7 @@ async fn run(operation: Operation, then: Then, at: Option<(&str, How)>) -> io::R
                 Ok(())
             }
             // What failed may be what the end of the operation waits for.
-            () = failed_for_a_while(&traced) => Ok(()),
+            () = failed_for_a_while(&traced, at) => Ok(()),
         };
         (ended.steps, ended.is_hit) = traced.disarm();
         let has_failed = ended.is_hit && matches!(at, Some((_, How::Failed)));
@@ -307,8 +343,8 @@ async fn run(operation: Operation, then: Then, at: Option<(&str, How)>) -> io::R
 }
 
 /// Waits until a step has failed, and then for longer than an operation takes.
-async fn failed_for_a_while(traced: &Traced) {
-    while !traced.has_failed() {
+async fn failed_for_a_while(traced: &Traced, at: Option<(&str, How)>) {
+    while !(traced.is_hit() && matches!(at, Some((_, How::Failed)))) {
         sleep(Duration::from_millis(20)).await;
     }
     sleep(Duration::from_millis(1_500)).await;
@@ -319,6 +355,7 @@ fn failure(operation: Operation, point: &Point, how: How, ended: &Ended, why: &s
     let steps = ended.steps.join("\n  ");
     let at = match how {
         How::Stopped => "stopped after a step",
+        How::Held => "held after a step",
         How::Failed => "a step fails",
     };
     format!(
@@ -362,7 +399,7 @@ impl Points {
 
     /// Adds the steps of a run that are not known. After each step kubelet tries again, with and
     /// without a change in the store. Of the rest one follows in turn, which saves time.
-    fn add(&mut self, then: Then, steps: &[String]) {
+    fn add(&mut self, then: Then, steps: &[String], (place, places): (usize, usize)) {
         for (index, step) in steps.iter().enumerate() {
             let step = step.clone();
             let point = Point { then, step };
@@ -379,6 +416,8 @@ impl Points {
                 Then::Unpublish => index % 3 == 0,
                 Then::TornRecords => index % 3 == 1,
                 Then::Reboot => index % 3 == 2,
+                // Two of them at each step.
+                Then::Meanwhile(_) => (index + place) % places < 2,
             };
             if is_in_turn || std::env::var_os(POINT).is_some() {
                 self.known.insert(point.clone(), Some(0));
@@ -398,10 +437,11 @@ impl Points {
     }
 
     /// Notes the end of a run. A step that it has not come to is tried again.
-    fn ended(&mut self, point: &Point, ended: &Ended) {
+    fn ended(&mut self, point: &Point, ended: &Ended, place: (usize, usize)) {
         self.runs += 1;
-        if std::env::var_os(POINT).is_none() {
-            self.add(point.then, &ended.steps);
+        // What happens meanwhile leads to other steps.
+        if std::env::var_os(POINT).is_none() && self.how != How::Held {
+            self.add(point.then, &ended.steps, place);
         }
         let Some(tries) = self.known.get_mut(point) else {
             return;

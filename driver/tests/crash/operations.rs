@@ -1,5 +1,7 @@
 //! What is done to a volume and its Secrets while the driver is stopped, and what follows.
 
+mod meanwhile;
+
 use std::{collections::BTreeMap, fmt, fs, path::PathBuf, sync::Arc, time::Instant};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
@@ -13,6 +15,8 @@ use crate::{
     state::{State, node_state, state},
     tracer::{How, Traced},
 };
+use meanwhile::CHECKS;
+pub(crate) use meanwhile::Meanwhile;
 
 /// What the driver does when it is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,11 +88,14 @@ pub(crate) enum Then {
     TornRecords,
     /// The node has lost its power, which has torn the records too.
     Reboot,
+    /// kubelet tries again after something has happened during the operation.
+    Meanwhile(Meanwhile),
 }
 
 impl fmt::Display for Then {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Meanwhile(meanwhile) => return write!(f, "meanwhile {meanwhile}"),
             Self::Again => "again",
             Self::Changed => "changed",
             Self::Unpublish => "unpublish",
@@ -253,10 +260,10 @@ impl Run {
     /// traced here.
     pub(crate) async fn start(operation: Operation, then: Then) -> std::io::Result<Self> {
         // Checks that are not the operation would be among its steps.
-        let sync_interval = if operation.is_by_itself() {
-            "1s"
-        } else {
-            "10m"
+        let sync_interval = match then {
+            Then::Meanwhile(_) => CHECKS,
+            _ if operation.is_by_itself() => "1s",
+            _ => "10m",
         };
         let mut node = Node::start(!operation.is_bare()).await;
         node.start_traced(sync_interval)?;
@@ -338,7 +345,10 @@ impl Run {
             }
             _ => {}
         }
-        if self.then == Then::Elsewhere {
+        if matches!(
+            self.then,
+            Then::Elsewhere | Then::Meanwhile(Meanwhile::Elsewhere)
+        ) {
             self.elsewhere = Some(self.node.later_version().await);
         }
         Ok(())
@@ -358,15 +368,16 @@ impl Run {
 
     /// Does the operation, and waits for its end.
     pub(crate) async fn act(&mut self) -> Result<(), String> {
+        if self.operation == Operation::Start {
+            return self.node.is_ready().await;
+        }
+        self.begin();
+        self.finish().await
+    }
+
+    /// Does that to which the driver answers by itself.
+    fn begin(&mut self) {
         match self.operation {
-            Operation::Start => return self.node.is_ready().await,
-            // One call does not take all down, and kubelet calls again.
-            Operation::UnpublishOfBuriedVolume => return self.unpublish().await,
-            operation if operation.is_unpublish() => {
-                let unpublished = self.node.unpublish().await;
-                unpublished.map_err(|status| status.to_string())?;
-                return self.owners_are_checked().await;
-            }
             Operation::DeletedSecret => {
                 self.node.secret.lock().unwrap().add(None);
                 self.expect_secret();
@@ -374,18 +385,34 @@ impl Run {
             }
             Operation::DeletedPodStatus => self.node.remove_pod_statuses(),
             Operation::AlteredSecret => {
-                let mut altered = self.node.secret("creds").ok_or("there is no Secret")?;
-                altered["data"]["pw"] = json!("YWx0ZXJlZA==");
-                let seen = Some(data(&altered));
-                self.node.secret.lock().unwrap().add(seen);
-                self.expect_secret();
-                self.node.put_secret("creds", altered);
+                if let Some(mut altered) = self.node.secret("creds") {
+                    altered["data"]["pw"] = json!("YWx0ZXJlZA==");
+                    let seen = Some(data(&altered));
+                    self.node.secret.lock().unwrap().add(seen);
+                    self.expect_secret();
+                    self.node.put_secret("creds", altered);
+                }
             }
             Operation::ClassWithAnotherSecret => {
                 let another = secret("more", "Opaque", &[("db/password", "db")]);
                 self.class.secret_objects = json!([self.class.secret_objects[0], another]);
                 self.edit_class();
             }
+            _ => {}
+        }
+    }
+
+    /// Makes the calls of kubelet, and waits for the end of the operation.
+    async fn finish(&self) -> Result<(), String> {
+        match self.operation {
+            // One call does not take all down, and kubelet calls again.
+            Operation::UnpublishOfBuriedVolume => return self.unpublish().await,
+            operation if operation.is_unpublish() => {
+                let unpublished = self.node.unpublish().await;
+                unpublished.map_err(|status| status.to_string())?;
+                return self.owners_are_checked().await;
+            }
+            operation if operation.is_by_itself() => {}
             _ => self.publish_once().await?,
         }
         self.ends().await?;
@@ -498,7 +525,7 @@ impl Run {
             self.interrupt_provider();
         }
         match self.then {
-            Then::Again => {}
+            Then::Again | Then::Meanwhile(_) => {}
             Then::Changed => {
                 self.heal();
                 self.put_store();
@@ -597,6 +624,19 @@ impl Run {
             })
     }
 
+    /// Returns whether the pod status names the files that are mounted now, in their versions.
+    fn tells_of_volume(&self) -> bool {
+        let Ok(files) = read_all(&self.node.target().join("..data")) else {
+            return false;
+        };
+        let files = files.into_iter().map(|(name, content)| {
+            let version = version(&String::from_utf8_lossy(&content));
+            json!({"id": format!("secret/{name}"), "version": version})
+        });
+        let files: Vec<Value> = files.collect();
+        matches!(&self.node.api().all(STATUSES)[..], [status] if status["status"]["objects"] == json!(files))
+    }
+
     /// Has another node write the new content to the Secret, unless the Secret has it.
     async fn overtake(&self) {
         let (Some(secret), Some(order)) = (self.node.secret("creds"), &self.elsewhere) else {
@@ -632,7 +672,10 @@ impl Run {
     }
 
     fn is_to_go(&self) -> bool {
-        matches!(self.then, Then::Unpublish | Then::Replaced) || self.operation.is_unpublish()
+        matches!(
+            self.then,
+            Then::Unpublish | Then::Replaced | Then::Meanwhile(Meanwhile::Unpublished)
+        ) || self.operation.is_unpublish()
     }
 
     fn is_refused(&self) -> bool {
@@ -763,6 +806,12 @@ impl Run {
         if self.operation == Operation::RefreshWithOtherType {
             state.remove("event SecretRecreated");
         }
+        if self.then == Then::Meanwhile(Meanwhile::StatusDeleted) {
+            // The count of contents goes with the pod status that had it, and a Secret that lives with it has to wait.
+            state.retain(|name, _| {
+                !name.starts_with("pod status ") && name != "event FailedToCreateSecret"
+            });
+        }
         if self.has_failed && !self.operation.is_refused() {
             // The failure is announced.
             state.retain(|name, _| !name.starts_with("event MountRotation"));
@@ -775,7 +824,9 @@ impl Run {
     /// Returns the state in the end, and then takes the volume down and looks that nothing is left.
     pub(crate) async fn end(&mut self) -> Result<State, String> {
         self.node.look_at_secret();
-        if self.operation == Operation::DeletedPodStatus {
+        let status_was_gone = self.operation == Operation::DeletedPodStatus
+            || self.then == Then::Meanwhile(Meanwhile::StatusDeleted);
+        if status_was_gone && self.operation.is_bare() {
             let lives = || self.node.secret_lives_with_status();
             until("the Secret lives with the pod status", lives).await?;
             self.node.remove_absent_owners();
@@ -845,12 +896,25 @@ impl Run {
 impl Run {
     /// Puts the next values into the store.
     fn put_store(&mut self) {
+        self.expect_store();
+        self.serve_store();
+    }
+
+    /// Expects the next values.
+    fn expect_store(&mut self) {
         self.version += 1;
         self.node.files.lock().unwrap().add(self.tree());
         self.expect_secret();
+    }
+
+    /// Has the store serve the values that are expected.
+    fn serve_store(&self) {
         let objects: Vec<Value> = objects(self.version)
             .into_iter()
-            .map(|(name, (mode, content))| json!({"name": name, "mode": mode, "content": content}))
+            .map(|(name, (mode, content))| {
+                let version = version(&content);
+                json!({"name": name, "mode": mode, "content": content, "version": version})
+            })
             .collect();
         self.node.put_store(&json!(objects));
     }
@@ -931,6 +995,13 @@ fn secret(name: &str, kind: &str, data: &[(&str, &str)]) -> Value {
         .map(|(object, key)| json!({"objectName": object, "key": key}))
         .collect();
     json!({"secretName": name, "type": kind, "labels": {"team": "shop"}, "data": data})
+}
+
+/// Returns the version of a value, which is a part of it.
+fn version(content: &str) -> String {
+    let (_, after) = content.split_once(" of version ").unwrap_or_default();
+    let (number, _) = after.split_once(';').unwrap_or_default();
+    format!("v{number}")
 }
 
 /// Returns the values in the store by the names of their objects, with their modes. From version to

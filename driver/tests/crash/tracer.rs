@@ -1,9 +1,10 @@
 //! Runs a program under ptrace(2), notes each step by which it changes something outside of itself,
-//! and kills it right after a given one, or has a given one fail.
+//! and kills it right after a given one, holds the thread that has made it there for a while, or has a given one
+//! fail.
 //!
 //! A step is noted when its system call has succeeded, and the program is killed before it learns of
-//! that. So the end of each step is also the beginning of the next one. A step that is to fail is not taken: the
-//! program gets an error in its place.
+//! that. So the end of each step is also the beginning of the next one. A thread is held at the same moment, and the
+//! others go on. A step that is to fail is not taken: the program gets an error in its place.
 
 use std::{
     collections::HashMap,
@@ -13,6 +14,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     thread,
+    time::Duration,
 };
 
 use nix::{
@@ -52,6 +54,8 @@ struct Seen {
     steps: Vec<String>,
     at: Option<(String, How)>,
     is_hit: bool,
+    /// Whether the thread that was held goes on.
+    is_released: bool,
 }
 
 /// What happens at a step.
@@ -59,6 +63,8 @@ struct Seen {
 pub(crate) enum How {
     /// The program is killed right after it.
     Stopped,
+    /// The thread that has taken it is held right after it.
+    Held,
     /// It fails.
     #[cfg_attr(
         not(target_arch = "x86_64"),
@@ -126,6 +132,7 @@ impl Traced {
                 servers,
                 threads: HashMap::new(),
                 connections: HashMap::new(),
+                held: None,
             };
             tracer.run();
             let _ = end.send(true);
@@ -156,10 +163,14 @@ impl Traced {
         (seen.steps.clone(), seen.is_hit)
     }
 
-    /// Returns whether the step that was to fail has failed.
-    pub(crate) fn has_failed(&self) -> bool {
-        let seen = self.seen.lock().unwrap();
-        seen.is_hit && matches!(&seen.at, Some((_, How::Failed)))
+    /// Returns whether the program has come to the step at which something was to happen.
+    pub(crate) fn is_hit(&self) -> bool {
+        self.seen.lock().unwrap().is_hit
+    }
+
+    /// Lets the thread go on that is held, now or as soon as it would be.
+    pub(crate) fn release(&self) {
+        self.seen.lock().unwrap().is_released = true;
     }
 
     /// Waits until the program has ended.
@@ -218,7 +229,12 @@ struct Tracer {
     /// The call in which each thread is.
     threads: HashMap<Pid, Option<Begun>>,
     connections: HashMap<i32, Server>,
+    /// The thread that does not go on until it is released.
+    held: Option<Pid>,
 }
+
+/// The pause between two looks whether a thread is to go on.
+const HELD: Duration = Duration::from_millis(1);
 
 /// A system call that has begun.
 struct Begun {
@@ -234,7 +250,16 @@ impl Tracer {
     fn run(&mut self) {
         let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
         loop {
+            // Nothing but a change of the program ends a wait.
+            let flags = match self.held {
+                Some(_) => flags | WaitPidFlag::WNOHANG,
+                None => flags,
+            };
             let (thread, signal) = match waitpid(None, Some(flags)) {
+                Ok(WaitStatus::StillAlive) => {
+                    self.let_go();
+                    continue;
+                }
                 Err(Errno::EINTR) => continue,
                 Err(_) => return,
                 Ok(WaitStatus::Exited(ended, _) | WaitStatus::Signaled(ended, ..)) => {
@@ -252,8 +277,20 @@ impl Tracer {
                 Ok(WaitStatus::PtraceEvent(thread, ..)) => (thread, None),
                 Ok(_) => continue,
             };
-            // A thread that has been killed meanwhile is met again above.
-            let _ = ptrace::syscall(thread, signal);
+            if self.held != Some(thread) {
+                // A thread that has been killed meanwhile is met again above.
+                let _ = ptrace::syscall(thread, signal);
+            }
+        }
+    }
+
+    /// Lets the thread go on that is held, if it is to.
+    fn let_go(&mut self) {
+        if self.seen.lock().unwrap().is_released {
+            let held = self.held.take();
+            let _ = held.map(|thread| ptrace::syscall(thread, None));
+        } else {
+            thread::sleep(HELD);
         }
     }
 
@@ -329,7 +366,7 @@ impl Tracer {
             Effect::Closes => drop(self.connections.remove(&descriptor)),
             Effect::Moves { out } if result > 0 => self.moved(thread, call, out, result),
             Effect::Changes if result >= 0 => {
-                self.step(|names| Some(names.name(&described)));
+                self.step(thread, |names| Some(names.name(&described)));
             }
             Effect::Moves { .. } | Effect::Changes | Effect::None => {}
         }
@@ -347,36 +384,44 @@ impl Tracer {
     }
 
     /// Notes bytes that were moved, unless they concern only the process and its log.
-    fn moved(&self, thread: Pid, call: Call, out: bool, length: i64) {
+    fn moved(&mut self, thread: Pid, call: Call, out: bool, length: i64) {
         if self.seen.lock().unwrap().names.is_none() {
             return;
         }
         let descriptor = call.descriptor();
-        if let Some(server) = self.connections.get(&descriptor) {
+        if let Some(server) = self.connections.get(&descriptor).copied() {
             let bytes = call.moved(thread, usize::try_from(length).unwrap_or(0));
-            self.step(|names| match out {
-                true => names.sent(*server, descriptor, &bytes),
-                false => names.received(*server, descriptor, &bytes),
+            self.step(thread, |names| match out {
+                true => names.sent(server, descriptor, &bytes),
+                false => names.received(server, descriptor, &bytes),
             });
         } else if out && let Some(written) = self.written(thread, call) {
-            self.step(|names| Some(names.name(&written)));
+            self.step(thread, |names| Some(names.name(&written)));
         }
     }
 
-    /// Notes a step, and kills the program if it is the one.
-    fn step(&self, name: impl FnOnce(&mut Names) -> Option<String>) {
+    /// Notes a step, and kills the program or holds the thread if it is the one.
+    fn step(&mut self, thread: Pid, name: impl FnOnce(&mut Names) -> Option<String>) {
         let mut seen = self.seen.lock().unwrap();
-        if seen.is_hit {
+        let how = seen.at.as_ref().map(|(_, how)| *how);
+        if seen.is_hit && how != Some(How::Held) {
             return;
         }
         let Some(name) = seen.names.as_mut().and_then(name) else {
             return;
         };
-        let is_it = matches!(&seen.at, Some((step, How::Stopped)) if *step == name);
+        let is_it = matches!(&seen.at, Some((step, _)) if *step == name);
         seen.steps.push(name);
-        if is_it {
-            seen.is_hit = true;
-            let _ = kill(self.leader, Signal::SIGKILL);
+        match how {
+            Some(How::Stopped) if is_it => {
+                seen.is_hit = true;
+                let _ = kill(self.leader, Signal::SIGKILL);
+            }
+            Some(How::Held) if is_it => {
+                seen.is_hit = true;
+                self.held = Some(thread);
+            }
+            _ => {}
         }
     }
 }

@@ -1,0 +1,273 @@
+//! What happens to a volume and its Secrets while a thread of the driver is held after a step.
+//!
+//! Nobody is stopped here, so that nothing may need another attempt: once the thread goes on, Secret, volume and pod
+//! status belong together without a further call of kubelet. In the end all is as if it had happened after the
+//! operation.
+
+use std::{fmt, sync::Arc};
+
+use serde_json::{Value, json};
+use tokio::time::{Duration, sleep};
+
+use super::{Operation, Run, Then, secret};
+use crate::{
+    node::{data, until},
+    tracer::Traced,
+};
+
+/// The time for which a thread is held: others come as far as they can without it.
+const HOLD: Duration = Duration::from_millis(150);
+/// The time within which a thread comes to its step, or it will not.
+const COMES: Duration = Duration::from_secs(8);
+/// The interval in which the driver checks Secrets: longer than most operations take.
+pub(super) const CHECKS: &str = "1s";
+
+/// What happens meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Meanwhile {
+    /// kubelet makes its call once more.
+    CalledAgain,
+    /// kubelet gives its call up.
+    GivenUp,
+    /// The pod has gone, and kubelet unpublishes the volume.
+    Unpublished,
+    /// Somebody deletes the Secret.
+    SecretDeleted,
+    /// Somebody changes the Secret.
+    SecretAltered,
+    /// Somebody deletes the pod status.
+    StatusDeleted,
+    /// An edit of the class asks for another Secret.
+    ClassEdited,
+    /// The store has other values.
+    StoreChanged,
+    /// A node that has the new content, too, writes it to the Secret.
+    Elsewhere,
+}
+
+impl fmt::Display for Meanwhile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::CalledAgain => "called again",
+            Self::GivenUp => "given up",
+            Self::Unpublished => "unpublished",
+            Self::SecretDeleted => "Secret deleted",
+            Self::SecretAltered => "Secret altered",
+            Self::StatusDeleted => "status deleted",
+            Self::ClassEdited => "class edited",
+            Self::StoreChanged => "store changed",
+            Self::Elsewhere => "written elsewhere",
+        })
+    }
+}
+
+impl Operation {
+    /// Returns what may happen during the operation.
+    pub(crate) fn meanwhile(self) -> &'static [Then] {
+        use Meanwhile::{
+            CalledAgain, ClassEdited, Elsewhere, GivenUp, SecretAltered, SecretDeleted,
+            StatusDeleted, StoreChanged, Unpublished,
+        };
+        match self {
+            Self::Publish | Self::RefreshOfEditedClass => &[
+                Then::Meanwhile(CalledAgain),
+                Then::Meanwhile(GivenUp),
+                Then::Meanwhile(Unpublished),
+                Then::Meanwhile(SecretDeleted),
+                Then::Meanwhile(SecretAltered),
+                Then::Meanwhile(ClassEdited),
+                Then::Meanwhile(StoreChanged),
+            ],
+            Self::Refresh => &[
+                Then::Meanwhile(CalledAgain),
+                Then::Meanwhile(GivenUp),
+                Then::Meanwhile(Unpublished),
+                Then::Meanwhile(SecretDeleted),
+                Then::Meanwhile(SecretAltered),
+                Then::Meanwhile(StatusDeleted),
+                Then::Meanwhile(ClassEdited),
+                Then::Meanwhile(StoreChanged),
+                Then::Meanwhile(Elsewhere),
+            ],
+            Self::PublishOfBarePod | Self::RefreshOfBarePod => &[
+                Then::Meanwhile(Unpublished),
+                Then::Meanwhile(StatusDeleted),
+                Then::Meanwhile(SecretDeleted),
+            ],
+            Self::PublishOfWrittenFiles | Self::RefreshOfWrittenFiles => &[
+                Then::Meanwhile(CalledAgain),
+                Then::Meanwhile(GivenUp),
+                Then::Meanwhile(Unpublished),
+            ],
+            Self::Unpublish | Self::UnpublishOfBarePod => {
+                &[Then::Meanwhile(CalledAgain), Then::Meanwhile(GivenUp)]
+            }
+            Self::DeletedSecret | Self::AlteredSecret => &[
+                Then::Meanwhile(CalledAgain),
+                Then::Meanwhile(Unpublished),
+                Then::Meanwhile(SecretDeleted),
+                Then::Meanwhile(SecretAltered),
+            ],
+            _ => &[],
+        }
+    }
+}
+
+impl Run {
+    /// Does the operation, and has something happen while it is held at its step, or else after it.
+    pub(crate) async fn disturb(
+        &mut self,
+        meanwhile: Meanwhile,
+        traced: &Arc<Traced>,
+        is_held: bool,
+    ) -> Result<(), String> {
+        if meanwhile == Meanwhile::Unpublished {
+            self.node.end_pod().await;
+        }
+        self.begin();
+        if is_held {
+            self.expect(meanwhile);
+            self.meet(meanwhile, traced).await?;
+        } else {
+            self.finish().await?;
+            traced.disarm();
+            self.expect(meanwhile);
+            self.happens(meanwhile).await?;
+        }
+        if meanwhile == Meanwhile::Unpublished {
+            return self.is_gone().await;
+        }
+        self.belongs_together(meanwhile).await
+    }
+
+    /// Has something happen as soon as a thread is held, and lets it go on then.
+    async fn meet(&self, meanwhile: Meanwhile, traced: &Arc<Traced>) -> Result<(), String> {
+        let mut operation = Box::pin(self.finish());
+        let ended = tokio::select! {
+            ended = &mut operation => Some(ended),
+            () = comes(traced) => None,
+        };
+        let let_go = async {
+            sleep(HOLD).await;
+            traced.release();
+        };
+        if let Some(ended) = ended {
+            traced.release();
+            self.happens(meanwhile).await?;
+            return ended;
+        }
+        let is_given_up = match meanwhile {
+            Meanwhile::GivenUp => true,
+            // Nobody waits for a Secret of a pod that has gone.
+            Meanwhile::Unpublished => self.operation.is_by_itself(),
+            _ => false,
+        };
+        if is_given_up {
+            drop(operation);
+            let (happened, ()) = tokio::join!(self.happens(meanwhile), let_go);
+            return happened;
+        }
+        let (happened, (), ended) = tokio::join!(self.happens(meanwhile), let_go, operation);
+        happened?;
+        match meanwhile {
+            // The call of a pod that has gone may be answered with anything.
+            Meanwhile::Unpublished => Ok(()),
+            _ => ended,
+        }
+    }
+
+    /// Changes what is expected in the end.
+    fn expect(&mut self, meanwhile: Meanwhile) {
+        match meanwhile {
+            Meanwhile::ClassEdited => {
+                let another = secret("more", "Opaque", &[("db/password", "db")]);
+                self.class.secret_objects = json!([self.class.secret_objects[0], another]);
+                self.class.generation += 1;
+            }
+            Meanwhile::StoreChanged => self.expect_store(),
+            _ => {}
+        }
+    }
+
+    /// Has it happen.
+    async fn happens(&self, meanwhile: Meanwhile) -> Result<(), String> {
+        match meanwhile {
+            Meanwhile::CalledAgain if self.operation.is_unpublish() => self.unpublish().await?,
+            Meanwhile::CalledAgain => self.publish().await?,
+            Meanwhile::GivenUp => {}
+            Meanwhile::Unpublished => self.unpublish().await?,
+            Meanwhile::SecretDeleted => {
+                self.expect_altered(None);
+                self.node.remove_secret("creds");
+            }
+            Meanwhile::SecretAltered => {
+                if let Some(mut altered) = self.node.secret("creds") {
+                    altered["data"]["pw"] = json!("bWVhbndoaWxl");
+                    self.expect_altered(Some(&altered));
+                    self.node.put_secret("creds", altered);
+                }
+            }
+            Meanwhile::StatusDeleted => self.node.remove_pod_statuses(),
+            Meanwhile::ClassEdited => self.put_class(),
+            Meanwhile::StoreChanged => self.serve_store(),
+            Meanwhile::Elsewhere => self.overtake().await,
+        }
+        Ok(())
+    }
+
+    /// Expects that the Secret is another one, and then as it is now or will be.
+    fn expect_altered(&self, altered: Option<&Value>) {
+        self.node.look_at_secret();
+        let now = self.node.secret("creds");
+        let mut history = self.node.secret.lock().unwrap();
+        let newest = history.newest().cloned().flatten();
+        history.add(altered.map(data));
+        if let Some(now) = now {
+            history.add(Some(data(&now)));
+        }
+        history.add(newest);
+    }
+
+    /// Looks that nothing is left of a volume that kubelet takes for gone.
+    async fn is_gone(&self) -> Result<(), String> {
+        sleep(HOLD).await;
+        match self.left() {
+            left if left.is_empty() => Ok(()),
+            left => Err(format!(
+                "the unpublish was answered, and there are {left:?}"
+            )),
+        }
+    }
+
+    /// Waits until Secret, volume and pod status belong together, without a call of kubelet.
+    async fn belongs_together(&self, meanwhile: Meanwhile) -> Result<(), String> {
+        let is_unfinished = meanwhile == Meanwhile::GivenUp && self.operation.is_first();
+        if self.operation.is_unpublish() || self.operation.is_written() || is_unfinished {
+            return Ok(());
+        }
+        let has_it = || self.has_secret_of_volume();
+        until("the Secret has what is mounted", has_it).await?;
+        if meanwhile == Meanwhile::ClassEdited {
+            let both = || self.has_secrets();
+            until("there are both Secrets of the class", both).await?;
+        }
+        let tells = || self.tells_of_volume();
+        until("the pod status names what is mounted", tells).await?;
+        if self.operation.is_bare() {
+            let lives = || self.node.secret_lives_with_status();
+            until("the Secret lives with the pod status", lives).await?;
+        }
+        self.node.look_at_secret();
+        Ok(())
+    }
+}
+
+/// Waits until a thread is held, or will not be.
+async fn comes(traced: &Traced) {
+    let hit = async {
+        while !traced.is_hit() {
+            sleep(Duration::from_millis(2)).await;
+        }
+    };
+    let _comes_or_not = tokio::time::timeout(COMES, hit).await;
+}
