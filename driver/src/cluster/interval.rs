@@ -116,6 +116,17 @@ impl Intervals {
         let every = class.and_then(|class| Every::of_class(class).ok().flatten());
         self.between_reads(every)
     }
+
+    /// Returns the time after which the checks of Secrets read a class again: no sooner than they come anyway, unless
+    /// they come so rarely that a change of the class would not be noticed for longer than documented.
+    pub fn between_checks_of(&self, class: Option<&ClassState>) -> Duration {
+        self.between_reads_of(class).max(self.first_check())
+    }
+
+    /// Returns the time within which the checks read a class of which only a record tells.
+    pub fn first_check(&self) -> Duration {
+        self.sync.min(LONGEST)
+    }
 }
 
 #[cfg(test)]
@@ -132,6 +143,7 @@ mod tests {
     #[case::shorter_than_allowed("2m", "45s", Some("1s"), "30s")]
     #[case::never("2m", "45s", Some("never"), "5m")]
     #[case::frequent_checks("1h", "1s", None, "7s")]
+    #[case::rare_checks("1h", "1h", None, "5m")]
     fn reads_of_a_class(
         #[case] refresh: &str,
         #[case] sync: &str,

@@ -11,7 +11,8 @@
 //!   namespace together a quarter.
 //! - A class, and a namespace, may hold three quarters at most. The last quarter is for classes
 //!   that have no call in flight, and half of that for namespaces that have none.
-//! - Refreshes may hold half of the places, and none of the last quarter.
+//! - Refreshes may hold half of the places, and of the last quarter an eighth of all. While they wait and hold less
+//!   than that eighth, first mounts of namespaces with a call in flight leave it to them.
 //! - A call that hangs gives way: it ends, and kubelet calls again. It does so for an answered or
 //!   a new class that finds no place, while hanging calls hold more than half of the places, or
 //!   more than an eighth if that class has no call in flight. For a hung class that has no call in

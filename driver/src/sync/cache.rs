@@ -175,7 +175,7 @@ impl Cache {
     }
 
     /// Adds a volume that was mounted before this process ran. Its class is checked within one
-    /// interval.
+    /// interval, or five minutes if that is longer.
     pub(super) fn add_recorded(&self, volume: Volume, class: record::ClassState) {
         let mut entries = self.entries();
         if entries.volumes.contains_key(&volume.id) {
@@ -187,12 +187,15 @@ impl Cache {
             owners: None,
             status_written: false,
         };
-        for check in [
-            Check::Class(cached.class.clone()),
-            Check::PodStatus(cached.key()),
+        for (check, within) in [
+            (
+                Check::Class(cached.class.clone()),
+                self.intervals.first_check(),
+            ),
+            (Check::PodStatus(cached.key()), self.interval),
         ] {
             if !entries.schedule.contains(&check) {
-                entries.schedule.add(check, random_wait(self.interval));
+                entries.schedule.add(check, random_wait(within));
             }
         }
         let known = entries.classes.entry(cached.class.clone()).or_default();
@@ -341,7 +344,7 @@ impl Cache {
     /// checks, kubelet's looks at the volume read it.
     fn wait_for_class(&self, class: Option<&Class>) -> Duration {
         let class = class.map(|class| &class.identity);
-        wait_for_read(self.intervals.between_reads_of(class).max(self.interval))
+        wait_for_read(self.intervals.between_checks_of(class))
     }
 
     /// Schedules another attempt to read a class.
@@ -510,6 +513,64 @@ impl CachedClass {
             }
             (None, None) => true,
             (Some(_), None) => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::record::Pod;
+
+    /// What the documentation says of a change of a class, and a tenth more.
+    const NOTICED: Duration = Duration::from_secs(330);
+
+    fn volume() -> Volume {
+        Volume {
+            id: "csi-1".to_owned(),
+            pod: Pod {
+                name: "web".to_owned(),
+                namespace: "shop".to_owned(),
+                uid: "uid".to_owned(),
+            },
+            target: PathBuf::from("/target"),
+            pod_status: "web-shop-db".to_owned(),
+        }
+    }
+
+    proptest! {
+        /// Whatever the flags say, the driver reads a class soon after its own start, and again after each read.
+        #[test]
+        fn a_class_is_read_again_before_long(
+            [refresh, least, sync] in prop::array::uniform3(1_u64..1_000_000),
+            every in prop::option::of("[1-9][0-9]{0,5}[smh]|never"),
+        ) {
+            let [refresh, least, sync] = [refresh, least, sync].map(Duration::from_secs);
+            let intervals = Intervals { refresh, least, sync };
+            let cache = Cache::new(intervals);
+            let annotations = every.map(|every| (crate::cluster::interval::INTERVAL.to_owned(), every));
+            let class = record::ClassState {
+                name: "db".to_owned(),
+                uid: "uid".to_owned(),
+                generation: Some(1),
+                resource_version: "1".to_owned(),
+                annotations: annotations.into_iter().collect(),
+            };
+            cache.add_recorded(volume(), class.clone());
+            let key = ClassKey::new("shop", "db");
+            let is_due = |within| {
+                let check = Check::Class(key.clone());
+                cache.entries().schedule.is_due_within(&check, within)
+            };
+            prop_assert!(is_due(NOTICED.min(sync)));
+            cache.set_class(&key, None, Duration::ZERO);
+            prop_assert!(is_due(NOTICED));
+            let wait = cache.intervals.between_checks_of(Some(&class));
+            prop_assert!(wait <= NOTICED && wait >= sync.min(Duration::from_secs(300)));
         }
     }
 }

@@ -404,19 +404,26 @@ impl Run {
 
     /// Makes the calls of kubelet, and waits for the end of the operation.
     async fn finish(&self) -> Result<(), String> {
-        match self.operation {
-            // One call does not take all down, and kubelet calls again.
-            Operation::UnpublishOfBuriedVolume => return self.unpublish().await,
-            operation if operation.is_unpublish() => {
-                let unpublished = self.node.unpublish().await;
-                unpublished.map_err(|status| status.to_string())?;
-                return self.owners_are_checked().await;
-            }
-            operation if operation.is_by_itself() => {}
-            _ => self.publish_once().await?,
+        self.call().await?;
+        if self.operation.is_unpublish() {
+            return self.owners_are_checked().await;
         }
         self.ends().await?;
         self.class_is_checked().await
+    }
+
+    /// Makes the calls of kubelet.
+    async fn call(&self) -> Result<(), String> {
+        match self.operation {
+            // One call does not take all down, and kubelet calls again.
+            Operation::UnpublishOfBuriedVolume => self.unpublish().await,
+            operation if operation.is_unpublish() => {
+                let unpublished = self.node.unpublish().await;
+                unpublished.map_err(|status| status.to_string())
+            }
+            operation if operation.is_by_itself() => Ok(()),
+            _ => self.publish_once().await,
+        }
     }
 
     /// Returns the directory of the present content and the objects that the pod status names.

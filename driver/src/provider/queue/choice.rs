@@ -33,7 +33,7 @@ impl Calls {
         urgency: Urgency,
         now: Instant,
     ) -> Vec<ClassName> {
-        let held = HeldPlaces::of(&self.in_flight, &self.standings, now);
+        let held = HeldPlaces::of(self, now);
         let hung_lately = |at| now.duration_since(at) < HANGS;
         let some_hang = held.some_hang() || self.last_hung.is_some_and(hung_lately);
         let line = match urgency {
@@ -114,7 +114,7 @@ impl Calls {
         urgency: Urgency,
         now: Instant,
     ) -> Option<CancellationToken> {
-        let held = HeldPlaces::of(&self.in_flight, &self.standings, now);
+        let held = HeldPlaces::of(self, now);
         let lack = held.lacks(shares, class, urgency)?;
         if lack == Lack::OwnShare {
             return None;

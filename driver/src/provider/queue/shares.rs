@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use tokio::time::Instant;
 
-use super::{Call, Standing, Standings, Urgency};
+use super::{Calls, Standing, Standings, Urgency};
 use crate::provider::line::ClassName;
 
 /// The number of places, and how many of them may be held.
@@ -15,7 +15,10 @@ pub(super) struct Shares {
     for_new_classes: usize,
     /// The part of those that is kept for namespaces with no call in flight.
     for_new_namespaces: usize,
+    /// The most that refreshes may hold.
     pub(super) for_refreshes: usize,
+    /// The part of the last places that refreshes get before first mounts do.
+    least_for_refreshes: usize,
     /// The most that all hung classes together may hold.
     pub(super) hung: usize,
     /// The most that all new and hung classes together may hold.
@@ -37,6 +40,7 @@ impl Shares {
             for_new_classes,
             for_new_namespaces: for_new_classes.div_ceil(2),
             for_refreshes: (most / 2).max(1),
+            least_for_refreshes: (most / 8).max(1),
             hung: (most / 2).max(1),
             untrusted: most - most / 4,
             probes: most / 8,
@@ -74,10 +78,18 @@ pub(super) struct HeldPlaces<'a> {
     hung: usize,
     hanging: Vec<&'a ClassName>,
     standings: &'a Standings,
+    /// Whether refreshes wait.
+    refreshes_wait: bool,
 }
 
 impl<'a> HeldPlaces<'a> {
-    pub(super) fn of(calls: &'a [Call], standings: &'a Standings, now: Instant) -> Self {
+    pub(super) fn of(calls: &'a Calls, now: Instant) -> Self {
+        let Calls {
+            in_flight: calls,
+            standings,
+            refreshes,
+            ..
+        } = calls;
         let mut usage = Self {
             total: calls.len(),
             refreshes: 0,
@@ -92,6 +104,7 @@ impl<'a> HeldPlaces<'a> {
                 .map(|call| &call.class)
                 .collect(),
             standings,
+            refreshes_wait: !refreshes.is_empty(),
         };
         for call in calls {
             usage.refreshes += usize::from(call.urgency == Urgency::Refresh);
@@ -162,7 +175,7 @@ impl<'a> HeldPlaces<'a> {
     }
 
     /// Returns whether a place is free that `class` may have. The last ones are kept for classes and
-    /// namespaces that have none.
+    /// namespaces that have none, and for refreshes that wait.
     fn is_room(
         &self,
         shares: &Shares,
@@ -171,15 +184,24 @@ impl<'a> HeldPlaces<'a> {
         standing: Standing,
     ) -> bool {
         let free = shares.most.saturating_sub(self.total);
-        let has_none = urgency == Urgency::FirstMount && self.of_class(class) == 0;
         let of_standing = match standing {
             Standing::Answered => true,
             Standing::New => self.new + self.hung < shares.untrusted,
             Standing::Hung => self.new + self.hung < shares.untrusted && self.hung < shares.hung,
         };
+        // The first mounts of one namespace may hold all places but the last ones, and nothing tells
+        // how long.
+        let for_refreshes = shares.least_for_refreshes.saturating_sub(self.refreshes);
+        let (may_have_last, kept) = match urgency {
+            Urgency::FirstMount if self.refreshes_wait => {
+                (self.of_class(class) == 0, for_refreshes)
+            }
+            Urgency::FirstMount => (self.of_class(class) == 0, 0),
+            Urgency::Refresh => (for_refreshes > 0, 0),
+        };
         of_standing
             && free > 0
-            && (free > shares.for_new_classes || has_none)
-            && (free > shares.for_new_namespaces || self.of_namespace(class) == 0)
+            && (free > shares.for_new_classes || may_have_last)
+            && (free > shares.for_new_namespaces + kept || self.of_namespace(class) == 0)
     }
 }

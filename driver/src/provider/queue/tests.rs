@@ -370,3 +370,81 @@ async fn namespaces_take_turns_and_so_do_classes() {
     assert!(order.contains(&"web/db".to_owned()), "{order:?}");
     assert!(order.contains(&"crowd/b".to_owned()), "{order:?}");
 }
+
+/// The first mounts of new classes, of a namespace that has calls in flight, leave a place that gets free to a refresh.
+#[tokio::test(start_paused = true)]
+async fn refreshes_have_a_part_of_the_last_places() {
+    let queue = Queue::new(16);
+    let class = |number: usize| class_of("crowd", &format!("c{number}"));
+    let slow = class_of("slow", "db");
+    (0..20).for_each(|number| make_known(&queue, &class(number), Standing::Answered));
+    make_known(&queue, &slow, Standing::Answered);
+    let mut held = all_for(&queue, &slow, Urgency::FirstMount);
+    held.extend((0..2).filter_map(|of| enter_now(&queue, &class(of), Urgency::FirstMount)));
+    assert_eq!(held.len(), 14);
+    let mut waiting: Vec<Entering> = (2..20)
+        .map(|number| entering(&queue, &class(number), Urgency::FirstMount))
+        .collect();
+    assert!(waiting.iter_mut().all(|one| now(one).is_none()));
+    let mut refreshes: Vec<Entering> = (0..3)
+        .map(|number| entering(&queue, &class(number), Urgency::Refresh))
+        .collect();
+    assert!(refreshes.iter_mut().all(|one| now(one).is_none()));
+    let mut of_refreshes = Vec::new();
+    for refresh in &mut refreshes[..2] {
+        drop(held.pop());
+        of_refreshes.push(now(refresh).expect("a refresh goes first"));
+        assert!(waiting.iter_mut().all(|one| now(one).is_none()));
+    }
+    // They have their part now.
+    drop(held.pop());
+    assert!(now(&mut refreshes[2]).is_none());
+    assert!(waiting.iter_mut().any(|one| now(one).is_some()));
+}
+
+proptest! {
+    /// First mounts hold all that they may, more of them wait, and new ones come. A refresh of a namespace that has no
+    /// call in flight waits for the end of a few calls at most, however many places there are.
+    #[test]
+    fn first_mounts_do_not_keep_a_refresh_waiting(
+        most in 1_usize..40,
+        crowd in (1_usize..5).prop_flat_map(|many| prop::collection::vec((0..many, 0_usize..6), 1..200)),
+        ends in prop::collection::vec(any::<prop::sample::Index>(), 12),
+    ) {
+        let queue = Queue::new(most);
+        let mut held = Vec::new();
+        let mut waiting: Vec<Entering> = Vec::new();
+        let come = |(namespace, class): (usize, usize)| {
+            let class = class_of(&format!("crowd-{namespace}"), &format!("c{class}"));
+            make_known(&queue, &class, Standing::Answered);
+            entering(&queue, &class, Urgency::FirstMount)
+        };
+        waiting.extend(crowd.iter().map(|one| come(*one)));
+        let settle = |waiting: &mut Vec<Entering>, held: &mut Vec<Place>| {
+            waiting.retain_mut(|one| match now(one) {
+                Some(place) => {
+                    held.push(place);
+                    false
+                }
+                None => true,
+            });
+        };
+        settle(&mut waiting, &mut held);
+        let good = class_of("good", "db");
+        make_known(&queue, &good, Standing::Answered);
+        let mut refresh = entering(&queue, &good, Urgency::Refresh);
+        let mut ended = 0;
+        while now(&mut refresh).is_none() {
+            prop_assert!(ended <= FIRST_MOUNTS_IN_A_ROW + 1, "{ended} calls have ended, {most} places");
+            prop_assert!(!held.is_empty());
+            drop(held.swap_remove(ends[ended].index(held.len())));
+            waiting.extend(crowd.iter().take(2).map(|one| come(*one)));
+            settle(&mut waiting, &mut held);
+            ended += 1;
+        }
+        if crowd.iter().all(|(namespace, _)| *namespace == crowd[0].0) {
+            let at_most = usize::from(most == 1) * (FIRST_MOUNTS_IN_A_ROW + 1);
+            prop_assert!(ended <= at_most, "{ended} calls have ended, {most} places");
+        }
+    }
+}

@@ -142,7 +142,13 @@ impl Run {
 
     /// Has something happen as soon as a thread is held, and lets it go on then.
     async fn meet(&self, meanwhile: Meanwhile, traced: &Arc<Traced>) -> Result<(), String> {
-        let mut operation = Box::pin(self.finish());
+        let mut operation = Box::pin(async {
+            match meanwhile {
+                // Nothing comes after the answer about a volume that is gone.
+                Meanwhile::Unpublished if !self.operation.is_by_itself() => self.call().await,
+                _ => self.finish().await,
+            }
+        });
         let ended = tokio::select! {
             ended = &mut operation => Some(ended),
             () = comes(traced) => None,
