@@ -30,6 +30,11 @@ impl<T: PartialEq + Debug> History<T> {
         &self.states
     }
 
+    /// Returns the states up to the one in which it was seen last.
+    pub(crate) fn so_far(&self) -> &[T] {
+        &self.states[..self.states.len().min(self.at + 1)]
+    }
+
     pub(crate) fn newest(&self) -> Option<&T> {
         self.states.last()
     }

@@ -79,6 +79,8 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::altered_secret(Operation::AlteredSecret)]
 #[case::deleted_pod_status(Operation::DeletedPodStatus)]
 #[case::class_with_another_secret(Operation::ClassWithAnotherSecret)]
+#[case::annotated_class(Operation::AnnotatedClass)]
+#[case::deleted_newer_secret(Operation::DeletedNewerSecret)]
 #[case::start(Operation::Start)]
 #[case::publish_of_written_files(Operation::PublishOfWrittenFiles)]
 #[case::refresh_of_written_files(Operation::RefreshOfWrittenFiles)]
@@ -196,7 +198,10 @@ async fn try_all(operation: Operation, how: How) {
     let started = Instant::now();
     let mut undisturbed = BTreeMap::new();
     let mut points = Points::of(how);
-    points.waits = operation == Operation::DeletedPodStatus;
+    points.waits = matches!(
+        operation,
+        Operation::DeletedPodStatus | Operation::DeletedNewerSecret
+    );
     let follows = match how {
         How::Stopped => operation.follows(),
         How::Held => operation.meanwhile(),
@@ -483,8 +488,13 @@ impl Points {
         let (all, missed) = (self.known.len(), self.missed());
         assert!(all > 0, "the driver has done nothing");
         assert!(all <= MOST, "there are always other steps: {missed:#?}");
+        // The checks that run beside an operation that is held are at other times in each run.
+        let may_miss = match self.how {
+            How::Held => 2 + all / 4,
+            How::Stopped | How::Failed => 2 + all / 10,
+        };
         assert!(
-            missed.len() <= 2 + all / 10,
+            missed.len() <= may_miss,
             "of {all}, not reached: {missed:#?}"
         );
     }

@@ -52,6 +52,11 @@ const NAMESAKE: &str = "another-pod";
 const NAMESPACE: &str = "/api/v1/namespaces/shop";
 const CUSTOM: &str = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop";
 
+/// The annotation of a class that says how keys are written (docs/tls.md).
+const KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
+/// What somebody else has put on the Secret: a label, and an owner besides that of the driver.
+pub(crate) const SOMEBODY: &str = "somebody-else";
+
 /// The kind of pod statuses.
 pub(crate) const STATUSES: &str = "secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io";
 
@@ -62,6 +67,8 @@ pub(crate) type Data = Option<BTreeMap<String, String>>;
 #[derive(Debug, Clone)]
 pub(crate) struct Class {
     pub(crate) generation: u64,
+    /// The annotation that says how keys are written, if it has one. It does not count as another generation.
+    pub(crate) key_format: Option<&'static str>,
     /// The objects that pods get, or all.
     pub(crate) objects: Option<Vec<&'static str>>,
     pub(crate) secret_objects: Value,
@@ -205,11 +212,13 @@ impl Node {
         if let Some(faults) = class.faults {
             parameters["faults"] = json!(faults);
         }
+        let annotations = class.key_format.map(|format| json!({KEY_FORMAT: format}));
+        let version = class.generation * 10 + u64::from(annotations.is_some());
         let object = json!({
             "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
             "metadata": {
-                "name": "db", "namespace": "shop", "uid": "uid-db",
-                "generation": class.generation, "resourceVersion": (class.generation * 10).to_string(),
+                "name": "db", "namespace": "shop", "uid": "uid-db", "annotations": annotations,
+                "generation": class.generation, "resourceVersion": version.to_string(),
             },
             "spec": {
                 "provider": "test", "parameters": parameters, "secretObjects": class.secret_objects,
@@ -260,6 +269,52 @@ impl Node {
         secrets.patch(name, &how, &change).await.unwrap();
     }
 
+    /// Has somebody else apply a label to the Secret, the owners that it has, and another one, as server-side apply
+    /// does.
+    pub(crate) fn adorn_secret(&self) {
+        let Some(mut secret) = self.secret("creds") else {
+            return;
+        };
+        let metadata = &mut secret["metadata"];
+        metadata["labels"][SOMEBODY] = json!("yes");
+        let other =
+            json!({"apiVersion": "v1", "kind": "ConfigMap", "name": SOMEBODY, "uid": SOMEBODY});
+        if let Some(owners) = metadata["ownerReferences"].as_array_mut() {
+            owners.push(other);
+        }
+        let keys = owners_of(metadata).into_iter();
+        let keys = keys.map(|uid| (format!("k:{}", json!({"uid": uid})), json!({})));
+        let owners: serde_json::Map<String, Value> = keys.collect();
+        let label = format!("f:{SOMEBODY}");
+        let fields = json!({"f:metadata": {"f:labels": {label: {}}, "f:ownerReferences": owners}});
+        let entry = json!({
+            "manager": SOMEBODY, "operation": "Apply", "apiVersion": "v1", "time": "2026-01-01T00:00:00Z",
+            "fieldsType": "FieldsV1", "fieldsV1": fields,
+        });
+        if let Some(managers) = metadata["managedFields"].as_array_mut() {
+            managers.push(entry);
+        }
+        self.put_secret("creds", secret);
+    }
+
+    /// Returns what the Secret lacks of that which somebody else has applied, `owners` among it.
+    pub(crate) fn lacks_adornment(&self, owners: &[String]) -> Option<String> {
+        let secret = self.secret("creds")?;
+        let metadata = &secret["metadata"];
+        let there = owners_of(metadata);
+        let is_there = metadata["labels"][SOMEBODY] == "yes"
+            && owners.iter().all(|owner| there.contains(owner));
+        (!is_there).then(|| {
+            format!("somebody else has applied a label and the owners {owners:?}, and the Secret has {metadata}")
+        })
+    }
+
+    /// Returns the UIDs of the owners of the Secret.
+    pub(crate) fn owners_of_secret(&self) -> Vec<String> {
+        let secret = self.secret("creds").unwrap_or_default();
+        owners_of(&secret["metadata"])
+    }
+
     pub(crate) fn remove_secret(&self, name: &str) {
         self.api.remove(&format!("{NAMESPACE}/secrets/{name}"));
     }
@@ -269,8 +324,9 @@ impl Node {
     pub(crate) fn remove_pod(&self) -> Option<String> {
         self.api.remove(&format!("{NAMESPACE}/pods/web"));
         let owned_by = |object: &Value, uid: &Value| {
-            let owners = object["metadata"]["ownerReferences"].as_array();
-            owners.is_some_and(|owners| matches!(&owners[..], [owner] if owner["uid"] == *uid))
+            let owners = owners_of(&object["metadata"]);
+            let mut owners = owners.iter().filter(|owner| *owner != SOMEBODY);
+            matches!((owners.next(), owners.next()), (Some(owner), None) if uid == owner)
         };
         let mut statuses = Vec::new();
         for status in self.api.all(STATUSES) {
@@ -304,7 +360,7 @@ impl Node {
         let statuses = self.api.all(STATUSES);
         let is_there = |owner: &Value| {
             let mut uids = statuses.iter().map(|status| &status["metadata"]["uid"]);
-            uids.any(|uid| *uid == owner["uid"])
+            owner["uid"] == SOMEBODY || uids.any(|uid| *uid == owner["uid"])
         };
         if let Some(mut secret) = self.secret("creds")
             && let Some(owners) = secret["metadata"]["ownerReferences"].as_array_mut()
@@ -632,6 +688,13 @@ fn look_at_secret(api: &Weak<ApiServer>, history: &Weak<Mutex<History<Data>>>) {
         let mut history = history.lock().unwrap();
         history.see("the Secret creds", &data, |state| *state == data);
     }
+}
+
+/// Returns the UIDs of the owners of an object.
+fn owners_of(metadata: &Value) -> Vec<String> {
+    let owners = metadata["ownerReferences"].as_array().into_iter().flatten();
+    let uids = owners.filter_map(|owner| owner["uid"].as_str());
+    uids.map(str::to_owned).collect()
 }
 
 /// Returns the data of a Secret, as it is in the API.

@@ -10,7 +10,7 @@ use tokio::time::{Duration, sleep};
 use tonic::Code;
 
 use crate::{
-    node::{Class, Data, Node, PATIENCE, STATUSES, data, until},
+    node::{Class, Data, Node, PATIENCE, SOMEBODY, STATUSES, data, until},
     reader::{Tree, read_all},
     state::{State, node_state, state},
     tracer::{How, Traced},
@@ -46,6 +46,10 @@ pub(crate) enum Operation {
     AlteredSecret,
     /// An edit of the class that asks for another Secret, which nobody publishes.
     ClassWithAnotherSecret,
+    /// An edit of an annotation of the class alone, by which one of its Secrets becomes another.
+    AnnotatedClass,
+    /// Somebody has deleted a Secret that had newer content of another node, which is gone.
+    DeletedNewerSecret,
     /// The start of a driver on a node with a volume, and with what a crash has left.
     Start,
     /// The first publish of a volume into which the provider writes the files itself.
@@ -149,6 +153,8 @@ impl Operation {
             | Self::DeletedSecret
             | Self::DeletedPodStatus
             | Self::AlteredSecret
+            | Self::AnnotatedClass
+            | Self::DeletedNewerSecret
             | Self::ClassWithAnotherSecret => &[Then::Again],
         }
     }
@@ -218,6 +224,8 @@ impl Operation {
             Self::DeletedSecret
                 | Self::DeletedPodStatus
                 | Self::AlteredSecret
+                | Self::AnnotatedClass
+                | Self::DeletedNewerSecret
                 | Self::ClassWithAnotherSecret
         )
     }
@@ -251,6 +259,8 @@ pub(crate) struct Run {
     version: u32,
     /// The order of the new content of another node.
     elsewhere: Option<String>,
+    /// The owners of the Secret that somebody else has applied, too, if somebody has.
+    adorned: Option<Vec<String>>,
     /// Whether a step of the operation has failed.
     pub(crate) has_failed: bool,
 }
@@ -268,10 +278,20 @@ impl Run {
         let mut node = Node::start(!operation.is_bare()).await;
         node.start_traced(sync_interval)?;
         node.secret.lock().unwrap().add(None);
+        let creds = secret("creds", "Opaque", &[("pw", "pw")]);
+        let certificate = secret(
+            "certificate",
+            "kubernetes.io/tls",
+            &[(PEM, "tls.crt"), (PEM, "tls.key")],
+        );
         let class = Class {
             generation: 1,
+            key_format: None,
             objects: None,
-            secret_objects: json!([secret("creds", "Opaque", &[("pw", "pw")])]),
+            secret_objects: match operation {
+                Operation::AnnotatedClass => json!([creds, certificate]),
+                _ => json!([creds]),
+            },
             faults: operation.is_written().then_some("[{writeFiles: true}]"),
         };
         let mut run = Self {
@@ -281,6 +301,7 @@ impl Run {
             class,
             version: 0,
             elsewhere: None,
+            adorned: None,
             has_failed: false,
         };
         run.put_class();
@@ -295,8 +316,21 @@ impl Run {
             let published = self.node.publish().await;
             published.map_err(|status| format!("cannot be set up: {status}"))?;
             self.start_pod()?;
+            // Only the driver that deletes a Secret to change its type knows what others had put on it.
+            if self.operation != Operation::RefreshWithOtherType {
+                self.node.adorn_secret();
+                self.adorned = Some(self.node.owners_of_secret());
+            }
         }
         match self.operation {
+            Operation::DeletedNewerSecret => {
+                self.elsewhere = Some(self.node.later_version().await);
+                let newer = Some(self.secret_data_of("creds", self.version + 1));
+                self.node.secret.lock().unwrap().add(newer.flatten());
+                self.overtake_with(self.version + 1).await;
+                // Longer than the interval in which the driver finds that out.
+                sleep(Duration::from_millis(1_500)).await;
+            }
             Operation::UnpublishOfBuriedVolume => {
                 self.node.end_pod().await;
                 self.node.bury().map_err(|error| error.to_string())?;
@@ -378,12 +412,20 @@ impl Run {
     /// Does that to which the driver answers by itself.
     fn begin(&mut self) {
         match self.operation {
-            Operation::DeletedSecret => {
+            Operation::DeletedSecret | Operation::DeletedNewerSecret => {
                 self.node.secret.lock().unwrap().add(None);
                 self.expect_secret();
                 self.node.remove_secret("creds");
+                self.adorned = None;
             }
-            Operation::DeletedPodStatus => self.node.remove_pod_statuses(),
+            Operation::AnnotatedClass => {
+                self.class.key_format = Some("original");
+                self.put_class();
+            }
+            Operation::DeletedPodStatus => {
+                self.pod_status_goes();
+                self.node.remove_pod_statuses();
+            }
             Operation::AlteredSecret => {
                 if let Some(mut altered) = self.node.secret("creds") {
                     altered["data"]["pw"] = json!("YWx0ZXJlZA==");
@@ -399,6 +441,15 @@ impl Run {
                 self.edit_class();
             }
             _ => {}
+        }
+    }
+
+    /// Expects that the owners of the Secret that are pod statuses go, which the garbage collector removes.
+    fn pod_status_goes(&mut self) {
+        if self.operation.is_bare()
+            && let Some(owners) = &mut self.adorned
+        {
+            owners.retain(|owner| owner == SOMEBODY);
         }
     }
 
@@ -646,6 +697,11 @@ impl Run {
 
     /// Has another node write the new content to the Secret, unless the Secret has it.
     async fn overtake(&self) {
+        self.overtake_with(self.version).await;
+    }
+
+    /// The same with the values of a version.
+    async fn overtake_with(&self, version: u32) {
         let (Some(secret), Some(order)) = (self.node.secret("creds"), &self.elsewhere) else {
             return;
         };
@@ -656,7 +712,7 @@ impl Run {
         }
         let annotations = json!({ORDER: order});
         let change = json!({
-            "metadata": {"annotations": annotations}, "data": self.secret_data("creds"),
+            "metadata": {"annotations": annotations}, "data": self.secret_data_of("creds", version),
         });
         self.node.patch_secret("creds", &change).await;
         self.node.look_at_secret();
@@ -838,6 +894,11 @@ impl Run {
             until("the Secret lives with the pod status", lives).await?;
             self.node.remove_absent_owners();
         }
+        if let Some(owners) = &self.adorned
+            && let Some(lacks) = self.node.lacks_adornment(owners)
+        {
+            return Err(lacks);
+        }
         let state = if self.is_to_go() {
             // No further call comes once kubelet was told that the volume is gone.
             let left = self.left();
@@ -876,6 +937,13 @@ impl Run {
         }
     }
 }
+
+/// The object with a certificate and its key, and what becomes of it in a Secret (docs/tls.md).
+const PEM: &str = "pem";
+const CERTIFICATE: &str = include_str!("../../src/sync/tls/fixtures/prime256v1.crt.pem");
+const KEY: &str = include_str!("../../src/sync/tls/fixtures/prime256v1.key.pem");
+const TRADITIONAL_KEY: &str =
+    include_str!("../../src/sync/tls/fixtures/prime256v1.traditional.pem");
 
 /// The annotation of a Secret with the order of its content (docs/secrets.md).
 const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
@@ -916,7 +984,8 @@ impl Run {
 
     /// Has the store serve the values that are expected.
     fn serve_store(&self) {
-        let objects: Vec<Value> = objects(self.version)
+        let objects: Vec<Value> = self
+            .objects(self.version)
             .into_iter()
             .map(|(name, (mode, content))| {
                 let version = version(&content);
@@ -968,13 +1037,23 @@ impl Run {
         self.node.secret.lock().unwrap().add(data);
     }
 
+    /// Returns the values in the store, with those that the operation needs besides.
+    fn objects(&self, version: u32) -> BTreeMap<String, (&'static str, String)> {
+        let mut objects = objects(version);
+        if self.operation == Operation::AnnotatedClass {
+            let content = format!("pem of version {version}; \n{KEY}{CERTIFICATE}");
+            objects.insert(PEM.to_owned(), ("0400", content));
+        }
+        objects
+    }
+
     /// Returns the files that the pod should have.
     fn tree(&self) -> Tree {
         let wanted = |name: &str| {
             let only = self.class.objects.as_ref();
             only.is_none_or(|only| only.contains(&name))
         };
-        let files = objects(self.version).into_iter();
+        let files = self.objects(self.version).into_iter();
         let files = files.filter(|(name, _)| wanted(name));
         files
             .map(|(name, (_, content))| (name, content.into_bytes()))
@@ -983,13 +1062,24 @@ impl Run {
 
     /// Returns the data that a Secret of the class should have.
     fn secret_data(&self, name: &str) -> Data {
+        self.secret_data_of(name, self.version)
+    }
+
+    /// The same with the values of a version.
+    fn secret_data_of(&self, name: &str, version: u32) -> Data {
         let secrets = self.class.secret_objects.as_array()?;
         let secret = secrets.iter().find(|secret| secret["secretName"] == name)?;
-        let objects = objects(self.version);
+        let objects = self.objects(version);
         let entries = secret["data"].as_array()?.iter().filter_map(|entry| {
             let (_, content) = objects.get(entry["objectName"].as_str()?)?;
-            let key = entry["key"].as_str()?.to_owned();
-            Some((key, BASE64_STANDARD.encode(content)))
+            let key = entry["key"].as_str()?;
+            let content = match (key, self.class.key_format) {
+                ("tls.crt", _) => CERTIFICATE,
+                ("tls.key", Some("original")) => KEY,
+                ("tls.key", _) => TRADITIONAL_KEY,
+                _ => content,
+            };
+            Some((key.to_owned(), BASE64_STANDARD.encode(content)))
         });
         Some(entries.collect())
     }

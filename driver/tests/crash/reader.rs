@@ -117,7 +117,7 @@ struct Shown {
 
 impl Shown {
     /// Looks that no name goes while the content stays. New content shows its names a moment after it has
-    /// come, and takes others away only then.
+    /// come, and takes others away only then: a name that leads nowhere is one of content from before.
     fn look(&mut self, root: &Path, history: &Mutex<History<Tree>>) {
         let leads = || fs::read_link(root.join("..data"));
         let Ok(content) = leads() else {
@@ -133,8 +133,18 @@ impl Shown {
             .into_iter()
             .filter(shown)
             .collect();
+        let nowhere = leads_nowhere(root);
         if leads().ok().as_ref() != Some(&content) {
             return;
+        }
+        for name in nowhere {
+            let mut history = history.lock().unwrap();
+            let begins = |file: &String| file.split('/').next() == Some(&name);
+            if !history.so_far().iter().any(|tree| tree.keys().any(begins)) {
+                history.problem(format!(
+                    "the name {name} leads nowhere, and never led to a file"
+                ));
+            }
         }
         if self.content == content
             && let Some(gone) = self.names.difference(&names).next()
@@ -147,6 +157,14 @@ impl Shown {
         }
         (self.content, self.names) = (content, names);
     }
+}
+
+/// Returns the names at the root of a volume that lead nowhere.
+fn leads_nowhere(root: &Path) -> Vec<String> {
+    let entries = fs::read_dir(root).into_iter().flatten().flatten();
+    let entries = entries.filter(|entry| fs::metadata(entry.path()).is_err());
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| !name.starts_with("..")).collect()
 }
 
 /// Reads all files below a directory.

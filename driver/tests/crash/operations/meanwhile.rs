@@ -185,6 +185,9 @@ impl Run {
     /// Changes what is expected in the end.
     fn expect(&mut self, meanwhile: Meanwhile) {
         match meanwhile {
+            // What somebody else has applied goes with it.
+            Meanwhile::SecretDeleted => self.adorned = None,
+            Meanwhile::StatusDeleted => self.pod_status_goes(),
             Meanwhile::ClassEdited => {
                 let another = secret("more", "Opaque", &[("db/password", "db")]);
                 self.class.secret_objects = json!([self.class.secret_objects[0], another]);
