@@ -256,7 +256,7 @@ impl StagedContent {
                 Err(error) if self.old.is_none() => return Err(error),
                 // The content is whole, and the pod has it.
                 Err(error) => {
-                    tracing::warn!(%error, "what is no part of a volume's content could not be removed from it and stays until kubelet's next look");
+                    tracing::warn!(%error, "what is no part of a volume's content could not be removed from it and stays until the next refresh");
                     strangers = Strangers::MayBe;
                 }
             }

@@ -72,6 +72,7 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::refresh_without_change(Operation::RefreshWithoutChange)]
 #[case::refused_refresh(Operation::RefusedRefresh)]
 #[case::recovered_refresh(Operation::RecoveredRefresh)]
+#[case::asked_refresh(Operation::AskedRefresh)]
 #[case::refresh_of_edited_class(Operation::RefreshOfEditedClass)]
 #[case::refresh_with_other_type(Operation::RefreshWithOtherType)]
 #[case::unpublish(Operation::Unpublish)]
@@ -208,7 +209,7 @@ async fn try_all(operation: Operation, how: How) {
         How::Failed => &[Then::Again],
     };
     for then in follows {
-        let run = match run(operation, *then, None).await {
+        let run = match run(operation, *then, how, None).await {
             Ok(run) => run,
             Err(error) => return untraceable(operation, &error),
         };
@@ -236,8 +237,8 @@ async fn try_all(operation: Operation, how: How) {
             && let Some(point) = points.queue.pop_front()
         {
             running.spawn(async move {
-                let at = Some((point.step.as_str(), how));
-                let ended = run(operation, point.then, at).await;
+                let at = Some(point.step.as_str());
+                let ended = run(operation, point.then, how, at).await;
                 (point, ended.unwrap())
             });
         }
@@ -291,8 +292,9 @@ fn untraceable(operation: Operation, error: &io::Error) {
 
 /// Does an operation on a node of its own, and what follows. Stops the driver after a step or has it fail, if
 /// one is given. Fails only if nothing can be traced.
-async fn run(operation: Operation, then: Then, at: Option<(&str, How)>) -> io::Result<Ended> {
-    let mut run = Run::start(operation, then).await?;
+async fn run(operation: Operation, then: Then, how: How, at: Option<&str>) -> io::Result<Ended> {
+    let at = at.map(|step| (step, how));
+    let mut run = Run::start(operation, then, how).await?;
     let mut ended = Ended {
         is_hit: false,
         steps: Vec::new(),

@@ -49,11 +49,15 @@ const BURIED: usize = 34;
 const UID: &str = "7a6ab1a5-0d1d-4a5a-9a7c-3d6c1f3e0a11";
 /// The earlier pod of the same name.
 const NAMESAKE: &str = "another-pod";
+/// Another pod that mounts the same class for a while: its name and its UID.
+const VISITOR: &str = "visitor";
 const NAMESPACE: &str = "/api/v1/namespaces/shop";
 const CUSTOM: &str = "/apis/secrets-store.csi.x-k8s.io/v1/namespaces/shop";
 
 /// The annotation of a class that says how keys are written (docs/tls.md).
-const KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
+pub(crate) const KEY_FORMAT: &str = "secrets-store.csi.k8s.io/tls-key-format";
+/// The annotation of a class by whose value its volumes become due (docs/rotation.md).
+pub(crate) const REFRESH: &str = "secrets-store.csi.k8s.io/refresh";
 /// What somebody else has put on the Secret: a label, and an owner besides that of the driver.
 pub(crate) const SOMEBODY: &str = "somebody-else";
 
@@ -67,8 +71,8 @@ pub(crate) type Data = Option<BTreeMap<String, String>>;
 #[derive(Debug, Clone)]
 pub(crate) struct Class {
     pub(crate) generation: u64,
-    /// The annotation that says how keys are written, if it has one. It does not count as another generation.
-    pub(crate) key_format: Option<&'static str>,
+    /// An annotation, if it has one, and its value. It does not count as another generation.
+    pub(crate) annotation: Option<(&'static str, &'static str)>,
     /// The objects that pods get, or all.
     pub(crate) objects: Option<Vec<&'static str>>,
     pub(crate) secret_objects: Value,
@@ -212,7 +216,7 @@ impl Node {
         if let Some(faults) = class.faults {
             parameters["faults"] = json!(faults);
         }
-        let annotations = class.key_format.map(|format| json!({KEY_FORMAT: format}));
+        let annotations = class.annotation.map(|(name, value)| json!({name: value}));
         let version = class.generation * 10 + u64::from(annotations.is_some());
         let object = json!({
             "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
@@ -390,8 +394,7 @@ impl Node {
     }
 
     pub(crate) fn target(&self) -> PathBuf {
-        let pods = self.dir.path().join("kubelet/pods");
-        pods.join(format!("{UID}/volumes/kubernetes.io~csi/secrets/mount"))
+        target_of(self.dir.path(), UID)
     }
 
     pub(crate) fn api(&self) -> &ApiServer {
@@ -406,8 +409,9 @@ impl Node {
     }
 }
 
-/// The interval after which each publish refreshes.
+/// The interval after which each publish refreshes, and one after which none does.
 const AT_ONCE: &str = "1ns";
+const NEVER: &str = "24h";
 
 /// The driver's process.
 impl Node {
@@ -431,6 +435,8 @@ impl Node {
             format!("--rotation-poll-interval={rotation}"),
             "--rotation-backoff=1ns".to_owned(),
             "--rotation-backoff-max=1ns".to_owned(),
+            // So that a call has to wait for that of another volume.
+            "--provider-max-calls=1".to_owned(),
             "--republish-errors=surface".to_owned(),
             "-v=5".to_owned(),
         ]
@@ -440,10 +446,11 @@ impl Node {
         command
     }
 
-    /// Starts a driver under a tracer, which checks Secrets in this interval. Fails if it cannot be
-    /// traced.
-    pub(crate) fn start_traced(&mut self, sync_interval: &str) -> io::Result<()> {
-        let command = self.command(sync_interval, AT_ONCE, false);
+    /// Starts a driver under a tracer, which checks Secrets in this interval. Each further publish refreshes a volume,
+    /// or one does for which it `is_due` for another reason. Fails if it cannot be traced.
+    pub(crate) fn start_traced(&mut self, sync_interval: &str, is_due: bool) -> io::Result<()> {
+        let rotation = if is_due { AT_ONCE } else { NEVER };
+        let command = self.command(sync_interval, rotation, false);
         let traced = Traced::start(&command, self.dir.path(), &self.servers, None)?;
         self.driver = Some(Driver::Traced(Arc::new(traced)));
         self.client = None;
@@ -479,7 +486,7 @@ impl Node {
 
     /// The same, and no publish of a volume that is published refreshes it.
     pub(crate) fn start_driver_without_refreshes(&mut self, registers: bool) {
-        self.spawn(&self.command("1s", "24h", registers));
+        self.spawn(&self.command("1s", NEVER, registers));
     }
 
     fn spawn(&mut self, command: &[String]) {
@@ -546,15 +553,25 @@ impl Node {
     }
 
     pub(crate) async fn publish(&self) -> Result<(), Status> {
+        self.publish_of("csi-1", "web", UID, &self.target()).await
+    }
+
+    async fn publish_of(
+        &self,
+        volume: &str,
+        pod: &str,
+        uid: &str,
+        target: &Path,
+    ) -> Result<(), Status> {
         let request = NodePublishVolumeRequest {
-            volume_id: "csi-1".to_owned(),
-            target_path: self.target().display().to_string(),
+            volume_id: volume.to_owned(),
+            target_path: target.display().to_string(),
             readonly: true,
             volume_capability: Some(VolumeCapability::default()),
             volume_context: [
-                ("csi.storage.k8s.io/pod.name", "web"),
+                ("csi.storage.k8s.io/pod.name", pod),
                 ("csi.storage.k8s.io/pod.namespace", "shop"),
-                ("csi.storage.k8s.io/pod.uid", UID),
+                ("csi.storage.k8s.io/pod.uid", uid),
                 ("secretProviderClass", "db"),
             ]
             .map(|(key, value)| (key.to_owned(), value.to_owned()))
@@ -568,13 +585,37 @@ impl Node {
     }
 
     pub(crate) async fn unpublish(&self) -> Result<(), Status> {
+        self.unpublish_of("csi-1", &self.target()).await
+    }
+
+    async fn unpublish_of(&self, volume: &str, target: &Path) -> Result<(), Status> {
         let request = NodeUnpublishVolumeRequest {
-            volume_id: "csi-1".to_owned(),
-            target_path: self.target().display().to_string(),
+            volume_id: volume.to_owned(),
+            target_path: target.display().to_string(),
         };
         let mut client = self.client();
         let call = timeout(PATIENCE, client.node_unpublish_volume(request)).await;
         call.map_err(|_| Status::new(Code::DeadlineExceeded, "no answer"))??;
+        Ok(())
+    }
+
+    /// Publishes the volume of another pod, and unpublishes it. The pod is gone then.
+    pub(crate) async fn visit(&self) -> Result<(), Status> {
+        let target = target_of(self.dir.path(), VISITOR);
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        let owner = json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "rs", "controller": true});
+        let pod = json!({
+            "metadata": {"name": VISITOR, "uid": VISITOR, "ownerReferences": [owner]},
+            "status": {"phase": "Pending"},
+        });
+        let path = format!("{NAMESPACE}/pods/{VISITOR}");
+        self.api.put(&path, pod).unwrap();
+        self.publish_of("csi-2", VISITOR, VISITOR, &target).await?;
+        self.unpublish_of("csi-2", &target).await?;
+        self.api.remove(&path);
+        self.api.remove(&format!(
+            "{CUSTOM}/secretproviderclasspodstatuses/{VISITOR}-shop-db"
+        ));
         Ok(())
     }
 
@@ -688,6 +729,12 @@ fn look_at_secret(api: &Weak<ApiServer>, history: &Weak<Mutex<History<Data>>>) {
         let mut history = history.lock().unwrap();
         history.see("the Secret creds", &data, |state| *state == data);
     }
+}
+
+/// Returns the target path of the volume of a pod.
+fn target_of(node: &Path, uid: &str) -> PathBuf {
+    let pod = node.join("kubelet/pods").join(uid);
+    pod.join("volumes/kubernetes.io~csi/secrets/mount")
 }
 
 /// Returns the UIDs of the owners of an object.

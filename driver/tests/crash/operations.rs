@@ -10,7 +10,7 @@ use tokio::time::{Duration, sleep};
 use tonic::Code;
 
 use crate::{
-    node::{Class, Data, Node, PATIENCE, SOMEBODY, STATUSES, data, until},
+    node::{Class, Data, KEY_FORMAT, Node, PATIENCE, REFRESH, SOMEBODY, STATUSES, data, until},
     reader::{Tree, read_all},
     state::{State, node_state, state},
     tracer::{How, Traced},
@@ -33,7 +33,9 @@ pub(crate) enum Operation {
     RefusedRefresh,
     /// A refresh that succeeds after another has failed.
     RecoveredRefresh,
-    /// A refresh after an edit of the class: other files, and one more key of the Secret.
+    /// A refresh that somebody asks for, although none is due.
+    AskedRefresh,
+    /// A refresh after an edit of the class, although none is due: other files, and one more key of the Secret.
     RefreshOfEditedClass,
     /// A refresh after an edit of the class that gives its Secret another type.
     RefreshWithOtherType,
@@ -143,6 +145,7 @@ impl Operation {
             | Self::PublishOfWrittenFilesAfterReboot => &[Then::Again, Then::Unpublish],
             Self::RefreshWithoutChange | Self::RefusedRefresh => &[Then::Again, Then::Changed],
             Self::RefreshWithOtherType
+            | Self::AskedRefresh
             | Self::UnpublishOfWrittenFiles
             | Self::RefreshOfBarePod
             | Self::RecoveredRefresh
@@ -242,6 +245,7 @@ impl Operation {
         matches!(
             self,
             Self::Refresh
+                | Self::AskedRefresh
                 | Self::RefreshOfEditedClass
                 | Self::RefreshOfBarePod
                 | Self::RecoveredRefresh
@@ -268,7 +272,7 @@ pub(crate) struct Run {
 impl Run {
     /// Makes all that is there before an operation, with a traced driver. Fails if nothing can be
     /// traced here.
-    pub(crate) async fn start(operation: Operation, then: Then) -> std::io::Result<Self> {
+    pub(crate) async fn start(operation: Operation, then: Then, how: How) -> std::io::Result<Self> {
         // Checks that are not the operation would be among its steps.
         let sync_interval = match then {
             Then::Meanwhile(_) => CHECKS,
@@ -276,7 +280,13 @@ impl Run {
             _ => "10m",
         };
         let mut node = Node::start(!operation.is_bare()).await;
-        node.start_traced(sync_interval)?;
+        let has_reason = matches!(
+            operation,
+            Operation::AskedRefresh | Operation::RefreshOfEditedClass
+        );
+        // What a failed step has left, and what happens meanwhile, may need another refresh.
+        let is_due = !has_reason || how != How::Stopped;
+        node.start_traced(sync_interval, is_due)?;
         node.secret.lock().unwrap().add(None);
         let creds = secret("creds", "Opaque", &[("pw", "pw")]);
         let certificate = secret(
@@ -286,7 +296,7 @@ impl Run {
         );
         let class = Class {
             generation: 1,
-            key_format: None,
+            annotation: None,
             objects: None,
             secret_objects: match operation {
                 Operation::AnnotatedClass => json!([creds, certificate]),
@@ -343,7 +353,7 @@ impl Run {
             Operation::PublishAfterNamesake => self.node.put_status_of_namesake(),
             Operation::PublishAfterReboot | Operation::PublishOfWrittenFilesAfterReboot => {
                 self.node.lose_mounts().await;
-                let started = self.node.start_traced("10m");
+                let started = self.node.start_traced("10m", true);
                 started.map_err(|error| error.to_string())?;
                 self.node.is_ready().await?;
             }
@@ -364,6 +374,11 @@ impl Run {
                 until("the pod is told that refreshes fail", || self.is_stale()).await?;
                 self.put_store();
                 self.admit();
+            }
+            Operation::AskedRefresh => {
+                self.put_store();
+                self.class.annotation = Some((REFRESH, "now"));
+                self.put_class();
             }
             Operation::RefreshOfEditedClass => {
                 self.class.objects = Some(vec!["pw", "db/password", "token"]);
@@ -419,7 +434,7 @@ impl Run {
                 self.adorned = None;
             }
             Operation::AnnotatedClass => {
-                self.class.key_format = Some("original");
+                self.class.annotation = Some((KEY_FORMAT, "original"));
                 self.put_class();
             }
             Operation::DeletedPodStatus => {
@@ -1073,9 +1088,9 @@ impl Run {
         let entries = secret["data"].as_array()?.iter().filter_map(|entry| {
             let (_, content) = objects.get(entry["objectName"].as_str()?)?;
             let key = entry["key"].as_str()?;
-            let content = match (key, self.class.key_format) {
+            let content = match (key, self.class.annotation) {
                 ("tls.crt", _) => CERTIFICATE,
-                ("tls.key", Some("original")) => KEY,
+                ("tls.key", Some((KEY_FORMAT, _))) => KEY,
                 ("tls.key", _) => TRADITIONAL_KEY,
                 _ => content,
             };

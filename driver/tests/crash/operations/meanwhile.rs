@@ -29,6 +29,8 @@ pub(crate) enum Meanwhile {
     CalledAgain,
     /// kubelet gives its call up.
     GivenUp,
+    /// Another pod of the same class comes and goes.
+    Visited,
     /// The pod has gone, and kubelet unpublishes the volume.
     Unpublished,
     /// Somebody deletes the Secret.
@@ -50,6 +52,7 @@ impl fmt::Display for Meanwhile {
         f.write_str(match self {
             Self::CalledAgain => "called again",
             Self::GivenUp => "given up",
+            Self::Visited => "visited",
             Self::Unpublished => "unpublished",
             Self::SecretDeleted => "Secret deleted",
             Self::SecretAltered => "Secret altered",
@@ -66,10 +69,11 @@ impl Operation {
     pub(crate) fn meanwhile(self) -> &'static [Then] {
         use Meanwhile::{
             CalledAgain, ClassEdited, Elsewhere, GivenUp, SecretAltered, SecretDeleted,
-            StatusDeleted, StoreChanged, Unpublished,
+            StatusDeleted, StoreChanged, Unpublished, Visited,
         };
         match self {
             Self::Publish | Self::RefreshOfEditedClass => &[
+                Then::Meanwhile(Visited),
                 Then::Meanwhile(CalledAgain),
                 Then::Meanwhile(GivenUp),
                 Then::Meanwhile(Unpublished),
@@ -79,6 +83,7 @@ impl Operation {
                 Then::Meanwhile(StoreChanged),
             ],
             Self::Refresh => &[
+                Then::Meanwhile(Visited),
                 Then::Meanwhile(CalledAgain),
                 Then::Meanwhile(GivenUp),
                 Then::Meanwhile(Unpublished),
@@ -99,9 +104,12 @@ impl Operation {
                 Then::Meanwhile(GivenUp),
                 Then::Meanwhile(Unpublished),
             ],
-            Self::Unpublish | Self::UnpublishOfBarePod => {
-                &[Then::Meanwhile(CalledAgain), Then::Meanwhile(GivenUp)]
-            }
+            Self::Unpublish => &[
+                Then::Meanwhile(Visited),
+                Then::Meanwhile(CalledAgain),
+                Then::Meanwhile(GivenUp),
+            ],
+            Self::UnpublishOfBarePod => &[Then::Meanwhile(CalledAgain), Then::Meanwhile(GivenUp)],
             Self::DeletedSecret | Self::AlteredSecret => &[
                 Then::Meanwhile(CalledAgain),
                 Then::Meanwhile(Unpublished),
@@ -204,6 +212,10 @@ impl Run {
             Meanwhile::CalledAgain if self.operation.is_unpublish() => self.unpublish().await?,
             Meanwhile::CalledAgain => self.publish().await?,
             Meanwhile::GivenUp => {}
+            Meanwhile::Visited => {
+                let visited = self.node.visit().await;
+                visited.map_err(|status| format!("the other pod is answered with {status}"))?;
+            }
             Meanwhile::Unpublished => self.unpublish().await?,
             Meanwhile::SecretDeleted => {
                 self.expect_altered(None);
