@@ -1,15 +1,17 @@
 //! Reads the cluster with the rights of the person who asks. What may not be read, or does not answer in time,
 //! is not an error: the rest goes on, and the story says what is missing.
 
-use std::{path::PathBuf, time::Duration};
+use std::{cell::Cell, path::PathBuf, time::Duration};
 
 use k8s_openapi::api::authorization::v1::{SubjectAccessReview, SubjectAccessReviewSpec};
 use kube::{
-    Api, Client, Config,
+    Api, Client, Config, Resource,
     api::{ListParams, ObjectList, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
+    core::Request,
 };
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::time::timeout;
 
 use crate::text::one_line;
@@ -176,16 +178,38 @@ pub async fn read<T>(request: impl Future<Output = Result<T, kube::Error>>) -> R
 pub struct Listed<T> {
     /// The objects that were read.
     pub items: Vec<T>,
-    /// Whether there are more.
+    /// Whether there are more, or some that cannot be understood.
     pub is_cut: bool,
 }
 
-/// Reads a list page by page, up to `most` objects.
+/// Reads a list page by page, up to `most` objects. An object that cannot be understood, such as an event with a
+/// time that no clock shows, hides only itself: anybody may have made it.
 pub async fn list<K>(api: &Api<K>, params: ListParams, most: usize) -> Read<Listed<K>>
 where
-    K: Clone + DeserializeOwned + std::fmt::Debug,
+    K: Resource + Clone + DeserializeOwned + std::fmt::Debug,
 {
-    pages(most, params, async |params| api.list(&params).await).await
+    let client = api.clone().into_client();
+    let left_out = Cell::new(false);
+    let page = async |params| {
+        let request = Request::new(api.resource_url()).list(&params);
+        let request = request.map_err(kube::Error::BuildRequest)?;
+        let page: ObjectList<Value> = client.request(request).await?;
+        let count = page.items.len();
+        let items = page.items.into_iter();
+        let items: Vec<K> = items
+            .filter_map(|item| serde_json::from_value(item).ok())
+            .collect();
+        left_out.set(left_out.get() || items.len() < count);
+        Ok(ObjectList {
+            types: page.types,
+            metadata: page.metadata,
+            items,
+        })
+    };
+    pages(most, params, page).await.map(|listed| Listed {
+        is_cut: listed.is_cut || left_out.get(),
+        ..listed
+    })
 }
 
 /// Reads the metadata of a list's objects page by page, up to `most` objects.

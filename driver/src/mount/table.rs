@@ -205,9 +205,38 @@ pub(super) fn forget_tmpfs(file: BorrowedFd<'_>) {
     }
 }
 
+/// The number of times that a mount may go while it is examined.
+const ATTEMPTS: usize = 10;
+
+/// A mount that was found at a path is not in the table.
+#[derive(Debug)]
+struct Gone;
+
+impl std::fmt::Display for Gone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the mount has gone meanwhile")
+    }
+}
+
+impl std::error::Error for Gone {}
+
 /// Returns the error for a mount that is not in the table.
 pub(super) fn gone() -> io::Error {
-    io::Error::other("the mount has gone meanwhile")
+    io::Error::other(Gone)
+}
+
+/// Examines what is mounted somewhere. If that is unmounted meanwhile, examines what is there then.
+///
+/// # Errors
+/// Those of the examination.
+pub(super) fn settled<T>(examine: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    for _ in 1..ATTEMPTS {
+        match examine() {
+            Err(error) if error.get_ref().is_some_and(|inner| inner.is::<Gone>()) => {}
+            examined => return examined,
+        }
+    }
+    examine()
 }
 
 #[allow(unsafe_code)]
@@ -370,5 +399,35 @@ mod tests {
             prop_assert_eq!(entry.shared, tags.contains("shared:7"));
             prop_assert_eq!((entry.id, entry.kind.as_str(), entry.source.as_str()), (36, "tmpfs", "some name"));
         }
+    }
+
+    #[test]
+    fn a_mount_that_goes_is_examined_again_and_no_other_error_is() {
+        let examined = std::cell::Cell::new(0);
+        let goes = |times: usize| {
+            examined.set(0);
+            settled(|| {
+                examined.set(examined.get() + 1);
+                match examined.get() {
+                    now if now <= times => Err(gone()),
+                    now => Ok(now),
+                }
+            })
+        };
+        assert_eq!(goes(3).unwrap(), 4);
+        assert_eq!(
+            goes(usize::MAX).unwrap_err().to_string(),
+            "the mount has gone meanwhile"
+        );
+        assert_eq!(examined.get(), ATTEMPTS);
+        examined.set(0);
+        let other = settled(|| {
+            examined.set(examined.get() + 1);
+            Err::<(), _>(io::Error::from(io::ErrorKind::NotFound))
+        });
+        assert_eq!(
+            (other.unwrap_err().kind(), examined.get()),
+            (io::ErrorKind::NotFound, 1)
+        );
     }
 }

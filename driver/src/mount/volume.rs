@@ -91,6 +91,10 @@ impl VolumeMount {
     /// is not examined again. If the target has another mount by now, an earlier driver cannot have
     /// made it.
     pub(super) fn find(target: &Path, known: Option<FileSystemId>) -> io::Result<Occupant> {
+        table::settled(|| Self::find_once(target, known))
+    }
+
+    fn find_once(target: &Path, known: Option<FileSystemId>) -> io::Result<Occupant> {
         let Some(here) = Here::open_mount(target)? else {
             return Ok(Occupant::Nothing);
         };
@@ -172,6 +176,10 @@ impl VolumeMount {
     }
 
     fn open_or_instead(&self) -> io::Result<Result<OwnedFd, Instead>> {
+        table::settled(|| self.open_or_instead_once())
+    }
+
+    fn open_or_instead_once(&self) -> io::Result<Result<OwnedFd, Instead>> {
         let Some(here) = Here::open_mount(&self.target)? else {
             return Ok(Err(Instead::Nothing));
         };

@@ -14,7 +14,7 @@ use fake_provider::fake;
 use k8s_openapi::api::core::v1::Secret;
 use kube::{
     Api,
-    api::{Patch, PatchParams},
+    api::{Patch, PatchParams, PostParams},
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use proto::csi::{
@@ -271,6 +271,17 @@ impl Node {
         let secrets: Api<Secret> = Api::namespaced(self.api.client(), "shop");
         let (how, change) = (PatchParams::default(), Patch::Merge(change));
         secrets.patch(name, &how, &change).await.unwrap();
+    }
+
+    /// Replaces a Secret, as any client does, by one that was made of it. Returns whether it was still the same.
+    pub(crate) async fn replace_secret(&self, name: &str, secret: &Value) -> bool {
+        let secrets: Api<Secret> = Api::namespaced(self.api.client(), "shop");
+        let secret: Secret = serde_json::from_value(secret.clone()).unwrap();
+        match secrets.replace(name, &PostParams::default(), &secret).await {
+            Ok(_) => true,
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => false,
+            Err(error) => panic!("{error}"),
+        }
     }
 
     /// Has somebody else apply a label to the Secret, the owners that it has, and another one, as server-side apply

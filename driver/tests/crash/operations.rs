@@ -890,6 +890,10 @@ impl Run {
                 !name.starts_with("pod status ") && name != "event FailedToCreateSecret"
             });
         }
+        if matches!(self.then, Then::Meanwhile(_)) && self.operation.is_written() {
+            // A provider that writes the same files again disturbs whoever reads them.
+            state.remove("event FailedToCreateSecret");
+        }
         if self.has_failed && !self.operation.is_refused() {
             // The failure is announced.
             state.retain(|name, _| !name.starts_with("event MountRotation"));

@@ -121,6 +121,16 @@ pub(crate) const LOOKS: &[(&str, Change)] = &[
         },
     ),
     (
+        "somebody has made an event of a time that no clock shows, and kubelet's event is there, too",
+        |world| {
+            world.event("FailedMount", "of somebody else");
+            if let Some((_, event)) = world.others.last_mut() {
+                event["lastTimestamp"] = json!("9999-12-31T23:59:59Z");
+            }
+            without_login(world);
+        },
+    ),
+    (
         "a refresh is three minutes overdue, and no event says why",
         |world| world.status["volumes"][0]["lastSuccess"] = ago(600 + 60 + 190),
     ),

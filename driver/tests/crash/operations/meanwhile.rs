@@ -99,11 +99,10 @@ impl Operation {
                 Then::Meanwhile(StatusDeleted),
                 Then::Meanwhile(SecretDeleted),
             ],
-            Self::PublishOfWrittenFiles | Self::RefreshOfWrittenFiles => &[
-                Then::Meanwhile(CalledAgain),
-                Then::Meanwhile(GivenUp),
-                Then::Meanwhile(Unpublished),
-            ],
+            // A provider that is asked writes its files also when the volume is not there any more.
+            Self::PublishOfWrittenFiles | Self::RefreshOfWrittenFiles => {
+                &[Then::Meanwhile(CalledAgain), Then::Meanwhile(GivenUp)]
+            }
             Self::Unpublish => &[
                 Then::Meanwhile(Visited),
                 Then::Meanwhile(CalledAgain),
@@ -222,10 +221,13 @@ impl Run {
                 self.node.remove_secret("creds");
             }
             Meanwhile::SecretAltered => {
-                if let Some(mut altered) = self.node.secret("creds") {
+                // The driver may write it, too.
+                while let Some(mut altered) = self.node.secret("creds") {
                     altered["data"]["pw"] = json!("bWVhbndoaWxl");
                     self.expect_altered(Some(&altered));
-                    self.node.put_secret("creds", altered);
+                    if self.node.replace_secret("creds", &altered).await {
+                        break;
+                    }
                 }
             }
             Meanwhile::StatusDeleted => self.node.remove_pod_statuses(),
