@@ -149,6 +149,9 @@ mod tests {
         Leave(usize),
     }
 
+    /// An entry that waits: its number, its namespace and class, and who was served while it could have been.
+    type Waits = (usize, (u8, u8), Vec<(u8, u8)>);
+
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
             3 => (0_u8..4, 0_u8..4).prop_map(|(namespace, class)| Step::Comes(namespace, class)),
@@ -168,8 +171,7 @@ mod tests {
         #[test]
         fn nobody_has_two_turns_while_somebody_waits(steps in prop::collection::vec(step(), 1..120)) {
             let mut line = Line::default();
-            // Each entry that waits: its number, and who was served while it could have been.
-            let mut waiting: Vec<(usize, (u8, u8), Vec<(u8, u8)>)> = Vec::new();
+            let mut waiting: Vec<Waits> = Vec::new();
             for (number, step) in steps.into_iter().enumerate() {
                 match step {
                     Step::Comes(namespace, class) => {
