@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fmt, fs, path::PathBuf, sync::Arc, time::Instan
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
-use tokio::time::{Duration, sleep};
+use tokio::time::{Duration, sleep, timeout};
 use tonic::Code;
 
 use crate::{
@@ -25,8 +25,12 @@ pub(crate) enum Operation {
     Publish,
     /// The first publish, which the provider refuses.
     RefusedPublish,
+    /// The first publish, which kubelet gives up because the provider hangs, and makes again.
+    HungPublish,
     /// A refresh that finds other files and other values.
     Refresh,
+    /// A refresh that kubelet gives up because the provider hangs, and makes again.
+    HungRefresh,
     /// A refresh that finds nothing new.
     RefreshWithoutChange,
     /// A refresh that the provider refuses.
@@ -145,6 +149,8 @@ impl Operation {
             | Self::PublishOfWrittenFilesAfterReboot => &[Then::Again, Then::Unpublish],
             Self::RefreshWithoutChange | Self::RefusedRefresh => &[Then::Again, Then::Changed],
             Self::RefreshWithOtherType
+            | Self::HungPublish
+            | Self::HungRefresh
             | Self::AskedRefresh
             | Self::UnpublishOfWrittenFiles
             | Self::RefreshOfBarePod
@@ -167,6 +173,7 @@ impl Operation {
             self,
             Self::Publish
                 | Self::RefusedPublish
+                | Self::HungPublish
                 | Self::PublishOfWrittenFiles
                 | Self::PublishOfBarePod
                 | Self::PublishAfterNamesake
@@ -245,6 +252,7 @@ impl Operation {
         matches!(
             self,
             Self::Refresh
+                | Self::HungRefresh
                 | Self::AskedRefresh
                 | Self::RefreshOfEditedClass
                 | Self::RefreshOfBarePod
@@ -365,6 +373,11 @@ impl Run {
                 self.node.leave_records();
             }
             Operation::RefusedPublish | Operation::RefusedRefresh => self.refuse(),
+            Operation::HungPublish => self.hang(),
+            Operation::HungRefresh => {
+                self.put_store();
+                self.hang();
+            }
             Operation::RecoveredRefresh => {
                 self.refuse();
                 match self.node.publish().await {
@@ -417,11 +430,29 @@ impl Run {
 
     /// Does the operation, and waits for its end.
     pub(crate) async fn act(&mut self) -> Result<(), String> {
-        if self.operation == Operation::Start {
-            return self.node.is_ready().await;
+        match self.operation {
+            Operation::Start => return self.node.is_ready().await,
+            Operation::HungPublish | Operation::HungRefresh => {
+                self.give_up().await?;
+                return self.ends().await;
+            }
+            _ => {}
         }
         self.begin();
         self.finish().await
+    }
+
+    /// Calls a provider that hangs, gives the call up, and makes it again when the provider is well.
+    async fn give_up(&mut self) -> Result<(), String> {
+        let answer = timeout(GIVEN_UP, self.node.publish()).await;
+        if let Ok(answer) = answer {
+            return Err(format!(
+                "the provider hangs, and kubelet is answered with {answer:?}"
+            ));
+        }
+        self.admit();
+        let again = timeout(CANCELLED, self.publish()).await;
+        again.map_err(|_| format!("the call that was given up runs after {CANCELLED:?}"))?
     }
 
     /// Does that to which the driver answers by itself.
@@ -598,7 +629,8 @@ impl Run {
             self.interrupt_provider();
         }
         match self.then {
-            Then::Again | Then::Meanwhile(_) => {}
+            Then::Again => self.heal(),
+            Then::Meanwhile(_) => {}
             Then::Changed => {
                 self.heal();
                 self.put_store();
@@ -964,6 +996,11 @@ const KEY: &str = include_str!("../../src/sync/tls/fixtures/prime256v1.key.pem")
 const TRADITIONAL_KEY: &str =
     include_str!("../../src/sync/tls/fixtures/prime256v1.traditional.pem");
 
+/// The time for which kubelet waits for a provider that hangs.
+const GIVEN_UP: Duration = Duration::from_millis(700);
+/// The time in which a call that was given up has to end. Ten seconds are documented (docs/rotation.md).
+const CANCELLED: Duration = Duration::from_secs(25);
+
 /// The annotation of a Secret with the order of its content (docs/secrets.md).
 const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
 /// The socket by which a driver registers itself.
@@ -1037,8 +1074,19 @@ impl Run {
         self.put_class();
     }
 
+    /// Has the provider hang from now on.
+    fn hang(&mut self) {
+        self.class.faults = Some("[{hang: true}]");
+        self.class.generation += 1;
+        self.put_class();
+    }
+
     fn heal(&mut self) {
-        if self.operation.is_refused() {
+        let hangs = matches!(
+            self.operation,
+            Operation::HungPublish | Operation::HungRefresh
+        );
+        if hangs || self.operation.is_refused() && self.then == Then::Changed {
             self.admit();
         }
     }
