@@ -1,8 +1,9 @@
 //! What is done to a volume and its Secrets while the driver is stopped, and what follows.
 
 mod meanwhile;
+mod store;
 
-use std::{collections::BTreeMap, fmt, fs, path::PathBuf, sync::Arc, time::Instant};
+use std::{fmt, fs, path::PathBuf, sync::Arc, time::Instant};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
@@ -10,13 +11,14 @@ use tokio::time::{Duration, sleep, timeout};
 use tonic::Code;
 
 use crate::{
-    node::{Class, Data, KEY_FORMAT, Node, PATIENCE, REFRESH, SOMEBODY, STATUSES, data, until},
-    reader::{Tree, read_all},
+    node::{Class, KEY_FORMAT, Node, PATIENCE, REFRESH, SOMEBODY, STATUSES, data, until},
+    reader::read_all,
     state::{State, node_state, state},
     tracer::{How, Traced},
 };
 use meanwhile::CHECKS;
 pub(crate) use meanwhile::Meanwhile;
+use store::{PEM, secret, version};
 
 /// What the driver does when it is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -989,13 +991,6 @@ impl Run {
     }
 }
 
-/// The object with a certificate and its key, and what becomes of it in a Secret (docs/tls.md).
-const PEM: &str = "pem";
-const CERTIFICATE: &str = include_str!("../../src/sync/tls/fixtures/prime256v1.crt.pem");
-const KEY: &str = include_str!("../../src/sync/tls/fixtures/prime256v1.key.pem");
-const TRADITIONAL_KEY: &str =
-    include_str!("../../src/sync/tls/fixtures/prime256v1.traditional.pem");
-
 /// The time for which kubelet waits for a provider that hangs.
 const GIVEN_UP: Duration = Duration::from_millis(700);
 /// The time in which a call that was given up has to end. Ten seconds are documented (docs/rotation.md).
@@ -1021,165 +1016,4 @@ impl Run {
             Some(_) => Err("the Secret has come back after the pod has gone".to_owned()),
         }
     }
-}
-
-/// The store and the class.
-impl Run {
-    /// Puts the next values into the store.
-    fn put_store(&mut self) {
-        self.expect_store();
-        self.serve_store();
-    }
-
-    /// Expects the next values.
-    fn expect_store(&mut self) {
-        self.version += 1;
-        self.node.files.lock().unwrap().add(self.tree());
-        self.expect_secret();
-    }
-
-    /// Has the store serve the values that are expected.
-    fn serve_store(&self) {
-        let objects: Vec<Value> = self
-            .objects(self.version)
-            .into_iter()
-            .map(|(name, (mode, content))| {
-                let version = version(&content);
-                json!({"name": name, "mode": mode, "content": content, "version": version})
-            })
-            .collect();
-        self.node.put_store(&json!(objects));
-    }
-
-    fn edit_class(&mut self) {
-        self.class.generation += 1;
-        let tree = self.tree();
-        let is_new = self.node.files.lock().unwrap().newest() != Some(&tree);
-        if is_new {
-            self.node.files.lock().unwrap().add(tree);
-        }
-        self.expect_secret();
-        self.put_class();
-    }
-
-    fn put_class(&self) {
-        self.node.put_class(&self.class);
-    }
-
-    /// Has the provider refuse, from now on, what is asked of it.
-    fn refuse(&mut self) {
-        self.class.faults =
-            Some("[{status: {code: PERMISSION_DENIED, message: refused by the test}}]");
-        self.class.generation += 1;
-        self.put_class();
-    }
-
-    /// Has the provider hang from now on.
-    fn hang(&mut self) {
-        self.class.faults = Some("[{hang: true}]");
-        self.class.generation += 1;
-        self.put_class();
-    }
-
-    fn heal(&mut self) {
-        let hangs = matches!(
-            self.operation,
-            Operation::HungPublish | Operation::HungRefresh
-        );
-        if hangs || self.operation.is_refused() && self.then == Then::Changed {
-            self.admit();
-        }
-    }
-
-    fn admit(&mut self) {
-        if self.class.faults.take().is_some() {
-            self.class.generation += 1;
-            self.put_class();
-        }
-    }
-
-    /// Adds the present data of the Secret to its history.
-    fn expect_secret(&self) {
-        let data = self.secret_data("creds");
-        self.node.secret.lock().unwrap().add(data);
-    }
-
-    /// Returns the values in the store, with those that the operation needs besides.
-    fn objects(&self, version: u32) -> BTreeMap<String, (&'static str, String)> {
-        let mut objects = objects(version);
-        if self.operation == Operation::AnnotatedClass {
-            let content = format!("pem of version {version}; \n{KEY}{CERTIFICATE}");
-            objects.insert(PEM.to_owned(), ("0400", content));
-        }
-        objects
-    }
-
-    /// Returns the files that the pod should have.
-    fn tree(&self) -> Tree {
-        let wanted = |name: &str| {
-            let only = self.class.objects.as_ref();
-            only.is_none_or(|only| only.contains(&name))
-        };
-        let files = self.objects(self.version).into_iter();
-        let files = files.filter(|(name, _)| wanted(name));
-        files
-            .map(|(name, (_, content))| (name, content.into_bytes()))
-            .collect()
-    }
-
-    /// Returns the data that a Secret of the class should have.
-    fn secret_data(&self, name: &str) -> Data {
-        self.secret_data_of(name, self.version)
-    }
-
-    /// The same with the values of a version.
-    fn secret_data_of(&self, name: &str, version: u32) -> Data {
-        let secrets = self.class.secret_objects.as_array()?;
-        let secret = secrets.iter().find(|secret| secret["secretName"] == name)?;
-        let objects = self.objects(version);
-        let entries = secret["data"].as_array()?.iter().filter_map(|entry| {
-            let (_, content) = objects.get(entry["objectName"].as_str()?)?;
-            let key = entry["key"].as_str()?;
-            let content = match (key, self.class.annotation) {
-                ("tls.crt", _) => CERTIFICATE,
-                ("tls.key", Some((KEY_FORMAT, _))) => KEY,
-                ("tls.key", _) => TRADITIONAL_KEY,
-                _ => content,
-            };
-            Some((key.to_owned(), BASE64_STANDARD.encode(content)))
-        });
-        Some(entries.collect())
-    }
-}
-
-/// Returns an entry of `secretObjects`, of some objects and keys.
-fn secret(name: &str, kind: &str, data: &[(&str, &str)]) -> Value {
-    let data: Vec<Value> = data
-        .iter()
-        .map(|(object, key)| json!({"objectName": object, "key": key}))
-        .collect();
-    json!({"secretName": name, "type": kind, "labels": {"team": "shop"}, "data": data})
-}
-
-/// Returns the version of a value, which is a part of it.
-fn version(content: &str) -> String {
-    let (_, after) = content.split_once(" of version ").unwrap_or_default();
-    let (number, _) = after.split_once(';').unwrap_or_default();
-    format!("v{number}")
-}
-
-/// Returns the values in the store by the names of their objects, with their modes. From version to
-/// version one object comes and one goes.
-fn objects(version: u32) -> BTreeMap<String, (&'static str, String)> {
-    let object = |name: &str| format!("{name} of version {version}; ");
-    [
-        ("pw".to_owned(), ("0400", object("pw"))),
-        (
-            "db/password".to_owned(),
-            ("0640", object("password").repeat(300)),
-        ),
-        ("token".to_owned(), ("0644", object("token"))),
-        (format!("only-{version}"), ("0644", object("only"))),
-    ]
-    .into()
 }

@@ -9,7 +9,7 @@ use std::{fmt, sync::Arc};
 use serde_json::{Value, json};
 use tokio::time::{Duration, sleep};
 
-use super::{Operation, Run, Then, secret};
+use super::{Operation, Run, Then, store::secret};
 use crate::{
     node::{data, until},
     tracer::Traced,
