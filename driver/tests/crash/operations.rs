@@ -925,8 +925,11 @@ impl Run {
             });
         }
         if matches!(self.then, Then::Meanwhile(_)) && self.operation.is_written() {
-            // A provider that writes the same files again disturbs whoever reads them.
-            state.remove("event FailedToCreateSecret");
+            // A provider that writes the same files again disturbs whoever reads them, and the pod status tells of that
+            // until the next check.
+            state.retain(|name, _| {
+                !name.starts_with("pod status ") && name != "event FailedToCreateSecret"
+            });
         }
         if self.has_failed && !self.operation.is_refused() {
             // The failure is announced.
