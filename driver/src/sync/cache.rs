@@ -175,7 +175,7 @@ impl Cache {
     }
 
     /// Adds a volume that was mounted before this process ran. Its class is checked within one
-    /// interval, or five minutes if that is longer.
+    /// interval, and within five minutes where the interval is longer.
     pub(super) fn add_recorded(&self, volume: Volume, class: record::ClassState) {
         let mut entries = self.entries();
         if entries.volumes.contains_key(&volume.id) {
