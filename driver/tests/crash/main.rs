@@ -206,11 +206,11 @@ async fn try_all(operation: Operation, how: How) {
         Operation::DeletedPodStatus | Operation::DeletedNewerSecret | Operation::AnnotatedClass
     );
     let follows = match how {
-        How::Stopped => operation.follows(),
+        How::Stopped => operation.follows().to_vec(),
         How::Held => operation.meanwhile(),
-        How::Failed => &[Then::Again],
+        How::Failed => vec![Then::Again],
     };
-    for then in follows {
+    for then in &follows {
         let run = match run(operation, *then, how, None).await {
             Ok(run) => run,
             Err(error) => return untraceable(operation, &error),
@@ -221,7 +221,7 @@ async fn try_all(operation: Operation, how: How) {
         let asks = run.steps.iter().any(|step| step.starts_with("provider: "));
         assert_eq!(asks, operation.asks_provider(), "{:#?}", run.steps);
         undisturbed.insert(*then, state);
-        points.add(*then, &run.steps, place(follows, *then));
+        points.add(*then, &run.steps, place(&follows, *then));
     }
     if let Ok(wanted) = std::env::var(POINT) {
         points.keep_only(&wanted);
@@ -248,7 +248,7 @@ async fn try_all(operation: Operation, how: How) {
             break;
         };
         let (point, mut ended) = ended.unwrap();
-        points.ended(&point, &ended, place(follows, point.then));
+        points.ended(&point, &ended, place(&follows, point.then));
         if let Ok(state) = &ended.outcome
             && let Some(difference) = difference(&undisturbed[&point.then], state)
         {

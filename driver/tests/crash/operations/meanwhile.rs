@@ -66,57 +66,47 @@ impl fmt::Display for Meanwhile {
 
 impl Operation {
     /// Returns what may happen during the operation.
-    pub(crate) fn meanwhile(self) -> &'static [Then] {
+    pub(crate) fn meanwhile(self) -> Vec<Then> {
         use Meanwhile::{
             CalledAgain, ClassEdited, Elsewhere, GivenUp, SecretAltered, SecretDeleted,
             StatusDeleted, StoreChanged, Unpublished, Visited,
         };
-        match self {
+        let all: &[Meanwhile] = match self {
             Self::Publish | Self::RefreshOfEditedClass => &[
-                Then::Meanwhile(Visited),
-                Then::Meanwhile(CalledAgain),
-                Then::Meanwhile(GivenUp),
-                Then::Meanwhile(Unpublished),
-                Then::Meanwhile(SecretDeleted),
-                Then::Meanwhile(SecretAltered),
-                Then::Meanwhile(ClassEdited),
-                Then::Meanwhile(StoreChanged),
+                Visited,
+                CalledAgain,
+                GivenUp,
+                Unpublished,
+                SecretDeleted,
+                SecretAltered,
+                ClassEdited,
+                StoreChanged,
             ],
             Self::Refresh => &[
-                Then::Meanwhile(Visited),
-                Then::Meanwhile(CalledAgain),
-                Then::Meanwhile(GivenUp),
-                Then::Meanwhile(Unpublished),
-                Then::Meanwhile(SecretDeleted),
-                Then::Meanwhile(SecretAltered),
-                Then::Meanwhile(StatusDeleted),
-                Then::Meanwhile(ClassEdited),
-                Then::Meanwhile(StoreChanged),
-                Then::Meanwhile(Elsewhere),
+                Visited,
+                CalledAgain,
+                GivenUp,
+                Unpublished,
+                SecretDeleted,
+                SecretAltered,
+                StatusDeleted,
+                ClassEdited,
+                StoreChanged,
+                Elsewhere,
             ],
-            Self::PublishOfBarePod | Self::RefreshOfBarePod => &[
-                Then::Meanwhile(Unpublished),
-                Then::Meanwhile(StatusDeleted),
-                Then::Meanwhile(SecretDeleted),
-            ],
-            // A provider that is asked writes its files also when the volume is not there any more.
-            Self::PublishOfWrittenFiles | Self::RefreshOfWrittenFiles => {
-                &[Then::Meanwhile(CalledAgain), Then::Meanwhile(GivenUp)]
+            Self::PublishOfBarePod | Self::RefreshOfBarePod => {
+                &[Unpublished, StatusDeleted, SecretDeleted]
             }
-            Self::Unpublish => &[
-                Then::Meanwhile(Visited),
-                Then::Meanwhile(CalledAgain),
-                Then::Meanwhile(GivenUp),
-            ],
-            Self::UnpublishOfBarePod => &[Then::Meanwhile(CalledAgain), Then::Meanwhile(GivenUp)],
-            Self::DeletedSecret | Self::AlteredSecret => &[
-                Then::Meanwhile(CalledAgain),
-                Then::Meanwhile(Unpublished),
-                Then::Meanwhile(SecretDeleted),
-                Then::Meanwhile(SecretAltered),
-            ],
+            // A provider that is asked writes its files also when the volume is not there any more.
+            Self::PublishOfWrittenFiles | Self::RefreshOfWrittenFiles => &[CalledAgain, GivenUp],
+            Self::Unpublish => &[Visited, CalledAgain, GivenUp],
+            Self::UnpublishOfBarePod => &[CalledAgain, GivenUp],
+            Self::DeletedSecret | Self::AlteredSecret => {
+                &[CalledAgain, Unpublished, SecretDeleted, SecretAltered]
+            }
             _ => &[],
-        }
+        };
+        all.iter().copied().map(Then::Meanwhile).collect()
     }
 }
 
