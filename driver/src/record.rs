@@ -53,6 +53,9 @@ pub struct Record {
     /// whose pod status an earlier driver wrote has none until it is refreshed.
     #[serde(default)]
     pub orders: BTreeMap<String, String>,
+    /// The content that a refresh puts in place, from before it does until it has recorded that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coming: Option<Coming>,
     /// The names of the files when the provider answered last, if the class has the annotation
     /// `secrets-store.csi.k8s.io/send-object-versions`. If the volume has other names, its content is
     /// not whole.
@@ -85,6 +88,14 @@ impl Record {
             version: format!("{}+{}", object.version, self.changes_of_versions),
         });
         Cow::Owned(numbered.collect())
+    }
+
+    /// Returns the state of the class from which the content in a directory was made.
+    pub fn class_of(&self, directory: &str) -> &ClassState {
+        match &self.coming {
+            Some(coming) if coming.directory == directory => &coming.class,
+            _ => &self.class,
+        }
     }
 
     /// Returns whether the last refresh of the volume has succeeded.
@@ -142,6 +153,7 @@ impl Record {
             changes_of_versions: 0,
             writer: Writer::Driver,
             orders: BTreeMap::from([("..2026".into(), "7".into())]),
+            coming: None,
             files: None,
             last_success: Timestamp::now(),
             last_change: Timestamp::UNIX_EPOCH,
@@ -189,6 +201,16 @@ impl std::fmt::Display for Pod {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
     }
+}
+
+/// A content that is about to come into a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Coming {
+    /// The name of its directory.
+    pub directory: String,
+    /// The state of the class from which it was made, without annotations.
+    pub class: ClassState,
 }
 
 /// A state of a SecretProviderClass.

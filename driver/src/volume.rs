@@ -539,6 +539,7 @@ fn new_record(
         changes_of_versions: 0,
         writer: Writer::Driver,
         orders: BTreeMap::new(),
+        coming: None,
         files: None,
         last_success: now,
         last_change: now,

@@ -126,6 +126,7 @@ fn record(number: usize, class: &record::ClassState, provider: &str) -> Record {
         changes_of_versions: 0,
         writer: Writer::Driver,
         orders: BTreeMap::new(),
+        coming: None,
         last_success: Timestamp::UNIX_EPOCH,
         last_change: Timestamp::UNIX_EPOCH,
         files: None,

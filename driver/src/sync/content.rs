@@ -125,15 +125,23 @@ impl VolumeContent {
             Some(root) if is_complete(&root, record.writer)? => content_id(&root, record.writer)?,
             _ => return Ok(None),
         };
+        let record = if pending.is_some() || knows(&record, &id) {
+            Some(record)
+        } else {
+            records.get(&volume.id).filter(is_of)
+        };
+        let Some(record) = record else {
+            return Ok(None);
+        };
         Ok(Some(Self {
             mount,
-            id,
             volume: volume.clone(),
             writer: record.writer,
+            class: record.class_of(&id.directory).clone(),
             orders: record.orders,
-            class: record.class,
             is_failing: record.failing_since.is_some(),
             is_pending: pending.is_some(),
+            id,
         }))
     }
 
@@ -212,6 +220,11 @@ fn is_complete(root: &OwnedFd, writer: Writer) -> io::Result<bool> {
         Writer::Driver => layout::is_complete(root),
         Writer::Provider => Ok(!layout::is_unfinished(root)? && !layout::is_empty(root)?),
     }
+}
+
+/// Returns whether a record knows a content, which a refresh may have put in place after the record was read.
+fn knows(record: &Record, content: &ContentId) -> bool {
+    record.orders.is_empty() || record.orders.contains_key(&content.directory)
 }
 
 /// Returns the identity of the content. Files that a provider has written itself have one directory

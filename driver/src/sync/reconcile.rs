@@ -195,7 +195,7 @@ impl SecretSync {
     ) -> Result<Option<(SecretData, Stamp)>, SyncError> {
         let name = target.key.name.as_str();
         for _ in 0..ATTEMPTS {
-            let Some(content) = self.newest(volumes, pending).await? else {
+            let Some(content) = self.newest(target, volumes, pending).await? else {
                 return Ok(None);
             };
             let (stamp, origin) = (content.stamp(), content.origin(target.class));
@@ -243,16 +243,7 @@ impl SecretSync {
         target: Target<'_>,
         volumes: &[CachedVolume],
     ) -> Result<Option<(Digest, Stamp)>, SyncError> {
-        let newest = self.newest(volumes, None).await?;
-        if newest
-            .as_ref()
-            .is_some_and(|newest| newest.is_ahead_of(target.class))
-        {
-            // The Secret may be one that the class lists no more.
-            self.cache.expedite_class(&target.key.class);
-            let later = "the volume has content of a later state of the class, which is read now";
-            return Err(SyncError::unavailable(later).awaited());
-        }
+        let newest = self.newest(target, volumes, None).await?;
         let Some(newest) = newest.filter(VolumeContent::is_versioned) else {
             return Ok(None);
         };
@@ -290,9 +281,11 @@ impl SecretSync {
         }
     }
 
-    /// Finds the newest content of some volumes.
+    /// Finds the newest content of some volumes. It may come at any time, so that this is the place to look that
+    /// the class is not older: no Secret is made of content and class that never belonged together.
     async fn newest(
         &self,
+        target: Target<'_>,
         volumes: &[CachedVolume],
         pending: Option<&Record>,
     ) -> Result<Option<VolumeContent>, SyncError> {
@@ -302,7 +295,15 @@ impl SecretSync {
         let newest = super::blocking(move || {
             VolumeContent::newest(&records, &tmpfs, &volumes, pending.as_ref())
         });
-        newest.await.map_err(SyncError::unavailable)
+        let newest = newest.await.map_err(SyncError::unavailable)?;
+        let is_ahead = |newest: &VolumeContent| newest.is_ahead_of(target.class);
+        if newest.as_ref().is_some_and(is_ahead) {
+            // The Secret may be one that the class lists no more.
+            self.cache.expedite_class(&target.key.class);
+            let later = "the volume has content of a later state of the class, which is read now";
+            return Err(SyncError::unavailable(later).awaited());
+        }
+        Ok(newest)
     }
 }
 

@@ -19,7 +19,7 @@ use crate::{
     files::{Access, File, Payload, layout, own, read, swap},
     memory::{Memory, Reservation},
     mount::{Tmpfs, VolumeMount},
-    record::{Pod, Record, StagedRecord, Writer},
+    record::{ClassState, Coming, Pod, Record, StagedRecord, Writer},
 };
 
 /// The files of a provider's answer, before they are the volume's content.
@@ -67,6 +67,18 @@ impl Stage {
             Self::TakenOver => Some(String::new()),
             Self::Unchanged | Self::OfProvider => None,
         }
+    }
+
+    /// Returns what a record says of this content before it is committed. `class` is the state of the
+    /// class from which it was made.
+    pub(super) fn coming(&self, class: &ClassState) -> Option<Coming> {
+        self.new_directory().map(|directory| Coming {
+            directory,
+            class: ClassState {
+                annotations: BTreeMap::new(),
+                ..class.clone()
+            },
+        })
     }
 }
 

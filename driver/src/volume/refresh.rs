@@ -179,10 +179,15 @@ impl Volumes {
             last_success: now,
             last_change: if changed { now } else { record.last_change },
             failing_since: None,
+            coming: None,
             ..record.clone()
         };
         let staged_before = if changed {
-            Some(self.stage_record(record).await?)
+            let before = Record {
+                coming: staged.coming(&class.identity),
+                ..record.clone()
+            };
+            Some((self.stage_record(&before).await?, before))
         } else {
             None
         };
@@ -198,7 +203,7 @@ impl Volumes {
                 .write_pod_status(request, &fresh.told_objects(), new_order, before)
                 .await?;
             fresh.pod_status = written.name;
-            if let Some(staged_before) = staged_before {
+            if let Some((staged_before, before)) = staged_before {
                 staged.order(&mut fresh, written.resource_version);
                 // Before the swap: if the driver stops between the two, the content that is found
                 // later has the order that belongs to it, and the next change another number than
@@ -207,7 +212,7 @@ impl Volumes {
                     pod_status: fresh.pod_status.clone(),
                     changes_of_versions: fresh.changes_of_versions,
                     orders: fresh.orders.clone(),
-                    ..record.clone()
+                    ..before
                 };
                 if let Err(error) = self.commit_record(staged_before, before).await {
                     self.tell_former(request, record, &fresh.pod_status).await;

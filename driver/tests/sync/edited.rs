@@ -2,14 +2,14 @@
 //! object which its volume does not have: not while the refresh is on its way that may bring the object.
 
 use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
-use driver::sync::Options;
+use driver::{record::Coming, sync::Options};
 use jiff::Timestamp;
 use rstest::rstest;
 use serde_json::{Value, json};
 
 use crate::{
-    Api, Duration, EVERY, SECRET, class, creds, is_alone, options, put_status, record, records,
-    run, sync_of, until, volume, write,
+    Api, Duration, EVERY, Refuse, SECRET, What, class, creds, is_alone, options, put_status,
+    record, records, run, sync_of, until, volume, write,
 };
 
 /// What becomes of the volume after its class was edited.
@@ -153,6 +153,83 @@ async fn a_mount_with_the_class_of_before(#[values(false, true)] errors_fail_pub
     tokio::time::sleep(EVERY * 5).await;
     let told = api.events().concat();
     assert_eq!(told.contains("FailedToCreateSecret"), errors_fail_publish);
+    stop.cancel();
+}
+
+/// The one that finds content of a later state of the class.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Finder {
+    Check,
+    CheckAfterRestart,
+    /// The mount of another pod with the class of before.
+    Mount,
+}
+
+/// A refresh puts the content of an edited class in place, which somebody finds who does not know the edit. The Secret
+/// stays as it is until then: content and class of different states never belonged together.
+#[rstest]
+#[tokio::test]
+async fn content_of_a_later_state_of_the_class(
+    #[values("coming", "recorded")] content: &str,
+    #[values(Finder::Check, Finder::CheckAfterRestart, Finder::Mount)] finder: Finder,
+) {
+    if !is_alone() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (api, cluster) = Api::start(dir.path()).await;
+    let before = class(&api, &cluster, creds()).await;
+    api.pod("web", Some(("ReplicaSet", "rs")), "Running");
+    let web = volume(dir.path(), "web");
+    put_status(&api, &web);
+    let mut sync = sync_of(dir.path(), &cluster, options(EVERY));
+    sync.volume_mounted(&web, &before).await.unwrap();
+    let written = api.get(SECRET).unwrap();
+    if finder == Finder::CheckAfterRestart {
+        sync = sync_of(dir.path(), &cluster, options(EVERY));
+    }
+    let objects = json!([{"secretName": "creds", "type": "Opaque",
+        "data": [{"objectName": "pw", "key": "pw"}, {"objectName": "new", "key": "new"}]}]);
+    api.put_class(&objects, "2");
+    write(&web.target_path, &[("pw", "hunter3"), ("new", "x")]);
+    let mut found = record(dir.path(), "web", "3");
+    let mut edited = found.class.clone();
+    edited.resource_version = "2".to_owned();
+    if content == "recorded" {
+        found.class = edited;
+    } else {
+        let (directory, _) = found.orders.first_key_value().unwrap();
+        let directory = directory.clone();
+        found.orders.extend(web.orders.clone());
+        found.coming = Some(Coming {
+            directory,
+            class: edited,
+        });
+    }
+    records(dir.path()).put(&found).unwrap();
+    let refusal = Refuse {
+        what: What::Class,
+        code: 403,
+        times: usize::MAX,
+        message: String::new(),
+    };
+    api.refuse(vec![refusal]);
+    if finder == Finder::Mount {
+        api.pod("other", Some(("ReplicaSet", "rs")), "Running");
+        let other = volume(dir.path(), "other");
+        put_status(&api, &other);
+        sync.volume_mounted(&other, &before).await.unwrap();
+        assert_eq!(api.get(SECRET).unwrap(), written);
+    }
+    let stop = run(&sync);
+    tokio::time::sleep(EVERY * 5).await;
+    assert_eq!(api.get(SECRET).unwrap(), written);
+    api.refuse(Vec::new());
+    until("the Secret follows both", || {
+        let data = &api.get(SECRET).unwrap()["data"];
+        data["new"].is_string() && data["pw"] != written["data"]["pw"]
+    })
+    .await;
     stop.cancel();
 }
 

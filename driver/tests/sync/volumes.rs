@@ -94,6 +94,7 @@ pub(crate) fn record(dir: &Path, pod: &str, order: &str) -> Record {
         changes_of_versions: 0,
         writer: Writer::Driver,
         orders: BTreeMap::from([(directory, order.to_owned())]),
+        coming: None,
         last_success: Timestamp::now(),
         last_change: Timestamp::now(),
         files: None,
