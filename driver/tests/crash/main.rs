@@ -112,6 +112,8 @@ fn stopped_after_each_step(#[case] operation: Operation) {
 #[case::unpublish_of_bare_pod(Operation::UnpublishOfBarePod)]
 #[case::deleted_secret(Operation::DeletedSecret)]
 #[case::altered_secret(Operation::AlteredSecret)]
+#[case::refresh_with_other_type(Operation::RefreshWithOtherType)]
+#[case::class_with_another_secret(Operation::ClassWithAnotherSecret)]
 fn held_after_each_step(#[case] operation: Operation) {
     try_alone(operation, How::Held);
 }

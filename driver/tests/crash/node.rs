@@ -396,6 +396,18 @@ impl Node {
         statuses.any(|uid| owners.is_some_and(|all| all.iter().any(|owner| owner["uid"] == *uid)))
     }
 
+    /// Returns the annotations of pod statuses by which they tell since when something is wrong.
+    pub(crate) fn trouble(&self) -> Vec<String> {
+        let statuses = self.api.all(STATUSES).into_iter();
+        let annotations = statuses.filter_map(|status| {
+            let annotations = status["metadata"]["annotations"].as_object()?;
+            Some(annotations.keys().cloned().collect::<Vec<_>>())
+        });
+        let mut all = annotations.collect::<Vec<_>>().concat();
+        all.retain(|name| name.ends_with("-since"));
+        all
+    }
+
     pub(crate) fn look_at_secret(&self) {
         look_at_secret(&Arc::downgrade(&self.api), &Arc::downgrade(&self.secret));
     }
@@ -532,6 +544,31 @@ impl Node {
             None => {}
         }
         self.client = None;
+    }
+
+    /// Returns the files and directories of volumes and records that the driver has open. What is in a mount that is
+    /// gone has a path from its root on.
+    pub(crate) fn open_files(&self) -> Vec<String> {
+        let id = match &self.driver {
+            Some(Driver::Traced(traced)) => Some(traced.id()),
+            Some(Driver::Plain(child)) => child.id(),
+            None => None,
+        };
+        let Some(id) = id else {
+            return Vec::new();
+        };
+        let files = fs::read_dir(format!("/proc/{id}/fd")).into_iter().flatten();
+        let links = files.filter_map(|file| fs::read_link(file.ok()?.path()).ok());
+        let [pods, records] = ["kubelet/pods", "state/"].map(|path| self.dir.path().join(path));
+        let is_of_volume = |path: &PathBuf| {
+            let text = path.to_string_lossy();
+            path.starts_with(&pods)
+                || path.starts_with(&records) && *path != records
+                || text == "/"
+                || text.starts_with("/..")
+        };
+        let open = links.filter(is_of_volume);
+        open.map(|path| path.display().to_string()).collect()
     }
 
     /// Waits until the driver says that it is ready, as kubelet's registration does.

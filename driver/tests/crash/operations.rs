@@ -931,7 +931,23 @@ impl Run {
                 !name.starts_with("pod status ") && name != "event FailedToCreateSecret"
             });
         }
-        if self.has_failed && !self.operation.is_refused() {
+        if self.then == Then::Meanwhile(Meanwhile::ApiAway) {
+            // What fails meanwhile is told, and a moment later that it is over.
+            state.retain(|name, _| {
+                !matches!(
+                    name.as_str(),
+                    "event FailedToCreateSecret" | "event SecretSynced"
+                )
+            });
+            for (_, text) in state
+                .iter_mut()
+                .filter(|(name, _)| name.starts_with("pod status "))
+            {
+                *text = without_trouble(text);
+            }
+        }
+        let may_fail = self.has_failed || self.then == Then::Meanwhile(Meanwhile::ApiAway);
+        if may_fail && !self.operation.is_refused() {
             // The failure is announced.
             state.retain(|name, _| !name.starts_with("event MountRotation"));
         }
@@ -983,6 +999,11 @@ impl Run {
         if !left.is_empty() {
             return Err(format!("after the unpublish there are {left:?}"));
         }
+        let closed = until("no file of the volume is open", || {
+            self.node.open_files().is_empty()
+        });
+        let closed = closed.await;
+        closed.map_err(|why| format!("{why}; these are: {:?}", self.node.open_files()))?;
         let problems = [
             self.node.files.lock().unwrap().problems.clone(),
             self.node.secret.lock().unwrap().problems.clone(),
@@ -992,6 +1013,14 @@ impl Run {
             problems => Err(problems.join("\n")),
         }
     }
+}
+
+/// Returns the text of a pod status without that which it tells of trouble.
+fn without_trouble(text: &str) -> String {
+    let is_of_trouble = |line: &&str| line.contains("-since\": ") || line.contains("-reason\": ");
+    let lines = text.lines().filter(|line| !is_of_trouble(line));
+    let lines: Vec<&str> = lines.map(|line| line.trim_end_matches(',')).collect();
+    lines.join("\n")
 }
 
 /// The time for which kubelet waits for a provider that hangs.

@@ -173,6 +173,11 @@ impl Traced {
         self.seen.lock().unwrap().is_released = true;
     }
 
+    /// Returns the number of the process.
+    pub(crate) fn id(&self) -> u32 {
+        self.leader.as_raw().cast_unsigned()
+    }
+
     /// Waits until the program has ended.
     pub(crate) async fn ended(&self) {
         let mut ended = self.ended.clone();

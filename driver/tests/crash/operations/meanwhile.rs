@@ -6,6 +6,7 @@
 
 use std::{fmt, sync::Arc};
 
+use embedded::api::Disturbance;
 use serde_json::{Value, json};
 use tokio::time::{Duration, sleep};
 
@@ -17,6 +18,10 @@ use crate::{
 
 /// The time for which a thread is held: others come as far as they can without it.
 const HOLD: Duration = Duration::from_millis(150);
+/// The same, so that a check of Secrets is made meanwhile.
+const HOLD_FOR_CHECK: Duration = Duration::from_millis(1_300);
+/// The time for which the API server is away, longer than the thread is held.
+const AWAY: Duration = Duration::from_millis(700);
 /// The time within which a thread comes to its step, or it will not.
 const COMES: Duration = Duration::from_secs(8);
 /// The interval in which the driver checks Secrets: longer than most operations take.
@@ -45,6 +50,10 @@ pub(crate) enum Meanwhile {
     StoreChanged,
     /// A node that has the new content, too, writes it to the Secret.
     Elsewhere,
+    /// The driver checks the class and its Secrets.
+    Checked,
+    /// The API server goes away, and comes back.
+    ApiAway,
 }
 
 impl fmt::Display for Meanwhile {
@@ -60,6 +69,8 @@ impl fmt::Display for Meanwhile {
             Self::ClassEdited => "class edited",
             Self::StoreChanged => "store changed",
             Self::Elsewhere => "written elsewhere",
+            Self::Checked => "checked",
+            Self::ApiAway => "API server away",
         })
     }
 }
@@ -68,8 +79,8 @@ impl Operation {
     /// Returns what may happen during the operation.
     pub(crate) fn meanwhile(self) -> Vec<Then> {
         use Meanwhile::{
-            CalledAgain, ClassEdited, Elsewhere, GivenUp, SecretAltered, SecretDeleted,
-            StatusDeleted, StoreChanged, Unpublished, Visited,
+            ApiAway, CalledAgain, Checked, ClassEdited, Elsewhere, GivenUp, SecretAltered,
+            SecretDeleted, StatusDeleted, StoreChanged, Unpublished, Visited,
         };
         let all: &[Meanwhile] = match self {
             Self::Publish | Self::RefreshOfEditedClass => &[
@@ -81,6 +92,8 @@ impl Operation {
                 SecretAltered,
                 ClassEdited,
                 StoreChanged,
+                Checked,
+                ApiAway,
             ],
             Self::Refresh => &[
                 Visited,
@@ -93,7 +106,12 @@ impl Operation {
                 ClassEdited,
                 StoreChanged,
                 Elsewhere,
+                Checked,
+                ApiAway,
             ],
+            Self::RefreshWithOtherType => {
+                &[CalledAgain, SecretDeleted, SecretAltered, Checked, ApiAway]
+            }
             Self::PublishOfBarePod | Self::RefreshOfBarePod => {
                 &[Unpublished, StatusDeleted, SecretDeleted]
             }
@@ -101,9 +119,14 @@ impl Operation {
             Self::PublishOfWrittenFiles | Self::RefreshOfWrittenFiles => &[CalledAgain, GivenUp],
             Self::Unpublish => &[Visited, CalledAgain, GivenUp],
             Self::UnpublishOfBarePod => &[CalledAgain, GivenUp],
-            Self::DeletedSecret | Self::AlteredSecret => {
-                &[CalledAgain, Unpublished, SecretDeleted, SecretAltered]
-            }
+            Self::DeletedSecret | Self::AlteredSecret => &[
+                CalledAgain,
+                Unpublished,
+                SecretDeleted,
+                SecretAltered,
+                ApiAway,
+            ],
+            Self::ClassWithAnotherSecret => &[CalledAgain, Unpublished, SecretDeleted, ApiAway],
             _ => &[],
         };
         all.iter().copied().map(Then::Meanwhile).collect()
@@ -150,8 +173,12 @@ impl Run {
             ended = &mut operation => Some(ended),
             () = comes(traced) => None,
         };
+        let hold = match meanwhile {
+            Meanwhile::Checked => HOLD_FOR_CHECK,
+            _ => HOLD,
+        };
         let let_go = async {
-            sleep(HOLD).await;
+            sleep(hold).await;
             traced.release();
         };
         if let Some(ended) = ended {
@@ -175,6 +202,10 @@ impl Run {
         match meanwhile {
             // The call of a pod that has gone may be answered with anything.
             Meanwhile::Unpublished => Ok(()),
+            // kubelet tries again what has failed without an API server.
+            Meanwhile::ApiAway if ended.is_err() && !self.operation.is_by_itself() => {
+                self.publish().await
+            }
             _ => ended,
         }
     }
@@ -200,7 +231,12 @@ impl Run {
         match meanwhile {
             Meanwhile::CalledAgain if self.operation.is_unpublish() => self.unpublish().await?,
             Meanwhile::CalledAgain => self.publish().await?,
-            Meanwhile::GivenUp => {}
+            Meanwhile::GivenUp | Meanwhile::Checked => {}
+            Meanwhile::ApiAway => {
+                self.node.api().disturb(Disturbance::Refuse);
+                sleep(AWAY).await;
+                self.node.api().disturb(Disturbance::None);
+            }
             Meanwhile::Visited => {
                 let visited = self.node.visit().await;
                 visited.map_err(|status| format!("the other pod is answered with {status}"))?;
@@ -238,6 +274,10 @@ impl Run {
         if let Some(now) = now {
             history.add(Some(data(&now)));
         }
+        if self.operation == Operation::RefreshWithOtherType {
+            // It is deleted and made anew.
+            history.add(None);
+        }
         history.add(newest);
     }
 
@@ -266,6 +306,9 @@ impl Run {
         }
         let tells = || self.tells_of_volume();
         until("the pod status names what is mounted", tells).await?;
+        let is_well = || self.node.trouble().is_empty();
+        let well = until("the pod status tells of no trouble", is_well).await;
+        well.map_err(|why| format!("{why}; it has {:?}", self.node.trouble()))?;
         if self.operation.is_bare() {
             let lives = || self.node.secret_lives_with_status();
             until("the Secret lives with the pod status", lives).await?;
