@@ -217,6 +217,16 @@ impl Call {
         said.join(" ")
     }
 
+    /// Returns the number of bytes that a call is about to send, as far as the arguments tell.
+    pub(crate) fn to_move(self) -> usize {
+        match self.number {
+            libc::SYS_write | libc::SYS_sendto => {
+                usize::try_from(self.args[2]).unwrap_or(MOST_READ)
+            }
+            _ => MOST_READ,
+        }
+    }
+
     /// Returns what a call that has ended has moved, `length` bytes.
     pub(crate) fn moved(self, thread: Pid, length: usize) -> Vec<u8> {
         let most = length.min(MOST_READ);

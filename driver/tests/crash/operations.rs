@@ -277,6 +277,8 @@ pub(crate) struct Run {
     adorned: Option<Vec<String>>,
     /// Whether a step of the operation has failed.
     pub(crate) has_failed: bool,
+    /// Whether a request has not gone out, or its answer was lost.
+    pub(crate) was_cut_off: bool,
 }
 
 impl Run {
@@ -323,6 +325,7 @@ impl Run {
             elsewhere: None,
             adorned: None,
             has_failed: false,
+            was_cut_off: false,
         };
         run.put_class();
         run.put_store();
@@ -931,23 +934,19 @@ impl Run {
                 !name.starts_with("pod status ") && name != "event FailedToCreateSecret"
             });
         }
-        if self.then == Then::Meanwhile(Meanwhile::ApiAway) {
+        let is_away = self.then == Then::Meanwhile(Meanwhile::ApiAway);
+        if is_away || self.was_cut_off {
             // What fails meanwhile is told, and a moment later that it is over.
-            state.retain(|name, _| {
-                !matches!(
-                    name.as_str(),
-                    "event FailedToCreateSecret" | "event SecretSynced"
-                )
-            });
-            for (_, text) in state
-                .iter_mut()
-                .filter(|(name, _)| name.starts_with("pod status "))
-            {
-                *text = without_trouble(text);
+            let is_told = ["event FailedToCreateSecret", "event SecretSynced"];
+            state.retain(|name, _| !is_told.contains(&name.as_str()));
+        }
+        for (name, text) in &mut state {
+            if name.starts_with("pod status ") {
+                let is_over = (is_away || self.was_cut_off) && !self.is_refused();
+                *text = lines(text, is_over);
             }
         }
-        let may_fail = self.has_failed || self.then == Then::Meanwhile(Meanwhile::ApiAway);
-        if may_fail && !self.operation.is_refused() {
+        if (self.has_failed || is_away) && !self.operation.is_refused() {
             // The failure is announced.
             state.retain(|name, _| !name.starts_with("event MountRotation"));
         }
@@ -964,6 +963,10 @@ impl Run {
         if status_was_gone && self.operation.is_bare() {
             let lives = || self.node.secret_lives_with_status();
             until("the Secret lives with the pod status", lives).await?;
+            self.node.remove_absent_owners();
+        }
+        if self.has_failed && self.operation.is_bare() {
+            // A first publish that failed has taken its pod status back.
             self.node.remove_absent_owners();
         }
         if let Some(owners) = &self.adorned
@@ -1015,10 +1018,12 @@ impl Run {
     }
 }
 
-/// Returns the text of a pod status without that which it tells of trouble.
-fn without_trouble(text: &str) -> String {
-    let is_of_trouble = |line: &&str| line.contains("-since\": ") || line.contains("-reason\": ");
-    let lines = text.lines().filter(|line| !is_of_trouble(line));
+/// Returns the lines of a pod status, without the commas between them, and `without_trouble` that it tells of.
+fn lines(text: &str, without_trouble: bool) -> String {
+    let is_of_trouble = |line: &str| line.contains("-since\": ") || line.contains("-reason\": ");
+    let lines = text
+        .lines()
+        .filter(|line| !without_trouble || !is_of_trouble(line));
     let lines: Vec<&str> = lines.map(|line| line.trim_end_matches(',')).collect();
     lines.join("\n")
 }

@@ -4,7 +4,8 @@
 //!
 //! A step is noted when its system call has succeeded, and the program is killed before it learns of
 //! that. So the end of each step is also the beginning of the next one. A thread is held at the same moment, and the
-//! others go on. A step that is to fail is not taken: the program gets an error in its place.
+//! others go on. A step that is to fail is not taken: the program gets an error in its place. A request does not go
+//! out then, and an answer is lost: its request has been carried out.
 
 use std::{
     collections::HashMap,
@@ -85,18 +86,18 @@ impl Seen {
         self.at = armed.at.map(|(step, how)| (step.to_owned(), how));
     }
 
-    /// Returns whether the step that is described by these words is to fail, and notes it then.
-    fn fails(&mut self, described: &str) -> bool {
+    /// Returns whether the step of this name is to fail, and notes it then.
+    fn fails(&mut self, name: impl FnOnce(&mut Names) -> Option<String>) -> bool {
         let (Some(names), Some((step, How::Failed)), false) = (&self.names, &self.at, self.is_hit)
         else {
             return false;
         };
-        let name = names.clone().name(described);
-        self.is_hit = name == *step;
-        if self.is_hit {
-            self.steps.push(name);
-        }
-        self.is_hit
+        let Some(name) = name(&mut names.clone()).filter(|name| name == step) else {
+            return false;
+        };
+        self.is_hit = true;
+        self.steps.push(name);
+        true
     }
 }
 
@@ -326,8 +327,16 @@ impl Tracer {
             Effect::Connects => Peer::at(thread, call.args[1]).map_or_else(String::new, |p| p.0),
             _ => String::new(),
         };
-        let may_fail = !described.is_empty() && !matches!(effect, Effect::Connects);
-        let fails = may_fail && self.seen.lock().unwrap().fails(&described);
+        let connection = self.connections.get(&call.descriptor()).copied();
+        let fails = match (&effect, connection) {
+            (Effect::Connects, _) => false,
+            (Effect::Moves { out: true }, Some(server)) => self.fails_to_send(thread, call, server),
+            _ if described.is_empty() => false,
+            _ => {
+                let mut seen = self.seen.lock().unwrap();
+                seen.fails(|names| Some(names.name(&described)))
+            }
+        };
         if fails {
             skip(thread);
         }
@@ -337,6 +346,29 @@ impl Tracer {
             described,
             fails,
         }
+    }
+
+    /// Returns whether the request that is about to be sent does not go out.
+    fn fails_to_send(&self, thread: Pid, call: Call, server: Server) -> bool {
+        let mut seen = self.seen.lock().unwrap();
+        matches!(seen.at, Some((_, How::Failed)))
+            && seen.fails(|names| {
+                let bytes = call.moved(thread, call.to_move());
+                names.sent(server, call.descriptor(), &bytes)
+            })
+    }
+
+    /// Returns whether the answer that has just been received is lost.
+    fn fails_to_receive(&self, thread: Pid, call: Call, length: i64) -> bool {
+        let Some(server) = self.connections.get(&call.descriptor()).copied() else {
+            return false;
+        };
+        let mut seen = self.seen.lock().unwrap();
+        matches!(seen.at, Some((_, How::Failed)))
+            && seen.fails(|names| {
+                let bytes = call.moved(thread, usize::try_from(length).unwrap_or(0));
+                names.received(server, call.descriptor(), &bytes)
+            })
     }
 
     /// Describes a call that writes into a file, other than the log.
@@ -357,11 +389,19 @@ impl Tracer {
             described,
             fails,
         } = begun;
-        if fails {
-            return fail(thread, call.error());
-        }
         let descriptor = call.descriptor();
+        if fails {
+            return match self.connections.contains_key(&descriptor) {
+                true => fail(thread, Errno::EPIPE),
+                false => fail(thread, call.error()),
+            };
+        }
         match effect {
+            Effect::Moves { out: false }
+                if result > 0 && self.fails_to_receive(thread, call, result) =>
+            {
+                fail(thread, Errno::ECONNRESET);
+            }
             Effect::Connects => {
                 // EINPROGRESS is no failure.
                 if result == 0 || result == -i64::from(nix::libc::EINPROGRESS) {
