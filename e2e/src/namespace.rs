@@ -132,6 +132,16 @@ impl Namespace {
         self.wait_pod(pod, &what, limit, ready).await
     }
 
+    /// Waits until the status of a pod tells of its containers.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] with the pod's state and events.
+    pub async fn wait_reported(&self, pod: &str, limit: Duration) -> Result<()> {
+        let what = format!("the containers of pod {self}/{pod} to be in its status");
+        let reported = |pod: Option<Pod>| pod?.status?.container_statuses.map(drop);
+        self.wait_pod(pod, &what, limit, reported).await
+    }
+
     /// Waits until there is no pod of that name.
     ///
     /// # Errors

@@ -935,14 +935,15 @@ impl Run {
             });
         }
         let is_away = self.then == Then::Meanwhile(Meanwhile::ApiAway);
-        if is_away || self.was_cut_off {
-            // What fails meanwhile is told, and a moment later that it is over.
+        // It is told, and a moment later that it is over. A provider that writes files again disturbs a check, too.
+        let has_trouble = is_away || self.was_cut_off || self.operation.is_written();
+        let is_over = has_trouble && !self.is_refused();
+        if is_over {
             let is_told = ["event FailedToCreateSecret", "event SecretSynced"];
             state.retain(|name, _| !is_told.contains(&name.as_str()));
         }
         for (name, text) in &mut state {
             if name.starts_with("pod status ") {
-                let is_over = (is_away || self.was_cut_off) && !self.is_refused();
                 *text = lines(text, is_over);
             }
         }

@@ -20,6 +20,12 @@ const OURS: &str = "secrets-store.csi.k8s.io/";
 /// The time for work in the background on a busy machine.
 const SOON: Duration = Duration::from_secs(60);
 const MINUTE: Duration = Duration::from_secs(60);
+/// Flags with which refreshes are an hour apart, and errors reach kubelet.
+const SELDOM: [&str; 3] = [
+    "--enable-secret-rotation",
+    "--rotation-poll-interval=1h",
+    "--republish-errors=surface",
+];
 
 /// What happens to a volume before it is looked at.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -149,11 +155,6 @@ fn the_pod_status_says_that_refreshes_fail_for_as_long_as_they_do() {
 #[test]
 fn a_publish_ends_the_trouble_of_refreshes() {
     alone(async {
-        const SELDOM: [&str; 3] = [
-            "--enable-secret-rotation",
-            "--rotation-poll-interval=1h",
-            "--republish-errors=surface",
-        ];
         let mut world = World::start(&SELDOM).await;
         for (restarts, empties) in [(true, false), (false, false), (true, true), (false, true)] {
             let case = format!("restarts: {restarts}, empties: {empties}");
@@ -197,6 +198,96 @@ fn a_publish_ends_the_trouble_of_refreshes() {
             world.unpublish(&volume).await.unwrap();
         }
     });
+}
+
+/// The end of failures of refreshes that this driver has not brought about.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum End {
+    /// Another driver on the same node has refreshed the volume.
+    OtherDriver,
+    /// The edit of the class, with which refreshes failed, is taken back.
+    Reverted,
+}
+
+/// A class is edited, and its refresh fails. The next refresh is an hour away when the failures end.
+#[test]
+fn failures_end_without_a_refresh_that_is_due() {
+    alone(async {
+        let mut world = World::start(&SELDOM).await;
+        for (end, restarts) in [
+            (End::OtherDriver, false),
+            (End::OtherDriver, true),
+            (End::Reverted, false),
+            (End::Reverted, true),
+        ] {
+            let case = format!("{end:?}, restarts: {restarts}");
+            let volume = world.volume_of_its_own();
+            world.publish_patiently(&volume).await.unwrap();
+            let fails = Answer {
+                status: Some(Code::PermissionDenied),
+                ..Answer::default()
+            };
+            world.provider.answers(&volume.class, fails);
+            let edited = class(&volume.class, 2);
+            world.api.class_is(&volume.class, [Class::Is(edited)]);
+            // The class is read seldom while nothing fails.
+            pass(5 * MINUTE).await;
+            until(&world, &volume, &case, |status| {
+                annotation(status, "stale-since").is_some()
+            })
+            .await;
+            if restarts {
+                world.stop_driver().await;
+            }
+            match end {
+                End::OtherDriver => refreshed_by_another_driver(&world, &volume, restarts),
+                End::Reverted => {
+                    let answer = Answer::file("pw", "one");
+                    world.provider.answers(&volume.class, answer);
+                    let reverted = class(&volume.class, 3);
+                    world.api.class_is(&volume.class, [Class::Is(reverted)]);
+                }
+            }
+            if restarts {
+                world.start_driver().await;
+            } else {
+                pass(5 * MINUTE).await;
+            }
+            until(&world, &volume, &case, |status| {
+                annotation(status, "stale-since").is_none()
+                    && annotation(status, "stale-reason").is_none()
+            })
+            .await;
+            world.unpublish(&volume).await.unwrap();
+        }
+    });
+}
+
+/// Writes the record of a volume as another driver does that has refreshed it with the edited class.
+fn refreshed_by_another_driver(world: &World, volume: &Volume, is_stopped: bool) {
+    let records = std::fs::read_dir(world.state_dir()).unwrap();
+    let mut written = 0;
+    for path in records.map(|entry| entry.unwrap().path()) {
+        let text = std::fs::read(&path).unwrap();
+        let Ok(mut record) = serde_json::from_slice::<Value>(&text) else {
+            continue;
+        };
+        if record["volumeId"] == volume.id {
+            let failed = std::mem::take(&mut record["failingSince"]);
+            // Time has passed for the driver that runs, but not for the next one.
+            record["lastSuccess"] = match is_stopped {
+                true => json!(jiff::Timestamp::now()),
+                false => failed,
+            };
+            record["class"]["generation"] = json!(2);
+            record["class"]["resourceVersion"] = json!("20");
+            let next = path.with_extension("next");
+            std::fs::write(&next, record.to_string()).unwrap();
+            std::fs::rename(next, path).unwrap();
+            written += 1;
+        }
+    }
+    assert_eq!(written, 1, "no record of {}", volume.id);
 }
 
 /// Refreshes fail for one cause after another: the pod status names the present one, and the beginning of

@@ -118,11 +118,16 @@ impl Scenario {
             .unwrap_or_else(|error| panic!("{error}"));
     }
 
-    /// Waits for kubelet's event that a volume cannot be mounted; returns its message.
+    /// Waits for kubelet's event that a volume cannot be mounted, and until the pod's status says that its containers
+    /// wait, which comes apart from it; returns the message.
     pub async fn failed_mount(&self, pod: &str, says: &str) -> String {
         let event = self
             .namespace
             .wait_event(pod, "FailedMount", |message| message.contains(says), SOON)
+            .await
+            .unwrap_or_else(|error| panic!("{error}"));
+        self.namespace
+            .wait_reported(pod, SOON)
             .await
             .unwrap_or_else(|error| panic!("{error}"));
         self.redacted(&event.message.unwrap_or_default())
