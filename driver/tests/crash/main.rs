@@ -1,6 +1,6 @@
 //! Stops the driver after each step that changes something outside of it, starts it again, and has
-//! kubelet try again. Or holds the thread there while something else happens. Or has each step on the node fail once,
-//! and kubelet tries again, too.
+//! kubelet try again. Or holds the thread there while something else happens. Or has each step fail once, and kubelet
+//! tries again, too.
 //!
 //! The steps are those that a traced run of the driver makes: system calls on files and mounts, requests
 //! to the API server and to the provider and their answers. Nothing here lists them, so a step that is
@@ -141,6 +141,7 @@ fn held_after_each_step(#[case] operation: Operation) {
 #[case::refresh_with_other_type(Operation::RefreshWithOtherType)]
 #[case::publish_of_bare_pod(Operation::PublishOfBarePod)]
 #[case::unpublish_of_bare_pod(Operation::UnpublishOfBarePod)]
+#[case::class_with_another_secret(Operation::ClassWithAnotherSecret)]
 fn each_step_fails(#[case] operation: Operation) {
     try_alone(operation, How::Failed);
 }
@@ -429,8 +430,9 @@ impl Points {
                 continue;
             }
             let is_in_turn = match then {
-                Then::Again | Then::Changed | Then::Elsewhere => true,
+                Then::Again | Then::Changed => true,
                 Then::Replaced => index % 2 == 0,
+                Then::Elsewhere => index % 2 == 1,
                 Then::Unpublish => index % 3 == 0,
                 Then::TornRecords => index % 3 == 1,
                 Then::Reboot => index % 3 == 2,
