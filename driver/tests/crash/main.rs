@@ -44,6 +44,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use node::until;
 use operations::{Operation, Run, Then};
 use state::{State, difference};
 use steps::is_of_node;
@@ -321,9 +322,12 @@ async fn run(operation: Operation, then: Then, how: How, at: Option<&str>) -> io
             return run.end().await;
         }
         let before = run.told();
-        let mut is_gone = false;
+        let (mut is_gone, mut is_answered) = (false, false);
         let acted = tokio::select! {
-            acted = run.act() => acted,
+            acted = run.act() => {
+                is_answered = true;
+                acted
+            }
             () = traced.ended() => {
                 is_gone = true;
                 Ok(())
@@ -345,13 +349,20 @@ async fn run(operation: Operation, then: Then, how: How, at: Option<&str>) -> io
         } else if !has_failed {
             acted?;
         } else {
+            run.was_cut_off = at.is_some_and(|(step, _)| !is_of_node(step));
             // A server may have carried out that of which the driver knows nothing.
-            if at.is_some_and(|(step, _)| is_of_node(step)) {
+            if !run.was_cut_off {
+                if !is_answered {
+                    // A refresh under way writes the pod status before the content.
+                    let _agree_or_not = until("content and pod status agree", || {
+                        run.check_told(&before).is_ok()
+                    })
+                    .await;
+                }
                 run.check_told(&before)?;
             }
         }
         run.has_failed = has_failed;
-        run.was_cut_off = has_failed && at.is_some_and(|(step, _)| !is_of_node(step));
         run.go_on(is_stopped, &ended.steps).await?;
         run.end().await
     };

@@ -398,14 +398,15 @@ impl Node {
 
     /// Returns the annotations of pod statuses by which they tell since when something is wrong.
     pub(crate) fn trouble(&self) -> Vec<String> {
-        let statuses = self.api.all(STATUSES).into_iter();
-        let annotations = statuses.filter_map(|status| {
-            let annotations = status["metadata"]["annotations"].as_object()?;
-            Some(annotations.keys().cloned().collect::<Vec<_>>())
-        });
-        let mut all = annotations.collect::<Vec<_>>().concat();
-        all.retain(|name| name.ends_with("-since"));
-        all
+        let statuses = self.api.all(STATUSES);
+        let annotations = statuses
+            .iter()
+            .filter_map(|status| status["metadata"]["annotations"].as_object());
+        let names = annotations.flat_map(|annotations| annotations.keys());
+        names
+            .filter(|name| name.ends_with("-since"))
+            .cloned()
+            .collect()
     }
 
     pub(crate) fn look_at_secret(&self) {
@@ -557,7 +558,7 @@ impl Node {
         let Some(id) = id else {
             return Vec::new();
         };
-        let files = fs::read_dir(format!("/proc/{id}/fd")).into_iter().flatten();
+        let files = fs::read_dir(format!("/proc/{id}/fd")).unwrap();
         let links = files.filter_map(|file| fs::read_link(file.ok()?.path()).ok());
         let [pods, records] = ["kubelet/pods", "state/"].map(|path| self.dir.path().join(path));
         let is_of_volume = |path: &PathBuf| {

@@ -1,5 +1,6 @@
 //! What is done to a volume and its Secrets while the driver is stopped, and what follows.
 
+mod end;
 mod meanwhile;
 mod store;
 
@@ -13,7 +14,6 @@ use tonic::Code;
 use crate::{
     node::{Class, KEY_FORMAT, Node, PATIENCE, REFRESH, SOMEBODY, STATUSES, data, until},
     reader::read_all,
-    state::{State, node_state, state},
     tracer::{How, Traced},
 };
 use meanwhile::CHECKS;
@@ -891,142 +891,6 @@ impl Run {
             sleep(Duration::from_millis(50)).await;
         }
     }
-
-    /// Returns what is on the node and would not be there without the volume.
-    fn left(&self) -> Vec<String> {
-        let is_right = |name: &String| name == "entry csi.sock" || name == REGISTRATION;
-        let left = node_state(&self.node).into_keys();
-        left.filter(|name| !is_right(name)).collect()
-    }
-
-    /// Keeps of a state what has to be the same whether or not the driver was stopped.
-    fn comparable(&self, mut state: State) -> State {
-        if self.operation == Operation::RefusedPublish && self.then == Then::Again {
-            // A mount of an attempt that did not end stays until the next unpublish, because a
-            // container might use it.
-            state.retain(|name, _| {
-                !["mount", "entry mount", "volume", "file /..unfinished"]
-                    .iter()
-                    .any(|of| name.starts_with(of))
-            });
-        }
-        let recovers = match self.operation {
-            Operation::RefusedRefresh => self.then == Then::Changed,
-            operation => operation == Operation::RecoveredRefresh,
-        };
-        if recovers {
-            // What the driver did not live to see is not announced.
-            state.retain(|name, _| !name.starts_with("event MountRotation"));
-        }
-        if self.operation == Operation::RefreshWithOtherType {
-            state.remove("event SecretRecreated");
-        }
-        if self.then == Then::Meanwhile(Meanwhile::StatusDeleted) {
-            // The count of contents goes with the pod status that had it, and a Secret that lives with it has to wait.
-            state.retain(|name, _| {
-                !name.starts_with("pod status ") && name != "event FailedToCreateSecret"
-            });
-        }
-        if matches!(self.then, Then::Meanwhile(_)) && self.operation.is_written() {
-            // A provider that writes the same files again disturbs whoever reads them, and the pod status tells of that
-            // until the next check.
-            state.retain(|name, _| {
-                !name.starts_with("pod status ") && name != "event FailedToCreateSecret"
-            });
-        }
-        let is_away = self.then == Then::Meanwhile(Meanwhile::ApiAway);
-        // It is told, and a moment later that it is over. A provider that writes files again disturbs a check, too.
-        let has_trouble = is_away || self.was_cut_off || self.operation.is_written();
-        let is_over = has_trouble && !self.is_refused();
-        if is_over {
-            let is_told = ["event FailedToCreateSecret", "event SecretSynced"];
-            state.retain(|name, _| !is_told.contains(&name.as_str()));
-        }
-        for (name, text) in &mut state {
-            if name.starts_with("pod status ") {
-                *text = lines(text, is_over);
-            }
-        }
-        if (self.has_failed || is_away) && !self.operation.is_refused() {
-            // The failure is announced.
-            state.retain(|name, _| !name.starts_with("event MountRotation"));
-        }
-        // The driver is ready before it registers itself.
-        state.remove(REGISTRATION);
-        state
-    }
-
-    /// Returns the state in the end, and then takes the volume down and looks that nothing is left.
-    pub(crate) async fn end(&mut self) -> Result<State, String> {
-        self.node.look_at_secret();
-        let status_was_gone = self.operation == Operation::DeletedPodStatus
-            || self.then == Then::Meanwhile(Meanwhile::StatusDeleted);
-        if status_was_gone && self.operation.is_bare() {
-            let lives = || self.node.secret_lives_with_status();
-            until("the Secret lives with the pod status", lives).await?;
-            self.node.remove_absent_owners();
-        }
-        if self.has_failed && self.operation.is_bare() {
-            // A first publish that failed has taken its pod status back.
-            self.node.remove_absent_owners();
-        }
-        if let Some(owners) = &self.adorned
-            && let Some(lacks) = self.node.lacks_adornment(owners)
-        {
-            return Err(lacks);
-        }
-        let state = if self.is_to_go() {
-            // No further call comes once kubelet was told that the volume is gone.
-            let left = self.left();
-            if !left.is_empty() {
-                return Err(format!(
-                    "the volume is said to be gone, and there are {left:?}"
-                ));
-            }
-            node_state(&self.node)
-        } else {
-            state(&self.node)
-        };
-        self.node.end_pod().await;
-        self.unpublish().await?;
-        self.node.is_ready().await?;
-        if self.operation.is_bare() {
-            self.see_secret_go().await?;
-        }
-        if self.operation == Operation::Start {
-            // The driver is ready before it registers itself.
-            let nothing = || self.left().is_empty();
-            let gone = until("nothing is left in the directory of registration", nothing).await;
-            gone.map_err(|why| format!("{why}; there are {:?}", self.left()))?;
-        }
-        let left = self.left();
-        if !left.is_empty() {
-            return Err(format!("after the unpublish there are {left:?}"));
-        }
-        let closed = until("no file of the volume is open", || {
-            self.node.open_files().is_empty()
-        });
-        let closed = closed.await;
-        closed.map_err(|why| format!("{why}; these are: {:?}", self.node.open_files()))?;
-        let problems = [
-            self.node.files.lock().unwrap().problems.clone(),
-            self.node.secret.lock().unwrap().problems.clone(),
-        ];
-        match problems.concat() {
-            problems if problems.is_empty() => Ok(self.comparable(state)),
-            problems => Err(problems.join("\n")),
-        }
-    }
-}
-
-/// Returns the lines of a pod status, without the commas between them, and `without_trouble` that it tells of.
-fn lines(text: &str, without_trouble: bool) -> String {
-    let is_of_trouble = |line: &str| line.contains("-since\": ") || line.contains("-reason\": ");
-    let lines = text
-        .lines()
-        .filter(|line| !without_trouble || !is_of_trouble(line));
-    let lines: Vec<&str> = lines.map(|line| line.trim_end_matches(',')).collect();
-    lines.join("\n")
 }
 
 /// The time for which kubelet waits for a provider that hangs.
@@ -1036,22 +900,3 @@ const CANCELLED: Duration = Duration::from_secs(25);
 
 /// The annotation of a Secret with the order of its content (docs/secrets.md).
 const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
-/// The socket by which a driver registers itself.
-const REGISTRATION: &str = "entry secrets-store.csi.k8s.io-reg.sock";
-
-/// The pod goes, and with it the Secret.
-impl Run {
-    /// Removes the pod and what lives with it, and looks that the driver makes nothing of that again.
-    async fn see_secret_go(&self) -> Result<(), String> {
-        self.node.secret.lock().unwrap().add(None);
-        if let Some(stays) = self.node.remove_pod() {
-            return Err(stays);
-        }
-        // Longer than the interval in which the driver checks Secrets.
-        sleep(Duration::from_millis(1_300)).await;
-        match self.node.secret("creds") {
-            None => Ok(()),
-            Some(_) => Err("the Secret has come back after the pod has gone".to_owned()),
-        }
-    }
-}

@@ -247,8 +247,8 @@ struct Begun {
     call: Call,
     effect: Effect,
     described: String,
-    /// Whether it is not carried out, and fails.
-    fails: bool,
+    /// The error with which it fails, if it is not carried out.
+    fails: Option<Errno>,
 }
 
 impl Tracer {
@@ -328,18 +328,25 @@ impl Tracer {
             _ => String::new(),
         };
         let connection = self.connections.get(&call.descriptor()).copied();
-        let fails = match (&effect, connection) {
-            (Effect::Connects, _) => false,
-            (Effect::Moves { out: true }, Some(server)) => self.fails_to_send(thread, call, server),
-            _ if described.is_empty() => false,
-            _ => {
-                let mut seen = self.seen.lock().unwrap();
-                seen.fails(|names| Some(names.name(&described)))
+        let (fails, error) = match (&effect, connection) {
+            (Effect::Connects, _) => (false, Errno::EPIPE),
+            (Effect::Moves { out: true }, Some(server)) => {
+                let fails = self.fails(|names| {
+                    let bytes = call.moved(thread, call.to_move());
+                    names.sent(server, call.descriptor(), &bytes)
+                });
+                (fails, Errno::EPIPE)
             }
+            _ if described.is_empty() => (false, Errno::EPIPE),
+            _ => (
+                self.fails(|names| Some(names.name(&described))),
+                call.error(),
+            ),
         };
         if fails {
             skip(thread);
         }
+        let fails = fails.then_some(error);
         Begun {
             call,
             effect,
@@ -348,27 +355,20 @@ impl Tracer {
         }
     }
 
-    /// Returns whether the request that is about to be sent does not go out.
-    fn fails_to_send(&self, thread: Pid, call: Call, server: Server) -> bool {
-        let mut seen = self.seen.lock().unwrap();
-        matches!(seen.at, Some((_, How::Failed)))
-            && seen.fails(|names| {
-                let bytes = call.moved(thread, call.to_move());
-                names.sent(server, call.descriptor(), &bytes)
-            })
+    /// Returns whether the step of this name is to fail.
+    fn fails(&self, name: impl FnOnce(&mut Names) -> Option<String>) -> bool {
+        self.seen.lock().unwrap().fails(name)
     }
 
     /// Returns whether the answer that has just been received is lost.
-    fn fails_to_receive(&self, thread: Pid, call: Call, length: i64) -> bool {
+    fn is_lost(&self, thread: Pid, call: Call, length: i64) -> bool {
         let Some(server) = self.connections.get(&call.descriptor()).copied() else {
             return false;
         };
-        let mut seen = self.seen.lock().unwrap();
-        matches!(seen.at, Some((_, How::Failed)))
-            && seen.fails(|names| {
-                let bytes = call.moved(thread, usize::try_from(length).unwrap_or(0));
-                names.received(server, call.descriptor(), &bytes)
-            })
+        self.fails(|names| {
+            let bytes = call.moved(thread, usize::try_from(length).unwrap_or(0));
+            names.received(server, call.descriptor(), &bytes)
+        })
     }
 
     /// Describes a call that writes into a file, other than the log.
@@ -389,17 +389,12 @@ impl Tracer {
             described,
             fails,
         } = begun;
-        let descriptor = call.descriptor();
-        if fails {
-            return match self.connections.contains_key(&descriptor) {
-                true => fail(thread, Errno::EPIPE),
-                false => fail(thread, call.error()),
-            };
+        if let Some(error) = fails {
+            return fail(thread, error);
         }
+        let descriptor = call.descriptor();
         match effect {
-            Effect::Moves { out: false }
-                if result > 0 && self.fails_to_receive(thread, call, result) =>
-            {
+            Effect::Moves { out: false } if result > 0 && self.is_lost(thread, call, result) => {
                 fail(thread, Errno::ECONNRESET);
             }
             Effect::Connects => {

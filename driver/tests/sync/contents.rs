@@ -263,7 +263,6 @@ async fn a_volume_without_an_order_beats_none(
     api.pod("web", Some(("ReplicaSet", "rs")), "Running");
     let earlier = Record {
         orders: BTreeMap::new(),
-        coming: None,
         ..volume(dir.path(), "web")
     };
     records(dir.path()).put(&earlier).unwrap();
