@@ -8,7 +8,6 @@ mod trouble;
 use kube::{
     Api,
     api::{DeleteParams, GetParams, PostParams, Preconditions},
-    core::ObjectMeta,
 };
 
 use super::{Cluster, request::Failure, resources::SecretProviderClassPodStatus};
@@ -31,15 +30,6 @@ pub struct Written {
     pub name: String,
     /// Its resource version; empty if the API server gives none.
     pub resource_version: String,
-}
-
-impl Written {
-    fn new(name: String, metadata: ObjectMeta) -> Self {
-        Self {
-            name,
-            resource_version: metadata.resource_version.unwrap_or_default(),
-        }
-    }
 }
 
 /// The first request of a write: whether there is an object of that name is usually known.
@@ -86,8 +76,14 @@ impl Cluster {
             Some(before) if before == name => First::Read,
             _ => First::Create,
         };
-        let written = self.put_pod_status(desired, name, first, OtherVersions::Replace);
-        written.await.map_err(|error| desired.failed(error))
+        let put = self.put(desired, name, first, OtherVersions::Replace);
+        let (name, stored) = put.await.map_err(|error| desired.failed(error))?;
+        Ok(Written {
+            name,
+            resource_version: stored
+                .and_then(|stored| stored.metadata.resource_version)
+                .unwrap_or_default(),
+        })
     }
 
     /// Returns whether the pod status of a volume exists and is complete, in the API server's cache.
@@ -107,7 +103,7 @@ impl Cluster {
     /// stays: a refresh writes them before the volume has them.
     ///
     /// # Errors
-    /// Fails if the API server does not answer, or refuses the object.
+    /// Fails if the API server does not answer, refuses the object, or stores another one than was sent.
     pub async fn keep_pod_status(
         &self,
         desired: &DesiredPodStatus<'_>,
@@ -121,8 +117,14 @@ impl Cluster {
                 return Ok(false);
             }
             let name = name.to_owned();
-            let written = self.put_pod_status(desired, name, first, OtherVersions::Leave);
-            Ok(!written.await?.resource_version.is_empty())
+            let put = self.put(desired, name, first, OtherVersions::Leave).await?;
+            match put.1 {
+                None => Ok(false),
+                Some(stored) if desired.is_complete(&stored) => Ok(true),
+                Some(_) => Err(Error::precondition(
+                    "the API server has stored it without its owner or a part of its status. Does an admission webhook change objects of this kind?",
+                )),
+            }
         };
         kept.await.map_err(|error| desired.failed(error))
     }
@@ -146,36 +148,38 @@ impl Cluster {
         }
     }
 
-    async fn put_pod_status(
+    /// Writes a pod status, unless it is as desired, and compares what it says about troubles. Returns its name,
+    /// and what is stored, or nothing if the pod is gone.
+    async fn put(
         &self,
         desired: &DesiredPodStatus<'_>,
         name: String,
         first: First,
         other_versions: OtherVersions,
-    ) -> Result<Written> {
-        let (name, metadata) = self.put(desired, name, first, other_versions).await?;
-        if metadata.resource_version.is_some() {
-            self.compare_troubles(desired.named(&name), &metadata);
+    ) -> Result<(String, Option<SecretProviderClassPodStatus>)> {
+        let put = self.create_or_replace(desired, name, first, other_versions);
+        let (name, stored) = put.await?;
+        if let Some(stored) = &stored {
+            self.compare_troubles(desired.named(&name), &stored.metadata);
         }
-        Ok(Written::new(name, metadata))
+        Ok((name, stored))
     }
 
-    /// Creates or replaces the pod status. Returns its name and metadata, which are empty if nothing
-    /// was written because the pod is gone.
-    async fn put(
+    /// Creates or replaces the pod status. Returns the same as [`Self::put`].
+    async fn create_or_replace(
         &self,
         desired: &DesiredPodStatus<'_>,
         mut name: String,
         mut first: First,
         other_versions: OtherVersions,
-    ) -> Result<(String, ObjectMeta)> {
+    ) -> Result<(String, Option<SecretProviderClassPodStatus>)> {
         let api = self.pod_statuses(desired.pod).await?;
         for _ in 0..ATTEMPTS {
             let object = desired.object(&name);
             if std::mem::replace(&mut first, First::Create) == First::Create {
                 let how = PostParams::default();
                 match self.in_turn(api.create(&how, &object)).await {
-                    Ok(created) => return Ok((name, created.metadata)),
+                    Ok(created) => return Ok((name, Some(created))),
                     Err(Failure::Refused { code: 409, .. }) => {}
                     Err(failure) => return Err(failure.into_error()),
                 }
@@ -196,20 +200,19 @@ impl Cluster {
             }
             let is_ours = is_owned_by(&existing, &desired.pod.uid);
             if !is_ours && !self.is_alive(desired.pod).await? {
-                return Ok((name, ObjectMeta::default()));
+                return Ok((name, None));
             }
-            let found = existing.metadata.clone();
             if other_versions == OtherVersions::Leave && desired.is_complete(&existing) {
-                return Ok((name, found));
+                return Ok((name, Some(existing)));
             }
-            let Some(update) = merged(existing, object) else {
-                return Ok((name, found));
+            let Some(update) = merged(&existing, object) else {
+                return Ok((name, Some(existing)));
             };
             match self
                 .in_turn(api.replace(&name, &PostParams::default(), &update))
                 .await
             {
-                Ok(replaced) => return Ok((name, replaced.metadata)),
+                Ok(replaced) => return Ok((name, Some(replaced))),
                 Err(Failure::Refused {
                     code: 404 | 409, ..
                 }) => {}

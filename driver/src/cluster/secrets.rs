@@ -21,6 +21,12 @@
 //! node that saw the later value may have missed that. Such a refresh writes the pod status once, so
 //! that the content has the order of the moment at which it was fetched last.
 //!
+//! The class decides, too: an edit changes type, keys, labels and annotations of a Secret. A node that has not read
+//! the edit yet must not undo it, however new its content is. So the Secret says with which generation of its
+//! class it was written ([`GENERATION`]). A node that would change it and knows an earlier one, or a class
+//! of the same name with another UID, reads the class from the API server's store first. If it finds another state
+//! than it knows, it leaves the Secret until it has computed it with that one.
+//!
 //! A volume that an earlier driver mounted has no order until a refresh gives it one, and replaces
 //! no content whose order is known.
 //!
@@ -50,10 +56,10 @@ use kube::{
     api::{GetParams, Patch, PatchParams, PostParams},
     core::Request,
 };
-use serde::de::IgnoredAny;
+use tonic::Code;
 
-use super::{Cluster, request::Failure};
-use crate::{record::ClassState, secret::Secret};
+use super::{Cluster, Freshness, Wanted, request::Failure};
+use crate::{quoted::quoted, record::ClassState, secret::Secret};
 #[cfg(any(test, fuzzing))]
 pub(crate) use decision::fuzz;
 use decision::{Decision, NamedClass, decide};
@@ -74,6 +80,8 @@ pub const ADOPT: &str = "secrets-store.csi.k8s.io/adopt";
 pub const CLASS: &str = "secrets-store.csi.k8s.io/class";
 /// The annotation with the UID of that class.
 pub const CLASS_UID: &str = "secrets-store.csi.k8s.io/class-uid";
+/// The annotation with the generation of that class with which the content was made.
+pub const GENERATION: &str = "secrets-store.csi.k8s.io/class-generation";
 /// The annotation with the time since when a volume has held the content.
 pub const SINCE: &str = "secrets-store.csi.k8s.io/content-since";
 /// The annotation with the order of the content; see the documentation of the module.
@@ -179,7 +187,7 @@ impl Cluster {
         let Some(existing) = existing else {
             return Ok(None);
         };
-        match decide(&existing, desired, NamedClass::MakesIt) {
+        match decide(&existing, desired, NamedClass::MayBeLater) {
             Decision::Unchanged => Ok(Some(Reconciled::Unchanged)),
             Decision::Overtaken { order } => Ok(Some(Reconciled::Overtaken { order })),
             Decision::Unmanaged => Err(unmanaged(desired)),
@@ -188,6 +196,7 @@ impl Cluster {
                 Err(conflict(&other))
             }
             Decision::OtherClass(_)
+            | Decision::OtherState
             | Decision::Write(_)
             | Decision::WriteData
             | Decision::Replace => Ok(None),
@@ -225,7 +234,7 @@ impl Cluster {
                 }
                 (Some(existing), Some(former)) => {
                     let complete = match existing.with_foreign_of(&former) {
-                        Some(change) => self.patch(namespace, name, change).await?,
+                        Some(change) => self.patch(namespace, name, change).await?.is_some(),
                         None => true,
                     };
                     if complete {
@@ -261,8 +270,11 @@ impl Cluster {
             ..PostParams::default()
         };
         let request = Request::new(path(desired.namespace)).create(&how, body);
-        match self.ask::<IgnoredAny>(request).await {
-            Ok(_) => Ok(Some(Reconciled::Created)),
+        match self.ask::<Existing>(request).await {
+            Ok(stored) if stored.type_ != desired.type_ => {
+                Err(self.note_type(desired.type_, &stored).await)
+            }
+            Ok(stored) => as_written(desired, &stored).map(|()| Some(Reconciled::Created)),
             Err(Failure::Refused { code: 409, .. }) => Ok(None),
             Err(failure) => {
                 let subject = Subject {
@@ -283,7 +295,13 @@ impl Cluster {
         existing: Existing,
     ) -> Result<Option<Reconciled>, SyncError> {
         let existing = Arc::new(existing);
-        let mut decision = decide(&existing, desired, NamedClass::MakesIt);
+        let mut decision = decide(&existing, desired, NamedClass::MayBeLater);
+        if matches!(decision, Decision::OtherState) {
+            if !self.is_present(desired).await? {
+                return Err(later_state());
+            }
+            decision = decide(&existing, desired, NamedClass::IsPresent);
+        }
         if let Decision::OtherClass(other) = &decision {
             if self.makes(desired, other).await? {
                 return Err(conflict(other));
@@ -297,9 +315,12 @@ impl Cluster {
             Decision::Immutable => Err(SyncError::immutable(desired.namespace, desired.name)),
             // Decided above.
             Decision::OtherClass(other) => Err(conflict(&other)),
+            Decision::OtherState => Err(later_state()),
             Decision::Write(change) => {
                 let patched = self.patch(desired.namespace, desired.name, change).await?;
-                Ok(patched.then_some(Reconciled::Updated))
+                patched
+                    .map(|stored| as_written(desired, &stored).map(|()| Reconciled::Updated))
+                    .transpose()
             }
             Decision::WriteData => Err(without_values()),
             Decision::Replace => self.replace(desired, &existing).await,
@@ -348,7 +369,7 @@ impl Cluster {
         };
         if let Some(existing) = existing.filter(|e| e.is_managed() && is_of_class(e)) {
             let mut change = MergePatch::of(&existing);
-            for ours in [CLASS, CLASS_UID, SINCE, ORDER] {
+            for ours in [CLASS, CLASS_UID, GENERATION, SINCE, ORDER] {
                 change.metadata.annotations.insert(ours, None);
             }
             self.patch(namespace, name, change).await?;
@@ -372,23 +393,23 @@ impl Cluster {
         }
     }
 
-    /// Changes a Secret. Returns `false` if it has changed or gone since it was read.
+    /// Changes a Secret. Returns what is stored then, or nothing if it has changed or gone since it was read.
     async fn patch(
         &self,
         namespace: &str,
         name: &str,
         change: MergePatch<'_>,
-    ) -> Result<bool, SyncError> {
+    ) -> Result<Option<Existing>, SyncError> {
         let how = PatchParams {
             field_manager: Some(MANAGER.to_owned()),
             ..PatchParams::default()
         };
         let request = Request::new(path(namespace)).patch(name, &how, &Patch::Merge(&change));
-        match self.ask::<IgnoredAny>(request).await {
-            Ok(_) => Ok(true),
+        match self.ask::<Existing>(request).await {
+            Ok(stored) => Ok(Some(stored)),
             Err(Failure::Refused {
                 code: 404 | 409, ..
-            }) => Ok(false),
+            }) => Ok(None),
             Err(failure) => {
                 let subject = Subject {
                     namespace,
@@ -397,6 +418,46 @@ impl Cluster {
                 };
                 Err(SyncError::refused(failure, Some(&subject)))
             }
+        }
+    }
+
+    /// Notes on a Secret that a new one got another type than was asked for, so that no later check deletes it for
+    /// that. Returns the error that the pods are told.
+    async fn note_type(&self, asked: &str, stored: &Existing) -> SyncError {
+        let metadata = &stored.metadata;
+        let names = [&metadata.namespace, &metadata.name].map(|name| name.as_deref().unwrap_or(""));
+        let mut change = MergePatch::of(stored);
+        change.annotate(stored, REFUSED_TYPE, Some(asked.to_owned()));
+        let noted = self.patch(names[0], names[1], change).await;
+        let there = quoted(&stored.type_, 100);
+        let error = SyncError::type_stays(
+            asked,
+            format_args!(
+                "the API server has given a new one the type {there}. Does an admission webhook change Secrets in namespace {}?",
+                names[0]
+            ),
+        );
+        match noted {
+            Ok(_) => error,
+            Err(why) => error.and(format_args!("and it could not be annotated: {why}")),
+        }
+    }
+
+    /// Returns whether the state of the class that asks for a Secret is the present one, by the API server's store.
+    async fn is_present(&self, desired: &DesiredSecret<'_>) -> Result<bool, SyncError> {
+        let wanted = Wanted {
+            freshness: Freshness::Present,
+            known: None,
+            with_parameters: false,
+        };
+        let read = self.known_class(desired.namespace, &desired.class.name, &wanted);
+        match read.await {
+            Ok(class) => {
+                let now = &class.identity;
+                Ok(now.uid == desired.class.uid && now.generation == desired.class.generation)
+            }
+            Err(error) if error.code() == Code::NotFound => Ok(false),
+            Err(error) => Err(SyncError::unavailable(error)),
         }
     }
 
@@ -424,6 +485,26 @@ fn conflict(other: &str) -> SyncError {
             "SecretProviderClass {other} makes other content of this Secret, and it is left as it is; give one of the two another secretName"
         ),
     )
+}
+
+/// Checks that what the API server has stored is what was written.
+fn as_written(desired: &DesiredSecret<'_>, stored: &Existing) -> Result<(), SyncError> {
+    match decide(stored, desired, NamedClass::IsPresent) {
+        Decision::Unchanged | Decision::Overtaken { .. } => Ok(()),
+        _ => Err(SyncError::new(
+            ErrorType::Refused,
+            format!(
+                "the API server has not stored it as it was written. Does an admission webhook change Secrets in namespace {}? Their data, type, owners, and the labels and annotations that the driver sets have to stay",
+                desired.namespace
+            ),
+        )),
+    }
+}
+
+/// Makes the error of a Secret that a node has written which knows a later state of its class.
+fn later_state() -> SyncError {
+    let why = "another node has written it with a later state of the class, which is read now";
+    SyncError::unavailable(why).awaited()
 }
 
 fn without_values() -> SyncError {

@@ -269,7 +269,9 @@ impl Cache {
     pub(super) fn pod_status_checked(&self, volume: VolumeKey, result: Checked) {
         let every = self.interval * POD_STATUS_INTERVALS;
         let check = Check::PodStatus(volume);
-        self.entries().schedule.checked(&check, result, every);
+        let mut entries = self.entries();
+        let (schedule, quiet) = (&mut entries.schedule, self.interval);
+        schedule.checked(&check, result, every, quiet);
     }
 
     /// Has a pod status checked soon, because it may be missing.
@@ -351,13 +353,17 @@ impl Cache {
     pub(super) fn class_not_read(&self, key: ClassKey) {
         let (check, every) = (Check::Class(key), self.interval);
         let mut entries = self.entries();
-        entries.schedule.checked(&check, Checked::Failed, every);
+        let schedule = &mut entries.schedule;
+        schedule.checked(&check, Checked::Failed, every, Duration::ZERO);
     }
 
     /// Schedules the next check of a Secret.
     pub(super) fn secret_checked(&self, key: &SecretKey, result: Checked) {
         let (check, every) = (Check::Secret(key.clone()), self.interval);
-        self.entries().schedule.checked(&check, result, every);
+        let mut entries = self.entries();
+        let schedule = &mut entries.schedule;
+        schedule.checked(&check, result, every, Duration::ZERO);
+        drop(entries);
         if result == Checked::Failed {
             self.sooner.notify_one();
         }

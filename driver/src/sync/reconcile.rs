@@ -138,7 +138,12 @@ impl SecretSync {
         };
         let desired = target.desired(Data::Values(&data), stamp, &owners);
         let started = Instant::now();
-        let reconciled = self.cluster.reconcile_secret(&desired, if_absent).await?;
+        let reconciled = self.cluster.reconcile_secret(&desired, if_absent).await;
+        if reconciled.as_ref().is_err_and(SyncError::is_awaited) {
+            // The Secret is of a later state of the class. It is computed anew when that is known.
+            self.cache.expedite_class(&target.key.class);
+        }
+        let reconciled = reconciled?;
         self.cache.set_reconciled(target.key, reconciled);
         let (namespace, secret) = (desired.namespace, desired.name);
         match reconciled {

@@ -241,7 +241,10 @@ impl SecretSync {
             // It is being published or unpublished.
             None => Ok(false),
         };
-        let checked = Checked::of(&kept);
+        let checked = match &kept {
+            Ok(true) => Checked::Repaired,
+            kept => Checked::of(kept),
+        };
         self.cache.pod_status_checked(key, checked);
         match kept {
             Ok(false) => {}

@@ -49,6 +49,9 @@ impl Check {
 pub(super) enum Checked {
     /// The object is in order, or has been put in order.
     InOrder,
+    /// It was not in order and has been written, against somebody who may do the same again at once. No
+    /// reason for an earlier check counts for a while.
+    Repaired,
     /// It is not, or nothing is known of it. The check is repeated soon.
     Failed,
 }
@@ -66,6 +69,8 @@ impl Checked {
 struct Timing {
     due: Instant,
     failures: u32,
+    /// The time before which nobody makes the check due.
+    not_before: Instant,
 }
 
 /// The checks, and when each is due.
@@ -75,8 +80,13 @@ pub(super) struct Schedule(BTreeMap<Check, Timing>);
 impl Schedule {
     /// Adds a check that is due after a first wait. An earlier timing of the same check is replaced.
     pub(super) fn add(&mut self, check: Check, first: Duration) {
-        let due = Instant::now() + first;
-        self.0.insert(check, Timing { due, failures: 0 });
+        let now = Instant::now();
+        let timing = Timing {
+            due: now + first,
+            failures: 0,
+            not_before: now,
+        };
+        self.0.insert(check, timing);
     }
 
     pub(super) fn contains(&self, check: &Check) -> bool {
@@ -92,23 +102,33 @@ impl Schedule {
         self.0.retain(|check, _| keep(check));
     }
 
-    /// Sets when a check is due again, by its result and its usual interval.
-    pub(super) fn checked(&mut self, check: &Check, result: Checked, every: Duration) {
+    /// Sets when a check is due again, by its result and its usual interval. What has been repaired is not checked
+    /// within the time `quiet`.
+    pub(super) fn checked(
+        &mut self,
+        check: &Check,
+        result: Checked,
+        every: Duration,
+        quiet: Duration,
+    ) {
         if let Some(timing) = self.0.get_mut(check) {
-            timing.failures = match result {
-                Checked::InOrder => 0,
-                Checked::Failed => timing.failures + 1,
-            };
-            timing.due = Instant::now() + wait(timing.failures, every);
+            let now = Instant::now();
+            match result {
+                Checked::InOrder => timing.failures = 0,
+                Checked::Repaired => (timing.failures, timing.not_before) = (0, now + quiet),
+                Checked::Failed => timing.failures += 1,
+            }
+            timing.due = now + wait(timing.failures, every);
         }
     }
 
-    /// Makes a check due at once, unless it has failed and waits for its next attempt.
+    /// Makes a check due at once, or as soon as what was repaired may be checked again. A check that has
+    /// failed waits for its next attempt.
     pub(super) fn expedite(&mut self, check: &Check) {
         if let Some(timing) = self.0.get_mut(check)
             && timing.failures == 0
         {
-            timing.due = Instant::now();
+            timing.due = timing.due.min(timing.not_before.max(Instant::now()));
         }
     }
 
@@ -163,6 +183,7 @@ mod tests {
     use super::*;
 
     const EVERY: Duration = Duration::from_secs(1000);
+    const QUIET: Duration = Duration::from_secs(100);
 
     fn class(namespace: &str) -> Check {
         Check::Class(ClassKey {
@@ -186,20 +207,41 @@ mod tests {
         for seconds in [
             1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 300.0, 300.0,
         ] {
-            schedule.checked(&check, Checked::Failed, EVERY);
+            schedule.checked(&check, Checked::Failed, EVERY, QUIET);
             let due = due_in(&schedule);
             assert!((0.8 * seconds..1.1 * seconds).contains(&due), "{due}");
         }
         // Others may find a reason for a check, which does not shorten this wait.
         schedule.expedite(&check);
         assert!(due_in(&schedule) > 200.0);
-        schedule.checked(&check, Checked::InOrder, EVERY);
+        schedule.checked(&check, Checked::InOrder, EVERY, QUIET);
         assert!((800.0..1100.0).contains(&due_in(&schedule)));
         schedule.expedite(&check);
         assert_eq!(due_in(&schedule), 0.0);
         // With a short interval no failure makes checks rarer than usual.
-        schedule.checked(&check, Checked::Failed, Duration::from_millis(200));
+        let every = Duration::from_millis(200);
+        schedule.checked(&check, Checked::Failed, every, QUIET);
         assert!(due_in(&schedule) < 0.22);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_repaired_is_left_for_a_while() {
+        let mut schedule = Schedule::default();
+        let check = class("shop");
+        schedule.add(check.clone(), Duration::ZERO);
+        for _ in 0..3 {
+            schedule.checked(&check, Checked::Repaired, EVERY, QUIET);
+            assert!((800.0..1100.0).contains(&due_in(&schedule)));
+            schedule.expedite(&check);
+            assert_eq!(due_in(&schedule), 100.0);
+            tokio::time::advance(QUIET).await;
+            schedule.expedite(&check);
+            assert_eq!(due_in(&schedule), 0.0);
+        }
+        // A reason for a check never delays one.
+        schedule.checked(&check, Checked::Repaired, QUIET / 10, QUIET);
+        schedule.expedite(&check);
+        assert!(due_in(&schedule) < 12.0);
     }
 
     #[tokio::test(start_paused = true)]
@@ -217,7 +259,7 @@ mod tests {
         assert_eq!(next(&[]), None);
         // A check that is not in the schedule gets no timing.
         schedule.remove(&class("a"));
-        schedule.checked(&class("a"), Checked::Failed, EVERY);
+        schedule.checked(&class("a"), Checked::Failed, EVERY, QUIET);
         assert_eq!(schedule.len(), 2);
     }
 }

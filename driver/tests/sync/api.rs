@@ -104,6 +104,18 @@ impl Api {
         self.behavior.lock().unwrap().hangs = what.to_vec();
     }
 
+    /// Lets a webhook change what is written from now on.
+    pub(crate) fn mutate(&self, webhook: impl Fn(&str, &mut Value) + Send + Sync + 'static) {
+        self.server.mutate(webhook);
+    }
+
+    /// Makes the client of a node that shares nothing with another one.
+    pub(crate) async fn client(&self, dir: &Path) -> Cluster {
+        let path = dir.join("kubeconfig-of-another");
+        std::fs::write(&path, self.server.kubeconfig().await.unwrap()).unwrap();
+        Cluster::new(Some(path), "test", "node-2")
+    }
+
     /// Returns the events as text.
     pub(crate) fn events(&self) -> Vec<String> {
         let events = self.server.all("events").into_iter();

@@ -309,3 +309,116 @@ async fn secrets_follow_each_edit_of_a_class(#[case] edits: &[Edit]) {
     }
     stop.cancel();
 }
+
+/// What the class asks for after its edit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Edited {
+    Key,
+    Type,
+    Label,
+    /// The class is deleted and made again.
+    Anew,
+}
+
+/// A node that does not know an edit of the class yet gets newer content than the node that knows it. It does not
+/// undo the edit, whether or not it can read the class meanwhile. A generation that somebody has put on the
+/// Secret by hand keeps nobody from writing it.
+#[rstest]
+#[tokio::test]
+async fn a_node_that_does_not_know_an_edit(
+    #[values(Edited::Key, Edited::Type, Edited::Label, Edited::Anew)] edit: Edited,
+    #[values(false, true)] class_is_refused: bool,
+    #[values(false, true)] by_a_mount: bool,
+) {
+    if !is_alone() {
+        return;
+    }
+    let [one, two] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let (api, cluster) = Api::start(one.path()).await;
+    let put = |edited: bool, version: i32| {
+        let edited = |of: Edited| edited && (edit == of || edit == Edited::Anew);
+        let key = if edited(Edited::Key) { "new" } else { "pw" };
+        let mut object = json!({"secretName": "creds", "type": "Opaque", "labels": {"app": "shop"},
+            "data": [{"objectName": "pw", "key": key}]});
+        if edited(Edited::Type) {
+            object["type"] = json!("example.com/edited");
+        }
+        if edited(Edited::Label) {
+            object["labels"]["app"] = json!("edited");
+        }
+        let mut metadata = json!({"generation": version});
+        if edited(Edited::Anew) {
+            metadata = json!({"generation": 1, "uid": "class-again"});
+        }
+        api.put_class_with(&json!([object]), &version.to_string(), &metadata);
+    };
+    put(false, 1);
+    let before = cluster.class("shop", "db").await.unwrap();
+    let sync = sync_of(one.path(), &cluster, options(EVERY));
+    let other_cluster = api.client(two.path()).await;
+    let other = sync_of(two.path(), &other_cluster, options(EVERY));
+    let volumes = [(one.path(), "web"), (two.path(), "other")].map(|(dir, name)| {
+        api.pod(name, Some(("ReplicaSet", "rs")), "Running");
+        let volume = volume(dir, name);
+        put_status(&api, &volume);
+        volume
+    });
+    sync.volume_mounted(&volumes[0], &before).await.unwrap();
+    put(true, 2);
+    let after = other_cluster.class("shop", "db").await.unwrap();
+    write(&volumes[1].target_path, &[("pw", "later")]);
+    let mut later = record(two.path(), "other", "3");
+    later.class = after.identity.clone();
+    records(two.path()).put(&later).unwrap();
+    other.volume_mounted(&later, &after).await.unwrap();
+    let written = || {
+        let secret = api.get(SECRET).unwrap();
+        let label = secret["metadata"]["labels"]["app"].clone();
+        let keys: Vec<_> = secret["data"]
+            .as_object()
+            .unwrap()
+            .keys()
+            .cloned()
+            .collect();
+        json!([label, keys, secret["type"]])
+    };
+    let edited = written();
+    if class_is_refused {
+        let refusal = Refuse {
+            what: What::Class,
+            code: 403,
+            times: usize::MAX,
+            message: String::new(),
+        };
+        api.refuse(vec![refusal]);
+    }
+    // The newest content of all is on the node that knows the class of before.
+    write(&volumes[0].target_path, &[("pw", "newest")]);
+    let newest = record(one.path(), "web", "4");
+    records(one.path()).put(&newest).unwrap();
+    if by_a_mount {
+        let mounted = sync.volume_mounted(&newest, &before).await;
+        assert_eq!(written(), edited, "{mounted:?}");
+    }
+    let stop = run(&sync);
+    for _ in 0..20 {
+        assert_eq!(written(), edited);
+        tokio::time::sleep(EVERY / 4).await;
+    }
+    api.refuse(Vec::new());
+    let has_newest = || {
+        api.get(SECRET).unwrap()["data"]
+            .to_string()
+            .contains(&BASE64.encode("newest"))
+    };
+    until("the newest content is there", has_newest).await;
+    assert_eq!(written(), edited);
+    // Nobody has edited the class so often.
+    let mut claimed = api.get(SECRET).unwrap();
+    claimed["metadata"]["annotations"]["secrets-store.csi.k8s.io/class-generation"] = json!("1000");
+    claimed["data"] = json!({"stranger": "eA=="});
+    api.put(SECRET, claimed);
+    until("it is mended", has_newest).await;
+    assert_eq!(written(), edited);
+    stop.cancel();
+}

@@ -17,6 +17,7 @@ mod replaced;
 mod server;
 mod trouble;
 mod volumes;
+mod webhooks;
 
 use std::{
     collections::BTreeMap,

@@ -283,6 +283,13 @@ impl ApiServer {
         *lock(&self.server.interceptor) = Some(Arc::new(interceptor));
     }
 
+    /// Lets `webhook` change each object that a client writes from now on, as a mutating admission webhook does.
+    /// Its first argument is the qualified name of the kind, such as `secrets` or
+    /// `certificatesigningrequests.certificates.k8s.io`. It replaces an earlier one.
+    pub fn mutate(&self, webhook: impl Fn(&str, &mut Value) + Send + Sync + 'static) {
+        self.server.store.set_webhook(Arc::new(webhook));
+    }
+
     /// Calls `runner` from now on for each command that a client wants to run in a container
     /// (`pods/exec`). Without it, none can be started.
     pub fn run_commands<R, F>(&self, runner: R)

@@ -185,7 +185,7 @@ impl NewOrder {
 /// Merges a desired object into an existing one: labels and annotations of others stay, and changes
 /// of the content are counted on. Returns `None` if the existing one has all of it already.
 pub(super) fn merged(
-    existing: SecretProviderClassPodStatus,
+    existing: &SecretProviderClassPodStatus,
     desired: SecretProviderClassPodStatus,
 ) -> Option<SecretProviderClassPodStatus> {
     let mut merged = existing.clone();
@@ -206,7 +206,7 @@ pub(super) fn merged(
     labels.extend(desired.metadata.labels.unwrap_or_default());
     merged.metadata.owner_references = desired.metadata.owner_references;
     merged.status = desired.status;
-    (merged != existing).then_some(merged)
+    (merged != *existing).then_some(merged)
 }
 
 /// Returns whether an object has an owner of this UID.
@@ -339,12 +339,12 @@ mod tests {
                 None => annotations.remove(counter),
             };
             // Nothing else differs, not even the time.
-            let written = merged(existing.clone(), ordered.object("x")).unwrap();
+            let written = merged(&existing, ordered.object("x")).unwrap();
             let annotations = written.metadata.annotations.unwrap();
             assert_eq!(annotations[counter], after);
             assert_eq!(annotations[other], "5");
             assert_eq!(annotations["foreign"], "1");
-            assert_eq!(merged(existing, unchanged.object("x")), None);
+            assert_eq!(merged(&existing, unchanged.object("x")), None);
         }
     }
 
@@ -359,7 +359,7 @@ mod tests {
             .as_mut()
             .unwrap()
             .insert("team".into(), "shop".into());
-        assert_eq!(merged(existing.clone(), ours.clone()), None);
+        assert_eq!(merged(&existing, ours.clone()), None);
 
         existing
             .metadata
@@ -367,7 +367,7 @@ mod tests {
             .as_mut()
             .unwrap()
             .insert(NODE_LABEL.into(), "node-0".into());
-        let written = merged(existing.clone(), ours.clone()).unwrap();
+        let written = merged(&existing, ours.clone()).unwrap();
         let labels = written.metadata.labels.unwrap();
         assert_eq!(
             (labels["team"].as_str(), labels[NODE_LABEL].as_str()),
@@ -376,7 +376,7 @@ mod tests {
 
         existing.metadata.labels = None;
         assert!(
-            merged(existing, ours).is_some(),
+            merged(&existing, ours).is_some(),
             "an object without labels is mended"
         );
     }

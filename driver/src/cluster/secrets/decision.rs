@@ -6,8 +6,8 @@ use jiff::{Timestamp, ToSpan as _};
 use kube::core::ObjectMeta;
 
 use super::{
-    ADOPT, ANNOTATIONS, CLASS, CLASS_UID, Data, DesiredSecret, LABELS, MANAGED, ORDER, Owner,
-    REFUSED_TYPE, SINCE, SyncError,
+    ADOPT, ANNOTATIONS, CLASS, CLASS_UID, Data, DesiredSecret, GENERATION, LABELS, MANAGED, ORDER,
+    Owner, REFUSED_TYPE, SINCE, SyncError,
     object::{Encoded, Existing, MergePatch, NewSecret, is_reserved},
     owners::{is_set_by_others, owners, owners_with_foreign_of},
     without_values,
@@ -30,6 +30,8 @@ pub(super) enum Decision<'a> {
     Immutable,
     /// No action as long as the class of this name makes it.
     OtherClass(String),
+    /// No action as long as it is not certain that the desired one is of the class's present state.
+    OtherState,
     /// Write this change.
     Write(MergePatch<'a>),
     /// Change its data, for which the values are needed and not only their digest.
@@ -38,11 +40,13 @@ pub(super) enum Decision<'a> {
     Replace,
 }
 
-/// Whether the class that a Secret names still makes it.
+/// Whether the class that a Secret names still makes it, and if it is the desired one's, in which state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NamedClass {
-    /// It does, as far as is known.
-    MakesIt,
+    /// It does, as far as is known, and the Secret may have been written with a later state of it.
+    MayBeLater,
+    /// It does, as far as is known, and the desired Secret is of its present state.
+    IsPresent,
     /// It does not any more.
     HasReleasedIt,
 }
@@ -73,6 +77,10 @@ pub(super) fn decide<'a>(
     let is_empty = matches!(desired.data, Data::Values(data) if data.is_empty());
     let is_newer = !is_released && is_newer(existing, desired);
     let replaces_data = !equal && !is_newer && (!is_empty || existing.data.is_empty());
+    let may_be_later = named == NamedClass::MayBeLater && is_of_another_state(existing, desired);
+    if replaces_data && may_be_later {
+        return Decision::OtherState;
+    }
     if replaces_data && existing.type_ != desired.type_ {
         return Decision::Replace;
     }
@@ -86,6 +94,7 @@ pub(super) fn decide<'a>(
             Data::Digest(_) => return Decision::WriteData,
         }
     }
+    let follows_class = change.is_of_class();
     let lacks_class = existing.annotation(CLASS_UID).is_none();
     let lacks_order = existing.annotation(ORDER).is_none() && desired.order.is_some();
     if replaces_data || lacks_class || is_released || equal && lacks_order {
@@ -96,6 +105,14 @@ pub(super) fn decide<'a>(
         // The class was deleted and created again under its name.
         change.annotate(existing, CLASS_UID, Some(desired.class.uid.clone()));
         change.annotate(existing, CLASS, Some(desired.class.name.clone()));
+        change.annotate(existing, GENERATION, desired.generation());
+    } else if follows_class
+        || named == NamedClass::IsPresent && is_of_another_state(existing, desired)
+    {
+        change.annotate(existing, GENERATION, desired.generation());
+    }
+    if may_be_later && change.is_of_class() {
+        return Decision::OtherState;
     }
     if equal && existing.annotation(REFUSED_TYPE).is_some() {
         change.metadata.annotations.insert(REFUSED_TYPE, None);
@@ -119,6 +136,18 @@ fn other_class(existing: &Existing, desired: &DesiredSecret<'_>) -> Option<Strin
     let uid = existing.annotation(CLASS_UID)?;
     let name = existing.annotation(CLASS).cloned().unwrap_or_default();
     (*uid != desired.class.uid && name != desired.class.name).then_some(name)
+}
+
+/// Returns whether a Secret was written with another state of the desired one's class than the desired one, as far
+/// as is known with a later one. The UIDs of a class that was deleted and created again have no order.
+fn is_of_another_state(existing: &Existing, desired: &DesiredSecret<'_>) -> bool {
+    let Some(uid) = existing.annotation(CLASS_UID) else {
+        return false;
+    };
+    let there = existing.annotation(GENERATION);
+    let there = there.and_then(|generation| generation.parse::<i64>().ok());
+    *uid != desired.class.uid
+        || matches!((there, desired.class.generation), (Some(there), Some(ours)) if there > ours)
 }
 
 /// Returns whether the content of a Secret is newer than the desired one. The documentation of the
@@ -178,13 +207,20 @@ impl<'a> DesiredSecret<'a> {
 
     /// Returns the annotations that say where the content comes from; `None` for one that must not
     /// be there.
-    fn origin(&self) -> [(&'static str, Option<String>); 4] {
+    fn origin(&self) -> [(&'static str, Option<String>); 5] {
         [
             (CLASS, Some(self.class.name.clone())),
             (CLASS_UID, Some(self.class.uid.clone())),
+            (GENERATION, self.generation()),
             (SINCE, Some(self.since.to_string())),
             (ORDER, self.order.map(|order| order.to_string())),
         ]
+    }
+
+    fn generation(&self) -> Option<String> {
+        self.class
+            .generation
+            .map(|generation| generation.to_string())
     }
 
     /// Returns the annotations that list the keys of the labels and annotations of the class.
@@ -307,7 +343,11 @@ pub(crate) fn fuzz(bytes: &[u8]) {
         order: Some(7),
         owners: &[owner],
     };
-    for named in [NamedClass::MakesIt, NamedClass::HasReleasedIt] {
+    for named in [
+        NamedClass::MayBeLater,
+        NamedClass::IsPresent,
+        NamedClass::HasReleasedIt,
+    ] {
         if let Decision::Write(change) = decide(&existing, &desired, named) {
             assert!(serde_json::to_vec(&change).is_ok());
             if let Some(owners) = &change.metadata.owner_references {

@@ -11,7 +11,8 @@ use serde::{
 };
 
 use super::{
-    ANNOTATIONS, CLASS, CLASS_UID, Data, Digest, LABELS, MANAGED, ORDER, REFUSED_TYPE, SINCE,
+    ANNOTATIONS, CLASS, CLASS_UID, Data, Digest, GENERATION, LABELS, MANAGED, ORDER, REFUSED_TYPE,
+    SINCE,
 };
 use crate::secret::Secret;
 
@@ -165,6 +166,7 @@ pub(super) fn is_reserved(key: &str) -> bool {
     [
         CLASS,
         CLASS_UID,
+        GENERATION,
         SINCE,
         ORDER,
         REFUSED_TYPE,
@@ -245,10 +247,14 @@ impl<'a> MergePatch<'a> {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.metadata.labels.is_empty()
-            && self.metadata.annotations.is_empty()
-            && self.metadata.owner_references.is_none()
-            && self.data.is_empty()
+        self.metadata.owner_references.is_none() && !self.is_of_class()
+    }
+
+    /// Returns whether it changes anything that a class decides: not only owners.
+    pub(super) fn is_of_class(&self) -> bool {
+        !self.metadata.labels.is_empty()
+            || !self.metadata.annotations.is_empty()
+            || !self.data.is_empty()
     }
 }
 

@@ -59,7 +59,7 @@ struct Replacement {
 
 /// The result of an attempt to create a Secret.
 enum Created {
-    Yes,
+    Yes(Box<Existing>),
     /// A Secret of this name exists: created by another client, or by an attempt whose answer got
     /// lost.
     Exists,
@@ -73,6 +73,8 @@ enum Created {
 enum Replaced {
     /// The new one.
     New,
+    /// A new one, of another type than was asked for.
+    OtherType(Box<Existing>),
     /// The former one, because the new one was refused.
     PutBack(Failure),
     /// One that another client has created.
@@ -119,7 +121,7 @@ impl Cluster {
         let tried = self.create(desired.namespace, &replacement.new, &dry_run);
         match tried.await {
             // The API server looks for the name last, after all rules and webhooks.
-            Created::Yes | Created::Exists => {}
+            Created::Yes(_) | Created::Exists => {}
             Created::Refused(failure) => {
                 return Err(replacement.type_stays(failure, "the dry run was refused"));
             }
@@ -189,8 +191,8 @@ impl Cluster {
 
     async fn create(&self, namespace: &str, body: &[u8], how: &PostParams) -> Created {
         let request = Request::new(path(namespace)).create(how, body.to_vec());
-        match self.ask::<IgnoredAny>(request).await {
-            Ok(_) => Created::Yes,
+        match self.ask::<Existing>(request).await {
+            Ok(stored) => Created::Yes(Box::new(stored)),
             Err(Failure::Refused {
                 code: 409, reason, ..
             }) if reason == "AlreadyExists" => Created::Exists,
@@ -220,6 +222,10 @@ impl Replacement {
             Replaced::New => {
                 missing.remove(&self.key);
                 Ok(Some(Reconciled::Recreated))
+            }
+            Replaced::OtherType(stored) => {
+                missing.remove(&self.key);
+                Err(self.cluster.note_type(&self.type_, &stored).await)
             }
             Replaced::PutBack(failure) => {
                 missing.remove(&self.key);
@@ -261,7 +267,10 @@ impl Replacement {
     /// Creates the new Secret, or else the former one.
     async fn create_either(&self) -> Replaced {
         let refused = match self.create_at_last(&self.new).await {
-            Created::Yes => return Replaced::New,
+            Created::Yes(stored) if stored.type_ != self.type_ => {
+                return Replaced::OtherType(stored);
+            }
+            Created::Yes(_) => return Replaced::New,
             Created::Exists => return Replaced::Other,
             Created::Unclear(failure) => {
                 return Replaced::Missing(self.error(failure).to_string());
@@ -269,7 +278,7 @@ impl Replacement {
             Created::Refused(failure) => failure,
         };
         match self.create_at_last(&self.former).await {
-            Created::Yes => Replaced::PutBack(refused),
+            Created::Yes(_) => Replaced::PutBack(refused),
             Created::Exists => Replaced::Other,
             Created::Refused(_) | Created::Unclear(_) => Replaced::Missing(self.describe(&refused)),
         }

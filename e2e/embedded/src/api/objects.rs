@@ -69,6 +69,7 @@ impl Store {
         }
         body::to_storage(target, &mut object)?;
         admission::set_defaults(resource, &mut object);
+        self.admit(resource, &mut object);
         let definition = self.check(resource, None, &mut object)?;
         admission::check_surroundings(self, resource, &object)?;
         track_update(None, &mut object, &options.manager);
@@ -215,6 +216,7 @@ impl Store {
         let mut new = combine(target, current, object);
         body::to_storage(target, &mut new)?;
         admission::set_defaults(resource, &mut new);
+        self.admit(resource, &mut new);
         count_generation(target, current, &mut new);
         let definition = self.check(resource, Some(current), &mut new)?;
         track_update(Some(current), &mut new, &options.manager);

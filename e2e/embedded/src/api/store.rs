@@ -21,7 +21,11 @@ const HISTORY: usize = 8192;
 pub(super) struct Store {
     state: Mutex<State>,
     chores: mpsc::UnboundedSender<Chore>,
+    /// Changes each object that a client writes.
+    webhook: Mutex<Option<Arc<Webhook>>>,
 }
+
+pub(super) type Webhook = dyn Fn(&str, &mut Value) + Send + Sync;
 
 struct State {
     revision: u64,
@@ -119,7 +123,25 @@ impl Store {
             uids: HashMap::new(),
             dependents: HashMap::new(),
         });
-        (Store { state, chores }, receiver)
+        let webhook = Mutex::default();
+        let store = Store {
+            state,
+            chores,
+            webhook,
+        };
+        (store, receiver)
+    }
+
+    pub(super) fn set_webhook(&self, webhook: Arc<Webhook>) {
+        *crate::lock(&self.webhook) = Some(webhook);
+    }
+
+    /// Lets the webhook, if there is one, change an object that a client writes.
+    pub(super) fn admit(&self, resource: &Resource, object: &mut Value) {
+        let webhook = crate::lock(&self.webhook).clone();
+        if let Some(webhook) = webhook {
+            webhook(&resource.qualified, object);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

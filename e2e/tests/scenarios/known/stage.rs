@@ -25,6 +25,11 @@ use crate::{
 };
 
 /// The audiences of [`Provider::audience`].
+/// The annotations with which a pod status says that refreshes fail.
+const TROUBLES: [&str; 2] = [
+    "secrets-store.csi.k8s.io/stale-since",
+    "secrets-store.csi.k8s.io/stale-reason",
+];
 const AUDIENCES: &[&str] = &[
     "vault",
     "openbao",
@@ -421,12 +426,18 @@ impl Stage {
         .await;
     }
 
-    /// Returns what is written when something changes: the volumes on disk, and the versions of the pod
-    /// statuses.
-    pub async fn written(&self) -> (Vec<Tree>, Vec<Option<String>>) {
+    /// Returns what is written when content changes: the volumes on disk, and the pod statuses. An API server
+    /// that is slow for a moment leaves a trace on a pod status, which does not count.
+    pub async fn written(&self) -> (Vec<Tree>, Vec<Value>) {
         let statuses = self.s.pod_status_objects().await;
-        let versions = statuses.into_iter().map(|s| s.metadata.resource_version);
-        (self.disks().await, versions.collect())
+        let without_trouble = statuses.into_iter().map(|mut status| {
+            let metadata = &mut status.metadata;
+            (metadata.resource_version, metadata.managed_fields) = (None, None);
+            let annotations = metadata.annotations.get_or_insert_default();
+            annotations.retain(|key, _| !TROUBLES.contains(&key.as_str()));
+            json!(status)
+        });
+        (self.disks().await, without_trouble.collect())
     }
 
     /// Returns what trouble with a refresh leaves as it is: the volumes on disk, and what the pod statuses
