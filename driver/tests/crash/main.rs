@@ -97,6 +97,10 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::unpublish_of_buried_volume(Operation::UnpublishOfBuriedVolume)]
 #[case::hung_publish(Operation::HungPublish)]
 #[case::hung_refresh(Operation::HungRefresh)]
+#[case::refresh_of_modes(Operation::RefreshOfModes)]
+#[case::refresh_of_shorter_class(Operation::RefreshOfShorterClass)]
+#[case::refresh_of_new_class(Operation::RefreshOfNewClass)]
+#[case::asked_after_failure(Operation::AskedAfterFailure)]
 fn stopped_after_each_step(#[case] operation: Operation) {
     try_alone(operation, How::Stopped);
 }
@@ -115,6 +119,7 @@ fn stopped_after_each_step(#[case] operation: Operation) {
 #[case::altered_secret(Operation::AlteredSecret)]
 #[case::refresh_with_other_type(Operation::RefreshWithOtherType)]
 #[case::class_with_another_secret(Operation::ClassWithAnotherSecret)]
+#[case::refresh_of_new_class(Operation::RefreshOfNewClass)]
 fn held_after_each_step(#[case] operation: Operation) {
     try_alone(operation, How::Held);
 }
@@ -143,6 +148,7 @@ fn held_after_each_step(#[case] operation: Operation) {
 #[case::publish_of_bare_pod(Operation::PublishOfBarePod)]
 #[case::unpublish_of_bare_pod(Operation::UnpublishOfBarePod)]
 #[case::class_with_another_secret(Operation::ClassWithAnotherSecret)]
+#[case::refresh_of_new_class(Operation::RefreshOfNewClass)]
 fn each_step_fails(#[case] operation: Operation) {
     try_alone(operation, How::Failed);
 }

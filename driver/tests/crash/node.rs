@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use embedded::api::{ApiServer, Reaction};
+use embedded::api::{ApiServer, Call, Reaction};
 use fake_provider::fake;
 use k8s_openapi::api::core::v1::Secret;
 use kube::{
@@ -64,12 +64,17 @@ pub(crate) const SOMEBODY: &str = "somebody-else";
 /// The kind of pod statuses.
 pub(crate) const STATUSES: &str = "secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io";
 
+/// The kind of classes.
+const CLASSES: &str = "secretproviderclasses.secrets-store.csi.x-k8s.io";
+
 /// The data of a Secret, or `None` while it is not there.
 pub(crate) type Data = Option<BTreeMap<String, String>>;
 
 /// The parts of a class that tests change.
 #[derive(Debug, Clone)]
 pub(crate) struct Class {
+    /// How often it was deleted and made anew.
+    pub(crate) incarnation: u64,
     pub(crate) generation: u64,
     /// An annotation, if it has one, and its value. It does not count as another generation.
     pub(crate) annotation: Option<(&'static str, &'static str)>,
@@ -78,6 +83,49 @@ pub(crate) struct Class {
     pub(crate) secret_objects: Value,
     /// The faults of the provider, as the fake provider has them.
     pub(crate) faults: Option<&'static str>,
+}
+
+/// What an API server does besides serving.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Odd {
+    #[default]
+    Nothing,
+    /// Its cache has the objects of before the operation.
+    Past,
+    /// It fails to read classes.
+    NoClass,
+}
+
+/// The answers of the API server.
+#[derive(Default)]
+struct Answers {
+    odd: Odd,
+    /// Objects as they were, by their paths.
+    past: BTreeMap<String, Value>,
+}
+
+impl Answers {
+    fn to(&self, call: &Call<'_>) -> Reaction {
+        let (path, query) = call.uri.split_once('?').unwrap_or((call.uri, ""));
+        let fails = |code: u16, reason| server::refuse(code, reason, "not now", None);
+        let of_class = path.contains("/secretproviderclasses/");
+        let kinds = ["/secrets/", "/secretproviderclasspodstatuses/"];
+        let is_read = call.method == "GET";
+        match self.odd {
+            Odd::NoClass if is_read && of_class => fails(500, "InternalError"),
+            Odd::Past if is_read && query.contains("resourceVersion=0") => {
+                match self.past.get(path) {
+                    Some(object) => Reaction::Answer(200, object.to_string()),
+                    None if of_class || kinds.iter().any(|kind| path.contains(kind)) => {
+                        let name = path.rsplit('/').next();
+                        server::refuse(404, "NotFound", "not found", name)
+                    }
+                    None => Reaction::Serve,
+                }
+            }
+            _ => Reaction::Serve,
+        }
+    }
 }
 
 /// A process of the driver.
@@ -94,6 +142,10 @@ pub(crate) struct Node {
     driver: Option<Driver>,
     client: Option<NodeClient<Channel>>,
     reader: Option<Reader>,
+    /// The first wait after a refresh that failed.
+    pub(crate) backoff: &'static str,
+    /// What the API server does besides serving.
+    answers: Arc<Mutex<Answers>>,
     pub(crate) files: Arc<Mutex<History<Tree>>>,
     /// The data of the Secret `creds`.
     pub(crate) secret: Arc<Mutex<History<Data>>>,
@@ -130,6 +182,8 @@ impl Node {
             driver: None,
             client: None,
             reader: None,
+            backoff: "1ns",
+            answers: Arc::default(),
             files: Arc::new(Mutex::new(History::new())),
             secret: Arc::new(Mutex::new(History::new())),
             api,
@@ -143,10 +197,32 @@ impl Node {
     /// Looks at the Secret before each request: that is how the requests before have left it.
     fn watch(&self) {
         let (api, secret) = (Arc::downgrade(&self.api), Arc::downgrade(&self.secret));
-        self.api.intercept(move |_| {
+        let answers = Arc::clone(&self.answers);
+        self.api.intercept(move |call| {
             look_at_secret(&api, &secret);
-            Reaction::Serve
+            answers.lock().unwrap().to(call)
         });
+    }
+
+    /// Has the API server remember the objects of now, of which its cache may tell later.
+    pub(crate) fn remember_past(&self) {
+        let mut past = BTreeMap::new();
+        for (kind, path) in [
+            ("secrets", format!("{NAMESPACE}/secrets")),
+            (CLASSES, format!("{CUSTOM}/secretproviderclasses")),
+            (STATUSES, format!("{CUSTOM}/secretproviderclasspodstatuses")),
+        ] {
+            for object in self.api.all(kind) {
+                let name = object["metadata"]["name"].as_str().unwrap_or_default();
+                past.insert(format!("{path}/{name}"), object);
+            }
+        }
+        self.answers.lock().unwrap().past = past;
+    }
+
+    /// Sets what the API server does besides serving.
+    pub(crate) fn set_answers(&self, odd: Odd) {
+        self.answers.lock().unwrap().odd = odd;
     }
 
     pub(crate) fn put_pod(&self, has_controller: bool, phase: &str) {
@@ -217,11 +293,13 @@ impl Node {
             parameters["faults"] = json!(faults);
         }
         let annotations = class.annotation.map(|(name, value)| json!({name: value}));
-        let version = class.generation * 10 + u64::from(annotations.is_some());
+        let version =
+            class.incarnation * 1000 + class.generation * 10 + u64::from(annotations.is_some());
         let object = json!({
             "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
             "metadata": {
-                "name": "db", "namespace": "shop", "uid": "uid-db", "annotations": annotations,
+                "name": "db", "namespace": "shop", "uid": format!("uid-db-{}", class.incarnation),
+                "annotations": annotations,
                 "generation": class.generation, "resourceVersion": version.to_string(),
             },
             "spec": {
@@ -457,8 +535,8 @@ impl Node {
             "--nodeid=node-1".to_owned(),
             "--enable-secret-rotation".to_owned(),
             format!("--rotation-poll-interval={rotation}"),
-            "--rotation-backoff=1ns".to_owned(),
-            "--rotation-backoff-max=1ns".to_owned(),
+            format!("--rotation-backoff={}", self.backoff),
+            format!("--rotation-backoff-max={}", self.backoff),
             // So that a call has to wait for that of another volume.
             "--provider-max-calls=1".to_owned(),
             "--republish-errors=surface".to_owned(),
@@ -732,6 +810,19 @@ impl Node {
         let records = texts.filter_map(|text| serde_json::from_slice::<Value>(&text).ok());
         let mut records = records.map(|record| record["failingSince"].clone());
         records.any(|since| !since.is_null())
+    }
+
+    /// Returns the names of the records that nobody can read.
+    pub(crate) fn unreadable_records(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.dir.path().join("state")).unwrap();
+        let paths = entries.map(|entry| entry.unwrap().path());
+        let is_unreadable = |path: &PathBuf| {
+            let text = fs::read(path).unwrap_or_default();
+            path.extension().is_some_and(|end| end == "json")
+                && serde_json::from_slice::<Value>(&text).is_err()
+        };
+        let unreadable = paths.filter(is_unreadable);
+        unreadable.map(|path| path.display().to_string()).collect()
     }
 
     /// Has a minute pass for content that was replaced.

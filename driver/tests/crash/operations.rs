@@ -45,6 +45,14 @@ pub(crate) enum Operation {
     RefreshOfEditedClass,
     /// A refresh after an edit of the class that gives its Secret another type.
     RefreshWithOtherType,
+    /// A refresh that finds the same files with other modes.
+    RefreshOfModes,
+    /// A refresh after an edit of the class that leaves one object of many, so that the record is shorter.
+    RefreshOfShorterClass,
+    /// A refresh after the class was deleted and made anew with other objects and keys.
+    RefreshOfNewClass,
+    /// A refresh that somebody asks for after one has failed, long before the driver would try again.
+    AskedAfterFailure,
     Unpublish,
     /// Somebody has deleted the Secret.
     DeletedSecret,
@@ -154,6 +162,10 @@ impl Operation {
             | Self::HungPublish
             | Self::HungRefresh
             | Self::AskedRefresh
+            | Self::AskedAfterFailure
+            | Self::RefreshOfModes
+            | Self::RefreshOfShorterClass
+            | Self::RefreshOfNewClass
             | Self::UnpublishOfWrittenFiles
             | Self::RefreshOfBarePod
             | Self::RecoveredRefresh
@@ -256,7 +268,11 @@ impl Operation {
             Self::Refresh
                 | Self::HungRefresh
                 | Self::AskedRefresh
+                | Self::AskedAfterFailure
                 | Self::RefreshOfEditedClass
+                | Self::RefreshOfShorterClass
+                | Self::RefreshOfNewClass
+                | Self::RefreshOfModes
                 | Self::RefreshOfBarePod
                 | Self::RecoveredRefresh
         )
@@ -275,6 +291,8 @@ pub(crate) struct Run {
     elsewhere: Option<String>,
     /// The owners of the Secret that somebody else has applied, too, if somebody has.
     adorned: Option<Vec<String>>,
+    /// Whether the files in the store have other modes than at first.
+    has_other_modes: bool,
     /// Whether a step of the operation has failed.
     pub(crate) has_failed: bool,
     /// Whether a request has not gone out, or its answer was lost.
@@ -294,10 +312,16 @@ impl Run {
         let mut node = Node::start(!operation.is_bare()).await;
         let has_reason = matches!(
             operation,
-            Operation::AskedRefresh | Operation::RefreshOfEditedClass
+            Operation::AskedRefresh
+                | Operation::RefreshOfEditedClass
+                | Operation::RefreshOfShorterClass
+                | Operation::RefreshOfNewClass
         );
         // What a failed step has left, and what happens meanwhile, may need another refresh.
         let is_due = !has_reason || how != How::Stopped;
+        if operation == Operation::AskedAfterFailure {
+            node.backoff = "10m";
+        }
         node.start_traced(sync_interval, is_due)?;
         node.secret.lock().unwrap().add(None);
         let creds = secret("creds", "Opaque", &[("pw", "pw")]);
@@ -307,6 +331,7 @@ impl Run {
             &[(PEM, "tls.crt"), (PEM, "tls.key")],
         );
         let class = Class {
+            incarnation: 0,
             generation: 1,
             annotation: None,
             objects: None,
@@ -324,6 +349,7 @@ impl Run {
             version: 0,
             elsewhere: None,
             adorned: None,
+            has_other_modes: false,
             has_failed: false,
             was_cut_off: false,
         };
@@ -345,6 +371,7 @@ impl Run {
                 self.adorned = Some(self.node.owners_of_secret());
             }
         }
+        self.node.remember_past();
         match self.operation {
             Operation::DeletedNewerSecret => {
                 self.elsewhere = Some(self.node.later_version().await);
@@ -403,6 +430,33 @@ impl Run {
                 let keys = [("pw", "pw"), ("db/password", "db")];
                 self.class.secret_objects = json!([secret("creds", "Opaque", &keys)]);
                 self.edit_class();
+            }
+            Operation::RefreshOfShorterClass => {
+                self.class.objects = Some(vec!["pw"]);
+                self.edit_class();
+            }
+            Operation::RefreshOfNewClass => {
+                self.class.objects = Some(vec!["pw", "db/password"]);
+                let keys = [("pw", "pw"), ("db/password", "db")];
+                self.class.secret_objects = json!([secret("creds", "Opaque", &keys)]);
+                self.class.incarnation += 1;
+                self.class.generation = 0;
+                self.edit_class();
+            }
+            Operation::RefreshOfModes => {
+                self.has_other_modes = true;
+                self.serve_store();
+            }
+            Operation::AskedAfterFailure => {
+                self.node.put_store(&json!("no list of objects"));
+                if let Ok(()) = self.node.publish().await {
+                    return Err("a refresh without a store succeeds".to_owned());
+                }
+                until("the pod is told that refreshes fail", || self.is_stale()).await?;
+                self.node.backoff = "1ns";
+                self.put_store();
+                self.class.annotation = Some((REFRESH, "now"));
+                self.put_class();
             }
             Operation::RefreshWithOtherType => {
                 let objects = json!([secret("creds", "example.com/creds", &[("pw", "pw")])]);
@@ -577,6 +631,8 @@ impl Run {
         if self.operation.changes_content() {
             let one = || self.node.generations().len() == 1;
             until("the content from before has been removed", one).await?;
+            let right = || self.with_wrong_modes().is_empty();
+            until("the files have their modes", right).await?;
         }
         Ok(())
     }
@@ -850,7 +906,7 @@ impl Run {
         self.former_content_goes().await?;
         if matches!(
             self.operation,
-            Operation::RefusedRefresh | Operation::RecoveredRefresh
+            Operation::RefusedRefresh | Operation::RecoveredRefresh | Operation::AskedAfterFailure
         ) {
             until("the pod is told whether refreshes fail", || self.is_told()).await?;
         }

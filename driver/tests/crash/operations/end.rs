@@ -32,7 +32,10 @@ impl Run {
         }
         let recovers = match self.operation {
             Operation::RefusedRefresh => self.then == Then::Changed,
-            operation => operation == Operation::RecoveredRefresh,
+            operation => matches!(
+                operation,
+                Operation::RecoveredRefresh | Operation::AskedAfterFailure
+            ),
         };
         if recovers {
             // What the driver did not live to see is not announced.
@@ -47,7 +50,7 @@ impl Run {
                 !name.starts_with("pod status ") && name != "event FailedToCreateSecret"
             });
         }
-        let is_away = self.then == Then::Meanwhile(Meanwhile::ApiAway);
+        let is_away = matches!(self.then, Then::Meanwhile(meanwhile) if meanwhile.is_trouble());
         // It is told, and a moment later that it is over. A provider that writes files again disturbs a check, too.
         let has_trouble = is_away || self.was_cut_off || self.operation.is_written();
         let is_over = has_trouble && !self.is_refused();
@@ -87,6 +90,14 @@ impl Run {
             && let Some(lacks) = self.node.lacks_adornment(owners)
         {
             return Err(lacks);
+        }
+        let unreadable = self.node.unreadable_records();
+        if !unreadable.is_empty() {
+            return Err(format!("nobody can read {unreadable:?}"));
+        }
+        let wrong = self.with_wrong_modes();
+        if !wrong.is_empty() && !self.is_to_go() && !self.is_refused() {
+            return Err(format!("{wrong:?} have other modes than in the store"));
         }
         let state = if self.is_to_go() {
             // No further call comes once kubelet was told that the volume is gone.

@@ -12,7 +12,7 @@ use tokio::time::{Duration, sleep};
 
 use super::{Operation, Run, Then, store::secret};
 use crate::{
-    node::{data, until},
+    node::{Odd, data, until},
     tracer::Traced,
 };
 
@@ -22,6 +22,8 @@ const HOLD: Duration = Duration::from_millis(150);
 const HOLD_FOR_CHECK: Duration = Duration::from_millis(1_300);
 /// The time for which the API server is away, longer than the thread is held.
 const AWAY: Duration = Duration::from_millis(700);
+/// The time in which the driver checks Secrets twice.
+const TWO_CHECKS: Duration = Duration::from_millis(2_300);
 /// The time within which a thread comes to its step, or it will not.
 const COMES: Duration = Duration::from_secs(8);
 /// The interval in which the driver checks Secrets: longer than most operations take.
@@ -54,6 +56,17 @@ pub(crate) enum Meanwhile {
     Checked,
     /// The API server goes away, and comes back.
     ApiAway,
+    /// The API server's cache has the objects of before the operation, for two checks.
+    ApiPast,
+    /// The API server fails to read the class, for two checks.
+    NoClass,
+}
+
+impl Meanwhile {
+    /// Whether pods may be told of trouble with the API server.
+    pub(crate) fn is_trouble(self) -> bool {
+        matches!(self, Self::ApiAway | Self::ApiPast | Self::NoClass)
+    }
 }
 
 impl fmt::Display for Meanwhile {
@@ -71,6 +84,8 @@ impl fmt::Display for Meanwhile {
             Self::Elsewhere => "written elsewhere",
             Self::Checked => "checked",
             Self::ApiAway => "API server away",
+            Self::ApiPast => "API server in the past",
+            Self::NoClass => "class not read",
         })
     }
 }
@@ -79,11 +94,11 @@ impl Operation {
     /// Returns what may happen during the operation.
     pub(crate) fn meanwhile(self) -> Vec<Then> {
         use Meanwhile::{
-            ApiAway, CalledAgain, Checked, ClassEdited, Elsewhere, GivenUp, SecretAltered,
-            SecretDeleted, StatusDeleted, StoreChanged, Unpublished, Visited,
+            ApiAway, ApiPast, CalledAgain, Checked, ClassEdited, Elsewhere, GivenUp, NoClass,
+            SecretAltered, SecretDeleted, StatusDeleted, StoreChanged, Unpublished, Visited,
         };
         let all: &[Meanwhile] = match self {
-            Self::Publish | Self::RefreshOfEditedClass => &[
+            Self::Publish => &[
                 Visited,
                 CalledAgain,
                 GivenUp,
@@ -94,6 +109,24 @@ impl Operation {
                 StoreChanged,
                 Checked,
                 ApiAway,
+                ApiPast,
+                NoClass,
+            ],
+            // Each takes long, and much is as with an edited class.
+            Self::RefreshOfNewClass => &[Checked, ApiPast, NoClass],
+            Self::RefreshOfEditedClass => &[
+                Visited,
+                CalledAgain,
+                GivenUp,
+                Unpublished,
+                SecretDeleted,
+                SecretAltered,
+                ClassEdited,
+                StoreChanged,
+                Checked,
+                ApiAway,
+                ApiPast,
+                NoClass,
             ],
             Self::Refresh => &[
                 Visited,
@@ -108,10 +141,16 @@ impl Operation {
                 Elsewhere,
                 Checked,
                 ApiAway,
+                ApiPast,
             ],
-            Self::RefreshWithOtherType => {
-                &[CalledAgain, SecretDeleted, SecretAltered, Checked, ApiAway]
-            }
+            Self::RefreshWithOtherType => &[
+                CalledAgain,
+                SecretDeleted,
+                SecretAltered,
+                Checked,
+                ApiAway,
+                ApiPast,
+            ],
             Self::PublishOfBarePod | Self::RefreshOfBarePod => {
                 &[Unpublished, StatusDeleted, SecretDeleted]
             }
@@ -125,8 +164,16 @@ impl Operation {
                 SecretDeleted,
                 SecretAltered,
                 ApiAway,
+                ApiPast,
             ],
-            Self::ClassWithAnotherSecret => &[CalledAgain, Unpublished, SecretDeleted, ApiAway],
+            Self::ClassWithAnotherSecret => &[
+                CalledAgain,
+                Unpublished,
+                SecretDeleted,
+                ApiAway,
+                ApiPast,
+                NoClass,
+            ],
             _ => &[],
         };
         all.iter().copied().map(Then::Meanwhile).collect()
@@ -203,7 +250,7 @@ impl Run {
             // The call of a pod that has gone may be answered with anything.
             Meanwhile::Unpublished => Ok(()),
             // kubelet tries again what has failed without an API server.
-            Meanwhile::ApiAway if ended.is_err() && !self.operation.is_by_itself() => {
+            trouble if trouble.is_trouble() && ended.is_err() && !self.operation.is_by_itself() => {
                 self.publish().await
             }
             _ => ended,
@@ -236,6 +283,14 @@ impl Run {
                 self.node.api().disturb(Disturbance::Refuse);
                 sleep(AWAY).await;
                 self.node.api().disturb(Disturbance::None);
+            }
+            Meanwhile::ApiPast | Meanwhile::NoClass => {
+                self.node.set_answers(match meanwhile {
+                    Meanwhile::ApiPast => Odd::Past,
+                    _ => Odd::NoClass,
+                });
+                sleep(TWO_CHECKS).await;
+                self.node.set_answers(Odd::Nothing);
             }
             Meanwhile::Visited => {
                 let visited = self.node.visit().await;

@@ -1,6 +1,6 @@
 //! The store and the class of a run: what they serve and say, and what the pod and its Secrets should have of it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt as _};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
@@ -101,6 +101,11 @@ impl Run {
     /// Returns the values in the store, with those that the operation needs besides.
     pub(super) fn objects(&self, version: u32) -> BTreeMap<String, (&'static str, String)> {
         let mut objects = objects(version);
+        if self.has_other_modes {
+            for (mode, _) in objects.values_mut() {
+                *mode = if *mode == "0400" { "0444" } else { "0400" };
+            }
+        }
         if self.operation == Operation::AnnotatedClass {
             let content = format!("pem of version {version}; \n{KEY}{CERTIFICATE}");
             objects.insert(PEM.to_owned(), ("0400", content));
@@ -119,6 +124,19 @@ impl Run {
         files
             .map(|(name, (_, content))| (name, content.into_bytes()))
             .collect()
+    }
+
+    /// Returns the files whose modes are others than those of the store.
+    pub(super) fn with_wrong_modes(&self) -> Vec<String> {
+        let target = self.node.target();
+        let objects = self.objects(self.version).into_iter();
+        let wrong = objects.filter(|(name, (mode, _))| {
+            let wanted = u32::from_str_radix(mode, 8).unwrap();
+            // What the class does not name is not there.
+            let there = fs::metadata(target.join(name));
+            there.is_ok_and(|there| there.permissions().mode() & 0o7777 != wanted)
+        });
+        wrong.map(|(name, _)| name).collect()
     }
 
     /// Returns the data that a Secret of the class should have.
