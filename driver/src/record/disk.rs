@@ -100,12 +100,14 @@ impl Records {
     /// # Errors
     /// When the directory cannot be created.
     pub fn open(directory: impl Into<PathBuf>) -> io::Result<Self> {
-        let directory = directory.into();
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&directory)?;
-        Ok(Self::existing(directory))
+        let records = Self::existing(directory);
+        records.create_directory()?;
+        Ok(records)
+    }
+
+    fn create_directory(&self) -> io::Result<()> {
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(&self.directory)
     }
 
     /// Uses a directory of records as it is, which may be missing.
@@ -192,11 +194,19 @@ impl Records {
         let mut bytes = filed(record)?;
         bytes.resize(bytes.len() + MAY_GROW, b' ');
         clear_away(&tmp)?;
-        let file = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&tmp)?;
+        let create = || {
+            let mut options = fs::OpenOptions::new();
+            options.write(true).create_new(true).mode(0o600).open(&tmp)
+        };
+        let file = match create() {
+            // Somebody has removed the directory. Until the driver starts again nobody else makes it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.create_directory()?;
+                tracing::warn!(directory = %self.directory.display(), "the directory of the records was missing and is made again; the volumes of which there was a record are published again");
+                create()?
+            }
+            file => file?,
+        };
         let mut staged = StagedRecord {
             file,
             path,

@@ -774,6 +774,11 @@ impl Node {
     pub(crate) async fn lose_mounts(&mut self) {
         self.kill_driver().await;
         self.end_pod().await;
+        self.unmount();
+    }
+
+    /// Unmounts the volume, and what lies on it.
+    pub(crate) fn unmount(&self) {
         while umount2(&self.target(), MntFlags::MNT_DETACH).is_ok() {}
     }
 

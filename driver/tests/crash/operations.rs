@@ -12,7 +12,7 @@ use tokio::time::{Duration, sleep, timeout};
 use tonic::Code;
 
 use crate::{
-    node::{Class, KEY_FORMAT, Node, PATIENCE, REFRESH, SOMEBODY, STATUSES, data, until},
+    node::{Class, KEY_FORMAT, Node, Odd, PATIENCE, REFRESH, SOMEBODY, STATUSES, data, until},
     reader::read_all,
     tracer::{How, Traced},
 };
@@ -27,6 +27,8 @@ pub(crate) enum Operation {
     Publish,
     /// The first publish, which the provider refuses.
     RefusedPublish,
+    /// The first publish after an edit of the class that the API server's cache does not have yet.
+    PublishOfEditedClass,
     /// The first publish, which kubelet gives up because the provider hangs, and makes again.
     HungPublish,
     /// A refresh that finds other files and other values.
@@ -80,6 +82,8 @@ pub(crate) enum Operation {
     UnpublishOfBarePod,
     /// The same for a pod that has ended and stays, as that of a Job does.
     UnpublishOfEndedPod,
+    /// The same, and nobody else owns its Secret.
+    UnpublishOfLastEndedPod,
     /// The first publish for a bare pod after one of the same name, whose pod status is still there.
     PublishAfterNamesake,
     /// The publish of a volume that was mounted before the node lost its power.
@@ -171,7 +175,9 @@ impl Operation {
             | Self::RecoveredRefresh
             | Self::UnpublishOfBarePod
             | Self::UnpublishOfEndedPod
+            | Self::UnpublishOfLastEndedPod
             | Self::UnpublishOfBuriedVolume
+            | Self::PublishOfEditedClass
             | Self::Unpublish
             | Self::DeletedSecret
             | Self::DeletedPodStatus
@@ -188,19 +194,21 @@ impl Operation {
             Self::Publish
                 | Self::RefusedPublish
                 | Self::HungPublish
+                | Self::PublishOfEditedClass
                 | Self::PublishOfWrittenFiles
                 | Self::PublishOfBarePod
                 | Self::PublishAfterNamesake
         )
     }
 
-    fn is_unpublish(self) -> bool {
+    pub(crate) fn is_unpublish(self) -> bool {
         matches!(
             self,
             Self::Unpublish
                 | Self::UnpublishOfWrittenFiles
                 | Self::UnpublishOfBarePod
                 | Self::UnpublishOfEndedPod
+                | Self::UnpublishOfLastEndedPod
                 | Self::UnpublishOfBuriedVolume
         )
     }
@@ -233,6 +241,7 @@ impl Operation {
                 | Self::RefreshOfBarePod
                 | Self::UnpublishOfBarePod
                 | Self::UnpublishOfEndedPod
+                | Self::UnpublishOfLastEndedPod
                 | Self::DeletedPodStatus
         )
     }
@@ -285,6 +294,8 @@ pub(crate) struct Run {
     operation: Operation,
     then: Then,
     class: Class,
+    /// How the provider refuses, if it is to.
+    refusal: &'static str,
     /// The number of the values in the store.
     version: u32,
     /// The order of the new content of another node.
@@ -346,6 +357,13 @@ impl Run {
             operation,
             then,
             class,
+            refusal: match how {
+                How::Stopped | How::Held => {
+                    "[{status: {code: PERMISSION_DENIED, message: refused by the test}}]"
+                }
+                // With files beside the error.
+                How::Failed => "[{errorCodeBeside: refused by the test}]",
+            },
             version: 0,
             elsewhere: None,
             adorned: None,
@@ -366,7 +384,10 @@ impl Run {
             published.map_err(|status| format!("cannot be set up: {status}"))?;
             self.start_pod()?;
             // Only the driver that deletes a Secret to change its type knows what others had put on it.
-            if self.operation != Operation::RefreshWithOtherType {
+            if !matches!(
+                self.operation,
+                Operation::RefreshWithOtherType | Operation::UnpublishOfLastEndedPod
+            ) {
                 self.node.adorn_secret();
                 self.adorned = Some(self.node.owners_of_secret());
             }
@@ -385,7 +406,7 @@ impl Run {
                 self.node.end_pod().await;
                 self.node.bury().map_err(|error| error.to_string())?;
             }
-            Operation::UnpublishOfEndedPod => {
+            Operation::UnpublishOfEndedPod | Operation::UnpublishOfLastEndedPod => {
                 self.node.end_pod().await;
                 self.node.put_pod(false, "Succeeded");
             }
@@ -430,6 +451,11 @@ impl Run {
                 let keys = [("pw", "pw"), ("db/password", "db")];
                 self.class.secret_objects = json!([secret("creds", "Opaque", &keys)]);
                 self.edit_class();
+            }
+            Operation::PublishOfEditedClass => {
+                self.class.objects = Some(vec!["pw", "db/password"]);
+                self.edit_class();
+                self.node.set_answers(Odd::Past);
             }
             Operation::RefreshOfShorterClass => {
                 self.class.objects = Some(vec!["pw"]);
@@ -628,6 +654,16 @@ impl Run {
             }
             node.look_at_secret();
         }
+        if self.operation == Operation::PublishOfEditedClass {
+            let files = read_all(&self.node.target().join("..data"));
+            let files = files.map_err(|error| error.to_string())?;
+            if files != self.tree() {
+                let names: Vec<_> = files.keys().collect();
+                return Err(format!(
+                    "it is published with the files {names:?} of the class of before"
+                ));
+            }
+        }
         if self.operation.changes_content() {
             let one = || self.node.generations().len() == 1;
             until("the content from before has been removed", one).await?;
@@ -657,7 +693,10 @@ impl Run {
         let Some(traced) = self.node.traced() else {
             return Ok(());
         };
-        if self.operation != Operation::UnpublishOfEndedPod {
+        if !matches!(
+            self.operation,
+            Operation::UnpublishOfEndedPod | Operation::UnpublishOfLastEndedPod
+        ) {
             return Ok(());
         }
         until(
@@ -686,6 +725,7 @@ impl Run {
     /// it came to.
     pub(crate) async fn go_on(&mut self, was_killed: bool, steps: &[String]) -> Result<(), String> {
         let was = |what: &str| steps.iter().any(|step| step.starts_with(what));
+        self.node.set_answers(Odd::Nothing);
         if was_killed && was("provider: request sent") && !was("provider: answer received") {
             self.interrupt_provider();
         }
@@ -758,6 +798,7 @@ impl Run {
             }
         }
         self.former_content_goes().await?;
+        self.names_agree()?;
         if !self.node.has_failing_record() {
             until("the pod status tells of no failure", || !self.is_stale()).await?;
         }
@@ -771,6 +812,22 @@ impl Run {
         }
         self.node.kill_driver().await;
         Ok(())
+    }
+
+    /// Checks that the names at the root of the volume are those of its content.
+    fn names_agree(&self) -> Result<(), String> {
+        if self.operation.is_written() {
+            return Ok(());
+        }
+        let read = |path| read_all(path).map_err(|error| error.to_string());
+        let target = self.node.target();
+        let content = read(&target.join("..data"))?;
+        // A directory at the root is a link, whose files are among the content.
+        let is_there = |name: &&String| target.join(name).is_file();
+        match content.keys().find(|name| !is_there(name)) {
+            Some(name) => Err(format!("{name} is in the content, and not at the root")),
+            None => Ok(()),
+        }
     }
 
     /// Returns whether the Secret has the contents of the files that are mounted now, whichever these are.

@@ -1,6 +1,6 @@
 //! Checks the directory of records on a full or read-only disk, and with unreadable records.
 
-use std::{fs, io::Write as _, path::Path};
+use std::{fs, io::Write as _, os::unix::fs::PermissionsExt as _, path::Path};
 
 use driver::mount::TargetState;
 use proptest::{
@@ -68,6 +68,32 @@ async fn goes_without_record(restarts: bool) {
     }
     world.unpublish(&volumes[0]).await.unwrap();
     assert_eq!(there(&world), [false; 5]);
+}
+
+/// Somebody removes the directory of records while the driver runs, at any point of a volume's life.
+#[test]
+fn a_directory_that_somebody_removes() {
+    alone(async {
+        let world = World::start(&EAGER).await;
+        let volumes: Vec<Volume> = (0..3).map(|_| world.volume_of_its_own()).collect();
+        world.publish_patiently(&volumes[0]).await.unwrap();
+        world.publish_patiently(&volumes[1]).await.unwrap();
+        fs::remove_dir_all(world.state_dir()).unwrap();
+        world.unpublish(&volumes[0]).await.unwrap();
+        // One that is new, and one whose record was there.
+        for volume in &volumes[1..] {
+            world.publish_patiently(volume).await.unwrap();
+            assert_eq!(volume.reads()["pw"], "one");
+            assert!(world.record_file(volume).exists());
+        }
+        let mode = fs::metadata(world.state_dir()).unwrap().permissions();
+        assert_eq!(mode.mode() & 0o7777, 0o700);
+        fs::remove_dir_all(world.state_dir()).unwrap();
+        for volume in &volumes {
+            world.unpublish(volume).await.unwrap();
+            assert_eq!(volume.state(), TargetState::Absent);
+        }
+    });
 }
 
 /// Fills a disk up to this many free bytes.

@@ -95,6 +95,12 @@ impl Run {
         if !unreadable.is_empty() {
             return Err(format!("nobody can read {unreadable:?}"));
         }
+        if self.node.has_failing_record() && !self.is_refused() {
+            return Err("a record says that refreshes fail".to_owned());
+        }
+        if self.node.secret("creds").is_some() && self.node.owners_of_secret().is_empty() {
+            return Err("the Secret has no owner, and stays for ever".to_owned());
+        }
         let wrong = self.with_wrong_modes();
         if !wrong.is_empty() && !self.is_to_go() && !self.is_refused() {
             return Err(format!("{wrong:?} have other modes than in the store"));

@@ -13,6 +13,7 @@ use tokio::time::{Duration, sleep};
 use super::{Operation, Run, Then, store::secret};
 use crate::{
     node::{Odd, data, until},
+    reader::read_all,
     tracer::Traced,
 };
 
@@ -54,6 +55,8 @@ pub(crate) enum Meanwhile {
     Elsewhere,
     /// The driver checks the class and its Secrets.
     Checked,
+    /// Somebody unmounts the volume.
+    Unmounted,
     /// The API server goes away, and comes back.
     ApiAway,
     /// The API server's cache has the objects of before the operation, for two checks.
@@ -83,6 +86,7 @@ impl fmt::Display for Meanwhile {
             Self::StoreChanged => "store changed",
             Self::Elsewhere => "written elsewhere",
             Self::Checked => "checked",
+            Self::Unmounted => "unmounted",
             Self::ApiAway => "API server away",
             Self::ApiPast => "API server in the past",
             Self::NoClass => "class not read",
@@ -95,10 +99,12 @@ impl Operation {
     pub(crate) fn meanwhile(self) -> Vec<Then> {
         use Meanwhile::{
             ApiAway, ApiPast, CalledAgain, Checked, ClassEdited, Elsewhere, GivenUp, NoClass,
-            SecretAltered, SecretDeleted, StatusDeleted, StoreChanged, Unpublished, Visited,
+            SecretAltered, SecretDeleted, StatusDeleted, StoreChanged, Unmounted, Unpublished,
+            Visited,
         };
         let all: &[Meanwhile] = match self {
             Self::Publish => &[
+                Unmounted,
                 Visited,
                 CalledAgain,
                 GivenUp,
@@ -200,6 +206,9 @@ impl Run {
             traced.disarm();
             self.expect(meanwhile);
             self.happens(meanwhile).await?;
+            if meanwhile == Meanwhile::Unmounted {
+                self.publish().await?;
+            }
         }
         if meanwhile == Meanwhile::Unpublished {
             return self.is_gone().await;
@@ -244,9 +253,16 @@ impl Run {
             let (happened, ()) = tokio::join!(self.happens(meanwhile), let_go);
             return happened;
         }
+        // The last look at the mount comes before that.
+        let is_recorded = traced.has_step("write /state/csi-1.N.tmp #2");
         let (happened, (), ended) = tokio::join!(self.happens(meanwhile), let_go, operation);
         happened?;
         match meanwhile {
+            // kubelet tries again, or looks again.
+            Meanwhile::Unmounted if ended.is_err() || is_recorded => self.publish().await,
+            Meanwhile::Unmounted if read_all(&self.node.target().join("..data")).is_err() => {
+                Err("it is published without content".to_owned())
+            }
             // The call of a pod that has gone may be answered with anything.
             Meanwhile::Unpublished => Ok(()),
             // kubelet tries again what has failed without an API server.
@@ -284,6 +300,7 @@ impl Run {
                 sleep(AWAY).await;
                 self.node.api().disturb(Disturbance::None);
             }
+            Meanwhile::Unmounted => self.node.unmount(),
             Meanwhile::ApiPast | Meanwhile::NoClass => {
                 self.node.set_answers(match meanwhile {
                     Meanwhile::ApiPast => Odd::Past,

@@ -62,8 +62,7 @@ impl Run {
 
     /// Has the provider refuse, from now on, what is asked of it.
     pub(super) fn refuse(&mut self) {
-        self.class.faults =
-            Some("[{status: {code: PERMISSION_DENIED, message: refused by the test}}]");
+        self.class.faults = Some(self.refusal);
         self.class.generation += 1;
         self.put_class();
     }
