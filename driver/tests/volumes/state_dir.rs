@@ -74,7 +74,7 @@ async fn goes_without_record(restarts: bool) {
 #[test]
 fn a_directory_that_somebody_removes() {
     alone(async {
-        let world = World::start(&EAGER).await;
+        let mut world = World::start(&EAGER).await;
         let volumes: Vec<Volume> = (0..3).map(|_| world.volume_of_its_own()).collect();
         world.publish_patiently(&volumes[0]).await.unwrap();
         world.publish_patiently(&volumes[1]).await.unwrap();
