@@ -96,7 +96,9 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::publish_of_written_files_after_reboot(Operation::PublishOfWrittenFilesAfterReboot)]
 #[case::unpublish_of_buried_volume(Operation::UnpublishOfBuriedVolume)]
 #[case::unpublish_of_last_ended_pod(Operation::UnpublishOfLastEndedPod)]
+#[case::unpublish_of_evicted_pod(Operation::UnpublishOfEvictedPod)]
 #[case::publish_of_edited_class(Operation::PublishOfEditedClass)]
+#[case::publish_over_torn_record(Operation::PublishOverTornRecord)]
 #[case::hung_publish(Operation::HungPublish)]
 #[case::hung_refresh(Operation::HungRefresh)]
 #[case::refresh_of_modes(Operation::RefreshOfModes)]
@@ -151,8 +153,17 @@ fn held_after_each_step(#[case] operation: Operation) {
 #[case::unpublish_of_bare_pod(Operation::UnpublishOfBarePod)]
 #[case::class_with_another_secret(Operation::ClassWithAnotherSecret)]
 #[case::refresh_of_new_class(Operation::RefreshOfNewClass)]
+#[case::publish_over_torn_record(Operation::PublishOverTornRecord)]
 fn each_step_fails(#[case] operation: Operation) {
     try_alone(operation, How::Failed);
+}
+
+/// What takes too long to be tried at each step.
+#[rstest]
+#[case::publish(Operation::SlowPublish)]
+#[case::refresh(Operation::SlowRefresh)]
+fn a_slow_provider_and_no_api_server(#[case] operation: Operation) {
+    try_alone(operation, How::Stopped);
 }
 
 fn try_alone(operation: Operation, how: How) {
@@ -239,6 +250,9 @@ async fn try_all(operation: Operation, how: How) {
         assert_eq!(asks, operation.asks_provider(), "{:#?}", run.steps);
         undisturbed.insert(*then, state);
         points.add(*then, &run.steps, place(&follows, *then));
+    }
+    if matches!(operation, Operation::SlowPublish | Operation::SlowRefresh) {
+        return;
     }
     if let Ok(wanted) = std::env::var(POINT) {
         points.keep_only(&wanted);
@@ -363,6 +377,7 @@ async fn run(operation: Operation, then: Then, how: How, at: Option<&str>) -> io
             if operation.is_unpublish() && is_of_record {
                 acted?;
             }
+            run.has_pod_status()?;
             // A server may have carried out that of which the driver knows nothing.
             if !run.was_cut_off {
                 if !is_answered {

@@ -64,6 +64,9 @@ pub(crate) const SOMEBODY: &str = "somebody-else";
 /// The kind of pod statuses.
 pub(crate) const STATUSES: &str = "secretproviderclasspodstatuses.secrets-store.csi.x-k8s.io";
 
+/// A file of somebody else among the records.
+pub(crate) const NOTES: &str = "notes.json";
+
 /// The kind of classes.
 const CLASSES: &str = "secretproviderclasses.secrets-store.csi.x-k8s.io";
 
@@ -362,9 +365,9 @@ impl Node {
         }
     }
 
-    /// Has somebody else apply a label to the Secret, the owners that it has, and another one, as server-side apply
-    /// does.
-    pub(crate) fn adorn_secret(&self) {
+    /// Has somebody else apply a label to the Secret and another owner, as server-side apply does, and if it is the
+    /// `whole` of them, the owners that it has.
+    pub(crate) fn adorn_secret(&self, whole: bool) {
         let Some(mut secret) = self.secret("creds") else {
             return;
         };
@@ -375,7 +378,8 @@ impl Node {
         if let Some(owners) = metadata["ownerReferences"].as_array_mut() {
             owners.push(other);
         }
-        let keys = owners_of(metadata).into_iter();
+        let applied = |owner: &String| whole || owner == SOMEBODY;
+        let keys = owners_of(metadata).into_iter().filter(applied);
         let keys = keys.map(|uid| (format!("k:{}", json!({"uid": uid})), json!({})));
         let owners: serde_json::Map<String, Value> = keys.collect();
         let label = format!("f:{SOMEBODY}");
@@ -683,6 +687,22 @@ impl Node {
         self.publish_of("csi-1", "web", UID, &self.target()).await
     }
 
+    /// Makes the call of a kubelet that says nothing of the pod, as with a CSIDriver without `podInfoOnMount`.
+    pub(crate) async fn publish_without_pod(&self) -> Result<(), Status> {
+        let request = NodePublishVolumeRequest {
+            volume_id: "csi-1".to_owned(),
+            target_path: self.target().display().to_string(),
+            readonly: true,
+            volume_capability: Some(VolumeCapability::default()),
+            volume_context: [("secretProviderClass".to_owned(), "db".to_owned())].into(),
+            ..Default::default()
+        };
+        let mut client = self.client();
+        let call = timeout(PATIENCE, client.node_publish_volume(request)).await;
+        call.map_err(|_| Status::new(Code::DeadlineExceeded, "no answer"))??;
+        Ok(())
+    }
+
     async fn publish_of(
         &self,
         volume: &str,
@@ -796,6 +816,8 @@ impl Node {
         let state = self.dir.path().join("state");
         fs::write(state.join("csi-7.7.tmp"), "half").unwrap();
         fs::write(state.join("csi-8.json"), "{\"format\": 1").unwrap();
+        // This is nobody's record, and stays.
+        fs::write(state.join(NOTES), "{}").unwrap();
     }
 
     /// Cuts all records in half.
@@ -815,6 +837,17 @@ impl Node {
         let records = texts.filter_map(|text| serde_json::from_slice::<Value>(&text).ok());
         let mut records = records.map(|record| record["failingSince"].clone());
         records.any(|since| !since.is_null())
+    }
+
+    /// Returns the UID and the generation of the class in each record.
+    pub(crate) fn recorded_classes(&self) -> Vec<Value> {
+        let entries = fs::read_dir(self.dir.path().join("state")).unwrap();
+        let texts = entries.filter_map(|entry| fs::read(entry.unwrap().path()).ok());
+        let records = texts.filter_map(|text| serde_json::from_slice::<Value>(&text).ok());
+        let records = records.filter(|record| record["class"].is_object());
+        let classes =
+            records.map(|record| json!([record["class"]["uid"], record["class"]["generation"]]));
+        classes.collect()
     }
 
     /// Returns the names of the records that nobody can read.

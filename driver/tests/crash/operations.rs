@@ -7,6 +7,7 @@ mod store;
 use std::{fmt, fs, path::PathBuf, sync::Arc, time::Instant};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
+use embedded::api::Disturbance;
 use serde_json::{Value, json};
 use tokio::time::{Duration, sleep, timeout};
 use tonic::Code;
@@ -33,6 +34,10 @@ pub(crate) enum Operation {
     HungPublish,
     /// A refresh that finds other files and other values.
     Refresh,
+    /// The first publish, and a refresh, whose provider is slower than the interval in which the driver asks the API
+    /// server for the pod, which does not answer then.
+    SlowPublish,
+    SlowRefresh,
     /// A refresh that kubelet gives up because the provider hangs, and makes again.
     HungRefresh,
     /// A refresh that finds nothing new.
@@ -84,8 +89,12 @@ pub(crate) enum Operation {
     UnpublishOfEndedPod,
     /// The same, and nobody else owns its Secret.
     UnpublishOfLastEndedPod,
+    /// The same for a pod that has failed, and whose controller goes on.
+    UnpublishOfEvictedPod,
     /// The first publish for a bare pod after one of the same name, whose pod status is still there.
     PublishAfterNamesake,
+    /// The publish of a volume whose pod runs and whose record nobody can read.
+    PublishOverTornRecord,
     /// The publish of a volume that was mounted before the node lost its power.
     PublishAfterReboot,
     /// The same, with files that the provider writes.
@@ -162,9 +171,11 @@ impl Operation {
             | Self::PublishAfterReboot
             | Self::PublishOfWrittenFilesAfterReboot => &[Then::Again, Then::Unpublish],
             Self::RefreshWithoutChange | Self::RefusedRefresh => &[Then::Again, Then::Changed],
+            Self::HungPublish | Self::HungRefresh => &[Then::Again, Then::Unpublish],
             Self::RefreshWithOtherType
-            | Self::HungPublish
-            | Self::HungRefresh
+            | Self::SlowPublish
+            | Self::SlowRefresh
+            | Self::PublishOverTornRecord
             | Self::AskedRefresh
             | Self::AskedAfterFailure
             | Self::RefreshOfModes
@@ -176,6 +187,7 @@ impl Operation {
             | Self::UnpublishOfBarePod
             | Self::UnpublishOfEndedPod
             | Self::UnpublishOfLastEndedPod
+            | Self::UnpublishOfEvictedPod
             | Self::UnpublishOfBuriedVolume
             | Self::PublishOfEditedClass
             | Self::Unpublish
@@ -188,12 +200,13 @@ impl Operation {
         }
     }
 
-    fn is_first(self) -> bool {
+    pub(crate) fn is_first(self) -> bool {
         matches!(
             self,
             Self::Publish
                 | Self::RefusedPublish
                 | Self::HungPublish
+                | Self::SlowPublish
                 | Self::PublishOfEditedClass
                 | Self::PublishOfWrittenFiles
                 | Self::PublishOfBarePod
@@ -209,6 +222,7 @@ impl Operation {
                 | Self::UnpublishOfBarePod
                 | Self::UnpublishOfEndedPod
                 | Self::UnpublishOfLastEndedPod
+                | Self::UnpublishOfEvictedPod
                 | Self::UnpublishOfBuriedVolume
         )
     }
@@ -276,6 +290,7 @@ impl Operation {
             self,
             Self::Refresh
                 | Self::HungRefresh
+                | Self::SlowRefresh
                 | Self::AskedRefresh
                 | Self::AskedAfterFailure
                 | Self::RefreshOfEditedClass
@@ -383,12 +398,16 @@ impl Run {
             let published = self.node.publish().await;
             published.map_err(|status| format!("cannot be set up: {status}"))?;
             self.start_pod()?;
-            // Only the driver that deletes a Secret to change its type knows what others had put on it.
+            // Only the driver that deletes a Secret to change its type knows what others had put on it, and what
+            // somebody deletes is gone.
             if !matches!(
                 self.operation,
-                Operation::RefreshWithOtherType | Operation::UnpublishOfLastEndedPod
+                Operation::RefreshWithOtherType
+                    | Operation::UnpublishOfLastEndedPod
+                    | Operation::Start
             ) {
-                self.node.adorn_secret();
+                let whole = self.operation != Operation::UnpublishOfEvictedPod;
+                self.node.adorn_secret(whole);
                 self.adorned = Some(self.node.owners_of_secret());
             }
         }
@@ -410,6 +429,10 @@ impl Run {
                 self.node.end_pod().await;
                 self.node.put_pod(false, "Succeeded");
             }
+            Operation::UnpublishOfEvictedPod => {
+                self.node.end_pod().await;
+                self.node.put_pod(true, "Failed");
+            }
             operation if operation.is_unpublish() => self.node.end_pod().await,
             Operation::PublishAfterNamesake => self.node.put_status_of_namesake(),
             Operation::PublishAfterReboot | Operation::PublishOfWrittenFilesAfterReboot => {
@@ -421,12 +444,18 @@ impl Run {
             Operation::Refresh | Operation::RefreshOfWrittenFiles | Operation::RefreshOfBarePod => {
                 self.put_store();
             }
+            Operation::PublishOverTornRecord => self.node.tear_records(),
             Operation::Start => {
                 self.node.kill_driver().await;
                 self.node.leave_records();
             }
             Operation::RefusedPublish | Operation::RefusedRefresh => self.refuse(),
             Operation::HungPublish => self.hang(),
+            Operation::SlowPublish => self.slow(),
+            Operation::SlowRefresh => {
+                self.put_store();
+                self.slow();
+            }
             Operation::HungRefresh => {
                 self.put_store();
                 self.hang();
@@ -442,6 +471,10 @@ impl Run {
                 self.admit();
             }
             Operation::AskedRefresh => {
+                // The driver remembers of this look that there is nothing to do.
+                for _ in 0..2 {
+                    self.publish().await?;
+                }
                 self.put_store();
                 self.class.annotation = Some((REFRESH, "now"));
                 self.put_class();
@@ -519,7 +552,14 @@ impl Run {
             Operation::Start => return self.node.is_ready().await,
             Operation::HungPublish | Operation::HungRefresh => {
                 self.give_up().await?;
-                return self.ends().await;
+                return match self.then {
+                    Then::Unpublish => Ok(()),
+                    _ => self.ends().await,
+                };
+            }
+            Operation::SlowPublish | Operation::SlowRefresh => {
+                let (away, published) = tokio::join!(self.api_is_away(), self.finish());
+                return published.and(away);
             }
             _ => {}
         }
@@ -535,9 +575,24 @@ impl Run {
                 "the provider hangs, and kubelet is answered with {answer:?}"
             ));
         }
+        if self.then == Then::Unpublish {
+            self.node.end_pod().await;
+            let gone = timeout(CANCELLED, self.unpublish()).await;
+            return gone
+                .map_err(|_| format!("the volume is not unpublished after {CANCELLED:?}"))?;
+        }
         self.admit();
         let again = timeout(CANCELLED, self.publish()).await;
         again.map_err(|_| format!("the call that was given up runs after {CANCELLED:?}"))?
+    }
+
+    /// Has the API server away while the driver asks for the pod of a volume whose provider is slow.
+    async fn api_is_away(&self) -> Result<(), String> {
+        sleep(BEFORE_LOOK_AT_POD).await;
+        self.node.api().disturb(Disturbance::Refuse);
+        sleep(AROUND_LOOK_AT_POD).await;
+        self.node.api().disturb(Disturbance::None);
+        Ok(())
     }
 
     /// Does that to which the driver answers by itself.
@@ -605,6 +660,17 @@ impl Run {
             }
             operation if operation.is_by_itself() => Ok(()),
             _ => self.publish_once().await,
+        }
+    }
+
+    /// Checks that a volume whose pod runs has its pod status, although a call has failed.
+    pub(crate) fn has_pod_status(&self) -> Result<(), String> {
+        let goes = self.operation.is_first()
+            || self.operation.is_unpublish()
+            || self.operation == Operation::DeletedPodStatus;
+        match goes || !self.node.api().all(STATUSES).is_empty() {
+            true => Ok(()),
+            false => Err("the pod status of a volume that is mounted has gone".to_owned()),
         }
     }
 
@@ -695,9 +761,18 @@ impl Run {
         };
         if !matches!(
             self.operation,
-            Operation::UnpublishOfEndedPod | Operation::UnpublishOfLastEndedPod
+            Operation::UnpublishOfEndedPod
+                | Operation::UnpublishOfLastEndedPod
+                | Operation::UnpublishOfEvictedPod
         ) {
             return Ok(());
+        }
+        if self.operation == Operation::UnpublishOfEvictedPod {
+            // It may read no Secret for it.
+            return until("the driver has read the pod that has failed", || {
+                traced.has_step("API server: GET pods/web answered")
+            })
+            .await;
         }
         until(
             "the driver has read the Secret of the pod that has ended",
@@ -755,6 +830,13 @@ impl Run {
         if was_killed || matches!(self.then, Then::TornRecords | Then::Reboot) {
             self.node.start_driver(self.operation == Operation::Start);
             self.node.is_ready().await?;
+        }
+        if was_killed && self.operation == Operation::Start && self.then == Then::Again {
+            // It has found the volume among the records.
+            self.node.secret.lock().unwrap().add(None);
+            self.expect_secret();
+            self.node.remove_secret("creds");
+            until("the Secret is kept without a call", || self.has_secrets()).await?;
         }
         if self.then == Then::Replaced {
             return self.leave_to_successor().await;
@@ -910,6 +992,17 @@ impl Run {
         self.operation.is_refused() && self.then == Then::Again
     }
 
+    /// Makes a call for a volume that is mounted in a form that the driver refuses. kubelet forgets a volume after an
+    /// answer that is final, and never unpublishes it.
+    pub(crate) async fn refused_form_is_not_final(&self) -> Result<(), String> {
+        match self.node.publish_without_pod().await {
+            Err(status) if is_final(status.code()) => {
+                Err(format!("kubelet forgets a mounted volume after {status}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Publishes as kubelet does, which tries again unless the answer is final.
     async fn publish(&self) -> Result<(), String> {
         let started = Instant::now();
@@ -919,15 +1012,7 @@ impl Run {
                 Ok(()) => return Ok(()),
                 Err(status) => status,
             };
-            // kubelet removes the volume's directory after any other code, and never unpublishes it.
-            let is_final = !matches!(
-                status.code(),
-                Code::Cancelled
-                    | Code::DeadlineExceeded
-                    | Code::Unavailable
-                    | Code::ResourceExhausted
-                    | Code::Aborted
-            );
+            let is_final = is_final(status.code());
             let is_expected = self.is_refused() && status.message().contains("refused by the test");
             if is_expected && (!is_final || !self.node.target().exists()) {
                 return Ok(());
@@ -1006,6 +1091,11 @@ impl Run {
     }
 }
 
+/// The time before the driver asks whether the pod is still there, ten seconds after the call to the provider, and the
+/// time around that. The provider answers after both.
+const BEFORE_LOOK_AT_POD: Duration = Duration::from_millis(9_000);
+const AROUND_LOOK_AT_POD: Duration = Duration::from_millis(2_000);
+
 /// The time for which kubelet waits for a provider that hangs.
 const GIVEN_UP: Duration = Duration::from_millis(700);
 /// The time in which a call that was given up has to end. Ten seconds are documented (docs/rotation.md).
@@ -1013,3 +1103,16 @@ const CANCELLED: Duration = Duration::from_secs(25);
 
 /// The annotation of a Secret with the order of its content (docs/secrets.md).
 const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
+
+/// Returns whether kubelet takes an answer for the end of a volume: it removes the volume's directory then, and never
+/// unpublishes it.
+fn is_final(code: Code) -> bool {
+    !matches!(
+        code,
+        Code::Cancelled
+            | Code::DeadlineExceeded
+            | Code::Unavailable
+            | Code::ResourceExhausted
+            | Code::Aborted
+    )
+}

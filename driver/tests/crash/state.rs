@@ -4,13 +4,14 @@ use std::{collections::BTreeMap, fs, io, os::unix::fs::MetadataExt as _, path::P
 
 use serde_json::{Value, json};
 
-use crate::node::{Node, STATUSES};
+use crate::node::{NOTES, Node, STATUSES};
 
 /// The state of all things, by their names.
 pub(crate) type State = BTreeMap<String, String>;
 
 /// What a test itself puts into the directory of a node.
-const OF_THE_TEST: [&str; 7] = [
+const OF_THE_TEST: [&str; 8] = [
+    NOTES,
     "api",
     "kubeconfig",
     "kubelet",
@@ -66,7 +67,7 @@ pub(crate) fn node_state(node: &Node) -> State {
     }
     list(root, &|name| OF_THE_TEST.contains(&name), &mut state);
     for directory in ["state", "registration"] {
-        list(&root.join(directory), &|_| false, &mut state);
+        list(&root.join(directory), &|name| name == NOTES, &mut state);
     }
     list(node.target().parent().unwrap(), &|_| false, &mut state);
     state.retain(|name, _| name != "entry state");
@@ -99,6 +100,24 @@ fn mounts_below(root: &Path) -> Vec<String> {
         Some(format!("{point} {} {kind} {options}", mount.get(5)?))
     });
     mounts.collect()
+}
+
+/// Returns how the mount of the volume is not as safe as it should be, or that there are several, or none.
+pub(crate) fn wrong_mount(node: &Node) -> Option<String> {
+    let target = node.target();
+    let target = target.strip_prefix(node.path()).unwrap().to_str().unwrap();
+    let mounts = mounts_below(node.path()).into_iter();
+    let on_it = mounts.filter(|mount| mount.split(' ').next() == Some(&format!("/{target}")));
+    let on_it: Vec<String> = on_it.collect();
+    let [mount] = &on_it[..] else {
+        return Some(format!("these are mounted at the target: {on_it:?}"));
+    };
+    let options = mount.split(' ').nth(1).unwrap_or_default();
+    let has = |option: &&str| options.split(',').any(|one| one == *option);
+    let lacks = ["nosuid", "nodev", "noexec"]
+        .into_iter()
+        .find(|option| !has(option));
+    lacks.map(|option| format!("the volume is mounted without {option}: {mount}"))
 }
 
 /// Describes all that lies in a volume.

@@ -12,6 +12,7 @@ mod provider;
 mod tenants;
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::sync::Arc;
@@ -102,6 +103,9 @@ pub(super) struct Actor<'a, G> {
     nodes: Vec<String>,
     /// Held by the edit of a class whose turn it is, so that their order is known.
     edits: tokio::sync::Mutex<()>,
+    /// Held, by node, by the fault of a disk until it is undone: on a slow machine that takes longer than planned,
+    /// and what lies over the records is undone in the order in which it was laid there.
+    disks: BTreeMap<String, tokio::sync::Mutex<()>>,
     /// The number of faults that last, other than hostile tenants.
     active: Cell<usize>,
     /// The number of things that need names of their own.
@@ -117,8 +121,13 @@ impl<'a, G: Ground> Actor<'a, G> {
         namespace: Namespace,
         hostile: Namespace,
     ) -> Self {
+        let nodes = ground.cluster().nodes();
+        let disks = nodes
+            .iter()
+            .map(|node| (node.clone(), tokio::sync::Mutex::default()));
         Self {
-            nodes: ground.cluster().nodes(),
+            disks: disks.collect(),
+            nodes,
             ground,
             world,
             namespace,

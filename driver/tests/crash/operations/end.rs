@@ -1,11 +1,12 @@
 //! The end of a run: the state that is compared with that of an undisturbed one, and what may not be left.
 
+use serde_json::json;
 use tokio::time::{Duration, sleep};
 
 use super::{Meanwhile, Operation, Run, Then};
 use crate::{
     node::until,
-    state::{State, node_state, state},
+    state::{State, node_state, state, wrong_mount},
 };
 
 /// The socket by which a driver registers itself.
@@ -91,20 +92,7 @@ impl Run {
         {
             return Err(lacks);
         }
-        let unreadable = self.node.unreadable_records();
-        if !unreadable.is_empty() {
-            return Err(format!("nobody can read {unreadable:?}"));
-        }
-        if self.node.has_failing_record() && !self.is_refused() {
-            return Err("a record says that refreshes fail".to_owned());
-        }
-        if self.node.secret("creds").is_some() && self.node.owners_of_secret().is_empty() {
-            return Err("the Secret has no owner, and stays for ever".to_owned());
-        }
-        let wrong = self.with_wrong_modes();
-        if !wrong.is_empty() && !self.is_to_go() && !self.is_refused() {
-            return Err(format!("{wrong:?} have other modes than in the store"));
-        }
+        self.is_right().await?;
         let state = if self.is_to_go() {
             // No further call comes once kubelet was told that the volume is gone.
             let left = self.left();
@@ -115,7 +103,9 @@ impl Run {
             }
             node_state(&self.node)
         } else {
-            state(&self.node)
+            let state = state(&self.node);
+            self.refused_form_is_not_final().await?;
+            state
         };
         self.node.end_pod().await;
         self.unpublish().await?;
@@ -146,6 +136,54 @@ impl Run {
             problems if problems.is_empty() => Ok(self.comparable(state)),
             problems => Err(problems.join("\n")),
         }
+    }
+
+    /// Checks what has to be so in the end, also if an undisturbed run has it otherwise.
+    async fn is_right(&self) -> Result<(), String> {
+        let unreadable = self.node.unreadable_records();
+        if !unreadable.is_empty() {
+            return Err(format!("nobody can read {unreadable:?}"));
+        }
+        if self.node.has_failing_record() && !self.is_refused() {
+            return Err("a record says that refreshes fail".to_owned());
+        }
+        if let Some(secret) = self.node.secret("creds") {
+            let (labels, owners) = (&secret["metadata"]["labels"], self.node.owners_of_secret());
+            let has_controller = owners.iter().any(|owner| owner == "rs");
+            if owners.is_empty() || !has_controller && !self.operation.is_bare() {
+                return Err(format!("the Secret has the owners {owners:?}"));
+            }
+            if labels["team"] != "shop" || labels["secrets-store.csi.k8s.io/managed"] != "true" {
+                return Err(format!("the Secret has the labels {labels}"));
+            }
+        }
+        if self.is_to_go() || self.is_refused() {
+            return Ok(());
+        }
+        let wrong = self.with_wrong_modes();
+        if !wrong.is_empty() {
+            return Err(format!("{wrong:?} have other modes than in the store"));
+        }
+        if let Some(why) = wrong_mount(&self.node) {
+            return Err(why);
+        }
+        let class = json!([
+            format!("uid-db-{}", self.class.incarnation),
+            self.class.generation
+        ]);
+        let recorded = self.node.recorded_classes();
+        if recorded != [class.clone()] {
+            return Err(format!(
+                "the class has the UID and the generation {class}, and there are records of {recorded:?}"
+            ));
+        }
+        if self.operation.is_written() {
+            return Ok(());
+        }
+        let told = until("the pod status names what is mounted", || {
+            self.tells_of_volume()
+        });
+        told.await
     }
 
     /// Removes the pod and what lives with it, and looks that the driver makes nothing of that again.

@@ -74,10 +74,20 @@ impl Run {
         self.put_class();
     }
 
+    /// Has the provider take longer than the interval in which the driver looks for the pod.
+    pub(super) fn slow(&mut self) {
+        self.class.faults = Some("[{delay: 12s}]");
+        self.class.generation += 1;
+        self.put_class();
+    }
+
     pub(super) fn heal(&mut self) {
         let hangs = matches!(
             self.operation,
-            Operation::HungPublish | Operation::HungRefresh
+            Operation::HungPublish
+                | Operation::HungRefresh
+                | Operation::SlowPublish
+                | Operation::SlowRefresh
         );
         if hangs || self.operation.is_refused() && self.then == Then::Changed {
             self.admit();

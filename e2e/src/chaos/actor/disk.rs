@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::sync::MutexGuard;
+
 use crate::cluster::Result;
 
 use super::super::ground::Ground;
@@ -52,6 +54,11 @@ find "$2" -mindepth 1 -delete; cp -a "$3/." "$2/"; rm -rf "$3"
 const WRITE: &str = r#"echo 0123456789 > "$1"; code=$?; rm -f "$1"; exit "$code""#;
 
 impl<G: Ground> Actor<'_, G> {
+    /// Waits until no other fault of the disk of a node lasts.
+    async fn disk(&self, node: &str) -> Option<MutexGuard<'_, ()>> {
+        Some(self.disks.get(node)?.lock().await)
+    }
+
     pub(super) async fn bad_disk(
         &self,
         what: What,
@@ -59,6 +66,7 @@ impl<G: Ground> Actor<'_, G> {
         lasts: u64,
         how: &str,
     ) -> Result<()> {
+        let _alone = self.disk(node).await;
         let records = format!("{PLUGIN}/records");
         let driver = self.running_driver(node).await?;
         let copy = format!("{}/chaos-records", self.ground.scratch());
@@ -84,6 +92,7 @@ impl<G: Ground> Actor<'_, G> {
     /// Lays a file system over the records that does not answer, for a while. If it is a long one, the
     /// health check has to say so.
     pub(super) async fn disk_hung(&self, what: What, node: &str, lasts: u64) -> Result<()> {
+        let _alone = self.disk(node).await;
         let records = format!("{PLUGIN}/records");
         self.running_driver(node).await?;
         let volumes = || {
