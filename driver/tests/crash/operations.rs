@@ -569,18 +569,22 @@ impl Run {
 
     /// Calls a provider that hangs, gives the call up, and makes it again when the provider is well.
     async fn give_up(&mut self) -> Result<(), String> {
-        let answer = timeout(GIVEN_UP, self.node.publish()).await;
-        if let Ok(answer) = answer {
+        if self.then == Then::Unpublish {
+            self.node.end_pod().await;
+        }
+        let mut publish = Box::pin(self.node.publish());
+        if let Ok(answer) = timeout(GIVEN_UP, &mut publish).await {
             return Err(format!(
                 "the provider hangs, and kubelet is answered with {answer:?}"
             ));
         }
         if self.then == Then::Unpublish {
-            self.node.end_pod().await;
-            let gone = timeout(CANCELLED, self.unpublish()).await;
-            return gone
-                .map_err(|_| format!("the volume is not unpublished after {CANCELLED:?}"))?;
+            // kubelet still waits for the publish, whatever its answer is then.
+            let unpublish = timeout(ENDED, self.unpublish());
+            let (gone, _answer) = tokio::join!(unpublish, publish);
+            return gone.map_err(|_| format!("it is not unpublished after {ENDED:?}"))?;
         }
+        drop(publish);
         self.admit();
         let again = timeout(CANCELLED, self.publish()).await;
         again.map_err(|_| format!("the call that was given up runs after {CANCELLED:?}"))?
@@ -1100,6 +1104,9 @@ const AROUND_LOOK_AT_POD: Duration = Duration::from_millis(2_000);
 const GIVEN_UP: Duration = Duration::from_millis(700);
 /// The time in which a call that was given up has to end. Ten seconds are documented (docs/rotation.md).
 const CANCELLED: Duration = Duration::from_secs(25);
+
+/// The time in which an unpublish ends a call to a provider that hangs.
+const ENDED: Duration = Duration::from_secs(8);
 
 /// The annotation of a Secret with the order of its content (docs/secrets.md).
 const ORDER: &str = "secrets-store.csi.k8s.io/content-order";
