@@ -57,7 +57,7 @@ const POINT: &str = "CRASH_POINT";
 
 /// The number of nodes at a time.
 const NODES: usize = 6;
-/// The same while drivers are held, which wait most of the time.
+/// The same while drivers are held, or have time to wait for in another way.
 const WAITING_NODES: usize = 16;
 /// How often a step is waited for that a traced run had and others have not.
 const TRIES: usize = 4;
@@ -95,16 +95,10 @@ const LIMIT: Duration = Duration::from_secs(240);
 #[case::publish_after_reboot(Operation::PublishAfterReboot)]
 #[case::publish_of_written_files_after_reboot(Operation::PublishOfWrittenFilesAfterReboot)]
 #[case::unpublish_of_buried_volume(Operation::UnpublishOfBuriedVolume)]
-#[case::unpublish_of_last_ended_pod(Operation::UnpublishOfLastEndedPod)]
-#[case::unpublish_of_evicted_pod(Operation::UnpublishOfEvictedPod)]
-#[case::publish_of_edited_class(Operation::PublishOfEditedClass)]
 #[case::publish_over_torn_record(Operation::PublishOverTornRecord)]
 #[case::hung_publish(Operation::HungPublish)]
 #[case::hung_refresh(Operation::HungRefresh)]
-#[case::refresh_of_modes(Operation::RefreshOfModes)]
-#[case::refresh_of_shorter_class(Operation::RefreshOfShorterClass)]
 #[case::refresh_of_new_class(Operation::RefreshOfNewClass)]
-#[case::asked_after_failure(Operation::AskedAfterFailure)]
 fn stopped_after_each_step(#[case] operation: Operation) {
     try_alone(operation, How::Stopped);
 }
@@ -152,27 +146,49 @@ fn held_after_each_step(#[case] operation: Operation) {
 #[case::publish_of_bare_pod(Operation::PublishOfBarePod)]
 #[case::unpublish_of_bare_pod(Operation::UnpublishOfBarePod)]
 #[case::class_with_another_secret(Operation::ClassWithAnotherSecret)]
-#[case::refresh_of_new_class(Operation::RefreshOfNewClass)]
 #[case::publish_over_torn_record(Operation::PublishOverTornRecord)]
 fn each_step_fails(#[case] operation: Operation) {
     try_alone(operation, How::Failed);
 }
 
-/// What takes too long to be tried at each step.
+/// What takes too long to be tried at each step, or is like another operation step by step.
 #[rstest]
-#[case::publish(Operation::SlowPublish)]
-#[case::refresh(Operation::SlowRefresh)]
-fn a_slow_provider_and_no_api_server(#[case] operation: Operation) {
-    try_alone(operation, How::Stopped);
+#[case::slow_publish(Operation::SlowPublish)]
+#[case::slow_refresh(Operation::SlowRefresh)]
+#[case::publish_of_edited_class(Operation::PublishOfEditedClass)]
+#[case::refresh_of_modes(Operation::RefreshOfModes)]
+#[case::asked_after_failure(Operation::AskedAfterFailure)]
+#[case::unpublish_of_last_ended_pod(Operation::UnpublishOfLastEndedPod)]
+#[case::unpublish_of_evicted_pod(Operation::UnpublishOfEvictedPod)]
+fn undisturbed(#[case] operation: Operation) {
+    with_mounts(try_once(operation));
 }
 
 fn try_alone(operation: Operation, how: How) {
+    with_mounts(try_all(operation, how));
+}
+
+/// Does an operation, and nothing happens to the driver.
+async fn try_once(operation: Operation) {
+    match run(operation, Then::Again, How::Stopped, None).await {
+        Ok(run) => {
+            let log = run.log;
+            if let Err(why) = run.outcome {
+                panic!("{operation:?}: {why}\n{log}");
+            }
+        }
+        Err(error) => untraceable(operation, &error),
+    }
+}
+
+/// Runs a test in a process that has its own mounts.
+fn with_mounts(test: impl Future<Output = ()>) {
     if std::env::var_os(ALONE).is_none() {
         return alone();
     }
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(2).enable_all().build().unwrap();
-    runtime.block_on(try_all(operation, how));
+    runtime.block_on(test);
 }
 
 /// Runs this test in a process that has its own mounts. An ordinary user needs user namespaces for it.
@@ -251,9 +267,6 @@ async fn try_all(operation: Operation, how: How) {
         undisturbed.insert(*then, state);
         points.add(*then, &run.steps, place(&follows, *then));
     }
-    if matches!(operation, Operation::SlowPublish | Operation::SlowRefresh) {
-        return;
-    }
     if let Ok(wanted) = std::env::var(POINT) {
         points.keep_only(&wanted);
     }
@@ -261,8 +274,8 @@ async fn try_all(operation: Operation, how: How) {
     let mut running = JoinSet::new();
     let mut failures = Vec::new();
     let nodes = match how {
-        How::Held => WAITING_NODES,
-        How::Stopped | How::Failed => NODES,
+        How::Stopped | How::Failed if !operation.mostly_waits() => NODES,
+        _ => WAITING_NODES,
     };
     loop {
         while running.len() < nodes
@@ -475,7 +488,8 @@ impl Points {
                 Then::Unpublish => index % 3 == 0,
                 Then::TornRecords => index % 3 == 1,
                 Then::Reboot => index % 3 == 2,
-                Then::Meanwhile(Meanwhile::Unmounted) => true,
+                // Between these the driver last looks at the mount.
+                Then::Meanwhile(Meanwhile::Unmounted) => point.step.starts_with("API server: "),
                 // Two of many at each step, or one of few.
                 Then::Meanwhile(_) => (index + place) % places < 1 + usize::from(places > 3),
             };

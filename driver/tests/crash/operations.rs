@@ -54,9 +54,8 @@ pub(crate) enum Operation {
     RefreshWithOtherType,
     /// A refresh that finds the same files with other modes.
     RefreshOfModes,
-    /// A refresh after an edit of the class that leaves one object of many, so that the record is shorter.
-    RefreshOfShorterClass,
-    /// A refresh after the class was deleted and made anew with other objects and keys.
+    /// A refresh after the class was deleted and made anew with other keys and fewer objects, so that the record is
+    /// shorter.
     RefreshOfNewClass,
     /// A refresh that somebody asks for after one has failed, long before the driver would try again.
     AskedAfterFailure,
@@ -179,7 +178,6 @@ impl Operation {
             | Self::AskedRefresh
             | Self::AskedAfterFailure
             | Self::RefreshOfModes
-            | Self::RefreshOfShorterClass
             | Self::RefreshOfNewClass
             | Self::UnpublishOfWrittenFiles
             | Self::RefreshOfBarePod
@@ -277,6 +275,15 @@ impl Operation {
         )
     }
 
+    /// Whether it takes most of its time to wait for an interval of the driver or for kubelet.
+    pub(crate) fn mostly_waits(self) -> bool {
+        self.is_by_itself()
+            || matches!(
+                self,
+                Self::UnpublishOfEndedPod | Self::HungPublish | Self::HungRefresh
+            )
+    }
+
     /// Whether the provider is asked.
     pub(crate) fn asks_provider(self) -> bool {
         !self.is_unpublish()
@@ -294,7 +301,6 @@ impl Operation {
                 | Self::AskedRefresh
                 | Self::AskedAfterFailure
                 | Self::RefreshOfEditedClass
-                | Self::RefreshOfShorterClass
                 | Self::RefreshOfNewClass
                 | Self::RefreshOfModes
                 | Self::RefreshOfBarePod
@@ -340,7 +346,6 @@ impl Run {
             operation,
             Operation::AskedRefresh
                 | Operation::RefreshOfEditedClass
-                | Operation::RefreshOfShorterClass
                 | Operation::RefreshOfNewClass
         );
         // What a failed step has left, and what happens meanwhile, may need another refresh.
@@ -489,10 +494,6 @@ impl Run {
                 self.class.objects = Some(vec!["pw", "db/password"]);
                 self.edit_class();
                 self.node.set_answers(Odd::Past);
-            }
-            Operation::RefreshOfShorterClass => {
-                self.class.objects = Some(vec!["pw"]);
-                self.edit_class();
             }
             Operation::RefreshOfNewClass => {
                 self.class.objects = Some(vec!["pw", "db/password"]);
@@ -671,7 +672,13 @@ impl Run {
     pub(crate) fn has_pod_status(&self) -> Result<(), String> {
         let goes = self.operation.is_first()
             || self.operation.is_unpublish()
-            || self.operation == Operation::DeletedPodStatus;
+            || matches!(
+                self.operation,
+                // A container has not started yet.
+                Operation::PublishAfterReboot
+                    | Operation::PublishOfWrittenFilesAfterReboot
+                    | Operation::DeletedPodStatus
+            );
         match goes || !self.node.api().all(STATUSES).is_empty() {
             true => Ok(()),
             false => Err("the pod status of a volume that is mounted has gone".to_owned()),

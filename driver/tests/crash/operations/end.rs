@@ -104,7 +104,9 @@ impl Run {
             node_state(&self.node)
         } else {
             let state = state(&self.node);
-            self.refused_form_is_not_final().await?;
+            if !self.is_refused() {
+                self.refused_form_is_not_final().await?;
+            }
             state
         };
         self.node.end_pod().await;
