@@ -59,7 +59,7 @@ use kube::{
 use tonic::Code;
 
 use super::{Cluster, Freshness, Wanted, request::Failure};
-use crate::{quoted::quoted, record::ClassState, secret::Secret};
+use crate::{record::ClassState, secret::Secret};
 #[cfg(any(test, fuzzing))]
 pub(crate) use decision::fuzz;
 use decision::{Decision, NamedClass, decide};
@@ -429,11 +429,11 @@ impl Cluster {
         let mut change = MergePatch::of(stored);
         change.annotate(stored, REFUSED_TYPE, Some(asked.to_owned()));
         let noted = self.patch(names[0], names[1], change).await;
-        let there = quoted(&stored.type_, 100);
+        // The type that is there is not repeated: a webhook may have put anything into it.
         let error = SyncError::type_stays(
             asked,
             format_args!(
-                "the API server has given a new one the type {there}. Does an admission webhook change Secrets in namespace {}?",
+                "the API server has given a new one another type. Does an admission webhook change Secrets in namespace {}?",
                 names[0]
             ),
         );

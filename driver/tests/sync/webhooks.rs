@@ -105,7 +105,7 @@ impl Change {
         match self {
             Self::Type => {
                 // The API server refuses another type for a Secret that is there.
-                secret["type"] = json!("example.com/changed");
+                secret["type"] = json!("example.com/hunter2");
             }
             Self::Value => secret["data"]["pw"] = json!("b3RoZXI="),
             Self::NoKey => remove(&mut secret["data"], "pw"),
